@@ -1,0 +1,47 @@
+# Everything a developer or CI runs. The first target that needs it makes .venv from the lock; .venv belongs to make.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install --quiet
+# Pyright's wheel would ask for newer versions of itself over the network.
+export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
+
+.PHONY: help demo test lint bench lock clean
+
+help: ## say what each target does
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 8
+
+demo: $(INSTALLED) ## the whole path on the embedded photos, then a report to open in a browser
+	$(BIN)/geotoken all --config=configs/demo.py --workdir=runs/demo
+	@echo "The report: $(CURDIR)/runs/demo/report/index.html"
+
+test: $(INSTALLED) ## the tests
+	$(BIN)/python -m pytest -n 2 -q tests
+
+lint: $(INSTALLED) ## ruff and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: $(INSTALLED) ## every benchmark, one JSON line each
+	@for file in $$(grep -l '__main__' benchmarks/*.py); do \
+	  $(BIN)/python -m benchmarks.$$(basename $$file .py) || exit 1; \
+	done
+
+lock: $(INSTALLED) ## write requirements-lock.txt again, keeping pins that still fit (UPGRADE=--upgrade renews them)
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest --generate-hashes \
+	  --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" \
+	  --extra dev --extra prep $(UPGRADE) --output-file requirements-lock.txt pyproject.toml
+
+clean: ## remove .venv and caches; runs/ stays
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(INSTALLED): requirements-lock.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || \
+	  { echo "$(PYTHON) is not Python 3.11, 3.12 or 3.13: name one, as in make PYTHON=python3.12" >&2; exit 1; }
+	@echo "Installing requirements-lock.txt into .venv, once: about a minute and 1.7 GB"
+	@$(PYTHON) -m venv --clear .venv
+	@$(PIP) --require-hashes -r requirements-lock.txt
+	@$(PIP) --no-deps --no-build-isolation -e .
+	@touch $@

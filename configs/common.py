@@ -1,0 +1,95 @@
+"""The only home of defaults: the paper's configuration on MP16-Pro; every other file says what it changes and why.
+
+A section is read by the module that its comment names, as a frozen dataclass whose docstring explains the keys.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Returns GeoToken as published (arXiv 2511.01082), on EarthView's photos until a source is chosen."""
+    config = ConfigDict()
+    config.name = "common"
+    config.mesh = dict(data=-1, fsdp=1, tensor=1)  # geotoken_jax/sharding.py
+
+    config.photos = dict(  # data_prep/photos.py
+        source="earthview",
+        workers=2,
+        max_dropped=0.01,
+        earthview=dict(  # data_prep/sources/earthview.py
+            seed=0,
+            places=13_000,
+            train=32_000,
+            validation=2_000,
+            test=3_000,
+            test_unseen=1_000,
+            test_shift=1_000,
+            photos_per_shard=2_000,
+        ),
+    )
+    config.embed = dict(backbone="thumbnail", threads=2, thumbnail=dict(size=16))  # data_prep/embed.py
+    config.align = dict(
+        model=dict(  # geotoken_jax/align/heads.py
+            hidden=768,
+            dropout=0.0,
+            location=dict(projection="mercator", sigmas=(1.0, 16.0, 256.0), fourier=256, hidden=1024, out=512),
+        ),
+        train=dict(  # geotoken_jax/train/loop.py
+            batch_size=256,
+            examples=41_200_000,  # 10 epochs of the 4.12 M usable photos
+            evaluate_every=4_000,
+            log_every=100,
+            seed=0,
+            optimizer=dict(  # geotoken_jax/train/optimizer.py
+                learning_rate=3e-5, schedule="exponential", decay=0.87, warmup=0.0, weight_decay=1e-6, b2=0.999, clip=0.0
+            ),
+        ),
+    )
+    config.index = dict(
+        neighbors=dict(count=20, exclude_author=False),  # data_prep/neighbors.py
+        search=dict(  # geotoken_jax/gallery/index.py
+            kind="scann", leaves_searched=64, reorder=150, threads=2, min_recall=0.95, sample=1_000
+        ),
+    )
+    config.model = dict(  # geotoken_jax/model/geotoken.py
+        level=20,
+        group=2,
+        backbone_width=768,
+        neighbors=15,
+        width=512,
+        heads=8,
+        encoder_layers=10,
+        decoder_layers=10,
+        feed_forward=1024,
+        dropout=0.1,
+        norm="post",
+        activation="relu",
+        positions="sinusoidal",
+        memory="full",
+        tie_tokens=False,
+        copy_head=False,
+        neighbor_tokens=True,
+        dtype="bfloat16",
+        remat="dots",
+    )
+    config.loss = dict(first_weight=2.0, last_weight=1.0)  # geotoken_jax/model/task.py
+    config.train = dict(  # geotoken_jax/train/loop.py
+        batch_size=2048,
+        examples=206_000_000,  # 50 epochs of the 4.12 M usable photos
+        evaluate_every=2_000,
+        log_every=100,
+        seed=0,
+        optimizer=dict(
+            learning_rate=5e-5, schedule="exponential", decay=0.9, warmup=0.0, weight_decay=1e-6, b2=0.999, clip=0.0
+        ),
+    )
+    # Name -> the sections and keys that it changes; `train` and `predict` make each of them.
+    config.variants = dict(geotoken=dict())
+    config.predict = dict(samples=30, temperature=0.7, choice="log_probability", batch_size=256, seed=0)  # predict/decode.py
+    config.evaluate = dict(  # geotoken_jax/analysis/evaluate.py
+        resamples=2_000,
+        seed=0,
+        reference="geotoken",
+        labels=dict(top1_neighbor="Top-1 neighbor", geotoken="GeoToken"),
+    )
+    return config

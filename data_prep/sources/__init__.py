@@ -1,0 +1,46 @@
+"""Where photos come from: each source yields photos, and a counted reason for every one that it drops."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+
+@dataclasses.dataclass(frozen=True)
+class Photo:
+    """One photo as the path takes it in. Empty text where a name is unknown; degrees; image: the encoded file."""
+
+    id: str
+    author: str
+    image: bytes
+    latitude: float
+    longitude: float
+    city: str = ""
+    state: str = ""
+    country: str = ""
+    continent: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Drop:
+    """A photo that is not taken in, and why: `reason` is a short name that is counted."""
+
+    id: str
+    reason: str
+
+
+class Source(Protocol):
+    """A set of photos, cut into shards that can be read apart from each other and in any order."""
+
+    @property
+    def name(self) -> str:
+        """Of the data set."""
+        ...
+
+    @property
+    def splits(self) -> Mapping[str, int]:
+        """Split -> number of shards."""
+        ...
+
+    def read(self, split: str, shard: int) -> Iterator[Photo | Drop]:
+        """Yields one shard's photos in an order of its own that never changes."""
+        ...

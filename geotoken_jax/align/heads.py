@@ -1,0 +1,70 @@
+"""The alignment model: what turns one frozen image embedding into three, each near another modality (G3)."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from geotoken_jax import sharding
+from geotoken_jax.align.location_encoder import LocationEncoder, LocationSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class AlignSettings:
+    """Form of the alignment model; G3's has hidden = C = 768 and no dropout.
+
+    hidden: width of the heads' one hidden layer. dropout: rate on it.
+    """
+
+    hidden: int
+    dropout: float
+    location: LocationSettings
+
+
+class AlignModel(nnx.Module):
+    """Two image heads, a text head, the location encoder and a learned logit scale for each pair of modalities."""
+
+    def __init__(self, settings: AlignSettings, width: int, *, rngs: nnx.Rngs):
+        """width: C, of the backbone's features."""
+        self.image_to_text = Head(width, settings, rngs=rngs)
+        self.image_to_location = Head(width, settings, rngs=rngs)
+        self.text = Head(width, settings, rngs=rngs)
+        self.location = LocationEncoder(settings.location, width, rngs=rngs)
+        # Logarithms: the scales begin at exp(3.99) = 54.
+        self.text_scale = nnx.Param(jnp.float32(3.99))
+        self.location_scale = nnx.Param(jnp.float32(3.99))
+
+    def embed(self, image: Float[Array, "B C"]) -> Float[Array, "B 3 C"]:
+        """Returns a photo's three vectors: backbone's image embedding, location head, text head; not normalized."""
+        return jnp.stack([image, self.image_to_location(image), self.image_to_text(image)], axis=1)
+
+
+class Head(nnx.Module):
+    """MLP C-hidden-C with ReLU."""
+
+    def __init__(self, width: int, settings: AlignSettings, *, rngs: nnx.Rngs):
+        self.hidden = sharding.linear(width, settings.hidden, ("embed", "mlp"), rngs=rngs)
+        self.output = sharding.linear(settings.hidden, width, ("mlp", "embed"), rngs=rngs)
+        self.dropout = nnx.Dropout(settings.dropout)
+
+    def __call__(self, x: Float[Array, "B C"], rngs: nnx.Rngs | None = None) -> Float[Array, "B C"]:
+        """rngs: source of dropout; None is evaluation, without it."""
+        hidden = jax.nn.relu(self.hidden(x))
+        return self.output(self.dropout(hidden, deterministic=rngs is None, rngs=rngs))
+
+
+def embeddings(model: AlignModel, image: Float[np.ndarray, "B C"]) -> Float[np.ndarray, "B 3 C"]:
+    """Returns photos' three vectors as tables hold them: bfloat16, each of length 1."""
+    graph, state = nnx.split(model)
+    vectors = np.array(_embed(graph, state, np.asarray(image, np.float32)))
+    return (vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)).astype(ml_dtypes.bfloat16)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed(graph: nnx.GraphDef, state: nnx.State, image: jax.Array) -> jax.Array:
+    return nnx.merge(graph, state).embed(image)

@@ -1,0 +1,129 @@
+"""Checkpoints: one step is parameters, optimizer, input position and validation loss, saved and restored as one.
+
+Orbax's v1 interface stands behind this module alone. A save is asynchronous and appears in one step when it is whole;
+a checkpoint can be restored on any mesh and any number of processes.
+"""
+
+import logging
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from etils import epath
+from flax import nnx
+from orbax.checkpoint import v1 as ocp
+
+from geotoken_jax import workdir
+
+_training = ocp.training
+M = TypeVar("M", bound=nnx.Module)
+
+
+class Checkpoints:
+    """The checkpoints of one folder: the last `keep` and the best by validation loss stay."""
+
+    def __init__(self, folder: epath.PathLike, keep: int = 2):
+        policies = _training.preservation_policies
+        best = policies.BestN(get_metric_fn=lambda metrics: metrics["loss"], reverse=True, n=1)
+        self._orbax = _training.Checkpointer(
+            epath.Path(folder),
+            save_decision_policy=_training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self._orbax.close()
+
+    @property
+    def steps(self) -> list[int]:
+        """All whole checkpoints, oldest first."""
+        return sorted(checkpoint.step for checkpoint in self._orbax.checkpoints)
+
+    @property
+    def best(self) -> int:
+        """The step with the smallest validation loss. Raises FileNotFoundError if there is none."""
+        scored = [(c.metrics["loss"], c.step) for c in self._orbax.checkpoints if c.metrics]
+        if not scored:
+            raise FileNotFoundError(f"no checkpoint in {self._orbax.directory}: train first")
+        return min(scored)[1]
+
+    def loss(self, step: int) -> float:
+        """The validation loss saved with a step."""
+        return next(c.metrics["loss"] for c in self._orbax.checkpoints if c.step == step)
+
+    def save(self, step: int, state: Any, position: dict[str, Any], loss: float) -> None:
+        """Begins to save; returns when `state` may be changed. A checkpoint of that step that is there is replaced.
+
+        state: pytree of dicts and arrays. position: of the input, JSON. loss: on validation, smaller is better.
+        """
+        checkpointables = {"state": state, "position": position}
+        self._orbax.save_checkpointables_async(step, checkpointables, overwrite=True, metrics={"loss": loss})
+
+    def restore(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
+        """Returns state and input position of one step. abstract: ShapeDtypeStructs with the shardings to restore to."""
+        found = self._orbax.load_checkpointables(step, {"state": abstract, "position": None})
+        return found["state"], found["position"]
+
+    def restore_last(self, abstract: Any) -> tuple[int, Any, dict[str, Any]] | None:
+        """Returns step, state and input position of the newest checkpoint that can be read, or None if there is none.
+
+        One that cannot be read is passed over for the one before it, which is said in the log. Raises the newest one's
+        error where none can be read: then it is not the files but `abstract` that is likely to be wrong.
+        """
+        errors = []
+        for step in reversed(self.steps):
+            try:
+                return step, *self.restore(step, abstract)
+            except (OSError, ValueError, KeyError) as error:
+                # Orbax wraps whatever happens, an interrupt too, in its own KeyError.
+                cause = error.__cause__ or error
+                if not isinstance(cause, Exception):
+                    raise
+                errors.append(error)
+                what = f"checkpoint {step} in {self._orbax.directory} cannot be read"
+                logging.warning("%s (%s): trying the one before", what, textwrap.shorten(str(cause), 200))
+        if errors:
+            raise errors[0]
+        return None
+
+
+def abstract(state: Any) -> Any:
+    """Returns the shapes, types and shardings of a state."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+def write_parameters(path: epath.PathLike, *states: Any) -> None:
+    """Writes pure dicts of arrays as one safetensors file, names joined by "/", whole or not at all."""
+    flat = {"/".join(map(str, key)): np.asarray(value) for state in states for key, value in _flatten(state)}
+    workdir.write_bytes(epath.Path(path), safetensors.numpy.save(flat))
+
+
+def read_module(path: epath.PathLike, make: Callable[[nnx.Rngs], M]) -> M:
+    """Returns the module that `make` describes with the parameters of a file that `write_parameters` wrote.
+
+    Raises ValueError naming a missing, extra or misshapen parameter.
+    """
+    stored = safetensors.numpy.load(epath.Path(path).read_bytes())
+    graph, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+    flat = {"/".join(map(str, key)): variable for key, variable in nnx.to_flat_state(state)}
+    odd = sorted(flat.keys() ^ stored.keys())
+    odd += [name for name in flat.keys() & stored.keys() if flat[name].shape != stored[name].shape]
+    if odd:
+        raise ValueError(f"{path} does not fit this configuration: {odd[0]} is missing, extra or of another shape")
+    filled = [(key, variable.replace(jnp.asarray(stored["/".join(map(str, key))]))) for key, variable in nnx.to_flat_state(state)]
+    return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+def _flatten(tree: Any, prefix: tuple = ()) -> Iterator[tuple[tuple, Any]]:
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from _flatten(value, (*prefix, key))
+    else:
+        yield prefix, tree

@@ -1,0 +1,355 @@
+"""`geotoken`: one verb a stage of the path, and the same verbs for a user's own photos and predictions."""
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from geotoken_jax import settings, workdir
+from geotoken_jax.workdir import Manifest
+
+#: Exit status of a run that could not do what was asked, for a reason said in one line.
+REFUSED = 2
+#: Endings of files taken from a folder of photos; a file that is named itself may have any.
+_PHOTO_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs one verb; exits with 0, or with 2 after one line that says what is wrong."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    try:
+        config = _config(options, rest)
+        sys.exit(options.run(options, config))
+    except _refusals() as error:
+        print(f"geotoken {options.verb}: {error}", file=sys.stderr)
+        sys.exit(REFUSED)
+    except KeyboardInterrupt:
+        print(f"\ngeotoken {options.verb}: interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="geotoken", description="Tells where on Earth a photo was taken.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, (stages, what) in STAGES.items():
+        verb = verbs.add_parser(name, help=what, description=what, epilog=_EPILOG)
+        verb.add_argument("--config", help="configuration file, such as configs/demo.py")
+        verb.add_argument("--workdir", help="folder that holds, or will hold, every stage's result")
+        verb.set_defaults(run=_stages(stages))
+        if name in ("train", "predict", "all"):
+            verb.add_argument("--variant", action="append", help="only this one of config.variants (may be repeated)")
+        if name == "predict":
+            verb.add_argument("photos", nargs="*", help="with --model: photos, or folders of photos")
+            verb.add_argument("--model", help="folder that `geotoken export` made: answer for PHOTOS instead")
+            verb.add_argument("--json", action="store_true", help="with --model: print JSON lines, with candidates")
+            verb.set_defaults(run=_predict)
+        if name == "evaluate":
+            verb.add_argument("--predictions", action="append", help="score this file (JSON lines or CSV) instead")
+            verb.add_argument("--truth", help="with --predictions: file of id, latitude, longitude")
+            verb.set_defaults(run=_evaluate)
+    return parser
+
+
+_EPILOG = "Any key of the configuration is changed by --config.KEY=VALUE, for example --config.train.examples=50000."
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """Returns the errors whose message is all that a user needs."""
+    found: list[type[Exception]] = [settings.SettingsError, workdir.StageError, FileNotFoundError]
+    for module, name in (
+        ("geotoken_jax.backbone.preprocess", "ImageError"),
+        ("geotoken_jax.gallery.index", "IndexQualityError"),
+        ("geotoken_jax.analysis.evaluate", "PointsError"),
+    ):
+        if module in sys.modules:  # what was never imported has raised nothing
+            found.append(getattr(sys.modules[module], name))
+    return tuple(found)
+
+
+def _config(options: argparse.Namespace, rest: list[str]) -> Any:
+    """Returns the configuration with the command line's changes, or None where no --config is given."""
+    from absl import flags
+    from ml_collections import config_flags
+
+    if options.config is None:
+        if rest:
+            raise settings.SettingsError(f"{rest[0]} is not understood: see `geotoken {options.verb} --help`")
+        return None
+    file = Path(options.config)
+    if not file.exists():
+        raise settings.SettingsError(f"--config={file} is not there: the configurations are in configs/")
+    # A configuration imports its siblings as `configs.NAME`, wherever the folder is.
+    sys.path.insert(0, str(file.resolve().parent.parent))
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "", flag_values=values)
+    arguments = ["geotoken", f"--config={file}", *rest]
+    sys_argv, sys.argv = sys.argv, arguments  # config_flags looks for the changes there
+    try:
+        unread = values(arguments)[1:]
+    except flags.Error as error:
+        raise settings.SettingsError(" ".join(str(error).split("\n\nTraceback")[0].split())) from None
+    finally:
+        sys.argv = sys_argv
+    if unread:
+        raise settings.SettingsError(f"{unread[0]} is not understood: see `geotoken {options.verb} --help`")
+    flags.FLAGS.mark_as_parsed()
+    config = values["config"].value
+    known = {"name", "variants", *_SECTIONS}
+    for key in config:
+        if key not in known:
+            raise settings.SettingsError(f"config.{key} is not read by anything: use one of {', '.join(sorted(known))}")
+    return config
+
+
+_SECTIONS = ("photos", "embed", "align", "index", "model", "loss", "train", "mesh", "predict", "evaluate")
+
+
+def _stages(stages: Sequence[Callable]) -> Callable[[argparse.Namespace, Any], int]:
+    def run(options: argparse.Namespace, config: Any) -> int:
+        if config is None or options.workdir is None:
+            raise settings.SettingsError(f"give --config=FILE and --workdir=DIR, as in `{_EXAMPLE.format(options.verb)}`")
+        _quiet()
+        for stage in stages:
+            stage(config, options.workdir, getattr(options, "variant", None) or list(config.variants))
+        return 0
+
+    return run
+
+
+_EXAMPLE = "geotoken {} --config=configs/demo.py --workdir=runs/demo"
+
+
+def _quiet() -> None:
+    """Leaves the warnings of the libraries below, and hides their notes."""
+    import logging
+
+    logging.getLogger("absl").setLevel(logging.WARNING)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+def _report(folder: str, before: Manifest | None, manifest: Manifest) -> None:
+    counts = ", ".join(f"{name} {n:,}" if isinstance(n, int) else f"{name} {n}" for name, n in manifest.counts.items())
+    dropped = "".join(f"; dropped {n:,}: {reason}" for reason, n in manifest.dropped.items())
+    print(f"{'kept' if before else 'made'} {folder + '/':32} {counts}{dropped}", flush=True)
+
+
+def _finished(path: str, folder: str) -> Manifest | None:
+    try:
+        return workdir.read_manifest(path, folder)
+    except workdir.StageError:
+        return None
+
+
+def _preparation(module: str, *folders: str) -> Callable:
+    """Returns a stage that lives in data_prep: it is found by name, because only a clone has it."""
+
+    def run(config: Any, path: str, variants: Sequence[str]) -> None:
+        del variants
+        before = {folder: _finished(path, folder) for folder in folders}
+        try:
+            stage = importlib.import_module(f"data_prep.{module}")
+        except ModuleNotFoundError as error:
+            if error.name and error.name.split(".")[0] == "data_prep":
+                raise workdir.StageError("preparing data needs a clone of the repository: the package has no data_prep") from None
+            raise
+        stage.run(config, path)
+        for folder in folders:
+            _report(folder, before[folder], workdir.read_manifest(path, folder))
+
+    return run
+
+
+def _align(config: Any, path: str, variants: Sequence[str]) -> None:
+    del variants
+    before = _finished(path, "align")
+    stage = workdir.begin(path, "align", {"align": config.align}, ["features"])
+    if not stage.manifest:
+        from geotoken_jax import records
+        from geotoken_jax.align.heads import AlignSettings
+        from geotoken_jax.align.task import AlignTask
+        from geotoken_jax.data.join import Features
+
+        features = workdir.read_manifest(path, "features")
+        layout = records.feature_layout(features.facts["width"])
+        task = AlignTask(settings.read(AlignSettings, config.align.model, "align.model"), features.facts["width"])
+        splits = [Features(records.Records(f"{path}/features", split, layout)) for split in ("train", "validation")]
+        _run_loop(stage, task, config.align.train, "align.train", config, splits, features.counts, "align")
+    _report("align", before, workdir.read_manifest(path, "align"))
+
+
+def _train(config: Any, path: str, variants: Sequence[str]) -> None:
+    for variant in variants:
+        folder = f"geotoken/{variant}"
+        changed = settings.variant(config, variant)
+        before = _finished(path, folder)
+        made_with = {name: changed[name] for name in ("model", "loss", "train")}
+        stage = workdir.begin(path, folder, made_with, ["tokens", "gallery", "queries"])
+        if not stage.manifest:
+            from geotoken_jax import records
+            from geotoken_jax.data.join import Tokens
+            from geotoken_jax.gallery.table import Table
+            from geotoken_jax.model.geotoken import ModelSettings
+            from geotoken_jax.model.task import GeoTokenTask, LossSettings
+
+            model = settings.read(ModelSettings, changed.model, "model")
+            tokens = workdir.read_manifest(path, "tokens")
+            if tokens.facts["neighbors"] < model.neighbors:
+                raise settings.SettingsError(
+                    f"config.model.neighbors = {model.neighbors} is more than the {tokens.facts['neighbors']} on record: "
+                    "set config.index.neighbors.count and index again in another --workdir"
+                )
+            layout = records.token_layout(tokens.facts["neighbors"])
+            gallery = Table(f"{path}/gallery")
+            own = {"train": gallery, "validation": Table(f"{path}/queries/validation")}
+            splits = [
+                Tokens(records.Records(f"{path}/tokens", name, layout), table, gallery, model.cells, model.neighbors)
+                for name, table in own.items()
+            ]
+            task = GeoTokenTask(model, settings.read(LossSettings, changed.loss, "loss"))
+            _run_loop(stage, task, changed.train, "train", changed, splits, tokens.counts, f"train {variant}")
+        _report(folder, before, workdir.read_manifest(path, folder))
+
+
+def _run_loop(
+    stage: workdir.Stage, task: Any, section: Any, where: str, config: Any, splits: list, counts: dict, what: str
+) -> None:
+    """Brings a task, its input and the loop together."""
+    import jax
+
+    from geotoken_jax import sharding
+    from geotoken_jax.data import pipeline
+    from geotoken_jax.train import loop
+
+    options = settings.read(loop.TrainSettings, section, where)
+    mesh = sharding.make_mesh(settings.read(sharding.MeshSettings, config.mesh, "mesh"))
+    process = (jax.process_index(), jax.process_count())
+    train, validation = splits
+    result = loop.run(
+        task,
+        options,
+        mesh,
+        stage.path,
+        pipeline.training(counts["train"], train, options.batch_size, options.seed, *process),
+        lambda: pipeline.evaluation(counts["validation"], validation, options.batch_size, *process),
+        counts["train"],
+        what,
+    )
+    stage.finish(
+        {"steps": options.steps, "examples": options.steps * options.batch_size},
+        best_step=result.best_step,
+        best_loss=result.best_loss,
+        parameters=result.parameters,
+    )
+
+
+def _predict_all(config: Any, path: str, variants: Sequence[str]) -> None:
+    from geotoken_jax.predict import stage
+
+    for name in (stage.TOP1, *variants):
+        before = _finished(path, f"predictions/{name}")
+        made = stage.baseline(config, path) if name == stage.TOP1 else stage.run(config, path, name)
+        _report(f"predictions/{name}", before, made)
+
+
+def _evaluate_all(config: Any, path: str, variants: Sequence[str]) -> None:
+    del variants
+    from geotoken_jax.analysis import evaluate
+
+    before = _finished(path, "report")
+    _report("report", before, evaluate.run(config, path))
+    print(evaluate.table(json.loads((Path(path) / "report" / "metrics.json").read_text())))
+    print(f"open {Path(path) / 'report' / 'index.html'}")
+
+
+def _export(config: Any, path: str, variants: Sequence[str]) -> None:
+    del variants
+    from geotoken_jax import export
+
+    before = _finished(path)
+    _report("export", before, export.run(config, path, config.evaluate.reference))
+
+
+def _predict(options: argparse.Namespace, config: Any) -> int:
+    """Answers for photos with --model, or for a work directory's splits without."""
+    if options.model is None:
+        if options.photos:
+            raise settings.SettingsError("photos need a model: add --model=DIR, a folder that `geotoken export` made")
+        return _stages([_predict_all])(options, config)
+    from geotoken_jax.backbone.preprocess import ImageError, open_image
+    from geotoken_jax.predict.predictor import GeoToken
+
+    if not options.photos:
+        raise settings.SettingsError("name at least one photo, or a folder of photos")
+    _quiet()
+    failed = False
+    model = GeoToken.load(options.model)
+    for photo in _expand(options.photos):
+        try:
+            answer = model.predict(open_image(photo))
+        except ImageError as error:
+            print(f"geotoken predict: {error}", file=sys.stderr)
+            failed = True
+            continue
+        if options.json:
+            print(json.dumps({"id": photo, **_as_json(answer)}), flush=True)
+        else:
+            print(f"{photo}  {answer.latitude:.5f}, {answer.longitude:.5f}  within {answer.radius_km:,.0f} km", flush=True)
+    return REFUSED if failed else 0
+
+
+def _expand(photos: Sequence[str]) -> list[str]:
+    """Returns the files named, and the photos in the folders named, in order."""
+    found = []
+    for photo in photos:
+        path = Path(photo)
+        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in _PHOTO_ENDINGS) if path.is_dir() else [path]
+        found += [str(p) for p in inside]
+    return found
+
+
+def _as_json(answer: Any) -> dict[str, Any]:
+    import dataclasses
+
+    return dataclasses.asdict(answer)
+
+
+def _evaluate(options: argparse.Namespace, config: Any) -> int:
+    """Scores files with --predictions, or a work directory without."""
+    if not options.predictions:
+        return _stages([_evaluate_all])(options, config)
+    if not options.truth:
+        raise settings.SettingsError("--predictions needs --truth=FILE, of id, latitude, longitude")
+    from geotoken_jax.analysis import evaluate
+
+    print(evaluate.table(evaluate.compare_files(options.predictions, options.truth, resamples=2000, seed=0)))
+    return 0
+
+
+_prepare = _preparation("photos", "photos")
+_embed = _preparation("embed", "features")
+_index = _preparation("index", "queries", "gallery", "neighbors", "tokens")
+
+#: Verb -> the stages it runs, and what it does.
+STAGES: dict[str, tuple[list[Callable], str]] = {
+    "prepare": ([_prepare], "photos of a source, checked, with their S2 tokens"),
+    "embed": ([_embed], "frozen features of every photo and of its place's name"),
+    "align": ([_align], "train the heads that bring images, texts and places together"),
+    "index": ([_index], "the gallery, its index, every photo's neighbors, and token records"),
+    "train": ([_train], "train the decoder, each of config.variants"),
+    "predict": ([_predict_all], "candidates and choice for every photo of every split, or for photos of your own"),
+    "evaluate": ([_evaluate_all], "score predictions and write report/index.html, or score anybody's files"),
+    "export": ([_export], "a folder that needs nothing else to answer"),
+    "all": (
+        [_prepare, _embed, _align, _index, _train, _predict_all, _evaluate_all, _export],
+        "every stage in turn; what is complete is kept",
+    ),
+}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""The stage `export`: a folder that needs nothing else to answer, with a card that says what it is."""
+
+import hashlib
+import json
+import shutil
+from typing import Any
+
+from etils import epath
+
+from geotoken_jax import backbone, settings, workdir
+from geotoken_jax.gallery.index import IndexSettings
+from geotoken_jax.workdir import Manifest
+
+
+def run(config: Any, path: epath.PathLike, variant: str) -> Manifest:
+    """Makes export/ from the trained parameters, the gallery and the report of a work directory."""
+    path = epath.Path(path)
+    changed = settings.variant(config, variant)
+    stage = workdir.begin(path, "export", {"predict": changed.predict}, ["align", f"geotoken/{variant}", "gallery", "report"])
+    if stage.manifest:
+        return stage.manifest
+    search = settings.read(IndexSettings, changed.index.search, "index.search")
+    read = {
+        "backbone": {name: changed.embed[name] for name in settings.names(backbone.BackboneSettings)},
+        "align": changed.align.model,
+        "model": changed.model,
+        "predict": changed.predict,
+        "index": {"threads": search.threads},
+    }
+    workdir.write_json(stage.path / "config.json", settings.plain(read))
+    for source, name in (("align", "align"), (f"geotoken/{variant}", "geotoken")):
+        data = (path / source / "parameters.safetensors").read_bytes()
+        workdir.write_bytes(stage.path / f"{name}.safetensors", data)
+    gallery = stage.path / "gallery"
+    shutil.rmtree(gallery, ignore_errors=True)
+    shutil.copytree(path / "gallery", gallery, ignore=shutil.ignore_patterns("manifest.json", "begun.json"))
+    workdir.write_bytes(stage.path / "README.md", _card(path, changed, variant).encode())
+    sums = {str(file.relative_to(stage.path)): _sha256(file) for file in sorted(stage.path.rglob("*")) if file.is_file()}
+    sums.pop("begun.json", None)
+    lines = "".join(f"{digest}  {name}\n" for name, digest in sums.items())
+    workdir.write_bytes(stage.path / "SHA256SUMS", lines.encode())
+    return stage.finish({"files": len(sums)}, sha256=sums)
+
+
+def _sha256(file: epath.Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _card(path: epath.Path, config: Any, variant: str) -> str:
+    """Returns the model card, written from the run's own manifests and metrics."""
+    trained = workdir.read_manifest(path, f"geotoken/{variant}")
+    photos = workdir.read_manifest(path, "photos")
+    metrics = json.loads((path / "report" / "metrics.json").read_text())
+    label = config.evaluate.labels.get(variant, variant)
+    rows = []
+    for split, found in metrics["splits"].items():
+        for method in found["methods"]:
+            if method["variant"] == variant and method.get("main"):
+                values = " | ".join(f"{100 * v['value']:.1f}" for v in method["accuracy"].values())
+                rows.append(f"| {split} | {values} |")
+    return f"""# {label}
+
+Tells where on Earth a photo was taken, as S2 cells down to level {config.model.level}, from the photo and its
+{config.model.neighbors} nearest neighbors in a gallery of {photos.counts["train"]:,} photos (data: {config.photos.source}).
+
+Use: `from geotoken_jax import GeoToken; GeoToken.load("FOLDER").predict("photo.jpg")`.
+
+{trained.facts["parameters"]:,} parameters; trained on {trained.counts["examples"]:,} examples; validation loss
+{trained.facts["best_loss"]:.4f} at step {trained.facts["best_step"]:,}.
+
+Percent of photos within 1, 25, 200, 750 and 2500 km:
+
+| split | 1 km | 25 km | 200 km | 750 km | 2500 km |
+|---|---|---|---|---|---|
+{chr(10).join(rows)}
+
+The radius given with an answer holds half of its samples; it is not calibrated. Do not use this model to find people.
+"""

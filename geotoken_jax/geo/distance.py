@@ -1,0 +1,64 @@
+"""Distances on the Earth taken as a sphere, and the scores made from them."""
+
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+Array = np.ndarray | jax.Array
+
+#: Mean radius of the Earth.
+EARTH_RADIUS_KM = 6371.0
+#: Street, city, region, country, continent: the radii at which accuracy is reported (Im2GPS).
+THRESHOLDS_KM = (1, 25, 200, 750, 2500)
+#: Distance over which a GeoGuessr score falls by a factor of e, on its world map.
+_GEOSCORE_KM = 1492.7
+
+
+def great_circle_km(
+    lat1: float | Float[Array, "..."],
+    lon1: float | Float[Array, "..."],
+    lat2: float | Float[Array, "..."],
+    lon2: float | Float[Array, "..."],
+) -> Float[Array, "..."]:
+    """Returns great-circle distances in km (haversine); the four arguments, in degrees, are broadcast.
+
+    numpy works in float64, jax in the type it is given. Equal points are exactly 0 apart, and antipodes half the
+    circumference to 1 mm (float32: 2 m).
+    """
+    xp, (lat1, lon1, lat2, lon2) = _arrays(lat1, lon1, lat2, lon2)
+    cosines = xp.cos(xp.radians(lat1)) * xp.cos(xp.radians(lat2))
+    east = xp.radians(lon2 - lon1) / 2
+    # The haversines of the distance and of what it lacks to the antipode: each is exact where the other is not.
+    near = xp.sin(xp.radians(lat2 - lat1) / 2) ** 2 + cosines * xp.sin(east) ** 2
+    far = xp.sin(xp.radians(lat2 + lat1) / 2) ** 2 + cosines * xp.cos(east) ** 2
+    return 2 * EARTH_RADIUS_KM * xp.arctan2(xp.sqrt(near), xp.sqrt(far))
+
+
+def geoscore(km: float | Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns GeoGuessr points of answers that are `km` off: 5000 * exp(-km / 1492.7), in 0..5000."""
+    xp, (km,) = _arrays(km)
+    return 5000 * xp.exp(-km / _GEOSCORE_KM)
+
+
+def to_unit_vectors(lat: float | Float[Array, "..."], lon: float | Float[Array, "..."]) -> Float[Array, "... 3"]:
+    """Returns x (to 0 N 0 E), y (to 0 N 90 E) and z (to the north pole) of coordinates in degrees."""
+    xp, (lat, lon) = _arrays(lat, lon)
+    phi, theta = xp.broadcast_arrays(xp.radians(lat), xp.radians(lon))
+    return xp.stack([xp.cos(phi) * xp.cos(theta), xp.cos(phi) * xp.sin(theta), xp.sin(phi)], -1)
+
+
+def from_unit_vectors(vectors: Float[Array, "... 3"]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """Returns latitude and longitude in degrees of vectors of any length but 0: a mean of unit vectors will do."""
+    xp, (vectors,) = _arrays(vectors)
+    x, y, z = vectors[..., 0], vectors[..., 1], vectors[..., 2]
+    return xp.degrees(xp.arctan2(z, xp.hypot(x, y))), xp.degrees(xp.arctan2(y, x))
+
+
+def _arrays(*values) -> tuple[ModuleType, list]:
+    """Returns jax.numpy and jax arrays where one of the values is a jax array, else numpy and float64 arrays."""
+    if any(isinstance(value, jax.Array) for value in values):
+        return jnp, [jnp.asarray(value) for value in values]
+    return np, [np.asarray(value, np.float64) for value in values]

@@ -1,0 +1,262 @@
+"""The encoder-decoder that reads a photo and its neighbors and writes S2 tokens, coarse to fine (paper, section 3).
+
+One class holds the published form and ours; the settings choose: norm, activation, positions, tied token tables, full
+or compact memory, copy head. Position t has a vocabulary of its own (face 6, then 4^group); logits past it are -inf.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from geotoken_jax import sharding
+from geotoken_jax.geo.cells import CellScheme
+from geotoken_jax.model import layers
+from geotoken_jax.model.memory import MemoryBuilder, Neighbors, sinusoidal
+
+_NEVER = -1e30  # a log-probability of nothing; finite, so that its gradient is zero and not NaN
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings(layers.LayerSettings):
+    """Everything that shapes the parameters; the layers' own are in LayerSettings.
+
+    backbone_width: C. neighbors: M. level, group: of the CellScheme. memory: "full" or "compact". positions: "factored"
+    or "sinusoidal". tie_tokens: neighbors and decoder share one token table. copy_head: mix in the next tokens of the
+    neighbors that agree with the tokens so far. neighbor_tokens: False hides the neighbors' tokens (ablation).
+    """
+
+    level: int
+    group: int
+    backbone_width: int
+    neighbors: int
+    encoder_layers: int
+    decoder_layers: int
+    memory: str
+    positions: str
+    tie_tokens: bool
+    copy_head: bool
+    neighbor_tokens: bool
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, choices in (("memory", ("full", "compact")), ("positions", ("factored", "sinusoidal"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"config.model.{name} is {getattr(self, name)!r}: choose one of {', '.join(choices)}")
+        if self.copy_head and not self.neighbor_tokens:
+            raise ValueError("config.model.copy_head copies neighbors' tokens: set it False where neighbor_tokens is False")
+
+    @property
+    def cells(self) -> CellScheme:
+        return CellScheme(self.level, self.group)
+
+
+class Memory(NamedTuple):
+    """What the decoder looks back at: keys and values [L, B, S, H, d] of every decoder layer, how many of the S
+    positions are real [B], and, for the copy head, its keys [B, M, D] with the neighbors' tokens [B, M, T] and count."""
+
+    keys_values: tuple[Float[Array, "L B S H d"], Float[Array, "L B S H d"]]
+    lengths: Int[Array, " B"]
+    copy_keys: Float[Array, "B M D"] | None
+    neighbors: Neighbors
+
+
+class Cache(NamedTuple):
+    """Decoding so far: keys and values [L, B, K, T, H, d] of the tokens, and which neighbors agree with them."""
+
+    past: tuple[Float[Array, "L B K T H d"], Float[Array, "L B K T H d"]]
+    agree: Bool[Array, "B K M"]
+
+
+class CopyHead(nnx.Module):
+    """Mixes in the next token of the neighbors whose tokens so far are the decoder's own.
+
+    The decoder's state attends over the neighbors' encoded images among those that agree; a learned gate mixes the two
+    distributions. Where no neighbor agrees the gate is closed.
+    """
+
+    def __init__(self, settings: ModelSettings, rngs: nnx.Rngs):
+        d, dtype = settings.width, jnp.dtype(settings.dtype)
+        self.query = sharding.linear(d, d, ("embed", None), rngs=rngs, dtype=dtype)
+        self.key = sharding.linear(d, d, ("embed", None), rngs=rngs, dtype=dtype)
+        self.gate = sharding.linear(d, 1, ("embed", None), rngs=rngs, dtype=dtype)
+
+    def __call__(
+        self,
+        logits: Float[Array, "B Q V"],
+        states: Float[Array, "B Q D"],
+        keys: Float[Array, "B M D"],
+        tokens: Int[Array, "B Q M"],
+        agree: Bool[Array, "B Q M"],
+    ) -> Float[Array, "B Q V"]:
+        """Returns log-probabilities; Q is positions (training) or candidates (decoding). tokens: what each neighbor
+        has at the position in question."""
+        scores = jnp.einsum("bqd,bmd->bqm", self.query(states), keys).astype(jnp.float32) / np.sqrt(keys.shape[-1])
+        weights = jax.nn.softmax(jnp.where(agree, scores, _NEVER)) * agree
+        copied = jnp.einsum("bqm,bqmv->bqv", weights, jax.nn.one_hot(tokens, logits.shape[-1]))
+        gate = jnp.where(agree.any(-1, keepdims=True), self.gate(states).astype(jnp.float32), _NEVER)
+        log_copied = jnp.where(copied > 0, jnp.log(jnp.where(copied > 0, copied, 1.0)), _NEVER)
+        written = jax.nn.log_sigmoid(-gate) + jax.nn.log_softmax(logits)
+        # A product of two minus infinities is past the vocabulary: leave it so, without a NaN in the gradient.
+        mixed = jnp.logaddexp(jnp.maximum(written, _NEVER), jax.nn.log_sigmoid(gate) + log_copied)
+        return jnp.where(jnp.isfinite(logits), mixed, -jnp.inf)
+
+
+class GeoTokenModel(nnx.Module):
+    """p(tokens | photo, neighbors), teacher-forced (`__call__`) or step by step on a cache (`start`, `step`)."""
+
+    def __init__(self, settings: ModelSettings, rngs: nnx.Rngs):
+        s = self.settings = settings
+        sizes = np.array(s.cells.vocab_sizes)
+        normal = nnx.initializers.normal(0.02)
+        # Position t's slice of the token table starts after those of the positions before it.
+        self.offsets = tuple(int(o) for o in np.cumsum(sizes) - sizes)
+        self.memory_builder = MemoryBuilder(
+            s.backbone_width, s.width, s.neighbors, s.memory, s.positions, s.neighbor_tokens, s.dtype, rngs
+        )
+        self.start_embedding = sharding.parameter(rngs.params(), normal, (s.width,), ("embed",))
+        self.token_table = sharding.parameter(rngs.params(), normal, (int(sizes.sum()), s.width), ("vocab", "embed"))
+        if not s.tie_tokens and s.neighbor_tokens:
+            self.neighbor_table = sharding.parameter(rngs.params(), normal, (int(sizes.sum()), s.width), ("vocab", "embed"))
+        if s.positions == "factored":
+            self.levels = sharding.parameter(rngs.params(), normal, (len(sizes), s.width), (None, "embed"))
+        self.encoder = layers.stack(lambda r: layers.EncoderLayer(s, r), s.encoder_layers, rngs)
+        self.decoder = layers.stack(lambda r: layers.DecoderLayer(s, r), s.decoder_layers, rngs)
+        if s.norm == "pre":
+            self.encoder_norm = nnx.LayerNorm(s.width, epsilon=1e-5, rngs=rngs)
+            self.decoder_norm = nnx.LayerNorm(s.width, epsilon=1e-5, rngs=rngs)
+        head = nnx.initializers.lecun_normal(batch_axis=0)
+        self.head = sharding.parameter(rngs.params(), head, (len(sizes), s.width, int(sizes.max())), (None, "embed", "vocab"))
+        self.head_bias = sharding.parameter(rngs.params(), nnx.initializers.zeros, (len(sizes), int(sizes.max())), (None, "vocab"))
+        if s.copy_head:
+            self.copy = CopyHead(s, rngs)
+
+    def __call__(
+        self,
+        query: Float[Array, "B 3 C"],
+        neighbors: Neighbors,
+        tokens: Int[Array, "B T"],
+        key: jax.Array | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Returns log-probabilities of every position's token given the true tokens before it."""
+        encode_key, decode_key, embed_key = layers.split(key, 3)
+        memory = self.encode(query, neighbors, encode_key)
+        s = self.settings
+        start = jnp.broadcast_to(self.start_embedding[...], (len(tokens), 1, s.width))
+        x = jnp.concatenate([start, self._embed(self.token_table, tokens[:, :-1])], 1) + self._decoder_positions()
+        x = layers.dropout(x.astype(jnp.dtype(s.dtype)), s.dropout, embed_key)
+
+        def body(layer: Any, x: Array, xs: Any) -> tuple[Array, None]:
+            keys_values, key = xs
+            return layer(x, keys_values, memory.lengths, key), None
+
+        keys = None if decode_key is None else jax.random.split(decode_key, s.decoder_layers)
+        x, _ = layers.scan(self.decoder, body, x, (memory.keys_values, keys), s.remat)
+        agree = None
+        if s.copy_head:
+            same = tokens[:, :-1, None] == neighbors.tokens.swapaxes(1, 2)[:, :-1]
+            same = jnp.concatenate([self._real(neighbors)[:, None], same], 1)
+            agree = jnp.cumprod(same, 1).astype(bool)
+        return self._log_probabilities(x, self.head[...], self.head_bias[...], self._vocab_mask(), memory, agree,
+                                       neighbors.tokens.swapaxes(1, 2), "btd,tdv->btv")  # fmt: skip
+
+    def encode(
+        self, query: Float[Array, "B 3 C"], neighbors: Neighbors, key: jax.Array | None = None
+    ) -> Memory:
+        """Reads the photo and its neighbors once; the result serves every candidate."""
+        s = self.settings
+        x, lengths = self.sequence(query, neighbors, key)
+        copy_keys = None
+        if s.copy_head:
+            positions = self.memory_builder.first_positions(neighbors.tokens.shape[1], x.shape[1])
+            copy_keys = self.copy.key(x[:, positions])
+
+        def keys_values(layer: Any, carry: None, _: None) -> tuple[None, Any]:
+            return None, layer.memory_attention.keys_values(x)
+
+        _, pairs = layers.scan(self.decoder, keys_values, None, None)
+        return Memory(pairs, lengths, copy_keys, neighbors)
+
+    def sequence(
+        self, query: Float[Array, "B 3 C"], neighbors: Neighbors, key: jax.Array | None = None
+    ) -> tuple[Float[Array, "B S D"], Int[Array, " B"]]:
+        """Returns the encoder's output and how many of its positions are real."""
+        s = self.settings
+        embed_key, layers_key = layers.split(key, 2)
+        embedded = None
+        if s.neighbor_tokens:
+            table = self.token_table if s.tie_tokens else self.neighbor_table
+            embedded = self._embed(table, neighbors.tokens)
+            if s.positions == "factored":
+                embedded = embedded + self.levels[...]
+        x, lengths = self.memory_builder(query, neighbors, embedded)
+        x = layers.dropout(x, s.dropout, embed_key)
+
+        def body(layer: Any, x: Array, key: Any) -> tuple[Array, None]:
+            return layer(x, lengths, key), None
+
+        keys = None if layers_key is None else jax.random.split(layers_key, s.encoder_layers)
+        x, _ = layers.scan(self.encoder, body, x, keys, s.remat)
+        return (self.encoder_norm(x).astype(x.dtype) if s.norm == "pre" else x), lengths
+
+    def start(self, memory: Memory, candidates: int) -> Cache:
+        """Returns the empty cache of `candidates` decodings a photo."""
+        s = self.settings
+        b = len(memory.lengths)
+        shape = (s.decoder_layers, b, candidates, s.cells.length, s.heads, s.width // s.heads)
+        past = jnp.zeros(shape, jnp.dtype(s.dtype))
+        real = self._real(memory.neighbors)[:, None]
+        return Cache((past, past), jnp.broadcast_to(real, (b, candidates, real.shape[-1])))
+
+    def step(
+        self, cache: Cache, memory: Memory, t: Int[Array, ""], previous: Int[Array, "B K"]
+    ) -> tuple[Float[Array, "B K V"], Cache]:
+        """Returns log-probabilities of token t, and the cache after it. previous: token t - 1; anything at t = 0."""
+        s = self.settings
+        before = jnp.maximum(t - 1, 0)
+        embedded = self.token_table[...][jnp.asarray(self.offsets)[before] + previous]
+        x = jnp.where(t == 0, self.start_embedding[...], embedded) + self._decoder_positions()[t]
+        x = x.astype(jnp.dtype(s.dtype))
+
+        def body(layer: Any, x: Array, xs: Any) -> tuple[Array, Any]:
+            past, keys_values = xs
+            return layer.step(x, past, t, keys_values, memory.lengths)
+
+        x, past = layers.scan(self.decoder, body, x, (cache.past, memory.keys_values))
+        agree, tokens = cache.agree, None
+        if s.copy_head:
+            agree = agree & ((t == 0) | (memory.neighbors.tokens[:, None, :, before] == previous[..., None]))
+            tokens = jnp.broadcast_to(memory.neighbors.tokens[:, None, :, t], agree.shape)
+        logits = self._log_probabilities(x, self.head[...][t], self.head_bias[...][t], self._vocab_mask()[t], memory, agree,
+                                         tokens, "bkd,dv->bkv")  # fmt: skip
+        return logits, Cache(past, agree)
+
+    def _log_probabilities(
+        self, x: Array, head: Array, bias: Array, mask: Array, memory: Memory, agree: Any, tokens: Any, product: str
+    ) -> Array:
+        if self.settings.norm == "pre":
+            x = self.decoder_norm(x).astype(x.dtype)
+        logits = jnp.einsum(product, x, head.astype(x.dtype)).astype(jnp.float32) + bias
+        logits = jnp.where(mask, logits, -jnp.inf)
+        if not self.settings.copy_head:
+            return jax.nn.log_softmax(logits)
+        return self.copy(logits, x, memory.copy_keys, tokens, agree)
+
+    def _embed(self, table: nnx.Param, tokens: Int[Array, "... T"]) -> Float[Array, "... T D"]:
+        return table[...][tokens + np.array(self.offsets[: tokens.shape[-1]])]
+
+    def _decoder_positions(self) -> Float[Array, "T D"]:
+        if self.settings.positions == "factored":
+            return self.levels[...]
+        return jnp.asarray(sinusoidal(self.settings.cells.length, self.settings.width))
+
+    def _vocab_mask(self) -> Bool[Array, "T V"]:
+        sizes = np.array(self.settings.cells.vocab_sizes)
+        return jnp.asarray(np.arange(sizes.max()) < sizes[:, None])
+
+    def _real(self, neighbors: Neighbors) -> Bool[Array, "B M"]:
+        return jnp.arange(neighbors.tokens.shape[1]) < neighbors.count[:, None]

@@ -1,0 +1,227 @@
+"""Transformer layers of the encoder and the decoder: post-norm ReLU as published, or pre-norm GELU.
+
+Parameters are float32; products run in the settings' dtype, softmax and norms in float32. A key of None means no
+dropout. Layers of one kind are stacked (a leading axis of every parameter) and scanned.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from geotoken_jax import sharding
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSettings:
+    """Shape of one transformer layer. norm: "pre" or "post". activation: "gelu" or "relu". dtype: of the products.
+
+    remat: what the backward pass keeps of a layer: "none" (everything), "dots" (products), "full" (the layer's input).
+    """
+
+    width: int
+    heads: int
+    feed_forward: int
+    dropout: float
+    norm: str
+    activation: str
+    dtype: str
+    remat: str
+
+    def __post_init__(self):
+        if self.width % self.heads:
+            raise ValueError(f"config.model.width = {self.width} does not divide into config.model.heads = {self.heads}")
+        for name, choices in (("norm", ("pre", "post")), ("activation", ACTIVATIONS), ("remat", REMAT)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"config.model.{name} is {getattr(self, name)!r}: choose one of {', '.join(choices)}")
+
+
+ACTIVATIONS: dict[str, Callable] = {"relu": jax.nn.relu, "gelu": jax.nn.gelu}
+REMAT: dict[str, Any] = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def dropout(x: Array, rate: float, key: jax.Array | None) -> Array:
+    """Zeroes each number with chance `rate` and scales the rest; the identity without a key."""
+    if key is None or rate == 0.0:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1.0 - rate, x.shape), x / (1.0 - rate), 0).astype(x.dtype)
+
+
+def split(key: jax.Array | None, n: int) -> Any:
+    """Splits a key in n; None stays None n times over."""
+    return [None] * n if key is None else list(jax.random.split(key, n))
+
+
+def attention(
+    q: Float[Array, "B T H d"],
+    k: Float[Array, "B S H d"],
+    v: Float[Array, "B S H d"],
+    *,
+    causal: bool = False,
+    lengths: Int[Array, " B"] | None = None,
+) -> Float[Array, "B T H d"]:
+    """Softmax attention; position t sees all of S, or only s <= t where causal, and only s < lengths.
+
+    Masks are given as lengths, not as a tensor: fused kernels take these and refuse, or break on, the other.
+    """
+    return jax.nn.dot_product_attention(q, k, v, is_causal=causal, key_value_seq_lengths=lengths)
+
+
+class Attention(nnx.Module):
+    """Multi-head attention: projections of queries, keys, values and output."""
+
+    def __init__(self, settings: LayerSettings, rngs: nnx.Rngs):
+        d, dtype = settings.width, jnp.dtype(settings.dtype)
+        self.heads = settings.heads
+        self.q, self.k, self.v = (sharding.linear(d, d, ("embed", "heads"), rngs=rngs, dtype=dtype) for _ in range(3))
+        self.out = sharding.linear(d, d, ("heads", "embed"), rngs=rngs, dtype=dtype)
+
+    def _heads(self, x: Array) -> Array:
+        return x.reshape(*x.shape[:-1], self.heads, -1)
+
+    def queries(self, x: Float[Array, "B T D"]) -> Float[Array, "B T H d"]:
+        return self._heads(self.q(x))
+
+    def keys_values(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S H d"], Float[Array, "B S H d"]]:
+        return self._heads(self.k(x)), self._heads(self.v(x))
+
+    def output(self, x: Float[Array, "B T H d"]) -> Float[Array, "B T D"]:
+        return self.out(x.reshape(*x.shape[:-2], -1))
+
+
+class FeedForward(nnx.Module):
+    """Two linear layers with the activation between them."""
+
+    def __init__(self, settings: LayerSettings, rngs: nnx.Rngs):
+        d, f, dtype = settings.width, settings.feed_forward, jnp.dtype(settings.dtype)
+        self.up = sharding.linear(d, f, ("embed", "mlp"), rngs=rngs, dtype=dtype)
+        self.down = sharding.linear(f, d, ("mlp", "embed"), rngs=rngs, dtype=dtype)
+        self.settings = settings
+
+    def __call__(self, x: Float[Array, "... D"], key: jax.Array | None) -> Float[Array, "... D"]:
+        return self.down(dropout(ACTIVATIONS[self.settings.activation](self.up(x)), self.settings.dropout, key))
+
+
+class _Layer(nnx.Module):
+    """What both kinds of layer share: norms, and where they stand around a sublayer."""
+
+    def __init__(self, settings: LayerSettings, norms: int, rngs: nnx.Rngs):
+        self.settings = settings
+        self.norms = nnx.List([nnx.LayerNorm(settings.width, epsilon=1e-5, rngs=rngs) for _ in range(norms)])
+
+    def _residual(self, norm: nnx.LayerNorm, x: Array, sublayer: Callable[[Array], Array], key: jax.Array | None) -> Array:
+        dtype = jnp.dtype(self.settings.dtype)
+        if self.settings.norm == "pre":
+            return x + dropout(sublayer(norm(x).astype(dtype)), self.settings.dropout, key)
+        return norm(x + dropout(sublayer(x), self.settings.dropout, key)).astype(dtype)
+
+
+class EncoderLayer(_Layer):
+    """Self-attention over the memory sequence, then feed-forward."""
+
+    def __init__(self, settings: LayerSettings, rngs: nnx.Rngs):
+        super().__init__(settings, 2, rngs)
+        self.attention = Attention(settings, rngs)
+        self.feed_forward = FeedForward(settings, rngs)
+
+    def __call__(
+        self, x: Float[Array, "B S D"], lengths: Int[Array, " B"] | None, key: jax.Array | None
+    ) -> Float[Array, "B S D"]:
+        keys = split(key, 3)
+
+        def attend(y: Array) -> Array:
+            k, v = self.attention.keys_values(y)
+            return self.attention.output(attention(self.attention.queries(y), k, v, lengths=lengths))
+
+        x = self._residual(self.norms[0], x, attend, keys[0])
+        return self._residual(self.norms[1], x, lambda y: self.feed_forward(y, keys[1]), keys[2])
+
+
+class DecoderLayer(_Layer):
+    """Causal self-attention over the tokens so far, attention over the memory, then feed-forward."""
+
+    def __init__(self, settings: LayerSettings, rngs: nnx.Rngs):
+        super().__init__(settings, 3, rngs)
+        self.attention = Attention(settings, rngs)
+        self.memory_attention = Attention(settings, rngs)
+        self.feed_forward = FeedForward(settings, rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        memory: tuple[Float[Array, "B S H d"], Float[Array, "B S H d"]],
+        lengths: Int[Array, " B"] | None,
+        key: jax.Array | None,
+    ) -> Float[Array, "B T D"]:
+        """All T tokens at once (training). memory: keys and values of the encoder's output."""
+
+        def attend(y: Array) -> Array:
+            k, v = self.attention.keys_values(y)
+            return self.attention.output(attention(self.attention.queries(y), k, v, causal=True))
+
+        return self._around(x, attend, memory, lengths, key)
+
+    def step(
+        self,
+        x: Float[Array, "B K D"],
+        past: tuple[Float[Array, "B K T H d"], Float[Array, "B K T H d"]],
+        t: Int[Array, ""],
+        memory: tuple[Float[Array, "B S H d"], Float[Array, "B S H d"]],
+        lengths: Int[Array, " B"] | None,
+    ) -> tuple[Float[Array, "B K D"], tuple[Float[Array, "B K T H d"], Float[Array, "B K T H d"]]]:
+        """Token t of K candidates that share one memory; `past` holds keys and values of tokens before t."""
+
+        def attend(y: Array) -> Array:
+            nonlocal past
+            new = self.attention.keys_values(y)
+            past = tuple(jax.lax.dynamic_update_index_in_dim(p, n, t, 2) for p, n in zip(past, new, strict=True))
+            b, k, _, h, d = past[0].shape
+            q = self.attention.queries(y).reshape(b * k, 1, h, d)
+            keys, values = (p.reshape(b * k, -1, h, d) for p in past)
+            seen = jnp.full((b * k,), t + 1, jnp.int32)
+            return self.attention.output(attention(q, keys, values, lengths=seen).reshape(b, k, h, d))
+
+        return self._around(x, attend, memory, lengths, None), past
+
+    def _around(self, x: Array, attend: Callable, memory: Any, lengths: Any, key: jax.Array | None) -> Array:
+        keys = split(key, 4)
+
+        def recall(y: Array) -> Array:
+            queries = self.memory_attention.queries(y)
+            return self.memory_attention.output(attention(queries, *memory, lengths=lengths))
+
+        x = self._residual(self.norms[0], x, attend, keys[0])
+        x = self._residual(self.norms[1], x, recall, keys[1])
+        return self._residual(self.norms[2], x, lambda y: self.feed_forward(y, keys[2]), keys[3])
+
+
+def stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -> nnx.Module:
+    """Returns `layers` modules as one, every parameter with a leading axis for the layer."""
+
+    @nnx.split_rngs(splits=layers)
+    @nnx.vmap(in_axes=(0,), out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
+    def create(rngs: nnx.Rngs) -> nnx.Module:
+        return make(rngs)
+
+    return create(rngs)
+
+
+def scan(stacked: nnx.Module, body: Callable, carry: Any, xs: Any, remat: str = "none") -> tuple[Any, Any]:
+    """Runs `body(layer, carry, x) -> (carry, y)` through a stack; xs and ys have a leading axis for the layer."""
+    graph, state = nnx.split(stacked)
+
+    def step(carry: Any, layer_and_x: Any) -> tuple[Any, Any]:
+        state, x = layer_and_x
+        return body(nnx.merge(graph, state), carry, x)
+
+    if remat != "none":
+        step = jax.checkpoint(step, policy=REMAT[remat], prevent_cse=False)
+    return jax.lax.scan(step, carry, (state, xs))

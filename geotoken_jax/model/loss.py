@@ -1,0 +1,20 @@
+"""The weighted cross-entropy of the decoder (paper, equation of section 3.4)."""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+
+def level_weights(length: int, first: float, last: float) -> Float[np.ndarray, " T"]:
+    """Returns the weight of each position, linear from the face's to the last level's (2.0 to 1.0 in the paper)."""
+    return np.linspace(first, last, length, dtype=np.float32)
+
+
+def cross_entropy(log_probabilities: Float[Array, "B T V"], tokens: Int[Array, "B T"]) -> Float[Array, "B T"]:
+    """Returns minus the log-probability of each true token, in nats."""
+    return -jnp.take_along_axis(log_probabilities, tokens[..., None], -1)[..., 0]
+
+
+def weighted(losses: Float[Array, "B T"], weights: Float[np.ndarray, " T"]) -> Float[Array, " B"]:
+    """Returns each photo's sum of w_t CE_t over the sum of w_t."""
+    return losses @ jnp.asarray(weights / weights.sum())

@@ -1,0 +1,116 @@
+"""The memory sequence that the encoder reads: the only place that builds it.
+
+Full form (paper, section 3.3): [CLS, image, location, text] of the photo, then for each neighbor [image, location,
+text, its S2 tokens]: 4 + M (3 + T) positions. Compact form: each neighbor is one position, the sum of all of these:
+4 + M positions, 13 times shorter at group 2. Neighbors come best first and the missing ones last, so a length says
+which positions are real.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from geotoken_jax import sharding
+
+#: Kinds of position that "factored" positions tell apart.
+KINDS = ("cls", "image", "location", "text", "token")
+
+
+class Neighbors(NamedTuple):
+    """Retrieved gallery photos, best first: embeddings [B, M, 3, C] in the order image, location, text; tokens
+    [B, M, T]; count [B]: how many of the M are real (the rest is padding)."""
+
+    embeddings: Float[Array, "B M 3 C"]
+    tokens: Int[Array, "B M T"]
+    count: Int[Array, " B"]
+
+
+class Projections(nnx.Module):
+    """Three two-layer MLPs (image, location, text), shared by photo and neighbors, then L2 normalization."""
+
+    def __init__(self, backbone_width: int, width: int, dtype: str, rngs: nnx.Rngs):
+        init = nnx.initializers.lecun_normal(batch_axis=0)
+        self.up = sharding.parameter(rngs.params(), init, (3, backbone_width, width), (None, "embed", "mlp"))
+        self.up_bias = sharding.parameter(rngs.params(), nnx.initializers.zeros, (3, width), (None, "mlp"))
+        self.down = sharding.parameter(rngs.params(), init, (3, width, width), (None, "mlp", "embed"))
+        self.down_bias = sharding.parameter(rngs.params(), nnx.initializers.zeros, (3, width), (None, "embed"))
+        self.dtype = jnp.dtype(dtype)
+
+    def __call__(self, x: Float[Array, "... 3 C"]) -> Float[Array, "... 3 D"]:
+        x = jnp.einsum("...ec,ecd->...ed", x.astype(self.dtype), self.up[...].astype(self.dtype))
+        x = jax.nn.relu(x + self.up_bias[...].astype(self.dtype))
+        x = jnp.einsum("...ec,ecd->...ed", x, self.down[...].astype(self.dtype))
+        x = (x + self.down_bias[...].astype(self.dtype)).astype(jnp.float32)
+        norm = jnp.sqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-24))
+        return (x / norm).astype(self.dtype)
+
+
+class MemoryBuilder(nnx.Module):
+    """Embeds a photo and its neighbors as the encoder's input.
+
+    form: "full" or "compact". positions: "sinusoidal" (flat, as published) or "factored" (learned vectors for the
+    neighbor's rank and for the kind of position; levels are told apart by the token table's own slices).
+    neighbor_tokens: False leaves the neighbors' tokens out (the ablation).
+    """
+
+    def __init__(
+        self, backbone_width: int, width: int, neighbors: int, form: str, positions: str, neighbor_tokens: bool,
+        dtype: str, rngs: nnx.Rngs,
+    ):  # fmt: skip
+        normal = nnx.initializers.normal(0.02)
+        self.projections = Projections(backbone_width, width, dtype, rngs)
+        self.cls = sharding.parameter(rngs.params(), normal, (width,), ("embed",))
+        self.factored = positions == "factored"
+        if self.factored:
+            self.kinds = sharding.parameter(rngs.params(), normal, (len(KINDS), width), (None, "embed"))
+            self.ranks = sharding.parameter(rngs.params(), normal, (neighbors + 1, width), (None, "embed"))
+        self.form, self.neighbor_tokens = form, neighbor_tokens
+        self.dtype = jnp.dtype(dtype)
+
+    def __call__(
+        self,
+        query: Float[Array, "B 3 C"],
+        neighbors: Neighbors,
+        token_embeddings: Float[Array, "B M T D"] | None,
+    ) -> tuple[Float[Array, "B S D"], Int[Array, " B"]]:
+        """Returns the sequence and how many of its positions are real. token_embeddings: of neighbors.tokens."""
+        b, m = neighbors.tokens.shape[:2]
+        photo = self.projections(query)
+        found = self.projections(neighbors.embeddings)
+        cls = jnp.broadcast_to(self.cls[...].astype(self.dtype), (b, 1, photo.shape[-1]))
+        head = jnp.concatenate([cls, photo], 1)
+        if self.factored:
+            kinds, ranks = self.kinds[...].astype(self.dtype), self.ranks[...].astype(self.dtype)
+            head = head + kinds[:4] + ranks[0]
+            found = found + kinds[1:4] + ranks[1 : m + 1, None]
+        parts = [found]
+        if self.neighbor_tokens and token_embeddings is not None:
+            tokens = token_embeddings.astype(self.dtype)
+            if self.factored:
+                tokens = tokens + kinds[4] + ranks[1 : m + 1, None]
+            parts.append(tokens)
+        body = jnp.concatenate(parts, 2)
+        if self.form == "compact":
+            body = body.sum(2, keepdims=True)
+        per_neighbor = body.shape[2]
+        x = jnp.concatenate([head, body.reshape(b, m * per_neighbor, -1)], 1)
+        if not self.factored:
+            x = x + sinusoidal(x.shape[1], x.shape[2]).astype(self.dtype)
+        return x, 4 + neighbors.count * per_neighbor
+
+    def first_positions(self, m: int, length: int) -> np.ndarray:
+        """Returns the index [M] of each neighbor's first position (its image) in a sequence of this length."""
+        return 4 + np.arange(m) * ((length - 4) // max(m, 1))
+
+
+def sinusoidal(length: int, width: int) -> Float[np.ndarray, "length width"]:
+    """Returns sine and cosine positions, interleaved, wavelengths from 2 pi to 10000 x 2 pi."""
+    rates = np.exp(-np.log(10000.0) * np.arange(0, width, 2) / width)
+    angles = np.arange(length)[:, None] * rates
+    out = np.zeros((length, width), np.float32)
+    out[:, 0::2], out[:, 1::2] = np.sin(angles), np.cos(angles)[:, : width // 2]
+    return out

@@ -1,0 +1,55 @@
+"""Candidates by greedy decoding and by sampling, on a cache that shares one memory among a photo's candidates."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from geotoken_jax.model.geotoken import GeoTokenModel, Memory
+
+
+class Candidates(NamedTuple):
+    """Decoded token sequences [B, K, T] with their log-probability, in nats, under the model itself and under its
+    distribution tempered as they were sampled."""
+
+    tokens: Int[Array, "B K T"]
+    log_probability: Float[Array, "B K"]
+    tempered_log_probability: Float[Array, "B K"]
+
+
+def greedy(model: GeoTokenModel, memory: Memory) -> Candidates:
+    """Returns one candidate a photo: the most probable token at each position in turn."""
+    noise_free = jnp.zeros((len(memory.lengths), 2), jnp.uint32)
+    return sample(model, memory, jax.random.wrap_key_data(noise_free), 0, 1.0)
+
+
+def sample(
+    model: GeoTokenModel, memory: Memory, keys: Key[Array, " B"], samples: int, temperature: float
+) -> Candidates:
+    """Returns 1 + samples candidates a photo: the greedy one first, then independent samples.
+
+    keys: one a photo, so that a photo's candidates do not depend on the batch it is in. temperature: > 0.
+    """
+    length = model.settings.cells.length
+    vocabulary = max(model.settings.cells.vocab_sizes)
+    batch = len(memory.lengths)
+
+    def choose(log_p: Array, t: Array) -> Array:
+        def noise(key: Array) -> Array:
+            drawn = jax.random.gumbel(jax.random.fold_in(key, t), (samples, vocabulary))
+            return jnp.concatenate([jnp.zeros((1, vocabulary)), drawn])  # candidate 0 is greedy
+
+        return jnp.argmax(log_p / temperature + jax.vmap(noise)(keys), -1).astype(jnp.int32)
+
+    def step(carry: tuple, t: Array) -> tuple[tuple, tuple]:
+        cache, previous = carry
+        log_p, cache = model.step(cache, memory, t, previous)
+        token = choose(log_p, t)
+        tempered = jax.nn.log_softmax(log_p / temperature)
+        taken = [jnp.take_along_axis(p, token[..., None], -1)[..., 0] for p in (log_p, tempered)]
+        return (cache, token), (token, *taken)
+
+    start = (model.start(memory, 1 + samples), jnp.zeros((batch, 1 + samples), jnp.int32))
+    _, (tokens, log_p, tempered) = jax.lax.scan(step, start, jnp.arange(length))
+    return Candidates(jnp.moveaxis(tokens, 0, -1), log_p.sum(0), tempered.sum(0))

@@ -1,0 +1,111 @@
+"""The stage `predict`: candidates and choice of every photo of every split, as JSON lines.
+
+What imports jax is imported after a stage is known to have work to do: jax alone takes longer than a finished stage may.
+"""
+
+import json
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from etils import epath
+
+from geotoken_jax import records, settings, workdir
+from geotoken_jax.gallery.table import Table
+from geotoken_jax.progress import Progress
+from geotoken_jax.workdir import Manifest
+
+if TYPE_CHECKING:
+    from geotoken_jax.data.join import Tokens
+    from geotoken_jax.predict.decode import Decoder
+
+#: Name of the baseline that answers with the first neighbor.
+TOP1 = "top1_neighbor"
+
+
+def run(config: Any, path: epath.PathLike, variant: str) -> Manifest:
+    """Makes predictions/VARIANT/SPLIT.jsonl for every split that has a table under queries/."""
+    path = epath.Path(path)
+    config = settings.variant(config, variant)
+    stage = workdir.begin(path, f"predictions/{variant}", {"predict": config.predict}, ["tokens", f"geotoken/{variant}"])
+    if stage.manifest:
+        return stage.manifest
+    from geotoken_jax import checkpoint
+    from geotoken_jax.data.join import Tokens
+    from geotoken_jax.model.geotoken import GeoTokenModel, ModelSettings
+    from geotoken_jax.predict.decode import Decoder, PredictSettings
+
+    options = settings.read(PredictSettings, config.predict, "predict")
+    model_settings = settings.read(ModelSettings, config.model, "model")
+    model = checkpoint.read_module(
+        path / "geotoken" / variant / "parameters.safetensors", lambda rngs: GeoTokenModel(model_settings, rngs)
+    )
+    decoder = Decoder(model, options)
+    layout = records.token_layout(workdir.read_manifest(path, "tokens").facts["neighbors"])
+    gallery = Table(path / "gallery")
+    counts = workdir.read_manifest(path, "queries").counts
+    with Progress(f"predict {variant}", sum(counts.values()), "photos") as progress:
+        for split, photos in counts.items():
+            file = stage.path / f"{split}.jsonl"
+            if not file.exists():
+                own = Table(path / "queries" / split)
+                read = Tokens(
+                    records.Records(path / "tokens", split, layout), own, gallery, decoder.cells, model_settings.neighbors
+                )
+                rows = records.open_array(path / "neighbors" / f"{split}.rows.npy")
+                _write(file, _predict(decoder, read, own, gallery, rows, progress))
+            else:
+                progress.add(photos)
+    return stage.finish(counts)
+
+
+def baseline(config: Any, path: epath.PathLike) -> Manifest:
+    """Makes predictions/top1_neighbor/SPLIT.jsonl: the first neighbor's coordinates, the other neighbors as candidates."""
+    path = epath.Path(path)
+    stage = workdir.begin(path, f"predictions/{TOP1}", {"neighbors": config.model.neighbors}, ["neighbors"])
+    if stage.manifest:
+        return stage.manifest
+    gallery = Table(path / "gallery")
+    counts = workdir.read_manifest(path, "queries").counts
+    for split in counts:
+        ids = Table(path / "queries" / split).ids()
+        rows = records.open_array(path / "neighbors" / f"{split}.rows.npy")[:, : config.model.neighbors]
+        found = zip(ids, rows, strict=True)  # without any neighbor there is no answer: evaluation counts it as missing
+        _write(stage.path / f"{split}.jsonl", (_nearest(i, row, gallery) for i, row in found if row[0] >= 0))
+    return stage.finish(counts)
+
+
+def _predict(
+    decoder: "Decoder", read: "Tokens", own: Table, gallery: Table, neighbor_rows: np.ndarray, progress: Progress
+) -> Iterable[dict[str, Any]]:
+    from geotoken_jax.data import pipeline
+    from geotoken_jax.predict.decode import answers
+
+    size = decoder.settings.batch_size
+    for number, batch in enumerate(pipeline.evaluation(len(own), read, size)):
+        rows = np.arange(number * size, number * size + int(batch["valid"].sum()))
+        real = {name: values[: len(rows)] for name, values in batch.items()}
+        found = answers(decoder(real, rows), decoder.cells, decoder.settings.choice)
+        for row, answer in zip(rows, found, strict=True):
+            near = neighbor_rows[row, : batch["neighbors"].shape[1]]
+            yield {"id": own.ids(row).item().decode(), **answer, "neighbors": _described(near, gallery)}
+        progress.add(len(rows))
+
+
+def _nearest(photo: bytes, rows: np.ndarray, gallery: Table) -> dict[str, Any]:
+    listed = _described(rows, gallery)
+    places = [{name: n[name] for name in ("latitude", "longitude")} for n in listed]
+    return {"id": photo.decode(), **places[0], "candidates": places, "neighbors": listed}
+
+
+def _described(rows: np.ndarray, gallery: Table) -> list[dict[str, Any]]:
+    rows = rows[rows >= 0]
+    coordinates = gallery.coordinates(rows)
+    return [
+        {"id": i.decode(), "latitude": float(latitude), "longitude": float(longitude)}
+        for i, (latitude, longitude) in zip(gallery.ids(rows), coordinates, strict=True)
+    ]
+
+
+def _write(file: epath.Path, lines: Iterable[dict[str, Any]]) -> None:
+    workdir.write_bytes(file, "".join(json.dumps(line) + "\n" for line in lines).encode())

@@ -1,0 +1,43 @@
+"""AdamW with the paper's schedule or warm-up and cosine."""
+
+import dataclasses
+
+import jax
+import optax
+
+from geotoken_jax.settings import SettingsError
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerSettings:
+    """learning_rate: the highest. schedule: "cosine" (to zero at the end) or "exponential" (times `decay` an epoch, as
+    published). warmup: share of all steps, 0-1. clip: largest global norm of the gradient, 0 for none."""
+
+    learning_rate: float
+    schedule: str
+    decay: float
+    warmup: float
+    weight_decay: float
+    b2: float
+    clip: float
+
+
+def make_schedule(settings: OptimizerSettings, steps: int, steps_per_epoch: int) -> optax.Schedule:
+    """Returns step -> learning rate over `steps` steps. Raises SettingsError for an unknown schedule."""
+    warm = round(settings.warmup * steps)
+    if settings.schedule == "cosine":
+        return optax.warmup_cosine_decay_schedule(0.0 if warm else settings.learning_rate, settings.learning_rate, warm, steps)
+    if settings.schedule == "exponential":
+        decay = optax.exponential_decay(settings.learning_rate, steps_per_epoch, settings.decay, staircase=True)
+        rise = optax.linear_schedule(0.0, settings.learning_rate, max(warm, 1))
+        return optax.join_schedules([rise, decay], [warm]) if warm else decay
+    raise SettingsError(f"config.optimizer.schedule is {settings.schedule!r}: choose cosine or exponential")
+
+
+def make_optimizer(settings: OptimizerSettings, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Returns AdamW, clipped where asked; weight decay spares vectors (biases, norms), as is usual."""
+    def matrices(params):
+        return jax.tree.map(lambda p: p.ndim > 1, params)
+
+    adamw = optax.adamw(schedule, b2=settings.b2, weight_decay=settings.weight_decay, mask=matrices)
+    return optax.chain(optax.clip_by_global_norm(settings.clip), adamw) if settings.clip else adamw

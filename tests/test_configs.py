@@ -1,0 +1,83 @@
+"""Every configuration is read by its modules without an error, in each of its variants; the paper's has its size."""
+
+import importlib
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from data_prep.embed import EmbedSettings
+from data_prep.neighbors import NeighborsSettings
+from data_prep.photos import PhotosSettings
+from geotoken_jax import settings
+from geotoken_jax.align.heads import AlignSettings
+from geotoken_jax.analysis.evaluate import EvaluateSettings
+from geotoken_jax.gallery.index import IndexSettings
+from geotoken_jax.model.geotoken import GeoTokenModel, ModelSettings
+from geotoken_jax.model.task import LossSettings
+from geotoken_jax.predict.decode import PredictSettings
+from geotoken_jax.sharding import MeshSettings
+from geotoken_jax.train.loop import TrainSettings
+from geotoken_jax.train.optimizer import make_schedule
+
+FOLDER = pathlib.Path(__file__).parents[1] / "configs"
+CONFIGS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
+READERS = {
+    "mesh": MeshSettings,
+    "photos": PhotosSettings,
+    "embed": EmbedSettings,
+    "align.model": AlignSettings,
+    "align.train": TrainSettings,
+    "index.neighbors": NeighborsSettings,
+    "index.search": IndexSettings,
+    "model": ModelSettings,
+    "loss": LossSettings,
+    "train": TrainSettings,
+    "predict": PredictSettings,
+    "evaluate": EvaluateSettings,
+}
+
+
+def load(name):
+    return importlib.import_module(f"configs.{name}").get_config()
+
+
+def section(config, place):
+    for part in place.split("."):
+        config = config[part]
+    return config
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_section_of_every_variant_is_read(name):
+    config = load(name)
+    assert config.name == name and len(config.variants) > 0
+    for variant in config.variants:
+        changed = settings.variant(config, variant)
+        found = {place: settings.read(kind, section(changed, place), place) for place, kind in READERS.items()}
+        model, train = found["model"], found["train"]
+        assert train.steps > 0 and found["align.train"].steps > 0
+        assert model.neighbors <= found["index.neighbors"].count
+        assert model.cells.level <= 20  # what features/ hold
+        for options in (train, found["align.train"]):
+            assert np.isfinite(float(make_schedule(options.optimizer, options.steps, 10)(options.steps)))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_nothing_in_a_configuration_is_unread(name):
+    config = load(name)
+    read = {place.split(".")[0] for place in READERS} | {"name", "variants"}
+    assert set(config) == read
+    for parent in ("align", "index"):
+        assert {f"{parent}.{key}" for key in config[parent]} == {p for p in READERS if p.startswith(f"{parent}.")}
+    assert config.evaluate.reference in config.variants
+    assert set(config.evaluate.labels) == {"top1_neighbor", *config.variants}
+
+
+def test_the_papers_model_has_its_size():
+    s = settings.read(ModelSettings, load("common").model, "model")
+    state = nnx.state(nnx.eval_shape(lambda: GeoTokenModel(s, nnx.Rngs(0))), nnx.Param)
+    parameters = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(state))
+    assert parameters == pytest.approx(54.8e6, rel=0.003)  # arXiv 2511.01082, section 4

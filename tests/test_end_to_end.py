@@ -1,0 +1,175 @@
+"""The whole path on a tiny EarthView: made once, made again, broken off and gone on with, and used."""
+
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from geotoken_jax import GeoToken, cli, records
+
+CONFIG = str(Path(__file__).with_name("tiny.py"))
+#: What a run leaves for others; event files and metrics also hold times.
+RESULTS = ("*/manifest.json", "*/*/manifest.json", "*/*.safetensors", "*/*/*.safetensors", "predictions/*/*.jsonl",
+           "photos/*array_record*", "features/*array_record*", "tokens/*array_record*", "gallery/*.npy",
+           "neighbors/*.npy", "report/metrics.json", "export/SHA256SUMS")  # fmt: skip
+
+
+def geotoken(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(list(arguments))
+    return int(ended.value.code or 0)
+
+
+def results(workdir: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(workdir)): p.read_bytes() for pattern in RESULTS for p in workdir.glob(pattern)}
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("unbroken")
+    assert geotoken("all", f"--config={CONFIG}", f"--workdir={path}") == 0
+    return path
+
+
+def test_every_folder_of_the_path_is_there(workdir: Path):
+    folders = "photos features align gallery queries neighbors tokens report export".split()
+    for folder in [*folders, "geotoken/geotoken", "geotoken/paper", "predictions/top1_neighbor", "predictions/geotoken"]:
+        assert (workdir / folder / "manifest.json").exists(), folder
+    lines = [json.loads(line) for line in (workdir / "predictions/geotoken/test.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in lines] == [records.Photos(workdir / "photos", "test")[i]["id"] for i in range(40)]
+    assert sum(c["count"] for c in lines[0]["candidates"]) == 6  # the greedy one and 5 samples
+
+
+def test_a_second_run_keeps_everything(workdir: Path, capsys: pytest.CaptureFixture[str]):
+    before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
+    assert geotoken("all", f"--config={CONFIG}", f"--workdir={workdir}") == 0
+    printed = capsys.readouterr().out
+    assert "made" not in printed.split("Percent")[0] and printed.count("kept") >= 14
+    assert before == {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
+
+
+def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bytes(workdir: Path, tmp_path: Path):
+    command = [sys.executable, "-m", "geotoken_jax.cli", "all", f"--config={CONFIG}", f"--workdir={tmp_path}"]
+    rng = random.Random(os.environ.get("PYTEST_XDIST_TESTRUNUID", "0"))
+    for attempt in range(40):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True) as run:
+            began = time.monotonic()
+            limit = rng.uniform(3.0, 9.0) if attempt < 6 else 300.0
+            while run.poll() is None and time.monotonic() - began < limit:
+                time.sleep(0.05)
+            if run.poll() is None:
+                os.killpg(run.pid, signal.SIGKILL)
+            output = run.communicate()[0].decode()
+        if run.returncode == 0:
+            break
+        assert run.returncode == -signal.SIGKILL, output
+    assert run.returncode == 0
+    unbroken, broken = results(workdir), results(tmp_path)
+    assert unbroken.keys() == broken.keys()
+    assert [name for name in unbroken if unbroken[name] != broken[name]] == []
+    assert list(tmp_path.rglob("*.partial")) == []
+
+
+def test_changed_settings_are_refused_by_name(workdir: Path, capsys: pytest.CaptureFixture[str]):
+    changed = ["--config.model.width=32"]
+    assert geotoken("train", f"--config={CONFIG}", f"--workdir={workdir}", *changed) == cli.REFUSED
+    error = capsys.readouterr().err
+    assert "config.model.width = 16, not 32" in error and error.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def photo(workdir: Path) -> bytes:
+    return records.Photos(workdir / "photos", "test")[0]["image"]
+
+
+def test_the_exported_model_answers_as_the_work_directory_did(workdir: Path):
+    model = GeoToken.load(workdir / "export")
+    photos = records.Photos(workdir / "photos", "test")
+    lines = [json.loads(line) for line in (workdir / "predictions/geotoken/test.jsonl").read_text().splitlines()]
+    answers = model.predict([photos[i]["image"] for i in range(5)])
+    for answer, line in zip(answers, lines, strict=False):
+        assert (answer.latitude, answer.longitude) == (line["latitude"], line["longitude"])
+        assert [n.id for n in answer.neighbors] == [n["id"] for n in line["neighbors"]]
+
+
+def test_one_photo_in_any_form_gives_one_answer(workdir: Path, photo: bytes, tmp_path: Path):
+    model = GeoToken.load(workdir / "export")
+    image = Image.open(io.BytesIO(photo))
+    (tmp_path / "a.jpg").write_bytes(photo)
+    forms = [str(tmp_path / "a.jpg"), tmp_path / "a.jpg", photo, image, np.asarray(image.convert("RGB"))]
+    answers = [model.predict(form) for form in forms]
+    assert all(answer == answers[0] for answer in answers)
+    assert model.predict([forms[0], forms[1]]) == answers[:2]
+    first = answers[0]
+    probabilities = [c.probability for c in first.candidates]
+    assert probabilities == sorted(probabilities, reverse=True) and 0 < sum(probabilities) <= 1.0001
+    assert first.radius_km >= 0 and abs(first.latitude) <= 90
+
+
+def test_a_bad_photo_costs_one_line_and_the_others_are_answered(
+    workdir: Path, photo: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    image = Image.open(io.BytesIO(photo))
+    for ending in ("jpg", "png", "webp"):
+        image.save(folder / f"good.{ending}")
+    (tmp_path / "cut.jpg").write_bytes(photo[: len(photo) // 2])
+    (tmp_path / "text.jpg").write_text("this is not a photo")
+    Image.new("1", (40_000, 8_000)).save(tmp_path / "bomb.png")
+    bad = [tmp_path / name for name in ("cut.jpg", "text.jpg", "bomb.png", "missing.jpg")]
+    status = geotoken("predict", f"--model={workdir / 'export'}", *map(str, bad), str(folder))
+    out, err = capsys.readouterr()
+    assert status == cli.REFUSED
+    assert sorted(line.split("  ")[0] for line in out.splitlines()) == sorted(str(p) for p in folder.iterdir())
+    errors = [line for line in err.splitlines() if line.startswith("geotoken predict:")]
+    assert len(errors) == len(bad) and all(str(p) in line for p, line in zip(bad, errors, strict=True))
+
+
+def test_json_lines_of_photos(workdir: Path, photo: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "a.jpg").write_bytes(photo)
+    assert geotoken("predict", f"--model={workdir / 'export'}", "--json", str(tmp_path / "a.jpg")) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["id"] == str(tmp_path / "a.jpg") and {"latitude", "longitude", "radius_km", "candidates"} <= answer.keys()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "--workdir=x"], "--config=FILE"),
+        (["train", f"--config={CONFIG}"], "--workdir=DIR"),
+        (["train", "--config=nowhere.py", "--workdir=x"], "nowhere.py is not there"),
+        (["embed", f"--config={CONFIG}", "--workdir={empty}"], "run `geotoken prepare`"),
+        (["train", f"--config={CONFIG}", "--workdir=x", "--config.model.widht=3"], "config.model.widht"),
+        (["train", f"--config={CONFIG}", "--workdir=x", "--variant=other"], "choose one of geotoken"),
+        (["predict", "photo.jpg"], "--model=DIR"),
+        (["predict", "--model={empty}", "photo.jpg"], "config.json"),
+        (["evaluate", "--predictions=a.csv"], "--truth=FILE"),
+        (["evaluate", "--predictions=a.csv", "--truth=b.csv"], "b.csv"),
+        (["train", "--oops"], "--oops"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line(
+    arguments: list[str], said: str, workdir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    filled = [a.format(empty=tmp_path, made=workdir) for a in arguments]
+    assert geotoken(*filled) == cli.REFUSED
+    error = capsys.readouterr().err
+    assert said in error and len(error.strip().splitlines()) == 1, error
+
+
+def test_anybodys_csv_is_scored(workdir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "truth.csv").write_text("id,latitude,longitude\na,0,0\nb,10,10\n")
+    (tmp_path / "mine.csv").write_text("IMG_ID,LAT,LON\na,0,0.001\nb,10,20\n")
+    assert geotoken("evaluate", f"--predictions={tmp_path / 'mine.csv'}", f"--truth={tmp_path / 'truth.csv'}") == 0
+    assert "50.0" in capsys.readouterr().out

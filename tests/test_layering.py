@@ -1,0 +1,80 @@
+"""Who may import whom: the ranks of the house, read from the source of every module."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+RANKS = {
+    **dict.fromkeys(["__version__", "settings", "workdir", "records", "progress", "sharding", "checkpoint", "geo"], 0),
+    **dict.fromkeys(["backbone", "gallery"], 1),
+    **dict.fromkeys(["data", "align", "model"], 2),
+    **dict.fromkeys(["train", "predict"], 3),
+    **dict.fromkeys(["analysis", "interop", "export", "plan"], 4),
+    "serve": 5,
+    "cli": 6,
+    "__init__": 7,  # the public face
+}
+
+
+def modules(folder: str) -> dict[str, ast.AST]:
+    """Returns path from the repository's root -> syntax tree, of every module under a folder."""
+    return {str(path.relative_to(ROOT)): ast.parse(path.read_text()) for path in sorted((ROOT / folder).rglob("*.py"))}
+
+
+LIBRARY, PREPARATION, CONFIGS = modules("geotoken_jax"), modules("data_prep"), modules("configs")
+
+
+def imports(tree: ast.AST, in_functions: bool = True) -> list[str]:
+    """Returns the dotted names that a module imports; `from a import b` counts as a.b."""
+    functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    hidden = set() if in_functions else {node for function in functions for node in ast.walk(function)}
+    names = []
+    for node in set(ast.walk(tree)) - hidden:
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names += ["." * node.level + f"{node.module or ''}.{alias.name}" for alias in node.names]
+    return names
+
+
+def allowed(unit: str, other: str) -> bool:
+    """Says whether a part of geotoken_jax may import another."""
+    if unit == "train" and other in ("data", "align", "model"):  # the loop is handed its task
+        return False
+    return unit == other or RANKS.get(other, 99) < RANKS[unit] or RANKS.get(other) == RANKS[unit] == 0
+
+
+@pytest.mark.parametrize("module", LIBRARY)
+def test_a_module_of_the_library_imports_from_lower_ranks_only(module):
+    unit = pathlib.Path(module).parts[1].removesuffix(".py")
+    assert unit in RANKS, f"geotoken_jax.{unit} has no rank: give it one here and in the design"
+    for name in imports(LIBRARY[module]):
+        package, _, rest = name.partition(".")
+        assert package, f"{name}: write the whole name"
+        assert package not in ("data_prep", "configs", "benchmarks", "tests"), f"the library imports {name}"
+        assert package != "geotoken_jax" or allowed(unit, rest.split(".")[0]), f"{unit} imports {name}"
+    strings = [node.value for node in ast.walk(LIBRARY[module]) if isinstance(node, ast.Constant)]
+    named = [text for text in strings if isinstance(text, str) and text.split(".")[0] in ("data_prep", "configs")]
+    assert unit == "cli" or not named, f"only cli reaches {named[0]} by name"
+
+
+@pytest.mark.parametrize("module", CONFIGS)
+def test_a_configuration_is_inert(module):
+    assert {name.split(".")[0] for name in imports(CONFIGS[module])} <= {"ml_collections", "configs"}
+
+
+@pytest.mark.parametrize("module", [*LIBRARY, *PREPARATION])
+def test_tensorflow_and_torch_wait_until_they_are_called_for(module):
+    tree = (LIBRARY | PREPARATION)[module]
+    heavy = {name.split(".")[0] for name in imports(tree, in_functions=False)} & {"tensorflow", "torch"}
+    assert not heavy or module.startswith("geotoken_jax/interop/")
+
+
+def test_importing_the_library_imports_neither_jax_nor_numpy():
+    code = "import sys, geotoken_jax; print({'jax', 'numpy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -1,0 +1,216 @@
+import dataclasses
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import ml_collections
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep import photos
+from data_prep.sources import Drop, Photo
+from geotoken_jax import records, workdir
+from geotoken_jax.geo.cells import CellScheme
+from geotoken_jax.settings import SettingsError
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def _jpeg(color):
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), color).save(file, "JPEG")
+    return file.getvalue()
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """A source of solid colors at random coordinates; `extra` are more of the first test shard."""
+
+    per_shard: int = 10
+    extra: tuple = ()
+    pause: float = 0.0
+    name = "sample"
+    splits = types.MappingProxyType({"train": 3, "test": 2})
+
+    def read(self, split, shard):
+        rng = np.random.default_rng([len(split), shard])
+        for n in range(self.per_shard):
+            time.sleep(self.pause)
+            latitude, longitude = rng.uniform(-90, 90), rng.uniform(-180, 180)
+            color = tuple(rng.integers(0, 256, 3).tolist())
+            yield Photo(f"{split}-{shard}-{n}", f"author {n}", _jpeg(color), latitude, longitude, city="Ōsaka")
+        if (split, shard) == ("test", 0):
+            yield from self.extra
+
+
+def _make(path, source=None, workers=1, max_dropped=0.0):
+    stage = workdir.begin(path, "photos", {"photos": {"source": "sample"}}, inputs=())
+    return photos.make(stage, source or Sample(), workers, max_dropped)
+
+
+def _files(path):
+    folder = Path(path) / "photos"
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    path = tmp_path_factory.mktemp("whole")
+    return path, _make(path)
+
+
+def test_photos_come_back_exactly(whole):
+    path, manifest = whole
+    assert manifest.counts == {"train": 30, "test": 20}
+    assert manifest.dropped == {}
+    for split, shards in Sample.splits.items():
+        found = records.Photos(path / "photos", split)
+        truth = [photo for shard in range(shards) for photo in Sample().read(split, shard)]
+        assert len(found) == len(truth)
+        for n, photo in enumerate(truth):
+            row = found[n]
+            assert (row["id"], row["author"], row["image"]) == (photo.id, photo.author, photo.image)
+            assert (row["city"], row["state"]) == ("Ōsaka", "")
+            assert tuple(row["coordinates"]) == (photo.latitude, photo.longitude)  # to the last bit
+            tokens = CellScheme(20, 1).encode(np.array([photo.latitude]), np.array([photo.longitude]))[0]
+            np.testing.assert_array_equal(row["tokens"], tokens)
+
+
+def test_photos_are_a_tfds_data_set_without_tensorflow(whole):
+    script = (
+        "import sys, tensorflow_datasets as tfds\n"
+        "builder = tfds.builder_from_directory(sys.argv[1])\n"
+        "train, test = builder.as_data_source('train'), builder.as_data_source('test[:50%]')\n"
+        "print(len(train), train[0]['image'].shape, train[0]['coordinates'].dtype, len(test))\n"
+        "print(builder.info.splits['test'].num_examples, 'tensorflow' in sys.modules)\n"
+    )
+    command = [sys.executable, "-c", script, str(whole[0] / "photos")]
+    assert subprocess.check_output(command, text=True).split("\n")[:2] == ["30 (8, 8, 3) float64 10", "20 False"]
+
+
+def test_a_complete_folder_is_left_alone_and_two_processes_make_the_same_bytes(whole, tmp_path):
+    assert _make(tmp_path, workers=2) == whole[1]
+    assert _files(tmp_path) == _files(whole[0])
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "photos").rglob("*")}
+    assert _make(tmp_path) == whole[1]
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "photos").rglob("*")} == before
+
+
+def test_only_missing_shards_are_made_again(whole, tmp_path):
+    _make(tmp_path)
+    folder = tmp_path / "photos"
+    (folder / "manifest.json").rename(folder / "begun.json")
+    shards = sorted(folder.glob("*.array_record-*"))
+    shards[0].unlink()
+    (folder / "ledgers" / f"{shards[3].name}.json").unlink()
+    (folder / f".{shards[0].name}.partial").write_bytes(b"half a shard")
+    before = {shard: shard.stat().st_mtime_ns for shard in shards[1:]}
+    _make(tmp_path)
+    assert [shard for shard, time in before.items() if shard.stat().st_mtime_ns != time] == [shards[3]]
+    assert _files(tmp_path) == _files(whole[0])
+
+
+def _run_script(path):
+    return (
+        "from tests import test_photos\n"
+        "if __name__ == '__main__':\n"
+        f"    test_photos._make({str(path)!r}, test_photos.Sample(pause=0.02), workers=2)\n"
+    )
+
+
+def test_a_killed_run_continues_to_the_same_bytes_and_leaves_no_process(whole, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(_run_script(tmp_path))
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    with subprocess.Popen([sys.executable, script], env=environment, stderr=subprocess.DEVNULL) as process:
+        folder = tmp_path / "photos"
+        while not list(folder.glob("ledgers/*.json")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(random.uniform(0, 0.3))
+        workers = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+        process.send_signal(signal.SIGKILL)
+    assert not (folder / "manifest.json").exists()
+    deadline = time.monotonic() + 5
+    while any(Path(f"/proc/{pid}/stat").exists() and not _is_dead(pid) for pid in workers):
+        assert time.monotonic() < deadline, "a worker outlived the run that started it"
+        time.sleep(0.01)
+    _make(tmp_path)
+    assert _files(tmp_path) == _files(whole[0])
+
+
+def _is_dead(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def test_faulty_photos_are_dropped_by_a_named_reason(tmp_path):
+    good = Photo("../../x", "ok", _jpeg("red"), 90.0, -180.0)
+    faulty = {
+        "empty id": dataclasses.replace(good, id=""),
+        "unprintable id": dataclasses.replace(good, id="a\udcff"),
+        "long id": dataclasses.replace(good, id="é" * 33),
+        "long author": dataclasses.replace(good, id="1", author="a" * 65),
+        "coordinates not finite": dataclasses.replace(good, id="2", latitude=float("nan")),
+        "coordinates out of range": dataclasses.replace(good, id="3", longitude=180.001),
+        "empty image": dataclasses.replace(good, id="4", image=b""),
+        "repeated id": dataclasses.replace(good),
+        "in a language of its own": Drop("5", "in a language of its own"),
+    }
+    manifest = _make(tmp_path, Sample(extra=(good, *faulty.values())), max_dropped=0.5)
+    assert manifest.dropped == dict.fromkeys(faulty, 1)
+    assert manifest.counts == {"train": 30, "test": 21}
+    lines = [json.loads(line) for line in (tmp_path / "photos" / "dropped.jsonl").read_text().splitlines()]
+    assert [line["reason"] for line in lines] == list(faulty)
+    assert [line["id"] for line in lines[:2]] == ["", "a\\udcff"]
+    assert records.Photos(tmp_path / "photos", "test")[10]["id"] == "../../x"
+
+
+def test_too_many_drops_are_an_error_until_the_limit_is_raised(tmp_path):
+    source = Sample(extra=(Drop("1", "truncated"),))
+    with pytest.raises(workdir.StageError, match=r"2\.0% .*'truncated': 1.*max_dropped = 0\.01"):
+        _make(tmp_path, source, max_dropped=0.01)
+    assert not (tmp_path / "photos" / "manifest.json").exists()
+    assert _make(tmp_path, source, max_dropped=0.02).dropped == {"truncated": 1}
+
+
+def test_one_id_in_two_splits_is_an_error(tmp_path):
+    with pytest.raises(workdir.StageError, match="'train-1-3'"):
+        _make(tmp_path, Sample(extra=(Photo("train-1-3", "", _jpeg("red"), 0.0, 0.0),)))
+
+
+def test_a_shard_whose_photos_are_all_dropped_is_empty_and_readable(tmp_path):
+    manifest = _make(tmp_path, Sample(per_shard=0, extra=(Photo("a", "", _jpeg("red"), 0.0, 0.0),)))
+    assert manifest.counts == {"train": 0, "test": 1}
+    assert records.Photos(tmp_path / "photos", "test")[0]["id"] == "a"
+
+
+def _config(seed=0, **changes):
+    counts = {"places": 2, "train": 8, "validation": 0, "test": 2, "test_unseen": 0, "test_shift": 0}
+    earthview = {"seed": seed, **counts, "photos_per_shard": 8}
+    section = {"source": "earthview", "workers": 1, "max_dropped": 0.0, "earthview": earthview, **changes}
+    return ml_collections.ConfigDict({"photos": section})
+
+
+def test_run_makes_earthview_and_knows_what_it_was_made_with(tmp_path):
+    manifest = photos.run(_config(), tmp_path)
+    assert manifest.counts == {"train": 8, "test": 2}
+    assert records.Photos(tmp_path / "photos", "train")[0]["id"] == "ev-train-000000"
+    assert photos.run(_config(workers=7, max_dropped=0.5), tmp_path) == manifest
+    with pytest.raises(workdir.StageError, match=r"config\.photos\.earthview\.seed = 0, not 1"):
+        photos.run(_config(seed=1), tmp_path)
+
+
+def test_an_unknown_source_is_an_error_that_names_the_known():
+    with pytest.raises(SettingsError, match="'flickr': use one of earthview"):
+        photos.run(_config(source="flickr"), "unused")

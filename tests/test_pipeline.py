@@ -1,0 +1,130 @@
+"""Batches: each row once an epoch, the same on any number of processes, and resumable; and rows joined with tables."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+from etils import epath
+
+from geotoken_jax import records
+from geotoken_jax.data import join, pipeline
+from geotoken_jax.gallery import table
+from geotoken_jax.geo.cells import CellScheme
+from geotoken_jax.settings import SettingsError
+
+
+def read(rows):
+    return {"row": np.asarray(rows)}
+
+
+def take(iterator, n):
+    return [next(iterator)["row"].tolist() for _ in range(n)]
+
+
+def test_every_row_comes_once_an_epoch_in_another_order():
+    batches = take(pipeline.training(24, read, 6, seed=3), 8)
+    epochs = [sum(batches[:4], []), sum(batches[4:], [])]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(24))] * 2
+    assert epochs[0] != epochs[1] and epochs[0] != sorted(epochs[0])
+    assert take(pipeline.training(24, read, 6, seed=3), 8) == batches
+    assert take(pipeline.training(24, read, 6, seed=4), 8) != batches
+
+
+def test_rows_that_do_not_fill_a_batch_wait_for_the_next_epoch():
+    rows = sum(take(pipeline.training(10, read, 4, seed=0), 5), [])
+    assert sorted(rows[:10]) == sorted(rows[10:]) == list(range(10))
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_any_number_of_processes_sees_the_same_batches(processes):
+    whole = take(pipeline.training(20, read, 6, seed=1), 7)
+    parts = [take(pipeline.training(20, read, 6, 1, p, processes), 7) for p in range(processes)]
+    assert [sum(step, []) for step in zip(*parts, strict=True)] == whole
+
+
+def test_a_position_is_gone_back_to_exactly_on_any_number_of_processes():
+    whole = pipeline.training(20, read, 6, seed=1)
+    take(whole, 5)
+    state = whole.get_state()
+    rest = take(whole, 5)
+    whole.set_state(state)
+    assert take(whole, 5) == rest
+    parts = [pipeline.training(20, read, 6, 1, p, 2) for p in range(2)]
+    for part in parts:
+        part.set_state(state)
+    assert [sum(step, []) for step in zip(*(take(part, 5) for part in parts), strict=True)] == rest
+
+
+def test_batches_that_cannot_be_are_refused():
+    with pytest.raises(SettingsError, match=r"config.batch_size = 6 does not divide over 4 processes"):
+        pipeline.training(20, read, 6, 0, 0, 4)
+    with pytest.raises(SettingsError, match=r"config.batch_size = 32 is more than the 20 photos"):
+        pipeline.training(20, read, 32, 0)
+
+
+@pytest.mark.parametrize("n", [1, 6, 12, 15])
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_evaluation_covers_every_row_once(n, processes):
+    parts = [list(pipeline.evaluation(n, read, 6, p, processes)) for p in range(processes)]
+    assert all(len(part) == len(parts[0]) for part in parts)
+    batches = [{name: np.concatenate([b[name] for b in step]) for name in step[0]} for step in zip(*parts, strict=True)]
+    assert all(len(batch["row"]) == 6 for batch in batches)
+    assert np.concatenate([batch["row"][batch["valid"]] for batch in batches]).tolist() == list(range(n))
+
+
+@pytest.fixture
+def gallery(tmp_path):
+    """Nine rows, whose embeddings are their number, and whose tokens are their number's base-4 digits."""
+    tokens = np.zeros((9, 21), np.uint8)
+    tokens[:, 0], tokens[:, 19], tokens[:, 20] = np.arange(9) % 6, np.arange(9) // 4, np.arange(9) % 4
+    columns = {
+        "embeddings": np.broadcast_to(np.arange(9)[:, None, None], (9, 3, 4)).astype(ml_dtypes.bfloat16),
+        "coordinates": np.zeros((9, 2)),
+        "tokens": tokens,
+        "ids": np.array([f"{i}".encode() for i in range(9)]),
+        "authors": np.full(9, b""),
+    }
+    table.write_shard(tmp_path / "gallery", 0, 1, columns)
+    return table.Table(tmp_path / "gallery")
+
+
+def test_missing_neighbors_are_counted_out(gallery):
+    rows = np.array([[4, 8, 1], [7, -1, -1], [-1, -1, -1]])
+    found = join.neighbors(gallery, rows, CellScheme(20, 2))
+    assert found["neighbor_count"].tolist() == [3, 1, 0] and found["neighbor_count"].dtype == np.int32
+    assert found["neighbors"].shape == (3, 3, 3, 4) and found["neighbors"].dtype == ml_dtypes.bfloat16
+    assert found["neighbor_tokens"].shape == (3, 3, 11)
+    present = rows >= 0
+    assert found["neighbors"][..., 0, 0][present].tolist() == [4, 8, 1, 7]
+    assert found["neighbor_tokens"][..., 10][present].tolist() == [4, 8, 1, 7]
+    assert np.isfinite(found["neighbors"].astype(np.float32)).all()
+
+
+def test_token_records_are_joined_by_row(tmp_path, gallery):
+    layout = records.token_layout(5)
+    columns = {
+        "row": np.array([6, 2, 5]),
+        "tokens": gallery.tokens([6, 2, 5]),
+        "neighbors": np.array([[1, 2, 3, 4, 5], [8, 0, -1, -1, -1], [-1] * 5], np.int32),
+        "scores": np.zeros((3, 5), np.float32),
+    }
+    records.write_shard(records.shard_path(epath.Path(tmp_path), "train", 0, 1), layout.encode(columns))
+    found = join.Tokens(records.Records(tmp_path, "train", layout), gallery, gallery, CellScheme(20, 2), 3)([2, 0, 1])
+    assert found["query"][:, 0, 0].tolist() == [5, 6, 2]
+    assert found["tokens"].shape == (3, 11) and found["tokens"].dtype == np.int32
+    assert found["tokens"][:, [0, 10]].tolist() == [[5, 5], [0, 6], [2, 2]]
+    assert found["neighbor_count"].tolist() == [0, 3, 2]
+    assert found["neighbors"][1, :, 0, 0].tolist() == [1, 2, 3] and found["neighbors"][2, :2, 0, 0].tolist() == [8, 0]
+
+
+def test_features_come_as_float32(tmp_path):
+    layout = records.feature_layout(4)
+    columns = {
+        "id": np.array([b"a", b"b"]), "author": np.array([b"", b"x"]), "tokens": np.zeros((2, 21), np.uint8),
+        "coordinates": np.array([[1.5, -2.25], [80.0, 170.0]]), "image": np.full((2, 4), 0.5), "text": np.zeros((2, 4)),
+    }  # fmt: skip
+    records.write_shard(records.shard_path(epath.Path(tmp_path), "train", 0, 1), layout.encode(columns))
+    found = join.Features(records.Records(tmp_path, "train", layout))([1, 0])
+    assert {name: (value.dtype, value.shape) for name, value in found.items()} == {
+        "image": (np.float32, (2, 4)), "text": (np.float32, (2, 4)), "coordinates": (np.float32, (2, 2))
+    }  # fmt: skip
+    assert found["coordinates"].tolist() == [[80.0, 170.0], [1.5, -2.25]] and (found["image"] == 0.5).all()

@@ -1,0 +1,146 @@
+"""Photos as people have them: every form is read alike, every bad one is refused in one sentence."""
+
+import io
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from geotoken_jax.backbone import preprocess
+
+RED_LEFT = np.zeros((40, 60, 3), np.uint8)
+RED_LEFT[:, :30] = (200, 30, 40)
+RED_LEFT[:, 30:] = (20, 60, 180)
+
+
+def encoded(image, form="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+def png_header(width, height):
+    """A PNG that says it is this large, and holds no pixels."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)) + b"\0\0\0\0IDAT"
+    )
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_reads_every_format_from_path_bytes_and_image(form, tmp_path):
+    data = encoded(Image.fromarray(RED_LEFT), form)
+    path = tmp_path / "photo.any"
+    path.write_bytes(data)
+    for source in (data, path, str(path), Image.open(path)):
+        image = preprocess.open_image(source)
+        assert (image.mode, image.size) == ("RGB", (60, 40))
+        np.testing.assert_allclose(np.asarray(image)[20, 5], RED_LEFT[20, 5], atol=12)
+
+
+def test_reads_arrays():
+    np.testing.assert_array_equal(preprocess.open_image(RED_LEFT), RED_LEFT)
+    gray = preprocess.open_image(RED_LEFT[..., 0])
+    np.testing.assert_array_equal(np.asarray(gray)[..., 2], RED_LEFT[..., 0])
+    for wrong in (RED_LEFT.astype(np.float32), RED_LEFT[None], RED_LEFT[..., :2], RED_LEFT[:0]):
+        with pytest.raises(preprocess.ImageError, match="uint8"):
+            preprocess.open_image(wrong)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("form", ["JPEG", "TIFF"])
+def test_sets_photos_upright(orientation, form):
+    backwards = {5: 5, 6: 8, 7: 7, 8: 6}.get(orientation, orientation)
+    stored = Image.fromarray(RED_LEFT)
+    if orientation > 1:
+        stored = stored.transpose(preprocess._UPRIGHT[backwards])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = preprocess.open_image(encoded(stored, form, exif=exif))
+    np.testing.assert_allclose(np.asarray(image)[20, [5, 55]], RED_LEFT[20, [5, 55]], atol=12)
+
+
+def test_orientation_6_is_a_quarter_turn_to_the_right():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = preprocess.open_image(encoded(Image.fromarray(RED_LEFT), "PNG", exif=exif))
+    assert image.size == (40, 60)
+    np.testing.assert_array_equal(np.asarray(image)[5, 20], RED_LEFT[20, 5])  # what was left is on top
+
+
+def test_lays_alpha_over_white():
+    rgba = np.dstack([RED_LEFT, np.full((40, 60), 255, np.uint8)])
+    rgba[:10, :, 3] = 0
+    palette = Image.fromarray(RED_LEFT).quantize(4)
+    palette.info["transparency"] = palette.getpixel((5, 5))
+    for image, point in (
+        (Image.fromarray(rgba), (5, 5)),
+        (Image.fromarray(rgba).convert("LA"), (5, 5)),
+        (palette, (20, 5)),
+    ):
+        pixels = np.asarray(preprocess.open_image(encoded(image)))
+        assert pixels[point].tolist() == [255, 255, 255]
+        assert pixels[20, 55, 0] < 100
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF"])
+def test_scales_16_bit_gray(form):
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    pixels = np.asarray(preprocess.open_image(encoded(Image.fromarray(ramp), form)))
+    np.testing.assert_array_equal(pixels[..., 1].ravel(), np.arange(256))
+
+
+def test_reads_cmyk_and_the_first_frame():
+    cmyk = encoded(Image.fromarray(RED_LEFT).convert("CMYK"), "JPEG")
+    np.testing.assert_allclose(np.asarray(preprocess.open_image(cmyk))[20, 5], RED_LEFT[20, 5], atol=12)
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+    moving = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert preprocess.open_image(moving).getpixel((4, 4)) == (255, 0, 0)
+
+
+def test_decodes_a_large_jpeg_small_when_that_suffices():
+    data = encoded(Image.new("RGB", (1600, 800), "green"), "JPEG")
+    assert preprocess.open_image(data).size == (1600, 800)
+    assert preprocess.open_image(data, min_side=64).size == (200, 100)
+    assert preprocess.open_image(data, min_side=600).size == (1600, 800)
+
+
+def test_refuses_in_one_sentence(tmp_path):
+    photo = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)), "JPEG")
+    (tmp_path / "text.jpg").write_text("not a photo")
+    (tmp_path / "cut.jpg").write_bytes(photo[: len(photo) // 2])
+    (tmp_path / "header.jpg").write_bytes(photo[:10])
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    (tmp_path / "icon.ico").write_bytes(encoded(Image.new("RGB", (16, 16)), "ICO"))
+    cases = {
+        "missing.jpg": "does not exist",
+        "text.jpg": "is not a JPEG, PNG",
+        "cut.jpg": "damaged or cut short",
+        "header.jpg": "damaged or cut short",
+        "empty.jpg": "is empty",
+        "icon.ico": "is not a JPEG, PNG",
+        ".": "is a folder",
+    }
+    for name, reason in cases.items():
+        with pytest.raises(preprocess.ImageError, match=reason) as error:
+            preprocess.open_image(tmp_path / name)
+        assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+    for source, reason in ((b"", "is empty"), (photo[:-100], "damaged or cut short"), (7, "not int")):
+        with pytest.raises(preprocess.ImageError, match=reason):
+            preprocess.open_image(source)
+
+
+@pytest.mark.parametrize("size", [(40_000, 40_000), (12_000, 12_000), (30_001, 1), (100_000, 2)])
+def test_refuses_bombs_by_their_header(size):
+    with warnings.catch_warnings(), pytest.raises(preprocess.ImageError, match=f"{size[0]:,} x"):
+        warnings.simplefilter("error")
+        preprocess.open_image(png_header(*size))
+
+
+def test_names_a_place():
+    assert preprocess.place_text("Lyon", "Rhône", "France") == "A street view photo taken in Lyon, Rhône, France"
+    assert preprocess.place_text("", "", "France") == "A street view photo taken in France"
+    assert preprocess.place_text("", "", "") == ""

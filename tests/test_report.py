@@ -1,0 +1,263 @@
+import base64
+import html.parser
+import io
+import json
+import re
+
+import ml_collections
+import ml_dtypes
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep import photos
+from data_prep.sources import Photo
+from geotoken_jax import workdir
+from geotoken_jax.analysis import charts, evaluate, report, worldmap
+from geotoken_jax.gallery.table import write_shard
+
+NASTY = '<b>"Ōsaka" & co</b></script>'
+VARIANTS = {"top1_neighbor": "Top-1 neighbor", "geotoken": "GeoToken", "without_neighbor_tokens": "Without <neighbors>"}
+
+
+def jpeg(color, side=32):
+    file = io.BytesIO()
+    Image.new("RGB", (side, side), tuple(int(c) for c in color)).save(file, "JPEG")
+    return file.getvalue()
+
+
+class Source:
+    """Solid colors near 40 places; one id and city that must be escaped, one photo that cannot be read."""
+
+    name = "sample"
+    splits = {"train": 1, "validation": 1, "test": 1}  # noqa: RUF012
+
+    def read(self, split, shard):
+        places = np.random.default_rng(0).uniform((-60, -180), (70, 180), (40, 2))
+        rng = np.random.default_rng(len(split))
+        for n in range(40):
+            latitude, longitude = np.clip(places[n] + rng.normal(0, 0.05, 2), (-90, -180), (90, 180))
+            image = b"broken" if n == 3 else jpeg(rng.integers(0, 256, 3), side=400 if n == 4 else 32)
+            name = f"{split}-{n}{NASTY if n == 5 else ''}"
+            yield Photo(name, f"{split} author {n // 4}", image, latitude, longitude, NASTY, country="Japan")
+
+
+def candidates(rng, places, n, **more):
+    rows = [n, *rng.integers(0, 40, 2)]
+    return [
+        {"latitude": places[row, 0], "longitude": places[row, 1], "log_probability": -1.0 - k, **more}
+        for k, row in enumerate(rows)
+    ]
+
+
+@pytest.fixture(scope="module")
+def config():
+    section = {"resamples": 100, "seed": 0, "reference": "geotoken", "labels": VARIANTS}
+    return ml_collections.ConfigDict({"name": "sample", "evaluate": section})
+
+
+@pytest.fixture
+def made(tmp_path):
+    """A work directory with photos, a gallery that lacks the broken photo, and predictions of three variants."""
+    photos.make(workdir.begin(tmp_path, "photos", {"photos": {"source": "sample"}}, ()), Source(), 1, 0.0)
+    train = [photo for photo in Source().read("train", 0) if photo.image != b"broken"]
+    places = np.array([(photo.latitude, photo.longitude) for photo in Source().read("train", 0)])
+    stage = workdir.begin(tmp_path, "gallery", {}, ["photos"])
+    columns = {
+        "embeddings": np.zeros((39, 3, 2), ml_dtypes.bfloat16),
+        "coordinates": np.array([(photo.latitude, photo.longitude) for photo in train]),
+        "tokens": np.zeros((39, 21), np.uint8),
+        "ids": np.array([photo.id.encode() for photo in train]),
+        "authors": np.array([photo.author.encode() for photo in train]),
+    }
+    write_shard(stage.path, 0, 1, columns)
+    stage.finish({"rows": 39})
+    for variant in VARIANTS:
+        stage = workdir.begin(tmp_path, f"predictions/{variant}", {}, ["gallery"])
+        for split in ("validation", "test"):
+            rng = np.random.default_rng(len(variant))
+            lines = []
+            for n, photo in enumerate(Source().read(split, 0)):
+                found = candidates(rng, places, n, tokens=[1]) if variant != "top1_neighbor" else []
+                at = places[n if rng.random() < 0.5 else rng.integers(0, 40)]
+                near = [{"id": train[i].id, "latitude": 0.0, "longitude": 1.0, "score": 0.5} for i in (0, 5, 38)]
+                row = {"id": photo.id, "latitude": at[0], "longitude": at[1], "candidates": found, "neighbors": near}
+                lines.append(json.dumps(row | ({"choice": "greedy", "choices": {"greedy": 0}} if found else {})))
+            (stage.path / f"{split}.jsonl").write_text("\n".join(lines[:-1]) + "\n")  # the last photo is missing
+        stage.finish({"test": 39})
+    metrics = tmp_path / "geotoken" / "geotoken" / "metrics.jsonl"
+    metrics.parent.mkdir(parents=True)
+    steps = [{"step": s, "train/loss": 9 / s, "train/loss_level_0": 1 / s, "train/rate": 5e6} for s in range(1, 30)]
+    steps += [{"step": s, "validation/loss": 10 / s} for s in (10, 20)]
+    metrics.write_text("".join(json.dumps(step) + "\n" for step in steps) + '{"step": 31, "trai')
+    return tmp_path
+
+
+class Checked(html.parser.HTMLParser):
+    """Reads a page as a browser does: elements must nest, and nothing may be fetched."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.text, self.sources, self.identifiers = [], [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        self.sources += [attributes[name] for name in ("src", "href", "srcset") if name in attributes]
+        self.identifiers += [attributes["id"]] if "id" in attributes else []
+        assert tag != "img" or attributes["alt"]
+        if tag not in ("meta", "img", "br", "input", "link"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def read(folder):
+    page = (folder / "report" / "index.html").read_text()
+    checked = Checked()
+    checked.feed(page)
+    checked.close()
+    assert not checked.open
+    return page, checked
+
+
+def test_the_page_is_whole_and_needs_nothing_else(made, config):
+    manifest = evaluate.run(config, made)
+    assert manifest.counts == {"variants": 3, "test": 40, "validation": 40}
+    page, checked = read(made)
+    assert all(source.startswith(("data:image/jpeg;base64,", "data:,", "#")) for source in checked.sources)
+    assert {source[1:] for source in checked.sources if source.startswith("#")} <= set(checked.identifiers)
+    assert re.findall(r"https?://[^\"]*", page) == ["http://www.w3.org/2000/svg"]
+    assert str(made) not in page
+    assert "{{" not in page
+    text = " ".join(checked.text)
+    assert "Without <neighbors>" in text  # escaped, so it arrives as text
+    assert NASTY in text and NASTY not in page
+    assert page.count("</script>") == 2
+    assert "no prediction for 1 photos" in text
+    assert page.count('class="card"') == 30
+    assert page.count('class="chart"') == 2 + 1  # accuracy of two splits, loss of one model
+
+
+def page_data(checked):
+    return next(i for i, text in enumerate(checked.text) if text.startswith('{"thresholds"'))
+
+
+def test_the_map_has_every_method_and_the_true_error(made, config):
+    evaluate.run(config, made)
+    _, checked = read(made)
+    data = json.loads(checked.text[page_data(checked)])
+    assert data["methods"] == ["Top-1 neighbor", "GeoToken: greedy", "Without <neighbors>: greedy"]
+    assert data["reference"] == 1
+    assert list(data["splits"]) == ["test", "validation"]
+    truth = {photo.id: photo for photo in Source().read("test", 0)}
+    lines = (made / "predictions" / "geotoken" / "test.jsonl").read_text().splitlines()
+    guesses = {row["id"]: row for row in map(json.loads, lines)}
+    shown = data["splits"]["test"]["photos"]
+    assert len(shown) == 40
+    for photo in shown:
+        guess = photo["guesses"][1]
+        if photo["id"] not in guesses:
+            assert guess is None
+            continue
+        assert guess[0] == pytest.approx(guesses[photo["id"]]["latitude"], abs=1e-4)
+        assert photo["truth"][1] == pytest.approx(truth[photo["id"]].longitude, abs=1e-4)
+        off = evaluate.distance.great_circle_km(*photo["truth"], *guess[:2])
+        assert guess[2] == pytest.approx(off, abs=0.05)
+
+
+def test_two_runs_make_the_same_bytes_and_a_complete_report_is_kept(made, config):
+    first = evaluate.run(config, made)
+    files = {path.name: path.read_bytes() for path in (made / "report").iterdir()}
+    (made / "report" / "index.html").write_text("kept")
+    assert evaluate.run(config, made) == first
+    assert (made / "report" / "index.html").read_text() == "kept"
+    (made / "report" / "manifest.json").unlink()
+    evaluate.run(config, made)
+    assert {path.name: path.read_bytes() for path in (made / "report").iterdir()} == files
+
+
+def test_the_metrics_say_how_much_worse_the_ablation_is_on_every_split(made, config):
+    evaluate.run(config, made)
+    splits = json.loads((made / "report" / "metrics.json").read_text())["splits"]
+    for scores in splits.values():
+        accuracy = {m["variant"]: [a["value"] for a in m["accuracy"]] for m in scores["methods"] if m["main"]}
+        (row,) = [d for d in scores["differences"] if d["variant"] == "without_neighbor_tokens"]
+        gaps = np.subtract(accuracy["without_neighbor_tokens"], accuracy["geotoken"])
+        np.testing.assert_allclose([a["value"] for a in row["accuracy"]], gaps, atol=1e-6)
+
+
+def test_a_reference_that_was_not_predicted_is_named(made, config):
+    other = config.copy_and_resolve_references()
+    other.evaluate.reference = "paper"
+    with pytest.raises(
+        workdir.StageError, match=r"reference is 'paper', and .* holds geotoken, top1_neighbor, without"
+    ):
+        evaluate.run(other, made)
+
+
+def test_neighbors_are_found_although_the_gallery_lacks_a_photo(made):
+    gallery = report.Gallery(made, ["train-38", "train-0"])
+    train = list(Source().read("train", 0))
+    assert gallery.image("train-38") != gallery.image("train-0")
+    assert "<img" not in gallery.image("train-3")
+    assert report._data_uri(train[38].image, 72) in gallery.image("train-38")
+    assert gallery.near(np.array([train[20].latitude, train[20].longitude])) == f"{NASTY}, Japan"
+    assert gallery.near(np.array([-85.0, 0.0])) == ""
+
+
+def test_a_place_that_was_sampled_twice_is_listed_once(made):
+    def candidate(latitude, log_probability):
+        return {"latitude": latitude, "longitude": 0.0, "log_probability": log_probability}
+
+    row = {"candidates": [candidate(1, -2.0), candidate(5, -1.0), candidate(1, -2.0)], "choices": {"greedy": 2}}
+    drawn = report._candidates(row, np.zeros(2), report.Gallery(made, []))
+    assert re.findall(r"([\d.]+) %|<b>(\w+)", drawn) == [("36.8", ""), ("", "greedy"), ("13.5", "")]
+
+
+def test_photos_are_embedded_small():
+    uri = report._data_uri(jpeg((1, 2, 3), side=400), 64)
+    with Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))) as image:
+        assert (image.format, image.size) == ("JPEG", (64, 64))
+    assert report._data_uri(b"broken", 64) == "data:,"
+
+
+def test_curves_keep_the_last_of_a_repeated_step_and_forgive_a_torn_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "train/loss": 3}\n{"step": 2, "train/loss": 9}\n{"step": 2, "train/loss": 2}\n{"st')
+    (curve,) = report._curves(path).values()
+    np.testing.assert_array_equal(curve, [[1, 2], [3, 2]])
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 100), (1.61, 3.9), (-0.3, 0.2), (0, 0), (12, 150_000)])
+def test_ticks_are_few_round_and_enclose_the_range(low, high):
+    ticks = charts._ticks(low, high)
+    assert ticks[0] <= low <= high <= ticks[-1] + 1e-9
+    assert 2 <= len(ticks) <= 8
+    steps = np.diff(ticks)
+    np.testing.assert_allclose(steps, steps[0])
+
+
+@pytest.mark.parametrize("guess", [(10.0, 20.0), (10.001, 20.001), (-89.0, 179.0), (80.0, -179.9)])
+def test_a_small_map_shows_truth_and_prediction(guess):
+    points = {"truth": np.array([(10.0, 20.0)]), "guess": np.array([guess])}
+    drawn = worldmap.small_map(points, "map", ("truth", "guess"))
+    left, top, width, height = map(float, re.search(r'viewBox="([^"]*)"', drawn)[1].split())
+    assert width == pytest.approx(2 * height, abs=0.02)
+    assert 0 <= left <= left + width <= 360 and 0 <= top <= top + height <= 180
+    for latitude, longitude in [(10.0, 20.0), guess]:
+        assert left <= longitude + 180 <= left + width
+        assert top <= 90 - latitude <= top + height
+
+
+def test_the_world_is_drawn_without_the_relief_too(monkeypatch):
+    monkeypatch.setattr(worldmap.importlib.util, "find_spec", lambda name: None)
+    assert "<image" not in worldmap.background()
+    assert "graticule" in worldmap.background()

@@ -1,0 +1,83 @@
+"""The gallery's table: shards read as one, and what is refused."""
+
+import pickle
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from geotoken_jax.gallery import table
+
+
+def columns(n, first=0):
+    rng = np.random.default_rng(first)
+    return {
+        "embeddings": rng.normal(size=(n, 3, 8)).astype(ml_dtypes.bfloat16),
+        "coordinates": rng.uniform(-80, 80, (n, 2)),
+        "tokens": rng.integers(0, 4, (n, 21)).astype(np.uint8),
+        "ids": np.array([f"photo-{first + i}".encode() for i in range(n)]),
+        "authors": np.array([f"author-{i % 3}".encode() for i in range(n)]),
+    }
+
+
+@pytest.fixture
+def parts():
+    return [columns(5), columns(3, 5), columns(4, 8)]
+
+
+def test_shards_read_as_one(tmp_path, parts):
+    for i, part in enumerate(parts):
+        table.write_shard(tmp_path, i, 3, part)
+    gallery = table.Table(tmp_path)
+    assert len(gallery) == 12 and gallery.width == 8
+    rows = np.array([[11, 0, 5], [4, 7, 4]])
+    for name in table.COLUMNS:
+        whole = np.concatenate([part[name] for part in parts])
+        read = getattr(gallery, name)
+        np.testing.assert_array_equal(read(rows), whole[rows])
+        np.testing.assert_array_equal(read(), whole)
+        np.testing.assert_array_equal(read(slice(3, 9)), whole[3:9])
+        assert read(7).tobytes().rstrip(b"\0") == whole[7].tobytes().rstrip(b"\0")
+    assert gallery.embeddings(rows).dtype == ml_dtypes.bfloat16
+    assert gallery.coordinates([]).shape == (0, 2)
+
+
+def test_one_shard_is_memory_mapped_and_pickles_small(tmp_path):
+    part = columns(2000)
+    table.write_shard(tmp_path, 0, 1, part)
+    gallery = table.Table(tmp_path)
+    assert isinstance(gallery.embeddings().base, np.memmap) or isinstance(gallery.embeddings(), np.memmap)
+    sent = pickle.dumps(gallery)
+    assert len(sent) < 1000
+    np.testing.assert_array_equal(pickle.loads(sent).ids([3, 1]), part["ids"][[3, 1]])
+
+
+def test_rows_out_of_range_are_refused(tmp_path, parts):
+    table.write_shard(tmp_path, 0, 1, parts[0])
+    for wrong in ([-1], [5], [0, 9]):
+        with pytest.raises(IndexError, match="of a table of 5"):
+            table.Table(tmp_path).tokens(wrong)
+
+
+def test_missing_shards_and_wrong_columns_are_refused(tmp_path, parts):
+    with pytest.raises(FileNotFoundError, match="has 0 of no shards"):
+        table.Table(tmp_path)
+    table.write_shard(tmp_path, 0, 2, parts[0])
+    with pytest.raises(FileNotFoundError, match="has 1 of 2 shards of embeddings"):
+        table.Table(tmp_path)
+    for name, wrong in (
+        ("embeddings", np.zeros((5, 2, 8))),
+        ("coordinates", np.zeros((4, 2))),
+        ("tokens", np.zeros((5, 21))),
+    ):
+        with pytest.raises(ValueError, match=f"column {name} of the table"):
+            table.write_shard(tmp_path, 1, 2, {**parts[0], name: wrong})
+
+
+def test_index_vectors_have_three_parts_of_length_one():
+    embeddings = columns(4)["embeddings"]
+    vectors = table.index_vectors(embeddings)
+    assert vectors.shape == (4, 24) and vectors.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(vectors.reshape(4, 3, 8), axis=-1), 1, atol=1e-6)
+    np.testing.assert_allclose((vectors * vectors).sum(1), 3, atol=1e-5)
+    assert not table.index_vectors(np.zeros((1, 3, 8), np.float32)).any()

@@ -1,0 +1,249 @@
+"""Training: resumed or on other devices it is the same training, and what it leaves behind is right."""
+
+import dataclasses
+import json
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import safetensors.numpy
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from geotoken_jax import sharding
+from geotoken_jax.data import pipeline
+from geotoken_jax.model import layers
+from geotoken_jax.model.task import GeoTokenTask, LossSettings
+from geotoken_jax.settings import SettingsError
+from geotoken_jax.train import loop, metrics
+from geotoken_jax.train.optimizer import OptimizerSettings, make_optimizer, make_schedule
+from geotoken_jax.train.step import Trainer
+from tests import fixtures
+
+OPTIMIZER = OptimizerSettings(
+    learning_rate=0.02, schedule="cosine", decay=0.9, warmup=0.0, weight_decay=0.01, b2=0.999, clip=1.0
+)
+
+
+class Line(nnx.Module):
+    """A linear model with a constant beside its parameters."""
+
+    def __init__(self, rngs):
+        self.linear = sharding.linear(4, 2, ("embed", None), rngs=rngs)
+        self.factor = nnx.Variable(jnp.asarray(2.0))
+
+
+class LineTask:
+    """Fits y = x @ w, with dropout."""
+
+    def init(self, rngs):
+        return Line(rngs)
+
+    def loss(self, model, batch, key):
+        errors = model.factor[...] * model.linear(layers.dropout(batch["x"], 0.2, key)) - batch["y"]
+        loss = jnp.average((errors**2).sum(-1), weights=batch.get("valid"))
+        return loss, {"largest": jnp.abs(errors).max()}
+
+
+def read(rows):
+    x = np.stack([np.sin(rows * (k + 1)) for k in range(4)], 1).astype(np.float32)
+    return {"x": x, "y": x @ np.array([[1, 2], [3, -1], [0, 1], [2, 2]], np.float32)}
+
+
+def train(folder, steps, task=None, **changes):
+    """Runs the loop on 20 photos in batches of 8, validating every second step."""
+    values = dict(batch_size=8, examples=8 * 4, evaluate_every=2, log_every=1, seed=0, optimizer=OPTIMIZER)
+    options = loop.TrainSettings(**{**values, **changes})
+    mesh = sharding.make_mesh(sharding.MeshSettings(-1, 1, 1))
+    batches = Stopping(pipeline.training(20, read, 8, seed=0), steps)
+    return loop.run(
+        task or LineTask(), options, mesh, folder, batches, lambda: pipeline.evaluation(12, read, 8), 20, "train"
+    )
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Stopping:
+    """A training input that fails after so many batches."""
+
+    def __init__(self, batches, n):
+        self.batches, self.n = batches, n
+        self.get_state, self.set_state, self.close = batches.get_state, batches.set_state, batches.close
+
+    def __next__(self):
+        if not self.n:
+            raise Interrupted
+        self.n -= 1
+        return next(self.batches)
+
+
+def lines(folder):
+    """Returns the lines of metrics without those that are times."""
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("examples_per_second", "input_wait")} for line in found]
+
+
+def parameters(folder):
+    return safetensors.numpy.load((folder / "parameters.safetensors").read_bytes())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Four steps without an interruption."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, train(folder, 4)
+
+
+@pytest.mark.parametrize("stop", [2, 3])
+def test_a_resumed_run_is_the_same_run_bit_for_bit(tmp_path, whole, stop):
+    folder, result = whole
+    with pytest.raises(Interrupted):
+        train(tmp_path, stop)
+    assert not (tmp_path / "parameters.safetensors").exists()
+    assert lines(tmp_path)[-1]["step"] == stop
+    assert train(tmp_path, 2) == result  # two batches are enough from the checkpoint of step 2
+    assert lines(tmp_path) == lines(folder)
+    found, expected = parameters(tmp_path), parameters(folder)
+    assert found.keys() == expected.keys() == {"linear/kernel", "linear/bias", "factor"}
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value)
+
+
+def test_a_torn_newest_checkpoint_costs_its_steps_and_no_more(tmp_path, whole, caplog):
+    folder, result = whole
+    train(tmp_path, 4)
+    next((tmp_path / "checkpoints" / "4" / "state" / "d").iterdir()).unlink()
+    with caplog.at_level(logging.WARNING):
+        assert train(tmp_path, 2) == result
+    assert "checkpoint 4 in" in caplog.text and lines(tmp_path) == lines(folder)
+
+
+def test_a_finished_run_trains_no_more(tmp_path, whole):
+    _, result = whole
+    assert train(tmp_path, 4) == result == train(tmp_path, 0)
+
+
+def test_the_metrics_of_a_run(whole):
+    found = lines(whole[0])
+    assert [line["step"] for line in found] == [1, 2, 2, 3, 4, 4]
+    schedule = make_schedule(OPTIMIZER, 4, 2)
+    rates = [line["learning_rate"] for line in found if "learning_rate" in line]
+    assert rates == [float(schedule(n)) for n in range(4)]
+    assert found[3]["examples"] == 24 and found[0].keys() >= {"train/loss", "train/gradient_norm", "train/largest"}
+    assert found[2].keys() == {"step", "validation/loss", "validation/largest"}
+
+
+def test_validation_is_a_mean_over_valid_photos_without_dropout(whole):
+    found = parameters(whole[0])
+    photos = read(np.arange(12))
+    errors = 2 * (photos["x"] @ found["linear/kernel"] + found["linear/bias"]) - photos["y"]
+    assert whole[1].best_loss == pytest.approx((errors**2).sum(-1).mean(), rel=1e-5)
+    assert whole[1].parameters == 4 * 2 + 2 and found["factor"] == 2.0
+
+
+def test_the_parameters_written_are_the_best_steps(tmp_path):
+    class Worse(LineTask):
+        """Its validation loss grows with the distance that the parameters go, so the first checkpoint is the best."""
+
+        def loss(self, model, batch, key):
+            loss, found = super().loss(model, batch, key)
+            return (loss, found) if key is not None else (-loss, found)
+
+    result = train(tmp_path, 6, Worse(), examples=8 * 6)
+    validation = {line["step"]: line["validation/loss"] for line in lines(tmp_path) if "validation/loss" in line}
+    assert result.best_step == min(validation, key=validation.get) == 2 and result.best_loss == validation[2]
+    photos, found = read(np.arange(12)), parameters(tmp_path)
+    errors = 2 * (photos["x"] @ found["linear/kernel"] + found["linear/bias"]) - photos["y"]
+    assert -(errors**2).sum(-1).mean() == pytest.approx(validation[2], rel=1e-5)
+
+
+def test_lines_past_the_restored_step_and_torn_ones_are_taken_back(tmp_path):
+    with metrics.Writer(tmp_path, 0) as writer:
+        for step in (1, 2, 3):
+            writer.write(step, {"loss": 1.0 / step})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "lo')
+    with metrics.Writer(tmp_path, 2) as writer:
+        writer.write(3, {"loss": 0.25})
+    found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert found == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}, {"step": 3, "loss": 0.25}]
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def geotoken_steps(*sizes):
+    """Returns the losses of three steps of a tiny decoder on a mesh, with dropout, and the state after them."""
+    settings = fixtures.settings("ours", decoder_layers=1, dropout=0.1)
+    devices = jax.devices()[: int(np.prod(sizes))]
+    mesh = sharding.make_mesh(sharding.MeshSettings(*sizes), devices)
+    trainer = Trainer(GeoTokenTask(settings, LossSettings(2.0, 1.0)), make_optimizer(OPTIMIZER, lambda _: 0.01), mesh)
+    state, losses = trainer.init(jax.random.key(0)), []
+    batch = {name: jax.device_put(value, trainer.batch_sharding) for name, value in fixtures.batch(8).items()}
+    for _ in range(3):
+        state, found = trainer.step(state, batch, jax.random.key(1))
+        losses.append(float(found["loss"]))
+    return losses, state
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return geotoken_steps(1, 1, 1)[0]
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
+def test_eight_devices_train_as_one_does(one_device, sizes):
+    losses, state = geotoken_steps(*sizes)
+    np.testing.assert_allclose(losses, one_device, atol=1e-5)
+    assert losses[2] < losses[0]
+    assert int(state["step"]) == 3
+    adam = next(part for part in jax.tree.leaves(state["optimizer"], is_leaf=_is_adam) if _is_adam(part))
+    kernel = ("decoder", "feed_forward", "up", "kernel")
+    for tree in (state["params"], adam.mu, adam.nu):
+        for part in kernel:
+            tree = tree[part]
+        assert tree.sharding.spec == PartitionSpec(None, "fsdp", "tensor")
+        assert tree.addressable_shards[0].data.shape == (1, 16 // sizes[1], 24 // sizes[2])
+
+
+def _is_adam(part):
+    return isinstance(part, optax.ScaleByAdamState)
+
+
+def test_weight_decay_spares_vectors_and_clipping_bounds_the_gradient():
+    options = dataclasses.replace(OPTIMIZER, weight_decay=0.5, clip=0.0)
+    optimizer = make_optimizer(options, lambda _: 0.1)
+    params = {"matrix": jnp.ones((2, 2)), "vector": jnp.ones(2)}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["matrix"], -0.1 * 0.5, rtol=1e-6)
+    assert not updates["vector"].any()
+    # After a clipped gradient Adam's first moment is a tenth of the clipped one.
+    clipped = make_optimizer(dataclasses.replace(options, clip=1.0), lambda _: 0.1)
+    _, state = clipped.update(jax.tree.map(lambda p: 100 * p, params), clipped.init(params), params)
+    adam = next(part for part in jax.tree.leaves(state, is_leaf=_is_adam) if _is_adam(part))
+    assert float(optax.global_norm(adam.mu)) == pytest.approx(0.1, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "schedule, warmup, expected",
+    [
+        ("cosine", 0.0, {0: 1.0, 50: 0.5, 100: 0.0}),
+        ("cosine", 0.1, {0: 0.0, 5: 0.5, 10: 1.0, 55: 0.5, 100: 0.0}),
+        ("exponential", 0.0, {0: 1.0, 19: 1.0, 20: 0.9, 45: 0.81}),
+        ("exponential", 0.1, {0: 0.0, 5: 0.5, 10: 1.0, 29: 1.0, 30: 0.9}),
+    ],
+)
+def test_schedules(schedule, warmup, expected):
+    options = dataclasses.replace(OPTIMIZER, learning_rate=3e-4, schedule=schedule, warmup=warmup)
+    found = make_schedule(options, steps=100, steps_per_epoch=20)
+    for step, share in expected.items():
+        assert float(found(step)) == pytest.approx(3e-4 * share, abs=1e-9), step
+
+
+def test_an_unknown_schedule_is_refused():
+    with pytest.raises(SettingsError, match=r"schedule is 'linear': choose cosine or exponential"):
+        make_schedule(dataclasses.replace(OPTIMIZER, schedule="linear"), 10, 5)

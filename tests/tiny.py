@@ -1,0 +1,26 @@
+"""A configuration of the whole path that takes seconds, as a file that `--config` can name."""
+
+from ml_collections import ConfigDict
+
+from configs import demo
+
+
+def get_config() -> ConfigDict:
+    config = demo.get_config()
+    config.name = "tiny"
+    config.photos.earthview.update(
+        places=60, train=240, validation=30, test=40, test_unseen=20, test_shift=20, photos_per_shard=60
+    )
+    config.embed.thumbnail.size = 4
+    config.align.model.hidden = 32
+    config.align.model.location.update(fourier=16, hidden=32, out=32)
+    config.align.train.update(batch_size=32, examples=640, evaluate_every=5, log_every=5)
+    config.index.neighbors.count = 6
+    config.index.search.update(kind="exact", sample=50)
+    config.model.update(
+        backbone_width=48, width=16, heads=2, encoder_layers=1, decoder_layers=1, feed_forward=16, neighbors=4, group=4
+    )
+    config.train.update(batch_size=32, examples=640, evaluate_every=5, log_every=5)
+    config.predict.update(samples=5, batch_size=32)
+    config.evaluate.resamples = 100
+    return config

@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
         max_dropped=0.01,
         earthview=dict(  # data_prep/sources/earthview.py
             seed=0,
-            places=13_000,
+            places=60_000,
             train=32_000,
             validation=2_000,
             test=3_000,
@@ -41,7 +41,13 @@ def get_config() -> ConfigDict:
             log_every=100,
             seed=0,
             optimizer=dict(  # geotoken_jax/train/optimizer.py
-                learning_rate=3e-5, schedule="exponential", decay=0.87, warmup=0.0, weight_decay=1e-6, b2=0.999, clip=0.0
+                learning_rate=3e-5,
+                schedule="exponential",
+                decay=0.87,
+                warmup=0.0,
+                weight_decay=1e-6,
+                b2=0.999,
+                clip=0.0,
             ),
         ),
     )
@@ -69,6 +75,7 @@ def get_config() -> ConfigDict:
         tie_tokens=False,
         copy_head=False,
         neighbor_tokens=True,
+        similarities=False,
         dtype="bfloat16",
         remat="dots",
     )
@@ -85,7 +92,9 @@ def get_config() -> ConfigDict:
     )
     # Name -> the sections and keys that it changes; `train` and `predict` make each of them.
     config.variants = dict(geotoken=dict())
-    config.predict = dict(samples=30, temperature=0.7, choice="log_probability", batch_size=256, seed=0)  # predict/decode.py
+    config.predict = dict(
+        samples=30, temperature=0.7, choice="log_probability", batch_size=256, seed=0
+    )  # predict/decode.py
     config.evaluate = dict(  # geotoken_jax/analysis/evaluate.py
         resamples=2_000,
         seed=0,

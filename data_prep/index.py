@@ -9,7 +9,7 @@ from geotoken_jax.workdir import Manifest
 
 
 def run(config: Any, path: epath.PathLike) -> Manifest:
-    """Makes queries/ and gallery/, neighbors/ and tokens/ from features/ and align/; returns the last one's manifest."""
+    """Makes queries/, gallery/, neighbors/ and tokens/ from features/ and align/; returns the last manifest."""
     gallery.run(config, path)
     neighbors.run(config, path)
     return tokens.run(config, path)

@@ -6,7 +6,7 @@ a checkpoint can be restored on any mesh and any number of processes.
 
 import logging
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -19,7 +19,8 @@ from orbax.checkpoint import v1 as ocp
 
 from geotoken_jax import workdir
 
-_training = ocp.training
+#: What Orbax raises of files that are torn.
+_UNREADABLE = (OSError, ValueError, KeyError)
 M = TypeVar("M", bound=nnx.Module)
 
 
@@ -27,13 +28,15 @@ class Checkpoints:
     """The checkpoints of one folder: the last `keep` and the best by validation loss stay."""
 
     def __init__(self, folder: epath.PathLike, keep: int = 2):
-        policies = _training.preservation_policies
-        best = policies.BestN(get_metric_fn=lambda metrics: metrics["loss"], reverse=True, n=1)
-        self._orbax = _training.Checkpointer(
-            epath.Path(folder),
-            save_decision_policy=_training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
-        )
+        self._keep = keep
+        self._orbax = ocp.training.Checkpointer(epath.Path(folder), preservation_policy=self)
+        # Not Orbax's metrics: it reads them all to begin with, and a torn file there would bar every other checkpoint.
+        self._losses: dict[int, float] = {}
+        for step in self.steps:
+            try:
+                self._losses[step] = self._orbax.load_checkpointables(step, {"progress": None})["progress"]["loss"]
+            except _UNREADABLE as error:
+                self._pass_over(step, error)
 
     def __enter__(self):
         return self
@@ -49,27 +52,38 @@ class Checkpoints:
     @property
     def best(self) -> int:
         """The step with the smallest validation loss. Raises FileNotFoundError if there is none."""
-        scored = [(c.metrics["loss"], c.step) for c in self._orbax.checkpoints if c.metrics]
-        if not scored:
+        best = self._best_of(self.steps)
+        if best is None:
             raise FileNotFoundError(f"no checkpoint in {self._orbax.directory}: train first")
-        return min(scored)[1]
+        return best
+
+    def _best_of(self, steps: Sequence[int]) -> int | None:
+        return min((step for step in steps if step in self._losses), key=self._losses.__getitem__, default=None)
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """What Orbax asks of its preservation policy after each save; checkpoints: the one just saved comes last."""
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = {*steps[-self._keep :], self._best_of(steps)}
+        return [step in kept for step in steps]
 
     def loss(self, step: int) -> float:
         """The validation loss saved with a step."""
-        return next(c.metrics["loss"] for c in self._orbax.checkpoints if c.step == step)
+        return self._losses[step]
 
     def save(self, step: int, state: Any, position: dict[str, Any], loss: float) -> None:
         """Begins to save; returns when `state` may be changed. A checkpoint of that step that is there is replaced.
 
         state: pytree of dicts and arrays. position: of the input, JSON. loss: on validation, smaller is better.
         """
-        checkpointables = {"state": state, "position": position}
-        self._orbax.save_checkpointables_async(step, checkpointables, overwrite=True, metrics={"loss": loss})
+        self._losses[step] = loss
+        checkpointables = {"state": state, "progress": {"position": position, "loss": loss}}
+        # force: Orbax leaves out a step while it is saving another, and one before a torn step that is still there.
+        self._orbax.save_checkpointables_async(step, checkpointables, overwrite=True, force=True)
 
     def restore(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
-        """Returns state and input position of one step. abstract: ShapeDtypeStructs with the shardings to restore to."""
-        found = self._orbax.load_checkpointables(step, {"state": abstract, "position": None})
-        return found["state"], found["position"]
+        """Returns state and input position of one step. abstract: ShapeDtypeStructs, sharded as the result is to be."""
+        found = self._orbax.load_checkpointables(step, {"state": abstract, "progress": None})
+        return found["state"], found["progress"]["position"]
 
     def restore_last(self, abstract: Any) -> tuple[int, Any, dict[str, Any]] | None:
         """Returns step, state and input position of the newest checkpoint that can be read, or None if there is none.
@@ -81,17 +95,20 @@ class Checkpoints:
         for step in reversed(self.steps):
             try:
                 return step, *self.restore(step, abstract)
-            except (OSError, ValueError, KeyError) as error:
-                # Orbax wraps whatever happens, an interrupt too, in its own KeyError.
-                cause = error.__cause__ or error
-                if not isinstance(cause, Exception):
-                    raise
+            except _UNREADABLE as error:
+                self._pass_over(step, error)
                 errors.append(error)
-                what = f"checkpoint {step} in {self._orbax.directory} cannot be read"
-                logging.warning("%s (%s): trying the one before", what, textwrap.shorten(str(cause), 200))
         if errors:
             raise errors[0]
         return None
+
+    def _pass_over(self, step: int, error: Exception) -> None:
+        # Orbax wraps whatever happens, an interrupt too, in its own KeyError.
+        cause = error.__cause__ or error
+        if not isinstance(cause, Exception):
+            raise error
+        what = f"checkpoint {step} in {self._orbax.directory} cannot be read"
+        logging.warning("%s (%s): it is passed over", what, textwrap.shorten(str(cause), 200))
 
 
 def abstract(state: Any) -> Any:
@@ -117,7 +134,10 @@ def read_module(path: epath.PathLike, make: Callable[[nnx.Rngs], M]) -> M:
     odd += [name for name in flat.keys() & stored.keys() if flat[name].shape != stored[name].shape]
     if odd:
         raise ValueError(f"{path} does not fit this configuration: {odd[0]} is missing, extra or of another shape")
-    filled = [(key, variable.replace(jnp.asarray(stored["/".join(map(str, key))]))) for key, variable in nnx.to_flat_state(state)]
+    filled = [
+        (key, variable.replace(jnp.asarray(stored["/".join(map(str, key))])))
+        for key, variable in nnx.to_flat_state(state)
+    ]
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
 

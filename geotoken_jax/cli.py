@@ -98,7 +98,7 @@ def _config(options: argparse.Namespace, rest: list[str]) -> Any:
     if unread:
         raise settings.SettingsError(f"{unread[0]} is not understood: see `geotoken {options.verb} --help`")
     flags.FLAGS.mark_as_parsed()
-    config = values["config"].value
+    config: Any = values["config"].value
     known = {"name", "variants", *_SECTIONS}
     for key in config:
         if key not in known:
@@ -112,7 +112,9 @@ _SECTIONS = ("photos", "embed", "align", "index", "model", "loss", "train", "mes
 def _stages(stages: Sequence[Callable]) -> Callable[[argparse.Namespace, Any], int]:
     def run(options: argparse.Namespace, config: Any) -> int:
         if config is None or options.workdir is None:
-            raise settings.SettingsError(f"give --config=FILE and --workdir=DIR, as in `{_EXAMPLE.format(options.verb)}`")
+            raise settings.SettingsError(
+                f"give --config=FILE and --workdir=DIR, as in `{_EXAMPLE.format(options.verb)}`"
+            )
         _quiet()
         for stage in stages:
             stage(config, options.workdir, getattr(options, "variant", None) or list(config.variants))
@@ -155,7 +157,9 @@ def _preparation(module: str, *folders: str) -> Callable:
             stage = importlib.import_module(f"data_prep.{module}")
         except ModuleNotFoundError as error:
             if error.name and error.name.split(".")[0] == "data_prep":
-                raise workdir.StageError("preparing data needs a clone of the repository: the package has no data_prep") from None
+                raise workdir.StageError(
+                    "preparing data needs a clone of the repository: the package has no data_prep"
+                ) from None
             raise
         stage.run(config, path)
         for folder in folders:
@@ -200,8 +204,8 @@ def _train(config: Any, path: str, variants: Sequence[str]) -> None:
             tokens = workdir.read_manifest(path, "tokens")
             if tokens.facts["neighbors"] < model.neighbors:
                 raise settings.SettingsError(
-                    f"config.model.neighbors = {model.neighbors} is more than the {tokens.facts['neighbors']} on record: "
-                    "set config.index.neighbors.count and index again in another --workdir"
+                    f"config.model.neighbors = {model.neighbors} is more than the {tokens.facts['neighbors']} there "
+                    "are: set config.index.neighbors.count and index again in another --workdir"
                 )
             layout = records.token_layout(tokens.facts["neighbors"])
             gallery = Table(f"{path}/gallery")
@@ -270,7 +274,7 @@ def _export(config: Any, path: str, variants: Sequence[str]) -> None:
     del variants
     from geotoken_jax import export
 
-    before = _finished(path)
+    before = _finished(path, "export")
     _report("export", before, export.run(config, path, config.evaluate.reference))
 
 
@@ -298,7 +302,9 @@ def _predict(options: argparse.Namespace, config: Any) -> int:
         if options.json:
             print(json.dumps({"id": photo, **_as_json(answer)}), flush=True)
         else:
-            print(f"{photo}  {answer.latitude:.5f}, {answer.longitude:.5f}  within {answer.radius_km:,.0f} km", flush=True)
+            print(
+                f"{photo}  {answer.latitude:.5f}, {answer.longitude:.5f}  within {answer.radius_km:,.0f} km", flush=True
+            )
     return REFUSED if failed else 0
 
 

@@ -16,7 +16,9 @@ def run(config: Any, path: epath.PathLike, variant: str) -> Manifest:
     """Makes export/ from the trained parameters, the gallery and the report of a work directory."""
     path = epath.Path(path)
     changed = settings.variant(config, variant)
-    stage = workdir.begin(path, "export", {"predict": changed.predict}, ["align", f"geotoken/{variant}", "gallery", "report"])
+    stage = workdir.begin(
+        path, "export", {"predict": changed.predict}, ["align", f"geotoken/{variant}", "gallery", "report"]
+    )
     if stage.manifest:
         return stage.manifest
     search = settings.read(IndexSettings, changed.index.search, "index.search")
@@ -35,7 +37,9 @@ def run(config: Any, path: epath.PathLike, variant: str) -> Manifest:
     shutil.rmtree(gallery, ignore_errors=True)
     shutil.copytree(path / "gallery", gallery, ignore=shutil.ignore_patterns("manifest.json", "begun.json"))
     workdir.write_bytes(stage.path / "README.md", _card(path, changed, variant).encode())
-    sums = {str(file.relative_to(stage.path)): _sha256(file) for file in sorted(stage.path.rglob("*")) if file.is_file()}
+    sums = {
+        str(file.relative_to(stage.path)): _sha256(file) for file in sorted(stage.path.rglob("*")) if file.is_file()
+    }
     sums.pop("begun.json", None)
     lines = "".join(f"{digest}  {name}\n" for name, digest in sums.items())
     workdir.write_bytes(stage.path / "SHA256SUMS", lines.encode())
@@ -65,7 +69,9 @@ def _card(path: epath.Path, config: Any, variant: str) -> str:
     return f"""# {label}
 
 Tells where on Earth a photo was taken, as S2 cells down to level {config.model.level}, from the photo and its
-{config.model.neighbors} nearest neighbors in a gallery of {photos.counts["train"]:,} photos (data: {config.photos.source}).
+{config.model.neighbors} nearest neighbors in a gallery of {photos.counts["train"]:,} photos.
+
+Data: {config.photos.source}.
 
 Use: `from geotoken_jax import GeoToken; GeoToken.load("FOLDER").predict("photo.jpg")`.
 

@@ -25,7 +25,13 @@ class Progress:
 
     def __init__(self, what: str, total: int | None, unit: str = "it", done: int = 0):
         self._bar = tqdm.tqdm(
-            total=total, desc=what, unit=unit, unit_scale=True, initial=done, disable=not sys.stderr.isatty(), leave=False
+            total=total,
+            desc=what,
+            unit=unit,
+            unit_scale=True,
+            initial=done,
+            disable=not sys.stderr.isatty(),
+            leave=False,
         )
         self._what, self._total, self._unit = what, total, unit
         self._first, self._done = done, done
@@ -51,4 +57,7 @@ class Progress:
             rate = (self._done - self._first) / (now - self._began)
             left = f", {(self._total - self._done) / rate:.0f} s left" if self._total and rate else ""
             total = f" of {self._total:,}" if self._total else ""
-            print(f"{self._what}: {self._done:,}{total} {self._unit}, {rate:,.0f}/s{left} {note}".rstrip(), file=sys.stderr)
+            print(
+                f"{self._what}: {self._done:,}{total} {self._unit}, {rate:,.0f}/s{left} {note}".rstrip(),
+                file=sys.stderr,
+            )

@@ -11,7 +11,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from array_record.python import array_record_module
+from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
 #: Longest id and author, in UTF-8 bytes, that fixed-layout records hold. Longer ones are dropped by `prepare`.
@@ -112,14 +112,16 @@ def shard_paths(folder: epath.PathLike, stem: str) -> list[epath.Path]:
     found = sorted(folder.glob(f"{stem}.array_record-?????-of-?????"))
     wanted = int(found[0].name[-5:]) if found else 0
     if not found or len(found) != wanted:
-        raise FileNotFoundError(f"{folder} has {len(found)} of {wanted or 'no'} shards of {stem}: make the folder again")
+        raise FileNotFoundError(
+            f"{folder} has {len(found)} of {wanted or 'no'} shards of {stem}: make the folder again"
+        )
     return found
 
 
 def write_shard(path: epath.Path, data: Iterable[bytes], options: str = _WRITER_OPTIONS) -> int:
     """Writes one ArrayRecord shard, whole or not at all; returns the number of records."""
     beside = path.parent / f".{path.name}.partial"
-    writer = array_record_module.ArrayRecordWriter(str(beside), options)
+    writer = ArrayRecordWriter(str(beside), options)
     n = 0
     try:
         for record in data:
@@ -149,7 +151,7 @@ class Records:
         return {**self.__dict__, "_source": None}
 
     @property
-    def _open(self):
+    def _open(self) -> Any:
         if self._source is None:
             # grain is heavy to import, and most readers of this module want no records.
             from grain.sources import ArrayRecordDataSource
@@ -221,7 +223,7 @@ class Photos:
         if self._source is None:
             import tensorflow_datasets as tfds
 
-            builder = tfds.builder_from_directory(self.folder)
+            builder: Any = tfds.builder_from_directory(self.folder)
             self._source = builder.as_data_source(self.split, decoders={"image": tfds.decode.SkipDecoding()})
         return self._source
 

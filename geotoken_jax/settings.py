@@ -5,7 +5,6 @@ same keys: a missing or an unknown one is an error that names it.
 """
 
 import dataclasses
-import types
 import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -31,7 +30,7 @@ def read(kind: type[S], section: Any, where: str) -> S:
     fields = {field.name: field for field in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
     hints = typing.get_type_hints(kind)
     missing = [name for name in fields if name not in section]
-    unknown = [name for name in section.keys() if name not in fields]
+    unknown = [name for name in section if name not in fields]
     if missing:
         raise SettingsError(f"config.{where}.{missing[0]} is missing: start from configs/common.py, which sets it")
     if unknown:
@@ -48,8 +47,6 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return read(hint, value, where)
     origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType) and value is None and type(None) in typing.get_args(hint):
-        return None
     if origin is tuple:
         return tuple(value)
     if origin is dict or origin is Mapping:
@@ -85,10 +82,10 @@ def _change(section: Any, changes: Any, where: str) -> None:
 
 def plain(section: Any) -> Any:
     """Returns a section, dataclass or nested container as what JSON holds: dicts, lists, strings, numbers."""
-    if dataclasses.is_dataclass(section) and not isinstance(section, type):
-        section = dataclasses.asdict(section)
     if hasattr(section, "to_dict"):
         section = section.to_dict()
+    if dataclasses.is_dataclass(section) and not isinstance(section, type):
+        section = dataclasses.asdict(section)
     if isinstance(section, Mapping):
         return {str(key): plain(value) for key, value in section.items()}
     if isinstance(section, (list, tuple)):

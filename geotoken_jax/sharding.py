@@ -46,7 +46,9 @@ def make_mesh(settings: MeshSettings, devices: Any = None) -> Mesh:
     known = int(np.prod([size for size in sizes.values() if size != -1]))
     asked = ", ".join(f"{name}={size}" for name, size in sizes.items())
     if known < 1 or len(open_axes) > 1 or len(devices) % known or (not open_axes and known != len(devices)):
-        raise SettingsError(f"config.mesh ({asked}) does not fit {len(devices)} devices: the product must be that number")
+        raise SettingsError(
+            f"config.mesh ({asked}) does not fit {len(devices)} devices: the product must be that number"
+        )
     if open_axes:
         sizes[open_axes[0]] = len(devices) // known
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3, devices=devices)
@@ -75,7 +77,9 @@ def shardings(state: Any, mesh: Mesh) -> Any:
             ways = int(np.prod([mesh.shape[axis] for axis in ([axes] if isinstance(axes, str) else axes or [])]))
             if size % ways:
                 name = "/".join(map(str, path))
-                raise SettingsError(f"{name}: axis of {size} does not divide over {axes} = {ways}: choose another mesh or width")
+                raise SettingsError(
+                    f"{name}: axis of {size} does not divide over {axes} = {ways}: choose another mesh or width"
+                )
         flat[path] = NamedSharding(mesh, partition)
     return traverse_util.unflatten_dict(flat)
 

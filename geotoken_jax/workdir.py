@@ -62,9 +62,7 @@ class Stage:
     inputs: dict[str, str]
     manifest: Manifest | None
 
-    def finish(
-        self, counts: Mapping[str, Any], dropped: Mapping[str, int] | None = None, **facts: Any
-    ) -> Manifest:
+    def finish(self, counts: Mapping[str, Any], dropped: Mapping[str, int] | None = None, **facts: Any) -> Manifest:
         """Writes the manifest: from here on the folder is complete."""
         manifest = Manifest(
             self.folder, self.settings, self.inputs, dict(counts), dict(dropped or {}), settings.plain(facts)

@@ -5,16 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from geotoken_jax.geo.cells import CellScheme
 from geotoken_jax.model.geotoken import GeoTokenModel, ModelSettings
 from geotoken_jax.model.memory import Neighbors
 
 C, M = 12, 3
+CELLS = CellScheme(level=6, group=2)
 _OURS = dict(norm="pre", activation="gelu", positions="factored", memory="full", tie_tokens=True, copy_head=True)
 _PAPER = dict(norm="post", activation="relu", positions="sinusoidal", memory="full", tie_tokens=False, copy_head=False)
 FORMS = {
     "paper": _PAPER,
     "ours": _OURS,
-    "compact": {**_OURS, "memory": "compact"},
+    "compact": {**_OURS, "memory": "compact", "similarities": True},
     "without_neighbor_tokens": {**_OURS, "copy_head": False, "neighbor_tokens": False},
 }
 
@@ -23,7 +25,7 @@ def settings(form: str, **changes) -> ModelSettings:
     """Level 6 in groups of 2: vocabularies 6, 16, 16, 16."""
     values = dict(
         level=6, group=2, backbone_width=C, neighbors=M, width=16, heads=2, feed_forward=24, encoder_layers=1,
-        decoder_layers=2, dropout=0.0, neighbor_tokens=True, dtype="float32", remat="none",
+        decoder_layers=2, dropout=0.0, neighbor_tokens=True, similarities=False, dtype="float32", remat="none",
     )  # fmt: skip
     return ModelSettings(**{**values, **FORMS[form], **changes})
 
@@ -42,7 +44,7 @@ def model(form: str, **changes) -> GeoTokenModel:
     return nnx.merge(graph, nnx.from_flat_state([(path, values(path, v)) for path, v in nnx.to_flat_state(state)]))
 
 
-def batch(n: int = 4, cells=settings("ours").cells, seed: int = 0) -> dict[str, np.ndarray]:
+def batch(n: int = 4, cells: CellScheme = CELLS, seed: int = 0) -> dict[str, np.ndarray]:
     """Photos with 3, 2, 1, 0, 3, ... neighbors; neighbor m agrees with the photo's first m + 1 tokens and no more."""
     rng = np.random.default_rng(seed)
     sizes = np.array(cells.vocab_sizes)

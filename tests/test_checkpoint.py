@@ -65,7 +65,9 @@ TEARS = {
     "cut data": lambda step: data_file(step, "state").write_bytes(data_file(step, "state").read_bytes()[:100]),
     "empty manifest": lambda step: (step / "state" / "manifest.ocdbt").write_bytes(b""),
     "cut metadata": lambda step: (step / "state" / "_METADATA").write_text('{"tree_'),
-    "no position": lambda step: shutil.rmtree(step / "position"),
+    "no progress": lambda step: shutil.rmtree(step / "progress"),
+    "lost loss": lambda step: data_file(step, "progress").unlink(),
+    "cut loss": lambda step: data_file(step, "progress").write_bytes(b""),
     "no state": lambda step: shutil.rmtree(step / "state"),
 }
 
@@ -79,6 +81,19 @@ def test_a_torn_checkpoint_is_passed_over_and_replaced(folder, caplog, tear):
         assert (step, position) == (4, {"input": {"next": 4}}) and found["params"]["a"][0, 0] == 4
         assert f"checkpoint 6 in {folder} cannot be read" in caplog.text
         checkpoints.save(6, state(60), {"input": {"next": 6}}, 0.5)  # as training comes by again
+    with Checkpoints(folder) as checkpoints:
+        assert checkpoints.restore_last(abstract(state()))[1]["params"]["a"][0, 0] == 60
+        assert checkpoints.best == 6
+
+
+def test_what_comes_before_a_torn_checkpoint_is_saved_too(folder):
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(8, state(8), {"input": {"next": 8}}, 4.0)
+    TEARS["cut data"](folder / "6")
+    TEARS["cut loss"](folder / "8")
+    with Checkpoints(folder) as checkpoints:
+        assert checkpoints.restore_last(abstract(state()))[0] == 4
+        checkpoints.save(6, state(60), {"input": {"next": 6}}, 0.5)
     with Checkpoints(folder) as checkpoints:
         assert checkpoints.restore_last(abstract(state()))[1]["params"]["a"][0, 0] == 60
         assert checkpoints.best == 6

@@ -41,8 +41,14 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_folder_of_the_path_is_there(workdir: Path):
-    folders = "photos features align gallery queries neighbors tokens report export".split()
-    for folder in [*folders, "geotoken/geotoken", "geotoken/paper", "predictions/top1_neighbor", "predictions/geotoken"]:
+    folders = ["photos", "features", "align", "gallery", "queries", "neighbors", "tokens", "report", "export"]
+    for folder in [
+        *folders,
+        "geotoken/geotoken",
+        "geotoken/paper",
+        "predictions/top1_neighbor",
+        "predictions/geotoken",
+    ]:
         assert (workdir / folder / "manifest.json").exists(), folder
     lines = [json.loads(line) for line in (workdir / "predictions/geotoken/test.jsonl").read_text().splitlines()]
     assert [line["id"] for line in lines] == [records.Photos(workdir / "photos", "test")[i]["id"] for i in range(40)]
@@ -139,7 +145,10 @@ def test_json_lines_of_photos(workdir: Path, photo: bytes, tmp_path: Path, capsy
     (tmp_path / "a.jpg").write_bytes(photo)
     assert geotoken("predict", f"--model={workdir / 'export'}", "--json", str(tmp_path / "a.jpg")) == 0
     answer = json.loads(capsys.readouterr().out)
-    assert answer["id"] == str(tmp_path / "a.jpg") and {"latitude", "longitude", "radius_km", "candidates"} <= answer.keys()
+    assert (
+        answer["id"] == str(tmp_path / "a.jpg")
+        and {"latitude", "longitude", "radius_km", "candidates"} <= answer.keys()
+    )
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def test_a_module_of_the_library_imports_from_lower_ranks_only(module):
 
 @pytest.mark.parametrize("module", CONFIGS)
 def test_a_configuration_is_inert(module):
-    assert {name.split(".")[0] for name in imports(CONFIGS[module])} <= {"ml_collections", "configs"}
+    assert {name.split(".")[0] for name in imports(CONFIGS[module])} <= {"ml_collections", "configs", "typing"}
 
 
 @pytest.mark.parametrize("module", [*LIBRARY, *PREPARATION])

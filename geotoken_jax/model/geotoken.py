@@ -28,6 +28,7 @@ class ModelSettings(layers.LayerSettings):
     backbone_width: C. neighbors: M. level, group: of the CellScheme. memory: "full" or "compact". positions: "factored"
     or "sinusoidal". tie_tokens: neighbors and decoder share one token table. copy_head: mix in the next tokens of the
     neighbors that agree with the tokens so far. neighbor_tokens: False hides the neighbors' tokens (ablation).
+    similarities: tell how near each neighbor is to the photo.
     """
 
     level: int
@@ -41,6 +42,7 @@ class ModelSettings(layers.LayerSettings):
     tie_tokens: bool
     copy_head: bool
     neighbor_tokens: bool
+    similarities: bool
 
     def __post_init__(self):
         super().__post_init__()
@@ -48,7 +50,9 @@ class ModelSettings(layers.LayerSettings):
             if getattr(self, name) not in choices:
                 raise ValueError(f"config.model.{name} is {getattr(self, name)!r}: choose one of {', '.join(choices)}")
         if self.copy_head and not self.neighbor_tokens:
-            raise ValueError("config.model.copy_head copies neighbors' tokens: set it False where neighbor_tokens is False")
+            raise ValueError(
+                "config.model.copy_head copies neighbors' tokens: set it False where neighbor_tokens is False"
+            )
 
     @property
     def cells(self) -> CellScheme:
@@ -57,7 +61,7 @@ class ModelSettings(layers.LayerSettings):
 
 class Memory(NamedTuple):
     """What the decoder looks back at: keys and values [L, B, S, H, d] of every decoder layer, how many of the S
-    positions are real [B], and, for the copy head, its keys [B, M, D] with the neighbors' tokens [B, M, T] and count."""
+    positions are real [B], and, for the copy head, its keys [B, M, D] with the neighbors themselves."""
 
     keys_values: tuple[Float[Array, "L B S H d"], Float[Array, "L B S H d"]]
     lengths: Int[Array, " B"]
@@ -116,12 +120,22 @@ class GeoTokenModel(nnx.Module):
         # Position t's slice of the token table starts after those of the positions before it.
         self.offsets = tuple(int(o) for o in np.cumsum(sizes) - sizes)
         self.memory_builder = MemoryBuilder(
-            s.backbone_width, s.width, s.neighbors, s.memory, s.positions, s.neighbor_tokens, s.dtype, rngs
+            s.backbone_width,
+            s.width,
+            s.neighbors,
+            s.memory,
+            s.positions,
+            s.neighbor_tokens,
+            s.similarities,
+            s.dtype,
+            rngs,
         )
         self.start_embedding = sharding.parameter(rngs.params(), normal, (s.width,), ("embed",))
         self.token_table = sharding.parameter(rngs.params(), normal, (int(sizes.sum()), s.width), ("vocab", "embed"))
         if not s.tie_tokens and s.neighbor_tokens:
-            self.neighbor_table = sharding.parameter(rngs.params(), normal, (int(sizes.sum()), s.width), ("vocab", "embed"))
+            self.neighbor_table = sharding.parameter(
+                rngs.params(), normal, (int(sizes.sum()), s.width), ("vocab", "embed")
+            )
         if s.positions == "factored":
             self.levels = sharding.parameter(rngs.params(), normal, (len(sizes), s.width), (None, "embed"))
         self.encoder = layers.stack(lambda r: layers.EncoderLayer(s, r), s.encoder_layers, rngs)
@@ -130,8 +144,12 @@ class GeoTokenModel(nnx.Module):
             self.encoder_norm = nnx.LayerNorm(s.width, epsilon=1e-5, rngs=rngs)
             self.decoder_norm = nnx.LayerNorm(s.width, epsilon=1e-5, rngs=rngs)
         head = nnx.initializers.lecun_normal(batch_axis=0)
-        self.head = sharding.parameter(rngs.params(), head, (len(sizes), s.width, int(sizes.max())), (None, "embed", "vocab"))
-        self.head_bias = sharding.parameter(rngs.params(), nnx.initializers.zeros, (len(sizes), int(sizes.max())), (None, "vocab"))
+        self.head = sharding.parameter(
+            rngs.params(), head, (len(sizes), s.width, int(sizes.max())), (None, "embed", "vocab")
+        )
+        self.head_bias = sharding.parameter(
+            rngs.params(), nnx.initializers.zeros, (len(sizes), int(sizes.max())), (None, "vocab")
+        )
         if s.copy_head:
             self.copy = CopyHead(s, rngs)
 
@@ -161,12 +179,10 @@ class GeoTokenModel(nnx.Module):
             same = tokens[:, :-1, None] == neighbors.tokens.swapaxes(1, 2)[:, :-1]
             same = jnp.concatenate([self._real(neighbors)[:, None], same], 1)
             agree = jnp.cumprod(same, 1).astype(bool)
-        return self._log_probabilities(x, self.head[...], self.head_bias[...], self._vocab_mask(), memory, agree,
-                                       neighbors.tokens.swapaxes(1, 2), "btd,tdv->btv")  # fmt: skip
+        near = neighbors.tokens.swapaxes(1, 2)
+        return self._log_probabilities(x, "btd,tdv->btv", slice(None), memory, near, agree)
 
-    def encode(
-        self, query: Float[Array, "B 3 C"], neighbors: Neighbors, key: jax.Array | None = None
-    ) -> Memory:
+    def encode(self, query: Float[Array, "B 3 C"], neighbors: Neighbors, key: jax.Array | None = None) -> Memory:
         """Reads the photo and its neighbors once; the result serves every candidate."""
         s = self.settings
         x, lengths = self.sequence(query, neighbors, key)
@@ -222,27 +238,26 @@ class GeoTokenModel(nnx.Module):
         x = jnp.where(t == 0, self.start_embedding[...], embedded) + self._decoder_positions()[t]
         x = x.astype(jnp.dtype(s.dtype))
 
-        def body(layer: Any, x: Array, xs: Any) -> tuple[Array, Any]:
-            past, keys_values = xs
-            return layer.step(x, past, t, keys_values, memory.lengths)
+        def body(layer: Any, carry: Any, xs: Any) -> tuple[Any, None]:
+            number, keys_values = xs
+            return layer.step(*carry, number, t, keys_values, memory.lengths), None
 
-        x, past = layers.scan(self.decoder, body, x, (cache.past, memory.keys_values))
+        numbered = (jnp.arange(s.decoder_layers), memory.keys_values)
+        (x, past), _ = layers.scan(self.decoder, body, (x, cache.past), numbered)
         agree, tokens = cache.agree, None
         if s.copy_head:
             agree = agree & ((t == 0) | (memory.neighbors.tokens[:, None, :, before] == previous[..., None]))
             tokens = jnp.broadcast_to(memory.neighbors.tokens[:, None, :, t], agree.shape)
-        logits = self._log_probabilities(x, self.head[...][t], self.head_bias[...][t], self._vocab_mask()[t], memory, agree,
-                                         tokens, "bkd,dv->bkv")  # fmt: skip
-        return logits, Cache(past, agree)
+        log_p = self._log_probabilities(x, "bkd,dv->bkv", t, memory, tokens, agree)
+        return log_p, Cache(past, agree)
 
-    def _log_probabilities(
-        self, x: Array, head: Array, bias: Array, mask: Array, memory: Memory, agree: Any, tokens: Any, product: str
-    ) -> Array:
+    def _log_probabilities(self, x: Array, product: str, t: Any, memory: Memory, tokens: Any, agree: Any) -> Array:
+        """product: of states and heads, as einsum has it. t: the positions that the states stand at."""
         if self.settings.norm == "pre":
             x = self.decoder_norm(x).astype(x.dtype)
-        logits = jnp.einsum(product, x, head.astype(x.dtype)).astype(jnp.float32) + bias
-        logits = jnp.where(mask, logits, -jnp.inf)
-        if not self.settings.copy_head:
+        logits = jnp.einsum(product, x, self.head[...][t].astype(x.dtype)).astype(jnp.float32)
+        logits = jnp.where(self._vocab_mask()[t], logits + self.head_bias[...][t], -jnp.inf)
+        if memory.copy_keys is None:
             return jax.nn.log_softmax(logits)
         return self.copy(logits, x, memory.copy_keys, tokens, agree)
 

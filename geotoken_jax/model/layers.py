@@ -34,7 +34,9 @@ class LayerSettings:
 
     def __post_init__(self):
         if self.width % self.heads:
-            raise ValueError(f"config.model.width = {self.width} does not divide into config.model.heads = {self.heads}")
+            raise ValueError(
+                f"config.model.width = {self.width} does not divide into config.model.heads = {self.heads}"
+            )
         for name, choices in (("norm", ("pre", "post")), ("activation", ACTIVATIONS), ("remat", REMAT)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"config.model.{name} is {getattr(self, name)!r}: choose one of {', '.join(choices)}")
@@ -117,7 +119,9 @@ class _Layer(nnx.Module):
         self.settings = settings
         self.norms = nnx.List([nnx.LayerNorm(settings.width, epsilon=1e-5, rngs=rngs) for _ in range(norms)])
 
-    def _residual(self, norm: nnx.LayerNorm, x: Array, sublayer: Callable[[Array], Array], key: jax.Array | None) -> Array:
+    def _residual(
+        self, norm: nnx.LayerNorm, x: Array, sublayer: Callable[[Array], Array], key: jax.Array | None
+    ) -> Array:
         dtype = jnp.dtype(self.settings.dtype)
         if self.settings.norm == "pre":
             return x + dropout(sublayer(norm(x).astype(dtype)), self.settings.dropout, key)
@@ -172,20 +176,26 @@ class DecoderLayer(_Layer):
     def step(
         self,
         x: Float[Array, "B K D"],
-        past: tuple[Float[Array, "B K T H d"], Float[Array, "B K T H d"]],
+        past: tuple[Float[Array, "L B K T H d"], Float[Array, "L B K T H d"]],
+        number: Int[Array, ""],
         t: Int[Array, ""],
         memory: tuple[Float[Array, "B S H d"], Float[Array, "B S H d"]],
         lengths: Int[Array, " B"] | None,
-    ) -> tuple[Float[Array, "B K D"], tuple[Float[Array, "B K T H d"], Float[Array, "B K T H d"]]]:
-        """Token t of K candidates that share one memory; `past` holds keys and values of tokens before t."""
+    ) -> tuple[Float[Array, "B K D"], tuple[Float[Array, "L B K T H d"], Float[Array, "L B K T H d"]]]:
+        """Token t of K candidates that share one memory, by layer `number` of the stack.
+
+        past: keys and values of all layers, of the tokens before t; carried whole, so that XLA changes it in place.
+        """
 
         def attend(y: Array) -> Array:
             nonlocal past
-            new = self.attention.keys_values(y)
-            past = tuple(jax.lax.dynamic_update_index_in_dim(p, n, t, 2) for p, n in zip(past, new, strict=True))
-            b, k, _, h, d = past[0].shape
+            new = (n[None, :, :, None] for n in self.attention.keys_values(y))
+            past = tuple(
+                jax.lax.dynamic_update_slice(p, n, (number, 0, 0, t, 0, 0)) for p, n in zip(past, new, strict=True)
+            )
+            b, k, _, h, d = past[0].shape[1:]
             q = self.attention.queries(y).reshape(b * k, 1, h, d)
-            keys, values = (p.reshape(b * k, -1, h, d) for p in past)
+            keys, values = (p[number].reshape(b * k, -1, h, d) for p in past)
             seen = jnp.full((b * k,), t + 1, jnp.int32)
             return self.attention.output(attention(q, keys, values, lengths=seen).reshape(b, k, h, d))
 

@@ -54,12 +54,13 @@ class MemoryBuilder(nnx.Module):
 
     form: "full" or "compact". positions: "sinusoidal" (flat, as published) or "factored" (learned vectors for the
     neighbor's rank and for the kind of position; levels are told apart by the token table's own slices).
-    neighbor_tokens: False leaves the neighbors' tokens out (the ablation).
+    neighbor_tokens: False leaves the neighbors' tokens out (the ablation). similarities: tell how near each neighbor
+    is, by the cosines of its three vectors with the photo's: what ranked it, and what projections to D cannot keep.
     """
 
     def __init__(
         self, backbone_width: int, width: int, neighbors: int, form: str, positions: str, neighbor_tokens: bool,
-        dtype: str, rngs: nnx.Rngs,
+        similarities: bool, dtype: str, rngs: nnx.Rngs,
     ):  # fmt: skip
         normal = nnx.initializers.normal(0.02)
         self.projections = Projections(backbone_width, width, dtype, rngs)
@@ -68,6 +69,10 @@ class MemoryBuilder(nnx.Module):
         if self.factored:
             self.kinds = sharding.parameter(rngs.params(), normal, (len(KINDS), width), (None, "embed"))
             self.ranks = sharding.parameter(rngs.params(), normal, (neighbors + 1, width), (None, "embed"))
+        if similarities:
+            self.similar_up = sharding.linear(3, width, (None, "mlp"), rngs=rngs)
+            self.similar_down = sharding.linear(width, width, ("mlp", "embed"), rngs=rngs)
+        self.similarities = similarities
         self.form, self.neighbor_tokens = form, neighbor_tokens
         self.dtype = jnp.dtype(dtype)
 
@@ -83,6 +88,9 @@ class MemoryBuilder(nnx.Module):
         found = self.projections(neighbors.embeddings)
         cls = jnp.broadcast_to(self.cls[...].astype(self.dtype), (b, 1, photo.shape[-1]))
         head = jnp.concatenate([cls, photo], 1)
+        if self.similarities:
+            near = jax.nn.gelu(self.similar_up(cosines(query, neighbors.embeddings)))
+            found = found + self.similar_down(near).astype(self.dtype)[:, :, None]
         if self.factored:
             kinds, ranks = self.kinds[...].astype(self.dtype), self.ranks[...].astype(self.dtype)
             head = head + kinds[:4] + ranks[0]
@@ -105,6 +113,14 @@ class MemoryBuilder(nnx.Module):
     def first_positions(self, m: int, length: int) -> np.ndarray:
         """Returns the index [M] of each neighbor's first position (its image) in a sequence of this length."""
         return 4 + np.arange(m) * ((length - 4) // max(m, 1))
+
+
+def cosines(query: Float[Array, "B 3 C"], neighbors: Float[Array, "B M 3 C"]) -> Float[Array, "B M 3"]:
+    """Returns the cosine of each of a photo's vectors with each neighbor's of the same kind."""
+    a, b = query.astype(jnp.float32), neighbors.astype(jnp.float32)
+    products = jnp.einsum("bec,bmec->bme", a, b)
+    squares = jnp.sum(a * a, -1)[:, None] * jnp.sum(b * b, -1)
+    return products * jax.lax.rsqrt(jnp.maximum(squares, 1e-12))
 
 
 def sinusoidal(length: int, width: int) -> Float[np.ndarray, "length width"]:

@@ -18,8 +18,8 @@ from geotoken_jax.predict.select import SELECTORS
 
 @dataclasses.dataclass(frozen=True)
 class PredictSettings:
-    """samples: drawn beside the greedy candidate. temperature: they are drawn at. choice: the selector whose candidate is
-    the answer. batch_size: photos decoded at once. seed: of the samples."""
+    """samples: drawn beside the greedy candidate. temperature: they are drawn at. choice: the selector whose candidate
+    is the answer. batch_size: photos decoded at once. seed: of the samples."""
 
     samples: int
     temperature: float
@@ -61,7 +61,7 @@ class Decoder:
         names = ("query", "neighbors", "neighbor_tokens", "neighbor_count")
         padded = {name: _pad(batch[name], size) for name in names}
         found = self._run(self._state, padded, jnp.asarray(_pad(numbers, size), jnp.uint32))
-        return Candidates(*(np.asarray(part)[:b] for part in found))
+        return jax.tree.map(lambda part: np.asarray(part)[:b], found)
 
 
 def _pad(values: np.ndarray, size: int) -> np.ndarray:

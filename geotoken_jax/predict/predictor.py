@@ -68,7 +68,9 @@ class GeoToken:
         align = AlignTask(settings.read(AlignSettings, config["align"], "align"), self._backbone.width)
         self._aligned = checkpoint.read_module(folder / "align.safetensors", align.init)
         model_settings = settings.read(ModelSettings, config["model"], "model")
-        model = checkpoint.read_module(folder / "geotoken.safetensors", lambda rngs: GeoTokenModel(model_settings, rngs))
+        model = checkpoint.read_module(
+            folder / "geotoken.safetensors", lambda rngs: GeoTokenModel(model_settings, rngs)
+        )
         self._decoder = Decoder(model, settings.read(PredictSettings, config["predict"], "predict"))
         self._neighbors = model_settings.neighbors
         self._gallery = Table(folder / "gallery")
@@ -103,7 +105,9 @@ class GeoToken:
         found = answers(candidates, self._decoder.cells, self._decoder.settings.choice)
         near = [
             tuple(
-                Neighbor(self._gallery.ids(row).item().decode(), *self._gallery.coordinates(row).tolist(), float(score))
+                Neighbor(
+                    self._gallery.ids(row).item().decode(), *self._gallery.coordinates(row).tolist(), score=float(score)
+                )
                 for row, score in zip(*pair, strict=True)
                 if row >= 0
             )

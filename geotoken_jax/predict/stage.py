@@ -1,6 +1,6 @@
 """The stage `predict`: candidates and choice of every photo of every split, as JSON lines.
 
-What imports jax is imported after a stage is known to have work to do: jax alone takes longer than a finished stage may.
+What imports jax is imported once a stage is known to have work to do: a finished one answers at once.
 """
 
 import json
@@ -27,7 +27,9 @@ def run(config: Any, path: epath.PathLike, variant: str) -> Manifest:
     """Makes predictions/VARIANT/SPLIT.jsonl for every split that has a table under queries/."""
     path = epath.Path(path)
     config = settings.variant(config, variant)
-    stage = workdir.begin(path, f"predictions/{variant}", {"predict": config.predict}, ["tokens", f"geotoken/{variant}"])
+    stage = workdir.begin(
+        path, f"predictions/{variant}", {"predict": config.predict}, ["tokens", f"geotoken/{variant}"]
+    )
     if stage.manifest:
         return stage.manifest
     from geotoken_jax import checkpoint
@@ -50,7 +52,11 @@ def run(config: Any, path: epath.PathLike, variant: str) -> Manifest:
             if not file.exists():
                 own = Table(path / "queries" / split)
                 read = Tokens(
-                    records.Records(path / "tokens", split, layout), own, gallery, decoder.cells, model_settings.neighbors
+                    records.Records(path / "tokens", split, layout),
+                    own,
+                    gallery,
+                    decoder.cells,
+                    model_settings.neighbors,
                 )
                 rows = records.open_array(path / "neighbors" / f"{split}.rows.npy")
                 _write(file, _predict(decoder, read, own, gallery, rows, progress))
@@ -60,7 +66,7 @@ def run(config: Any, path: epath.PathLike, variant: str) -> Manifest:
 
 
 def baseline(config: Any, path: epath.PathLike) -> Manifest:
-    """Makes predictions/top1_neighbor/SPLIT.jsonl: the first neighbor's coordinates, the other neighbors as candidates."""
+    """Makes predictions/top1_neighbor/SPLIT.jsonl: the first neighbor's coordinates; all neighbors as candidates."""
     path = epath.Path(path)
     stage = workdir.begin(path, f"predictions/{TOP1}", {"neighbors": config.model.neighbors}, ["neighbors"])
     if stage.manifest:

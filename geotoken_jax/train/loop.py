@@ -66,8 +66,8 @@ def run(
     photos: int,
     what: str,
 ) -> Result:
-    """Trains until `settings.examples` photos have been seen, from the newest checkpoint in `folder` where there is one,
-    and writes the parameters of the best step to `folder`/parameters.safetensors.
+    """Trains until `settings.examples` photos have been seen, going on from the newest checkpoint in `folder`, and
+    writes the parameters of the best step to `folder`/parameters.safetensors.
 
     batches: the training input, at its beginning. validation: makes one pass over the validation split, whose batches
     have `valid` [b]. photos: size of the training split, for the schedule. what: the name shown beside the progress.
@@ -91,7 +91,7 @@ def run(
                 step += 1
                 log.add(values)
                 if step % settings.log_every == 0 or step == settings.steps:
-                    line = log.write(step, float(schedule(step - 1)))
+                    line = log.write(step, float(np.asarray(schedule(step - 1))))
                     progress.add(0, note=f"loss {line['train/loss']:.3f}")
                 progress.add(settings.batch_size)
                 if step % settings.evaluate_every == 0 or step == settings.steps:
@@ -128,7 +128,9 @@ def _resume(checkpoints: Checkpoints, state: State, batches: TrainingInput) -> t
 
 
 def _on_mesh(batch: Batch, trainer: Trainer) -> dict[str, jax.Array]:
-    return {name: jax.make_array_from_process_local_data(trainer.batch_sharding, value) for name, value in batch.items()}
+    return {
+        name: jax.make_array_from_process_local_data(trainer.batch_sharding, value) for name, value in batch.items()
+    }
 
 
 class _Log:

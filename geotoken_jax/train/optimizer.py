@@ -26,7 +26,9 @@ def make_schedule(settings: OptimizerSettings, steps: int, steps_per_epoch: int)
     """Returns step -> learning rate over `steps` steps. Raises SettingsError for an unknown schedule."""
     warm = round(settings.warmup * steps)
     if settings.schedule == "cosine":
-        return optax.warmup_cosine_decay_schedule(0.0 if warm else settings.learning_rate, settings.learning_rate, warm, steps)
+        return optax.warmup_cosine_decay_schedule(
+            0.0 if warm else settings.learning_rate, settings.learning_rate, warm, steps
+        )
     if settings.schedule == "exponential":
         decay = optax.exponential_decay(settings.learning_rate, steps_per_epoch, settings.decay, staircase=True)
         rise = optax.linear_schedule(0.0, settings.learning_rate, max(warm, 1))
@@ -36,6 +38,7 @@ def make_schedule(settings: OptimizerSettings, steps: int, steps_per_epoch: int)
 
 def make_optimizer(settings: OptimizerSettings, schedule: optax.Schedule) -> optax.GradientTransformation:
     """Returns AdamW, clipped where asked; weight decay spares vectors (biases, norms), as is usual."""
+
     def matrices(params):
         return jax.tree.map(lambda p: p.ndim > 1, params)
 

@@ -22,7 +22,9 @@ class Task(Protocol):
         """Returns the model with its first parameters."""
         ...
 
-    def loss(self, model: Any, batch: Mapping[str, jax.Array], key: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(
+        self, model: Any, batch: Mapping[str, jax.Array], key: jax.Array | None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Returns the loss and further metrics, each a mean over the batch's photos (but for those that `valid`, where
         the batch has it, leaves out). A key of None means evaluation: no dropout."""
         ...
@@ -91,7 +93,7 @@ class Trainer:
             "constants": state["constants"],
             "optimizer": optimizer,
         }
-        return new, {"loss": loss, "gradient_norm": optax.global_norm(gradient), **metrics}
+        return new, {"loss": loss, "gradient_norm": optax.tree.norm(gradient), **metrics}
 
     def _evaluate(self, state: State, batch: Mapping[str, jax.Array]) -> tuple[dict[str, jax.Array], jax.Array]:
         """Returns sums over the valid photos of a batch, and how many there are."""

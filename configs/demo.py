@@ -1,7 +1,9 @@
 """EarthView on two CPU cores in some minutes: the whole path, with the ablation and the paper's form beside it.
 
-What was tried (validation, within 200 km, 40,000 to 120,000 examples): the full memory does what the compact one does,
-6 times slower; telling the model how near each neighbor is lowers the loss by 0.03; past 100,000 examples it memorizes.
+What was tried, one run each, by validation loss: the full memory 1.671 against 1.670 for the compact one, at a sixth
+of the speed (40,000 examples); similarities 1.632 against 1.662 without; 20 neighbors 1.673 against 1.694 with 10;
+products of projections as further similarities 1.722 against 1.694; dropout of 0.3 on embeddings 1.670 against 1.673,
+so not worth a key. Past 100,000 examples the model learns the training photos by heart and validation loss rises.
 """
 
 from typing import Any
@@ -15,8 +17,8 @@ def get_config() -> ConfigDict:
     """Returns the demo's configuration."""
     config: Any = common.get_config()
     config.name = "demo"
-    # A location encoder that two cores train in seconds; 3e-5 is for a pod's 41 million examples. After two
-    # epochs the heads begin to know the training photos by heart, and the decoder would trust them too much.
+    # A location encoder that two cores train in seconds; 3e-5 is for a pod's 41 million examples. From the second
+    # epoch the heads begin to know the training photos by heart, and the decoder would trust them too much.
     config.align.model.location.update(fourier=64, hidden=128, out=128)
     config.align.train.update(batch_size=512, examples=48_000, evaluate_every=31, log_every=10)
     config.align.train.optimizer.update(learning_rate=1e-3, schedule="cosine", warmup=0.1, weight_decay=1e-4)
@@ -60,7 +62,7 @@ def get_config() -> ConfigDict:
                 copy_head=False,
                 similarities=False,
                 neighbors=15,
-                dropout=0.0,  # so few photos cannot be learned by heart, and random numbers are half of this form's time on a CPU
+                dropout=0.0,  # so few examples are not learned by heart, and random numbers cost a CPU half its time
             ),
             loss=dict(last_weight=1.0),
             train=dict(examples=25_600, evaluate_every=25),

@@ -29,7 +29,8 @@ class Checkpoints:
 
     def __init__(self, folder: epath.PathLike, keep: int = 2):
         self._keep = keep
-        self._orbax = ocp.training.Checkpointer(epath.Path(folder), preservation_policy=self)
+        absolute = epath.Path(folder).resolve()  # Orbax takes no other
+        self._orbax = ocp.training.Checkpointer(absolute, preservation_policy=self)
         # Not Orbax's metrics: it reads them all to begin with, and a torn file there would bar every other checkpoint.
         self._losses: dict[int, float] = {}
         for step in self.steps:

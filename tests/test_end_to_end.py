@@ -64,10 +64,12 @@ def test_a_second_run_keeps_everything(workdir: Path, capsys: pytest.CaptureFixt
 
 
 def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bytes(workdir: Path, tmp_path: Path):
-    command = [sys.executable, "-m", "geotoken_jax.cli", "all", f"--config={CONFIG}", f"--workdir={tmp_path}"]
+    command = [sys.executable, "-m", "geotoken_jax.cli", "all", f"--config={CONFIG}", "--workdir=run"]
     rng = random.Random(os.environ.get("PYTEST_XDIST_TESTRUNUID", "0"))
     for attempt in range(40):
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True) as run:
+        with subprocess.Popen(
+            command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        ) as run:
             began = time.monotonic()
             limit = rng.uniform(3.0, 9.0) if attempt < 6 else 300.0
             while run.poll() is None and time.monotonic() - began < limit:
@@ -79,7 +81,7 @@ def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bytes(workdir: Pa
             break
         assert run.returncode == -signal.SIGKILL, output
     assert run.returncode == 0
-    unbroken, broken = results(workdir), results(tmp_path)
+    unbroken, broken = results(workdir), results(tmp_path / "run")
     assert unbroken.keys() == broken.keys()
     assert [name for name in unbroken if unbroken[name] != broken[name]] == []
     assert list(tmp_path.rglob("*.partial")) == []

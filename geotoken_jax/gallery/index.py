@@ -1,9 +1,13 @@
 """Search for the gallery's photos nearest to a photo: exactly, or with ScaNN; one interface."""
 
+import contextlib
 import dataclasses
 import functools
 import json
+import os
 import sys
+import tempfile
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import jax
@@ -149,14 +153,15 @@ class Scann:
         vectors = np.ascontiguousarray(vectors, np.float32)
         leaves = max(1, int(len(vectors) ** 0.5))
         searched = min(settings.leaves_searched, leaves)
-        searcher = (
+        builder = (
             scann.builder(vectors, min(_RECALL_AT, len(vectors)), "dot_product")
             # k-means++ from all rows: ScaNN's random start differs from process to process, even on one thread.
             .tree(leaves, searched, training_sample_size=len(vectors), random_init=False)
             .score_ah(2, anisotropic_quantization_threshold=0.2)
             .reorder(settings.reorder)
-            .build()
         )
+        with _without_notes():
+            searcher = builder.build()
         facts = {"kind": "scann", "leaves": leaves, "leaves_searched": searched, "reorder": settings.reorder}
         index = cls(searcher, facts, settings.threads)
         index._tune(vectors, settings)
@@ -209,6 +214,23 @@ def _recall(found: np.ndarray, wanted: np.ndarray, own: np.ndarray) -> float:
     others = wanted != own[:, None]
     hits = (wanted[:, :, None] == found[:, None, :]).any(axis=2)
     return float((hits & others).sum() / max(others.sum(), 1))
+
+
+@contextlib.contextmanager
+def _without_notes() -> Iterator[None]:
+    """Keeps what C++ writes to stderr meanwhile, but for its notes on progress, which no log level turns off."""
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as written:
+        os.dup2(written.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            written.seek(0)
+            kept = (line for line in written if not line.startswith((b"I0", b"I1", b"WARNING: All log messages")))
+            os.write(2, b"".join(kept))
 
 
 def _import_scann() -> Any:

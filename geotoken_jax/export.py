@@ -64,7 +64,7 @@ def _card(path: epath.Path, config: Any, variant: str) -> str:
     for split, found in metrics["splits"].items():
         for method in found["methods"]:
             if method["variant"] == variant and method.get("main"):
-                values = " | ".join(f"{100 * v['value']:.1f}" for v in method["accuracy"].values())
+                values = " | ".join(f"{100 * v['value']:.1f}" for v in method["accuracy"])
                 rows.append(f"| {split} | {values} |")
     return f"""# {label}
 

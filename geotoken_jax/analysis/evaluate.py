@@ -197,7 +197,7 @@ def methods_of(points: Points, truth: Points, variant: str, label: str) -> list[
         method(choice, f"{label}: {choice.replace('_', ' ')}" if named and choice else label, coordinates)
         for choice, coordinates in chosen.items()
     ]
-    if count:
+    if count > 1:
         here = truth.coordinates[rows, None]
         off = distance.great_circle_km(candidates[..., 0], candidates[..., 1], here[..., 0], here[..., 1])
         nearest = np.nan_to_num(off, nan=np.inf).argmin(axis=1)

@@ -73,7 +73,9 @@ def answers(candidates: Candidates, cells: CellScheme, choice: str) -> list[dict
 
     Equal candidates are one, with their count; the greedy one comes first, the others by falling log-probability.
     """
-    chosen = {name: select(candidates) for name, select in SELECTORS.items()}
+    # With the greedy candidate alone there is nothing to choose.
+    selectors = SELECTORS if candidates.tokens.shape[1] > 1 else {choice: SELECTORS[choice]}
+    chosen = {name: select(candidates) for name, select in selectors.items()}
     found = []
     for i, tokens in enumerate(candidates.tokens):
         unique, first, inverse, counts = np.unique(

@@ -16,7 +16,7 @@ demo: $(INSTALLED) ## the whole path on the embedded photos, then a report to op
 	@echo "The report: $(CURDIR)/runs/demo/report/index.html"
 
 test: $(INSTALLED) ## the tests
-	$(BIN)/python -m pytest -n 2 -q tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile -q tests
 
 lint: $(INSTALLED) ## ruff and pyright
 	$(BIN)/ruff check .

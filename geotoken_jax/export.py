@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import pathlib
 import shutil
 from typing import Any
 
@@ -37,16 +38,15 @@ def run(config: Any, path: epath.PathLike, variant: str) -> Manifest:
     shutil.rmtree(gallery, ignore_errors=True)
     shutil.copytree(path / "gallery", gallery, ignore=shutil.ignore_patterns("manifest.json", "begun.json"))
     workdir.write_bytes(stage.path / "README.md", _card(path, changed, variant).encode())
-    sums = {
-        str(file.relative_to(stage.path)): _sha256(file) for file in sorted(stage.path.rglob("*")) if file.is_file()
-    }
+    files = (file for file in sorted(pathlib.Path(stage.path).rglob("*")) if file.is_file())
+    sums = {str(file.relative_to(stage.path)): _sha256(file) for file in files}
     sums.pop("begun.json", None)
     lines = "".join(f"{digest}  {name}\n" for name, digest in sums.items())
     workdir.write_bytes(stage.path / "SHA256SUMS", lines.encode())
     return stage.finish({"files": len(sums)}, sha256=sums)
 
 
-def _sha256(file: epath.Path) -> str:
+def _sha256(file: pathlib.Path) -> str:
     digest = hashlib.sha256()
     with file.open("rb") as f:
         while block := f.read(1 << 20):

@@ -91,6 +91,9 @@ def _config(options: argparse.Namespace, rest: list[str]) -> Any:
     sys_argv, sys.argv = sys.argv, arguments  # config_flags looks for the changes there
     try:
         unread = values(arguments)[1:]
+    except (AttributeError, KeyError):
+        wrong = next(a for a in rest if not _has(values["config"].value, a.split("=")[0].split(".")[1:]))
+        raise settings.SettingsError(f"{wrong} changes a key that {file} does not have") from None
     except flags.Error as error:
         raise settings.SettingsError(" ".join(str(error).split("\n\nTraceback")[0].split())) from None
     finally:
@@ -104,6 +107,14 @@ def _config(options: argparse.Namespace, rest: list[str]) -> Any:
         if key not in known:
             raise settings.SettingsError(f"config.{key} is not read by anything: use one of {', '.join(sorted(known))}")
     return config
+
+
+def _has(config: Any, keys: list[str]) -> bool:
+    for key in keys:
+        if not hasattr(config, "keys") or key not in config:
+            return False
+        config = config[key]
+    return True
 
 
 _SECTIONS = ("photos", "embed", "align", "index", "model", "loss", "train", "mesh", "predict", "evaluate")

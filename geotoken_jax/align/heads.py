@@ -58,10 +58,20 @@ class Head(nnx.Module):
         return self.output(self.dropout(hidden, deterministic=rngs is None, rngs=rngs))
 
 
+#: Rows embedded at once, always: a product of another shape rounds otherwise, and a photo must have the same vectors
+#: alone as in a table.
+_ROWS = 256
+
+
 def embeddings(model: AlignModel, image: Float[np.ndarray, "B C"]) -> Float[np.ndarray, "B 3 C"]:
     """Returns photos' three vectors as tables hold them: bfloat16, each of length 1."""
     graph, state = nnx.split(model)
-    vectors = np.array(_embed(graph, state, np.asarray(image, np.float32)))
+    parts = []
+    for first in range(0, len(image), _ROWS):
+        part = np.zeros((_ROWS, image.shape[1]), np.float32)
+        part[: len(image) - first] = image[first : first + _ROWS]
+        parts.append(np.asarray(_embed(graph, state, part))[: len(image) - first])
+    vectors = np.concatenate(parts)
     return (vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)).astype(ml_dtypes.bfloat16)
 
 

@@ -189,9 +189,11 @@ class DecoderLayer(_Layer):
 
         def attend(y: Array) -> Array:
             nonlocal past
-            new = (n[None, :, :, None] for n in self.attention.keys_values(y))
-            past = tuple(
-                jax.lax.dynamic_update_slice(p, n, (number, 0, 0, t, 0, 0)) for p, n in zip(past, new, strict=True)
+            keys, values = self.attention.keys_values(y)
+            at = (number, 0, 0, t, 0, 0)
+            past = (
+                jax.lax.dynamic_update_slice(past[0], keys[None, :, :, None], at),
+                jax.lax.dynamic_update_slice(past[1], values[None, :, :, None], at),
             )
             b, k, _, h, d = past[0].shape[1:]
             q = self.attention.queries(y).reshape(b * k, 1, h, d)

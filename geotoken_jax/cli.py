@@ -295,7 +295,7 @@ def _predict(options: argparse.Namespace, config: Any) -> int:
         if options.photos:
             raise settings.SettingsError("photos need a model: add --model=DIR, a folder that `geotoken export` made")
         return _stages([_predict_all])(options, config)
-    from geotoken_jax.backbone.preprocess import ImageError, open_image
+    from geotoken_jax.backbone.preprocess import ImageError
     from geotoken_jax.predict.predictor import GeoToken
 
     if not options.photos:
@@ -305,7 +305,7 @@ def _predict(options: argparse.Namespace, config: Any) -> int:
     model = GeoToken.load(options.model)
     for photo in _expand(options.photos):
         try:
-            answer = model.predict(open_image(photo))
+            answer = model.predict(photo)
         except ImageError as error:
             print(f"geotoken predict: {error}", file=sys.stderr)
             failed = True

@@ -66,6 +66,7 @@ _ROWS = 256
 def embeddings(model: AlignModel, image: Float[np.ndarray, "B C"]) -> Float[np.ndarray, "B 3 C"]:
     """Returns photos' three vectors as tables hold them: bfloat16, each of length 1."""
     graph, state = nnx.split(model)
+    image = image.astype(ml_dtypes.bfloat16)  # as features/ keeps them: a photo on its own must be rounded as they are
     parts = []
     for first in range(0, len(image), _ROWS):
         part = np.zeros((_ROWS, image.shape[1]), np.float32)

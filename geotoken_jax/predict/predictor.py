@@ -11,7 +11,6 @@ from etils import epath
 from geotoken_jax import backbone, checkpoint, settings
 from geotoken_jax.align.heads import AlignSettings, embeddings
 from geotoken_jax.align.task import AlignTask
-from geotoken_jax.backbone.preprocess import open_image
 from geotoken_jax.data.join import neighbors
 from geotoken_jax.gallery import index
 from geotoken_jax.gallery.neighbors import find
@@ -97,7 +96,7 @@ class GeoToken:
         return [p for first in range(0, len(photos), size) for p in self._predict(photos[first : first + size])]
 
     def _predict(self, photos: Sequence[Any]) -> list[Prediction]:
-        vectors = embeddings(self._aligned, self._backbone.images([open_image(photo) for photo in photos]))
+        vectors = embeddings(self._aligned, self._backbone.images(photos))
         rows, scores = find(self._index, index_vectors(vectors), self._neighbors)
         batch = {"query": vectors, **neighbors(self._gallery, rows, self._decoder.cells)}
         # The samples of a photo are the same whichever others come with it.

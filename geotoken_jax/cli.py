@@ -1,6 +1,7 @@
 """`geotoken`: one verb a stage of the path, and the same verbs for a user's own photos and predictions."""
 
 import argparse
+import dataclasses
 import importlib
 import json
 import os
@@ -311,7 +312,7 @@ def _predict(options: argparse.Namespace, config: Any) -> int:
             failed = True
             continue
         if options.json:
-            print(json.dumps({"id": photo, **_as_json(answer)}), flush=True)
+            print(json.dumps({"id": photo, **dataclasses.asdict(answer)}), flush=True)
         else:
             print(
                 f"{photo}  {answer.latitude:.5f}, {answer.longitude:.5f}  within {answer.radius_km:,.0f} km", flush=True
@@ -327,12 +328,6 @@ def _expand(photos: Sequence[str]) -> list[str]:
         inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in _PHOTO_ENDINGS) if path.is_dir() else [path]
         found += [str(p) for p in inside]
     return found
-
-
-def _as_json(answer: Any) -> dict[str, Any]:
-    import dataclasses
-
-    return dataclasses.asdict(answer)
 
 
 def _evaluate(options: argparse.Namespace, config: Any) -> int:

@@ -3,13 +3,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install --quiet
+# The newest with a build for the CPU alone beside it on PyPI; the others bring several GB for GPUs.
+TORCH := torch==2.13.0
 # Pyright's wheel would ask for newer versions of itself over the network.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
 
-.PHONY: help demo test lint bench lock clean
+.PHONY: help demo test test-interop lint bench lock clean
 
 help: ## say what each target does
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 8
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
 
 demo: $(INSTALLED) ## the whole path on the embedded photos, then a report to open in a browser
 	$(BIN)/geotoken all --config=configs/demo.py --workdir=runs/demo
@@ -18,13 +20,22 @@ demo: $(INSTALLED) ## the whole path on the embedded photos, then a report to op
 test: $(INSTALLED) ## the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q tests
 
+test-interop: $(INSTALLED) .torch/.installed ## what is checked live against PyTorch, in .torch (880 MB, a minute)
+	PYTHONPATH=.torch $(BIN)/python -m pytest -q tests/interop
+
+.torch/.installed:
+	@echo "Installing torch into .torch, once: about a minute and 880 MB"
+	@rm -rf .torch
+	@$(PIP) --target .torch $(TORCH)
+	@touch $@
+
 lint: $(INSTALLED) ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
 bench: $(INSTALLED) ## every benchmark, one JSON line each
-	@for file in $$(grep -l '__main__' benchmarks/*.py); do \
+	@for file in $$(grep -l '__main__' benchmarks/*.py | grep -v torch_reference); do \
 	  $(BIN)/python -m benchmarks.$$(basename $$file .py) || exit 1; \
 	done
 
@@ -33,8 +44,8 @@ lock: $(INSTALLED) ## write requirements-lock.txt again, keeping pins that still
 	  --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" \
 	  --extra dev --extra prep $(UPGRADE) --output-file requirements-lock.txt pyproject.toml
 
-clean: ## remove .venv and caches; runs/ stays
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist
+clean: ## remove .venv, .torch and caches; runs/ stays
+	rm -rf .venv .torch .pytest_cache .ruff_cache .hypothesis build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): requirements-lock.txt

@@ -27,7 +27,14 @@ def get_config() -> ConfigDict:
             photos_per_shard=2_000,
         ),
     )
-    config.embed = dict(backbone="thumbnail", threads=2, thumbnail=dict(size=16))  # data_prep/embed.py
+    config.embed = dict(  # data_prep/embed.py
+        backbone="thumbnail",
+        threads=2,
+        thumbnail=dict(size=16),
+        views=dict(  # geotoken_jax/backbone/views.py
+            count=0, seed=0, rotation=12.0, crop=0.8, gamma=0.15, color=0.1, flip=False
+        ),
+    )
     config.align = dict(
         model=dict(  # geotoken_jax/align/heads.py
             hidden=768,
@@ -36,10 +43,15 @@ def get_config() -> ConfigDict:
         ),
         train=dict(  # geotoken_jax/train/loop.py
             batch_size=256,
+            accumulate=1,
             examples=41_200_000,  # 10 epochs of the 4.12 M usable photos
             evaluate_every=4_000,
             log_every=100,
             seed=0,
+            ema=0.0,
+            max_skipped=10,
+            profile=(0, 0),
+            wandb="",
             optimizer=dict(  # geotoken_jax/train/optimizer.py
                 learning_rate=3e-5,
                 schedule="exponential",
@@ -57,6 +69,7 @@ def get_config() -> ConfigDict:
             kind="scann", leaves_searched=64, reorder=150, threads=2, min_recall=0.95, sample=1_000
         ),
     )
+    config.gallery = dict(placement="host")  # geotoken_jax/gallery/placement.py
     config.model = dict(  # geotoken_jax/model/geotoken.py
         level=20,
         group=2,
@@ -70,6 +83,8 @@ def get_config() -> ConfigDict:
         dropout=0.1,
         norm="post",
         activation="relu",
+        qk_norm=False,
+        attention="xla",
         positions="sinusoidal",
         memory="full",
         tie_tokens=False,
@@ -82,10 +97,15 @@ def get_config() -> ConfigDict:
     config.loss = dict(first_weight=2.0, last_weight=1.0)  # geotoken_jax/model/task.py
     config.train = dict(  # geotoken_jax/train/loop.py
         batch_size=2048,
+        accumulate=1,
         examples=206_000_000,  # 50 epochs of the 4.12 M usable photos
         evaluate_every=2_000,
         log_every=100,
         seed=0,
+        ema=0.0,
+        max_skipped=10,
+        profile=(0, 0),
+        wandb="",
         optimizer=dict(
             learning_rate=5e-5, schedule="exponential", decay=0.9, warmup=0.0, weight_decay=1e-6, b2=0.999, clip=0.0
         ),

@@ -8,6 +8,7 @@ from etils import epath
 
 from data_prep.gallery import GALLERY, open_table
 from geotoken_jax import records, settings, workdir
+from geotoken_jax.backbone import views
 from geotoken_jax.gallery.table import index_vectors
 from geotoken_jax.progress import Progress
 from geotoken_jax.workdir import Manifest
@@ -27,7 +28,8 @@ class NeighborsSettings:
 def run(config: Any, path: epath.PathLike) -> Manifest:
     """Makes neighbors/SPLIT.rows.npy [n, K] int32 and neighbors/SPLIT.scores.npy [n, K] float32, best first.
 
-    A photo is never its own neighbor, by id. Where fewer than K are left, rows are -1 and scores -inf.
+    A photo is never its own neighbor, nor a neighbor of its views, by id. Where fewer than K are left, rows are -1 and
+    scores -inf.
     """
     path = epath.Path(path)
     options = settings.read(NeighborsSettings, config.index.neighbors, "index.neighbors")
@@ -48,7 +50,7 @@ def run(config: Any, path: epath.PathLike) -> Manifest:
             for first in range(0, len(table), _BATCH):
                 part = slice(first, first + _BATCH)
                 rules: list[Any] = [SameId(table.ids(part), gallery_ids)]
-                if options.exclude_author and split == GALLERY:
+                if options.exclude_author and split in (views.OF, views.SPLIT):
                     rules.append(SameAuthor(table.authors(part), gallery_authors))
                 found.append(find(searcher, index_vectors(table.embeddings(part)), options.count, rules))
                 progress.add(len(found[-1][0]))

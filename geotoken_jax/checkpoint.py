@@ -4,6 +4,7 @@ Orbax's v1 interface stands behind this module alone. A save is asynchronous and
 a checkpoint can be restored on any mesh and any number of processes.
 """
 
+import contextlib
 import logging
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ import numpy as np
 import safetensors.numpy
 from etils import epath
 from flax import nnx
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from geotoken_jax import workdir
@@ -22,6 +24,10 @@ from geotoken_jax import workdir
 #: What Orbax raises of files that are torn.
 _UNREADABLE = (OSError, ValueError, KeyError)
 M = TypeVar("M", bound=nnx.Module)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written."""
 
 
 class Checkpoints:
@@ -32,7 +38,7 @@ class Checkpoints:
         absolute = epath.Path(folder).resolve()  # Orbax takes no other
         self._orbax = ocp.training.Checkpointer(absolute, preservation_policy=self)
         # Not Orbax's metrics: it reads them all to begin with, and a torn file there would bar every other checkpoint.
-        self._losses: dict[int, float] = {}
+        self._losses: dict[int, float | None] = {}
         for step in self.steps:
             try:
                 self._losses[step] = self._orbax.load_checkpointables(step, {"progress": None})["progress"]["loss"]
@@ -43,7 +49,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, *error):
-        self._orbax.close()
+        with self._saving():
+            self._orbax.close()
 
     @property
     def steps(self) -> list[int]:
@@ -55,11 +62,14 @@ class Checkpoints:
         """The step with the smallest validation loss. Raises FileNotFoundError if there is none."""
         best = self._best_of(self.steps)
         if best is None:
-            raise FileNotFoundError(f"no checkpoint in {self._orbax.directory}: train first")
+            raise FileNotFoundError(
+                f"no checkpoint with a finite validation loss in {self._orbax.directory}: train first"
+            )
         return best
 
     def _best_of(self, steps: Sequence[int]) -> int | None:
-        return min((step for step in steps if step in self._losses), key=self._losses.__getitem__, default=None)
+        validated = {step: loss for step in steps if (loss := self._losses.get(step)) is not None and np.isfinite(loss)}
+        return min(validated, key=validated.__getitem__, default=None)
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         """What Orbax asks of its preservation policy after each save; checkpoints: the one just saved comes last."""
@@ -68,18 +78,34 @@ class Checkpoints:
         return [step in kept for step in steps]
 
     def loss(self, step: int) -> float:
-        """The validation loss saved with a step."""
-        return self._losses[step]
+        """The validation loss saved with a step. Raises KeyError if there was none."""
+        loss = self._losses[step]
+        if loss is None:
+            raise KeyError(step)
+        return loss
 
-    def save(self, step: int, state: Any, position: dict[str, Any], loss: float) -> None:
+    def save(self, step: int, state: Any, position: dict[str, Any], loss: float | None) -> None:
         """Begins to save; returns when `state` may be changed. A checkpoint of that step that is there is replaced.
 
-        state: pytree of dicts and arrays. position: of the input, JSON. loss: on validation, smaller is better.
+        state: pytree of dicts and arrays. position: of the input, JSON. loss: on validation, smaller is better; None
+        for a step that was not validated. Raises CheckpointError if this save, or the one before, cannot be written.
         """
         self._losses[step] = loss
         checkpointables = {"state": state, "progress": {"position": position, "loss": loss}}
-        # force: Orbax leaves out a step while it is saving another, and one before a torn step that is still there.
-        self._orbax.save_checkpointables_async(step, checkpointables, overwrite=True, force=True)
+        with self._saving():
+            # force: Orbax leaves out a step while it is saving another, and one before a torn step still there.
+            self._orbax.save_checkpointables_async(step, checkpointables, overwrite=True, force=True)
+
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:  # tensorstore's errors are ValueErrors
+            cause = str(error.__cause__ or error).split(": ")[-1]  # before it stands where, file by file
+            raise CheckpointError(
+                f"a checkpoint cannot be written to {self._orbax.directory} ({cause}): those before it are whole; "
+                "make room there, and the same command goes on from the last of them"
+            ) from error
 
     def restore(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
         """Returns state and input position of one step. abstract: ShapeDtypeStructs, sharded as the result is to be."""
@@ -112,15 +138,20 @@ class Checkpoints:
         logging.warning("%s (%s): it is passed over", what, textwrap.shorten(str(cause), 200))
 
 
-def abstract(state: Any) -> Any:
-    """Returns the shapes, types and shardings of a state."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-
-
 def write_parameters(path: epath.PathLike, *states: Any) -> None:
-    """Writes pure dicts of arrays as one safetensors file, names joined by "/", whole or not at all."""
-    flat = {"/".join(map(str, key)): np.asarray(value) for state in states for key, value in _flatten(state)}
-    workdir.write_bytes(epath.Path(path), safetensors.numpy.save(flat))
+    """Writes pure dicts of arrays as one safetensors file, names joined by "/", whole or not at all.
+
+    The arrays may lie over several processes: then all of them call this, and the first one writes.
+    """
+    flat = {"/".join(map(str, key)): _whole(value) for state in states for key, value in _flatten(state)}
+    if jax.process_index() == 0:
+        workdir.write_bytes(epath.Path(path), safetensors.numpy.save(flat))
+
+
+def _whole(value: Any) -> np.ndarray:
+    if isinstance(value, jax.Array) and not value.is_fully_addressable:
+        return np.asarray(multihost_utils.process_allgather(value, tiled=True))
+    return np.asarray(value)
 
 
 def read_module(path: epath.PathLike, make: Callable[[nnx.Rngs], M]) -> M:

@@ -10,22 +10,27 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from geotoken_jax import settings, workdir
+from geotoken_jax import processes, settings, workdir
 from geotoken_jax.workdir import Manifest
 
 #: Exit status of a run that could not do what was asked, for a reason said in one line.
 REFUSED = 2
+#: Exit status of training that was asked to end and has saved: start the same command again (sysexits' EX_TEMPFAIL).
+PREEMPTED = 75
 #: Endings of files taken from a folder of photos; a file that is named itself may have any.
 _PHOTO_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs one verb; exits with 0, or with 2 after one line that says what is wrong."""
+    """Runs one verb; exits with 0, with 2 after one line that says what is wrong, or with 75 to be started again."""
     parser = _parser()
     options, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     try:
         config = _config(options, rest)
         sys.exit(options.run(options, config))
+    except _errors(("geotoken_jax.train.loop", "Preempted")) as error:
+        print(f"geotoken {options.verb}: {error}", file=sys.stderr)
+        sys.exit(PREEMPTED)
     except _refusals() as error:
         print(f"geotoken {options.verb}: {error}", file=sys.stderr)
         sys.exit(REFUSED)
@@ -53,6 +58,14 @@ def _parser() -> argparse.ArgumentParser:
             verb.add_argument("--predictions", action="append", help="score this file (JSON lines or CSV) instead")
             verb.add_argument("--truth", help="with --predictions: file of id, latitude, longitude")
             verb.set_defaults(run=_evaluate)
+    verb = verbs.add_parser("plan", help=_PLAN, description=_PLAN, epilog=_EPILOG)
+    verb.add_argument("--config", help="configuration file, such as configs/common.py")
+    verb.add_argument("--topology", help="chips and their shape, such as v5e:16x16, v5p:4x4x4 or h100:8")
+    verb.add_argument("--gallery", type=int, help="photos in the gallery (default: the paper's 4,120,000)")
+    verb.add_argument("--output", help="write the plan here too, as JSON")
+    verb.add_argument("--quick", action="store_true", help="compile in a sixth of the time, into a slower program")
+    verb.add_argument("--document", action="store_true", help="print docs/scale.md instead, for all its topologies")
+    verb.set_defaults(run=_plan)
     return parser
 
 
@@ -61,15 +74,23 @@ _EPILOG = "Any key of the configuration is changed by --config.KEY=VALUE, for ex
 
 def _refusals() -> tuple[type[Exception], ...]:
     """Returns the errors whose message is all that a user needs."""
-    found: list[type[Exception]] = [settings.SettingsError, workdir.StageError, FileNotFoundError]
-    for module, name in (
-        ("geotoken_jax.backbone.preprocess", "ImageError"),
-        ("geotoken_jax.gallery.index", "IndexQualityError"),
-        ("geotoken_jax.analysis.evaluate", "PointsError"),
-    ):
-        if module in sys.modules:  # what was never imported has raised nothing
-            found.append(getattr(sys.modules[module], name))
-    return tuple(found)
+    return (
+        settings.SettingsError,
+        workdir.StageError,
+        FileNotFoundError,
+        *_errors(
+            ("geotoken_jax.backbone.preprocess", "ImageError"),
+            ("geotoken_jax.gallery.index", "IndexQualityError"),
+            ("geotoken_jax.checkpoint", "CheckpointError"),
+            ("geotoken_jax.train.loop", "Diverged"),
+            ("geotoken_jax.analysis.evaluate", "PointsError"),
+        ),
+    )
+
+
+def _errors(*names: tuple[str, str]) -> tuple[type[Exception], ...]:
+    """Returns errors by module and name: a module that was never imported has raised nothing."""
+    return tuple(getattr(sys.modules[module], name) for module, name in names if module in sys.modules)
 
 
 def _config(options: argparse.Namespace, rest: list[str]) -> Any:
@@ -118,7 +139,9 @@ def _has(config: Any, keys: list[str]) -> bool:
     return True
 
 
-_SECTIONS = ("photos", "embed", "align", "index", "model", "loss", "train", "mesh", "predict", "evaluate")
+_SECTIONS = (
+    "photos", "embed", "align", "index", "gallery", "model", "loss", "train", "mesh", "predict", "evaluate",
+)  # fmt: skip
 
 
 def _stages(stages: Sequence[Callable]) -> Callable[[argparse.Namespace, Any], int]:
@@ -128,6 +151,9 @@ def _stages(stages: Sequence[Callable]) -> Callable[[argparse.Namespace, Any], i
                 f"give --config=FILE and --workdir=DIR, as in `{_EXAMPLE.format(options.verb)}`"
             )
         _quiet()
+        if processes.count() > 1 and options.verb not in _SHARED:
+            raise settings.SettingsError(f"`geotoken {options.verb}` is the work of one process: start it alone")
+        processes.start()
         for stage in stages:
             stage(config, options.workdir, getattr(options, "variant", None) or list(config.variants))
         return 0
@@ -135,6 +161,8 @@ def _stages(stages: Sequence[Callable]) -> Callable[[argparse.Namespace, Any], i
     return run
 
 
+#: Verbs that several processes run as one.
+_SHARED = ("align", "train")
 _EXAMPLE = "geotoken {} --config=configs/demo.py --workdir=runs/demo"
 
 
@@ -183,18 +211,24 @@ def _preparation(module: str, *folders: str) -> Callable:
 def _align(config: Any, path: str, variants: Sequence[str]) -> None:
     del variants
     before = _finished(path, "align")
-    stage = workdir.begin(path, "align", {"align": config.align}, ["features"])
+    made_with = {"align": {"model": config.align.model, "train": _outcome(config.align.train)}}
+    stage = _begin(path, "align", made_with, ["features"])
     if not stage.manifest:
         from geotoken_jax import records
         from geotoken_jax.align.heads import AlignSettings
         from geotoken_jax.align.task import AlignTask
-        from geotoken_jax.data.join import Features
+        from geotoken_jax.data.join import Features, Together
 
         features = workdir.read_manifest(path, "features")
         layout = records.feature_layout(features.facts["width"])
         task = AlignTask(settings.read(AlignSettings, config.align.model, "align.model"), features.facts["width"])
-        splits = [Features(records.Records(f"{path}/features", split, layout)) for split in ("train", "validation")]
-        _run_loop(stage, task, config.align.train, "align.train", config, splits, features.counts, "align")
+
+        def read(split: str) -> Features:
+            return Features(records.Records(f"{path}/features", split, layout))
+
+        splits = [Together([read(split) for split in _trained_on(features)]), read("validation")]
+        counts = {"train": len(splits[0]), "validation": len(splits[1])}
+        _run_loop(stage, task, config.align.train, "align.train", _mesh(config), splits, counts, "align")
     _report("align", before, workdir.read_manifest(path, "align"))
 
 
@@ -203,47 +237,93 @@ def _train(config: Any, path: str, variants: Sequence[str]) -> None:
         folder = f"geotoken/{variant}"
         changed = settings.variant(config, variant)
         before = _finished(path, folder)
-        made_with = {name: changed[name] for name in ("model", "loss", "train")}
-        stage = workdir.begin(path, folder, made_with, ["tokens", "gallery", "queries"])
+        made_with = {"model": _outcome(changed.model), "loss": changed.loss, "train": _outcome(changed.train)}
+        stage = _begin(path, folder, made_with, ["tokens", "gallery", "queries"])
         if not stage.manifest:
-            from geotoken_jax import records
-            from geotoken_jax.data.join import Tokens
-            from geotoken_jax.gallery.table import Table
-            from geotoken_jax.model.geotoken import ModelSettings
-            from geotoken_jax.model.task import GeoTokenTask, LossSettings
-
-            model = settings.read(ModelSettings, changed.model, "model")
-            tokens = workdir.read_manifest(path, "tokens")
-            if tokens.facts["neighbors"] < model.neighbors:
-                raise settings.SettingsError(
-                    f"config.model.neighbors = {model.neighbors} is more than the {tokens.facts['neighbors']} there "
-                    "are: set config.index.neighbors.count and index again in another --workdir"
-                )
-            layout = records.token_layout(tokens.facts["neighbors"])
-            gallery = Table(f"{path}/gallery")
-            own = {"train": gallery, "validation": Table(f"{path}/queries/validation")}
-            splits = [
-                Tokens(records.Records(f"{path}/tokens", name, layout), table, gallery, model.cells, model.neighbors)
-                for name, table in own.items()
-            ]
-            task = GeoTokenTask(model, settings.read(LossSettings, changed.loss, "loss"))
-            _run_loop(stage, task, changed.train, "train", changed, splits, tokens.counts, f"train {variant}")
+            mesh = _mesh(changed)
+            task, splits, counts, resident = _decoder(changed, path, mesh)
+            _run_loop(stage, task, changed.train, "train", mesh, splits, counts, f"train {variant}", resident)
         _report(folder, before, workdir.read_manifest(path, folder))
 
 
-def _run_loop(
-    stage: workdir.Stage, task: Any, section: Any, where: str, config: Any, splits: list, counts: dict, what: str
-) -> None:
-    """Brings a task, its input and the loop together."""
-    import jax
+def _decoder(config: Any, path: str, mesh: Any) -> tuple[Any, list, dict[str, int], dict[str, Any]]:
+    """Returns the decoder's task, how to read its splits and how many photos they have, and the gallery's arrays."""
+    from geotoken_jax import records
+    from geotoken_jax.data.join import Together, Tokens
+    from geotoken_jax.gallery import placement
+    from geotoken_jax.gallery.table import Table
+    from geotoken_jax.model.geotoken import ModelSettings
+    from geotoken_jax.model.task import GeoTokenTask, LossSettings
+    from geotoken_jax.predict import sample
 
+    model = settings.read(ModelSettings, config.model, "model")
+    where = settings.read(placement.GallerySettings, config.gallery, "gallery")
+    tokens = workdir.read_manifest(path, "tokens")
+    if tokens.facts["neighbors"] < model.neighbors:
+        raise settings.SettingsError(
+            f"config.model.neighbors = {model.neighbors} is more than the {tokens.facts['neighbors']} there "
+            "are: set config.index.neighbors.count and index again in another --workdir"
+        )
+    if model.level > records.LEVEL:
+        raise settings.SettingsError(
+            f"config.model.level = {model.level} is finer than the gallery's cells: use a level up to {records.LEVEL}"
+        )
+    layout = records.token_layout(tokens.facts["neighbors"])
+    gallery = Table(f"{path}/gallery")
+    host = None if where.on_device else gallery
+
+    def read(split: str) -> Tokens:
+        own = gallery if split == "train" else Table(f"{path}/queries/{split}")
+        return Tokens(records.Records(f"{path}/tokens", split, layout), own, host, model.cells, model.neighbors)
+
+    splits = [Together([read(split) for split in _trained_on(tokens)]), read("validation")]
+    counts = {"train": len(splits[0]), "validation": len(splits[1])}
+    loss = settings.read(LossSettings, config.loss, "loss")
+    task = GeoTokenTask(model, loss, placement.lookup(where, mesh), sample.greedy)
+    return task, splits, counts, placement.resident(gallery, model.cells, where, mesh)
+
+
+def _trained_on(manifest: Manifest) -> list[str]:
+    """Returns the splits that training reads as one: the photos, and their views where there are any."""
+    from geotoken_jax.backbone import views
+
+    return [split for split in (views.OF, views.SPLIT) if split in manifest.counts]
+
+
+#: Keys that say how training runs, not what comes out: they may change from one start to the next.
+_MANNER = ("accumulate", "profile", "wandb", "remat", "attention")
+
+
+def _outcome(section: Any) -> dict[str, Any]:
+    return {key: value for key, value in section.items() if key not in _MANNER}
+
+
+def _begin(path: str, folder: str, made_with: dict, inputs: Sequence[str]) -> workdir.Stage:
+    """Opens a folder that several processes fill together: the first one writes what says so."""
+    if processes.index():
+        processes.wait(f"{folder} has begun")
+    stage = workdir.begin(path, folder, made_with, inputs)
+    if not processes.index():
+        processes.wait(f"{folder} has begun")
+    return stage
+
+
+def _mesh(config: Any) -> Any:
     from geotoken_jax import sharding
+
+    return sharding.make_mesh(settings.read(sharding.MeshSettings, config.mesh, "mesh"))
+
+
+def _run_loop(
+    stage: workdir.Stage, task: Any, section: Any, where: str, mesh: Any, splits: list, counts: dict, what: str,
+    resident: dict[str, Any] | None = None,
+) -> None:  # fmt: skip
+    """Brings a task, its input and the loop together."""
     from geotoken_jax.data import pipeline
     from geotoken_jax.train import loop
 
     options = settings.read(loop.TrainSettings, section, where)
-    mesh = sharding.make_mesh(settings.read(sharding.MeshSettings, config.mesh, "mesh"))
-    process = (jax.process_index(), jax.process_count())
+    process = (processes.index(), processes.count())
     train, validation = splits
     result = loop.run(
         task,
@@ -254,13 +334,16 @@ def _run_loop(
         lambda: pipeline.evaluation(counts["validation"], validation, options.batch_size, *process),
         counts["train"],
         what,
+        resident,
     )
-    stage.finish(
-        {"steps": options.steps, "examples": options.steps * options.batch_size},
-        best_step=result.best_step,
-        best_loss=result.best_loss,
-        parameters=result.parameters,
-    )
+    if not processes.index():
+        stage.finish(
+            {"steps": options.steps, "examples": options.steps * options.batch_size},
+            best_step=result.best_step,
+            best_loss=result.best_loss,
+            parameters=result.parameters,
+        )
+    processes.wait(f"{what} has ended")
 
 
 def _predict_all(config: Any, path: str, variants: Sequence[str]) -> None:
@@ -339,6 +422,27 @@ def _evaluate(options: argparse.Namespace, config: Any) -> int:
     from geotoken_jax.analysis import evaluate
 
     print(evaluate.table(evaluate.compare_files(options.predictions, options.truth, resamples=2000, seed=0)))
+    return 0
+
+
+_PLAN = "memory, products, collectives and time of a train step on a pod that is not here"
+
+
+def _plan(options: argparse.Namespace, config: Any) -> int:
+    """Plans one topology, or all those of the document."""
+    if config is None or not (options.topology or options.document):
+        raise settings.SettingsError("give --config=FILE and --topology=CHIP:SHAPE, as in --topology=v5e:16x16")
+    from geotoken_jax import plan
+
+    workload = plan.read(config, options.gallery or plan.GALLERY)
+    if options.document:
+        command = f"geotoken plan --document {'--quick ' * options.quick}--config={options.config}"
+        print(plan.document(workload, command, options.quick), end="")
+        return 0
+    found = plan.run(workload, plan.topology(options.topology), options.quick)
+    print(plan.table(found))
+    if options.output:
+        Path(options.output).write_text(json.dumps(found, indent=1) + "\n")
     return 0
 
 

@@ -26,7 +26,7 @@ def run(config: Any, path: epath.PathLike, variant: str) -> Manifest:
     read = {
         "backbone": {name: changed.embed[name] for name in settings.names(backbone.BackboneSettings)},
         "align": changed.align.model,
-        "model": changed.model,
+        "model": {**changed.model, "attention": "xla"},  # which every device has
         "predict": changed.predict,
         "index": {"threads": search.threads},
     }

@@ -21,19 +21,22 @@ def track(items: Iterable[T], what: str, total: int | None = None, unit: str = "
 
 
 class Progress:
-    """Counts up to `total` units of `what`; `note` shows beside the rate (a loss, a reason)."""
+    """Counts up to `total` units of `what`; `note` shows beside the rate (a loss, a reason).
 
-    def __init__(self, what: str, total: int | None, unit: str = "it", done: int = 0):
+    shown: False where another process shows the same.
+    """
+
+    def __init__(self, what: str, total: int | None, unit: str = "it", done: int = 0, shown: bool = True):
         self._bar = tqdm.tqdm(
             total=total,
             desc=what,
             unit=unit,
             unit_scale=True,
             initial=done,
-            disable=not sys.stderr.isatty(),
+            disable=not (shown and sys.stderr.isatty()),
             leave=False,
         )
-        self._what, self._total, self._unit = what, total, unit
+        self._what, self._total, self._unit, self._shown = what, total, unit, shown
         self._first, self._done = done, done
         self._began = self._last = time.monotonic()
 
@@ -42,7 +45,7 @@ class Progress:
 
     def __exit__(self, *error):
         self._bar.close()
-        if not any(error):
+        if self._shown and not any(error):
             seconds = time.monotonic() - self._began
             print(f"{self._what}: {self._done:,} {self._unit} in {seconds:.0f} s", file=sys.stderr)
 
@@ -52,7 +55,7 @@ class Progress:
         if note:
             self._bar.set_postfix_str(note, refresh=False)
         now = time.monotonic()
-        if self._bar.disable and now - self._last > LOG_EVERY:
+        if self._shown and self._bar.disable and now - self._last > LOG_EVERY:
             self._last = now
             rate = (self._done - self._first) / (now - self._began)
             left = f", {(self._total - self._done) / rate:.0f} s left" if self._total and rate else ""

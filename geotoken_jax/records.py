@@ -14,6 +14,8 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
+#: Level of the S2 tokens on record, each of one quad; a CellScheme takes what it needs of them.
+LEVEL = 20
 #: Longest id and author, in UTF-8 bytes, that fixed-layout records hold. Longer ones are dropped by `prepare`.
 ID_BYTES = 64
 
@@ -78,7 +80,7 @@ def feature_layout(width: int) -> Layout:
             Field("id", f"S{ID_BYTES}"),
             Field("author", f"S{ID_BYTES}"),
             Field("coordinates", "<f8", (2,)),
-            Field("tokens", "u1", (21,)),
+            Field("tokens", "u1", (1 + LEVEL,)),
             Field("image", "bfloat16", (width,)),
             Field("text", "bfloat16", (width,)),
         )
@@ -94,7 +96,7 @@ def token_layout(neighbors: int) -> Layout:
     return Layout(
         (
             Field("row", "<i8"),
-            Field("tokens", "u1", (21,)),
+            Field("tokens", "u1", (1 + LEVEL,)),
             Field("neighbors", "<i4", (neighbors,)),
             Field("scores", "<f4", (neighbors,)),
         )
@@ -195,7 +197,7 @@ def photo_features() -> Any:
             "author": text(),
             "image": tfds.features.Image(),
             "coordinates": tfds.features.Tensor(shape=(2,), dtype=np.float64, encoding="bytes"),
-            "tokens": tfds.features.Tensor(shape=(21,), dtype=np.uint8, encoding="bytes"),
+            "tokens": tfds.features.Tensor(shape=(1 + LEVEL,), dtype=np.uint8, encoding="bytes"),
             **{name: text() for name in PLACE_FIELDS},
         }
     )

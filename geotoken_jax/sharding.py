@@ -59,6 +59,16 @@ def spec(*logical: str | None) -> PartitionSpec:
     return PartitionSpec(*(RULES[name] if name else None for name in logical))
 
 
+def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
+    """Returns x, laid over the mesh by the logical names of its first axes; x itself where no mesh is in use.
+
+    Without it XLA may split activations as it does the parameters they meet, and every device then works on all photos.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(*logical))
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Returns how a batch lies on the mesh: split by its first axis."""
     return NamedSharding(mesh, spec("batch"))

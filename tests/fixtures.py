@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from geotoken_jax.gallery import placement
 from geotoken_jax.geo.cells import CellScheme
 from geotoken_jax.model.geotoken import GeoTokenModel, ModelSettings
 from geotoken_jax.model.memory import Neighbors
+from geotoken_jax.model.task import GeoTokenTask, LossSettings
 
 C, M = 12, 3
 CELLS = CellScheme(level=6, group=2)
@@ -17,6 +19,8 @@ FORMS = {
     "paper": _PAPER,
     "ours": _OURS,
     "compact": {**_OURS, "memory": "compact", "similarities": True},
+    "gated": {**_OURS, "activation": "swiglu", "qk_norm": True},
+    "gated_post": {**_PAPER, "activation": "geglu", "qk_norm": True},
     "without_neighbor_tokens": {**_OURS, "copy_head": False, "neighbor_tokens": False},
 }
 
@@ -25,7 +29,8 @@ def settings(form: str, **changes) -> ModelSettings:
     """Level 6 in groups of 2: vocabularies 6, 16, 16, 16."""
     values = dict(
         level=6, group=2, backbone_width=C, neighbors=M, width=16, heads=2, feed_forward=24, encoder_layers=1,
-        decoder_layers=2, dropout=0.0, neighbor_tokens=True, similarities=False, dtype="float32", remat="none",
+        decoder_layers=2, dropout=0.0, neighbor_tokens=True, similarities=False, qk_norm=False, attention="xla",
+        dtype="float32", remat="none",
     )  # fmt: skip
     return ModelSettings(**{**values, **FORMS[form], **changes})
 
@@ -42,6 +47,11 @@ def model(form: str, **changes) -> GeoTokenModel:
         return variable.replace(jnp.asarray(rng.normal(mean, deviation, variable.shape), jnp.float32))
 
     return nnx.merge(graph, nnx.from_flat_state([(path, values(path, v)) for path, v in nnx.to_flat_state(state)]))
+
+
+def task(s: ModelSettings, where: str = "host", mesh=None) -> GeoTokenTask:
+    """Returns the task with the paper's weights, and the gallery where it is said to be."""
+    return GeoTokenTask(s, LossSettings(2.0, 1.0), placement.lookup(placement.GallerySettings(where), mesh))
 
 
 def batch(n: int = 4, cells: CellScheme = CELLS, seed: int = 0) -> dict[str, np.ndarray]:

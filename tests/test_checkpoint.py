@@ -1,6 +1,7 @@
 """Checkpoints: what is kept, restored on another mesh, passed over when torn; and the parameters' own file."""
 
 import logging
+import resource
 import shutil
 
 import jax
@@ -11,11 +12,15 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from geotoken_jax import sharding
-from geotoken_jax.checkpoint import Checkpoints, abstract, read_module, write_parameters
+from geotoken_jax.checkpoint import CheckpointError, Checkpoints, read_module, write_parameters
 
 
 def state(value=0.0, width=8):
     return {"step": jnp.asarray(3, jnp.int32), "params": {"a": jnp.full((width, 8), value)}, "constants": {}}
+
+
+def abstract(state):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 
 @pytest.fixture
@@ -103,6 +108,21 @@ def test_a_state_of_another_form_is_an_error_and_not_a_torn_file(folder):
     with Checkpoints(folder) as checkpoints, pytest.raises(KeyError) as error:
         checkpoints.restore_last(abstract(state(width=4)))
     assert "(4, 8) is not compatible with the stored shape: (8, 8)" in str(error.value.__cause__)
+
+
+def test_a_full_disk_is_one_sentence_and_loses_nothing(folder):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    values = jnp.asarray(np.random.default_rng(0).normal(size=(300, 300)), jnp.float32)
+    try:
+        refused = pytest.raises(CheckpointError, match=r"cannot be written .* \(File too large.*: those before it are")
+        with refused, Checkpoints(folder) as checkpoints:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (64 << 10, hard))
+            checkpoints.save(8, {"a": values}, {"input": {"next": 8}}, 0.5)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with Checkpoints(folder) as checkpoints:
+        assert checkpoints.steps == [4, 6]  # 2 went when 6 came
+        assert checkpoints.restore_last(abstract(state()))[0] == 6
 
 
 def test_a_save_does_not_see_what_happens_to_the_state_afterwards(tmp_path):

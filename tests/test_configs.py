@@ -15,6 +15,7 @@ from geotoken_jax import settings
 from geotoken_jax.align.heads import AlignSettings
 from geotoken_jax.analysis.evaluate import EvaluateSettings
 from geotoken_jax.gallery.index import IndexSettings
+from geotoken_jax.gallery.placement import GallerySettings
 from geotoken_jax.model.geotoken import GeoTokenModel, ModelSettings
 from geotoken_jax.model.task import LossSettings
 from geotoken_jax.predict.decode import PredictSettings
@@ -32,6 +33,7 @@ READERS = {
     "align.train": TrainSettings,
     "index.neighbors": NeighborsSettings,
     "index.search": IndexSettings,
+    "gallery": GallerySettings,
     "model": ModelSettings,
     "loss": LossSettings,
     "train": TrainSettings,

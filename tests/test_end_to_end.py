@@ -53,6 +53,8 @@ def test_every_folder_of_the_path_is_there(workdir: Path):
     lines = [json.loads(line) for line in (workdir / "predictions/geotoken/test.jsonl").read_text().splitlines()]
     assert [line["id"] for line in lines] == [records.Photos(workdir / "photos", "test")[i]["id"] for i in range(40)]
     assert sum(c["count"] for c in lines[0]["candidates"]) == 6  # the greedy one and 5 samples
+    assert (workdir / "queries/train_views").exists()  # which training alone reads
+    assert not list(workdir.glob("predictions/*/train*"))
 
 
 def test_a_second_run_keeps_everything(workdir: Path, capsys: pytest.CaptureFixture[str]):

@@ -8,7 +8,6 @@ from flax import nnx
 
 from geotoken_jax.model import layers, loss
 from geotoken_jax.model.memory import sinusoidal
-from geotoken_jax.model.task import GeoTokenTask, LossSettings
 from geotoken_jax.predict.sample import greedy
 from tests import fixtures
 
@@ -159,7 +158,7 @@ def test_gradients_are_finite_and_the_same_whatever_is_kept():
     assert 0 in batch["neighbor_count"]  # a photo with whom no neighbor agrees
     for remat in ("none", "dots", "full"):
         model = fixtures.model("ours", decoder_layers=1, remat=remat)
-        task = GeoTokenTask(model.settings, LossSettings(2.0, 1.0))
+        task = fixtures.task(model.settings)
         graph, state = nnx.split(model)
 
         def mean_loss(state, graph=graph, task=task):
@@ -183,7 +182,7 @@ def test_the_loss_is_what_is_computed_by_hand():
 
 def test_the_task_averages_over_valid_photos():
     model, batch = fixtures.model("ours"), fixtures.batch()
-    task = GeoTokenTask(model.settings, LossSettings(2.0, 1.0))
+    task = fixtures.task(model.settings)
     batch["tokens"][1] = nnx.jit(lambda m, b: greedy(m, m.encode(b["query"], fixtures.neighbors(b))))(
         model, batch
     ).tokens[1, 0]
@@ -218,6 +217,10 @@ def test_sinusoidal_positions():
         ({"heads": 3}, "config.model.width = 16"),
         ({"norm": "both"}, "config.model.norm is 'both': choose one of pre, post"),
         ({"remat": "some"}, "config.model.remat is 'some'"),
+        ({"activation": "swish"}, "config.model.activation is 'swish': choose one of relu, gelu, swiglu, geglu"),
+        ({"attention": "flash"}, "config.model.attention is 'flash': choose one of xla, cudnn"),
+        ({"attention": "cudnn"}, "config.model.attention = 'cudnn' takes .* not float32 and 8"),
+        ({"attention": "cudnn", "dtype": "bfloat16", "heads": 4}, "not bfloat16 and 4: change those, or use 'xla'"),
         ({"memory": "half"}, "config.model.memory is 'half'"),
         ({"neighbor_tokens": False}, "config.model.copy_head copies"),
     ],

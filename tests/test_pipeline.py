@@ -118,6 +118,13 @@ def test_token_records_are_joined_by_row(tmp_path, gallery):
     assert found["tokens"][:, [0, 10]].tolist() == [[5, 5], [0, 6], [2, 2]]
     assert found["neighbor_count"].tolist() == [0, 3, 2]
     assert found["neighbors"][1, :, 0, 0].tolist() == [1, 2, 3] and found["neighbors"][2, :2, 0, 0].tolist() == [8, 0]
+    light = join.Tokens(records.Records(tmp_path, "train", layout), gallery, None, CellScheme(20, 2), 3)([2, 0, 1])
+    assert light["neighbor_rows"].tolist() == [[-1, -1, -1], [1, 2, 3], [8, 0, -1]]
+    assert light["neighbor_rows"].dtype == np.int32 and set(light) == set(found) - {"neighbors", "neighbor_tokens"} | {
+        "neighbor_rows"
+    }
+    for name in set(light) & set(found):
+        np.testing.assert_array_equal(light[name], found[name])
 
 
 def test_features_come_as_float32(tmp_path):
@@ -132,3 +139,25 @@ def test_features_come_as_float32(tmp_path):
         "image": (np.float32, (2, 4)), "text": (np.float32, (2, 4)), "coordinates": (np.float32, (2, 2))
     }  # fmt: skip
     assert found["coordinates"].tolist() == [[80.0, 170.0], [1.5, -2.25]] and (found["image"] == 0.5).all()
+
+
+class Part:
+    """Some rows, each its own number times a factor."""
+
+    def __init__(self, n, factor):
+        self._n, self._factor = n, factor
+
+    def __len__(self):
+        return self._n
+
+    def __call__(self, rows):
+        assert ((rows >= 0) & (rows < self._n)).all()
+        return {"row": np.float32(self._factor * np.stack([rows, rows], 1))}
+
+
+def test_splits_are_read_as_one():
+    together = join.Together([Part(3, 1), Part(4, 10), Part(2, 100)])
+    assert len(together) == 9
+    for rows, wanted in (([8, 0, 3, 2, 6, 0], [100, 0, 0, 2, 30, 0]), ([4, 5], [10, 20]), ([7], [0]), ([2, 1], [2, 1])):
+        found = together(np.array(rows))["row"]
+        assert found[:, 0].tolist() == found[:, 1].tolist() == wanted and found.dtype == np.float32

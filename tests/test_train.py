@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import logging
+import re
+import signal
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +19,6 @@ from jax.sharding import PartitionSpec
 from geotoken_jax import sharding
 from geotoken_jax.data import pipeline
 from geotoken_jax.model import layers
-from geotoken_jax.model.task import GeoTokenTask, LossSettings
 from geotoken_jax.settings import SettingsError
 from geotoken_jax.train import loop, metrics
 from geotoken_jax.train.optimizer import OptimizerSettings, make_optimizer, make_schedule
@@ -39,6 +41,8 @@ class Line(nnx.Module):
 class LineTask:
     """Fits y = x @ w, with dropout."""
 
+    flops = 48.0
+
     def init(self, rngs):
         return Line(rngs)
 
@@ -53,12 +57,15 @@ def read(rows):
     return {"x": x, "y": x @ np.array([[1, 2], [3, -1], [0, 1], [2, 2]], np.float32)}
 
 
-def train(folder, steps, task=None, **changes):
+def train(folder, steps, task=None, make_input=None, **changes):
     """Runs the loop on 20 photos in batches of 8, validating every second step."""
-    values = dict(batch_size=8, examples=8 * 4, evaluate_every=2, log_every=1, seed=0, optimizer=OPTIMIZER)
+    values = dict(
+        batch_size=8, accumulate=1, examples=8 * 4, evaluate_every=2, log_every=1, seed=0, ema=0.0, max_skipped=2,
+        profile=(0, 0), wandb="", optimizer=OPTIMIZER,
+    )  # fmt: skip
     options = loop.TrainSettings(**{**values, **changes})
     mesh = sharding.make_mesh(sharding.MeshSettings(-1, 1, 1))
-    batches = Stopping(pipeline.training(20, read, 8, seed=0), steps)
+    batches = (make_input or Stopping)(pipeline.training(20, read, 8, seed=0), steps)
     return loop.run(
         task or LineTask(), options, mesh, folder, batches, lambda: pipeline.evaluation(12, read, 8), 20, "train"
     )
@@ -82,10 +89,13 @@ class Stopping:
         return next(self.batches)
 
 
+TIMES = ("examples_per_second", "input_wait", "seconds_left", "tflops_per_second")
+
+
 def lines(folder):
     """Returns the lines of metrics without those that are times."""
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("examples_per_second", "input_wait")} for line in found]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in found]
 
 
 def parameters(folder):
@@ -175,38 +185,114 @@ def test_lines_past_the_restored_step_and_torn_ones_are_taken_back(tmp_path):
     assert list((tmp_path / "tensorboard").iterdir())
 
 
-def geotoken_steps(*sizes):
-    """Returns the losses of three steps of a tiny decoder on a mesh, with dropout, and the state after them."""
-    settings = fixtures.settings("ours", decoder_layers=1, dropout=0.1)
-    devices = jax.devices()[: int(np.prod(sizes))]
-    mesh = sharding.make_mesh(sharding.MeshSettings(*sizes), devices)
-    trainer = Trainer(GeoTokenTask(settings, LossSettings(2.0, 1.0)), make_optimizer(OPTIMIZER, lambda _: 0.01), mesh)
-    state, losses = trainer.init(jax.random.key(0)), []
-    batch = {name: jax.device_put(value, trainer.batch_sharding) for name, value in fixtures.batch(8).items()}
-    for _ in range(3):
-        state, found = trainer.step(state, batch, jax.random.key(1))
-        losses.append(float(found["loss"]))
-    return losses, state
+def test_a_moving_average_of_the_parameters_is_validated_and_kept(tmp_path):
+    train(tmp_path, 4, ema=0.5)
+    mesh = sharding.make_mesh(sharding.MeshSettings(-1, 1, 1))
+    trainer = Trainer(LineTask(), make_optimizer(OPTIMIZER, make_schedule(OPTIMIZER, 4, 2)), mesh, ema=0.5)
+    state, batches = trainer.init(jax.random.key(0)), pipeline.training(20, read, 8, seed=0)
+    average = jax.tree.map(np.asarray, state["params"])
+    for step in range(4):
+        state, _ = trainer.step(state, next(batches), jax.random.key(0), {})
+        decay = min(0.5, (1 + step) / (10 + step))
+        average = jax.tree.map(lambda a, p, d=decay: d * a + (1 - d) * np.asarray(p), average, state["params"])
+    assert not np.allclose(average["linear"]["kernel"], state["params"]["linear"]["kernel"], atol=1e-4)
+    np.testing.assert_allclose(parameters(tmp_path)["linear/kernel"], average["linear"]["kernel"], rtol=1e-5)
 
 
-@pytest.fixture(scope="module")
-def one_device():
-    return geotoken_steps(1, 1, 1)[0]
+class Spoiled(Stopping):
+    """A training input whose batches are not numbers from one step to another."""
+
+    def __init__(self, batches, n, first, last):
+        super().__init__(batches, n)
+        self.bad, self.at = range(first, last + 1), 0
+
+    def __next__(self):
+        self.at += 1
+        batch = super().__next__()
+        return {**batch, "x": batch["x"] * np.nan} if self.at in self.bad else batch
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
-def test_eight_devices_train_as_one_does(one_device, sizes):
-    losses, state = geotoken_steps(*sizes)
-    np.testing.assert_allclose(losses, one_device, atol=1e-5)
-    assert losses[2] < losses[0]
-    assert int(state["step"]) == 3
+def test_a_step_that_is_not_finite_is_left_out_and_counted(tmp_path):
+    train(tmp_path, 4, make_input=lambda batches, n: Spoiled(batches, n, 2, 3))
+    found = [line for line in lines(tmp_path) if "skipped" in line]
+    assert [line["skipped"] for line in found] == [0, 1, 2, 2]
+    assert np.isnan(found[1]["train/loss"]) and np.isfinite(found[3]["train/loss"])
+    assert all(np.isfinite(value).all() for value in parameters(tmp_path).values())
+
+
+def test_training_stops_when_steps_keep_failing(tmp_path):
+    with pytest.raises(loop.Diverged, match=r"the last 3 steps until 4 had .* config\.train\.max_skipped is 2: lower"):
+        train(tmp_path, 6, examples=8 * 6, make_input=lambda batches, n: Spoiled(batches, n, 2, 6))
+
+
+class Terminated(Stopping):
+    """A training input during whose n-th batch the process is asked to end."""
+
+    def __next__(self):
+        self.n -= 1
+        if not self.n:
+            signal.raise_signal(signal.SIGTERM)
+        return next(self.batches)
+
+
+def test_a_run_asked_to_end_saves_and_goes_on_where_it_was(tmp_path):
+    options = dict(examples=8 * 8, log_every=4, evaluate_every=8)
+    train(tmp_path / "whole", 8, **options)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(loop.Preempted, match="saved at step 3"):
+        train(tmp_path / "ended", 3, make_input=Terminated, **options)
+    assert signal.getsignal(signal.SIGTERM) is before
+    train(tmp_path / "ended", 5, **options)  # not one batch is read again
+    assert lines(tmp_path / "ended") == lines(tmp_path / "whole")
+    for name, value in parameters(tmp_path / "whole").items():
+        np.testing.assert_array_equal(parameters(tmp_path / "ended")[name], value)
+
+
+def test_some_steps_are_traced_on_request(tmp_path):
+    train(tmp_path, 4, profile=(2, 3))
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_the_speed_of_training(tmp_path):
+    train(tmp_path, 4)
+    line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+    assert line["tflops_per_second"] == pytest.approx(48.0 * line["examples_per_second"] / 1e12)
+    assert line["seconds_left"] == pytest.approx(8 * 3 / line["examples_per_second"])
+
+
+def test_weights_and_biases_is_asked_for_by_name(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(SettingsError, match=r"config\.train\.wandb is 'mine' .* pip install 'geotoken-jax\[wandb\]'"):
+        train(tmp_path, 4, wandb="mine")
+
+
+def test_parameters_and_moments_are_created_split_over_the_mesh():
+    mesh = sharding.make_mesh(sharding.MeshSettings(2, 2, 2))
+    task = fixtures.task(fixtures.settings("ours", decoder_layers=1), mesh=mesh)
+    trainer = Trainer(task, make_optimizer(OPTIMIZER, lambda _: 0.01), mesh, ema=0.9)
+    state = trainer.init(jax.random.key(0))
     adam = next(part for part in jax.tree.leaves(state["optimizer"], is_leaf=_is_adam) if _is_adam(part))
-    kernel = ("decoder", "feed_forward", "up", "kernel")
-    for tree in (state["params"], adam.mu, adam.nu):
-        for part in kernel:
-            tree = tree[part]
-        assert tree.sharding.spec == PartitionSpec(None, "fsdp", "tensor")
-        assert tree.addressable_shards[0].data.shape == (1, 16 // sizes[1], 24 // sizes[2])
+    for tree in (state["params"], state["ema"], adam.mu, adam.nu):
+        kernel = tree["decoder"]["feed_forward"]["up"]["kernel"]
+        assert kernel.sharding.spec == PartitionSpec(None, "fsdp", "tensor")
+        assert kernel.addressable_shards[0].data.shape == (1, 8, 12)
+    lines = trainer.describe().splitlines()
+    assert lines[-1].split()[-1] == f"{sum(p.size for p in jax.tree.leaves(state['params'])):,}"
+    assert any(line.split() == ["decoder/feed_forward/up/kernel", "(1,", "16,", "24)", "(None,", "'fsdp',", "'tensor')",
+                                "384"] for line in lines)  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["ours", "paper"])
+def test_each_device_works_on_its_own_photos(form):
+    """Where parameters are split over devices, activations could be too, and every device have all photos."""
+    mesh = sharding.make_mesh(sharding.MeshSettings(1, 4, 2))
+    trainer = Trainer(fixtures.task(fixtures.settings(form), mesh=mesh), make_optimizer(OPTIMIZER, lambda _: 0.1), mesh)
+    batch = {
+        name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=trainer.batch_sharding)
+        for name, value in fixtures.batch(56).items()
+    }
+    program = trainer.step.lower(trainer.abstract, batch, jax.random.key(0), {}).compile().as_text()
+    assert re.search(r"f32\[14,\d+,\d+", program) and re.findall(r"f32\[56,\d+,16\]", program) == []
 
 
 def _is_adam(part):
@@ -216,11 +302,11 @@ def _is_adam(part):
 def test_weight_decay_spares_vectors_and_clipping_bounds_the_gradient():
     options = dataclasses.replace(OPTIMIZER, weight_decay=0.5, clip=0.0)
     optimizer = make_optimizer(options, lambda _: 0.1)
-    params = {"matrix": jnp.ones((2, 2)), "vector": jnp.ones(2)}
+    params = {"matrix": jnp.ones((2, 2)), "vector": jnp.ones(2), "layers": {"scale": jnp.ones((3, 2))}}
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates, _ = optimizer.update(zeros, optimizer.init(params), params)
     np.testing.assert_allclose(updates["matrix"], -0.1 * 0.5, rtol=1e-6)
-    assert not updates["vector"].any()
+    assert not updates["vector"].any() and not updates["layers"]["scale"].any()
     # After a clipped gradient Adam's first moment is a tenth of the clipped one.
     clipped = make_optimizer(dataclasses.replace(options, clip=1.0), lambda _: 0.1)
     _, state = clipped.update(jax.tree.map(lambda p: 100 * p, params), clipped.init(params), params)

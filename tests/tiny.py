@@ -12,6 +12,7 @@ def get_config() -> ConfigDict:
         places=60, train=240, validation=30, test=40, test_unseen=20, test_shift=20, photos_per_shard=60
     )
     config.embed.thumbnail.size = 4
+    config.embed.views.count = 1
     config.align.model.hidden = 32
     config.align.model.location.update(fourier=16, hidden=32, out=32)
     config.align.train.update(batch_size=32, examples=640, evaluate_every=5, log_every=5)

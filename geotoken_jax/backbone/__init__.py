@@ -12,9 +12,10 @@ from geotoken_jax.settings import SettingsError
 
 
 class Backbone(Protocol):
-    """width: C, of image and text features."""
+    """width: C, of image and text features. min_side: shortest side of a photo, in pixels, that suffices."""
 
     width: int
+    min_side: int
 
     def images(self, photos: Sequence[Any]) -> Float32[ndarray, "B C"]:
         """Returns the features of photos (anything that `preprocess.open_image` takes); ImageError on a bad one."""

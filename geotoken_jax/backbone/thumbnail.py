@@ -30,6 +30,8 @@ class Thumbnail:
         self.size = settings.size
         #: C, of image and text features.
         self.width = 3 * settings.size**2
+        #: Shortest side of a photo, in pixels, that suffices.
+        self.min_side = 4 * settings.size
 
     def images(self, photos: Sequence[Any]) -> Float32[np.ndarray, "B C"]:
         """Returns the photos' features; a photo is anything that `preprocess.open_image` takes.
@@ -55,7 +57,7 @@ class Thumbnail:
         return np.array([known[text] for text in texts], np.float32).reshape(-1, self.width)
 
     def _thumbnail(self, photo: Any) -> np.ndarray:
-        image = preprocess.open_image(photo, min_side=4 * self.size)
+        image = preprocess.open_image(photo, min_side=self.min_side)
         side = min(image.size)
         left, top = (image.width - side) / 2, (image.height - side) / 2
         box = (left, top, left + side, top + side)

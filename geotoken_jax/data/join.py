@@ -1,5 +1,7 @@
 """What a row number becomes: records joined with the tables they point into."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from geotoken_jax.gallery.table import Table
@@ -13,6 +15,9 @@ class Features:
     def __init__(self, records: Records):
         self._records = records
 
+    def __len__(self) -> int:
+        return len(self._records)
+
     def __call__(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         found = self._records[rows]
         return {name: found[name].astype(np.float32) for name in ("image", "text", "coordinates")}
@@ -21,22 +26,59 @@ class Features:
 class Tokens:
     """Reads tokens/ for the decoder and joins photo and neighbors by row.
 
-    own: table of the photos themselves (the gallery, for the split that the gallery is made of). neighbors: M, how many
-    of those on record are taken, best first. Returns query [b, 3, C] and neighbors [b, M, 3, C] bfloat16,
-    neighbor_tokens [b, M, T] and tokens [b, T] int32, neighbor_count [b] int32.
+    own: table of the photos themselves (the gallery, for the split that the gallery is made of). gallery: None where it
+    lies on the devices (gallery/placement.py). neighbors: M, how many of those on record are taken, best first.
+    Returns query [b, 3, C] bfloat16, tokens [b, T] and neighbor_count [b] int32, and of the neighbors either
+    neighbors [b, M, 3, C] bfloat16 and neighbor_tokens [b, M, T] int32, or neighbor_rows [b, M] int32 alone.
     """
 
-    def __init__(self, records: Records, own: Table, gallery: Table, cells: CellScheme, neighbors: int):
+    def __init__(self, records: Records, own: Table, gallery: Table | None, cells: CellScheme, neighbors: int):
         self._records, self._own, self._gallery = records, own, gallery
         self._cells, self._neighbors = cells, neighbors
 
+    def __len__(self) -> int:
+        return len(self._records)
+
     def __call__(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         found = self._records[rows]
+        near = found["neighbors"][:, : self._neighbors]
         return {
+            # The photo's own always come from the host: 4.6 KB a photo where its neighbors are 15 times that, and a
+            # photo of another split than the gallery's is in no table on the devices.
             "query": self._own.embeddings(found["row"]),
             "tokens": np.asarray(self._cells.regroup(found["tokens"])),
-            **neighbors(self._gallery, found["neighbors"][:, : self._neighbors], self._cells),
+            **(neighbor_rows(near) if self._gallery is None else neighbors(self._gallery, near, self._cells)),
         }
+
+
+class Together:
+    """Reads several splits as one: the rows of each follow those of the one before it."""
+
+    def __init__(self, parts: Sequence[Features] | Sequence[Tokens]):
+        self._parts = parts
+        #: First row of each part, and the number of rows.
+        self._starts = np.cumsum([0, *map(len, parts)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __call__(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        rows = np.asarray(rows)
+        part = np.searchsorted(self._starts, rows, side="right") - 1
+        asked = np.unique(part)
+        if len(asked) == 1:
+            return self._parts[asked[0]](rows - self._starts[asked[0]])
+        columns: dict[str, np.ndarray] = {}
+        for i in asked:
+            here = part == i
+            for name, values in self._parts[i](rows[here] - self._starts[i]).items():
+                columns.setdefault(name, np.empty((len(rows), *values.shape[1:]), values.dtype))[here] = values
+        return columns
+
+
+def neighbor_rows(rows: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns which gallery rows [b, M] the devices are to look up; missing ones are -1 and come last."""
+    return {"neighbor_rows": rows.astype(np.int32), "neighbor_count": _count(rows)}
 
 
 def neighbors(gallery: Table, rows: np.ndarray, cells: CellScheme) -> dict[str, np.ndarray]:
@@ -45,5 +87,9 @@ def neighbors(gallery: Table, rows: np.ndarray, cells: CellScheme) -> dict[str, 
     return {
         "neighbors": gallery.embeddings(present),
         "neighbor_tokens": np.asarray(cells.regroup(gallery.tokens(present))),
-        "neighbor_count": (rows >= 0).sum(1, dtype=np.int32),
+        "neighbor_count": _count(rows),
     }
+
+
+def _count(rows: np.ndarray) -> np.ndarray:
+    return (rows >= 0).sum(1, dtype=np.int32)

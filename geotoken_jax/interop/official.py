@@ -1,23 +1,42 @@
 """The published GeoToken state dict, in and out, and a check of our model against values stored from it.
 
-`python -m geotoken_jax.interop.official check FILE.npz` loads a file of the form described in docs/fidelity.md and
-prints the largest error of memory, logits, loss and log-probability, and the agreement of greedy and beam tokens.
+`python -m geotoken_jax.interop.official ACTION`:
+
+- `check FILE.npz`: loads a file of the form described in docs/fidelity.md and prints the largest error of memory,
+  logits, loss and log-probability, and the agreement of greedy and beam tokens.
+- `import WEIGHTS OUT.safetensors`: published weights become the file of parameters that `train` writes.
+- `export PARAMETERS.safetensors OUT`: and the way back.
+
+Published weights are `.pth` (needs torch), `.safetensors` or `.npz` files; nothing in them is unpickled.
 """
 
 import argparse
+import dataclasses
+import io
+import pickle
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
+import safetensors
+import safetensors.numpy
+from etils import epath
 from flax import nnx
 
+from geotoken_jax import checkpoint, workdir
+from geotoken_jax.geo.cells import MAX_GROUP
 from geotoken_jax.model import loss
 from geotoken_jax.model.geotoken import GeoTokenModel, ModelSettings
 from geotoken_jax.model.memory import Neighbors
 from geotoken_jax.predict import beam, sample
+
+#: Published name -> array.
+Weights = Mapping[str, np.ndarray]
 
 #: Members of the published state dict that its forward pass never reads.
 UNUSED = ("similarity_embedding.", "metadata_proj.", "coord_head.", "encoder_pos_encoder.", "decoder_pos_encoder.")
@@ -28,85 +47,135 @@ def settings(
     *, width: int, layers: int, heads: int, feed_forward: int, group: int, level: int, neighbors: int,
     backbone_width: int = 768, dropout: float = 0.1, dtype: str = "float32", remat: str = "none",
 ) -> ModelSettings:  # fmt: skip
-    """Returns the settings of the published form."""
+    """Returns the settings of the published form. Raises ValueError for a group whose tables nothing could hold."""
+    if group > MAX_GROUP:
+        tables = 3 * (level // group) * 4**group * width * 4
+        raise ValueError(
+            f"group {group} has 4^{group} = {4**group:,} tokens a position, past an int32, and tables of "
+            f"{tables / 1e12:,.0f} TB at width {width}: use a group up to {MAX_GROUP} that divides level {level}"
+        )
     return ModelSettings(
         width=width, heads=heads, feed_forward=feed_forward, dropout=dropout, norm="post", activation="relu",
         dtype=dtype, remat=remat, level=level, group=group, backbone_width=backbone_width, neighbors=neighbors,
         encoder_layers=layers, decoder_layers=layers, memory="full", positions="sinusoidal", tie_tokens=False,
-        copy_head=False, neighbor_tokens=True, similarities=False,
+        copy_head=False, neighbor_tokens=True, similarities=False, qk_norm=False, attention="xla",
     )  # fmt: skip
 
 
-def _table(s: ModelSettings) -> dict[str, tuple[tuple, ...]]:
-    """Returns published name -> where it goes: our path, then how to index it (an axis-0 slice or None).
+def settings_of(weights: Weights, *, heads: int = 8, neighbors: int = 15) -> ModelSettings:
+    """Returns the settings that a state dict's shapes tell; its heads and neighbors, which they do not, are given.
 
-    Linear weights are transposed; `in_proj` is cut in three.
+    Raises ValueError naming a tensor that is missing, or whose shape no settings have.
     """
-    table: dict[str, tuple[tuple, ...]] = {
-        "start_token_embedding": ((("start_embedding",), "row"),),
-        "cls_token": ((("memory_builder", "cls"), "row"),),
-        "embedding.weight": ((("token_table",), "same"),),
-        "retrieval_embedding.weight": ((("neighbor_table",), "same"),),
+    rows, width = _shape(weights, "embedding.weight", 2)
+    return _settings(
+        rows=rows,
+        positions=len([name for name in weights if re.fullmatch(r"output_layers\.\d+\.weight", name)]),
+        width=width,
+        layers=len([name for name in weights if re.fullmatch(r"encoder\.layers\.\d+\.linear1\.weight", name)]),
+        feed_forward=_shape(weights, "encoder.layers.0.linear1.weight", 2)[0],
+        backbone_width=_shape(weights, "image_proj.0.weight", 2)[1],
+        heads=heads,
+        neighbors=neighbors,
+    )
+
+
+def _settings_of_parameters(parameters: Weights) -> ModelSettings:
+    """Returns the settings of a file that `write_parameters` wrote of a model of the published form."""
+    rows, width = _shape(parameters, "token_table", 2)
+    layers, _, feed_forward = _shape(parameters, "encoder/feed_forward/up/kernel", 3)
+    return _settings(
+        rows=rows,
+        positions=_shape(parameters, "head", 3)[0],
+        width=width,
+        layers=layers,
+        feed_forward=feed_forward,
+        backbone_width=_shape(parameters, "memory_builder/projections/up", 3)[1],
+        heads=1,  # heads and neighbors shape no parameter of this form
+        neighbors=1,
+    )
+
+
+def _shape(tensors: Weights, name: str, axes: int) -> tuple[int, ...]:
+    if name not in tensors:
+        raise ValueError(f"{name} is missing: this is no model of the published form")
+    if tensors[name].ndim != axes:
+        raise ValueError(f"{name} has the shape {tensors[name].shape}, of other than {axes} axes")
+    return tensors[name].shape
+
+
+def _settings(*, rows: int, positions: int, **sizes: Any) -> ModelSettings:
+    """rows: of the token table, 6 for the face and 4^group for each of the other positions."""
+    for group in range(1, MAX_GROUP + 1):
+        if rows == 6 + (positions - 1) * 4**group:
+            return settings(group=group, level=group * (positions - 1), **sizes)
+    raise ValueError(f"the token table has {rows} rows, which no group gives with {positions} output positions")
+
+
+def _places(s: ModelSettings, params: Any) -> dict[str, list[np.ndarray]]:
+    """Returns published name -> where its numbers lie in our parameters, as views in its own layout.
+
+    A tensor is the concatenation of its views, all of one shape, along the first axis: there are three for the
+    stacked projections of queries, keys and values.
+    """
+    builder = params["memory_builder"]
+    places = {
+        "start_token_embedding": [params["start_embedding"][None]],
+        "cls_token": [builder["cls"][None]],
+        "embedding.weight": [params["token_table"]],
+        "retrieval_embedding.weight": [params["neighbor_table"]],
     }
-    for t in range(s.cells.length):
-        table[f"output_layers.{t}.weight"] = ((("head", t), "head"),)
-        table[f"output_layers.{t}.bias"] = ((("head_bias", t), "head_bias"),)
+    for t, size in enumerate(s.cells.vocab_sizes):  # our head is as wide everywhere as the widest position
+        places[f"output_layers.{t}.weight"] = [params["head"][t, :, :size].T]
+        places[f"output_layers.{t}.bias"] = [params["head_bias"][t, :size]]
     for e, name in enumerate(_PROJECTIONS):
         for number, part in ((0, "up"), (2, "down")):
-            table[f"{name}.{number}.weight"] = ((("memory_builder", "projections", part, e), "transpose"),)
-            table[f"{name}.{number}.bias"] = ((("memory_builder", "projections", f"{part}_bias", e), "same"),)
-    for side, depth, attentions, norms in (
-        ("encoder", s.encoder_layers, {"self_attn": "attention"}, 2),
-        ("decoder", s.decoder_layers, {"self_attn": "attention", "multihead_attn": "memory_attention"}, 3),
+            places[f"{name}.{number}.weight"] = [builder["projections"][part][e].T]
+            places[f"{name}.{number}.bias"] = [builder["projections"][f"{part}_bias"][e]]
+    for side, depth, attentions in (
+        ("encoder", s.encoder_layers, {"self_attn": "attention"}),
+        ("decoder", s.decoder_layers, {"self_attn": "attention", "multihead_attn": "memory_attention"}),
     ):
+        stack = params[side]
         for i in range(depth):
-            prefix = f"{side}.layers.{i}"
+            layer = f"{side}.layers.{i}"
             for theirs, ours in attentions.items():
-                for kind, leaf, how in (("weight", "kernel", "transpose"), ("bias", "bias", "same")):
-                    table[f"{prefix}.{theirs}.in_proj_{kind}"] = tuple(
-                        ((side, ours, part, leaf, i), f"{how} {k}") for k, part in enumerate("qkv")
-                    )
-                    table[f"{prefix}.{theirs}.out_proj.{kind}"] = (((side, ours, "out", leaf, i), how),)
+                q, k, v, out = (stack[ours][part] for part in ("q", "k", "v", "out"))
+                places[f"{layer}.{theirs}.in_proj_weight"] = [part["kernel"][i].T for part in (q, k, v)]
+                places[f"{layer}.{theirs}.in_proj_bias"] = [part["bias"][i] for part in (q, k, v)]
+                places[f"{layer}.{theirs}.out_proj.weight"] = [out["kernel"][i].T]
+                places[f"{layer}.{theirs}.out_proj.bias"] = [out["bias"][i]]
             for theirs, ours in (("linear1", "up"), ("linear2", "down")):
-                table[f"{prefix}.{theirs}.weight"] = (((side, "feed_forward", ours, "kernel", i), "transpose"),)
-                table[f"{prefix}.{theirs}.bias"] = (((side, "feed_forward", ours, "bias", i), "same"),)
-            for n in range(norms):
-                table[f"{prefix}.norm{n + 1}.weight"] = (((side, "norms", n, "scale", i), "same"),)
-                table[f"{prefix}.norm{n + 1}.bias"] = (((side, "norms", n, "bias", i), "same"),)
-    return table
+                places[f"{layer}.{theirs}.weight"] = [stack["feed_forward"][ours]["kernel"][i].T]
+                places[f"{layer}.{theirs}.bias"] = [stack["feed_forward"][ours]["bias"][i]]
+            for n in range(1 + len(attentions)):
+                places[f"{layer}.norm{n + 1}.weight"] = [stack["norms"][n]["scale"][i]]
+                places[f"{layer}.norm{n + 1}.bias"] = [stack["norms"][n]["bias"][i]]
+    return places
 
 
-def from_state_dict(s: ModelSettings, weights: Mapping[str, np.ndarray]) -> GeoTokenModel:
-    """Returns our model with the published weights.
+def from_state_dict(s: ModelSettings, weights: Weights) -> GeoTokenModel:
+    """Returns our model with the published weights, in float32.
 
-    weights: published name -> array. Raises ValueError naming a missing, extra or misshapen tensor.
+    Raises ValueError naming a missing, extra or misshapen tensor.
     """
-    table = _table(s)
-    extra = sorted(name for name in weights if name not in table and not name.startswith(UNUSED))
-    missing = sorted(name for name in table if name not in weights)
+    model = nnx.eval_shape(lambda: GeoTokenModel(s, nnx.Rngs(0)))
+    state = nnx.state(model, nnx.Param)
+    params = jax.tree.map(lambda p: np.zeros(p.shape, p.dtype), nnx.to_pure_dict(state))
+    places = _places(s, params)
+    extra = sorted(name for name in weights if name not in places and not name.startswith(UNUSED))
+    missing = sorted(name for name in places if name not in weights)
     if missing or extra:
         what = f"lacks {missing[0]}" if missing else f"has an unknown tensor {extra[0]}"
         raise ValueError(
             f"the state dict {what} ({len(missing)} missing, {len(extra)} extra): is the configuration its own?"
         )
-    model = nnx.eval_shape(lambda: GeoTokenModel(s, nnx.Rngs(0)))
-    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    params = jax.tree.map(lambda p: np.zeros(p.shape, p.dtype), params)
-    for name, places in table.items():
-        value = np.asarray(weights[name], np.float32)
-        for place, how in places:
-            target, index = _target(params, place)
-            target = target if index is None else target[index]
-            if how.startswith("head"):
-                # The face's has 6 columns of the widest vocabulary.
-                target = target[..., : s.cells.vocab_sizes[place[-1]]]
-            part = _ours(value, how, len(places))
-            if part.shape != target.shape:
-                raise ValueError(
-                    f"{name} has the wrong shape for this configuration: {part.shape} where {target.shape} fits"
-                )
-            target[...] = part
-    state = nnx.state(model, nnx.Param)
+    for name, views in places.items():
+        value, shape = weights[name], (len(views) * len(views[0]), *views[0].shape[1:])
+        if value.shape != shape:
+            raise ValueError(f"{name} has the wrong shape for this configuration: {value.shape} where {shape} fits")
+        for view, part in zip(views, np.split(value, len(views)), strict=True):
+            view[...] = part
     nnx.replace_by_pure_dict(state, jax.tree.map(jnp.asarray, params))
     nnx.update(model, state)
     return model
@@ -115,39 +184,109 @@ def from_state_dict(s: ModelSettings, weights: Mapping[str, np.ndarray]) -> GeoT
 def to_state_dict(model: GeoTokenModel) -> dict[str, np.ndarray]:
     """Returns the weights under their published names, layouts included (members that nothing reads are left out)."""
     params = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
-    sizes = model.settings.cells.vocab_sizes
-    weights = {}
-    for name, places in _table(model.settings).items():
-        parts = []
-        for place, how in places:
-            target, index = _target(params, place)
-            value = target if index is None else target[index]
-            if how.startswith("head"):
-                value = value[..., : sizes[place[-1]]]
-            if how.split()[0] in ("transpose", "head"):
-                value = value.T
-            parts.append(value[None] if how == "row" else value)
-        weights[name] = np.ascontiguousarray(np.concatenate(parts) if len(parts) > 1 else parts[0])
-    return weights
+    places = _places(model.settings, params)
+    return {name: np.ascontiguousarray(np.concatenate(views)) for name, views in places.items()}
 
 
-def _target(params: Any, place: tuple) -> tuple[np.ndarray, int | None]:
-    index = place[-1] if isinstance(place[-1], int) else None
-    for part in place if index is None else place[:-1]:
-        params = params[part]
-    return params, index
+def read_weights(path: epath.PathLike) -> dict[str, np.ndarray]:
+    """Returns the state dict of a `.pth`, `.safetensors` or `.npz` file, as float32 whatever the file has.
+
+    The state dict may stand in a training checkpoint, as `model_state_dict`, `state_dict` or `model`, and its names may
+    carry what DataParallel and torch.compile add. Raises ValueError for a file that is none of these, and
+    ModuleNotFoundError for a `.pth` without torch.
+    """
+    path = epath.Path(path)
+    read, _ = _form(path)
+    try:
+        found = read(path.read_bytes())
+    except (FileNotFoundError, ModuleNotFoundError):
+        raise
+    except Exception as error:  # each form's reader has errors of its own, zipfile's and pickle's among them
+        raise ValueError(f"{path} holds no state dict that can be read: {str(error).splitlines()[0]}") from error
+    return {name.replace("_orig_mod.", "").removeprefix("module."): value for name, value in found.items()}
 
 
-def _ours(value: np.ndarray, how: str, parts: int) -> np.ndarray:
-    if parts > 1:
-        value = np.split(value, parts)[int(how.split()[1])]
-    return value.T if how.split()[0] in ("transpose", "head") else value[0] if how == "row" else value
+def write_weights(path: epath.PathLike, weights: Weights) -> None:
+    """Writes a state dict as the `.pth`, `.safetensors` or `.npz` file that `path` ends in, whole or not at all."""
+    path = epath.Path(path)
+    _, write = _form(path)
+    workdir.write_bytes(path, write(dict(weights)))
+
+
+def _form(
+    path: epath.Path,
+) -> tuple[Callable[[bytes], dict[str, np.ndarray]], Callable[[dict[str, np.ndarray]], bytes]]:
+    if path.suffix not in _FORMS:
+        raise ValueError(f"{path} ends in {path.suffix or 'nothing'}: weights are files of {', '.join(_FORMS)}")
+    return _FORMS[path.suffix]
+
+
+def _torch() -> Any:
+    try:
+        import torch
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError("a .pth file needs torch: pip install 'geotoken-jax[interop]'") from None
+    return torch
+
+
+def _read_pth(data: bytes) -> dict[str, np.ndarray]:
+    torch = _torch()
+    try:
+        found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # whose own message tells how to run the file's code
+        raise ValueError("it is more than tensors; save them alone: torch.save(model.state_dict(), FILE)") from None
+    for name in ("model_state_dict", "state_dict", "model"):
+        found = found.get(name, found)
+    other = [name for name, value in found.items() if not torch.is_tensor(value)]
+    if other:
+        raise ValueError(f"{other[0]} in it is no tensor")
+    return {name: value.float().numpy() for name, value in found.items()}
+
+
+def _write_pth(weights: dict[str, np.ndarray]) -> bytes:
+    torch, file = _torch(), io.BytesIO()
+    torch.save({name: torch.tensor(value) for name, value in weights.items()}, file)
+    return file.getvalue()
+
+
+def _read_safetensors(data: bytes) -> dict[str, np.ndarray]:
+    types = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64, "I64": np.int64}
+    return {
+        name: np.frombuffer(found["data"], types[found["dtype"]]).reshape(found["shape"]).astype(np.float32)
+        for name, found in safetensors.deserialize(data)
+    }
+
+
+def _read_npz(data: bytes) -> dict[str, np.ndarray]:
+    with np.load(io.BytesIO(data), allow_pickle=False) as file:
+        return {name: file[name].astype(np.float32) for name in file.files}
+
+
+def _write_npz(weights: dict[str, np.ndarray]) -> bytes:
+    file = io.BytesIO()
+    np.savez(file, **weights)  # pyright: ignore[reportArgumentType]
+    return file.getvalue()
+
+
+_FORMS = {
+    ".pth": (_read_pth, _write_pth),
+    ".safetensors": (_read_safetensors, safetensors.numpy.save),
+    ".npz": (_read_npz, _write_npz),
+}
+
+
+class _Stored(dict):
+    def __missing__(self, name: str) -> np.ndarray:
+        raise ValueError(f"the file lacks {name}: docs/fidelity.md says what one of this form holds")
 
 
 def check(path: str) -> dict[str, float]:
-    """Returns the largest absolute error of each stored quantity, and the share of greedy and beam tokens alike."""
+    """Returns the largest absolute error of each stored quantity, and the share of greedy and beam tokens alike.
+
+    Raises ValueError naming an array that the file lacks.
+    """
     with np.load(path, allow_pickle=False) as file:
-        stored = {name: file[name] for name in file.files}
+        stored = _Stored({name: file[name] for name in file.files})
     d, depth, heads, feed_forward, group, level, m = (int(v) for v in stored["config"])
     s = settings(
         width=d, layers=depth, heads=heads, feed_forward=feed_forward, group=group, level=level, neighbors=m,
@@ -195,18 +334,60 @@ def check(path: str) -> dict[str, float]:
     return found
 
 
-def main() -> None:
-    """Checks one file; exits with 1 past the tolerance."""
-    parser = argparse.ArgumentParser(
-        prog="python -m geotoken_jax.interop.official", description="Checks our model against a file of stored values."
-    )
-    parser.add_argument("action", choices=["check"])
-    parser.add_argument("file")
-    found = check(parser.parse_args().file)
+def _check(options: argparse.Namespace) -> int:
+    found = check(options.file)
     for name, value in found.items():
         print(f"{name:22} {value:.1%} agree" if name.endswith("tokens") else f"{name:22} {value:.2e}")
     good = all(value == 1.0 if name.endswith("tokens") else value < 1e-4 for name, value in found.items())
-    sys.exit(0 if good else 1)
+    return 0 if good else 1
+
+
+def _import(options: argparse.Namespace) -> int:
+    weights = read_weights(options.weights)
+    s = settings_of(weights, heads=options.heads, neighbors=options.neighbors)
+    params = nnx.to_pure_dict(nnx.state(from_state_dict(s, weights), nnx.Param))
+    checkpoint.write_parameters(options.out, params)
+    changed = {
+        name: value for name, value in dataclasses.asdict(s).items() if name not in ("dropout", "dtype", "remat")
+    }
+    print(f"{options.out}: {sum(p.size for p in jax.tree.leaves(params)):,} parameters, to be read with")
+    print(" ".join(f"--config.model.{name}={value}" for name, value in changed.items()))
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    s = _settings_of_parameters(safetensors.numpy.load(epath.Path(options.parameters).read_bytes()))
+    weights = to_state_dict(checkpoint.read_module(options.parameters, lambda rngs: GeoTokenModel(s, rngs)))
+    write_weights(options.out, weights)
+    print(f"{options.out}: {len(weights)} tensors, {sum(value.size for value in weights.values()):,} numbers")
+    return 0
+
+
+def main() -> None:
+    """Runs one action; exits with 1 where a check is past its tolerance and with 2 where a file is not what it is to
+    be."""
+    parser = argparse.ArgumentParser(
+        prog="python -m geotoken_jax.interop.official", description="The published GeoToken weights, in and out."
+    )
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+    action = actions.add_parser("check", help="compare our model with stored values of the published one")
+    action.add_argument("file", metavar="FILE.npz")
+    action.set_defaults(run=_check)
+    action = actions.add_parser("import", help="published weights to parameters as `geotoken train` writes them")
+    action.add_argument("weights", metavar="WEIGHTS", help=f"one of {', '.join(_FORMS)}")
+    action.add_argument("out", metavar="OUT.safetensors")
+    action.add_argument("--heads", type=int, default=8, help="not to be seen in the weights (default: 8)")
+    action.add_argument("--neighbors", type=int, default=15, help="not to be seen in the weights (default: 15)")
+    action.set_defaults(run=_import)
+    action = actions.add_parser("export", help="parameters as `geotoken train` writes them to published weights")
+    action.add_argument("parameters", metavar="PARAMETERS.safetensors")
+    action.add_argument("out", metavar="OUT", help=f"one of {', '.join(_FORMS)}")
+    action.set_defaults(run=_export)
+    options = parser.parse_args()
+    try:
+        sys.exit(options.run(options))
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
 
 
 if __name__ == "__main__":

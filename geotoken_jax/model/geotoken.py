@@ -130,14 +130,15 @@ class GeoTokenModel(nnx.Module):
             s.dtype,
             rngs,
         )
-        self.start_embedding = sharding.parameter(rngs.params(), normal, (s.width,), ("embed",))
-        self.token_table = sharding.parameter(rngs.params(), normal, (int(sizes.sum()), s.width), ("vocab", "embed"))
+        self.start_embedding = sharding.parameter(rngs.params(), normal, (s.width,), (None,))
+        # Not split by "embed", as neither are the memory's vectors: to split its gradient XLA would gather all photos'.
+        self.token_table = sharding.parameter(rngs.params(), normal, (int(sizes.sum()), s.width), ("vocab", None))
         if not s.tie_tokens and s.neighbor_tokens:
             self.neighbor_table = sharding.parameter(
-                rngs.params(), normal, (int(sizes.sum()), s.width), ("vocab", "embed")
+                rngs.params(), normal, (int(sizes.sum()), s.width), ("vocab", None)
             )
         if s.positions == "factored":
-            self.levels = sharding.parameter(rngs.params(), normal, (len(sizes), s.width), (None, "embed"))
+            self.levels = sharding.parameter(rngs.params(), normal, (len(sizes), s.width), (None, None))
         self.encoder = layers.stack(lambda r: layers.EncoderLayer(s, r), s.encoder_layers, rngs)
         self.decoder = layers.stack(lambda r: layers.DecoderLayer(s, r), s.decoder_layers, rngs)
         if s.norm == "pre":
@@ -166,11 +167,11 @@ class GeoTokenModel(nnx.Module):
         s = self.settings
         start = jnp.broadcast_to(self.start_embedding[...], (len(tokens), 1, s.width))
         x = jnp.concatenate([start, self._embed(self.token_table, tokens[:, :-1])], 1) + self._decoder_positions()
-        x = layers.dropout(x.astype(jnp.dtype(s.dtype)), s.dropout, embed_key)
+        x = sharding.constrain(layers.dropout(x.astype(jnp.dtype(s.dtype)), s.dropout, embed_key), "batch")
 
         def body(layer: Any, x: Array, xs: Any) -> tuple[Array, None]:
             keys_values, key = xs
-            return layer(x, keys_values, memory.lengths, key), None
+            return sharding.constrain(layer(x, keys_values, memory.lengths, key), "batch"), None
 
         keys = None if decode_key is None else jax.random.split(decode_key, s.decoder_layers)
         x, _ = layers.scan(self.decoder, body, x, (memory.keys_values, keys), s.remat)
@@ -210,10 +211,10 @@ class GeoTokenModel(nnx.Module):
             if s.positions == "factored":
                 embedded = embedded + self.levels[...]
         x, lengths = self.memory_builder(query, neighbors, embedded)
-        x = layers.dropout(x, s.dropout, embed_key)
+        x = sharding.constrain(layers.dropout(x, s.dropout, embed_key), "batch")
 
         def body(layer: Any, x: Array, key: Any) -> tuple[Array, None]:
-            return layer(x, lengths, key), None
+            return sharding.constrain(layer(x, lengths, key), "batch"), None
 
         keys = None if layers_key is None else jax.random.split(layers_key, s.encoder_layers)
         x, _ = layers.scan(self.encoder, body, x, keys, s.remat)

@@ -1,4 +1,4 @@
-"""Transformer layers of the encoder and the decoder: post-norm ReLU as published, or pre-norm GELU.
+"""Transformer layers of the encoder and the decoder: post-norm ReLU as published, or pre-norm, gated, normalized.
 
 Parameters are float32; products run in the settings' dtype, softmax and norms in float32. A key of None means no
 dropout. Layers of one kind are stacked (a leading axis of every parameter) and scanned.
@@ -6,7 +6,7 @@ dropout. Layers of one kind are stacked (a leading axis of every parameter) and 
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,16 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from geotoken_jax import sharding
+from geotoken_jax.settings import SettingsError
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerSettings:
-    """Shape of one transformer layer. norm: "pre" or "post". activation: "gelu" or "relu". dtype: of the products.
+    """Shape of one transformer layer. norm: "pre" or "post". dtype: of the products.
 
+    activation: "relu" or "gelu"; "swiglu" or "geglu" multiply what SiLU or GELU let through with a second product.
+    qk_norm: bring queries and keys to length sqrt(d) before their product, so that attention logits stay bounded.
+    attention: "xla", or "cudnn" for fused kernels where there are any (a GPU, 16-bit numbers, long sequences).
     remat: what the backward pass keeps of a layer: "none" (everything), "dots" (products), "full" (the layer's input).
     """
 
@@ -29,6 +33,8 @@ class LayerSettings:
     dropout: float
     norm: str
     activation: str
+    qk_norm: bool
+    attention: str
     dtype: str
     remat: str
 
@@ -37,12 +43,30 @@ class LayerSettings:
             raise ValueError(
                 f"config.model.width = {self.width} does not divide into config.model.heads = {self.heads}"
             )
-        for name, choices in (("norm", ("pre", "post")), ("activation", ACTIVATIONS), ("remat", REMAT)):
+        for name, choices in (
+            ("norm", ("pre", "post")),
+            ("activation", ACTIVATIONS),
+            ("attention", ("xla", "cudnn")),
+            ("remat", REMAT),
+        ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"config.model.{name} is {getattr(self, name)!r}: choose one of {', '.join(choices)}")
+        head = self.width // self.heads
+        if self.attention == "cudnn" and (self.dtype not in ("bfloat16", "float16") or head % 8 or head > 128):
+            raise ValueError(
+                "config.model.attention = 'cudnn' takes dtype bfloat16 or float16 and width / heads in 8, 16, ... 128, "
+                f"not {self.dtype} and {head}: change those, or use 'xla'"
+            )
 
 
-ACTIVATIONS: dict[str, Callable] = {"relu": jax.nn.relu, "gelu": jax.nn.gelu}
+ACTIVATIONS: dict[str, Callable] = {
+    "relu": jax.nn.relu,
+    "gelu": jax.nn.gelu,
+    "swiglu": jax.nn.silu,
+    "geglu": jax.nn.gelu,
+}
+#: Those that gate a second product (Shazeer 2020, arXiv 2002.05202).
+GATED = ("swiglu", "geglu")
 REMAT: dict[str, Any] = {
     "none": jax.checkpoint_policies.everything_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -67,49 +91,88 @@ def attention(
     k: Float[Array, "B S H d"],
     v: Float[Array, "B S H d"],
     *,
+    kernel: str,
     causal: bool = False,
     lengths: Int[Array, " B"] | None = None,
 ) -> Float[Array, "B T H d"]:
     """Softmax attention; position t sees all of S, or only s <= t where causal, and only s < lengths.
 
-    Masks are given as lengths, not as a tensor: fused kernels take these and refuse, or break on, the other.
+    kernel: "xla" or "cudnn". Masks are given as lengths, not as a tensor: fused kernels take these and refuse, or break
+    on, the other. Raises SettingsError for "cudnn" without a GPU.
     """
-    return jax.nn.dot_product_attention(q, k, v, is_causal=causal, key_value_seq_lengths=lengths)
+    kernel = choose_kernel(kernel, k.shape[1])
+    return jax.nn.dot_product_attention(q, k, v, is_causal=causal, key_value_seq_lengths=lengths, implementation=kernel)
+
+
+def choose_kernel(asked: str, keys: int) -> Literal["xla", "cudnn"]:
+    """Returns the kernel for a product with this many keys, "xla" for few of them whichever is asked.
+
+    Raises SettingsError for "cudnn" without a GPU.
+    """
+    if asked == "cudnn" and jax.default_backend() != "gpu":
+        raise SettingsError(
+            f"config.model.attention is 'cudnn', which a {jax.default_backend()} does not have: use 'xla'"
+        )
+    # cuDNN refused the decoder's own 11 and 21 tokens ("Unsupported sequence length") and took 214 keys, the encoder's
+    # and the memory's at group 2. Fewer than 64 are less than a tile of its kernels, and logits too small to matter.
+    return "cudnn" if asked == "cudnn" and keys >= 64 else "xla"
 
 
 class Attention(nnx.Module):
-    """Multi-head attention: projections of queries, keys, values and output."""
+    """Multi-head attention: projections of queries, keys, values and output.
+
+    With qk_norm each head's queries and keys are RMS-normalized with a learned scale [d], in float32 (Henry et al.
+    2020, arXiv 2010.04245; Dehghani et al. 2023, arXiv 2302.05442).
+    """
 
     def __init__(self, settings: LayerSettings, rngs: nnx.Rngs):
         d, dtype = settings.width, jnp.dtype(settings.dtype)
-        self.heads = settings.heads
+        self.heads, self.kernel, self.normalize = settings.heads, settings.attention, settings.qk_norm
         self.q, self.k, self.v = (sharding.linear(d, d, ("embed", "heads"), rngs=rngs, dtype=dtype) for _ in range(3))
         self.out = sharding.linear(d, d, ("heads", "embed"), rngs=rngs, dtype=dtype)
+        if settings.qk_norm:
+            self.q_norm, self.k_norm = (nnx.RMSNorm(d // settings.heads, epsilon=1e-6, rngs=rngs) for _ in range(2))
 
     def _heads(self, x: Array) -> Array:
         return x.reshape(*x.shape[:-1], self.heads, -1)
 
     def queries(self, x: Float[Array, "B T D"]) -> Float[Array, "B T H d"]:
-        return self._heads(self.q(x))
+        q = self._heads(self.q(x))
+        return self.q_norm(q).astype(q.dtype) if self.normalize else q
 
     def keys_values(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S H d"], Float[Array, "B S H d"]]:
-        return self._heads(self.k(x)), self._heads(self.v(x))
+        k, v = self._heads(self.k(x)), self._heads(self.v(x))
+        return (self.k_norm(k).astype(k.dtype) if self.normalize else k), v
 
-    def output(self, x: Float[Array, "B T H d"]) -> Float[Array, "B T D"]:
-        return self.out(x.reshape(*x.shape[:-2], -1))
+    def __call__(
+        self,
+        queries: Float[Array, "B T H d"],
+        keys: Float[Array, "B S H d"],
+        values: Float[Array, "B S H d"],
+        *,
+        causal: bool = False,
+        lengths: Int[Array, " B"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Returns what the queries find; the masks are those of `attention`."""
+        found = attention(queries, keys, values, kernel=self.kernel, causal=causal, lengths=lengths)
+        return self.out(found.reshape(*found.shape[:-2], -1))
 
 
 class FeedForward(nnx.Module):
-    """Two linear layers with the activation between them."""
+    """Two linear layers with the activation between them, and where it is a gated one a third beside the first."""
 
     def __init__(self, settings: LayerSettings, rngs: nnx.Rngs):
         d, f, dtype = settings.width, settings.feed_forward, jnp.dtype(settings.dtype)
         self.up = sharding.linear(d, f, ("embed", "mlp"), rngs=rngs, dtype=dtype)
         self.down = sharding.linear(f, d, ("mlp", "embed"), rngs=rngs, dtype=dtype)
+        if settings.activation in GATED:
+            self.gate = sharding.linear(d, f, ("embed", "mlp"), rngs=rngs, dtype=dtype)
         self.settings = settings
 
     def __call__(self, x: Float[Array, "... D"], key: jax.Array | None) -> Float[Array, "... D"]:
-        return self.down(dropout(ACTIVATIONS[self.settings.activation](self.up(x)), self.settings.dropout, key))
+        activate, up = ACTIVATIONS[self.settings.activation], self.up(x)
+        hidden = activate(self.gate(x)) * up if self.settings.activation in GATED else activate(up)
+        return self.down(dropout(hidden, self.settings.dropout, key))
 
 
 class _Layer(nnx.Module):
@@ -143,7 +206,7 @@ class EncoderLayer(_Layer):
 
         def attend(y: Array) -> Array:
             k, v = self.attention.keys_values(y)
-            return self.attention.output(attention(self.attention.queries(y), k, v, lengths=lengths))
+            return self.attention(self.attention.queries(y), k, v, lengths=lengths)
 
         x = self._residual(self.norms[0], x, attend, keys[0])
         return self._residual(self.norms[1], x, lambda y: self.feed_forward(y, keys[1]), keys[2])
@@ -169,7 +232,7 @@ class DecoderLayer(_Layer):
 
         def attend(y: Array) -> Array:
             k, v = self.attention.keys_values(y)
-            return self.attention.output(attention(self.attention.queries(y), k, v, causal=True))
+            return self.attention(self.attention.queries(y), k, v, causal=True)
 
         return self._around(x, attend, memory, lengths, key)
 
@@ -199,7 +262,7 @@ class DecoderLayer(_Layer):
             q = self.attention.queries(y).reshape(b * k, 1, h, d)
             keys, values = (p[number].reshape(b * k, -1, h, d) for p in past)
             seen = jnp.full((b * k,), t + 1, jnp.int32)
-            return self.attention.output(attention(q, keys, values, lengths=seen).reshape(b, k, h, d))
+            return self.attention(q, keys, values, lengths=seen).reshape(b, k, -1)
 
         return self._around(x, attend, memory, lengths, None), past
 
@@ -207,8 +270,7 @@ class DecoderLayer(_Layer):
         keys = split(key, 4)
 
         def recall(y: Array) -> Array:
-            queries = self.memory_attention.queries(y)
-            return self.memory_attention.output(attention(queries, *memory, lengths=lengths))
+            return self.memory_attention(self.memory_attention.queries(y), *memory, lengths=lengths)
 
         x = self._residual(self.norms[0], x, attend, keys[0])
         x = self._residual(self.norms[1], x, recall, keys[1])

@@ -42,11 +42,11 @@ class Projections(nnx.Module):
 
     def __call__(self, x: Float[Array, "... 3 C"]) -> Float[Array, "... 3 D"]:
         x = jnp.einsum("...ec,ecd->...ed", x.astype(self.dtype), self.up[...].astype(self.dtype))
-        x = jax.nn.relu(x + self.up_bias[...].astype(self.dtype))
+        x = sharding.constrain(jax.nn.relu(x + self.up_bias[...].astype(self.dtype)), "batch")
         x = jnp.einsum("...ec,ecd->...ed", x, self.down[...].astype(self.dtype))
         x = (x + self.down_bias[...].astype(self.dtype)).astype(jnp.float32)
         norm = jnp.sqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-24))
-        return (x / norm).astype(self.dtype)
+        return sharding.constrain((x / norm).astype(self.dtype), "batch")
 
 
 class MemoryBuilder(nnx.Module):
@@ -64,11 +64,13 @@ class MemoryBuilder(nnx.Module):
     ):  # fmt: skip
         normal = nnx.initializers.normal(0.02)
         self.projections = Projections(backbone_width, width, dtype, rngs)
-        self.cls = sharding.parameter(rngs.params(), normal, (width,), ("embed",))
+        # What is added to every photo is small and lies whole on each device: to split its gradient XLA would
+        # gather that of all photos first.
+        self.cls = sharding.parameter(rngs.params(), normal, (width,), (None,))
         self.factored = positions == "factored"
         if self.factored:
-            self.kinds = sharding.parameter(rngs.params(), normal, (len(KINDS), width), (None, "embed"))
-            self.ranks = sharding.parameter(rngs.params(), normal, (neighbors + 1, width), (None, "embed"))
+            self.kinds = sharding.parameter(rngs.params(), normal, (len(KINDS), width), (None, None))
+            self.ranks = sharding.parameter(rngs.params(), normal, (neighbors + 1, width), (None, None))
         if similarities:
             self.similar_up = sharding.linear(3, width, (None, "mlp"), rngs=rngs)
             self.similar_down = sharding.linear(width, width, ("mlp", "embed"), rngs=rngs)

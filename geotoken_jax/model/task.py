@@ -1,15 +1,18 @@
 """The decoder's training task: what the loop needs to know of it."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from geotoken_jax.model import loss
-from geotoken_jax.model.geotoken import GeoTokenModel, ModelSettings
+from geotoken_jax.gallery import placement
+from geotoken_jax.geo.distance import THRESHOLDS_KM, great_circle_km
+from geotoken_jax.model import flops, loss
+from geotoken_jax.model.geotoken import GeoTokenModel, Memory, ModelSettings
 from geotoken_jax.model.memory import Neighbors
 
 
@@ -24,11 +27,21 @@ class LossSettings:
 class GeoTokenTask:
     """Learns p(tokens | photo, neighbors).
 
-    A batch holds query [B, 3, C], neighbors [B, M, 3, C], neighbor_tokens [B, M, T], neighbor_count [B], tokens [B, T].
+    A batch holds query [B, 3, C], tokens [B, T], neighbor_count [B], and what `lookup` reads the neighbors' embeddings
+    [B, M, 3, C] and tokens [B, M, T] from, wherever the gallery lies (gallery/placement.py).
     """
 
-    def __init__(self, model: ModelSettings, settings: LossSettings):
-        self.model, self.settings = model, settings
+    def __init__(
+        self,
+        model: ModelSettings,
+        settings: LossSettings,
+        lookup: placement.Lookup,
+        decode: Callable[[GeoTokenModel, Memory], Any] | None = None,
+    ):
+        """decode: gives `tokens` [B, K, T], the best first, with which evaluation measures distances; None: it does
+        not."""
+        self.model, self.settings, self._lookup, self._decode = model, settings, lookup, decode
+        self.flops = flops.per_example(model)
 
     def init(self, rngs: nnx.Rngs) -> GeoTokenModel:
         return GeoTokenModel(self.model, rngs)
@@ -36,8 +49,9 @@ class GeoTokenTask:
     def loss(
         self, model: GeoTokenModel, batch: Mapping[str, Array], key: jax.Array | None
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-        """Returns the weighted loss; each level's own, in nats; and the share of photos with every token right."""
-        neighbors = Neighbors(batch["neighbors"], batch["neighbor_tokens"], batch["neighbor_count"])
+        """Returns the weighted loss, each level's own, in nats, and the share of photos with every token right; in
+        evaluation (no key) also the shares decoded within each of THRESHOLDS_KM, and the mean distance in km."""
+        neighbors = Neighbors(*self._lookup(batch), batch["neighbor_count"])
         log_probabilities = model(batch["query"], neighbors, batch["tokens"], key)
         losses = loss.cross_entropy(log_probabilities, batch["tokens"])
         weights = loss.level_weights(losses.shape[1], self.settings.first_weight, self.settings.last_weight)
@@ -47,4 +61,11 @@ class GeoTokenTask:
             return jnp.average(values, weights=batch.get("valid"))
 
         levels = {f"loss_level_{t}": mean(losses[:, t]) for t in range(losses.shape[1])}
-        return mean(loss.weighted(losses, weights)), {**levels, "exact": mean(right)}
+        found = {**levels, "exact": mean(right)}
+        if key is None and self._decode:
+            decoded = self._decode(model, model.encode(batch["query"], neighbors)).tokens[:, 0]
+            cells = self.model.cells
+            km = jnp.asarray(great_circle_km(*cells.decode(decoded), *cells.decode(batch["tokens"])))
+            found |= {f"within_{limit}_km": mean(km <= limit) for limit in THRESHOLDS_KM}
+            found["distance_km"] = mean(km)
+        return mean(loss.weighted(losses, weights)), found

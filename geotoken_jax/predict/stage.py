@@ -11,6 +11,7 @@ import numpy as np
 from etils import epath
 
 from geotoken_jax import records, settings, workdir
+from geotoken_jax.backbone import views
 from geotoken_jax.gallery.table import Table
 from geotoken_jax.progress import Progress
 from geotoken_jax.workdir import Manifest
@@ -24,7 +25,7 @@ TOP1 = "top1_neighbor"
 
 
 def run(config: Any, path: epath.PathLike, variant: str) -> Manifest:
-    """Makes predictions/VARIANT/SPLIT.jsonl for every split that has a table under queries/."""
+    """Makes predictions/VARIANT/SPLIT.jsonl for every split that has a table under queries/, but views."""
     path = epath.Path(path)
     config = settings.variant(config, variant)
     stage = workdir.begin(
@@ -45,7 +46,7 @@ def run(config: Any, path: epath.PathLike, variant: str) -> Manifest:
     decoder = Decoder(model, options)
     layout = records.token_layout(workdir.read_manifest(path, "tokens").facts["neighbors"])
     gallery = Table(path / "gallery")
-    counts = workdir.read_manifest(path, "queries").counts
+    counts = _asked(path)
     with Progress(f"predict {variant}", sum(counts.values()), "photos") as progress:
         for split, photos in counts.items():
             file = stage.path / f"{split}.jsonl"
@@ -72,13 +73,18 @@ def baseline(config: Any, path: epath.PathLike) -> Manifest:
     if stage.manifest:
         return stage.manifest
     gallery = Table(path / "gallery")
-    counts = workdir.read_manifest(path, "queries").counts
+    counts = _asked(path)
     for split in counts:
         ids = Table(path / "queries" / split).ids()
         rows = records.open_array(path / "neighbors" / f"{split}.rows.npy")[:, : config.model.neighbors]
         found = zip(ids, rows, strict=True)  # without any neighbor there is no answer: evaluation counts it as missing
         _write(stage.path / f"{split}.jsonl", (_nearest(i, row, gallery) for i, row in found if row[0] >= 0))
     return stage.finish(counts)
+
+
+def _asked(path: epath.Path) -> dict[str, int]:
+    """Returns the splits that are to be answered, and how many photos they have: not the views that are trained on."""
+    return {split: n for split, n in workdir.read_manifest(path, "queries").counts.items() if split != views.SPLIT}
 
 
 def _predict(

@@ -1,6 +1,8 @@
 """The only training loop, for every task: restore, step, log, validate, save."""
 
 import dataclasses
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
@@ -8,16 +10,26 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from geotoken_jax.checkpoint import Checkpoints, abstract, write_parameters
+from geotoken_jax import checkpoint, chips
+from geotoken_jax.checkpoint import Checkpoints
 from geotoken_jax.progress import Progress
 from geotoken_jax.train import metrics
 from geotoken_jax.train.optimizer import OptimizerSettings, make_optimizer, make_schedule
-from geotoken_jax.train.step import State, Task, Trainer
+from geotoken_jax.train.step import Metrics, Resident, State, Task, Trainer
 
 #: Batches of named arrays: this process's part.
 Batch = Mapping[str, np.ndarray]
+
+
+class Preempted(RuntimeError):
+    """Training was asked to end (SIGTERM) and has saved: the same command goes on from there."""
+
+
+class Diverged(RuntimeError):
+    """Too many steps in a row were not finite."""
 
 
 class TrainingInput(Protocol):
@@ -31,15 +43,23 @@ class TrainingInput(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class TrainSettings:
-    """batch_size: photos a step, over all devices. examples: photos seen in all. evaluate_every: steps between two
-    validations, each with a checkpoint. log_every: steps between two lines of metrics. seed: of parameters, order and
-    dropout."""
+    """batch_size: photos a step, over all devices. accumulate: parts it is cut into, one after another, where it does
+    not fit at once. examples: photos seen in all. evaluate_every: steps between two validations, each with a
+    checkpoint. log_every: steps between two lines of metrics. seed: of parameters, order and dropout. ema: decay of the
+    moving average of parameters that is validated and kept, 0 for none. max_skipped: steps in a row that may be left
+    out because loss or gradient is not finite. profile: first and last step of a trace for TensorBoard, (0, 0) for
+    none. wandb: project of Weights & Biases to write to, "" for none."""
 
     batch_size: int
+    accumulate: int
     examples: int
     evaluate_every: int
     log_every: int
     seed: int
+    ema: float
+    max_skipped: int
+    profile: tuple[int, int]
+    wandb: str
     optimizer: OptimizerSettings
 
     @property
@@ -65,66 +85,91 @@ def run(
     validation: Callable[[], Iterable[Batch]],
     photos: int,
     what: str,
+    resident: Resident | None = None,
 ) -> Result:
     """Trains until `settings.examples` photos have been seen, going on from the newest checkpoint in `folder`, and
-    writes the parameters of the best step to `folder`/parameters.safetensors.
+    writes the parameters of the best step to `folder`/parameters.safetensors (parameters.txt lists them).
 
     batches: the training input, at its beginning. validation: makes one pass over the validation split, whose batches
     have `valid` [b]. photos: size of the training split, for the schedule. what: the name shown beside the progress.
+    resident: arrays that stay on the mesh. Raises Preempted and Diverged.
     """
     schedule = make_schedule(settings.optimizer, settings.steps, max(1, photos // settings.batch_size))
-    trainer = Trainer(task, make_optimizer(settings.optimizer, schedule), mesh)
-    folder = epath.Path(folder)
+    optimizer = make_optimizer(settings.optimizer, schedule)
+    trainer = Trainer(task, optimizer, mesh, settings.accumulate, settings.ema)
+    folder, resident = epath.Path(folder), resident or {}
+    first = jax.process_index() == 0
     key = jax.random.key(settings.seed)
-    with Checkpoints(folder / "checkpoints") as checkpoints:
-        state = trainer.init(key)
-        step, state = _resume(checkpoints, state, batches)
-        with metrics.Writer(folder, step) as writer, Progress(
-            what, settings.steps * settings.batch_size, "photos", done=step * settings.batch_size
+    if first:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "parameters.txt").write_text(trainer.describe())
+    with Checkpoints(folder / "checkpoints") as checkpoints, _Preemption() as preemption:
+        step, state, window = _begin(checkpoints, trainer, key, batches)
+        with metrics.Writer(folder, step, settings.wandb, what, shown=first) as writer, Progress(
+            what, settings.steps * settings.batch_size, "photos", done=step * settings.batch_size, shown=first
         ) as progress:  # fmt: skip
-            log = _Log(writer, settings, step)
+            log = _Log(writer, settings, task.flops, mesh, window)
+            profile = _Profile(settings.profile, folder / "profile")
             while step < settings.steps:
+                profile.before(step + 1)
                 waiting = time.monotonic()
                 batch = _on_mesh(next(batches), trainer)
                 log.waited(time.monotonic() - waiting)
-                state, values = trainer.step(state, batch, key)
+                state, values = trainer.step(state, batch, key, resident)
                 step += 1
                 log.add(values)
-                if step % settings.log_every == 0 or step == settings.steps:
-                    line = log.write(step, float(np.asarray(schedule(step - 1))))
+                profile.after(step, state)
+                last = step == settings.steps
+                if step % settings.log_every == 0 or last:
+                    line = log.write(step, state, float(np.asarray(schedule(step - 1))))
                     progress.add(0, note=f"loss {line['train/loss']:.3f}")
                 progress.add(settings.batch_size)
-                if step % settings.evaluate_every == 0 or step == settings.steps:
-                    found = evaluate(trainer, state, validation())
-                    writer.write(step, {f"validation/{name}": value for name, value in found.items()})
-                    checkpoints.save(step, state, {"input": batches.get_state()}, found["loss"])
+                asked = preemption.asked(step) and not last
+                validated = step % settings.evaluate_every == 0 or last
+                if validated or asked:
+                    loss = None
+                    if validated:
+                        found = evaluate(trainer, state, validation(), resident)
+                        writer.write(step, {f"validation/{name}": value for name, value in found.items()})
+                        loss = found["loss"]
+                    checkpoints.save(step, state, {"input": batches.get_state(), "window": log.window()}, loss)
                     log.pause()
+                if asked:
+                    raise Preempted(f"{what} was asked to end and is saved at step {step}: the same command goes on")
         batches.close()
+    return _finish(folder, trainer)
+
+
+def _begin(
+    checkpoints: Checkpoints, trainer: Trainer, key: jax.Array, batches: TrainingInput
+) -> tuple[int, State, list[dict[str, float]]]:
+    """Returns the step to go on from, its state, and the values of the steps since the last line of metrics."""
+    found = checkpoints.restore_last(trainer.abstract)
+    if found is None:
+        return 0, trainer.init(key), []
+    step, state, position = found
+    batches.set_state(position["input"])
+    return step, state, position["window"]
+
+
+def _finish(folder: epath.Path, trainer: Trainer) -> Result:
     with Checkpoints(folder / "checkpoints") as checkpoints:
         best = checkpoints.best
-        state, _ = checkpoints.restore(best, abstract(state))
-        write_parameters(folder / "parameters.safetensors", state["constants"], state["params"])
-        return Result(best, checkpoints.loss(best), sum(p.size for p in jax.tree.leaves(state["params"])))
+        state, _ = checkpoints.restore(best, trainer.abstract)
+        params = trainer.averaged(state)
+        checkpoint.write_parameters(folder / "parameters.safetensors", state["constants"], params)
+        return Result(best, checkpoints.loss(best), sum(p.size for p in jax.tree.leaves(params)))
 
 
-def evaluate(trainer: Trainer, state: State, batches: Iterable[Batch]) -> dict[str, float]:
+def evaluate(trainer: Trainer, state: State, batches: Iterable[Batch], resident: Resident) -> dict[str, float]:
     """Returns the means of the task's loss and metrics over all valid photos."""
     sums: dict[str, Any] = {}
     count = 0
     for batch in batches:
-        found, n = trainer.evaluate(state, _on_mesh(batch, trainer))
+        found, n = trainer.evaluate(state, _on_mesh(batch, trainer), resident)
         sums = {name: sums.get(name, 0) + value for name, value in found.items()}
         count += n
     return {name: float(value) / float(count) for name, value in sums.items()}
-
-
-def _resume(checkpoints: Checkpoints, state: State, batches: TrainingInput) -> tuple[int, State]:
-    found = checkpoints.restore_last(abstract(state))
-    if found is None:
-        return 0, state
-    step, state, position = found
-    batches.set_state(position["input"])
-    return step, state
 
 
 def _on_mesh(batch: Batch, trainer: Trainer) -> dict[str, jax.Array]:
@@ -133,13 +178,69 @@ def _on_mesh(batch: Batch, trainer: Trainer) -> dict[str, jax.Array]:
     }
 
 
-class _Log:
-    """Gathers what the steps report, on the device, and writes means with the speed now and then."""
+class _Preemption:
+    """Notices SIGTERM; where there are several processes, all of them end after the same step."""
 
-    def __init__(self, writer: metrics.Writer, settings: TrainSettings, step: int):
-        self._writer, self._settings = writer, settings
-        self._gathered: list[dict[str, jax.Array]] = []
-        self._since, self._waited, self._paused = time.monotonic(), 0.0, 0.0
+    def __init__(self):
+        self._asked = False
+
+    def __enter__(self):
+        # With several processes JAX's own service listens: a handler of ours would silence it.
+        self._ours = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
+        if self._ours:
+            self._before = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def __exit__(self, *error):
+        if self._ours:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _ask(self, *_: Any) -> None:
+        self._asked = True
+
+    def asked(self, step: int) -> bool:
+        return self._asked if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(step)
+
+
+class _Profile:
+    """Traces some steps."""
+
+    def __init__(self, steps: tuple[int, int], folder: epath.Path):
+        self._first, self._last = steps
+        self._folder, self._running = folder, False
+
+    def before(self, step: int) -> None:
+        if step == self._first:
+            jax.profiler.start_trace(str(self._folder))
+            self._running = True
+
+    def after(self, step: int, state: State) -> None:
+        if self._running and step >= self._last:
+            jax.block_until_ready(state)
+            jax.profiler.stop_trace()
+            self._running = False
+
+
+class _Log:
+    """Gathers what the steps report, on the device, and writes means with the speed now and then.
+
+    window: what the steps since the last line have reported already, before an interruption.
+    """
+
+    def __init__(
+        self,
+        writer: metrics.Writer,
+        settings: TrainSettings,
+        flops: float,
+        mesh: Mesh,
+        window: list[dict[str, float]],
+    ):
+        self._writer, self._settings, self._flops, self._devices = writer, settings, flops, mesh.size
+        chip = chips.find(mesh.devices.flat[0].device_kind)
+        self._peak = chip.flops if chip else None
+        self._before: list[dict[str, float]] = window
+        self._gathered: list[Metrics] = []
+        self._since, self._waited = time.monotonic(), 0.0
         self._pause_from: float | None = None
 
     def waited(self, seconds: float) -> None:
@@ -152,19 +253,39 @@ class _Log:
         """What passes until the next batch is asked for is not training time."""
         self._pause_from = time.monotonic()
 
-    def add(self, values: dict[str, jax.Array]) -> None:
+    def add(self, values: Metrics) -> None:
         self._gathered.append(values)
 
-    def write(self, step: int, learning_rate: float) -> dict[str, float]:
-        gathered = jax.device_get(self._gathered)
+    def window(self) -> list[dict[str, float]]:
+        """Returns what was added since the last line."""
+        return self._before + jax.tree.map(float, jax.device_get(self._gathered))
+
+    def write(self, step: int, state: State, learning_rate: float) -> dict[str, float]:
+        gathered = self.window()
         seconds = time.monotonic() - self._since
+        rate = len(self._gathered) * self._settings.batch_size / seconds
         line = {f"train/{name}": float(np.mean([g[name] for g in gathered])) for name in gathered[0]}
         line |= {
             "examples": step * self._settings.batch_size,
             "learning_rate": learning_rate,
-            "examples_per_second": len(gathered) * self._settings.batch_size / seconds,
+            "skipped": int(state["skipped"]),
+            "examples_per_second": rate,
             "input_wait": self._waited / seconds,
+            "seconds_left": (self._settings.steps - step) * self._settings.batch_size / rate,
         }
+        if self._flops:
+            line["tflops_per_second"] = rate * self._flops / 1e12
+            if self._peak:
+                line["flops_utilization"] = rate * self._flops / self._devices / self._peak
         self._writer.write(step, line)
-        self._gathered, self._since, self._waited = [], time.monotonic(), 0.0
+        self._stop_if_diverged(step, state)
+        self._before, self._gathered, self._since, self._waited = [], [], time.monotonic(), 0.0
         return line
+
+    def _stop_if_diverged(self, step: int, state: State) -> None:
+        in_a_row = int(state["skipped_in_a_row"])
+        if in_a_row > self._settings.max_skipped:
+            raise Diverged(
+                f"the last {in_a_row} steps until {step} had a loss or a gradient that was not finite, and "
+                f"config.train.max_skipped is {self._settings.max_skipped}: lower the learning rate, or clip"
+            )

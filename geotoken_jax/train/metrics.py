@@ -1,36 +1,66 @@
-"""Metrics as JSON lines and TensorBoard events."""
+"""Metrics as JSON lines and TensorBoard events, and to Weights & Biases where asked."""
 
+import hashlib
 import json
 from collections.abc import Mapping
+from typing import Any
 
 from etils import epath
 from tensorboardX import SummaryWriter
+
+from geotoken_jax.settings import SettingsError
 
 
 class Writer:
     """Appends to `metrics.jsonl` and to event files in one folder.
 
     What was written past `step` (by a run that was interrupted after its last checkpoint) is taken back first.
+    wandb: project of Weights & Biases that gets the same, "" for none; `name` is the run's there. shown: False where
+    another process writes.
     """
 
-    def __init__(self, folder: epath.PathLike, step: int):
-        self._path = epath.Path(folder) / "metrics.jsonl"
+    def __init__(self, folder: epath.PathLike, step: int, wandb: str = "", name: str = "", shown: bool = True):
+        self._shown = shown
+        if not shown:
+            return
+        folder = epath.Path(folder)
+        self._path = folder / "metrics.jsonl"
         kept = [line for line in _whole_lines(self._path) if json.loads(line)["step"] <= step]
         self._path.write_text("".join(kept))
-        self._tensorboard = SummaryWriter(str(epath.Path(folder) / "tensorboard"), purge_step=step + 1)
+        self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self._wandb = _wandb_run(wandb, name, folder) if wandb else None
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
-        self._tensorboard.close()
+        if self._shown:
+            self._tensorboard.close()
+            if self._wandb:
+                self._wandb.finish(exit_code=int(any(error)))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes one line; values by name, such as train/loss."""
+        if not self._shown:
+            return
         with self._path.open("a") as f:
             f.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(dict(values), step=step)
+
+
+def _wandb_run(project: str, name: str, folder: epath.Path) -> Any:
+    """Returns the run of this folder: a resumed training goes on in the run it began."""
+    try:
+        import wandb
+    except ModuleNotFoundError:
+        raise SettingsError(
+            f"config.train.wandb is {project!r} and wandb is not installed: pip install 'geotoken-jax[wandb]'"
+        ) from None
+    identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    return wandb.init(project=project, name=name, id=identity, resume="allow", dir=str(folder))
 
 
 def _whole_lines(path: epath.Path) -> list[str]:

@@ -1,6 +1,7 @@
 """AdamW with the paper's schedule or warm-up and cosine."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import optax
@@ -37,10 +38,16 @@ def make_schedule(settings: OptimizerSettings, steps: int, steps_per_epoch: int)
 
 
 def make_optimizer(settings: OptimizerSettings, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Returns AdamW, clipped where asked; weight decay spares vectors (biases, norms), as is usual."""
+    """Returns AdamW, clipped where asked; weight decay spares biases, norms and single vectors, as is usual."""
 
-    def matrices(params):
-        return jax.tree.map(lambda p: p.ndim > 1, params)
+    def matrices(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(_is_matrix, params)
 
     adamw = optax.adamw(schedule, b2=settings.b2, weight_decay=settings.weight_decay, mask=matrices)
     return optax.chain(optax.clip_by_global_norm(settings.clip), adamw) if settings.clip else adamw
+
+
+def _is_matrix(path: tuple[Any, ...], parameter: Any) -> bool:
+    # By name too: those of stacked layers have an axis more.
+    name = str(getattr(path[-1], "key", path[-1]))
+    return parameter.ndim > 1 and not name.endswith(("bias", "scale"))

@@ -1,102 +1,192 @@
 """One training step, and the state it carries: created sharded, updated in place, the same on any mesh."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
+from flax import nnx, traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from geotoken_jax import sharding
+from geotoken_jax.settings import SettingsError
 
-#: {"step": int32, "params": ..., "constants": ..., "optimizer": ...}: pure dicts and optax's own containers.
+#: Pure dicts of arrays and optax's own containers: step, params, constants, optimizer, skipped and skipped_in_a_row
+#: (steps left out because they were not finite), and ema, the moving average of params, where it is on.
 State = dict[str, Any]
+#: Metrics by name, each a mean over a batch.
+Metrics = dict[str, jax.Array]
+#: Arrays that stay on the devices over all steps, such as the gallery's.
+Resident = Mapping[str, jax.Array]
 
 
 class Task(Protocol):
     """What is learned."""
 
+    #: Floating-point operations of one example, forward and backward; 0 where nobody counted.
+    flops: float
+
     def init(self, rngs: nnx.Rngs) -> nnx.Module:
         """Returns the model with its first parameters."""
         ...
 
-    def loss(
-        self, model: Any, batch: Mapping[str, jax.Array], key: jax.Array | None
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(self, model: Any, batch: Mapping[str, jax.Array], key: jax.Array | None) -> tuple[jax.Array, Metrics]:
         """Returns the loss and further metrics, each a mean over the batch's photos (but for those that `valid`, where
-        the batch has it, leaves out). A key of None means evaluation: no dropout."""
+        the batch has it, leaves out). batch: with the resident arrays. A key of None means evaluation: no dropout."""
         ...
 
 
 class Trainer:
-    """A task, an optimizer and a mesh as three compiled functions: `init`, `step`, `evaluate`."""
+    """A task, an optimizer and a mesh as three compiled functions: `init`, `step`, `evaluate`.
 
-    def __init__(self, task: Task, optimizer: optax.GradientTransformation, mesh: Mesh):
+    accumulate: parts that a batch is cut into, one after another, their gradients averaged. ema: decay of the moving
+    average of parameters that `evaluate` and `averaged` use, 0 for none.
+    """
+
+    def __init__(
+        self, task: Task, optimizer: optax.GradientTransformation, mesh: Mesh, accumulate: int = 1, ema: float = 0.0
+    ):
         self.mesh = mesh
-        self._task, self._optimizer = task, optimizer
-        abstract = nnx.eval_shape(lambda: task.init(nnx.Rngs(0)))
-        self._graph, *self._abstract = nnx.split(abstract, nnx.Param, ...)
-        self._shardings = self._state_shardings(*self._abstract)
+        self._task, self._optimizer, self._accumulate, self._ema = task, optimizer, accumulate, ema
+        self._graph, *self._variables = nnx.split(nnx.eval_shape(lambda: task.init(nnx.Rngs(0))), nnx.Param, ...)
+        shardings = self._state_shardings()
+        shapes = jax.eval_shape(self._init, jax.random.key(0))
+        #: The state's shapes, types and shardings.
+        self.abstract: State = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+        )
         self.batch_sharding = sharding.batch_sharding(mesh)
-        self.init: Callable[[jax.Array], State] = jax.jit(self._init, out_shardings=self._shardings)
-        self.step = jax.jit(self._step, donate_argnums=0, out_shardings=(self._shardings, None))
-        self.evaluate = jax.jit(self._evaluate)
+        self.init: Callable[[jax.Array], State] = jax.jit(self._init, out_shardings=shardings)
+        self.step = jax.jit(self._on_mesh(self._step), donate_argnums=0, out_shardings=(shardings, None))
+        self.evaluate = jax.jit(self._on_mesh(self._evaluate))
 
-    def _state_shardings(self, params: nnx.State, constants: nnx.State) -> State:
+    def _on_mesh(self, function: Callable) -> Callable:
+        @functools.wraps(function)
+        def traced(*arguments: Any) -> Any:
+            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):  # what sharding.constrain asks for
+                return function(*arguments)
+
+        return traced
+
+    def _state_shardings(self) -> State:
         whole = NamedSharding(self.mesh, PartitionSpec())
-        params_shardings = sharding.shardings(params, self.mesh)
-        pure = nnx.to_pure_dict(params)
-        moments = jax.eval_shape(self._optimizer.init, pure)
+        params, constants = (sharding.shardings(variables, self.mesh) for variables in self._variables)
+        moments = jax.eval_shape(self._optimizer.init, nnx.to_pure_dict(self._variables[0]))
         return {
             "step": whole,
-            "params": params_shardings,
-            "constants": sharding.shardings(constants, self.mesh),
+            "skipped": whole,
+            "skipped_in_a_row": whole,
+            "params": params,
+            "constants": constants,
             # Moments lie as their parameters do; counters are whole everywhere.
             "optimizer": optax.tree_utils.tree_map_params(
-                self._optimizer, lambda _, s: s, moments, params_shardings, transform_non_params=lambda _: whole
+                self._optimizer, lambda _, s: s, moments, params, transform_non_params=lambda _: whole
             ),
+            **({"ema": params} if self._ema else {}),
         }
 
     def _init(self, key: jax.Array) -> State:
-        _, params, constants = nnx.split(self._task.init(nnx.Rngs(key)), nnx.Param, ...)
-        params = nnx.to_pure_dict(params)
+        _, *variables = nnx.split(self._task.init(nnx.Rngs(key)), nnx.Param, ...)
+        params, constants = map(nnx.to_pure_dict, variables)
+        zero = jnp.zeros((), jnp.int32)
         return {
-            "step": jnp.zeros((), jnp.int32),
+            "step": zero,
+            "skipped": zero,
+            "skipped_in_a_row": zero,
             "params": params,
-            "constants": nnx.to_pure_dict(constants),
+            "constants": constants,
             "optimizer": self._optimizer.init(params),
+            **({"ema": params} if self._ema else {}),
         }
 
-    def model(self, state: State) -> nnx.Module:
-        """Returns the module that a state holds."""
-        return self._merge(state["params"], state["constants"])
+    def describe(self) -> str:
+        """Returns a table of every parameter: name, shape, how it lies on the mesh, how many numbers; and their sum."""
+        params: Any = traverse_util.flatten_dict(self.abstract["params"])
+        rows = [
+            ("/".join(map(str, name)), str(p.shape), str(tuple(p.sharding.spec)), f"{p.size:,}")
+            for name, p in params.items()
+        ]
+        rows.append(("all", "", str(dict(self.mesh.shape)), f"{sum(p.size for p in params.values()):,}"))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "".join(
+            f"{name:{widths[0]}}  {shape:{widths[1]}}  {spec:{widths[2]}}  {size:>{widths[3]}}\n"
+            for name, shape, spec, size in rows
+        )
 
-    def _merge(self, *pure: Any) -> nnx.Module:
-        states = [jax.tree.map(lambda x: x, abstract) for abstract in self._abstract]
+    def averaged(self, state: State) -> Any:
+        """Returns the parameters to use: the moving average where there is one."""
+        return state.get("ema", state["params"])
+
+    def _model(self, *pure: Any) -> nnx.Module:
+        states = [jax.tree.map(lambda x: x, variables) for variables in self._variables]
         for state, values in zip(states, pure, strict=True):
             nnx.replace_by_pure_dict(state, values)
         return nnx.merge(self._graph, *states)
 
-    def _step(self, state: State, batch: Mapping[str, jax.Array], key: jax.Array) -> tuple[State, dict[str, jax.Array]]:
+    def _step(
+        self, state: State, batch: Mapping[str, jax.Array], key: jax.Array, resident: Resident
+    ) -> tuple[State, Metrics]:
         key = jax.random.fold_in(key, state["step"])
-
-        def mean_loss(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-            return self._task.loss(self._merge(params, state["constants"]), batch, key)
-
-        (loss, metrics), gradient = jax.value_and_grad(mean_loss, has_aux=True)(state["params"])
+        metrics, gradient = self._gradient(state, batch, key, resident)
+        norm = optax.tree.norm(gradient)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
         updates, optimizer = self._optimizer.update(gradient, state["optimizer"], state["params"])
-        new = {
-            "step": state["step"] + 1,
-            "params": optax.apply_updates(state["params"], updates),
+        params = optax.apply_updates(state["params"], updates)
+        learned = {"params": params, "optimizer": optimizer}
+        if self._ema:
+            # A young average forgets faster, or the first parameters would stay in it for long.
+            decay = jnp.minimum(self._ema, (1.0 + state["step"]) / (10.0 + state["step"]))
+            learned["ema"] = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state["ema"], params)
+        before = {name: state[name] for name in learned}
+        return {
+            **jax.tree.map(lambda new, old: jnp.where(finite, new, old), learned, before),
             "constants": state["constants"],
-            "optimizer": optimizer,
-        }
-        return new, {"loss": loss, "gradient_norm": optax.tree.norm(gradient), **metrics}
+            "step": state["step"] + 1,
+            "skipped": state["skipped"] + ~finite,
+            "skipped_in_a_row": jnp.where(finite, 0, state["skipped_in_a_row"] + 1),
+        }, {**metrics, "gradient_norm": norm}
 
-    def _evaluate(self, state: State, batch: Mapping[str, jax.Array]) -> tuple[dict[str, jax.Array], jax.Array]:
+    def _gradient(
+        self, state: State, batch: Mapping[str, jax.Array], key: jax.Array, resident: Resident
+    ) -> tuple[Metrics, Any]:
+        """Returns the metrics, the loss among them, and the gradient of a batch, part by part."""
+
+        def one(part: Mapping[str, jax.Array], key: jax.Array) -> tuple[Metrics, Any]:
+            def mean_loss(params: Any) -> tuple[jax.Array, Metrics]:
+                return self._task.loss(self._model(params, state["constants"]), {**part, **resident}, key)
+
+            (loss, metrics), gradient = jax.value_and_grad(mean_loss, has_aux=True)(state["params"])
+            return {"loss": loss, **metrics}, gradient
+
+        n = self._accumulate
+        if n == 1:
+            return one(batch, key)
+        size, ways = len(next(iter(batch.values()))), self.batch_sharding.num_devices // self.mesh.shape["tensor"]
+        if size % (n * ways):
+            raise SettingsError(
+                f"a batch of {size} in config.train.accumulate = {n} parts does not divide over data x fsdp = {ways} "
+                f"devices: choose a multiple of {n * ways}"
+            )
+
+        # Every n-th row, not a run of rows: so each device takes its share of each part from its own rows.
+        def cut(x: jax.Array) -> jax.Array:
+            return sharding.constrain(x.reshape(size // n, n, *x.shape[1:]).swapaxes(0, 1), None, "batch")
+
+        parts = jax.tree.map(cut, dict(batch))
+        keys = jax.random.split(key, n)
+
+        def add(total: Any, part: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, one(*part)), None
+
+        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts), key))
+        total, _ = jax.lax.scan(add, zeros, (parts, keys))
+        return jax.tree.map(lambda x: x / n, total)
+
+    def _evaluate(self, state: State, batch: Mapping[str, jax.Array], resident: Resident) -> tuple[Metrics, jax.Array]:
         """Returns sums over the valid photos of a batch, and how many there are."""
-        loss, metrics = self._task.loss(self.model(state), batch, None)
+        model = self._model(self.averaged(state), state["constants"])
+        loss, metrics = self._task.loss(model, {**batch, **resident}, None)
         n = batch["valid"].sum()
         return {name: value * n for name, value in {"loss": loss, **metrics}.items()}, n

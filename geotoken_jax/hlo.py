@@ -1,0 +1,274 @@
+"""Counts in the text of a compiled XLA program: products, memory traffic and collectives, loops multiplied out.
+
+XLA's own cost analysis counts the body of a loop once, however often it runs: a step that scans ten layers looks a
+tenth of its cost there.
+"""
+
+import dataclasses
+import itertools
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2}  # of the others the name tells: f32, u8, f8e4m3fn, c64
+_ARRAY = re.compile(r"\b(pred|bf16|[sufc]\d+\w*)\[([\d,<=]*)\](\{[^}]*\})?")
+_NAME = re.compile(r"%([\w.\-]+)")
+_CALLED = re.compile(r"\b(?:calls|to_apply|body|branch_computations)=(\{[^}]*\}|%[\w.\-]+)")
+#: Instructions that move nothing themselves; what a loop or a call does is counted where it is done.
+_FREE = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
+    "while", "call", "conditional", "opt-barrier",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of a computation. type: its result's, an array or a tuple of arrays. rest: all after the operands."""
+
+    name: str
+    type: str
+    opcode: str
+    operands: tuple[str, ...]
+    inside: str
+    rest: str
+    root: bool
+
+    @property
+    def called(self) -> list[str]:
+        """Computations that run as part of this one; not those that a reduction or a sort applies to two numbers."""
+        if self.opcode.endswith(("-done", "-update")) or self.opcode in COLLECTIVES:
+            return []
+        runs = ("fusion", "call", "while", "conditional", "async-start")
+        return [n for found in _CALLED.findall(self.rest) for n in _NAME.findall(found)] if self.opcode in runs else []
+
+
+@dataclasses.dataclass
+class Costs:
+    """Of one device's run of the program. flops: of products. traffic: bytes read from and written to memory.
+    payload: kind of collective -> bytes of the whole array that it works on, as one device sees it. sent: kind -> bytes
+    that a device sends, if by rings. endless: loops whose number of turns is not told, counted as one."""
+
+    flops: float = 0.0
+    traffic: float = 0.0
+    payload: dict[str, float] = dataclasses.field(default_factory=lambda: defaultdict(float))
+    sent: dict[str, float] = dataclasses.field(default_factory=lambda: defaultdict(float))
+    endless: int = 0
+
+
+class Program:
+    """The computations of a compiled module, read from `Compiled.as_text()`."""
+
+    def __init__(self, text: str):
+        self.computations: dict[str, dict[str, Instruction]] = {}
+        self.entry = ""
+        self.devices = math.prod(
+            int(n) for name in ("num_partitions", "replica_count") for n in re.findall(rf"{name}=(\d+)", text[:100_000])
+        )
+        current: dict[str, Instruction] = {}
+        for line in text.splitlines():
+            if line.endswith("{") and "->" in line and "=" not in line.split("->")[0].split("(")[0]:
+                name = line.removeprefix("ENTRY ").lstrip("%").split(" ")[0].split("(")[0]
+                current = self.computations[name] = {}
+                self.entry = name if line.startswith("ENTRY") else self.entry
+            elif found := _instruction(line):
+                current[found.name] = found
+
+    def costs(self, turns: bool = True) -> Costs:
+        """Returns the costs of the entry computation. turns: False counts every loop once, as XLA does."""
+        total = Costs()
+        self._add(total, self.entry, 1.0, turns, top=True)
+        return total
+
+    def _add(self, total: Costs, computation: str, times: float, turns: bool, top: bool) -> None:
+        """top: the computation's arrays lie in memory, not in a fusion."""
+        instructions = self.computations[computation]
+        for instruction in instructions.values():
+            if instruction.opcode in ("dot", "convolution"):
+                total.flops += times * _product(instruction, instructions)
+            kind = instruction.opcode.removesuffix("-start")
+            if kind in COLLECTIVES:
+                self._add_collective(total, kind, instruction, instructions, times)
+            if top and instruction.opcode not in _FREE:
+                total.traffic += times * self._traffic(instruction, instructions)
+            again = times
+            if instruction.opcode == "while":
+                n = self._turns(instruction)
+                total.endless += n is None
+                again = times * (n or 1) if turns else times
+            for name in instruction.called:
+                self._add(total, name, again, turns, top and instruction.opcode != "fusion")
+
+    def _turns(self, loop: Instruction) -> int | None:
+        """What the compiler knows, or else the constant that the condition compares a counter from 0 with."""
+        if known := re.search(r'"known_trip_count":\{"n":"?(\d+)', loop.rest):
+            return int(known[1])
+        condition = self.computations[re.search(r"condition=%?([\w.\-]+)", loop.rest)[1]]  # pyright: ignore
+        test = next((i for i in condition.values() if i.root), None)
+        if test is None or test.opcode != "compare":
+            return None
+        bounds = [int(condition[o].inside) for o in test.operands if condition[o].opcode == "constant"]
+        more = {"direction=LT": 0, "direction=LE": 1, "direction=NE": 0}
+        extra = next((n for text, n in more.items() if text in test.rest), None)
+        return bounds[0] + extra if len(bounds) == 1 and extra is not None else None
+
+    def _add_collective(
+        self, total: Costs, kind: str, instruction: Instruction, instructions: dict[str, Instruction], times: float
+    ) -> None:
+        n = _group(instruction.rest, self.devices)
+        payload = times * sum(_bytes(instructions[o].type) for o in instruction.operands)
+        if kind == "all-gather":
+            payload *= n
+        # TPUs' compiler writes a reduce-scatter as a fusion of the sum and of each device's slice of it.
+        users = [i for i in instructions.values() if instruction.name in i.operands]
+        if kind == "all-reduce" and users and all(i.opcode == "dynamic-slice" for i in users):
+            kind = "reduce-scatter"
+        rings = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}
+        total.payload[kind] += payload
+        total.sent[kind] += payload * rings.get(kind, (n - 1) / n)
+
+    def _traffic(self, instruction: Instruction, instructions: dict[str, Instruction]) -> float:
+        if instruction.opcode.endswith("-start"):
+            return 0.0  # counted when it is done
+        if instruction.opcode.endswith("-done"):
+            source = instructions[instructions[instruction.operands[0]].operands[0]]
+            moved = _bytes(instruction.type)
+            return moved * (_off_chip(instruction.type) + _off_chip(source.type))
+        operands = [instructions[o] for o in instruction.operands if o in instructions]
+        if instruction.opcode == "fusion":
+            return self._fusion_traffic(instruction, [o.type for o in operands])
+        if instruction.opcode in ("dynamic-slice", "gather", "slice"):
+            return 2 * _memory_bytes(instruction.type)
+        if instruction.opcode == "dynamic-update-slice":
+            return 2 * _memory_bytes(operands[1].type)
+        return _memory_bytes(instruction.type) + sum(_memory_bytes(o.type) for o in operands)
+
+    def _fusion_traffic(self, fusion: Instruction, types: list[str]) -> float:
+        """A fusion that slices an operand reads the slice alone; one that updates a slice in place writes no more."""
+        body = self.computations[fusion.called[0]]
+        users = defaultdict(list)
+        for i in body.values():
+            for o in i.operands:
+                users[o].append(i)
+
+        def uses(name: str) -> Iterator[tuple[str, Instruction]]:
+            for user in users[name]:
+                if user.opcode == "bitcast":
+                    yield from uses(user.name)
+                else:
+                    yield name, user
+
+        moved, in_place = 0.0, 0.0
+        for parameter in (i for i in body.values() if i.opcode == "parameter"):
+            kind = types[int(parameter.inside)]
+            if not _off_chip(kind):
+                continue
+            read = 0.0
+            for name, user in uses(parameter.name):
+                first = user.operands[0] == name
+                if user.opcode in ("dynamic-slice", "gather", "slice") and first:
+                    read += _bytes(user.type)
+                elif user.opcode == "dynamic-update-slice" and first:
+                    in_place += _bytes(user.type) - _bytes(body[user.operands[1]].type)
+                else:
+                    read = math.inf
+            moved += min(read, _memory_bytes(kind))
+        return moved + max(0.0, _memory_bytes(fusion.type) - in_place)
+
+
+def _instruction(line: str) -> Instruction | None:
+    found = re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line)
+    if not found:
+        return None
+    at = found.end()
+    end = _closing(line, at) if line[at] == "(" else line.index(" ", at)
+    opcode = re.match(r"\s*([\w\-]+)\(", line[end:])
+    if not opcode:
+        return None
+    opened = end + opcode.end() - 1
+    closed = _closing(line, opened)
+    inside = line[opened + 1 : closed - 1]
+    return Instruction(
+        found[2], line[at:end], opcode[1], tuple(_NAME.findall(inside)), inside, line[closed:], bool(found[1])
+    )
+
+
+def _closing(line: str, start: int) -> int:
+    """Returns the place after the bracket that closes the one at `start`."""
+    depth = 0
+    for at in range(start, len(line)):
+        depth += (line[at] == "(") - (line[at] == ")")
+        if depth == 0:
+            return at + 1
+    raise ValueError(f"an instruction of the compiled program has an open bracket: {line[:80]}")
+
+
+def _arrays(kind: str) -> Iterator[tuple[float, str]]:
+    """Yields the bytes and the layout of each array of a type."""
+    for name, sizes, layout in _ARRAY.findall(kind):
+        width = _BYTES.get(name) or int(re.search(r"\d+", name)[0]) / 8  # pyright: ignore[reportOptionalSubscript]
+        yield width * math.prod(_sizes(sizes)), layout
+
+
+def _sizes(text: str) -> list[int]:
+    return [int(n.removeprefix("<=")) for n in text.split(",") if n]
+
+
+def _shape(kind: str) -> list[int]:
+    return _sizes(_ARRAY.search(kind)[2])  # pyright: ignore[reportOptionalSubscript]
+
+
+def _bytes(kind: str) -> float:
+    return sum(size for size, _ in _arrays(kind))
+
+
+def _memory_bytes(kind: str) -> float:
+    """A TPU's layouts name other memories than its HBM: S(1) is on the chip."""
+    return sum(size for size, layout in _arrays(kind) if not re.search(r"S\([1-9]", layout))
+
+
+def _off_chip(kind: str) -> bool:
+    return _memory_bytes(kind) > 0
+
+
+def _product(i: Instruction, instructions: dict[str, Instruction]) -> float:
+    """Returns 2 x the multiplications of a dot or a convolution."""
+    out, (left, right) = _shape(i.type), (_shape(instructions[o].type) for o in i.operands)
+    if i.opcode == "dot":
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.rest)
+        return 2.0 * math.prod(out) * math.prod(left[d] for d in _sizes(contracted[1] if contracted else ""))
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.rest)
+    _, kernel, result = labels.groups()  # pyright: ignore[reportOptionalMemberAccess]
+    fixed = out[result.index("b")] * out[result.index("f")] * right[kernel.index("i")]
+    window = dict(re.findall(r"(\w+)=([\dx_\-]+)", (re.search(r"window=\{([^}]*)\}", i.rest) or ["", ""])[1]))
+    spatial = sum(c.isdigit() for c in kernel)
+    places = 1
+    for d in range(spatial):
+        size, stride, dilate_left, dilate_right = (
+            int(window[key].split("x")[d]) if key in window else 1
+            for key in ("size", "stride", "lhs_dilate", "rhs_dilate")
+        )
+        low = int(window["pad"].split("x")[d].split("_")[0]) if "pad" in window else 0
+        base = left[labels[1].index(str(d))]  # pyright: ignore[reportOptionalSubscript]
+        places *= _places(out[result.index(str(d))], size, stride, low, dilate_left, dilate_right, base)
+    return 2.0 * fixed * places
+
+
+def _places(out: int, size: int, stride: int, low: int, dilate_left: int, dilate_right: int, base: int) -> int:
+    """Returns how often a window meets a number that is there: TPUs write batched products as dilated convolutions,
+    most of whose windows lie over holes."""
+    at = (o * stride + k * dilate_right - low for o, k in itertools.product(range(out), range(size)))
+    return sum(a % dilate_left == 0 and 0 <= a < base * dilate_left for a in at)
+
+
+def _group(rest: str, devices: int) -> int:
+    """Returns how many devices take part together, from any of the forms in which XLA writes replica groups."""
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", rest):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
+    if tiled := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", rest):
+        return int(tiled[2])
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
+        return len(listed[1].split(","))
+    return devices

@@ -1,0 +1,27 @@
+"""What one example of training costs in floating-point operations, counted from the settings alone."""
+
+from geotoken_jax.model.geotoken import ModelSettings
+from geotoken_jax.model.layers import GATED
+
+
+def per_example(s: ModelSettings) -> float:
+    """Returns the operations of one example's matrix products, forward and backward, with all M neighbors present.
+
+    A product of [m, k] and [k, n] counts 2 m k n, the backward pass twice the forward. Causal attention counts whole;
+    what remat "dots" or "full" computes a second time is not counted, nor is anything but products.
+    """
+    d, m, t = s.width, s.neighbors, s.cells.length
+    per_neighbor = 1 if s.memory == "compact" else 3 + t * s.neighbor_tokens
+    memory = 4 + m * per_neighbor
+    feed_forward = (3 if s.activation in GATED else 2) * d * s.feed_forward
+    projections = 3 * (1 + m) * (s.backbone_width * d + d * d)
+    # Queries, keys, values and output are d x d each; scores and their product with values are S x S x d each.
+    encoder = memory * (4 * d * d + feed_forward) + 2 * memory * memory * d
+    decoder = t * (4 * d * d + feed_forward) + 2 * t * t * d
+    decoder += (2 * t + 2 * memory) * d * d + 2 * t * memory * d
+    products = projections + s.encoder_layers * encoder + s.decoder_layers * decoder + d * sum(s.cells.vocab_sizes)
+    if s.similarities:
+        products += m * (6 * s.backbone_width + 3 * d + d * d)
+    if s.copy_head:
+        products += (t + m) * d * d + t * d + t * m * d + t * m * max(s.cells.vocab_sizes)
+    return 3.0 * 2.0 * products

@@ -1,0 +1,518 @@
+"""What training costs on a pod that is not here: memory, products, collectives and the time that they bound.
+
+For a TPU the real train step is compiled for the absent chips and its program is read; for a GPU, whose compiler wants
+a GPU, the step is traced and counted. Nothing is allocated either way.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import jaxprs_in_params
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from geotoken_jax import chips, hlo, settings, sharding
+from geotoken_jax.gallery import placement
+from geotoken_jax.gallery.placement import GallerySettings
+from geotoken_jax.model import flops
+from geotoken_jax.model.geotoken import ModelSettings
+from geotoken_jax.model.task import GeoTokenTask, LossSettings
+from geotoken_jax.settings import SettingsError
+from geotoken_jax.sharding import MeshSettings
+from geotoken_jax.train.loop import TrainSettings
+from geotoken_jax.train.optimizer import make_optimizer, make_schedule
+from geotoken_jax.train.step import Trainer
+
+#: Usable photos of MP16-Pro: the paper's gallery.
+GALLERY = 4_120_000
+#: What `document` plans: the paper's configuration at both groups, on these.
+DOCUMENTED = ("v5e:4x4", "v5e:16x16", "v6e:8x8", "v5p:4x4x4", "h100:8")
+#: Of a chip's memory, where the compiler does not say: the rest goes to its runtime and to fragmentation.
+_USABLE = 0.9
+#: What libtpu wants to be told of a machine that is not there.
+_ACCELERATORS = {"v4": "v4-8", "v5e": "v5litepod-16", "v5p": "v5p-8", "v6e": "v6e-8"}
+#: "Used 17.79G of 15.75G hbm", or "the total memory required ... (17.79G) exceeds available HBM (15.75G)".
+_OUT_OF_MEMORY = re.compile(r"([\d.]+)([KMG])\)? (?:of|exceeds available HBM) \(?([\d.]+)([KMG])")
+#: Ask no metadata server, and let several processes compile at once.
+_ABSENT = {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+#: The compiler's least effort: 6 times sooner, memory within 10 % and traffic up to 2.7 times that of its full effort.
+_QUICK: Any = {"exec_time_optimization_effort": -1.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """What is trained and how it is laid out; rows: photos of the gallery."""
+
+    model: ModelSettings
+    loss: LossSettings
+    train: TrainSettings
+    mesh: MeshSettings
+    gallery: GallerySettings
+    rows: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """chip: a key of chips.CHIPS. shape: chips along each axis of the network."""
+
+    name: str
+    chip: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def compiled(self) -> bool:
+        return self.chip in _ACCELERATORS
+
+
+def read(config: Any, rows: int = GALLERY) -> Workload:
+    """Returns the workload of a configuration. Raises SettingsError."""
+    kinds: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(Workload) if field.name != "rows"}
+    return Workload(**{name: settings.read(kind, config[name], name) for name, kind in kinds.items()}, rows=rows)
+
+
+def topology(name: str) -> Topology:
+    """Returns what "v5e:16x16" or "h100:8" means. Raises SettingsError."""
+    chip, _, shape = name.partition(":")
+    if chip not in chips.CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
+        known = ", ".join(chips.CHIPS)
+        raise SettingsError(f"--topology={name} is not known: write CHIP:SHAPE as in v5e:16x16 or h100:8, of {known}")
+    return Topology(name, chip, tuple(map(int, shape.split("x"))))
+
+
+def run(workload: Workload, where: Topology, quick: bool = False) -> dict[str, Any]:
+    """Returns the plan, as JSON holds it; all sizes in bytes and of one chip and one step.
+
+    quick: compile at the compiler's least effort. Raises SettingsError for what the mesh cannot hold.
+    """
+    chip = chips.CHIPS[where.chip]
+    step = _Step(workload, _devices(where))
+    counted = _counted(step)
+    compiled = _compiled(step, quick) if where.compiled else None
+    found = {**counted, **(compiled or {})}
+    memory = {**step.resident_bytes(), **found["memory"]}
+    total = sum(memory.values())
+    usable = found.get("usable", chip.memory * _USABLE)
+    batch = workload.train.batch_size
+    seconds = {
+        "compute": found["flops"] / chip.flops,
+        "memory": found["traffic"] / chip.bandwidth,
+        "links": sum(found["sent"].values()) / (chip.links / 2),  # half of them lead away
+    }
+    bound = max(seconds, key=lambda name: seconds[name])
+    rate = batch / seconds[bound]
+    plan = {
+        "topology": where.name,
+        "chips": where.size,
+        "mesh": dict(step.mesh.shape),
+        "batch_size": batch,
+        "accumulate": workload.train.accumulate,
+        "group": workload.model.group,
+        "remat": workload.model.remat,
+        "gallery": {"placement": workload.gallery.placement, "rows": workload.rows},
+        "parameters": step.parameters,
+        "method": found["method"],
+        "bytes": {**memory, "total": total, "usable": usable, "chip": chip.memory},
+        "fits": total <= usable and not found.get("refused", False),
+        "flops": {"model": flops.per_example(workload.model) * batch / where.size, "executed": found["flops"]},
+        "traffic": found["traffic"],
+        "collectives": {kind: {"payload": found["payload"][kind], "sent": n} for kind, n in found["sent"].items()},
+        "seconds": {**seconds, "bound": bound},
+        "examples_per_second": rate,
+        "days": workload.train.examples / rate / 86_400,
+    }
+    if not plan["fits"]:
+        plan["advice"] = advice(workload, where)
+    return plan
+
+
+class _Step:
+    """The train step on a mesh, with everything it is called with as shapes."""
+
+    def __init__(self, workload: Workload, devices: Sequence[Any]):
+        self.workload = workload
+        self.mesh: Mesh = sharding.make_mesh(workload.mesh, devices)
+        train, model = workload.train, workload.model
+        self.ways = math.prod(self.mesh.shape[axis] for axis in sharding.RULES["batch"])
+        self.part = train.batch_size // train.accumulate
+        if train.batch_size % train.accumulate or self.part % self.ways:
+            raise SettingsError(
+                f"config.train.batch_size = {train.batch_size} in config.train.accumulate = {train.accumulate} parts "
+                f"does not divide over data x fsdp = {self.ways} devices: choose a multiple of "
+                f"{train.accumulate * self.ways}"
+            )
+        schedule = make_schedule(train.optimizer, train.steps, max(1, workload.rows // train.batch_size))
+        task = GeoTokenTask(model, workload.loss, placement.lookup(workload.gallery, self.mesh))
+        optimizer = make_optimizer(train.optimizer, schedule)
+        self.trainer = Trainer(task, optimizer, self.mesh, train.accumulate, train.ema)
+        self.gallery = placement.layout(workload.rows, model.backbone_width, model.cells, workload.gallery, self.mesh)
+        whole = NamedSharding(self.mesh, PartitionSpec())
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        self.arguments = (
+            self.trainer.abstract,
+            self._batch(),
+            jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole),
+            self.gallery,
+        )
+
+    def _batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """What data.join reads, as the loop puts it on the mesh."""
+        b, s = self.workload.train.batch_size, self.workload.model
+        m, t, c = s.neighbors, s.cells.length, s.backbone_width
+        shapes = {
+            "query": ((b, 3, c), jnp.bfloat16),
+            "tokens": ((b, t), jnp.int32),
+            "neighbor_count": ((b,), jnp.int32),
+        }
+        if self.workload.gallery.on_device:
+            shapes["neighbor_rows"] = ((b, m), jnp.int32)
+        else:
+            shapes |= {"neighbors": ((b, m, 3, c), jnp.bfloat16), "neighbor_tokens": ((b, m, t), jnp.int32)}
+        lies = self.trainer.batch_sharding
+        return {name: jax.ShapeDtypeStruct(*what, sharding=lies) for name, what in shapes.items()}
+
+    @property
+    def parameters(self) -> int:
+        return sum(p.size for p in jax.tree.leaves(self.trainer.abstract["params"]))
+
+    def resident_bytes(self) -> dict[str, int]:
+        """Returns what lies on a chip between two steps, and the batch."""
+        state = self.trainer.abstract
+        parameters = [state["params"], state["constants"], state.get("ema")]
+        return {
+            "parameters": bytes_a_chip(parameters),
+            "optimizer": bytes_a_chip(state["optimizer"]),
+            "gallery": bytes_a_chip(self.gallery),
+            "batch": bytes_a_chip(self.arguments[1]),
+        }
+
+
+def bytes_a_chip(tree: Any) -> int:
+    """Returns the bytes of one device's shards of arrays, or of ShapeDtypeStructs with shardings."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+
+
+def _devices(where: Topology) -> Sequence[Any]:
+    """Returns the absent TPUs, as libtpu describes them, or CPU devices that stand in for GPUs' number."""
+    jax.config.update("jax_platforms", "cpu")
+    if not where.compiled:
+        return _stand_ins(where.size)
+    try:
+        import libtpu  # noqa: F401  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise SettingsError(
+            f"--topology={where.name} needs the TPU compiler: install it with pip install 'geotoken-jax[tpu]'"
+        ) from None
+    from jax.experimental import topologies
+
+    os.environ.update(_ABSENT, TPU_ACCELERATOR_TYPE=_ACCELERATORS[where.chip])
+    cores = {"chip_config_name": "megacore"} if where.chip == "v4" else {}  # or each of its two is a device
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=where.name, **cores).devices
+    except jax.errors.JaxRuntimeError as error:
+        raise SettingsError(f"--topology={where.name} is no shape of {where.chip}: {error}") from None
+
+
+def _stand_ins(n: int) -> Sequence[Any]:
+    with contextlib.suppress(RuntimeError):  # JAX has begun: it has the devices that it has
+        jax.config.update("jax_num_cpu_devices", n)
+    if len(jax.devices("cpu")) < n:
+        raise SettingsError(f"counting for {n} GPUs has to come before any other use of JAX: start it alone")
+    return jax.devices("cpu")[:n]
+
+
+def _compiled(step: _Step, quick: bool) -> dict[str, Any]:
+    """Returns what the compiler makes of the step: its memory, and what its program does."""
+    kept = bytes_a_chip(step.arguments)
+    try:
+        program: Any = step.trainer.step.lower(*step.arguments).compile(compiler_options=_QUICK if quick else None)
+    except jax.errors.JaxRuntimeError as error:
+        used = _OUT_OF_MEMORY.search(str(error))
+        if not used:
+            raise
+        unit = {"K": 2**10, "M": 2**20, "G": 2**30}
+        taken, usable = (float(used[i]) * unit[used[i + 1]] for i in (1, 3))
+        return {
+            "method": "compiled: memory is what the compiler says is wanted, all else is counted",
+            "memory": {"activations and temporaries": max(0, int(taken) - kept)},
+            "usable": usable,
+            "refused": True,
+        }
+    memory = program.memory_analysis()
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    costs = hlo.Program(program.as_text()).costs()
+    return {
+        "method": "compiled at least effort" if quick else "compiled",
+        "memory": {
+            "activations and temporaries": memory.temp_size_in_bytes,
+            "program and padding": memory.generated_code_size_in_bytes + max(0, held - kept),
+        },
+        "flops": costs.flops,
+        "traffic": costs.traffic,
+        "payload": costs.payload,
+        "sent": costs.sent,
+    }
+
+
+def _counted(step: _Step) -> dict[str, Any]:
+    """Returns the same from the traced step, the sharding rules and no compiler."""
+    count = _count(step)
+    saved, inner = count.saved, 0.0
+    model = step.workload.model
+    if model.remat != "none":
+        # The backward pass makes one layer's intermediate results again before it uses them.
+        inner = max(0.0, _count(step, remat="none").saved - saved) / model.encoder_layers
+    gradient = bytes_a_chip(step.trainer.abstract["params"])
+    update = 7 * gradient  # parameters and two moments, read and written, and the gradient
+    payload = _collectives(step)
+    return {
+        "method": "counted, not compiled",
+        "memory": {"activations and temporaries": int(saved + inner + gradient)},
+        "flops": count.flops / step.mesh.size,
+        "traffic": count.traffic + update,
+        "payload": {kind: n for kind, (n, _) in payload.items()},
+        "sent": {kind: n for kind, (_, n) in payload.items()},
+    }
+
+
+def _count(step: _Step, **changes: Any) -> "_Count":
+    """Traces the step, with changes of the model that do not change its parameters."""
+    model = dataclasses.replace(step.workload.model, **changes, attention="xla")  # cuDNN wants its GPU
+    if model != step.workload.model:
+        step = _Step(dataclasses.replace(step.workload, model=model), list(step.mesh.devices.flat))
+    count = _Count(step.part, step.ways)
+    count.add(step.trainer.step.trace(*step.arguments).jaxpr.jaxpr)
+    return count
+
+
+class _Count:
+    """Walks a traced step. flops: of products, of all devices. traffic: of the products' operands and results, a chip:
+    what stands between them is taken to be fused to them. saved: bytes that scans stack up, a chip, which is what they
+    keep for the backward pass and the gradients of stacked layers; within a scan that of one turn.
+
+    part: photos in a step's part: an axis of that size lies over `ways` devices.
+    """
+
+    def __init__(self, part: int, ways: int):
+        self._part, self._ways = part, ways
+        self.flops = self.traffic = self.saved = 0.0
+
+    def add(self, jaxpr: Any, times: int = 1) -> None:
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "dot_general":
+                (contracted, _), _ = equation.params["dimension_numbers"]
+                left, out = equation.invars[0].aval, equation.outvars[0].aval
+                self.flops += times * 2.0 * out.size * math.prod(left.shape[d] for d in contracted)
+                self.traffic += times * sum(self._bytes(v.aval) for v in (*equation.invars, *equation.outvars))
+            turns = 1
+            if equation.primitive.name == "scan":
+                turns = equation.params["length"]
+                self.saved += sum(self._bytes(v.aval) for v in equation.outvars[equation.params["num_carry"] :])
+            for inner in jaxprs_in_params(equation.params):
+                self.add(inner, times * turns)
+
+    def _bytes(self, array: Any) -> float:
+        return array.size * array.dtype.itemsize / (self._ways if self._part in array.shape else 1)
+
+
+def _collectives(step: _Step) -> dict[str, tuple[float, float]]:
+    """Returns kind -> payload and bytes sent, by the sharding rules: gradients are reduced in the products' type, as
+    compiled programs do, once a part of the batch."""
+    work, mesh = step.workload, step.mesh.shape
+    s, parts = work.model, work.train.accumulate
+    ratio = jnp.dtype(s.dtype).itemsize / 4
+    shard = bytes_a_chip(step.trainer.abstract["params"]) * ratio
+    found: dict[str, tuple[float, float]] = {}
+
+    def add(kind: str, payload: float, n: int) -> None:
+        if n > 1 and payload:
+            old = found.get(kind, (0.0, 0.0))
+            sent = payload * (2 if kind == "all-reduce" else 1) * (n - 1) / n
+            found[kind] = (old[0] + payload, old[1] + sent)
+
+    add("all-reduce", parts * shard, mesh["data"])
+    add("all-gather", parts * 2 * shard * mesh["fsdp"], mesh["fsdp"])  # for the forward and for the backward pass
+    add("reduce-scatter", parts * shard * mesh["fsdp"], mesh["fsdp"])
+    per_neighbor = 1 if s.memory == "compact" else 3 + s.cells.length * s.neighbor_tokens
+    memory = 4 + s.neighbors * per_neighbor
+    # Each sublayer's output is summed going forward and its input's gradient going back; the memory's keys' too.
+    positions = 4 * s.encoder_layers * memory + s.decoder_layers * (6 * s.cells.length + memory)
+    photos = work.train.batch_size / step.ways
+    add("all-reduce", photos * positions * s.width * jnp.dtype(s.dtype).itemsize, mesh["tensor"])
+    if work.gallery.placement == "sharded":
+        words = 4 * s.neighbors * (3 * s.backbone_width // 2 + s.cells.length)
+        add("all-gather", 4 * s.neighbors * work.train.batch_size, step.ways)
+        add("reduce-scatter", words * work.train.batch_size, step.ways)
+        add("all-reduce", words * photos, mesh["tensor"])
+    return found
+
+
+def advice(workload: Workload, where: Topology) -> list[dict[str, Any]]:
+    """Returns the settings that were tried for one that does not fit, each with the bytes counted; the last one fits.
+
+    One change at a time, what costs least speed first; then, where none is enough, one after another together. If all
+    of them are not enough, the last one does not fit either.
+    """
+    devices = _devices(where)
+    usable = chips.CHIPS[where.chip].memory * _USABLE
+    changes = list(_changes(workload, where.size))
+    tried: list[dict[str, Any]] = []
+    for together in [[c] for c in changes] + [changes[:n] for n in range(2, len(changes) + 1)]:
+        try:
+            step = _Step(_changed(workload, together), devices)
+        except SettingsError:
+            continue
+        total = sum(step.resident_bytes().values()) + sum(_counted(step)["memory"].values())
+        tried.append({"change": _spelled(together), "bytes": total, "fits": total <= usable})
+        if tried[-1]["fits"]:
+            break
+    return tried
+
+
+#: A section of the workload, and what becomes of its keys.
+_Change = tuple[str, Mapping[str, Any]]
+
+
+def _changes(workload: Workload, size: int) -> Iterator[_Change]:
+    """Yields what makes a step smaller, what costs least speed first."""
+    if workload.gallery.placement == "replicated":
+        yield "gallery", {"placement": "sharded"}
+    if workload.model.remat == "none":
+        yield "model", {"remat": "dots"}
+    for parts in (4, 16):
+        if parts > workload.train.accumulate:
+            yield "train", {"accumulate": parts}
+    if workload.model.remat != "full":
+        yield "model", {"remat": "full"}
+    if workload.mesh.fsdp == 1 and size > 1:
+        yield "mesh", {"data": 1, "fsdp": size // workload.mesh.tensor}
+    if workload.gallery.on_device:
+        yield "gallery", {"placement": "host"}
+    yield "train", {"batch_size": workload.train.batch_size // 4}
+
+
+def _changed(workload: Workload, changes: Sequence[_Change]) -> Workload:
+    for section, keys in changes:
+        workload = dataclasses.replace(workload, **{section: dataclasses.replace(getattr(workload, section), **keys)})
+    return workload
+
+
+def _spelled(changes: Sequence[_Change]) -> str:
+    last = {f"config.{section}.{key}": value for section, keys in changes for key, value in keys.items()}
+    return " ".join(f"--{key}={value}" for key, value in last.items())
+
+
+def table(plan: Mapping[str, Any]) -> str:
+    """Returns a plan for the eye."""
+    sizes, seconds = plan["bytes"], plan["seconds"]
+    mesh = " x ".join(f"{axis} {n}" for axis, n in plan["mesh"].items())
+    lines = [
+        f"{plan['topology']}: {plan['chips']} chips as {mesh}; {plan['method']}",
+        f"batch {plan['batch_size']:,} in {plan['accumulate']}, group {plan['group']}, remat {plan['remat']}, "
+        f"{plan['parameters']:,} parameters, gallery {plan['gallery']['placement']}",
+        "",
+        "memory a chip",
+        *(f"  {name:30}{size / 2**30:10.3f} GiB" for name, size in sizes.items()),
+        f"  {'it fits' if plan['fits'] else 'it does not fit'}",
+        "",
+        "a step, a chip",
+        f"  {'products of the model':30}{plan['flops']['model'] / 1e12:10.3f} TFLOP",
+        f"  {'products executed':30}{plan['flops']['executed'] / 1e12:10.3f} TFLOP",
+        f"  {'memory traffic':30}{plan['traffic'] / 1e9:10.3f} GB",
+        *(
+            f"  {kind:30}{n['payload'] / 1e6:10.1f} MB, {n['sent'] / 1e6:,.1f} MB sent"
+            for kind, n in plan["collectives"].items()
+        ),
+        "",
+        "time a step, at the peak rates",
+        *(f"  {name:30}{1e3 * seconds[name]:10.3f} ms" for name in ("compute", "memory", "links")),
+        f"  bound by {seconds['bound']}: {plan['examples_per_second']:,.0f} examples/s, {plan['days']:.3g} days in all",
+    ]
+    if "advice" in plan:
+        lines += ["", "what was tried, counted"]
+        lines += [
+            f"  {'fits   ' if a['fits'] else 'too big'} {a['bytes'] / 2**30:8.2f} GiB  {a['change']}"
+            for a in plan["advice"]
+        ]
+    return "\n".join(lines)
+
+
+def document(workload: Workload, command: str, quick: bool = False) -> str:
+    """Returns docs/scale.md: the configuration at both groups on each of DOCUMENTED. command: what made it."""
+    parts = [_INTRODUCTION.format(command=command, date=datetime.date.today(), rows=workload.rows)]
+    for name in DOCUMENTED:
+        _devices(topology(name))  # once JAX has begun it takes no more stand-ins
+    for group in (2, 1):
+        plans = [run(_changed(workload, [("model", {"group": group})]), topology(name), quick) for name in DOCUMENTED]
+        parts.append(f"## Group {group}\n\n{_markdown(plans)}\n")
+    return "\n".join(parts)
+
+
+_INTRODUCTION = """# Scale
+
+What one step of the paper's configuration asks of a chip, and the time that this bounds. Made on {date} with
+
+```
+{command}
+```
+
+TPU columns: the real train step was compiled for the absent pod (no TPU was at hand), and its program read: loops
+multiplied out. "At least effort" (`--quick`) is a sixth of the compiler's time: memory within 10 % of what its full
+effort finds, but up to 2.7 times the traffic. H100: counted from the traced step, not compiled. Memory is of one chip;
+a gallery of {rows:,} photos takes 4.7 KB each where `config.gallery.placement` puts it on the devices, and nothing
+where it says `host`.
+
+How to read it: the three times are what products, memory traffic and links would take alone at the maker's peak
+rates; the longest of them, which the row "bound by" names, gives examples/s and days. It tells which of the three to
+work on, not what a run will reach. Products and links are exact, so their times are lower limits; no kernel reaches the
+peak (790 of 989 TFLOP/s for a large bf16 product on an H100), and links are taken to be used all at once, by rings.
+Traffic is an estimate: of the compiled program the operands and results that lie outside the chip's own memory, of the
+counted one those of products alone, as if all else were fused to them. Executed products exceed the model's where
+rematerialization makes some a second time. Counted activations were within 40 % of compiled ones where both were made
+(4.4 GiB for 5.2 on v5e:4x4, 0.7 for 0.6 on v5e:16x16, 30 for 42 without rematerialization at 2,048 photos a chip).
+"""
+
+
+def _markdown(plans: Sequence[Mapping[str, Any]]) -> str:
+    def row(name: str, cells: Sequence[str]) -> str:
+        return f"| {name} | {' | '.join(cells)} |"
+
+    def gib(name: str) -> list[str]:
+        return [f"{p['bytes'].get(name, 0) / 2**30:.2f}" for p in plans]
+
+    def milliseconds(name: str) -> list[str]:
+        return [f"{1e3 * p['seconds'][name]:.2f}" for p in plans]
+
+    kinds = [kind for kind in hlo.COLLECTIVES if any(kind in p["collectives"] for p in plans)]
+    sizes = dict.fromkeys(name for p in plans for name in p["bytes"])
+    return "\n".join(
+        [
+            row("", [f"{p['topology']}" for p in plans]),
+            "|---" + "|---:" * len(plans) + "|",
+            row("method", [p["method"] for p in plans]),
+            *(row(f"{name}, GiB", gib(name)) for name in sizes),
+            row("fits", ["yes" if p["fits"] else "no" for p in plans]),
+            row("products of the model, TFLOP", [f"{p['flops']['model'] / 1e12:.2f}" for p in plans]),
+            row("products executed, TFLOP", [f"{p['flops']['executed'] / 1e12:.2f}" for p in plans]),
+            row("memory traffic, GB", [f"{p['traffic'] / 1e9:.1f}" for p in plans]),
+            *(
+                row(f"{kind}, MB", [f"{p['collectives'].get(kind, {}).get('payload', 0) / 1e6:.0f}" for p in plans])
+                for kind in kinds
+            ),
+            *(row(f"{name}, ms", milliseconds(name)) for name in ("compute", "memory", "links")),
+            row("bound by", [p["seconds"]["bound"] for p in plans]),
+            row("examples/s at that bound", [f"{p['examples_per_second']:,.0f}" for p in plans]),
+            row("days at that bound", [f"{p['days']:.3g}" for p in plans]),
+        ]
+    )

@@ -1,0 +1,103 @@
+"""One training run as a process of its own, for tests that start several or kill it: python -m tests.pod JSON."""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from geotoken_jax import processes, sharding
+from geotoken_jax.data import join, pipeline
+from geotoken_jax.gallery import placement, table
+from geotoken_jax.model.geotoken import ModelSettings
+from geotoken_jax.model.task import GeoTokenTask, LossSettings
+from geotoken_jax.train import loop
+from geotoken_jax.train.optimizer import OptimizerSettings
+from tests import fixtures
+
+N, BATCH = 43, 8
+OPTIMIZER = OptimizerSettings(
+    learning_rate=0.01, schedule="exponential", decay=0.9, warmup=0.0, weight_decay=0.01, b2=0.999, clip=1.0
+)
+
+
+def write_gallery(folder: Path) -> table.Table:
+    """Makes a gallery of N photos, a number that 8 devices do not divide."""
+    rng = np.random.default_rng(0)
+    columns = {
+        "embeddings": rng.normal(size=(N, 3, fixtures.C)).astype(ml_dtypes.bfloat16),
+        "coordinates": np.zeros((N, 2)),
+        "tokens": rng.integers(0, 4, (N, 21)).astype(np.uint8),
+        "ids": np.arange(N).astype("S"),
+        "authors": np.full(N, b""),
+    }
+    table.write_shard(folder, 0, 1, columns)
+    return table.Table(folder)
+
+
+class Read:
+    """Photos of the gallery with random neighbors, some of them missing."""
+
+    def __init__(self, gallery: table.Table, model: ModelSettings, where: placement.GallerySettings):
+        self.gallery, self.cells, self.on_device = gallery, model.cells, where.on_device
+        near = np.random.default_rng(1).integers(0, N, (N, model.neighbors))
+        self.near = np.where(np.arange(model.neighbors) < 1 + np.arange(N)[:, None] % model.neighbors, near, -1)
+
+    def __call__(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        near = self.near[rows]
+        return {
+            "query": self.gallery.embeddings(rows),
+            "tokens": np.asarray(self.cells.regroup(self.gallery.tokens(rows))),
+            **(join.neighbor_rows(near) if self.on_device else join.neighbors(self.gallery, near, self.cells)),
+        }
+
+
+class Marked(GeoTokenTask):
+    """Says in the metrics which photos a batch had, and in which order."""
+
+    def loss(self, model, batch, key):
+        loss, found = super().loss(model, batch, key)
+        marks = batch["query"][:, 0, 0].astype("float32")
+        return loss, {**found, "batch": (marks * np.arange(len(marks))).sum()}
+
+
+def run(
+    folder: Path, mesh: tuple[int, int, int], where: str, steps: int, *, accumulate: int = 1, evaluate_every: int = 5
+) -> loop.Result:
+    """Trains a tiny decoder with dropout on the mesh, in `folder`; where: the gallery lies."""
+    model = fixtures.settings("ours", decoder_layers=1, dropout=0.1)
+    gallery_settings = placement.GallerySettings(where)
+    options = loop.TrainSettings(
+        batch_size=BATCH, accumulate=accumulate, examples=BATCH * steps, evaluate_every=evaluate_every, log_every=1,
+        seed=0, ema=0.0, max_skipped=0, profile=(0, 0), wandb="", optimizer=OPTIMIZER,
+    )  # fmt: skip
+    devices = sharding.make_mesh(sharding.MeshSettings(*mesh), jax.devices()[: int(np.prod(mesh))])
+    with tempfile.TemporaryDirectory() as beside:
+        gallery = write_gallery(Path(beside))
+        read = Read(gallery, model, gallery_settings)
+        here = (processes.index(), processes.count())
+        return loop.run(
+            Marked(model, LossSettings(2.0, 1.0), placement.lookup(gallery_settings, devices)),
+            options,
+            devices,
+            folder,
+            pipeline.training(N, read, BATCH, 0, *here),
+            lambda: pipeline.evaluation(N, read, BATCH, *here),
+            N,
+            "train",
+            placement.resident(gallery, model.cells, gallery_settings, devices),
+        )
+
+
+def main() -> None:
+    """Runs with the options of the command line."""
+    options = json.loads(sys.argv[1])
+    processes.start()
+    run(Path(options.pop("folder")), tuple(options.pop("mesh")), options.pop("where"), options.pop("steps"), **options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Gated feed-forward, normalized attention logits, and which kernel computes attention."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from geotoken_jax import settings, sharding
+from geotoken_jax.model import layers
+from tests import fixtures
+
+on_a_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs a GPU")
+
+
+@pytest.mark.parametrize("activation, let_through", [("swiglu", jax.nn.silu), ("geglu", jax.nn.gelu)])
+def test_a_gated_feed_forward_multiplies_two_products(activation, let_through):
+    s = fixtures.settings("ours", activation=activation)
+    layer = layers.FeedForward(s, nnx.Rngs(0))
+    x = np.random.default_rng(0).normal(size=(5, s.width)).astype(np.float32)
+    up, gate, down = (np.asarray(part.kernel[...]) for part in (layer.up, layer.gate, layer.down))
+    assert up.shape == gate.shape == (s.width, s.feed_forward)
+    np.testing.assert_allclose(layer(x, None), (np.asarray(let_through(x @ gate)) * (x @ up)) @ down, atol=1e-6)
+    assert not hasattr(layers.FeedForward(fixtures.settings("ours"), nnx.Rngs(0)), "gate")
+
+
+def test_normalized_queries_and_keys_bound_the_logits_whatever_the_input():
+    s = fixtures.settings("ours", qk_norm=True, dtype="bfloat16")
+    layer = layers.Attention(s, nnx.Rngs(0))
+    layer.q_norm.scale[...] = jnp.full(8, 3.0)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, s.width)), jnp.bfloat16)
+    for scale in (1.0, 1000.0):
+        q, (k, v) = layer.queries(scale * x), layer.keys_values(scale * x)
+        assert q.dtype == k.dtype == v.dtype == jnp.bfloat16 and q.shape == k.shape == (2, 5, 2, 8)
+        for found, length in ((q, 3.0), (k, 1.0)):
+            mean_square = (np.asarray(found, np.float32) ** 2).mean(-1)
+            np.testing.assert_allclose(np.sqrt(mean_square), length, rtol=1e-2)
+    assert np.abs(np.asarray(v, np.float32)).max() > 100  # values keep their size
+
+
+def test_gated_and_normalized_on_a_mesh_is_what_it_is_on_one_device():
+    s = fixtures.settings("gated")
+    graph, state = nnx.split(layers.DecoderLayer(s, nnx.Rngs(0)))
+    rng = np.random.default_rng(0)
+    x, memory = (rng.normal(size=(8, n, s.width)).astype(np.float32) for n in (4, 7))
+    lengths = np.arange(8, dtype=np.int32) % 7 + 1
+
+    @jax.jit
+    def gradients(state, x, memory, lengths):
+        def total(state):
+            layer = nnx.merge(graph, state)
+            return jnp.sum(jnp.sin(layer(x, layer.memory_attention.keys_values(memory), lengths, None)))
+
+        return jax.value_and_grad(total)(state)
+
+    found = []
+    for sizes in ((1, 1, 1), (2, 2, 2)):
+        mesh = sharding.make_mesh(sharding.MeshSettings(*sizes), jax.devices()[: int(np.prod(sizes))])
+        params = jax.tree.map(jax.device_put, nnx.to_pure_dict(state), sharding.shardings(state, mesh))
+        nnx.replace_by_pure_dict(state, params)
+        found.append(gradients(state, *jax.device_put((x, memory, lengths), sharding.batch_sharding(mesh))))
+    for kernel, split in (("gate", (8, 12)), ("up", (8, 12)), ("down", (12, 8))):  # of 16 x 24, over fsdp and tensor
+        assert params["feed_forward"][kernel]["kernel"].addressable_shards[0].data.shape == split
+    for one, eight in zip(*(jax.tree.leaves(part) for part in found), strict=True):
+        assert np.any(one)
+        np.testing.assert_allclose(eight, one, atol=1e-5)
+
+
+def test_cudnn_without_a_gpu_is_refused_in_one_sentence(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    with pytest.raises(settings.SettingsError, match=r"'cudnn', which a tpu does not have: use 'xla'"):
+        layers.choose_kernel("cudnn", 214)
+    assert layers.choose_kernel("xla", 214) == "xla"
+    model = fixtures.model("ours", attention="cudnn", dtype="bfloat16")
+    with pytest.raises(settings.SettingsError, match=r"config\.model\.attention"):
+        fixtures.forward(model, fixtures.batch())
+
+
+def test_cudnn_leaves_short_sequences_to_xla(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    found = {keys: layers.choose_kernel("cudnn", keys) for keys in (11, 19, 21, 214, 364)}
+    assert found == {11: "xla", 19: "xla", 21: "xla", 214: "cudnn", 364: "cudnn"}
+
+
+@on_a_gpu
+@pytest.mark.parametrize("queries", [11, 214])
+def test_cudnn_computes_what_xla_does(queries):
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(4, n, 8, 64)), jnp.bfloat16) for n in (queries, 214, 214))
+    lengths = jnp.array([214, 100, 17, 4], jnp.int32)
+
+    def found(kernel):
+        def total(q, k, v):
+            out = layers.attention(q, k, v, kernel=kernel, lengths=lengths).astype(jnp.float32)
+            return jnp.sum(out * jnp.cos(jnp.arange(out.size).reshape(out.shape))), out
+
+        (_, out), gradients = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+        return out, *gradients
+
+    for ours, theirs in zip(found("cudnn"), found("xla"), strict=True):
+        np.testing.assert_allclose(np.asarray(ours, np.float32), np.asarray(theirs, np.float32), atol=3e-2)

@@ -1,0 +1,153 @@
+"""The gallery on the host, on each device and split over them: the model sees the same numbers."""
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+
+from geotoken_jax import sharding
+from geotoken_jax.data import join
+from geotoken_jax.gallery import placement, table
+from geotoken_jax.geo.cells import CellScheme
+from tests import fixtures
+
+N, B, M = 21, 16, 3  # 21 rows on 8 devices: the last three shards are part or all filling
+C = fixtures.C
+MESHES = [(8, 1, 1), (2, 2, 2), (1, 4, 2)]
+EVERY_CELLS = pytest.mark.parametrize("cells", [CellScheme(20, 1), CellScheme(20, 5), CellScheme(18, 9)], ids=repr)
+
+
+def make_mesh(sizes):
+    return sharding.make_mesh(sharding.MeshSettings(*sizes))
+
+
+@pytest.fixture(scope="module")
+def gallery(tmp_path_factory):
+    """Two shards on disk."""
+    folder, rng = tmp_path_factory.mktemp("gallery"), np.random.default_rng(0)
+    embeddings = rng.normal(size=(N, 3, C)).astype(ml_dtypes.bfloat16)
+    tokens = rng.integers(0, 4, (N, 21)).astype(np.uint8)
+    for shard, rows in enumerate((slice(0, 8), slice(8, N))):
+        n = rows.stop - rows.start
+        columns = {
+            "embeddings": embeddings[rows],
+            "coordinates": np.zeros((n, 2)),
+            "tokens": tokens[rows],
+            "ids": np.arange(n).astype("S"),
+            "authors": np.full(n, b""),
+        }
+        table.write_shard(folder, shard, 2, columns)
+    return table.Table(folder)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """All rows of the gallery, and from 0 to 3 missing ones at the end."""
+    count = M - np.arange(B) % (M + 1)
+    found = np.full((B, M), -1, np.int32)
+    found[np.arange(M) < count[:, None]] = np.random.default_rng(0).permutation(np.arange(count.sum()) % N)
+    return found
+
+
+def seen(where, gallery, cells, rows, mesh):
+    """Returns the bits of what the model sees, and what lies on the devices."""
+    settings = placement.GallerySettings(where)
+    resident = placement.resident(gallery, cells, settings, mesh)
+    batch = join.neighbor_rows(rows) if settings.on_device else join.neighbors(gallery, rows, cells)
+    find = jax.jit(placement.lookup(settings, mesh))
+    embeddings, tokens = find({**jax.device_put(batch, sharding.batch_sharding(mesh)), **resident})
+    assert embeddings.dtype == ml_dtypes.bfloat16 and tokens.dtype == np.int32
+    if settings.on_device:
+        for found in (embeddings, tokens):
+            assert found.sharding.is_equivalent_to(sharding.batch_sharding(mesh), found.ndim)
+    return np.asarray(embeddings).view(np.uint16), np.asarray(tokens), resident
+
+
+@EVERY_CELLS
+@pytest.mark.parametrize("sizes", MESHES)
+def test_every_placement_gives_the_same_bits(gallery, rows, sizes, cells):
+    mesh = make_mesh(sizes)
+    host = seen("host", gallery, cells, rows, mesh)
+    assert host[0].shape == (B, M, 3, C) and host[1].shape == (B, M, cells.length)
+    for where in ("replicated", "sharded"):
+        for found, expected in zip(seen(where, gallery, cells, rows, mesh)[:2], host[:2], strict=True):
+            np.testing.assert_array_equal(found, expected)
+
+
+def test_slices_of_any_size_give_the_same_bits(gallery, rows, monkeypatch):
+    mesh, cells = make_mesh((2, 2, 2)), CellScheme(20, 2)
+    photo = 2 * M * 3 * C
+    found = []
+    for photos, turns in ((0, 4), (1, 4), (2, 2), (3, 2), (4, 1)):  # of the 4 that each of 4 parts of the batch has
+        monkeypatch.setattr(placement, "SLICE_BYTES", photos * 4 * photo)
+        batch = {
+            **join.neighbor_rows(rows),
+            **placement.layout(N, C, cells, placement.GallerySettings("sharded"), mesh),
+        }
+        jaxpr = str(jax.make_jaxpr(placement.lookup(placement.GallerySettings("sharded"), mesh))(batch))
+        assert f"length={turns}" in jaxpr and f"bf16[{4 * 4 // turns * M},{3 * C}]" in jaxpr
+        found.append(seen("sharded", gallery, cells, rows, mesh)[:2])
+    for other in found[1:]:
+        for a, b in zip(other, found[0], strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("where, each", [("replicated", N), ("sharded", 3)])
+def test_a_device_holds_its_part_and_tokens_of_the_smallest_type(gallery, where, each):
+    mesh, settings = make_mesh((2, 2, 2)), placement.GallerySettings(where)
+    for cells, token in (
+        (CellScheme(20, 4), np.uint8),
+        (CellScheme(20, 5), np.uint16),
+        (CellScheme(20, 10), np.uint32),
+    ):
+        found = placement.resident(gallery, cells, settings, mesh)
+        expected = placement.layout(N, C, cells, settings, mesh)
+        assert {name: (a.shape, a.dtype, a.sharding) for name, a in found.items()} == {
+            name: (a.shape, a.dtype, a.sharding) for name, a in expected.items()
+        }
+        assert found["gallery_tokens"].dtype == token
+        for name, shape in (("gallery_embeddings", (each, 3 * C)), ("gallery_tokens", (each, cells.length))):
+            assert [part.data.shape for part in found[name].addressable_shards] == [shape] * 8
+    assert placement.resident(gallery, cells, placement.GallerySettings("host"), mesh) == {}
+
+
+def test_the_table_is_read_once_and_never_whole_where_it_is_sharded(gallery, monkeypatch):
+    read, embeddings = [], table.Table.embeddings
+    monkeypatch.setattr(table.Table, "embeddings", lambda self, rows: read.append(rows) or embeddings(self, rows))
+    for where, expected in (("sharded", [(3 * i, min(3 * i + 3, N)) for i in range(8)]), ("replicated", [(0, N)])):
+        read.clear()
+        placement.resident(gallery, CellScheme(20, 2), placement.GallerySettings(where), make_mesh((2, 2, 2)))
+        assert [(part.start, part.stop) for part in read] == expected
+
+
+def test_only_the_sharded_gather_moves_anything_between_devices(gallery, rows):
+    mesh, cells = make_mesh((2, 2, 2)), CellScheme(20, 2)
+    for where, moves in (("replicated", False), ("sharded", True)):
+        settings = placement.GallerySettings(where)
+        batch = jax.device_put(join.neighbor_rows(rows), sharding.batch_sharding(mesh))
+        batch |= placement.layout(N, C, cells, settings, mesh)
+        compiled = jax.jit(placement.lookup(settings, mesh)).lower(batch).compile().as_text() or ""
+        assert any(f"{name}(" in compiled for name in ("all-gather", "all-reduce", "reduce-scatter")) == moves
+
+
+def test_the_loss_is_the_same(gallery, rows):
+    s = fixtures.settings("ours", decoder_layers=1)
+    model, batch, mesh, found = fixtures.model("ours", decoder_layers=1), fixtures.batch(B), make_mesh((2, 2, 2)), []
+    for where in placement.PLACEMENTS:
+        settings = placement.GallerySettings(where)
+        near = join.neighbor_rows(rows) if settings.on_device else join.neighbors(gallery, rows, s.cells)
+        split = {"query": batch["query"], "tokens": batch["tokens"], **near}
+        inputs = jax.device_put(split, sharding.batch_sharding(mesh))
+        inputs |= placement.resident(gallery, s.cells, settings, mesh)
+        found.append(nnx.jit(fixtures.task(s, where, mesh).loss)(model, inputs, None))
+    for other in found[1:]:
+        for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(found[0]), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_an_unknown_placement_is_refused():
+    with pytest.raises(
+        ValueError, match=r"config\.gallery\.placement is 'disk': choose one of host, replicated, sharded"
+    ):
+        placement.GallerySettings("disk")

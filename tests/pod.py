@@ -1,6 +1,9 @@
 """One training run as a process of its own, for tests that start several or kill it: python -m tests.pod JSON."""
 
 import json
+import os
+import socket
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -18,6 +21,7 @@ from geotoken_jax.train import loop
 from geotoken_jax.train.optimizer import OptimizerSettings
 from tests import fixtures
 
+ROOT = Path(__file__).parents[1]
 N, BATCH = 43, 8
 OPTIMIZER = OptimizerSettings(
     learning_rate=0.01, schedule="exponential", decay=0.9, warmup=0.0, weight_decay=0.01, b2=0.999, clip=1.0
@@ -90,6 +94,53 @@ def run(
             "train",
             placement.resident(gallery, model.cells, gallery_settings, devices),
         )
+
+
+def lines(folder: Path) -> list[dict]:
+    """Returns the whole lines of metrics."""
+    return [
+        json.loads(line)
+        for line in (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+        if line[-1] == "\n"
+    ]
+
+
+def sequence(folder: Path, *names: str) -> np.ndarray:
+    """Returns values of all steps, in order: [steps, names]."""
+    found = [line for line in lines(folder) if names[0] in line]
+    assert [line["step"] for line in found] == sorted({line["step"] for line in found})
+    return np.array([[line[name] for name in names] for line in found])
+
+
+#: What the sequence of steps is compared by: `batch` says which photos, in which order.
+LOSSES = ("train/loss", "train/batch", "train/gradient_norm")
+
+
+def start(processes: int, devices: int = 8, **options) -> list[subprocess.Popen]:
+    """Starts a run over so many processes with so many devices in all."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    flags = f"--xla_force_host_platform_device_count={devices // processes} --xla_backend_optimization_level=0"
+    command = [sys.executable, "-m", "tests.pod", json.dumps(options, default=str)]
+    several = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)} if processes > 1 else {}
+    return [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, "XLA_FLAGS": flags, **several, "JAX_PROCESS_ID": str(i)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        for i in range(processes)
+    ]
+
+
+def finish(run: list[subprocess.Popen]) -> None:
+    outputs = [process.communicate(timeout=240)[0].decode() for process in run]
+    codes = [process.returncode for process in run]
+    assert not any(codes), "\n".join(outputs)
 
 
 def main() -> None:

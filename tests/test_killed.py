@@ -1,0 +1,41 @@
+"""Training that is killed at any moment, again and again."""
+
+import os
+import random
+import signal
+import time
+
+import numpy as np
+
+from tests import pod
+
+#: Each takes some seconds; GEOTOKEN_KILLS=20 is for a longer look.
+KILLS = int(os.environ.get("GEOTOKEN_KILLS", "5"))
+
+
+def test_it_ends_as_an_unbroken_run_to_the_bit(tmp_path):
+    options = dict(devices=2, mesh=(2, 1, 1), where="sharded", steps=160, evaluate_every=3)
+    pod.finish(pod.start(1, folder=tmp_path / "unbroken", **options))
+    rng = random.Random(os.environ.get("PYTEST_XDIST_TESTRUNUID", "0"))
+    killed = 0
+    while killed < KILLS:
+        (process,) = pod.start(1, folder=tmp_path / "killed", **options)
+        file, began = tmp_path / "killed" / "metrics.jsonl", time.monotonic()
+        before = file.stat().st_mtime_ns if file.exists() else 0
+        while process.poll() is None and (not file.exists() or file.stat().st_mtime_ns == before):
+            assert time.monotonic() - began < 120
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0.0, 0.5))  # about the time of 6 steps, two of them with a checkpoint
+        if process.poll() is not None:
+            break
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        killed += 1
+    pod.finish(pod.start(1, folder=tmp_path / "killed", **options))
+    assert killed == KILLS
+    for names in (pod.LOSSES, ("validation/loss", "validation/exact")):
+        np.testing.assert_array_equal(
+            pod.sequence(tmp_path / "killed", *names), pod.sequence(tmp_path / "unbroken", *names)
+        )
+    parameters = [(tmp_path / name / "parameters.safetensors").read_bytes() for name in ("killed", "unbroken")]
+    assert parameters[0] == parameters[1]

@@ -1,0 +1,100 @@
+"""What each setting of the decoder is worth on EarthView: the demo's model with one thing changed, trained alike.
+
+`python -m benchmarks.settings --workdir=runs/demo` needs a work directory that `make demo` has finished. One run each,
+so differences under 0.01 nats are noise. Prints a line of JSON a setting; `--markdown` prints the table of
+docs/settings.md from such lines.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+#: What is changed -> keys of config.model.
+CHANGES: dict[str, dict[str, Any]] = {
+    "the demo's": {},
+    "post-norm": dict(norm="post"),
+    "sinusoidal positions": dict(positions="sinusoidal"),
+    "separate token tables": dict(tie_tokens=False),
+    "ReLU": dict(activation="relu"),
+    "SwiGLU, as many parameters": dict(activation="swiglu", feed_forward=128),
+    "GEGLU, as many parameters": dict(activation="geglu", feed_forward=128),
+    "normalized queries and keys": dict(qk_norm=True),
+    "full memory": dict(memory="full"),
+    "no copy head": dict(copy_head=False),
+    "no similarities": dict(similarities=False),
+}
+#: The name in metrics.jsonl -> the column.
+COLUMNS = {
+    "validation/loss": "loss",
+    "validation/within_25_km": "25 km",
+    "validation/within_200_km": "200 km",
+    "validation/within_750_km": "750 km",
+    "validation/within_2500_km": "2500 km",
+}
+
+
+def train(config: Any, workdir: str, examples: int) -> dict[str, float]:
+    """Returns the best validation's metrics of a short training, and how long it took."""
+    from geotoken_jax import cli
+
+    config.train.update(examples=examples, evaluate_every=max(1, examples // config.train.batch_size // 4))
+    mesh = cli._mesh(config)
+    task, splits, counts, resident = cli._decoder(config, workdir, mesh)
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        from geotoken_jax import settings
+        from geotoken_jax.data import pipeline
+        from geotoken_jax.train import loop
+
+        options = settings.read(loop.TrainSettings, config.train, "train")
+        result = loop.run(
+            task, options, mesh, folder,
+            pipeline.training(counts["train"], splits[0], options.batch_size, options.seed),
+            lambda: pipeline.evaluation(counts["validation"], splits[1], options.batch_size),
+            counts["train"], "train", resident,
+        )  # fmt: skip
+        lines = map(json.loads, (Path(folder) / "metrics.jsonl").read_text().splitlines())
+        best = next(line for line in lines if line["step"] == result.best_step and "validation/loss" in line)
+    found = {column: round(best[name], 4) for name, column in COLUMNS.items()}
+    return {**found, "parameters": result.parameters, "seconds": round(time.monotonic() - began)}
+
+
+def markdown(lines: list[dict[str, Any]]) -> str:
+    """Returns the lines as a table."""
+    rows = ["| setting | parameters | loss, nats | 25 km | 200 km | 750 km | 2500 km | seconds |", "|---" * 8 + "|"]
+    for line in lines:
+        shares = " | ".join(f"{100 * line[column]:.1f}" for column in list(COLUMNS.values())[1:])
+        rows.append(
+            f"| {line['setting']} | {line['parameters']:,} | {line['loss']:.3f} | {shares} | {line['seconds']} |"
+        )
+    return "\n".join(rows)
+
+
+def main() -> None:
+    """Trains each setting, or formats what was printed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--workdir", default="runs/demo")
+    parser.add_argument("--examples", type=int, default=40_000)
+    parser.add_argument("--only", action="append", help="a setting of CHANGES (may be repeated)")
+    parser.add_argument("--markdown", action="store_true", help="format lines from standard input")
+    options = parser.parse_args()
+    if options.markdown:
+        print(markdown([json.loads(line) for line in sys.stdin if line.startswith("{")]))
+        return
+    if not (Path(options.workdir) / "tokens" / "manifest.json").exists():
+        print(json.dumps({"skipped": f"{options.workdir} has no tokens/: `make demo` makes it"}))
+        return
+    from configs import demo
+
+    for name in options.only or CHANGES:
+        config: Any = demo.get_config()
+        config.model.update(CHANGES[name])
+        print(json.dumps({"setting": name, **train(config, options.workdir, options.examples)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -42,7 +42,7 @@ _ACCELERATORS = {"v4": "v4-8", "v5e": "v5litepod-16", "v5p": "v5p-8", "v6e": "v6
 _OUT_OF_MEMORY = re.compile(r"([\d.]+)([KMG])\)? (?:of|exceeds available HBM) \(?([\d.]+)([KMG])")
 #: Ask no metadata server, and let several processes compile at once.
 _ABSENT = {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-#: The compiler's least effort: 6 times sooner, memory within 10 % and traffic up to 2.7 times that of its full effort.
+#: The compiler's least effort: 3 to 6 times sooner, memory within 10 % and traffic up to 2.7 times that of its full.
 _QUICK: Any = {"exec_time_optimization_effort": -1.0}
 
 
@@ -468,7 +468,7 @@ What one step of the paper's configuration asks of a chip, and the time that thi
 ```
 
 TPU columns: the real train step was compiled for the absent pod (no TPU was at hand), and its program read: loops
-multiplied out. "At least effort" (`--quick`) is a sixth of the compiler's time: memory within 10 % of what its full
+multiplied out. "At least effort" (`--quick`) is 3 to 6 times sooner: memory within 10 % of what the compiler's full
 effort finds, but up to 2.7 times the traffic. H100: counted from the traced step, not compiled. Memory is of one chip;
 a gallery of {rows:,} photos takes 4.7 KB each where `config.gallery.placement` puts it on the devices, and nothing
 where it says `host`.

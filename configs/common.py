@@ -26,6 +26,20 @@ def get_config() -> ConfigDict:
             test_shift=1_000,
             photos_per_shard=2_000,
         ),
+        mp16_pro=dict(  # data_prep/sources/mp16_pro.py
+            folder="",
+            metadata="metadata/MP16_Pro_filtered.csv",
+            seed=0,
+            validation=0.01,
+            photos_per_shard=10_000,  # 0.8 GB
+            placeholder=dict(hashes=(), distance=4, identical=100),  # data_prep/placeholder.py
+        ),
+        folder=dict(  # data_prep/sources/folder.py
+            path="", csv="", train=0.9, validation=0.05, test=0.05, photos_per_shard=2_000
+        ),
+        im2gps3k=dict(path="", csv="", photos_per_shard=1_000),  # data_prep/sources/im2gps3k.py
+        yfcc=dict(name="yfcc4k", path="", table="", photos_per_shard=1_000),  # data_prep/sources/yfcc.py
+        osv5m=dict(path=""),  # data_prep/sources/osv5m.py
     )
     config.embed = dict(  # data_prep/embed.py
         backbone="thumbnail",
@@ -64,9 +78,19 @@ def get_config() -> ConfigDict:
         ),
     )
     config.index = dict(
-        neighbors=dict(count=20, exclude_author=False),  # data_prep/neighbors.py
+        neighbors=dict(  # data_prep/neighbors.py
+            count=20,
+            exclude=dict(author=False, cosine_above=1.0, within_km=0.0),
+            exclude_in_evaluation=dict(author=False, cosine_above=1.0, within_km=0.0),
+        ),
         search=dict(  # geotoken_jax/gallery/index.py
-            kind="scann", leaves_searched=64, reorder=150, threads=2, min_recall=0.95, sample=1_000
+            kind="scann",
+            shard_rows=262_144,
+            leaves_searched=64,
+            reorder=150,
+            threads=2,
+            min_recall=0.95,
+            sample=1_000,
         ),
     )
     config.gallery = dict(placement="host")  # geotoken_jax/gallery/placement.py

@@ -1,9 +1,10 @@
 """EarthView on two CPU cores in some minutes: the whole path, with the ablation and the paper's form beside it.
 
-What each setting of the model is worth is in docs/settings.md. Also tried, one run each, by validation loss before there
-were views: 20 neighbors 1.673 against 1.694 with 10; products of projections as further similarities 1.722 against
-1.694; dropout of 0.3 on embeddings 1.670 against 1.673, so not worth a key. Without views the model learns the training
-photos by heart past 100,000 examples; with two of each validation loss still falls at 150,000 (1.655 against 1.679).
+What each setting of the model is worth is in docs/settings.md. Also tried, one run each, by validation loss before
+there were views: 20 neighbors 1.673 against 1.694 with 10; products of projections as further similarities 1.722
+against 1.694; dropout of 0.3 on embeddings 1.670 against 1.673, so not worth a key. Without views the model learns the
+training photos by heart past 100,000 examples; with two of each validation loss still falls at 150,000 (1.655 against
+1.679).
 """
 
 from typing import Any
@@ -25,7 +26,7 @@ def get_config() -> ConfigDict:
     config.align.train.update(batch_size=512, examples=48_000, evaluate_every=31, log_every=10)
     config.align.train.optimizer.update(learning_rate=1e-3, schedule="cosine", warmup=0.1, weight_decay=1e-4)
     # A photo's author took others around the same place on the same film: a new photo has no such neighbors.
-    config.index.neighbors.exclude_author = True
+    config.index.neighbors.exclude.author = True
     config.model.update(
         width=96,
         heads=4,

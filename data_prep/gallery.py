@@ -1,5 +1,6 @@
 """The first part of the stage `index`: the three vectors of every photo, as tables, and the index over the gallery."""
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,8 +45,7 @@ def run(config: Any, path: epath.PathLike) -> Manifest:
     if gallery.manifest:
         return gallery.manifest
     _table(path, gallery.path, GALLERY, width, aligned)
-    built = index.build(index_vectors(Table(gallery.path).embeddings()), options)
-    built.save(gallery.path / "index")
+    built = index.build(_Vectors(Table(gallery.path)), options, gallery.path / "index")
     return gallery.finish({GALLERY: splits[GALLERY]}, index=built.facts)
 
 
@@ -55,7 +55,28 @@ def open_table(path: epath.PathLike, split: str) -> Table:
     return Table(folder / "gallery" if split == GALLERY else folder / "queries" / split)
 
 
+class _Vectors:
+    """A table's index vectors (geotoken_jax.gallery.index.Vectors), made from what is memory-mapped when asked for."""
+
+    def __init__(self, table: Table):
+        self._table = table
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        rows = np.arange(len(self))[rows]
+        vectors = np.empty((len(rows), 3 * self._table.width), np.float32)
+        for first in range(0, len(rows), _BATCH):
+            part = slice(first, first + _BATCH)
+            vectors[part] = index_vectors(self._table.embeddings(rows[part]))
+        return vectors
+
+
 def _table(path: epath.Path, folder: epath.Path, split: str, width: int, aligned: "AlignModel") -> None:
+    with contextlib.suppress(FileNotFoundError):
+        if len(Table(folder)):  # whole, of a run that was interrupted later
+            return
     from geotoken_jax.align.heads import embeddings
 
     features = records.Records(path / "features", split, records.feature_layout(width))

@@ -21,15 +21,28 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from data_prep import images
 from data_prep.sources import Drop, Photo, Source
 from data_prep.sources.earthview import EarthView, EarthViewSettings
+from data_prep.sources.folder import Folder, FolderSettings
+from data_prep.sources.im2gps3k import Im2gps3k, Im2gps3kSettings
+from data_prep.sources.mp16_pro import MP16Pro, MP16ProSettings
+from data_prep.sources.osv5m import Osv5m, Osv5mSettings
+from data_prep.sources.yfcc import Yfcc, YfccSettings
 from geotoken_jax import records, settings, workdir
 from geotoken_jax.geo.cells import CellScheme
 from geotoken_jax.progress import Progress
 from geotoken_jax.workdir import Manifest
 
 #: Name of a source, and of its section of config.photos -> the source.
-SOURCES = {"earthview": EarthView}
+SOURCES = {
+    "earthview": EarthView,
+    "folder": Folder,
+    "im2gps3k": Im2gps3k,
+    "yfcc": Yfcc,
+    "osv5m": Osv5m,
+    "mp16_pro": MP16Pro,
+}
 #: Photos whose tokens are computed together.
 _BATCH = 256
 
@@ -37,12 +50,17 @@ _BATCH = 256
 @dataclasses.dataclass(frozen=True)
 class PhotosSettings:
     """source: one of SOURCES. workers: processes; 1 is this one. max_dropped: share of photos, 0-1, above which
-    dropping them is an error. earthview: section of that source."""
+    dropping them is an error. Each source has its section."""
 
     source: str
     workers: int
     max_dropped: float
     earthview: EarthViewSettings
+    mp16_pro: MP16ProSettings
+    folder: FolderSettings
+    im2gps3k: Im2gps3kSettings
+    yfcc: YfccSettings
+    osv5m: Osv5mSettings
 
 
 def run(config: Any, path: epath.PathLike) -> Manifest:
@@ -57,7 +75,10 @@ def run(config: Any, path: epath.PathLike) -> Manifest:
     # Workers and the limit on drops do not change what is written, and other sources are not read.
     made_with = {"photos": {"source": photos.source, photos.source: chosen}}
     stage = workdir.begin(path, "photos", made_with, inputs=())
-    return make(stage, SOURCES[photos.source](chosen), photos.workers, photos.max_dropped)
+    kind = SOURCES[photos.source]
+    # MP16-Pro is surveyed once; what was found is kept beside the shards that are cut by it.
+    source = MP16Pro(chosen, str(stage.path)) if kind is MP16Pro else kind(chosen)
+    return make(stage, source, photos.workers, photos.max_dropped)
 
 
 def make(stage: workdir.Stage, source: Source, workers: int, max_dropped: float) -> Manifest:
@@ -182,7 +203,7 @@ def fault(photo: Photo) -> str:
         return "coordinates not finite"
     if abs(photo.latitude) > 90 or abs(photo.longitude) > 180:
         return "coordinates out of range"
-    return "" if photo.image else "empty image"
+    return images.fault(photo.image)
 
 
 def encode(photos: Iterable[Photo]) -> Iterator[bytes]:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from configs import common
 from data_prep import photos
 from data_prep.sources import Drop, Photo
 from geotoken_jax import records, workdir
@@ -199,7 +200,7 @@ def _config(seed=0, **changes):
     counts = {"places": 2, "train": 8, "validation": 0, "test": 2, "test_unseen": 0, "test_shift": 0}
     earthview = {"seed": seed, **counts, "photos_per_shard": 8}
     section = {"source": "earthview", "workers": 1, "max_dropped": 0.0, "earthview": earthview, **changes}
-    return ml_collections.ConfigDict({"photos": section})
+    return ml_collections.ConfigDict({"photos": {**common.get_config().photos, **section}})
 
 
 def test_run_makes_earthview_and_knows_what_it_was_made_with(tmp_path):

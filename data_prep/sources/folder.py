@@ -1,0 +1,184 @@
+"""Any folder of photos: where they were taken is in a CSV, or in their EXIF.
+
+A photo's id is its path in the folder, with `/`. Files are found by walking the folder, never by making a path from an
+id, so nothing outside of it is read; symbolic links in it are not followed.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+
+from data_prep import images
+from data_prep.csv_rows import read_rows
+from data_prep.sources import Drop, Photo
+from geotoken_jax.settings import SettingsError
+from geotoken_jax.workdir import StageError
+
+#: Endings of a photo's file. A file of another ending is taken if the CSV names it, and not counted if it does not.
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+_COLUMNS = {name: name for name in ("id", "latitude", "longitude")}
+_OPTIONAL = {name: name for name in ("author", "city", "state", "country", "continent")}
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderSettings:
+    """path: the folder; subfolders are part of it. csv: file of id, latitude and longitude, and author, city, state,
+    country and continent where it has them; empty takes coordinates from EXIF. train, validation, test: shares of
+    authors, 0-1; all of test makes a benchmark. photos_per_shard: at most; the last shard has the rest."""
+
+    path: str
+    csv: str
+    train: float
+    validation: float
+    test: float
+    photos_per_shard: int
+
+    def __post_init__(self):
+        if min(self.shares.values()) < 0 or not math.isclose(sum(self.shares.values()), 1):
+            raise ValueError(f"config.photos.folder has shares {self.shares}: none below 0, together 1")
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Split -> share of authors."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}
+
+
+@dataclasses.dataclass(frozen=True)
+class Listing:
+    """What a source has: split -> each photo, its image not yet read, with its file; or a drop, with none.
+
+    exif: take the coordinates from the image.
+    """
+
+    photos: Mapping[str, list[tuple[Photo | Drop, str]]]
+    photos_per_shard: int
+    exif: bool = False
+
+    @property
+    def splits(self) -> dict[str, int]:
+        """Split -> number of shards; a split of no photos is left out."""
+        return {split: -(-len(rows) // self.photos_per_shard) for split, rows in self.photos.items() if rows}
+
+    def read(self, split: str, shard: int) -> Iterator[Photo | Drop]:
+        """Yields one shard's photos with their images."""
+        first = shard * self.photos_per_shard
+        for row, file in self.photos[split][first : first + self.photos_per_shard]:
+            yield row if isinstance(row, Drop) else _load(row, file, self.exif)
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """The folder as a source of photos (`data_prep.sources.Source`). No author is in two splits."""
+
+    settings: FolderSettings
+    name = "folder"
+
+    @property
+    def splits(self) -> Mapping[str, int]:
+        """Split -> number of shards. Raises SettingsError if the folder or the CSV is not there."""
+        return _list(self.settings).splits
+
+    def read(self, split: str, shard: int) -> Iterator[Photo | Drop]:
+        """Yields one shard's photos, those of a CSV in its order, others in that of their ids."""
+        return _list(self.settings).read(split, shard)
+
+
+@functools.lru_cache(maxsize=1)
+def _list(settings: FolderSettings) -> Listing:
+    files = walk(settings.path, "folder.path")
+    if settings.csv:
+        rows = read_rows(existing_file(settings.csv, "folder.csv"), _COLUMNS, _OPTIONAL)
+    else:
+        rows = (Photo(name, name, b"", math.nan, math.nan) for name in files if name.lower().endswith(ENDINGS))
+    photos: dict[str, list] = {split: [] for split in settings.shares}
+    for row, file in pair(rows, files, lambda name: name):
+        author = row.author if isinstance(row, Photo) else row.id
+        photos[split_of(author, settings.shares)].append((row, file))
+    return Listing(photos, settings.photos_per_shard, exif=not settings.csv)
+
+
+def walk(path: str, key: str) -> dict[str, str]:
+    """Returns each file's path in the folder, with `/`, and its real path, sorted; a symbolic link's is empty.
+
+    key: of config.photos, for the message. Raises SettingsError if there is no such folder, StageError if it is empty.
+    """
+    if not path or not Path(path).is_dir():
+        raise SettingsError(f"config.photos.{key} is {path!r}, which is no folder: name the one that holds the photos")
+    files = {}
+    pending = [(path, "")]
+    while pending:
+        folder, prefix = pending.pop()
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    pending.append((entry.path, f"{prefix}{entry.name}/"))
+                elif entry.is_symlink() or entry.is_file():  # neither sockets nor pipes
+                    files[prefix + entry.name] = "" if entry.is_symlink() else entry.path
+    if not files:
+        raise StageError(f"{path} holds no files: config.photos.{key} must name the folder of the photos")
+    return dict(sorted(files.items()))
+
+
+def existing_file(path: str, key: str) -> Path:
+    """Returns the path of a file. key: of config.photos, for the message. Raises SettingsError if there is none."""
+    if not path or not Path(path).is_file():
+        raise SettingsError(f"config.photos.{key} is {path!r}, which is no file: name the photos' table")
+    return Path(path)
+
+
+def pair(
+    rows: Iterable[Photo | Drop], files: Mapping[str, str], file_name: Callable[[str], str]
+) -> Iterator[tuple[Photo | Drop, str]]:
+    """Yields each row with its photo's file, or as a drop; then a drop for each photo's file without a row.
+
+    files: as `walk` returns them. file_name: id -> key of files, which the id is only compared with.
+    """
+    seen, wanted = set(), set()
+    for row in rows:
+        name = file_name(row.id)
+        wanted.add(name)
+        if isinstance(row, Photo):
+            reason = "repeated id" if row.id in seen else _missing(name, files)
+            seen.add(row.id)
+            row = Drop(row.id, reason) if reason else row
+        yield row, "" if isinstance(row, Drop) else files[name]
+    for name in files:
+        if name not in wanted and name.lower().endswith(ENDINGS):
+            yield Drop(name, "no metadata"), ""
+
+
+def _missing(name: str, files: Mapping[str, str]) -> str:
+    if name in files:
+        return "" if files[name] else "symbolic link"
+    parts = PurePosixPath(name.replace("\\", "/"))
+    return "outside the folder" if parts.is_absolute() or ".." in parts.parts else "no image"
+
+
+def split_of(author: str, shares: Mapping[str, float]) -> str:
+    """Returns the split that an author's photos belong to: the author's hash, over split -> share (together 1)."""
+    digest = hashlib.sha256(author.encode(errors="surrogateescape")).digest()
+    rest = int.from_bytes(digest[:8]) / 2**64
+    for split, share in shares.items():
+        if rest < share:
+            return split
+        rest -= share
+    return max(shares, key=lambda split: shares[split])  # shares may sum to a hair under 1
+
+
+def _load(photo: Photo, file: str, exif: bool) -> Photo | Drop:
+    try:
+        if os.path.getsize(file) > images.MAX_BYTES:
+            return Drop(photo.id, "too large")
+        image = Path(file).read_bytes()
+    except OSError:
+        return Drop(photo.id, "unreadable file")
+    if not exif:
+        return dataclasses.replace(photo, image=image)
+    where = images.gps(image)
+    if where is None:
+        return Drop(photo.id, images.fault(image) or "no GPS")
+    return dataclasses.replace(photo, image=image, latitude=where[0], longitude=where[1])

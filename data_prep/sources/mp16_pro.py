@@ -1,0 +1,264 @@
+"""MP16-Pro: 4.7 million Flickr photos with place names, read where they were downloaded.
+
+The parts `mp-16-images00` ... in order are one tar; a CSV has a row a photo. A survey reads every header and every row
+once, and keeps in the stage's folder what it found: the rows (0.2 KB each), and as flat arrays where each member and
+its row are and why it is dropped, if it is. It takes about 100 bytes of memory a photo. From then on photos are read
+by their offsets, each once. Filter: G3 (arXiv 2405.14702), as published: a country, `.jpg`, larger than 5,120 bytes.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import tarfile
+from array import array
+from collections.abc import Iterator, Mapping
+from typing import IO, Any
+
+import numpy as np
+from etils import epath
+from jaxtyping import Bool, Int, UInt8
+
+from data_prep import csv_rows, tar_parts
+from data_prep.placeholder import PlaceholderSettings, identical
+from data_prep.sources import Drop, Photo
+from geotoken_jax import records, workdir
+from geotoken_jax.progress import Progress, track
+from geotoken_jax.workdir import StageError
+
+PARTS = "mp-16-images"
+#: Field of Photo -> column of the CSV.
+COLUMNS = {"id": "IMG_ID", "author": "AUTHOR", "latitude": "LAT", "longitude": "LON"}
+_PLACES = {name: name for name in records.PLACE_FIELDS}
+_FIELDS = (*COLUMNS, *_PLACES)
+#: Photos of this many bytes or fewer are dropped (G3).
+SMALL = 5120
+#: Why the survey drops a member; the first is of those that it keeps.
+REASONS = (
+    *("", "not a file", "not .jpg", "truncated", "small file", "too large"),  # known from its header
+    *("no metadata", "repeated id", "identical bytes"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class MP16ProSettings:
+    """folder: with the parts. metadata: path of the CSV, from that folder. seed: of the choice of authors. validation:
+    share of authors, 0-1, held out as that split. photos_per_shard: members of a shard, at most; some of them may be
+    dropped."""
+
+    folder: str
+    metadata: str
+    seed: int
+    validation: float
+    photos_per_shard: int
+    placeholder: PlaceholderSettings
+
+    def __post_init__(self):
+        if not 0 <= self.validation < 1:
+            raise ValueError(f"config.photos.mp16_pro.validation is {self.validation}: use a share from 0 to below 1")
+        if self.photos_per_shard < 1:
+            raise ValueError(f"config.photos.mp16_pro.photos_per_shard is {self.photos_per_shard}: use 1 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class MP16Pro:
+    """The data set as a source of photos (`data_prep.sources.Source`). work: folder that keeps the survey.
+
+    An author is in one split; a photo without an author is judged by its id. Members without metadata, and rows without
+    a member, are dropped in shards of `train`. Shards are runs of their split's members, in the order of the tar.
+    """
+
+    settings: MP16ProSettings
+    work: str
+    name = "mp16_pro"
+
+    def __reduce__(self):
+        return type(self), (self.settings, self.work)  # without the survey: other processes map its arrays
+
+    @property
+    def splits(self) -> Mapping[str, int]:
+        """Split -> number of shards; `validation` is left out if no author is in it."""
+        held = int(self._survey.held.sum())
+        shards = {"train": len(self._survey.held) - held, "validation": held}
+        shards = {split: -(-n // self.settings.photos_per_shard) for split, n in shards.items()}
+        return {"train": max(1, shards["train"]), **({"validation": shards["validation"]} if held else {})}
+
+    def read(self, split: str, shard: int) -> Iterator[Photo | Drop]:
+        """Yields the members of one shard in the order of the tar, then its share of the rows without a member."""
+        survey, n = self._survey, self.settings.photos_per_shard
+        chosen = np.flatnonzero(survey.held == (split == "validation"))[shard * n : (shard + 1) * n]
+        with self._parts as parts, self._rows.open("rb") as rows:
+            for member in chosen:
+                info = tar_parts.member(parts, int(survey.member[member]))
+                if reason := REASONS[survey.fate[member]]:
+                    yield Drop(info.name, reason)
+                else:
+                    yield self._judge(parts, info, _row(rows, survey.row[member]))
+            spare = slice(shard, None, self.splits["train"]) if split == "train" else slice(0)
+            for offset, repeated in zip(survey.spare[spare], survey.repeated[spare], strict=True):
+                row = _row(rows, offset)
+                yield row if isinstance(row, Drop) else Drop(row.id, "repeated id" if repeated else "no image")
+
+    def _judge(self, parts: tar_parts.Parts, info: tarfile.TarInfo, row: Photo | Drop) -> Photo | Drop:
+        if _stem(row.id) != _stem(info.name.rpartition("/")[2]):  # two names of one hash
+            return Drop(info.name, "no metadata")
+        if isinstance(row, Drop):
+            return row
+        if not row.country:
+            return Drop(row.id, "no country")
+        image = tar_parts.data(parts, info)
+        if self.settings.placeholder.match(image):
+            return Drop(row.id, "placeholder")
+        return dataclasses.replace(row, image=image)
+
+    @property
+    def _parts(self) -> tar_parts.Parts:
+        folder = epath.Path(self.settings.folder)
+        found = sorted(folder.glob(f"{PARTS}[0-9][0-9]")) if self.settings.folder else []
+        if not found:
+            raise StageError(f"{folder} has no {PARTS}00: set config.photos.mp16_pro.folder to where the parts are")
+        for n, path in enumerate(found):
+            if path.name != f"{PARTS}{n:02d}":
+                raise StageError(
+                    f"{folder} has {path.name} but no {PARTS}{n:02d}: get all parts, for together they are one tar"
+                )
+        return tar_parts.Parts(found)
+
+    @property
+    def _metadata(self) -> epath.Path:
+        path = epath.Path(self.settings.folder) / self.settings.metadata
+        if not path.exists():
+            raise StageError(f"{path} does not exist: set config.photos.mp16_pro.metadata to the CSV of the photos")
+        return path
+
+    @property
+    def _rows(self) -> epath.Path:
+        return epath.Path(self.work) / "survey" / "rows.jsonl"
+
+    @functools.cached_property
+    def _survey(self) -> "Survey":
+        """Opens the survey of these very files, or makes it."""
+        parts, metadata, folder = self._parts, self._metadata, self._rows.parent
+        files = {path.name: length for path, length in zip(parts.paths, parts.lengths, strict=True)}
+        files[metadata.name] = metadata.stat().length
+        done = folder / "files.json"
+        if not done.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            with parts:
+                survey = _survey(parts, _index_rows(metadata, self._rows, self.settings), self.settings)
+            for name, values in dataclasses.asdict(survey).items():
+                records.save_array(folder / f"{name}.npy", values)
+            workdir.write_json(done, files)
+        found = json.loads(done.read_text())
+        for name in sorted(found.keys() | files.keys()):
+            if found.get(name) != files.get(name):
+                raise StageError(
+                    f"{name} has {files.get(name, 'no')} bytes, but had {found.get(name, 'no')} when {self.work} was "
+                    "begun: bring the file back, or remove that folder to make it from the files as they are"
+                )
+        return Survey(*(records.open_array(folder / f"{field.name}.npy") for field in dataclasses.fields(Survey)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """What is where. member: byte of the tar where its headers begin. row: byte of rows.jsonl where its row does, -1 if
+    it has none. fate: number of one of REASONS. held: whether it is of `validation`. spare: bytes of the rows that no
+    member has; repeated: whether an earlier row has the same id."""
+
+    member: Int[np.ndarray, " members"]
+    row: Int[np.ndarray, " members"]
+    fate: UInt8[np.ndarray, " members"]
+    held: Bool[np.ndarray, " members"]
+    spare: Int[np.ndarray, " spare"]
+    repeated: Bool[np.ndarray, " spare"]
+
+
+def _survey(parts: tar_parts.Parts, rows: tuple[np.ndarray, ...], settings: MP16ProSettings) -> Survey:
+    row_offset, row_key, row_held = rows
+    offset, size, member_key, fate = _index_members(parts)
+    keys, first = np.unique(row_key, return_index=True)  # the first of rows with one id stands for them
+    near = np.minimum(np.searchsorted(keys, member_key), len(keys) - 1)
+    row = np.where(keys[near] == member_key, first[near], -1)
+    once = np.zeros(len(row), bool)
+    once[np.unique(row, return_index=True)[1]] = True
+    fate[(fate == 0) & (row < 0)] = REASONS.index("no metadata")
+    fate[(fate == 0) & ~once] = REASONS.index("repeated id")
+
+    kept = np.flatnonzero(fate == 0)
+
+    def read(n: int) -> bytes:
+        return tar_parts.data(parts, tar_parts.member(parts, int(offset[kept[n]])))
+
+    fate[kept[identical(size[kept], read, settings.placeholder.identical)]] = REASONS.index("identical bytes")
+    taken, earliest = np.zeros(len(row_key), bool), np.zeros(len(row_key), bool)
+    taken[row[row >= 0]] = True
+    earliest[first] = True
+    found = row >= 0
+    return Survey(
+        member=offset,
+        row=np.where(found, row_offset[row], -1),
+        fate=fate,
+        held=found & row_held[row],
+        spare=row_offset[~taken],
+        repeated=~earliest[~taken],
+    )
+
+
+def _index_members(parts: tar_parts.Parts) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Returns offset, size, key and fate of each member that is no folder."""
+    offset, size, key, fate = array("q"), array("q"), array("Q"), array("B")
+    with Progress("headers", parts.length, "B") as progress:
+        for info in tar_parts.members(parts):
+            if not info.isdir():
+                offset.append(info.offset)
+                size.append(info.size)
+                key.append(_key(_stem(info.name.rpartition("/")[2])))
+                fate.append(REASONS.index(_fault(info, parts.length)))
+            progress.add(info.offset_data + info.size - info.offset)
+    return np.asarray(offset), np.asarray(size), np.asarray(key), np.asarray(fate)
+
+
+def _fault(info: tarfile.TarInfo, length: int) -> str:
+    if not info.isreg() or info.issparse():
+        return "not a file"
+    if not info.name.endswith(".jpg"):
+        return "not .jpg"
+    if info.offset_data + info.size > length:
+        return "truncated"
+    if info.size <= SMALL:
+        return "small file"
+    return "too large" if info.size > tar_parts.MAX_READ else ""
+
+
+def _index_rows(path: epath.Path, saved: epath.Path, settings: MP16ProSettings) -> tuple[np.ndarray, ...]:
+    """Writes each row of the CSV as a line of JSON; returns its offset, its key, and whether it is held out."""
+    offset, key, held = array("q"), array("Q"), array("B")
+    limit = settings.validation * 2**64
+    with saved.open("wb") as file:
+        rows: Any = csv_rows.read_rows(path, COLUMNS, _PLACES)  # pyright: ignore[reportArgumentType]
+        for row in track(rows, "rows", unit="row"):
+            offset.append(file.tell())
+            key.append(_key(_stem(row.id)))
+            held.append(isinstance(row, Photo) and _key(row.author, settings.seed) < limit)
+            values = (row.id, row.reason) if isinstance(row, Drop) else [getattr(row, field) for field in _FIELDS]
+            file.write(json.dumps(values).encode() + b"\n")
+    if not offset:
+        raise StageError(f"{path} has a header and no rows: get it again")
+    return np.asarray(offset), np.asarray(key), np.asarray(held).astype(bool)
+
+
+def _stem(name: str) -> str:
+    """Returns what the id of a row and the name of its member, without its folders, have in common."""
+    return name.replace("/", "_").removesuffix(".jpg")
+
+
+def _key(text: str, seed: int = 0) -> int:
+    """Returns a hash of 64 bits: of 4.7 million names two are the same with a chance of 1 to 1.7 million."""
+    digest = hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=8, key=seed.to_bytes(8, signed=True))
+    return int.from_bytes(digest.digest())
+
+
+def _row(file: IO[bytes], offset: Any) -> Photo | Drop:
+    file.seek(int(offset))
+    values = json.loads(file.readline())
+    return Drop(*values) if len(values) == 2 else Photo(image=b"", **dict(zip(_FIELDS, values, strict=True)))

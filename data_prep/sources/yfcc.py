@@ -1,0 +1,68 @@
+"""YFCC4K and YFCC26k: benchmarks of 4,536 and 25,600 Flickr photos, as their table and the folder of their images.
+
+YFCC4K's table is a CSV, or the original `info.txt`: separated by tabs, without quotes or a header.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+
+from data_prep.csv_rows import read_rows
+from data_prep.sources import Drop, Photo
+from data_prep.sources.folder import Listing, existing_file, pair, walk
+
+_COLUMNS = {"id": "IMG_ID", "latitude": "LAT", "longitude": "LON"}
+_AUTHOR = {"author": "OwnerNSID"}
+#: Columns of info.txt, from 0.
+_INFO = {"id": 1, "longitude": 12, "latitude": 13}
+
+
+@dataclasses.dataclass(frozen=True)
+class YfccSettings:
+    """name: of the data set, yfcc4k or yfcc26k. path: folder of the images, named ID.jpg. table: the CSV, or info.txt.
+    photos_per_shard: at most."""
+
+    name: str
+    path: str
+    table: str
+    photos_per_shard: int
+
+    def __post_init__(self):
+        if self.name not in ("yfcc4k", "yfcc26k"):
+            raise ValueError(f"config.photos.yfcc.name is {self.name!r}: use yfcc4k or yfcc26k")
+
+
+@dataclasses.dataclass(frozen=True)
+class Yfcc:
+    """The benchmark as a source of photos (`data_prep.sources.Source`), all of them in `test`."""
+
+    settings: YfccSettings
+
+    @property
+    def name(self) -> str:
+        """Of the data set."""
+        return self.settings.name
+
+    @property
+    def splits(self) -> Mapping[str, int]:
+        """Split -> number of shards. Raises SettingsError if the folder or the table is not there."""
+        return _list(self.settings).splits
+
+    def read(self, split: str, shard: int) -> Iterator[Photo | Drop]:
+        """Yields one shard's photos in the table's order."""
+        return _list(self.settings).read(split, shard)
+
+
+@functools.lru_cache(maxsize=1)
+def _list(settings: YfccSettings) -> Listing:
+    table = existing_file(settings.table, "yfcc.table")
+    if table.suffix == ".txt":
+        rows = read_rows(table, _INFO)
+    else:
+        rows = read_rows(table, {**_COLUMNS, **(_AUTHOR if settings.name == "yfcc4k" else {})})
+    files = walk(settings.path, "yfcc.path")
+    return Listing({"test": list(pair(rows, files, _file_name))}, settings.photos_per_shard)
+
+
+def _file_name(name: str) -> str:
+    return name if name.lower().endswith(".jpg") else f"{name}.jpg"

@@ -1,0 +1,252 @@
+"""Sources read their data sets in the layouts that these are distributed in, generated here."""
+
+import csv
+import io
+import json
+import math
+import os
+import shutil
+import tracemalloc
+import zipfile
+from pathlib import Path
+
+import ml_collections
+import numpy as np
+import pytest
+from PIL import Image
+from PIL.TiffImagePlugin import IFDRational
+
+from configs import common
+from data_prep import csv_rows, photos
+from data_prep.sources import Photo, folder
+from geotoken_jax import cli, records
+from geotoken_jax.settings import SettingsError
+from geotoken_jax.workdir import StageError
+
+#: Real places, on both sides of the equator, Greenwich and 90 degrees east.
+PLACES = {"oslo": (59.91, 10.75), "tokyo": (35.68, 139.69), "lima": (-12.05, -77.04), "perth": (-31.95, 115.86)}
+
+
+def jpeg(color="red", size=(16, 12), **options) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, color).save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+def exif(latitude, longitude, references=None, seconds=None) -> Image.Exif:
+    """GPS as cameras write it: degrees, minutes and seconds as rationals, the sign as a letter."""
+
+    def rationals(value):
+        minutes = abs(value) % 1 * 60
+        return (IFDRational(int(abs(value)), 1), IFDRational(int(minutes), 1),
+                seconds or IFDRational(round(minutes % 1 * 60 * 10_000), 10_000))  # fmt: skip
+
+    references = references or ("S" if latitude < 0 else "N", "W" if longitude < 0 else "E")
+    tags = Image.Exif()
+    tags[0x8825] = {1: references[0], 2: rationals(latitude), 3: references[1], 4: rationals(longitude)}
+    return tags
+
+
+def write_csv(path: Path, header, rows, delimiter=",") -> str:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, delimiter=delimiter).writerows([*([header] if header else []), *rows])
+    return str(path)
+
+
+def write_files(path: Path, files: dict[str, bytes]) -> str:
+    for name, data in files.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(data)
+    return str(path)
+
+
+def prepare(path: Path, source: str, max_dropped=0.0, /, **changes):
+    """Runs the stage on a source; returns its manifest, and split -> id -> photo."""
+    section = ml_collections.ConfigDict(common.get_config().photos)
+    section.update(source=source, workers=1, max_dropped=max_dropped)
+    section[source].update(changes)
+    manifest = photos.run(ml_collections.ConfigDict({"photos": section}), path)
+    found = {}
+    for split, count in manifest.counts.items():
+        rows = records.Photos(path / "photos", split)
+        found[split] = {rows[n]["id"]: rows[n] for n in range(count)}
+    return manifest, found
+
+
+def dropped(path: Path) -> dict[str, str]:
+    lines = [json.loads(line) for line in (path / "photos" / "dropped.jsonl").read_text().splitlines()]
+    return {line["id"]: line["reason"] for line in lines}
+
+
+def where(rows) -> dict[str, tuple[float, float]]:
+    return {name: tuple(row["coordinates"]) for name, row in rows.items()}
+
+
+ONE_SPLIT = dict(train=0.0, validation=0.0, test=1.0, csv="")
+
+
+def test_a_folder_with_a_csv_keeps_its_columns_in_any_order_and_tells_what_is_missing(tmp_path):
+    header = ["country", "longitude", "note", "id", "author", "latitude"]
+    rows = [["Ōmi, „x“", lon, 'said "hi"', f"a/{name}.jpg", "me", lat] for name, (lat, lon) in PLACES.items()]
+    table = write_csv(tmp_path / "t.csv", header, [*rows, ["", "1", "", "gone.jpg", "", "1"]])
+    files = {f"a/{name}.jpg": jpeg(quality=30 + n) for n, name in enumerate(PLACES)}
+    path = write_files(tmp_path / "in", {**files, "a/extra.JPG": jpeg(), "readme.txt": b"hello"})
+    manifest, found = prepare(tmp_path / "w", "folder", 0.5, **{**ONE_SPLIT, "path": path, "csv": table})
+    assert manifest.counts == {"test": 4} and manifest.dropped == {"no image": 1, "no metadata": 1}
+    assert dropped(tmp_path / "w") == {"gone.jpg": "no image", "a/extra.JPG": "no metadata"}
+    assert where(found["test"]) == {f"a/{name}.jpg": place for name, place in PLACES.items()}
+    assert list(found["test"]) == list(files)  # in the CSV's order
+    row = found["test"]["a/lima.jpg"]
+    assert (row["author"], row["country"], row["city"]) == ("me", "Ōmi, „x“", "")
+    assert row["image"] == files["a/lima.jpg"]
+
+
+def test_a_folder_without_a_csv_takes_coordinates_from_exif_in_sorted_order(tmp_path):
+    files = {f"{name[0]}/{name}.jpg": jpeg(exif=exif(*place)) for name, place in PLACES.items()}
+    path = write_files(tmp_path / "in", {**files, "b.jpg": jpeg(), "notes.txt": b"x"})
+    manifest, found = prepare(tmp_path / "w", "folder", 0.5, **{**ONE_SPLIT, "path": path})
+    assert manifest.dropped == {"no GPS": 1} and list(found["test"]) == sorted(files)
+    for name, place in PLACES.items():
+        row = found["test"][f"{name[0]}/{name}.jpg"]
+        np.testing.assert_allclose(row["coordinates"], place, atol=1e-8)
+        assert row["author"] == row["id"]
+
+
+def test_links_are_not_followed_and_ids_find_nothing_outside(tmp_path):
+    write_files(tmp_path, {"secret/x.jpg": jpeg(exif=exif(1, 2))})
+    path = Path(write_files(tmp_path / "in", {"good.jpg": jpeg(exif=exif(3, 4))}))
+    (path / "link.jpg").symlink_to(tmp_path / "secret" / "x.jpg")
+    (path / "around").symlink_to(tmp_path / "secret")
+    (path / "loop").symlink_to(path)
+    os.mkfifo(path / "pipe.jpg")
+    _, found = prepare(tmp_path / "w", "folder", 0.5, **{**ONE_SPLIT, "path": str(path)})
+    assert list(found["test"]) == ["good.jpg"] and dropped(tmp_path / "w") == {"link.jpg": "symbolic link"}
+
+
+def test_authors_are_in_one_split_and_shares_are_met(tmp_path):
+    shares = {"train": 0.8, "validation": 0.1, "test": 0.1}
+    counts = dict.fromkeys(shares, 0)
+    for n in range(20_000):
+        counts[folder.split_of(f"author {n}", shares)] += 1
+    for split, share in shares.items():
+        assert counts[split] / 20_000 == pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / 20_000))
+    names = [f"{n:02d}.jpg" for n in range(60)]
+    rows = [[name, 10, 100, f"author {n // 3}"] for n, name in enumerate(names)]
+    table = write_csv(tmp_path / "t.csv", ["id", "latitude", "longitude", "author"], rows)
+    path = write_files(tmp_path / "in", {name: jpeg() for name in names})
+    changes = dict(path=path, csv=table, train=0.5, validation=0.25, test=0.25, photos_per_shard=7)
+    _, found = prepare(tmp_path / "w", "folder", **changes)
+    assert sorted(name for rows in found.values() for name in rows) == names
+    authors = [{row["author"] for row in rows.values()} for rows in found.values()]
+    assert len(found) == 3 and sum(map(len, authors)) == len(set().union(*authors)) == 20
+    assert len(list((tmp_path / "w/photos").glob("*-train.array_record*"))) == -(-len(found["train"]) // 7) > 1
+
+
+IM2GPS3K = "IMG_ID,AUTHOR,LAT,LON,S3_Label,S16_Label,S365_Label,Prob_indoor,Prob_natural,Prob_urban"
+
+
+def _im2gps3k(tmp_path, header, copies=10):
+    places = [(f"{n}{i}_e6_1125_7@N00.jpg", *p) for i in range(copies) for n, p in PLACES.items()]
+    rows = [[name, "78841376@N00", lat, lon, 1, 2, 3, 0.1, 0.2, 0.7] for name, lat, lon in places]
+    path = write_files(tmp_path / "in", {name: jpeg() for name, *_ in places})
+    return dict(path=path, csv=write_csv(tmp_path / "im2gps3k_places365.csv", header.split(","), rows)), places
+
+
+def test_im2gps3k_is_one_test_split(tmp_path):
+    changes, places = _im2gps3k(tmp_path, IM2GPS3K)
+    _, found = prepare(tmp_path / "w", "im2gps3k", **changes, photos_per_shard=15)
+    assert where(found["test"]) == {name: (lat, lon) for name, lat, lon in places}
+    assert {row["author"] for row in found["test"].values()} == {"78841376@N00"}
+
+
+def test_im2gps3k_with_swapped_headers_is_refused_with_the_rows_that_prove_it(tmp_path):
+    changes, _ = _im2gps3k(tmp_path, IM2GPS3K.replace("LAT,LON", "LON,LAT"))
+    with pytest.raises(StageError, match=r"swapped: 20 of 40 rows, that of 'tokyo0\S* in line 3 \(LAT 139.69\) first"):
+        prepare(tmp_path / "w", "im2gps3k", **changes)
+
+
+@pytest.mark.parametrize("form", ["yfcc4k", "yfcc26k", "info.txt"])
+def test_yfcc_is_read_in_each_of_its_forms(tmp_path, form):
+    places = {str(6985418911 + n): place for n, place in enumerate(PLACES.values())}
+    path = write_files(tmp_path / "in", {f"{name}.jpg": jpeg() for name in places})
+    if form == "info.txt":  # unbalanced quotes are text there
+        rows = [[n, name, "", "", "", "", "", "", 'a "title', "", "", "", lon, lat, 16, "", ""]
+                for n, (name, (lat, lon)) in enumerate(places.items())]  # fmt: skip
+        (tmp_path / "info.txt").write_text("".join("\t".join(map(str, row)) + "\n" for row in rows))
+        table, authors = str(tmp_path / "info.txt"), set(places)
+    elif form == "yfcc4k":
+        rows = [[name, "12@N00", lat, lon, ""] for name, (lat, lon) in places.items()]
+        table = write_csv(tmp_path / "yfcc4k.csv", ["IMG_ID", "OwnerNSID", "LAT", "LON", "More"], rows)
+        authors = {"12@N00"}
+    else:
+        rows = [[name, lat, lon, 1, 2, 3] for name, (lat, lon) in places.items()]
+        table = write_csv(tmp_path / "y.csv", ["IMG_ID", "LAT", "LON", "S3_Label", "S16_Label", "S365_Label"], rows)
+        authors = set(places)
+    name = form if form.startswith("yfcc") else "yfcc4k"
+    _, found = prepare(tmp_path / "w", "yfcc", name=name, path=path, table=table)
+    assert where(found["test"]) == places and {row["author"] for row in found["test"].values()} == authors
+    assert list((tmp_path / "w/photos").glob(f"{name}-test.array_record*"))
+
+
+OSV5M = "id,latitude,longitude,thumb_original_url,country,sequence,region,sub-region,city,creator_username,creator_id"
+
+
+def write_osv5m(path: Path) -> str:
+    table = []
+    for n in (1, 2):
+        (path / "images/train").mkdir(parents=True, exist_ok=True)
+        with zipfile.ZipFile(path / f"images/train/{n:02d}.zip", "w") as archive:
+            for i, (lat, lon) in enumerate(PLACES.values()):
+                archive.writestr(f"{n:02d}/{n}{i}.jpg", jpeg())
+                table.append([f"{n}{i}", lat, lon, "http", "NA", "s", "Erongo", "", "None", "user", "42"])
+    return write_csv(path / "train.csv", OSV5M.split(","), table)
+
+
+def test_osv5m_reads_its_zips_in_place_and_namibia_stays_text(tmp_path):
+    table = write_osv5m(tmp_path / "in")
+    with zipfile.ZipFile(tmp_path / "in/images/train/02.zip", "a") as archive:
+        archive.writestr("02/77.jpg", jpeg())
+    with Path(table).open("a") as file:
+        file.write("99,1,100,,,,,,,,\n10,1,100,,,,,,,,\n")
+    before = {p: p.read_bytes() for p in (tmp_path / "in").rglob("*") if p.is_file()}
+    manifest, found = prepare(tmp_path / "w", "osv5m", 0.5, path=str(tmp_path / "in"))
+    assert manifest.dropped == {"no image": 1, "no metadata": 1, "repeated id": 1}
+    assert dropped(tmp_path / "w") == {"99": "no image", "77": "no metadata", "10": "repeated id"}
+    assert where(found["train"]) == {f"{n}{i}": p for n in (1, 2) for i, p in enumerate(PLACES.values())}
+    row = found["train"]["13"]
+    assert (row["country"], row["city"], row["state"], row["author"]) == ("NA", "None", "Erongo", "42")
+    assert {p: p.read_bytes() for p in (tmp_path / "in").rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("source", [name for name in photos.SOURCES if name != "earthview"])
+def test_a_source_without_its_path_names_the_key(tmp_path, source):
+    with pytest.raises((SettingsError, StageError), match=rf"config\.photos\.{source}\."):
+        prepare(tmp_path, source)
+
+
+def test_rows_stream(tmp_path):
+    table = tmp_path / "t.csv"
+    table.write_text("id,latitude,longitude\n" + "".join(f"{n},{n % 90},{n % 180}\n" for n in range(30_000)))
+    tracemalloc.start()
+    rows = csv_rows.read_rows(table, {name: name for name in ("id", "latitude", "longitude")})
+    assert sum(isinstance(row, Photo) for row in rows) == 30_000
+    assert tracemalloc.get_traced_memory()[1] < 200_000  # bytes; the file has 330,000, the photos 20 MB
+    tracemalloc.stop()
+
+
+def test_the_command_line_makes_with_two_processes_what_one_makes(tmp_path):
+    path = write_files(tmp_path / "in", {f"{n:02d}.jpg": jpeg(exif=exif(n, -3 * n)) for n in range(30)})
+    changes = [f"--config.photos.folder.path={path}", "--config.photos.folder.photos_per_shard=20"]
+    config = f"--config={Path(__file__).parents[1] / 'configs' / 'demo.py'}"
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["prepare", config, f"--workdir={tmp_path / 'two'}", "--config.photos.source=folder", *changes])
+    assert ended.value.code == 0
+    manifest, found = prepare(tmp_path / "one", "folder", path=path, photos_per_shard=20)
+    assert sum(map(len, found.values())) == 30
+    one, two = (
+        {p.relative_to(tmp_path / run): p.read_bytes() for p in (tmp_path / run).rglob("*") if p.is_file()}
+        for run in ("one", "two")
+    )
+    assert one == two
+    shutil.rmtree(path)
+    assert prepare(tmp_path / "one", "folder", path=path, photos_per_shard=20)[0] == manifest  # complete: not read

@@ -88,6 +88,7 @@ def get_config() -> ConfigDict:
             shard_rows=262_144,
             leaves_searched=64,
             reorder=150,
+            reorder_dtype="float32",
             threads=2,
             min_recall=0.95,
             sample=1_000,

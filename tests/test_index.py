@@ -11,7 +11,14 @@ import pytest
 from geotoken_jax.gallery import index
 
 SETTINGS = index.IndexSettings(
-    "scann", shard_rows=5000, leaves_searched=2, reorder=100, threads=2, min_recall=0.99, sample=200
+    "scann",
+    shard_rows=5000,
+    leaves_searched=2,
+    reorder=100,
+    reorder_dtype="bfloat16",
+    threads=2,
+    min_recall=0.99,
+    sample=200,
 )
 
 

@@ -42,16 +42,18 @@ class IndexSettings:
     """How the gallery is searched.
 
     kind: scann or exact. shard_rows: of the gallery, at most, in one shard. Building one takes, at D numbers a row,
-    10 D bytes a row: 6 GB at 262,144 rows of 2304; searching takes 2.25 D bytes a row of all shards together.
+    10 D bytes a row: 6 GB at 262,144 rows of 2304; searching takes 4.25 D bytes a row of all shards together, 2.25 D
+    with reorder_dtype bfloat16, by which one neighbor in twenty changes places with its next.
     leaves_searched: of the sqrt(rows) leaves of each shard's tree, to begin with. reorder: candidates of a shard that
-    are scored again, in bfloat16. threads: of a search. min_recall: least share of the 15 nearest that must be found,
-    in [0, 1]. sample: gallery photos on which that is measured.
+    are scored again. reorder_dtype: in float32 or bfloat16. threads: of a search. min_recall: least share of the 15
+    nearest that must be found, in [0, 1]. sample: gallery photos on which that is measured.
     """
 
     kind: str
     shard_rows: int
     leaves_searched: int
     reorder: int
+    reorder_dtype: str
     threads: int
     min_recall: float
     sample: int
@@ -59,6 +61,10 @@ class IndexSettings:
     def __post_init__(self):
         if self.kind not in ("scann", "exact"):
             raise ValueError(f"config.index.search.kind is {self.kind!r}: it must be 'scann' or 'exact'")
+        if self.reorder_dtype not in ("float32", "bfloat16"):
+            raise ValueError(
+                f"config.index.search.reorder_dtype is {self.reorder_dtype!r}: it must be 'float32' or 'bfloat16'"
+            )
         if self.shard_rows < 1:
             raise ValueError(f"config.index.search.shard_rows is {self.shard_rows}: it must be 1 or more")
 
@@ -246,7 +252,7 @@ class Scann:
             # k-means++ from the sample: ScaNN's random start differs from process to process, even on one thread.
             .tree(leaves, min(settings.leaves_searched, leaves), _TRAINING_ROWS, random_init=False)
             .score_ah(2, anisotropic_quantization_threshold=0.2, training_sample_size=_CODE_ROWS)
-            .reorder(settings.reorder, scann.scann_builder.ReorderType.BFLOAT16)
+            .reorder(settings.reorder, scann.scann_builder.ReorderType[settings.reorder_dtype.upper()])
         )
         with _without_notes():
             searcher = builder.build()

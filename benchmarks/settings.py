@@ -42,21 +42,11 @@ def train(config: Any, workdir: str, examples: int) -> dict[str, float]:
     from geotoken_jax import cli
 
     config.train.update(examples=examples, evaluate_every=max(1, examples // config.train.batch_size // 4))
-    mesh = cli._mesh(config)
-    task, splits, counts, resident = cli._decoder(config, workdir, mesh)
+    mesh = cli.make_mesh(config)
+    task, splits, resident = cli.decoder(config, workdir, mesh)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        from geotoken_jax import settings
-        from geotoken_jax.data import pipeline
-        from geotoken_jax.train import loop
-
-        options = settings.read(loop.TrainSettings, config.train, "train")
-        result = loop.run(
-            task, options, mesh, folder,
-            pipeline.training(counts["train"], splits[0], options.batch_size, options.seed),
-            lambda: pipeline.evaluation(counts["validation"], splits[1], options.batch_size),
-            counts["train"], "train", resident,
-        )  # fmt: skip
+        _, result = cli.fit(task, config.train, "train", mesh, splits, folder, "train", resident)
         lines = map(json.loads, (Path(folder) / "metrics.jsonl").read_text().splitlines())
         best = next(line for line in lines if line["step"] == result.best_step and "validation/loss" in line)
     found = {column: round(best[name], 4) for name, column in COLUMNS.items()}

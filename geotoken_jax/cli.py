@@ -17,8 +17,6 @@ from geotoken_jax.workdir import Manifest
 REFUSED = 2
 #: Exit status of training that was asked to end and has saved: start the same command again (sysexits' EX_TEMPFAIL).
 PREEMPTED = 75
-#: Endings of files taken from a folder of photos; a file that is named itself may have any.
-_PHOTO_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -227,8 +225,7 @@ def _align(config: Any, path: str, variants: Sequence[str]) -> None:
             return Features(records.Records(f"{path}/features", split, layout))
 
         splits = [Together([read(split) for split in _trained_on(features)]), read("validation")]
-        counts = {"train": len(splits[0]), "validation": len(splits[1])}
-        _run_loop(stage, task, config.align.train, "align.train", _mesh(config), splits, counts, "align")
+        _run_loop(stage, task, config.align.train, "align.train", make_mesh(config), splits, "align")
     _report("align", before, workdir.read_manifest(path, "align"))
 
 
@@ -240,14 +237,14 @@ def _train(config: Any, path: str, variants: Sequence[str]) -> None:
         made_with = {"model": _outcome(changed.model), "loss": changed.loss, "train": _outcome(changed.train)}
         stage = _begin(path, folder, made_with, ["tokens", "gallery", "queries"])
         if not stage.manifest:
-            mesh = _mesh(changed)
-            task, splits, counts, resident = _decoder(changed, path, mesh)
-            _run_loop(stage, task, changed.train, "train", mesh, splits, counts, f"train {variant}", resident)
+            mesh = make_mesh(changed)
+            task, splits, resident = decoder(changed, path, mesh)
+            _run_loop(stage, task, changed.train, "train", mesh, splits, f"train {variant}", resident)
         _report(folder, before, workdir.read_manifest(path, folder))
 
 
-def _decoder(config: Any, path: str, mesh: Any) -> tuple[Any, list, dict[str, int], dict[str, Any]]:
-    """Returns the decoder's task, how to read its splits and how many photos they have, and the gallery's arrays."""
+def decoder(config: Any, path: str, mesh: Any) -> tuple[Any, list, dict[str, Any]]:
+    """Returns the decoder's task, its training and validation photos, and the gallery's arrays on the mesh."""
     from geotoken_jax import records
     from geotoken_jax.data.join import Together, Tokens
     from geotoken_jax.gallery import placement
@@ -277,10 +274,9 @@ def _decoder(config: Any, path: str, mesh: Any) -> tuple[Any, list, dict[str, in
         return Tokens(records.Records(f"{path}/tokens", split, layout), own, host, model.cells, model.neighbors)
 
     splits = [Together([read(split) for split in _trained_on(tokens)]), read("validation")]
-    counts = {"train": len(splits[0]), "validation": len(splits[1])}
     loss = settings.read(LossSettings, config.loss, "loss")
     task = GeoTokenTask(model, loss, placement.lookup(where, mesh), sample.greedy)
-    return task, splits, counts, placement.resident(gallery, model.cells, where, mesh)
+    return task, splits, placement.resident(gallery, model.cells, where, mesh)
 
 
 def _trained_on(manifest: Manifest) -> list[str]:
@@ -308,34 +304,19 @@ def _begin(path: str, folder: str, made_with: dict, inputs: Sequence[str]) -> wo
     return stage
 
 
-def _mesh(config: Any) -> Any:
+def make_mesh(config: Any) -> Any:
+    """Returns the mesh of config.mesh."""
     from geotoken_jax import sharding
 
     return sharding.make_mesh(settings.read(sharding.MeshSettings, config.mesh, "mesh"))
 
 
 def _run_loop(
-    stage: workdir.Stage, task: Any, section: Any, where: str, mesh: Any, splits: list, counts: dict, what: str,
+    stage: workdir.Stage, task: Any, section: Any, where: str, mesh: Any, splits: list, what: str,
     resident: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
-    """Brings a task, its input and the loop together."""
-    from geotoken_jax.data import pipeline
-    from geotoken_jax.train import loop
-
-    options = settings.read(loop.TrainSettings, section, where)
-    process = (processes.index(), processes.count())
-    train, validation = splits
-    result = loop.run(
-        task,
-        options,
-        mesh,
-        stage.path,
-        pipeline.training(counts["train"], train, options.batch_size, options.seed, *process),
-        lambda: pipeline.evaluation(counts["validation"], validation, options.batch_size, *process),
-        counts["train"],
-        what,
-        resident,
-    )
+    """Fills a stage's folder by training; the first process says that it is complete."""
+    options, result = fit(task, section, where, mesh, splits, stage.path, what, resident)
     if not processes.index():
         stage.finish(
             {"steps": options.steps, "examples": options.steps * options.batch_size},
@@ -344,6 +325,33 @@ def _run_loop(
             parameters=result.parameters,
         )
     processes.wait(f"{what} has ended")
+
+
+def fit(
+    task: Any, section: Any, where: str, mesh: Any, splits: list, folder: Any, what: str,
+    resident: dict[str, Any] | None = None,
+) -> tuple[Any, Any]:  # fmt: skip
+    """Brings a task, its input and the loop together in a folder; returns the TrainSettings and the loop's Result.
+
+    section: of the settings, `where` in the configuration. splits: training and validation photos.
+    """
+    from geotoken_jax.data import pipeline
+    from geotoken_jax.train import loop
+
+    options = settings.read(loop.TrainSettings, section, where)
+    process = (processes.index(), processes.count())
+    train, validation = splits
+    return options, loop.run(
+        task,
+        options,
+        mesh,
+        folder,
+        pipeline.training(len(train), train, options.batch_size, options.seed, *process),
+        lambda: pipeline.evaluation(len(validation), validation, options.batch_size, *process),
+        len(train),
+        what,
+        resident,
+    )
 
 
 def _predict_all(config: Any, path: str, variants: Sequence[str]) -> None:
@@ -405,10 +413,12 @@ def _predict(options: argparse.Namespace, config: Any) -> int:
 
 def _expand(photos: Sequence[str]) -> list[str]:
     """Returns the files named, and the photos in the folders named, in order."""
+    from geotoken_jax.backbone.preprocess import ENDINGS
+
     found = []
     for photo in photos:
         path = Path(photo)
-        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in _PHOTO_ENDINGS) if path.is_dir() else [path]
+        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in ENDINGS) if path.is_dir() else [path]
         found += [str(p) for p in inside]
     return found
 

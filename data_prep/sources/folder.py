@@ -4,6 +4,7 @@ A photo's id is its path in the folder, with `/`. Files are found by walking the
 id, so nothing outside of it is read; symbolic links in it are not followed.
 """
 
+import abc
 import dataclasses
 import functools
 import hashlib
@@ -15,11 +16,10 @@ from pathlib import Path, PurePosixPath
 from data_prep import images
 from data_prep.csv_rows import read_rows
 from data_prep.sources import Drop, Photo
+from geotoken_jax.backbone.preprocess import ENDINGS
 from geotoken_jax.settings import SettingsError
 from geotoken_jax.workdir import StageError
 
-#: Endings of a photo's file. A file of another ending is taken if the CSV names it, and not counted if it does not.
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 _COLUMNS = {name: name for name in ("id", "latitude", "longitude")}
 _OPTIONAL = {name: name for name in ("author", "city", "state", "country", "continent")}
 
@@ -70,35 +70,47 @@ class Listing:
             yield row if isinstance(row, Drop) else _load(row, file, self.exif)
 
 
+class Listed(abc.ABC):
+    """A source of photos (`data_prep.sources.Source`) that first lists all of them, once a process."""
+
+    @abc.abstractmethod
+    def listing(self) -> Listing:
+        """Returns what there is. Raises SettingsError if the folder or the table is not there."""
+
+    @property
+    def splits(self) -> Mapping[str, int]:
+        """Split -> number of shards; raises as `listing` does."""
+        return _listing(self).splits
+
+    def read(self, split: str, shard: int) -> Iterator[Photo | Drop]:
+        """Yields one shard's photos, in the order of the listing."""
+        return _listing(self).read(split, shard)
+
+
+@functools.lru_cache(maxsize=1)
+def _listing(source: Listed) -> Listing:
+    return source.listing()
+
+
 @dataclasses.dataclass(frozen=True)
-class Folder:
-    """The folder as a source of photos (`data_prep.sources.Source`). No author is in two splits."""
+class Folder(Listed):
+    """The folder: photos of a CSV in its order, others in that of their ids. No author is in two splits."""
 
     settings: FolderSettings
     name = "folder"
 
-    @property
-    def splits(self) -> Mapping[str, int]:
-        """Split -> number of shards. Raises SettingsError if the folder or the CSV is not there."""
-        return _list(self.settings).splits
-
-    def read(self, split: str, shard: int) -> Iterator[Photo | Drop]:
-        """Yields one shard's photos, those of a CSV in its order, others in that of their ids."""
-        return _list(self.settings).read(split, shard)
-
-
-@functools.lru_cache(maxsize=1)
-def _list(settings: FolderSettings) -> Listing:
-    files = walk(settings.path, "folder.path")
-    if settings.csv:
-        rows = read_rows(existing_file(settings.csv, "folder.csv"), _COLUMNS, _OPTIONAL)
-    else:
-        rows = (Photo(name, name, b"", math.nan, math.nan) for name in files if name.lower().endswith(ENDINGS))
-    photos: dict[str, list] = {split: [] for split in settings.shares}
-    for row, file in pair(rows, files, lambda name: name):
-        author = row.author if isinstance(row, Photo) else row.id
-        photos[split_of(author, settings.shares)].append((row, file))
-    return Listing(photos, settings.photos_per_shard, exif=not settings.csv)
+    def listing(self) -> Listing:
+        settings = self.settings
+        files = walk(settings.path, "folder.path")
+        if settings.csv:
+            rows = read_rows(existing_file(settings.csv, "folder.csv"), _COLUMNS, _OPTIONAL)
+        else:
+            rows = (Photo(name, name, b"", math.nan, math.nan) for name in files if name.lower().endswith(ENDINGS))
+        photos: dict[str, list] = {split: [] for split in settings.shares}
+        for row, file in pair(rows, files, lambda name: name):
+            author = row.author if isinstance(row, Photo) else row.id
+            photos[split_of(author, settings.shares)].append((row, file))
+        return Listing(photos, settings.photos_per_shard, exif=not settings.csv)
 
 
 def walk(path: str, key: str) -> dict[str, str]:

@@ -4,12 +4,9 @@ YFCC4K's table is a CSV, or the original `info.txt`: separated by tabs, without 
 """
 
 import dataclasses
-import functools
-from collections.abc import Iterator, Mapping
 
 from data_prep.csv_rows import read_rows
-from data_prep.sources import Drop, Photo
-from data_prep.sources.folder import Listing, existing_file, pair, walk
+from data_prep.sources.folder import Listed, Listing, existing_file, pair, walk
 
 _COLUMNS = {"id": "IMG_ID", "latitude": "LAT", "longitude": "LON"}
 _AUTHOR = {"author": "OwnerNSID"}
@@ -33,8 +30,8 @@ class YfccSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class Yfcc:
-    """The benchmark as a source of photos (`data_prep.sources.Source`), all of them in `test`."""
+class Yfcc(Listed):
+    """The benchmark, all of it in `test`, in the table's order."""
 
     settings: YfccSettings
 
@@ -43,25 +40,15 @@ class Yfcc:
         """Of the data set."""
         return self.settings.name
 
-    @property
-    def splits(self) -> Mapping[str, int]:
-        """Split -> number of shards. Raises SettingsError if the folder or the table is not there."""
-        return _list(self.settings).splits
-
-    def read(self, split: str, shard: int) -> Iterator[Photo | Drop]:
-        """Yields one shard's photos in the table's order."""
-        return _list(self.settings).read(split, shard)
-
-
-@functools.lru_cache(maxsize=1)
-def _list(settings: YfccSettings) -> Listing:
-    table = existing_file(settings.table, "yfcc.table")
-    if table.suffix == ".txt":
-        rows = read_rows(table, _INFO)
-    else:
-        rows = read_rows(table, {**_COLUMNS, **(_AUTHOR if settings.name == "yfcc4k" else {})})
-    files = walk(settings.path, "yfcc.path")
-    return Listing({"test": list(pair(rows, files, _file_name))}, settings.photos_per_shard)
+    def listing(self) -> Listing:
+        settings = self.settings
+        table = existing_file(settings.table, "yfcc.table")
+        if table.suffix == ".txt":
+            rows = read_rows(table, _INFO)
+        else:
+            rows = read_rows(table, {**_COLUMNS, **(_AUTHOR if settings.name == "yfcc4k" else {})})
+        files = walk(settings.path, "yfcc.path")
+        return Listing({"test": list(pair(rows, files, _file_name))}, settings.photos_per_shard)
 
 
 def _file_name(name: str) -> str:

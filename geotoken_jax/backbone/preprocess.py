@@ -13,6 +13,8 @@ MAX_PIXELS = 100_000_000
 MAX_SIDE = 30_000
 #: Pillow's names of the formats taken in; its other readers are never reached.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+#: Endings of files that are taken for photos in a folder; a file that is named itself may have any.
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 #: EXIF orientation -> the turn that sets the photo upright.
 _UPRIGHT = {

@@ -4,7 +4,13 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install --quiet
 # The newest with a build for the CPU alone beside it on PyPI; the others bring several GB for GPUs.
-TORCH := torch==2.13.0
+TORCH := torch==2.13.0 transformers==5.23.0
+# Carries CLIP's vocabulary; its code is not run.
+VOCABULARY := clip-anytorch==2.6.0
+# Carries its trained encoders; nothing of it is installed.
+GEOCLIP := geoclip==1.2.0
+# Beside the locked environment: it holds Pillow under 13 and pyarrow under 26.
+BEAM := apache-beam==2.77.0
 # Pyright's wheel would ask for newer versions of itself over the network.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
 
@@ -20,13 +26,24 @@ demo: $(INSTALLED) ## the whole path on the embedded photos, then a report to op
 test: $(INSTALLED) ## the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q tests
 
-test-interop: $(INSTALLED) .torch/.installed ## what is checked live against PyTorch, in .torch (880 MB, a minute)
+test-interop: $(INSTALLED) .torch/.installed .beam/.installed ## what needs PyTorch and transformers (.torch, 1.1 GB) or Beam (.beam, 460 MB)
 	PYTHONPATH=.torch $(BIN)/python -m pytest -q tests/interop
+	PYTHONPATH=.beam $(BIN)/python -m pytest -q tests/interop/test_beam.py
 
 .torch/.installed:
-	@echo "Installing torch into .torch, once: about a minute and 880 MB"
-	@rm -rf .torch
-	@$(PIP) --target .torch $(TORCH)
+	@echo "Installing torch and transformers into .torch, once: about a minute and 1.1 GB"
+	@rm -rf .torch && mkdir .torch
+	@$(BIN)/python -m pip freeze --exclude-editable > .torch/constraints.txt
+	@$(PIP) --target .torch --constraint .torch/constraints.txt $(TORCH)
+	@$(PIP) --target .torch --no-deps $(VOCABULARY)
+	@$(BIN)/python -m pip --disable-pip-version-check --no-input download --quiet --no-deps --dest .torch $(GEOCLIP)
+	@touch $@
+
+.beam/.installed:
+	@echo "Installing Apache Beam into .beam, once: half a minute and 460 MB"
+	@rm -rf .beam && mkdir .beam
+	@$(BIN)/python -m pip freeze --exclude-editable | grep -vE '^(pillow|pyarrow|python-dateutil)=' > .beam/constraints.txt
+	@$(PIP) --target .beam --constraint .beam/constraints.txt $(BEAM)
 	@touch $@
 
 lint: $(INSTALLED) ## ruff and pyright
@@ -44,8 +61,8 @@ lock: $(INSTALLED) ## write requirements-lock.txt again, keeping pins that still
 	  --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" \
 	  --extra dev --extra prep $(UPGRADE) --output-file requirements-lock.txt pyproject.toml
 
-clean: ## remove .venv, .torch and caches; runs/ stays
-	rm -rf .venv .torch .pytest_cache .ruff_cache .hypothesis build dist
+clean: ## remove .venv, .torch, .beam and caches; runs/ stays
+	rm -rf .venv .torch .beam .pytest_cache .ruff_cache .hypothesis build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): requirements-lock.txt

@@ -15,6 +15,7 @@ def get_config() -> ConfigDict:
     config.photos = dict(  # data_prep/photos.py
         source="earthview",
         workers=2,
+        beam=dict(runner="", options=()),  # data_prep/beam.py
         max_dropped=0.01,
         earthview=dict(  # data_prep/sources/earthview.py
             seed=0,
@@ -45,6 +46,7 @@ def get_config() -> ConfigDict:
         backbone="thumbnail",
         threads=2,
         thumbnail=dict(size=16),
+        huggingface=dict(path="", dtype="bfloat16", batch_size=256),  # geotoken_jax/backbone/huggingface.py
         views=dict(  # geotoken_jax/backbone/views.py
             count=0, seed=0, rotation=12.0, crop=0.8, gamma=0.15, color=0.1, flip=False
         ),
@@ -55,6 +57,8 @@ def get_config() -> ConfigDict:
             dropout=0.0,
             location=dict(projection="mercator", sigmas=(1.0, 16.0, 256.0), fourier=256, hidden=1024, out=512),
         ),
+        loss=dict(kind="info_nce", chunk=1024, queue=0, same_within_km=0.0),  # geotoken_jax/align/loss.py
+        init=dict(location=""),  # geotoken_jax/interop/geoclip.py
         train=dict(  # geotoken_jax/train/loop.py
             batch_size=256,
             accumulate=1,
@@ -86,8 +90,9 @@ def get_config() -> ConfigDict:
         search=dict(  # geotoken_jax/gallery/index.py
             kind="scann",
             shard_rows=262_144,
+            components=256,
             leaves_searched=64,
-            reorder=150,
+            reorder=300,
             reorder_dtype="float32",
             threads=2,
             min_recall=0.95,
@@ -145,5 +150,8 @@ def get_config() -> ConfigDict:
         seed=0,
         reference="geotoken",
         labels=dict(top1_neighbor="Top-1 neighbor", geotoken="GeoToken"),
+    )
+    config.audit = dict(  # geotoken_jax/analysis/audit.py
+        coverage=dict(level=5, split="test", countries=8), leakage=dict(cosine_above=0.95)
     )
     return config

@@ -9,32 +9,12 @@ from etils import epath
 from data_prep.gallery import GALLERY, open_table
 from geotoken_jax import records, settings, workdir
 from geotoken_jax.backbone import views
-from geotoken_jax.gallery.table import Table, index_vectors
+from geotoken_jax.gallery.exclude import ExcludeSettings, rules
+from geotoken_jax.gallery.table import index_vectors
 from geotoken_jax.progress import Progress
 from geotoken_jax.workdir import Manifest
 
 _BATCH = 8192
-
-
-@dataclasses.dataclass(frozen=True)
-class ExcludeSettings:
-    """Gallery photos that are no neighbors of a photo, beside itself.
-
-    author: those of its author. cosine_above: those whose image embedding has a higher cosine with its own (near
-    duplicates); 1 for none. within_km: those taken nearer to it; 0 for none.
-    """
-
-    author: bool
-    cosine_above: float
-    within_km: float
-
-    def __post_init__(self):
-        if not -1 <= self.cosine_above <= 1:
-            raise ValueError(
-                f"config.index.neighbors: cosine_above is {self.cosine_above}: it must be in [-1, 1], and 1 for none"
-            )
-        if not self.within_km >= 0:
-            raise ValueError(f"config.index.neighbors: within_km is {self.within_km}: it must be 0 (for none) or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +56,8 @@ def run(config: Any, path: epath.PathLike) -> Manifest:
                 for first in range(0, len(table), _BATCH):
                     part = slice(first, first + _BATCH)
                     vectors = index_vectors(table.embeddings(part))
-                    rules = _rules(exclude, table, part, gallery, of_gallery)
-                    found.append(find(searcher, vectors, options.count, rules))
+                    left_out = rules(exclude, table, part, of_gallery, lambda some: gallery.embeddings(some)[:, 0])
+                    found.append(find(searcher, vectors, options.count, left_out))
                     progress.add(len(vectors))
                 rows, scores = (np.concatenate(parts) for parts in zip(*found, strict=True))
                 records.save_array(rows_file, rows)
@@ -86,20 +66,3 @@ def run(config: Any, path: epath.PathLike) -> Manifest:
                 progress.add(len(table))
             fewer[split] = int((records.open_array(rows_file)[:, -1] < 0).sum())
     return stage.finish(splits, fewer=fewer)
-
-
-def _rules(
-    exclude: ExcludeSettings, table: Table, part: slice, gallery: Table, of_gallery: dict[str, np.ndarray]
-) -> list[Any]:
-    """Returns the rules for one part of a split's photos. of_gallery: ids, authors and coordinates of all its rows."""
-    from geotoken_jax.gallery.neighbors import NearDuplicate, SameAuthor, SameId, Within
-
-    rules: list[Any] = [SameId(table.ids(part), of_gallery["ids"])]
-    if exclude.author:
-        rules.append(SameAuthor(table.authors(part), of_gallery["authors"]))
-    if exclude.within_km > 0:
-        rules.append(Within(table.coordinates(part), of_gallery["coordinates"], exclude.within_km))
-    if exclude.cosine_above < 1:
-        images = table.embeddings(part)[:, 0]
-        rules.append(NearDuplicate(images, lambda rows: gallery.embeddings(rows)[:, 0], exclude.cosine_above))
-    return rules

@@ -1,7 +1,8 @@
 """The stage `prepare`: photos of a source, checked, with their tokens, as a TFDS data set in photos/.
 
-Processes write shards independently of each other. A shard is done when its ledger is there, which is written last, so
-an interrupted run makes only what is missing and ends in the same bytes. Ids and authors are never used as paths or
+Processes write shards independently of each other, on this machine or, by Apache Beam, on several that share the work
+directory. A shard is done when its ledger is there, which is written last, so an interrupted run makes only what is
+missing and ends in the same bytes, whichever engine each run has. Ids and authors are never used as paths or
 parts of them: an id like `../../x` is just a name.
 """
 
@@ -14,6 +15,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -22,6 +24,7 @@ import numpy as np
 from etils import epath
 
 from data_prep import images
+from data_prep.beam import BeamSettings, run_tasks
 from data_prep.sources import Drop, Photo, Source
 from data_prep.sources.earthview import EarthView, EarthViewSettings
 from data_prep.sources.folder import Folder, FolderSettings
@@ -45,15 +48,18 @@ SOURCES = {
 }
 #: Photos whose tokens are computed together.
 _BATCH = 256
+#: Folder of the shards that Beam has begun.
+_ATTEMPTS = "attempts"
 
 
 @dataclasses.dataclass(frozen=True)
 class PhotosSettings:
-    """source: one of SOURCES. workers: processes; 1 is this one. max_dropped: share of photos, 0-1, above which
-    dropping them is an error. Each source has its section."""
+    """source: one of SOURCES. workers: processes; 1 is this one. beam: the engine instead of them. max_dropped: share
+    of photos, 0-1, above which dropping them is an error. Each source has its section."""
 
     source: str
     workers: int
+    beam: BeamSettings
     max_dropped: float
     earthview: EarthViewSettings
     mp16_pro: MP16ProSettings
@@ -72,16 +78,18 @@ def run(config: Any, path: epath.PathLike) -> Manifest:
     if photos.source not in SOURCES:
         raise settings.SettingsError(f"config.photos.source is {photos.source!r}: use one of {', '.join(SOURCES)}")
     chosen = getattr(photos, photos.source)
-    # Workers and the limit on drops do not change what is written, and other sources are not read.
+    # The engine and the limit on drops do not change what is written, and other sources are not read.
     made_with = {"photos": {"source": photos.source, photos.source: chosen}}
     stage = workdir.begin(path, "photos", made_with, inputs=())
     kind = SOURCES[photos.source]
     # MP16-Pro is surveyed once; what was found is kept beside the shards that are cut by it.
     source = MP16Pro(chosen, str(stage.path)) if kind is MP16Pro else kind(chosen)
-    return make(stage, source, photos.workers, photos.max_dropped)
+    return make(stage, source, photos.workers, photos.max_dropped, photos.beam)
 
 
-def make(stage: workdir.Stage, source: Source, workers: int, max_dropped: float) -> Manifest:
+def make(
+    stage: workdir.Stage, source: Source, workers: int, max_dropped: float, beam: BeamSettings | None = None
+) -> Manifest:
     """Fills a stage's folder from a source unless it is complete; see PhotosSettings for the arguments."""
     if stage.manifest:
         return stage.manifest
@@ -89,8 +97,19 @@ def make(stage: workdir.Stage, source: Source, workers: int, max_dropped: float)
     (stage.path / "ledgers").mkdir(exist_ok=True)
     missing = [task for task in tasks if not (task.ledger.exists() and task.shard_path.exists())]
     with Progress("photos", len(tasks), "shard", done=len(tasks) - len(missing)) as progress:
-        for photos in _run_all(missing, workers):
-            progress.add(note=f"{photos:,} photos in the last")
+        if beam and beam.runner and missing:
+            run_tasks(_make_apart, missing, beam)
+            progress.add(len(missing))
+            if not all(task.ledger.exists() for task in missing):
+                raise workdir.StageError(
+                    f"{beam.runner} has made all shards, but not all are in {stage.path}: every machine must have this "
+                    "folder, and the photos', under the same full path"
+                )
+        else:
+            for photos in _run_all(missing, workers):
+                progress.add(note=f"{photos:,} photos in the last")
+    if (stage.path / _ATTEMPTS).exists():  # those that were killed
+        (stage.path / _ATTEMPTS).rmtree()
 
     ledgers: dict[str, list[dict[str, Any]]] = {split: [] for split in source.splits}
     for task in tasks:
@@ -186,6 +205,20 @@ def _make_shard(task: _Task) -> int:
     records.save_array(task.ids, np.array([name.encode() for name in ids], f"S{records.ID_BYTES}"))
     workdir.write_json(task.ledger, {"photos": n, "bytes": sum(sizes), "dropped": dropped})
     return n
+
+
+def _make_apart(task: _Task) -> None:
+    """Makes the shard in a folder of its own and moves it from there, the ledger last.
+
+    A runner may do a task again while it takes a first attempt's machine for lost: two writers of one file.
+    """
+    folder = epath.Path(task.folder) / _ATTEMPTS / uuid.uuid4().hex
+    (folder / "ledgers").mkdir(parents=True)
+    attempt = dataclasses.replace(task, folder=str(folder))
+    _make_shard(attempt)
+    for one, other in ((attempt.shard_path, task.shard_path), (attempt.ids, task.ids), (attempt.ledger, task.ledger)):
+        one.replace(other)
+    folder.rmtree()
 
 
 def fault(photo: Photo) -> str:

@@ -73,15 +73,33 @@ class Parts:
         return bisect.bisect_right(self._starts, position) - 1
 
 
-def members(parts: Parts) -> Iterator[tarfile.TarInfo]:
+def find_header(parts: Parts, start: int, end: int) -> int:
+    """Returns the first place in [start, end) where a header seems to be, by its checksum; `end` if there is none.
+
+    It may be the second header of a member that has more, or lie in the data of one: see `members`.
+    """
+    position = -(-start // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    parts.seek(position)
+    while position < end:
+        try:
+            tarfile.TarInfo.frombuf(parts.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
+        except tarfile.HeaderError:
+            position += tarfile.BLOCKSIZE
+        else:
+            return position
+    return end
+
+
+def members(parts: Parts, start: int = 0) -> Iterator[tarfile.TarInfo]:
     """Yields the members of a tar in order, reading their headers alone (ustar, GNU and pax).
 
+    start: where the first header is. From a member that a whole reading has, all the others follow as they do there.
     The last may be cut short: then its data end after the parts do. Raises StageError where something else than a
     header follows a member: the tar is damaged, or a part is missing or of a wrong size.
     """
-    offset = 0
+    offset = start
     try:
-        tar = _open(parts, 0)
+        tar = _open(parts, start)
         while info := tar.next():
             if tar.offset <= offset:
                 raise tarfile.ReadError("a member of negative size")

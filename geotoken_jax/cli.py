@@ -56,6 +56,9 @@ def _parser() -> argparse.ArgumentParser:
             verb.add_argument("--predictions", action="append", help="score this file (JSON lines or CSV) instead")
             verb.add_argument("--truth", help="with --predictions: file of id, latitude, longitude")
             verb.set_defaults(run=_evaluate)
+        if name == "audit":
+            verb.add_argument("audit", choices=_AUDITS, help="what to look into")
+            verb.set_defaults(run=_audit)
     verb = verbs.add_parser("plan", help=_PLAN, description=_PLAN, epilog=_EPILOG)
     verb.add_argument("--config", help="configuration file, such as configs/common.py")
     verb.add_argument("--topology", help="chips and their shape, such as v5e:16x16, v5p:4x4x4 or h100:8")
@@ -138,7 +141,7 @@ def _has(config: Any, keys: list[str]) -> bool:
 
 
 _SECTIONS = (
-    "photos", "embed", "align", "index", "gallery", "model", "loss", "train", "mesh", "predict", "evaluate",
+    "photos", "embed", "align", "index", "gallery", "model", "loss", "train", "mesh", "predict", "evaluate", "audit",
 )  # fmt: skip
 
 
@@ -149,9 +152,10 @@ def _stages(stages: Sequence[Callable]) -> Callable[[argparse.Namespace, Any], i
                 f"give --config=FILE and --workdir=DIR, as in `{_EXAMPLE.format(options.verb)}`"
             )
         _quiet()
-        if processes.count() > 1 and options.verb not in _SHARED:
+        if processes.count() > 1 and options.verb not in _TOGETHER + _APART:
             raise settings.SettingsError(f"`geotoken {options.verb}` is the work of one process: start it alone")
-        processes.start()
+        if options.verb in _TOGETHER:
+            processes.start()
         for stage in stages:
             stage(config, options.workdir, getattr(options, "variant", None) or list(config.variants))
         return 0
@@ -159,8 +163,8 @@ def _stages(stages: Sequence[Callable]) -> Callable[[argparse.Namespace, Any], i
     return run
 
 
-#: Verbs that several processes run as one.
-_SHARED = ("align", "train")
+#: Verbs that several processes run as one, and those that each runs on its share of the shards.
+_TOGETHER, _APART = ("align", "train"), ("embed",)
 _EXAMPLE = "geotoken {} --config=configs/demo.py --workdir=runs/demo"
 
 
@@ -201,7 +205,10 @@ def _preparation(module: str, *folders: str) -> Callable:
             raise
         stage.run(config, path)
         for folder in folders:
-            _report(folder, before[folder], workdir.read_manifest(path, folder))
+            if made := _finished(path, folder):
+                _report(folder, before[folder], made)
+            else:
+                print(f"made {folder + '/':32} this process's shards; whoever makes the last completes it", flush=True)
 
     return run
 
@@ -209,17 +216,24 @@ def _preparation(module: str, *folders: str) -> Callable:
 def _align(config: Any, path: str, variants: Sequence[str]) -> None:
     del variants
     before = _finished(path, "align")
-    made_with = {"align": {"model": config.align.model, "train": _outcome(config.align.train)}}
+    made_with = {"align": {name: _outcome(config.align[name]) for name in ("model", "loss", "init", "train")}}
     stage = _begin(path, "align", made_with, ["features"])
     if not stage.manifest:
         from geotoken_jax import records
         from geotoken_jax.align.heads import AlignSettings
+        from geotoken_jax.align.loss import LossSettings
         from geotoken_jax.align.task import AlignTask
         from geotoken_jax.data.join import Features, Together
+        from geotoken_jax.interop import geoclip
 
         features = workdir.read_manifest(path, "features")
         layout = records.feature_layout(features.facts["width"])
-        task = AlignTask(settings.read(AlignSettings, config.align.model, "align.model"), features.facts["width"])
+        task = AlignTask(
+            settings.read(AlignSettings, config.align.model, "align.model"),
+            features.facts["width"],
+            settings.read(LossSettings, config.align.loss, "align.loss"),
+            geoclip.start(settings.read(geoclip.InitSettings, config.align.init, "align.init")),
+        )
 
         def read(split: str) -> Features:
             return Features(records.Records(f"{path}/features", split, layout))
@@ -287,7 +301,7 @@ def _trained_on(manifest: Manifest) -> list[str]:
 
 
 #: Keys that say how training runs, not what comes out: they may change from one start to the next.
-_MANNER = ("accumulate", "profile", "wandb", "remat", "attention")
+_MANNER = ("accumulate", "profile", "wandb", "remat", "attention", "chunk")
 
 
 def _outcome(section: Any) -> dict[str, Any]:
@@ -435,6 +449,26 @@ def _evaluate(options: argparse.Namespace, config: Any) -> int:
     return 0
 
 
+#: What is audited -> the module of geotoken_jax.analysis that does it.
+_AUDITS = {"coverage": "coverage", "leakage": "leakage", "neighbors": "neighbor_gap"}
+
+
+def _audit(options: argparse.Namespace, config: Any) -> int:
+    """Makes one audit of a work directory, and prints what matters most of it."""
+
+    def run(config: Any, path: str, variants: Sequence[str]) -> None:
+        del variants
+        audit = importlib.import_module(f"geotoken_jax.analysis.{_AUDITS[options.audit]}")
+        folder = f"audit/{options.audit}"
+        before = _finished(path, folder)
+        _report(folder, before, audit.run(config, path))
+        print(audit.table(json.loads((Path(path) / folder / "figures.json").read_text())))
+        print(f"open {Path(path) / folder / 'index.html'}")
+
+    options.verb += f" {options.audit}"
+    return _stages([run])(options, config)
+
+
 _PLAN = "memory, products, collectives and time of a train step on a pod that is not here"
 
 
@@ -469,6 +503,7 @@ STAGES: dict[str, tuple[list[Callable], str]] = {
     "train": ([_train], "train the decoder, each of config.variants"),
     "predict": ([_predict_all], "candidates and choice for every photo of every split, or for photos of your own"),
     "evaluate": ([_evaluate_all], "score predictions and write report/index.html, or score anybody's files"),
+    "audit": ([], "what the gallery covers, what leaks from it, whether train neighbors are better than new photos'"),
     "export": ([_export], "a folder that needs nothing else to answer"),
     "all": (
         [_prepare, _embed, _align, _index, _train, _predict_all, _evaluate_all, _export],

@@ -14,7 +14,7 @@ from typing import Any
 
 from etils import epath
 
-from geotoken_jax import settings
+from geotoken_jax import processes, settings
 
 #: Folder of the work directory -> the verb that makes it, in the order of the path.
 PATH = {
@@ -29,6 +29,7 @@ PATH = {
     "predictions": "predict",
     "report": "evaluate",
     "export": "export",
+    "audit": "audit",
 }
 
 
@@ -119,7 +120,7 @@ def write_json(path: epath.Path, value: Any) -> None:
 
 def write_bytes(path: epath.Path, data: bytes) -> None:
     """Writes a file so that `path` is either absent, the old file or the whole new one."""
-    beside = path.parent / f".{path.name}.partial"
+    beside = path.parent / f".{path.name}.{processes.index()}.partial"  # several processes may write one file
     beside.write_bytes(data)
     beside.replace(path)
 

@@ -12,10 +12,13 @@ from data_prep.embed import EmbedSettings
 from data_prep.neighbors import NeighborsSettings
 from data_prep.photos import PhotosSettings
 from geotoken_jax import settings
+from geotoken_jax.align import loss as align_loss
 from geotoken_jax.align.heads import AlignSettings
+from geotoken_jax.analysis.audit import AuditSettings
 from geotoken_jax.analysis.evaluate import EvaluateSettings
 from geotoken_jax.gallery.index import IndexSettings
 from geotoken_jax.gallery.placement import GallerySettings
+from geotoken_jax.interop import geoclip
 from geotoken_jax.model.geotoken import GeoTokenModel, ModelSettings
 from geotoken_jax.model.task import LossSettings
 from geotoken_jax.predict.decode import PredictSettings
@@ -30,6 +33,8 @@ READERS = {
     "photos": PhotosSettings,
     "embed": EmbedSettings,
     "align.model": AlignSettings,
+    "align.loss": align_loss.LossSettings,
+    "align.init": geoclip.InitSettings,
     "align.train": TrainSettings,
     "index.neighbors": NeighborsSettings,
     "index.search": IndexSettings,
@@ -39,6 +44,7 @@ READERS = {
     "train": TrainSettings,
     "predict": PredictSettings,
     "evaluate": EvaluateSettings,
+    "audit": AuditSettings,
 }
 
 

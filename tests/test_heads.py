@@ -1,4 +1,6 @@
-"""The alignment model: its form, dropout by argument, and that a few steps align."""
+"""The alignment model and its task: form, dropout by argument, what the losses keep, and that a few steps align."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -7,13 +9,21 @@ import optax
 import pytest
 from flax import nnx
 
+from geotoken_jax import checkpoint, sharding
 from geotoken_jax.align.heads import AlignModel, AlignSettings
 from geotoken_jax.align.location_encoder import LocationSettings
+from geotoken_jax.align.loss import LossSettings
 from geotoken_jax.align.task import AlignTask
+from geotoken_jax.train.step import Trainer
 
 
 def settings(dropout=0.0):
     return AlignSettings(hidden=32, dropout=dropout, location=LocationSettings("mercator", (1, 16), 8, 16, 12))
+
+
+def make_task(dropout=0.0, start=None, **changes) -> Any:
+    loss = {"kind": "info_nce", "chunk": 5, "queue": 0, "same_within_km": 0.0, **changes}
+    return AlignTask(settings(dropout), 24, LossSettings(**loss), start)
 
 
 def batch(n=32):
@@ -37,7 +47,7 @@ def test_embeds_in_the_order_image_location_text():
 
 
 def test_dropout_acts_only_where_randomness_is_given():
-    task = AlignTask(settings(0.5), 24)
+    task = make_task(0.5)
     model = task.init(nnx.Rngs(0))
 
     @nnx.jit
@@ -49,8 +59,9 @@ def test_dropout_acts_only_where_randomness_is_given():
     assert len(set(losses)) == 3
 
 
-def test_training_aligns_and_leaves_frequencies_alone():
-    task, data = AlignTask(settings(), 24), batch()
+@pytest.mark.parametrize("kind", ["info_nce", "sigmoid"])
+def test_training_aligns_and_leaves_frequencies_alone(kind):
+    task, data = make_task(kind=kind), batch()
     graph, parameters, rest = nnx.split(task.init(nnx.Rngs(0)), nnx.Param, ...)
     optimizer = optax.adam(3e-3)
 
@@ -73,8 +84,106 @@ def test_training_aligns_and_leaves_frequencies_alone():
     assert metrics["text_loss"] < 0.1 and metrics["location_loss"] < 0.3
 
 
+def test_the_sigmoid_loss_begins_as_siglip():
+    model = make_task(kind="sigmoid").init(nnx.Rngs(0))
+    for name in ("text", "location"):
+        scale, bias = (float(getattr(model, f"{name}_{part}")[...]) for part in ("scale", "bias"))
+        assert (np.exp(scale), bias) == (pytest.approx(10), -10)
+
+
+def test_photos_of_near_places_are_no_negatives():
+    data = batch(8)
+    data["coordinates"] = data["coordinates"].at[1].set(data["coordinates"][0] + jnp.array([0.1, 0]))  # 11 km
+    model = make_task().init(nnx.Rngs(0))
+
+    @nnx.jit
+    def losses(model):
+        return [make_task(same_within_km=km).loss(model, data, None)[1]["location_loss"] for km in (0.0, 10.0, 12.0)]
+
+    none, ten, twelve = map(float, losses(model))
+    assert none == ten > twelve
+
+
+def make_trainer(accumulate=1, **changes):
+    mesh = sharding.make_mesh(sharding.MeshSettings(1, 2, 1), jax.devices()[:2])
+    return Trainer(make_task(0.1, **changes), optax.adam(1e-2), mesh, accumulate)
+
+
+def test_a_start_is_what_training_begins_from():
+    def start(model):
+        model.location.output.bias[...] = jnp.arange(24.0)
+
+    params = make_trainer(start=start).init(jax.random.key(0))["params"]
+    np.testing.assert_array_equal(params["location"]["output"]["bias"], np.arange(24.0))
+
+
+def test_what_the_losses_alone_need_is_not_kept(tmp_path):
+    trainer = make_trainer(kind="sigmoid", queue=8)
+    state = trainer.init(jax.random.key(0))
+    assert {"text_bias", "location_bias"} < state["params"].keys() and "queue" in state["constants"]
+    checkpoint.write_parameters(tmp_path / "parameters.safetensors", *trainer.kept(state))
+    model = checkpoint.read_module(tmp_path / "parameters.safetensors", AlignTask(settings(), 24).init)
+    np.testing.assert_array_equal(model.text_scale[...], state["params"]["text_scale"])
+    np.testing.assert_array_equal(
+        model.location.capsules[1].frequencies[...], state["constants"]["location"]["capsules"][1]["frequencies"]
+    )
+
+
+KEY = jax.random.key(0)
+
+
+def photos(rows):
+    """A batch of photos that are told apart by their latitude, a tenth of a degree a row."""
+    image, text = np.random.default_rng(0).normal(size=(2, 40, 24)).astype(np.float32)[:, rows]
+    return {"image": image, "text": text, "coordinates": np.stack([rows / 10, rows * 0], 1).astype(np.float32)}
+
+
+@pytest.fixture(scope="module")
+def queued():
+    return make_trainer(queue=12)
+
+
+def run(trainer, state, steps):
+    for step in steps:
+        state, metrics = trainer.step(state, photos(np.arange(8 * step, 8 * step + 8)), KEY, {})
+    return state, metrics
+
+
+def test_a_queue_holds_the_last_photos_and_is_resumed_bit_for_bit(tmp_path, queued):
+    state, _ = run(queued, queued.init(KEY), (0, 1))
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(2, state, {}, None)
+    whole, _ = run(queued, state, (2, 3))
+    with checkpoint.Checkpoints(tmp_path) as checkpoints:
+        resumed, _ = run(queued, checkpoints.restore(2, queued.abstract)[0], (2, 3))
+    for one, other in zip(jax.tree.leaves(resumed), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(one, other)
+    np.testing.assert_allclose(whole["constants"]["queue"][:, 0], np.r_[24:32, 16:20] / 10)
+
+
+def test_photos_of_the_past_are_negatives(queued):
+    state, _ = run(queued, queued.init(KEY), (0,))
+    empty = jax.tree.map(jnp.copy, state)  # a step takes its state's memory
+    empty["constants"]["queue"] *= jnp.nan
+    (_, alone), (_, beside) = run(queued, empty, (1,)), run(queued, state, (1,))
+    assert float(beside["location_loss"]) > float(alone["location_loss"]) + 0.01
+    assert float(beside["text_loss"]) == float(alone["text_loss"])
+
+
+def test_a_step_left_out_does_not_enter_the_queue(queued):
+    batch = {**photos(np.arange(8)), "image": np.full((8, 24), np.nan, np.float32)}
+    state, _ = queued.step(queued.init(KEY), batch, KEY, {})
+    assert state["skipped"] == 1 and not np.isfinite(state["constants"]["queue"]).any()
+
+
+def test_parts_of_a_batch_enter_the_queue_one_after_another():
+    trainer = make_trainer(accumulate=2, queue=8)
+    state, _ = run(trainer, trainer.init(KEY), (0,))
+    np.testing.assert_allclose(state["constants"]["queue"][:, 0], np.array([1, 3, 5, 7, 0, 2, 4, 6]) / 10)
+
+
 def test_photos_without_text_train_no_text_head():
-    task, data = AlignTask(settings(), 24), batch()
+    task, data = make_task(), batch()
     data["text"] = jnp.zeros_like(data["text"])
     model = task.init(nnx.Rngs(0))
     gradient = nnx.jit(nnx.grad(lambda model: task.loss(model, data, None)[0]))(model)
@@ -84,7 +193,7 @@ def test_photos_without_text_train_no_text_head():
 
 
 def test_rows_that_fill_a_batch_up_change_nothing():
-    task, data = AlignTask(settings(), 24), batch()
+    task, data = make_task(), batch()
     model = task.init(nnx.Rngs(0))
     filled = {name: jnp.concatenate([rows, jnp.zeros((8, *rows.shape[1:]))]) for name, rows in data.items()}
     filled["valid"] = jnp.arange(40) < 32

@@ -13,6 +13,7 @@ from geotoken_jax.gallery import index
 SETTINGS = index.IndexSettings(
     "scann",
     shard_rows=5000,
+    components=16,
     leaves_searched=2,
     reorder=100,
     reorder_dtype="bfloat16",

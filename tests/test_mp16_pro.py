@@ -10,11 +10,12 @@ import pytest
 from etils import epath
 from PIL import Image
 
+from benchmarks import mp16
+from configs import common
 from data_prep import photos, placeholder, tar_parts
 from data_prep.sources.mp16_pro import MP16Pro, MP16ProSettings
 from geotoken_jax import records, settings
 from geotoken_jax.workdir import StageError
-from tests import mp16
 
 PART = 333_333
 
@@ -29,6 +30,17 @@ class Poison:
         return open, (str(self.path), "w")
 
 
+def config(folder, workers=1, **changes):
+    config = common.get_config()
+    config.photos.update(source="mp16_pro", workers=workers, max_dropped=0.5)
+    config.photos.mp16_pro.update(folder=str(folder), metadata=mp16.CSV, validation=0.2, photos_per_shard=100)
+    config.photos.mp16_pro.placeholder.update(
+        hashes=(f"{placeholder.dhash(mp16.flickr()):016x}",), distance=2, identical=mp16.IDENTICAL
+    )
+    config.photos.mp16_pro.update(changes)
+    return config
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A data set of 1,000 photos with every trap: its folder, ledger, work directory and manifest."""
@@ -36,7 +48,7 @@ def whole(tmp_path_factory):
     ledger = mp16.generate(path / "data", 1000, PART)
     (path / "data" / "metadata" / "tar_index.pkl").write_bytes(pickle.dumps(Poison(path / "poisoned")))
     return types.SimpleNamespace(
-        path=path, data=path / "data", ledger=ledger, manifest=photos.run(mp16.config(path / "data"), path / "work")
+        path=path, data=path / "data", ledger=ledger, manifest=photos.run(config(path / "data"), path / "work")
     )
 
 
@@ -48,7 +60,7 @@ def small(tmp_path):
 
 
 def source(data, work, **changes):
-    section = mp16.config(data, **changes).photos.mp16_pro
+    section = config(data, **changes).photos.mp16_pro
     return MP16Pro(settings.read(MP16ProSettings, section, "photos.mp16_pro"), str(work))
 
 
@@ -109,8 +121,8 @@ def test_an_interrupted_run_does_not_scan_again_and_ends_in_the_same_bytes(whole
     folder = tmp_path / "work" / "photos"
     (folder / "manifest.json").rename(folder / "begun.json")
     next(folder.glob("*validation*-00001-of-*")).unlink()
-    monkeypatch.setattr(tar_parts, "members", lambda parts: pytest.fail("scanned again"))
-    assert photos.run(mp16.config(whole.data), tmp_path / "work") == whole.manifest
+    monkeypatch.setattr(tar_parts, "members", lambda *_: pytest.fail("scanned again"))
+    assert photos.run(config(whole.data), tmp_path / "work") == whole.manifest
     for file in (whole.path / "work").rglob("*"):
         again = tmp_path / "work" / file.relative_to(whole.path / "work")
         assert file.is_dir() or file.read_bytes() == again.read_bytes()
@@ -119,8 +131,8 @@ def test_an_interrupted_run_does_not_scan_again_and_ends_in_the_same_bytes(whole
 def test_a_run_killed_in_the_survey_makes_it_anew(whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(records, "save_array", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        photos.run(mp16.config(whole.data), tmp_path)
-    assert photos.run(mp16.config(whole.data), tmp_path) == whole.manifest
+        photos.run(config(whole.data), tmp_path)
+    assert photos.run(config(whole.data), tmp_path) == whole.manifest
 
 
 def test_parts_of_other_sizes_than_the_survey_knows_are_refused(small, tmp_path):
@@ -234,9 +246,9 @@ def test_names_are_never_paths_and_other_kinds_of_members_are_dropped(tmp_path):
     ]
     rows = [(name, "", 1, 2, "France") for name in ("x.jpg", "a/b/c.jpg", "link.jpg", "hard", "zero.jpg", "again.jpg")]
     write_set(tmp_path / "data", entries, [*rows, ("short", 1), ("", "", 1, 2, "France")])
-    config = mp16.config(tmp_path / "data", validation=0.0, photos_per_shard=3, placeholder={"hashes": ()})
-    config.photos.max_dropped = 0.7
-    manifest = photos.run(config, tmp_path / "work")
+    changed = config(tmp_path / "data", validation=0.0, photos_per_shard=3, placeholder={"hashes": ()})
+    changed.photos.max_dropped = 0.7
+    manifest = photos.run(changed, tmp_path / "work")
     assert manifest.counts == {"train": 3}
     assert manifest.dropped == {
         "not a file": 2, "small file": 1, "repeated id": 1, "malformed row": 1, "empty id": 1
@@ -336,6 +348,29 @@ def test_only_files_of_a_common_size_are_read_to_find_identical_ones():
 def test_settings_that_make_no_sense_are_refused(tmp_path, changes, message):
     with pytest.raises(settings.SettingsError, match=message):
         source(tmp_path, tmp_path, **changes)
+
+
+@pytest.mark.parametrize("size", [1_777, 4_608, 17_408, 10**6])
+def test_parts_read_side_by_side_give_the_members_of_the_whole(tmp_path, size):
+    rng = np.random.default_rng(0)
+    inner = io.BytesIO()
+    with tarfile.open(fileobj=inner, mode="w") as tar:
+        for n in range(10):
+            info, data = entry(f"in/{n}.jpg", rng.bytes(700))
+            tar.addfile(info, io.BytesIO(data))
+    entries = [entry("a", type=tarfile.DIRTYPE), entry("a/b", type=tarfile.DIRTYPE)]
+    for n in range(12):  # headers of several blocks, and data that look like members
+        data = inner.getvalue() if n % 2 else rng.bytes(rng.integers(0, 9000))
+        entries.append(entry(f"a/{'é' * 40 * n}/{n}.jpg", data))
+    write_set(tmp_path / "data", entries, [("0.jpg", "", 1, 2, "France")])
+    whole = tmp_path / "data" / "mp-16-images00"
+    with tarfile.open(whole) as tar:
+        wanted = [info.offset for info in tar.getmembers() if not info.isdir()]
+    content = whole.read_bytes()
+    for n, start in enumerate(range(0, len(content), size)):
+        (tmp_path / "data" / f"mp-16-images{n:02d}").write_bytes(content[start : start + size])
+    _ = source(tmp_path / "data", tmp_path / "work").splits
+    assert np.load(tmp_path / "work" / "survey" / "member.npy").tolist() == wanted and len(wanted) == 12
 
 
 def test_the_survey_says_why_and_where_in_flat_arrays(whole):

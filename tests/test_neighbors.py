@@ -9,7 +9,7 @@ import pytest
 from data_prep import neighbors as stage_neighbors
 from data_prep.neighbors import ExcludeSettings
 from geotoken_jax import records, workdir
-from geotoken_jax.gallery import index, neighbors, table
+from geotoken_jax.gallery import exclude, index, neighbors, table
 from geotoken_jax.settings import SettingsError, read
 from tests import tiny
 
@@ -35,24 +35,24 @@ def test_without_exclusion_neighbors_are_the_index(gallery):
 
 def test_a_photo_is_never_its_own_neighbor(gallery):
     for k in (1, 15, 60):
-        rows, scores = neighbors.find(index.Exact(gallery), gallery, k, [neighbors.SameId(IDS, IDS)])
+        rows, scores = neighbors.find(index.Exact(gallery), gallery, k, [exclude.SameId(IDS, IDS)])
         assert rows.shape == scores.shape == (200, k)
         assert not (rows == np.arange(200)[:, None]).any()
         assert (rows >= 0).all() and (np.diff(scores, axis=1) <= 0).all()
     # Its duplicates are: photo 1 was not at rank 0, and dropping rank 0 would have kept it.
-    rows, _ = neighbors.find(index.Exact(gallery), gallery[1:2], 15, [neighbors.SameId(IDS[1:2], IDS)])
+    rows, _ = neighbors.find(index.Exact(gallery), gallery[1:2], 15, [exclude.SameId(IDS[1:2], IDS)])
     assert rows[0, :10].tolist() == list(range(150, 160))
 
 
 def test_queries_are_numbered_apart_from_the_gallery(gallery):
     order = np.random.default_rng(1).permutation(200)
-    rows, _ = neighbors.find(index.Exact(gallery), gallery[order], 5, [neighbors.SameId(IDS[order], IDS)])
+    rows, _ = neighbors.find(index.Exact(gallery), gallery[order], 5, [exclude.SameId(IDS[order], IDS)])
     assert not (rows == order[:, None]).any()
 
 
 def test_an_author_is_excluded_past_the_first_margin(gallery):
     authors = np.array([b"album"] * 1 + [b""] * 99 + [b"album"] * 50 + [b"other"] * 50, "S64")
-    rules = [neighbors.SameId(IDS, IDS), neighbors.SameAuthor(authors, authors)]
+    rules = [exclude.SameId(IDS, IDS), exclude.SameAuthor(authors, authors)]
     rows, _ = neighbors.find(index.Exact(gallery), gallery, 15, rules)
     assert (rows >= 0).all()
     same = authors[rows] == authors[:, None]
@@ -62,29 +62,29 @@ def test_an_author_is_excluded_past_the_first_margin(gallery):
 
 def test_fewer_than_k_left_are_marked(gallery):
     authors = np.array([b"one"] * 197 + [b"two"] * 3)
-    rows, scores = neighbors.find(index.Exact(gallery), gallery, 5, [neighbors.SameAuthor(authors, authors)])
+    rows, scores = neighbors.find(index.Exact(gallery), gallery, 5, [exclude.SameAuthor(authors, authors)])
     assert ((rows[:197] >= 0).sum(1) == 3).all() and (rows[:197, 3:] == -1).all()
     assert np.isneginf(scores[:197, 3:]).all() and np.isfinite(scores[:197, :3]).all()
     assert (np.sort(rows[:197, :3]) == [197, 198, 199]).all()
 
 
 def test_a_near_duplicate_is_excluded_and_others_stay(gallery, monkeypatch):
-    monkeypatch.setattr(neighbors, "_PAIRS", 33)
+    monkeypatch.setattr(exclude, "_PAIRS", 33)
     images = gallery * np.linspace(1, 2, 200, dtype=np.float32)[:, None]  # lengths do not matter
-    rule = neighbors.NearDuplicate(images, lambda rows: images[rows], 0.6)
-    rows, _ = neighbors.find(index.Exact(gallery), gallery, 15, [neighbors.SameId(IDS, IDS), rule])
+    rule = exclude.NearDuplicate(images, lambda rows: images[rows], 0.6)
+    rows, _ = neighbors.find(index.Exact(gallery), gallery, 15, [exclude.SameId(IDS, IDS), rule])
     cosines = np.einsum("nd,nkd->nk", images, images[rows])
     cosines /= np.linalg.norm(images, axis=1)[:, None] * np.linalg.norm(images[rows], axis=2)
     assert (rows >= 0).all() and (cosines <= 0.6).all() and (cosines > 0.4).any()
     assert not np.isin(rows[0], range(100, 150)).any()
-    wanted, _ = neighbors.find(index.Exact(gallery), gallery, 199, [neighbors.SameId(IDS, IDS)])
+    wanted, _ = neighbors.find(index.Exact(gallery), gallery, 199, [exclude.SameId(IDS, IDS)])
     kept = [r for r in wanted[7] if r >= 0 and gallery[7] @ gallery[r] / np.linalg.norm(gallery[r]) <= 0.6]
     assert rows[7].tolist() == kept[:15]
 
 
 def test_photos_within_a_distance_are_excluded_past_the_date_line(gallery):
     coordinates = np.stack([np.zeros(200), (np.linspace(170, 190, 200) + 180) % 360 - 180], axis=1)
-    rule = neighbors.Within(coordinates, coordinates, 500.0)
+    rule = exclude.Within(coordinates, coordinates, 500.0)
     rows, _ = neighbors.find(index.Exact(gallery), gallery, 15, [rule])
     apart = 20 / 199 * np.abs(rows - np.arange(200)[:, None]) * 111.19
     assert (rows >= 0).all() and (apart >= 500).all() and (apart < 520).any()
@@ -94,9 +94,9 @@ def test_rules_add_up_and_whoever_is_left_with_few_gets_a_mask(gallery):
     authors = np.array([b"one"] * 100 + [b"two"] * 100)
     coordinates = np.stack([np.zeros(200), np.arange(200) % 2 * 90.0], axis=1)
     rules = [
-        neighbors.SameId(IDS, IDS),
-        neighbors.SameAuthor(authors, authors),
-        neighbors.Within(coordinates, coordinates, 1000.0),
+        exclude.SameId(IDS, IDS),
+        exclude.SameAuthor(authors, authors),
+        exclude.Within(coordinates, coordinates, 1000.0),
     ]
     rows, scores = neighbors.find(index.Exact(gallery), gallery, 60, rules)
     assert ((rows >= 0).sum(1) == 50).all() and (rows[:, 50:] == -1).all() and np.isneginf(scores[:, 50:]).all()

@@ -17,6 +17,7 @@ from PIL import Image
 
 from configs import common
 from data_prep import photos
+from data_prep.beam import BeamSettings
 from data_prep.sources import Drop, Photo
 from geotoken_jax import records, workdir
 from geotoken_jax.geo.cells import CellScheme
@@ -188,6 +189,20 @@ def test_too_many_drops_are_an_error_until_the_limit_is_raised(tmp_path):
 def test_one_id_in_two_splits_is_an_error(tmp_path):
     with pytest.raises(workdir.StageError, match="'train-1-3'"):
         _make(tmp_path, Sample(extra=(Photo("train-1-3", "", _jpeg("red"), 0.0, 0.0),)))
+
+
+def test_a_runner_without_beam_is_an_error_that_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "apache_beam", None)
+    beam = {"runner": "FlinkRunner", "options": ("--flink_master=localhost:8081",)}
+    with pytest.raises(SettingsError, match=r"beam\.runner is 'FlinkRunner', which needs Apache Beam: install"):
+        photos.run(_config(beam=beam), tmp_path)
+
+
+def test_shards_that_other_machines_wrote_elsewhere_are_missed(tmp_path, monkeypatch):
+    monkeypatch.setattr(photos, "run_tasks", lambda *_: None)
+    stage = workdir.begin(tmp_path, "photos", {"photos": {"source": "sample"}}, inputs=())
+    with pytest.raises(workdir.StageError, match=r"not all are in .*photos: every machine must have this folder"):
+        photos.make(stage, Sample(), 1, 0.0, BeamSettings("FlinkRunner", ()))
 
 
 def test_a_shard_whose_photos_are_all_dropped_is_empty_and_readable(tmp_path):

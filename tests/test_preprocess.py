@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from geotoken_jax.backbone import preprocess
+from geotoken_jax.settings import SettingsError
 
 RED_LEFT = np.zeros((40, 60, 3), np.uint8)
 RED_LEFT[:, :30] = (200, 30, 40)
@@ -144,3 +145,69 @@ def test_names_a_place():
     assert preprocess.place_text("Lyon", "Rhône", "France") == "A street view photo taken in Lyon, Rhône, France"
     assert preprocess.place_text("", "", "France") == "A street view photo taken in France"
     assert preprocess.place_text("", "", "") == ""
+
+
+#: What published CLIP and SigLIP 2 checkpoints have, at another size.
+CLIP = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}, "resample": 3}
+CLIP |= {"image_mean": [0.5, 0.25, 0.75], "image_std": [0.25, 0.5, 1.0]}
+SIGLIP = {"size": {"height": 16, "width": 16}, "resample": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+
+
+def noise(width, height):
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
+
+
+def test_clip_sees_the_center_of_a_photo_and_siglip_all_of_it():
+    photo = noise(41, 20)
+    clip, siglip = (preprocess.Processor.read(config, 16) for config in (CLIP, SIGLIP))
+    whole = np.asarray(photo.resize((32, 16), Image.Resampling.BICUBIC))  # 32.8 is cut, as published
+    np.testing.assert_array_equal(clip.fit(photo), whole[:, 8:24])
+    np.testing.assert_array_equal(siglip.fit(photo), np.asarray(photo.resize((16, 16), Image.Resampling.BILINEAR)))
+
+
+def test_pixels_are_normalized_by_channel():
+    clip = preprocess.Processor.read(CLIP, 16)
+    found = clip.normalize(np.array([[[[0, 51, 255]]]], np.uint8))
+    np.testing.assert_allclose(found, [[[[-2, -0.1, 0.25]]]], atol=1e-6)
+    assert found.dtype == np.float32
+    raw = preprocess.Processor.read({**CLIP, "do_normalize": False, "do_rescale": False}, 16)
+    np.testing.assert_array_equal(raw.normalize(np.uint8([7])), [7, 7, 7])
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 900), (30_000, 1), (3, 30_000)])
+@pytest.mark.parametrize("config", [CLIP, SIGLIP], ids=["clip", "siglip"])
+def test_a_photo_of_any_shape_fills_its_square(config, size, monkeypatch):
+    processor = preprocess.Processor.read(config, 16)
+    plain = processor.fit(Image.new("RGB", size, (200, 30, 40)))
+    assert plain.shape == (16, 16, 3) and (plain == (200, 30, 40)).all()
+    found = processor.fit(noise(*size)).astype(int)
+    monkeypatch.setattr(preprocess, "MAX_PIXELS", 0)  # so that the part that is seen is made alone
+    assert np.abs(processor.fit(noise(*size)) - found).mean() < 1
+
+
+def test_gray_and_transparent_photos_are_seen_as_rgb():
+    processor = preprocess.Processor.read(CLIP, 16)
+    gray = processor.fit(preprocess.open_image(Image.new("L", (20, 20), 90)))
+    assert (gray == 90).all() and gray.shape == (16, 16, 3)
+    clear = processor.fit(preprocess.open_image(Image.new("RGBA", (20, 20), (0, 0, 0, 0))))
+    assert (clear == 255).all()  # over white, as transformers has it since its version 5
+
+
+def test_older_forms_of_a_processors_settings_are_read():
+    old = preprocess.Processor.read({**CLIP, "size": 16, "crop_size": 16}, 16)
+    assert old == preprocess.Processor.read(CLIP, 16)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"crop_size": {"height": 15, "width": 16}},
+        {"size": {"shortest_edge": 15}},
+        {"do_center_crop": False},
+        {"do_resize": False},
+    ],
+    ids=str,
+)
+def test_a_processor_that_does_not_fit_its_tower_is_refused(changes):
+    with pytest.raises(SettingsError, match="does not make the 16 x 16 pixels that config"):
+        preprocess.Processor.read({**CLIP, **changes}, 16)

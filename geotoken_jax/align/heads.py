@@ -31,9 +31,10 @@ class AlignModel(nnx.Module):
 
     def __init__(self, settings: AlignSettings, width: int, *, rngs: nnx.Rngs):
         """width: C, of the backbone's features."""
-        self.image_to_text = Head(width, settings, rngs=rngs)
-        self.image_to_location = Head(width, settings, rngs=rngs)
-        self.text = Head(width, settings, rngs=rngs)
+        shape = (width, settings.hidden, width)
+        self.image_to_text = Head(shape, settings.dropout, rngs=rngs)
+        self.image_to_location = Head(shape, settings.dropout, rngs=rngs)
+        self.text = Head(shape, settings.dropout, rngs=rngs)
         self.location = LocationEncoder(settings.location, width, rngs=rngs)
         # Logarithms: the scales begin at exp(3.99) = 54.
         self.text_scale = nnx.Param(jnp.float32(3.99))
@@ -45,14 +46,15 @@ class AlignModel(nnx.Module):
 
 
 class Head(nnx.Module):
-    """MLP C-hidden-C with ReLU."""
+    """MLP with one hidden layer and ReLU."""
 
-    def __init__(self, width: int, settings: AlignSettings, *, rngs: nnx.Rngs):
-        self.hidden = sharding.linear(width, settings.hidden, ("embed", "mlp"), rngs=rngs)
-        self.output = sharding.linear(settings.hidden, width, ("mlp", "embed"), rngs=rngs)
-        self.dropout = nnx.Dropout(settings.dropout)
+    def __init__(self, shape: tuple[int, int, int], dropout: float, *, rngs: nnx.Rngs):
+        """shape: widths of input, hidden layer and output."""
+        self.hidden = sharding.linear(*shape[:2], ("embed", "mlp"), rngs=rngs)
+        self.output = sharding.linear(*shape[1:], ("mlp", "embed"), rngs=rngs)
+        self.dropout = nnx.Dropout(dropout)
 
-    def __call__(self, x: Float[Array, "B C"], rngs: nnx.Rngs | None = None) -> Float[Array, "B C"]:
+    def __call__(self, x: Float[Array, "B C"], rngs: nnx.Rngs | None = None) -> Float[Array, "B E"]:
         """rngs: source of dropout; None is evaluation, without it."""
         hidden = jax.nn.relu(self.hidden(x))
         return self.output(self.dropout(hidden, deterministic=rngs is None, rngs=rngs))

@@ -36,26 +36,33 @@ class Frequencies(nnx.Variable):
     """Fourier frequencies: saved with the weights, and no nnx.Param, so no optimizer moves them."""
 
 
-class LocationEncoder(nnx.Module):
-    """Coordinates -> vectors of the backbone's width: the sum of the capsules, then an MLP out-out-C."""
+class Capsules(nnx.Module):
+    """Coordinates -> the sum of the capsules' outputs: the whole of GeoCLIP's encoder, and the first part of G3's."""
 
-    def __init__(self, settings: LocationSettings, width: int, *, rngs: nnx.Rngs):
+    def __init__(self, settings: LocationSettings, *, rngs: nnx.Rngs):
         if settings.projection not in PROJECTIONS:
             known = ", ".join(PROJECTIONS)
             raise ValueError(f"align.location.projection is {settings.projection!r}: it must be one of {known}")
         self.projection = settings.projection
         self.capsules = nnx.List([Capsule(settings, sigma, rngs=rngs) for sigma in settings.sigmas])
+
+    def features(self, coordinates: Float[Array, "B 2"]) -> Float[Array, "B E"]:
+        """coordinates: latitude and longitude in degrees."""
+        projected = PROJECTIONS[self.projection](coordinates.astype(jnp.float32))
+        return sum((capsule(projected) for capsule in self.capsules), start=jnp.zeros(()))
+
+
+class LocationEncoder(Capsules):
+    """Coordinates -> vectors of the backbone's width: the sum of the capsules, then an MLP out-out-C."""
+
+    def __init__(self, settings: LocationSettings, width: int, *, rngs: nnx.Rngs):
+        super().__init__(settings, rngs=rngs)
         self.hidden = sharding.linear(settings.out, settings.out, ("embed", "mlp"), rngs=rngs)
         self.output = sharding.linear(settings.out, width, ("mlp", "embed"), rngs=rngs)
 
     def __call__(self, coordinates: Float[Array, "B 2"]) -> Float[Array, "B C"]:
         """coordinates: latitude and longitude in degrees."""
         return self.output(jax.nn.relu(self.hidden(self.features(coordinates))))
-
-    def features(self, coordinates: Float[Array, "B 2"]) -> Float[Array, "B E"]:
-        """Returns the sum of the capsules' outputs, which is the whole of GeoCLIP's encoder."""
-        projected = PROJECTIONS[self.projection](coordinates.astype(jnp.float32))
-        return sum((capsule(projected) for capsule in self.capsules), start=jnp.zeros(()))
 
 
 class Capsule(nnx.Module):

@@ -1,6 +1,8 @@
 """Alignment as a task of the train loop."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,24 @@ from flax import nnx
 
 from geotoken_jax.align import loss as contrast
 from geotoken_jax.align.heads import AlignModel, AlignSettings
+from geotoken_jax.align.loss import LossSettings, Targets
+
+
+class Queue(nnx.Variable):
+    """Coordinates [Q, 2] of the last photos, the newest first; NaN before there were so many."""
+
+
+class TrainedAlignModel(AlignModel):
+    """The alignment model with what its losses alone need, which is not in the file of parameters."""
+
+    def __init__(self, settings: AlignSettings, width: int, loss: LossSettings, *, rngs: nnx.Rngs):
+        super().__init__(settings, width, rngs=rngs)
+        if loss.kind == "sigmoid":  # SigLIP's beginnings: nearly all pairs are none
+            self.text_scale[...] = self.location_scale[...] = jnp.float32(math.log(10))
+            self.text_bias = nnx.Param(jnp.float32(-10), training_only=True)
+            self.location_bias = nnx.Param(jnp.float32(-10), training_only=True)
+        if loss.queue:
+            self.queue = Queue(jnp.full((loss.queue, 2), jnp.nan), training_only=True)
 
 
 class AlignTask:
@@ -17,9 +37,16 @@ class AlignTask:
     latitude and longitude in degrees; in evaluation also valid [B], False for what only fills the batch up.
     """
 
-    def __init__(self, settings: AlignSettings, width: int):
-        """width: C, of the backbone's features."""
-        self.settings, self.width = settings, width
+    def __init__(
+        self,
+        settings: AlignSettings,
+        width: int,
+        loss: LossSettings | None = None,
+        start: Callable[[AlignModel], None] | None = None,
+    ):
+        """width: C, of the backbone's features. loss: None for a model that is read and not trained. start: puts
+        parameters trained elsewhere into a new model."""
+        self.settings, self.width, self._loss, self._start = settings, width, loss, start
 
     @property
     def flops(self) -> float:
@@ -28,32 +55,50 @@ class AlignTask:
         return 6.0 * sum(p.size for p in jax.tree.leaves(params))
 
     def init(self, rngs: nnx.Rngs) -> AlignModel:
-        return AlignModel(self.settings, self.width, rngs=rngs)
+        if self._loss is None:
+            return AlignModel(self.settings, self.width, rngs=rngs)
+        model = TrainedAlignModel(self.settings, self.width, self._loss, rngs=rngs)
+        if self._start:
+            self._start(model)
+        return model
 
     def loss(
-        self, model: AlignModel, batch: Mapping[str, jax.Array], key: jax.Array | None
+        self, model: TrainedAlignModel, batch: Mapping[str, jax.Array], key: jax.Array | None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Returns InfoNCE(text) + InfoNCE(location), and metrics. key: of dropout; None is evaluation."""
+        """Returns the losses of text and of location, summed, and metrics. key: of dropout; None is evaluation, which
+        neither reads the queue nor adds to it."""
+        assert self._loss, "a task without a loss"
         rngs = None if key is None else nnx.Rngs(dropout=key)
         image, text, coordinates = batch["image"], batch["text"], batch["coordinates"]
         valid = batch.get("valid", jnp.ones(len(image), bool))
-        text_loss, text_accuracy = contrast.info_nce(
-            model.text(text, rngs),
-            model.image_to_text(image, rngs),
-            model.text_scale[...],
-            present=valid & (text != 0).any(axis=1),
-            same=contrast.same_rows(text),
-        )
-        location_loss, location_accuracy = contrast.info_nce(
-            model.location(coordinates),
-            model.image_to_location(image, rngs),
-            model.location_scale[...],
-            present=valid,
-            same=contrast.same_rows(coordinates),
-        )
+        has_text = valid & (text != 0).any(axis=1)
+        texts = Targets(model.text(text, rngs), contrast.fingerprint(text), has_text)
+        text_loss, text_accuracy = self._contrast(model, "text", model.image_to_text(image, rngs), texts)
+        places = Targets(model.location(coordinates), contrast.places(coordinates), valid)
+        queue = None
+        if self._loss.queue and key is not None:
+            past = model.queue[...]
+            model.queue[...] = jnp.concatenate([coordinates, past])[: self._loss.queue]
+            known = jnp.isfinite(past).all(axis=1)
+            past = jnp.where(known[:, None], past, 0)
+            queue = Targets(model.location(past), contrast.places(past), known)
+        location_loss, location_accuracy = self._contrast(
+            model, "location", model.image_to_location(image, rngs), places,
+            reach=contrast.reach(self._loss.same_within_km), queue=queue,
+        )  # fmt: skip
         return text_loss + location_loss, {
             "text_loss": text_loss,
             "location_loss": location_loss,
             "text_accuracy": text_accuracy,
             "location_accuracy": location_accuracy,
         }
+
+    def _contrast(
+        self, model: TrainedAlignModel, modality: str, photos: jax.Array, targets: Targets, **options: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        assert self._loss
+        scale = getattr(model, f"{modality}_scale")[...]
+        if self._loss.kind == "sigmoid":
+            bias = getattr(model, f"{modality}_bias")[...]
+            return contrast.sigmoid(photos, targets, scale, bias, chunk=self._loss.chunk, **options)
+        return contrast.info_nce(photos, targets, scale, chunk=self._loss.chunk, **options)

@@ -1,9 +1,10 @@
-"""Line charts as inline SVG: small, the same bytes every time, and colored by the page's style sheet in both themes."""
+"""Charts as inline SVG: small, the same bytes every time, and colored by the page's style sheet in both themes."""
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -48,11 +49,8 @@ def chart(
         span = y_ticks[-1] - y_ticks[0]
         return _HEIGHT - _BOTTOM - (np.asarray(y) - y_ticks[0]) / span * (_HEIGHT - _TOP - _BOTTOM)
 
-    bottom, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
-    parts = [f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}">']
-    for y in y_ticks:
-        parts.append(f'<path class="grid" d="M{_LEFT} {up(y):.1f}H{right}"/>')
-        parts.append(f'<text x="{_LEFT - 7}" y="{up(y) + 4:.1f}" text-anchor="end">{_number(y)}</text>')
+    bottom = _HEIGHT - _BOTTOM
+    parts = [_opening(title), *_across(y_ticks, up)]
     for x in x_ticks:
         parts.append(f'<text x="{across(x):.1f}" y="{bottom + 17}" text-anchor="middle">{_number(x)}</text>')
     for x in marks:
@@ -63,13 +61,66 @@ def chart(
         parts.append(
             f'<polyline class="c{s.color % 8} {s.look}" points="{points}"><title>{escape(s.name)}</title></polyline>'
         )
-    middle = (_LEFT + right) / 2
-    parts.append(f'<text class="axis" x="{middle}" y="{_HEIGHT - 8}" text-anchor="middle">{escape(x_label)}</text>')
-    parts.append(
-        f'<text class="axis" transform="translate(13 {(_TOP + bottom) / 2}) rotate(-90)" text-anchor="middle">'
-        f"{escape(y_label)}</text></svg>"
-    )
-    return "".join(parts)
+    return "".join([*parts, *_labels(x_label, y_label), "</svg>"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Bars:
+    """One bar in each group, and its interval (NaN for none). color: number of the page's palette. NaN draws no bar."""
+
+    name: str
+    color: int
+    values: Float[np.ndarray, "n"]
+    low: Float[np.ndarray, "n"]
+    high: Float[np.ndarray, "n"]
+
+
+def bars(groups: Sequence[str], series: Sequence[Bars], *, title: str, x_label: str, y_label: str) -> str:
+    """Returns a chart of bars from zero, side by side in their groups, as <svg>."""
+    y_ticks = _ticks(0.0, max(np.nanmax(np.fmax(s.values, s.high), initial=0.0) for s in series))
+    bottom = _HEIGHT - _BOTTOM
+    room = (_WIDTH - _LEFT - _RIGHT) / len(groups)
+    step = 0.8 * room / len(series)
+
+    def up(y):
+        return bottom - y / y_ticks[-1] * (bottom - _TOP)
+
+    parts = [_opening(title), *_across(y_ticks, up)]
+    for i, group in enumerate(groups):
+        x = _LEFT + (i + 0.5) * room
+        parts.append(f'<text x="{x:.1f}" y="{bottom + 17}" text-anchor="middle">{escape(group)}</text>')
+        for k, s in enumerate(series):
+            if np.isnan(s.values[i]):
+                continue
+            x = _LEFT + (i + 0.1) * room + (k + 0.5) * step
+            bar = f'd="M{x:.1f} {bottom}V{up(s.values[i]):.1f}" stroke-width="{0.86 * step:.1f}"'
+            value = f"{s.name}, {group}: {s.values[i]:.1f}"
+            parts.append(f'<path class="c{s.color % 8}" {bar}><title>{escape(value)}</title></path>')
+            if not np.isnan(s.low[i]):
+                parts.append(f'<path class="whisker" d="M{x:.1f} {up(s.low[i]):.1f}V{up(s.high[i]):.1f}"/>')
+    return "".join([*parts, *_labels(x_label, y_label), "</svg>"])
+
+
+def _opening(title: str) -> str:
+    return f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}">'
+
+
+def _across(ticks: Sequence[float], up: Callable[[float], Any]) -> list[str]:
+    """Returns the horizontal lines and their numbers. up: value -> SVG units."""
+    return [
+        f'<path class="grid" d="M{_LEFT} {up(y):.1f}H{_WIDTH - _RIGHT}"/>'
+        f'<text x="{_LEFT - 7}" y="{up(y) + 4:.1f}" text-anchor="end">{_number(y)}</text>'
+        for y in ticks
+    ]
+
+
+def _labels(x_label: str, y_label: str) -> list[str]:
+    middle, height = (_LEFT + _WIDTH - _RIGHT) / 2, (_TOP + _HEIGHT - _BOTTOM) / 2
+    return [
+        f'<text class="axis" x="{middle}" y="{_HEIGHT - 8}" text-anchor="middle">{escape(x_label)}</text>',
+        f'<text class="axis" transform="translate(13 {height}) rotate(-90)" text-anchor="middle">'
+        f"{escape(y_label)}</text>",
+    ]
 
 
 def _ticks(low: float, high: float) -> list[float]:

@@ -89,6 +89,24 @@ def run(config: Any, workdir: epath.PathLike) -> stages.Manifest:
     """Scores every variant under predictions/ on every split, and writes report/metrics.json and report/index.html."""
     workdir = epath.Path(workdir)
     options = settings.read(EvaluateSettings, config.evaluate, "evaluate")
+    folders = predicted(workdir, options)
+    stage = stages.begin(workdir, "report", {"name": config.name, "evaluate": options}, ["photos", "gallery", *folders])
+    if stage.manifest:
+        return stage.manifest
+    truths, methods = read_predictions(workdir, folders, options)
+    scores = {
+        split: score(methods[split], truth, options.reference, options.resamples, options.seed)
+        for split, truth in truths.items()
+    }
+    metrics = {"resamples": options.resamples, "seed": options.seed, "splits": scores}
+    stages.write_json(stage.path / "metrics.json", metrics)
+    page = report.page(workdir, config.name, metrics, truths, methods, options)
+    stages.write_bytes(stage.path / "index.html", page.encode())
+    return stage.finish({"variants": len(folders), **{split: len(truth.ids) for split, truth in truths.items()}})
+
+
+def predicted(workdir: epath.Path, options: EvaluateSettings) -> list[str]:
+    """Returns the folders of predictions. Raises StageError if the reference is not among them."""
     folder = workdir / "predictions"
     variants = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.exists() else []
     if options.reference not in variants:
@@ -96,26 +114,27 @@ def run(config: Any, workdir: epath.PathLike) -> stages.Manifest:
             f"config.evaluate.reference is {options.reference!r}, and {folder} holds "
             f"{', '.join(variants) or 'nothing'}: run `geotoken predict` for it first, or name one that is there"
         )
-    inputs = ["photos", "gallery", *(f"predictions/{variant}" for variant in variants)]
-    stage = stages.begin(workdir, "report", {"name": config.name, "evaluate": options}, inputs)
-    if stage.manifest:
-        return stage.manifest
-    files = {(path.stem, path.parent.name): path for path in folder.glob("*/*.jsonl")}
-    truths, methods, scores = {}, {}, {}
+    return [f"predictions/{variant}" for variant in variants]
+
+
+def read_predictions(
+    workdir: epath.Path, folders: Sequence[str], options: EvaluateSettings
+) -> tuple[dict[str, Points], dict[str, list[Method]]]:
+    """Returns truth and methods by split, in the order to show: what is called test comes first.
+
+    `extra` of the truth holds the author and the place names.
+    """
+    files = {(path.stem, path.parent.name): path for folder in folders for path in (workdir / folder).glob("*.jsonl")}
+    truths, methods = {}, {}
     for split in sorted({split for split, _ in files}, key=lambda name: (not name.startswith("test"), name)):
         truth = truths[split] = _photos(workdir, split)
         found = []
-        for variant in variants:
+        for variant in (folder.split("/")[1] for folder in folders):
             if (split, variant) in files:
                 points = read_points(files[split, variant])
                 found += methods_of(points, truth, variant, options.labels.get(variant, variant))
         methods[split] = in_order(found, options.reference)
-        scores[split] = score(methods[split], truth, options.reference, options.resamples, options.seed)
-    metrics = {"resamples": options.resamples, "seed": options.seed, "splits": scores}
-    stages.write_json(stage.path / "metrics.json", metrics)
-    page = report.page(workdir, config.name, metrics, truths, methods, options)
-    stages.write_bytes(stage.path / "index.html", page.encode())
-    return stage.finish({"variants": len(variants), **{split: len(truth.ids) for split, truth in truths.items()}})
+    return truths, methods
 
 
 def compare_files(
@@ -189,8 +208,9 @@ def methods_of(points: Points, truth: Points, variant: str, label: str) -> list[
     def method(choice: str, name: str, coordinates: Float[np.ndarray, "p 2"], bound: bool = False) -> Method:
         placed = np.full((len(truth.ids), 2), np.nan)
         placed[rows] = coordinates
-        off = np.nan_to_num(distance.great_circle_km(*placed.T, *truth.coordinates.T), nan=FARTHEST_KM)
-        return Method(variant, choice, name, not bound and choice == main, baseline, bound, placed, off)
+        return Method(
+            variant, choice, name, not bound and choice == main, baseline, bound, placed, off_km(placed, truth)
+        )
 
     named = len(chosen) > 1 or not baseline
     methods = [
@@ -205,6 +225,11 @@ def methods_of(points: Points, truth: Points, variant: str, label: str) -> list[
         name = f"Best of {most} neighbors" if baseline else f"{label}: ideal of {most} candidates"
         methods.append(method("ideal", name, candidates[each, nearest], bound=True))
     return methods
+
+
+def off_km(placed: Float[np.ndarray, "n 2"], truth: Points) -> Float[np.ndarray, "n"]:
+    """Returns how far from the truth each photo was placed; NaN is FARTHEST_KM off."""
+    return np.nan_to_num(distance.great_circle_km(*placed.T, *truth.coordinates.T), nan=FARTHEST_KM)
 
 
 def in_order(methods: Sequence[Method], reference: str) -> list[Method]:

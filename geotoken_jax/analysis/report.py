@@ -7,7 +7,6 @@ import base64
 import io
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from PIL import Image, ImageOps
 
 from geotoken_jax import records
 from geotoken_jax import workdir as stages
-from geotoken_jax.analysis import charts, worldmap
+from geotoken_jax.analysis import charts, frame, worldmap
 from geotoken_jax.gallery.table import Table
 from geotoken_jax.geo import distance
 
@@ -49,20 +48,22 @@ def page(
     """Returns the page. name: of the configuration. truths, methods: by split, in the order to show; metrics: of
     `evaluate.run`."""
     shown = _SHOWN_SPLIT if _SHOWN_SPLIT in truths else next(iter(truths))
-    parts = {
-        "title": "GeoToken: where were these photos taken?",
-        "world": worldmap.background(),
-        "headline": _headline(workdir, name, metrics, shown, options),
-        "accuracy": _accuracy(metrics, options.reference),
-        "differences": _differences(metrics),
-        "distance": _distance(methods, options.reference),
-        "map_data": _map_data(workdir, truths, methods, options),
-        "photos": _photos(workdir, shown, truths[shown], methods[shown], options.reference),
-        "training": _training(workdir, options.labels),
-        "made": _made(workdir, metrics),
-    }
-    template = epath.resource_path("geotoken_jax.analysis").joinpath("report.html").read_text()
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
+    sections = [
+        frame.Section("world-map", "Map", "On the map", _map(workdir, truths, methods, options)),
+        frame.Section("accuracy", "Accuracy", "Accuracy", _accuracy(metrics, options.reference)),
+        frame.Section("differences", "Differences", "Differences", _differences(metrics)),
+        frame.Section("distance", "Distance", "Accuracy against distance", _distance(methods, options.reference)),
+        frame.Section(
+            "photos",
+            "Photos",
+            "Best, median and worst",
+            _photos(workdir, shown, truths[shown], methods[shown], options.reference),
+        ),
+        frame.Section("training", "Training", "Training", _training(workdir, options.labels)),
+        frame.Section("made", "How it was made", "How it was made", _made(workdir, metrics)),
+    ]
+    headline = _headline(workdir, name, metrics, shown, options)
+    return frame.page("GeoToken: where were these photos taken?", headline, sections)
 
 
 def _headline(
@@ -79,9 +80,8 @@ def _headline(
             gain = 100 * (a["value"] - other)
             tick = f'<b style="left:{100 * other:.1f}%"></b>'
             sign = "up" if gain > 0 else "down" if gain < 0 else ""
-            versus = (
-                f'<small><span class="{sign}">{_signed(gain)} points</span> against {escape(rival["name"])}</small>'
-            )
+            points = f'<span class="{sign}">{frame.signed(gain)} points</span>'
+            versus = f"<small>{points} against {escape(rival['name'])}</small>"
         tiles.append(
             f"<li><small>within {a['km']:,} km</small><strong>{100 * a['value']:.1f} %</strong>"
             f'<div class="bar"><i style="width:{100 * a["value"]:.1f}%"></i>{tick}</div>{versus}</li>'
@@ -93,7 +93,7 @@ def _headline(
     facts = {
         "Configuration": name,
         "Photos": f"{source} " + ", ".join(f"{part} {count:,}" for part, count in photos.counts.items()),
-        "Median error": f"{_km(main['median_km'])} on {split}",
+        "Median error": f"{frame.km(main['median_km'])} on {split}",
         "Seeds": ", ".join(f"{part} {seed}" for part, seed in _seeds(workdir, options.reference).items()),
     }
     return (
@@ -132,27 +132,26 @@ def _accuracy(metrics: Mapping[str, Any], reference: str) -> str:
         rows = []
         for m in scores["methods"]:
             look = "bound" if m["bound"] else "reference" if m["main"] and m["variant"] == reference else ""
-            cells = "".join(
-                f"<td{' class=best' if not m['bound'] and a['value'] == top > 0 else ''}>{100 * a['value']:.1f}"
-                f"<small>{100 * a['low']:.1f}&ndash;{100 * a['high']:.1f}</small></td>"
+            cells = [
+                frame.percents(a, "best" if not m["bound"] and a["value"] == top > 0 else "")
                 for a, top in zip(m["accuracy"], best, strict=True)
-            )
+            ]
             g = m["geoscore"]
-            rows.append(
-                f'<tr class="{look}"><th scope="row">{escape(m["name"])}{" (bound)" if m["bound"] else ""}</th>{cells}'
+            cells += [
                 f"<td>{m['median_km']:,.1f}</td><td>{m['mean_km']['value']:,.0f}</td>"
-                f"<td>{g['value']:,.0f}<small>{g['low']:,.0f}&ndash;{g['high']:,.0f}</small></td></tr>"
-            )
+                f"<td>{g['value']:,.0f}<small>{g['low']:,.0f}&ndash;{g['high']:,.0f}</small></td>"
+            ]
+            rows.append(frame.row(m["name"] + (" (bound)" if m["bound"] else ""), cells, look))
             if m["missing"]:
                 notes.append(
                     f"{split}: {m['name']} has no prediction for {m['missing']:,} photos; they count as wrong."
                 )
-        bodies.append(_body(split, scores, 9, rows))
+        bodies.append(frame.body(9, rows, split, _size(scores)))
     return (
         "<p>Percent of photos placed within a distance of the truth, with 95 % bootstrap intervals, resampled by "
         "author where authors are known. The best choice of each column is bold. A bound knows the truth: it shows "
         "what a perfect choice among the same candidates would reach.</p>"
-        + _table([f"{km:,} km" for km in distance.THRESHOLDS_KM] + ["median km", "mean km", "GeoScore"], bodies)
+        + frame.table(["Method", *frame.thresholds(), "median km", "mean km", "GeoScore"], bodies)
         + "".join(f"<p>{escape(note)}</p>" for note in notes)
     )
 
@@ -160,39 +159,22 @@ def _accuracy(metrics: Mapping[str, Any], reference: str) -> str:
 def _differences(metrics: Mapping[str, Any]) -> str:
     bodies = []
     for split, scores in metrics["splits"].items():
-        rows = []
-        for m in scores["differences"]:
-            cells = []
-            for a in m["accuracy"]:
-                sure = "up" if a["low"] > 0 else "down" if a["high"] < 0 else ""
-                interval = f"{_signed(100 * a['low'])} to {_signed(100 * a['high'])}"
-                value = f'<span class="{sure}">{_signed(100 * a["value"])}</span>'
-                cells.append(f'<td title="p = {a["p"]:.4f}">{value}<small>{interval}</small></td>')
-            rows.append(f'<tr><th scope="row">{escape(m["name"])}</th>{"".join(cells)}</tr>')
+        rows = [frame.row(m["name"], map(frame.points, m["accuracy"])) for m in scores["differences"]]
         if rows:
-            bodies.append(_body(split, scores, 6, rows))
+            bodies.append(frame.body(6, rows, split, _size(scores)))
     if not bodies:
         return "<p>There is nothing to compare the reference with.</p>"
     reference = next(scores["reference"] for scores in metrics["splits"].values() if scores["reference"])
     return (
         f"<p>Points above (+) or below (&minus;) <b>{escape(reference)}</b>, over the same resamples of the same "
         "photos. Color marks the differences whose 95 % interval excludes zero.</p>"
-        + _table([f"{km:,} km" for km in distance.THRESHOLDS_KM], bodies)
+        + frame.table(["Method", *frame.thresholds()], bodies)
     )
 
 
-def _table(columns: Sequence[str], bodies: Sequence[str]) -> str:
-    head = "".join(f'<th scope="col">{column}</th>' for column in ["Method", *columns])
-    return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="Table"><table><thead><tr>{head}</tr></thead>'
-        f"{''.join(bodies)}</table></div>"
-    )
-
-
-def _body(split: str, scores: Mapping[str, Any], columns: int, rows: Sequence[str]) -> str:
+def _size(scores: Mapping[str, Any]) -> str:
     authors = f", {scores['authors']:,} authors" if scores["authors"] else ""
-    head = f'{escape(split)} <span class="muted">{scores["photos"]:,} photos{authors}</span>'
-    return f'<tbody><tr><th scope="rowgroup" colspan="{columns}">{head}</th></tr>{"".join(rows)}</tbody>'
+    return f"{scores['photos']:,} photos{authors}"
 
 
 def _distance(methods: Mapping[str, Sequence["Method"]], reference: str) -> str:
@@ -219,8 +201,10 @@ def _distance(methods: Mapping[str, Sequence["Method"]], reference: str) -> str:
             log_x=True,
             marks=distance.THRESHOLDS_KM,
         )
-        figures.append(_figure(split, panel))
-    legend = _legend((m.name + (" (bound)" if m.bound else ""), colors[m.variant], _look(m)) for m in each.values())
+        figures.append(frame.figure(split, panel))
+    legend = frame.legend(
+        (m.name + (" (bound)" if m.bound else ""), colors[m.variant], _look(m)) for m in each.values()
+    )
     return (
         "<p>How many photos are within a distance of the truth, at every distance; the dotted lines are the "
         f'thresholds of the table.</p>{legend}<div class="charts">{"".join(figures)}</div>'
@@ -229,19 +213,6 @@ def _distance(methods: Mapping[str, Sequence["Method"]], reference: str) -> str:
 
 def _look(method: "Method") -> str:
     return "dashed" if method.bound else "solid" if method.main else "dotted"
-
-
-def _legend(items: Iterable[tuple[str, int, str]]) -> str:
-    lines = (
-        f'<li><svg viewBox="0 0 26 10" aria-hidden="true"><path class="c{color % 8} {look}" d="M0 5h26"/></svg>'
-        f"{escape(name)}</li>"
-        for name, color, look in items
-    )
-    return f'<ul class="legend">{"".join(lines)}</ul>'
-
-
-def _figure(caption: str, drawn: str) -> str:
-    return f'<figure class="panel"><figcaption>{escape(caption)}</figcaption>{drawn}</figure>'
 
 
 def _training(workdir: epath.Path, labels: Mapping[str, str]) -> str:
@@ -257,10 +228,10 @@ def _training(workdir: epath.Path, labels: Mapping[str, str]) -> str:
         if series:
             name = "Alignment" if path.parent.name == "align" else labels.get(path.parent.name, path.parent.name)
             title = f"Loss of {name} on train and validation photos over training steps"
-            figures.append(_figure(name, charts.chart(series, title=title, x_label="step", y_label="loss")))
+            figures.append(frame.figure(name, charts.chart(series, title=title, x_label="step", y_label="loss")))
     if not figures:
         return "<p>No model here kept its training metrics.</p>"
-    legend = _legend([("train", 0, "solid"), ("validation", 1, "solid"), ("parts of either loss", 7, "faint")])
+    legend = frame.legend([("train", 0, "solid"), ("validation", 1, "solid"), ("parts of either loss", 7, "faint")])
     return f'<p>Loss over training steps.</p>{legend}<div class="charts">{"".join(figures)}</div>'
 
 
@@ -283,13 +254,13 @@ def _curves(path: epath.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return curves
 
 
-def _map_data(
+def _map(
     workdir: epath.Path,
     truths: Mapping[str, "Points"],
     methods: Mapping[str, Sequence["Method"]],
     options: "EvaluateSettings",
 ) -> str:
-    """Returns what the page's script draws, as JSON that is safe inside <script>."""
+    """Returns the map, with what its script draws as JSON that is safe inside <script>."""
     names = {m.variant: m.name for split in methods.values() for m in split if m.main}
     splits = {}
     for split, truth in truths.items():
@@ -316,7 +287,8 @@ def _map_data(
         "reference": list(names).index(options.reference),
         "splits": splits,
     }
-    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    listed = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    return frame.fill("map.html", {"data": listed})
 
 
 def _guess(method: "Method | None", row: int) -> list[float] | None:
@@ -357,15 +329,18 @@ def _photos(workdir: epath.Path, split: str, truth: "Points", methods: Sequence[
 
 
 class Gallery:
-    """The photos that neighbors are: ids and coordinates of gallery/, and of those asked for what photos/ has."""
+    """The photos that neighbors are: ids and coordinates of gallery/, and of those asked for what photos/ has.
 
-    def __init__(self, workdir: epath.Path, neighbors: Iterable[str]):
-        """neighbors: ids of those that are to be shown."""
-        self._photos = records.Photos(workdir / "photos", _GALLERY)
-        table = Table(workdir / "gallery")
+    Those of another split and its table in the same way, where one is named.
+    """
+
+    def __init__(self, workdir: epath.Path, wanted: Iterable[str], split: str = _GALLERY):
+        """wanted: ids of those that are to be shown."""
+        self._photos = records.Photos(workdir / "photos", split)
+        table = Table(workdir / "gallery" if split == _GALLERY else workdir / "queries" / split)
         self._ids = np.asarray(table.ids())
         self._vectors = distance.to_unit_vectors(*table.coordinates().T)
-        rows = np.flatnonzero(np.isin(self._ids, np.array([name.encode() for name in neighbors], self._ids.dtype)))
+        rows = np.flatnonzero(np.isin(self._ids, np.array([name.encode() for name in wanted], self._ids.dtype)))
         self._row = {bytes(self._ids[row]).decode(): int(row) for row in rows}
 
     def near(self, at: Float[np.ndarray, "2"]) -> str:
@@ -381,7 +356,7 @@ class Gallery:
             return '<span class="none"></span>'
         photo = self._photo(self._row[name])
         place = escape(_place(photo) or name)
-        return f'<img alt="Neighbor: {place}" title="{place}" src="{_data_uri(photo["image"], 72)}">'
+        return f'<img alt="{place}" title="{place}" src="{_data_uri(photo["image"], 72)}">'
 
     def _photo(self, row: int) -> dict[str, Any]:
         """Returns the photo of a row; photos/ has the same order, and also the few photos that `embed` dropped."""
@@ -404,12 +379,13 @@ def _card(photo: Mapping[str, Any], row: Mapping[str, Any], gallery: Gallery) ->
     }
     small = worldmap.small_map(points, "Map of truth, prediction, candidates and neighbors", ("truth", "guess"))
     strip = "".join(
-        f"<li>{gallery.image(n['id'])}<small>{_number(_off(n, truth))}</small></li>" for n in neighbors[:_NEIGHBORS]
+        f"<li>{gallery.image(n['id'])}<small>{frame.number(_off(n, truth))}</small></li>"
+        for n in neighbors[:_NEIGHBORS]
     )
     strip = f'<h5>Neighbors, and their km from the truth</h5><ul class="strip">{strip}</ul>' if strip else ""
     return (
         f'<article class="card"><header><h4>{escape(place or "Place not named")}</h4>'
-        f"<b>{_km(distance.great_circle_km(*truth, *guess))} off</b></header>"
+        f"<b>{frame.km(distance.great_circle_km(*truth, *guess))} off</b></header>"
         f'<p class="at">{_degrees(truth)} &rarr; {_degrees(guess)}{f", near {escape(near)}" if near else ""}<br>'
         f"id {escape(photo['id'])}</p>"
         f'<div class="pair"><img alt="Photo taken at {escape(place) or _degrees(truth)}" '
@@ -435,8 +411,9 @@ def _candidates(row: Mapping[str, Any], truth: Float[np.ndarray, "2"], gallery: 
         near = escape(gallery.near(at))
         lines.append(
             f'<tr><td title="{_degrees(at)}">{near or _degrees(at)}{names}</td>'
-            f"<td>{_km(distance.great_circle_km(*at, *truth))}</td>"
-            f'<td><meter value="{probability:.6f}" aria-label="probability"></meter> {_percent(probability)}</td></tr>'
+            f"<td>{frame.km(distance.great_circle_km(*at, *truth))}</td>"
+            f'<td><meter value="{probability:.6f}" aria-label="probability"></meter> '
+            f"{frame.percent(probability)}</td></tr>"
         )
     return (
         f"<h5>Likeliest {len(lines)} of {len(places)} places, and their probability</h5>"
@@ -446,25 +423,14 @@ def _candidates(row: Mapping[str, Any], truth: Float[np.ndarray, "2"], gallery: 
 
 def _made(workdir: epath.Path, metrics: Mapping[str, Any]) -> str:
     folders = [path.parent for pattern in ("*", "*/*") for path in sorted(workdir.glob(f"{pattern}/manifest.json"))]
-    parts = []
-    for folder in folders:
-        name = folder.relative_to(workdir).as_posix()
-        if name != "report":
-            manifest = stages.read_manifest(workdir, name)
-            text = {
-                "settings": manifest.settings,
-                "counts": manifest.counts,
-                "dropped": manifest.dropped,
-                **manifest.facts,
-            }
-            listed = escape(json.dumps(text, indent=1, sort_keys=True, ensure_ascii=False), quote=False)
-            parts.append(f"<details><summary>{escape(name)}/</summary><pre>{listed}</pre></details>")
+    names = [folder.relative_to(workdir).as_posix() for folder in folders]
+    listed = frame.made(workdir, [name for name in names if name.split("/")[0] not in ("report", "audit")])
     return (
         "<p>Each folder of the work directory, with the settings it was made with, what it holds, and what was "
-        f"dropped on the way.</p>{''.join(parts)}"
+        f"dropped on the way.</p>{listed}"
         "<p>A missing prediction counts as wrong at every threshold, and as half the Earth's circumference in medians "
-        f"and means. Intervals: percentiles 2.5 and 97.5 of {metrics['resamples']:,} bootstrap resamples of authors, "
-        "or of photos where authors are not known. Every number of this page is in metrics.json beside it.</p>"
+        f"and means. {frame.intervals(metrics['resamples'])} Every number of this page is in metrics.json beside it."
+        "</p>"
     )
 
 
@@ -504,22 +470,6 @@ def _place(names: Mapping[str, Any]) -> str:
 
 def _degrees(at: Float[np.ndarray, "2"]) -> str:
     return f"{at[0]:.3f}, {at[1]:.3f}".replace("-", "&minus;")
-
-
-def _km(value: Any) -> str:
-    return f"{1000 * float(value):.0f} m" if value < 1 else f"{_number(value)} km"
-
-
-def _number(value: Any) -> str:
-    return f"{float(value):.1f}" if value < 100 else f"{float(value):,.0f}"
-
-
-def _percent(probability: float) -> str:
-    return f"{100 * probability:.1f} %" if probability >= 0.001 else "< 0.1 %"
-
-
-def _signed(points: float) -> str:
-    return "0.0" if abs(points) < 0.05 else f"{points:+.1f}".replace("-", "&minus;")
 
 
 def _rounded(values: Float[np.ndarray, "n"], digits: int) -> list[float]:

@@ -1,16 +1,23 @@
-"""Maps for the report: equirectangular, one degree an SVG unit, longitude + 180 across and 90 - latitude down."""
+"""Maps for the pages: equirectangular, one degree an SVG unit, longitude + 180 across and 90 - latitude down."""
 
 import base64
 import importlib.util
 import io
 from collections.abc import Mapping, Sequence
+from html import escape
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int, UInt64
 from PIL import Image, ImageEnhance
+
+from geotoken_jax.geo.cells import CellScheme
 
 #: Pixels of the background: about 20 km each at the equator, 130 KB.
 _SIZE = (2048, 1024)
+#: Pixels of a map of cells: a quarter of a degree each.
+_CELLS = (1440, 720)
+#: From few to many; the style sheet turns lightness around on dark pages.
+SHADES = ("#fde58a", "#fdb863", "#f5804b", "#dd4a4c", "#ad2470", "#721a7c", "#3a1166")
 
 
 def background() -> str:
@@ -32,6 +39,36 @@ def background() -> str:
     pale.save(out, "JPEG", quality=70)
     data = base64.b64encode(out.getvalue()).decode()
     return f'<image class="relief" width="360" height="180" href="data:image/jpeg;base64,{data}"/>{graticule}'
+
+
+def cell_map(scheme: CellScheme, cells: UInt64[np.ndarray, "n"], shades: Int[np.ndarray, "n"], label: str) -> str:
+    """Returns a map of the world as <svg> with S2 cells in colors. cells: ids, ascending. shades: index into SHADES."""
+    width, height = _CELLS
+    longitude, latitude = (np.arange(width) + 0.5) * 360 / width - 180, 90 - (np.arange(height) + 0.5) * 180 / height
+    ids = scheme.cell_ids(np.asarray(scheme.encode(latitude[:, None], longitude)))
+    at = np.minimum(np.searchsorted(cells, ids), len(cells) - 1)
+    image = Image.fromarray(np.where(cells[at] == ids, 1 + shades[at], 0).astype(np.uint8), "P")
+    image.putpalette(bytes.fromhex("000000" + "".join(SHADES).replace("#", "")))
+    out = io.BytesIO()
+    image.save(out, "PNG", transparency=0, optimize=True)
+    data = base64.b64encode(out.getvalue()).decode()
+    return _world(f'<image class="cells" width="360" height="180" href="data:image/png;base64,{data}"/>', label)
+
+
+def dot_map(points: Mapping[str, Float[np.ndarray, "n 2"]], label: str) -> str:
+    """Returns a map of the world as <svg> with dots. points: CSS class -> latitudes and longitudes in degrees, drawn in
+    order."""
+    dots = (
+        f'<path class="dot {name}" d="{"".join(f"M{lon + 180:.2f} {90 - lat:.2f}h0" for lat, lon in at)}"/>'
+        for name, at in points.items()
+        if len(at)
+    )
+    return _world("".join(dots), label)
+
+
+def _world(drawn: str, label: str) -> str:
+    view = f'viewBox="0 0 360 180" role="img" aria-label="{escape(label)}"'
+    return f'<svg class="world-map" {view}><use href="#world"/>{drawn}</svg>'
 
 
 def small_map(points: Mapping[str, Float[np.ndarray, "n 2"]], label: str, names: Sequence[str]) -> str:

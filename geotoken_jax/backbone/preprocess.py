@@ -1,12 +1,17 @@
 """What every backbone needs before its first number: a photo as an RGB image, a place's names as a sentence."""
 
+import dataclasses
 import io
 import os
+from collections.abc import Mapping
 from typing import IO, Any
 
 import numpy as np
 from etils import epath
+from jaxtyping import Float32, UInt8
 from PIL import Image
+
+from geotoken_jax.settings import SettingsError
 
 #: Largest image taken in, read from its header: decoded it is 300 MB.
 MAX_PIXELS = 100_000_000
@@ -67,6 +72,70 @@ def place_text(city: str, state: str, country: str) -> str:
     """Returns the sentence that stands for a place, missing names dropped; empty if all are missing (G3's prompt)."""
     names = [name for name in (city, state, country) if name]
     return f"A street view photo taken in {', '.join(names)}" if names else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Processor:
+    """A published image processor: a photo is resized, its center cut out, then rescaled and normalized.
+
+    side: of what comes out, in pixels. shortest: of the resized photo's two sides; None: it is resized to `side` twice,
+    whatever its shape. scale, mean, std: a pixel of 0 ... 255 times scale, less its channel's mean, over its deviation.
+    """
+
+    side: int
+    shortest: int | None
+    resample: Image.Resampling
+    scale: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any], side: int) -> "Processor":
+        """Returns the processor of a preprocessor_config.json; side: what the checkpoint is made for.
+
+        Raises SettingsError if what comes out has another side.
+        """
+        size, crop = config.get("size", 224), config.get("crop_size", side)
+        size, crop = (
+            x if isinstance(x, Mapping) else {name: x} for x, name in ((size, "shortest_edge"), (crop, "height"))
+        )
+        crops = config.get("do_center_crop", "shortest_edge" in size)
+        shortest = size.get("shortest_edge")
+        cut = {crop["height"], crop.get("width", crop["height"])} if crops else {size.get("height"), size.get("width")}
+        if cut != {side} or (shortest if crops else side) < side or not config.get("do_resize", True):
+            raise SettingsError(
+                f"preprocessor_config.json (size {dict(size)}, crop_size {dict(crop)}) does not make the "
+                f"{side} x {side} pixels that config.json asks for: download both again"
+            )
+        normalizes = config.get("do_normalize", True)
+        return cls(
+            side=side,
+            shortest=shortest,
+            resample=Image.Resampling(config.get("resample", Image.Resampling.BICUBIC)),
+            scale=config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 1.0,
+            mean=tuple(config["image_mean"]) if normalizes else (0.0,) * 3,
+            std=tuple(config["image_std"]) if normalizes else (1.0,) * 3,
+        )
+
+    def fit(self, image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
+        """Returns the part of an RGB image that is seen, resized."""
+        width, height, side = *image.size, self.side
+        wide, high = side, side  # of the whole image, resized
+        if self.shortest:
+            wide, high = (max(self.shortest, int(self.shortest * n / min(image.size))) for n in image.size)
+        left, top = (wide - side) // 2, (high - side) // 2
+        if wide * high <= MAX_PIXELS:
+            whole = image.resize((wide, high), self.resample)
+            return np.asarray(whole.crop((left, top, left + side, top + side)))
+        # Resized in whole, as published, an image of 30,000 x 1 pixels takes 4.5 GB. The part alone is alike, not the
+        # same: Pillow keeps its place in float32 and may take the axes in the other order.
+        box = (left * width / wide, top * height / high, (left + side) * width / wide, (top + side) * height / high)
+        return np.asarray(image.resize((side, side), self.resample, box=box))
+
+    def normalize(self, pixels: UInt8[Any, "B h w 3"]) -> Float32[Any, "B h w 3"]:
+        """Returns pixels as the tower takes them, numpy and jax alike: sent to a device as bytes they are a quarter."""
+        mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
+        return (pixels.astype(np.float32) * self.scale - mean) / std
 
 
 def _from_array(array: np.ndarray) -> Image.Image:

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from geotoken_jax import sharding
+from geotoken_jax import sharding, stack
 from geotoken_jax.geo.cells import CellScheme
 from geotoken_jax.model import layers
 from geotoken_jax.model.memory import MemoryBuilder, Neighbors, sinusoidal
@@ -139,8 +139,8 @@ class GeoTokenModel(nnx.Module):
             )
         if s.positions == "factored":
             self.levels = sharding.parameter(rngs.params(), normal, (len(sizes), s.width), (None, None))
-        self.encoder = layers.stack(lambda r: layers.EncoderLayer(s, r), s.encoder_layers, rngs)
-        self.decoder = layers.stack(lambda r: layers.DecoderLayer(s, r), s.decoder_layers, rngs)
+        self.encoder = stack.make(lambda r: layers.EncoderLayer(s, r), s.encoder_layers, rngs)
+        self.decoder = stack.make(lambda r: layers.DecoderLayer(s, r), s.decoder_layers, rngs)
         if s.norm == "pre":
             self.encoder_norm = nnx.LayerNorm(s.width, epsilon=1e-5, rngs=rngs)
             self.decoder_norm = nnx.LayerNorm(s.width, epsilon=1e-5, rngs=rngs)
@@ -174,7 +174,7 @@ class GeoTokenModel(nnx.Module):
             return sharding.constrain(layer(x, keys_values, memory.lengths, key), "batch"), None
 
         keys = None if decode_key is None else jax.random.split(decode_key, s.decoder_layers)
-        x, _ = layers.scan(self.decoder, body, x, (memory.keys_values, keys), s.remat)
+        x, _ = stack.scan(self.decoder, body, x, (memory.keys_values, keys), s.remat)
         agree = None
         if s.copy_head:
             same = tokens[:, :-1, None] == neighbors.tokens.swapaxes(1, 2)[:, :-1]
@@ -195,7 +195,7 @@ class GeoTokenModel(nnx.Module):
         def keys_values(layer: Any, carry: None, _: None) -> tuple[None, Any]:
             return None, layer.memory_attention.keys_values(x)
 
-        _, pairs = layers.scan(self.decoder, keys_values, None, None)
+        _, pairs = stack.scan(self.decoder, keys_values, None, None)
         return Memory(pairs, lengths, copy_keys, neighbors)
 
     def sequence(
@@ -217,7 +217,7 @@ class GeoTokenModel(nnx.Module):
             return sharding.constrain(layer(x, lengths, key), "batch"), None
 
         keys = None if layers_key is None else jax.random.split(layers_key, s.encoder_layers)
-        x, _ = layers.scan(self.encoder, body, x, keys, s.remat)
+        x, _ = stack.scan(self.encoder, body, x, keys, s.remat)
         return (self.encoder_norm(x).astype(x.dtype) if s.norm == "pre" else x), lengths
 
     def start(self, memory: Memory, candidates: int) -> Cache:
@@ -244,7 +244,7 @@ class GeoTokenModel(nnx.Module):
             return layer.step(*carry, number, t, keys_values, memory.lengths), None
 
         numbered = (jnp.arange(s.decoder_layers), memory.keys_values)
-        (x, past), _ = layers.scan(self.decoder, body, (x, cache.past), numbered)
+        (x, past), _ = stack.scan(self.decoder, body, (x, cache.past), numbered)
         agree, tokens = cache.agree, None
         if s.copy_head:
             agree = agree & ((t == 0) | (memory.neighbors.tokens[:, None, :, before] == previous[..., None]))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from geotoken_jax import sharding
+from geotoken_jax import sharding, stack
 from geotoken_jax.settings import SettingsError
 
 
@@ -47,7 +47,7 @@ class LayerSettings:
             ("norm", ("pre", "post")),
             ("activation", ACTIVATIONS),
             ("attention", ("xla", "cudnn")),
-            ("remat", REMAT),
+            ("remat", stack.REMAT),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"config.model.{name} is {getattr(self, name)!r}: choose one of {', '.join(choices)}")
@@ -67,11 +67,6 @@ ACTIVATIONS: dict[str, Callable] = {
 }
 #: Those that gate a second product (Shazeer 2020, arXiv 2002.05202).
 GATED = ("swiglu", "geglu")
-REMAT: dict[str, Any] = {
-    "none": jax.checkpoint_policies.everything_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
 
 
 def dropout(x: Array, rate: float, key: jax.Array | None) -> Array:
@@ -275,27 +270,3 @@ class DecoderLayer(_Layer):
         x = self._residual(self.norms[0], x, attend, keys[0])
         x = self._residual(self.norms[1], x, recall, keys[1])
         return self._residual(self.norms[2], x, lambda y: self.feed_forward(y, keys[2]), keys[3])
-
-
-def stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -> nnx.Module:
-    """Returns `layers` modules as one, every parameter with a leading axis for the layer."""
-
-    @nnx.split_rngs(splits=layers)
-    @nnx.vmap(in_axes=(0,), out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
-    def create(rngs: nnx.Rngs) -> nnx.Module:
-        return make(rngs)
-
-    return create(rngs)
-
-
-def scan(stacked: nnx.Module, body: Callable, carry: Any, xs: Any, remat: str = "none") -> tuple[Any, Any]:
-    """Runs `body(layer, carry, x) -> (carry, y)` through a stack; xs and ys have a leading axis for the layer."""
-    graph, state = nnx.split(stacked)
-
-    def step(carry: Any, layer_and_x: Any) -> tuple[Any, Any]:
-        state, x = layer_and_x
-        return body(nnx.merge(graph, state), carry, x)
-
-    if remat != "none":
-        step = jax.checkpoint(step, policy=REMAT[remat], prevent_cse=False)
-    return jax.lax.scan(step, carry, (state, xs))

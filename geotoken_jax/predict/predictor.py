@@ -96,7 +96,8 @@ class GeoToken:
         return [p for first in range(0, len(photos), size) for p in self._predict(photos[first : first + size])]
 
     def _predict(self, photos: Sequence[Any]) -> list[Prediction]:
-        vectors = embeddings(self._aligned, self._backbone.images(photos))
+        prepared = np.stack([self._backbone.prepare(photo) for photo in photos])
+        vectors = embeddings(self._aligned, self._backbone.images(prepared))
         rows, scores = find(self._index, index_vectors(vectors), self._neighbors)
         batch = {"query": vectors, **neighbors(self._gallery, rows, self._decoder.cells)}
         # The samples of a photo are the same whichever others come with it.

@@ -156,9 +156,8 @@ def _finish(folder: epath.Path, trainer: Trainer) -> Result:
     with Checkpoints(folder / "checkpoints") as checkpoints:
         best = checkpoints.best
         state, _ = checkpoints.restore(best, trainer.abstract)
-        params = trainer.averaged(state)
-        checkpoint.write_parameters(folder / "parameters.safetensors", state["constants"], params)
-        return Result(best, checkpoints.loss(best), sum(p.size for p in jax.tree.leaves(params)))
+        checkpoint.write_parameters(folder / "parameters.safetensors", *trainer.kept(state))
+        return Result(best, checkpoints.loss(best), sum(p.size for p in jax.tree.leaves(state["params"])))
 
 
 def evaluate(trainer: Trainer, state: State, batches: Iterable[Batch], resident: Resident) -> dict[str, float]:

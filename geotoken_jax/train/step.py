@@ -14,7 +14,8 @@ from geotoken_jax import sharding
 from geotoken_jax.settings import SettingsError
 
 #: Pure dicts of arrays and optax's own containers: step, params, constants, optimizer, skipped and skipped_in_a_row
-#: (steps left out because they were not finite), and ema, the moving average of params, where it is on.
+#: (steps left out because they were not finite), and ema, the moving average of params, where it is on. Constants are
+#: the variables that no optimizer moves; a loss may write to them, and the next step finds them as it left them.
 State = dict[str, Any]
 #: Metrics by name, each a mean over a batch.
 Metrics = dict[str, jax.Array]
@@ -29,12 +30,14 @@ class Task(Protocol):
     flops: float
 
     def init(self, rngs: nnx.Rngs) -> nnx.Module:
-        """Returns the model with its first parameters."""
+        """Returns the model with its first parameters. A variable that is of no use past training has
+        `training_only=True` in its metadata."""
         ...
 
     def loss(self, model: Any, batch: Mapping[str, jax.Array], key: jax.Array | None) -> tuple[jax.Array, Metrics]:
         """Returns the loss and further metrics, each a mean over the batch's photos (but for those that `valid`, where
-        the batch has it, leaves out). batch: with the resident arrays. A key of None means evaluation: no dropout."""
+        the batch has it, leaves out). batch: with the resident arrays. A key of None means evaluation: no dropout, and
+        what is written to the model's variables is not kept."""
         ...
 
 
@@ -119,6 +122,15 @@ class Trainer:
         """Returns the parameters to use: the moving average where there is one."""
         return state.get("ema", state["params"])
 
+    def kept(self, state: State) -> list[Any]:
+        """Returns what of a state is worth keeping past training: constants and the parameters to use."""
+        kept = []
+        for variables, values in zip(self._variables, (self.averaged(state), state["constants"]), strict=True):
+            flat: Any = traverse_util.flatten_dict(values)
+            ours = [path for path, v in nnx.to_flat_state(variables) if not v.get_metadata().get("training_only")]
+            kept.append(traverse_util.unflatten_dict({path: flat[path] for path in ours}))
+        return kept
+
     def _model(self, *pure: Any) -> nnx.Module:
         states = [jax.tree.map(lambda x: x, variables) for variables in self._variables]
         for state, values in zip(states, pure, strict=True):
@@ -129,12 +141,12 @@ class Trainer:
         self, state: State, batch: Mapping[str, jax.Array], key: jax.Array, resident: Resident
     ) -> tuple[State, Metrics]:
         key = jax.random.fold_in(key, state["step"])
-        metrics, gradient = self._gradient(state, batch, key, resident)
+        constants, metrics, gradient = self._gradient(state, batch, key, resident)
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
         updates, optimizer = self._optimizer.update(gradient, state["optimizer"], state["params"])
         params = optax.apply_updates(state["params"], updates)
-        learned = {"params": params, "optimizer": optimizer}
+        learned = {"params": params, "optimizer": optimizer, "constants": constants}
         if self._ema:
             # A young average forgets faster, or the first parameters would stay in it for long.
             decay = jnp.minimum(self._ema, (1.0 + state["step"]) / (10.0 + state["step"]))
@@ -142,7 +154,6 @@ class Trainer:
         before = {name: state[name] for name in learned}
         return {
             **jax.tree.map(lambda new, old: jnp.where(finite, new, old), learned, before),
-            "constants": state["constants"],
             "step": state["step"] + 1,
             "skipped": state["skipped"] + ~finite,
             "skipped_in_a_row": jnp.where(finite, 0, state["skipped_in_a_row"] + 1),
@@ -150,19 +161,23 @@ class Trainer:
 
     def _gradient(
         self, state: State, batch: Mapping[str, jax.Array], key: jax.Array, resident: Resident
-    ) -> tuple[Metrics, Any]:
-        """Returns the metrics, the loss among them, and the gradient of a batch, part by part."""
+    ) -> tuple[Any, Metrics, Any]:
+        """Returns the constants after a batch, the metrics, the loss among them, and the gradient, part by part."""
 
-        def one(part: Mapping[str, jax.Array], key: jax.Array) -> tuple[Metrics, Any]:
-            def mean_loss(params: Any) -> tuple[jax.Array, Metrics]:
-                return self._task.loss(self._model(params, state["constants"]), {**part, **resident}, key)
+        def one(constants: Any, part: Mapping[str, jax.Array], key: jax.Array) -> tuple[Any, tuple[Metrics, Any]]:
+            def mean_loss(params: Any) -> tuple[jax.Array, tuple[Metrics, Any]]:
+                model = self._model(params, constants)
+                loss, metrics = self._task.loss(model, {**part, **resident}, key)
+                _, _, others = nnx.split(model, nnx.Param, ...)
+                return loss, (metrics, nnx.to_pure_dict(others))
 
-            (loss, metrics), gradient = jax.value_and_grad(mean_loss, has_aux=True)(state["params"])
-            return {"loss": loss, **metrics}, gradient
+            (loss, (metrics, after)), gradient = jax.value_and_grad(mean_loss, has_aux=True)(state["params"])
+            return after, ({"loss": loss, **metrics}, gradient)
 
         n = self._accumulate
         if n == 1:
-            return one(batch, key)
+            constants, found = one(state["constants"], batch, key)
+            return constants, *found
         size, ways = len(next(iter(batch.values()))), self.batch_sharding.num_devices // self.mesh.shape["tensor"]
         if size % (n * ways):
             raise SettingsError(
@@ -177,12 +192,15 @@ class Trainer:
         parts = jax.tree.map(cut, dict(batch))
         keys = jax.random.split(key, n)
 
-        def add(total: Any, part: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, one(*part)), None
+        def add(sums: tuple[Any, Any], part: Any) -> tuple[tuple[Any, Any], None]:
+            constants, total = sums
+            constants, found = one(constants, *part)
+            return (constants, jax.tree.map(jnp.add, total, found)), None
 
-        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts), key))
-        total, _ = jax.lax.scan(add, zeros, (parts, keys))
-        return jax.tree.map(lambda x: x / n, total)
+        first = state["constants"], jax.tree.map(lambda x: x[0], parts), key
+        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(one, *first)[1])
+        (constants, total), _ = jax.lax.scan(add, (state["constants"], zeros), (parts, keys))
+        return constants, *jax.tree.map(lambda x: x / n, total)
 
     def _evaluate(self, state: State, batch: Mapping[str, jax.Array], resident: Resident) -> tuple[Metrics, jax.Array]:
         """Returns sums over the valid photos of a batch, and how many there are."""

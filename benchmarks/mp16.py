@@ -1,4 +1,7 @@
-"""A generated MP16-Pro: parts of one tar, its CSV, and the ledger of what must become of every photo in it."""
+"""A generated MP16-Pro: parts of one tar, its CSV, and the ledger of what must become of every photo in it.
+
+Layout and names are the published ones (G3, arXiv 2405.14702); tests and `benchmarks.photos` prepare it.
+"""
 
 import csv
 import dataclasses
@@ -6,13 +9,12 @@ import io
 import random
 import tarfile
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
-from ml_collections import ConfigDict
 from PIL import Image
 
-from configs import common
-from data_prep.placeholder import dhash
+from data_prep.sources.mp16_pro import SMALL
 
 HEADER = ["S3", "IMG_ID", "country", "LON", "AUTHOR", "LAT", "neighbourhood", "city", "county", "state", "region",
           "continent", "note"]  # fmt: skip
@@ -26,14 +28,15 @@ IDENTICAL = 3
 
 @dataclasses.dataclass
 class Ledger:
-    """kept: id -> (author, latitude, longitude, city, image). dropped: reason -> count."""
+    """photos: that are to be kept. kept: id -> (author, latitude, longitude, city, image). dropped: reason -> count."""
 
-    kept: dict = dataclasses.field(default_factory=dict)
-    dropped: Counter = dataclasses.field(default_factory=Counter)
     photos: int = 0
+    kept: dict[str, tuple] = dataclasses.field(default_factory=dict)
+    dropped: Counter[str] = dataclasses.field(default_factory=Counter)
 
 
-def picture(rng: random.Random, side=16) -> bytes:
+def picture(rng: random.Random, side: int = 16) -> bytes:
+    """Returns a JPEG of noise, about 0.5 bytes a pixel where it is large."""
     file = io.BytesIO()
     Image.frombytes("RGB", (side, side), rng.randbytes(3 * side * side)).save(file, "JPEG", quality=60)
     return file.getvalue()
@@ -44,7 +47,7 @@ def padded(image: bytes, size: int) -> bytes:
     return image + b"\0" * (size - len(image))
 
 
-def flickr(side=96) -> bytes:
+def flickr(side: int = 96) -> bytes:
     """Returns a picture that stands for one that is gone."""
     x, y = np.meshgrid(np.arange(side), np.arange(side))
     file = io.BytesIO()
@@ -55,8 +58,8 @@ def flickr(side=96) -> bytes:
 class _Parts(io.RawIOBase):
     """Cuts what is written into parts of a given size."""
 
-    def __init__(self, folder, size):
-        self.folder, self.size, self.position, self.file = folder, size, 0, None
+    def __init__(self, folder: Path, size: int):
+        self.folder, self.size, self.position, self.file = folder, size, 0, io.BytesIO()
 
     def tell(self):
         return self.position
@@ -66,20 +69,26 @@ class _Parts(io.RawIOBase):
         while len(data):
             part, used = divmod(self.position, self.size)
             if not used:
-                if self.file:
-                    self.file.close()
+                self.file.close()
                 self.file = (self.folder / f"mp-16-images{part:02d}").open("wb")
             n = self.file.write(data[: self.size - used])
             self.position += n
             data = data[n:]
 
 
-def generate(folder, photos, part_size, seed=0, end=True, keep=True, trapped=True) -> Ledger:
-    """Writes a data set. end: with the zeros after the last member. keep: the ledger has the photos too."""
-    rng, ledger = random.Random(seed), Ledger()
+def generate(
+    folder: Path, photos: int, part_size: int, side: int = 16, keep: bool = True, trapped: bool = True
+) -> Ledger:
+    """Writes a data set of `photos` pictures in parts of `part_size` bytes. keep: the ledger has the photos too.
+
+    Where they are many their lengths are spread, so that about 50 share one, as of the real ones at most.
+    """
+    rng, ledger = random.Random(0), Ledger()
     (folder / "metadata").mkdir(parents=True)
     out = _Parts(folder, part_size)
-    pictures = [picture(rng) for _ in range(50)]
+    pictures = [picture(rng, side) for _ in range(50)]
+    smallest = max(SMALL + 1, max(map(len, pictures)) + 4)
+    sizes = range(smallest, smallest + max(869, photos // 50))
     same, gone = padded(pictures[0], 5999), padded(flickr(), 9000)
     with (folder / CSV).open("w", newline="", encoding="utf-8") as text:
         table = csv.DictWriter(text, HEADER, restval="")
@@ -91,7 +100,7 @@ def generate(folder, photos, part_size, seed=0, end=True, keep=True, trapped=Tru
             if n % 50 == 49:  # a long name, in headers of its own
                 name = name[:6] + "é" + name[6:]
             trap = next((trap for trap, one in TRAPS.items() if n % one == one - 1), "") if trapped else ""
-            image = padded(rng.choice(pictures), rng.randrange(5121, 5990) - 4) + n.to_bytes(4)
+            image = padded(rng.choice(pictures), rng.choice(sizes) - 4) + n.to_bytes(4)
             row = {
                 "IMG_ID": name, "AUTHOR": "" if n % 11 == 0 else f"{rng.randrange(photos // 4 + 1)}@N00",
                 "LAT": rng.uniform(-90, 90), "LON": rng.uniform(-180, 180), "city": 'São "Paulo", SP',
@@ -100,7 +109,7 @@ def generate(folder, photos, part_size, seed=0, end=True, keep=True, trapped=Tru
             }  # fmt: skip
             member = f"{n % 7:03d}/{n % 5:03d}/{'x' * 120 + '/' if n % 50 == 49 else ''}{name.replace('/', '_')}"
             if trap == "small file":
-                image = image[:5120]
+                image = image[:SMALL]
             elif trap == "identical bytes":
                 image = same
             elif trap == "placeholder":
@@ -128,18 +137,8 @@ def generate(folder, photos, part_size, seed=0, end=True, keep=True, trapped=Tru
                 ledger.photos += 1
                 if keep:
                     ledger.kept[name] = (row["AUTHOR"] or name, row["LAT"], row["LON"], row["city"], image)
-        if end:
-            tar.close()
+        tar.close()
         out.file.close()
     if 0 < ledger.dropped["identical bytes"] <= IDENTICAL:
         raise ValueError("too few photos for identical ones")
     return ledger
-
-
-def config(folder, workers=1, **changes) -> ConfigDict:
-    config = common.get_config()
-    config.photos.update(source="mp16_pro", workers=workers, max_dropped=0.5)
-    config.photos.mp16_pro.update(folder=str(folder), metadata=CSV, validation=0.2, photos_per_shard=100)
-    config.photos.mp16_pro.placeholder.update(hashes=(f"{dhash(flickr()):016x}",), distance=2, identical=IDENTICAL)
-    config.photos.mp16_pro.update(changes)
-    return config

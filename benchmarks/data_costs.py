@@ -1,0 +1,149 @@
+"""Hours and dollars to prepare all of MP16-Pro, projected from what the other benchmarks printed. Prints a table.
+
+    python -m benchmarks.data_costs FILE
+
+FILE has JSON lines of `benchmarks.photos --side=405`, `neighbors`, `cells` and `input`, in any order; of each, the one
+with the largest photos or the most rows counts, and what is missing is "not measured". A machine has `--cores`, each as
+fast as one of the `--measured_cores`, and disks are taken to keep up: the column "MB/s" says with how much reading. A
+stage that does not run on several machines takes as long there, and one machine is paid for.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from configs import common
+
+#: Photos that are listed, bytes of all images, and photos left after G3's filter (arXiv 2405.14702).
+LISTED, BYTES, USABLE = 4_654_532, 371e9, 4_120_000
+#: A key that no other benchmark's line has -> the benchmark, and the key of a run's size.
+KINDS = {
+    "shards_photos_per_second": ("photos", "bytes_per_photo"),
+    "exact_queries_per_second": ("neighbors", "rows"),
+    "speedup_numpy_encode_over_cell": ("cells", "coordinates"),
+    "host": ("input", "photos"),
+}
+#: FLOPs of an image in CLIP's ViT-L/14 at 224 pixels: 24 layers of width 1024 over 257 tokens, of products with 12 x
+#: 1024 x 1024 parameters and of attention's two; and the patches' 588 numbers embedded.
+IMAGE_FLOPS = 24 * (2 * 257 * 12 * 1024**2 + 4 * 257**2 * 1024) + 2 * 256 * 588 * 1024
+#: An H100's peak in bf16, FLOP/s, by its data sheet, and the share of it that is taken to be reached.
+H100, UTILIZATION = 989e12, 0.4
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """core_seconds: of one core, None where nothing was measured. on: "core", "machine" or "machines" that share it.
+    pieces: that cannot be shared further. bytes: that are read."""
+
+    name: str
+    on: str
+    core_seconds: float | None
+    pieces: int = 0
+    bytes: float = 0
+
+    def seconds(self, cores: int, machines: int) -> float:
+        """Returns how long it takes. Raises TypeError if it was not measured."""
+        workers = {"core": 1, "machine": cores, "machines": cores * machines}[self.on]
+        share = math.ceil(self.pieces / workers) / self.pieces if self.pieces else 1 / workers
+        return self.core_seconds * share  # pyright: ignore[reportOptionalOperand]
+
+
+def choose(lines: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Returns benchmark -> its largest run, of lines of JSON; other lines are passed over."""
+    found: dict[str, dict[str, Any]] = {}
+    for run in (json.loads(line) for line in lines if line.startswith("{")):
+        for key, (name, size) in KINDS.items():
+            if key in run and (name not in found or run[size] >= found[name][size]):
+                found[name] = run
+    return found
+
+
+def stages(runs: dict[str, dict[str, Any]], measured_cores: int) -> list[Stage]:
+    """Returns the stages that read all photos. measured_cores: of which neighbors and input used all."""
+    config: Any = common.get_config()
+    shards, examples = math.ceil(LISTED / config.photos.mp16_pro.photos_per_shard), config.train.examples
+
+    def of(name: str, figure: Callable[[dict[str, Any]], float]) -> float | None:
+        return figure(runs[name]) if name in runs else None
+
+    # Every query searches every shard of the index, so a search takes longer as the gallery grows.
+    return [
+        Stage("prepare: survey", "core", of("photos", lambda run: LISTED / run["survey_photos_per_second"])),
+        Stage(
+            "prepare: read, check, tokens, write",
+            "machines",
+            of("photos", lambda run: LISTED * run["cpu_seconds"] / run["photos"]),  # with start and survey: 1/8 of it
+            shards,
+            BYTES,
+        ),
+        Stage(
+            "of that: tokens", "machines", of("cells", lambda run: USABLE / run["per_second"]["numpy_encode"]), shards
+        ),
+        Stage("embed: decode JPEG on the CPU", "machines", None),
+        Stage(
+            "index: build",
+            "machine",
+            of("neighbors", lambda run: run["build_seconds"] * USABLE / run["rows"] * measured_cores),
+        ),
+        Stage(
+            "index: neighbors of every photo",
+            "machine",
+            of("neighbors", lambda run: USABLE / run["queries_per_second"] * USABLE / run["rows"] * measured_cores),
+        ),
+        Stage(
+            f"input of training, {examples / 1e6:.0f} M examples",
+            "machines",
+            of("input", lambda run: examples / run["device"]["examples_per_second"] * measured_cores),
+            bytes=of("input", lambda run: examples * run["device"]["bytes_per_example"]) or 0,
+        ),
+    ]
+
+
+def table(rows: list[Stage], cores: int, machines: int, price: float) -> str:
+    """Returns the stages as Markdown. price: dollars a core and hour."""
+    lines = [
+        f"| stage | hours, 1 machine | dollars | MB/s | hours, {machines} machines | dollars | MB/s, all |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        cells = [row.name]
+        for n in (1, machines):
+            if row.core_seconds is None:
+                cells += ["not measured", "", ""]
+                continue
+            seconds = row.seconds(cores, n)
+            dollars = seconds / 3600 * cores * (n if row.on == "machines" else 1) * price
+            rate = f"{row.bytes / seconds / 1e6:,.0f}" if row.bytes else ""
+            cells += [_rounded(seconds / 3600), _rounded(dollars), rate]
+        lines.append(f"| {' | '.join(cells)} |")
+    hours = USABLE * IMAGE_FLOPS / (H100 * UTILIZATION) / 3600
+    estimate = f"not measured; estimate {hours:.2f} | | | not measured; estimate {hours / machines:.2f} | | |"
+    return "\n".join([*lines, f"| embed: ViT-L/14, one H100 a machine | {estimate}"])
+
+
+def _rounded(value: float) -> str:
+    return f"{value:.2f}" if value >= 0.01 else "< 0.01"
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", nargs="?", type=Path)
+    parser.add_argument("--cores", type=int, default=16, help="of a machine")
+    parser.add_argument("--machines", type=int, default=16)
+    parser.add_argument("--measured_cores", type=int, default=2, help="of the machine that printed FILE")
+    parser.add_argument("--dollars_per_core_hour", type=float, default=0.05)
+    options = parser.parse_args()
+    if options.file is None:
+        print(json.dumps({"skipped": "name a file of the other benchmarks' JSON lines"}))
+        return
+    rows = stages(choose(options.file.read_text().splitlines()), options.measured_cores)
+    print(table(rows, options.cores, options.machines, options.dollars_per_core_hour))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""What is answered without a region: its photos are asked about again, with none of the gallery's from there."""
+
+from typing import Any
+
+import numpy as np
+from etils import epath
+from jaxtyping import Float, Float32, Int
+
+from geotoken_jax import checkpoint, settings, workdir
+from geotoken_jax.data import join
+from geotoken_jax.gallery import index, neighbors
+from geotoken_jax.gallery.exclude import ExcludeSettings, rules
+from geotoken_jax.gallery.table import Table, index_vectors
+from geotoken_jax.model.geotoken import GeoTokenModel, ModelSettings
+from geotoken_jax.predict import decode
+
+
+class Masked:
+    """Answers for photos of one split from a part of the gallery.
+
+    Search is exact, over that part alone: of an index over all of it, the first thousands found for a photo may all be
+    of the region that is left out.
+    """
+
+    def __init__(self, config: Any, path: epath.Path, variant: str, split: str):
+        """variant: whose decoder answers, with the settings that its predictions were made with."""
+        model_settings = settings.read(ModelSettings, settings.variant(config, variant).model, "model")
+        made_with = workdir.read_manifest(path, f"predictions/{variant}").settings["predict"]
+        model = checkpoint.read_module(
+            path / "geotoken" / variant / "parameters.safetensors", lambda rngs: GeoTokenModel(model_settings, rngs)
+        )
+        self._decoder = decode.Decoder(model, settings.read(decode.PredictSettings, made_with, "predict"))
+        self._count = model_settings.neighbors
+        rules = workdir.read_manifest(path, "neighbors").settings["index"]["neighbors"]["exclude_in_evaluation"]
+        self._exclude = settings.read(ExcludeSettings, rules, "index.neighbors.exclude_in_evaluation")
+        self._own, self._gallery = Table(path / "queries" / split), Table(path / "gallery")
+        self._of_gallery = {name: getattr(self._gallery, name)() for name in ("ids", "authors", "coordinates")}
+
+    def __call__(self, rows: Int[np.ndarray, "n"], kept: Int[np.ndarray, "m"]) -> Float[np.ndarray, "2 n 2"]:
+        """Returns the coordinates of the first neighbor, NaN where there is none, and of the decoder's answer.
+
+        rows: of the split's table. kept: gallery rows that may be neighbors.
+        """
+        left_out = rules(
+            self._exclude, self._own, rows, self._of_gallery, lambda some: self._gallery.embeddings(some)[:, 0]
+        )
+        queries = index_vectors(self._own.embeddings(rows))
+        near, _ = neighbors.find(_Part(self._gallery, kept), queries, self._count, left_out)
+        placed = np.full((2, len(rows), 2), np.nan)
+        some = near[:, 0] >= 0
+        placed[0, some] = self._gallery.coordinates(near[some, 0])
+        options, cells = self._decoder.settings, self._decoder.cells
+        for first in range(0, len(rows), options.batch_size):
+            part = slice(first, first + options.batch_size)
+            query = self._own.embeddings(rows[part])
+            batch = {"query": query, **join.neighbors(self._gallery, near[part], cells)}
+            # The row number decides a photo's samples, so they are those of predictions/.
+            answers = decode.answers(self._decoder(batch, rows[part]), cells, options.choice)
+            placed[1, part] = [(answer["latitude"], answer["longitude"]) for answer in answers]
+        return placed
+
+
+class _Part:
+    """Some rows of the gallery, searched exactly (index.Index); their vectors are made as they are read."""
+
+    def __init__(self, gallery: Table, rows: Int[np.ndarray, "m"]):
+        self._gallery, self._rows = gallery, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, part: Any) -> Float32[np.ndarray, "n D"]:
+        return index_vectors(self._gallery.embeddings(self._rows[part]))
+
+    def search(self, queries: Float32[np.ndarray, "n D"], k: int) -> tuple[np.ndarray, np.ndarray]:
+        rows, scores = index.exact(self, queries, k)
+        return (np.where(rows < 0, -1, self._rows[rows]).astype(np.int32) if len(self) else rows), scores

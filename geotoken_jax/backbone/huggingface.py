@@ -1,0 +1,120 @@
+"""Backbones with published weights: a checkpoint folder of CLIP or SigLIP 2, as Hugging Face stores it."""
+
+import math
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Float32, UInt8
+
+from geotoken_jax import sharding
+from geotoken_jax.backbone import HuggingFaceSettings, checkpoint, preprocess
+from geotoken_jax.backbone.clip import Clip
+from geotoken_jax.backbone.siglip import Siglip
+from geotoken_jax.backbone.tokenizer import Tokenizer
+from geotoken_jax.settings import SettingsError
+
+#: What config.json may say of itself.
+_KINDS = {"clip": Clip, "siglip": Siglip}
+
+
+class HuggingFace:
+    """The two towers of a checkpoint with what goes before them, on one device or on all of a mesh."""
+
+    def __init__(self, settings: HuggingFaceSettings, mesh: Mesh | None = None):
+        """mesh: of devices of this process; None for its first one.
+
+        Raises SettingsError naming what the folder lacks, or what in it is not CLIP's or SigLIP 2's.
+        """
+        if not settings.path:
+            raise SettingsError(
+                "config.embed.huggingface.path is empty: name a folder with a CLIP or SigLIP 2 checkpoint"
+            )
+        folder = pathlib.Path(settings.path)
+        config = checkpoint.read_json(folder, "config.json")
+        kind = config.get("model_type")
+        if kind not in _KINDS:
+            raise SettingsError(
+                f"{folder} is of model_type {kind!r}: choose a checkpoint of {' or '.join(_KINDS)} (SigLIP 2 of a "
+                "fixed size is siglip)"
+            )
+        self._mesh = mesh or sharding.make_mesh(sharding.MeshSettings(1, 1, 1), jax.local_devices()[:1])
+        self._batch = sharding.batch_sharding(self._mesh)
+        self._ways = self._batch.num_devices // self._mesh.shape["tensor"]
+        self._batch_size, self._dtype = settings.batch_size, settings.dtype
+        if settings.batch_size % self._ways:
+            raise SettingsError(
+                f"config.embed.huggingface.batch_size = {settings.batch_size} does not divide over {self._ways} devices"
+            )
+        #: The towers, for whoever trains them.
+        self.model = checkpoint.read_module(
+            folder, lambda rngs: _KINDS[kind](config, jnp.dtype(settings.dtype), rngs), self._mesh
+        )
+        #: C, of image and text features.
+        self.width = self.model.width
+        side = self.model.image_shape.image_size
+        #: Shortest side of a photo, in pixels, that suffices.
+        self.min_side = 2 * side
+        self.processor = _processor(folder, side)
+        self.tokenizer = Tokenizer(folder, self.model.text_shape.max_position_embeddings, kind)
+        self._images = self._compiled(lambda model, x: model.image_features(self.processor.normalize(x)))
+        self._texts = self._compiled(lambda model, x: model.text_features(x))
+
+    def prepare(self, photo: Any) -> UInt8[np.ndarray, "h w 3"]:
+        """Returns what the tower takes of a photo, which is decoded in full, as published."""
+        return self.processor.fit(preprocess.open_image(photo))
+
+    def images(self, prepared: UInt8[np.ndarray, "B h w 3"]) -> Float32[np.ndarray, "B C"]:
+        """Returns the features of prepared photos, not normalized: the published `get_image_features`."""
+        return self._run(self._images, prepared)
+
+    def texts(self, texts: Sequence[str]) -> Float32[np.ndarray, "B C"]:
+        """Returns the features of texts, not normalized: the published `get_text_features`; zeros for an empty one.
+
+        A text too long for the tower is cut, as published. Each distinct text goes through the tower once.
+        """
+        known = sorted({text for text in texts if text})
+        rows = {text: row for row, text in enumerate(known)}
+        features = np.append(self._run(self._texts, self.tokenizer(known)), np.zeros((1, self.width), np.float32), 0)
+        return features[[rows.get(text, -1) for text in texts]].reshape(-1, self.width)
+
+    def _compiled(self, features: Callable[[Any, jax.Array], jax.Array]) -> Callable[[np.ndarray], jax.Array]:
+        graph, state = nnx.split(self.model)
+
+        @jax.jit
+        def run(state: Any, batch: jax.Array) -> jax.Array:
+            # Without it a GPU or a TPU multiplies float32 in fewer bits, and misses the published features by 1e-3.
+            exact = jax.default_matmul_precision("highest" if self._dtype == "float32" else "default")
+            with jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh), exact:
+                return features(nnx.merge(graph, state), batch).astype(jnp.float32)
+
+        return lambda batch: run(state, jax.device_put(batch, self._batch))
+
+    def _run(self, compiled: Callable[[np.ndarray], jax.Array], rows: np.ndarray) -> Float32[np.ndarray, "B C"]:
+        """Returns the features of rows, batch by batch; all batches are on their way before the first is waited for."""
+        found = []
+        for first in range(0, len(rows), self._batch_size):
+            part = rows[first : first + self._batch_size]
+            # The next power of two, so that a photo alone costs little and few shapes are ever compiled.
+            size = min(self._batch_size, self._ways * 2 ** math.ceil(math.log2(math.ceil(len(part) / self._ways))))
+            padding = [(0, size - len(part))] + [(0, 0)] * (part.ndim - 1)
+            found.append((compiled(np.pad(part, padding)), len(part)))
+        features = [np.asarray(batch)[:n] for batch, n in found]
+        return np.concatenate([np.zeros((0, self.width), np.float32), *features])
+
+
+def _processor(folder: pathlib.Path, side: int) -> preprocess.Processor:
+    """Returns the image processor, whose settings are a file of their own or, since transformers 5, one with others."""
+    if (folder / "processor_config.json").exists() and not (folder / "preprocessor_config.json").exists():
+        config = checkpoint.read_json(folder, "processor_config.json").get("image_processor", {})
+    else:
+        config = checkpoint.read_json(folder, "preprocessor_config.json")
+    try:
+        return preprocess.Processor.read(config, side)
+    except (KeyError, TypeError) as error:
+        raise SettingsError(f"{folder}: its preprocessor_config.json lacks {error}: download it again") from None

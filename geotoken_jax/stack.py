@@ -1,0 +1,37 @@
+"""Layers of one kind stacked, a leading axis of every parameter, and scanned: compiled once, however many there are."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+REMAT: dict[str, Any] = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def make(layer: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -> nnx.Module:
+    """Returns `layers` modules as one, every parameter with a leading axis for the layer."""
+
+    @nnx.split_rngs(splits=layers)
+    @nnx.vmap(in_axes=(0,), out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
+    def create(rngs: nnx.Rngs) -> nnx.Module:
+        return layer(rngs)
+
+    return create(rngs)
+
+
+def scan(stacked: nnx.Module, body: Callable, carry: Any, xs: Any, remat: str = "none") -> tuple[Any, Any]:
+    """Runs `body(layer, carry, x) -> (carry, y)` through a stack; xs and ys have a leading axis for the layer."""
+    graph, state = nnx.split(stacked)
+
+    def step(carry: Any, layer_and_x: Any) -> tuple[Any, Any]:
+        state, x = layer_and_x
+        return body(nnx.merge(graph, state), carry, x)
+
+    if remat != "none":
+        step = jax.checkpoint(step, policy=REMAT[remat], prevent_cse=False)
+    return jax.lax.scan(step, carry, (state, xs))

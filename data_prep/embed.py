@@ -29,7 +29,8 @@ _BATCH = 256
 #: Batches on the accelerator at a time: one is computed while another is sent there and a third comes back.
 _ON_DEVICE = 2
 
-Item, Made = TypeVar("Item"), TypeVar("Made")
+Item = TypeVar("Item")
+Made = TypeVar("Made")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,11 +38,13 @@ def test_rows_that_do_not_fill_a_batch_wait_for_the_next_epoch():
     assert sorted(rows[:10]) == sorted(rows[10:]) == list(range(10))
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_any_number_of_processes_sees_the_same_batches(processes):
-    whole = take(pipeline.training(20, read, 6, seed=1), 7)
-    parts = [take(pipeline.training(20, read, 6, 1, p, processes), 7) for p in range(processes)]
+@pytest.mark.parametrize("processes", [1, 2, 3, 5])
+def test_any_number_of_processes_sees_the_same_batches_and_each_row_once_an_epoch(processes):
+    whole = take(pipeline.training(100, read, 30, seed=1), 10)
+    parts = [take(pipeline.training(100, read, 30, 1, p, processes), 10) for p in range(processes)]
     assert [joined(step) for step in zip(*parts, strict=True)] == whole
+    rows = joined(whole)
+    assert [sorted(rows[first : first + 100]) for first in (0, 100, 200)] == [list(range(100))] * 3
 
 
 def test_a_position_is_gone_back_to_exactly_on_any_number_of_processes():

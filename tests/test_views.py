@@ -2,8 +2,6 @@
 
 import dataclasses
 import io
-import shutil
-import types
 from pathlib import Path
 
 import numpy as np
@@ -11,23 +9,18 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from data_prep import embed, images, index, photos
+from data_prep import embed, index
 from data_prep.gallery import open_table
-from data_prep.sources import Photo
 from geotoken_jax import checkpoint, cli, records, settings, workdir
 from geotoken_jax.align.heads import AlignSettings
 from geotoken_jax.align.task import AlignTask
 from geotoken_jax.backbone import views
 from geotoken_jax.backbone.preprocess import open_image
-from tests import tiny
+from tests import sample, tiny
+from tests.sample import embedded, features, scene
 
 STILL = views.ViewsSettings(count=1, seed=0, rotation=0.0, crop=1.0, gamma=0.0, color=0.0, flip=False)
 ALL = views.ViewsSettings(count=3, seed=0, rotation=12.0, crop=0.8, gamma=0.15, color=0.1, flip=True)
-
-
-def scene(width=64, height=48, seed=0):
-    coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), np.uint8)
-    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def made(settings, image=None, seeds=range(20)):
@@ -107,41 +100,9 @@ def test_settings_that_cannot_be_are_refused(key, value):
         settings.read(views.ViewsSettings, {**dataclasses.asdict(ALL), key: value}, "embed.views")
 
 
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """Ten authors with four photos each, all alike, in `train`, the fourth of them unreadable; five in `validation`."""
-
-    name = "sample"
-    splits = types.MappingProxyType({"train": 1, "validation": 1})
-
-    def read(self, split, shard):
-        for n in range({"train": 40, "validation": 5}[split]):
-            file = io.BytesIO()
-            scene(seed=n // 4).save(file, "JPEG", quality=80 + n % 4)
-            image = b"no photo" if (split, n) == ("train", 3) else file.getvalue()
-            yield Photo(f"{split}-{n}", f"author {n // 4}", image, n, n, city=f"City {n}")
-
-
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Photos of a set that somebody else made: one of them is none, and nobody looked."""
-    path = tmp_path_factory.mktemp("views")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(images, "fault", lambda image: "")
-        photos.make(workdir.begin(path, "photos", {}, inputs=()), Sample(), workers=1, max_dropped=0.0)
-    return path
-
-
-def embedded(prepared: Path, to: Path, count: int, threads: int = 2) -> Path:
-    shutil.copytree(prepared / "photos", to / "photos")
-    config = tiny.get_config()
-    config.embed.views.count, config.embed.threads = count, threads
-    embed.run(config, to)
-    return to
-
-
-def features(path: Path, split: str) -> records.Records:
-    return records.Records(path / "features", split, records.feature_layout(48))
+    return sample.prepared(tmp_path_factory.mktemp("views"))
 
 
 def test_views_are_a_split_beside_the_others(prepared: Path, tmp_path: Path, monkeypatch):

@@ -21,6 +21,8 @@ from geotoken_jax.settings import SettingsError
 
 #: What config.json may say of itself.
 _KINDS = {"clip": Clip, "siglip": Siglip}
+#: Texts at once on each device, always: a product of another shape rounds otherwise.
+_TEXTS = 32
 
 
 class HuggingFace:
@@ -71,16 +73,19 @@ class HuggingFace:
 
     def images(self, prepared: UInt8[np.ndarray, "B h w 3"]) -> Float32[np.ndarray, "B C"]:
         """Returns the features of prepared photos, not normalized: the published `get_image_features`."""
-        return self._run(self._images, prepared)
+        return self._run(self._images, prepared, None)
 
     def texts(self, texts: Sequence[str]) -> Float32[np.ndarray, "B C"]:
         """Returns the features of texts, not normalized: the published `get_text_features`; zeros for an empty one.
 
-        A text too long for the tower is cut, as published. Each distinct text goes through the tower once.
+        A text too long for the tower is cut, as published. Each distinct text goes through the tower once, and has the
+        same features whichever others come with it.
         """
         known = sorted({text for text in texts if text})
         rows = {text: row for row, text in enumerate(known)}
-        features = np.append(self._run(self._texts, self.tokenizer(known)), np.zeros((1, self.width), np.float32), 0)
+        features = np.append(
+            self._run(self._texts, self.tokenizer(known), _TEXTS * self._ways), np.zeros((1, self.width), np.float32), 0
+        )
         return features[[rows.get(text, -1) for text in texts]].reshape(-1, self.width)
 
     def _compiled(self, features: Callable[[Any, jax.Array], jax.Array]) -> Callable[[np.ndarray], jax.Array]:
@@ -95,13 +100,19 @@ class HuggingFace:
 
         return lambda batch: run(state, jax.device_put(batch, self._batch))
 
-    def _run(self, compiled: Callable[[np.ndarray], jax.Array], rows: np.ndarray) -> Float32[np.ndarray, "B C"]:
-        """Returns the features of rows, batch by batch; all batches are on their way before the first is waited for."""
-        found = []
-        for first in range(0, len(rows), self._batch_size):
-            part = rows[first : first + self._batch_size]
+    def _run(
+        self, compiled: Callable[[np.ndarray], jax.Array], rows: np.ndarray, at_once: int | None
+    ) -> Float32[np.ndarray, "B C"]:
+        """Returns the features of rows, batch by batch; all batches are on their way before the first is waited for.
+
+        at_once: rows of every batch; None for batch_size, and less where there are fewer.
+        """
+        found, most = [], at_once or self._batch_size
+        for first in range(0, len(rows), most):
+            part = rows[first : first + most]
             # The next power of two, so that a photo alone costs little and few shapes are ever compiled.
-            size = min(self._batch_size, self._ways * 2 ** math.ceil(math.log2(math.ceil(len(part) / self._ways))))
+            enough = self._ways * 2 ** math.ceil(math.log2(math.ceil(len(part) / self._ways)))
+            size = at_once or min(most, enough)
             padding = [(0, size - len(part))] + [(0, 0)] * (part.ndim - 1)
             found.append((compiled(np.pad(part, padding)), len(part)))
         features = [np.asarray(batch)[:n] for batch, n in found]

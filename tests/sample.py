@@ -1,0 +1,57 @@
+"""A small set of photos, and the stages that make features of it."""
+
+import dataclasses
+import io
+import shutil
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep import embed, images, photos
+from data_prep.sources import Photo
+from geotoken_jax import records, workdir
+from tests import tiny
+
+
+def scene(width=64, height=48, seed=0):
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """Ten authors with four photos each, all alike, in `train`, the fourth of them unreadable; five in `validation`."""
+
+    name = "sample"
+    splits = types.MappingProxyType({"train": 1, "validation": 1})
+
+    def read(self, split, shard):
+        for n in range({"train": 40, "validation": 5}[split]):
+            file = io.BytesIO()
+            scene(seed=n // 4).save(file, "JPEG", quality=80 + n % 4)
+            image = b"no photo" if (split, n) == ("train", 3) else file.getvalue()
+            yield Photo(f"{split}-{n}", f"author {n // 4}", image, n, n, city=f"City {n}")
+
+
+def prepared(path: Path) -> Path:
+    """Makes photos/ as of somebody else: one of them is none, and nobody looked."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(images, "fault", lambda image: "")
+        photos.make(workdir.begin(path, "photos", {}, inputs=()), Sample(), workers=1, max_dropped=0.0)
+    return path
+
+
+def embedded(prepared: Path, to: Path, count: int = 0, threads: int = 2) -> Path:
+    """Makes features/ with `count` views of each photo."""
+    shutil.copytree(prepared / "photos", to / "photos")
+    config = tiny.get_config()
+    config.embed.views.count, config.embed.threads = count, threads
+    embed.run(config, to)
+    return to
+
+
+def features(path: Path, split: str) -> records.Records:
+    return records.Records(path / "features", split, records.feature_layout(48))

@@ -1,0 +1,133 @@
+"""The stage `embed`: shards of several processes, what an interruption leaves, and texts computed once."""
+
+import concurrent.futures
+import shutil
+import threading
+
+import pytest
+
+from data_prep import embed
+from geotoken_jax import backbone, workdir
+from tests import sample, tiny
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    return sample.prepared(tmp_path_factory.mktemp("embed"))
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(embed, "_BATCH", 4)
+    monkeypatch.setattr(embed, "_SHARD", 8)  # five of `train`, one of `validation`
+
+
+def run(path, process=0, processes=1):
+    with pytest.MonkeyPatch.context() as patch:
+        if processes > 1:
+            patch.setenv("JAX_COORDINATOR_ADDRESS", "nobody:1")  # never spoken to
+            patch.setenv("JAX_NUM_PROCESSES", str(processes))
+            patch.setenv("JAX_PROCESS_ID", str(process))
+        return embed.run(tiny.get_config(), path)
+
+
+def copied(prepared, to):
+    shutil.copytree(prepared / "photos", to / "photos")
+    return to
+
+
+def contents(path):
+    return {str(p.relative_to(path)): p.read_bytes() for p in (path / "features").rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def whole(prepared, tmp_path_factory):
+    path = copied(prepared, tmp_path_factory.mktemp("whole"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(embed, "_BATCH", 4)
+        patch.setattr(embed, "_SHARD", 8)
+        run(path)
+    return contents(path)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_processes_share_the_shards_and_the_last_one_completes_the_folder(prepared, whole, tmp_path, order):
+    path = copied(prepared, tmp_path)
+    *first, last = order
+    assert [run(path, process, 3) for process in first] == [None, None]
+    with pytest.raises(workdir.StageError, match="is not complete"):
+        workdir.read_manifest(path, "features")
+    assert run(path, last, 3).counts == {"train": 39, "validation": 5, "train_views": 39}
+    assert contents(path) == whole
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_an_interrupted_run_makes_only_what_is_missing(prepared, whole, tmp_path, monkeypatch, threads):
+    path = copied(prepared, tmp_path)
+    tower = backbone.make(tiny.get_config().embed)
+    seen = []
+
+    class Failing:
+        width, min_side, prepare, texts = tower.width, tower.min_side, tower.prepare, tower.texts
+
+        def images(self, prepared):
+            seen.append(len(prepared))
+            if sum(seen) > 20:
+                raise MemoryError("as if the machine had gone")
+            return tower.images(prepared)
+
+    monkeypatch.setattr(backbone, "make", lambda settings, mesh=None: Failing())
+    with pytest.raises(MemoryError):
+        run(path)
+    made = contents(path)
+    assert {name for name in made if "array_record" in name} < whole.keys() and "features/begun.json" in made
+    assert not any("partial" in name for name in made)
+    monkeypatch.undo()
+    monkeypatch.setattr(embed, "_BATCH", 4)
+    monkeypatch.setattr(embed, "_SHARD", 8)
+    kept = {name: (path / name).stat().st_mtime_ns for name in made if "array_record-" in name}
+    assert len(kept) >= 2
+    run(path)
+    assert {name: (path / name).stat().st_mtime_ns for name in kept} == kept
+    assert contents(path) == whole
+
+
+def test_each_distinct_text_is_embedded_once(prepared, tmp_path, monkeypatch):
+    path = copied(prepared, tmp_path)
+    kind, asked = type(backbone.make(tiny.get_config().embed)), []
+    real = kind.texts
+    monkeypatch.setattr(kind, "texts", lambda self, texts: asked.extend(texts) or real(self, texts))
+    run(path)
+    assert len(asked) == len(set(asked)) == 40  # City 0 ... City 39, of 83 records
+
+
+def test_work_is_done_ahead_in_order_and_not_without_end():
+    begun, running, most = [], threading.Semaphore(0), 3
+
+    def slow(n):
+        begun.append(n)
+        running.acquire()
+        return n * n
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        found = embed._ahead(pool, slow, iter(range(10)), most)
+        for _ in range(10):
+            running.release()
+        assert next(found) == 0
+        assert len(begun) <= most + 1
+        assert list(found) == [n * n for n in range(1, 10)]
+
+
+def test_the_settings_of_a_tower_that_do_not_change_features_may_change(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"0" * 100)
+
+    def made_with(folder, dtype="float32", batch_size=8):
+        chosen = backbone.HuggingFaceSettings(str(folder), dtype, batch_size)
+        return backbone.made_with(backbone.BackboneSettings("huggingface", None, chosen))
+
+    first = made_with(tmp_path)
+    moved = shutil.copytree(tmp_path, tmp_path.parent / f"{tmp_path.name}-moved")
+    assert made_with(moved, batch_size=64) == first != made_with(tmp_path, "bfloat16")
+    (moved / "model.safetensors").write_bytes(b"0" * 99 + b"1")
+    assert made_with(moved) != first

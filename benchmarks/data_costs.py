@@ -2,7 +2,7 @@
 
     python -m benchmarks.data_costs FILE
 
-FILE has JSON lines of `benchmarks.photos --side=405`, `neighbors`, `cells` and `input`, in any order; of each, the one
+FILE has JSON lines of `benchmarks.photos --side=405`, `neighbors`, `cells`, `input` and `embed`, in any order; of each, the one
 with the largest photos or the most rows counts, and what is missing is "not measured". A machine has `--cores`, each as
 fast as one of the `--measured_cores`, and disks are taken to keep up: the column "MB/s" says with how much reading. A
 stage that does not run on several machines takes as long there, and one machine is paid for.
@@ -26,6 +26,7 @@ KINDS = {
     "exact_queries_per_second": ("neighbors", "rows"),
     "speedup_numpy_encode_over_cell": ("cells", "coordinates"),
     "host": ("input", "photos"),
+    "decode_photos_per_second_per_core": ("embed", "jpeg_bytes"),
 }
 #: FLOPs of an image in CLIP's ViT-L/14 at 224 pixels: 24 layers of width 1024 over 257 tokens, of products with 12 x
 #: 1024 x 1024 parameters and of attention's two; and the patches' 588 numbers embedded.
@@ -83,7 +84,12 @@ def stages(runs: dict[str, dict[str, Any]], measured_cores: int) -> list[Stage]:
         Stage(
             "of that: tokens", "machines", of("cells", lambda run: USABLE / run["per_second"]["numpy_encode"]), shards
         ),
-        Stage("embed: decode JPEG on the CPU", "machines", None),
+        Stage(
+            "embed: decode JPEG on the CPU",
+            "machines",
+            of("embed", lambda run: USABLE / run["decode_photos_per_second_per_core"]),
+            bytes=BYTES,
+        ),
         Stage(
             "index: build",
             "machine",

@@ -2,10 +2,10 @@
 
     python -m benchmarks.data_costs FILE
 
-FILE has JSON lines of `benchmarks.photos --side=405`, `neighbors`, `cells`, `input` and `embed`, in any order; of each, the one
-with the largest photos or the most rows counts, and what is missing is "not measured". A machine has `--cores`, each as
-fast as one of the `--measured_cores`, and disks are taken to keep up: the column "MB/s" says with how much reading. A
-stage that does not run on several machines takes as long there, and one machine is paid for.
+FILE has JSON lines of `benchmarks.photos --side=405`, `neighbors`, `cells`, `input` and `embed`, in any order; of each,
+the one with the largest photos or the most rows counts, and what is missing is "not measured". A machine has `--cores`,
+each as fast as one of the `--measured_cores`, and disks are taken to keep up: the column "MB/s" says with how much
+reading. A stage that does not run on several machines takes as long there, and one machine is paid for.
 """
 
 import argparse

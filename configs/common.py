@@ -55,10 +55,12 @@ def get_config() -> ConfigDict:
         model=dict(  # geotoken_jax/align/heads.py
             hidden=768,
             dropout=0.0,
+            whiten=0.0,
             location=dict(projection="mercator", sigmas=(1.0, 16.0, 256.0), fourier=256, hidden=1024, out=512),
         ),
         loss=dict(kind="info_nce", chunk=1024, queue=0, same_within_km=0.0),  # geotoken_jax/align/loss.py
         init=dict(location=""),  # geotoken_jax/interop/geoclip.py
+        pixels=dict(tower="cached", augment=True, learning_rate=0.1, remat="dots"),  # geotoken_jax/align/pixels.py
         train=dict(  # geotoken_jax/train/loop.py
             batch_size=256,
             accumulate=1,
@@ -145,11 +147,38 @@ def get_config() -> ConfigDict:
     config.predict = dict(
         samples=30, temperature=0.7, choice="log_probability", batch_size=256, seed=0
     )  # predict/decode.py
+    config.baselines = dict(  # geotoken_jax/predict/baselines.py
+        knn=dict(neighbors=20, temperature=0.05, sigma_km=25.0),  # a city; the temperature is the demo's
+        geoclip=dict(candidates=20),
+        # The fine one of three partitions of MP-16 (Mueller-Budack et al. 2018), which has 12,893 cells.
+        classifier=dict(max_photos=1_000, min_photos=50, hidden=1024, dropout=0.0, candidates=20),
+        train=dict(  # of the classifier: geotoken_jax/train/loop.py
+            batch_size=2048,
+            accumulate=1,
+            examples=41_200_000,  # 10 epochs of the 4.12 M usable photos
+            evaluate_every=2_000,
+            log_every=100,
+            seed=0,
+            ema=0.0,
+            max_skipped=10,
+            profile=(0, 0),
+            wandb="",
+            optimizer=dict(
+                learning_rate=1e-3, schedule="cosine", decay=1.0, warmup=0.05, weight_decay=0.01, b2=0.999, clip=1.0
+            ),
+        ),
+    )
     config.evaluate = dict(  # geotoken_jax/analysis/evaluate.py
         resamples=2_000,
         seed=0,
         reference="geotoken",
-        labels=dict(top1_neighbor="Top-1 neighbor", geotoken="GeoToken"),
+        labels=dict(
+            top1_neighbor="Top-1 neighbor",
+            knn="kNN vote",
+            geoclip="GeoCLIP's way",
+            classifier="Classifier of cells",
+            geotoken="GeoToken",
+        ),
     )
     config.audit = dict(  # geotoken_jax/analysis/audit.py
         coverage=dict(level=5, split="test", countries=8), leakage=dict(cosine_above=0.95)

@@ -24,6 +24,12 @@ def run(config: Any, path: epath.PathLike) -> Manifest:
     the trained heads. Raises IndexQualityError if the index misses too many neighbors."""
     path = epath.Path(path)
     splits = workdir.read_manifest(path, "features").counts
+    aligned_with = workdir.read_manifest(path, "align").settings.get("align", {})
+    if aligned_with.get("pixels", {}).get("tower") == "trained":
+        raise workdir.StageError(
+            f"{path}/align has trained the backbone, and {path}/features are still of the one before: use another "
+            f"--workdir, with --config.embed.huggingface.path={path}/align/backbone, to embed and align there"
+        )
     queries = workdir.begin(path, "queries", {}, ["features", "align"])
     gallery = workdir.begin(path, "gallery", {"index": {"search": config.index.search}}, ["features", "align"])
     if queries.manifest and gallery.manifest:

@@ -48,13 +48,20 @@ def _parser() -> argparse.ArgumentParser:
         if name in ("train", "predict", "all"):
             verb.add_argument("--variant", action="append", help="only this one of config.variants (may be repeated)")
         if name == "predict":
-            verb.add_argument("photos", nargs="*", help="with --model: photos, or folders of photos")
+            verb.add_argument("photos", nargs="*", help="with --model or --method: photos, or folders of photos")
             verb.add_argument("--model", help="folder that `geotoken export` made: answer for PHOTOS instead")
-            verb.add_argument("--json", action="store_true", help="with --model: print JSON lines, with candidates")
+            verb.add_argument("--method", choices=("geoclip",), help="answer for PHOTOS with GeoCLIP as published")
+            verb.add_argument("--clip", help="with --method=geoclip: folder of a checkpoint of CLIP ViT-L/14")
+            verb.add_argument("--geoclip", help="with --method=geoclip: its wheel (pip download --no-deps geoclip)")
+            verb.add_argument("--json", action="store_true", help="with PHOTOS: print JSON lines, with candidates")
             verb.set_defaults(run=_predict)
         if name == "evaluate":
             verb.add_argument("--predictions", action="append", help="score this file (JSON lines or CSV) instead")
             verb.add_argument("--truth", help="with --predictions: file of id, latitude, longitude")
+            verb.add_argument(
+                "--method", action="append", default=[],
+                help="let this baseline answer too (may be repeated): knn, geoclip, classifier",
+            )  # fmt: skip
             verb.set_defaults(run=_evaluate)
         if name == "audit":
             verb.add_argument("audit", choices=_AUDITS, help="what to look into")
@@ -141,7 +148,8 @@ def _has(config: Any, keys: list[str]) -> bool:
 
 
 _SECTIONS = (
-    "photos", "embed", "align", "index", "gallery", "model", "loss", "train", "mesh", "predict", "evaluate", "audit",
+    "photos", "embed", "align", "index", "gallery", "model", "loss", "train", "mesh", "predict", "baselines",
+    "evaluate", "audit",
 )  # fmt: skip
 
 
@@ -179,7 +187,7 @@ def _quiet() -> None:
 def _report(folder: str, before: Manifest | None, manifest: Manifest) -> None:
     counts = ", ".join(f"{name} {n:,}" if isinstance(n, int) else f"{name} {n}" for name, n in manifest.counts.items())
     dropped = "".join(f"; dropped {n:,}: {reason}" for reason, n in manifest.dropped.items())
-    print(f"{'kept' if before else 'made'} {folder + '/':32} {counts}{dropped}", flush=True)
+    print(f"{'kept' if before == manifest else 'made'} {folder + '/':32} {counts}{dropped}", flush=True)
 
 
 def _finished(path: str, folder: str) -> Manifest | None:
@@ -216,31 +224,100 @@ def _preparation(module: str, *folders: str) -> Callable:
 def _align(config: Any, path: str, variants: Sequence[str]) -> None:
     del variants
     before = _finished(path, "align")
-    made_with = {"align": {name: _outcome(config.align[name]) for name in ("model", "loss", "init", "train")}}
-    stage = _begin(path, "align", made_with, ["features"])
-    if not stage.manifest:
-        from geotoken_jax import records
-        from geotoken_jax.align.heads import AlignSettings
-        from geotoken_jax.align.loss import LossSettings
-        from geotoken_jax.align.task import AlignTask
-        from geotoken_jax.data.join import Features, Together
-        from geotoken_jax.interop import geoclip
-
-        features = workdir.read_manifest(path, "features")
-        layout = records.feature_layout(features.facts["width"])
-        task = AlignTask(
-            settings.read(AlignSettings, config.align.model, "align.model"),
-            features.facts["width"],
-            settings.read(LossSettings, config.align.loss, "align.loss"),
-            geoclip.start(settings.read(geoclip.InitSettings, config.align.init, "align.init")),
-        )
-
-        def read(split: str) -> Features:
-            return Features(records.Records(f"{path}/features", split, layout))
-
-        splits = [Together([read(split) for split in _trained_on(features)]), read("validation")]
-        _run_loop(stage, task, config.align.train, "align.train", make_mesh(config), splits, "align")
+    sections, inputs = ["model", "loss", "init", "train"], ["features"]
+    if from_pixels := config.align.pixels.tower != "cached":
+        sections, inputs = [*sections, "pixels"], [*inputs, "photos"]
+    made_with = {"align": {name: settings.outcome(config.align[name]) for name in sections}}
+    if from_pixels:
+        made_with["embed"] = {"views": config.embed.views}
+    mesh = None if before else make_mesh(config)
+    # What cannot be is said before the folder is begun, which would then ask for the same again.
+    parts = None if before else aligner(config, path, mesh)
+    stage = _begin(path, "align", made_with, inputs)
+    if parts:
+        task, splits, resident = parts
+        after = task.write_tower if from_pixels else None
+        _run_loop(stage, task, config.align.train, "align.train", mesh, splits, "align", resident, after)
     _report("align", before, workdir.read_manifest(path, "align"))
+
+
+def aligner(config: Any, path: str, mesh: Any) -> tuple[Any, list, dict[str, Any]]:
+    """Returns alignment's task, its training and validation photos, and the arrays that stay on the mesh."""
+    from geotoken_jax import records
+    from geotoken_jax.align.heads import AlignSettings
+    from geotoken_jax.align.loss import LossSettings
+    from geotoken_jax.align.pixels import PixelsSettings
+    from geotoken_jax.align.task import AlignTask
+    from geotoken_jax.backbone import views
+    from geotoken_jax.data.join import Features, Together
+    from geotoken_jax.interop import geoclip
+
+    features = workdir.read_manifest(path, "features")
+    width = features.facts["width"]
+    layout = records.feature_layout(width)
+    model = settings.read(AlignSettings, config.align.model, "align.model")
+    loss = settings.read(LossSettings, config.align.loss, "align.loss")
+    start = geoclip.start(settings.read(geoclip.InitSettings, config.align.init, "align.init"))
+    pixels = settings.read(PixelsSettings, config.align.pixels, "align.pixels")
+
+    def read(split: str) -> Features:
+        return Features(records.Records(f"{path}/features", split, layout))
+
+    if model.whiten:
+        start = _whitened(start, read(views.OF), model.whiten)
+
+    if pixels.tower != "cached":
+        return _aligner_from_pixels(config, path, mesh, (model, loss, start, pixels), read)
+    splits = [Together([read(split) for split in _trained_on(features)]), read("validation")]
+    return AlignTask(model, width, loss, start), splits, {}
+
+
+def _whitened(start: Callable | None, photos: Any, added: float) -> Callable:
+    """Returns what does as `start` does and then fits a new alignment model's whitening to a sample of photos."""
+    import numpy as np
+
+    image = photos(np.unique(np.linspace(0, len(photos) - 1, 100_000).astype(int)))["image"]
+
+    def put(model: Any) -> None:
+        if start:
+            start(model)
+        model.whitening.fit(image, added)
+
+    return put
+
+
+def _aligner_from_pixels(
+    config: Any, path: str, mesh: Any, options: tuple[Any, Any, Any, Any], features: Callable
+) -> tuple[Any, list, dict[str, Any]]:
+    """Returns what `aligner` does, photos in the place of their features. options: PixelsTask's first."""
+    from geotoken_jax import backbone, records
+    from geotoken_jax.align.pixels import PixelsTask
+    from geotoken_jax.backbone import views
+    from geotoken_jax.data.pixels import Pixels
+
+    section = {name: config.embed[name] for name in settings.names(backbone.BackboneSettings)}
+    chosen = settings.read(backbone.BackboneSettings, section, "embed")
+    photos, made = (workdir.read_manifest(path, folder) for folder in ("photos", "features"))
+    if {**made.settings["embed"], **settings.plain(backbone.made_with(chosen))} != made.settings["embed"]:
+        raise workdir.StageError(
+            f"{path}/features was made with another backbone than config.embed has: embed again in another --workdir"
+        )
+    for split in (views.OF, "validation"):
+        if made.counts[split] != photos.counts[split]:
+            raise workdir.StageError(
+                f"{path}/features has {made.counts[split]:,} of the {photos.counts[split]:,} photos of {split}, and "
+                "from pixels every one is read: prepare them again without those that `embed` could not read"
+            )
+    task = PixelsTask(*options, chosen, mesh)
+    others = settings.read(views.ViewsSettings, config.embed.views, "embed.views")
+    seed, threads = config.align.train.seed, config.embed.threads
+
+    def read(split: str, others: Any) -> Pixels:
+        source = records.Photos(f"{path}/photos", split)
+        return Pixels(features(split), source, task.tower, threads, others, seed)
+
+    splits = [read(views.OF, others if config.align.pixels.augment else None), read("validation", None)]
+    return task, splits, {"tower": task.tower.parameters}
 
 
 def _train(config: Any, path: str, variants: Sequence[str]) -> None:
@@ -248,7 +325,17 @@ def _train(config: Any, path: str, variants: Sequence[str]) -> None:
         folder = f"geotoken/{variant}"
         changed = settings.variant(config, variant)
         before = _finished(path, folder)
-        made_with = {"model": _outcome(changed.model), "loss": changed.loss, "train": _outcome(changed.train)}
+        features = _finished(path, "features")
+        if features and features.facts["width"] != changed.model.backbone_width:
+            raise settings.SettingsError(
+                f"config.model.backbone_width = {changed.model.backbone_width} is not the width of these features: set "
+                f"it to {features.facts['width']}"
+            )
+        made_with = {
+            "model": settings.outcome(changed.model),
+            "loss": changed.loss,
+            "train": settings.outcome(changed.train),
+        }
         stage = _begin(path, folder, made_with, ["tokens", "gallery", "queries"])
         if not stage.manifest:
             mesh = make_mesh(changed)
@@ -300,14 +387,6 @@ def _trained_on(manifest: Manifest) -> list[str]:
     return [split for split in (views.OF, views.SPLIT) if split in manifest.counts]
 
 
-#: Keys that say how training runs, not what comes out: they may change from one start to the next.
-_MANNER = ("accumulate", "profile", "wandb", "remat", "attention", "chunk")
-
-
-def _outcome(section: Any) -> dict[str, Any]:
-    return {key: value for key, value in section.items() if key not in _MANNER}
-
-
 def _begin(path: str, folder: str, made_with: dict, inputs: Sequence[str]) -> workdir.Stage:
     """Opens a folder that several processes fill together: the first one writes what says so."""
     if processes.index():
@@ -327,11 +406,13 @@ def make_mesh(config: Any) -> Any:
 
 def _run_loop(
     stage: workdir.Stage, task: Any, section: Any, where: str, mesh: Any, splits: list, what: str,
-    resident: dict[str, Any] | None = None,
+    resident: dict[str, Any] | None = None, after: Callable[[Any], None] | None = None,
 ) -> None:  # fmt: skip
-    """Fills a stage's folder by training; the first process says that it is complete."""
+    """Fills a stage's folder by training; the first process does what is left to do in it, and says it is complete."""
     options, result = fit(task, section, where, mesh, splits, stage.path, what, resident)
     if not processes.index():
+        if after:
+            after(stage.path)
         stage.finish(
             {"steps": options.steps, "examples": options.steps * options.batch_size},
             best_step=result.best_step,
@@ -369,12 +450,23 @@ def fit(
 
 
 def _predict_all(config: Any, path: str, variants: Sequence[str]) -> None:
-    from geotoken_jax.predict import stage
+    from geotoken_jax.predict import baselines, stage
 
-    for name in (stage.TOP1, *variants):
+    _baseline(config, path, baselines.TOP1)
+    for name in variants:
         before = _finished(path, f"predictions/{name}")
-        made = stage.baseline(config, path) if name == stage.TOP1 else stage.run(config, path, name)
-        _report(f"predictions/{name}", before, made)
+        _report(f"predictions/{name}", before, stage.run(config, path, name))
+
+
+def _baseline(config: Any, path: str, name: str) -> None:
+    """Makes the predictions of one baseline; one that learns is handed the loop."""
+    from geotoken_jax.predict import baselines
+
+    def train(task: Any, splits: list, folder: Any) -> None:
+        fit(task, config.baselines.train, "baselines.train", make_mesh(config), splits, folder, f"train {name}")
+
+    before = _finished(path, f"predictions/{name}")
+    _report(f"predictions/{name}", before, baselines.run(config, path, name, train))
 
 
 def _evaluate_all(config: Any, path: str, variants: Sequence[str]) -> None:
@@ -396,19 +488,18 @@ def _export(config: Any, path: str, variants: Sequence[str]) -> None:
 
 
 def _predict(options: argparse.Namespace, config: Any) -> int:
-    """Answers for photos with --model, or for a work directory's splits without."""
-    if options.model is None:
+    """Answers for photos with --model or --method, or for a work directory's splits without."""
+    if options.model is None and options.method is None:
         if options.photos:
             raise settings.SettingsError("photos need a model: add --model=DIR, a folder that `geotoken export` made")
         return _stages([_predict_all])(options, config)
     from geotoken_jax.backbone.preprocess import ImageError
-    from geotoken_jax.predict.predictor import GeoToken
 
     if not options.photos:
         raise settings.SettingsError("name at least one photo, or a folder of photos")
     _quiet()
     failed = False
-    model = GeoToken.load(options.model)
+    model = _predictor(options)
     for photo in _expand(options.photos):
         try:
             answer = model.predict(photo)
@@ -425,6 +516,22 @@ def _predict(options: argparse.Namespace, config: Any) -> int:
     return REFUSED if failed else 0
 
 
+def _predictor(options: argparse.Namespace) -> Any:
+    """Returns the model that answers: an exported one, or GeoCLIP as published."""
+    if options.method is None:
+        from geotoken_jax.predict.predictor import GeoToken
+
+        return GeoToken.load(options.model)
+    if options.model or not (options.clip and options.geoclip):
+        raise settings.SettingsError(
+            "--method=geoclip answers with --clip=DIR, a checkpoint of CLIP ViT-L/14, and --geoclip=FILE, the wheel "
+            "that `pip download --no-deps geoclip` fetches, and without --model"
+        )
+    from geotoken_jax.interop import geoclip
+
+    return geoclip.Locator(options.clip, options.geoclip)
+
+
 def _expand(photos: Sequence[str]) -> list[str]:
     """Returns the files named, and the photos in the folders named, in order."""
     from geotoken_jax.backbone.preprocess import ENDINGS
@@ -438,9 +545,15 @@ def _expand(photos: Sequence[str]) -> list[str]:
 
 
 def _evaluate(options: argparse.Namespace, config: Any) -> int:
-    """Scores files with --predictions, or a work directory without."""
+    """Scores files with --predictions, or a work directory without, where each --method answers first."""
+
+    def answer(config: Any, path: str, variants: Sequence[str]) -> None:
+        del variants
+        for name in options.method:
+            _baseline(config, path, name)
+
     if not options.predictions:
-        return _stages([_evaluate_all])(options, config)
+        return _stages([answer, _evaluate_all])(options, config)
     if not options.truth:
         raise settings.SettingsError("--predictions needs --truth=FILE, of id, latitude, longitude")
     from geotoken_jax.analysis import evaluate

@@ -80,6 +80,15 @@ def _change(section: Any, changes: Any, where: str) -> None:
             section[key] = value
 
 
+#: Keys that say how training runs, not what comes out: they may change from one start to the next.
+_MANNER = ("accumulate", "profile", "wandb", "remat", "attention", "chunk")
+
+
+def outcome(section: Any) -> dict[str, Any]:
+    """Returns the keys of a section that what is made with it depends on."""
+    return {key: value for key, value in section.items() if key not in _MANNER}
+
+
 def plain(section: Any) -> Any:
     """Returns a section, dataclass or nested container as what JSON holds: dicts, lists, strings, numbers."""
     if hasattr(section, "to_dict"):

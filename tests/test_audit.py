@@ -19,7 +19,7 @@ from geotoken_jax.gallery import index, neighbors
 from geotoken_jax.gallery.exclude import SameId
 from geotoken_jax.gallery.table import Table, index_vectors, write_shard
 from geotoken_jax.geo.cells import CellScheme
-from geotoken_jax.predict import decode
+from geotoken_jax.predict import baselines, decode
 from geotoken_jax.predict import stage as predict
 from tests import fixtures
 
@@ -143,7 +143,7 @@ def made(tmp_path_factory, config):
     state = nnx.to_pure_dict(nnx.state(fixtures.model("compact"), nnx.Param))
     checkpoint.write_parameters(stage.path / "parameters.safetensors", jax.tree.map(np.asarray, state))
     stage.finish({})
-    predict.baseline(config, path)
+    baselines.run(config, path, baselines.TOP1)
     predict.run(config, path, "geotoken")
     return path
 

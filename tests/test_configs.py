@@ -14,6 +14,7 @@ from data_prep.photos import PhotosSettings
 from geotoken_jax import settings
 from geotoken_jax.align import loss as align_loss
 from geotoken_jax.align.heads import AlignSettings
+from geotoken_jax.align.pixels import PixelsSettings
 from geotoken_jax.analysis.audit import AuditSettings
 from geotoken_jax.analysis.evaluate import EvaluateSettings
 from geotoken_jax.gallery.index import IndexSettings
@@ -21,6 +22,8 @@ from geotoken_jax.gallery.placement import GallerySettings
 from geotoken_jax.interop import geoclip
 from geotoken_jax.model.geotoken import GeoTokenModel, ModelSettings
 from geotoken_jax.model.task import LossSettings
+from geotoken_jax.predict.baselines import BASELINES, GeoClipSettings, KnnSettings
+from geotoken_jax.predict.classifier import ClassifierSettings
 from geotoken_jax.predict.decode import PredictSettings
 from geotoken_jax.sharding import MeshSettings
 from geotoken_jax.train.loop import TrainSettings
@@ -35,6 +38,7 @@ READERS = {
     "align.model": AlignSettings,
     "align.loss": align_loss.LossSettings,
     "align.init": geoclip.InitSettings,
+    "align.pixels": PixelsSettings,
     "align.train": TrainSettings,
     "index.neighbors": NeighborsSettings,
     "index.search": IndexSettings,
@@ -43,6 +47,10 @@ READERS = {
     "loss": LossSettings,
     "train": TrainSettings,
     "predict": PredictSettings,
+    "baselines.knn": KnnSettings,
+    "baselines.geoclip": GeoClipSettings,
+    "baselines.classifier": ClassifierSettings,
+    "baselines.train": TrainSettings,
     "evaluate": EvaluateSettings,
     "audit": AuditSettings,
 }
@@ -67,9 +75,9 @@ def test_every_section_of_every_variant_is_read(name):
         found = {place: settings.read(kind, section(changed, place), place) for place, kind in READERS.items()}
         model, train = found["model"], found["train"]
         assert train.steps > 0 and found["align.train"].steps > 0
-        assert model.neighbors <= found["index.neighbors"].count
+        assert max(model.neighbors, found["baselines.knn"].neighbors) <= found["index.neighbors"].count
         assert model.cells.level <= 20  # what features/ hold
-        for options in (train, found["align.train"]):
+        for options in (train, found["align.train"], found["baselines.train"]):
             assert np.isfinite(float(make_schedule(options.optimizer, options.steps, 10)(options.steps)))
 
 
@@ -78,10 +86,10 @@ def test_nothing_in_a_configuration_is_unread(name):
     config = load(name)
     read = {place.split(".")[0] for place in READERS} | {"name", "variants"}
     assert set(config) == read
-    for parent in ("align", "index"):
+    for parent in ("align", "index", "baselines"):
         assert {f"{parent}.{key}" for key in config[parent]} == {p for p in READERS if p.startswith(f"{parent}.")}
     assert config.evaluate.reference in config.variants
-    assert set(config.evaluate.labels) == {"top1_neighbor", *config.variants}
+    assert set(config.evaluate.labels) == {*BASELINES, *config.variants}
 
 
 def test_the_papers_model_has_its_size():

@@ -5,6 +5,8 @@ tests/interop/test_geoclip.py has the trained weights, which are in a wheel of 4
 
 import collections
 import io
+import json
+import pathlib
 import pickle
 import sys
 import zipfile
@@ -16,17 +18,21 @@ import optax
 import pytest
 from flax import nnx
 
-from geotoken_jax import sharding
+from geotoken_jax import cli, sharding
 from geotoken_jax.align.heads import AlignSettings
 from geotoken_jax.align.location_encoder import LocationSettings
 from geotoken_jax.align.loss import LossSettings
 from geotoken_jax.align.task import AlignTask
+from geotoken_jax.backbone import HuggingFaceSettings
+from geotoken_jax.backbone.huggingface import HuggingFace
+from geotoken_jax.geo.distance import great_circle_km
 from geotoken_jax.interop import geoclip
 from geotoken_jax.interop.geoclip import InitSettings
 from geotoken_jax.settings import SettingsError
 from geotoken_jax.train.step import Trainer
+from tests import checkpoints
 
-FOURIER, HIDDEN, OUT, WIDTH = 6, 10, 8, 14
+FOURIER, HIDDEN, OUT, WIDTH = 6, 10, 8, 16
 SHAPES = {
     "image_encoder.mlp.0.weight": (WIDTH, WIDTH),
     "image_encoder.mlp.0.bias": (WIDTH,),
@@ -237,7 +243,10 @@ def test_the_alignment_begins_with_its_capsules(wheel, weights):
     location = LocationSettings("mercator", (1, 16, 256), fourier=FOURIER, hidden=HIDDEN, out=OUT)
     loss = LossSettings("info_nce", chunk=8, queue=0, same_within_km=0.0)
     task: object = AlignTask(
-        AlignSettings(hidden=8, dropout=0.0, location=location), WIDTH, loss, geoclip.start(InitSettings(str(wheel)))
+        AlignSettings(hidden=8, dropout=0.0, whiten=0.0, location=location),
+        WIDTH,
+        loss,
+        geoclip.start(InitSettings(str(wheel))),
     )
     mesh = sharding.make_mesh(sharding.MeshSettings(1, 1, 1), jax.devices()[:1])
     state = Trainer(task, optax.sgd(0.1), mesh).init(jax.random.key(0))  # pyright: ignore[reportArgumentType]
@@ -255,6 +264,103 @@ def test_what_cannot_be_begun_with_is_refused(wheel, tmp_path):
     start = geoclip.start(InitSettings(str(wheel)))
     location = LocationSettings("unit_vector", (1, 16, 256), fourier=FOURIER, hidden=HIDDEN, out=OUT)
     loss = LossSettings("info_nce", chunk=8, queue=0, same_within_km=0.0)
-    task = AlignTask(AlignSettings(hidden=8, dropout=0.0, location=location), WIDTH, loss, start)
+    task = AlignTask(AlignSettings(hidden=8, dropout=0.0, whiten=0.0, location=location), WIDTH, loss, start)
     with pytest.raises(SettingsError, match=r"does not fit config\.align\.model\.location: .*LocEnc0\.capsule\.0\.b"):
         task.init(nnx.Rngs(0))
+
+
+def clip_of(folder: pathlib.Path, width: int, kind: str = "clip") -> pathlib.Path:
+    """Writes a tiny checkpoint folder whose embeddings are of this width."""
+    with np.load(pathlib.Path(__file__).parent / "golden" / "backbones.npz") as golden:
+        shapes = json.loads(str(golden[f"{kind}/shapes"]))
+    projections = ("visual_projection.weight", "text_projection.weight")
+    shapes |= {name: [width, *shapes[name][1:]] for name in projections if name in shapes}
+    checkpoints.write(folder, kind, shapes)
+    config = {**checkpoints.CONFIGS[kind], **({"projection_dim": width} if kind == "clip" else {})}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture
+def published(folder, weights):
+    """GeoCLIP's files with a gallery of 40 places; two of them lie close together."""
+    at = np.random.default_rng(2).uniform((-80, -180), (80, 180), (40, 2))
+    at[7] = at[3] + [0.1, 0.1]
+    weights["logit_scale"][...] = 1.5
+    (folder / "logit_scale_weights.pth").write_bytes(pth(Tensor(weights["logit_scale"])))
+    (folder / "coordinates_100K.csv").write_text("LAT,LON\n" + "".join(f"{a},{b}\n" for a, b in at.tolist()))
+    return folder, at
+
+
+def test_answers_as_published_without_any_training(published, weights, tmp_path):
+    folder, at = published
+    clip = clip_of(tmp_path / "clip", WIDTH)
+    photos = checkpoints.images()
+    locator = geoclip.Locator(clip, folder)
+    locator.batch_size = 2
+    answers = locator.predict(photos)
+    tower = HuggingFace(HuggingFaceSettings(str(clip), "float32", 4))
+    features = tower.images(np.stack([tower.prepare(photo) for photo in photos])).astype(float)
+    w = {name.removeprefix("image_encoder.mlp."): value for name, value in weights.items()}
+    image = np.maximum(features @ w["0.weight"].T + w["0.bias"], 0) @ w["2.weight"].T + w["2.bias"]
+    places = published_location(weights, at)
+    cosines = (image / np.linalg.norm(image, axis=1)[:, None]) @ (places / np.linalg.norm(places, axis=1)[:, None]).T
+    wanted = np.exp(np.exp(1.5) * cosines)
+    wanted /= wanted.sum(1, keepdims=True)
+    for answer, p in zip(answers, wanted, strict=True):
+        best = np.argsort(-p)[:20]
+        np.testing.assert_allclose([c.probability for c in answer.candidates], p[best], rtol=1e-3)
+        np.testing.assert_allclose([(c.latitude, c.longitude) for c in answer.candidates], at[best])
+        assert (answer.latitude, answer.longitude) == tuple(at[best[0]]) and answer.neighbors == ()
+        km = great_circle_km(*at[best[0]], *at.T)
+        assert p[km <= answer.radius_km].sum() >= 0.5 > p[km < answer.radius_km].sum()
+    alone = locator.predict(photos[0])
+    assert (alone.latitude, alone.longitude) == (answers[0].latitude, answers[0].longitude)
+
+
+def geotoken(*arguments) -> int:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*map(str, arguments)])
+    return int(ended.value.code or 0)
+
+
+def test_a_photo_is_answered_on_the_command_line(published, tmp_path, capsys):
+    folder, at = published
+    clip = clip_of(tmp_path / "clip", WIDTH)
+    photo = tmp_path / "a.png"
+    checkpoints.images()[0].save(photo)
+    command = ["predict", "--method=geoclip", f"--clip={clip}", f"--geoclip={folder}"]
+    assert geotoken(*command, "--json", photo) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert [answer["latitude"], answer["longitude"]] in at.tolist() and len(answer["candidates"]) == 20
+    assert geotoken(*command, photo, tmp_path / "missing.jpg") == cli.REFUSED
+    out, err = capsys.readouterr()
+    assert (
+        out == f"{photo}  {answer['latitude']:.5f}, {answer['longitude']:.5f}  within {answer['radius_km']:,.0f} km\n"
+    )
+    assert "missing.jpg" in err
+
+
+@pytest.mark.parametrize(("kind", "width", "said"), [
+    ("clip", WIDTH + 2, "is CLIP 18 wide, and GeoCLIP stands on CLIP 16 wide"),
+    ("siglip", WIDTH, "is SigLIP 16 wide"),
+])  # fmt: skip
+def test_a_checkpoint_that_geoclip_does_not_stand_on_is_refused(published, tmp_path, capsys, kind, width, said):
+    clip = clip_of(tmp_path / "other", width, kind)
+    assert (
+        geotoken("predict", "--method=geoclip", f"--clip={clip}", f"--geoclip={published[0]}", "a.jpg") == cli.REFUSED
+    )
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_what_geoclip_lacks_is_said_in_one_line(published, tmp_path, capsys):
+    clip = clip_of(tmp_path / "clip", WIDTH)
+    for arguments, said in (
+        (["--method=geoclip", f"--clip={clip}"], "--geoclip=FILE"),
+        (["--method=geoclip", "--clip=nowhere", f"--geoclip={published[0]}"], "nowhere"),
+        (["--method=geoclip", f"--clip={clip}", "--geoclip=none.whl"], "none.whl cannot be read"),
+    ):
+        assert geotoken("predict", *arguments, "photo.jpg") == cli.REFUSED
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1

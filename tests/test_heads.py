@@ -17,13 +17,15 @@ from geotoken_jax.align.task import AlignTask
 from geotoken_jax.train.step import Trainer
 
 
-def settings(dropout=0.0):
-    return AlignSettings(hidden=32, dropout=dropout, location=LocationSettings("mercator", (1, 16), 8, 16, 12))
+def settings(dropout=0.0, whiten=0.0):
+    return AlignSettings(
+        hidden=32, dropout=dropout, whiten=whiten, location=LocationSettings("mercator", (1, 16), 8, 16, 12)
+    )
 
 
-def make_task(dropout=0.0, start=None, **changes) -> Any:
+def make_task(dropout=0.0, start=None, whiten=0.0, **changes) -> Any:
     loss = {"kind": "info_nce", "chunk": 5, "queue": 0, "same_within_km": 0.0, **changes}
-    return AlignTask(settings(dropout), 24, LossSettings(**loss), start)
+    return AlignTask(settings(dropout, whiten), 24, LossSettings(**loss), start)
 
 
 def batch(n=32):
@@ -44,6 +46,27 @@ def test_embeds_in_the_order_image_location_text():
     np.testing.assert_allclose(embeddings[:, 1], model.image_to_location(image), atol=1e-6)
     np.testing.assert_allclose(embeddings[:, 2], model.image_to_text(image), atol=1e-6)
     assert float(model.text_scale[...]) == float(model.location_scale[...]) == pytest.approx(3.99)
+
+
+def test_whitened_features_vary_alike_in_all_directions_and_do_so_once_read_again(tmp_path):
+    rng = np.random.default_rng(0)
+    image = (rng.normal(size=(4000, 24)) * np.linspace(0.1, 1, 24) + 3).astype(np.float32)
+    model = AlignModel(settings(whiten=1e-4), 24, rngs=nnx.Rngs(0))
+    assert model.whitening
+    model.whitening.fit(image, 1e-4)
+    whitened = np.asarray(model.whitening(jnp.asarray(image)))
+    np.testing.assert_allclose(np.linalg.norm(whitened, axis=1), 1, atol=1e-5)
+    np.testing.assert_allclose(24 * np.cov(whitened, rowvar=False), np.eye(24), atol=0.15)
+
+    def start(new):
+        new.whitening.fit(image, 1e-4)
+
+    trainer = make_trainer(whiten=1e-4, start=start)
+    checkpoint.write_parameters(tmp_path / "parameters.safetensors", *trainer.kept(trainer.init(KEY)))
+    read = checkpoint.read_module(tmp_path / "parameters.safetensors", AlignTask(settings(whiten=1e-4), 24).init)
+    assert read.whitening
+    np.testing.assert_array_equal(read.whitening.matrix[...], model.whitening.matrix[...])
+    assert read.image_to_text.whitening is read.image_to_location.whitening is read.whitening
 
 
 def test_dropout_acts_only_where_randomness_is_given():

@@ -51,7 +51,7 @@ class AlignTask:
     @property
     def flops(self) -> float:
         """Six for each parameter, which serves once a photo; the products of embeddings left out."""
-        params = nnx.state(nnx.eval_shape(lambda: self.init(nnx.Rngs(0))), nnx.Param)
+        params = nnx.state(nnx.eval_shape(lambda: AlignTask.init(self, nnx.Rngs(0))), nnx.Param)
         return 6.0 * sum(p.size for p in jax.tree.leaves(params))
 
     def init(self, rngs: nnx.Rngs) -> AlignModel:

@@ -222,7 +222,7 @@ def _mask(
     Each region's answers are kept as masked-NUMBER.npy, so that an interrupted audit goes on with the next.
     """
     from geotoken_jax.analysis.masking import Masked  # and jax with it
-    from geotoken_jax.predict.stage import TOP1
+    from geotoken_jax.predict.baselines import TOP1
 
     masked, found, both = None, [], [m for m in methods if m.variant in (TOP1, scoring.reference)]
     row_of = audit.match(audit.encoded(truth.ids), Table(path / "queries" / options.split).ids())
@@ -269,7 +269,7 @@ def _lost(
     scoring: EvaluateSettings,
 ) -> dict[str, Any]:
     """Scores both methods on some photos as they answered, as `placed` says, and the paired difference."""
-    from geotoken_jax.predict.stage import TOP1
+    from geotoken_jax.predict.baselines import TOP1
 
     found = []
     for method in methods:

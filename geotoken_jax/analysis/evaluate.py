@@ -50,7 +50,8 @@ class Points:
     """Coordinates by id, in degrees.
 
     candidates: other places that were weighed, NaN where a photo has fewer than K (0 where nobody has any). generated:
-    they were, token by token; else they are neighbors. extra: the other columns of each row, names in lower case.
+    they were, token by token. extra: the other columns of each row, names in lower case. ranked: candidates have
+    probabilities; those that are not generated are neighbors where they have none.
     """
 
     source: str
@@ -59,6 +60,7 @@ class Points:
     candidates: Float[np.ndarray, "n K 2"]
     generated: bool
     extra: list[dict[str, Any]]
+    ranked: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,10 +88,17 @@ class Method:
 
 
 def run(config: Any, workdir: epath.PathLike) -> stages.Manifest:
-    """Scores every variant under predictions/ on every split, and writes report/metrics.json and report/index.html."""
+    """Scores every variant under predictions/ on every split, and writes report/metrics.json and report/index.html.
+
+    Both are made again, whole, where there are predictions that an earlier report did not know.
+    """
     workdir = epath.Path(workdir)
     options = settings.read(EvaluateSettings, config.evaluate, "evaluate")
     folders = predicted(workdir, options)
+    for name in ("manifest.json", "begun.json"):
+        earlier = workdir / "report" / name
+        if earlier.exists() and not set(folders) <= json.loads(earlier.read_text())["inputs"].keys():
+            earlier.unlink()
     stage = stages.begin(workdir, "report", {"name": config.name, "evaluate": options}, ["photos", "gallery", *folders])
     if stage.manifest:
         return stage.manifest
@@ -155,7 +164,7 @@ def read_points(path: epath.PathLike) -> Points:
     """
     source = str(path)
     first_line, ids, coordinates, candidates, extra = {}, [], [], [], []
-    generated = False
+    generated = ranked = False
     for line, row in _rows(epath.Path(path)):
         where = f"{source}, line {line}"
         taken = _take(row, where)
@@ -170,6 +179,7 @@ def read_points(path: epath.PathLike) -> Points:
         try:
             weighed = row.pop("candidates", ())
             generated = generated or any("tokens" in c for c in weighed)
+            ranked = ranked or any("log_probability" in c for c in weighed)
             candidates.append([(float(c["latitude"]), float(c["longitude"])) for c in weighed])
             row["choices"] = {choice: int(k) for choice, k in row.get("choices", {}).items()}
         except (TypeError, KeyError, ValueError, AttributeError):
@@ -180,7 +190,7 @@ def read_points(path: epath.PathLike) -> Points:
         extra.append(row)
     if not ids:
         raise PointsError(f"{path} holds no points: write one row a photo with id, latitude and longitude")
-    return Points(source, ids, np.array(coordinates), _padded(candidates), generated, extra)
+    return Points(source, ids, np.array(coordinates), _padded(candidates), generated, extra, ranked)
 
 
 def methods_of(points: Points, truth: Points, variant: str, label: str) -> list[Method]:
@@ -222,7 +232,8 @@ def methods_of(points: Points, truth: Points, variant: str, label: str) -> list[
         off = distance.great_circle_km(candidates[..., 0], candidates[..., 1], here[..., 0], here[..., 1])
         nearest = np.nan_to_num(off, nan=np.inf).argmin(axis=1)
         most = f"up to {count}" if np.isnan(candidates).any() else str(count)  # samples that agree are one candidate
-        name = f"Best of {most} neighbors" if baseline else f"{label}: ideal of {most} candidates"
+        is_neighbors = baseline and not points.ranked
+        name = f"Best of {most} neighbors" if is_neighbors else f"{label}: ideal of {most} candidates"
         methods.append(method("ideal", name, candidates[each, nearest], bound=True))
     return methods
 

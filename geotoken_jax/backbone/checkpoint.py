@@ -8,11 +8,12 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-import safetensors
+import safetensors.numpy
+from etils import epath
 from flax import nnx, traverse_util
 from jax.sharding import Mesh
 
-from geotoken_jax import sharding
+from geotoken_jax import sharding, workdir
 from geotoken_jax.settings import SettingsError
 
 M = TypeVar("M", bound=nnx.Module)
@@ -59,22 +60,56 @@ def read_module(folder: pathlib.Path, make: Callable[[nnx.Rngs], M], mesh: Mesh)
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
 
+def write_module(folder: pathlib.Path, source: pathlib.Path, module: nnx.Module) -> None:
+    """Writes a folder like `source` with a module's parameters in the place of those of their names: what `read_module`
+    reads, and transformers too. The module's arrays are this process's; all tensors are float32."""
+    folder.mkdir(exist_ok=True)
+    for path in (path for ending in ("*.json", "*.txt") for path in sorted(source.glob(ending))):
+        if path.name != "model.safetensors.index.json":  # there is one file
+            workdir.write_bytes(epath.Path(folder / path.name), path.read_bytes())
+    with _tensors(source) as tensors:
+        whole = {name: np.asarray(read(), np.float32) for name, read in tensors.items() if name not in _UNUSED}
+    whole.update(published(nnx.state(module)))
+    data = safetensors.numpy.save(whole, {"format": "pt"})  # which transformers asks for
+    workdir.write_bytes(epath.Path(folder / "model.safetensors"), data)
+
+
+def published(state: nnx.State) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields the tensors that a module's parameters are published as, by name."""
+    for path, variable in nnx.to_flat_state(state):
+        array = np.asarray(variable[...])
+        for name, index in _published(tuple(map(str, path)), array.shape):
+            yield name, np.array(_turned(path[-1], array[index], (3, 2, 0, 1)), order="C")
+
+
+def _published(path: tuple[str, ...], shape: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
+    """Yields the published names of a parameter's tensors and where in it they are: one, or one a stacked layer."""
+    name = ".".join((*path[:-1], _NAMES.get(path[-1], path[-1])))
+    if "layers" not in path:
+        yield name, ...
+        return
+    for i in range(shape[0]):
+        yield name.replace(".layers.", f".layers.{i}."), i
+
+
+def _turned(last: Any, tensor: np.ndarray, window: tuple[int, ...]) -> np.ndarray:
+    """Returns a tensor with its axes in the other order: torch keeps outputs first, and a convolution's window last."""
+    if last != "kernel":
+        return tensor
+    return tensor.transpose(window) if tensor.ndim == 4 else tensor.T
+
+
 def _read(folder: pathlib.Path, tensors: dict[str, Any], path: tuple[str, ...], shape: tuple[int, ...]) -> np.ndarray:
     """Returns one parameter, its tensors taken out of the dict."""
-    name = ".".join((*path[:-1], _NAMES.get(path[-1], path[-1])))
-    stacked = "layers" in path
-    each = shape[1:] if stacked else shape
     array = np.empty(shape, np.float32)
-    for i in range(shape[0] if stacked else 1):
-        one = name.replace(".layers.", f".layers.{i}.") if stacked else name
+    for one, index in _published(path, shape):
         if one not in tensors:
             raise SettingsError(f"{folder} has no tensor {one}: its config.json and its safetensors do not fit")
-        tensor = tensors.pop(one)()
-        if path[-1] == "kernel":  # torch keeps outputs first, and a convolution's window last
-            tensor = tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T
-        if tensor.shape != each:
-            raise SettingsError(f"{folder}: {one} has shape {list(tensor.shape)} where config.json asks {list(each)}")
-        array[i if stacked else ...] = tensor
+        tensor = _turned(path[-1], tensors.pop(one)(), (2, 3, 1, 0))
+        if tensor.shape != array[index].shape:
+            asked = list(array[index].shape)
+            raise SettingsError(f"{folder}: {one} has shape {list(tensor.shape)} where config.json asks {asked}")
+        array[index] = tensor
     return array
 
 

@@ -48,12 +48,11 @@ class HuggingFace:
         self._mesh = mesh or sharding.make_mesh(sharding.MeshSettings(1, 1, 1), jax.local_devices()[:1])
         self._batch = sharding.batch_sharding(self._mesh)
         self._ways = self._batch.num_devices // self._mesh.shape["tensor"]
-        self._batch_size, self._dtype = settings.batch_size, settings.dtype
+        self._batch_size, self.dtype = settings.batch_size, settings.dtype
         if settings.batch_size % self._ways:
             raise SettingsError(
                 f"config.embed.huggingface.batch_size = {settings.batch_size} does not divide over {self._ways} devices"
             )
-        #: The towers, for whoever trains them.
         self.model = checkpoint.read_module(
             folder, lambda rngs: _KINDS[kind](config, jnp.dtype(settings.dtype), rngs), self._mesh
         )
@@ -93,9 +92,7 @@ class HuggingFace:
 
         @jax.jit
         def run(state: Any, batch: jax.Array) -> jax.Array:
-            # Without it a GPU or a TPU multiplies float32 in fewer bits, and misses the published features by 1e-3.
-            exact = jax.default_matmul_precision("highest" if self._dtype == "float32" else "default")
-            with jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh), exact:
+            with jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh), _exact(self.dtype):
                 return features(nnx.merge(graph, state), batch).astype(jnp.float32)
 
         return lambda batch: run(state, jax.device_put(batch, self._batch))
@@ -117,6 +114,49 @@ class HuggingFace:
             found.append((compiled(np.pad(part, padding)), len(part)))
         features = [np.asarray(batch)[:n] for batch, n in found]
         return np.concatenate([np.zeros((0, self.width), np.float32), *features])
+
+
+class ImageTower:
+    """The image half of a checkpoint, for whoever trains it: the host prepares photos, the rest is traced.
+
+    parameters: the published ones, on the mesh, as a pure dict. width: C. min_side: as a Backbone's.
+    """
+
+    def __init__(self, of: HuggingFace, remat: str):
+        """remat: what a backward pass keeps of a layer, see stack.REMAT."""
+        tower: Any = nnx.merge(*nnx.split(of.model))
+        for name in ("text_model", "text_projection", "logit_scale", "logit_bias"):
+            if hasattr(tower, name):
+                delattr(tower, name)
+        tower.vision_model.encoder.remat = remat
+        self._graph, state = nnx.split(tower)
+        self._shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+        self.parameters = nnx.to_pure_dict(state)
+        self.width, self.min_side, self._processor, self._dtype = of.width, of.min_side, of.processor, of.dtype
+        #: Floating-point operations of one photo's features: each parameter serves every patch. Attention's own
+        #: products are left out, 4 % at L/14.
+        self.flops = 2.0 * sum(x.size for x in jax.tree.leaves(state)) * of.model.image_shape.patches
+
+    def prepare(self, photo: Any) -> UInt8[np.ndarray, "h w 3"]:
+        """Returns what HuggingFace.prepare does."""
+        return self._processor.fit(preprocess.open_image(photo))
+
+    def module(self, parameters: Any) -> nnx.Module:
+        """Returns the tower with these parameters: arrays under the names and with the shapes of its own."""
+        state = jax.tree.map(lambda x: x, self._shapes)
+        nnx.replace_by_pure_dict(state, parameters)
+        return nnx.merge(self._graph, state)
+
+    def features(self, parameters: Any, prepared: UInt8[jax.Array, "B h w 3"]) -> Float32[jax.Array, "B C"]:
+        """Returns the features of prepared photos by these parameters; to be traced, on a mesh."""
+        tower: Any = self.module(parameters)
+        with _exact(self._dtype):
+            return tower.image_features(self._processor.normalize(prepared)).astype(jnp.float32)
+
+
+def _exact(dtype: str) -> Any:
+    # Without it a GPU or a TPU multiplies float32 in fewer bits, and misses the published features by 1e-3.
+    return jax.default_matmul_precision("highest" if dtype == "float32" else "default")
 
 
 def _processor(folder: pathlib.Path, side: int) -> preprocess.Processor:

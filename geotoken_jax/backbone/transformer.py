@@ -142,12 +142,14 @@ class Encoder(nnx.Module):
 
     def __init__(self, shape: Shape, dtype: Any, rngs: nnx.Rngs):
         self.layers = stack.make(lambda r: Layer(shape, dtype, r), shape.num_hidden_layers, rngs)
+        #: What a backward pass keeps of a layer, see stack.REMAT; for whoever trains the tower to set.
+        self.remat = "none"
 
     def __call__(self, x: Float[Array, "B T D"], causal: bool = False) -> Float[Array, "B T D"]:
         def body(layer: Layer, x: Array, _: None) -> tuple[Array, None]:
             return sharding.constrain(layer(x, causal), "batch"), None
 
-        return stack.scan(self.layers, body, sharding.constrain(x, "batch"), None)[0]
+        return stack.scan(self.layers, body, sharding.constrain(x, "batch"), None, self.remat)[0]
 
 
 class PatchEmbedding(nnx.Module):

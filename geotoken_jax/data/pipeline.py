@@ -6,6 +6,7 @@ processes sees the same batches, so the position in it is one number, valid on a
 """
 
 from collections.abc import Callable, Iterator
+from typing import Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -16,15 +17,27 @@ from geotoken_jax.settings import SettingsError
 Read = Callable[[np.ndarray], dict[str, np.ndarray]]
 
 
-class _ReadPart(grain.transforms.Map):
+@runtime_checkable
+class Varying(Protocol):
+    """A reader that in training gives something else of a row each time."""
+
+    def vary(self, rows: np.ndarray, examples: np.ndarray) -> dict[str, np.ndarray]:
+        """examples [b]: how many rows training takes before each of them, on all processes, from its beginning."""
+        ...
+
+
+class _ReadPart(grain.transforms.MapWithIndex):
     """Reads this process's contiguous part of a global batch of row numbers."""
 
     def __init__(self, read: Read, process: int, processes: int):
         self._read, self._process, self._processes = read, process, processes
 
-    def map(self, rows: np.ndarray) -> dict[str, np.ndarray]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def map_with_index(self, index: int, rows: np.ndarray) -> dict[str, np.ndarray]:  # pyright: ignore[reportIncompatibleMethodOverride]
         size = len(rows) // self._processes
-        return self._read(rows[self._process * size : (self._process + 1) * size])
+        own = slice(self._process * size, (self._process + 1) * size)
+        if isinstance(self._read, Varying):
+            return self._read.vary(rows[own], (index * len(rows) + np.arange(len(rows)))[own])
+        return self._read(rows[own])
 
 
 def training(
@@ -40,7 +53,7 @@ def training(
     if batch_size > n:
         raise SettingsError(f"config.batch_size = {batch_size} is more than the {n} photos there are: make it smaller")
     rows = grain.MapDataset.range(n).seed(seed).shuffle().repeat().batch(batch_size, drop_remainder=True)
-    read_part = rows.map(_ReadPart(read, process, processes))
+    read_part = rows.map_with_index(_ReadPart(read, process, processes))
     return iter(read_part.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
 
 

@@ -8,7 +8,8 @@
 
 WEIGHTS is the wheel that `pip download --no-deps geoclip` fetches, a folder of its `.pth` files, or a state dict of the
 whole published model as a `.pth`, `.safetensors` or `.npz` file. None of it needs torch but a `.pth` of other than the
-wheel's kind; nothing is imported from the wheel, and only tensors are unpickled.
+wheel's kind; nothing is imported from the wheel, and only tensors are unpickled. `Locator` answers with them, as
+`geotoken predict --method=geoclip` does.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import pickle
 import re
 import sys
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,8 +34,13 @@ from jaxtyping import Float
 from geotoken_jax import checkpoint
 from geotoken_jax.align.heads import AlignModel, Head
 from geotoken_jax.align.location_encoder import Capsules, LocationSettings
+from geotoken_jax.backbone import HuggingFaceSettings
+from geotoken_jax.backbone.clip import Clip
+from geotoken_jax.backbone.huggingface import HuggingFace
 from geotoken_jax.interop import official
 from geotoken_jax.interop.official import Weights
+from geotoken_jax.predict import places
+from geotoken_jax.predict.predictor import Candidate, Prediction, Predictor, half_within
 from geotoken_jax.settings import SettingsError
 
 #: What precedes the names of a file's tensors in the state dict of the whole model -> the file.
@@ -46,6 +52,9 @@ _FILES = {
 _IN_WHEEL, _GALLERY = "geoclip/model/weights", "geoclip/model/gps_gallery/coordinates_100K.csv"
 #: Members of the whole state dict that are not ours to hold: the backbone, and coordinates.
 _UNUSED = ("image_encoder.CLIP.", "gps_gallery", "gps_queue")
+
+#: Places of the gallery that an answer names.
+_CANDIDATES = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +102,55 @@ def to_state_dict(model: GeoCLIP) -> dict[str, np.ndarray]:
     """Returns the weights under their names in the published model's whole state dict, layouts included."""
     places = _places(model).items()
     return {name: np.array(_turned(name, np.asarray(variable[...])), order="C") for name, variable in places}
+
+
+class Locator(Predictor):
+    """GeoCLIP as published, without any training of ours: CLIP, its trained encoders, and the coordinates of its
+    gallery, among which it chooses by softmax."""
+
+    batch_size = 32
+
+    def __init__(self, clip: epath.PathLike, weights: epath.PathLike):
+        """clip: checkpoint folder of CLIP ViT-L/14, as Hugging Face publishes it. weights: the wheel, or a folder of
+        its `.pth` files and its coordinates_100K.csv.
+
+        Encodes the gallery, which takes some seconds. Raises SettingsError for a folder or weights that will not do.
+        """
+        self._clip = HuggingFace(HuggingFaceSettings(str(clip), "float32", self.batch_size))
+        try:
+            model = import_(weights)
+            self._coordinates = read_gallery(weights)
+        except (ValueError, OSError, ModuleNotFoundError) as error:
+            raise SettingsError(f"{weights} cannot be read as GeoCLIP's weights: {error}") from error
+        width = model.image.hidden.in_features
+        if self._clip.width != width or not isinstance(self._clip.model, Clip):
+            kind = "CLIP" if isinstance(self._clip.model, Clip) else "SigLIP"
+            raise SettingsError(
+                f"{clip} is {kind} {self._clip.width} wide, and GeoCLIP stands on CLIP {width} wide: name a checkpoint "
+                "folder of CLIP ViT-L/14 (openai/clip-vit-large-patch14)"
+            )
+        blocks = places.encode(model.location, lambda location, x: location.features(x), self._coordinates)
+        encoded = jnp.concatenate([jnp.asarray(block) for block in blocks])
+
+        @jax.jit
+        def run(features: jax.Array) -> jax.Array:
+            with jax.default_matmul_precision("highest"):
+                image = model.image(features)
+                image = image / jnp.linalg.norm(image, axis=-1, keepdims=True)
+                return jax.nn.softmax(jnp.exp(model.scale[...]) * image @ encoded.T)
+
+        self._run = run
+
+    def _predict(self, photos: Sequence[Any]) -> list[Prediction]:
+        prepared = np.stack([self._clip.prepare(photo) for photo in photos])
+        return [self._answer(p) for p in np.asarray(self._run(jnp.asarray(self._clip.images(prepared))))]
+
+    def _answer(self, probability: Float[np.ndarray, "N"]) -> Prediction:
+        best = np.argsort(-probability, kind="stable")[:_CANDIDATES]
+        latitude, longitude = self._coordinates[best].T.tolist()
+        candidates = tuple(map(Candidate, latitude, longitude, probability[best].tolist()))
+        radius = half_within(self._coordinates[best[0]], self._coordinates, probability)
+        return Prediction(latitude[0], longitude[0], radius, candidates, ())
 
 
 def start(settings: InitSettings) -> Callable[[AlignModel], None] | None:

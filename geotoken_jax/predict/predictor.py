@@ -1,5 +1,6 @@
 """A model in one object: photos in, coordinates with candidates and radius out."""
 
+import abc
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -7,6 +8,7 @@ from typing import Any, overload
 
 import numpy as np
 from etils import epath
+from jaxtyping import Float, Num
 
 from geotoken_jax import backbone, checkpoint, settings
 from geotoken_jax.align.heads import AlignSettings, embeddings
@@ -22,7 +24,8 @@ from geotoken_jax.predict.decode import Decoder, PredictSettings, answers
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A place the photo may be from: degrees, and the model's probability of the level-20 cell around it."""
+    """A place the photo may be from: degrees, and the model's probability of the level-20 cell around it (GeoCLIP's: of
+    this place among those of its gallery)."""
 
     latitude: float
     longitude: float
@@ -43,8 +46,9 @@ class Neighbor:
 class Prediction:
     """Where a photo was taken: degrees.
 
-    radius_km: of the circle around the answer that holds half of the samples; of the tempered distribution, and not
-    calibrated. candidates: distinct ones, most probable first. neighbors: best first.
+    radius_km: of the circle around the answer that holds half of the samples (GeoCLIP's: half of the probability); of
+    the tempered distribution, and not calibrated. candidates: distinct ones, most probable first. neighbors: best
+    first; none where a model looks at none.
     """
 
     latitude: float
@@ -54,7 +58,32 @@ class Prediction:
     neighbors: tuple[Neighbor, ...]
 
 
-class GeoToken:
+class Predictor(abc.ABC):
+    """Answers for one photo, or for a list of them."""
+
+    #: Photos that are answered at once.
+    batch_size: int
+
+    @overload
+    def predict(self, photos: list[Any] | tuple[Any, ...]) -> list[Prediction]: ...
+    @overload
+    def predict(self, photos: Any) -> Prediction: ...
+    def predict(self, photos: Any) -> Prediction | list[Prediction]:
+        """Returns where a photo was taken, or a list of answers for a list of photos.
+
+        A photo is a path, a PIL image, an array [height, width, 3] of uint8, or an encoded file's bytes. EXIF positions
+        are not read. Raises ImageError, which names the photo, if one cannot be read.
+        """
+        if not isinstance(photos, (list, tuple)):
+            return self._predict([photos])[0]
+        size = self.batch_size
+        return [p for first in range(0, len(photos), size) for p in self._predict(photos[first : first + size])]
+
+    @abc.abstractmethod
+    def _predict(self, photos: Sequence[Any]) -> list[Prediction]: ...
+
+
+class GeoToken(Predictor):
     """A trained model with its backbone and gallery, as `geotoken export` writes it."""
 
     def __init__(self, folder: epath.PathLike):
@@ -71,6 +100,7 @@ class GeoToken:
             folder / "geotoken.safetensors", lambda rngs: GeoTokenModel(model_settings, rngs)
         )
         self._decoder = Decoder(model, settings.read(PredictSettings, config["predict"], "predict"))
+        self.batch_size = self._decoder.settings.batch_size
         self._neighbors = model_settings.neighbors
         self._gallery = Table(folder / "gallery")
         self._index = index.load(folder / "gallery" / "index", config["index"]["threads"])
@@ -79,21 +109,6 @@ class GeoToken:
     def load(cls, folder: epath.PathLike) -> "GeoToken":
         """Returns the model in a folder that `geotoken export` made."""
         return cls(folder)
-
-    @overload
-    def predict(self, photos: list[Any] | tuple[Any, ...]) -> list[Prediction]: ...
-    @overload
-    def predict(self, photos: Any) -> Prediction: ...
-    def predict(self, photos: Any) -> Prediction | list[Prediction]:
-        """Returns where a photo was taken, or a list of answers for a list of photos.
-
-        A photo is a path, a PIL image, an array [height, width, 3] of uint8, or an encoded file's bytes. EXIF positions
-        are not read. Raises ImageError, which names the photo, if one cannot be read.
-        """
-        if not isinstance(photos, (list, tuple)):
-            return self._predict([photos])[0]
-        size = self._decoder.settings.batch_size
-        return [p for first in range(0, len(photos), size) for p in self._predict(photos[first : first + size])]
 
     def _predict(self, photos: Sequence[Any]) -> list[Prediction]:
         prepared = np.stack([self._backbone.prepare(photo) for photo in photos])
@@ -121,11 +136,19 @@ def _prediction(answer: dict[str, Any], near: tuple[Neighbor, ...]) -> Predictio
     latitude, longitude, log_p, count = (
         np.array([c[name] for c in listed]) for name in ("latitude", "longitude", "log_probability", "count")
     )
-    km = great_circle_km(answer["latitude"], answer["longitude"], latitude, longitude)
-    nearest_first = np.argsort(km, kind="stable")
-    half = np.searchsorted(np.cumsum(count[nearest_first]), count.sum() / 2)
+    radius = half_within(
+        np.array([answer["latitude"], answer["longitude"]]), np.stack([latitude, longitude], -1), count
+    )
     candidates = tuple(
         Candidate(float(latitude[i]), float(longitude[i]), float(np.exp(log_p[i])))
         for i in np.argsort(-log_p, kind="stable")
     )
-    return Prediction(answer["latitude"], answer["longitude"], float(km[nearest_first[half]]), candidates, near)
+    return Prediction(answer["latitude"], answer["longitude"], radius, candidates, near)
+
+
+def half_within(at: Float[np.ndarray, "2"], places: Float[np.ndarray, "n 2"], weights: Num[np.ndarray, " n"]) -> float:
+    """Returns the least distance in km from a place, in degrees, within which half of the places' weight is."""
+    km = great_circle_km(*at, *places.T)
+    nearest_first = np.argsort(km, kind="stable")
+    half = np.searchsorted(np.cumsum(weights[nearest_first]), weights.sum() / 2)
+    return float(km[nearest_first[half]])

@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from geotoken_jax.data.join import Tokens
     from geotoken_jax.predict.decode import Decoder
 
-#: Name of the baseline that answers with the first neighbor.
-TOP1 = "top1_neighbor"
-
 
 def run(config: Any, path: epath.PathLike, variant: str) -> Manifest:
     """Makes predictions/VARIANT/SPLIT.jsonl for every split that has a table under queries/, but views."""
@@ -46,7 +43,7 @@ def run(config: Any, path: epath.PathLike, variant: str) -> Manifest:
     decoder = Decoder(model, options)
     layout = records.token_layout(workdir.read_manifest(path, "tokens").facts["neighbors"])
     gallery = Table(path / "gallery")
-    counts = _asked(path)
+    counts = asked(path)
     with Progress(f"predict {variant}", sum(counts.values()), "photos") as progress:
         for split, photos in counts.items():
             file = stage.path / f"{split}.jsonl"
@@ -60,29 +57,13 @@ def run(config: Any, path: epath.PathLike, variant: str) -> Manifest:
                     model_settings.neighbors,
                 )
                 rows = records.open_array(path / "neighbors" / f"{split}.rows.npy")
-                _write(file, _predict(decoder, read, own, gallery, rows, progress))
+                write(file, _predict(decoder, read, own, gallery, rows, progress))
             else:
                 progress.add(photos)
     return stage.finish(counts)
 
 
-def baseline(config: Any, path: epath.PathLike) -> Manifest:
-    """Makes predictions/top1_neighbor/SPLIT.jsonl: the first neighbor's coordinates; all neighbors as candidates."""
-    path = epath.Path(path)
-    stage = workdir.begin(path, f"predictions/{TOP1}", {"neighbors": config.model.neighbors}, ["neighbors"])
-    if stage.manifest:
-        return stage.manifest
-    gallery = Table(path / "gallery")
-    counts = _asked(path)
-    for split in counts:
-        ids = Table(path / "queries" / split).ids()
-        rows = records.open_array(path / "neighbors" / f"{split}.rows.npy")[:, : config.model.neighbors]
-        found = zip(ids, rows, strict=True)  # without any neighbor there is no answer: evaluation counts it as missing
-        _write(stage.path / f"{split}.jsonl", (_nearest(i, row, gallery) for i, row in found if row[0] >= 0))
-    return stage.finish(counts)
-
-
-def _asked(path: epath.Path) -> dict[str, int]:
+def asked(path: epath.Path) -> dict[str, int]:
     """Returns the splits that are to be answered, and how many photos they have: not the views that are trained on."""
     return {split: n for split, n in workdir.read_manifest(path, "queries").counts.items() if split != views.SPLIT}
 
@@ -100,17 +81,12 @@ def _predict(
         found = answers(decoder(real, rows), decoder.cells, decoder.settings.choice)
         for row, answer in zip(rows, found, strict=True):
             near = neighbor_rows[row, : batch["neighbors"].shape[1]]
-            yield {"id": own.ids(row).item().decode(), **answer, "neighbors": _described(near, gallery)}
+            yield {"id": own.ids(row).item().decode(), **answer, "neighbors": described(near, gallery)}
         progress.add(len(rows))
 
 
-def _nearest(photo: bytes, rows: np.ndarray, gallery: Table) -> dict[str, Any]:
-    listed = _described(rows, gallery)
-    places = [{name: n[name] for name in ("latitude", "longitude")} for n in listed]
-    return {"id": photo.decode(), **places[0], "candidates": places, "neighbors": listed}
-
-
-def _described(rows: np.ndarray, gallery: Table) -> list[dict[str, Any]]:
+def described(rows: np.ndarray, gallery: Table) -> list[dict[str, Any]]:
+    """Returns the neighbors of gallery rows [k], those of -1 left out, as JSON has them."""
     rows = rows[rows >= 0]
     coordinates = gallery.coordinates(rows)
     return [
@@ -119,5 +95,6 @@ def _described(rows: np.ndarray, gallery: Table) -> list[dict[str, Any]]:
     ]
 
 
-def _write(file: epath.Path, lines: Iterable[dict[str, Any]]) -> None:
+def write(file: epath.Path, lines: Iterable[dict[str, Any]]) -> None:
+    """Writes a file of JSON lines, whole or not at all."""
     workdir.write_bytes(file, "".join(json.dumps(line) + "\n" for line in lines).encode())

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
+from flax import nnx
 from PIL import Image
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -136,6 +137,23 @@ def test_shards_and_half_precision_are_read_alike(tmp_path):
         for name in ("whole", "shards")
     )
     np.testing.assert_array_equal(whole.text_features(ids), shards.text_features(ids))
+
+
+@pytest.mark.parametrize("kind", checkpoints.CONFIGS)
+def test_a_folder_written_is_read_by_transformers(tmp_path, kind):
+    stored = np.load(pathlib.Path(__file__).parents[1] / "golden" / "backbones.npz")
+    source = checkpoints.write(tmp_path / "source", kind, json.loads(str(stored[f"{kind}/shapes"])))
+    mesh = sharding.make_mesh(sharding.MeshSettings(1, 1, 1), jax.devices()[:1])
+    config = checkpoint.read_json(source, "config.json")
+    ours = {"clip": Clip, "siglip": Siglip}[kind]
+    model = checkpoint.read_module(source, lambda rngs: ours(config, jnp.dtype("float32"), rngs), mesh)
+    nnx.update(model, jax.tree.map(lambda x: 0.9 * x + 0.02, nnx.state(model)))
+    checkpoint.write_module(tmp_path / "written", source, model)
+    theirs = transformers.AutoModel.from_pretrained(tmp_path / "written").eval()
+    pixels = np.random.default_rng(0).normal(size=(3, 16, 16, 3)).astype(np.float32)
+    with torch.no_grad():
+        wanted = theirs.get_image_features(torch.tensor(pixels).permute(0, 3, 1, 2)).pooler_output.numpy()
+    np.testing.assert_allclose(model.image_features(jnp.array(pixels)), wanted, rtol=1e-4, atol=1e-5)
 
 
 PIECES = [

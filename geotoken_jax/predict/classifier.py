@@ -1,0 +1,136 @@
+"""PlaNet's way to a coordinate (Weyand et al. 2016): a classifier over cells that hold about as many photos each."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Float32, Int, Int32, Int64, UInt8
+
+from geotoken_jax import records
+from geotoken_jax.align.heads import Head
+from geotoken_jax.gallery.table import Table
+from geotoken_jax.geo.distance import from_unit_vectors, to_unit_vectors
+
+#: Photos classified at once: with 26,263 cells, PlaNet's, 27 MB of log-probabilities.
+_BATCH = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifierSettings:
+    """max_photos: of the gallery, in a cell; one that holds more is split into its four. min_photos: a cell that holds
+    fewer is dropped. hidden, dropout: width of the hidden layer, and rate on it. candidates: cells written down."""
+
+    max_photos: int
+    min_photos: int
+    hidden: int
+    dropout: float
+    candidates: int
+
+
+class Cells:
+    """S2 cells of any level that do not overlap, numbered along the Hilbert curve."""
+
+    def __init__(self, starts: Int64[np.ndarray, " V"], sizes: Int64[np.ndarray, " V"]):
+        """starts: first level-20 cell of each, as `_along` numbers them, ascending. sizes: how many it holds."""
+        self._starts, self._stops = starts, starts + sizes
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def of(self, tokens: UInt8[np.ndarray, "n 21"]) -> Int32[np.ndarray, " n"]:
+        """Returns the number of the cell that each photo lies in, -1 for one in none; tokens as tables hold them."""
+        at = _along(tokens)
+        cell = np.searchsorted(self._starts, at, side="right") - 1
+        return np.where((cell >= 0) & (at < self._stops[cell]), cell, -1).astype(np.int32)
+
+
+def partition(tokens: UInt8[np.ndarray, "N 21"], max_photos: int, min_photos: int) -> Cells:
+    """Returns the cells of PlaNet's partition of the gallery: from the six faces down, those of too many photos are
+    split, and those of too few are dropped; a level-20 cell is never split."""
+    left = np.sort(_along(tokens))
+    starts, sizes = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for level in range(records.LEVEL + 1):
+        size = 4 ** (records.LEVEL - level)
+        cell, inverse, count = np.unique(left // size, return_inverse=True, return_counts=True)
+        whole = (count <= max_photos) | (level == records.LEVEL)
+        kept = cell[whole & (count >= min_photos)]
+        starts.append(kept * size)
+        sizes.append(np.full(len(kept), size))
+        left = left[~whole[inverse]]
+    order = np.argsort(np.concatenate(starts))
+    return Cells(np.concatenate(starts)[order], np.concatenate(sizes)[order])
+
+
+def _along(tokens: UInt8[np.ndarray, "n 21"]) -> Int64[np.ndarray, " n"]:
+    """Returns how many level-20 cells come before each photo's on the curve through all six faces."""
+    at = np.zeros(len(tokens), np.int64)
+    for k in range(1 + records.LEVEL):
+        at = 4 * at + tokens[:, k]
+    return at
+
+
+def centers(coordinates: Float[np.ndarray, "N 2"], cell: Int[np.ndarray, " N"], cells: int) -> Float[np.ndarray, "V 2"]:
+    """Returns the mean place, in degrees, of each cell's photos. cell: number of each photo's, -1 for none."""
+    held = cell >= 0
+    sums = np.zeros((cells, 3))
+    np.add.at(sums, cell[held], to_unit_vectors(*coordinates[held].T))
+    return np.stack(from_unit_vectors(sums), axis=-1)
+
+
+class Photos:
+    """Reads the photos of a table that lie in a cell: vectors [b, 3 C] float32, and cell [b] int32."""
+
+    def __init__(self, table: Table, cells: Cells):
+        self._table = table
+        cell = cells.of(table.tokens())
+        self._rows = np.flatnonzero(cell >= 0)
+        self._cell = cell[self._rows]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __call__(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        return {"vectors": _inputs(self._table.embeddings(self._rows[rows])), "cell": self._cell[rows]}
+
+
+def _inputs(embeddings: Float[np.ndarray, "B 3 C"]) -> Float32[np.ndarray, "B D"]:
+    """Returns each photo's three vectors in a row, each of length sqrt(C), as first weights expect them."""
+    return np.asarray(embeddings, np.float32).reshape(len(embeddings), -1) * math.sqrt(embeddings.shape[-1])
+
+
+class ClassifierTask:
+    """Learns p(cell | photo). A batch holds vectors [B, 3 C] and cell [B]."""
+
+    def __init__(self, settings: ClassifierSettings, width: int, cells: int):
+        """width: C, of the vectors. cells: V."""
+        self._shape, self._dropout = (3 * width, settings.hidden, cells), settings.dropout
+        self.flops = 6.0 * settings.hidden * (3 * width + cells)
+
+    def init(self, rngs: nnx.Rngs) -> Head:
+        return Head(self._shape, self._dropout, rngs=rngs)
+
+    def loss(
+        self, model: Head, batch: Mapping[str, Array], key: jax.Array | None
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        """Returns the cross-entropy in nats, and the share of photos whose most probable cell is theirs."""
+        logits = model(batch["vectors"], None if key is None else nnx.Rngs(dropout=key))
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["cell"])
+        right = logits.argmax(-1) == batch["cell"]
+        valid = batch.get("valid")
+        return jnp.average(losses, weights=valid), {"accuracy": jnp.average(right, weights=valid)}
+
+
+def rank(model: Head, photos: Table, k: int) -> tuple[Int32[np.ndarray, "n k"], Float32[np.ndarray, "n k"]]:
+    """Returns cells and log-probabilities of the k most probable cells of every photo of a table, best first."""
+    run = nnx.jit(lambda model, x: jax.lax.top_k(jax.nn.log_softmax(model(x)), k))
+    log_p, cells = [np.zeros((0, k), np.float32)], [np.zeros((0, k), np.int32)]
+    for first in range(0, len(photos), _BATCH):
+        found = run(model, jnp.asarray(_inputs(photos.embeddings(slice(first, first + _BATCH)))))
+        for parts, part in zip((log_p, cells), found, strict=True):
+            parts.append(np.asarray(part))
+    return np.concatenate(cells), np.concatenate(log_p)

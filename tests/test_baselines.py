@@ -1,0 +1,270 @@
+"""Baselines on a small world: six places, whose photos look alike; each answer beside its formula written out."""
+
+import io
+import json
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from configs import demo
+from data_prep import photos
+from data_prep.sources import Photo
+from geotoken_jax import checkpoint, cli, records, settings, workdir
+from geotoken_jax.align.heads import AlignSettings
+from geotoken_jax.align.task import AlignTask
+from geotoken_jax.analysis import evaluate
+from geotoken_jax.gallery import index
+from geotoken_jax.gallery.table import Table, index_vectors, write_shard
+from geotoken_jax.geo.cells import CellScheme
+from geotoken_jax.geo.distance import great_circle_km
+from geotoken_jax.predict import baselines, classifier, places
+from geotoken_jax.predict.baselines import KnnSettings
+
+C, M = 8, 5
+SPLITS = {"train": 120, "validation": 12, "test": 30}
+PLACES = np.array([[60.0, 10], [-30, 25], [35, 139], [-12, -77], [48, 2], [64, -21]])
+CELLS = CellScheme(level=20, group=1)
+
+
+def coordinates(split):
+    rng = np.random.default_rng(len(split))
+    return PLACES[np.arange(SPLITS[split]) % 6] + rng.normal(0, 0.02, (SPLITS[split], 2))
+
+
+class Source:
+    name = "sample"
+    splits = dict.fromkeys(SPLITS, 1)
+
+    def read(self, split, shard):
+        del shard
+        file = io.BytesIO()
+        noise = np.random.default_rng(0).integers(0, 256, (48, 48, 3), np.uint8)
+        Image.fromarray(noise).save(file, "JPEG")
+        for n, (latitude, longitude) in enumerate(coordinates(split)):
+            yield Photo(f"{split}-{n}", f"author {n}", file.getvalue(), latitude, longitude)
+
+
+@pytest.fixture(scope="module")
+def config():
+    config = demo.get_config()
+    config.align.model.hidden = 16
+    config.align.model.location.update(fourier=8, hidden=16, out=16)
+    config.index.neighbors.count = config.model.neighbors = config.baselines.knn.neighbors = M
+    config.baselines.classifier.update(max_photos=30, min_photos=3, hidden=16, dropout=0.0, candidates=4)
+    config.baselines.train.update(batch_size=24, examples=2400, evaluate_every=50, log_every=50)
+    config.baselines.train.optimizer.learning_rate = 0.01
+    config.evaluate.resamples = 50
+    return config
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory, config):
+    """A work directory up to neighbors/, with predictions of the variant that the others are compared with."""
+    path = tmp_path_factory.mktemp("world")
+    photos.make(workdir.begin(path, "photos", {"photos": {"source": "sample"}}, ()), Source(), 1, 0.0)
+    rng = np.random.default_rng(0)
+    looks = rng.normal(size=(6, 3, C))
+    for split, n in SPLITS.items():
+        vectors = looks[np.arange(n) % 6] + rng.normal(0, 0.3, (n, 3, C))
+        vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
+        columns = {
+            "embeddings": vectors.astype(ml_dtypes.bfloat16),
+            "coordinates": coordinates(split),
+            "tokens": CELLS.encode(*coordinates(split).T).astype(np.uint8),
+            "ids": np.array([f"{split}-{i}".encode() for i in range(n)]),
+            "authors": np.array([f"author {i}".encode() for i in range(n)]),
+        }
+        write_shard(path / "gallery" if split == "train" else path / "queries" / split, 0, 1, columns)
+    counts = {split: n for split, n in SPLITS.items() if split != "train"}
+    for folder, holds in {"align": {}, "gallery": {"train": 120}, "queries": counts}.items():
+        workdir.begin(path, folder, {}, ()).finish(holds)
+    task = AlignTask(settings.read(AlignSettings, config.align.model, "align.model"), C)
+    aligned = nnx.to_pure_dict(nnx.state(task.init(nnx.Rngs(0))))
+    checkpoint.write_parameters(path / "align" / "parameters.safetensors", jax.tree.map(np.asarray, aligned))
+    stage = workdir.begin(path, "neighbors", {"index": {"neighbors": config.index.neighbors}}, ["gallery", "queries"])
+    vectors = index_vectors(Table(path / "gallery").embeddings())
+    for split in counts:
+        rows, scores = index.exact(vectors, index_vectors(Table(path / "queries" / split).embeddings()), M)
+        rows[3, 2:], scores[3, 2:] = -1, -np.inf
+        rows[4], scores[4] = -1, -np.inf
+        records.save_array(stage.path / f"{split}.rows.npy", rows)
+        records.save_array(stage.path / f"{split}.scores.npy", scores)
+    stage.finish(counts)
+    stage = workdir.begin(path, "predictions/geotoken", {}, ["gallery"])
+    for split, n in counts.items():
+        lines = [{"id": f"{split}-{i}", "latitude": 0.0, "longitude": 0.0} for i in range(n)]
+        (stage.path / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    stage.finish(counts)
+    return path
+
+
+def answered(config, path, name, split="test"):
+    """Returns the lines of a baseline, which is made if it is not there."""
+    cli._baseline(config, str(path), name)
+    return [json.loads(line) for line in (path / "predictions" / name / f"{split}.jsonl").read_text().splitlines()]
+
+
+def off(lines):
+    truth = coordinates("test")[[int(line["id"].removeprefix("test-")) for line in lines]]
+    return great_circle_km(*np.array([(line["latitude"], line["longitude"]) for line in lines]).T, *truth.T)
+
+
+def check(lines, k):
+    """Holds lines to the form of predictions/: candidates best first, the first of them the answer."""
+    for line in lines:
+        log_p = [c["log_probability"] for c in line["candidates"]]
+        assert log_p == sorted(log_p, reverse=True) and 0 < np.exp(log_p).sum() < 1.001 and len(log_p) <= k
+        assert (line["latitude"], line["longitude"]) == tuple(
+            line["candidates"][0][name] for name in ("latitude", "longitude")
+        )
+
+
+def test_the_first_neighbor_answers(config, path):
+    rows = np.load(path / "neighbors" / "test.rows.npy")
+    lines = answered(config, path, "top1_neighbor")
+    assert [line["id"] for line in lines] == [f"test-{i}" for i in range(30) if i != 4]  # the one without a neighbor
+    wanted = Table(path / "gallery").coordinates(np.delete(rows[:, 0], 4))
+    np.testing.assert_array_equal([(line["latitude"], line["longitude"]) for line in lines], wanted)
+    assert [len(line["candidates"]) for line in lines[:4]] == [5, 5, 5, 2]
+
+
+@pytest.mark.parametrize(("temperature", "sigma_km", "best"), [(0.1, 25, 1), (0.001, 25, 0), (0.1, 0.01, 0)])
+def test_two_neighbors_outvote_one_where_they_are_near_and_nearly_as_like(temperature, sigma_km, best):
+    places = np.array([[10.0, 20], [50, 60], [50, 60.1]])  # the pair is 7.1 km apart
+    scores = np.array([2.0, 1.97, 1.95])
+    options = KnnSettings(3, temperature, sigma_km)
+    found = baselines.density(places, scores, options)
+    weights = np.exp(scores / temperature - 2 / temperature)
+    km = 6371 * np.radians(0.1) * np.cos(np.radians(50))
+    kernel = np.exp(-(km**2) / 2 / sigma_km**2)
+    wanted = [weights[0], weights[1] + kernel * weights[2], weights[2] + kernel * weights[1]]
+    np.testing.assert_allclose(found, wanted / weights.sum(), rtol=1e-4)
+    assert found.argmax() == best
+
+
+def test_neighbors_vote(config, path):
+    lines = answered(config, path, "knn")
+    check(lines, M)
+    assert len(lines) == 29 and (off(lines) < 25).mean() > 0.9
+    np.testing.assert_allclose(sum(np.exp(c["log_probability"]) for c in lines[0]["candidates"]), 1, atol=1e-4)
+
+
+def test_the_galleries_coordinates_are_chosen_among_by_softmax(config, path):
+    lines = answered(config, path, "geoclip")
+    check(lines, 20)
+    task = AlignTask(settings.read(AlignSettings, config.align.model, "align.model"), C)
+    aligned = checkpoint.read_module(path / "align" / "parameters.safetensors", task.init)
+    gallery = Table(path / "gallery").coordinates()
+    encoded = np.asarray(aligned.location(gallery.astype(np.float32)), float)
+    photos = Table(path / "queries" / "test").embeddings()[:, 1].astype(float)
+    cosines = photos @ (encoded / np.linalg.norm(encoded, axis=1, keepdims=True)).T
+    logits = float(np.exp(aligned.location_scale[...])) * cosines
+    wanted = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    found = [[c["log_probability"] for c in line["candidates"]] for line in lines]
+    np.testing.assert_allclose(found, -np.sort(-wanted, 1)[:, :20], atol=0.2)  # bfloat16, times a scale of 54
+    stored = places.open(path / "predictions" / "geoclip" / "encoded.npy").astype(float)
+    logits = float(np.exp(aligned.location_scale[...])) * photos @ stored.T
+    wanted = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    np.testing.assert_allclose(found, -np.sort(-wanted, 1)[:, :20], atol=1e-4)
+    at = [(line["latitude"], line["longitude"]) for line in lines]
+    np.testing.assert_allclose(at, gallery[wanted.argmax(1)], atol=1e-7)
+
+
+def test_blocks_change_nothing(monkeypatch):
+    rng = np.random.default_rng(0)
+    gallery, photos = rng.normal(size=(50, 6)).astype(np.float32), rng.normal(size=(7, 6)).astype(np.float32)
+    wanted = places.rank(gallery, photos, 9)
+    monkeypatch.setattr(places, "_PLACES", 16)
+    monkeypatch.setattr(places, "_PHOTOS", 3)
+    for found, whole in zip(places.rank(gallery, photos, 9), wanted, strict=True):
+        np.testing.assert_allclose(found, whole, atol=1e-5)
+
+
+def test_cells_are_split_until_they_hold_few_enough():
+    rng = np.random.default_rng(0)
+    crowd = rng.normal((48, 2), 0.3, (300, 2))
+    at = np.concatenate([crowd, rng.uniform((-80, -180), (80, 180), (100, 2)), np.repeat([[1.0, 1.0]], 40, 0)])
+    tokens = CELLS.encode(*at.T).astype(np.uint8)
+    cells = classifier.partition(tokens, max_photos=20, min_photos=4)
+    cell = cells.of(tokens)
+    counts = np.bincount(cell[cell >= 0], minlength=len(cells))
+    same = [i for i in range(len(cells)) if len(np.unique(tokens[cell == i], axis=0)) == 1]
+    assert counts.min() >= 4 and counts.max() == 40 and np.delete(counts, same).max() <= 20  # 40 photos of one place
+    for i in range(len(cells)):
+        inside = tokens[cell == i]
+        # As coarse as can be: a cell that holds the whole of it and of its sister is too full.
+        level = next(k for k in range(21, 0, -1) if (inside[:, :k] == inside[0, :k]).all())
+        start, size = cells._starts[i], cells._stops[i] - cells._starts[i]
+        depth = 20 - round(np.log(size) / np.log(4))
+        assert depth <= level - 1 and start % size == 0
+        assert (tokens[:, :depth] == inside[0, :depth]).all(1).sum() > 20 or depth == 0
+        # And all of its photos are its own.
+        assert (tokens[:, : depth + 1] == inside[0, : depth + 1]).all(1).sum() == counts[i]
+    out = tokens[cell < 0]
+    assert 0 < len(out) < 100
+    np.testing.assert_array_equal(classifier.partition(tokens, 1000, 1).of(tokens) >= 0, True)
+
+
+def test_cells_answer_with_the_mean_place_of_their_photos():
+    at = np.array([[10.0, 179], [10, -179], [0, 0], [5, 5]])
+    found = classifier.centers(at, np.array([1, 1, 0, -1]), 2)
+    np.testing.assert_allclose(found, [[0, 0], [10.0015, 180]], atol=1e-3)
+
+
+def test_the_classifier_learns_and_is_made_once(config, path, capsys):
+    lines = answered(config, path, "classifier")
+    check(lines, 4)
+    assert len(lines) == 30 and (off(lines) < 25).mean() > 0.9
+    manifest = workdir.read_manifest(path, "predictions/classifier")
+    assert manifest.facts["cells"] == 6 and manifest.dropped == {"in a cell of fewer than min_photos": 0}
+    capsys.readouterr()
+    changed = config.copy_and_resolve_references()
+    changed.baselines.train.wandb = "elsewhere"  # of how it runs, not of what comes out
+    assert answered(changed, path, "classifier") == lines
+    assert capsys.readouterr().out.startswith("kept predictions/classifier/")
+    changed.baselines.classifier.hidden = 17
+    with pytest.raises(workdir.StageError, match=r"config\.baselines\.classifier\.hidden = 16, not 17"):
+        answered(changed, path, "classifier")
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    (lambda c: c.knn.update(neighbors=M + 1), r"config\.baselines\.knn\.neighbors = 6 is more than the 5 on record"),
+    (lambda c: c.knn.update(temperature=0.0), r"config\.baselines\.knn\.temperature is 0\.0"),
+    (lambda c: c.classifier.update(min_photos=200), r"config\.baselines\.classifier\.min_photos = 200 is more than"),
+])  # fmt: skip
+def test_settings_that_cannot_be_are_refused(config, path, tmp_path, change, said):
+    for folder in ("gallery", "queries", "neighbors"):
+        (tmp_path / folder).symlink_to(path / folder)
+    changed = config.copy_and_resolve_references()
+    change(changed.baselines)
+    name = "knn" if "knn" in said else "classifier"
+    with pytest.raises(settings.SettingsError, match=said):
+        answered(changed, tmp_path, name)
+    with pytest.raises(settings.SettingsError, match=r"no baseline 'other': choose one of top1_neighbor, knn"):
+        answered(changed, tmp_path, "other")
+
+
+def test_a_report_is_made_again_where_a_method_is_added(config, path, tmp_path):
+    for folder in ("photos", "gallery", "queries", "neighbors"):
+        (tmp_path / folder).symlink_to(path / folder)
+    (tmp_path / "predictions").mkdir()
+    (tmp_path / "predictions" / "geotoken").symlink_to(path / "predictions" / "geotoken")
+    methods = []
+    for added in ((), ("knn",), ("top1_neighbor",)):
+        for name in added:
+            answered(config, tmp_path, name)
+        made = evaluate.run(config, tmp_path)
+        assert evaluate.run(config, tmp_path) == made
+        found = json.loads((tmp_path / "report" / "metrics.json").read_text())["splits"]["test"]["methods"]
+        methods.append([m["name"] for m in found])
+    assert methods[0] == ["GeoToken"]
+    assert methods[1] == ["GeoToken", "kNN vote", "kNN vote: ideal of up to 5 candidates"]
+    assert methods[2] == ["GeoToken", *methods[1][1:2], "Top-1 neighbor", methods[1][2], "Best of up to 5 neighbors"]
+    changed = config.copy_and_resolve_references()
+    changed.evaluate.resamples = 51
+    with pytest.raises(workdir.StageError, match=r"config\.evaluate\.resamples = 50, not 51"):
+        evaluate.run(changed, tmp_path)

@@ -73,6 +73,11 @@ def test_results_are_in_order_of_score_then_row(searched):
         assert row.tolist() == row[np.lexsort((row, -score))].tolist() and len(set(row)) == 15
 
 
+def test_opening_an_index_says_nothing(searched, capfd):
+    index.load(searched[2], threads=1)
+    assert capfd.readouterr().err == ""
+
+
 def test_scann_built_again_in_another_process_finds_the_same(tmp_path, monkeypatch):
     pytest.importorskip("scann")
     # Samples, which are the same too: of 667 rows in each of three shards.

@@ -300,7 +300,8 @@ def _open(part: epath.Path, threads: int) -> Exact | Scann:
     scann = _import_scann()
     if (part / "scann_docids.pkl").exists():  # ScaNN would unpickle it, which runs whatever it says
         raise ValueError(f"{part} holds scann_docids.pkl, which no index of ours has: do not trust this folder")
-    return Scann(scann.load_searcher(str(part)), facts, threads)
+    with _without_notes():
+        return Scann(scann.load_searcher(str(part)), facts, threads)
 
 
 def _tune(index: Shards, vectors: Vectors, settings: IndexSettings) -> None:

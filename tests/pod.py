@@ -138,7 +138,7 @@ def start(processes: int, devices: int = 8, **options) -> list[subprocess.Popen]
 
 
 def finish(run: list[subprocess.Popen]) -> None:
-    outputs = [process.communicate(timeout=240)[0].decode() for process in run]
+    outputs = [process.communicate(timeout=600)[0].decode() for process in run]
     codes = [process.returncode for process in run]
     assert not any(codes), "\n".join(outputs)
 

@@ -23,8 +23,9 @@ demo: $(INSTALLED) ## the whole path on the embedded photos, then a report to op
 	$(BIN)/geotoken all --config=configs/demo.py --workdir=runs/demo
 	@echo "The report: $(CURDIR)/runs/demo/report/index.html"
 
+# A worker that dies is not replaced: with loadfile the rest would wait for it forever.
 test: $(INSTALLED) ## the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile -q tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart=0 -q tests
 
 test-interop: $(INSTALLED) .torch/.installed .beam/.installed ## what needs PyTorch and transformers (.torch, 1.1 GB) or Beam (.beam, 460 MB)
 	PYTHONPATH=.torch $(BIN)/python -m pytest -q tests/interop

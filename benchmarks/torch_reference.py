@@ -1,7 +1,8 @@
-"""The published form as a plain PyTorch nn.Transformer, trained as the published code trains. Prints one JSON object.
+"""The published form as a plain PyTorch nn.Transformer, trained and decoded as published. Prints one JSON object.
 
-What our train step is measured against (benchmarks/train_step.py) and what our model is checked against
-(tests/interop): written from the facts of the paper, with nothing of geotoken_jax in it. It needs torch and numpy only.
+What our train step and our decoding are measured against (benchmarks/train_step.py, benchmarks/decoding.py) and what
+our model is checked against (tests/interop): written from the facts of the paper and its code, with nothing of
+geotoken_jax in it. It needs torch and numpy only.
 """
 
 import argparse
@@ -117,6 +118,23 @@ def search(model: Reference, memory: Tensor, width: int) -> tuple[Tensor, Tensor
 
 
 @torch.no_grad()
+def sample(model: Reference, memory: Tensor, temperature: float) -> tuple[Tensor, list[float]]:
+    """Returns one candidate [B, T] for each photo and its log-probability, as the published code draws it: no cache, so
+    that each token reads the whole prefix and projects the memory anew, and each photo's number is fetched by itself.
+    """
+    tokens = torch.zeros(len(memory), 0, dtype=torch.long, device=memory.device)
+    scores = [0.0] * len(memory)
+    for head in model.output_layers:
+        states = model.decode(memory, tokens)
+        log_p = functional.log_softmax(head(states[:, -1]) / temperature, -1)
+        drawn = torch.multinomial(log_p.exp(), 1)
+        for i in range(len(memory)):
+            scores[i] += log_p[i, drawn[i, 0]].item()
+        tokens = torch.cat([tokens, drawn], 1)
+    return tokens, scores
+
+
+@torch.no_grad()
 def stored_values(shape: Shape, seed: int, photos: int = 3, gallery: int = 40) -> dict[str, np.ndarray]:
     """Returns a file of the form in docs/fidelity.md: random weights and data, and what this model makes of them."""
     torch.manual_seed(seed)
@@ -200,34 +218,60 @@ def measure(shape: Shape, batch: int, photos: int, steps: int, device: str, dtyp
     }
 
 
+@torch.no_grad()
+def measure_decoding(shape: Shape, batch: int, photos: int, times: int, device: str, dtype: str) -> dict[str, float]:
+    """Returns the least seconds that encoding a batch and one candidate of each photo take, and the parameters."""
+    torch.manual_seed(0)
+    model = Reference(shape).to(device).eval()
+    *inputs, _ = next(batches(shape, batch, photos, device))
+    took: dict[str, list[float]] = {"encode": [], "candidate": []}
+    with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
+        for _ in range(1 + times):
+            start = time.perf_counter()
+            memory = model.encode(*inputs)
+            _synchronize(device)
+            encoded = time.perf_counter()
+            sample(model, memory, 0.7)
+            took["encode"].append(encoded - start)
+            took["candidate"].append(time.perf_counter() - encoded)
+    fastest = {name: min(values[1:]) for name, values in took.items()}
+    return {**fastest, "parameters": sum(p.numel() for p in model.parameters())}
+
+
 def _synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 def main() -> None:
-    """Measures the train step; a batch that does not fit the device is halved until it does, which `batch` tells."""
+    """Measures the train step, or decoding where candidates are asked for; a batch that does not fit the device is
+    halved until it does, which `batch` tells."""
     parser = argparse.ArgumentParser(description=__doc__)
     for name, default in dict(width=64, layers=2, heads=4, feed_forward=128, group=2, neighbors=15).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--photos", type=int, default=4096, help="rows of the gallery")
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=10, help="train steps, or candidates, that are timed")
+    parser.add_argument("--candidates", type=int, default=0, help="of a photo: measure decoding")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on cuda")
     options = parser.parse_args()
     dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
     names = ("width", "layers", "heads", "feed_forward", "group", "neighbors")
     shape = Shape(**{name: getattr(options, name) for name in names})
+    measured = measure_decoding if options.candidates else measure
     batch, found = options.batch, None
     while found is None:
         try:
-            found = measure(shape, batch, options.photos, options.steps, options.device, dtype)
+            found = measured(shape, batch, options.photos, options.steps, options.device, dtype)
         except torch.OutOfMemoryError:
             batch //= 2
+    if options.candidates:  # one after another, all alike
+        rate = {"photos_per_second": batch / (found["encode"] + options.candidates * found["candidate"])}
+    else:
+        rate = {"examples_per_second": batch / found["step"], "input_wait": found["input"] / found["step"]}
     line = {
-        "examples_per_second": batch / found["step"],
-        "input_wait": found["input"] / found["step"],
+        **rate,
         "batch": batch,
         "parameters": found["parameters"],
         "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",

@@ -103,6 +103,7 @@ def get_config() -> ConfigDict:
     )
     config.gallery = dict(placement="host")  # geotoken_jax/gallery/placement.py
     config.model = dict(  # geotoken_jax/model/geotoken.py
+        scheme="s2",
         level=20,
         group=2,
         backbone_width=768,
@@ -122,6 +123,8 @@ def get_config() -> ConfigDict:
         tie_tokens=False,
         copy_head=False,
         neighbor_tokens=True,
+        neighbor_embeddings=True,
+        neighbor_dropout=0.0,
         similarities=False,
         dtype="bfloat16",
         remat="dots",
@@ -142,11 +145,47 @@ def get_config() -> ConfigDict:
             learning_rate=5e-5, schedule="exponential", decay=0.9, warmup=0.0, weight_decay=1e-6, b2=0.999, clip=0.0
         ),
     )
-    # Name -> the sections and keys that it changes; `train` and `predict` make each of them.
+    config.pools = dict(photos=50_000, seed=0)  # geotoken_jax/predict/learn.py
+    config.reward = dict(model=dict(hidden=2048, dropout=0.1), train=_learner())  # geotoken_jax/model/reward.py
+    config.verifier = dict(
+        model=dict(  # geotoken_jax/predict/verify.py
+            near=64,
+            alike=64,
+            comparator=dict(hidden=2048, width=256, dropout=0.1, noise=0.8, same_within_km=20.0),
+            judge=dict(hidden=16, dropout=0.0),
+        ),
+        train_comparator=_learner(),
+        train_judge=_learner(),
+    )
+    # Name -> the sections and keys that it changes; `train`, `learn` and `predict` make each of them.
     config.variants = dict(geotoken=dict())
-    config.predict = dict(
-        samples=30, temperature=0.7, choice="log_probability", batch_size=256, seed=0
-    )  # predict/decode.py
+    config.predict = dict(  # geotoken_jax/predict/decode.py
+        samples=30,
+        temperature=0.7,
+        top_p=1.0,
+        beam=0,
+        search=dict(expansions=128, level=12, leaves=64, width=8),
+        selectors=("greedy", "log_probability", "similarity", "consensus", "expected_25_km", "expected_geoscore"),
+        vote=dict(temperature=0.05, sigma_km=25.0),
+        choice="log_probability",
+        batch_size=256,
+        seed=0,
+    )
+    config.judge = dict(  # geotoken_jax/predict/judge.py
+        base_url="",  # none: nobody is asked
+        model="",
+        splits=("test",),
+        answer="choose",
+        candidates=30,
+        side=768,
+        options=dict(temperature=0.0, max_tokens=512),
+        timeout_s=120.0,
+        attempts=5,
+        concurrent=8,
+        price_in=0.0,
+        price_out=0.0,
+        key_variable="",
+    )
     config.baselines = dict(  # geotoken_jax/predict/baselines.py
         knn=dict(neighbors=20, temperature=0.05, sigma_km=25.0),  # a city; the temperature is the demo's
         geoclip=dict(candidates=20),
@@ -172,6 +211,9 @@ def get_config() -> ConfigDict:
         resamples=2_000,
         seed=0,
         reference="geotoken",
+        compare=(),  # pairs, as in (("geotoken:log_probability", "knn"),)
+        earth="sphere",
+        strict=False,
         labels=dict(
             top1_neighbor="Top-1 neighbor",
             knn="kNN vote",
@@ -184,3 +226,22 @@ def get_config() -> ConfigDict:
         coverage=dict(level=5, split="test", countries=8), leakage=dict(cosine_above=0.95)
     )
     return config
+
+
+def _learner() -> dict:
+    """Returns how what chooses among candidates is trained (geotoken_jax/train/loop.py)."""
+    return dict(
+        batch_size=512,
+        accumulate=1,
+        examples=10_000_000,
+        evaluate_every=2_000,
+        log_every=100,
+        seed=0,
+        ema=0.0,
+        max_skipped=10,
+        profile=(0, 0),
+        wandb="",
+        optimizer=dict(
+            learning_rate=2e-3, schedule="cosine", decay=1.0, warmup=0.1, weight_decay=0.05, b2=0.999, clip=1.0
+        ),
+    )

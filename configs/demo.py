@@ -49,14 +49,14 @@ def get_config() -> ConfigDict:
     config.loss.last_weight = 0.1
     config.train.update(batch_size=256, examples=150_000, evaluate_every=98, log_every=14)
     config.train.optimizer.update(learning_rate=1e-3, schedule="cosine", warmup=0.05, weight_decay=0.01, clip=1.0)
-    config.predict.choice = "greedy"
+    _choose(config)
     # Of 42 pairs with temperatures 0.01..0.1 and sigmas 5..1500 km, the best GeoScore on validation: 2,712, where the
     # first neighbor alone has 2,695.
     config.baselines.knn.update(temperature=0.05, sigma_km=800.0)
     # 1,421 cells, and a minute and a half of training.
     config.baselines.classifier.update(max_photos=50, min_photos=5, hidden=512, dropout=0.5)
     config.baselines.train.update(batch_size=512, examples=720_000, evaluate_every=282, log_every=25)
-    greedy_alone = dict(samples=0)
+    greedy_alone = dict(samples=0, choice="greedy", selectors=("greedy",), search=dict(expansions=0))
     config.variants = dict(
         geotoken=dict(),
         without_neighbor_tokens=dict(
@@ -90,3 +90,16 @@ def get_config() -> ConfigDict:
         paper="GeoToken, the paper's form, 12,800 examples",
     )
     return config
+
+
+def _choose(config: Any) -> None:
+    """Sets what chooses among candidates, and how long two cores train it."""
+    config.predict.selectors = (*config.predict.selectors, "point_likeness")
+    config.predict.choice = "point_likeness"
+    config.pools.photos = 3_000
+    config.reward.model.update(hidden=256, dropout=0.2)
+    config.reward.train.update(batch_size=128, examples=60_160, evaluate_every=94, log_every=25)
+    config.reward.train.optimizer.learning_rate = 3e-3
+    config.verifier.train_comparator.update(examples=614_400, evaluate_every=400, log_every=25)
+    config.verifier.train_judge.update(batch_size=256, examples=128_000, evaluate_every=50, log_every=25)
+    config.verifier.train_judge.optimizer.update(learning_rate=5e-3, weight_decay=0.1)

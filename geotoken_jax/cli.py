@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("--config", help="configuration file, such as configs/demo.py")
         verb.add_argument("--workdir", help="folder that holds, or will hold, every stage's result")
         verb.set_defaults(run=_stages(stages))
-        if name in ("train", "predict", "all"):
+        if name in ("train", "learn", "predict", "all"):
             verb.add_argument("--variant", action="append", help="only this one of config.variants (may be repeated)")
         if name == "predict":
             verb.add_argument("photos", nargs="*", help="with --model or --method: photos, or folders of photos")
@@ -62,10 +62,22 @@ def _parser() -> argparse.ArgumentParser:
                 "--method", action="append", default=[],
                 help="let this baseline answer too (may be repeated): knn, geoclip, classifier",
             )  # fmt: skip
+            verb.add_argument(
+                "--compare", action="append", nargs=2, default=[], metavar=("A", "B"),
+                help="with --predictions: also compare these two files (may be repeated)",
+            )  # fmt: skip
+            verb.add_argument("--ellipsoid", action="store_true", help="with --predictions: distances on WGS84")
+            verb.add_argument("--strict", action="store_true", help="with --predictions: < instead of <=")
             verb.set_defaults(run=_evaluate)
         if name == "audit":
             verb.add_argument("audit", choices=_AUDITS, help="what to look into")
             verb.set_defaults(run=_audit)
+    verb = verbs.add_parser("experiment", help=_EXPERIMENT, description=_EXPERIMENT, epilog=_EPILOG)
+    verb.add_argument("experiment", nargs="?", metavar="NAME", help="one of config.experiments")
+    verb.add_argument("--config", help="configuration file (default: configs/experiments.py)")
+    verb.add_argument("--workdir", help="work directory to start from, such as runs/demo")
+    verb.add_argument("--document", action="store_true", help="print docs/experiments.md instead, from what is there")
+    verb.set_defaults(run=_experiment)
     verb = verbs.add_parser("plan", help=_PLAN, description=_PLAN, epilog=_EPILOG)
     verb.add_argument("--config", help="configuration file, such as configs/common.py")
     verb.add_argument("--topology", help="chips and their shape, such as v5e:16x16, v5p:4x4x4 or h100:8")
@@ -132,7 +144,7 @@ def _config(options: argparse.Namespace, rest: list[str]) -> Any:
         raise settings.SettingsError(f"{unread[0]} is not understood: see `geotoken {options.verb} --help`")
     flags.FLAGS.mark_as_parsed()
     config: Any = values["config"].value
-    known = {"name", "variants", *_SECTIONS}
+    known = {"name", "variants", "experiments", *_SECTIONS}
     for key in config:
         if key not in known:
             raise settings.SettingsError(f"config.{key} is not read by anything: use one of {', '.join(sorted(known))}")
@@ -148,8 +160,8 @@ def _has(config: Any, keys: list[str]) -> bool:
 
 
 _SECTIONS = (
-    "photos", "embed", "align", "index", "gallery", "model", "loss", "train", "mesh", "predict", "baselines",
-    "evaluate", "audit",
+    "photos", "embed", "align", "index", "gallery", "model", "loss", "train", "mesh", "pools", "reward", "verifier",
+    "predict", "judge", "baselines", "evaluate", "audit",
 )  # fmt: skip
 
 
@@ -449,10 +461,32 @@ def fit(
     )
 
 
+def _learn(config: Any, path: str, variants: Sequence[str]) -> None:
+    """Trains what chooses among candidates, of each variant whose selectors need it."""
+    from geotoken_jax.predict import learn
+
+    for variant in variants:
+        changed = settings.variant(config, variant)
+        before = {name: _finished(path, f"{name}/{variant}") for name in ("pools", *learn.LEARNED)}
+
+        def train(task: Any, splits: list, where: str, folder: Any, config: Any = changed) -> None:
+            section, part = where.split(".")
+            fit(task, config[section][part], where, make_mesh(config), splits, folder, where)
+
+        for made in learn.run(config, path, variant, train):
+            _report(made.folder, before[made.folder.split("/")[0]], made)
+
+
 def _predict_all(config: Any, path: str, variants: Sequence[str]) -> None:
-    from geotoken_jax.predict import baselines, stage
+    from geotoken_jax.predict import baselines
 
     _baseline(config, path, baselines.TOP1)
+    _predict_variants(config, path, variants)
+
+
+def _predict_variants(config: Any, path: str, variants: Sequence[str]) -> None:
+    from geotoken_jax.predict import stage
+
     for name in variants:
         before = _finished(path, f"predictions/{name}")
         _report(f"predictions/{name}", before, stage.run(config, path, name))
@@ -553,17 +587,31 @@ def _evaluate(options: argparse.Namespace, config: Any) -> int:
             _baseline(config, path, name)
 
     if not options.predictions:
+        if options.compare or options.ellipsoid or options.strict:
+            raise settings.SettingsError(
+                "--compare, --ellipsoid and --strict go with --predictions: for a work directory set "
+                "config.evaluate.compare, earth and strict"
+            )
         return _stages([answer, _evaluate_all])(options, config)
     if not options.truth:
         raise settings.SettingsError("--predictions needs --truth=FILE, of id, latitude, longitude")
     from geotoken_jax.analysis import evaluate
 
-    print(evaluate.table(evaluate.compare_files(options.predictions, options.truth, resamples=2000, seed=0)))
+    chosen = evaluate.EvaluateSettings(
+        resamples=2000,
+        seed=0,
+        reference=options.predictions[0],
+        compare=tuple(map(tuple, options.compare)),
+        labels={},
+        earth="ellipsoid" if options.ellipsoid else "sphere",
+        strict=options.strict,
+    )
+    print(evaluate.table(evaluate.compare_files(options.predictions, options.truth, chosen)))
     return 0
 
 
 #: What is audited -> the module of geotoken_jax.analysis that does it.
-_AUDITS = {"coverage": "coverage", "leakage": "leakage", "neighbors": "neighbor_gap"}
+_AUDITS = {"coverage": "coverage", "leakage": "leakage", "neighbors": "neighbor_gap", "levels": "per_level"}
 
 
 def _audit(options: argparse.Namespace, config: Any) -> int:
@@ -580,6 +628,27 @@ def _audit(options: argparse.Namespace, config: Any) -> int:
 
     options.verb += f" {options.audit}"
     return _stages([run])(options, config)
+
+
+_EXPERIMENT = "runs that differ in a few settings, compared in one table"
+
+
+def _experiment(options: argparse.Namespace, config: Any) -> int:
+    """Makes one experiment's runs and prints its tables, or prints the page of all that are there."""
+    if config is None or options.workdir is None or not (options.experiment or options.document):
+        raise settings.SettingsError(
+            "give a NAME, --config=FILE and --workdir=DIR, as in "
+            "`geotoken experiment beam --config=configs/experiments.py --workdir=runs/demo`"
+        )
+    _quiet()
+    from geotoken_jax.analysis import evaluate, experiment
+
+    if options.document:
+        print(experiment.document(config, options.workdir), end="")
+        return 0
+    stages = {"index": _index, "train": _train, "learn": _learn, "predict": _predict_variants}
+    print(evaluate.table(experiment.run(config, options.workdir, options.experiment, stages)))
+    return 0
 
 
 _PLAN = "memory, products, collectives and time of a train step on a pod that is not here"
@@ -614,12 +683,13 @@ STAGES: dict[str, tuple[list[Callable], str]] = {
     "align": ([_align], "train the heads that bring images, texts and places together"),
     "index": ([_index], "the gallery, its index, every photo's neighbors, and token records"),
     "train": ([_train], "train the decoder, each of config.variants"),
+    "learn": ([_learn], "train what chooses among candidates, for the variants whose selectors need it"),
     "predict": ([_predict_all], "candidates and choice for every photo of every split, or for photos of your own"),
     "evaluate": ([_evaluate_all], "score predictions and write report/index.html, or score anybody's files"),
-    "audit": ([], "what the gallery covers, what leaks from it, whether train neighbors are better than new photos'"),
+    "audit": ([], "what the gallery covers, what leaks from it, how good train neighbors are, which level goes wrong"),
     "export": ([_export], "a folder that needs nothing else to answer"),
     "all": (
-        [_prepare, _embed, _align, _index, _train, _predict_all, _evaluate_all, _export],
+        [_prepare, _embed, _align, _index, _train, _learn, _predict_all, _evaluate_all, _export],
         "every stage in turn; what is complete is kept",
     ),
 }

@@ -10,16 +10,22 @@ from etils import epath
 
 from geotoken_jax import backbone, settings, workdir
 from geotoken_jax.gallery.index import IndexSettings
+from geotoken_jax.predict import learn
 from geotoken_jax.workdir import Manifest
+
+#: Files that tell how a folder was made, or that making it needed.
+_OF_THE_MAKING = (
+    "manifest.json", "begun.json", "checkpoints", "metrics.jsonl", "parameters.txt", "events.*", "features.npy",
+)  # fmt: skip
 
 
 def run(config: Any, path: epath.PathLike, variant: str) -> Manifest:
     """Makes export/ from the trained parameters, the gallery and the report of a work directory."""
     path = epath.Path(path)
     changed = settings.variant(config, variant)
-    stage = workdir.begin(
-        path, "export", {"predict": changed.predict}, ["align", f"geotoken/{variant}", "gallery", "report"]
-    )
+    learned = learn.needed(changed)
+    trained = ["align", f"geotoken/{variant}", *(f"{name}/{variant}" for name in learned)]
+    stage = workdir.begin(path, "export", {"predict": changed.predict}, [*trained, "gallery", "report"])
     if stage.manifest:
         return stage.manifest
     search = settings.read(IndexSettings, changed.index.search, "index.search")
@@ -28,15 +34,19 @@ def run(config: Any, path: epath.PathLike, variant: str) -> Manifest:
         "align": changed.align.model,
         "model": {**changed.model, "attention": "xla"},  # which every device has
         "predict": changed.predict,
+        "learned": {name: changed[name].model for name in learned},
         "index": {"threads": search.threads},
     }
     workdir.write_json(stage.path / "config.json", settings.plain(read))
     for source, name in (("align", "align"), (f"geotoken/{variant}", "geotoken")):
         data = (path / source / "parameters.safetensors").read_bytes()
         workdir.write_bytes(stage.path / f"{name}.safetensors", data)
-    gallery = stage.path / "gallery"
-    shutil.rmtree(gallery, ignore_errors=True)
-    shutil.copytree(path / "gallery", gallery, ignore=shutil.ignore_patterns("manifest.json", "begun.json"))
+    for source, name in (("gallery", "gallery"), *((f"{name}/{variant}", name) for name in learned)):
+        shutil.rmtree(stage.path / name, ignore_errors=True)
+        shutil.copytree(path / source, stage.path / name, ignore=shutil.ignore_patterns(*_OF_THE_MAKING))
+    calibration = path / "predictions" / variant / "calibration.json"
+    if calibration.exists():
+        workdir.write_bytes(stage.path / calibration.name, calibration.read_bytes())
     workdir.write_bytes(stage.path / "README.md", _card(path, changed, variant).encode())
     files = (file for file in sorted(pathlib.Path(stage.path).rglob("*")) if file.is_file())
     sums = {str(file.relative_to(stage.path)): _sha256(file) for file in files}
@@ -60,6 +70,10 @@ def _card(path: epath.Path, config: Any, variant: str) -> str:
     photos = workdir.read_manifest(path, "photos")
     metrics = json.loads((path / "report" / "metrics.json").read_text())
     label = config.evaluate.labels.get(variant, variant)
+    calibrated = workdir.read_manifest(path, f"predictions/{variant}").facts["calibrated"]
+    sure = "The radii given with an answer are not calibrated."
+    if calibrated:
+        sure = "The radii given with an answer hold 50 and 90 % of its probability, calibrated on validation photos."
     rows = []
     for split, found in metrics["splits"].items():
         for method in found["methods"]:
@@ -68,8 +82,8 @@ def _card(path: epath.Path, config: Any, variant: str) -> str:
                 rows.append(f"| {split} | {values} |")
     return f"""# {label}
 
-Tells where on Earth a photo was taken, as S2 cells down to level {config.model.level}, from the photo and its
-{config.model.neighbors} nearest neighbors in a gallery of {photos.counts["train"]:,} photos.
+Tells where on Earth a photo was taken, as cells ({config.model.scheme}) as fine as S2's of level {config.model.level},
+from the photo and its {config.model.neighbors} nearest neighbors in a gallery of {photos.counts["train"]:,} photos.
 
 Data: {config.photos.source}.
 
@@ -84,5 +98,5 @@ Percent of photos within 1, 25, 200, 750 and 2500 km:
 |---|---|---|---|---|---|
 {chr(10).join(rows)}
 
-The radius given with an answer holds half of its samples; it is not calibrated. Do not use this model to find people.
+{sure} Do not use this model to find people.
 """

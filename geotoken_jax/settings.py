@@ -65,9 +65,17 @@ def variant(config: Any, name: str) -> Any:
     """
     if name not in config.variants:
         raise SettingsError(f"config.variants has no {name!r}: choose one of {', '.join(config.variants)}")
-    changed = config.copy_and_resolve_references()
-    _change(changed, config.variants[name], f"variants.{name}")
-    return changed
+    return changed(config, config.variants[name], f"variants.{name}")
+
+
+def changed(config: Any, changes: Any, where: str) -> Any:
+    """Returns the configuration with changes (sections and keys, nested) made; where: they stand in it.
+
+    Raises SettingsError if they change a key that there is not.
+    """
+    found = config.copy_and_resolve_references()
+    _change(found, changes, where)
+    return found
 
 
 def _change(section: Any, changes: Any, where: str) -> None:
@@ -81,7 +89,10 @@ def _change(section: Any, changes: Any, where: str) -> None:
 
 
 #: Keys that say how training runs, not what comes out: they may change from one start to the next.
-_MANNER = ("accumulate", "profile", "wandb", "remat", "attention", "chunk")
+_MANNER = (
+    "accumulate", "profile", "wandb", "remat", "attention", "chunk",
+    "base_url", "timeout_s", "attempts", "concurrent", "price_in", "price_out", "key_variable",
+)  # fmt: skip
 
 
 def outcome(section: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ have equal manifests, interrupted or not.
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,9 @@ PATH = {
     "neighbors": "index",
     "tokens": "index",
     "geotoken": "train",
+    "pools": "learn",
+    "reward": "learn",
+    "verifier": "learn",
     "predictions": "predict",
     "report": "evaluate",
     "export": "export",
@@ -35,6 +39,14 @@ PATH = {
 
 class StageError(RuntimeError):
     """A stage cannot run here: an input is missing, or the folder belongs to other settings or inputs."""
+
+
+class MadeOtherwise(StageError):
+    """A folder, `path`, belongs to other settings or inputs."""
+
+    def __init__(self, message: str, path: epath.Path):
+        super().__init__(message)
+        self.path = path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +93,7 @@ def begin(workdir: epath.PathLike, folder: str, config: Mapping[str, Any], input
 
     Raises StageError if an input is missing, or if the folder holds something made otherwise.
     """
-    workdir = epath.Path(workdir)
+    workdir = local(workdir)
     wanted = {"settings": settings.plain(config), "inputs": {name: digest(workdir, name) for name in inputs}}
     path = workdir / folder
     manifest = path / "manifest.json"
@@ -96,6 +108,20 @@ def begin(workdir: epath.PathLike, folder: str, config: Mapping[str, Any], input
         path.mkdir(parents=True, exist_ok=True)
         write_json(begun, wanted)
     return Stage(path, folder, **wanted, manifest=None)
+
+
+def is_url(path: epath.PathLike) -> bool:
+    """Says whether a path is, or began as, a URL: s3://bucket/run, and s3:/bucket/run too."""
+    return re.match("[A-Za-z][A-Za-z0-9+.-]+:/", str(path)) is not None
+
+
+def local(path: epath.PathLike) -> epath.Path:
+    """Returns a path that stages can work in. Raises StageError for a URL, of which a folder `s3:` would become."""
+    if is_url(path):
+        raise StageError(
+            f"{path} is not a folder that can be worked in: give it to `geotoken` as --workdir, which works on a copy"
+        )
+    return epath.Path(path)
 
 
 def read_manifest(workdir: epath.PathLike, folder: str) -> Manifest:
@@ -132,7 +158,9 @@ def _refuse_other(path: epath.Path, found: Mapping[str, Any], wanted: Mapping[st
             continue
         key, old, new = difference
         what = f"config.{key} = {old!r}, not {new!r}" if part == "settings" else f"another {key}/"
-        raise StageError(f"{path} was made with {what}: use another --workdir, or remove {path} to make it again")
+        raise MadeOtherwise(
+            f"{path} was made with {what}: use another --workdir, or remove {path} to make it again", path
+        )
 
 
 def _first_difference(old: Any, new: Any, where: str) -> tuple[str, Any, Any] | None:

@@ -28,9 +28,9 @@ FORMS = {
 def settings(form: str, **changes) -> ModelSettings:
     """Level 6 in groups of 2: vocabularies 6, 16, 16, 16."""
     values = dict(
-        level=6, group=2, backbone_width=C, neighbors=M, width=16, heads=2, feed_forward=24, encoder_layers=1,
-        decoder_layers=2, dropout=0.0, neighbor_tokens=True, similarities=False, qk_norm=False, attention="xla",
-        dtype="float32", remat="none",
+        scheme="s2", level=6, group=2, backbone_width=C, neighbors=M, width=16, heads=2, feed_forward=24,
+        encoder_layers=1, decoder_layers=2, dropout=0.0, neighbor_tokens=True, neighbor_embeddings=True,
+        neighbor_dropout=0.0, similarities=False, qk_norm=False, attention="xla", dtype="float32", remat="none",
     )  # fmt: skip
     return ModelSettings(**{**values, **FORMS[form], **changes})
 

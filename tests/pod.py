@@ -116,13 +116,14 @@ def sequence(folder: Path, *names: str) -> np.ndarray:
 LOSSES = ("train/loss", "train/batch", "train/gradient_norm")
 
 
-def start(processes: int, devices: int = 8, **options) -> list[subprocess.Popen]:
-    """Starts a run over so many processes with so many devices in all."""
+def start(processes: int, devices: int = 8, module: str = "tests.pod", **options) -> list[subprocess.Popen]:
+    """Starts a run over so many processes with so many devices in all; module: what reads the options."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     flags = f"--xla_force_host_platform_device_count={devices // processes} --xla_backend_optimization_level=0"
-    command = [sys.executable, "-m", "tests.pod", json.dumps(options, default=str)]
+    flags += " --xla_cpu_collective_call_terminate_timeout_seconds=600"  # see conftest.py
+    command = [sys.executable, "-m", module, json.dumps(options, default=str)]
     several = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)} if processes > 1 else {}
     return [
         subprocess.Popen(

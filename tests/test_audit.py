@@ -13,7 +13,7 @@ from flax import nnx
 from configs import demo
 from data_prep import tokens
 from geotoken_jax import checkpoint, cli, records, settings, workdir
-from geotoken_jax.analysis import audit, coverage, leakage, neighbor_gap, places
+from geotoken_jax.analysis import audit, coverage, leakage, neighbor_gap, overlap, per_level, places
 from geotoken_jax.analysis.masking import Masked
 from geotoken_jax.gallery import index, neighbors
 from geotoken_jax.gallery.exclude import SameId
@@ -89,7 +89,8 @@ def config():
     model = settings.plain(fixtures.settings("compact"))
     config.model.update(model)
     config.variants = {"geotoken": {}}
-    config.predict.update(samples=2, batch_size=4)
+    config.predict.update(samples=2, batch_size=4, selectors=("greedy",), choice="greedy")
+    config.predict.search.update(expansions=16, level=6, leaves=4, width=4)
     config.evaluate.resamples = 50
     config.audit.coverage.countries = 2
     config.audit.leakage.cosine_above = 0.9999
@@ -118,8 +119,8 @@ def made(tmp_path_factory, config):
             "embeddings": of,
             "coordinates": coordinates,
             "tokens": CellScheme(20, 1).encode(*coordinates.T).astype(np.uint8),
-            "ids": audit.encoded([photo["id"] for photo in rows]),
-            "authors": audit.encoded([photo["author"] for photo in rows]),
+            "ids": overlap.encoded([photo["id"] for photo in rows]),
+            "authors": overlap.encoded([photo["author"] for photo in rows]),
         }
         write_shard(path / ("gallery" if split == "train" else f"queries/{split}"), 0, 1, columns)
     for folder in ("gallery", "queries"):
@@ -173,7 +174,7 @@ class Nested(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
 
-MODULES = {"coverage": coverage, "leakage": leakage, "neighbors": neighbor_gap}
+MODULES = {"coverage": coverage, "leakage": leakage, "neighbors": neighbor_gap, "levels": per_level}
 
 
 @pytest.fixture(scope="module")
@@ -250,9 +251,9 @@ def masked(made, config):
 def test_nothing_left_out_gives_the_answers_of_predictions(made, masked, monkeypatch):
     rows, numbers, call = np.arange(12)[::-1], [], decode.Decoder.__call__
 
-    def decoder(self, batch, rows):
+    def decoder(self, batch, near, scores, rows):
         numbers.extend(rows)
-        return call(self, batch, rows)
+        return call(self, batch, near, scores, rows)
 
     monkeypatch.setattr(decode.Decoder, "__call__", decoder)
     placed = masked(rows, np.arange(59))
@@ -298,9 +299,9 @@ def test_each_kind_of_leak_is_found_once_and_left_out(figures):
 
 
 def test_nobodys_photos_share_no_author():
-    authors = audit.encoded(["", "a", "b"])
-    np.testing.assert_array_equal(audit.match(authors, audit.encoded(["b", "x", "b", ""])), [3, -1, 0])
-    np.testing.assert_array_equal(audit.match(authors, authors[:0]), [-1, -1, -1])
+    authors = overlap.encoded(["", "a", "b"])
+    np.testing.assert_array_equal(overlap.match(authors, overlap.encoded(["b", "x", "b", ""])), [3, -1, 0])
+    np.testing.assert_array_equal(overlap.match(authors, authors[:0]), [-1, -1, -1])
 
 
 def near(split, km, seed=0, n=600):

@@ -21,8 +21,7 @@ from geotoken_jax.gallery import index
 from geotoken_jax.gallery.table import Table, index_vectors, write_shard
 from geotoken_jax.geo.cells import CellScheme
 from geotoken_jax.geo.distance import great_circle_km
-from geotoken_jax.predict import baselines, classifier, places
-from geotoken_jax.predict.baselines import KnnSettings
+from geotoken_jax.predict import classifier, places
 
 C, M = 8, 5
 SPLITS = {"train": 120, "validation": 12, "test": 30}
@@ -130,20 +129,6 @@ def test_the_first_neighbor_answers(config, path):
     wanted = Table(path / "gallery").coordinates(np.delete(rows[:, 0], 4))
     np.testing.assert_array_equal([(line["latitude"], line["longitude"]) for line in lines], wanted)
     assert [len(line["candidates"]) for line in lines[:4]] == [5, 5, 5, 2]
-
-
-@pytest.mark.parametrize(("temperature", "sigma_km", "best"), [(0.1, 25, 1), (0.001, 25, 0), (0.1, 0.01, 0)])
-def test_two_neighbors_outvote_one_where_they_are_near_and_nearly_as_like(temperature, sigma_km, best):
-    places = np.array([[10.0, 20], [50, 60], [50, 60.1]])  # the pair is 7.1 km apart
-    scores = np.array([2.0, 1.97, 1.95])
-    options = KnnSettings(3, temperature, sigma_km)
-    found = baselines.density(places, scores, options)
-    weights = np.exp(scores / temperature - 2 / temperature)
-    km = 6371 * np.radians(0.1) * np.cos(np.radians(50))
-    kernel = np.exp(-(km**2) / 2 / sigma_km**2)
-    wanted = [weights[0], weights[1] + kernel * weights[2], weights[2] + kernel * weights[1]]
-    np.testing.assert_allclose(found, wanted / weights.sum(), rtol=1e-4)
-    assert found.argmax() == best
 
 
 def test_neighbors_vote(config, path):

@@ -17,14 +17,19 @@ from geotoken_jax.align.heads import AlignSettings
 from geotoken_jax.align.pixels import PixelsSettings
 from geotoken_jax.analysis.audit import AuditSettings
 from geotoken_jax.analysis.evaluate import EvaluateSettings
+from geotoken_jax.analysis.experiment import Experiment
 from geotoken_jax.gallery.index import IndexSettings
 from geotoken_jax.gallery.placement import GallerySettings
 from geotoken_jax.interop import geoclip
 from geotoken_jax.model.geotoken import GeoTokenModel, ModelSettings
+from geotoken_jax.model.reward import RewardSettings
 from geotoken_jax.model.task import LossSettings
 from geotoken_jax.predict.baselines import BASELINES, GeoClipSettings, KnnSettings
 from geotoken_jax.predict.classifier import ClassifierSettings
 from geotoken_jax.predict.decode import PredictSettings
+from geotoken_jax.predict.judge import JudgeSettings
+from geotoken_jax.predict.learn import PoolsSettings
+from geotoken_jax.predict.verify import VerifierSettings
 from geotoken_jax.sharding import MeshSettings
 from geotoken_jax.train.loop import TrainSettings
 from geotoken_jax.train.optimizer import make_schedule
@@ -46,7 +51,14 @@ READERS = {
     "model": ModelSettings,
     "loss": LossSettings,
     "train": TrainSettings,
+    "pools": PoolsSettings,
+    "reward.model": RewardSettings,
+    "reward.train": TrainSettings,
+    "verifier.model": VerifierSettings,
+    "verifier.train_comparator": TrainSettings,
+    "verifier.train_judge": TrainSettings,
     "predict": PredictSettings,
+    "judge": JudgeSettings,
     "baselines.knn": KnnSettings,
     "baselines.geoclip": GeoClipSettings,
     "baselines.classifier": ClassifierSettings,
@@ -85,11 +97,28 @@ def test_every_section_of_every_variant_is_read(name):
 def test_nothing_in_a_configuration_is_unread(name):
     config = load(name)
     read = {place.split(".")[0] for place in READERS} | {"name", "variants"}
-    assert set(config) == read
-    for parent in ("align", "index", "baselines"):
+    assert set(config) - {"experiments"} == read
+    for parent in ("align", "index", "reward", "verifier", "baselines"):
         assert {f"{parent}.{key}" for key in config[parent]} == {p for p in READERS if p.startswith(f"{parent}.")}
     assert config.evaluate.reference in config.variants
     assert set(config.evaluate.labels) == {*BASELINES, *config.variants}
+
+
+EXPERIMENTS = load("experiments").experiments
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_run_of_every_experiment_is_read(name):
+    config = load("experiments")
+    experiment = settings.read(Experiment, config.experiments[name], name)
+    labels = []
+    for label, changes, *trained_by in experiment.runs:
+        changed = settings.changed(config, changes, name)
+        found = {place: settings.read(kind, section(changed, place), place) for place, kind in READERS.items()}
+        assert found["model"].neighbors <= found["index.neighbors"].count
+        assert set(trained_by) <= set(labels)
+        labels.append(label)
+    assert len(set(labels)) == len(labels) and experiment.question.endswith("?")
 
 
 def test_the_papers_model_has_its_size():

@@ -1,5 +1,6 @@
 """Decoding: greedy, sampled and beam candidates against the teacher-forced model, and a photo's answer as JSON."""
 
+import dataclasses
 import itertools
 import json
 
@@ -10,12 +11,32 @@ import pytest
 from flax import nnx
 
 from geotoken_jax.geo.cells import CellScheme
-from geotoken_jax.predict import beam, sample
-from geotoken_jax.predict.decode import Decoder, PredictSettings, answers
+from geotoken_jax.predict import beam, decode, sample
+from geotoken_jax.predict.answer import answers
+from geotoken_jax.predict.decode import Decoder, PredictSettings, SearchSettings
+from geotoken_jax.predict.pool import Places, Pool
 from geotoken_jax.predict.sample import Candidates
+from geotoken_jax.predict.select import VoteSettings
 from tests import fixtures
 
-SETTINGS = PredictSettings(samples=5, temperature=0.7, choice="log_probability", batch_size=4, seed=0)
+SETTINGS = PredictSettings(
+    samples=5, temperature=0.7, top_p=1.0, beam=0, search=SearchSettings(64, 6, 8, 8),
+    selectors=("greedy", "log_probability"), vote=VoteSettings(0.05, 25.0), choice="log_probability", batch_size=4,
+    seed=0,
+)  # fmt: skip
+
+
+class Gallery:
+    """Where neighbors are, by row."""
+
+    def coordinates(self, rows):
+        return np.stack([rows, 2 * rows], -1).astype(np.float64)
+
+
+def decoded(decoder, batch, numbers):
+    """Returns the pool of a batch whose neighbors are the gallery's rows 0 to M - 1."""
+    rows = np.arange(fixtures.M) * np.ones((len(numbers), 1), int)
+    return decoder(batch, rows, np.zeros(rows.shape), numbers)
 
 
 @pytest.fixture(scope="module")
@@ -25,12 +46,12 @@ def model():
 
 @pytest.fixture(scope="module")
 def decoder(model):
-    return Decoder(model, SETTINGS)
+    return Decoder(model, SETTINGS, Gallery())  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
 def candidates(decoder):
-    return decoder(fixtures.batch(), np.arange(4))
+    return decoded(decoder, fixtures.batch(), np.arange(4)).candidates
 
 
 def teacher_forced(model, tokens, temperature=1.0):
@@ -76,12 +97,47 @@ def test_samples_have_the_tempered_distribution(model, candidates):
     assert np.abs(first[0] - first[1]).any()
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.6])
+def test_log_probability_is_that_of_what_was_drawn_from(model, top_p):
+    count, temperature = 200, 1.5
+
+    @nnx.jit
+    def draw(model, batch):
+        memory = model.encode(batch["query"], fixtures.neighbors(batch))
+        return sample.sample(model, memory, jax.random.split(jax.random.key(0), 4), count, temperature, top_p)
+
+    drawn = jax.tree.map(np.asarray, draw(model, fixtures.batch()))
+    outside = 0
+    for k in range(0, 1 + count, 40):
+        tokens = drawn.tokens[:, k]
+        untempered, p = teacher_forced(model, tokens), np.exp(teacher_forced(model, tokens, temperature))
+        falling = -np.sort(-p)
+        held = np.cumsum(falling, -1)
+        fewest = 1 + (held < top_p - 1e-6).sum(-1)  # the fewest that hold top_p
+        last = np.take_along_axis(falling, np.minimum(fewest, p.shape[-1])[..., None] - 1, -1)
+        kept = np.where(p >= last, p, 0)
+        outside += (p[kept == 0] > 0).sum()
+        with np.errstate(divide="ignore"):
+            expected = np.log(kept / kept.sum(-1, keepdims=True))
+        for log_p, found in ((untempered, drawn.log_probability), (expected, drawn.tempered_log_probability)):
+            own = np.take_along_axis(log_p, tokens[..., None], -1).sum((1, 2))
+            np.testing.assert_allclose(found[:, k], own, atol=1e-4)
+    assert (outside > 0) == (top_p < 1)
+
+
+def test_the_nucleus_is_the_fewest_values_that_hold_top_p():
+    log_p = jnp.log(jnp.array([[0.1, 0.5, 0.15, 0.25], [0.4, 0.1, 0.4, 0.1], [0.97, 0.01, 0.01, 0.01]]))
+    found = np.exp(sample.nucleus(log_p, 0.7))
+    np.testing.assert_allclose(found, [[0, 2 / 3, 0, 1 / 3], [0.5, 0, 0.5, 0], [1, 0, 0, 0]], atol=1e-6)
+
+
 def test_a_photos_samples_do_not_depend_on_its_batch(decoder, candidates):
     batch, order = fixtures.batch(), np.array([3, 1, 0])
-    some = decoder({name: value[order] for name, value in batch.items()}, order)
+    pool = decoded(decoder, {name: value[order] for name, value in batch.items()}, order)
+    some = pool.candidates
     np.testing.assert_array_equal(some.tokens, candidates.tokens[order])
     np.testing.assert_allclose(some.log_probability, candidates.log_probability[order], atol=1e-5)
-    other_numbers = decoder(batch, np.arange(4) + 100)
+    other_numbers = decoded(decoder, batch, np.arange(4) + 100).candidates
     np.testing.assert_array_equal(other_numbers.tokens[:, 0], candidates.tokens[:, 0])
     assert (other_numbers.tokens[:, 1:] != candidates.tokens[:, 1:]).any()
 
@@ -109,17 +165,43 @@ def test_a_beam_of_full_width_finds_what_trying_everything_finds(form):
         assert np.isclose(scores, np.asarray(narrow.log_probability[photo])[:, None], atol=1e-4).any(1).all()
 
 
-def pool():
+def test_a_pool_says_where_everything_is(model, decoder):
+    pool = decoded(decoder, fixtures.batch(), np.arange(4))
+    np.testing.assert_allclose(np.stack(decoder.cells.decode(pool.candidates.tokens), -1), pool.coordinates)
+    np.testing.assert_array_equal(pool.neighbor_coordinates[:, :, 1], 2 * np.arange(fixtures.M) * np.ones((4, 1)))
+    # The most probable of 24,576 cells, or of those that were not divided into them, and what is left as coarse ones.
+    assert (pool.places.probability.sum(1) > 0.999).all() and (pool.places.probability.sum(1) < 1 + 1e-5).all()
+    fine = pool.places.probability[:, : decode._CELLS]
+    assert (np.diff(fine) <= 0).all() and 0.5 < fine.sum(1).min()
+
+
+def test_a_beam_may_make_the_candidates(model):
+    made = decoded(Decoder(model, dataclasses.replace(SETTINGS, beam=3), Gallery()), fixtures.batch(), np.arange(4))
+    assert made.candidates.tokens.shape == (4, 3, 4)
+    assert (np.diff(made.candidates.log_probability) <= 0).all()
+
+
+def made_up():
     """Two photos, four candidates, the greedy one first; the second photo has one candidate twice."""
     cells = CellScheme(4, 2)
     tokens = np.array([[[0, 1, 2], [5, 0, 0], [3, 3, 3], [1, 15, 7]], [[2, 2, 2], [4, 1, 0], [2, 2, 2], [4, 1, 0]]])
     log_p = np.array([[-3.0, -1.0, -9.0, -2.0], [-4.0, -1.5, -4.0, -1.5]], np.float32)
     tempered = np.array([[-2.0, -0.9, -8.0, -0.5], [-3.0, -1.2, -3.0, -1.2]], np.float32)
-    return Candidates(tokens.astype(np.int32), log_p, tempered), cells
+    candidates = Candidates(tokens.astype(np.int32), log_p, tempered)
+    places = Places(np.ones((2, 2, 2)), np.full((2, 2), 3), np.array([[0.5, 0.25], [0.75, 0.0]]))
+    nothing = np.zeros((2, 0))
+    coordinates = np.stack(cells.decode(candidates.tokens), -1)
+    pool = Pool(candidates, coordinates, nothing, nothing, nothing, nothing, nothing, places)  # type: ignore[arg-type]
+    chosen = {
+        "greedy": np.zeros(2, int),
+        "log_probability": tempered.argmax(1),
+        "point": np.array([[1.5, 2.5], [-3.0, 170.0]]),
+    }
+    return pool, chosen
 
 
 def test_answers_merge_and_order_candidates():
-    found = answers(*pool(), "log_probability")
+    found = answers(*made_up(), "log_probability")
     assert json.loads(json.dumps(found)) == found
     one, two = found
     assert [c["tokens"] for c in one["candidates"]] == [[0, 1, 2], [5, 0, 0], [1, 15, 7], [3, 3, 3]]
@@ -127,25 +209,38 @@ def test_answers_merge_and_order_candidates():
     assert [c["count"] for c in one["candidates"]] == [1] * 4 and [c["count"] for c in two["candidates"]] == [2, 2]
     assert [c["log_probability"] for c in two["candidates"]] == [-4.0, -1.5]
     # Photo 0's best under the tempered distribution is [1, 15, 7], third in the list though last in the pool.
-    assert one["choices"] == {"greedy": 0, "log_probability": 2} and two["choices"] == {
-        "greedy": 0,
-        "log_probability": 1,
-    }
+    assert one["choices"] == {"greedy": 0, "log_probability": 2, "point": [1.5, 2.5]}
+    assert two["choices"] == {"greedy": 0, "log_probability": 1, "point": [-3.0, 170.0]}
+    assert one["cells"] == [[3, 1.0, 1.0, 0.5], [3, 1.0, 1.0, 0.25]] and two["cells"] == [[3, 1.0, 1.0, 0.75]]
 
 
 @pytest.mark.parametrize("choice", ["greedy", "log_probability"])
 def test_an_answer_lies_where_its_chosen_candidate_does(choice):
-    candidates, cells = pool()
-    for answer in answers(candidates, cells, choice):
+    for answer in answers(*made_up(), choice):
         chosen = answer["candidates"][answer["choices"][choice]]
-        latitude, longitude = cells.decode(np.array(chosen["tokens"]))
+        latitude, longitude = CellScheme(4, 2).decode(np.array(chosen["tokens"]))
         assert answer["choice"] == choice
         assert (answer["latitude"], answer["longitude"]) == (chosen["latitude"], chosen["longitude"])
         assert (answer["latitude"], answer["longitude"]) == pytest.approx((float(latitude), float(longitude)), abs=1e-6)
 
 
+def test_an_answer_may_be_a_point_of_its_own():
+    found = answers(*made_up(), "point")
+    assert [(answer["latitude"], answer["longitude"]) for answer in found] == [(1.5, 2.5), (-3.0, 170.0)]
+
+
 @pytest.mark.parametrize(
-    "changes, message", [({"choice": "median"}, "config.predict.choice is 'median'"), ({"temperature": 0.0}, "above 0")]
+    "changes, message",
+    [
+        ({"choice": "median"}, "config.predict.choice is 'median'"),
+        ({"selectors": ("median",)}, "config.predict.selectors has 'median'"),
+        (
+            {"selectors": ("log_probability", "point_25_km"), "search": SearchSettings(0, 6, 8, 8)},
+            "raise config.predict.search.expansions",
+        ),
+        ({"temperature": 0.0}, "above 0"),
+        ({"top_p": 0.0}, "config.predict.top_p is 0.0"),
+    ],
 )
 def test_settings_out_of_range_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):

@@ -31,6 +31,36 @@ def test_known_pairs(a, b, km):
     assert float(distance.great_circle_km(*jnp.array(a), *jnp.array(b))) == pytest.approx(km, abs=0.2)
 
 
+@pytest.mark.parametrize(
+    ("a", "b", "km"),
+    [
+        ((0, 0), (0, 1), 111.3194908),  # a degree of the equator: a * pi / 180, a = 6378.137
+        ((0, 0), (90, 0), 10001.9657293),  # a quarter of a meridian
+        ((0, 0), (0, 180), 20003.9314586),  # antipodes: over the pole
+        ((-37.95103342, 144.42486789), (-37.65282114, 143.92649553), 54.972271),  # Geoscience Australia's example
+    ],
+)
+def test_known_pairs_on_the_ellipsoid(a, b, km):
+    assert distance.ellipsoid_km(*a, *b) == pytest.approx(km, abs=1e-3)
+
+
+def test_the_ellipsoid_is_near_the_sphere_and_broadcasts():
+    a, b = on_sphere(10_000, 8), on_sphere(10_000, 9)
+    ratio = distance.ellipsoid_km(*a, *b) / distance.great_circle_km(*a, *b)
+    assert 0.994 < ratio.min() < 0.997 and 1.003 < ratio.max() < 1.006
+    pairs = distance.ellipsoid_km(a[0][:4, None], a[1][:4, None], b[0][:3], b[1][:3])
+    assert pairs.shape == (4, 3)
+    assert pairs[1, 2] == distance.ellipsoid_km(a[0][1], a[1][1], b[0][2], b[1][2])
+    nothing = distance.ellipsoid_km([np.nan, 0], [np.nan, 0], 0, 1)
+    assert np.isnan(nothing[0]) and nothing[1] > 111
+
+
+def test_a_threshold_is_within_unless_it_is_strict():
+    km = np.array([[1.0], [25.0], [2500.1]])
+    assert distance.within(km).sum(1).tolist() == [5, 4, 0]
+    assert distance.within(km, strict=True).sum(1).tolist() == [4, 3, 0]
+
+
 def test_equal_points_are_exactly_zero_apart():
     lat, lon = on_sphere(10_000, 0)
     assert (distance.great_circle_km(lat, lon, lat, lon) == 0).all()

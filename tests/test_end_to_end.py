@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 from PIL import Image
 
 from geotoken_jax import GeoToken, cli, records
+from tests import test_judge
 
 CONFIG = str(Path(__file__).with_name("tiny.py"))
 #: What a run leaves for others; event files and metrics also hold times.
@@ -46,6 +48,8 @@ def test_every_folder_of_the_path_is_there(workdir: Path):
         *folders,
         "geotoken/geotoken",
         "geotoken/paper",
+        "pools/geotoken",
+        "verifier/geotoken",
         "predictions/top1_neighbor",
         "predictions/geotoken",
     ]:
@@ -87,6 +91,30 @@ def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bytes(workdir: Pa
     assert unbroken.keys() == broken.keys()
     assert [name for name in unbroken if unbroken[name] != broken[name]] == []
     assert list(tmp_path.rglob("*.partial")) == []
+
+
+def test_a_language_model_may_choose_too(workdir: Path, tmp_path: Path):
+    """One that takes the second candidate it is shown."""
+    for folder in ("photos", "queries", "gallery", "neighbors", "tokens", "align", "geotoken", "pools", "verifier"):
+        (tmp_path / folder).symlink_to(workdir / folder)
+    server = test_judge.Server(lambda body, n: test_judge.says('{"number": 2}'))
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    judge = [f"--config.judge.base_url={server.url}", "--config.judge.model=any", "--variant=geotoken"]
+    try:
+        assert geotoken("predict", f"--config={CONFIG}", f"--workdir={tmp_path}", *judge) == 0
+    finally:
+        server.shutdown()
+        server.server_close()
+    lines = [json.loads(line) for line in (tmp_path / "predictions/geotoken/test.jsonl").read_text().splitlines()]
+    unasked = (workdir / "predictions/geotoken/test.jsonl").read_text().splitlines()
+    for line, without in zip(lines, map(json.loads, unasked), strict=True):
+        order = np.argsort([-c["log_probability"] for c in line["candidates"]], kind="stable")
+        assert line["choices"].pop("judge") == order[min(1, len(order) - 1)]
+        assert line == without  # and the answer, its radii and all else stay
+    report = json.loads((tmp_path / "predictions/geotoken/judge/test.json").read_text())
+    assert report["photos"] == len(lines) and len(server.bodies) == report["requests"]
+    validation = (tmp_path / "predictions/geotoken/validation.jsonl").read_text().splitlines()
+    assert not any("judge" in json.loads(line)["choices"] for line in validation)
 
 
 def test_changed_settings_are_refused_by_name(workdir: Path, capsys: pytest.CaptureFixture[str]):

@@ -4,9 +4,14 @@ import math
 import numpy as np
 import pytest
 
-from geotoken_jax.analysis import evaluate
-from geotoken_jax.analysis.evaluate import FARTHEST_KM, Method, Points, PointsError
-from geotoken_jax.geo.distance import EARTH_RADIUS_KM
+from geotoken_jax.analysis import evaluate, reliability
+from geotoken_jax.analysis.evaluate import FARTHEST_KM, EvaluateSettings, Method, Points, PointsError
+from geotoken_jax.analysis.reliability import Claims
+from geotoken_jax.geo import distance
+from geotoken_jax.geo.cells import CellScheme
+from geotoken_jax.geo.distance import EARTH_RADIUS_KM, THRESHOLDS_KM
+from geotoken_jax.predict import uncertainty
+from geotoken_jax.settings import SettingsError
 
 KM = 180 / (math.pi * EARTH_RADIUS_KM)  # degrees of latitude
 
@@ -35,6 +40,11 @@ def score(methods, truth, seed=0, resamples=2000):
     return evaluate.score(methods, truth, "geotoken", resamples, seed)
 
 
+def options(reference="geotoken", **changed):
+    made = dict(resamples=100, seed=0, compare=(), labels={}, earth="sphere", strict=False) | changed
+    return EvaluateSettings(reference=reference, **made)
+
+
 def values(scored):
     return [a["value"] for a in scored["accuracy"]]
 
@@ -61,6 +71,18 @@ def test_json_lines_and_csv_read_alike(tmp_path):
         ("id,lat,lng\nParis, France,1,2\n", "line 2: more columns than the header"),
         ('{"id": "x"\n', "line 1: .*write one JSON object a line"),
         ('{"id": "x", "lat": 1, "lon": 2, "candidates": [[1, 2]]}', "line 1: candidates must be a list of objects"),
+        ('{"id": "x", "lat": 1, "lon": 2, "choices": {"a": [91, 2]}}', "line 1: .*a point .latitude, longitude"),
+        ('{"id": "x", "lat": 1, "lon": 2, "within": {"25": 1.5}}', "line 1: within of 25 is 1.5: give .* from 0 to 1,"),
+        ('{"id": "x", "lat": 1, "lon": 2, "within": 0.5}', "line 1: within is 0.5: write an object"),
+        ("id,lat,lng,radius_km\nx,1,2,-3\n", "line 2: radius_km of 50 is '-3': give a number from 0"),
+        (
+            '{"id": "x", "lat": 1, "lon": 2, "cells": [[20, 91, 0, 0.5]]}',
+            "line 1: cells must be a list of .level -1..30",
+        ),
+        (
+            '{"id": "x", "lat": 1, "lon": 2, "cells": [[31, 9, 0, 0.5]]}',
+            "line 1: cells must be a list of .level -1..30",
+        ),
         ("id,lat,lng\n", "holds no points"),
     ],
 )
@@ -176,7 +198,7 @@ def test_anybodys_files_are_compared_and_tabulated(tmp_path):
     ours = write(tmp_path / "ours.jsonl", [row(f"{name}.jpg", 5 * KM) for name in names])
     theirs = tmp_path / "a very long name of a method, as people give them.csv"
     theirs.write_text("id,lat,lng\n" + "".join(f"{name}.jpg,{100 * KM},0\n" for name in names[:90]))
-    metrics = evaluate.compare_files([ours, theirs], truth, resamples=100, seed=0)
+    metrics = evaluate.compare_files([ours, theirs], truth, options(str(ours)))
     assert json.loads(json.dumps(metrics)) == metrics
     text = evaluate.table(metrics)
     lines = text.splitlines()
@@ -188,3 +210,200 @@ def test_anybodys_files_are_compared_and_tabulated(tmp_path):
     assert text.replace("\n", " ").strip().endswith("10 photos have no prediction and count as wrong")
     heads = next(line for line in lines if "2,500 km" in line)
     assert heads.index("2,500 km") + len("2,500 km") == line.rindex("100.0") + len("100.0")  # columns line up
+
+
+def test_a_strict_threshold_is_outside_of_itself(tmp_path):
+    scored = evaluate.score([method([1, 25, 200, 750, 2500])], truth_of(5), "geotoken", 100, 0, strict=True)
+    assert values(scored["methods"][0]) == [0.0, 0.2, 0.4, 0.6, 0.8]
+
+
+def test_the_ellipsoid_moves_a_photo_over_a_threshold(tmp_path):
+    truth = write(tmp_path / "t.jsonl", [row("a", 0)])
+    found = write(tmp_path / "p.jsonl", [row("a", 0, 24.98 / 111.19493)])  # 25.008 km along the real equator
+    near = {}
+    for earth in ("sphere", "ellipsoid"):
+        metrics = evaluate.compare_files([found], truth, options(str(found), earth=earth))
+        near[earth] = values(metrics["splits"]["t"]["methods"][0])[1]
+        assert f"on the {earth};" in evaluate.table(metrics)
+    assert near == {"sphere": 1, "ellipsoid": 0}
+    with pytest.raises(ValueError, match=r"config\.evaluate\.earth is 'flat': use sphere or ellipsoid"):
+        options(earth="flat")
+
+
+def test_any_two_methods_are_compared_on_request():
+    km = np.where(np.arange(200) < 60, 5.0, 9000.0)
+    better, best = km.copy(), km.copy()
+    better[60:70], best[60:80] = 5.0, 5.0
+    methods = [method(km), method(better, "b", choice="x"), method(best, "b", choice="y", main=False)]
+    pairs = [("b:y", "b"), ("b", "b:y"), ("b:y", "absent")]
+    first, second = evaluate.score(methods, truth_of(200), "geotoken", 200, 0, compare=pairs)["comparisons"]
+    assert [a["value"] for a in first["accuracy"]] == [0, 0.05, 0.05, 0.05, 0.05]
+    assert first["accuracy"][1]["low"] == -second["accuracy"][1]["high"] > 0
+    assert first["accuracy"][1]["p"] < 0.05
+
+
+def test_a_pair_that_nobody_has_is_named(tmp_path):
+    truth, ours = (write(tmp_path / name, [row("a", 0)]) for name in ("t.jsonl", "ours.jsonl"))
+    with pytest.raises(SettingsError, match=r"there is no method 'knn' to compare: use one of .*ours\.jsonl"):
+        evaluate.compare_files([ours], truth, options(str(ours), compare=((str(ours), "knn"),)))
+    with pytest.raises(ValueError, match="compare has 'knn': give pairs"):
+        options(compare=("knn",))
+
+
+def test_a_choice_may_be_a_point_of_its_own(tmp_path):
+    candidates = [{"latitude": km * KM, "longitude": 0.0, "tokens": [1]} for km in (500, 100)]
+    rows = [
+        row("0", 0.5, choice="own", choices={"own": [0.5, 0], "other": 1}, candidates=candidates),
+        row("1", 1.5, choice="own", choices={"own": [1.5, 0], "other": [20 * KM, 0]}, candidates=candidates),
+    ]
+    truth = truth_of(2)
+    own, other, ideal = evaluate.methods_of(
+        evaluate.read_points(write(tmp_path / "m.jsonl", rows)), truth, "geotoken", "GeoToken"
+    )
+    assert (own.choice, own.main, other.choice, other.main, ideal.bound) == ("own", True, "other", False, True)
+    np.testing.assert_allclose(own.km, np.array([0.5, 1.5]) / KM)
+    np.testing.assert_allclose(other.km, [100, 20])
+    del rows[1]["choices"]["other"]
+    with pytest.raises(PointsError, match="'1' has no candidate for the choice 'other'"):
+        evaluate.methods_of(evaluate.read_points(write(tmp_path / "m.jsonl", rows)), truth, "geotoken", "GeoToken")
+
+
+def test_continents_are_scored_apart(tmp_path):
+    truth = tmp_path / "truth.csv"
+    places = ["Japan", "FR", "India", "", "nowhere"]
+    truth.write_text("id,lat,lon,country\n" + "".join(f"{n},0,0,{name}\n" for n, name in enumerate(places)))
+    ours = write(tmp_path / "ours.jsonl", [row(str(n), n * 5 * KM) for n in range(5)])
+    parts = evaluate.compare_files([ours], truth, options(str(ours)))["splits"]["truth"]["continents"]
+    assert [(part["name"], part["photos"]) for part in parts] == [("Asia", 2), ("unknown", 2), ("Europe", 1)]
+    assert [values(part["methods"][0])[0] for part in parts] == [0.5, 0, 0]
+    truth.write_text("id,lat,lon\n" + "".join(f"{n},0,0\n" for n in range(5)))
+    assert evaluate.compare_files([ours], truth, options(str(ours)))["splits"]["truth"]["continents"] == []
+
+
+def sure(n, seed=0, exaggerated=1.0):
+    """A method that is within 25 km as often as it says, or whose odds are as they say to a power."""
+    rng = np.random.default_rng(seed)
+    p = rng.uniform(0, 1, n)
+    true = p**exaggerated / (p**exaggerated + (1 - p) ** exaggerated)
+    km = np.where(rng.random(n) < true, 10.0, 5000.0)
+    within = np.full((n, 5), np.nan)
+    within[:, 1] = p
+    claims = Claims(within, np.stack([np.full(n, 20.0), np.full(n, 5000.0)], -1), np.empty((n, 0, 4)))
+    return method(km, claims=claims)
+
+
+def test_reliability_of_one_that_says_what_is_true_and_of_one_that_exaggerates():
+    honest, boastful = (
+        reliability.figures(sure(20_000, 0, power), np.zeros((20_000, 2)), False) for power in (1.0, 0.3)
+    )
+    assert honest["reliability"][0] is None  # nothing is said of 1 km
+    of = honest["reliability"][1]
+    assert (of["km"], of["photos"], len(of["bins"])) == (25, 20_000, 10)
+    assert of["error"] < 0.02 < 0.1 < boastful["reliability"][1]["error"]
+    assert sum(b["photos"] for b in of["bins"]) == 20_000
+    inside = [b["observed"]["low"] <= b["predicted"] <= b["observed"]["high"] for b in of["bins"]]
+    assert sum(inside) >= 8
+    assert (
+        boastful["reliability"][1]["bins"][9]["observed"]["high"] < boastful["reliability"][1]["bins"][9]["predicted"]
+    )
+
+
+def test_the_share_that_radii_hold_has_wilsons_interval():
+    found = reliability.figures(sure(400), np.zeros((400, 2)), False)
+    half, most = found["radii"]
+    assert (half["percent"], most["percent"], half["median_km"], most["holds"]["value"]) == (50, 90, 20, 1)
+    km = sure(400).km
+    share = (km <= 20).mean()
+    assert half["holds"]["value"] == pytest.approx(share)
+    assert half["holds"]["high"] - half["holds"]["low"] == pytest.approx(
+        2 * 1.96 * np.sqrt(share * (1 - share) / 400), rel=0.02
+    )
+    assert most["holds"]["low"] == pytest.approx(400 / (400 + 1.96**2), abs=1e-4)  # not 1: it was 400 of 400
+
+
+def test_abstention_keeps_the_surest_and_ends_at_everything():
+    made = sure(1000)
+    by_probability, by_radius = reliability.figures(made, np.zeros((1000, 2)), False)["abstention"].values()
+    accuracy = [of["accuracy"][1] for of in by_probability]
+    assert accuracy[0] > 0.9 > 0.55 > accuracy[-1]
+    assert by_probability[-1]["answered"] == 1 and accuracy[-1] == pytest.approx((made.km <= 25).mean())
+    assert by_probability[-1]["geoscore"] == pytest.approx(distance.geoscore(made.km).mean(), abs=1e-6)
+    order = np.argsort(-made.claims.within[:, 1])
+    assert by_probability[9]["accuracy"][1] == pytest.approx((made.km[order[:500]] <= 25).mean())
+    assert by_radius[0]["accuracy"][1] == pytest.approx((made.km[:50] <= 25).mean())  # all radii are equal
+
+
+def test_a_photo_without_a_prediction_is_the_least_sure(tmp_path):
+    truth = evaluate.read_points(write(tmp_path / "t.jsonl", [row(str(n), 0) for n in range(4)]))
+    rows = [row("3", 0, within={"25": 0.1}), row("1", 0, within={"25": 0.2}), row("0", 50, within={"25": 0.3})]
+    (made,) = evaluate.methods_of(evaluate.read_points(write(tmp_path / "p.jsonl", rows)), truth, "geotoken", "G")
+    found = reliability.figures(made, truth.coordinates, False)
+    assert found["reliability"][1]["photos"] == 3 and found["radii"] == [None, None]
+    assert found["reliability"][1]["observed"]["value"] == pytest.approx(2 / 3, abs=1e-6)
+    (curve,) = found["abstention"].values()
+    assert [of["accuracy"][1] for of in curve if of["answered"] in (0.25, 0.5, 0.75, 1)] == [0, 0.5, 0.666667, 0.5]
+
+
+def test_recall_against_area_of_circles_and_of_cells(tmp_path):
+    truth = evaluate.read_points(write(tmp_path / "t.jsonl", [row(str(n), 10, 20) for n in range(5)]))
+
+    def center(level, latitude=10.0, longitude=20.0):
+        scheme = CellScheme(level, 1)
+        return [level, *(float(x) for x in scheme.decode(scheme.encode(latitude, longitude)))]
+
+    far = center(10, -40, 100)
+    scheme = CellScheme(10, 1)
+    beside = np.asarray(scheme.encode(10.0, 20.0)) ^ ([0] * 10 + [1])  # of the same parent
+    sibling = [10, *(float(x) for x in scheme.decode(beside))]
+    cells = [
+        [[*center(10), 0.5], [*far, 0.3]],  # 81 km2, at once
+        [[*sibling, 0.6], [*center(10), 0.3]],  # after another one
+        [[0, 0, 0, 0.7], [*center(10), 0.3]],  # the small cell has more probability a km2 than its face
+        [[*far, 0.6], [-1, 0, 0, 0.4]],  # the whole Earth, past any area asked for
+        [[*far, 0.6]],  # nowhere
+    ]
+    rows = [row(str(n), 10 + 10 * KM, 20, cells=listed) for n, listed in enumerate(cells)]
+    (made,) = evaluate.methods_of(evaluate.read_points(write(tmp_path / "p.jsonl", rows)), truth, "geotoken", "G")
+    circle, searched = reliability._searched_km2(made, truth.coordinates)
+    np.testing.assert_allclose(circle, np.pi * 100, rtol=1e-5)
+    earth = 4 * np.pi * EARTH_RADIUS_KM**2
+    one = earth / 6 / 4**10
+    np.testing.assert_allclose(searched, [one, 2 * one, one, earth + one, np.inf])
+    area = {of["km2"]: of for of in reliability.figures(made, truth.coordinates, False)["area"]}
+    assert (area[100]["circle"], area[1000]["circle"]) == (0, 1)
+    assert (area[10]["cells"], area[100]["cells"], area[1000]["cells"], area[1e8]["cells"]) == (0, 0.4, 0.6, 0.6)
+
+
+def test_anybodys_columns_of_radius_and_probability_are_used(tmp_path):
+    truth = tmp_path / "truth.csv"
+    truth.write_text("id,lat,lon\n" + "".join(f"{n},0,0\n" for n in range(10)))
+    table = tmp_path / "ours.csv"
+    lines = [f"{n},{n * 5 * KM},0,{0.9 - n / 20},22,{'' if n == 9 else 30}" for n in range(10)]
+    table.write_text("id,lat,lon,Within_25,radius_km,radius_km_90\n" + "\n".join(lines) + "\n")
+    as_json = [
+        row(str(n), n * 5 * KM, within={"25": 0.9 - n / 20}, radius_km={"50": 22} | ({} if n == 9 else {"90": 30}))
+        for n in range(10)
+    ]
+    lined = write(tmp_path / "ours.jsonl", as_json)
+    found = []
+    for path in (table, lined):
+        metrics = evaluate.compare_files([path], truth, options(str(path)))
+        found.append(metrics["splits"]["truth"]["uncertainty"])
+        text = evaluate.table(metrics)
+        assert "truth: how sure ours is" in text
+        assert "The radius of 50 % holds 50.0 % (23.7-76.3) of 10 photos; median 22.0 km" in text
+        assert "The radius of 90 % holds 77.8 %" in text
+        assert max(map(len, text.splitlines())) <= 100
+    assert found[0] == found[1]
+    assert json.loads(json.dumps(found[0])) == found[0]
+
+
+def test_what_the_calibration_writes_is_what_evaluation_reads(tmp_path):
+    cells = [[[20, 1.0, 2.0, 0.4], [3, 10.0, 2.0, 0.3]]] * 3
+    at = np.array([(1.0, 2.0)] * 3)
+    said = uncertainty.UNCALIBRATED.described(uncertainty.places_of(cells), at)
+    rows = [row(str(n), 1, 2, cells=cells[n], **said[n]) for n in range(3)]
+    claims = evaluate.read_points(write(tmp_path / "p.jsonl", rows)).claims
+    np.testing.assert_allclose(claims.within[0], list(said[0]["within"].values()))
+    np.testing.assert_allclose(claims.radius_km[0], list(said[0]["radius_km"].values()))
+    assert claims.cells.shape == (3, 2, 4) and len(said[0]["within"]) == len(THRESHOLDS_KM)

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from geotoken_jax.model import layers, loss
-from geotoken_jax.model.memory import sinusoidal
+from geotoken_jax.model.memory import Neighbors, drop, sinusoidal
 from geotoken_jax.predict.sample import greedy
 from tests import fixtures
 
@@ -98,6 +98,39 @@ def test_photos_and_candidates_do_not_see_each_other(form):
     # The second candidate changes, and the first one's numbers stay.
     others = {**batch, "tokens": batch["tokens"][[0, 2, 2, 3]]}
     close(fixtures.stepwise(model, others)[0, 0], fixtures.stepwise(model, batch)[0, 0])
+
+
+def test_without_neighbor_embeddings_they_are_ignored():
+    batch = fixtures.batch()
+    other = {**batch, "neighbors": batch["neighbors"][:, ::-1] * 2}
+    for kept in (True, False):
+        model = fixtures.model("ours", neighbor_embeddings=kept)
+        same = np.array_equal(fixtures.forward(model, batch), fixtures.forward(model, other))
+        assert same == (not kept)
+
+
+def test_a_model_needs_no_neighbors():
+    model = fixtures.model("ours", neighbors=0, copy_head=False)
+    batch = fixtures.batch()
+    for name in ("neighbors", "neighbor_tokens"):
+        batch[name] = batch[name][:, :0]
+    batch["neighbor_count"] = np.zeros_like(batch["neighbor_count"])
+    np.testing.assert_allclose(np.exp(fixtures.forward(model, batch)).sum(-1), 1, rtol=1e-5)
+
+
+def test_hidden_neighbors_are_as_if_they_had_not_been_found():
+    b, m = 400, 6
+    tokens = jnp.broadcast_to(jnp.arange(m)[:, None], (b, m, 2))
+    embeddings = jnp.broadcast_to(jnp.arange(m)[:, None, None], (b, m, 3, 1)) * 10.0
+    count = jnp.full(b, 4).at[0].set(0)
+    given = Neighbors(embeddings, tokens, count)
+    assert drop(given, 0.5, None) is given and drop(given, 0.0, jax.random.key(0)) is given
+    left = drop(given, 0.25, jax.random.key(0))
+    assert left.count[0] == 0 and 2.8 < left.count[1:].mean() < 3.2
+    for row, n in enumerate(left.count[:50]):
+        order = np.asarray(left.tokens[row, :n, 0])
+        assert (np.diff(order) > 0).all() and (order < 4).all()  # in their order, and real ones
+        np.testing.assert_array_equal(left.embeddings[row, :n, 0, 0], 10.0 * order)
 
 
 def test_without_neighbor_tokens_they_are_ignored():

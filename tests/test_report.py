@@ -12,7 +12,7 @@ from PIL import Image
 
 from data_prep import images, photos
 from data_prep.sources import Photo
-from geotoken_jax import workdir
+from geotoken_jax import settings, workdir
 from geotoken_jax.analysis import charts, evaluate, report, worldmap
 from geotoken_jax.gallery.table import write_shard
 
@@ -39,7 +39,8 @@ class Source:
             latitude, longitude = np.clip(places[n] + rng.normal(0, 0.05, 2), (-90, -180), (90, 180))
             image = b"broken" if n == 3 else jpeg(rng.integers(0, 256, 3), side=400 if n == 4 else 32)
             name = f"{split}-{n}{NASTY if n == 5 else ''}"
-            yield Photo(name, f"{split} author {n // 4}", image, latitude, longitude, NASTY, country="Japan")
+            author = f"{'train' if (split, n // 4) == ('test', 1) else split} author {n // 4}"
+            yield Photo(name, author, image, latitude, longitude, NASTY, country="Japan")
 
 
 def candidates(rng, places, n, **more):
@@ -52,27 +53,39 @@ def candidates(rng, places, n, **more):
 
 @pytest.fixture(scope="module")
 def config():
-    section = {"resamples": 100, "seed": 0, "reference": "geotoken", "labels": VARIANTS}
-    return ml_collections.ConfigDict({"name": "sample", "evaluate": section})
+    section = {"resamples": 100, "seed": 0, "reference": "geotoken", "labels": VARIANTS, "earth": "sphere"}
+    section |= {"strict": False, "compare": (("top1_neighbor", "without_neighbor_tokens"),)}
+    audit = {"leakage": {"cosine_above": 0.9}}
+    return ml_collections.ConfigDict({"name": "sample", "evaluate": section, "audit": audit})
 
 
 @pytest.fixture
 def made(tmp_path, monkeypatch):
-    """A work directory with photos, a gallery that lacks the broken photo, and predictions of three variants."""
+    """A work directory with photos, a gallery that lacks the broken photo, and predictions of three variants.
+
+    Photo 0 of test has the embedding of a gallery photo, photos 4 to 7 an author of the gallery.
+    """
     monkeypatch.setattr(images, "fault", lambda image: "")  # the report must bear a set that nobody looked through
     photos.make(workdir.begin(tmp_path, "photos", {"photos": {"source": "sample"}}, ()), Source(), 1, 0.0)
-    train = [photo for photo in Source().read("train", 0) if photo.image != b"broken"]
+    whole = {split: [p for p in Source().read(split, 0) if p.image != b"broken"] for split in Source.splits}
+    train = whole["train"]
     places = np.array([(photo.latitude, photo.longitude) for photo in Source().read("train", 0)])
-    stage = workdir.begin(tmp_path, "gallery", {}, ["photos"])
-    columns = {
-        "embeddings": np.zeros((39, 3, 2), ml_dtypes.bfloat16),
-        "coordinates": np.array([(photo.latitude, photo.longitude) for photo in train]),
-        "tokens": np.zeros((39, 21), np.uint8),
-        "ids": np.array([photo.id.encode() for photo in train]),
-        "authors": np.array([photo.author.encode() for photo in train]),
-    }
-    write_shard(stage.path, 0, 1, columns)
-    stage.finish({"rows": 39})
+    vectors = np.random.default_rng(1).normal(size=(3, 39, 3, 64))
+    for n, (split, listed) in enumerate(whole.items()):
+        folder = "gallery" if split == "train" else f"queries/{split}"
+        columns = {
+            "embeddings": vectors[n].astype(ml_dtypes.bfloat16),
+            "coordinates": np.array([(photo.latitude, photo.longitude) for photo in listed]),
+            "tokens": np.zeros((39, 21), np.uint8),
+            "ids": np.array([photo.id.encode() for photo in listed]),
+            "authors": np.array([photo.author.encode() for photo in listed]),
+        }
+        if split == "test":
+            columns["embeddings"][0] = vectors[0, 20]
+        stage = workdir.begin(tmp_path, folder, {}, ["photos"])
+        write_shard(stage.path, 0, 1, columns)
+        stage.finish({"rows": 39})
+    workdir.begin(tmp_path, "queries", {}, ["photos"]).finish({split: 39 for split in ("validation", "test")})
     for variant in VARIANTS:
         stage = workdir.begin(tmp_path, f"predictions/{variant}", {}, ["gallery"])
         for split in ("validation", "test"):
@@ -83,7 +96,12 @@ def made(tmp_path, monkeypatch):
                 at = places[n if rng.random() < 0.5 else rng.integers(0, 40)]
                 near = [{"id": train[i].id, "latitude": 0.0, "longitude": 1.0, "score": 0.5} for i in (0, 5, 38)]
                 row = {"id": photo.id, "latitude": at[0], "longitude": at[1], "candidates": found, "neighbors": near}
-                lines.append(json.dumps(row | ({"choice": "greedy", "choices": {"greedy": 0}} if found else {})))
+                if found:
+                    row |= {"choice": "greedy", "choices": {"greedy": 0, "point": [10.0, 20.0 + n]}}
+                if variant == "geotoken":
+                    row |= {"within": {"25": 0.3, "750": 0.5 + n / 100}, "radius_km": {"50": 100.0 + n, "90": 9000}}
+                    row |= {"cells": [[10, at[0], at[1], 0.6], [-1, 0, 0, 0.4]]}
+                lines.append(json.dumps(row))
             (stage.path / f"{split}.jsonl").write_text("\n".join(lines[:-1]) + "\n")  # the last photo is missing
         stage.finish({"test": 39})
     metrics = tmp_path / "geotoken" / "geotoken" / "metrics.jsonl"
@@ -144,7 +162,15 @@ def test_the_page_is_whole_and_needs_nothing_else(made, config):
     assert page.count("</script>") == 2
     assert "no prediction for 1 photos" in text
     assert page.count('class="card"') == 30
-    assert page.count('class="chart"') == 2 + 1  # accuracy of two splits, loss of one model
+    # Of both splits accuracy, reliability at two thresholds, abstention, area; loss of one model.
+    assert page.count('class="chart"') == 2 * (1 + 2 + 2 + 1) + 1
+    assert page.count("<details open>") == 4  # accuracy, differences, how sure, continents: each its first split
+    assert text.count("reliability and abstention") == 2
+    assert (
+        "38 of 40 photos left" not in text and "35 of 40 photos left; left out: near-duplicate 1, same author 4" in text
+    )
+    assert "Top-1 neighbor, against Without <neighbors>: greedy" in text
+    assert text.count("Asia") == 2 * 3  # a row of every variant, of both splits
 
 
 def page_data(checked):
@@ -190,7 +216,9 @@ def test_the_metrics_say_how_much_worse_the_ablation_is_on_every_split(made, con
     splits = json.loads((made / "report" / "metrics.json").read_text())["splits"]
     for scores in splits.values():
         accuracy = {m["variant"]: [a["value"] for a in m["accuracy"]] for m in scores["methods"] if m["main"]}
-        (row,) = [d for d in scores["differences"] if d["variant"] == "without_neighbor_tokens"]
+        (row,) = [
+            d for d in scores["differences"] if (d["variant"], d["choice"]) == ("without_neighbor_tokens", "greedy")
+        ]
         gaps = np.subtract(accuracy["without_neighbor_tokens"], accuracy["geotoken"])
         np.testing.assert_allclose([a["value"] for a in row["accuracy"]], gaps, atol=1e-6)
 
@@ -201,6 +229,13 @@ def test_a_reference_that_was_not_predicted_is_named(made, config):
     with pytest.raises(
         workdir.StageError, match=r"reference is 'paper', and .* holds geotoken, top1_neighbor, without"
     ):
+        evaluate.run(other, made)
+
+
+def test_a_pair_of_which_one_was_not_predicted_is_named(made, config):
+    other = config.copy_and_resolve_references()
+    other.evaluate.compare = (("geotoken:point", "knn"),)
+    with pytest.raises(settings.SettingsError, match=r"no method 'knn' to compare: use one of .*geotoken:point"):
         evaluate.run(other, made)
 
 
@@ -218,7 +253,8 @@ def test_a_place_that_was_sampled_twice_is_listed_once(made):
     def candidate(latitude, log_probability):
         return {"latitude": latitude, "longitude": 0.0, "log_probability": log_probability}
 
-    row = {"candidates": [candidate(1, -2.0), candidate(5, -1.0), candidate(1, -2.0)], "choices": {"greedy": 2}}
+    row = {"candidates": [candidate(1, -2.0), candidate(5, -1.0), candidate(1, -2.0)]}
+    row["choices"] = {"greedy": 2, "point": [5.5, 0.0]}  # a point is among no candidates
     drawn = report._candidates(row, np.zeros(2), report.Gallery(made, []))
     assert re.findall(r"([\d.]+) %|<b>(\w+)", drawn) == [("36.8", ""), ("", "greedy"), ("13.5", "")]
 
@@ -262,3 +298,37 @@ def test_the_world_is_drawn_without_the_relief_too(monkeypatch):
     monkeypatch.setattr(worldmap.importlib.util, "find_spec", lambda name: None)
     assert "<image" not in worldmap.background()
     assert "graticule" in worldmap.background()
+
+
+def test_a_reference_that_does_not_say_how_sure_it_is_gets_no_charts(made, config):
+    other = config.copy_and_resolve_references()
+    other.evaluate.reference = "top1_neighbor"
+    evaluate.run(other, made)
+    page, checked = read(made)
+    assert "do not say how sure they are" in " ".join(checked.text)
+    assert "reliability and abstention" not in page
+    metrics = json.loads((made / "report" / "metrics.json").read_text())
+    assert metrics["splits"]["test"]["uncertainty"] is None
+    assert "how sure" not in evaluate.table(metrics)
+
+
+def test_the_metrics_have_what_is_left_without_the_photos_that_the_gallery_knows(made, config):
+    evaluate.run(config, made)
+    metrics = json.loads((made / "report" / "metrics.json").read_text())
+    clean = metrics["splits"]["test"]["clean"]
+    assert (clean["photos"], clean["left_out"]) == (35, {"same id": 0, "near-duplicate": 1, "same author": 4})
+    assert [m["variant"] for m in clean["methods"]] == ["top1_neighbor", "geotoken", "without_neighbor_tokens"]
+    assert metrics["splits"]["validation"]["clean"]["photos"] == 40
+    assert "test: how sure GeoToken: greedy is" in evaluate.table(metrics)
+
+
+def test_a_chart_has_intervals_and_no_number_outside_of_it():
+    x = np.array([5.0, 50.0, 95.0])
+    drawn = charts.chart(
+        [charts.Series("s", 0, "solid", x, x, x - 1, x + 1, ["<a>", "b", "c"])], title="t", x_label="x", y_label="y"
+    )
+    assert drawn.count('class="whisker"') == drawn.count(' at" d=') == 3
+    assert "&lt;a&gt;" in drawn and "<a>" not in drawn
+    across = [float(at) for at in re.findall(r'<text x="([\d.]+)" y="291', drawn)]
+    assert len(across) == 4 and min(across) >= 62 and max(across) <= 458  # 20, 40, 60, 80
+    assert [charts.label(value) for value in (0.5, 25, 1000, 150_000, 1e8)] == ["0.5", "25", "1,000", "150k", "100M"]

@@ -26,5 +26,13 @@ def get_config() -> ConfigDict:
     config.variants.paper.model.neighbors = 4
     config.variants.paper.train.update(batch_size=32, examples=320, evaluate_every=5)
     config.predict.update(samples=5, batch_size=32)
+    config.predict.search.update(expansions=16, leaves=4, width=4)
+    config.pools.photos = 60
+    config.reward.model.hidden = 8
+    config.reward.train.update(batch_size=16, examples=160, evaluate_every=5, log_every=5)
+    config.verifier.model.update(near=4, alike=8)
+    config.verifier.model.comparator.update(hidden=16, width=8)
+    config.verifier.train_comparator.update(batch_size=16, examples=160, evaluate_every=5, log_every=5)
+    config.verifier.train_judge.update(batch_size=16, examples=160, evaluate_every=5, log_every=5)
     config.evaluate.resamples = 100
     return config

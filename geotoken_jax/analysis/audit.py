@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from jaxtyping import Int, Shaped
+from jaxtyping import Int
 
 from geotoken_jax import records, settings, workdir
 from geotoken_jax.analysis import evaluate, frame
 from geotoken_jax.analysis.evaluate import EvaluateSettings, Method, Points
+from geotoken_jax.analysis.overlap import OverlapSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,18 +32,11 @@ class CoverageSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class LeakageSettings:
-    """cosine_above: of two photos' image embeddings, past which they are near-duplicates."""
-
-    cosine_above: float
-
-
-@dataclasses.dataclass(frozen=True)
 class AuditSettings:
     """config.audit: a section for each audit that has settings."""
 
     coverage: CoverageSettings
-    leakage: LeakageSettings
+    leakage: OverlapSettings
 
 
 def read(config: Any) -> tuple[AuditSettings, EvaluateSettings]:
@@ -55,33 +49,14 @@ def score(
     methods: Sequence[Method], truth: Points, rows: Int[np.ndarray, "n"], options: EvaluateSettings, reference: str = ""
 ) -> dict[str, Any]:
     """Returns the scores of some rows of the truth, one or more, as `evaluate.score` has them."""
-    part = dataclasses.replace(
-        truth,
-        ids=[truth.ids[row] for row in rows],
-        coordinates=truth.coordinates[rows],
-        candidates=truth.candidates[rows],
-        extra=[truth.extra[row] for row in rows],
+    return evaluate.score_part(
+        methods, truth, rows, dataclasses.replace(options, reference=reference or options.reference)
     )
-    seen = [dataclasses.replace(m, coordinates=m.coordinates[rows], km=m.km[rows]) for m in methods]
-    return evaluate.score(seen, part, reference or options.reference, options.resamples, options.seed)
 
 
 def answers(methods: Sequence[Method]) -> list[Method]:
     """Returns what each set of predictions answers, without its other choices and bounds."""
     return [method for method in methods if method.main]
-
-
-def match(wanted: Shaped[np.ndarray, "n"], among: Shaped[np.ndarray, "m"]) -> Int[np.ndarray, "n"]:
-    """Returns the first row of `among` that equals each value, -1 where none does."""
-    order = np.argsort(among, kind="stable")
-    at = np.searchsorted(among, wanted, sorter=order)
-    rows = order[np.minimum(at, len(order) - 1)] if len(order) else np.zeros(len(wanted), int)
-    return np.where(among[rows] == wanted, rows, -1) if len(order) else rows - 1
-
-
-def encoded(ids: Sequence[str]) -> Shaped[np.ndarray, "n"]:
-    """Returns ids or authors as tables hold them."""
-    return np.array([name.encode() for name in ids], f"S{records.ID_BYTES}")
 
 
 def write(

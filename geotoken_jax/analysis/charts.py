@@ -11,18 +11,22 @@ from jaxtyping import Float
 
 #: Size in SVG units, and the room for labels: left, top, right, bottom.
 _WIDTH, _HEIGHT = 480, 320
-_LEFT, _TOP, _RIGHT, _BOTTOM = 52, 14, 22, 46
+_LEFT, _TOP, _RIGHT, _BOTTOM = 62, 14, 22, 46
 
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """One curve. color: number of the page's palette. look: `solid`, `dashed`, `dotted` or `faint`."""
+    """One curve. color: number of the page's palette. look: `solid`, `dashed`, `dotted` or `faint`. low, high: an
+    interval at each point, which is then a dot with one of `notes`."""
 
     name: str
     color: int
     look: str
     x: Float[np.ndarray, "n"]
     y: Float[np.ndarray, "n"]
+    low: Float[np.ndarray, "n"] | None = None
+    high: Float[np.ndarray, "n"] | None = None
+    notes: Sequence[str] = ()
 
 
 def chart(
@@ -37,9 +41,10 @@ def chart(
     """Returns a chart as <svg>. log_x: decades instead of equal steps. marks: x values with a vertical line."""
     x_all = np.concatenate([s.x for s in series])
     y_all = np.concatenate([s.y for s in series])
-    x_ticks = _decades(x_all.min(), x_all.max()) if log_x else _ticks(x_all.min(), x_all.max())
+    least, most = x_all.min(), x_all.max()
+    x_ticks = _decades(least, most) if log_x else [x for x in _ticks(least, most) if least <= x <= most]
     y_ticks = _ticks(min(0.0, y_all.min()), y_all.max())
-    x_low, x_high = (np.log10(x_all.min()), np.log10(x_all.max())) if log_x else (x_all.min(), x_all.max())
+    x_low, x_high = (np.log10(least), np.log10(most)) if log_x else (least, most)
 
     def across(x):
         x = np.log10(x) if log_x else np.asarray(x)
@@ -52,15 +57,21 @@ def chart(
     bottom = _HEIGHT - _BOTTOM
     parts = [_opening(title), *_across(y_ticks, up)]
     for x in x_ticks:
-        parts.append(f'<text x="{across(x):.1f}" y="{bottom + 17}" text-anchor="middle">{_number(x)}</text>')
+        parts.append(f'<text x="{across(x):.1f}" y="{bottom + 17}" text-anchor="middle">{label(x)}</text>')
     for x in marks:
         parts.append(f'<path class="mark" d="M{across(x):.1f} {_TOP}V{bottom}"/>')
-        parts.append(f'<text class="mark" x="{across(x) - 4:.1f}" y="{_TOP + 9}" text-anchor="end">{_number(x)}</text>')
+        parts.append(f'<text class="mark" x="{across(x) - 4:.1f}" y="{_TOP + 9}" text-anchor="end">{label(x)}</text>')
     for s in series:
         points = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(across(s.x), up(s.y), strict=True))
         parts.append(
             f'<polyline class="c{s.color % 8} {s.look}" points="{points}"><title>{escape(s.name)}</title></polyline>'
         )
+        if s.low is not None and s.high is not None:
+            for x, y, low, high, note in zip(across(s.x), up(s.y), up(s.low), up(s.high), s.notes, strict=True):
+                parts.append(f'<path class="whisker" d="M{x:.1f} {low:.1f}V{high:.1f}"/>')
+                parts.append(
+                    f'<path class="c{s.color % 8} at" d="M{x:.1f} {y:.1f}h0"><title>{escape(note)}</title></path>'
+                )
     return "".join([*parts, *_labels(x_label, y_label), "</svg>"])
 
 
@@ -109,7 +120,7 @@ def _across(ticks: Sequence[float], up: Callable[[float], Any]) -> list[str]:
     """Returns the horizontal lines and their numbers. up: value -> SVG units."""
     return [
         f'<path class="grid" d="M{_LEFT} {up(y):.1f}H{_WIDTH - _RIGHT}"/>'
-        f'<text x="{_LEFT - 7}" y="{up(y) + 4:.1f}" text-anchor="end">{_number(y)}</text>'
+        f'<text x="{_LEFT - 7}" y="{up(y) + 4:.1f}" text-anchor="end">{label(y)}</text>'
         for y in ticks
     ]
 
@@ -136,6 +147,8 @@ def _decades(low: float, high: float) -> list[float]:
     return [10.0**e for e in range(math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9) + 1)]
 
 
-def _number(value: float) -> str:
-    """Returns a tick's label: 0.5, 25, 10,000, 150k."""
-    return f"{value / 1000:g}k" if abs(value) > 10_000 else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}"
+def label(value: float) -> str:
+    """Returns a tick's label: 0.5, 25, 10,000, 150k, 10M."""
+    if abs(value) > 10_000:
+        return f"{value / 1e6:g}M" if abs(value) >= 1e6 else f"{value / 1000:g}k"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}"

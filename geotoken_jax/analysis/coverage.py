@@ -12,7 +12,7 @@ from jaxtyping import Float, Int, Shaped
 from scipy.spatial import KDTree
 
 from geotoken_jax import records, workdir
-from geotoken_jax.analysis import audit, charts, evaluate, frame, places, worldmap
+from geotoken_jax.analysis import audit, charts, evaluate, frame, overlap, places, worldmap
 from geotoken_jax.analysis.audit import CoverageSettings
 from geotoken_jax.analysis.evaluate import EvaluateSettings, Method, Points
 from geotoken_jax.gallery.table import Table
@@ -225,7 +225,7 @@ def _mask(
     from geotoken_jax.predict.baselines import TOP1
 
     masked, found, both = None, [], [m for m in methods if m.variant in (TOP1, scoring.reference)]
-    row_of = audit.match(audit.encoded(truth.ids), Table(path / "queries" / options.split).ids())
+    row_of = overlap.match(overlap.encoded(truth.ids), Table(path / "queries" / options.split).ids())
     without_continent = np.full((2, len(truth.ids), 2), np.nan)
     chosen = _chosen(of_photos, of_gallery, options.countries)
     for number, (column, name) in enumerate(track(chosen, "without a region", len(chosen), "regions")):
@@ -274,7 +274,8 @@ def _lost(
     found = []
     for method in methods:
         again = placed[int(method.variant != TOP1)]
-        masked = dataclasses.replace(method, variant="masked", coordinates=again, km=evaluate.off_km(again, truth))
+        km = evaluate.off_km(again, truth, scoring.earth)
+        masked = dataclasses.replace(method, variant="masked", coordinates=again, km=km)
         scores = audit.score([method, masked], truth, rows, scoring, reference=method.variant)
         plain, without = (row["accuracy"] for row in scores["methods"])
         lost = scores["differences"][0]["accuracy"]

@@ -20,7 +20,8 @@ from jaxtyping import Float, Int
 
 from geotoken_jax import records, settings
 from geotoken_jax import workdir as stages
-from geotoken_jax.analysis import report
+from geotoken_jax.analysis import overlap, places, reliability, report
+from geotoken_jax.analysis.reliability import Claims
 from geotoken_jax.geo import distance
 
 #: What a missing prediction is off by: half the Earth's circumference.
@@ -36,13 +37,25 @@ class PointsError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateSettings:
-    """config.evaluate. resamples: of the bootstrap. reference: the variant that the others are compared with. labels:
-    variant -> the name that people read."""
+    """config.evaluate. resamples: of the bootstrap. reference: the variant that the others are compared with. compare:
+    further pairs of methods to compare, each by its variant, or by VARIANT:CHOICE. labels: variant -> the name that
+    people read. earth: what distances are taken on, `sphere` or `ellipsoid`. strict: a threshold's own distance is
+    outside of it."""
 
     resamples: int
     seed: int
     reference: str
+    compare: tuple[tuple[str, str], ...]
     labels: Mapping[str, str]
+    earth: str
+    strict: bool
+
+    def __post_init__(self):
+        if self.earth not in distance.EARTHS:
+            raise ValueError(f"config.evaluate.earth is {self.earth!r}: use {' or '.join(distance.EARTHS)}")
+        for pair in self.compare:
+            if isinstance(pair, str) or len(pair) != 2:
+                raise ValueError(f'config.evaluate.compare has {pair!r}: give pairs, as in (("geotoken", "knn"),)')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +64,8 @@ class Points:
 
     candidates: other places that were weighed, NaN where a photo has fewer than K (0 where nobody has any). generated:
     they were, token by token. extra: the other columns of each row, names in lower case. ranked: candidates have
-    probabilities; those that are not generated are neighbors where they have none.
+    probabilities; those that are not generated are neighbors where they have none. claims: how sure each row is, None
+    where no row says.
     """
 
     source: str
@@ -61,6 +75,7 @@ class Points:
     generated: bool
     extra: list[dict[str, Any]]
     ranked: bool = False
+    claims: Claims | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +84,7 @@ class Method:
 
     choice: its name within the variant, "" where the file names none. main: the file's own choice. baseline: its
     candidates are not generated. bound: knows the truth, so nothing can choose better. coordinates: NaN where there is
-    no prediction, and `km` is FARTHEST_KM.
+    no prediction, and `km` is FARTHEST_KM. claims: how sure the main one is, where its file says.
     """
 
     variant: str
@@ -80,6 +95,7 @@ class Method:
     bound: bool
     coordinates: Float[np.ndarray, "n 2"]
     km: Float[np.ndarray, "n"]
+    claims: Claims | None = None
 
     @property
     def missing(self) -> int:
@@ -99,15 +115,19 @@ def run(config: Any, workdir: epath.PathLike) -> stages.Manifest:
         earlier = workdir / "report" / name
         if earlier.exists() and not set(folders) <= json.loads(earlier.read_text())["inputs"].keys():
             earlier.unlink()
-    stage = stages.begin(workdir, "report", {"name": config.name, "evaluate": options}, ["photos", "gallery", *folders])
+    leakage = settings.read(overlap.OverlapSettings, config.audit.leakage, "audit.leakage")
+    made_with = {"name": config.name, "evaluate": options, "audit": {"leakage": leakage}}
+    stage = stages.begin(workdir, "report", made_with, ["photos", "gallery", "queries", *folders])
     if stage.manifest:
         return stage.manifest
     truths, methods = read_predictions(workdir, folders, options)
-    scores = {
-        split: score(methods[split], truth, options.reference, options.resamples, options.seed)
-        for split, truth in truths.items()
-    }
-    metrics = {"resamples": options.resamples, "seed": options.seed, "splits": scores}
+    _check_pairs(methods, options)
+    known = overlap.find(workdir, truths, leakage.cosine_above)
+    scores = {}
+    for split, truth in truths.items():
+        scores[split] = _score_split(methods[split], truth, options)
+        scores[split]["clean"] = _clean(methods[split], truth, known[split], options)
+    metrics = _metrics(scores, options) | {"cosine_above": leakage.cosine_above}
     stages.write_json(stage.path / "metrics.json", metrics)
     page = report.page(workdir, config.name, metrics, truths, methods, options)
     stages.write_bytes(stage.path / "index.html", page.encode())
@@ -136,34 +156,102 @@ def read_predictions(
     files = {(path.stem, path.parent.name): path for folder in folders for path in (workdir / folder).glob("*.jsonl")}
     truths, methods = {}, {}
     for split in sorted({split for split, _ in files}, key=lambda name: (not name.startswith("test"), name)):
-        truth = truths[split] = _photos(workdir, split)
+        truth = truths[split] = read_truth(workdir, split)
         found = []
         for variant in (folder.split("/")[1] for folder in folders):
             if (split, variant) in files:
                 points = read_points(files[split, variant])
-                found += methods_of(points, truth, variant, options.labels.get(variant, variant))
+                found += methods_of(points, truth, variant, options.labels.get(variant, variant), options.earth)
         methods[split] = in_order(found, options.reference)
     return truths, methods
 
 
 def compare_files(
-    predictions: Sequence[epath.PathLike], truth: epath.PathLike, resamples: int, seed: int
+    predictions: Sequence[epath.PathLike], truth: epath.PathLike, options: EvaluateSettings
 ) -> dict[str, Any]:
-    """Returns the metrics of files of predictions against a file of truth; the first file is the reference."""
+    """Returns the metrics of files of predictions against a file of truth. A file's path is its variant's name."""
     points = read_points(truth)
-    found = [m for path in predictions for m in methods_of(read_points(path), points, str(path), epath.Path(path).stem)]
-    reference = str(predictions[0])
-    scores = score(in_order(found, reference), points, reference, resamples, seed)
-    return {"resamples": resamples, "seed": seed, "splits": {epath.Path(truth).stem: scores}}
+    found = []
+    for path in map(str, predictions):
+        label = options.labels.get(path, epath.Path(path).stem)
+        found += methods_of(read_points(path), points, path, label, options.earth)
+    found, split = in_order(found, options.reference), epath.Path(truth).stem
+    _check_pairs({split: found}, options)
+    return _metrics({split: _score_split(found, points, options)}, options)
+
+
+def _check_pairs(methods: Mapping[str, Sequence[Method]], options: EvaluateSettings) -> None:
+    """Raises SettingsError if a pair to compare names a method that no split has."""
+    names = {name: None for found in methods.values() for name in _names(found)}
+    for name in (name for pair in options.compare for name in pair):
+        if name not in names:
+            raise settings.SettingsError(f"there is no method {name!r} to compare: use one of {', '.join(names)}")
+
+
+def _metrics(scores: Mapping[str, Any], options: EvaluateSettings) -> dict[str, Any]:
+    made = {name: getattr(options, name) for name in ("resamples", "seed", "earth", "strict")}
+    return {**made, "splits": scores}
+
+
+def _score_split(methods: Sequence[Method], truth: Points, options: EvaluateSettings) -> dict[str, Any]:
+    """Returns every number of one split that comes from predictions and truth alone."""
+    scores = score(
+        methods, truth, options.reference, options.resamples, options.seed, options.strict, tuple(options.compare)
+    )
+    main = next((m for m in methods if m.main and m.variant == options.reference), None)
+    return scores | {
+        "continents": _continents(methods, truth, options),
+        "uncertainty": main and reliability.figures(main, truth.coordinates, options.strict),
+    }
+
+
+def _continents(methods: Sequence[Method], truth: Points, options: EvaluateSettings) -> list[dict[str, Any]]:
+    """Scores each variant's own choice on the photos of each continent, those with most photos first."""
+    names = [
+        places.continent({key: str(row.get(key) or "") for key in ("country", "continent")}) for row in truth.extra
+    ]
+    methods, found = [m for m in methods if m.main], []
+    for name in sorted(set(names), key=lambda name: (-names.count(name), name)):
+        rows = np.flatnonzero(np.array(names) == name)
+        found.append({"name": name, **score_part(methods, truth, rows, options)})
+    return found if len(found) > 1 or names[0] != places.UNKNOWN else []
+
+
+def _clean(methods: Sequence[Method], truth: Points, known: overlap.Found, options: EvaluateSettings) -> dict[str, Any]:
+    """Scores each variant's own choice on the photos whose author and picture the gallery does not know; `methods` is
+    empty where no photo is left."""
+    kinds = ("same id", "near-duplicate", "same author")
+    rows = np.flatnonzero(~known.leaked(*kinds))
+    left_out = {kind: int(known.leaked(kind).sum()) for kind in kinds}
+    own = [m for m in methods if m.main]
+    scores = score_part(own, truth, rows, options) if len(rows) else {"photos": 0, "methods": []}
+    return {"left_out": left_out, **scores}
+
+
+def score_part(
+    methods: Sequence[Method], truth: Points, rows: Int[np.ndarray, "n"], options: EvaluateSettings
+) -> dict[str, Any]:
+    """Returns the scores of the methods on some rows of the truth, one or more."""
+    part = dataclasses.replace(
+        truth,
+        ids=[truth.ids[row] for row in rows],
+        coordinates=truth.coordinates[rows],
+        candidates=truth.candidates[rows],
+        extra=[truth.extra[row] for row in rows],
+    )
+    seen = [dataclasses.replace(m, coordinates=m.coordinates[rows], km=m.km[rows], claims=None) for m in methods]
+    return score(seen, part, options.reference, options.resamples, options.seed, options.strict)
 
 
 def read_points(path: epath.PathLike) -> Points:
     """Reads JSON lines or CSV with a header: id, latitude, longitude (also lat, lon, lng, IMG_ID; any case), and more.
 
+    What a row says of how sure it is: see reliability.read.
+
     Raises PointsError with file, line and fix on a missing column, a duplicate id, or a coordinate out of range.
     """
     source = str(path)
-    first_line, ids, coordinates, candidates, extra = {}, [], [], [], []
+    first_line, ids, coordinates, candidates, claims, extra = {}, [], [], [], [], []
     generated = ranked = False
     for line, row in _rows(epath.Path(path)):
         where = f"{source}, line {line}"
@@ -181,20 +269,28 @@ def read_points(path: epath.PathLike) -> Points:
             generated = generated or any("tokens" in c for c in weighed)
             ranked = ranked or any("log_probability" in c for c in weighed)
             candidates.append([(float(c["latitude"]), float(c["longitude"])) for c in weighed])
-            row["choices"] = {choice: int(k) for choice, k in row.get("choices", {}).items()}
+            row["choices"] = {choice: _choice(made, candidates[-1]) for choice, made in row.get("choices", {}).items()}
         except (TypeError, KeyError, ValueError, AttributeError):
             raise PointsError(
                 f"{where}: candidates must be a list of objects with latitude and longitude, and choices an object of "
-                "names and their index into candidates: mend them, or leave both out"
+                "names and an index into candidates or a point [latitude, longitude]: mend them, or leave both out"
             ) from None
+        try:
+            claims.append(reliability.read(row))
+        except ValueError as error:
+            raise PointsError(f"{where}: {error}") from None
         extra.append(row)
     if not ids:
         raise PointsError(f"{path} holds no points: write one row a photo with id, latitude and longitude")
-    return Points(source, ids, np.array(coordinates), _padded(candidates), generated, extra, ranked)
+    return Points(
+        source, ids, np.array(coordinates), _padded(candidates), generated, extra, ranked, reliability.gathered(claims)
+    )
 
 
-def methods_of(points: Points, truth: Points, variant: str, label: str) -> list[Method]:
+def methods_of(points: Points, truth: Points, variant: str, label: str, earth: str = "sphere") -> list[Method]:
     """Returns the methods in one file of predictions: its own choice, its other choices, its best candidate (a bound).
+
+    earth: of distance.EARTHS.
 
     Raises PointsError if it predicts a photo that the truth does not hold.
     """
@@ -213,14 +309,15 @@ def methods_of(points: Points, truth: Points, variant: str, label: str) -> list[
     main = first.get("choice", "")
     chosen = {main: points.coordinates}
     for choice in first["choices"]:
-        chosen.setdefault(choice, candidates[each, _choice(points, choice)])
+        chosen.setdefault(choice, _chosen(points, choice))
 
     def method(choice: str, name: str, coordinates: Float[np.ndarray, "p 2"], bound: bool = False) -> Method:
         placed = np.full((len(truth.ids), 2), np.nan)
         placed[rows] = coordinates
-        return Method(
-            variant, choice, name, not bound and choice == main, baseline, bound, placed, off_km(placed, truth)
-        )
+        own = not bound and choice == main
+        claims = points.claims.at(rows, len(truth.ids)) if own and points.claims else None
+        km = off_km(placed, truth, earth)
+        return Method(variant, choice, name, own, baseline, bound, placed, km, claims)
 
     named = len(chosen) > 1 or not baseline
     methods = [
@@ -229,7 +326,7 @@ def methods_of(points: Points, truth: Points, variant: str, label: str) -> list[
     ]
     if count > 1:
         here = truth.coordinates[rows, None]
-        off = distance.great_circle_km(candidates[..., 0], candidates[..., 1], here[..., 0], here[..., 1])
+        off = distance.EARTHS[earth](candidates[..., 0], candidates[..., 1], here[..., 0], here[..., 1])
         nearest = np.nan_to_num(off, nan=np.inf).argmin(axis=1)
         most = f"up to {count}" if np.isnan(candidates).any() else str(count)  # samples that agree are one candidate
         is_neighbors = baseline and not points.ranked
@@ -238,9 +335,9 @@ def methods_of(points: Points, truth: Points, variant: str, label: str) -> list[
     return methods
 
 
-def off_km(placed: Float[np.ndarray, "n 2"], truth: Points) -> Float[np.ndarray, "n"]:
+def off_km(placed: Float[np.ndarray, "n 2"], truth: Points, earth: str) -> Float[np.ndarray, "n"]:
     """Returns how far from the truth each photo was placed; NaN is FARTHEST_KM off."""
-    return np.nan_to_num(distance.great_circle_km(*placed.T, *truth.coordinates.T), nan=FARTHEST_KM)
+    return np.nan_to_num(distance.EARTHS[earth](*placed.T, *truth.coordinates.T), nan=FARTHEST_KM)
 
 
 def in_order(methods: Sequence[Method], reference: str) -> list[Method]:
@@ -248,20 +345,26 @@ def in_order(methods: Sequence[Method], reference: str) -> list[Method]:
     return sorted(methods, key=lambda m: (m.bound, not m.baseline, m.variant != reference))
 
 
-def score(methods: Sequence[Method], truth: Points, reference: str, resamples: int, seed: int) -> dict[str, Any]:
-    """Returns every number of one split, as JSON holds it.
+def score(
+    methods: Sequence[Method],
+    truth: Points,
+    reference: str,
+    resamples: int,
+    seed: int,
+    strict: bool = False,
+    compare: Sequence[tuple[str, str]] = (),
+) -> dict[str, Any]:
+    """Returns accuracies and differences of the methods, as JSON holds them. The arguments are as in EvaluateSettings.
 
     Accuracies are fractions within each of THRESHOLDS_KM, with 95 % intervals. differences: each other method minus
     the reference variant's own choice, with intervals and two-sided p-values of the same paired bootstrap (the
-    smallest that R resamples can show is 2 / (R + 1)).
+    smallest that R resamples can show is 2 / (R + 1)). comparisons: the same of each pair of `compare` that is here,
+    first minus second.
     """
     authors = [str(row.get("author") or "") for row in truth.extra]
-    clusters = np.unique(
-        [author or f"\0{name}" for author, name in zip(authors, truth.ids, strict=True)], return_inverse=True
-    )[1]
-    outcomes = np.stack([_outcomes(method.km) for method in methods], axis=1)
+    outcomes = np.stack([_outcomes(method.km, strict) for method in methods], axis=1)
     values = outcomes.mean(axis=0)
-    samples = _bootstrap(outcomes, clusters, resamples, seed)
+    samples = bootstrap(outcomes, clusters(authors, truth.ids), resamples, seed)
     rows = [
         {
             **{name: getattr(method, name) for name in ("variant", "choice", "name", "main", "baseline", "bound")},
@@ -271,24 +374,42 @@ def score(methods: Sequence[Method], truth: Points, reference: str, resamples: i
         }
         for i, method in enumerate(methods)
     ]
-    differences = []
+
+    def difference(i: int, k: int) -> dict[str, Any]:
+        return _estimates(values[i] - values[k], samples[:, i] - samples[:, k], p=True)
+
     at = next((i for i, method in enumerate(methods) if method.variant == reference and method.main), None)
-    for i, method in enumerate(methods):
-        if at is not None and i != at and not method.bound:
-            difference = _estimates(values[i] - values[at], samples[:, i] - samples[:, at], p=True)
-            differences.append({"variant": method.variant, "choice": method.choice, "name": method.name, **difference})
+    differences = [
+        {"variant": method.variant, "choice": method.choice, "name": method.name, **difference(i, at)}
+        for i, method in enumerate(methods)
+        if at is not None and i != at and not method.bound
+    ]
+    names = _names(methods)
+    comparisons = [
+        {"name": methods[names[a]].name, "against": methods[names[b]].name, **difference(names[a], names[b])}
+        for a, b in compare
+        if a in names and b in names
+    ]
     return {
         "photos": len(truth.ids),
         "authors": len(set(authors)) if all(authors) else None,
         "methods": rows,
         "reference": None if at is None else methods[at].name,
         "differences": differences,
+        "comparisons": comparisons,
     }
+
+
+def _names(methods: Sequence[Method]) -> dict[str, int]:
+    """Returns the index of each method by VARIANT:CHOICE, and of each variant's own choice by VARIANT too."""
+    names = {method.variant: i for i, method in enumerate(methods) if method.main}
+    return names | {f"{method.variant}:{method.choice}": i for i, method in enumerate(methods) if method.choice}
 
 
 def table(metrics: Mapping[str, Any]) -> str:
     """Returns the numbers as text of at most 100 columns: an interval stands below its value."""
-    lines = ["Percent of photos within a distance; below it, the 95 % interval."]
+    limits = f"{'less than' if metrics['strict'] else 'within'} a distance on the {metrics['earth']}"
+    lines = [f"Percent of photos {limits}; below it, the 95 % interval."]
     thresholds = [f"{km:,} km" for km in distance.THRESHOLDS_KM]
     for split, scores in metrics["splits"].items():
         authors = f", {scores['authors']:,} authors" if scores["authors"] else ""
@@ -302,14 +423,23 @@ def table(metrics: Mapping[str, Any]) -> str:
         if scores["differences"]:
             lines += ["", f"{split}: points above (+) or below (-) {scores['reference']}", "-" * 100]
         for row in scores["differences"]:
-            above = [f"{100 * a['value']:+.1f}" for a in row["accuracy"]]
-            below = [f"{100 * a['low']:+.1f}..{100 * a['high']:+.1f}" for a in row["accuracy"]]
-            lines += _aligned(row["name"], above, below, width=13)
+            lines += _difference(row["name"], row["accuracy"])
+        for row in scores["comparisons"]:
+            lines += ["", *textwrap.wrap(f"{split}: points of {row['name']} above (+) or below (-)", 100), "-" * 100]
+            lines += _difference(row["against"], row["accuracy"])
+        if scores["uncertainty"]:
+            lines += ["", *reliability.lines(split, scores["uncertainty"])]
         for row in scores["methods"]:
             if row["missing"]:
                 note = f"{row['name']}: {row['missing']:,} photos have no prediction and count as wrong"
                 lines += textwrap.wrap(note, 100)
     return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def _difference(name: str, accuracy: Sequence[Mapping[str, float]]) -> list[str]:
+    above = [f"{100 * a['value']:+.1f}" for a in accuracy]
+    below = [f"{100 * a['low']:+.1f}..{100 * a['high']:+.1f}" for a in accuracy]
+    return _aligned(name, above, below, width=13)
 
 
 def _aligned(name: str, above: Sequence[str], below: Sequence[str], width: int = 11) -> list[str]:
@@ -365,7 +495,7 @@ def _degrees(taken: Mapping[str, Any], name: str, limit: int, where: str) -> flo
     return value
 
 
-def _photos(workdir: epath.Path, split: str) -> Points:
+def read_truth(workdir: epath.Path, split: str) -> Points:
     """Returns the truth of one split of photos/; `extra` holds the author and the place names."""
     photos = records.Photos(workdir / "photos", split)
     ids, coordinates, extra = [], [], []
@@ -379,30 +509,45 @@ def _photos(workdir: epath.Path, split: str) -> Points:
 
 def _padded(lists: Sequence[Sequence[tuple[float, float]]]) -> Float[np.ndarray, "n K 2"]:
     coordinates = np.full((len(lists), max(map(len, lists)), 2), np.nan)
-    for row, places in enumerate(lists):
-        if places:
-            coordinates[row, : len(places)] = places
+    for row, listed in enumerate(lists):
+        if listed:
+            coordinates[row, : len(listed)] = listed
     return coordinates
 
 
-def _choice(points: Points, choice: str) -> Int[np.ndarray, "n"]:
-    """Returns which candidate a choice takes for each photo."""
-    taken = np.array([row["choices"].get(choice, -1) for row in points.extra])
-    held = (~np.isnan(points.candidates[..., 0])).sum(axis=1)
-    wrong = np.flatnonzero((taken < 0) | (taken >= held))
+def _choice(made: Any, weighed: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Returns the point that a choice is: its own, or the candidate whose index it is; NaN for none that is there."""
+    if not isinstance(made, Sequence):
+        return weighed[int(made)] if 0 <= int(made) < len(weighed) else (math.nan, math.nan)
+    latitude, longitude = (float(value) for value in made)
+    if not (abs(latitude) <= 90 and abs(longitude) <= 180):
+        raise ValueError(made)
+    return latitude, longitude
+
+
+def _chosen(points: Points, choice: str) -> Float[np.ndarray, "n 2"]:
+    """Returns the point that a choice is for each photo."""
+    chosen = np.array([row["choices"].get(choice, (math.nan, math.nan)) for row in points.extra])
+    wrong = np.flatnonzero(np.isnan(chosen[:, 0]))
     if wrong.size:
         name = points.ids[wrong[0]]
         raise PointsError(f"{points.source}: {name!r} has no candidate for the choice {choice!r}: give every photo one")
-    return taken
+    return chosen
 
 
-def _outcomes(km: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n 7"]:
+def _outcomes(km: Float[np.ndarray, "n"], strict: bool) -> Float[np.ndarray, "n 7"]:
     """Returns what is averaged over photos: within each of the five thresholds, GeoScore, kilometers."""
-    within = [km <= threshold for threshold in distance.THRESHOLDS_KM]
-    return np.stack([*within, distance.geoscore(km), km], axis=-1).astype(np.float64)
+    near = distance.within(km[:, None], strict)
+    return np.concatenate([near, distance.geoscore(km)[:, None], km[:, None]], axis=1, dtype=np.float64)
 
 
-def _bootstrap(
+def clusters(authors: Sequence[str], ids: Sequence[str]) -> Int[np.ndarray, "n"]:
+    """Returns the number of each photo's author; a photo whose author is unknown (empty) is alone."""
+    names = [author or f"\0{name}" for author, name in zip(authors, ids, strict=True)]
+    return np.unique(names, return_inverse=True)[1]
+
+
+def bootstrap(
     outcomes: Float[np.ndarray, "n methods x"], clusters: Int[np.ndarray, "n"], resamples: int, seed: int
 ) -> Float[np.ndarray, "R methods x"]:
     """Returns the mean outcomes of R resamples of the clusters, drawn with replacement."""

@@ -63,6 +63,15 @@ def body(columns: int, rows: Sequence[str], name: str = "", note: str = "") -> s
     return f"<tbody>{line}{''.join(rows)}</tbody>"
 
 
+def folded(parts: Iterable[tuple[str, str, str]]) -> str:
+    """Returns parts that open and close by their name, of which the first is open: name, note, HTML."""
+    return "".join(
+        f"<details{'' if number else ' open'}><summary><b>{escape(name)}</b> "
+        f'<span class="muted">{escape(note)}</span></summary>{html}</details>'
+        for number, (name, note, html) in enumerate(parts)
+    )
+
+
 def row(name: str, cells: Iterable[str], look: str = "") -> str:
     """Returns a table's row. cells: whole <td>."""
     return f'<tr class="{look}"><th scope="row">{escape(name)}</th>{"".join(cells)}</tr>'

@@ -1,17 +1,17 @@
 """`geotoken audit leakage`: what the gallery already knows of the photos that are evaluated, and what that is worth."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
 import numpy as np
 from etils import epath
-from jaxtyping import Bool, Float32, Int, Shaped
+from jaxtyping import Bool, Float32
 
 from geotoken_jax import workdir
-from geotoken_jax.analysis import audit, evaluate, frame, worldmap
+from geotoken_jax.analysis import audit, evaluate, frame, overlap, worldmap
 from geotoken_jax.analysis.evaluate import EvaluateSettings, Method, Points
+from geotoken_jax.analysis.overlap import Found
 from geotoken_jax.analysis.report import Gallery
 from geotoken_jax.gallery.table import Table
 from geotoken_jax.geo import distance
@@ -27,26 +27,6 @@ _QUANTILES = {"median": 0.5, "90 %": 0.9, "99 %": 0.99, "largest": 1.0}
 _AT = distance.THRESHOLDS_KM.index(25)
 
 
-@dataclasses.dataclass(frozen=True)
-class Found:
-    """The gallery photo that each photo of a split leaks from, by kind: a row of the gallery, -1 for none.
-
-    cosine: of each photo's image embedding with the most similar one of the gallery; NaN where it has no embedding.
-    """
-
-    rows: Mapping[str, Int[np.ndarray, "n"]]
-    cosine: Float32[np.ndarray, "n"]
-
-    def leaked(self, kind: str) -> Bool[np.ndarray, "n"]:
-        """Says which photos are leaked in one way."""
-        return self.rows[kind] >= 0
-
-    @property
-    def any(self) -> Bool[np.ndarray, "n"]:
-        """Says which photos are leaked in any way."""
-        return np.any([self.leaked(kind) for kind in self.rows], axis=0)
-
-
 def run(config: Any, path: epath.PathLike) -> Manifest:
     """Makes audit/leakage/."""
     path = epath.Path(path)
@@ -58,14 +38,14 @@ def run(config: Any, path: epath.PathLike) -> Manifest:
     if stage.manifest:
         return stage.manifest
     truths, methods = evaluate.read_predictions(path, folders, scoring)
-    found = _find(path, truths, above)
+    found = overlap.find(path, truths, above)
     gallery = Table(path / "gallery")
     splits = {
         split: _figures(truth, audit.answers(methods[split]), found[split], gallery, scoring)
         for split, truth in truths.items()
     }
     figures = {"cosine_above": above, "gallery": len(gallery), "splits": splits}
-    counts = {f"leaked of {split}": int(found[split].any.sum()) for split in truths}
+    counts = {f"leaked of {split}": int(found[split].leaked().sum()) for split in truths}
     html = _page(figures, path, truths, found, scoring.reference)
     return audit.write(stage, "What leaks from the gallery", *html, figures, counts, scoring.resamples)
 
@@ -85,57 +65,6 @@ def table(figures: Mapping[str, Any]) -> str:
                 f"{split[:15]:16}{method['name'][:50]:52}{100 * method['accuracy'][_AT]['value']:6.1f} -> {without}"
             )
     return "\n".join(lines)
-
-
-def _find(path: epath.Path, truths: Mapping[str, Points], above: float) -> dict[str, Found]:
-    """Compares the photos of all splits with the whole gallery, which is read once."""
-    from geotoken_jax.gallery import index  # and jax with it
-
-    gallery = Table(path / "gallery")
-    names = list(truths)
-    ids = audit.encoded([name for truth in truths.values() for name in truth.ids])
-    authors = audit.encoded([str(row["author"]) for truth in truths.values() for row in truth.extra])
-    coordinates = np.concatenate([truth.coordinates for truth in truths.values()])
-    queries = np.zeros((len(ids), gallery.width), np.float32)  # a photo without an embedding is near nothing
-    starts = np.cumsum([0, *(len(truth.ids) for truth in truths.values())])
-    for split, first in zip(names, starts, strict=False):
-        own = Table(path / "queries" / split)
-        row = audit.match(audit.encoded(truths[split].ids), own.ids())
-        has = np.flatnonzero(row >= 0)
-        queries[first + has] = _unit(own.embeddings(row[has])[:, 0])
-    nearest, cosine = (found[:, 0] for found in index.exact(_Images(gallery), queries, 1))
-    cosine = np.where(queries.any(axis=1), cosine, np.nan)
-    rows = {
-        "same id": audit.match(ids, gallery.ids()),
-        "near-duplicate": np.where(cosine > above, nearest, -1),
-        "same coordinates": audit.match(_complex(coordinates), _complex(gallery.coordinates())),
-        "same author": np.where(authors != b"", audit.match(authors, gallery.authors()), -1),
-    }
-    parts = {split: slice(starts[i], starts[i + 1]) for i, split in enumerate(names)}
-    return {split: Found({kind: of[part] for kind, of in rows.items()}, cosine[part]) for split, part in parts.items()}
-
-
-class _Images:
-    """The gallery's image embeddings as of length 1 (index.Vectors), made as they are read."""
-
-    def __init__(self, gallery: Table):
-        self._gallery = gallery
-
-    def __len__(self) -> int:
-        return len(self._gallery)
-
-    def __getitem__(self, rows: Any) -> Float32[np.ndarray, "n C"]:
-        return _unit(self._gallery.embeddings(rows)[:, 0])
-
-
-def _unit(vectors: np.ndarray) -> Float32[np.ndarray, "n C"]:
-    vectors = np.asarray(vectors, np.float32)
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
-
-
-def _complex(coordinates: np.ndarray) -> Shaped[np.ndarray, "n"]:
-    """Returns one number a coordinate, so that pairs are compared as wholes."""
-    return coordinates[:, 0] + 1j * coordinates[:, 1]
 
 
 def _figures(
@@ -158,10 +87,10 @@ def _figures(
     without = {kind: scores(~found.leaked(kind)) if kinds[kind]["photos"] else None for kind in KINDS}
     return {
         "photos": n,
-        "clean": int((~found.any).sum()),
+        "clean": int((~found.leaked()).sum()),
         "kinds": kinds,
         "cosine_of_nearest": _quantiles(found.cosine),
-        "accuracy": {"all": scores(np.ones(n, bool)), "without": without, "clean": scores(~found.any)},
+        "accuracy": {"all": scores(np.ones(n, bool)), "without": without, "clean": scores(~found.leaked())},
     }
 
 

@@ -6,13 +6,12 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float, Float32, Int
 
-from geotoken_jax import checkpoint, settings, workdir
+from geotoken_jax import settings, workdir
 from geotoken_jax.data import join
 from geotoken_jax.gallery import index, neighbors
-from geotoken_jax.gallery.exclude import ExcludeSettings, rules
 from geotoken_jax.gallery.table import Table, index_vectors
-from geotoken_jax.model.geotoken import GeoTokenModel, ModelSettings
-from geotoken_jax.predict import decode
+from geotoken_jax.predict import learn, stage
+from geotoken_jax.predict.answer import coordinates
 
 
 class Masked:
@@ -24,39 +23,36 @@ class Masked:
 
     def __init__(self, config: Any, path: epath.Path, variant: str, split: str):
         """variant: whose decoder answers, with the settings that its predictions were made with."""
-        model_settings = settings.read(ModelSettings, settings.variant(config, variant).model, "model")
+        changed = settings.variant(config, variant)
         made_with = workdir.read_manifest(path, f"predictions/{variant}").settings["predict"]
-        model = checkpoint.read_module(
-            path / "geotoken" / variant / "parameters.safetensors", lambda rngs: GeoTokenModel(model_settings, rngs)
-        )
-        self._decoder = decode.Decoder(model, settings.read(decode.PredictSettings, made_with, "predict"))
-        self._count = model_settings.neighbors
-        rules = workdir.read_manifest(path, "neighbors").settings["index"]["neighbors"]["exclude_in_evaluation"]
-        self._exclude = settings.read(ExcludeSettings, rules, "index.neighbors.exclude_in_evaluation")
+        changed.predict.update(made_with)
+        changed.predict.selectors = (changed.predict.choice,)
+        self._answerer = stage.opened(changed, path, variant)
         self._own, self._gallery = Table(path / "queries" / split), Table(path / "gallery")
-        self._of_gallery = {name: getattr(self._gallery, name)() for name in ("ids", "authors", "coordinates")}
+        self._excluded = learn.excluded(path, self._own, self._gallery, "exclude_in_evaluation")
 
     def __call__(self, rows: Int[np.ndarray, "n"], kept: Int[np.ndarray, "m"]) -> Float[np.ndarray, "2 n 2"]:
         """Returns the coordinates of the first neighbor, NaN where there is none, and of the decoder's answer.
 
         rows: of the split's table. kept: gallery rows that may be neighbors.
         """
-        left_out = rules(
-            self._exclude, self._own, rows, self._of_gallery, lambda some: self._gallery.embeddings(some)[:, 0]
-        )
+        hidden = np.ones(len(self._gallery), bool)
+        hidden[kept] = False
+        left_out = self._excluded(rows)
         queries = index_vectors(self._own.embeddings(rows))
-        near, _ = neighbors.find(_Part(self._gallery, kept), queries, self._count, left_out)
+        near, scores = neighbors.find(_Part(self._gallery, kept), queries, self._answerer.decoder.neighbors, left_out)
         placed = np.full((2, len(rows), 2), np.nan)
         some = near[:, 0] >= 0
         placed[0, some] = self._gallery.coordinates(near[some, 0])
-        options, cells = self._decoder.settings, self._decoder.cells
-        for first in range(0, len(rows), options.batch_size):
-            part = slice(first, first + options.batch_size)
+        decoder = self._answerer.decoder
+        for first in range(0, len(rows), decoder.settings.batch_size):
+            part = slice(first, first + decoder.settings.batch_size)
             query = self._own.embeddings(rows[part])
-            batch = {"query": query, **join.neighbors(self._gallery, near[part], cells)}
+            batch = {"query": query, **join.neighbors(self._gallery, near[part], decoder.cells)}
             # The row number decides a photo's samples, so they are those of predictions/.
-            answers = decode.answers(self._decoder(batch, rows[part]), cells, options.choice)
-            placed[1, part] = [(answer["latitude"], answer["longitude"]) for answer in answers]
+            exclude = [*self._excluded(rows[part]), lambda queries, found: hidden[found]]
+            answers, _ = self._answerer(batch, near[part], scores[part], rows[part], exclude=exclude)
+            placed[1, part] = coordinates(answers)
         return placed
 
 

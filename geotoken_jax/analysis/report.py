@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 
 from geotoken_jax import records
 from geotoken_jax import workdir as stages
-from geotoken_jax.analysis import charts, frame, worldmap
+from geotoken_jax.analysis import charts, frame, reliability, worldmap
 from geotoken_jax.gallery.table import Table
 from geotoken_jax.geo import distance
 
@@ -47,12 +47,19 @@ def page(
 ) -> str:
     """Returns the page. name: of the configuration. truths, methods: by split, in the order to show; metrics: of
     `evaluate.run`."""
+    uncertainty = {split: scores["uncertainty"] for split, scores in metrics["splits"].items()}
     shown = _SHOWN_SPLIT if _SHOWN_SPLIT in truths else next(iter(truths))
     sections = [
         frame.Section("world-map", "Map", "On the map", _map(workdir, truths, methods, options)),
         frame.Section("accuracy", "Accuracy", "Accuracy", _accuracy(metrics, options.reference)),
         frame.Section("differences", "Differences", "Differences", _differences(metrics)),
         frame.Section("distance", "Distance", "Accuracy against distance", _distance(methods, options.reference)),
+        frame.Section("sure", "How sure", "How sure it is", reliability.html(uncertainty)),
+        frame.Section("area", "Area", "How much must be searched", reliability.area_html(uncertainty)),
+        frame.Section("continents", "Continents", "By continent", _continents(metrics, options.reference)),
+        frame.Section(
+            "clean", "New photos", "Without photos that the gallery knows", _clean(metrics, options.reference)
+        ),
         frame.Section(
             "photos",
             "Photos",
@@ -126,7 +133,8 @@ def _seeds(workdir: epath.Path, variant: str) -> dict[str, int]:
 
 
 def _accuracy(metrics: Mapping[str, Any], reference: str) -> str:
-    bodies, notes = [], []
+    columns = ["Method", *frame.thresholds(), "median km", "mean km", "GeoScore"]
+    parts, notes = [], []
     for split, scores in metrics["splits"].items():
         honest = [m for m in scores["methods"] if not m["bound"]]
         best = [max(m["accuracy"][i]["value"] for m in honest) for i in range(len(distance.THRESHOLDS_KM))]
@@ -147,29 +155,99 @@ def _accuracy(metrics: Mapping[str, Any], reference: str) -> str:
                 notes.append(
                     f"{split}: {m['name']} has no prediction for {m['missing']:,} photos; they count as wrong."
                 )
-        bodies.append(frame.body(9, rows, split, _size(scores)))
+        parts.append((split, _size(scores), frame.table(columns, [frame.body(len(columns), rows)])))
     return (
-        "<p>Percent of photos placed within a distance of the truth, with 95 % bootstrap intervals, resampled by "
+        f"<p>Percent of photos placed {'less than' if metrics['strict'] else 'within'} a distance of the truth, on the "
+        f"{metrics['earth']}, with 95 % bootstrap intervals, resampled by "
         "author where authors are known. The best choice of each column is bold. A bound knows the truth: it shows "
         "what a perfect choice among the same candidates would reach.</p>"
-        + frame.table(["Method", *frame.thresholds(), "median km", "mean km", "GeoScore"], bodies)
+        + frame.folded(parts)
         + "".join(f"<p>{escape(note)}</p>" for note in notes)
     )
 
 
 def _differences(metrics: Mapping[str, Any]) -> str:
-    bodies = []
+    parts = []
     for split, scores in metrics["splits"].items():
         rows = [frame.row(m["name"], map(frame.points, m["accuracy"])) for m in scores["differences"]]
         if rows:
-            bodies.append(frame.body(6, rows, split, _size(scores)))
-    if not bodies:
+            table = frame.table(["Method", *frame.thresholds()], [frame.body(6, rows)])
+            parts.append((split, _size(scores), table))
+    if not parts:
         return "<p>There is nothing to compare the reference with.</p>"
     reference = next(scores["reference"] for scores in metrics["splits"].values() if scores["reference"])
     return (
         f"<p>Points above (+) or below (&minus;) <b>{escape(reference)}</b>, over the same resamples of the same "
         "photos. Color marks the differences whose 95 % interval excludes zero.</p>"
-        + frame.table(["Method", *frame.thresholds()], bodies)
+        + frame.folded(parts)
+        + _comparisons(metrics)
+    )
+
+
+def _comparisons(metrics: Mapping[str, Any]) -> str:
+    bodies = []
+    for split, scores in metrics["splits"].items():
+        rows = [
+            frame.row(f"{pair['name']}, against {pair['against']}", map(frame.points, pair["accuracy"]))
+            for pair in scores["comparisons"]
+        ]
+        if rows:
+            bodies.append(frame.body(6, rows, split, _size(scores)))
+    return f"<h3>Other pairs</h3>{frame.table(['Pair', *frame.thresholds()], bodies)}" if bodies else ""
+
+
+def _continents(metrics: Mapping[str, Any], reference: str) -> str:
+    parts = []
+    for split, scores in metrics["splits"].items():
+        bodies = []
+        for i, method in enumerate(scores["continents"][0]["methods"] if scores["continents"] else ()):
+            rows = [
+                frame.row(
+                    part["name"],
+                    [
+                        f"<td>{part['photos']:,}</td>",
+                        *map(frame.percents, part["methods"][i]["accuracy"]),
+                        f"<td>{part['methods'][i]['geoscore']['value']:,.0f}</td>",
+                    ],
+                    "reference" if method["variant"] == reference else "",
+                )
+                for part in scores["continents"]
+            ]
+            bodies.append(frame.body(8, rows, method["name"]))
+        if bodies:
+            table = frame.table(["Continent", "Photos", *frame.thresholds(), "GeoScore"], bodies)
+            parts.append((split, _size(scores), table))
+    if not parts:
+        return "<p>No photo here has a country or a continent.</p>"
+    return (
+        "<p>Percent of the photos of each continent that were placed within a distance. A photo whose source names no "
+        f"country counts as unknown.</p>{frame.folded(parts)}"
+    )
+
+
+def _clean(metrics: Mapping[str, Any], reference: str) -> str:
+    bodies, notes = [], []
+    for split, scores in metrics["splits"].items():
+        clean, every = scores["clean"], {m["variant"]: m for m in scores["methods"] if m["main"]}
+        counts = ", ".join(f"{kind} {count:,}" for kind, count in clean["left_out"].items() if count)
+        left = f"{clean['photos']:,} of {scores['photos']:,} photos left" + (f"; left out: {counts}" if counts else "")
+        if not counts or not clean["methods"]:
+            notes.append(f"<p>{escape(split)}: {left}.</p>")
+            continue
+        rows = []
+        for method in clean["methods"]:
+            cells = [
+                f"<td>{100 * a['value']:.1f}<small>of all {100 * b['value']:.1f}</small></td>"
+                for a, b in zip(method["accuracy"], every[method["variant"]]["accuracy"], strict=True)
+            ]
+            rows.append(frame.row(method["name"], cells, "reference" if method["variant"] == reference else ""))
+        bodies.append(frame.body(6, rows, split, left))
+    return (
+        "<p>A photo is easier if the gallery has another by its author, or one that looks the same. Here are the "
+        "photos left without those that share id or author with a gallery photo, or whose image embedding has a cosine "
+        f"above {metrics['cosine_above']:g} with one; below each figure, that of all photos.</p>"
+        + (frame.table(["Method", *frame.thresholds()], bodies) if bodies else "")
+        + "".join(notes)
     )
 
 
@@ -402,7 +480,7 @@ def _candidates(row: Mapping[str, Any], truth: Float[np.ndarray, "2"], gallery: 
     places = {(c["latitude"], c["longitude"]): c["log_probability"] for c in candidates}  # samples repeat
     chosen_by: dict[tuple[float, float], list[str]] = {}
     for choice, k in row.get("choices", {}).items():
-        chosen = candidates[k]["latitude"], candidates[k]["longitude"]
+        chosen = (candidates[k]["latitude"], candidates[k]["longitude"]) if isinstance(k, int) else tuple(k)
         chosen_by.setdefault(chosen, []).append(choice.replace("_", " "))
     lines = []
     for place in sorted(places, key=lambda place: -places[place])[:_CANDIDATES]:

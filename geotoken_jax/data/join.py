@@ -1,12 +1,24 @@
 """What a row number becomes: records joined with the tables they point into."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 
 import numpy as np
+from jaxtyping import Int
 
 from geotoken_jax.gallery.table import Table
-from geotoken_jax.geo.cells import CellScheme
+from geotoken_jax.geo.cells import Scheme
 from geotoken_jax.records import Records
+from geotoken_jax.settings import SettingsError
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSettings:
+    """photos: of those that the decoder could be trained on, so many are, with their views; 0 for all. A smaller set
+    lies in each larger one. Neighbors still come from the whole gallery. seed: of the choice."""
+
+    photos: int
+    seed: int
 
 
 class Features:
@@ -32,7 +44,7 @@ class Tokens:
     neighbors [b, M, 3, C] bfloat16 and neighbor_tokens [b, M, T] int32, or neighbor_rows [b, M] int32 alone.
     """
 
-    def __init__(self, records: Records, own: Table, gallery: Table | None, cells: CellScheme, neighbors: int):
+    def __init__(self, records: Records, own: Table, gallery: Table | None, cells: Scheme, neighbors: int):
         self._records, self._own, self._gallery = records, own, gallery
         self._cells, self._neighbors = cells, neighbors
 
@@ -46,7 +58,7 @@ class Tokens:
             # The photo's own always come from the host: 4.6 KB a photo where its neighbors are 15 times that, and a
             # photo of another split than the gallery's is in no table on the devices.
             "query": self._own.embeddings(found["row"]),
-            "tokens": np.asarray(self._cells.regroup(found["tokens"])),
+            "tokens": self._cells.of_stored(found["tokens"], self._own.coordinates(found["row"])),
             **(neighbor_rows(near) if self._gallery is None else neighbors(self._gallery, near, self._cells)),
         }
 
@@ -76,17 +88,45 @@ class Together:
         return columns
 
 
+class Part:
+    """Reads some rows of another reader: its row i is the other's row rows[i]."""
+
+    def __init__(self, whole: Callable[[np.ndarray], dict[str, np.ndarray]], rows: Int[np.ndarray, "n"]):
+        self._whole, self._rows = whole, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __call__(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        return self._whole(self._rows[rows])
+
+
+def chosen(ids: Sequence[np.ndarray], settings: DataSettings) -> Int[np.ndarray, "n"]:
+    """Returns the rows of the photos that are trained on, ascending, among several splits read as one (Together).
+
+    ids: of each split's photos; the choice is among those of the first, and views have the ids of their photos. Raises
+    SettingsError if there are fewer than asked for.
+    """
+    photos, *_ = ids
+    if not 0 < settings.photos <= len(photos):
+        raise SettingsError(
+            f"config.data.photos is {settings.photos}: there are {len(photos):,} to train on, 0 for all"
+        )
+    taken = np.random.default_rng(settings.seed).permutation(len(photos))[: settings.photos]
+    return np.flatnonzero(np.isin(np.concatenate(ids), photos[taken]))
+
+
 def neighbor_rows(rows: np.ndarray) -> dict[str, np.ndarray]:
     """Returns which gallery rows [b, M] the devices are to look up; missing ones are -1 and come last."""
     return {"neighbor_rows": rows.astype(np.int32), "neighbor_count": _count(rows)}
 
 
-def neighbors(gallery: Table, rows: np.ndarray, cells: CellScheme) -> dict[str, np.ndarray]:
+def neighbors(gallery: Table, rows: np.ndarray, cells: Scheme) -> dict[str, np.ndarray]:
     """Returns what the decoder reads of gallery rows [b, M]; missing ones are -1 and come last."""
     present = np.where(rows < 0, 0, rows)
     return {
         "neighbors": gallery.embeddings(present),
-        "neighbor_tokens": np.asarray(cells.regroup(gallery.tokens(present))),
+        "neighbor_tokens": cells.of_stored(gallery.tokens(present), gallery.coordinates(present)),
         "neighbor_count": _count(rows),
     }
 

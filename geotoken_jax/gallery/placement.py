@@ -16,7 +16,7 @@ from jaxtyping import Array, BFloat16, Int, Int32
 
 from geotoken_jax import sharding
 from geotoken_jax.gallery.table import Table
-from geotoken_jax.geo.cells import CellScheme
+from geotoken_jax.geo.cells import Scheme
 
 PLACEMENTS = ("host", "replicated", "sharded")
 
@@ -45,9 +45,7 @@ class GallerySettings:
         return self.placement != "host"
 
 
-def layout(
-    n: int, width: int, cells: CellScheme, settings: GallerySettings, mesh: Mesh
-) -> dict[str, jax.ShapeDtypeStruct]:
+def layout(n: int, width: int, cells: Scheme, settings: GallerySettings, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns what `resident` makes of a table of n rows and of C = width, as shapes, types and shardings.
 
     gallery_embeddings [N, 3 C] bfloat16; gallery_tokens [N, T] of the smallest integer that holds the vocabulary.
@@ -66,14 +64,14 @@ def layout(
     }
 
 
-def resident(table: Table, cells: CellScheme, settings: GallerySettings, mesh: Mesh) -> dict[str, jax.Array]:
+def resident(table: Table, cells: Scheme, settings: GallerySettings, mesh: Mesh) -> dict[str, jax.Array]:
     """Returns the arrays that lie on the devices over all steps, of `layout`; none for "host".
 
     Each process reads the rows of its own devices, a device's after another's.
     """
     read = {
         "gallery_embeddings": lambda rows: table.embeddings(rows).reshape(-1, 3 * table.width),
-        "gallery_tokens": lambda rows: np.asarray(cells.regroup(table.tokens(rows))),
+        "gallery_tokens": lambda rows: cells.of_stored(table.tokens(rows), table.coordinates(rows)),
     }
     target = layout(len(table), table.width, cells, settings, mesh)
     return {name: _put(read[name], len(table), wanted) for name, wanted in target.items()}

@@ -1,10 +1,11 @@
 """S2 cells as token sequences, vectorized: the numbers are those of the s2sphere library (quadratic projection)."""
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.core
@@ -34,17 +35,14 @@ _POSITION_TO_TURN = np.array([1, 0, 0, 3])
 
 
 @dataclasses.dataclass(frozen=True)
-class CellScheme:
-    """Coordinates to tokens and back: the face (0..5), then each `group` quads of the Hilbert path as one token.
+class Scheme(abc.ABC):
+    """Coordinates to tokens and back, by cells within cells: what the decoder, its data and its answers know of them.
 
-    level: of the cell, 1..30; level 20 has an edge of about 8.8 m. group: quads a token, a divisor of level up to 15;
-    the first quad is the most significant. Tokens are [..., T] with T = 1 + level / group.
+    level: as fine as S2's cells of that level, 1..30. group: digits a token. Tokens are [..., T], coarse to fine, each
+    position with a vocabulary of its own.
 
     Arrays in, arrays out: jax arrays or tracers give jax arrays, anything else numpy. Work on jax arrays is done in
-    float64 whatever the default, so float32 costs its own rounding (up to 0.85 m in longitude) and no more: of a
-    million random coordinates, 3 % are in another level-20 cell after they are rounded, and none of the rounded ones
-    is in another than numpy says (at level 30 one is: compiled
-    float64 arithmetic may differ in the last bit).
+    float64 whatever the default, so float32 costs its own rounding (up to 0.85 m in longitude) and no more.
 
     Raises ValueError for a level or a group out of range.
     """
@@ -52,22 +50,22 @@ class CellScheme:
     level: int = 20
     group: int = 2
 
+    #: Whether encode and decode can be compiled. Where they cannot, they give numpy and take no tracers.
+    traceable: ClassVar[bool] = True
+
     def __post_init__(self):
         if not 1 <= self.level <= MAX_LEVEL:
             raise ValueError(f"level is {self.level}: use one of 1..{MAX_LEVEL}")
-        divisors = [n for n in range(1, MAX_GROUP + 1) if self.level % n == 0]
-        if self.group not in divisors:
-            raise ValueError(f"group is {self.group}, which does not divide level {self.level}: use one of {divisors}")
+
+    @property
+    @abc.abstractmethod
+    def vocab_sizes(self) -> tuple[int, ...]:
+        """Number of values of each of the T tokens."""
 
     @property
     def length(self) -> int:
         """T, tokens a cell."""
-        return 1 + self.level // self.group
-
-    @property
-    def vocab_sizes(self) -> tuple[int, ...]:
-        """Number of values of each of the T tokens."""
-        return (6, *(self.length - 1) * (4**self.group,))
+        return len(self.vocab_sizes)
 
     def encode(
         self, latitude: float | Float[Array, "..."], longitude: float | Float[Array, "..."]
@@ -81,7 +79,7 @@ class CellScheme:
         """
         _check_degrees("latitude", latitude, 90)
         _check_degrees("longitude", longitude, 180)
-        if _is_jax(latitude, longitude):
+        if self.traceable and _is_jax(latitude, longitude):
             with jax.enable_x64(True):
                 return self._encode_jax(latitude, longitude)
         lat, lon = np.broadcast_arrays(np.asarray(latitude, np.float64), np.asarray(longitude, np.float64))
@@ -89,7 +87,7 @@ class CellScheme:
         tokens = np.empty((lat.size, self.length), np.int32)
         for start in range(0, lat.size, _BLOCK):
             rows = slice(start, start + _BLOCK)
-            for k, column in enumerate(self._columns(*_place(lat[rows], lon[rows], self._depth), np)):
+            for k, column in enumerate(self._tokens(lat[rows], lon[rows], np)):
                 tokens[rows, k] = column
         return tokens.reshape(*shape, self.length)
 
@@ -97,11 +95,10 @@ class CellScheme:
         """Returns latitude and longitude of the cells' centers, in degrees: float64, or jax's default float.
 
         Raises ValueError on tokens that are not of this scheme. Inside a jax transformation values cannot be looked
-        at: there such a cell gets NaN. float64 is within 1e-12 degrees of s2sphere, jax's float32 within its
-        rounding (0.85 m).
+        at: there such a cell gets NaN.
         """
         self._check_tokens(tokens)
-        if _is_jax(tokens):
+        if self.traceable and _is_jax(tokens):
             dtype = jnp.result_type(float)
             with jax.enable_x64(True):
                 return self._decode_jax(tokens, dtype)
@@ -112,6 +109,75 @@ class CellScheme:
             columns = [flat[rows, k].astype(np.int32) for k in range(self.length)]
             latitude[rows], longitude[rows] = self._center(columns, np)
         return latitude.reshape(tokens.shape[:-1]), longitude.reshape(tokens.shape[:-1])
+
+    def of_stored(
+        self, quads: UInt8[np.ndarray, "... Q"], coordinates: Float[np.ndarray, "... 2"]
+    ) -> Int32[np.ndarray, "... T"]:
+        """Returns the tokens of what is stored of photos: their S2 tokens of group 1, and latitude and longitude.
+
+        Schemes of S2's cells read the former, which are those of the latter, and the others encode the latter.
+        """
+        del quads
+        return np.asarray(self.encode(coordinates[..., 0], coordinates[..., 1]))
+
+    @abc.abstractmethod
+    def _tokens(self, latitude: Any, longitude: Any, xp: ModuleType) -> Sequence[Any]:
+        """Returns T columns of tokens from float64 coordinates in range, of one dimension where xp is numpy."""
+
+    @abc.abstractmethod
+    def _center(self, columns: Sequence[Any], xp: ModuleType) -> tuple[Any, Any]:
+        """Returns latitude and longitude in degrees from T columns of int32 tokens."""
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def _encode_jax(self, latitude, longitude) -> jax.Array:
+        lat, lon = jnp.broadcast_arrays(*(jnp.asarray(values).astype(jnp.float64) for values in (latitude, longitude)))
+        tokens = jnp.stack(self._tokens(lat, lon, jnp), -1)
+        valid = (jnp.abs(lat) <= 90) & (jnp.abs(lon) <= 180)
+        return jnp.where(valid[..., None], tokens, -1).astype(jnp.int32)
+
+    @functools.partial(jax.jit, static_argnums=(0, 2))
+    def _decode_jax(self, tokens, dtype) -> tuple[jax.Array, jax.Array]:
+        valid = jnp.all((tokens >= 0) & (tokens < np.array(self.vocab_sizes)), -1)
+        latitude, longitude = self._center([tokens[..., k].astype(jnp.int32) for k in range(self.length)], jnp)
+        return jnp.where(valid, latitude, jnp.nan).astype(dtype), jnp.where(valid, longitude, jnp.nan).astype(dtype)
+
+    def _check_tokens(self, tokens: Any) -> None:
+        if tokens.shape[-1:] != (self.length,):
+            raise ValueError(f"tokens have shape {tokens.shape}: {self} has {self.length} in the last dimension")
+        if isinstance(tokens, jax.core.Tracer):
+            return
+        values = np.asarray(tokens).reshape(-1, self.length)
+        wrong = (values < 0) | (values >= np.array(self.vocab_sizes, np.int64))
+        if wrong.any():
+            row, k = np.argwhere(wrong)[0]
+            raise ValueError(
+                f"tokens has {wrong.sum()} values that {self} does not have, "
+                f"the first {values[row, k]} at place {k}, where they are 0..{self.vocab_sizes[k] - 1}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class CellScheme(Scheme):
+    """Coordinates to tokens and back: the face (0..5), then each `group` quads of the Hilbert path as one token.
+
+    level: of the cell, 1..30; level 20 has an edge of about 8.8 m. group: quads a token, a divisor of level up to 15;
+    the first quad is the most significant. T = 1 + level / group.
+
+    Of a million random coordinates, 3 % are in another level-20 cell after they are rounded to float32, and none of the
+    rounded ones is in another on jax than in numpy (at level 30 one is: compiled float64 arithmetic may differ in the
+    last bit). float64 centers are within 1e-12 degrees of s2sphere.
+    """
+
+    def __post_init__(self):
+        super().__post_init__()
+        divisors = [n for n in range(1, MAX_GROUP + 1) if self.level % n == 0]
+        if self.group not in divisors:
+            raise ValueError(f"group is {self.group}, which does not divide level {self.level}: use one of {divisors}")
+
+    @property
+    def vocab_sizes(self) -> tuple[int, ...]:
+        """Number of values of each of the T tokens."""
+        return (6, *(self.level // self.group) * (4**self.group,))
 
     def cell_ids(self, tokens: Int[np.ndarray, "... T"]) -> UInt64[np.ndarray, "..."]:
         """Returns S2 cell ids. Raises ValueError on tokens that are not of this scheme."""
@@ -150,6 +216,13 @@ class CellScheme:
         columns = [quads[..., k].astype(np.int32) for k in range(1 + self.level)]
         return xp.stack([columns[0], *_resplit(columns[1:], 1, self.group)], -1)
 
+    def of_stored(
+        self, quads: UInt8[np.ndarray, "... Q"], coordinates: Float[np.ndarray, "... 2"]
+    ) -> Int32[np.ndarray, "... T"]:
+        """Returns the tokens of what is stored of photos, by `regroup`."""
+        del coordinates
+        return np.asarray(self.regroup(quads))
+
     def quads(self, tokens: Int[Array, "... T"]) -> UInt8[Array, "... Q"]:
         """Returns the tokens of group 1, Q = 1 + level: the reverse of `regroup`."""
         xp = jnp if _is_jax(tokens) else np
@@ -166,19 +239,11 @@ class CellScheme:
         """The level, up to a whole number of lookups: quads past `level` are dropped."""
         return self.level + -self.level % self._lookup
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def _encode_jax(self, latitude, longitude) -> jax.Array:
-        lat, lon = jnp.broadcast_arrays(*(jnp.asarray(values).astype(jnp.float64) for values in (latitude, longitude)))
-        face, i, j = _face_ij(lat, lon, self._depth, jnp)
-        tokens = jnp.stack(self._columns(face, face & 1, i, j, jnp), -1)
-        valid = (jnp.abs(lat) <= 90) & (jnp.abs(lon) <= 180)
-        return jnp.where(valid[..., None], tokens, -1).astype(jnp.int32)
-
-    @functools.partial(jax.jit, static_argnums=(0, 2))
-    def _decode_jax(self, tokens, dtype) -> tuple[jax.Array, jax.Array]:
-        valid = jnp.all((tokens >= 0) & (tokens < np.array(self.vocab_sizes)), -1)
-        latitude, longitude = self._center([tokens[..., k].astype(jnp.int32) for k in range(self.length)], jnp)
-        return jnp.where(valid, latitude, jnp.nan).astype(dtype), jnp.where(valid, longitude, jnp.nan).astype(dtype)
+    def _tokens(self, latitude: Any, longitude: Any, xp: ModuleType) -> list[Any]:
+        if xp is np:
+            return self._columns(*_place(latitude, longitude, self._depth), np)
+        face, i, j = _face_ij(latitude, longitude, self._depth, xp)
+        return self._columns(face, face & 1, i, j, xp)
 
     def _columns(self, face, orientation, i, j, xp: ModuleType) -> list[Any]:
         """Returns T columns of tokens from a face, the curve's orientation on it, and i and j of `_depth` bits."""
@@ -192,7 +257,6 @@ class CellScheme:
         return [face, *_resplit(chunks, n, self.group)][: self.length]
 
     def _center(self, columns: Sequence[Any], xp: ModuleType) -> tuple[Any, Any]:
-        """Returns latitude and longitude in degrees from T columns of tokens."""
         n = self._lookup
         table, side = xp.asarray(_tables(n)[1]), (1 << n) - 1
         face, *groups = columns
@@ -210,19 +274,50 @@ class CellScheme:
         z = xp.choose(face, [v, v, one, -u, -u, -one], mode="clip")
         return xp.degrees(xp.arctan2(z, xp.sqrt(x * x + y * y))), xp.degrees(xp.arctan2(y, x))
 
-    def _check_tokens(self, tokens: Any) -> None:
-        if tokens.shape[-1:] != (self.length,):
-            raise ValueError(f"tokens have shape {tokens.shape}: {self} has {self.length} in the last dimension")
-        if isinstance(tokens, jax.core.Tracer):
-            return
-        values = np.asarray(tokens).reshape(-1, self.length)
-        wrong = (values < 0) | (values >= np.array(self.vocab_sizes, np.int64))
-        if wrong.any():
-            row, k = np.argwhere(wrong)[0]
-            raise ValueError(
-                f"tokens has {wrong.sum()} values that {self} does not have, "
-                f"the first {values[row, k]} at place {k}, where they are 0..{self.vocab_sizes[k] - 1}"
-            )
+
+@dataclasses.dataclass(frozen=True)
+class GridScheme(CellScheme):
+    """S2 cells without the Hilbert order: a quad is 2 * i + j, a bit each of the place along the face's own axes.
+
+    The cells of every level are those of CellScheme, and so are level, group, ids and `quads`.
+    """
+
+    def cell_ids(self, tokens: Int[np.ndarray, "... T"]) -> UInt64[np.ndarray, "..."]:
+        """Returns S2 cell ids. Raises ValueError on tokens that are not of this scheme."""
+        self._check_tokens(tokens)
+        return super().cell_ids(self._turned(tokens, _TO_POSITION))
+
+    def tokens_of(self, cell_ids: UInt64[np.ndarray, "..."]) -> Int32[np.ndarray, "... T"]:
+        """Returns the tokens of S2 cells, as CellScheme.tokens_of does."""
+        return self._turned(super().tokens_of(cell_ids), _TO_IJ)
+
+    def regroup(self, quads: UInt8[Array, "... Q"]) -> Int32[Array, "... T"]:
+        """Returns this scheme's tokens from stored ones of group 1, as CellScheme.regroup does."""
+        return self._turned(super().regroup(quads), _TO_IJ)
+
+    def quads(self, tokens: Int[Array, "... T"]) -> UInt8[Array, "... Q"]:
+        """Returns the tokens of CellScheme in group 1: the reverse of `regroup`."""
+        return super().quads(self._turned(tokens, _TO_POSITION))
+
+    def _tokens(self, latitude: Any, longitude: Any, xp: ModuleType) -> list[Any]:
+        return self._turn(super()._tokens(latitude, longitude, xp), _TO_IJ, xp)
+
+    def _center(self, columns: Sequence[Any], xp: ModuleType) -> tuple[Any, Any]:
+        return super()._center(self._turn(columns, _TO_POSITION, xp), xp)
+
+    def _turned(self, tokens: Any, table: np.ndarray) -> Any:
+        xp = jnp if _is_jax(tokens) else np
+        return xp.stack(self._turn([tokens[..., k] for k in range(self.length)], table, xp), -1)
+
+    def _turn(self, columns: Sequence[Any], table: np.ndarray, xp: ModuleType) -> list[Any]:
+        """Returns columns of tokens with each quad replaced by what `table`, of `_tables(1)`, has for it."""
+        face, *groups = columns
+        turned, state = [], (face & 1) << 2
+        for quad in _resplit(groups, self.group, 1):
+            entry = xp.take(xp.asarray(table), state | quad, mode="wrap")
+            turned.append(entry & 3)
+            state = entry & 12
+        return [face, *_resplit(turned, 1, self.group)]
 
 
 def _is_jax(*values: Any) -> bool:
@@ -258,6 +353,10 @@ def _tables(n: int) -> tuple[np.ndarray, np.ndarray]:
     to_position = np.empty(4 << 2 * n, np.int32)
     to_position[start << 2 * n | i << n | j] = state << 2 * n | position
     return to_position, (state << 2 * n | i << n | j).astype(np.int32)
+
+
+#: A quad of the curve from one of the grid, and the reverse.
+_TO_POSITION, _TO_IJ = _tables(1)
 
 
 def _resplit(columns: Sequence[Any], have: int, want: int) -> list[Any]:

@@ -1,11 +1,11 @@
-"""Distances on the Earth taken as a sphere, and the scores made from them."""
+"""Distances on the Earth, taken as a sphere or as an ellipsoid, and the scores made from them."""
 
 from types import ModuleType
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 Array = np.ndarray | jax.Array
 
@@ -37,6 +37,34 @@ def great_circle_km(
     return 2 * EARTH_RADIUS_KM * xp.arctan2(xp.sqrt(near), xp.sqrt(far))
 
 
+def ellipsoid_km(
+    lat1: float | Float[np.ndarray, "..."],
+    lon1: float | Float[np.ndarray, "..."],
+    lat2: float | Float[np.ndarray, "..."],
+    lon2: float | Float[np.ndarray, "..."],
+) -> Float[np.ndarray, "..."]:
+    """Returns lengths in km of geodesics on the WGS84 ellipsoid; the four arguments, in degrees, are broadcast.
+
+    By PROJ, to 15 nanometers (Karney 2013), at 2 microseconds a pair; up to 0.6 % from great_circle_km. NaN gives NaN.
+    """
+    from pyproj import Geod  # only where it is asked for: 0.1 s
+
+    lon1, lat1, lon2, lat2 = np.broadcast_arrays(*(np.asarray(v, np.float64) for v in (lon1, lat1, lon2, lat2)))
+    shape = lat1.shape
+    if lat1.size == 1:  # which pyproj takes for a number, and numpy soon will not
+        lon1, lat1, lon2, lat2 = (v.reshape(()) for v in (lon1, lat1, lon2, lat2))
+    return np.asarray(Geod(ellps="WGS84").inv(lon1, lat1, lon2, lat2)[2]).reshape(shape) / 1000
+
+
+#: What the Earth is taken to be -> distances in km from coordinates in degrees.
+EARTHS = {"sphere": great_circle_km, "ellipsoid": ellipsoid_km}
+
+
+def within(km: Float[np.ndarray, "n 1"], strict: bool = False) -> Bool[np.ndarray, "n 5"]:
+    """Says whether distances are within each of THRESHOLDS_KM, or below where `strict`."""
+    return km < np.array(THRESHOLDS_KM) if strict else km <= np.array(THRESHOLDS_KM)
+
+
 def geoscore(km: float | Float[Array, "..."]) -> Float[Array, "..."]:
     """Returns GeoGuessr points of answers that are `km` off: 5000 * exp(-km / 1492.7), in 0..5000."""
     xp, (km,) = _arrays(km)
@@ -55,6 +83,13 @@ def from_unit_vectors(vectors: Float[Array, "... 3"]) -> tuple[Float[Array, "...
     xp, (vectors,) = _arrays(vectors)
     x, y, z = vectors[..., 0], vectors[..., 1], vectors[..., 2]
     return xp.degrees(xp.arctan2(z, xp.hypot(x, y))), xp.degrees(xp.arctan2(y, x))
+
+
+def pairwise_km(a: Float[np.ndarray, "... n 2"], b: Float[np.ndarray, "... m 2"]) -> Float[np.ndarray, "... n m"]:
+    """Returns the distances of all pairs of places, in degrees, to 0.1 m, by one product: haversines cost ten times as
+    much."""
+    a, b = (np.asarray(to_unit_vectors(x[..., 0], x[..., 1])) for x in (a, b))
+    return EARTH_RADIUS_KM * np.arccos(np.clip(a @ np.swapaxes(b, -1, -2), -1, 1))
 
 
 def _arrays(*values) -> tuple[ModuleType, list]:

@@ -40,7 +40,7 @@ from geotoken_jax.backbone.huggingface import HuggingFace
 from geotoken_jax.interop import official
 from geotoken_jax.interop.official import Weights
 from geotoken_jax.predict import places
-from geotoken_jax.predict.predictor import Candidate, Prediction, Predictor, half_within
+from geotoken_jax.predict.predictor import Candidate, Prediction, Predictor, spread
 from geotoken_jax.settings import SettingsError
 
 #: What precedes the names of a file's tensors in the state dict of the whole model -> the file.
@@ -149,8 +149,8 @@ class Locator(Predictor):
         best = np.argsort(-probability, kind="stable")[:_CANDIDATES]
         latitude, longitude = self._coordinates[best].T.tolist()
         candidates = tuple(map(Candidate, latitude, longitude, probability[best].tolist()))
-        radius = half_within(self._coordinates[best[0]], self._coordinates, probability)
-        return Prediction(latitude[0], longitude[0], radius, candidates, ())
+        sure = spread(self._coordinates[best[0]], self._coordinates, probability)
+        return Prediction(latitude[0], longitude[0], *sure, candidates, (), ())
 
 
 def start(settings: InitSettings) -> Callable[[AlignModel], None] | None:

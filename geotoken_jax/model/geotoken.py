@@ -1,7 +1,7 @@
 """The encoder-decoder that reads a photo and its neighbors and writes S2 tokens, coarse to fine (paper, section 3).
 
 One class holds the published form and ours; the settings choose: norm, activation, positions, tied token tables, full
-or compact memory, copy head. Position t has a vocabulary of its own (face 6, then 4^group); logits past it are -inf.
+or compact memory, copy head. Position t has a vocabulary of its own (of S2 6, then 4^group); logits past it are -inf.
 """
 
 import dataclasses
@@ -14,9 +14,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from geotoken_jax import sharding, stack
-from geotoken_jax.geo.cells import CellScheme
+from geotoken_jax.geo.cells import Scheme
+from geotoken_jax.geo.schemes import SCHEMES
 from geotoken_jax.model import layers
-from geotoken_jax.model.memory import MemoryBuilder, Neighbors, sinusoidal
+from geotoken_jax.model.memory import MemoryBuilder, Neighbors, drop, sinusoidal
 
 _NEVER = -1e30  # a log-probability of nothing; finite, so that its gradient is zero and not NaN
 
@@ -25,12 +26,14 @@ _NEVER = -1e30  # a log-probability of nothing; finite, so that its gradient is 
 class ModelSettings(layers.LayerSettings):
     """Everything that shapes the parameters; the layers' own are in LayerSettings.
 
-    backbone_width: C. neighbors: M. level, group: of the CellScheme. memory: "full" or "compact". positions: "factored"
-    or "sinusoidal". tie_tokens: neighbors and decoder share one token table. copy_head: mix in the next tokens of the
-    neighbors that agree with the tokens so far. neighbor_tokens: False hides the neighbors' tokens (ablation).
-    similarities: tell how near each neighbor is to the photo.
+    scheme: name of the tokens' own, in geo.schemes; level, group: of it. backbone_width: C. neighbors: M. memory:
+    "full" or "compact". positions: "factored" or "sinusoidal". tie_tokens: neighbors and decoder share one token table.
+    copy_head: mix in the next tokens of the neighbors that agree with the tokens so far. neighbor_tokens,
+    neighbor_embeddings: False hides these of the neighbors (ablation). neighbor_dropout: share of the neighbors that
+    are hidden in training, at random. similarities: tell how near each neighbor is to the photo.
     """
 
+    scheme: str
     level: int
     group: int
     backbone_width: int
@@ -42,21 +45,28 @@ class ModelSettings(layers.LayerSettings):
     tie_tokens: bool
     copy_head: bool
     neighbor_tokens: bool
+    neighbor_embeddings: bool
+    neighbor_dropout: float
     similarities: bool
 
     def __post_init__(self):
         super().__post_init__()
-        for name, choices in (("memory", ("full", "compact")), ("positions", ("factored", "sinusoidal"))):
+        for name, choices in (
+            ("scheme", tuple(SCHEMES)),
+            ("memory", ("full", "compact")),
+            ("positions", ("factored", "sinusoidal")),
+        ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"config.model.{name} is {getattr(self, name)!r}: choose one of {', '.join(choices)}")
+        SCHEMES[self.scheme](self.level, self.group)  # says what is wrong with them, or what is not installed
         if self.copy_head and not self.neighbor_tokens:
             raise ValueError(
                 "config.model.copy_head copies neighbors' tokens: set it False where neighbor_tokens is False"
             )
 
     @property
-    def cells(self) -> CellScheme:
-        return CellScheme(self.level, self.group)
+    def cells(self) -> Scheme:
+        return SCHEMES[self.scheme](self.level, self.group)
 
 
 class Memory(NamedTuple):
@@ -70,10 +80,16 @@ class Memory(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Decoding so far: keys and values [L, B, K, T, H, d] of the tokens, and which neighbors agree with them."""
+    """Decoding so far: keys and values [L, G, H, E, d] of the tokens in E slots, which neighbors agree with those of
+    each candidate, and the memory's keys and values head by head, which stay as they are.
 
-    past: tuple[Float[Array, "L B K T H d"], Float[Array, "L B K T H d"]]
+    G is B * K where each candidate has slots of its own, one a token, and B where the candidates of a photo share them
+    as the nodes of a tree.
+    """
+
+    past: tuple[Float[Array, "L G H E d"], Float[Array, "L G H E d"]]
     agree: Bool[Array, "B K M"]
+    memory: tuple[Float[Array, "L B H S d"], Float[Array, "L B H S d"]]
 
 
 class CopyHead(nnx.Module):
@@ -126,6 +142,7 @@ class GeoTokenModel(nnx.Module):
             s.memory,
             s.positions,
             s.neighbor_tokens,
+            s.neighbor_embeddings,
             s.similarities,
             s.dtype,
             rngs,
@@ -162,9 +179,10 @@ class GeoTokenModel(nnx.Module):
         key: jax.Array | None = None,
     ) -> Float[Array, "B T V"]:
         """Returns log-probabilities of every position's token given the true tokens before it."""
+        s = self.settings
+        neighbors = drop(neighbors, s.neighbor_dropout, None if key is None else jax.random.fold_in(key, 3))
         encode_key, decode_key, embed_key = layers.split(key, 3)
         memory = self.encode(query, neighbors, encode_key)
-        s = self.settings
         start = jnp.broadcast_to(self.start_embedding[...], (len(tokens), 1, s.width))
         x = jnp.concatenate([start, self._embed(self.token_table, tokens[:, :-1])], 1) + self._decoder_positions()
         x = sharding.constrain(layers.dropout(x.astype(jnp.dtype(s.dtype)), s.dropout, embed_key), "batch")
@@ -181,7 +199,7 @@ class GeoTokenModel(nnx.Module):
             same = jnp.concatenate([self._real(neighbors)[:, None], same], 1)
             agree = jnp.cumprod(same, 1).astype(bool)
         near = neighbors.tokens.swapaxes(1, 2)
-        return self._log_probabilities(x, "btd,tdv->btv", slice(None), memory, near, agree)
+        return self._log_probabilities(x, slice(None), memory, near, agree)
 
     def encode(self, query: Float[Array, "B 3 C"], neighbors: Neighbors, key: jax.Array | None = None) -> Memory:
         """Reads the photo and its neighbors once; the result serves every candidate."""
@@ -220,44 +238,71 @@ class GeoTokenModel(nnx.Module):
         x, _ = stack.scan(self.encoder, body, x, keys, s.remat)
         return (self.encoder_norm(x).astype(x.dtype) if s.norm == "pre" else x), lengths
 
-    def start(self, memory: Memory, candidates: int) -> Cache:
-        """Returns the empty cache of `candidates` decodings a photo."""
+    def start(self, memory: Memory, candidates: int, shared: int | None = None) -> Cache:
+        """Returns the empty cache of `candidates` decodings a photo, with T slots each, or `shared` slots together."""
         s = self.settings
         b = len(memory.lengths)
-        shape = (s.decoder_layers, b, candidates, s.cells.length, s.heads, s.width // s.heads)
-        past = jnp.zeros(shape, jnp.dtype(s.dtype))
+        groups, slots = (b, shared) if shared else (b * candidates, s.cells.length)
+        past = jnp.zeros((s.decoder_layers, groups, s.heads, slots, s.width // s.heads), jnp.dtype(s.dtype))
         real = self._real(memory.neighbors)[:, None]
-        return Cache((past, past), jnp.broadcast_to(real, (b, candidates, real.shape[-1])))
+        agree = jnp.broadcast_to(real, (b, candidates, real.shape[-1]))
+        # Without the barrier XLA turns what the encoder is made of instead, and again at every step (a small model's 30
+        # samples with their encoding, CPU: 24 against 16 ms).
+        by_head = jax.lax.optimization_barrier(tuple(part.swapaxes(2, 3) for part in memory.keys_values))
+        return Cache((past, past), agree, by_head)
 
     def step(
-        self, cache: Cache, memory: Memory, t: Int[Array, ""], previous: Int[Array, "B K"]
+        self,
+        cache: Cache,
+        memory: Memory,
+        t: Int[Array, ""] | Int[Array, "B K"],
+        previous: Int[Array, "B K"],
+        slot: Int[Array, ""] | None = None,
+        seen: Bool[Array, "B K E"] | None = None,
     ) -> tuple[Float[Array, "B K V"], Cache]:
-        """Returns log-probabilities of token t, and the cache after it. previous: token t - 1; anything at t = 0."""
+        """Returns log-probabilities of token t, and the cache after it. previous: token t - 1; anything at t = 0.
+
+        Where candidates share their slots each may stand at a t of its own; slot: where the first of them writes, the
+        others following it; seen: the slots that each looks at, its own among them.
+        """
         s = self.settings
         before = jnp.maximum(t - 1, 0)
+        first = (t == 0)[..., None]
         embedded = self.token_table[...][jnp.asarray(self.offsets)[before] + previous]
-        x = jnp.where(t == 0, self.start_embedding[...], embedded) + self._decoder_positions()[t]
+        x = jnp.where(first, self.start_embedding[...], embedded) + self._decoder_positions()[t]
         x = x.astype(jnp.dtype(s.dtype))
+        if seen is None:
+            slot, visible = t, (jnp.arange(s.cells.length) <= t)[None, None, None]
+        else:
+            visible = seen[:, None]
+        real = jnp.arange(cache.memory[0].shape[3]) < memory.lengths[:, None, None, None]
 
         def body(layer: Any, carry: Any, xs: Any) -> tuple[Any, None]:
             number, keys_values = xs
-            return layer.step(*carry, number, t, keys_values, memory.lengths), None
+            return layer.step(*carry, number, slot, visible, keys_values, real), None
 
-        numbered = (jnp.arange(s.decoder_layers), memory.keys_values)
+        numbered = (jnp.arange(s.decoder_layers), cache.memory)
         (x, past), _ = stack.scan(self.decoder, body, (x, cache.past), numbered)
         agree, tokens = cache.agree, None
         if s.copy_head:
-            agree = agree & ((t == 0) | (memory.neighbors.tokens[:, None, :, before] == previous[..., None]))
-            tokens = jnp.broadcast_to(memory.neighbors.tokens[:, None, :, t], agree.shape)
-        log_p = self._log_probabilities(x, "bkd,dv->bkv", t, memory, tokens, agree)
-        return log_p, Cache(past, agree)
+            near, at = memory.neighbors.tokens.swapaxes(1, 2), jnp.broadcast_to(t, previous.shape)
+            latest, tokens = (jnp.take_along_axis(near, i[..., None], 1) for i in (jnp.maximum(at - 1, 0), at))
+            agree = agree & (first | (latest == previous[..., None]))
+        log_p = self._log_probabilities(x, t, memory, tokens, agree)
+        return log_p, cache._replace(past=past, agree=agree)
 
-    def _log_probabilities(self, x: Array, product: str, t: Any, memory: Memory, tokens: Any, agree: Any) -> Array:
-        """product: of states and heads, as einsum has it. t: the positions that the states stand at."""
+    def _log_probabilities(self, x: Array, t: Any, memory: Memory, tokens: Any, agree: Any) -> Array:
+        """t: the position that the states [B, Q, D] stand at: all T, slice(None); one; or each its own [B, Q]."""
         if self.settings.norm == "pre":
             x = self.decoder_norm(x).astype(x.dtype)
-        logits = jnp.einsum(product, x, self.head[...][t].astype(x.dtype)).astype(jnp.float32)
-        logits = jnp.where(self._vocab_mask()[t], logits + self.head_bias[...][t], -jnp.inf)
+        head = self.head[...].astype(x.dtype)
+        if isinstance(t, slice):
+            logits = jnp.einsum("btd,tdv->btv", x, head)
+        elif t.ndim == 0:
+            logits = x @ head[t]
+        else:  # the heads of all positions, 176 columns at group 2, where to gather each state's own is 8,192 numbers
+            logits = jnp.take_along_axis(jnp.einsum("bqd,tdv->bqtv", x, head), t[..., None, None], 2)[:, :, 0]
+        logits = jnp.where(self._vocab_mask()[t], logits.astype(jnp.float32) + self.head_bias[...][t], -jnp.inf)
         if memory.copy_keys is None:
             return jax.nn.log_softmax(logits)
         return self.copy(logits, x, memory.copy_keys, tokens, agree)
@@ -276,3 +321,20 @@ class GeoTokenModel(nnx.Module):
 
     def _real(self, neighbors: Neighbors) -> Bool[Array, "B M"]:
         return jnp.arange(neighbors.tokens.shape[1]) < neighbors.count[:, None]
+
+    def states(self, memory: Memory, tokens: Int[Array, "B K T"]) -> Float[Array, "B K D"]:
+        """Returns the decoder's last output for each candidate, which all tokens but the last have gone into."""
+        s = self.settings
+
+        def one(tokens: Int[Array, "B T"]) -> Float[Array, "B D"]:
+            start = jnp.broadcast_to(self.start_embedding[...], (len(tokens), 1, s.width))
+            x = jnp.concatenate([start, self._embed(self.token_table, tokens[:, :-1])], 1) + self._decoder_positions()
+
+            def body(layer: Any, x: Array, keys_values: Any) -> tuple[Array, None]:
+                return layer(x, keys_values, memory.lengths, None), None
+
+            x = stack.scan(self.decoder, body, x.astype(jnp.dtype(s.dtype)), memory.keys_values)[0][:, -1]
+            return self.decoder_norm(x).astype(x.dtype) if s.norm == "pre" else x
+
+        # One candidate after another: all of them at once would repeat the memory K times.
+        return jnp.moveaxis(jax.lax.map(one, jnp.moveaxis(tokens, 1, 0)), 0, 1)

@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from geotoken_jax import sharding, stack
 from geotoken_jax.settings import SettingsError
@@ -97,6 +98,23 @@ def attention(
     """
     kernel = choose_kernel(kernel, k.shape[1])
     return jax.nn.dot_product_attention(q, k, v, is_causal=causal, key_value_seq_lengths=lengths, implementation=kernel)
+
+
+def attention_by_head(
+    q: Float[Array, "B H Q d"],
+    k: Float[Array, "B H S d"],
+    v: Float[Array, "B H S d"],
+    seen: Bool[Array, "#B #H #Q S"],
+) -> Float[Array, "B H Q d"]:
+    """Softmax attention of a few queries, as decoding has them, to keys and values that lie head by head.
+
+    So laid out each product reads them as they are: with the heads inside, as `attention` takes them, every step would
+    transpose them first (paper's shape, 31 candidates, CPU: 3.2 against 1.5 ms for the memory, 2.1 against 0.2 ms for
+    the tokens, a layer). The same on every device, whatever kernel is asked for.
+    """
+    logits = jnp.einsum("bhqd,bhsd->bhqs", q, k, preferred_element_type=jnp.float32) / np.sqrt(q.shape[-1])
+    weights = jax.nn.softmax(jnp.where(seen, logits, -1e30)).astype(v.dtype)
+    return jnp.einsum("bhqs,bhsd->bhqd", weights, v)
 
 
 def choose_kernel(asked: str, keys: int) -> Literal["xla", "cudnn"]:
@@ -229,44 +247,51 @@ class DecoderLayer(_Layer):
             k, v = self.attention.keys_values(y)
             return self.attention(self.attention.queries(y), k, v, causal=True)
 
-        return self._around(x, attend, memory, lengths, key)
+        def recall(y: Array) -> Array:
+            return self.memory_attention(self.memory_attention.queries(y), *memory, lengths=lengths)
+
+        return self._around(x, attend, recall, key)
 
     def step(
         self,
         x: Float[Array, "B K D"],
-        past: tuple[Float[Array, "L B K T H d"], Float[Array, "L B K T H d"]],
+        past: tuple[Float[Array, "L G H E d"], Float[Array, "L G H E d"]],
         number: Int[Array, ""],
-        t: Int[Array, ""],
-        memory: tuple[Float[Array, "B S H d"], Float[Array, "B S H d"]],
-        lengths: Int[Array, " B"] | None,
-    ) -> tuple[Float[Array, "B K D"], tuple[Float[Array, "L B K T H d"], Float[Array, "L B K T H d"]]]:
-        """Token t of K candidates that share one memory, by layer `number` of the stack.
+        slot: Int[Array, ""],
+        seen: Bool[Array, "#G #1 #Q E"],
+        memory: tuple[Float[Array, "B H S d"], Float[Array, "B H S d"]],
+        real: Bool[Array, "B 1 1 S"],
+    ) -> tuple[Float[Array, "B K D"], tuple[Float[Array, "L G H E d"], Float[Array, "L G H E d"]]]:
+        """One token of each of K candidates that share one memory, by layer `number` of the stack.
 
-        past: keys and values of all layers, of the tokens before t; carried whole, so that XLA changes it in place.
+        past: keys and values of all layers, of the tokens before; carried whole, so that XLA changes it in place. G is
+        B * K where each candidate has slots of its own, or B where the K share theirs; Q = B * K / G of them write, the
+        first at `slot`. seen: what each looks at, itself among it. real: the memory's positions that are real.
         """
+        groups, heads, _, d = past[0].shape[1:]
+
+        def grouped(y: Array) -> Array:
+            return y.reshape(groups, -1, heads, d).swapaxes(1, 2)
 
         def attend(y: Array) -> Array:
             nonlocal past
-            keys, values = self.attention.keys_values(y)
-            at = (number, 0, 0, t, 0, 0)
+            written = [grouped(z)[None] for z in self.attention.keys_values(y)]
+            at = (number, 0, 0, slot, 0)
             past = (
-                jax.lax.dynamic_update_slice(past[0], keys[None, :, :, None], at),
-                jax.lax.dynamic_update_slice(past[1], values[None, :, :, None], at),
+                jax.lax.dynamic_update_slice(past[0], written[0], at),
+                jax.lax.dynamic_update_slice(past[1], written[1], at),
             )
-            b, k, _, h, d = past[0].shape[1:]
-            q = self.attention.queries(y).reshape(b * k, 1, h, d)
-            keys, values = (p[number].reshape(b * k, -1, h, d) for p in past)
-            seen = jnp.full((b * k,), t + 1, jnp.int32)
-            return self.attention(q, keys, values, lengths=seen).reshape(b, k, -1)
-
-        return self._around(x, attend, memory, lengths, None), past
-
-    def _around(self, x: Array, attend: Callable, memory: Any, lengths: Any, key: jax.Array | None) -> Array:
-        keys = split(key, 4)
+            found = attention_by_head(grouped(self.attention.queries(y)), past[0][number], past[1][number], seen)
+            return self.attention.out(found.swapaxes(1, 2).reshape(y.shape))
 
         def recall(y: Array) -> Array:
-            return self.memory_attention(self.memory_attention.queries(y), *memory, lengths=lengths)
+            found = attention_by_head(self.memory_attention.queries(y).swapaxes(1, 2), *memory, real)
+            return self.memory_attention.out(found.swapaxes(1, 2).reshape(y.shape))
 
+        return self._around(x, attend, recall, None), past
+
+    def _around(self, x: Array, attend: Callable, recall: Callable, key: jax.Array | None) -> Array:
+        keys = split(key, 4)
         x = self._residual(self.norms[0], x, attend, keys[0])
         x = self._residual(self.norms[1], x, recall, keys[1])
         return self._residual(self.norms[2], x, lambda y: self.feed_forward(y, keys[2]), keys[3])

@@ -29,6 +29,21 @@ class Neighbors(NamedTuple):
     count: Int[Array, " B"]
 
 
+def drop(neighbors: Neighbors, rate: float, key: jax.Array | None) -> Neighbors:
+    """Hides each neighbor with chance `rate`, as if it had not been found; the others move up. Nothing without a key.
+
+    So that a model sees in training what it is like where the gallery has nothing near.
+    """
+    if key is None or rate == 0.0:
+        return neighbors
+    m = neighbors.tokens.shape[1]
+    hidden = jax.random.bernoulli(key, rate, neighbors.tokens.shape[:2]) | (jnp.arange(m) >= neighbors.count[:, None])
+    order = jnp.argsort(hidden, axis=1, stable=True)
+    embeddings = jnp.take_along_axis(neighbors.embeddings, order[..., None, None], 1)
+    tokens = jnp.take_along_axis(neighbors.tokens, order[..., None], 1)
+    return Neighbors(embeddings, tokens, jnp.sum(~hidden, 1, dtype=neighbors.count.dtype))
+
+
 class Projections(nnx.Module):
     """Three two-layer MLPs (image, location, text), shared by photo and neighbors, then L2 normalization."""
 
@@ -54,13 +69,14 @@ class MemoryBuilder(nnx.Module):
 
     form: "full" or "compact". positions: "sinusoidal" (flat, as published) or "factored" (learned vectors for the
     neighbor's rank and for the kind of position; levels are told apart by the token table's own slices).
-    neighbor_tokens: False leaves the neighbors' tokens out (the ablation). similarities: tell how near each neighbor
-    is, by the cosines of its three vectors with the photo's: what ranked it, and what projections to D cannot keep.
+    neighbor_tokens, neighbor_embeddings: False leaves these of the neighbors out (the ablation). similarities: tell how
+    near each neighbor is, by the cosines of its three vectors with the photo's: what ranked it, and what projections to
+    D cannot keep.
     """
 
     def __init__(
         self, backbone_width: int, width: int, neighbors: int, form: str, positions: str, neighbor_tokens: bool,
-        similarities: bool, dtype: str, rngs: nnx.Rngs,
+        neighbor_embeddings: bool, similarities: bool, dtype: str, rngs: nnx.Rngs,
     ):  # fmt: skip
         normal = nnx.initializers.normal(0.02)
         self.projections = Projections(backbone_width, width, dtype, rngs)
@@ -75,7 +91,7 @@ class MemoryBuilder(nnx.Module):
             self.similar_up = sharding.linear(3, width, (None, "mlp"), rngs=rngs)
             self.similar_down = sharding.linear(width, width, ("mlp", "embed"), rngs=rngs)
         self.similarities = similarities
-        self.form, self.neighbor_tokens = form, neighbor_tokens
+        self.form, self.neighbor_tokens, self.neighbor_embeddings = form, neighbor_tokens, neighbor_embeddings
         self.dtype = jnp.dtype(dtype)
 
     def __call__(
@@ -88,9 +104,11 @@ class MemoryBuilder(nnx.Module):
         b, m = neighbors.tokens.shape[:2]
         photo = self.projections(query)
         found = self.projections(neighbors.embeddings)
+        if not self.neighbor_embeddings:
+            found = jnp.zeros_like(found)
         cls = jnp.broadcast_to(self.cls[...].astype(self.dtype), (b, 1, photo.shape[-1]))
         head = jnp.concatenate([cls, photo], 1)
-        if self.similarities:
+        if self.similarities and self.neighbor_embeddings:
             near = jax.nn.gelu(self.similar_up(cosines(query, neighbors.embeddings)))
             found = found + self.similar_down(near).astype(self.dtype)[:, :, None]
         if self.factored:
@@ -107,7 +125,7 @@ class MemoryBuilder(nnx.Module):
         if self.form == "compact":
             body = body.sum(2, keepdims=True)
         per_neighbor = body.shape[2]
-        x = jnp.concatenate([head, body.reshape(b, m * per_neighbor, -1)], 1)
+        x = jnp.concatenate([head, body.reshape(b, m * per_neighbor, body.shape[-1])], 1)
         if not self.factored:
             x = x + sinusoidal(x.shape[1], x.shape[2]).astype(self.dtype)
         return x, 4 + neighbors.count * per_neighbor

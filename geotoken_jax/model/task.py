@@ -39,8 +39,9 @@ class GeoTokenTask:
         decode: Callable[[GeoTokenModel, Memory], Any] | None = None,
     ):
         """decode: gives `tokens` [B, K, T], the best first, with which evaluation measures distances; None: it does
-        not."""
-        self.model, self.settings, self._lookup, self._decode = model, settings, lookup, decode
+        not, and neither where the model's cells cannot be decoded in a compiled step."""
+        self.model, self.settings, self._lookup = model, settings, lookup
+        self._decode = decode if model.cells.traceable else None
         self.flops = flops.per_example(model)
 
     def init(self, rngs: nnx.Rngs) -> GeoTokenModel:

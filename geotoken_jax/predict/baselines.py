@@ -101,6 +101,8 @@ def _top1(config: Any, path: epath.Path, folder: epath.Path, train: Train | None
 def _knn(config: Any, path: epath.Path, folder: epath.Path, train: Train | None) -> tuple[Answer, dict[str, Any]]:
     """Answers with the neighbor around which the density of all is highest (Vo et al. 2017, section 3)."""
     del folder, train
+    from geotoken_jax.predict.select import density
+
     options = settings.read(KnnSettings, config.baselines.knn, "baselines.knn")
     recorded = workdir.read_manifest(path, "neighbors").settings["index"]["neighbors"]["count"]
     if options.neighbors > recorded:
@@ -113,22 +115,10 @@ def _knn(config: Any, path: epath.Path, folder: epath.Path, train: Train | None)
     def answer(split: str) -> Iterator[dict[str, Any]]:
         for photo, rows, scores in _near(path, split, options.neighbors):
             coordinates = gallery.coordinates(rows)
-            found = density(coordinates, scores, options)
+            found = density(coordinates, coordinates, scores, options.temperature, options.sigma_km)
             yield _line(photo, coordinates, np.log(found / found.sum()))
 
     return answer, {}
-
-
-def density(
-    coordinates: Float[np.ndarray, "k 2"], scores: Float[np.ndarray, "k"], options: KnnSettings
-) -> Float[np.ndarray, "k"]:
-    """Returns the neighbors' density at each of them, in (0, 1]: 1 where all of their weight is on one place."""
-    from geotoken_jax.geo.distance import great_circle_km
-
-    weights = np.exp((scores - scores.max()) / options.temperature)
-    latitude, longitude = coordinates.T
-    km = great_circle_km(latitude[:, None], longitude[:, None], latitude, longitude)
-    return np.exp(-0.5 * (km / options.sigma_km) ** 2) @ (weights / weights.sum())
 
 
 def _geoclip(config: Any, path: epath.Path, folder: epath.Path, train: Train | None) -> tuple[Answer, dict[str, Any]]:

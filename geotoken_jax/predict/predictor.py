@@ -17,9 +17,13 @@ from geotoken_jax.data.join import neighbors
 from geotoken_jax.gallery import index
 from geotoken_jax.gallery.neighbors import find
 from geotoken_jax.gallery.table import Table, index_vectors
-from geotoken_jax.geo.distance import great_circle_km
+from geotoken_jax.geo.distance import THRESHOLDS_KM, great_circle_km
 from geotoken_jax.model.geotoken import GeoTokenModel, ModelSettings
-from geotoken_jax.predict.decode import Decoder, PredictSettings, answers
+from geotoken_jax.predict.answer import Answerer, with_radii
+from geotoken_jax.predict.decode import Decoder, PredictSettings
+from geotoken_jax.predict.select import Parts
+from geotoken_jax.predict.stage import chooser
+from geotoken_jax.predict.uncertainty import UNCALIBRATED, Calibration
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,18 +47,33 @@ class Neighbor:
 
 
 @dataclasses.dataclass(frozen=True)
+class Cell:
+    """An S2 cell that the photo may be from: its level, its center in degrees, and the model's probability of it."""
+
+    level: int
+    latitude: float
+    longitude: float
+    probability: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Prediction:
     """Where a photo was taken: degrees.
 
-    radius_km: of the circle around the answer that holds half of the samples (GeoCLIP's: half of the probability); of
-    the tempered distribution, and not calibrated. candidates: distinct ones, most probable first. neighbors: best
-    first; none where a model looks at none.
+    radius_km, radius_90_km: of the circles around the answer that hold half and 90 % of the probability. within: the
+    probability that the answer is no farther off than 1, 25, 200, 750 and 2500 km. An export of a model whose places
+    were searched has these calibrated on its validation photos; else they are shares of the samples (GeoCLIP's: of its
+    gallery's probability). candidates: distinct ones, most probable first. cells: disjoint ones, most probable first;
+    what they lack to 1 is elsewhere. neighbors: best first. None of either where a model has none.
     """
 
     latitude: float
     longitude: float
     radius_km: float
+    radius_90_km: float
+    within: dict[int, float]
     candidates: tuple[Candidate, ...]
+    cells: tuple[Cell, ...]
     neighbors: tuple[Neighbor, ...]
 
 
@@ -99,10 +118,14 @@ class GeoToken(Predictor):
         model = checkpoint.read_module(
             folder / "geotoken.safetensors", lambda rngs: GeoTokenModel(model_settings, rngs)
         )
-        self._decoder = Decoder(model, settings.read(PredictSettings, config["predict"], "predict"))
-        self.batch_size = self._decoder.settings.batch_size
-        self._neighbors = model_settings.neighbors
+        options = settings.read(PredictSettings, config["predict"], "predict")
         self._gallery = Table(folder / "gallery")
+        decoder = Decoder(model, options, self._gallery)
+        learned = chooser(config["learned"], lambda name: folder / name, self._gallery, model, lambda: self._aligned)
+        self._answerer = Answerer(decoder, Parts(options.vote, lambda: self._aligned, learned))
+        calibrated = folder / "calibration.json"
+        self._calibration = Calibration.load(calibrated) if calibrated.exists() else UNCALIBRATED
+        self.batch_size = options.batch_size
         self._index = index.load(folder / "gallery" / "index", config["index"]["threads"])
 
     @classmethod
@@ -113,11 +136,11 @@ class GeoToken(Predictor):
     def _predict(self, photos: Sequence[Any]) -> list[Prediction]:
         prepared = np.stack([self._backbone.prepare(photo) for photo in photos])
         vectors = embeddings(self._aligned, self._backbone.images(prepared))
-        rows, scores = find(self._index, index_vectors(vectors), self._neighbors)
-        batch = {"query": vectors, **neighbors(self._gallery, rows, self._decoder.cells)}
+        decoder = self._answerer.decoder
+        rows, scores = find(self._index, index_vectors(vectors), decoder.neighbors)
+        batch = {"query": vectors, **neighbors(self._gallery, rows, decoder.cells)}
         # The samples of a photo are the same whichever others come with it.
-        candidates = self._decoder(batch, np.zeros(len(photos), np.int64))
-        found = answers(candidates, self._decoder.cells, self._decoder.settings.choice)
+        answers, places = self._answerer(batch, rows, scores, np.zeros(len(photos), np.int64))
         near = [
             tuple(
                 Neighbor(
@@ -128,27 +151,29 @@ class GeoToken(Predictor):
             )
             for pair in zip(rows, scores, strict=True)
         ]
+        found = with_radii(answers, places, self._calibration)
         return [_prediction(answer, n) for answer, n in zip(found, near, strict=True)]
 
 
 def _prediction(answer: dict[str, Any], near: tuple[Neighbor, ...]) -> Prediction:
-    listed = answer["candidates"]
-    latitude, longitude, log_p, count = (
-        np.array([c[name] for c in listed]) for name in ("latitude", "longitude", "log_probability", "count")
-    )
-    radius = half_within(
-        np.array([answer["latitude"], answer["longitude"]]), np.stack([latitude, longitude], -1), count
-    )
-    candidates = tuple(
-        Candidate(float(latitude[i]), float(longitude[i]), float(np.exp(log_p[i])))
-        for i in np.argsort(-log_p, kind="stable")
-    )
-    return Prediction(answer["latitude"], answer["longitude"], radius, candidates, near)
+    listed = sorted(answer["candidates"], key=lambda c: -c["log_probability"])
+    candidates = tuple(Candidate(c["latitude"], c["longitude"], float(np.exp(c["log_probability"]))) for c in listed)
+    latitude, longitude = answer["latitude"], answer["longitude"]
+    if "radius_km" in answer:
+        sure = answer["radius_km"]["50"], answer["radius_km"]["90"], {int(k): p for k, p in answer["within"].items()}
+    else:
+        places = np.array([(c["latitude"], c["longitude"]) for c in listed])
+        sure = spread(np.array([latitude, longitude]), places, np.array([c["count"] for c in listed]))
+    cells = tuple(Cell(*cell) for cell in answer.get("cells", ()))
+    return Prediction(latitude, longitude, *sure, candidates, cells, near)
 
 
-def half_within(at: Float[np.ndarray, "2"], places: Float[np.ndarray, "n 2"], weights: Num[np.ndarray, " n"]) -> float:
-    """Returns the least distance in km from a place, in degrees, within which half of the places' weight is."""
+def spread(
+    at: Float[np.ndarray, "2"], places: Float[np.ndarray, "n 2"], weights: Num[np.ndarray, " n"]
+) -> tuple[float, float, dict[int, float]]:
+    """Returns Prediction's radius_km, radius_90_km and within of an answer, in degrees, by the weight of places."""
     km = great_circle_km(*at, *places.T)
     nearest_first = np.argsort(km, kind="stable")
-    half = np.searchsorted(np.cumsum(weights[nearest_first]), weights.sum() / 2)
-    return float(km[nearest_first[half]])
+    share = np.cumsum(weights[nearest_first]) / weights.sum()
+    half, most = (float(km[nearest_first[np.searchsorted(share, p - 1e-6)]]) for p in (0.5, 0.9))
+    return half, most, {limit: float(weights[km <= limit].sum() / weights.sum()) for limit in THRESHOLDS_KM}

@@ -10,8 +10,8 @@ from geotoken_jax.model.geotoken import GeoTokenModel, Memory
 
 
 class Candidates(NamedTuple):
-    """Decoded token sequences [B, K, T] with their log-probability, in nats, under the model itself and under its
-    distribution tempered as they were sampled."""
+    """Decoded token sequences [B, K, T] with their log-probability, in nats, under the model itself and under the
+    distribution that they were sampled from: tempered, and cut to the nucleus."""
 
     tokens: Int[Array, "B K T"]
     log_probability: Float[Array, "B K"]
@@ -25,11 +25,18 @@ def greedy(model: GeoTokenModel, memory: Memory) -> Candidates:
 
 
 def sample(
-    model: GeoTokenModel, memory: Memory, keys: Key[Array, " B"], samples: int, temperature: float
+    model: GeoTokenModel,
+    memory: Memory,
+    keys: Key[Array, " B"],
+    samples: int,
+    temperature: float,
+    top_p: float = 1.0,
 ) -> Candidates:
     """Returns 1 + samples candidates a photo: the greedy one first, then independent samples.
 
-    keys: one a photo, so that a photo's candidates do not depend on the batch it is in. temperature: > 0.
+    keys: one a photo, so that a photo's candidates do not depend on the batch it is in. temperature: > 0. top_p: in
+    (0, 1]; of each token's tempered distribution the fewest values that hold so much are drawn from (nucleus sampling,
+    Holtzman et al. 2020, arXiv 1904.09751).
     """
     length = model.settings.cells.length
     vocabulary = max(model.settings.cells.vocab_sizes)
@@ -40,16 +47,27 @@ def sample(
             drawn = jax.random.gumbel(jax.random.fold_in(key, t), (samples, vocabulary))
             return jnp.concatenate([jnp.zeros((1, vocabulary)), drawn])  # candidate 0 is greedy
 
-        return jnp.argmax(log_p / temperature + jax.vmap(noise)(keys), -1).astype(jnp.int32)
+        return jnp.argmax(log_p + jax.vmap(noise)(keys), -1).astype(jnp.int32)
 
     def step(carry: tuple, t: Array) -> tuple[tuple, tuple]:
         cache, previous = carry
         log_p, cache = model.step(cache, memory, t, previous)
-        token = choose(log_p, t)
         tempered = jax.nn.log_softmax(log_p / temperature)
+        if top_p < 1.0:
+            tempered = nucleus(tempered, top_p)
+        token = choose(tempered, t)
         taken = [jnp.take_along_axis(p, token[..., None], -1)[..., 0] for p in (log_p, tempered)]
         return (cache, token), (token, *taken)
 
     start = (model.start(memory, 1 + samples), jnp.zeros((batch, 1 + samples), jnp.int32))
     _, (tokens, log_p, tempered) = jax.lax.scan(step, start, jnp.arange(length))
     return Candidates(jnp.moveaxis(tokens, 0, -1), log_p.sum(0), tempered.sum(0))
+
+
+def nucleus(log_p: Float[Array, "... V"], top_p: float) -> Float[Array, "... V"]:
+    """Returns log-probabilities of the fewest most probable values that hold top_p, made to sum to 1; -inf of the
+    others. Values as probable as the last of them stay with it."""
+    falling = -jnp.sort(-log_p)
+    p = jnp.exp(falling)
+    last = jnp.where(jnp.cumsum(p, -1) - p < top_p, falling, jnp.inf).min(-1, keepdims=True)
+    return jax.nn.log_softmax(jnp.where(log_p >= last, log_p, -jnp.inf))

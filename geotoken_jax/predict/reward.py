@@ -1,0 +1,60 @@
+"""The reward head as a selector: the candidate whose last output of the decoder promises most (paper, section 3.5)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import nnx
+from jaxtyping import Float32, Int
+
+from geotoken_jax import checkpoint
+from geotoken_jax.model.geotoken import GeoTokenModel
+from geotoken_jax.model.memory import Neighbors
+from geotoken_jax.model.reward import RewardSettings, RewardTask
+from geotoken_jax.model.verifier import choose
+from geotoken_jax.predict.pool import Pool
+
+#: Photos at once, always, so that one shape is compiled.
+_BATCH = 64
+
+
+class States:
+    """The decoder's last output for every candidate of a pool."""
+
+    def __init__(self, model: GeoTokenModel):
+        self._cells = model.settings.cells
+        graph, self._state = nnx.split(model)
+
+        def run(state: nnx.State, query: jax.Array, neighbors: Neighbors, tokens: jax.Array) -> jax.Array:
+            model = nnx.merge(graph, state)
+            return model.states(model.encode(query, neighbors), tokens)
+
+        self._run = jax.jit(run)
+
+    def __call__(self, pool: Pool) -> Float32[np.ndarray, "b K D"]:
+        """Every candidate sees its own photo's neighbors, all of them."""
+        b, found = len(pool.query), []
+        for first in range(0, b, _BATCH):
+            rows = np.minimum(np.arange(first, first + _BATCH), b - 1)
+            near = np.moveaxis(pool.neighbor_coordinates[rows], -1, 0)
+            tokens = jnp.asarray(self._cells.encode(*near), jnp.int32)
+            neighbors = Neighbors(jnp.asarray(pool.neighbors[rows]), tokens, jnp.asarray(pool.neighbor_count[rows]))
+            states = self._run(self._state, pool.query[rows], neighbors, pool.candidates.tokens[rows])
+            found.append(np.asarray(states, np.float32)[: b - first])
+        return np.concatenate(found)
+
+
+class Reward:
+    """A trained reward head as a selector."""
+
+    def __init__(self, folder: epath.PathLike, options: RewardSettings, model: GeoTokenModel):
+        """folder: what `learn.reward` made, reward/VARIANT."""
+        task = RewardTask(options, model.settings.width)
+        head = checkpoint.read_module(epath.Path(folder) / "parameters.safetensors", task.init)
+        self._states = States(model)
+        graph, self._state = nnx.split(head)
+        self._run = jax.jit(lambda state, states: choose(nnx.merge(graph, state)(states)))
+
+    def __call__(self, pool: Pool) -> Int[np.ndarray, " b"]:
+        """Returns the index of the candidate with the most expected accuracy, over all thresholds alike."""
+        return np.asarray(self._run(self._state, self._states(pool)))

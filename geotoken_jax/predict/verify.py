@@ -1,0 +1,323 @@
+"""The verifier at work: what is known of each candidate of a pool, and the choice that is made of it.
+
+A candidate is compared with the gallery photos that lie nearest to it, most of which retrieval never returned: how
+alike they and the photo are, to the trained comparator and to the backbone, is what the decoder could not weigh. Nor
+need the answer be a candidate: the place of the whole gallery around which most photos are alike is one too.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import nnx
+from jaxtyping import Float, Float32, Int, Int32
+from scipy.spatial import KDTree
+
+from geotoken_jax import checkpoint, records
+from geotoken_jax.align.heads import AlignModel
+from geotoken_jax.gallery import index, neighbors
+from geotoken_jax.gallery.table import Table
+from geotoken_jax.geo.distance import EARTH_RADIUS_KM, THRESHOLDS_KM, great_circle_km, pairwise_km, to_unit_vectors
+from geotoken_jax.model.verifier import (
+    Comparator,
+    ComparatorSettings,
+    ComparatorTask,
+    JudgeSettings,
+    JudgeTask,
+    choose,
+)
+from geotoken_jax.predict import places
+from geotoken_jax.predict.pool import Pool
+from geotoken_jax.predict.pool import parts as photos_of
+from geotoken_jax.predict.select import Selector, log_probability
+
+#: Distances over which what a gallery photo says of a place falls off, as a Gaussian does.
+WIDTHS_KM = (3, 10, 30, 100, 300)
+#: The one of them that the comparator alone chooses by: on EarthView's validation 30 is as good, 10 and 300 less so.
+_WIDTH_KM = 100
+#: Width of the density over the whole gallery: of 30, 60 and 100 the best on EarthView's validation.
+_POINT_KM = 60
+#: Features that `_alike` gives, of the comparator first.
+_ALIKE = len(WIDTHS_KM) + 3
+#: Factor on cosines, before they are summed as exponentials: on EarthView's validation 30 and 50 are alike.
+_SHARPNESS = 40.0
+#: Nats that a candidate is behind the best of its pool at most: further back it is out.
+_FLOOR = 8.0
+#: Temperature of retrieval's scores, as of the baseline `knn`.
+_TEMPERATURE = 0.05
+#: Photos looked at together: of 31 candidates and 64 photos around each they are 0.5 million pairs.
+_BATCH = 256
+#: The ways in which a verifier takes a candidate, and a place of the whole gallery.
+CHOICES, POINTS = ("verifier", "comparator", "likeness"), ("point_comparator", "point_likeness")
+#: Images encoded at once, always, so that one shape is compiled.
+_BLOCK = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifierSettings:
+    """near: gallery photos around each candidate that the photo is compared with. alike: looks of the whole gallery,
+    the most alike to the comparator, among whose places an answer may be."""
+
+    near: int
+    alike: int
+    comparator: ComparatorSettings
+    judge: JudgeSettings
+
+
+class Looks:
+    """Every gallery photo, and behind them all views of them where there are any, as image embeddings.
+
+    of [N, 1 + V]: the looks of each gallery photo, itself first; one of fewer views has itself again. owner: of each
+    look, the gallery row.
+    """
+
+    def __init__(self, gallery: Table, views: Float[np.ndarray, "W C"], owner: Int[np.ndarray, " W"]):
+        """views: image embeddings of views, maybe none. owner: gallery rows of their photos."""
+        own = np.arange(len(gallery))
+        self.owner = np.concatenate([own, owner])
+        order = np.argsort(owner, kind="stable")
+        first, last = (np.searchsorted(owner[order], own, side)[:, None] for side in ("left", "right"))
+        v = np.arange((last - first).max())
+        found = len(own) + order[np.minimum(first + v, len(order) - 1)]
+        self.of = np.concatenate([own[:, None], np.where(v < last - first, found, own[:, None])], 1)
+        self._gallery, self._views = gallery, views
+
+    def __len__(self) -> int:
+        return len(self.owner)
+
+    def images(self, rows: Int[np.ndarray, " m"]) -> Float32[np.ndarray, "m C"]:
+        """Returns the embeddings of looks."""
+        n = len(self._gallery)
+        found = np.empty((len(rows), self._gallery.width), np.float32)
+        inside = rows < n
+        found[inside] = self._gallery.embeddings(rows[inside])[:, 0]
+        found[~inside] = self._views[rows[~inside] - n]
+        return found
+
+
+class Around:
+    """The gallery photos nearest to a place: a tree over points of the sphere."""
+
+    def __init__(self, coordinates: Float[np.ndarray, "N 2"]):
+        self._tree = KDTree(to_unit_vectors(*coordinates.T))
+
+    def __call__(
+        self, coordinates: Float[np.ndarray, "n 2"], k: int
+    ) -> tuple[Int[np.ndarray, "n k"], Float[np.ndarray, "n k"]]:
+        """Returns rows of the k nearest, or of all there are, and their distances in km."""
+        k = min(k, self._tree.n)
+        chord, rows = map(np.asarray, self._tree.query(to_unit_vectors(*coordinates.T), k))
+        rows, chord = (found.reshape(len(coordinates), k) for found in (rows, chord))  # of k = 1 it drops the axis
+        return rows, 2 * EARTH_RADIUS_KM * np.arcsin(np.minimum(chord / 2, 1))
+
+
+def encode(comparator: Comparator, images: Float[np.ndarray, "n C"]) -> Float32[np.ndarray, "n D"]:
+    """Returns the comparator's vectors of image embeddings."""
+    graph, state = nnx.split(comparator)
+    parts = [np.zeros((0, comparator.output.out_features), np.float32)]
+    for first in range(0, len(images), _BLOCK):
+        part = np.asarray(images[first : first + _BLOCK], np.float32)
+        block = np.zeros((_BLOCK, images.shape[1]), np.float32)
+        block[: len(part)] = part
+        parts.append(np.asarray(_encode(graph, state, block))[: len(part)])
+    return np.concatenate(parts)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(graph: nnx.GraphDef, state: nnx.State, images: np.ndarray) -> jax.Array:
+    return nnx.merge(graph, state)(images)
+
+
+class Evidence:
+    """Gathers what is known of the candidates of pools, as features, and of places of the whole gallery."""
+
+    def __init__(
+        self, near: int, comparator: Comparator, keys: np.ndarray, looks: Looks, gallery: Table, aligned: AlignModel
+    ):
+        """near: photos around each candidate. keys [len(looks), D]: what `encode` gives of all looks."""
+        self._near, self._comparator, self._keys, self._looks = near, comparator, keys, looks
+        self._coordinates = gallery.coordinates()
+        self._around = Around(self._coordinates)
+        graph, state = nnx.split(aligned.location)
+        run = jax.jit(lambda state, x: nnx.merge(graph, state)(x))
+        self._location = lambda coordinates: np.asarray(run(state, jnp.asarray(coordinates, jnp.float32)))
+
+    def __call__(self, pool: Pool) -> Float32[np.ndarray, "b K F"]:
+        """Returns features; gallery photos that a rule of the pool excludes are not looked at."""
+        starts = range(0, len(pool.coordinates), _BATCH)
+        return np.concatenate(
+            [self._features(photos_of(pool, np.arange(n, min(n + _BATCH, len(pool.coordinates))))) for n in starts]
+        )
+
+    def densest(self, pool: Pool, alike: int) -> tuple[Float[np.ndarray, "b 2"], ...]:
+        """Returns the places, of the photos whose looks are most alike to the comparator, that are best by the density
+        of these photos, weighted by how alike they are: to the comparator alone, and to the backbone too.
+
+        Where all that comes near is excluded, the most probable candidate.
+        """
+        images = np.asarray(pool.query[:, 0], np.float32)
+        query, owner = encode(self._comparator, images), self._looks.owner
+        exclude = [lambda queries, rows, rule=rule: rule(queries, owner[rows]) for rule in pool.exclude]
+        looks = neighbors.find(self, query, min(alike, len(owner)), exclude)[0]
+        rows = np.sort(np.where(looks < 0, len(self._coordinates), owner[looks]), 1)
+        # Nobody, and another look of the same photo.
+        left_out = (rows == len(self._coordinates)) | np.pad(rows[:, 1:] == rows[:, :-1], ((0, 0), (1, 0)))
+        rows = np.minimum(rows, len(self._coordinates) - 1)
+        at = self._coordinates[rows]
+        kernel = np.exp(-0.5 * (pairwise_km(at, at) / _POINT_KM) ** 2)
+        learned, plain = (
+            np.log(np.einsum("bnm,bm->bn", kernel, np.where(left_out, 0, np.exp(_SHARPNESS * (s - 1)))) + 1e-30)
+            for s in self._similar(images, query, rows)
+        )
+        nobody = np.take_along_axis(pool.coordinates, log_probability(pool)[:, None, None], 1)[:, 0]
+        return tuple(
+            np.where(left_out.all(1)[:, None], nobody, at[np.arange(len(at)), np.where(left_out, -np.inf, s).argmax(1)])
+            for s in (learned, learned + plain)
+        )
+
+    def search(
+        self, queries: Float32[np.ndarray, "n D"], k: int
+    ) -> tuple[Int32[np.ndarray, "n k"], Float32[np.ndarray, "n k"]]:
+        """Returns the k looks most alike to the comparator (an Index of all of them), and their cosines."""
+        return index.exact(self._keys, queries, k)
+
+    def _features(self, pool: Pool) -> Float32[np.ndarray, "b K F"]:
+        b, k = pool.coordinates.shape[:2]
+        rows, km = self._around(pool.coordinates.reshape(-1, 2), self._near)
+        rows, km = rows.reshape(b, -1), km.reshape(b, k, -1)
+        hidden = np.zeros(rows.shape, bool)
+        for rule in pool.exclude:
+            hidden |= rule(np.arange(b), rows)
+        km = np.where(hidden.reshape(km.shape), np.inf, km)
+        images = np.asarray(pool.query[:, 0], np.float32)
+        columns = []
+        for similar in self._similar(images, encode(self._comparator, images), rows):
+            columns += _alike(similar.reshape(km.shape), km)
+        columns += [*_of_pool(pool), *_of_neighbors(pool), self._of_place(pool), np.log1p(np.minimum(km.min(-1), 2e4))]
+        return np.stack(columns, -1).astype(np.float32)
+
+    def _similar(
+        self, images: Float32[np.ndarray, "b C"], query: Float32[np.ndarray, "b D"], rows: Int[np.ndarray, "b n"]
+    ) -> Iterator[Float32[np.ndarray, "b n"]]:
+        """Yields the cosines of photos and those of gallery rows, of the most alike look: the comparator's, then the
+        backbone's. Each look is read once, for all photos."""
+        unique, place = np.unique(rows, return_inverse=True)
+        looks, versions = np.unique(self._looks.of[unique], return_inverse=True)
+        for mine, keys in (
+            (query, np.asarray(self._keys[looks], np.float32)),
+            (_unit(images), _unit(self._looks.images(looks))),
+        ):
+            found = (mine @ keys.T)[:, versions.reshape(-1, self._looks.of.shape[1])].max(-1)
+            yield np.take_along_axis(found, place.reshape(rows.shape), 1)
+
+    def _of_place(self, pool: Pool) -> np.ndarray:
+        """Returns the cosine of the photo's location vector and the candidates' encoded coordinates."""
+        b, k = pool.coordinates.shape[:2]
+        encoded = _unit(self._location(pool.coordinates.reshape(-1, 2))).reshape(b, k, -1)
+        return np.einsum("bkc,bc->bk", encoded, _unit(np.asarray(pool.query[:, 1], np.float32)))
+
+
+def _alike(similar: Float[np.ndarray, "b K n"], km: Float[np.ndarray, "b K n"]) -> list[Float[np.ndarray, "b K"]]:
+    """Returns how alike a photo and those around each candidate are, nearer ones counting for more, at several widths;
+    the most alike within 25 and 200 km; all in nats, against the pool's best and no less than -8; and that best's
+    cosine. km: inf for a photo that may not be seen."""
+    raised = np.exp(_SHARPNESS * (similar - 1))
+    found = [np.log((raised * np.exp(-0.5 * (km / w) ** 2)).sum(-1) + 1e-30) for w in WIDTHS_KM]
+    most = [np.where(km <= limit, similar, -1.0).max(-1) for limit in (25, 200)]
+    found += [_SHARPNESS * m for m in most]
+    best = np.broadcast_to(most[1].max(1, keepdims=True), most[1].shape)
+    return [*(np.maximum(f - f.max(1, keepdims=True), -_FLOOR) for f in found), best]
+
+
+def _of_pool(pool: Pool) -> list[Float[np.ndarray, "b K"]]:
+    """Returns log-probabilities, how far they are from the pool's best, and the share of candidates within each
+    threshold: the expected accuracy of a candidate, were the truth drawn from the pool."""
+    found = []
+    for log_p in (pool.candidates.tempered_log_probability, pool.candidates.log_probability):
+        found += [log_p, np.maximum(log_p - log_p.max(1, keepdims=True), -_FLOOR)]
+    latitude, longitude = np.moveaxis(pool.coordinates, -1, 0)
+    km = great_circle_km(latitude[:, :, None], longitude[:, :, None], latitude[:, None], longitude[:, None])
+    return found + [(km <= limit).mean(-1) for limit in THRESHOLDS_KM]
+
+
+def _of_neighbors(pool: Pool) -> list[Float[np.ndarray, "b K"]]:
+    """Returns the density of the photo's neighbors at each candidate, at several widths, the best one's score, and the
+    logarithm of the distance to the nearest."""
+    there = np.arange(pool.neighbor_scores.shape[1]) < pool.neighbor_count[:, None]
+    scores = np.where(there, pool.neighbor_scores, -np.inf)
+    best = np.where(there.any(1), scores.max(1), -3.0)[:, None]
+    weights = np.exp((scores - best) / _TEMPERATURE)
+    weights /= np.maximum(weights.sum(1, keepdims=True), 1e-9)
+    near, candidate = (np.moveaxis(c, -1, 0) for c in (pool.neighbor_coordinates, pool.coordinates))
+    km = great_circle_km(*candidate[..., None], *near[:, :, None])
+    km = np.where(there[:, None], km, 2e4)
+    density = [np.einsum("bkm,bm->bk", np.exp(-0.5 * (km / w) ** 2), weights) for w in WIDTHS_KM]
+    return [*density, np.broadcast_to(best, km.shape[:2]), np.log1p(km.min(-1))]
+
+
+class Verifier:
+    """A trained verifier: five selectors, which share their work."""
+
+    def __init__(self, folder: epath.PathLike, options: VerifierSettings, gallery: Table, aligned: AlignModel):
+        """folder: what `learn.verifier` made of this gallery, verifier/VARIANT."""
+        folder = epath.Path(folder)
+        task = ComparatorTask(options.comparator, np.zeros(gallery.width, np.float32))
+        comparator = checkpoint.read_module(folder / "comparator" / "parameters.safetensors", task.init)
+        looks, keys = open_looks(folder, gallery), places.open(folder / "keys.npy")
+        if len(keys) != len(looks):
+            raise ValueError(f"{folder / 'keys.npy'} is of {len(keys):,} photos, and there are {len(looks):,}")
+        self._evidence, self._alike = Evidence(options.near, comparator, keys, looks, gallery, aligned), options.alike
+        judge = JudgeTask(options.judge, np.load(folder / "moments.npy"))
+        self._judge = checkpoint.read_module(folder / "judge" / "parameters.safetensors", judge.init)
+        self._choices, self._points = _once(self.choices), _once(self.points)
+
+    def selector(self, name: str) -> Selector:
+        """Returns what chooses in one of the ways of `choices` and `points`."""
+        way = self._points if name in POINTS else self._choices
+        return lambda pool: way(pool)[name]
+
+    def within(self, pool: Pool) -> Float32[np.ndarray, "b K 5"]:
+        """Returns the probability, not calibrated, of each candidate's being within each of THRESHOLDS_KM."""
+        return np.asarray(jax.nn.sigmoid(self._judge(jnp.asarray(self._evidence(pool)))))
+
+    def choices(self, pool: Pool) -> dict[str, Int[np.ndarray, " b"]]:
+        """Returns the index of the candidate that each of three ways takes.
+
+        verifier: with the most expected accuracy, by the judge, over all thresholds alike. comparator: around which
+        photos are most alike to the comparator. likeness: to the comparator and the backbone, which knows less of where
+        photos were taken, and is less at a loss where they are of another kind.
+        """
+        features = self._evidence(pool)
+        learned, plain = (features[..., i * _ALIKE + WIDTHS_KM.index(_WIDTH_KM)] for i in range(2))
+        found = np.asarray(choose(self._judge(jnp.asarray(features)))), learned.argmax(1), (learned + plain).argmax(1)
+        return dict(zip(CHOICES, found, strict=True))
+
+    def points(self, pool: Pool) -> dict[str, Float[np.ndarray, "b 2"]]:
+        """Returns the place that the last two of those ways take from the whole gallery, candidate or not."""
+        return dict(zip(POINTS, self._evidence.densest(pool, self._alike), strict=True))
+
+
+def open_looks(folder: epath.Path, gallery: Table) -> Looks:
+    """Returns the gallery's photos with the views of them that `learn.verifier` put in a folder."""
+    return Looks(gallery, places.open(folder / "views.npy"), records.open_array(folder / "owner.npy"))
+
+
+def _once(way: Callable[[Pool], dict[str, Any]]) -> Callable[[Pool], dict[str, Any]]:
+    """Returns what asks again only for another pool than the last: all selectors choose from one before the next."""
+    last: list[Any] = [None, {}]
+
+    def shared(pool: Pool) -> dict[str, Any]:
+        if last[0] is not pool:
+            last[:] = pool, way(pool)
+        return last[1]
+
+    return shared
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)

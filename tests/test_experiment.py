@@ -1,0 +1,188 @@
+"""Experiments: what a run makes anew and what it takes over, and the table that compares runs."""
+
+import json
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from geotoken_jax import records, settings, workdir
+from geotoken_jax.analysis import experiment
+
+PLACES = np.array([(10.0, 10.0), (20.0, 20.0), (30.0, 30.0)])
+
+
+class Photos:
+    """Three photos by three authors, where records.Photos would read them from files."""
+
+    def __init__(self, folder, split):
+        del folder, split
+
+    def __len__(self):
+        return len(PLACES)
+
+    def __getitem__(self, row):
+        names = dict.fromkeys(records.PLACE_FIELDS, "")
+        return {"id": str(row), "author": str(row), "coordinates": tuple(PLACES[row]), **names}
+
+
+def config(**experiments):
+    found = ConfigDict(dict(name="made_up", index=dict(km=0.0), train=dict(rate=1), predict=dict(shift=1.0)))
+    found.evaluate = dict(
+        resamples=50,
+        seed=0,
+        reference="geotoken",
+        labels=dict(geotoken="Ours"),
+        compare=(),
+        earth="sphere",
+        strict=False,
+    )
+    found.experiments = {
+        name: {"question": "What?", "note": "", "choices": ("",), "splits": ("test",), **what}
+        for name, what in experiments.items()
+    }
+    return found
+
+
+@pytest.fixture
+def stages(monkeypatch):
+    """Stages that write little; `made` lists what they made, as folders of runs."""
+    monkeypatch.setattr(records, "Photos", Photos)
+    made = []
+
+    def stage(folder, section, inputs, lines=None):
+        def make(config, path, variants):
+            where = folder.format(*variants)
+            begun = workdir.begin(path, where, {section: config[section]}, [name.format(*variants) for name in inputs])
+            if begun.manifest is None:
+                made.append(f"{begun.path.relative_to(root)}")
+                if lines:
+                    (begun.path / "test.jsonl").write_text(lines(config))
+                begun.finish({"examples": 5}, parameters=7, best_loss=config.train.rate / 2)
+
+        return make
+
+    def predicted(config):
+        return "".join(
+            json.dumps({"id": str(i), "latitude": at[0] + config.predict.shift, "longitude": at[1]}) + "\n"
+            for i, at in enumerate(PLACES)
+        )
+
+    root = None
+
+    def within(path):
+        nonlocal root
+        root = path
+        found = {
+            "index": stage("tokens", "index", []),
+            "train": stage("geotoken/{}", "train", ["tokens"]),
+            "predict": stage("predictions/{}", "predict", ["tokens", "geotoken/{}"], predicted),
+        }
+        return found, made
+
+    return within
+
+
+def test_only_what_differs_is_made_again(tmp_path, stages):
+    found, made = stages(tmp_path)
+    given = config(
+        one=dict(
+            runs=(
+                ("as it is", {}),
+                ("nearer", dict(predict=dict(shift=0.1))),
+                ("faster", dict(train=dict(rate=2), predict=dict(shift=0.2))),
+                ("masked, faster", dict(index=dict(km=25.0)), "faster"),
+            )
+        )
+    )
+    for stage in found.values():
+        stage(given, str(tmp_path), ["geotoken"])
+    made.clear()
+    results = experiment.run(given, str(tmp_path), "one", found)
+    under = "experiments/one"
+    assert made == [
+        f"{under}/nearer/predictions/geotoken",
+        f"{under}/faster/geotoken/geotoken",
+        f"{under}/faster/predictions/geotoken",
+        f"{under}/masked_faster/tokens",
+        f"{under}/masked_faster/predictions/geotoken",
+    ]
+    assert (tmp_path / under / "as_it_is" / "predictions" / "geotoken").is_symlink()
+    assert [run["validation_loss"] for run in results["runs"]] == [0.5, 0.5, 1.0, 1.0]
+    within_25 = [row["accuracy"][1]["value"] for row in results["splits"]["test"]["methods"]]
+    assert within_25 == [0.0, 1.0, 1.0, 0.0]  # 0.1 and 0.2 degrees are 11 and 22 km
+    made.clear()
+    assert experiment.run(given, str(tmp_path), "one", found) == results and made == []
+    # What it started from is as it was.
+    assert json.loads((tmp_path / "tokens" / "manifest.json").read_text())["settings"] == {"index": {"km": 0.0}}
+
+
+def test_what_another_experiment_made_is_not_made_again(tmp_path, stages):
+    found, made = stages(tmp_path)
+    faster = ("faster", dict(train=dict(rate=2)))
+    given = config(
+        one=dict(runs=(("base", {}), faster)), two=dict(runs=(("fastest", dict(train=dict(rate=3))), faster))
+    )
+    for stage in found.values():
+        stage(given, str(tmp_path), ["geotoken"])
+    experiment.run(given, str(tmp_path), "one", found)
+    made.clear()
+    experiment.run(given, str(tmp_path), "two", found)
+    assert made == [f"experiments/two/fastest/{name}/geotoken" for name in ("geotoken", "predictions")]
+    link = tmp_path / "experiments" / "two" / "faster" / "geotoken" / "geotoken"
+    assert link.resolve() == tmp_path / "experiments" / "one" / "faster" / "geotoken" / "geotoken"
+
+
+def test_one_that_was_interrupted_goes_on(tmp_path, stages):
+    found, made = stages(tmp_path)
+    given = config(one=dict(runs=(("base", {}), ("other", dict(train=dict(rate=3))))))
+    for stage in found.values():
+        stage(given, str(tmp_path), ["geotoken"])
+    predict, calls = found["predict"], []
+
+    def broken(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        predict(*arguments)
+
+    with pytest.raises(KeyboardInterrupt):
+        experiment.run(given, str(tmp_path), "one", {**found, "predict": broken})
+    made.clear()
+    experiment.run(given, str(tmp_path), "one", found)
+    assert made == ["experiments/one/other/predictions/geotoken"]
+
+
+def test_the_page_has_what_is_there(tmp_path, stages):
+    found, _ = stages(tmp_path)
+    given = config(
+        one=dict(runs=(("base", {}), ("near", dict(predict=dict(shift=0.1)))), note="Nearer is better."),
+        two=dict(runs=(("base", {}),)),
+    )
+    for stage in found.values():
+        stage(given, str(tmp_path), ["geotoken"])
+    experiment.run(given, str(tmp_path), "one", found)
+    page = experiment.document(given, str(tmp_path))
+    assert "## One\n\nWhat?\n\nNearer is better.\n" in page and "## Two" not in page
+    base, near = (line for line in page.splitlines() if line.startswith(("| base", "| near")))
+    assert base == "| base | 0.0 | 0.0 | 100.0 | 100.0 | 100.0 | 4,641 |  |  | 0.500 |"
+    assert (
+        near
+        == "| near | 0.0 | 100.0 | 100.0 | 100.0 | 100.0 | 4,963 | +100.0 (100.0..100.0) | +0.0 (0.0..0.0) | 0.500 |"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "runs", "message"),
+    [
+        ("three", (("base", {}),), "there is no experiment 'three': choose one of one"),
+        ("one", (("base", {}), ("b", dict(index=dict(kilometers=1)))), "kilometers"),
+    ],
+)
+def test_what_there_is_not_is_named(tmp_path, stages, name, runs, message):
+    found, _ = stages(tmp_path)
+    given = config(one=dict(runs=runs))
+    for stage in found.values():
+        stage(given, str(tmp_path), ["geotoken"])
+    with pytest.raises(settings.SettingsError, match=message):
+        experiment.run(given, str(tmp_path), name, found)

@@ -11,6 +11,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.name = "common"
     config.mesh = dict(data=-1, fsdp=1, tensor=1)  # geotoken_jax/sharding.py
+    config.watch = dict(connect_s=300.0, stalled_s=900.0)  # geotoken_jax/processes.py
 
     config.photos = dict(  # data_prep/photos.py
         source="earthview",

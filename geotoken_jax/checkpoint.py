@@ -19,7 +19,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from geotoken_jax import workdir
+from geotoken_jax import processes, workdir
 
 #: What Orbax raises of files that are torn.
 _UNREADABLE = (OSError, ValueError, KeyError)
@@ -35,7 +35,7 @@ class Checkpoints:
 
     def __init__(self, folder: epath.PathLike, keep: int = 2):
         self._keep = keep
-        absolute = epath.Path(folder).resolve()  # Orbax takes no other
+        absolute = workdir.local(folder).resolve()  # Orbax takes no other
         self._orbax = ocp.training.Checkpointer(absolute, preservation_policy=self)
         # Not Orbax's metrics: it reads them all to begin with, and a torn file there would bar every other checkpoint.
         self._losses: dict[int, float | None] = {}
@@ -48,7 +48,9 @@ class Checkpoints:
     def __enter__(self):
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, kind, error, trace):
+        if processes.is_loss(error):
+            return  # a save that is under way would wait for the process that is gone
         with self._saving():
             self._orbax.close()
 
@@ -101,6 +103,8 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:  # tensorstore's errors are ValueErrors
+            if isinstance(error, jax.errors.JaxRuntimeError) or processes.is_loss(error):
+                raise  # of a step, or of a process that is gone: not of the disk
             cause = str(error.__cause__ or error).split(": ")[-1]  # before it stands where, file by file
             raise CheckpointError(
                 f"a checkpoint cannot be written to {self._orbax.directory} ({cause}): those before it are whole; "

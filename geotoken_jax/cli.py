@@ -1,6 +1,7 @@
 """`geotoken`: one verb a stage of the path, and the same verbs for a user's own photos and predictions."""
 
 import argparse
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -10,13 +11,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from geotoken_jax import processes, settings, workdir
+from geotoken_jax import buckets, processes, settings, workdir
 from geotoken_jax.workdir import Manifest
 
 #: Exit status of a run that could not do what was asked, for a reason said in one line.
 REFUSED = 2
 #: Exit status of training that was asked to end and has saved: start the same command again (sysexits' EX_TEMPFAIL).
-PREEMPTED = 75
+PREEMPTED = processes.RESTART
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -25,16 +26,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     options, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     try:
         config = _config(options, rest)
-        sys.exit(options.run(options, config))
+        with buckets.mirrored(getattr(options, "workdir", None), options.verb) as folder:
+            options.workdir = folder
+            sys.exit(options.run(options, config))
     except _errors(("geotoken_jax.train.loop", "Preempted")) as error:
         print(f"geotoken {options.verb}: {error}", file=sys.stderr)
         sys.exit(PREEMPTED)
     except _refusals() as error:
         print(f"geotoken {options.verb}: {error}", file=sys.stderr)
-        sys.exit(REFUSED)
+        processes.leave(REFUSED)
     except KeyboardInterrupt:
         print(f"\ngeotoken {options.verb}: interrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+        processes.leave(130)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -160,8 +163,8 @@ def _has(config: Any, keys: list[str]) -> bool:
 
 
 _SECTIONS = (
-    "photos", "embed", "align", "index", "gallery", "model", "loss", "train", "mesh", "pools", "reward", "verifier",
-    "predict", "judge", "baselines", "evaluate", "audit",
+    "photos", "embed", "align", "index", "gallery", "model", "loss", "train", "mesh", "watch", "pools", "reward",
+    "verifier", "predict", "judge", "baselines", "evaluate", "audit",
 )  # fmt: skip
 
 
@@ -174,10 +177,12 @@ def _stages(stages: Sequence[Callable]) -> Callable[[argparse.Namespace, Any], i
         _quiet()
         if processes.count() > 1 and options.verb not in _TOGETHER + _APART:
             raise settings.SettingsError(f"`geotoken {options.verb}` is the work of one process: start it alone")
-        if options.verb in _TOGETHER:
-            processes.start()
-        for stage in stages:
-            stage(config, options.workdir, getattr(options, "variant", None) or list(config.variants))
+        with contextlib.ExitStack() as stack:
+            if options.verb in _TOGETHER:
+                stack.enter_context(processes.watched(settings.read(processes.WatchSettings, config.watch, "watch")))
+                processes.start()
+            for stage in stages:
+                stage(config, options.workdir, getattr(options, "variant", None) or list(config.variants))
         return 0
 
     return run

@@ -30,6 +30,7 @@ from geotoken_jax.predict.decode import PredictSettings
 from geotoken_jax.predict.judge import JudgeSettings
 from geotoken_jax.predict.learn import PoolsSettings
 from geotoken_jax.predict.verify import VerifierSettings
+from geotoken_jax.processes import WatchSettings
 from geotoken_jax.sharding import MeshSettings
 from geotoken_jax.train.loop import TrainSettings
 from geotoken_jax.train.optimizer import make_schedule
@@ -38,6 +39,7 @@ FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 CONFIGS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
 READERS = {
     "mesh": MeshSettings,
+    "watch": WatchSettings,
     "photos": PhotosSettings,
     "embed": EmbedSettings,
     "align.model": AlignSettings,

@@ -1,10 +1,12 @@
 """The only training loop, for every task: restore, step, log, validate, save."""
 
+import contextlib
 import dataclasses
+import errno
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -13,12 +15,13 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from geotoken_jax import checkpoint, chips
+from geotoken_jax import checkpoint, chips, processes
 from geotoken_jax.checkpoint import Checkpoints
 from geotoken_jax.progress import Progress
 from geotoken_jax.train import metrics
 from geotoken_jax.train.optimizer import OptimizerSettings, make_optimizer, make_schedule
 from geotoken_jax.train.step import Metrics, Resident, State, Task, Trainer
+from geotoken_jax.workdir import StageError
 
 #: Batches of named arrays: this process's part.
 Batch = Mapping[str, np.ndarray]
@@ -92,7 +95,7 @@ def run(
 
     batches: the training input, at its beginning. validation: makes one pass over the validation split, whose batches
     have `valid` [b]. photos: size of the training split, for the schedule. what: the name shown beside the progress.
-    resident: arrays that stay on the mesh. Raises Preempted and Diverged.
+    resident: arrays that stay on the mesh. Raises Preempted, Diverged, and StageError where the disk is full.
     """
     schedule = make_schedule(settings.optimizer, settings.steps, max(1, photos // settings.batch_size))
     optimizer = make_optimizer(settings.optimizer, schedule)
@@ -100,10 +103,9 @@ def run(
     folder, resident = epath.Path(folder), resident or {}
     first = jax.process_index() == 0
     key = jax.random.key(settings.seed)
-    if first:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "parameters.txt").write_text(trainer.describe())
-    with Checkpoints(folder / "checkpoints") as checkpoints, _Preemption() as preemption:
+    with _room(folder), Checkpoints(folder / "checkpoints") as checkpoints, _Preemption() as preemption:
+        if first:
+            (folder / "parameters.txt").write_text(trainer.describe())
         step, state, window = _begin(checkpoints, trainer, key, batches)
         with metrics.Writer(folder, step, settings.wandb, what, shown=first) as writer, Progress(
             what, settings.steps * settings.batch_size, "photos", done=step * settings.batch_size, shown=first
@@ -112,9 +114,11 @@ def run(
             profile = _Profile(settings.profile, folder / "profile")
             while step < settings.steps:
                 profile.before(step + 1)
+                processes.alive(f"reading the photos of step {step + 1}")
                 waiting = time.monotonic()
                 batch = _on_mesh(next(batches), trainer)
                 log.waited(time.monotonic() - waiting)
+                processes.alive(f"in step {step + 1}")
                 state, values = trainer.step(state, batch, key, resident)
                 step += 1
                 log.add(values)
@@ -132,18 +136,35 @@ def run(
                         found = evaluate(trainer, state, validation(), resident)
                         writer.write(step, {f"validation/{name}": value for name, value in found.items()})
                         loss = found["loss"]
+                    processes.alive(f"saving step {step}")
                     checkpoints.save(step, state, {"input": batches.get_state(), "window": log.window()}, loss)
                     log.pause()
                 if asked:
                     raise Preempted(f"{what} was asked to end and is saved at step {step}: the same command goes on")
         batches.close()
-    return _finish(folder, trainer)
+        processes.alive("writing the last checkpoint")
+    with _room(folder):
+        return _finish(folder, trainer)
+
+
+@contextlib.contextmanager
+def _room(folder: epath.Path) -> Iterator[None]:
+    """Says of a full disk what is to be done; no restart would help before."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise StageError(
+            f"{folder} cannot be written to ({error.strerror}): make room there, and the same command goes on"
+        ) from error
 
 
 def _begin(
     checkpoints: Checkpoints, trainer: Trainer, key: jax.Array, batches: TrainingInput
 ) -> tuple[int, State, list[dict[str, float]]]:
     """Returns the step to go on from, its state, and the values of the steps since the last line of metrics."""
+    processes.alive("restoring a checkpoint")
     found = checkpoints.restore_last(trainer.abstract)
     if found is None:
         return 0, trainer.init(key), []
@@ -155,6 +176,7 @@ def _begin(
 def _finish(folder: epath.Path, trainer: Trainer) -> Result:
     with Checkpoints(folder / "checkpoints") as checkpoints:
         best = checkpoints.best
+        processes.alive(f"writing the parameters of step {best}")
         state, _ = checkpoints.restore(best, trainer.abstract)
         checkpoint.write_parameters(folder / "parameters.safetensors", *trainer.kept(state))
         return Result(best, checkpoints.loss(best), sum(p.size for p in jax.tree.leaves(state["params"])))
@@ -165,6 +187,7 @@ def evaluate(trainer: Trainer, state: State, batches: Iterable[Batch], resident:
     sums: dict[str, Any] = {}
     count = 0
     for batch in batches:
+        processes.alive("validating")
         found, n = trainer.evaluate(state, _on_mesh(batch, trainer), resident)
         sums = {name: sums.get(name, 0) + value for name, value in found.items()}
         count += n
@@ -272,6 +295,8 @@ class _Log:
             "input_wait": self._waited / seconds,
             "seconds_left": (self._settings.steps - step) * self._settings.batch_size / rate,
         }
+        if jax.process_count() > 1:
+            line |= _slowest(line["input_wait"])
         if self._flops:
             line["tflops_per_second"] = rate * self._flops / 1e12
             if self._peak:
@@ -288,3 +313,9 @@ class _Log:
                 f"the last {in_a_row} steps until {step} had a loss or a gradient that was not finite, and "
                 f"config.train.max_skipped is {self._settings.max_skipped}: lower the learning rate, or clip"
             )
+
+
+def _slowest(input_wait: float) -> dict[str, float]:
+    """Returns which process waits for its own photos the longest, so that all others wait for it, and its share."""
+    waits = np.asarray(multihost_utils.process_allgather(np.float32(input_wait)))
+    return {"slowest_process": int(waits.argmax()), "slowest_input_wait": float(waits.max())}

@@ -2,13 +2,18 @@
 
 import hashlib
 import json
+import time
 from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
-from tensorboardX import SummaryWriter
+from tensorboardX import event_file_writer, summary
+from tensorboardX.proto import event_pb2
 
 from geotoken_jax.settings import SettingsError
+
+#: Generated as the module is imported, so that no checker of types sees what it holds.
+_MESSAGES: Any = event_pb2
 
 
 class Writer:
@@ -27,7 +32,11 @@ class Writer:
         self._path = folder / "metrics.jsonl"
         kept = [line for line in _whole_lines(self._path) if json.loads(line)["step"] <= step]
         self._path.write_text("".join(kept))
-        self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        # Not SummaryWriter: its thread ends at the first error, such as a full disk, and whoever writes waits for it.
+        (folder / "tensorboard").mkdir(exist_ok=True)
+        self._events = event_file_writer.EventsWriter(str(folder / "tensorboard" / "events"))
+        start = _MESSAGES.SessionLog(status=_MESSAGES.SessionLog.START)
+        self._event(step + 1, session_log=start)
         self._wandb = _wandb_run(wandb, name, folder) if wandb else None
 
     def __enter__(self):
@@ -35,7 +44,7 @@ class Writer:
 
     def __exit__(self, *error):
         if self._shown:
-            self._tensorboard.close()
+            self._events.close()
             if self._wandb:
                 self._wandb.finish(exit_code=int(any(error)))
 
@@ -46,9 +55,13 @@ class Writer:
         with self._path.open("a") as f:
             f.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
-            self._tensorboard.add_scalar(name, value, step)
+            self._event(step, summary=summary.scalar(name, value))
+        self._events.flush()
         if self._wandb:
             self._wandb.log(dict(values), step=step)
+
+    def _event(self, step: int, **content: Any) -> None:
+        self._events.write_event(_MESSAGES.Event(step=step, wall_time=time.time(), **content))
 
 
 def _wandb_run(project: str, name: str, folder: epath.Path) -> Any:

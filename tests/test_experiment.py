@@ -7,7 +7,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from geotoken_jax import records, settings, workdir
-from geotoken_jax.analysis import experiment
+from geotoken_jax.analysis import evaluate, experiment
 
 PLACES = np.array([(10.0, 10.0), (20.0, 20.0), (30.0, 30.0)])
 
@@ -111,6 +111,7 @@ def test_only_what_differs_is_made_again(tmp_path, stages):
     assert [run["validation_loss"] for run in results["runs"]] == [0.5, 0.5, 1.0, 1.0]
     within_25 = [row["accuracy"][1]["value"] for row in results["splits"]["test"]["methods"]]
     assert within_25 == [0.0, 1.0, 1.0, 0.0]  # 0.1 and 0.2 degrees are 11 and 22 km
+    assert "within a distance on the sphere" in (shown := evaluate.table(results)) and "masked, faster" in shown
     made.clear()
     assert experiment.run(given, str(tmp_path), "one", found) == results and made == []
     # What it started from is as it was.

@@ -103,6 +103,7 @@ def get_config() -> ConfigDict:
         ),
     )
     config.gallery = dict(placement="host")  # geotoken_jax/gallery/placement.py
+    config.data = dict(photos=0, seed=0)  # geotoken_jax/data/join.py
     config.model = dict(  # geotoken_jax/model/geotoken.py
         scheme="s2",
         level=20,

@@ -81,6 +81,13 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--workdir", help="work directory to start from, such as runs/demo")
     verb.add_argument("--document", action="store_true", help="print docs/experiments.md instead, from what is there")
     verb.set_defaults(run=_experiment)
+    verb = verbs.add_parser("scaling", help=_SCALING, description=_SCALING, epilog=_EPILOG)
+    verb.add_argument("part", choices=("run", "fit", "plot"), help="train the runs, fit the law, or draw the page")
+    verb.add_argument("--config", help="configuration file, such as configs/scaling.py")
+    verb.add_argument("--workdir", help="work directory to start from, such as runs/demo")
+    verb.add_argument("--index", type=int, help="run: only this one (default: $SLURM_ARRAY_TASK_ID, or all of them)")
+    verb.add_argument("--document", action="store_true", help="plot: print docs/scaling.md instead")
+    verb.set_defaults(run=_scaling)
     verb = verbs.add_parser("plan", help=_PLAN, description=_PLAN, epilog=_EPILOG)
     verb.add_argument("--config", help="configuration file, such as configs/common.py")
     verb.add_argument("--topology", help="chips and their shape, such as v5e:16x16, v5p:4x4x4 or h100:8")
@@ -125,14 +132,14 @@ def _config(options: argparse.Namespace, rest: list[str]) -> Any:
         if rest:
             raise settings.SettingsError(f"{rest[0]} is not understood: see `geotoken {options.verb} --help`")
         return None
-    file = Path(options.config)
+    file = Path(options.config.partition(":")[0])  # what follows is get_config's argument
     if not file.exists():
         raise settings.SettingsError(f"--config={file} is not there: the configurations are in configs/")
     # A configuration imports its siblings as `configs.NAME`, wherever the folder is.
     sys.path.insert(0, str(file.resolve().parent.parent))
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "", flag_values=values)
-    arguments = ["geotoken", f"--config={file}", *rest]
+    arguments = ["geotoken", f"--config={options.config}", *rest]
     sys_argv, sys.argv = sys.argv, arguments  # config_flags looks for the changes there
     try:
         unread = values(arguments)[1:]
@@ -147,7 +154,7 @@ def _config(options: argparse.Namespace, rest: list[str]) -> Any:
         raise settings.SettingsError(f"{unread[0]} is not understood: see `geotoken {options.verb} --help`")
     flags.FLAGS.mark_as_parsed()
     config: Any = values["config"].value
-    known = {"name", "variants", "experiments", *_SECTIONS}
+    known = {"name", "variants", "experiments", "scaling", *_SECTIONS}
     for key in config:
         if key not in known:
             raise settings.SettingsError(f"config.{key} is not read by anything: use one of {', '.join(sorted(known))}")
@@ -163,8 +170,8 @@ def _has(config: Any, keys: list[str]) -> bool:
 
 
 _SECTIONS = (
-    "photos", "embed", "align", "index", "gallery", "model", "loss", "train", "mesh", "watch", "pools", "reward",
-    "verifier", "predict", "judge", "baselines", "evaluate", "audit",
+    "photos", "embed", "align", "index", "gallery", "data", "model", "loss", "train", "mesh", "watch", "pools",
+    "reward", "verifier", "predict", "judge", "baselines", "evaluate", "audit",
 )  # fmt: skip
 
 
@@ -353,6 +360,8 @@ def _train(config: Any, path: str, variants: Sequence[str]) -> None:
             "loss": changed.loss,
             "train": settings.outcome(changed.train),
         }
+        if changed.data.photos:
+            made_with["data"] = changed.data
         stage = _begin(path, folder, made_with, ["tokens", "gallery", "queries"])
         if not stage.manifest:
             mesh = make_mesh(changed)
@@ -364,7 +373,7 @@ def _train(config: Any, path: str, variants: Sequence[str]) -> None:
 def decoder(config: Any, path: str, mesh: Any) -> tuple[Any, list, dict[str, Any]]:
     """Returns the decoder's task, its training and validation photos, and the gallery's arrays on the mesh."""
     from geotoken_jax import records
-    from geotoken_jax.data.join import Together, Tokens
+    from geotoken_jax.data.join import DataSettings, Part, Together, Tokens, chosen
     from geotoken_jax.gallery import placement
     from geotoken_jax.gallery.table import Table
     from geotoken_jax.model.geotoken import ModelSettings
@@ -391,7 +400,13 @@ def decoder(config: Any, path: str, mesh: Any) -> tuple[Any, list, dict[str, Any
         own = gallery if split == "train" else Table(f"{path}/queries/{split}")
         return Tokens(records.Records(f"{path}/tokens", split, layout), own, host, model.cells, model.neighbors)
 
-    splits = [Together([read(split) for split in _trained_on(tokens)]), read("validation")]
+    names = _trained_on(tokens)
+    train = Together([read(split) for split in names])
+    data = settings.read(DataSettings, config.data, "data")
+    if data.photos:
+        own = [gallery if split == "train" else Table(f"{path}/queries/{split}") for split in names]
+        train = Part(train, chosen([table.ids() for table in own], data))
+    splits = [train, read("validation")]
     loss = settings.read(LossSettings, config.loss, "loss")
     task = GeoTokenTask(model, loss, placement.lookup(where, mesh), sample.greedy)
     return task, splits, placement.resident(gallery, model.cells, where, mesh)
@@ -653,6 +668,32 @@ def _experiment(options: argparse.Namespace, config: Any) -> int:
         return 0
     stages = {"index": _index, "train": _train, "learn": _learn, "predict": _predict_variants}
     print(evaluate.table(experiment.run(config, options.workdir, options.experiment, stages)))
+    return 0
+
+
+_SCALING = "how loss and accuracy change with size, data, neighbors, gallery and candidates"
+
+
+def _scaling(options: argparse.Namespace, config: Any) -> int:
+    """Trains the runs of config.scaling, one or all; fits the law to those that are there; or draws the page."""
+    if config is None or options.workdir is None or "scaling" not in config:
+        raise settings.SettingsError(
+            "give --config=FILE with a section `scaling` and --workdir=DIR, as in "
+            "`geotoken scaling run --config=configs/scaling.py --workdir=runs/demo`"
+        )
+    _quiet()
+    from geotoken_jax.analysis import scaling, scaling_page
+
+    if options.part == "run":
+        task = os.environ.get("SLURM_ARRAY_TASK_ID")
+        index = int(task) if options.index is None and task else options.index
+        scaling.run(config, options.workdir, {"train": _train, "predict": _predict_variants}, index)
+    elif options.part == "fit":
+        print(scaling_page.summary(scaling.fit(config, options.workdir)))
+    elif options.document:
+        print(scaling_page.document(config, options.workdir), end="")
+    else:
+        print(f"open {scaling_page.plot(config, options.workdir)}")
     return 0
 
 

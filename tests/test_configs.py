@@ -18,6 +18,7 @@ from geotoken_jax.align.pixels import PixelsSettings
 from geotoken_jax.analysis.audit import AuditSettings
 from geotoken_jax.analysis.evaluate import EvaluateSettings
 from geotoken_jax.analysis.experiment import Experiment
+from geotoken_jax.data.join import DataSettings
 from geotoken_jax.gallery.index import IndexSettings
 from geotoken_jax.gallery.placement import GallerySettings
 from geotoken_jax.interop import geoclip
@@ -50,6 +51,7 @@ READERS = {
     "index.neighbors": NeighborsSettings,
     "index.search": IndexSettings,
     "gallery": GallerySettings,
+    "data": DataSettings,
     "model": ModelSettings,
     "loss": LossSettings,
     "train": TrainSettings,
@@ -99,7 +101,7 @@ def test_every_section_of_every_variant_is_read(name):
 def test_nothing_in_a_configuration_is_unread(name):
     config = load(name)
     read = {place.split(".")[0] for place in READERS} | {"name", "variants"}
-    assert set(config) - {"experiments"} == read
+    assert set(config) - {"experiments", "scaling"} == read
     for parent in ("align", "index", "reward", "verifier", "baselines"):
         assert {f"{parent}.{key}" for key in config[parent]} == {p for p in READERS if p.startswith(f"{parent}.")}
     assert config.evaluate.reference in config.variants

@@ -331,4 +331,5 @@ def test_a_chart_has_intervals_and_no_number_outside_of_it():
     assert "&lt;a&gt;" in drawn and "<a>" not in drawn
     across = [float(at) for at in re.findall(r'<text x="([\d.]+)" y="291', drawn)]
     assert len(across) == 4 and min(across) >= 62 and max(across) <= 458  # 20, 40, 60, 80
-    assert [charts.label(value) for value in (0.5, 25, 1000, 150_000, 1e8)] == ["0.5", "25", "1,000", "150k", "100M"]
+    labels = ["0.5", "25", "1,000", "150k", "100M", "3e11"]
+    assert [charts.label(value) for value in (0.5, 25, 1000, 150_000, 1e8, 3e11)] == labels

@@ -144,11 +144,19 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _decades(low: float, high: float) -> list[float]:
-    return [10.0**e for e in range(math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9) + 1)]
+    """Returns the powers of ten in a range, and where these are fewer than three their doubles and fives too."""
+    first, last = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
+    found = [
+        m * 10.0**e for e in range(first, last + 1) for m in (1, 2, 5) if low * 0.999 <= m * 10.0**e <= high * 1.001
+    ]
+    whole = [x for x in found if math.isclose(math.log10(x), round(math.log10(x)))]
+    return whole if len(whole) > 2 else found
 
 
 def label(value: float) -> str:
-    """Returns a tick's label: 0.5, 25, 10,000, 150k, 10M."""
+    """Returns a tick's label: 0.5, 25, 10,000, 150k, 10M, 5e11."""
+    if abs(value) >= 1e9:
+        return f"{value:.0e}".replace("e+", "e")
     if abs(value) > 10_000:
         return f"{value / 1e6:g}M" if abs(value) >= 1e6 else f"{value / 1000:g}k"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}"

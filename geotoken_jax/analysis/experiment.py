@@ -85,7 +85,7 @@ def run(config: Any, path: str, name: str, stages: Mapping[str, Stage]) -> dict[
 
 
 def document(config: Any, path: str) -> str:
-    """Returns docs/experiments.md: every experiment of the configuration whose results are there, in its order."""
+    """Returns docs/experiments.md: every experiment of the configuration whose results are there, by name."""
     parts = [_HEAD.format(cores=os.cpu_count(), machine=platform.machine(), date=date.today())]
     for name in config.experiments:
         file, experiment = Path(path) / "experiments" / name / "results.json", _read(config, name)

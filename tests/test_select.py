@@ -114,6 +114,8 @@ def test_a_large_cell_is_shared_out_over_its_area():
     for limit in (1, 25, 200):
         np.testing.assert_allclose(Goal(limit).expected(at, searched), (limit / radius) ** 2, rtol=1e-6)
     assert Goal(750).expected(at, searched) == pytest.approx(1)
+    a = radius / 1492.7  # the mean of exp(-r / 1492.7) over the disc
+    assert Goal(None).expected(at, searched) == pytest.approx(2 / a**2 * (1 - (1 + a) * np.exp(-a)), rel=0.01)
     beside = Goal(200).expected(np.array([[(20 + np.degrees(radius / EARTH_RADIUS_KM), 20.0)]]), searched)
     assert 0 < beside < 0.5
 

@@ -34,7 +34,7 @@ Each table is the result of one command, `geotoken experiment NAME --config=conf
 and this page of `geotoken experiment --document` with the same options ({date}, {cores} {machine} cores). The first
 row of a table is what the others are compared with: points above it, with the 95 % interval of the paired bootstrap
 over authors. The validation loss is in nats a token, weighted as the run trains, so that runs of other tokens or
-weights have losses that do not compare.
+weights have losses that do not compare. Nothing here reads when a photo was taken: EarthView does not say.
 """
 
 

@@ -17,6 +17,7 @@ Selector = Callable[[Pool], Choice]
 
 #: Rounds of moving a point towards what it gains from; of 2,000 photos of EarthView none gained by an eleventh.
 _ROUNDS = 10
+_HALF_AROUND_KM = np.pi * distance.EARTH_RADIUS_KM
 #: Most probable cells whose centers a point may begin at, beside the candidates.
 _STARTS = 32
 
@@ -140,13 +141,14 @@ class Goal:
 
     def _worth(self, km: Float[np.ndarray, "b n F"], places: Places) -> Float[np.ndarray, "b n F"]:
         if self.limit_km is None:
-            return np.asarray(distance.geoscore(km)) / 5000
+            return np.asarray(distance.geoscore(_mean_km(km, places.level[:, None]))) / 5000
         return _share(km, places.level[:, None], self.limit_km)
 
     def _pull(self, km: Float[np.ndarray, "b F"], places: Places) -> Float[np.ndarray, "b F"]:
         """Returns the weight of each cell in the next mean: where that mean is the point itself, no move is better."""
         if self.limit_km is None:
-            return np.asarray(distance.geoscore(km)) / np.maximum(np.sin(km / distance.EARTH_RADIUS_KM), 1e-6)
+            mean = _mean_km(km, places.level)
+            return np.asarray(distance.geoscore(mean)) / mean / np.maximum(np.sinc(km / _HALF_AROUND_KM), 1e-6)
         return _share(km, places.level, self.limit_km)
 
 
@@ -155,7 +157,7 @@ def _share(
 ) -> Float[np.ndarray, "*shape"]:
     """Returns how much of a cell lies within a distance of a place `km` from its center; a cell counts as a disc of its
     level's mean area, of which a circle that its edge crosses holds more and more, evenly."""
-    radius = 2 * distance.EARTH_RADIUS_KM * np.arcsin(np.sqrt(4.0 ** -np.maximum(level, 0) / 6))
+    radius = _radius_km(level)
     crossed = (limit_km - np.abs(km - radius)) / (2 * np.minimum(km, radius) + 1e-9)
     return np.where(km < radius, np.minimum((limit_km / radius) ** 2, 1), np.clip(crossed, 0, 1))
 
@@ -163,6 +165,16 @@ def _share(
 def _searched(pool: Pool) -> Places:
     assert pool.places is not None, "PredictSettings has seen to it that the model is searched"
     return pool.places
+
+
+def _mean_km(km: Float[np.ndarray, "*shape"], level: Int[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
+    """Returns about how far a cell is, on the mean, from a place `km` from its center; exact there and far off."""
+    return np.hypot(km, _radius_km(level) * 2 / 3)
+
+
+def _radius_km(level: Int[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
+    """Returns the radius of a disc of a level's mean area."""
+    return 2 * distance.EARTH_RADIUS_KM * np.arcsin(np.sqrt(4.0 ** -np.maximum(level, 0) / 6))
 
 
 _GOALS = {**{f"{km}_km": Goal(km) for km in distance.THRESHOLDS_KM}, "geoscore": Goal(None)}

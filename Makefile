@@ -60,7 +60,7 @@ bench: $(INSTALLED) ## every benchmark, one JSON line each
 lock: $(INSTALLED) ## write requirements-lock.txt again, keeping pins that still fit (UPGRADE=--upgrade renews them)
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest --generate-hashes \
 	  --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" \
-	  --extra dev --extra prep $(UPGRADE) --output-file requirements-lock.txt pyproject.toml
+	  --extra dev --extra prep --extra serve $(UPGRADE) --output-file requirements-lock.txt pyproject.toml
 
 clean: ## remove .venv, .torch, .beam and caches; runs/ stays
 	rm -rf .venv .torch .beam .pytest_cache .ruff_cache .hypothesis build dist

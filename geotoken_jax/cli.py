@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from geotoken_jax import buckets, processes, settings, workdir
+from geotoken_jax.serve import limits
 from geotoken_jax.workdir import Manifest
 
 #: Exit status of a run that could not do what was asked, for a reason said in one line.
@@ -88,6 +89,12 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--index", type=int, help="run: only this one (default: $SLURM_ARRAY_TASK_ID, or all of them)")
     verb.add_argument("--document", action="store_true", help="plot: print docs/scaling.md instead")
     verb.set_defaults(run=_scaling)
+    verb = verbs.add_parser("serve", help=_SERVE, description=_SERVE)
+    verb.add_argument("model", metavar="MODEL", help="folder that `geotoken export` made")
+    for field in dataclasses.fields(limits.ServeSettings):
+        told = f"{field.metadata['help']} (default: {field.default or 'none'})"
+        verb.add_argument(limits.flag(field.name), type=field.type, default=field.default, help=told)
+    verb.set_defaults(run=_serve, config=None)
     verb = verbs.add_parser("plan", help=_PLAN, description=_PLAN, epilog=_EPILOG)
     verb.add_argument("--config", help="configuration file, such as configs/common.py")
     verb.add_argument("--topology", help="chips and their shape, such as v5e:16x16, v5p:4x4x4 or h100:8")
@@ -695,6 +702,23 @@ def _scaling(options: argparse.Namespace, config: Any) -> int:
     else:
         print(f"open {scaling_page.plot(config, options.workdir)}")
     return 0
+
+
+_SERVE = "answer photos over HTTP with an exported model"
+
+
+def _serve(options: argparse.Namespace, config: Any) -> int:
+    """Serves until it is told to end."""
+    del config
+    chosen = limits.ServeSettings(**{name: getattr(options, name) for name in settings.names(limits.ServeSettings)})
+    _quiet()
+    try:
+        from geotoken_jax.serve import app, batching
+    except ModuleNotFoundError as error:
+        raise settings.SettingsError(
+            f"`geotoken serve` needs {error.name}: pip install 'geotoken-jax[serve]'"
+        ) from None
+    return app.run(batching.ServedGeoToken(options.model), chosen)
 
 
 _PLAN = "memory, products, collectives and time of a train step on a pod that is not here"

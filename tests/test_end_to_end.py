@@ -1,5 +1,6 @@
 """The whole path on a tiny EarthView: made once, made again, broken off and gone on with, and used."""
 
+import dataclasses
 import io
 import json
 import os
@@ -14,8 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from starlette.testclient import TestClient
 
 from geotoken_jax import GeoToken, cli, records
+from geotoken_jax.serve import app, batching, limits
 from tests import test_judge
 
 CONFIG = str(Path(__file__).with_name("tiny.py"))
@@ -157,6 +160,17 @@ def test_one_photo_in_any_form_gives_one_answer(workdir: Path, photo: bytes, tmp
     probabilities = [c.probability for c in first.candidates]
     assert probabilities == sorted(probabilities, reverse=True) and 0 < sum(probabilities) <= 1.0001
     assert first.radius_km >= 0 and abs(first.latitude) <= 90
+
+
+def test_the_exported_model_is_served_as_it_answers(workdir: Path, photo: bytes):
+    photos = [photo] * 2
+    model = app.make(batching.ServedGeoToken(workdir / "export"), limits.ServeSettings(batch_size=2))
+    with TestClient(model) as client:
+        while client.get("/ready").status_code != 200:
+            time.sleep(0.1)
+        found = client.post("/v1/predict-many", files=[("photos", photo) for photo in photos]).json()["answers"]
+    expected = GeoToken.load(workdir / "export").predict(photos)
+    assert found == [json.loads(json.dumps(dataclasses.asdict(answer))) for answer in expected]
 
 
 def test_a_bad_photo_costs_one_line_and_the_others_are_answered(

@@ -129,7 +129,7 @@ class Locator(Predictor):
                 f"{clip} is {kind} {self._clip.width} wide, and GeoCLIP stands on CLIP {width} wide: name a checkpoint "
                 "folder of CLIP ViT-L/14 (openai/clip-vit-large-patch14)"
             )
-        blocks = places.encode(model.location, lambda location, x: location.features(x), self._coordinates)
+        blocks = places.encoder(model.location, lambda location, x: location.features(x))(self._coordinates)
         encoded = jnp.concatenate([jnp.asarray(block) for block in blocks])
 
         @jax.jit

@@ -141,7 +141,7 @@ def _geoclip(config: Any, path: epath.Path, folder: epath.Path, train: Train | N
     coordinates = gallery.coordinates()
     file = folder / "encoded.npy"
     if not file.exists():
-        blocks = places.encode(aligned.location, lambda model, block: model(block), coordinates)
+        blocks = places.encoder(aligned.location, lambda model, block: model(block))(coordinates)
         places.save(file, blocks, len(gallery), gallery.width)
     encoded = places.open(file)
     scale = float(jnp.exp(aligned.location_scale[...]))

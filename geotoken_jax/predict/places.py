@@ -21,10 +21,10 @@ _BLOCK = 4096
 _PHOTOS, _PLACES = 512, 16_384
 
 
-def encode(
-    module: nnx.Module, vectors: Callable[[Any, jax.Array], jax.Array], coordinates: Float[np.ndarray, "N 2"]
-) -> Iterator[Float32[np.ndarray, "n E"]]:
-    """Yields the vectors of the coordinates, block by block, each of length 1.
+def encoder(
+    module: nnx.Module, vectors: Callable[[Any, jax.Array], jax.Array]
+) -> Callable[[Float[np.ndarray, "N 2"]], Iterator[Float32[np.ndarray, "n E"]]]:
+    """Returns what yields the vectors of coordinates, block by block, each of length 1; compiled once.
 
     vectors: module, and latitudes and longitudes [n, 2] in degrees -> vectors [n, E].
     """
@@ -35,11 +35,14 @@ def encode(
             found = vectors(module, block)
         return found / jnp.linalg.norm(found, axis=-1, keepdims=True)
 
-    for first in range(0, len(coordinates), _BLOCK):
-        part = np.asarray(coordinates[first : first + _BLOCK], np.float32)
-        padded = np.zeros((_BLOCK, 2), np.float32)
-        padded[: len(part)] = part
-        yield np.asarray(run(module, jnp.asarray(padded)))[: len(part)]
+    def encode(coordinates: Float[np.ndarray, "N 2"]) -> Iterator[Float32[np.ndarray, "n E"]]:
+        for first in range(0, len(coordinates), _BLOCK):
+            part = np.asarray(coordinates[first : first + _BLOCK], np.float32)
+            padded = np.zeros((_BLOCK, 2), np.float32)
+            padded[: len(part)] = part
+            yield np.asarray(run(module, jnp.asarray(padded)))[: len(part)]
+
+    return encode
 
 
 def save(path: epath.Path, blocks: Iterable[Float32[np.ndarray, "n E"]], n: int, width: int) -> None:

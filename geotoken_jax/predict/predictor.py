@@ -19,6 +19,7 @@ from geotoken_jax.gallery.neighbors import find
 from geotoken_jax.gallery.table import Table, index_vectors
 from geotoken_jax.geo.distance import THRESHOLDS_KM, great_circle_km
 from geotoken_jax.model.geotoken import GeoTokenModel, ModelSettings
+from geotoken_jax.predict import exported
 from geotoken_jax.predict.answer import Answerer, with_radii
 from geotoken_jax.predict.decode import Decoder, PredictSettings
 from geotoken_jax.predict.select import Parts
@@ -105,11 +106,16 @@ class Predictor(abc.ABC):
 class GeoToken(Predictor):
     """A trained model with its backbone and gallery, as `geotoken export` writes it."""
 
-    def __init__(self, folder: epath.PathLike):
-        """Raises FileNotFoundError if the folder is not an export, ValueError if its parts do not fit each other."""
+    def __init__(self, folder: epath.PathLike, verify: bool = False):
+        """verify: compare every file with SHA256SUMS, not parameters and settings alone.
+
+        Raises FileNotFoundError if the folder is not an export, ValueError if a file is missing or damaged, or its
+        parts do not fit each other.
+        """
         folder = epath.Path(folder)
         if not (folder / "config.json").exists():
             raise FileNotFoundError(f"{folder} has no config.json: give the folder that `geotoken export` made")
+        exported.check(folder, verify)
         config = json.loads((folder / "config.json").read_text())
         self._backbone = backbone.make(settings.read(backbone.BackboneSettings, config["backbone"], "backbone"))
         align = AlignTask(settings.read(AlignSettings, config["align"], "align"), self._backbone.width)
@@ -129,9 +135,9 @@ class GeoToken(Predictor):
         self._index = index.load(folder / "gallery" / "index", config["index"]["threads"])
 
     @classmethod
-    def load(cls, folder: epath.PathLike) -> "GeoToken":
-        """Returns the model in a folder that `geotoken export` made."""
-        return cls(folder)
+    def load(cls, folder: epath.PathLike, verify: bool = False) -> "GeoToken":
+        """Returns the model in a folder that `geotoken export` made; verify: see GeoToken."""
+        return cls(folder, verify)
 
     def _predict(self, photos: Sequence[Any]) -> list[Prediction]:
         prepared = np.stack([self._backbone.prepare(photo) for photo in photos])

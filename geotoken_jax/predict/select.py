@@ -93,10 +93,11 @@ def similarity(aligned: Any) -> Selector:
     """Returns what takes the candidate whose place, encoded, is nearest to the photo's location vector (G3)."""
     from geotoken_jax.predict import places
 
+    encode = places.encoder(aligned.location, lambda model, block: model(block))
+
     def select(pool: Pool) -> Int[np.ndarray, " b"]:
         b, k = pool.coordinates.shape[:2]
-        encoded = places.encode(aligned.location, lambda model, block: model(block), pool.coordinates.reshape(-1, 2))
-        vectors = np.concatenate(list(encoded)).reshape(b, k, -1)
+        vectors = np.concatenate(list(encode(pool.coordinates.reshape(-1, 2)))).reshape(b, k, -1)
         return np.argmax(np.einsum("bkc,bc->bk", vectors, pool.query[:, 1].astype(np.float32)), axis=1)
 
     return select

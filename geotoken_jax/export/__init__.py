@@ -1,6 +1,5 @@
 """The stage `export`: a folder that needs nothing else to answer, with a card that says what it is."""
 
-import hashlib
 import json
 import pathlib
 import shutil
@@ -8,14 +7,20 @@ from typing import Any
 
 from etils import epath
 
-from geotoken_jax import backbone, settings, workdir
+from geotoken_jax import backbone, checkpoint, settings, workdir
+from geotoken_jax.align.heads import AlignSettings
+from geotoken_jax.align.task import AlignTask
+from geotoken_jax.export import stablehlo
 from geotoken_jax.gallery.index import IndexSettings
-from geotoken_jax.predict import learn
+from geotoken_jax.gallery.table import Table
+from geotoken_jax.model.geotoken import GeoTokenModel, ModelSettings
+from geotoken_jax.predict import exported, learn
+from geotoken_jax.predict.decode import PredictSettings
 from geotoken_jax.workdir import Manifest
 
 #: Files that tell how a folder was made, or that making it needed.
 _OF_THE_MAKING = (
-    "manifest.json", "begun.json", "checkpoints", "metrics.jsonl", "parameters.txt", "events.*", "features.npy",
+    "manifest.json", "begun.json", "checkpoints", "metrics.jsonl", "parameters.txt", "tensorboard", "features.npy",
 )  # fmt: skip
 
 
@@ -47,21 +52,27 @@ def run(config: Any, path: epath.PathLike, variant: str) -> Manifest:
     calibration = path / "predictions" / variant / "calibration.json"
     if calibration.exists():
         workdir.write_bytes(stage.path / calibration.name, calibration.read_bytes())
+    if changed.model.scheme == "s2":  # standalone.py knows no other cells
+        _write_programs(stage.path, read, Table(path / "gallery").width)
     workdir.write_bytes(stage.path / "README.md", _card(path, changed, variant).encode())
     files = (file for file in sorted(pathlib.Path(stage.path).rglob("*")) if file.is_file())
-    sums = {str(file.relative_to(stage.path)): _sha256(file) for file in files}
+    sums = {str(file.relative_to(stage.path)): exported.sha256(file) for file in files}
     sums.pop("begun.json", None)
     lines = "".join(f"{digest}  {name}\n" for name, digest in sums.items())
-    workdir.write_bytes(stage.path / "SHA256SUMS", lines.encode())
+    workdir.write_bytes(stage.path / exported.SUMS, lines.encode())
     return stage.finish({"files": len(sums)}, sha256=sums)
 
 
-def _sha256(file: pathlib.Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def _write_programs(folder: epath.Path, read: dict[str, Any], width: int) -> None:
+    """Writes what answers without this package: two programs, and standalone.py, which runs them."""
+    aligned = AlignTask(settings.read(AlignSettings, read["align"], "align"), width)
+    options = settings.read(ModelSettings, read["model"], "model")
+    model = checkpoint.read_module(folder / "geotoken.safetensors", lambda rngs: GeoTokenModel(options, rngs))
+    predict = settings.read(PredictSettings, read["predict"], "predict")
+    embedding = stablehlo.embedding(checkpoint.read_module(folder / "align.safetensors", aligned.init), width)
+    workdir.write_bytes(folder / "align.stablehlo", embedding)
+    workdir.write_bytes(folder / "geotoken.stablehlo", stablehlo.decoding(model, predict))
+    workdir.write_bytes(folder / "standalone.py", pathlib.Path(__file__).with_name("standalone.py").read_bytes())
 
 
 def _card(path: epath.Path, config: Any, variant: str) -> str:
@@ -74,6 +85,12 @@ def _card(path: epath.Path, config: Any, variant: str) -> str:
     sure = "The radii given with an answer are not calibrated."
     if calibrated:
         sure = "The radii given with an answer hold 50 and 90 % of its probability, calibrated on validation photos."
+    alone = ""
+    if config.model.scheme == "s2":
+        alone = """
+Without the package, with jax and numpy alone: `python standalone.py FEATURES.npy > answers.jsonl`; its first lines say
+what it takes, and what it leaves out.
+"""
     rows = []
     for split, found in metrics["splits"].items():
         for method in found["methods"]:
@@ -88,7 +105,7 @@ from the photo and its {config.model.neighbors} nearest neighbors in a gallery o
 Data: {config.photos.source}.
 
 Use: `from geotoken_jax import GeoToken; GeoToken.load("FOLDER").predict("photo.jpg")`.
-
+{alone}
 {trained.facts["parameters"]:,} parameters; trained on {trained.counts["examples"]:,} examples; validation loss
 {trained.facts["best_loss"]:.4f} at step {trained.facts["best_step"]:,}.
 

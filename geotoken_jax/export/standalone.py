@@ -1,0 +1,277 @@
+"""Tells where photos were taken by the model in this folder, with jax and numpy alone.
+
+`python standalone.py FEATURES.npy > answers.jsonl`
+
+FEATURES.npy holds [n, C], the backbone's image features of n photos. For the backbone `thumbnail` it may hold the
+thumbnails themselves, [n, side, side, 3] uint8: the central square of each photo, upright, resized bicubically. Other
+backbones are no part of this folder's programs: make the features where they run.
+
+A photo's neighbors are found by exact search in the whole gallery, and its answer is the candidate that is the most
+probable one under the distribution it was drawn from. `GeoToken.load`, of geotoken_jax, searches the index, may choose
+in another way (`predict.choice` in config.json), and says how sure an answer is.
+"""
+
+import json
+import struct
+import sys
+import types
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+
+#: Photos embedded at once, always: a product of another shape rounds otherwise.
+_EMBEDDED = 256
+#: Gallery photos compared at once, 2304 wide 75 MB.
+_ROWS = 8192
+_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I32": np.int32, "U32": np.uint32}
+#: Hilbert curve: (orientation, quad) -> 2 * i + j, and quad -> the change of orientation. A face starts at face & 1.
+_IJ = np.array([[0, 1, 3, 2], [0, 2, 3, 1], [3, 2, 0, 1], [3, 1, 0, 2]])
+_TURN = np.array([1, 0, 0, 3])
+
+
+class Model:
+    """The model of one folder: features, neighbors, candidates, answers."""
+
+    def __init__(self, folder):
+        folder = Path(folder)
+        self.config = json.loads((folder / "config.json").read_text())
+        model = self.config["model"]
+        self.level, self.group, self.count = model["level"], model["group"], model["neighbors"]
+        self._embed, self._decode = (_program(folder, name) for name in ("align", "geotoken"))
+        gallery = folder / "gallery"
+        self._columns = {name: _shards(gallery, name) for name in ("coordinates", "tokens", "ids", "embeddings")}
+        self._starts = np.cumsum([0, *(len(part) for part in self._columns["ids"])])
+
+    def features(self, thumbnails):
+        """Returns the features [n, C] of the backbone `thumbnail` from thumbnails [n, side, side, 3] uint8."""
+        pixels = thumbnails.astype(np.float32)
+        return _unit((pixels - pixels.mean((1, 2), keepdims=True)).reshape(len(pixels), -1), 1e-12)
+
+    def vectors(self, features):
+        """Returns photos' three vectors [n, 3, C], bfloat16, from features [n, C]."""
+        features = np.asarray(features).astype(ml_dtypes.bfloat16).astype(np.float32)
+        blocks = (features[first : first + _EMBEDDED] for first in range(0, len(features), _EMBEDDED))
+        found = np.concatenate([np.asarray(self._embed(_padded(block, _EMBEDDED)))[: len(block)] for block in blocks])
+        return _unit(found, 1e-12).astype(ml_dtypes.bfloat16)
+
+    def neighbors(self, vectors):
+        """Returns gallery rows and scores [n, M] of the nearest photos, best first; -1 and -inf past the gallery."""
+        queries = _index_vectors(vectors)
+        rows = np.full((len(queries), self.count), -1)
+        scores = np.full((len(queries), self.count), -np.inf, np.float32)
+        for first in range(0, self._starts[-1], _ROWS):
+            block = np.arange(first, min(first + _ROWS, self._starts[-1]))
+            products = queries @ _index_vectors(self.embeddings(block)).T
+            k = min(self.count, len(block))
+            at = np.argpartition(-products, k - 1, axis=1)[:, :k]
+            rows = np.concatenate([rows, block[at]], 1)
+            scores = np.concatenate([scores, np.take_along_axis(products, at, 1)], 1)
+            best = np.lexsort((rows, -scores))[:, : self.count]
+            rows, scores = np.take_along_axis(rows, best, 1), np.take_along_axis(scores, best, 1)
+        return rows, scores
+
+    def candidates(self, vectors, rows, numbers):
+        """Returns tokens [n, K, T], and of each candidate log_probability and tempered_log_probability [n, K].
+
+        numbers: one a photo [n], which decides its samples.
+        """
+        there = np.maximum(rows, 0)
+        arguments = (
+            vectors,
+            self.embeddings(there),
+            self.cell_tokens(self._take("tokens", there)),
+            (rows >= 0).sum(1).astype(np.int32),
+            np.asarray(numbers, np.uint32),
+        )
+        size, parts = self.config["predict"]["batch_size"], []
+        for first in range(0, len(rows), size):
+            part = [values[first : first + size] for values in arguments]
+            n = len(part[0])
+            found = self._decode(*(_padded(values, 1 << (n - 1).bit_length()) for values in part))
+            parts.append({name: np.asarray(values)[:n] for name, values in found.items()})
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def answers(self, inputs):
+        """Returns an answer a photo, as JSON has it. inputs: features, or thumbnails, as FEATURES.npy holds them."""
+        vectors = self.vectors(self.features(inputs) if inputs.ndim == 4 else inputs)
+        rows, scores = self.neighbors(vectors)
+        found = self.candidates(vectors, rows, np.zeros(len(rows)))
+        centers = self.centers(found["tokens"])
+        best = found["tempered_log_probability"].argmax(1)
+        answers = []
+        for i, near in enumerate(rows):
+            listed = [
+                {"latitude": float(at[0]), "longitude": float(at[1]), "log_probability": float(p), "tokens": t.tolist()}
+                for at, p, t in zip(centers[i], found["log_probability"][i], found["tokens"][i])  # noqa: B905
+            ]
+            near, near_scores = near[near >= 0], scores[i][near >= 0]
+            answers.append(
+                {
+                    **listed[best[i]],
+                    "greedy": listed[0],
+                    "candidates": listed,
+                    "neighbors": [
+                        {
+                            "id": name.decode(),
+                            "latitude": float(at[0]),
+                            "longitude": float(at[1]),
+                            "score": float(score),
+                        }
+                        for name, at, score in zip(  # noqa: B905
+                            self._take("ids", near), self._take("coordinates", near), near_scores
+                        )
+                    ],
+                }
+            )
+        return answers
+
+    def embeddings(self, rows):
+        """Returns the three vectors of gallery photos, bfloat16."""
+        return self._take("embeddings", rows).view(ml_dtypes.bfloat16)
+
+    def cell_tokens(self, quads):
+        """Returns the model's tokens [..., T] from stored ones, a face and then a quad each."""
+        groups = quads[..., 1 : 1 + self.level].astype(np.int32).reshape(*quads.shape[:-1], -1, self.group)
+        places = 4 ** np.arange(self.group - 1, -1, -1, dtype=np.int32)
+        return np.concatenate([quads[..., :1].astype(np.int32), groups @ places], -1)
+
+    def centers(self, tokens):
+        """Returns latitude and longitude [..., 2], in degrees, of the centers of S2 cells."""
+        shifts = 2 * np.arange(self.group - 1, -1, -1)
+        quads = (tokens[..., 1:, None] >> shifts & 3).reshape(*tokens.shape[:-1], self.level)
+        face = tokens[..., 0]
+        orientation, i, j = face & 1, np.zeros_like(face), np.zeros_like(face)
+        for quad in np.moveaxis(quads, -1, 0):
+            ij = _IJ[orientation, quad]
+            i, j, orientation = 2 * i + (ij >> 1), 2 * j + (ij & 1), orientation ^ _TURN[quad]
+        u, v = (_uv((k + 0.5) / 2**self.level) for k in (i, j))
+        one = np.ones_like(u)
+        x = np.choose(face, [one, -u, -u, -one, v, v])
+        y = np.choose(face, [u, one, -v, -v, -one, u])
+        z = np.choose(face, [v, v, one, -u, -u, -one])
+        return np.degrees(np.stack([np.arctan2(z, np.hypot(x, y)), np.arctan2(y, x)], -1))
+
+    def _take(self, name, rows):
+        parts = self._columns[name]
+        if len(parts) == 1:
+            return parts[0][rows]
+        values = np.empty((*rows.shape, *parts[0].shape[1:]), parts[0].dtype)
+        shard = np.searchsorted(self._starts, rows, side="right") - 1
+        for s in np.unique(shard):
+            values[shard == s] = parts[s][rows[shard == s] - self._starts[s]]
+        return values
+
+
+def read_safetensors(file):
+    """Returns name -> array."""
+    data = Path(file).read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    return {
+        name: np.frombuffer(
+            data, _TYPES[found["dtype"]], int(np.prod(found["shape"])), 8 + size + found["data_offsets"][0]
+        ).reshape(found["shape"])
+        for name, found in header.items()
+        if name != "__metadata__"
+    }
+
+
+def _program(folder, name):
+    """Returns what runs NAME.stablehlo with the parameters in NAME.safetensors, compiled for each batch size once."""
+    call = jax.jit(deserialize((folder / f"{name}.stablehlo").read_bytes()).call)
+    parameters = jax.device_put(read_safetensors(folder / f"{name}.safetensors"))
+    return lambda *arguments: call(parameters, *arguments)
+
+
+def deserialize(data):
+    """Returns the jax.export.Exported that was serialized.
+
+    jax reads it with flatbuffers, which it does not bring: where that is not installed, what reading takes of it stands
+    in, after the format's description (https://flatbuffers.dev/internals).
+    """
+    from jax import export
+
+    try:
+        import flatbuffers  # noqa: F401
+    except ImportError:
+        sys.modules["flatbuffers"] = reader = types.ModuleType("flatbuffers")
+        sys.modules["flatbuffers.compat"] = compat = types.ModuleType("flatbuffers.compat")
+        vars(compat)["import_numpy"] = lambda: np
+        numbers = {
+            f"{kind}{bits}": np.dtype(f"{kind.lower()}{bits}") for kind in ("Int", "Uint") for bits in (8, 16, 32, 64)
+        }
+        numbers |= {"Bool": np.dtype(bool), "UOffsetT": np.dtype(np.uint32)}
+        flags = {f"{name}Flags": types.SimpleNamespace(py_type=int, dtype=dtype) for name, dtype in numbers.items()}
+        vars(reader).update(
+            Builder=None,
+            table=types.SimpleNamespace(Table=_Table),
+            number_types=types.SimpleNamespace(**flags),
+            packer=types.SimpleNamespace(uoffset="<I"),
+            encode=types.SimpleNamespace(Get=lambda form, data, at: struct.unpack_from(form, data, at)[0]),
+        )
+    return export.deserialize(bytearray(data))
+
+
+class _Table:
+    """A table of a flatbuffer: its bytes, and where in them it begins."""
+
+    def __init__(self, data, position):
+        self.Bytes, self.Pos = data, position
+
+    def Offset(self, field):
+        table = self.Pos - self._read("<i", self.Pos)
+        return self._read("<H", table + field) if field < self._read("<H", table) else 0
+
+    def Indirect(self, at):
+        return at + self._read("<I", at)
+
+    def Vector(self, at):
+        return self.Indirect(at + self.Pos) + 4
+
+    def VectorLen(self, at):
+        return self._read("<I", self.Vector(at) - 4)
+
+    def String(self, at):
+        start = self.Indirect(at) + 4
+        return bytes(self.Bytes[start : start + self._read("<I", start - 4)])
+
+    def Get(self, flags, at):
+        return int(np.frombuffer(self.Bytes, flags.dtype, 1, at)[0])
+
+    def GetVectorAsNumpy(self, flags, at):
+        return np.frombuffer(self.Bytes, flags.dtype, self.VectorLen(at), self.Vector(at))
+
+    def _read(self, form, at):
+        return struct.unpack_from(form, self.Bytes, at)[0]
+
+
+def _shards(folder, name):
+    files = sorted(folder.glob(f"{name}-*-of-*.npy"))
+    if not files or len(files) != int(files[0].stem[-5:]):
+        raise FileNotFoundError(f"{folder} lacks shards of {name}: copy the folder again")
+    return [np.load(file, mmap_mode="r") for file in files]
+
+
+def _index_vectors(vectors):
+    return _unit(vectors.astype(np.float32), 1e-12).reshape(len(vectors), -1)
+
+
+def _unit(vectors, least):
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), least)
+
+
+def _uv(s):
+    return np.where(s >= 0.5, (4 * s**2 - 1) / 3, (1 - 4 * (1 - s) ** 2) / 3)
+
+
+def _padded(values, size):
+    return np.concatenate([values, np.repeat(values[:1], size - len(values), 0)])
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python standalone.py FEATURES.npy > answers.jsonl")
+    for answer in Model(Path(__file__).parent).answers(np.load(sys.argv[1])):
+        print(json.dumps(answer))

@@ -1,0 +1,1 @@
+"""`geotoken serve`: an exported model as an HTTP service."""

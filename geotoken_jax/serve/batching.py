@@ -1,0 +1,124 @@
+"""Dynamic batches: what waits when the model becomes free is answered together."""
+
+import asyncio
+import contextlib
+import logging
+import time
+import types
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol, cast
+
+import numpy as np
+from etils import epath
+from jaxtyping import UInt8
+from PIL import Image
+
+from geotoken_jax.backbone import Backbone
+from geotoken_jax.predict.predictor import GeoToken, Prediction
+from geotoken_jax.serve.limits import Refused
+
+#: What a photo is to the model.
+Prepared = UInt8[np.ndarray, "h w 3"]
+
+
+class Model(Protocol):
+    """Answers in two steps, so that threads can do the first while the model does the second."""
+
+    #: Photos that are answered at once.
+    batch_size: int
+
+    def prepare(self, photo: Any) -> Prepared:
+        """Returns a photo of anything that `preprocess.open_image` takes; all have one shape. Raises ImageError."""
+        ...
+
+    def predict(self, photos: Any) -> Any:
+        """Returns the predictions of a list of what `prepare` returned."""
+        ...
+
+
+class ServedGeoToken(GeoToken):
+    """A GeoToken in the two steps of `Model`."""
+
+    def __init__(self, folder: epath.PathLike):
+        super().__init__(folder)
+        tower = self._backbone
+        self.prepare = tower.prepare
+        self._backbone = cast(Backbone, types.SimpleNamespace(prepare=lambda photo: photo, images=tower.images))
+
+
+class Batcher:
+    """One thread that runs the model, and the photos that wait for it, oldest first."""
+
+    def __init__(self, model: Model, size: int, wait_s: float, measured: Callable[[int, float], None]):
+        """size: most photos of a batch. wait_s: that photos wait for others while the model is free. measured: is told
+        the photos and the seconds of every batch."""
+        self._model, self._wait_s, self._measured = model, wait_s, measured
+        self._size = min(size, model.batch_size)
+        self._waiting: asyncio.Queue[tuple[Prepared, asyncio.Future[Prediction]]] = asyncio.Queue()
+        self._thread = ThreadPoolExecutor(1, "model")
+        self._last_s = 1.0
+        self.ready = False
+
+    async def __call__(self, photo: Prepared) -> Prediction:
+        """Returns the answer for a photo. Raises Refused if the model fails."""
+        answer = asyncio.get_running_loop().create_future()
+        self._waiting.put_nowait((photo, answer))
+        return await answer
+
+    def wait_s(self, photos: int) -> float:
+        """Returns in how many seconds so many photos will be answered, if all batches take as long as the last."""
+        return -(-photos // self._size) * self._last_s
+
+    async def run(self) -> None:
+        """Compiles the model for every size of a batch, then answers until it is canceled."""
+        try:
+            blank = self._model.prepare(Image.new("RGB", (64, 64)))
+            for size in sorted({_padded(n + 1, self._size) for n in range(self._size)}):
+                await self._timed([blank] * size)
+            await self._timed([blank] * self._size)  # the last one's time was that of compiling
+            self.ready = True
+            while True:
+                await self._answer(await self._next())
+        finally:
+            self.ready = False
+            self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def _next(self) -> list[tuple[Prepared, asyncio.Future[Prediction]]]:
+        batch = [await self._waiting.get()]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._wait_s):
+                while len(batch) < self._size:
+                    batch.append(await self._waiting.get())
+        return [(photo, answer) for photo, answer in batch if not answer.done()]  # those nobody waits for any more
+
+    async def _answer(self, batch: Sequence[tuple[Prepared, asyncio.Future[Prediction]]]) -> None:
+        if not batch:
+            return
+        photos = [photo for photo, _ in batch]
+        try:
+            predictions = await self._timed(photos)
+        except Exception:
+            logging.getLogger(__name__).exception("the model failed on %d photos", len(photos))
+            predictions = [Refused(500, "the model failed: try again, and tell who runs this service")] * len(photos)
+        else:
+            self._measured(len(photos), self._last_s)
+        for (_, answer), prediction in zip(batch, predictions, strict=True):
+            if answer.done():
+                continue
+            if isinstance(prediction, Refused):
+                answer.set_exception(prediction)
+            else:
+                answer.set_result(prediction)
+
+    async def _timed(self, photos: list[Prepared]) -> list[Prediction]:
+        """Returns the predictions of a batch, filled with its first photo to one of the compiled sizes."""
+        filled = photos + photos[:1] * (_padded(len(photos), self._size) - len(photos))
+        start = time.perf_counter()
+        found = await asyncio.get_running_loop().run_in_executor(self._thread, self._model.predict, filled)
+        self._last_s = time.perf_counter() - start
+        return found[: len(photos)]
+
+
+def _padded(photos: int, most: int) -> int:
+    return min(1 << (photos - 1).bit_length(), most)

@@ -11,10 +11,13 @@ VOCABULARY := clip-anytorch==2.6.0
 GEOCLIP := geoclip==1.2.0
 # Beside the locked environment: it holds Pillow under 13 and pyarrow under 26.
 BEAM := apache-beam==2.77.0
+# A browser's driver and its audit, fuzzers, and what makes pages of the documentation and of the notebook.
+TOOLS := playwright==1.65.2 axe-playwright-python==0.1.8 schemathesis==4.32.5 atheris==3.0.0 \
+  mkdocs-material==9.8.2 mkdocstrings-python==2.0.11 nbclient==0.11.0 ipykernel==7.4.0
 # Pyright's wheel would ask for newer versions of itself over the network.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
 
-.PHONY: help demo test test-interop lint bench lock clean
+.PHONY: help demo test test-interop test-tools docs lint bench lock clean
 
 help: ## say what each target does
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
@@ -47,6 +50,21 @@ test-interop: $(INSTALLED) .torch/.installed .beam/.installed ## what needs PyTo
 	@$(PIP) --target .beam --constraint .beam/constraints.txt $(BEAM)
 	@touch $@
 
+# Chromium itself comes from the system.
+test-tools: $(INSTALLED) .tools/.installed ## what needs Chromium, fuzzers, Jupyter or MkDocs (.tools, 600 MB)
+	PYTHONPATH=.tools $(BIN)/python -m pytest -q tests/tools
+
+docs: $(INSTALLED) .tools/.installed ## the documentation as a site, in site/
+	PYTHONPATH=.tools $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "The site: $(CURDIR)/site/index.html"
+
+.tools/.installed:
+	@echo "Installing playwright, schemathesis, atheris, mkdocs and nbclient into .tools, once: a minute and 600 MB"
+	@rm -rf .tools && mkdir .tools
+	@$(BIN)/python -m pip freeze --exclude-editable > .tools/constraints.txt
+	@$(PIP) --target .tools --constraint .tools/constraints.txt $(TOOLS)
+	@touch $@
+
 lint: $(INSTALLED) ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -62,8 +80,8 @@ lock: $(INSTALLED) ## write requirements-lock.txt again, keeping pins that still
 	  --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" \
 	  --extra dev --extra prep --extra serve $(UPGRADE) --output-file requirements-lock.txt pyproject.toml
 
-clean: ## remove .venv, .torch, .beam and caches; runs/ stays
-	rm -rf .venv .torch .beam .pytest_cache .ruff_cache .hypothesis build dist
+clean: ## remove .venv, .torch, .beam, .tools and caches; runs/ stays
+	rm -rf .venv .torch .beam .tools site .pytest_cache .ruff_cache .hypothesis build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): requirements-lock.txt

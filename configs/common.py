@@ -128,6 +128,7 @@ def get_config() -> ConfigDict:
         neighbor_embeddings=True,
         neighbor_dropout=0.0,
         similarities=False,
+        context="none",
         dtype="bfloat16",
         remat="dots",
     )

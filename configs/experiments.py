@@ -183,6 +183,16 @@ def _trained() -> dict[str, Any]:
             ),
             choices=("",),
         ),
+        context=dict(
+            question="Does it help to know when a photo was taken: the time of year, when one hemisphere has summer "
+            "and the other winter, or the hour too, which with the light tells the longitude?",
+            runs=runs(
+                ("no time", {}),
+                ("time of year", model(context="season")),
+                ("of year and of day", model(context="time")),
+            ),
+            choices=("",),
+        ),
         cells=dict(
             question="Does it matter how the Earth is cut into tokens?",
             note="S2, its quads without Hilbert order, latitude and longitude, and H3 are alike. Names of places first"

@@ -6,8 +6,10 @@ trusted, is refused in one sentence that says how to mend it.
 
 import csv
 import io
+import math
 import re
 from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -32,7 +34,7 @@ def read_rows(
 
     columns: field of Photo -> name of its column, wherever that stands; id, latitude and longitude are among them.
     Numbers instead of names, from 0, are for a file separated by tabs, without a header or quotes. optional: the same
-    for columns that the file may lack. A photo without an author is its own author.
+    for columns that the file may lack. A photo without an author is its own author. captured is read by `seconds`.
 
     Raises StageError if the file is not UTF-8 text, has other columns or another delimiter, leaves a quote open, or has
     latitude and longitude swapped; the last is known at its end, so all rows must be read before one is used.
@@ -124,7 +126,25 @@ def _photo(values: dict[str, str]) -> Photo | Drop:
     if not all(map(_NUMBER.fullmatch, coordinates)):  # float() also takes 1_0, and digits of any script
         return Drop(name, "coordinates not a number")
     values["author"] = values.get("author") or name
-    return Photo(**values, image=b"", latitude=float(coordinates[0]), longitude=float(coordinates[1]))
+    captured = seconds(values.pop("captured", ""))
+    latitude, longitude = map(float, coordinates)
+    return Photo(**values, image=b"", latitude=latitude, longitude=longitude, captured=captured)
+
+
+def seconds(text: str) -> float:
+    """Returns a time in seconds since 1970: a number of them, or ISO 8601, which without an offset is taken to be UTC.
+
+    NaN for an empty text, infinity for one that is no time.
+    """
+    if not text:
+        return math.nan
+    if _NUMBER.fullmatch(text):
+        return float(text)
+    try:
+        time = datetime.fromisoformat(text)
+        return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, OverflowError):
+        return math.inf
 
 
 class _Swaps:

@@ -166,6 +166,7 @@ def _rows(batch: _Batch, texts: "_Texts", layout: records.Layout) -> list[bytes]
     photos = batch.photos
     columns = {name: np.array([photo[name].encode() for photo in photos]) for name in ("id", "author")}
     columns |= {name: np.array([photo[name] for photo in photos]) for name in ("coordinates", "tokens")}
+    columns["captured"] = np.array([photo.get("captured", math.nan) for photo in photos])
     columns["text"] = texts([place_text(photo["city"], photo["state"], photo["country"]) for photo in photos])
     each = {name: np.repeat(values, len(batch.images) // len(photos), axis=0) for name, values in columns.items()}
     return layout.encode({**each, "image": batch.images})

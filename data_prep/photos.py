@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -48,6 +49,8 @@ SOURCES = {
 }
 #: Photos whose tokens are computed together.
 _BATCH = 256
+#: What a number of seconds must reach to be a time, that of March 1973: below are zeros, years, dates and days.
+_EARLIEST = 1e8
 #: Folder of the shards that Beam has begun.
 _ATTEMPTS = "attempts"
 
@@ -114,7 +117,8 @@ def make(
     ledgers: dict[str, list[dict[str, Any]]] = {split: [] for split in source.splits}
     for task in tasks:
         ledgers[task.split].append(json.loads(task.ledger.read_text()))
-    drops = [drop for split in ledgers.values() for ledger in split for drop in ledger["dropped"]]
+    every = [ledger for split in ledgers.values() for ledger in split]
+    drops = [drop for ledger in every for drop in ledger["dropped"]]
     lines = [json.dumps({"id": name, "reason": reason}) + "\n" for name, reason in drops]
     workdir.write_bytes(stage.path / "dropped.jsonl", "".join(lines).encode())
     dropped = Counter(reason for _, reason in drops)
@@ -127,7 +131,8 @@ def make(
         )
     _refuse_repeated(tasks)
     _describe(stage.path, source.name, ledgers)
-    return stage.finish(counts, dropped)
+    times = {name: sum(ledger[name] for ledger in every) for name in ("captured", "nonsense_times")}
+    return stage.finish(counts, dropped, **times)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,6 +191,7 @@ def _make_shard(task: _Task) -> int:
     ids: dict[str, None] = {}
     dropped: list[tuple[str, str]] = []
     sizes: list[int] = []
+    times = {"captured": 0, "nonsense_times": 0}
 
     def kept() -> Iterator[Photo]:
         for item in task.source.read(task.split, task.shard):
@@ -194,7 +200,10 @@ def _make_shard(task: _Task) -> int:
                 dropped.append((item.id.encode(errors="backslashreplace").decode(), reason))
             else:
                 ids[item.id] = None
-                yield item
+                known = plausible(item.captured)
+                times["captured"] += known
+                times["nonsense_times"] += not (known or math.isnan(item.captured))
+                yield item if known else dataclasses.replace(item, captured=math.nan)
 
     def encoded() -> Iterator[bytes]:
         for record in encode(kept()):
@@ -203,7 +212,7 @@ def _make_shard(task: _Task) -> int:
 
     n = records.write_shard(task.shard_path, encoded())
     records.save_array(task.ids, np.array([name.encode() for name in ids], f"S{records.ID_BYTES}"))
-    workdir.write_json(task.ledger, {"photos": n, "bytes": sum(sizes), "dropped": dropped})
+    workdir.write_json(task.ledger, {"photos": n, "bytes": sum(sizes), "dropped": dropped, **times})
     return n
 
 
@@ -239,6 +248,11 @@ def fault(photo: Photo) -> str:
     return images.fault(photo.image)
 
 
+def plausible(captured: float) -> bool:
+    """Says whether a number of seconds since 1970 can be when a photo was taken: from March 1973 to a day from now."""
+    return _EARLIEST <= captured <= time.time() + 86_400  # a clock without an offset may be 14 hours ahead
+
+
 def encode(photos: Iterable[Photo]) -> Iterator[bytes]:
     """Yields photos' records, in the form of `records.photo_features`."""
     from tensorflow_datasets.core.example_serializer import ExampleSerializer  # 0.3 s: see `records.photo_features`
@@ -252,7 +266,8 @@ def encode(photos: Iterable[Photo]) -> Iterator[bytes]:
         tokens = np.asarray(scheme.encode(coordinates[:, 0], coordinates[:, 1])).astype(np.uint8)
         for photo, where, cells in zip(batch, coordinates, tokens, strict=True):
             text = {name: getattr(photo, name) for name in ("id", "author", *records.PLACE_FIELDS)}
-            row = features.encode_example({**text, "image": photo.image, "coordinates": where, "tokens": cells})
+            numbers = {"coordinates": where, "tokens": cells, "captured": np.float64(photo.captured)}
+            row = features.encode_example({**text, "image": photo.image, **numbers})
             # An example is a protobuf map, whose order differs between processes unless it is asked not to.
             yield serializer.get_tf_example(row).SerializeToString(deterministic=True)
 

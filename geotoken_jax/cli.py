@@ -352,6 +352,8 @@ def _aligner_from_pixels(
 
 
 def _train(config: Any, path: str, variants: Sequence[str]) -> None:
+    from geotoken_jax.data.join import check_context
+
     for variant in variants:
         folder = f"geotoken/{variant}"
         changed = settings.variant(config, variant)
@@ -362,6 +364,8 @@ def _train(config: Any, path: str, variants: Sequence[str]) -> None:
                 f"config.model.backbone_width = {changed.model.backbone_width} is not the width of these features: set "
                 f"it to {features.facts['width']}"
             )
+        if not before:
+            check_context(changed, path)
         made_with = {
             "model": settings.outcome(changed.model),
             "loss": changed.loss,
@@ -405,7 +409,8 @@ def decoder(config: Any, path: str, mesh: Any) -> tuple[Any, list, dict[str, Any
 
     def read(split: str) -> Tokens:
         own = gallery if split == "train" else Table(f"{path}/queries/{split}")
-        return Tokens(records.Records(f"{path}/tokens", split, layout), own, host, model.cells, model.neighbors)
+        stored = records.Records(f"{path}/tokens", split, layout)
+        return Tokens(stored, own, host, model.cells, model.neighbors, model.times)
 
     names = _trained_on(tokens)
     train = Together([read(split) for split in names])

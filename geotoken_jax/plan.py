@@ -178,6 +178,8 @@ class _Step:
             shapes["neighbor_rows"] = ((b, m), jnp.int32)
         else:
             shapes |= {"neighbors": ((b, m, 3, c), jnp.bfloat16), "neighbor_tokens": ((b, m, t), jnp.int32)}
+        if s.times:
+            shapes["context"] = ((b, s.times), jnp.float32)
         lies = self.trainer.batch_sharding
         return {name: jax.ShapeDtypeStruct(*what, sharding=lies) for name, what in shapes.items()}
 
@@ -345,7 +347,7 @@ def _collectives(step: _Step) -> dict[str, tuple[float, float]]:
     add("all-gather", parts * 2 * shard * mesh["fsdp"], mesh["fsdp"])  # for the forward and for the backward pass
     add("reduce-scatter", parts * shard * mesh["fsdp"], mesh["fsdp"])
     per_neighbor = 1 if s.memory == "compact" else 3 + s.cells.length * s.neighbor_tokens
-    memory = 4 + s.neighbors * per_neighbor
+    memory = 4 + (s.times > 0) + s.neighbors * per_neighbor
     # Each sublayer's output is summed going forward and its input's gradient going back; the memory's keys' too.
     positions = 4 * s.encoder_layers * memory + s.decoder_layers * (6 * s.cells.length + memory)
     photos = work.train.batch_size / step.ways

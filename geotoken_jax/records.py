@@ -61,7 +61,10 @@ class Layout:
         """Returns field name -> array [n, *shape]. Raises ValueError if a record is not of this layout."""
         dtype = self._numpy
         if any(len(record) != dtype.itemsize for record in data):
-            raise ValueError(f"a record of {len(data[0])} bytes where the layout has {dtype.itemsize}")
+            raise ValueError(
+                f"a record of {len(data[0])} bytes where the layout has {dtype.itemsize}: it is torn, or of another "
+                "version; make its folder again"
+            )
         rows = np.frombuffer(b"".join(data), dtype)
         columns = {}
         for field in self.fields:
@@ -73,7 +76,8 @@ class Layout:
 def feature_layout(width: int) -> Layout:
     """Records of features/: what everything after `embed` needs of a photo, its pixels left behind.
 
-    width: C, of the backbone's image and text features. tokens: level-20 S2 tokens, group 1.
+    width: C, of the backbone's image and text features. tokens: level-20 S2 tokens, group 1. captured: when the photo
+    was taken, in seconds since 1970, NaN where that is not known.
     """
     return Layout(
         (
@@ -83,6 +87,7 @@ def feature_layout(width: int) -> Layout:
             Field("tokens", "u1", (1 + LEVEL,)),
             Field("image", "bfloat16", (width,)),
             Field("text", "bfloat16", (width,)),
+            Field("captured", "<f8"),
         )
     )
 
@@ -198,6 +203,7 @@ def photo_features() -> Any:
             "image": tfds.features.Image(),
             "coordinates": tfds.features.Tensor(shape=(2,), dtype=np.float64, encoding="bytes"),
             "tokens": tfds.features.Tensor(shape=(1 + LEVEL,), dtype=np.uint8, encoding="bytes"),
+            "captured": tfds.features.Tensor(shape=(), dtype=np.float64, encoding="bytes"),
             **{name: text() for name in PLACE_FIELDS},
         }
     )
@@ -210,7 +216,8 @@ class Photos:
     """Random access to one split of photos/, in the order of its shards: `photos[i]` is a dict.
 
     id, author, city, state, country, continent: str. image: the encoded file's bytes. coordinates: float64 [2],
-    latitude and longitude in degrees. tokens: uint8 [21].
+    latitude and longitude in degrees. tokens: uint8 [21]. captured: float64, seconds since 1970, NaN where that is not
+    known; photos/ of earlier versions have none.
     """
 
     def __init__(self, folder: epath.PathLike, split: str):

@@ -30,7 +30,8 @@ def settings(form: str, **changes) -> ModelSettings:
     values = dict(
         scheme="s2", level=6, group=2, backbone_width=C, neighbors=M, width=16, heads=2, feed_forward=24,
         encoder_layers=1, decoder_layers=2, dropout=0.0, neighbor_tokens=True, neighbor_embeddings=True,
-        neighbor_dropout=0.0, similarities=False, qk_norm=False, attention="xla", dtype="float32", remat="none",
+        neighbor_dropout=0.0, similarities=False, context="none", qk_norm=False, attention="xla",
+        dtype="float32", remat="none",
     )  # fmt: skip
     return ModelSettings(**{**values, **FORMS[form], **changes})
 
@@ -79,14 +80,14 @@ def neighbors(batch) -> Neighbors:
 @nnx.jit
 def forward(model: GeoTokenModel, batch, key=None):
     """Returns teacher-forced log-probabilities; compiled once for each form and shape."""
-    return model(batch["query"], neighbors(batch), batch["tokens"], key)
+    return model(batch["query"], neighbors(batch), batch["tokens"], key, batch.get("context"))
 
 
 @nnx.jit
 def stepwise(model: GeoTokenModel, batch):
     """Returns the log-probabilities of the same tokens from the cache, two candidates a photo: the photo's own tokens,
     and the next photo's."""
-    memory = model.encode(batch["query"], neighbors(batch))
+    memory = model.encode(batch["query"], neighbors(batch), context=batch.get("context"))
     tokens = jnp.stack([batch["tokens"], jnp.roll(batch["tokens"], -1, 0)], 1)
 
     def step(cache, t):

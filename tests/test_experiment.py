@@ -28,6 +28,7 @@ class Photos:
 
 def config(**experiments):
     found = ConfigDict(dict(name="made_up", index=dict(km=0.0), train=dict(rate=1), predict=dict(shift=1.0)))
+    found.model = dict(context="none")
     found.evaluate = dict(
         resamples=50,
         seed=0,
@@ -152,6 +153,22 @@ def test_one_that_was_interrupted_goes_on(tmp_path, stages):
     made.clear()
     experiment.run(given, str(tmp_path), "one", found)
     assert made == ["experiments/one/other/predictions/geotoken"]
+
+
+def test_times_that_no_photo_has_are_missed_before_anything_is_made(tmp_path, stages):
+    found, made = stages(tmp_path)
+    given = config(one=dict(runs=(("base", {}), ("timed", dict(model=dict(context="season"), train=dict(rate=2))))))
+    for stage in found.values():
+        stage(given, str(tmp_path), ["geotoken"])
+    workdir.begin(tmp_path, "photos", {}, []).finish({"train": 3}, captured=0)
+    made.clear()
+    with pytest.raises(settings.SettingsError, match=r"context is 'season', and no photo in \S*/photos says when"):
+        experiment.run(given, str(tmp_path), "one", found)
+    assert not made and not (tmp_path / "experiments").exists()
+    (tmp_path / "photos" / "manifest.json").unlink()
+    workdir.begin(tmp_path, "photos", {}, []).finish({"train": 3}, captured=1)
+    experiment.run(given, str(tmp_path), "one", found)
+    assert made == [f"experiments/one/timed/{folder}/geotoken" for folder in ("geotoken", "predictions")]
 
 
 def test_the_page_has_what_is_there(tmp_path, stages):

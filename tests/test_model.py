@@ -1,12 +1,17 @@
 """The decoder in all its forms: what it may see, and that every way to compute it agrees."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
+from geotoken_jax.data import join
 from geotoken_jax.model import layers, loss
+from geotoken_jax.model.geotoken import GeoTokenModel
 from geotoken_jax.model.memory import Neighbors, drop, sinusoidal
 from geotoken_jax.predict.sample import greedy
 from tests import fixtures
@@ -237,6 +242,60 @@ def test_the_memory_has_the_length_that_the_paper_says():
         np.testing.assert_array_equal(lengths, 4 + batch["neighbor_count"] * per_neighbor)
 
 
+@pytest.mark.parametrize("form", ["paper", "compact"])
+def test_a_time_is_one_more_position_and_nothing_where_it_is_unknown(form):
+    batch, timed = fixtures.batch(), fixtures.model(form, context="time")
+    batch["context"] = join.context(np.array([0.0, 1e7, 1e7 + 4e4, np.nan]), 5)
+    given = batch["query"], fixtures.neighbors(batch), jnp.zeros((4, fixtures.M, 4, 16))
+    without, lengths = fixtures.model(form).memory_builder(*given)
+    x, longer = timed.memory_builder(*given, batch["context"])
+    assert x.shape == (4, without.shape[1] + 1, 16)
+    np.testing.assert_array_equal(longer, lengths + 1)
+    close(fixtures.stepwise(timed, batch)[:, 0], found := fixtures.forward(timed, batch))
+    unknown = fixtures.forward(timed, {name: values for name, values in batch.items() if name != "context"})
+    np.testing.assert_array_equal(found[3], unknown[3])
+    assert (np.abs(np.exp(found) - np.exp(unknown)).max((1, 2))[:3] > 1e-3).all()
+
+
+def test_a_model_without_times_is_the_one_that_it_was():
+    s = fixtures.settings("compact")
+    without, timed = (
+        {path for path, _ in nnx.to_flat_state(nnx.state(nnx.eval_shape(lambda s=s: GeoTokenModel(s, nnx.Rngs(0)))))}
+        for s in (s, dataclasses.replace(s, context="time"))
+    )
+    assert {path[:2] for path in timed - without} == {("memory_builder", "context")} and without < timed
+
+
+@pytest.mark.parametrize(("context", "least", "most"), [("none", 0.0, 0.7), ("season", 0.95, 1.0)])
+def test_where_the_place_depends_on_the_season_it_is_learned_from_the_season_alone(context, least, most):
+    rng, n = np.random.default_rng(0), 256
+    times = rng.uniform(1e9, 1.7e9, n)
+    north = join.context(times, 3)[:, 2] < 0  # where it is summer
+    tokens = np.where(north[:, None], [2, 3, 1, 0], [5, 0, 2, 3])
+    s = fixtures.settings("compact", decoder_layers=1, context=context)
+    batch = {**fixtures.batch(n), "tokens": tokens.astype(np.int32), "neighbor_count": np.zeros(n, np.int32)}
+    if s.times:
+        batch["context"] = join.context(times, s.times)
+    task = fixtures.task(s)
+    model = nnx.jit(lambda: task.init(nnx.Rngs(0)))()
+    optimizer = nnx.Optimizer(model, optax.adam(0.01), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer, batch, key):
+        grads = nnx.grad(lambda m: task.loss(m, batch, key)[0])(model)
+        optimizer.update(model, grads)
+
+    for i in range(60):
+        rows = rng.integers(0, n // 2, 64)
+        step(model, optimizer, {name: values[rows] for name, values in batch.items()}, jax.random.key(i))
+    unseen = {name: values[n // 2 :] for name, values in batch.items()}
+    right = np.asarray(fixtures.forward(model, unseen)).argmax(-1) == unseen["tokens"]
+    assert least <= right.all(-1).mean() <= most
+    # A tenth of the photos have learned without their time: with none told, it is unsure and says so.
+    unknown = fixtures.forward(model, {name: values for name, values in unseen.items() if name != "context"})
+    assert 0.3 < float(np.exp(np.asarray(unknown))[:, 0].max(-1).mean()) < 0.8
+
+
 def test_sinusoidal_positions():
     found = sinusoidal(50, 6)
     rates = 10000.0 ** (-np.arange(3) / 3)
@@ -255,6 +314,7 @@ def test_sinusoidal_positions():
         ({"attention": "cudnn"}, "config.model.attention = 'cudnn' takes .* not float32 and 8"),
         ({"attention": "cudnn", "dtype": "bfloat16", "heads": 4}, "not bfloat16 and 4: change those, or use 'xla'"),
         ({"memory": "half"}, "config.model.memory is 'half'"),
+        ({"context": "weather"}, "config.model.context is 'weather': choose one of none, season, time"),
         ({"neighbor_tokens": False}, "config.model.copy_head copies"),
     ],
 )

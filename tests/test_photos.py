@@ -48,7 +48,9 @@ class Sample:
             time.sleep(self.pause)
             latitude, longitude = rng.uniform(-90, 90), rng.uniform(-180, 180)
             color = tuple(rng.integers(0, 256, 3).tolist())
-            yield Photo(f"{split}-{shard}-{n}", f"author {n}", _jpeg(color), latitude, longitude, city="Ōsaka")
+            captured = 1e9 + n + 1 / 3 if n % 2 else float("nan")
+            text = dict(city="Ōsaka", captured=captured)
+            yield Photo(f"{split}-{shard}-{n}", f"author {n}", _jpeg(color), latitude, longitude, **text)
         if (split, shard) == ("test", 0):
             yield from self.extra
 
@@ -82,6 +84,7 @@ def test_photos_come_back_exactly(whole):
             assert (row["id"], row["author"], row["image"]) == (photo.id, photo.author, photo.image)
             assert (row["city"], row["state"]) == ("Ōsaka", "")
             assert tuple(row["coordinates"]) == (photo.latitude, photo.longitude)  # to the last bit
+            np.testing.assert_array_equal(row["captured"], photo.captured, strict=False)
             tokens = CellScheme(20, 1).encode(np.array([photo.latitude]), np.array([photo.longitude]))[0]
             np.testing.assert_array_equal(row["tokens"], tokens)
 
@@ -176,6 +179,16 @@ def test_faulty_photos_are_dropped_by_a_named_reason(tmp_path):
     assert [line["reason"] for line in lines] == list(faulty)
     assert [line["id"] for line in lines[:2]] == ["", "a\\udcff"]
     assert records.Photos(tmp_path / "photos", "test")[10]["id"] == "../../x"
+
+
+def test_what_cannot_be_a_time_is_counted_and_unknown(tmp_path):
+    nonsense = [0.0, -1.0, 2024.0, 20240702.0, 2.0**31 - 1, 1.7e12, time.time() + 1e6, float("inf")]
+    good = Photo("good", "ok", _jpeg("red"), 0.0, 0.0, captured=time.time())
+    extra = (good, *(dataclasses.replace(good, id=str(n), captured=t) for n, t in enumerate(nonsense)))
+    manifest = _make(tmp_path, Sample(extra=extra))
+    assert manifest.facts == {"captured": 25 + 1, "nonsense_times": len(nonsense)} and manifest.dropped == {}
+    found = [records.Photos(tmp_path / "photos", "test")[10 + n]["captured"] for n in range(len(extra))]
+    assert found[0] == good.captured and np.isnan(found[1:]).all()
 
 
 def test_too_many_drops_are_an_error_until_the_limit_is_raised(tmp_path):

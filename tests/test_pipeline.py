@@ -1,5 +1,7 @@
 """Batches: each row once an epoch, the same on any number of processes, and resumable; and rows joined with tables."""
 
+from datetime import UTC, datetime
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -88,6 +90,7 @@ def gallery(tmp_path):
         "tokens": tokens,
         "ids": np.array([f"{i}".encode() for i in range(9)]),
         "authors": np.full(9, b""),
+        "captured": np.where(np.arange(9) < 6, datetime(2023, 7, 2, 18, tzinfo=UTC).timestamp(), np.nan),
     }
     table.write_shard(tmp_path / "gallery", 0, 1, columns)
     return table.Table(tmp_path / "gallery")
@@ -122,6 +125,11 @@ def test_token_records_are_joined_by_row(tmp_path, gallery):
     assert found["neighbors"][1, :, 0, 0].tolist() == [1, 2, 3] and found["neighbors"][2, :2, 0, 0].tolist() == [8, 0]
     light = join.Tokens(records.Records(tmp_path, "train", layout), gallery, None, CellScheme(20, 2), 3)([2, 0, 1])
     assert light["neighbor_rows"].tolist() == [[-1, -1, -1], [1, 2, 3], [8, 0, -1]]
+    timed = join.Tokens(records.Records(tmp_path, "train", layout), gallery, None, CellScheme(20, 2), 3, 5)([2, 0, 1])
+    assert set(timed) == {*light, "context"} and timed["context"].dtype == np.float32
+    # In the middle of the year, and three quarters into the day; then a photo of which nothing is known.
+    expected = [[1, 0, -1, -1, 0], [0, 0, 0, 0, 0], [1, 0, -1, -1, 0]]
+    np.testing.assert_allclose(timed["context"], expected, atol=0.03)
     assert light["neighbor_rows"].dtype == np.int32 and set(light) == set(found) - {"neighbors", "neighbor_tokens"} | {
         "neighbor_rows"
     }
@@ -134,6 +142,7 @@ def test_features_come_as_float32(tmp_path):
     columns = {
         "id": np.array([b"a", b"b"]), "author": np.array([b"", b"x"]), "tokens": np.zeros((2, 21), np.uint8),
         "coordinates": np.array([[1.5, -2.25], [80.0, 170.0]]), "image": np.full((2, 4), 0.5), "text": np.zeros((2, 4)),
+        "captured": np.zeros(2),
     }  # fmt: skip
     records.write_shard(records.shard_path(epath.Path(tmp_path), "train", 0, 1), layout.encode(columns))
     found = join.Features(records.Records(tmp_path, "train", layout))([1, 0])
@@ -141,6 +150,14 @@ def test_features_come_as_float32(tmp_path):
         "image": (np.float32, (2, 4)), "text": (np.float32, (2, 4)), "coordinates": (np.float32, (2, 2))
     }  # fmt: skip
     assert found["coordinates"].tolist() == [[80.0, 170.0], [1.5, -2.25]] and (found["image"] == 0.5).all()
+
+
+def test_a_time_is_the_same_every_year_and_half_a_year_away_the_other_season():
+    days = [datetime(year, month, 5, 6, tzinfo=UTC) for year in (1999, 2024) for month in (1, 7)]
+    found = join.context(np.array([day.timestamp() for day in days] + [np.nan]), 3)
+    np.testing.assert_allclose(found[:2], found[2:4], atol=0.03)  # a leap day is 0.017
+    np.testing.assert_allclose(found[0, 1:], -found[1, 1:], atol=0.03)
+    assert found[:, 0].tolist() == [1, 1, 1, 1, 0] and not found[4].any()
 
 
 class Part:

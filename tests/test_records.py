@@ -47,7 +47,7 @@ def test_every_layout_round_trips_exactly(name):
 def test_records_have_the_size_and_bytes_that_the_layout_says():
     given = columns(LAYOUTS["features"], 1)
     (data,) = LAYOUTS["features"].encode(given)
-    assert len(data) == 2 * 64 + 2 * 8 + 21 + 2 * (2 * 5)
+    assert len(data) == 2 * 64 + 2 * 8 + 21 + 2 * (2 * 5) + 8
     assert data[128:144] == given["coordinates"].astype("<f8").tobytes()
     assert data[165:175] == given["image"].tobytes()
 

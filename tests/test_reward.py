@@ -52,6 +52,18 @@ def test_each_candidate_sees_the_neighbors_of_its_own_photo_and_no_others():
     assert (np.abs(before[0] - after[0]).max(-1) > 1e-4).all()
 
 
+def test_states_know_the_time_that_the_candidates_were_drawn_with():
+    model = fixtures.model("ours", context="season", copy_head=False)
+    batch, found = pool()
+    batch["context"] = np.array([[1, 0.6, 0.8], [0, 0, 0], [1, -1, 0]], np.float32)
+    states = States(model)(found._replace(context=batch["context"]))
+    logits = states[:, 0] @ np.asarray(model.head[...][-1]) + np.asarray(model.head_bias[...][-1])
+    expected = fixtures.forward(model, {**batch, "tokens": found.candidates.tokens[:, 0]})[:, -1]
+    np.testing.assert_allclose(jax.nn.log_softmax(logits), expected, atol=1e-4)
+    changed = np.abs(states - States(model)(found)).max((1, 2))
+    assert (changed[[0, 2]] > 1e-4).all() and changed[1] == 0
+
+
 def test_it_learns_to_choose_what_is_near(tmp_path):
     model = fixtures.model("ours")
     _, found = pool(4, 4)

@@ -8,6 +8,7 @@ import os
 import shutil
 import tracemalloc
 import zipfile
+from datetime import UTC, datetime
 from pathlib import Path
 
 import ml_collections
@@ -112,6 +113,57 @@ def test_a_folder_without_a_csv_takes_coordinates_from_exif_in_sorted_order(tmp_
         assert row["author"] == row["id"]
 
 
+def taken(rows) -> dict[str, str]:
+    """When photos were taken; an empty text where that is unknown."""
+    times = {name: float(row["captured"]) for name, row in rows.items()}
+    return {n: "" if math.isnan(t) else datetime.fromtimestamp(t, UTC).isoformat()[:19] for n, t in times.items()}
+
+
+def timed(time, offset=None) -> bytes:
+    tags = exif(1, 2)
+    tags[0x8769] = {0x9003: time, **({0x9011: offset} if offset else {})}
+    return jpeg(exif=tags)
+
+
+def test_a_folder_without_a_csv_takes_times_from_exif(tmp_path):
+    files = {
+        "clock": timed("2019:07:14 12:30:05"),
+        "offset": timed("2019:07:14 12:30:05", "+05:30"),
+        "none": jpeg(exif=exif(1, 2)),
+        "blank": timed("    :  :     :  :  "),
+        "zeros": timed("0000:00:00 00:00:00"),
+        "reset": timed("1970:01:01 00:00:00"),
+        "text": timed("last summer"),
+        "far": timed("9999:12:31 23:59:59", "-14:00"),
+        "month": timed("2019:13:14 12:30:05"),
+    }
+    path = write_files(tmp_path / "in", {f"{name}.jpg": data for name, data in files.items()})
+    manifest, found = prepare(tmp_path / "w", "folder", **{**ONE_SPLIT, "path": path})
+    times = {name.removesuffix(".jpg"): time for name, time in taken(found["test"]).items()}
+    known = {"clock": "2019-07-14T12:30:05", "offset": "2019-07-14T07:00:05"}
+    assert times == {**dict.fromkeys(files, ""), **known}
+    assert manifest.facts == {"captured": 2, "nonsense_times": 5}
+
+
+def test_a_csv_may_say_when_photos_were_taken(tmp_path):
+    texts = {
+        "2019-07-14T12:30:05": "2019-07-14T12:30:05",
+        "2019-07-14 12:30:05+05:30": "2019-07-14T07:00:05",
+        "2019-07-14T12:30:05Z": "2019-07-14T12:30:05",
+        "2019-07-14": "2019-07-14T00:00:00",
+        "1563107405": "2019-07-14T12:30:05",
+        "1563107405.5": "2019-07-14T12:30:05",
+        **dict.fromkeys(["", "nan"], ""),  # which say nothing; the others say nonsense
+        **dict.fromkeys(["2019", "14.7.2019", "0", "1563107405000", "20190714", "0001-01-01T00:00:00+14:00"], ""),
+    }
+    rows = [[f"{n}.jpg", text, 1, 2] for n, text in enumerate(texts)]
+    table = write_csv(tmp_path / "t.csv", ["id", "captured", "latitude", "longitude"], rows)
+    path = write_files(tmp_path / "in", {f"{n}.jpg": timed("2011:01:01 00:00:00") for n in range(len(rows))})
+    manifest, found = prepare(tmp_path / "w", "folder", **{**ONE_SPLIT, "path": path, "csv": table})
+    assert list(taken(found["test"]).values()) == list(texts.values())  # EXIF is not asked
+    assert manifest.facts == {"captured": 6, "nonsense_times": 6}
+
+
 def test_links_are_not_followed_and_ids_find_nothing_outside(tmp_path):
     write_files(tmp_path, {"secret/x.jpg": jpeg(exif=exif(1, 2))})
     path = Path(write_files(tmp_path / "in", {"good.jpg": jpeg(exif=exif(3, 4))}))
@@ -188,7 +240,10 @@ def test_yfcc_is_read_in_each_of_its_forms(tmp_path, form):
     assert list((tmp_path / "w/photos").glob(f"{name}-test.array_record*"))
 
 
-OSV5M = "id,latitude,longitude,thumb_original_url,country,sequence,region,sub-region,city,creator_username,creator_id"
+OSV5M = (
+    "id,latitude,longitude,thumb_original_url,country,sequence,captured_at,region,sub-region,city,creator_username,"
+    "creator_id"
+)
 
 
 def write_osv5m(path: Path) -> str:
@@ -198,7 +253,8 @@ def write_osv5m(path: Path) -> str:
         with zipfile.ZipFile(path / f"images/train/{n:02d}.zip", "w") as archive:
             for i, (lat, lon) in enumerate(PLACES.values()):
                 archive.writestr(f"{n:02d}/{n}{i}.jpg", jpeg())
-                table.append([f"{n}{i}", lat, lon, "http", "NA", "s", "Erongo", "", "None", "user", "42"])
+                time = 1563107405678 if i else 0
+                table.append([f"{n}{i}", lat, lon, "http", "NA", "s", time, "Erongo", "", "None", "user", "42"])
     return write_csv(path / "train.csv", OSV5M.split(","), table)
 
 
@@ -207,12 +263,14 @@ def test_osv5m_reads_its_zips_in_place_and_namibia_stays_text(tmp_path):
     with zipfile.ZipFile(tmp_path / "in/images/train/02.zip", "a") as archive:
         archive.writestr("02/77.jpg", jpeg())
     with Path(table).open("a") as file:
-        file.write("99,1,100,,,,,,,,\n10,1,100,,,,,,,,\n")
+        file.write("99,1,100,,,,,,,,,\n10,1,100,,,,,,,,,\n")
     before = {p: p.read_bytes() for p in (tmp_path / "in").rglob("*") if p.is_file()}
     manifest, found = prepare(tmp_path / "w", "osv5m", 0.5, path=str(tmp_path / "in"))
     assert manifest.dropped == {"no image": 1, "no metadata": 1, "repeated id": 1}
     assert dropped(tmp_path / "w") == {"99": "no image", "77": "no metadata", "10": "repeated id"}
     assert where(found["train"]) == {f"{n}{i}": p for n in (1, 2) for i, p in enumerate(PLACES.values())}
+    assert taken(found["train"])["13"] == "2019-07-14T12:30:05" and taken(found["train"])["10"] == ""
+    assert manifest.facts == {"captured": 6, "nonsense_times": 2}
     row = found["train"]["13"]
     assert (row["country"], row["city"], row["state"], row["author"]) == ("NA", "None", "Erongo", "42")
     assert {p: p.read_bytes() for p in (tmp_path / "in").rglob("*") if p.is_file()} == before

@@ -17,6 +17,7 @@ def columns(n, first=0):
         "tokens": rng.integers(0, 4, (n, 21)).astype(np.uint8),
         "ids": np.array([f"photo-{first + i}".encode() for i in range(n)]),
         "authors": np.array([f"author-{i % 3}".encode() for i in range(n)]),
+        "captured": rng.uniform(1e9, 2e9, n),
     }
 
 
@@ -72,6 +73,35 @@ def test_missing_shards_and_wrong_columns_are_refused(tmp_path, parts):
     ):
         with pytest.raises(ValueError, match=f"column {name} of the table"):
             table.write_shard(tmp_path, 1, 2, {**parts[0], name: wrong})
+
+
+def test_a_table_need_not_say_when_photos_were_taken(tmp_path, parts):
+    del parts[0]["captured"]
+    for i, part in enumerate(parts[:2]):
+        table.write_shard(tmp_path / "some", i, 2, part)
+    found = table.Table(tmp_path / "some").captured()
+    assert np.isnan(found[:5]).all() and found[5:].tolist() == parts[1]["captured"].tolist()
+    for file in (tmp_path / "some").glob("captured-*"):
+        file.unlink()
+    found = table.Table(tmp_path / "some")
+    assert np.isnan(found.captured([[0, 7]])).all() and found.captured().shape == (8,)
+
+
+def test_a_table_torn_in_its_making_is_not_one_without_times(tmp_path, parts, monkeypatch):
+    written = []
+
+    def save(path, values):
+        written.append(path)
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        np.save(path, values)
+
+    monkeypatch.setattr(table.records, "save_array", save)
+    with pytest.raises(KeyboardInterrupt):
+        table.write_shard(tmp_path, 0, 1, parts[0])
+    assert written[0].name.startswith("captured-")
+    with pytest.raises(FileNotFoundError):
+        table.Table(tmp_path)
 
 
 def test_index_vectors_have_three_parts_of_length_one():

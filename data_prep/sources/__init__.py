@@ -1,13 +1,18 @@
 """Where photos come from: each source yields photos, and a counted reason for every one that it drops."""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 
 @dataclasses.dataclass(frozen=True)
 class Photo:
-    """One photo as the path takes it in. Empty text where a name is unknown; degrees; image: the encoded file."""
+    """One photo as the path takes it in. Empty text where a name is unknown; degrees; image: the encoded file.
+
+    captured: when it was taken, in seconds since 1970, UTC as far as that is known; NaN where nothing is said of it.
+    What cannot be a time (photos.plausible) is counted as nonsense and becomes NaN.
+    """
 
     id: str
     author: str
@@ -18,6 +23,7 @@ class Photo:
     state: str = ""
     country: str = ""
     continent: str = ""
+    captured: float = math.nan
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Any folder of photos: where they were taken is in a CSV, or in their EXIF.
+"""Any folder of photos: where and when they were taken is in a CSV, or in their EXIF.
 
 A photo's id is its path in the folder, with `/`. Files are found by walking the folder, never by making a path from an
 id, so nothing outside of it is read; symbolic links in it are not followed.
@@ -21,14 +21,15 @@ from geotoken_jax.settings import SettingsError
 from geotoken_jax.workdir import StageError
 
 _COLUMNS = {name: name for name in ("id", "latitude", "longitude")}
-_OPTIONAL = {name: name for name in ("author", "city", "state", "country", "continent")}
+_OPTIONAL = {name: name for name in ("author", "city", "state", "country", "continent", "captured")}
 
 
 @dataclasses.dataclass(frozen=True)
 class FolderSettings:
     """path: the folder; subfolders are part of it. csv: file of id, latitude and longitude, and author, city, state,
-    country and continent where it has them; empty takes coordinates from EXIF. train, validation, test: shares of
-    authors, 0-1; all of test makes a benchmark. photos_per_shard: at most; the last shard has the rest."""
+    country, continent and captured (csv_rows.seconds) where it has them; empty takes coordinates and time from EXIF.
+    train, validation, test: shares of authors, 0-1; all of test makes a benchmark. photos_per_shard: at most; the last
+    shard has the rest."""
 
     path: str
     csv: str
@@ -51,7 +52,7 @@ class FolderSettings:
 class Listing:
     """What a source has: split -> each photo, its image not yet read, with its file; or a drop, with none.
 
-    exif: take the coordinates from the image.
+    exif: take coordinates and time from the image.
     """
 
     photos: Mapping[str, list[tuple[Photo | Drop, str]]]
@@ -193,4 +194,5 @@ def _load(photo: Photo, file: str, exif: bool) -> Photo | Drop:
     where = images.gps(image)
     if where is None:
         return Drop(photo.id, images.fault(image) or "no GPS")
-    return dataclasses.replace(photo, image=image, latitude=where[0], longitude=where[1])
+    captured = images.captured(image)
+    return dataclasses.replace(photo, image=image, latitude=where[0], longitude=where[1], captured=captured)

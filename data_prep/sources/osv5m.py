@@ -19,7 +19,7 @@ from geotoken_jax.workdir import StageError
 SPLITS = ("train", "test")
 _COLUMNS = {"id": "id", "author": "creator_id", "latitude": "latitude", "longitude": "longitude"}
 #: Text as it stands: the country "NA" is Namibia.
-_OPTIONAL = {"city": "city", "state": "region", "country": "country"}
+_OPTIONAL = {"city": "city", "state": "region", "country": "country", "captured": "captured_at"}
 _ENCRYPTED = 0x1
 
 
@@ -103,6 +103,6 @@ def _load(photo: Photo, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Phot
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         return Drop(photo.id, "damaged zip member")
     try:
-        return dataclasses.replace(photo, image=archive.read(info))
+        return dataclasses.replace(photo, image=archive.read(info), captured=photo.captured / 1000)  # of milliseconds
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError):
         return Drop(photo.id, "damaged zip member")

@@ -18,6 +18,7 @@ from etils import epath
 
 from geotoken_jax import settings, workdir
 from geotoken_jax.analysis import evaluate
+from geotoken_jax.data.join import check_context
 from geotoken_jax.geo.distance import THRESHOLDS_KM
 
 #: Makes the folders of a stage in a work directory, for one variant.
@@ -34,7 +35,8 @@ Each table is the result of one command, `geotoken experiment NAME --config=conf
 and this page of `geotoken experiment --document` with the same options ({date}, {cores} {machine} cores). The first
 row of a table is what the others are compared with: points above it, with the 95 % interval of the paired bootstrap
 over authors. The validation loss is in nats a token, weighted as the run trains, so that runs of other tokens or
-weights have losses that do not compare. Nothing here reads when a photo was taken: EarthView does not say.
+weights have losses that do not compare. When a photo was taken can be read (`config.model.context`), and `geotoken
+experiment context` compares that where photos say it. EarthView's do not, so there is no table of it here.
 """
 
 
@@ -62,9 +64,11 @@ def run(config: Any, path: str, name: str, stages: Mapping[str, Stage]) -> dict[
     variant, folder = options.reference, Path(path) / "experiments" / name
     trained = [f"{part}/{variant}" for part in _TRAINED]
     made: dict[str, Path] = {}
-    for label, changes, *trained_by in experiment.runs:
+    configs = [settings.changed(config, changes, f"experiments.{name}") for _, changes, *_ in experiment.runs]
+    for changed in configs:  # before the first of them is trained
+        check_context(changed, path)
+    for (label, _, *trained_by), changed in zip(experiment.runs, configs, strict=True):
         print(f"{name}: {label}", flush=True)
-        changed = settings.changed(config, changes, f"experiments.{name}")
         place = made[label] = folder / re.sub(r"[^a-z0-9]+", "_", label.lower()).strip("_")
         source = made[trained_by[0]] if trained_by else Path(path)
         _link(source.resolve(), place, trained)

@@ -150,7 +150,8 @@ def look(model: "GeoTokenModel", batch: Mapping[str, Any]) -> dict[str, Array]:
 
     tokens = batch["tokens"]
     neighbors = Neighbors(batch["neighbors"], batch["neighbor_tokens"], batch["neighbor_count"])
-    log_p = model(batch["query"], neighbors, tokens)
+    context = batch.get("context")
+    log_p = model(batch["query"], neighbors, tokens, context=context)
     real = jnp.arange(neighbors.tokens.shape[1]) < neighbors.count[:, None]
     return {
         "tokens": tokens,
@@ -158,7 +159,7 @@ def look(model: "GeoTokenModel", batch: Mapping[str, Any]) -> dict[str, Array]:
         "entropy": -jnp.sum(jnp.where(jnp.isfinite(log_p), jnp.exp(log_p) * log_p, 0), axis=-1),
         "confidence": jnp.exp(log_p.max(-1)),
         "guess": log_p.argmax(-1),
-        "greedy": sample.greedy(model, model.encode(batch["query"], neighbors)).tokens[:, 0],
+        "greedy": sample.greedy(model, model.encode(batch["query"], neighbors, context=context)).tokens[:, 0],
         "near": jnp.where(real[..., None], neighbors.tokens, -1),
     }
 
@@ -185,9 +186,8 @@ def _see(config: Any, path: epath.Path, variant: str) -> dict[str, Seen]:
     with Progress("audit levels", sum(asked.values()), "photos") as progress:
         for split in sorted(asked, key=lambda name: (not name.startswith("test"), name)):
             own = Table(path / "queries" / split)
-            read = Tokens(
-                records.Records(path / "tokens", split, layout), own, gallery, options.cells, options.neighbors
-            )
+            tokens = records.Records(path / "tokens", split, layout)
+            read = Tokens(tokens, own, gallery, options.cells, options.neighbors, options.times)
             parts = []
             for batch in pipeline.evaluation(len(own), read, batch_size):
                 valid = batch.pop("valid")

@@ -2,14 +2,19 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
+from geotoken_jax import workdir
 from geotoken_jax.gallery.table import Table
 from geotoken_jax.geo.cells import Scheme
 from geotoken_jax.records import Records
 from geotoken_jax.settings import SettingsError
+
+#: Seconds of a year, the calendar's mean one (a date of 1970 to 2100 is within two days of its place), and of a day.
+_PERIODS = 365.2425 * 86_400, 86_400
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,14 +44,18 @@ class Tokens:
     """Reads tokens/ for the decoder and joins photo and neighbors by row.
 
     own: table of the photos themselves (the gallery, for the split that the gallery is made of). gallery: None where it
-    lies on the devices (gallery/placement.py). neighbors: M, how many of those on record are taken, best first.
+    lies on the devices (gallery/placement.py). neighbors: M, how many of those on record are taken, best first. times:
+    how many numbers of `context` the model reads.
     Returns query [b, 3, C] bfloat16, tokens [b, T] and neighbor_count [b] int32, and of the neighbors either
-    neighbors [b, M, 3, C] bfloat16 and neighbor_tokens [b, M, T] int32, or neighbor_rows [b, M] int32 alone.
+    neighbors [b, M, 3, C] bfloat16 and neighbor_tokens [b, M, T] int32, or neighbor_rows [b, M] int32 alone; and where
+    times are read context [b, times] float32.
     """
 
-    def __init__(self, records: Records, own: Table, gallery: Table | None, cells: Scheme, neighbors: int):
+    def __init__(
+        self, records: Records, own: Table, gallery: Table | None, cells: Scheme, neighbors: int, times: int = 0
+    ):
         self._records, self._own, self._gallery = records, own, gallery
-        self._cells, self._neighbors = cells, neighbors
+        self._cells, self._neighbors, self._times = cells, neighbors, times
 
     def __len__(self) -> int:
         return len(self._records)
@@ -60,6 +69,7 @@ class Tokens:
             "query": self._own.embeddings(found["row"]),
             "tokens": self._cells.of_stored(found["tokens"], self._own.coordinates(found["row"])),
             **(neighbor_rows(near) if self._gallery is None else neighbors(self._gallery, near, self._cells)),
+            **({"context": context(self._own.captured(found["row"]), self._times)} if self._times else {}),
         }
 
 
@@ -114,6 +124,27 @@ def chosen(ids: Sequence[np.ndarray], settings: DataSettings) -> Int[np.ndarray,
         )
     taken = np.random.default_rng(settings.seed).permutation(len(photos))[: settings.photos]
     return np.flatnonzero(np.isin(np.concatenate(ids), photos[taken]))
+
+
+def context(captured: Float[np.ndarray, " b"], times: int) -> Float[np.ndarray, "b times"]:
+    """Returns the first `times` numbers of what a model reads of when photos were taken, float32; all 0 if unknown.
+
+    captured: seconds since 1970, UTC, NaN where unknown. Numbers: 1, for known; sine and cosine of the time of year;
+    sine and cosine of the time of day.
+    """
+    year, day = (2 * np.pi * (captured / period % 1) for period in _PERIODS)
+    numbers = np.stack([np.ones_like(captured), np.sin(year), np.cos(year), np.sin(day), np.cos(day)], -1)
+    return np.where(np.isnan(captured)[:, None], 0, numbers[:, :times]).astype(np.float32)
+
+
+def check_context(config: Any, path: str) -> None:
+    """Raises SettingsError if config.model.context asks for times of which the photos of a work directory have none."""
+    asked = config.model.context
+    if asked != "none" and not workdir.read_manifest(path, "photos").facts.get("captured"):
+        raise SettingsError(
+            f"config.model.context is {asked!r}, and no photo in {path}/photos says when it was taken: leave it "
+            "'none', or prepare photos that do (docs/data.md)"
+        )
 
 
 def neighbor_rows(rows: np.ndarray) -> dict[str, np.ndarray]:

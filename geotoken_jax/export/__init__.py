@@ -21,6 +21,7 @@ from geotoken_jax.workdir import Manifest
 #: Files that tell how a folder was made, or that making it needed.
 _OF_THE_MAKING = (
     "manifest.json", "begun.json", "checkpoints", "metrics.jsonl", "parameters.txt", "tensorboard", "features.npy",
+    "captured-*.npy",  # when the gallery's photos were taken is nobody else's business
 )  # fmt: skip
 
 

@@ -31,7 +31,8 @@ def decoding(model: GeoTokenModel, options: PredictSettings) -> bytes:
     """Returns the program (parameters, query, neighbors, neighbor_tokens, neighbor_count, numbers) -> Candidates, as a
     dict of its names; the arguments are those of predict.decode.Decoder, bfloat16, int32 and, the last, uint32.
 
-    Where options ask for samples they are those that Decoder draws. The model's attention must be "xla".
+    Where options ask for samples they are those that Decoder draws. The model's attention must be "xla". Where it
+    reads when a photo was taken, that is unknown here.
     """
     s = model.settings
 

@@ -8,7 +8,8 @@ backbones are no part of this folder's programs: make the features where they ru
 
 A photo's neighbors are found by exact search in the whole gallery, and its answer is the candidate that is the most
 probable one under the distribution it was drawn from. `GeoToken.load`, of geotoken_jax, searches the index, may choose
-in another way (`predict.choice` in config.json), and says how sure an answer is.
+in another way (`predict.choice` in config.json), says how sure an answer is, and can be told when a photo was taken,
+which is unknown here.
 """
 
 import json

@@ -12,6 +12,7 @@ from geotoken_jax import records
 
 #: Column -> numpy type, and shape within the row (C, of the backbone, is the width of the data).
 COLUMNS: dict[str, tuple[Any, tuple[int | None, ...]]] = {
+    "captured": (np.dtype(np.float64), ()),  # written first: a table may lack it, and must not because it is torn
     "embeddings": (np.dtype(ml_dtypes.bfloat16), (3, None)),
     "coordinates": (np.dtype(np.float64), (2,)),
     "tokens": (np.dtype(np.uint8), (21,)),
@@ -23,9 +24,11 @@ COLUMNS: dict[str, tuple[Any, tuple[int | None, ...]]] = {
 def write_shard(folder: epath.PathLike, shard: int, shards: int, columns: Mapping[str, np.ndarray]) -> None:
     """Writes the rows of shard `shard` of `shards`; rows are numbered through all shards in order.
 
-    columns: every name of COLUMNS -> array [n, *shape]. Raises ValueError naming a column of another type or shape.
+    columns: every name of COLUMNS -> array [n, *shape]; captured may be left out. Raises ValueError naming a column of
+    another type or shape.
     """
     n = len(columns["ids"])
+    columns = {"captured": np.full(n, np.nan), **columns}
     for name, (dtype, shape) in COLUMNS.items():
         values = columns[name]
         fits = len(values.shape) == len(shape) + 1 and len(values) == n
@@ -48,10 +51,12 @@ class Table:
     """
 
     def __init__(self, folder: epath.PathLike):
-        """Raises FileNotFoundError unless every shard of every column is there."""
+        """Raises FileNotFoundError unless every shard of every column, but captured, is there."""
         self._folder = str(folder)
         self._columns = {name: self._open(name) for name in COLUMNS}
         lengths = [len(part) for part in self._columns["ids"]]
+        # Tables of earlier versions, and of exports, do not say when photos were taken.
+        self._columns["captured"] = self._columns["captured"] or [np.broadcast_to(np.nan, n) for n in lengths]
         #: First row of each shard, and the number of rows.
         self._starts = np.cumsum([0, *lengths])
 
@@ -86,6 +91,10 @@ class Table:
         """[...] bytes; empty where unknown."""
         return self._take("authors", rows)
 
+    def captured(self, rows: Any = slice(None)) -> np.ndarray:
+        """[...] float64: when the photo was taken, in seconds since 1970; NaN where that is not known."""
+        return self._take("captured", rows)
+
     def _take(self, name: str, rows: Any) -> np.ndarray:
         parts = self._columns[name]
         if isinstance(rows, slice):
@@ -109,6 +118,8 @@ class Table:
     def _open(self, name: str) -> list[np.ndarray]:
         folder = epath.Path(self._folder)
         found = sorted(folder.glob(f"{name}-*-of-*.npy"))
+        if not found and name == "captured":
+            return []
         shards = int(found[0].stem[-5:]) if found else 0
         if not found or len(found) != shards:
             raise FileNotFoundError(f"{folder} has {len(found)} of {shards or 'no'} shards of {name}: make it again")

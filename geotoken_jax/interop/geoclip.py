@@ -141,7 +141,8 @@ class Locator(Predictor):
 
         self._run = run
 
-    def _predict(self, photos: Sequence[Any]) -> list[Prediction]:
+    def _predict(self, photos: Sequence[Any], captured: Any) -> list[Prediction]:
+        del captured
         prepared = np.stack([self._clip.prepare(photo) for photo in photos])
         return [self._answer(p) for p in np.asarray(self._run(jnp.asarray(self._clip.images(prepared))))]
 

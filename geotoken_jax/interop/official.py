@@ -59,7 +59,7 @@ def settings(
         dtype=dtype, remat=remat, scheme="s2", level=level, group=group, backbone_width=backbone_width,
         neighbors=neighbors, encoder_layers=layers, decoder_layers=layers, memory="full", positions="sinusoidal",
         tie_tokens=False, copy_head=False, neighbor_tokens=True, neighbor_embeddings=True, neighbor_dropout=0.0,
-        similarities=False, qk_norm=False, attention="xla",
+        similarities=False, context="none", qk_norm=False, attention="xla",
     )  # fmt: skip
 
 

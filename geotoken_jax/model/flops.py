@@ -12,7 +12,7 @@ def per_example(s: ModelSettings) -> float:
     """
     d, m, t = s.width, s.neighbors, s.cells.length
     per_neighbor = 1 if s.memory == "compact" else 3 + t * s.neighbor_tokens
-    memory = 4 + m * per_neighbor
+    memory = 4 + (s.times > 0) + m * per_neighbor
     feed_forward = (3 if s.activation in GATED else 2) * d * s.feed_forward
     projections = 3 * (1 + m) * (s.backbone_width * d + d * d)
     # Queries, keys, values and output are d x d each; scores and their product with values are S x S x d each.
@@ -22,6 +22,7 @@ def per_example(s: ModelSettings) -> float:
     products = projections + s.encoder_layers * encoder + s.decoder_layers * decoder + d * sum(s.cells.vocab_sizes)
     if s.similarities:
         products += m * (6 * s.backbone_width + 3 * d + d * d)
+    products += s.times * d
     if s.copy_head:
         products += (t + m) * d * d + t * d + t * m * d + t * m * max(s.cells.vocab_sizes)
     return 3.0 * 2.0 * products

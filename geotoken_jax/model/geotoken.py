@@ -17,8 +17,10 @@ from geotoken_jax import sharding, stack
 from geotoken_jax.geo.cells import Scheme
 from geotoken_jax.geo.schemes import SCHEMES
 from geotoken_jax.model import layers
-from geotoken_jax.model.memory import MemoryBuilder, Neighbors, drop, sinusoidal
+from geotoken_jax.model.memory import CONTEXTS, MemoryBuilder, Neighbors, drop, sinusoidal
 
+#: Share of the photos whose time is hidden in training: who asks seldom tells it, and a data set may know every one.
+_TIMELESS = 0.1
 _NEVER = -1e30  # a log-probability of nothing; finite, so that its gradient is zero and not NaN
 
 
@@ -30,7 +32,8 @@ class ModelSettings(layers.LayerSettings):
     "full" or "compact". positions: "factored" or "sinusoidal". tie_tokens: neighbors and decoder share one token table.
     copy_head: mix in the next tokens of the neighbors that agree with the tokens so far. neighbor_tokens,
     neighbor_embeddings: False hides these of the neighbors (ablation). neighbor_dropout: share of the neighbors that
-    are hidden in training, at random. similarities: tell how near each neighbor is to the photo.
+    are hidden in training, at random. similarities: tell how near each neighbor is to the photo. context: what is read
+    of when it was taken, "none", "season" (the time of year) or "time" (of year and of day, UTC).
     """
 
     scheme: str
@@ -48,6 +51,7 @@ class ModelSettings(layers.LayerSettings):
     neighbor_embeddings: bool
     neighbor_dropout: float
     similarities: bool
+    context: str
 
     def __post_init__(self):
         super().__post_init__()
@@ -55,6 +59,7 @@ class ModelSettings(layers.LayerSettings):
             ("scheme", tuple(SCHEMES)),
             ("memory", ("full", "compact")),
             ("positions", ("factored", "sinusoidal")),
+            ("context", tuple(CONTEXTS)),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"config.model.{name} is {getattr(self, name)!r}: choose one of {', '.join(choices)}")
@@ -67,6 +72,11 @@ class ModelSettings(layers.LayerSettings):
     @property
     def cells(self) -> Scheme:
         return SCHEMES[self.scheme](self.level, self.group)
+
+    @property
+    def times(self) -> int:
+        """How many numbers of a photo's time are read."""
+        return CONTEXTS[self.context]
 
 
 class Memory(NamedTuple):
@@ -144,6 +154,7 @@ class GeoTokenModel(nnx.Module):
             s.neighbor_tokens,
             s.neighbor_embeddings,
             s.similarities,
+            s.times,
             s.dtype,
             rngs,
         )
@@ -177,12 +188,16 @@ class GeoTokenModel(nnx.Module):
         neighbors: Neighbors,
         tokens: Int[Array, "B T"],
         key: jax.Array | None = None,
+        context: Float[Array, "B times"] | None = None,
     ) -> Float[Array, "B T V"]:
         """Returns log-probabilities of every position's token given the true tokens before it."""
         s = self.settings
+        if s.times and context is not None and key is not None:
+            told = jax.random.bernoulli(jax.random.fold_in(key, 4), 1 - _TIMELESS, (len(context), 1))
+            context = context * told
         neighbors = drop(neighbors, s.neighbor_dropout, None if key is None else jax.random.fold_in(key, 3))
         encode_key, decode_key, embed_key = layers.split(key, 3)
-        memory = self.encode(query, neighbors, encode_key)
+        memory = self.encode(query, neighbors, encode_key, context)
         start = jnp.broadcast_to(self.start_embedding[...], (len(tokens), 1, s.width))
         x = jnp.concatenate([start, self._embed(self.token_table, tokens[:, :-1])], 1) + self._decoder_positions()
         x = sharding.constrain(layers.dropout(x.astype(jnp.dtype(s.dtype)), s.dropout, embed_key), "batch")
@@ -201,10 +216,17 @@ class GeoTokenModel(nnx.Module):
         near = neighbors.tokens.swapaxes(1, 2)
         return self._log_probabilities(x, slice(None), memory, near, agree)
 
-    def encode(self, query: Float[Array, "B 3 C"], neighbors: Neighbors, key: jax.Array | None = None) -> Memory:
-        """Reads the photo and its neighbors once; the result serves every candidate."""
+    def encode(
+        self,
+        query: Float[Array, "B 3 C"],
+        neighbors: Neighbors,
+        key: jax.Array | None = None,
+        context: Float[Array, "B times"] | None = None,
+    ) -> Memory:
+        """Reads the photo and its neighbors once; the result serves every candidate. context: of the photos' times
+        (data.join.context), where the model reads them; None where all are unknown."""
         s = self.settings
-        x, lengths = self.sequence(query, neighbors, key)
+        x, lengths = self.sequence(query, neighbors, key, context)
         copy_keys = None
         if s.copy_head:
             positions = self.memory_builder.first_positions(neighbors.tokens.shape[1], x.shape[1])
@@ -217,7 +239,11 @@ class GeoTokenModel(nnx.Module):
         return Memory(pairs, lengths, copy_keys, neighbors)
 
     def sequence(
-        self, query: Float[Array, "B 3 C"], neighbors: Neighbors, key: jax.Array | None = None
+        self,
+        query: Float[Array, "B 3 C"],
+        neighbors: Neighbors,
+        key: jax.Array | None = None,
+        context: Float[Array, "B times"] | None = None,
     ) -> tuple[Float[Array, "B S D"], Int[Array, " B"]]:
         """Returns the encoder's output and how many of its positions are real."""
         s = self.settings
@@ -228,7 +254,7 @@ class GeoTokenModel(nnx.Module):
             embedded = self._embed(table, neighbors.tokens)
             if s.positions == "factored":
                 embedded = embedded + self.levels[...]
-        x, lengths = self.memory_builder(query, neighbors, embedded)
+        x, lengths = self.memory_builder(query, neighbors, embedded, context)
         x = sharding.constrain(layers.dropout(x, s.dropout, embed_key), "batch")
 
         def body(layer: Any, x: Array, key: Any) -> tuple[Array, None]:

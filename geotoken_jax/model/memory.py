@@ -3,7 +3,7 @@
 Full form (paper, section 3.3): [CLS, image, location, text] of the photo, then for each neighbor [image, location,
 text, its S2 tokens]: 4 + M (3 + T) positions. Compact form: each neighbor is one position, the sum of all of these:
 4 + M positions, 13 times shorter at group 2. Neighbors come best first and the missing ones last, so a length says
-which positions are real.
+which positions are real. Where it is read when the photo was taken, that is one more position before the neighbors.
 """
 
 from typing import NamedTuple
@@ -18,6 +18,8 @@ from geotoken_jax import sharding
 
 #: Kinds of position that "factored" positions tell apart.
 KINDS = ("cls", "image", "location", "text", "token")
+#: What may be read of when a photo was taken -> how many numbers of it (data.join.context) that is.
+CONTEXTS = {"none": 0, "season": 3, "time": 5}
 
 
 class Neighbors(NamedTuple):
@@ -71,12 +73,12 @@ class MemoryBuilder(nnx.Module):
     neighbor's rank and for the kind of position; levels are told apart by the token table's own slices).
     neighbor_tokens, neighbor_embeddings: False leaves these of the neighbors out (the ablation). similarities: tell how
     near each neighbor is, by the cosines of its three vectors with the photo's: what ranked it, and what projections to
-    D cannot keep.
+    D cannot keep. times: numbers that are read of when the photo was taken; 0 for none, and no position for them.
     """
 
     def __init__(
         self, backbone_width: int, width: int, neighbors: int, form: str, positions: str, neighbor_tokens: bool,
-        neighbor_embeddings: bool, similarities: bool, dtype: str, rngs: nnx.Rngs,
+        neighbor_embeddings: bool, similarities: bool, times: int, dtype: str, rngs: nnx.Rngs,
     ):  # fmt: skip
         normal = nnx.initializers.normal(0.02)
         self.projections = Projections(backbone_width, width, dtype, rngs)
@@ -90,6 +92,9 @@ class MemoryBuilder(nnx.Module):
         if similarities:
             self.similar_up = sharding.linear(3, width, (None, "mlp"), rngs=rngs)
             self.similar_down = sharding.linear(width, width, ("mlp", "embed"), rngs=rngs)
+        if times:
+            self.context = sharding.linear(times, width, (None, None), rngs=rngs)
+        self.times, self.head = times, 4 + (times > 0)
         self.similarities = similarities
         self.form, self.neighbor_tokens, self.neighbor_embeddings = form, neighbor_tokens, neighbor_embeddings
         self.dtype = jnp.dtype(dtype)
@@ -99,8 +104,10 @@ class MemoryBuilder(nnx.Module):
         query: Float[Array, "B 3 C"],
         neighbors: Neighbors,
         token_embeddings: Float[Array, "B M T D"] | None,
+        context: Float[Array, "B times"] | None = None,
     ) -> tuple[Float[Array, "B S D"], Int[Array, " B"]]:
-        """Returns the sequence and how many of its positions are real. token_embeddings: of neighbors.tokens."""
+        """Returns the sequence and how many of its positions are real. token_embeddings: of neighbors.tokens.
+        context: of the photos' times; None where all are unknown."""
         b, m = neighbors.tokens.shape[:2]
         photo = self.projections(query)
         found = self.projections(neighbors.embeddings)
@@ -115,6 +122,9 @@ class MemoryBuilder(nnx.Module):
             kinds, ranks = self.kinds[...].astype(self.dtype), self.ranks[...].astype(self.dtype)
             head = head + kinds[:4] + ranks[0]
             found = found + kinds[1:4] + ranks[1 : m + 1, None]
+        if self.times:
+            time = self.context(jnp.zeros((b, self.times)) if context is None else context)
+            head = jnp.concatenate([head, time[:, None].astype(self.dtype)], 1)
         parts = [found]
         if self.neighbor_tokens and token_embeddings is not None:
             tokens = token_embeddings.astype(self.dtype)
@@ -128,11 +138,11 @@ class MemoryBuilder(nnx.Module):
         x = jnp.concatenate([head, body.reshape(b, m * per_neighbor, body.shape[-1])], 1)
         if not self.factored:
             x = x + sinusoidal(x.shape[1], x.shape[2]).astype(self.dtype)
-        return x, 4 + neighbors.count * per_neighbor
+        return x, self.head + neighbors.count * per_neighbor
 
     def first_positions(self, m: int, length: int) -> np.ndarray:
         """Returns the index [M] of each neighbor's first position (its image) in a sequence of this length."""
-        return 4 + np.arange(m) * ((length - 4) // max(m, 1))
+        return self.head + np.arange(m) * ((length - self.head) // max(m, 1))
 
 
 def cosines(query: Float[Array, "B 3 C"], neighbors: Float[Array, "B M 3 C"]) -> Float[Array, "B M 3"]:

@@ -28,7 +28,8 @@ class GeoTokenTask:
     """Learns p(tokens | photo, neighbors).
 
     A batch holds query [B, 3, C], tokens [B, T], neighbor_count [B], and what `lookup` reads the neighbors' embeddings
-    [B, M, 3, C] and tokens [B, M, T] from, wherever the gallery lies (gallery/placement.py).
+    [B, M, 3, C] and tokens [B, M, T] from, wherever the gallery lies (gallery/placement.py); and context [B, times], of
+    the photos' times, where the model reads them.
     """
 
     def __init__(
@@ -53,7 +54,8 @@ class GeoTokenTask:
         """Returns the weighted loss, each level's own, in nats, and the share of photos with every token right; in
         evaluation (no key) also the shares decoded within each of THRESHOLDS_KM, and the mean distance in km."""
         neighbors = Neighbors(*self._lookup(batch), batch["neighbor_count"])
-        log_probabilities = model(batch["query"], neighbors, batch["tokens"], key)
+        context = batch.get("context")
+        log_probabilities = model(batch["query"], neighbors, batch["tokens"], key, context)
         losses = loss.cross_entropy(log_probabilities, batch["tokens"])
         weights = loss.level_weights(losses.shape[1], self.settings.first_weight, self.settings.last_weight)
         right = jnp.all(jnp.argmax(log_probabilities, -1) == batch["tokens"], -1)
@@ -64,7 +66,8 @@ class GeoTokenTask:
         levels = {f"loss_level_{t}": mean(losses[:, t]) for t in range(losses.shape[1])}
         found = {**levels, "exact": mean(right)}
         if key is None and self._decode:
-            decoded = self._decode(model, model.encode(batch["query"], neighbors)).tokens[:, 0]
+            memory = model.encode(batch["query"], neighbors, context=context)
+            decoded = self._decode(model, memory).tokens[:, 0]
             cells = self.model.cells
             km = jnp.asarray(great_circle_km(*cells.decode(decoded), *cells.decode(batch["tokens"])))
             found |= {f"within_{limit}_km": mean(km <= limit) for limit in THRESHOLDS_KM}

@@ -82,7 +82,7 @@ class Decoder:
         """gallery: the table that the neighbors of every batch are rows of."""
         self.settings, self.gallery = settings, gallery
         self.cells: Scheme = model.settings.cells
-        self.neighbors = model.settings.neighbors
+        self.neighbors, self.times = model.settings.neighbors, model.settings.times
         asked = settings.search
         if asked.expansions and not isinstance(self.cells, CellScheme):
             raise SettingsError(
@@ -101,7 +101,7 @@ class Decoder:
             model = nnx.merge(graph, state)
             neighbors = Neighbors(batch["neighbors"], batch["neighbor_tokens"], batch["neighbor_count"])
             keys = jax.vmap(lambda n: jax.random.fold_in(key, n))(numbers)
-            memory = model.encode(batch["query"], neighbors)
+            memory = model.encode(batch["query"], neighbors, context=batch.get("context"))
             if settings.beam:
                 drawn = beam.search(model, memory, settings.beam)
             else:
@@ -135,7 +135,7 @@ class Decoder:
         """
         b = len(numbers)
         size = min(1 << (b - 1).bit_length(), max(self.settings.batch_size, b))
-        names = ("query", "neighbors", "neighbor_tokens", "neighbor_count")
+        names = ("query", "neighbors", "neighbor_tokens", "neighbor_count", *(("context",) if self.times else ()))
         padded = {name: _pad(batch[name], size) for name in names}
         found = self._run(self._state, padded, jnp.asarray(_pad(numbers, size), jnp.uint32))
         drawn, searched = jax.tree.map(lambda part: np.asarray(part)[:b], found)
@@ -148,6 +148,7 @@ class Decoder:
             scores,
             batch["neighbor_count"],
             search.places(searched, self.cells, _CELLS) if isinstance(self.cells, CellScheme) and searched else None,
+            context=batch.get("context"),
         )
 
 

@@ -74,7 +74,7 @@ def pools(config: Any, path: epath.Path, variant: str) -> Manifest:
     stage = workdir.begin(path, f"pools/{variant}", made_with, ["tokens", f"geotoken/{variant}", "neighbors"])
     if stage.manifest:
         return stage.manifest
-    from geotoken_jax.data.join import neighbors
+    from geotoken_jax.data.join import context, neighbors
     from geotoken_jax.predict.decode import Decoder, PredictSettings
     from geotoken_jax.predict.reward import States
 
@@ -93,6 +93,7 @@ def pools(config: Any, path: epath.Path, variant: str) -> Manifest:
         for first in range(0, len(rows), size):
             part = rows[first : first + size]
             batch = {"query": gallery.embeddings(part), **neighbors(gallery, near[part], decoder.cells)}
+            batch["context"] = context(gallery.captured(part), decoder.times)
             pool = decoder(batch, near[part], scores[part], part)
             found.append((*pool.candidates, states(pool)))
             progress.add(len(part))

@@ -29,7 +29,8 @@ class Pool(NamedTuple):
     coordinates: of the candidates, in degrees. query: the photo's own image, location and text vectors. neighbors,
     neighbor_coordinates, neighbor_scores: the M gallery photos that the model saw, best first, with their inner
     products (at most 3); neighbor_count of them are there. places: None where the model was not searched. exclude:
-    rules on gallery photos that the neighbors were found by, for who looks into the gallery again.
+    rules on gallery photos that the neighbors were found by, for who looks into the gallery again. context: of the
+    photos' times, where the model read them.
     """
 
     candidates: Candidates
@@ -41,6 +42,7 @@ class Pool(NamedTuple):
     neighbor_count: Int[np.ndarray, " b"]
     places: Places | None
     exclude: Sequence[Exclusion] = ()
+    context: Float[np.ndarray, "b times"] | None = None
 
 
 def parts(pool: Pool, rows: Int[np.ndarray, " n"]) -> Pool:

@@ -4,6 +4,7 @@ import abc
 import dataclasses
 import json
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import Any, overload
 
 import numpy as np
@@ -13,7 +14,7 @@ from jaxtyping import Float, Num
 from geotoken_jax import backbone, checkpoint, settings
 from geotoken_jax.align.heads import AlignSettings, embeddings
 from geotoken_jax.align.task import AlignTask
-from geotoken_jax.data.join import neighbors
+from geotoken_jax.data.join import context, neighbors
 from geotoken_jax.gallery import index
 from geotoken_jax.gallery.neighbors import find
 from geotoken_jax.gallery.table import Table, index_vectors
@@ -83,24 +84,40 @@ class Predictor(abc.ABC):
 
     #: Photos that are answered at once.
     batch_size: int
+    #: Whether it can be told when a photo was taken.
+    reads_time = False
 
     @overload
-    def predict(self, photos: list[Any] | tuple[Any, ...]) -> list[Prediction]: ...
+    def predict(
+        self, photos: list[Any] | tuple[Any, ...], captured: Sequence[datetime | None] | None = None
+    ) -> list[Prediction]: ...
     @overload
-    def predict(self, photos: Any) -> Prediction: ...
-    def predict(self, photos: Any) -> Prediction | list[Prediction]:
+    def predict(self, photos: Any, captured: datetime | None = None) -> Prediction: ...
+    def predict(self, photos: Any, captured: Any = None) -> Prediction | list[Prediction]:
         """Returns where a photo was taken, or a list of answers for a list of photos.
 
-        A photo is a path, a PIL image, an array [height, width, 3] of uint8, or an encoded file's bytes. EXIF positions
-        are not read. Raises ImageError, which names the photo, if one cannot be read.
+        A photo is a path, a PIL image, an array [height, width, 3] of uint8, or an encoded file's bytes. captured: when
+        it was taken, or a list of that, None where it is unknown; a datetime without a zone is taken to be UTC. EXIF
+        positions and times are not read. Raises ImageError, which names the photo, if one cannot be read; ValueError if
+        times are not one a photo, or the model does not read them (config.model.context).
         """
         if not isinstance(photos, (list, tuple)):
-            return self._predict([photos])[0]
-        size = self.batch_size
-        return [p for first in range(0, len(photos), size) for p in self._predict(photos[first : first + size])]
+            return self.predict([photos], None if captured is None else [captured])[0]
+        if captured is not None and not self.reads_time:
+            raise ValueError("captured is given, and this model does not read when a photo was taken: leave it out")
+        if captured is not None and len(captured) != len(photos):
+            raise ValueError(f"captured has {len(captured)} times for {len(photos)} photos: give each one, or None")
+        times = np.array([_seconds(time) for time in captured or [None] * len(photos)])
+        parts = (slice(first, first + self.batch_size) for first in range(0, len(photos), self.batch_size))
+        return [answer for part in parts for answer in self._predict(photos[part], times[part])]
 
     @abc.abstractmethod
-    def _predict(self, photos: Sequence[Any]) -> list[Prediction]: ...
+    def _predict(self, photos: Sequence[Any], captured: Float[np.ndarray, " b"]) -> list[Prediction]: ...
+
+
+def _seconds(time: datetime | None) -> float:
+    """Returns seconds since 1970; NaN for None."""
+    return np.nan if time is None else (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
 
 
 class GeoToken(Predictor):
@@ -131,7 +148,7 @@ class GeoToken(Predictor):
         self._answerer = Answerer(decoder, Parts(options.vote, lambda: self._aligned, learned))
         calibrated = folder / "calibration.json"
         self._calibration = Calibration.load(calibrated) if calibrated.exists() else UNCALIBRATED
-        self.batch_size = options.batch_size
+        self.batch_size, self.reads_time = options.batch_size, model_settings.times > 0
         self._index = index.load(folder / "gallery" / "index", config["index"]["threads"])
 
     @classmethod
@@ -139,12 +156,13 @@ class GeoToken(Predictor):
         """Returns the model in a folder that `geotoken export` made; verify: see GeoToken."""
         return cls(folder, verify)
 
-    def _predict(self, photos: Sequence[Any]) -> list[Prediction]:
+    def _predict(self, photos: Sequence[Any], captured: Float[np.ndarray, " b"]) -> list[Prediction]:
         prepared = np.stack([self._backbone.prepare(photo) for photo in photos])
         vectors = embeddings(self._aligned, self._backbone.images(prepared))
         decoder = self._answerer.decoder
         rows, scores = find(self._index, index_vectors(vectors), decoder.neighbors)
         batch = {"query": vectors, **neighbors(self._gallery, rows, decoder.cells)}
+        batch["context"] = context(captured, decoder.times)
         # The samples of a photo are the same whichever others come with it.
         answers, places = self._answerer(batch, rows, scores, np.zeros(len(photos), np.int64))
         near = [

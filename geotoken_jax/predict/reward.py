@@ -1,5 +1,7 @@
 """The reward head as a selector: the candidate whose last output of the decoder promises most (paper, section 3.5)."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,9 +27,9 @@ class States:
         self._cells = model.settings.cells
         graph, self._state = nnx.split(model)
 
-        def run(state: nnx.State, query: jax.Array, neighbors: Neighbors, tokens: jax.Array) -> jax.Array:
+        def run(state: nnx.State, query: jax.Array, neighbors: Neighbors, tokens: jax.Array, context: Any) -> jax.Array:
             model = nnx.merge(graph, state)
-            return model.states(model.encode(query, neighbors), tokens)
+            return model.states(model.encode(query, neighbors, context=context), tokens)
 
         self._run = jax.jit(run)
 
@@ -39,7 +41,8 @@ class States:
             near = np.moveaxis(pool.neighbor_coordinates[rows], -1, 0)
             tokens = jnp.asarray(self._cells.encode(*near), jnp.int32)
             neighbors = Neighbors(jnp.asarray(pool.neighbors[rows]), tokens, jnp.asarray(pool.neighbor_count[rows]))
-            states = self._run(self._state, pool.query[rows], neighbors, pool.candidates.tokens[rows])
+            context = None if pool.context is None else pool.context[rows]
+            states = self._run(self._state, pool.query[rows], neighbors, pool.candidates.tokens[rows], context)
             found.append(np.asarray(states, np.float32)[: b - first])
         return np.concatenate(found)
 

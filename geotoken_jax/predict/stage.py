@@ -143,7 +143,12 @@ def _answered(
     decoder, own = answerer.decoder, Table(path / "queries" / split)
     layout = records.token_layout(workdir.read_manifest(path, "tokens").facts["neighbors"])
     read = Tokens(
-        records.Records(path / "tokens", split, layout), own, decoder.gallery, decoder.cells, decoder.neighbors
+        records.Records(path / "tokens", split, layout),
+        own,
+        decoder.gallery,
+        decoder.cells,
+        decoder.neighbors,
+        decoder.times,
     )
     near, scores = (
         records.open_array(path / "neighbors" / f"{split}.{name}.npy")[:, : decoder.neighbors]

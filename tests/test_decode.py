@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+from datetime import datetime, timedelta, timezone
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from geotoken_jax.predict import beam, decode, sample
 from geotoken_jax.predict.answer import answers
 from geotoken_jax.predict.decode import Decoder, PredictSettings, SearchSettings
 from geotoken_jax.predict.pool import Places, Pool
+from geotoken_jax.predict.predictor import Predictor
 from geotoken_jax.predict.sample import Candidates
 from geotoken_jax.predict.select import VoteSettings
 from tests import fixtures
@@ -68,6 +70,41 @@ def test_greedy_takes_the_most_probable_token_at_each_position(model, candidates
     assert alone.tokens.shape == (4, 1, 4)
     np.testing.assert_array_equal(alone.tokens[:, 0], tokens)
     np.testing.assert_allclose(alone.log_probability[:, 0], candidates.log_probability[:, 0], atol=1e-5)
+
+
+def test_candidates_are_drawn_with_the_times_of_their_photos():
+    timed = fixtures.model("ours", context="season")
+    decoder = Decoder(timed, SETTINGS, Gallery())  # type: ignore[arg-type]
+    batch = {**fixtures.batch(3), "context": np.array([[1, 0, 1], [0, 0, 0], [1, 0, -1]], np.float32)}
+    found = decoded(decoder, batch, np.arange(3))
+    np.testing.assert_array_equal(found.context, batch["context"])
+    expected = fixtures.forward(timed, {**batch, "tokens": found.candidates.tokens[:, 0]})
+    log_p = np.take_along_axis(np.asarray(expected), found.candidates.tokens[:, 0, :, None], -1).sum((1, 2))
+    np.testing.assert_allclose(found.candidates.log_probability[:, 0], log_p, atol=1e-4)
+
+
+class Clock(Predictor):
+    """Answers with the times that it was told."""
+
+    batch_size, reads_time = 2, True
+
+    def _predict(self, photos, captured):
+        return list(zip(photos, captured.tolist(), strict=True))
+
+
+def test_a_model_is_told_times_or_none_and_says_what_it_cannot_read():
+    zone = timezone(timedelta(hours=2))
+    times = [datetime(2001, 9, 9, 1, 46, 40), None, datetime(2001, 9, 9, 3, 46, 41, tzinfo=zone)]
+    answers = Clock().predict(["a", "b", "c"], times)
+    assert answers[::2] == [("a", 1e9), ("c", 1e9 + 1)] and np.isnan(answers[1][1])
+    assert Clock().predict("a", times[0]) == ("a", 1e9) and np.isnan(Clock().predict("a")[1])
+    with pytest.raises(ValueError, match="captured has 1 times for 2 photos"):
+        Clock().predict(["a", "b"], times[:1])
+    timeless = Clock()
+    timeless.reads_time = False
+    assert np.isnan(timeless.predict(["a"])[0][1])
+    with pytest.raises(ValueError, match="does not read when a photo was taken: leave it out"):
+        timeless.predict("a", times[0])
 
 
 def test_log_probabilities_are_those_of_the_model(model, candidates):

@@ -64,7 +64,7 @@ def test_missing_shards_and_wrong_columns_are_refused(tmp_path, parts):
     with pytest.raises(FileNotFoundError, match="has 0 of no shards"):
         table.Table(tmp_path)
     table.write_shard(tmp_path, 0, 2, parts[0])
-    with pytest.raises(FileNotFoundError, match="has 1 of 2 shards of embeddings"):
+    with pytest.raises(FileNotFoundError, match="has 1 of 2 shards of captured"):
         table.Table(tmp_path)
     for name, wrong in (
         ("embeddings", np.zeros((5, 2, 8))),

@@ -1,9 +1,11 @@
 """Exported programs run without the package, and a broken export says which file is broken."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
@@ -14,6 +16,7 @@ from geotoken_jax.align.location_encoder import LocationSettings
 from geotoken_jax.export import stablehlo, standalone
 from geotoken_jax.geo.cells import CellScheme
 from geotoken_jax.predict import exported
+from tests import fixtures, test_decode
 
 
 def standing(level: int, group: int) -> standalone.Model:
@@ -59,6 +62,18 @@ def test_a_program_runs_without_the_package_and_without_flatbuffers(tmp_path: Pa
     found = np.load(tmp_path / "found.npy")
     found /= np.linalg.norm(found, axis=-1, keepdims=True)
     np.testing.assert_allclose(found, embeddings(model, features).astype(np.float32), atol=0.02)  # bfloat16's
+
+
+def test_a_program_of_a_model_that_reads_times_takes_them_as_unknown():
+    model, batch = fixtures.model("ours", context="season"), fixtures.batch(2)
+    program = standalone.deserialize(stablehlo.decoding(model, dataclasses.replace(test_decode.SETTINGS, samples=0)))
+    parameters = {"/".join(map(str, path)): v[...] for path, v in nnx.to_flat_state(nnx.state(model))}
+    given = [batch[name].astype(ml_dtypes.bfloat16) for name in ("query", "neighbors")]
+    found = program.call(parameters, *given, batch["neighbor_tokens"], batch["neighbor_count"], np.zeros(2, np.uint32))
+    seen = dict(zip(("query", "neighbors"), given, strict=True))
+    unknown = {**batch, **seen, "tokens": found["tokens"][:, 0], "context": np.zeros((2, 3), np.float32)}
+    log_p = np.take_along_axis(np.asarray(fixtures.forward(model, unknown)), unknown["tokens"][..., None], -1)
+    np.testing.assert_allclose(found["log_probability"][:, 0], log_p.sum((1, 2)), atol=1e-4)
 
 
 def test_a_broken_export_names_the_file(tmp_path: Path):

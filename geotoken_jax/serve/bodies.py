@@ -43,7 +43,7 @@ async def read(request: Request, most: int, seconds: float) -> bytes:
     return bytes(body)
 
 
-def photos(kind: str, body: bytes, name: str, most: int | None) -> list[Any]:
+def photos(kind: str, body: bytes, name: str, most: int | None) -> list[bytes] | list[str]:
     """Returns the photos of a body, as `decoded` takes them.
 
     kind: the header Content-Type. name: of the form's parts, or of the JSON object's key, that photos are under.
@@ -61,7 +61,7 @@ def photos(kind: str, body: bytes, name: str, most: int | None) -> list[Any]:
     return found
 
 
-def _of_form(body: bytes, boundary: bytes, name: str, most: int) -> list[Any]:
+def _of_form(body: bytes, boundary: bytes, name: str, most: int) -> list[bytes]:
     found: list[bytes] = []
     ended: list[bool] = []
 
@@ -89,22 +89,23 @@ def _of_form(body: bytes, boundary: bytes, name: str, most: int) -> list[Any]:
     return found
 
 
-def _of_json(body: bytes, name: str, most: int | None) -> list[Any]:
+def _of_json(body: bytes, name: str, most: int | None) -> list[str]:
     form = f'{{"{name}": {"BASE64" if most is None else "[BASE64, ...]"}}}'
     try:
         value = json.loads(body)
     except (ValueError, RecursionError):
         raise Refused(422, f"the body is not JSON: send {form}") from None
-    if not isinstance(value, dict) or list(value) != [name] or (most and not isinstance(value[name], list)):
-        raise Refused(422, f"the body has another form: send {form}")
+    found: Any = value.get(name) if isinstance(value, dict) and len(value) == 1 else None
     if most is None:
-        return [value[name]]
-    if len(value[name]) > most:
+        found = [found]
+    if not isinstance(found, list) or not all(isinstance(photo, str) for photo in found):
+        raise Refused(422, f"the body has another form: send {form}")
+    if len(found) > (most or 1):
         raise Refused(422, f"there are more photos than {most}: send the others in another request")
-    return value[name]
+    return found
 
 
-def decoded(photo: Any, max_pixels: int) -> bytes:
+def decoded(photo: bytes | str, max_pixels: int) -> bytes:
     """Returns the encoded file of a photo: itself, if bytes, else of base64.
 
     Raises ImageError if it is not base64, or has more pixels by its header, before any of them is decoded. Whatever
@@ -113,7 +114,7 @@ def decoded(photo: Any, max_pixels: int) -> bytes:
     if not isinstance(photo, bytes):
         try:
             photo = base64.b64decode(photo, validate=True)
-        except (TypeError, ValueError):
+        except ValueError:
             raise ImageError(
                 "the photo is not base64: send the file itself, encoded without line breaks; no address is fetched"
             ) from None

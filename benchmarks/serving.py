@@ -1,185 +1,204 @@
 """Photos a second of the service, against itself with batches of one, and what it does at twice what it can.
 
 Throughput: so many clients, each with a photo at a time, for `--seconds`. Overload: photos arrive evenly at twice that
-pace for `--seconds` more, whether they are answered or not; what is accepted is to be answered soon, and the rest
-refused with 503. The service is a process of its own, on the same machine as the clients, which take their share of it.
-Latencies are the clients', of answered requests, in seconds. Prints one JSON object; needs the extra `serve`, and
-httpx2.
+pace for `--overload` seconds more, whether they are answered or not; what is accepted is to be answered soon, and the
+rest refused with 503. With `--kill` the service is then killed (SIGKILL) under half of what it can do, and started
+again at once. The service is a process of its own, on the same machine as the clients, which take their share of it.
+
+Latencies are the clients', of answered requests, in seconds. Prints one JSON object. Needs the extra `serve`, and
+locust, which sends the photos (benchmarks/clients.py): on the PATH, or named by `--locust`, for it has no place in the
+locked environment.
 """
 
 import argparse
-import asyncio
 import contextlib
 import io
 import json
 import os
+import pathlib
 import re
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
 from typing import Any
 
-import httpx2
 import numpy as np
 from PIL import Image
 
-_PATH = "/v1/predict"
+_CLIENTS = pathlib.Path(__file__).with_name("clients.py")
 #: Percentiles that are told.
 _TOLD = (50, 90, 99)
+#: Seconds in which all that is accepted is answered: a client of an even pace has its turn no sooner.
+_TURN_S = 10
+_KIND = {"Content-Type": "multipart/form-data; boundary=photo"}
 
 
-def made_up(photos: int) -> list[bytes]:
-    """Returns JPEGs of a web page's size, 480 x 360 pixels, whose content is like no photo's."""
+def bodies(photos: int) -> list[bytes]:
+    """Returns forms with a JPEG of a web page's size, 480 x 360 pixels, whose content is like no photo's."""
     rng, made = np.random.default_rng(0), []
     for _ in range(photos):
         file = io.BytesIO()
         coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), np.uint8))
         coarse.resize((480, 360), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
-        made.append(file.getvalue())
+        head = b'--photo\r\nContent-Disposition: form-data; name="photo"; filename="x.jpg"\r\n\r\n'
+        made.append(head + file.getvalue() + b"\r\n--photo--\r\n")
     return made
 
 
-@contextlib.contextmanager
-def serving(options: argparse.Namespace, batch_size: int) -> Iterator[str]:
-    """Starts the service in a process of its own, and yields its address once it is ready."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "benchmarks.serving", f"--model={options.model}", f"--serve={batch_size}"]
-    process = subprocess.Popen([*command, f"--port={port}", f"--queue={options.queue}"])
-    address = f"http://127.0.0.1:{port}"
-    try:
-        while not _ready(address):
-            if process.poll() is not None:
-                raise RuntimeError(f"the service ended with {process.returncode} before it was ready")
-            time.sleep(0.5)
-        yield address
-    finally:
-        process.terminate()
-        process.wait()
+class Service:
+    """`geotoken serve` in a process of its own."""
 
+    def __init__(self, options: argparse.Namespace, batch_size: int):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.address = f"http://127.0.0.1:{port}"
+        flags = [f"--port={port}", f"--batch-size={batch_size}", f"--queue={options.queue}", "--rate=0"]
+        self._command = [sys.executable, "-m", "geotoken_jax.cli", "serve", options.model, *flags]
+        self._process = subprocess.Popen(self._command)
 
-def _ready(address: str) -> bool:
-    try:
-        return httpx2.get(f"{address}/ready").status_code == 200
-    except httpx2.TransportError:
-        return False
-
-
-class Load:
-    """Requests that were sent, by how they ended."""
-
-    def __init__(self, client: httpx2.AsyncClient):
-        self._client, self._photos, self._sent = client, made_up(64), 0
-        self.ended: Counter[str] = Counter()
-        self.seconds: list[float] = []
-
-    async def send(self) -> None:
-        """Sends one photo and waits for what comes back."""
-        photo = self._photos[self._sent % len(self._photos)]
-        self._sent += 1
+    def wait(self) -> float:
+        """Returns after how many seconds the service was ready."""
         start = time.perf_counter()
+        while True:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.address}/ready"):
+                return time.perf_counter() - start
+            if self._process.poll() is not None:
+                raise RuntimeError(f"the service ended with {self._process.returncode} before it was ready")
+            time.sleep(0.1)
+
+    def kill(self) -> None:
+        """Kills the service as nothing can prevent, and starts it again."""
+        self._process.kill()
+        self._process.wait()
+        self._process = subprocess.Popen(self._command)
+
+    def metric(self, name: str) -> float:
+        """Returns a value of /metrics."""
+        with urllib.request.urlopen(f"{self.address}/metrics") as answer:
+            found = re.search(rf"^{name} (\S+)", answer.read().decode(), re.MULTILINE)
+        return float(found[1]) if found else float("nan")
+
+    def end(self) -> None:
+        """Ends the service."""
+        self._process.terminate()
+        self._process.wait()
+
+
+@contextlib.contextmanager
+def serving(options: argparse.Namespace, batch_size: int) -> Iterator[Service]:
+    """Yields a service that is ready."""
+    service = Service(options, batch_size)
+    try:
+        service.wait()
+        yield service
+    finally:
+        service.end()
+
+
+@contextlib.contextmanager
+def load(locust: str, address: str, seconds: float, clients: int, pace: float = 0.0) -> Iterator[dict[str, Any]]:
+    """Sends photos meanwhile, and for so many seconds; yields what is filled with the figures at the end.
+
+    pace: of photos a second; 0 for clients that wait for their answers.
+    """
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for number, body in enumerate(bodies(64)):
+            (pathlib.Path(folder) / f"{number:02d}").write_bytes(body)
+        flags = ["--headless", "--json", "--skip-log", "--host", address, "-u", str(clients), "-r", str(clients)]
+        process = subprocess.Popen(
+            [locust, "-f", str(_CLIENTS), *flags, "-t", f"{seconds:g}s", "-s", "60"],
+            env={**os.environ, "BODIES": folder, "CLIENTS": str(clients), "PACE": str(pace)},
+            stdout=subprocess.PIPE,
+        )
         try:
-            answer = await self._client.post(_PATH, files={"photo": ("photo.jpg", photo, "image/jpeg")})
-        except httpx2.HTTPError as error:
-            self.ended[type(error).__name__] += 1
-            return
-        told = "" if answer.status_code != 503 or "retry-after" in answer.headers else " without Retry-After"
-        self.ended[f"{answer.status_code}{told}"] += 1
-        if answer.status_code == 200:
-            self.seconds.append(time.perf_counter() - start)
-
-    def figures(self, wall_s: float) -> dict[str, Any]:
-        """Returns what came of all requests of so many seconds."""
-        told = np.percentile(self.seconds, _TOLD).round(4).tolist() if self.seconds else [None] * len(_TOLD)
-        return {
-            "photos_per_second": round(len(self.seconds) / wall_s, 2),
-            "seconds": {f"p{p}": value for p, value in zip(_TOLD, told, strict=True)},
-            "ended": dict(self.ended),
-        }
-
-
-@contextlib.asynccontextmanager
-async def clients(address: str, most: int) -> AsyncIterator[httpx2.AsyncClient]:
-    """Yields what sends requests over at most so many connections."""
-    limits = httpx2.Limits(max_connections=most, max_keepalive_connections=most)
-    async with httpx2.AsyncClient(base_url=address, limits=limits, timeout=120, trust_env=False) as client:
-        yield client
-
-
-async def closed(address: str, seconds: float, parallel: int) -> dict[str, Any]:
-    """Returns the figures of clients that each send a photo when they have the last one's answer."""
-    async with clients(address, parallel) as client:
-        load, start = Load(client), time.perf_counter()
-
-        async def one() -> None:
-            while time.perf_counter() < start + seconds:
-                await load.send()
-
-        await asyncio.gather(*(one() for _ in range(parallel)))
-        return load.figures(time.perf_counter() - start)
-
-
-async def open_loop(address: str, seconds: float, pace: float) -> dict[str, Any]:
-    """Returns the figures of so many photos a second, and the service's memory in MB after a tenth and at the end."""
-    async with clients(address, 1000) as client:
-        load, start, pending, memory = Load(client), time.perf_counter(), set(), []
-        for n in range(int(seconds * pace)):
-            await asyncio.sleep(max(0.0, start + n / pace - time.perf_counter()))
-            task = asyncio.create_task(load.send())
-            pending.add(task)
-            task.add_done_callback(pending.discard)
-            if not memory and n >= seconds * pace / 10:
-                memory.append(await _memory_mb(client))
-        await asyncio.gather(*pending)
-        wall_s = time.perf_counter() - start
-        memory.append(await _memory_mb(client))
-        return {"offered_per_second": round(pace, 2), **load.figures(wall_s), "memory_mb": memory}
-
-
-async def _memory_mb(client: httpx2.AsyncClient) -> float:
-    lines = (await client.get("/metrics")).text
-    found = re.search(r"^process_resident_memory_bytes (\S+)", lines, re.MULTILINE)
-    return round(float(found[1]) / 1e6, 1) if found else float("nan")
+            yield found
+            out = process.communicate()[0]
+        finally:
+            process.kill()
+    ended = {entry["name"]: entry for entry in json.loads(out)}
+    found["ended"] = {name: entry["num_requests"] for name, entry in ended.items()}
+    if "200" in ended:
+        entry = ended["200"]
+        wall_s = entry["last_request_timestamp"] - entry["start_time"]
+        told = np.repeat(*np.array([(float(ms), n) for ms, n in entry["response_times"].items()]).T.astype(int))
+        found["photos_per_second"] = round(entry["num_requests"] / wall_s, 2)
+        found["seconds"] = {f"p{p}": float(np.percentile(told, p)) / 1000 for p in _TOLD}
 
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
     """Returns the figures of the service with batches of one, and with those of --batch-size."""
     found: dict[str, Any] = {"cores": os.cpu_count(), "batch_size": options.batch_size, "queue": options.queue}
-    with serving(options, 1) as address:
-        found["batches_of_one"] = asyncio.run(closed(address, options.seconds, options.clients))
-    with serving(options, options.batch_size) as address:
-        found["batched"] = asyncio.run(closed(address, options.seconds, options.clients))
-        pace = 2 * found["batched"]["photos_per_second"]
-        found["overload"] = asyncio.run(open_loop(address, options.seconds, pace))
+    for name, size in (("batches_of_one", 1), ("batched", options.batch_size)):
+        print(f"measuring {name}", file=sys.stderr)
+        with serving(options, size) as service:
+            before = service.metric("process_cpu_seconds_total")
+            with load(options.locust, service.address, options.seconds, options.clients) as found[name]:
+                pass
+            cpu_s = service.metric("process_cpu_seconds_total") - before
+            found[name]["cpu_ms_per_photo"] = round(1000 * cpu_s / found[name]["ended"]["200"], 1)
+            if size > 1:
+                found["overload"] = overload(options, service, 2 * found[name]["photos_per_second"])
+                if options.kill:
+                    found["kill"] = killed(options, service, found[name]["photos_per_second"] / 2)
     one, batched = (found[name]["photos_per_second"] for name in ("batches_of_one", "batched"))
     return {**found, "ratio": round(batched / one, 2)}
 
 
-def serve(options: argparse.Namespace) -> int:
-    """Runs the service as `geotoken serve` does; returns the exit status."""
-    from geotoken_jax.serve import app, batching, limits
+def overload(options: argparse.Namespace, service: Service, pace: float) -> dict[str, Any]:
+    """Returns the figures at a pace, and the service's memory in MB after a tenth and at the end."""
+    told = {"offered_per_second": round(pace, 2)}
+    with load(options.locust, service.address, options.overload, round(pace * _TURN_S), pace) as found:
+        time.sleep(options.overload / 10)
+        memory = [service.metric("process_resident_memory_bytes")]
+    memory.append(service.metric("process_resident_memory_bytes"))
+    told["bound_seconds"] = round((options.queue + options.batch_size) / found["photos_per_second"], 2)
+    return {**told, **found, "memory_mb": [round(held / 1e6, 1) for held in memory]}
 
-    settings = limits.ServeSettings(port=options.port, batch_size=options.serve, queue=options.queue, rate=0)
-    return app.run(batching.ServedGeoToken(options.model), settings)
+
+def killed(options: argparse.Namespace, service: Service, pace: float) -> dict[str, Any]:
+    """Returns the figures of a service that is killed under load and started again, and how long that took."""
+    with load(options.locust, service.address, options.seconds, round(pace * _TURN_S), pace) as found:
+        time.sleep(options.seconds / 3)
+        start = time.perf_counter()
+        service.kill()
+        service.wait()
+        ready_s = time.perf_counter() - start
+        answer_s = _first_answer(service.address) - start
+    return {**found, "ready_after_seconds": round(ready_s, 1), "answered_after_seconds": round(answer_s, 1)}
+
+
+def _first_answer(address: str) -> float:
+    asked = urllib.request.Request(f"{address}/v1/predict", bodies(1)[0], _KIND)
+    while True:
+        with contextlib.suppress(urllib.error.HTTPError), urllib.request.urlopen(asked, timeout=60):
+            return time.perf_counter()
+        time.sleep(0.1)
 
 
 def main() -> None:
-    """Prints the figures, or with --serve is the service."""
+    """Prints the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="runs/demo/export", help="folder that `geotoken export` made")
-    parser.add_argument("--seconds", type=float, default=60, help="of each of three measurements")
+    parser.add_argument("--seconds", type=float, default=60, help="of each measurement but the overload")
+    parser.add_argument("--overload", type=float, default=60, help="seconds of twice what the service can do")
+    parser.add_argument("--kill", action="store_true", help="kill the service under load, too")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--queue", type=int, default=64, help="photos that the service takes in at once")
     parser.add_argument("--clients", type=int, default=64, help="of the throughput, up to --queue")
-    parser.add_argument("--serve", type=int, default=0, help=argparse.SUPPRESS)
-    parser.add_argument("--port", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--locust", default="locust", help="the program: pip install locust, in an environment of its own"
+    )
     options = parser.parse_args()
-    if options.serve:
-        sys.exit(serve(options))
+    if not shutil.which(options.locust):
+        sys.exit(f"there is no {options.locust}: pip install locust, anywhere, and name it by --locust")
     print(json.dumps(compare(options)))
 
 

@@ -142,6 +142,7 @@ class GeoToken(Predictor):
             folder / "geotoken.safetensors", lambda rngs: GeoTokenModel(model_settings, rngs)
         )
         options = settings.read(PredictSettings, config["predict"], "predict")
+        options = dataclasses.replace(options, selectors=(options.choice,))  # nobody sees what the others choose
         self._gallery = Table(folder / "gallery")
         decoder = Decoder(model, options, self._gallery)
         learned = chooser(config["learned"], lambda name: folder / name, self._gallery, model, lambda: self._aligned)
@@ -165,15 +166,16 @@ class GeoToken(Predictor):
         batch["context"] = context(captured, decoder.times)
         # The samples of a photo are the same whichever others come with it.
         answers, places = self._answerer(batch, rows, scores, np.zeros(len(photos), np.int64))
+        there = np.maximum(rows, 0)
         near = [
             tuple(
-                Neighbor(
-                    self._gallery.ids(row).item().decode(), *self._gallery.coordinates(row).tolist(), score=float(score)
-                )
-                for row, score in zip(*pair, strict=True)
+                Neighbor(name.decode(), *place, score=float(score))
+                for row, name, place, score in zip(*photo, strict=True)
                 if row >= 0
             )
-            for pair in zip(rows, scores, strict=True)
+            for photo in zip(
+                rows, self._gallery.ids(there), self._gallery.coordinates(there).tolist(), scores, strict=True
+            )
         ]
         found = with_radii(answers, places, self._calibration)
         return [_prediction(answer, n) for answer, n in zip(found, near, strict=True)]

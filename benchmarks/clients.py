@@ -34,6 +34,6 @@ class Client(FastHttpUser):
         kind = {"Content-Type": "multipart/form-data; boundary=photo"}
         with self.client.post("/v1/predict", data=next(_BODIES), headers=kind, catch_response=True) as answer:
             late = "" if answer.status_code != 503 or "retry-after" in answer.headers else " without Retry-After"
-            broken = getattr(answer, "error", None)  # of a connection
-            answer.request_meta["name"] = type(broken).__name__ if broken else f"{answer.status_code}{late}"
+            broken = type(getattr(answer, "error", None)).__name__  # of a connection, where there is no status
+            answer.request_meta["name"] = f"{answer.status_code}{late}" if answer.status_code else broken
             answer.success()

@@ -106,20 +106,23 @@ def serving(options: argparse.Namespace, batch_size: int) -> Iterator[Service]:
 def load(locust: str, address: str, seconds: float, clients: int, pace: float = 0.0) -> Iterator[dict[str, Any]]:
     """Sends photos meanwhile, and for so many seconds; yields what is filled with the figures at the end.
 
-    pace: of photos a second; 0 for clients that wait for their answers.
+    seconds: 0 for as long as the block takes. pace: of photos a second; 0 for clients that wait for their answers.
     """
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for number, body in enumerate(bodies(64)):
             (pathlib.Path(folder) / f"{number:02d}").write_bytes(body)
         flags = ["--headless", "--json", "--skip-log", "--host", address, "-u", str(clients), "-r", str(clients)]
+        flags += ["-t", f"{seconds:g}s"] if seconds else []
         process = subprocess.Popen(
-            [locust, "-f", str(_CLIENTS), *flags, "-t", f"{seconds:g}s", "-s", "60"],
+            [locust, "-f", str(_CLIENTS), *flags, "-s", "60"],
             env={**os.environ, "BODIES": folder, "CLIENTS": str(clients), "PACE": str(pace)},
             stdout=subprocess.PIPE,
         )
         try:
             yield found
+            if not seconds:
+                process.terminate()
             out = process.communicate()[0]
         finally:
             process.kill()
@@ -165,13 +168,14 @@ def overload(options: argparse.Namespace, service: Service, pace: float) -> dict
 
 def killed(options: argparse.Namespace, service: Service, pace: float) -> dict[str, Any]:
     """Returns the figures of a service that is killed under load and started again, and how long that took."""
-    with load(options.locust, service.address, options.seconds, round(pace * _TURN_S), pace) as found:
-        time.sleep(options.seconds / 3)
+    with load(options.locust, service.address, 0, round(pace * _TURN_S), pace) as found:
+        time.sleep(20)
         start = time.perf_counter()
         service.kill()
         service.wait()
         ready_s = time.perf_counter() - start
         answer_s = _first_answer(service.address) - start
+        time.sleep(10)
     return {**found, "ready_after_seconds": round(ready_s, 1), "answered_after_seconds": round(answer_s, 1)}
 
 

@@ -273,6 +273,8 @@ def run(model: Model, settings: ServeSettings) -> int:
             access_log=False,  # who asked when is nobody's business
             server_header=False,
             timeout_graceful_shutdown=settings.drain_s,
+            # Longer than proxies keep idle connections, 60 s as a rule: of two ends that close one, a request is lost.
+            timeout_keep_alive=75,
         )
     )
     # uvicorn drains, and then sends itself the signal again.

@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float, Int
 
-from geotoken_jax import records, settings
+from geotoken_jax import bootstrap, records, settings
 from geotoken_jax import workdir as stages
 from geotoken_jax.analysis import overlap, places, reliability, report
 from geotoken_jax.analysis.reliability import Claims
@@ -362,21 +362,21 @@ def score(
     first minus second.
     """
     authors = [str(row.get("author") or "") for row in truth.extra]
-    outcomes = np.stack([_outcomes(method.km, strict) for method in methods], axis=1)
+    outcomes = np.stack([bootstrap.outcomes(method.km, strict) for method in methods], axis=1)
     values = outcomes.mean(axis=0)
-    samples = bootstrap(outcomes, clusters(authors, truth.ids), resamples, seed)
+    samples = bootstrap.resample(outcomes, bootstrap.clusters(authors, truth.ids), resamples, seed)
     rows = [
         {
             **{name: getattr(method, name) for name in ("variant", "choice", "name", "main", "baseline", "bound")},
             "missing": method.missing,
-            "median_km": _round(np.median(method.km)),
-            **_estimates(values[i], samples[:, i]),
+            "median_km": bootstrap.rounded(np.median(method.km)),
+            **bootstrap.estimates(values[i], samples[:, i]),
         }
         for i, method in enumerate(methods)
     ]
 
     def difference(i: int, k: int) -> dict[str, Any]:
-        return _estimates(values[i] - values[k], samples[:, i] - samples[:, k], p=True)
+        return bootstrap.estimates(values[i] - values[k], samples[:, i] - samples[:, k], p=True)
 
     at = next((i for i, method in enumerate(methods) if method.variant == reference and method.main), None)
     differences = [
@@ -533,51 +533,3 @@ def _chosen(points: Points, choice: str) -> Float[np.ndarray, "n 2"]:
         name = points.ids[wrong[0]]
         raise PointsError(f"{points.source}: {name!r} has no candidate for the choice {choice!r}: give every photo one")
     return chosen
-
-
-def _outcomes(km: Float[np.ndarray, "n"], strict: bool) -> Float[np.ndarray, "n 7"]:
-    """Returns what is averaged over photos: within each of the five thresholds, GeoScore, kilometers."""
-    near = distance.within(km[:, None], strict)
-    return np.concatenate([near, distance.geoscore(km)[:, None], km[:, None]], axis=1, dtype=np.float64)
-
-
-def clusters(authors: Sequence[str], ids: Sequence[str]) -> Int[np.ndarray, "n"]:
-    """Returns the number of each photo's author; a photo whose author is unknown (empty) is alone."""
-    names = [author or f"\0{name}" for author, name in zip(authors, ids, strict=True)]
-    return np.unique(names, return_inverse=True)[1]
-
-
-def bootstrap(
-    outcomes: Float[np.ndarray, "n methods x"], clusters: Int[np.ndarray, "n"], resamples: int, seed: int
-) -> Float[np.ndarray, "R methods x"]:
-    """Returns the mean outcomes of R resamples of the clusters, drawn with replacement."""
-    n, *shape = outcomes.shape
-    count = clusters.max() + 1
-    sums = np.zeros((count, math.prod(shape) + 1))
-    np.add.at(sums, clusters, np.concatenate([outcomes.reshape(n, -1), np.ones((n, 1))], axis=1))
-    rng = np.random.default_rng(seed)
-    totals = np.empty((resamples, sums.shape[1]))
-    for start in range(0, resamples, 100):  # 100 at a time: at 26,000 photos the counts are 21 MB, not 420
-        stop = min(start + 100, resamples)
-        drawn = [np.bincount(rng.integers(count, size=count), minlength=count) for _ in range(start, stop)]
-        totals[start:stop] = np.stack(drawn).astype(np.float64) @ sums
-    return (totals[:, :-1] / totals[:, -1:]).reshape(resamples, *shape)
-
-
-def _estimates(value: Float[np.ndarray, "7"], samples: Float[np.ndarray, "R 7"], p: bool = False) -> dict[str, Any]:
-    """Returns estimates with 95 % intervals of each outcome, and p-values (against zero) where asked for."""
-    low, high = np.percentile(samples, (2.5, 97.5), axis=0)
-    tail = 1 + np.minimum((samples <= 0).sum(axis=0), (samples >= 0).sum(axis=0))
-    p_value = np.minimum(1.0, 2 * tail / (len(samples) + 1))
-    estimates = [
-        {"value": _round(value[i]), "low": _round(low[i]), "high": _round(high[i])}
-        | ({"p": _round(p_value[i])} if p else {})
-        for i in range(len(value))
-    ]
-    accuracy = [{"km": km, **estimates[i]} for i, km in enumerate(distance.THRESHOLDS_KM)]
-    return {"accuracy": accuracy, "geoscore": estimates[-2], "mean_km": estimates[-1]}
-
-
-def _round(value: Any) -> float:
-    """Rounds off what depends on the order of a sum, so that equal inputs give equal files."""
-    return round(float(value), 6)

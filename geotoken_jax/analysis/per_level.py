@@ -15,8 +15,8 @@ import numpy as np
 from etils import epath
 from jaxtyping import Array, Bool, Float, Int
 
-from geotoken_jax import records, settings, workdir
-from geotoken_jax.analysis import audit, charts, evaluate, frame
+from geotoken_jax import bootstrap, records, settings, workdir
+from geotoken_jax.analysis import audit, charts, frame
 from geotoken_jax.analysis.evaluate import EvaluateSettings
 from geotoken_jax.gallery.table import Table
 from geotoken_jax.geo import distance
@@ -194,7 +194,7 @@ def _see(config: Any, path: epath.Path, variant: str) -> dict[str, Seen]:
                 parts.append({name: np.asarray(of)[valid] for name, of in compiled(model, batch).items()})
                 progress.add(int(valid.sum()))
             found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-            clusters = evaluate.clusters(*(column.astype(str).tolist() for column in (own.authors(), own.ids())))
+            clusters = bootstrap.clusters(*(column.astype(str).tolist() for column in (own.authors(), own.ids())))
             seen[split] = Seen(options.cells, **found, coordinates=own.coordinates(), clusters=clusters)
     return seen
 
@@ -257,7 +257,7 @@ def _figures(seen: Seen, scoring: EvaluateSettings) -> dict[str, Any]:
     """Estimates everything of one split. None stands for the ratio of nothing."""
     ratios = _ratios(seen, scoring)
     sums = np.stack([part for pair in ratios.values() for part in pair], axis=1).astype(np.float64)
-    drawn = evaluate.bootstrap(sums, seen.clusters, scoring.resamples, scoring.seed)
+    drawn = bootstrap.resample(sums, seen.clusters, scoring.resamples, scoring.seed)
     with np.errstate(invalid="ignore"):
         values, samples = (of[..., 0::2, :] / of[..., 1::2, :] for of in (sums.mean(axis=0), drawn))
     wrong, off = seen.right_before & ~seen.right, seen.km(scoring.earth)

@@ -27,7 +27,7 @@ from PIL import Image
 
 from configs import common
 from data_prep import embed, photos
-from data_prep.sources import Photo
+from data_prep.sources import UNKNOWN, Photo
 from geotoken_jax import backbone, chips, workdir
 from geotoken_jax.backbone import checkpoint
 from geotoken_jax.backbone.clip import Clip
@@ -86,6 +86,7 @@ class Jpegs:
     """A source of photos of noise and gradients, which compress as real ones do."""
 
     name = "jpegs"
+    provenance = UNKNOWN
 
     def __init__(self, n: int):
         self.splits = {"train": 1, "validation": 1}

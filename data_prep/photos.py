@@ -132,7 +132,7 @@ def make(
     _refuse_repeated(tasks)
     _describe(stage.path, source.name, ledgers)
     times = {name: sum(ledger[name] for ledger in every) for name in ("captured", "nonsense_times")}
-    return stage.finish(counts, dropped, **times)
+    return stage.finish(counts, dropped, provenance=dataclasses.asdict(source.provenance), **times)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from data_prep import embed, images, photos
-from data_prep.sources import Photo
+from data_prep.sources import UNKNOWN, Photo
 from geotoken_jax import records, workdir
 from tests import tiny
 
@@ -26,6 +26,7 @@ class Sample:
     """Ten authors with four photos each, all alike, in `train`, the fourth of them unreadable; five in `validation`."""
 
     name = "sample"
+    provenance = UNKNOWN
     splits = types.MappingProxyType({"train": 1, "validation": 1})
 
     def read(self, split, shard):

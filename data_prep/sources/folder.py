@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from data_prep import images
 from data_prep.csv_rows import read_rows
-from data_prep.sources import Drop, Photo
+from data_prep.sources import UNKNOWN, Drop, Photo, Provenance
 from geotoken_jax.backbone.preprocess import ENDINGS
 from geotoken_jax.settings import SettingsError
 from geotoken_jax.workdir import StageError
@@ -74,6 +74,8 @@ class Listing:
 class Listed(abc.ABC):
     """A source of photos (`data_prep.sources.Source`) that first lists all of them, once a process."""
 
+    provenance: Provenance
+
     @abc.abstractmethod
     def listing(self) -> Listing:
         """Returns what there is. Raises SettingsError if the folder or the table is not there."""
@@ -99,6 +101,7 @@ class Folder(Listed):
 
     settings: FolderSettings
     name = "folder"
+    provenance = UNKNOWN
 
     def listing(self) -> Listing:
         settings = self.settings

@@ -6,6 +6,7 @@ In an older copy of the CSV the names LAT and LON are exchanged: it is refused, 
 import dataclasses
 
 from data_prep.csv_rows import read_rows
+from data_prep.sources import FLICKR, Provenance
 from data_prep.sources.folder import Listed, Listing, existing_file, pair, walk
 
 _COLUMNS = {"id": "IMG_ID", "author": "AUTHOR", "latitude": "LAT", "longitude": "LON"}
@@ -26,6 +27,9 @@ class Im2gps3k(Listed):
 
     settings: Im2gps3kSettings
     name = "im2gps3k"
+    provenance = Provenance(
+        "other", "IM2GPS3K: 2,997 photos of Flickr.", FLICKR, "Vo, Jacobs and Hays 2017, Revisiting IM2GPS, ICCV."
+    )
 
     def listing(self) -> Listing:
         rows = read_rows(existing_file(self.settings.csv, "im2gps3k.csv"), _COLUMNS)

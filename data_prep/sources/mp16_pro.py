@@ -25,7 +25,7 @@ from jaxtyping import Bool, Int, UInt8
 
 from data_prep import csv_rows, tar_parts
 from data_prep.placeholder import PlaceholderSettings, identical
-from data_prep.sources import Drop, Photo
+from data_prep.sources import FLICKR, Drop, Photo, Provenance
 from geotoken_jax import records, workdir
 from geotoken_jax.progress import Progress, track
 from geotoken_jax.workdir import StageError
@@ -78,6 +78,13 @@ class MP16Pro:
     settings: MP16ProSettings
     work: str
     name = "mp16_pro"
+    provenance = Provenance(
+        "other",
+        "MP16-Pro: the photos of Flickr in MP-16, a part of YFCC100M, with the names of their places.",
+        f"Academic use only, as whoever is given MP16-Pro agrees to. {FLICKR}",
+        "Jia et al. 2024, G3, arXiv 2405.14702. Larson et al. 2017, The Benchmarking Initiative for Multimedia "
+        "Evaluation, IEEE MultiMedia 24. Thomee et al. 2016, YFCC100M, CACM 59(2).",
+    )
 
     def __reduce__(self):
         return type(self), (self.settings, self.work)  # without the survey: other processes map its arrays

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from data_prep import images
 from data_prep.csv_rows import read_rows
-from data_prep.sources import Drop, Photo
+from data_prep.sources import Drop, Photo, Provenance
 from data_prep.sources.folder import existing_file
 from geotoken_jax.settings import SettingsError
 from geotoken_jax.workdir import StageError
@@ -36,6 +36,12 @@ class Osv5m:
 
     settings: Osv5mSettings
     name = "osv5m"
+    provenance = Provenance(
+        "cc-by-sa-4.0",
+        "OpenStreetView-5M: street-level images of Mapillary.",
+        "CC BY-SA 4.0: name the data set and Mapillary, and share what is made of it alike.",
+        "Astruc et al. 2024, OpenStreetView-5M: The Many Roads to Global Visual Geolocation, CVPR.",
+    )
 
     @property
     def splits(self) -> Mapping[str, int]:

@@ -6,6 +6,7 @@ YFCC4K's table is a CSV, or the original `info.txt`: separated by tabs, without 
 import dataclasses
 
 from data_prep.csv_rows import read_rows
+from data_prep.sources import FLICKR, Provenance
 from data_prep.sources.folder import Listed, Listing, existing_file, pair, walk
 
 _COLUMNS = {"id": "IMG_ID", "latitude": "LAT", "longitude": "LON"}
@@ -34,6 +35,9 @@ class Yfcc(Listed):
     """The benchmark, all of it in `test`, in the table's order."""
 
     settings: YfccSettings
+    provenance = Provenance(
+        "other", "YFCC4K or YFCC26k: photos of Flickr in YFCC100M.", FLICKR, "Thomee et al. 2016, YFCC100M, CACM 59(2)."
+    )
 
     @property
     def name(self) -> str:

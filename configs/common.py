@@ -225,6 +225,7 @@ def get_config() -> ConfigDict:
             geotoken="GeoToken",
         ),
     )
+    config.export = dict(gallery="bfloat16", weights=True)  # geotoken_jax/export/__init__.py
     config.audit = dict(  # geotoken_jax/analysis/audit.py
         coverage=dict(level=5, split="test", countries=8), leakage=dict(cosine_above=0.95)
     )

@@ -7,7 +7,7 @@ import numpy as np
 from etils import epath
 
 from geotoken_jax import records, settings, workdir
-from geotoken_jax.gallery.table import Table, index_vectors, write_shard
+from geotoken_jax.gallery.table import IndexVectors, Table, write_shard
 from geotoken_jax.progress import track
 from geotoken_jax.workdir import Manifest
 
@@ -51,7 +51,7 @@ def run(config: Any, path: epath.PathLike) -> Manifest:
     if gallery.manifest:
         return gallery.manifest
     _table(path, gallery.path, GALLERY, width, aligned)
-    built = index.build(_Vectors(Table(gallery.path)), options, gallery.path / "index")
+    built = index.build(IndexVectors(Table(gallery.path)), options, gallery.path / "index")
     return gallery.finish({GALLERY: splits[GALLERY]}, index=built.facts)
 
 
@@ -59,24 +59,6 @@ def open_table(path: epath.PathLike, split: str) -> Table:
     """Returns the table of one split's photos."""
     folder = epath.Path(path)
     return Table(folder / "gallery" if split == GALLERY else folder / "queries" / split)
-
-
-class _Vectors:
-    """A table's index vectors (geotoken_jax.gallery.index.Vectors), made from what is memory-mapped when asked for."""
-
-    def __init__(self, table: Table):
-        self._table = table
-
-    def __len__(self) -> int:
-        return len(self._table)
-
-    def __getitem__(self, rows: Any) -> np.ndarray:
-        rows = np.arange(len(self))[rows]
-        vectors = np.empty((len(rows), 3 * self._table.width), np.float32)
-        for first in range(0, len(rows), _BATCH):
-            part = slice(first, first + _BATCH)
-            vectors[part] = index_vectors(self._table.embeddings(rows[part]))
-        return vectors
 
 
 def _table(path: epath.Path, folder: epath.Path, split: str, width: int, aligned: "AlignModel") -> None:

@@ -117,6 +117,7 @@ def _refusals() -> tuple[type[Exception], ...]:
         FileNotFoundError,
         *_errors(
             ("geotoken_jax.backbone.preprocess", "ImageError"),
+            ("geotoken_jax.predict.exported", "ExportError"),
             ("geotoken_jax.gallery.index", "IndexQualityError"),
             ("geotoken_jax.checkpoint", "CheckpointError"),
             ("geotoken_jax.train.loop", "Diverged"),
@@ -178,7 +179,7 @@ def _has(config: Any, keys: list[str]) -> bool:
 
 _SECTIONS = (
     "photos", "embed", "align", "index", "gallery", "data", "model", "loss", "train", "mesh", "watch", "pools",
-    "reward", "verifier", "predict", "judge", "baselines", "evaluate", "audit",
+    "reward", "verifier", "predict", "judge", "baselines", "evaluate", "audit", "export",
 )  # fmt: skip
 
 

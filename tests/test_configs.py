@@ -19,6 +19,7 @@ from geotoken_jax.analysis.audit import AuditSettings
 from geotoken_jax.analysis.evaluate import EvaluateSettings
 from geotoken_jax.analysis.experiment import Experiment
 from geotoken_jax.data.join import DataSettings
+from geotoken_jax.export import ExportSettings
 from geotoken_jax.gallery.index import IndexSettings
 from geotoken_jax.gallery.placement import GallerySettings
 from geotoken_jax.interop import geoclip
@@ -69,6 +70,7 @@ READERS = {
     "baselines.train": TrainSettings,
     "evaluate": EvaluateSettings,
     "audit": AuditSettings,
+    "export": ExportSettings,
 }
 
 

@@ -1,6 +1,7 @@
-"""Exported programs run without the package, and a broken export says which file is broken."""
+"""Exported programs run without the package, parts of an export keep what they hold, and a broken one says so."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,15 +9,19 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from etils import epath
 from flax import nnx
 
-from geotoken_jax import checkpoint
+from configs import common
+from geotoken_jax import backbone, checkpoint, export, settings
 from geotoken_jax.align.heads import AlignModel, AlignSettings, embeddings
 from geotoken_jax.align.location_encoder import LocationSettings
 from geotoken_jax.export import stablehlo, standalone
+from geotoken_jax.gallery import index, table
+from geotoken_jax.gallery.table import IndexVectors, Table
 from geotoken_jax.geo.cells import CellScheme
 from geotoken_jax.predict import exported
-from tests import fixtures, test_decode
+from tests import checkpoints, fixtures, test_decode
 
 
 def standing(level: int, group: int) -> standalone.Model:
@@ -95,3 +100,86 @@ def test_a_broken_export_names_the_file(tmp_path: Path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"lacks large\.npy"):
         exported.check(tmp_path, everything=False)
+
+
+@pytest.fixture
+def gallery(tmp_path: Path) -> Path:
+    """A table of 300 photos in two shards, whose vectors have rows of very different lengths."""
+    rng = np.random.default_rng(0)
+    for shard, n in enumerate((200, 100)):
+        vectors = rng.normal(size=(n, 3, 32)) * 10.0 ** rng.integers(-3, 3, (n, 3, 1))
+        columns = {
+            "embeddings": vectors.astype(ml_dtypes.bfloat16),
+            "coordinates": rng.uniform(-80, 80, (n, 2)),
+            "tokens": rng.integers(0, 4, (n, 21)).astype(np.uint8),
+            "ids": np.array([f"{shard}-{i}".encode() for i in range(n)]),
+            "authors": np.array([b""] * n),
+        }
+        table.write_shard(tmp_path / "gallery", shard, 2, columns)
+    return tmp_path / "gallery"
+
+
+def test_an_int8_gallery_is_half_as_large_and_reads_as_before(gallery: Path):
+    files = sorted(gallery.glob("embeddings-*"))
+    before, size = Table(gallery).embeddings(np.arange(300)), sum(f.stat().st_size for f in files)
+    table.quantize(gallery)
+    after, rows = Table(gallery), np.array([[0, 299], [199, 200]])
+    found = after.embeddings(rows)
+    assert found.dtype == ml_dtypes.bfloat16 and found.shape == (2, 2, 3, 32)
+    scale = np.abs(before[rows].astype(np.float32)).max(-1, keepdims=True) / 127
+    # Half a step, and what bfloat16 rounds off of 127 of them.
+    assert (np.abs(found.astype(np.float32) - before[rows].astype(np.float32)) <= scale * (0.5 + 127 / 256)).all()
+    np.testing.assert_array_equal(after.embeddings(), after.embeddings(np.arange(300)))
+    assert sum(f.stat().st_size for f in gallery.glob("[es]*-*")) < 0.65 * size  # headers weigh here
+    alone = object.__new__(standalone.Model)
+    alone._columns = {name: standalone._shards(gallery, name) for name in ("embeddings", "scales")}
+    alone._starts = np.array([0, 200, 300])
+    np.testing.assert_array_equal(alone.embeddings(rows), found)
+
+
+@pytest.mark.parametrize("kind", ["exact", "scann"])
+def test_an_int8_index_is_a_third_as_large_and_finds_what_it_should(gallery: Path, tmp_path: Path, kind: str):
+    if kind == "scann":
+        pytest.importorskip("scann")
+    search = dict(common.get_config().index.search) | {"kind": kind, "components": 96, "min_recall": 0.9}
+    vectors, sizes = IndexVectors(Table(gallery)), {}
+    for dtype in ("float32", "int8"):
+        made = {**search, "reorder_dtype": dtype}
+        index.build(vectors, settings.read(index.IndexSettings, made, "index.search"), epath.Path(tmp_path / dtype))
+        stored = [f for f in (tmp_path / dtype).rglob("*.npy") if f.stem in ("dataset", "int8_dataset", "vectors")]
+        sizes[dtype] = sum(f.stat().st_size for f in stored)
+    assert 0 < sizes["int8"] < 0.3 * sizes["float32"]
+    rows, scores = index.load(tmp_path / "int8", threads=1).search(vectors[:50], 5)
+    assert (rows[:, 0] == np.arange(50)).all()
+    wanted, _ = index.exact(vectors, vectors[:50], 5)
+    assert index.recall(rows, wanted) > 0.9
+    np.testing.assert_allclose(scores[:, 0], 3, atol=0.03)
+
+
+def test_a_backbone_travels_with_the_export_or_is_asked_for_by_name(tmp_path: Path):
+    golden = np.load(Path(__file__).parent / "golden" / "backbones.npz")
+    shapes = json.loads(str(golden["clip/shapes"]))
+    source = checkpoints.write(tmp_path / "models--org--tiny-clip" / "snapshots" / "c0ffee", "clip", shapes)
+    (source / "pytorch_model.bin").write_bytes(b"a pickle")
+    config = common.get_config()
+    config.embed.backbone, config.embed.huggingface.path = "huggingface", str(source)
+    features = []
+    for weights, given in ((True, None), (False, source)):
+        folder = epath.Path(tmp_path / f"export-{weights}")
+        folder.mkdir()
+        section, referred = export._backbone(folder, config, weights)
+        assert referred and referred["name"] == "org/tiny-clip" and str(tmp_path) not in json.dumps([section, referred])
+        assert set(referred["sha256"]) == {
+            "config.json", "model.safetensors", "preprocessor_config.json", "vocab.json", "merges.txt",
+            "tokenizer_config.json",
+        }  # fmt: skip
+        found = exported.backbone(folder, section, referred, given)
+        made = backbone.make(settings.read(backbone.BackboneSettings, found, "backbone"))
+        features.append(made.images(np.stack([made.prepare(photo) for photo in checkpoints.images()])))
+    np.testing.assert_array_equal(*features)
+    assert set(referred["sha256"]) == {p.name for p in (tmp_path / "export-True" / "backbone").iterdir()}
+    with pytest.raises(exported.ExportError, match=r"does not hold its backbone org/tiny-clip: .* --backbone=DIR"):
+        exported.backbone(folder, section, referred, None)
+    (source / "model.safetensors").write_bytes(b"of another model")
+    with pytest.raises(exported.ExportError, match=r"model\.safetensors is another file: the backbone of"):
+        exported.backbone(folder, section, referred, source)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import pathlib
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -36,6 +37,33 @@ def read_json(folder: pathlib.Path, name: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise SettingsError(f"{folder / name} is not a JSON object: download it again")
     return found
+
+
+def needed(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the files of a folder that a backbone is opened from: both towers, the tokenizer, the image settings.
+
+    Raises SettingsError if it holds no parameters that can be read.
+    """
+    names = ["config.json", "tokenizer_config.json", "model.safetensors.index.json"]
+    names += ["tokenizer.json"] if (folder / "tokenizer.json").exists() else ["vocab.json", "merges.txt"]
+    one, other = "preprocessor_config.json", "processor_config.json"
+    names.append(one if (folder / one).exists() else other)
+    parameters = _files(folder)
+    if len(parameters) == 1:
+        names.remove("model.safetensors.index.json")
+    return [*(folder / name for name in names if (folder / name).exists()), *parameters]
+
+
+def name(folder: pathlib.Path) -> str:
+    """Returns what a checkpoint is called on the Hugging Face hub, as far as its folder tells; else the folder's name.
+
+    A folder in the hub's cache is models--ORG--NAME/snapshots/COMMIT; config.json may say whence it was loaded.
+    """
+    for part in folder.absolute().parts:
+        if part.startswith("models--"):
+            return "/".join(part.split("--")[1:])
+    said = str(read_json(folder, "config.json").get("_name_or_path", ""))
+    return said if re.fullmatch(r"[\w.-]+/[\w.-]+", said) else folder.absolute().name
 
 
 def read_module(folder: pathlib.Path, make: Callable[[nnx.Rngs], M], mesh: Mesh) -> M:

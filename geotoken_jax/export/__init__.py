@@ -1,6 +1,6 @@
 """The stage `export`: a folder that needs nothing else to answer, with a card that says what it is."""
 
-import json
+import dataclasses
 import pathlib
 import shutil
 from typing import Any
@@ -10,7 +10,8 @@ from etils import epath
 from geotoken_jax import backbone, checkpoint, settings, workdir
 from geotoken_jax.align.heads import AlignSettings
 from geotoken_jax.align.task import AlignTask
-from geotoken_jax.export import stablehlo
+from geotoken_jax.backbone import checkpoint as published
+from geotoken_jax.export import card, quantized, stablehlo
 from geotoken_jax.gallery.index import IndexSettings
 from geotoken_jax.gallery.table import Table
 from geotoken_jax.model.geotoken import GeoTokenModel, ModelSettings
@@ -23,6 +24,21 @@ _OF_THE_MAKING = (
     "manifest.json", "begun.json", "checkpoints", "metrics.jsonl", "parameters.txt", "tensorboard", "features.npy",
     "captured-*.npy",  # when the gallery's photos were taken is nobody else's business
 )  # fmt: skip
+#: Folder of an export that holds its backbone's checkpoint.
+_BACKBONE = "backbone"
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportSettings:
+    """config.export. gallery: numbers of its vectors, bfloat16 or int8, which costs what the model card says. weights:
+    the checkpoint of a Hugging Face backbone is copied in; else it is referred to, and needed again to answer."""
+
+    gallery: str
+    weights: bool
+
+    def __post_init__(self):
+        if self.gallery not in ("bfloat16", "int8"):
+            raise ValueError(f"config.export.gallery is {self.gallery!r}: it must be 'bfloat16' or 'int8'")
 
 
 def run(config: Any, path: epath.PathLike, variant: str) -> Manifest:
@@ -31,12 +47,16 @@ def run(config: Any, path: epath.PathLike, variant: str) -> Manifest:
     changed = settings.variant(config, variant)
     learned = learn.needed(changed)
     trained = ["align", f"geotoken/{variant}", *(f"{name}/{variant}" for name in learned)]
-    stage = workdir.begin(path, "export", {"predict": changed.predict}, [*trained, "gallery", "report"])
+    options = settings.read(ExportSettings, changed.export, "export")
+    made_with = {"predict": changed.predict, "export": options}
+    stage = workdir.begin(path, "export", made_with, [*trained, "gallery", "report"])
     if stage.manifest:
         return stage.manifest
     search = settings.read(IndexSettings, changed.index.search, "index.search")
+    tower, referred = _backbone(stage.path, changed, options.weights)
     read = {
-        "backbone": {name: changed.embed[name] for name in settings.names(backbone.BackboneSettings)},
+        "backbone": tower,
+        "checkpoint": referred,
         "align": changed.align.model,
         "model": {**changed.model, "attention": "xla"},  # which every device has
         "predict": changed.predict,
@@ -55,13 +75,34 @@ def run(config: Any, path: epath.PathLike, variant: str) -> Manifest:
         workdir.write_bytes(stage.path / calibration.name, calibration.read_bytes())
     if changed.model.scheme == "s2":  # standalone.py knows no other cells
         _write_programs(stage.path, read, Table(path / "gallery").width)
-    workdir.write_bytes(stage.path / "README.md", _card(path, changed, variant).encode())
+    lost = None
+    if options.gallery == "int8":
+        lost = {**quantized.quantize(path, stage.path), **quantized.cost(changed, path, variant, stage.path)}
+    card.write(stage.path, path, changed, variant, referred, lost)
     files = (file for file in sorted(pathlib.Path(stage.path).rglob("*")) if file.is_file())
     sums = {str(file.relative_to(stage.path)): exported.sha256(file) for file in files}
     sums.pop("begun.json", None)
     lines = "".join(f"{digest}  {name}\n" for name, digest in sums.items())
     workdir.write_bytes(stage.path / exported.SUMS, lines.encode())
-    return stage.finish({"files": len(sums)}, sha256=sums)
+    return stage.finish({"files": len(sums)}, sha256=sums, **({"int8": lost} if lost else {}))
+
+
+def _backbone(folder: epath.Path, config: Any, weights: bool) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Returns the backbone's settings as config.json has them, and the name and sums of its checkpoint, None where it
+    has none. weights: copy it into the folder. No path of this machine is in either."""
+    section = settings.plain({name: config.embed[name] for name in settings.names(backbone.BackboneSettings)})
+    source = pathlib.Path(section["huggingface"]["path"])
+    section["huggingface"]["path"] = ""
+    if section["backbone"] != "huggingface":
+        return section, None
+    files = published.needed(source)
+    if weights:
+        (folder / _BACKBONE).mkdir(exist_ok=True)
+        for file in files:
+            shutil.copyfile(file, folder / _BACKBONE / file.name)
+        section["huggingface"]["path"] = _BACKBONE
+    sums = {file.name: exported.sha256(file) for file in files}
+    return section, {"name": published.name(source), "sha256": sums}
 
 
 def _write_programs(folder: epath.Path, read: dict[str, Any], width: int) -> None:
@@ -74,47 +115,3 @@ def _write_programs(folder: epath.Path, read: dict[str, Any], width: int) -> Non
     workdir.write_bytes(folder / "align.stablehlo", embedding)
     workdir.write_bytes(folder / "geotoken.stablehlo", stablehlo.decoding(model, predict))
     workdir.write_bytes(folder / "standalone.py", pathlib.Path(__file__).with_name("standalone.py").read_bytes())
-
-
-def _card(path: epath.Path, config: Any, variant: str) -> str:
-    """Returns the model card, written from the run's own manifests and metrics."""
-    trained = workdir.read_manifest(path, f"geotoken/{variant}")
-    photos = workdir.read_manifest(path, "photos")
-    metrics = json.loads((path / "report" / "metrics.json").read_text())
-    label = config.evaluate.labels.get(variant, variant)
-    calibrated = workdir.read_manifest(path, f"predictions/{variant}").facts["calibrated"]
-    sure = "The radii given with an answer are not calibrated."
-    if calibrated:
-        sure = "The radii given with an answer hold 50 and 90 % of its probability, calibrated on validation photos."
-    alone = ""
-    if config.model.scheme == "s2":
-        alone = """
-Without the package, with jax and numpy alone: `python standalone.py FEATURES.npy > answers.jsonl`; its first lines say
-what it takes, and what it leaves out.
-"""
-    rows = []
-    for split, found in metrics["splits"].items():
-        for method in found["methods"]:
-            if method["variant"] == variant and method.get("main"):
-                values = " | ".join(f"{100 * v['value']:.1f}" for v in method["accuracy"])
-                rows.append(f"| {split} | {values} |")
-    return f"""# {label}
-
-Tells where on Earth a photo was taken, as cells ({config.model.scheme}) as fine as S2's of level {config.model.level},
-from the photo and its {config.model.neighbors} nearest neighbors in a gallery of {photos.counts["train"]:,} photos.
-
-Data: {config.photos.source}.
-
-Use: `from geotoken_jax import GeoToken; GeoToken.load("FOLDER").predict("photo.jpg")`.
-{alone}
-{trained.facts["parameters"]:,} parameters; trained on {trained.counts["examples"]:,} examples; validation loss
-{trained.facts["best_loss"]:.4f} at step {trained.facts["best_step"]:,}.
-
-Percent of photos within 1, 25, 200, 750 and 2500 km:
-
-| split | 1 km | 25 km | 200 km | 750 km | 2500 km |
-|---|---|---|---|---|---|
-{chr(10).join(rows)}
-
-{sure} Do not use this model to find people.
-"""

@@ -43,6 +43,8 @@ class Model:
         self._embed, self._decode = (_program(folder, name) for name in ("align", "geotoken"))
         gallery = folder / "gallery"
         self._columns = {name: _shards(gallery, name) for name in ("coordinates", "tokens", "ids", "embeddings")}
+        if self._columns["embeddings"][0].dtype == np.int8:
+            self._columns["scales"] = _shards(gallery, "scales")
         self._starts = np.cumsum([0, *(len(part) for part in self._columns["ids"])])
 
     def features(self, thumbnails):
@@ -130,7 +132,10 @@ class Model:
 
     def embeddings(self, rows):
         """Returns the three vectors of gallery photos, bfloat16."""
-        return self._take("embeddings", rows).view(ml_dtypes.bfloat16)
+        values = self._take("embeddings", rows)
+        if "scales" not in self._columns:
+            return values.view(ml_dtypes.bfloat16)
+        return (values.astype(np.float32) * self._take("scales", rows)[..., None]).astype(ml_dtypes.bfloat16)
 
     def cell_tokens(self, quads):
         """Returns the model's tokens [..., T] from stored ones, a face and then a quad each."""

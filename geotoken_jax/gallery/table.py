@@ -9,6 +9,7 @@ from etils import epath
 from jaxtyping import Float
 
 from geotoken_jax import records
+from geotoken_jax.gallery import int8
 
 #: Column -> numpy type, and shape within the row (C, of the backbone, is the width of the data).
 COLUMNS: dict[str, tuple[Any, tuple[int | None, ...]]] = {
@@ -19,6 +20,10 @@ COLUMNS: dict[str, tuple[Any, tuple[int | None, ...]]] = {
     "ids": (np.dtype(f"S{records.ID_BYTES}"), ()),
     "authors": (np.dtype(f"S{records.ID_BYTES}"), ()),
 }
+#: The further column of a table whose embeddings are int8: [n, 3] float32, the scale of each vector.
+SCALES = "scales"
+#: Rows that are made into index vectors at once: 768 wide 38 MB.
+_ROWS = 4096
 
 
 def write_shard(folder: epath.PathLike, shard: int, shards: int, columns: Mapping[str, np.ndarray]) -> None:
@@ -43,6 +48,13 @@ def write_shard(folder: epath.PathLike, shard: int, shards: int, columns: Mappin
         records.save_array(_path(folder, name, shard, shards), columns[name].astype(dtype, copy=False))
 
 
+def quantize(folder: epath.PathLike) -> None:
+    """Makes int8 of a table's embeddings: 2,316 bytes a photo 768 wide, not 4,608."""
+    for path in sorted(epath.Path(folder).glob("embeddings-*-of-*.npy")):
+        scales = path.parent / path.name.replace("embeddings", SCALES)
+        int8.write(records.open_array(path, ml_dtypes.bfloat16), path, scales)
+
+
 class Table:
     """Read access to a table of any number of shards, by row number; picklable, and light to send to a process.
 
@@ -54,6 +66,8 @@ class Table:
         """Raises FileNotFoundError unless every shard of every column, but captured, is there."""
         self._folder = str(folder)
         self._columns = {name: self._open(name) for name in COLUMNS}
+        if self._columns["embeddings"][0].dtype == np.int8:
+            self._columns[SCALES] = self._open(SCALES)
         lengths = [len(part) for part in self._columns["ids"]]
         # Tables of earlier versions, and of exports, do not say when photos were taken.
         self._columns["captured"] = self._columns["captured"] or [np.broadcast_to(np.nan, n) for n in lengths]
@@ -73,7 +87,10 @@ class Table:
 
     def embeddings(self, rows: Any = slice(None)) -> np.ndarray:
         """[..., 3, C] bfloat16: backbone's image embedding, location head, text head."""
-        return self._take("embeddings", rows)
+        values = self._take("embeddings", rows)
+        if SCALES not in self._columns:
+            return values
+        return int8.restored(values, self._take(SCALES, rows)).astype(ml_dtypes.bfloat16)
 
     def coordinates(self, rows: Any = slice(None)) -> np.ndarray:
         """[..., 2] float64: latitude and longitude in degrees."""
@@ -123,8 +140,8 @@ class Table:
         shards = int(found[0].stem[-5:]) if found else 0
         if not found or len(found) != shards:
             raise FileNotFoundError(f"{folder} has {len(found)} of {shards or 'no'} shards of {name}: make it again")
-        dtype = COLUMNS[name][0]
-        return [records.open_array(path, dtype if dtype == ml_dtypes.bfloat16 else None) for path in found]
+        parts = [records.open_array(path) for path in found]
+        return [part.view(ml_dtypes.bfloat16) if part.dtype == np.uint16 else part for part in parts]
 
 
 def index_vectors(embeddings: Float[np.ndarray, "B 3 C"]) -> Float[np.ndarray, "B D"]:
@@ -135,6 +152,24 @@ def index_vectors(embeddings: Float[np.ndarray, "B 3 C"]) -> Float[np.ndarray, "
     vectors = np.asarray(embeddings, np.float32)
     vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
     return vectors.reshape(len(vectors), -1)
+
+
+class IndexVectors:
+    """A table's index vectors (geotoken_jax.gallery.index.Vectors), made from what is memory-mapped when asked for."""
+
+    def __init__(self, table: Table):
+        self._table = table
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, rows: Any) -> Float[np.ndarray, "n D"]:
+        rows = np.arange(len(self))[rows]
+        vectors = np.empty((len(rows), 3 * self._table.width), np.float32)
+        for first in range(0, len(rows), _ROWS):
+            part = slice(first, first + _ROWS)
+            vectors[part] = index_vectors(self._table.embeddings(rows[part]))
+        return vectors
 
 
 def _path(folder: epath.Path, name: str, shard: int, shards: int) -> epath.Path:

@@ -8,7 +8,11 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
+from geotoken_jax.data.join import context, neighbors
 from geotoken_jax.gallery.exclude import Exclusion
+from geotoken_jax.gallery.index import Index
+from geotoken_jax.gallery.neighbors import find
+from geotoken_jax.gallery.table import index_vectors
 from geotoken_jax.predict.decode import Decoder
 from geotoken_jax.predict.pool import Places, Pool
 from geotoken_jax.predict.select import SELECTORS, Choice, Parts, Selector
@@ -41,6 +45,17 @@ class Answerer:
         pool = self.decoder(batch, rows, scores, numbers)._replace(exclude=exclude)
         chosen = {name: select(pool) for name, select in {**self._selectors, **others}.items()}
         return answers(pool, chosen, self.decoder.settings.choice), pool.places
+
+    def of_vectors(
+        self, index: Index, vectors: Float[np.ndarray, "b 3 C"], captured: Float[np.ndarray, " b"]
+    ) -> tuple[list[dict[str, Any]], Places | None, Int[np.ndarray, "b M"], Float[np.ndarray, "b M"]]:
+        """Returns what a call does, for photos known by their three vectors and when they were taken alone, and the rows and
+        scores of their neighbors, which an index of the gallery finds."""
+        rows, scores = find(index, index_vectors(vectors), self.decoder.neighbors)
+        batch = {"query": vectors, **neighbors(self.decoder.gallery, rows, self.decoder.cells)}
+        batch["context"] = context(captured, self.decoder.times)
+        # The samples of a photo are the same whichever others come with it.
+        return (*self(batch, rows, scores, np.zeros(len(rows), np.int64)), rows, scores)
 
 
 def answers(pool: Pool, chosen: Mapping[str, Choice], choice: str) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Float, Float32, Int32
 
 from geotoken_jax import records
-from geotoken_jax.gallery import index
+from geotoken_jax.gallery import index, int8
 from geotoken_jax.gallery.index import Vectors
 
 #: Coordinates encoded at once, always: a capsule of 1,024 holds 17 MB of each layer's numbers.
@@ -58,9 +58,21 @@ def save(path: epath.Path, blocks: Iterable[Float32[np.ndarray, "n E"]], n: int,
     beside.replace(path)
 
 
-def open(path: epath.Path) -> np.ndarray:
-    """Memory-maps what `save` wrote."""
-    return records.open_array(path, ml_dtypes.bfloat16)
+def open(path: epath.Path) -> Vectors:
+    """Memory-maps what `save` wrote, or `quantize` made of it."""
+    values = records.open_array(path)
+    if values.dtype == np.int8:
+        return int8.Quantized(values, records.open_array(_scales(path)))
+    return values.view(ml_dtypes.bfloat16)
+
+
+def quantize(path: epath.Path) -> None:
+    """Makes int8 of what `save` wrote."""
+    int8.write(records.open_array(path, ml_dtypes.bfloat16), path, _scales(path))
+
+
+def _scales(path: epath.Path) -> epath.Path:
+    return path.with_suffix(".scales.npy")
 
 
 def rank(

@@ -11,13 +11,12 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float, Num
 
-from geotoken_jax import backbone, checkpoint, settings
+from geotoken_jax import backbone as backbones
+from geotoken_jax import checkpoint, settings
 from geotoken_jax.align.heads import AlignSettings, embeddings
 from geotoken_jax.align.task import AlignTask
-from geotoken_jax.data.join import context, neighbors
 from geotoken_jax.gallery import index
-from geotoken_jax.gallery.neighbors import find
-from geotoken_jax.gallery.table import Table, index_vectors
+from geotoken_jax.gallery.table import Table
 from geotoken_jax.geo.distance import THRESHOLDS_KM, great_circle_km
 from geotoken_jax.model.geotoken import GeoTokenModel, ModelSettings
 from geotoken_jax.predict import exported
@@ -123,8 +122,9 @@ def _seconds(time: datetime | None) -> float:
 class GeoToken(Predictor):
     """A trained model with its backbone and gallery, as `geotoken export` writes it."""
 
-    def __init__(self, folder: epath.PathLike, verify: bool = False):
-        """verify: compare every file with SHA256SUMS, not parameters and settings alone.
+    def __init__(self, folder: epath.PathLike, verify: bool = False, backbone: epath.PathLike | None = None):
+        """verify: compare every file with SHA256SUMS, not parameters and settings alone. backbone: folder of the
+        checkpoint that an export refers to, where it does not hold it.
 
         Raises FileNotFoundError if the folder is not an export, ValueError if a file is missing or damaged, or its
         parts do not fit each other.
@@ -134,7 +134,8 @@ class GeoToken(Predictor):
             raise FileNotFoundError(f"{folder} has no config.json: give the folder that `geotoken export` made")
         exported.check(folder, verify)
         config = json.loads((folder / "config.json").read_text())
-        self._backbone = backbone.make(settings.read(backbone.BackboneSettings, config["backbone"], "backbone"))
+        tower = exported.backbone(folder, config["backbone"], config.get("checkpoint"), backbone)
+        self._backbone = backbones.make(settings.read(backbones.BackboneSettings, tower, "backbone"))
         align = AlignTask(settings.read(AlignSettings, config["align"], "align"), self._backbone.width)
         self._aligned = checkpoint.read_module(folder / "align.safetensors", align.init)
         model_settings = settings.read(ModelSettings, config["model"], "model")
@@ -153,19 +154,16 @@ class GeoToken(Predictor):
         self._index = index.load(folder / "gallery" / "index", config["index"]["threads"])
 
     @classmethod
-    def load(cls, folder: epath.PathLike, verify: bool = False) -> "GeoToken":
-        """Returns the model in a folder that `geotoken export` made; verify: see GeoToken."""
-        return cls(folder, verify)
+    def load(
+        cls, model: epath.PathLike, verify: bool = False, backbone: epath.PathLike | None = None
+    ) -> "GeoToken":
+        """Returns the model in a folder that `geotoken export` made; verify, backbone: see GeoToken."""
+        return cls(model, verify, backbone)
 
     def _predict(self, photos: Sequence[Any], captured: Float[np.ndarray, " b"]) -> list[Prediction]:
         prepared = np.stack([self._backbone.prepare(photo) for photo in photos])
         vectors = embeddings(self._aligned, self._backbone.images(prepared))
-        decoder = self._answerer.decoder
-        rows, scores = find(self._index, index_vectors(vectors), decoder.neighbors)
-        batch = {"query": vectors, **neighbors(self._gallery, rows, decoder.cells)}
-        batch["context"] = context(captured, decoder.times)
-        # The samples of a photo are the same whichever others come with it.
-        answers, places = self._answerer(batch, rows, scores, np.zeros(len(photos), np.int64))
+        answers, places, rows, scores = self._answerer.of_vectors(self._index, vectors, captured)
         there = np.maximum(rows, 0)
         near = [
             tuple(

@@ -71,17 +71,23 @@ def run(config: Any, path: epath.PathLike, variant: str) -> Manifest:
     return stage.finish(counts, calibrated=calibrated)
 
 
-def opened(config: Any, path: epath.Path, variant: str) -> "Answerer":
-    """Returns what answers with a variant's trained parts. config: with the variant's changes made."""
+def opened(config: Any, path: epath.Path, variant: str, exported: epath.Path | None = None) -> "Answerer":
+    """Returns what answers with a variant's trained parts. config: with the variant's changes made. exported: folder of
+    an export, whose gallery and what was learned of it are taken instead of the work directory's."""
     from geotoken_jax.predict.answer import Answerer
     from geotoken_jax.predict.decode import Decoder, PredictSettings
     from geotoken_jax.predict.select import Parts
 
     options = settings.read(PredictSettings, config.predict, "predict")
-    gallery, model = Table(path / "gallery"), learn.read_model(config, path, variant)
+    gallery = Table((exported or path) / "gallery")
+    model = learn.read_model(config, path, variant)
     aligned = functools.cache(lambda: learn.read_aligned(config, path))
     sections = {name: config[name].model for name in learn.LEARNED}
-    learned = chooser(sections, lambda name: path / name / variant, gallery, model, aligned)
+
+    def folder(name: str) -> epath.Path:
+        return exported / name if exported else path / name / variant
+
+    learned = chooser(sections, folder, gallery, model, aligned)
     return Answerer(Decoder(model, options, gallery), Parts(options.vote, aligned, learned))
 
 

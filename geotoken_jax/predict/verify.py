@@ -21,6 +21,7 @@ from scipy.spatial import KDTree
 from geotoken_jax import checkpoint, records
 from geotoken_jax.align.heads import AlignModel
 from geotoken_jax.gallery import index, neighbors
+from geotoken_jax.gallery.index import Vectors
 from geotoken_jax.gallery.table import Table
 from geotoken_jax.geo.distance import EARTH_RADIUS_KM, THRESHOLDS_KM, great_circle_km, pairwise_km, to_unit_vectors
 from geotoken_jax.model.verifier import (
@@ -76,7 +77,7 @@ class Looks:
     look, the gallery row.
     """
 
-    def __init__(self, gallery: Table, views: Float[np.ndarray, "W C"], owner: Int[np.ndarray, " W"]):
+    def __init__(self, gallery: Table, views: Vectors, owner: Int[np.ndarray, " W"]):
         """views: image embeddings of views, maybe none. owner: gallery rows of their photos."""
         own = np.arange(len(gallery))
         self.owner = np.concatenate([own, owner])
@@ -137,7 +138,7 @@ class Evidence:
     """Gathers what is known of the candidates of pools, as features, and of places of the whole gallery."""
 
     def __init__(
-        self, near: int, comparator: Comparator, keys: np.ndarray, looks: Looks, gallery: Table, aligned: AlignModel
+        self, near: int, comparator: Comparator, keys: Vectors, looks: Looks, gallery: Table, aligned: AlignModel
     ):
         """near: photos around each candidate. keys [len(looks), D]: what `encode` gives of all looks."""
         self._near, self._comparator, self._keys, self._looks = near, comparator, keys, looks

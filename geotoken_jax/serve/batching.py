@@ -40,8 +40,8 @@ class Model(Protocol):
 class ServedGeoToken(GeoToken):
     """A GeoToken in the two steps of `Model`."""
 
-    def __init__(self, folder: epath.PathLike):
-        super().__init__(folder)
+    def __init__(self, folder: epath.PathLike, backbone: epath.PathLike | None = None):
+        super().__init__(folder, backbone=backbone)
         tower = self._backbone
         self.prepare = tower.prepare
         self._backbone = cast(Backbone, types.SimpleNamespace(prepare=lambda photo: photo, images=tower.images))

@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
             verb.add_argument("--variant", action="append", help="only this one of config.variants (may be repeated)")
         if name == "predict":
             verb.add_argument("photos", nargs="*", help="with --model or --method: photos, or folders of photos")
-            verb.add_argument("--model", help="folder that `geotoken export` made: answer for PHOTOS instead")
+            _model(verb, "--model", "answer for PHOTOS instead with ")
             verb.add_argument("--method", choices=("geoclip",), help="answer for PHOTOS with GeoCLIP as published")
             verb.add_argument("--clip", help="with --method=geoclip: folder of a checkpoint of CLIP ViT-L/14")
             verb.add_argument("--geoclip", help="with --method=geoclip: its wheel (pip download --no-deps geoclip)")
@@ -73,6 +73,9 @@ def _parser() -> argparse.ArgumentParser:
             verb.add_argument("--ellipsoid", action="store_true", help="with --predictions: distances on WGS84")
             verb.add_argument("--strict", action="store_true", help="with --predictions: < instead of <=")
             verb.set_defaults(run=_evaluate)
+        if name == "export":
+            verb.add_argument("--push", metavar="ORG/NAME", help="then bring the folder to the Hugging Face hub")
+            verb.set_defaults(run=_push)
         if name == "audit":
             verb.add_argument("audit", choices=_AUDITS, help="what to look into")
             verb.set_defaults(run=_audit)
@@ -90,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--document", action="store_true", help="plot: print docs/scaling.md instead")
     verb.set_defaults(run=_scaling)
     verb = verbs.add_parser("serve", help=_SERVE, description=_SERVE)
-    verb.add_argument("model", metavar="MODEL", help="folder that `geotoken export` made")
+    _model(verb, "model", "")
     for field in dataclasses.fields(limits.ServeSettings):
         told = f"{field.metadata['help']} (default: {field.default or 'none'})"
         verb.add_argument(limits.flag(field.name), type=field.type, default=field.default, help=told)
@@ -104,6 +107,13 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--document", action="store_true", help="print docs/scale.md instead, for all its topologies")
     verb.set_defaults(run=_plan)
     return parser
+
+
+def _model(verb: argparse.ArgumentParser, name: str, before: str) -> None:
+    what = "a folder that `geotoken export` made, or ORG/NAME on the Hugging Face hub"
+    verb.add_argument(name, metavar="MODEL", help=before + what)
+    verb.add_argument("--revision", help="with ORG/NAME: branch, tag or commit there")
+    verb.add_argument("--backbone", help="folder of the checkpoint that MODEL refers to and does not hold")
 
 
 _EPILOG = "Any key of the configuration is changed by --config.KEY=VALUE, for example --config.train.examples=50000."
@@ -554,6 +564,20 @@ def _export(config: Any, path: str, variants: Sequence[str]) -> None:
     _report("export", before, export.run(config, path, config.evaluate.reference))
 
 
+def _push(options: argparse.Namespace, config: Any) -> int:
+    """Makes export/, and brings it to the hub with --push; a complete one is brought without --config."""
+    if options.push is None or config is not None:
+        _stages([_export])(options, config)
+    if options.push:
+        if options.workdir is None:
+            raise settings.SettingsError("--push needs --workdir=DIR, which holds export/")
+        from geotoken_jax.predict import hub
+
+        workdir.read_manifest(options.workdir, "export")
+        print(f"open {hub.push(Path(options.workdir) / 'export', options.push)}")
+    return 0
+
+
 def _predict(options: argparse.Namespace, config: Any) -> int:
     """Answers for photos with --model or --method, or for a work directory's splits without."""
     if options.model is None and options.method is None:
@@ -588,7 +612,7 @@ def _predictor(options: argparse.Namespace) -> Any:
     if options.method is None:
         from geotoken_jax.predict.predictor import GeoToken
 
-        return GeoToken.load(options.model)
+        return GeoToken.load(options.model, revision=options.revision, backbone=options.backbone)
     if options.model or not (options.clip and options.geoclip):
         raise settings.SettingsError(
             "--method=geoclip answers with --clip=DIR, a checkpoint of CLIP ViT-L/14, and --geoclip=FILE, the wheel "
@@ -719,12 +743,14 @@ def _serve(options: argparse.Namespace, config: Any) -> int:
     chosen = limits.ServeSettings(**{name: getattr(options, name) for name in settings.names(limits.ServeSettings)})
     _quiet()
     try:
+        from geotoken_jax.predict import hub
         from geotoken_jax.serve import app, batching
     except ModuleNotFoundError as error:
         raise settings.SettingsError(
             f"`geotoken serve` needs {error.name}: pip install 'geotoken-jax[serve]'"
         ) from None
-    return app.run(batching.ServedGeoToken(options.model), chosen)
+    model = batching.ServedGeoToken(hub.located(options.model, options.revision), options.backbone)
+    return app.run(model, chosen)
 
 
 _PLAN = "memory, products, collectives and time of a train step on a pod that is not here"

@@ -12,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 from PIL import Image
@@ -19,9 +20,10 @@ from starlette.testclient import TestClient
 
 from geotoken_jax import GeoToken, cli, records
 from geotoken_jax.serve import app, batching, limits
-from tests import test_judge
+from tests import hub, test_judge
 
 CONFIG = str(Path(__file__).with_name("tiny.py"))
+ROOT = Path(__file__).parents[1]
 #: What a run leaves for others; event files and metrics also hold times.
 RESULTS = ("*/manifest.json", "*/*/manifest.json", "*/*.safetensors", "*/*/*.safetensors", "predictions/*/*.jsonl",
            "photos/*array_record*", "features/*array_record*", "tokens/*array_record*", "gallery/*.npy",
@@ -143,6 +145,42 @@ def test_the_exported_model_answers_as_the_work_directory_did(workdir: Path):
         np.testing.assert_allclose([n.score for n in answer.neighbors], near[:4], atol=1e-5)
         # Neighbors of one score, such as two photos by one author, may come in either order.
         assert sorted(n.id for n in answer.neighbors) == sorted(n["id"] for n in line["neighbors"])
+
+
+def test_an_int8_export_goes_to_the_hub_and_answers_from_there(workdir: Path, photo: bytes, tmp_path: Path):
+    for folder in workdir.iterdir():
+        if folder.name != "export":
+            (tmp_path / folder.name).symlink_to(folder)
+    (tmp_path / "a.jpg").write_bytes(photo)
+    command = [sys.executable, "-m", "geotoken_jax.cli"]
+    made_with = [f"--config={CONFIG}", "--config.export.gallery=int8"]
+    with hub.serving() as server:
+        environment = server.environment(tmp_path / "home", hub.TOKEN)
+
+        def run(*arguments: str) -> str:
+            done = subprocess.run(
+                [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+            )
+            assert done.returncode == 0, done.stderr
+            assert hub.TOKEN not in done.stdout + done.stderr
+            return done.stdout
+
+        printed = run("export", *made_with, f"--workdir={tmp_path}", "--push=someone/geotoken")
+        assert printed.splitlines()[-1] == f"open {server.url}/someone/geotoken"
+        answer = json.loads(run("predict", "--model=someone/geotoken", "--json", str(tmp_path / "a.jpg")))
+    expected = dataclasses.asdict(GeoToken.load(tmp_path / "export", verify=True).predict(photo))
+    assert answer == {"id": str(tmp_path / "a.jpg"), **json.loads(json.dumps(expected))}
+    figures = json.loads((tmp_path / "export/manifest.json").read_text())["facts"]["int8"]
+    assert figures["photos"] == 30 and figures["bytes"][1] < 0.6 * figures["bytes"][0]
+    card = huggingface_hub.ModelCard((tmp_path / "export/README.md").read_text()).data
+    assert card.license == "cc-by-4.0" and card.library_name == "geotoken-jax"
+    reported = json.loads((workdir / "report/metrics.json").read_text())["splits"]["test"]["methods"]
+    own = next(m for m in reported if m["variant"] == "geotoken" and m["main"])
+    results = [r.metric_value for r in card.eval_results or [] if r.dataset_split == "test"]
+    assert results == [a["value"] for a in own["accuracy"]]
+    text = "".join((tmp_path / "export" / name).read_text() for name in ("README.md", "config.json", "provenance.json"))
+    assert "| int8 less bfloat16 |" in text and "Places and their names are GeoNames'" in text
+    assert str(workdir) not in text and str(tmp_path) not in text
 
 
 def test_one_photo_in_any_form_gives_one_answer(workdir: Path, photo: bytes, tmp_path: Path):

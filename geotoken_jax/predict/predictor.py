@@ -19,7 +19,7 @@ from geotoken_jax.gallery import index
 from geotoken_jax.gallery.table import Table
 from geotoken_jax.geo.distance import THRESHOLDS_KM, great_circle_km
 from geotoken_jax.model.geotoken import GeoTokenModel, ModelSettings
-from geotoken_jax.predict import exported
+from geotoken_jax.predict import exported, hub
 from geotoken_jax.predict.answer import Answerer, with_radii
 from geotoken_jax.predict.decode import Decoder, PredictSettings
 from geotoken_jax.predict.select import Parts
@@ -155,10 +155,17 @@ class GeoToken(Predictor):
 
     @classmethod
     def load(
-        cls, model: epath.PathLike, verify: bool = False, backbone: epath.PathLike | None = None
+        cls,
+        model: epath.PathLike,
+        verify: bool = False,
+        revision: str | None = None,
+        backbone: epath.PathLike | None = None,
     ) -> "GeoToken":
-        """Returns the model in a folder that `geotoken export` made; verify, backbone: see GeoToken."""
-        return cls(model, verify, backbone)
+        """Returns the model in a folder that `geotoken export` made, or that the Hugging Face hub has as ORG/NAME.
+
+        revision: branch, tag or commit on the hub. verify, backbone: see GeoToken.
+        """
+        return cls(hub.located(model, revision), verify, backbone)
 
     def _predict(self, photos: Sequence[Any], captured: Float[np.ndarray, " b"]) -> list[Prediction]:
         prepared = np.stack([self._backbone.prepare(photo) for photo in photos])

@@ -49,8 +49,8 @@ class Answerer:
     def of_vectors(
         self, index: Index, vectors: Float[np.ndarray, "b 3 C"], captured: Float[np.ndarray, " b"]
     ) -> tuple[list[dict[str, Any]], Places | None, Int[np.ndarray, "b M"], Float[np.ndarray, "b M"]]:
-        """Returns what a call does, for photos known by their three vectors and when they were taken alone, and the rows and
-        scores of their neighbors, which an index of the gallery finds."""
+        """Returns what a call does, for photos of which only the three vectors are known and when they were taken (see
+        data.join.context), and the rows and scores of their neighbors, which an index of the gallery finds."""
         rows, scores = find(index, index_vectors(vectors), self.decoder.neighbors)
         batch = {"query": vectors, **neighbors(self.decoder.gallery, rows, self.decoder.cells)}
         batch["context"] = context(captured, self.decoder.times)

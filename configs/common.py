@@ -225,7 +225,13 @@ def get_config() -> ConfigDict:
             geotoken="GeoToken",
         ),
     )
-    config.export = dict(gallery="bfloat16", weights=True)  # geotoken_jax/export/__init__.py
+    config.export = dict(  # geotoken_jax/export/__init__.py
+        gallery="bfloat16",
+        weights=True,
+        # Photos of people may not be wanted on a page, so that there are none until they are asked for.
+        thumbnails=0,
+        examples=0,
+    )
     config.audit = dict(  # geotoken_jax/analysis/audit.py
         coverage=dict(level=5, split="test", countries=8), leakage=dict(cosine_above=0.95)
     )

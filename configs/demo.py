@@ -80,6 +80,7 @@ def get_config() -> ConfigDict:
             predict=greedy_alone,
         ),
     )
+    config.export.update(thumbnails=64, examples=12)  # nobody is on a view from above
     config.evaluate.labels = dict(
         top1_neighbor="Top-1 neighbor",
         knn="kNN vote",

@@ -749,8 +749,8 @@ def _serve(options: argparse.Namespace, config: Any) -> int:
         raise settings.SettingsError(
             f"`geotoken serve` needs {error.name}: pip install 'geotoken-jax[serve]'"
         ) from None
-    model = batching.ServedGeoToken(hub.located(options.model, options.revision), options.backbone)
-    return app.run(model, chosen)
+    folder = hub.located(options.model, options.revision)
+    return app.run(batching.ServedGeoToken(folder, options.backbone), chosen, folder)
 
 
 _PLAN = "memory, products, collectives and time of a train step on a pod that is not here"

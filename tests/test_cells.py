@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import s2sphere
 
-from geotoken_jax.geo.cells import CellScheme
+from geotoken_jax.geo.cells import CellScheme, corners
 from geotoken_jax.geo.distance import great_circle_km
 
 SCHEMES = [CellScheme(1, 1), CellScheme(7, 7), CellScheme(12, 3), CellScheme(20, 1), CellScheme(20, 2)]
@@ -208,3 +208,14 @@ def test_jax_inside_other_transformations():
     tokens = scheme.encode(latitude, longitude)
     np.testing.assert_array_equal(jax.jit(jax.vmap(scheme.encode))(latitude, longitude), tokens)
     np.testing.assert_array_equal(jax.lax.map(scheme.decode, tokens), scheme.decode(tokens))
+
+
+@pytest.mark.parametrize("level", [0, 1, 2, 7, 20, 30])
+def test_corners_are_those_of_s2sphere(level):
+    rng = np.random.default_rng(0)
+    tokens = CellScheme(30, 1).encode(np.degrees(np.arcsin(rng.uniform(-1, 1, 60))), rng.uniform(-180, 180, 60))
+    ids = CellScheme(30, 1).cell_ids(tokens)
+    cells = [s2sphere.Cell(s2sphere.CellId(int(number)).parent(level)) for number in ids]
+    points = [[s2sphere.LatLng.from_point(cell.get_vertex(k)) for k in range(4)] for cell in cells]
+    expected = [[(point.lat().degrees, point.lng().degrees) for point in cell] for cell in points]
+    np.testing.assert_allclose(corners(tokens[:, : level + 1]), expected, atol=1e-9)

@@ -11,7 +11,7 @@ from geotoken_jax import backbone, checkpoint, settings, workdir
 from geotoken_jax.align.heads import AlignSettings
 from geotoken_jax.align.task import AlignTask
 from geotoken_jax.backbone import checkpoint as published
-from geotoken_jax.export import card, quantized, stablehlo
+from geotoken_jax.export import card, pictures, quantized, stablehlo
 from geotoken_jax.gallery.index import IndexSettings
 from geotoken_jax.gallery.table import Table
 from geotoken_jax.model.geotoken import GeoTokenModel, ModelSettings
@@ -31,25 +31,32 @@ _BACKBONE = "backbone"
 @dataclasses.dataclass(frozen=True)
 class ExportSettings:
     """config.export. gallery: numbers of its vectors, bfloat16 or int8, which costs what the model card says. weights:
-    the checkpoint of a Hugging Face backbone is copied in; else it is referred to, and needed again to answer."""
+    the checkpoint of a Hugging Face backbone is copied in; else it is referred to, and needed again to answer.
+    thumbnails: pixels of the longest side of the gallery photos that the service's page shows beside an answer, 0 for
+    none. examples: photos of `test` to try there, 0 for none."""
 
     gallery: str
     weights: bool
+    thumbnails: int
+    examples: int
 
     def __post_init__(self):
         if self.gallery not in ("bfloat16", "int8"):
             raise ValueError(f"config.export.gallery is {self.gallery!r}: it must be 'bfloat16' or 'int8'")
+        for name in ("thumbnails", "examples"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"config.export.{name} is {getattr(self, name)}: use 0 for none, or more")
 
 
 def run(config: Any, path: epath.PathLike, variant: str) -> Manifest:
-    """Makes export/ from the trained parameters, the gallery and the report of a work directory."""
+    """Makes export/ from the trained parameters, the gallery, the photos and the report of a work directory."""
     path = epath.Path(path)
     changed = settings.variant(config, variant)
     learned = learn.needed(changed)
     trained = ["align", f"geotoken/{variant}", *(f"{name}/{variant}" for name in learned)]
     options = settings.read(ExportSettings, changed.export, "export")
     made_with = {"predict": changed.predict, "export": options}
-    stage = workdir.begin(path, "export", made_with, [*trained, "gallery", "report"])
+    stage = workdir.begin(path, "export", made_with, [*trained, "photos", "gallery", "report"])
     if stage.manifest:
         return stage.manifest
     search = settings.read(IndexSettings, changed.index.search, "index.search")
@@ -78,13 +85,14 @@ def run(config: Any, path: epath.PathLike, variant: str) -> Manifest:
     lost = None
     if options.gallery == "int8":
         lost = {**quantized.quantize(path, stage.path), **quantized.cost(changed, path, variant, stage.path)}
+    counts = pictures.write(path, stage.path, changed, variant, Table(stage.path / "gallery").ids())
     card.write(stage.path, path, changed, variant, referred, lost)
     files = (file for file in sorted(pathlib.Path(stage.path).rglob("*")) if file.is_file())
     sums = {str(file.relative_to(stage.path)): exported.sha256(file) for file in files}
     sums.pop("begun.json", None)
     lines = "".join(f"{digest}  {name}\n" for name, digest in sums.items())
     workdir.write_bytes(stage.path / exported.SUMS, lines.encode())
-    return stage.finish({"files": len(sums)}, sha256=sums, **({"int8": lost} if lost else {}))
+    return stage.finish({"files": len(sums), **counts}, sha256=sums, **({"int8": lost} if lost else {}))
 
 
 def _backbone(folder: epath.Path, config: Any, weights: bool) -> tuple[dict[str, Any], dict[str, Any] | None]:

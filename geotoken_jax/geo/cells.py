@@ -267,12 +267,7 @@ class CellScheme(Scheme):
             i, j = i << n | entry >> n & side, j << n | entry & side
             state = entry & (3 << 2 * n)
         extra = self._depth - self.level
-        u, v = (_st_to_uv(((k >> extra) + 0.5) * 0.5**self.level, xp) for k in (i, j))
-        one = xp.ones_like(u)
-        x = xp.choose(face, [one, -u, -u, -one, v, v], mode="clip")
-        y = xp.choose(face, [u, one, -v, -v, -one, u], mode="clip")
-        z = xp.choose(face, [v, v, one, -u, -u, -one], mode="clip")
-        return xp.degrees(xp.arctan2(z, xp.sqrt(x * x + y * y))), xp.degrees(xp.arctan2(y, x))
+        return _degrees(face, *(((k >> extra) + 0.5) * 0.5**self.level for k in (i, j)), xp)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -318,6 +313,22 @@ class GridScheme(CellScheme):
             turned.append(entry & 3)
             state = entry & 12
         return [face, *_resplit(turned, 1, self.group)]
+
+
+def corners(quads: Int[np.ndarray, "... Q"]) -> Float[np.ndarray, "... 4 2"]:
+    """Returns latitude and longitude, in degrees, of the corners of S2 cells, counterclockwise.
+
+    quads: tokens of CellScheme at group 1, the face and then a quad each; Q = 1 + level, and a face alone is level 0.
+    Edges of cells are arcs of great circles.
+    """
+    face = quads[..., 0].astype(np.int64)
+    state, i, j = face & 1, np.zeros_like(face), np.zeros_like(face)
+    for quad in np.moveaxis(quads[..., 1:], -1, 0):
+        ij = _POSITION_TO_IJ[state, quad]
+        i, j, state = i << 1 | ij >> 1, j << 1 | ij & 1, state ^ _POSITION_TO_TURN[quad]
+    side = 0.5 ** (quads.shape[-1] - 1)
+    s, t = (i[..., None] + np.array([0, 1, 1, 0])) * side, (j[..., None] + np.array([0, 0, 1, 1])) * side
+    return np.stack(_degrees(np.broadcast_to(face[..., None], s.shape), s, t, np), -1)
 
 
 def _is_jax(*values: Any) -> bool:
@@ -375,6 +386,16 @@ def _uv_to_st(u, xp: ModuleType):
 
 def _st_to_uv(s, xp: ModuleType):
     return (1.0 / 3.0) * xp.where(s >= 0.5, 4 * s * s - 1, 1 - 4 * (1 - s) * (1 - s))
+
+
+def _degrees(face, s, t, xp: ModuleType) -> tuple[Any, Any]:
+    """Returns latitude and longitude of places on faces, 0..1 along both axes."""
+    u, v = (_st_to_uv(k, xp) for k in (s, t))
+    one = xp.ones_like(u)
+    x = xp.choose(face, [one, -u, -u, -one, v, v], mode="clip")
+    y = xp.choose(face, [u, one, -v, -v, -one, u], mode="clip")
+    z = xp.choose(face, [v, v, one, -u, -u, -one], mode="clip")
+    return xp.degrees(xp.arctan2(z, xp.sqrt(x * x + y * y))), xp.degrees(xp.arctan2(y, x))
 
 
 def _face_ij(latitude, longitude, level: int, xp: ModuleType) -> tuple[Any, Any, Any]:

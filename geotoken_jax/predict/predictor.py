@@ -39,12 +39,14 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class Neighbor:
-    """A gallery photo that was looked at: id, degrees, and the inner product of the index vectors (at most 3)."""
+    """A gallery photo that was looked at: id, degrees, the inner product of the index vectors (at most 3), and its row
+    in the gallery."""
 
     id: str
     latitude: float
     longitude: float
     score: float
+    row: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +176,7 @@ class GeoToken(Predictor):
         there = np.maximum(rows, 0)
         near = [
             tuple(
-                Neighbor(name.decode(), *place, score=float(score))
+                Neighbor(name.decode(), *place, score=float(score), row=int(row))
                 for row, name, place, score in zip(*photo, strict=True)
                 if row >= 0
             )

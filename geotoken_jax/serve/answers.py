@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from geotoken_jax.predict.predictor import Prediction
+from geotoken_jax.serve.levels import Narrowed
 
 GEOJSON = "application/geo+json"
 
@@ -20,7 +21,7 @@ class Failure:
 class Answers:
     """Of each photo, in their order, where it was taken, or what is wrong with it."""
 
-    answers: list[Prediction | Failure]
+    answers: list[Narrowed | Prediction | Failure]
 
 
 def geojson(answers: Sequence[Prediction | Failure]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import http
 import logging
 import signal
 import warnings
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ import pydantic
 import uvicorn
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
@@ -23,13 +23,14 @@ from starlette.exceptions import HTTPException
 from geotoken_jax import __version__
 from geotoken_jax.backbone.preprocess import ImageError
 from geotoken_jax.predict.predictor import Prediction
-from geotoken_jax.serve import bodies
+from geotoken_jax.serve import bodies, site
 from geotoken_jax.serve.answers import GEOJSON, GEOJSON_SCHEMA, Answers, Failure, geojson
 from geotoken_jax.serve.batching import Batcher, Model
+from geotoken_jax.serve.levels import Narrowed, narrowed
 from geotoken_jax.serve.limits import Rate, Refused, Room, ServeSettings, retry_after
 from geotoken_jax.serve.metrics import Counted, Metrics
 
-Format = Literal["json", "geojson"]
+Format = Literal["json", "geojson", "levels"]
 
 _ONE, _MANY = "/v1/predict", "/v1/predict-many"
 #: What an answer may be read by: nothing between here and who asked keeps it.
@@ -110,8 +111,11 @@ class Service:
         return asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
 
 
-def make(model: Model, settings: ServeSettings, broken: Callable[[], None] = lambda: None) -> FastAPI:
-    """Returns the application. broken: is called if the model cannot be run."""
+def make(
+    model: Model, settings: ServeSettings, broken: Callable[[], None] = lambda: None, export: Any = None
+) -> FastAPI:
+    """Returns the application. broken: is called if the model cannot be run. export: folder with pictures for the page,
+    if there is one."""
     # What these have to say is of a sender's making: Pillow's notes at DEBUG are the whole EXIF.
     for library in ("PIL", "python_multipart"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
@@ -133,6 +137,7 @@ def make(model: Model, settings: ServeSettings, broken: Callable[[], None] = lam
     guard = [Depends(_bearer(token))] if token else []
     _add_photos(app, service, guard)
     _add_state(app, service, guard)
+    site.add(app, export, guard)
     paths = {path for route in app.routes if isinstance(path := getattr(route, "path", None), str)}
     app.add_middleware(Counted, metrics=service.metrics, paths=paths)
     return app
@@ -150,27 +155,23 @@ def _add_photos(app: FastAPI, service: Service, guard: list[Any]) -> None:
     file = {"type": "string", "format": "binary"}
     photos, files = ({"type": "array", "minItems": 1, "maxItems": most, "items": items} for items in (photo, file))
 
-    @app.post(_ONE, dependencies=guard, **_described(Prediction, "photo", photo, file, _EXAMPLE))
+    @app.post(_ONE, dependencies=guard, **_described(Prediction | Narrowed, "photo", photo, file, _EXAMPLE))
     async def predict(request: Request, format: Format = "json") -> Response:
         """Tells where one photo was taken."""
         found = await service.answers(request, "photo", None)
         if isinstance(found[0], Failure):
             raise Refused(422, found[0].error)
-        return _written(found, found[0], format)
+        return _written(found, format, None)
 
     @app.post(_MANY, dependencies=guard, **_described(Answers, "photos", photos, files, [_EXAMPLE, _EXAMPLE]))
     async def predict_many(request: Request, format: Format = "json") -> Response:
         """Tells where each of several photos was taken; one that cannot be read has an error in its place."""
         found = await service.answers(request, "photos", most)
-        return _written(found, Answers(found), format)
+        return _written(found, format, Answers)
 
 
 def _add_state(app: FastAPI, service: Service, guard: list[Any]) -> None:
     """Adds what says how the service is."""
-
-    @app.get("/", include_in_schema=False)
-    async def pointer() -> Response:
-        return PlainTextResponse(f"geotoken: POST photos to {_ONE}; /docs says how.\n")
 
     @app.get("/health", response_model=dict[str, str])
     async def health() -> Response:
@@ -227,12 +228,16 @@ def _bearer(token: str) -> Callable[..., Any]:
     return authorized
 
 
-_TYPES = {kind: pydantic.TypeAdapter(kind) for kind in (Prediction, Answers)}
+_TYPES = {kind: pydantic.TypeAdapter(kind) for kind in (Prediction, Narrowed, Answers)}
 
 
-def _written(found: list[Prediction | Failure], value: Prediction | Answers, format: Format) -> Response:
+def _written(found: Sequence[Prediction | Failure], format: Format, form: type[Answers] | None) -> Response:
+    """Returns answers as they are asked for. form: what a list of them is in; None for the only one."""
     if format == "geojson":
         return JSONResponse(geojson(found), headers=_HEADERS, media_type=GEOJSON)
+    if format == "levels":
+        found = [narrowed(answer) if isinstance(answer, Prediction) else answer for answer in found]
+    value = form(list(found)) if form else found[0]
     return Response(_TYPES[type(value)].dump_json(value), headers=_HEADERS, media_type=bodies.JSON)
 
 
@@ -240,7 +245,7 @@ def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": Failure, "description": _REFUSALS[status]} for status in statuses}
 
 
-def _described(kind: type, name: str, encoded: Any, file: Any, example: Any) -> dict[str, Any]:
+def _described(kind: Any, name: str, encoded: Any, file: Any, example: Any) -> dict[str, Any]:
     """Returns what the OpenAPI document says of a path that takes photos."""
 
     def content(schema: Any, **more: Any) -> dict[str, Any]:
@@ -257,8 +262,10 @@ def _described(kind: type, name: str, encoded: Any, file: Any, example: Any) -> 
     }
 
 
-def run(model: Model, settings: ServeSettings) -> int:
-    """Serves until SIGTERM or SIGINT, and then until all that was accepted is answered; returns the exit status."""
+def run(model: Model, settings: ServeSettings, export: Any = None) -> int:
+    """Serves until SIGTERM or SIGINT, and then until all that was accepted is answered; returns the exit status.
+
+    export: see make."""
     failed = []
 
     def broken() -> None:
@@ -267,7 +274,7 @@ def run(model: Model, settings: ServeSettings) -> int:
 
     server = uvicorn.Server(
         uvicorn.Config(
-            make(model, settings, broken),
+            make(model, settings, broken, export),
             settings.host,
             settings.port,
             access_log=False,  # who asked when is nobody's business

@@ -56,6 +56,7 @@ class Counted:
         try:
             await self._app(scope, receive, watched)
         finally:
-            path = scope["path"] if scope["path"] in self._paths else "other"
+            path = getattr(scope.get("route"), "path", "other")
+            path = path if path in self._paths else "other"
             self._metrics.requests.labels(path, status[0]).inc()
             self._metrics.seconds.labels(path).observe(time.perf_counter() - start)

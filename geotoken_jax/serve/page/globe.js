@@ -160,10 +160,12 @@ export class Globe {
       const before = pointers.size === 2 ? spread() : 0;
       pointers.set(event.pointerId, [event.clientX, event.clientY]);
       if (before) this.zoom(spread() / before);
-      else if (pointers.size === 1) this.move(last[0] - event.clientX, last[1] - event.clientY);
+      this.move((last[0] - event.clientX) / pointers.size, (last[1] - event.clientY) / pointers.size);
     });
     for (const name of ["pointerup", "pointercancel"]) canvas.addEventListener(name, event => pointers.delete(event.pointerId));
-    canvas.addEventListener("wheel", event => { event.preventDefault(); this.zoom(Math.exp(-event.deltaY / 300)); }, {passive: false});
+    // Where the globe is as wide as the page, a wheel scrolls the page.
+    const free = () => canvas.clientWidth < 0.8 * document.documentElement.clientWidth;
+    canvas.addEventListener("wheel", event => { if (!free() && !event.ctrlKey) return; event.preventDefault(); this.zoom(Math.exp(-event.deltaY / 300)); }, {passive: false});
     const keys = {ArrowLeft: [-60, 0], ArrowRight: [60, 0], ArrowUp: [0, -60], ArrowDown: [0, 60]};
     canvas.addEventListener("keydown", event => {
       if (event.ctrlKey || event.altKey || event.metaKey) return;

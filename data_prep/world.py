@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 #: Degrees: 5.6 km of latitude, a hundredth of a millimeter on a globe as wide as a screen.
 _UNIT = 0.05
 #: Degrees that a line may leave the original by, and the least extent of an island.
-_AWAY, _ISLAND = 0.08, 0.4
+_AWAY, _ISLAND = 0.07, 0.4
 #: Inhabitants of the smallest city.
 _CITY = 400_000
 

@@ -19,7 +19,7 @@ from geotoken_jax import records
 from geotoken_jax.export import pictures
 from geotoken_jax.geo.cells import CellScheme
 from geotoken_jax.geo.distance import from_unit_vectors, to_unit_vectors
-from geotoken_jax.predict.predictor import Candidate, Cell, Prediction
+from geotoken_jax.predict.predictor import Cell, Prediction
 
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 jsonschema = pytest.importorskip("jsonschema")
@@ -30,53 +30,42 @@ from geotoken_jax.serve import app, levels, limits  # noqa: E402
 from tests.test_serve import MANY, ONE, Shade, many, photo, says, wait  # noqa: E402
 
 PAGE = Path(app.__file__).with_name("page")
-WITHIN = dict.fromkeys((1, 25, 200, 750, 2500), 0.5)
 
 
-def prediction(cells: list[Cell], candidates: tuple[Candidate, ...] = (), at=(48.8501, 2.3499)) -> Prediction:
-    return Prediction(*at, 1.0, 2.0, WITHIN, candidates, tuple(cells), ())
+def prediction(at=(48.8501, 2.3499), within=(0.1, 0.4, 0.6, 0.7, 0.8), radii=(80.0, 6000.0), level=12) -> Prediction:
+    shares = dict(zip((1, 25, 200, 750, 2500), within, strict=True))
+    return Prediction(*at, *radii, shares, (), (Cell(level, *at, 0.01),), ())
 
 
-def test_a_level_has_the_probability_of_the_cells_in_it_and_its_share_of_those_around_it():
-    paris, other = Cell(12, 48.85, 2.35, 0.4), Cell(12, 48.86, 2.33, 0.2)
-    around, face, earth, away = (
-        Cell(4, 48.0, 3.0, 0.16),
-        Cell(0, 90.0, 0.0, 0.05),
-        Cell(-1, 0.0, 0.0, 0.06),
-        Cell(2, -30, 20, 0.1),
-    )
-    found = levels.narrowed(prediction([paris, other, around, away, earth, face])).levels
+def test_a_level_is_as_probable_as_the_distances_around_the_answer_say():
+    # In the middle of a cell, which then holds about what a circle of its area does.
+    at = tuple(float(x) for x in CellScheme(12, 1).decode(CellScheme(12, 1).encode(48.85, 2.35)))
+    found = levels.narrowed(prediction(at)).levels
+    round_km = found[12].edge_km / np.pi**0.5
+    assert found[12].probability == pytest.approx(0.1 + 0.3 * np.log(round_km) / np.log(25), abs=0.015)
+    assert found[12].edge_km == pytest.approx(2, rel=0.1)
     assert [level.level for level in found] == list(range(13))
-    assert found[0].probability == pytest.approx(0.4 + 0.2 + 0.16 + 0.05 + 0.06 / 6)
-    assert found[4].probability == pytest.approx(0.4 + 0.2 + 0.16 + (0.05 + 0.06 / 6) / 4**4)
-    assert found[6].probability == pytest.approx(0.4 + 0.2 + 0.16 / 4**2 + (0.05 + 0.06 / 6) / 4**6)
-    assert found[12].probability == pytest.approx(0.4 + 0.16 / 4**8 + (0.05 + 0.06 / 6) / 4**12)
-    assert sum(cell.probability for cell in found[0].cells) == pytest.approx(0.97)  # the rest is elsewhere
+    assert sum(cell.probability for cell in found[0].cells) == pytest.approx(1)
     for before, level in itertools.pairwise(found):
         assert sum(cell.probability for cell in level.cells) == pytest.approx(before.probability)
         assert before.edge_km / level.edge_km == pytest.approx(2, rel=0.4)
-    assert found[12].edge_km == pytest.approx(2, rel=0.3)
+    sure = levels.narrowed(prediction(at, within=(1, 1, 1, 1, 1), radii=(0.0, 0.0)))
+    assert all(level.probability == pytest.approx(1) for level in sure.levels[:10])
+    lost = levels.narrowed(prediction(at, within=(0, 0, 0, 0.1, 0.3), radii=(9000.0, 15000.0))).levels
+    assert len(lost) < 12 and lost[-2].probability >= 1e-4 > lost[-1].probability
 
 
 @pytest.mark.parametrize("at", [(48.85, 2.35), (-89.9, 12.0), (0.0, 180.0), (35.3, -45.0), (90.0, 0.0)])
 def test_the_chosen_cell_of_a_level_is_the_one_around_the_answer(at):
-    for level in levels.narrowed(prediction([Cell(12, *at, 0.7)], at=at)).levels:
+    for level in levels.narrowed(prediction(at)).levels:
         assert len(level.cells) == (4 if level.level else 6)
         assert [c.probability for c in level.cells] == sorted([c.probability for c in level.cells], reverse=True)
         cell = level.cells[level.chosen]
-        assert cell.probability == level.probability == pytest.approx(0.7)
-        corners = np.array(cell.corners)
-        middle = from_unit_vectors(to_unit_vectors(*corners.T).sum(0))
+        assert cell.probability == level.probability
+        middle = from_unit_vectors(to_unit_vectors(*np.array(cell.corners).T).sum(0))
         if level.level:
             scheme = CellScheme(level.level, 1)
             np.testing.assert_array_equal(scheme.encode(*middle), scheme.encode(*at))
-
-
-def test_without_cells_candidates_are_what_narrows():
-    near, far = Candidate(48.8501, 2.3499, 0.003), Candidate(10.0, 100.0, 0.001)
-    found = levels.narrowed(prediction([], (near, far))).levels
-    assert len(found) == 21 and found[0].probability == found[20].probability == pytest.approx(0.75)
-    assert len(levels.narrowed(prediction([])).levels) == 1
 
 
 def taken(n: int, image: bytes | None = None, **more: Any) -> dict[str, Any]:

@@ -196,7 +196,8 @@ def _write_examples(path: epath.Path, variant: str, count: int, folder: epath.Pa
         line, author = lines.get(photo["id"]), photo["author"]
         if line and (not author or author not in authors):
             authors.add(author)
-            km = great_circle_km(*photo["coordinates"], line["latitude"], line["longitude"])
+            latitude, longitude = photo["coordinates"]
+            km = great_circle_km(latitude, longitude, line["latitude"], line["longitude"])
             groups[bool(km <= _RIGHT_KM)].setdefault(photo["continent"], []).append(row)
     right, wrong = (sum(map(len, group.values())) for group in (groups[True], groups[False]))
     rights = round(count * right / max(right + wrong, 1))

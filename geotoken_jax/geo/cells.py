@@ -267,7 +267,8 @@ class CellScheme(Scheme):
             i, j = i << n | entry >> n & side, j << n | entry & side
             state = entry & (3 << 2 * n)
         extra = self._depth - self.level
-        return _degrees(face, *(((k >> extra) + 0.5) * 0.5**self.level for k in (i, j)), xp)
+        s, t = (((k >> extra) + 0.5) * 0.5**self.level for k in (i, j))
+        return _degrees(face, s, t, xp)
 
 
 @dataclasses.dataclass(frozen=True)

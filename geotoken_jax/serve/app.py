@@ -78,7 +78,9 @@ class Service:
             task.cancel()
             self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def answers(self, request: Request, name: str, most: int | None) -> list[Prediction | Failure]:
+    async def answers(
+        self, request: Request, name: str, most: int | None, format: Format
+    ) -> list[Prediction | Failure]:
         """Returns the answers for a request's photos, in order; name, most: see `bodies.photos`. Raises Refused."""
         settings, address = self.settings, request.client.host if request.client else ""
         if not self.batcher.ready:
@@ -92,9 +94,9 @@ class Service:
             del body
             held.enter_context(self.room.take(len(photos) - 1))
             self._rate.take(address, len(photos) - 1)
-            return await asyncio.gather(*(self._answer(photo) for photo in photos))
+            return await asyncio.gather(*(self._answer(photo, format) for photo in photos))
 
-    async def _answer(self, photo: Any) -> Prediction | Failure:
+    async def _answer(self, photo: Any, format: Format) -> Prediction | Failure:
         try:
             prepared = await self._in_thread(self._prepared, photo)
         except ImageError as error:
@@ -102,7 +104,7 @@ class Service:
             return Failure(bodies.sentence(error))
         found = await self.batcher(prepared)
         self.metrics.photos.labels("answered").inc()
-        return found
+        return await self._in_thread(narrowed, found) if format == "levels" else found
 
     def _prepared(self, photo: Any) -> Any:
         return self._prepare(bodies.decoded(photo, self.settings.max_pixels))
@@ -158,7 +160,7 @@ def _add_photos(app: FastAPI, service: Service, guard: list[Any]) -> None:
     @app.post(_ONE, dependencies=guard, **_described(Prediction | Narrowed, "photo", photo, file, _EXAMPLE))
     async def predict(request: Request, format: Format = "json") -> Response:
         """Tells where one photo was taken."""
-        found = await service.answers(request, "photo", None)
+        found = await service.answers(request, "photo", None, format)
         if isinstance(found[0], Failure):
             raise Refused(422, found[0].error)
         return _written(found, format, None)
@@ -166,7 +168,7 @@ def _add_photos(app: FastAPI, service: Service, guard: list[Any]) -> None:
     @app.post(_MANY, dependencies=guard, **_described(Answers, "photos", photos, files, [_EXAMPLE, _EXAMPLE]))
     async def predict_many(request: Request, format: Format = "json") -> Response:
         """Tells where each of several photos was taken; one that cannot be read has an error in its place."""
-        found = await service.answers(request, "photos", most)
+        found = await service.answers(request, "photos", most, format)
         return _written(found, format, Answers)
 
 
@@ -235,9 +237,7 @@ def _written(found: Sequence[Prediction | Failure], format: Format, form: type[A
     """Returns answers as they are asked for. form: what a list of them is in; None for the only one."""
     if format == "geojson":
         return JSONResponse(geojson(found), headers=_HEADERS, media_type=GEOJSON)
-    if format == "levels":
-        found = [narrowed(answer) if isinstance(answer, Prediction) else answer for answer in found]
-    value = form(list(found)) if form else found[0]
+    value: Any = form(list(found)) if form else found[0]
     return Response(_TYPES[type(value)].dump_json(value), headers=_HEADERS, media_type=bodies.JSON)
 
 

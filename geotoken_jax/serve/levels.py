@@ -6,12 +6,15 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from geotoken_jax.geo.cells import CellScheme, corners
-from geotoken_jax.geo.distance import great_circle_km
+from geotoken_jax.geo.distance import EARTH_RADIUS_KM, from_unit_vectors, great_circle_km, to_unit_vectors
 from geotoken_jax.predict.predictor import Prediction
 
 #: Of a candidate, and so the finest there is.
-_FINEST = 20
-_CELLS = CellScheme(_FINEST, 1)
+_CELLS = CellScheme(20, 1)
+#: Levels end at this probability.
+_LEAST = 1e-4
+#: Circles around the answer, from a meter to its antipode, and points on each.
+_RINGS, _POINTS = 96, 48
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +43,11 @@ class Level:
 
 @dataclasses.dataclass(frozen=True)
 class Narrowed(Prediction):
-    """A prediction with its levels, coarse to fine, down to the finest of its cells (20 where it has candidates alone).
+    """A prediction with its levels, coarse to fine: down to the finest of its cells, or to a probability of 0.0001.
 
-    Probabilities are those of `cells`, a cell's spread evenly over its area; of the candidates, as shares of what they
-    have together, where there are no cells.
+    Probabilities are those of the distances (`within`, radius_km and radius_90_km), spread evenly over all directions
+    from the answer: calibrated where these are. `cells` would not do: of what a model finds little of, an answer that
+    was chosen among the gallery's places may still be likely.
     """
 
     levels: tuple[Level, ...]
@@ -51,38 +55,47 @@ class Narrowed(Prediction):
 
 def narrowed(prediction: Prediction) -> Narrowed:
     """Returns the prediction with its levels."""
-    found = prediction.cells or prediction.candidates
-    places = np.array([(place.latitude, place.longitude) for place in found]).reshape(-1, 2)
-    mass = np.array([place.probability for place in found])
-    level = np.array([getattr(place, "level", _FINEST) for place in found], int)
-    if not prediction.cells and len(mass):
-        mass = mass / mass.sum()
-    paths = np.asarray(_CELLS.encode(*places.T))
+    points, mass = _spread(prediction)
+    paths = np.asarray(_CELLS.encode(*points))
     answer = np.asarray(_CELLS.encode(prediction.latitude, prediction.longitude))
-    levels = tuple(_level(answer[: 1 + n], paths, level, mass) for n in range(max(level, default=0) + 1))
+    finest, levels = max((cell.level for cell in prediction.cells), default=_CELLS.level), []
+    for n in range(finest + 1):
+        levels.append(_level(answer[: 1 + n], paths, mass))
+        if levels[-1].probability < _LEAST:
+            break
     own = {field.name: getattr(prediction, field.name) for field in dataclasses.fields(prediction)}
-    return Narrowed(**own, levels=levels)
+    return Narrowed(**own, levels=tuple(levels))
 
 
-def _level(
-    cell: Int[np.ndarray, " Q"],
-    paths: Int[np.ndarray, "n 21"],
-    level: Int[np.ndarray, " n"],
-    mass: Float[np.ndarray, " n"],
-) -> Level:
-    """Returns the last level of a cell. paths: the tokens of other cells' centers, of which `level` and the face
-    count."""
+def _spread(prediction: Prediction) -> tuple[Float[np.ndarray, "2 n"], Float[np.ndarray, " n"]]:
+    """Returns latitudes and longitudes all around an answer, and the probability that each place stands for."""
+    half_way = np.pi * EARTH_RADIUS_KM
+    known = [*prediction.within.items(), (prediction.radius_km, 0.5), (prediction.radius_90_km, 0.9), (half_way, 1.0)]
+    km, share = np.array(sorted((max(float(km), 1e-3), p) for km, p in known)).T
+    share = np.maximum.accumulate(share)
+    edges = np.geomspace(1e-3, half_way, _RINGS + 1)
+    # Straight lines over the logarithm of the distance; within the first of them as the area.
+    within = np.where(edges < km[0], share[0] * (edges / km[0]) ** 2, np.interp(np.log(edges), np.log(km), share))
+    mass = np.diff(within, prepend=0)  # the first is at the answer
+    away = np.sqrt(edges * np.roll(edges, 1)) / EARTH_RADIUS_KM
+    away[0] = 0
+    bearing = (np.arange(_POINTS) + 0.5) * 2 * np.pi / _POINTS
+    up = to_unit_vectors(prediction.latitude, prediction.longitude)
+    east = np.array([-np.sin(np.radians(prediction.longitude)), np.cos(np.radians(prediction.longitude)), 0])
+    aside = np.sin(bearing)[:, None] * east + np.cos(bearing)[:, None] * np.cross(up, east)
+    places = np.cos(away)[:, None, None] * up + np.sin(away)[:, None, None] * aside
+    return np.stack(from_unit_vectors(places.reshape(-1, 3))), np.repeat(mass / _POINTS, _POINTS)
+
+
+def _level(cell: Int[np.ndarray, " Q"], paths: Int[np.ndarray, "n 21"], mass: Float[np.ndarray, " n"]) -> Level:
+    """Returns the last level of a cell, by the mass of places that are in it. paths: their tokens."""
     here = len(cell) - 1
-    among = np.repeat(cell[None], 4 if here else 6, 0)
+    near = (paths[:, :here] == cell[:here]).all(1)
+    probability = np.bincount(paths[near, here], mass[near], 4 if here else 6)
+    among = np.repeat(cell[None], len(probability), 0)
     among[:, -1] = np.arange(len(among))
-    depth = np.minimum(level, here)
-    same = np.cumprod(paths[:, None, : here + 1] == among, -1).sum(-1) > depth[:, None]
-    # The whole Earth is four faces and a half.
-    share = np.where(level < 0, 1 / 6, 1.0) * 4.0 ** -(here - np.maximum(depth, 0))
-    probability = (same * (mass * share)[:, None]).sum(0)
+    around, own = corners(among), cell[-1]
     order = np.argsort(-probability, kind="stable")
-    around = corners(among)
     cells = tuple(Quarter(tuple(map(tuple, around[k].round(6).tolist())), float(probability[k])) for k in order)
-    own = around[cell[-1]]
-    edge_km = float(np.mean(great_circle_km(*own.T, *np.roll(own, -1, 0).T)))
-    return Level(here, edge_km, float(probability[cell[-1]]), cells, int(np.flatnonzero(order == cell[-1])[0]))
+    edge_km = float(np.mean(great_circle_km(*around[own].T, *np.roll(around[own], -1, 0).T)))
+    return Level(here, edge_km, float(probability[own]), cells, int(np.flatnonzero(order == own)[0]))

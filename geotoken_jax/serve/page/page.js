@@ -16,7 +16,7 @@ let colors = {}, token = "", about = null, answer = null, truth = null, stop = 0
 
 const number = (value, digits) => value.toLocaleString("en", {maximumFractionDigits: digits});
 const distance = km => km < 0.95 ? `${number(km * 1000, 0)} m` : `${number(km, km < 10 ? 1 : 0)} km`;
-const percent = p => p >= 0.9995 ? "over 99.9 %" : p < 0.0001 ? "under 0.01 %" : `${(100 * p).toLocaleString("en", p >= 0.1 ? {maximumFractionDigits: 0} : {maximumSignificantDigits: 2})} %`;
+const percent = p => !(p > 0) ? "0 %" : p >= 0.9995 ? "over 99.9 %" : p < 0.00005 ? `1 in ${(1 / p).toLocaleString("en", {maximumSignificantDigits: 2})}` : `${(100 * p).toLocaleString("en", p >= 0.1 ? {maximumFractionDigits: 0} : {maximumSignificantDigits: 2})} %`;
 const degrees = ([latitude, longitude], digits = 4) =>
   `${Math.abs(latitude).toFixed(digits)}° ${latitude < 0 ? "S" : "N"}, ${Math.abs(longitude).toFixed(digits)}° ${longitude < 0 ? "W" : "E"}`;
 const at = ({latitude, longitude}) => [latitude, longitude];
@@ -148,7 +148,7 @@ function show(found, example) {
     made("div", {}, made("dt", {textContent: `within ${distance(+km)}`}), made("dd", {textContent: percent(p)}))));
   list("levels", answer.levels, (level, k) => {
     const button = bar(level.probability, made("span", {className: "name", textContent: k ? `Level ${k}` : "Face"}),
-      made("span", {textContent: `${distance(level.edge_km)} wide`}), made("span", {textContent: percent(level.probability)}));
+      made("span", {className: "whole", textContent: `${distance(level.edge_km)} wide`}), made("span", {textContent: percent(level.probability)}));
     button.onclick = () => { pause(); go(k); };
     return button;
   });

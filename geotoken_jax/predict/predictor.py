@@ -1,9 +1,12 @@
 """A model in one object: photos in, coordinates with candidates and radius out."""
 
 import abc
+import asyncio
 import dataclasses
+import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any, overload
 
@@ -104,13 +107,38 @@ class Predictor(abc.ABC):
         """
         if not isinstance(photos, (list, tuple)):
             return self.predict([photos], None if captured is None else [captured])[0]
+        return [answer for batch in self._batches(photos, captured) for answer in self._predict(*batch)]
+
+    @overload
+    async def predict_async(
+        self, photos: list[Any] | tuple[Any, ...], captured: Sequence[datetime | None] | None = None
+    ) -> list[Prediction]: ...
+    @overload
+    async def predict_async(self, photos: Any, captured: datetime | None = None) -> Prediction: ...
+    async def predict_async(self, photos: Any, captured: Any = None) -> Prediction | list[Prediction]:
+        """Returns what `predict` does, while the event loop does other things.
+
+        The model has one thread, to which batches go in the order in which they are awaited; those of several lists
+        take turns. A list that is canceled gives up the batches that have not begun.
+        """
+        if not isinstance(photos, (list, tuple)):
+            return (await self.predict_async([photos], None if captured is None else [captured]))[0]
+        run = functools.partial(asyncio.get_running_loop().run_in_executor, self._thread, self._predict)
+        return [answer for batch in self._batches(photos, captured) for answer in await run(*batch)]
+
+    @functools.cached_property
+    def _thread(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(1, "predict")
+
+    def _batches(self, photos: Sequence[Any], captured: Any) -> Iterator[tuple[Sequence[Any], np.ndarray]]:
+        """Returns photos and their seconds since 1970, NaN where unknown, batch by batch."""
         if captured is not None and not self.reads_time:
             raise ValueError("captured is given, and this model does not read when a photo was taken: leave it out")
         if captured is not None and len(captured) != len(photos):
             raise ValueError(f"captured has {len(captured)} times for {len(photos)} photos: give each one, or None")
         times = np.array([_seconds(time) for time in captured or [None] * len(photos)])
         parts = (slice(first, first + self.batch_size) for first in range(0, len(photos), self.batch_size))
-        return [answer for part in parts for answer in self._predict(photos[part], times[part])]
+        return ((photos[part], times[part]) for part in parts)
 
     @abc.abstractmethod
     def _predict(self, photos: Sequence[Any], captured: Float[np.ndarray, " b"]) -> list[Prediction]: ...

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 
@@ -11,6 +12,7 @@ from geotoken_jax.geo import distance
 from geotoken_jax.geo.cells import CellScheme
 from geotoken_jax.geo.distance import EARTH_RADIUS_KM, THRESHOLDS_KM
 from geotoken_jax.predict import uncertainty
+from geotoken_jax.predict.predictor import Candidate, Cell, Neighbor, Prediction
 from geotoken_jax.settings import SettingsError
 
 KM = 180 / (math.pi * EARTH_RADIUS_KM)  # degrees of latitude
@@ -83,6 +85,7 @@ def test_json_lines_and_csv_read_alike(tmp_path):
             '{"id": "x", "lat": 1, "lon": 2, "cells": [[31, 9, 0, 0.5]]}',
             "line 1: cells must be a list of .level -1..30",
         ),
+        ('{"id": "x", "lat": 1, "lon": 2, "cells": [{"level": 3}]}', "line 1: cells must be a list of .level -1..30"),
         ("id,lat,lng\n", "holds no points"),
     ],
 )
@@ -407,3 +410,16 @@ def test_what_the_calibration_writes_is_what_evaluation_reads(tmp_path):
     np.testing.assert_allclose(claims.within[0], list(said[0]["within"].values()))
     np.testing.assert_allclose(claims.radius_km[0], list(said[0]["radius_km"].values()))
     assert claims.cells.shape == (3, 2, 4) and len(said[0]["within"]) == len(THRESHOLDS_KM)
+
+
+def test_what_predict_prints_as_json_lines_is_what_evaluation_reads(tmp_path):
+    answer = Prediction(
+        *(1.0, 2.0, 30.0, 400.0, {25: 0.4, 200: 0.9}),
+        candidates=(Candidate(1.0, 2.0, 0.3),),
+        cells=(Cell(20, 1.0, 2.0, 0.3), Cell(3, 10.0, 2.0, 0.2)),
+        neighbors=(Neighbor("a", 1.0, 2.0, 2.5),),
+    )
+    claims = evaluate.read_points(write(tmp_path / "p.jsonl", [{"id": "x", **dataclasses.asdict(answer)}])).claims
+    assert claims.radius_km.tolist() == [[30, 400]]
+    np.testing.assert_equal(claims.within, [[np.nan, 0.4, 0.9, np.nan, np.nan]])
+    assert claims.cells.tolist() == [[[20, 1, 2, 0.3], [3, 10, 2, 0.2]]]

@@ -27,6 +27,8 @@ _AREAS = 10.0 ** np.arange(9)
 _SUREST = distance.THRESHOLDS_KM.index(25)
 #: Photos whose cells are compared with the truth at once: 64 cells of level 20 are 11 MB of tokens.
 _BLOCK = 2048
+#: A cell's names where it is an object.
+_CELL = ("level", "latitude", "longitude", "probability")
 _EARTH_KM2 = 4 * math.pi * distance.EARTH_RADIUS_KM**2
 
 
@@ -54,22 +56,26 @@ class Claims:
 def read(row: dict[str, Any]) -> Claims:
     """Removes from a row, and returns, what it says of how sure it is (n = 1).
 
-    JSON: `within` {"25": p}, `radius_km` {"50": km} or a number (of 50 %), `cells` [[level, latitude, longitude, p]].
-    CSV: columns within_25, radius_km_50, radius_km. Raises ValueError with the fix on anything else.
+    JSON: `within` {"25": p}, `radius_km` {"50": km} or a number (of 50 %), `cells` [[level, latitude, longitude, p]];
+    and as `geotoken predict --json` has it: `radius_90_km` beside it, cells as objects. CSV: columns within_25,
+    radius_km_50, radius_km. Raises ValueError with the fix on anything else.
     """
     within, radius, cells = row.pop("within", {}), row.pop("radius_km", {}), row.pop("cells", ())
     if not isinstance(radius, Mapping):
         radius = {str(MASSES[0]): radius}
+        if "radius_90_km" in row:
+            radius["90"] = row.pop("radius_90_km")
     if not isinstance(within, Mapping):
         raise ValueError(f'within is {within!r}: write an object of km and probability, as in {{"25": 0.5}}')
     shares = [_value(row, within, "within", km, 1) for km in distance.THRESHOLDS_KM]
     radii = [_value(row, radius, "radius_km", mass, math.inf) for mass in MASSES]
     try:
+        cells = [[cell[name] for name in _CELL] if isinstance(cell, Mapping) else cell for cell in cells]
         table = np.array(cells, np.float64).reshape(-1, 4)
         CellScheme(1, 1).encode(table[:, 1], table[:, 2])  # looks at the degrees
         if not ((table[:, 0] >= -1) & (table[:, 0] <= MAX_LEVEL) & (table[:, 3] >= 0) & (table[:, 3] <= 1)).all():
             raise ValueError
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, KeyError):
         raise ValueError(
             f"cells must be a list of [level -1..{MAX_LEVEL}, latitude, longitude, probability]: mend or remove it"
         ) from None

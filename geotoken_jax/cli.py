@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from geotoken_jax import buckets, processes, settings, workdir
+from geotoken_jax.interop import targets
 from geotoken_jax.serve import limits
 from geotoken_jax.workdir import Manifest
 
@@ -74,8 +75,13 @@ def _parser() -> argparse.ArgumentParser:
             verb.add_argument("--strict", action="store_true", help="with --predictions: < instead of <=")
             verb.set_defaults(run=_evaluate)
         if name == "export":
+            verb.add_argument("--from", dest="source", help="make targets of this export, without a work directory")
+            verb.add_argument(
+                "--target", action="append", default=[], choices=tuple(targets.TARGETS),
+                help="also what this runtime answers with (may be repeated)",
+            )  # fmt: skip
             verb.add_argument("--push", metavar="ORG/NAME", help="then bring the folder to the Hugging Face hub")
-            verb.set_defaults(run=_push)
+            verb.set_defaults(run=_export_further)
         if name == "audit":
             verb.add_argument("audit", choices=_AUDITS, help="what to look into")
             verb.set_defaults(run=_audit)
@@ -143,13 +149,13 @@ def _errors(*names: tuple[str, str]) -> tuple[type[Exception], ...]:
 
 def _config(options: argparse.Namespace, rest: list[str]) -> Any:
     """Returns the configuration with the command line's changes, or None where no --config is given."""
-    from absl import flags
-    from ml_collections import config_flags
-
     if options.config is None:
         if rest:
             raise settings.SettingsError(f"{rest[0]} is not understood: see `geotoken {options.verb} --help`")
         return None
+    from absl import flags
+    from ml_collections import config_flags
+
     file = Path(options.config.partition(":")[0])  # what follows is get_config's argument
     if not file.exists():
         raise settings.SettingsError(f"--config={file} is not there: the configurations are in configs/")
@@ -564,17 +570,26 @@ def _export(config: Any, path: str, variants: Sequence[str]) -> None:
     _report("export", before, export.run(config, path, config.evaluate.reference))
 
 
-def _push(options: argparse.Namespace, config: Any) -> int:
-    """Makes export/, and brings it to the hub with --push; a complete one is brought without --config."""
-    if options.push is None or config is not None:
+def _export_further(options: argparse.Namespace, config: Any) -> int:
+    """Makes export/, then each --target in it, and brings it to the hub with --push; a complete one needs no --config,
+    and with --from no work directory."""
+    further = options.target or options.push
+    if options.source is None and (config is not None or not further):
         _stages([_export])(options, config)
+    if options.source is None and options.workdir is None:
+        raise settings.SettingsError("--target and --push need --workdir=DIR, which holds export/, or --from=EXPORT")
+    if options.source is None:
+        workdir.read_manifest(options.workdir, "export")
+    elif not further:
+        raise settings.SettingsError(f"--from goes with --push or --target: add --target={'|'.join(targets.TARGETS)}")
+    folder = Path(options.source or Path(options.workdir) / "export")
+    for name in options.target:
+        _quiet()
+        print(f"made {targets.make(folder, name)}", flush=True)
     if options.push:
-        if options.workdir is None:
-            raise settings.SettingsError("--push needs --workdir=DIR, which holds export/")
         from geotoken_jax.predict import hub
 
-        workdir.read_manifest(options.workdir, "export")
-        print(f"open {hub.push(Path(options.workdir) / 'export', options.push)}")
+        print(f"open {hub.push(folder, options.push)}")
     return 0
 
 

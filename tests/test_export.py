@@ -48,7 +48,7 @@ sys.modules["flatbuffers"] = None  # as where it is not installed
 import numpy as np, standalone
 from pathlib import Path
 call = standalone._program(Path(sys.argv[1]), "align")
-np.save(sys.argv[1] + "/found.npy", call(np.load(sys.argv[1] + "/features.npy")))
+np.save(sys.argv[1] + "/found.npy", call(features=np.load(sys.argv[1] + "/features.npy"))["vectors"])
 assert not [name for name in sys.modules if name.split(".")[0] in ("geotoken_jax", "flax")]
 """
 

@@ -86,6 +86,7 @@ def run(config: Any, path: epath.PathLike, variant: str) -> Manifest:
     if options.gallery == "int8":
         lost = {**quantized.quantize(path, stage.path), **quantized.cost(changed, path, variant, stage.path)}
     counts = pictures.write(path, stage.path, changed, variant, Table(stage.path / "gallery").ids())
+    shutil.rmtree(stage.path / "targets", ignore_errors=True)  # of the parameters before these
     card.write(stage.path, path, changed, variant, referred, lost)
     files = (file for file in sorted(pathlib.Path(stage.path).rglob("*")) if file.is_file())
     sums = {str(file.relative_to(stage.path)): exported.sha256(file) for file in files}

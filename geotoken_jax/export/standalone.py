@@ -1,6 +1,9 @@
 """Tells where photos were taken by the model in this folder, with jax and numpy alone.
 
-`python standalone.py FEATURES.npy > answers.jsonl`
+`python standalone.py FEATURES.npy [TARGET] > answers.jsonl`
+
+TARGET is a folder that `geotoken export --target` made, such as targets/onnx: its programs run in place of those for
+jax, with onnxruntime and numpy alone, or with tensorflow and numpy alone.
 
 FEATURES.npy holds [n, C], the backbone's image features of n photos. For the backbone `thumbnail` it may hold the
 thumbnails themselves, [n, side, side, 3] uint8: the central square of each photo, upright, resized bicubically. Other
@@ -18,29 +21,34 @@ import sys
 import types
 from pathlib import Path
 
-import jax
-import ml_dtypes
 import numpy as np
 
 #: Photos embedded at once, always: a product of another shape rounds otherwise.
 _EMBEDDED = 256
 #: Gallery photos compared at once, 2304 wide 75 MB.
 _ROWS = 8192
-_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I32": np.int32, "U32": np.uint32}
+#: Neighbors found in float32 beyond those asked for; the order of near ones is that of float64.
+_SPARE = 8
+_TYPES = {"F32": np.float32, "F16": np.float16, "I32": np.int32, "U32": np.uint32}
 #: Hilbert curve: (orientation, quad) -> 2 * i + j, and quad -> the change of orientation. A face starts at face & 1.
 _IJ = np.array([[0, 1, 3, 2], [0, 2, 3, 1], [3, 2, 0, 1], [3, 1, 0, 2]])
 _TURN = np.array([1, 0, 0, 3])
 
 
 class Model:
-    """The model of one folder: features, neighbors, candidates, answers."""
+    """The model of one folder: features, neighbors, candidates, answers.
 
-    def __init__(self, folder):
+    Vectors are float32 throughout, rounded to what bfloat16 holds, as the package keeps them.
+    """
+
+    def __init__(self, folder, target=None):
+        """target: folder of what runs in place of the programs for jax."""
         folder = Path(folder)
         self.config = json.loads((folder / "config.json").read_text())
         model = self.config["model"]
         self.level, self.group, self.count = model["level"], model["group"], model["neighbors"]
-        self._embed, self._decode = (_program(folder, name) for name in ("align", "geotoken"))
+        run = _runtime(Path(target)) if target else _program
+        self._embed, self._decode = (run(Path(target or folder), name) for name in ("align", "geotoken"))
         gallery = folder / "gallery"
         self._columns = {name: _shards(gallery, name) for name in ("coordinates", "tokens", "ids", "embeddings")}
         if self._columns["embeddings"][0].dtype == np.int8:
@@ -53,27 +61,33 @@ class Model:
         return _unit((pixels - pixels.mean((1, 2), keepdims=True)).reshape(len(pixels), -1), 1e-12)
 
     def vectors(self, features):
-        """Returns photos' three vectors [n, 3, C], bfloat16, from features [n, C]."""
-        features = np.asarray(features).astype(ml_dtypes.bfloat16).astype(np.float32)
+        """Returns photos' three vectors [n, 3, C] from features [n, C]."""
+        features = _rounded(np.asarray(features, np.float32))
         blocks = (features[first : first + _EMBEDDED] for first in range(0, len(features), _EMBEDDED))
-        found = np.concatenate([np.asarray(self._embed(_padded(block, _EMBEDDED)))[: len(block)] for block in blocks])
-        return _unit(found, 1e-12).astype(ml_dtypes.bfloat16)
+        found = [self._embed(features=_padded(block, _EMBEDDED))["vectors"][: len(block)] for block in blocks]
+        return _rounded(_unit(np.concatenate(found), 1e-12))
 
     def neighbors(self, vectors):
         """Returns gallery rows and scores [n, M] of the nearest photos, best first; -1 and -inf past the gallery."""
         queries = _index_vectors(vectors)
-        rows = np.full((len(queries), self.count), -1)
-        scores = np.full((len(queries), self.count), -np.inf, np.float32)
+        rows = np.zeros((len(queries), 0), np.int64)
+        scores = np.zeros((len(queries), 0), np.float32)
         for first in range(0, self._starts[-1], _ROWS):
             block = np.arange(first, min(first + _ROWS, self._starts[-1]))
             products = queries @ _index_vectors(self.embeddings(block)).T
-            k = min(self.count, len(block))
+            k = min(self.count + _SPARE, len(block))
             at = np.argpartition(-products, k - 1, axis=1)[:, :k]
             rows = np.concatenate([rows, block[at]], 1)
             scores = np.concatenate([scores, np.take_along_axis(products, at, 1)], 1)
-            best = np.lexsort((rows, -scores))[:, : self.count]
+            best = np.lexsort((rows, -scores))[:, : self.count + _SPARE]
             rows, scores = np.take_along_axis(rows, best, 1), np.take_along_axis(scores, best, 1)
-        return rows, scores
+        found = np.full((len(queries), self.count), -1)
+        found_scores = np.full((len(queries), self.count), -np.inf, np.float32)
+        for i, near in enumerate(rows):
+            score = (_index_vectors(self.embeddings(near)).astype(float) @ queries[i].astype(float)).astype(np.float32)
+            order = np.lexsort((near, -score))[: self.count]
+            found[i, : len(order)], found_scores[i, : len(order)] = near[order], score[order]
+        return found, found_scores
 
     def candidates(self, vectors, rows, numbers):
         """Returns tokens [n, K, T], and of each candidate log_probability and tempered_log_probability [n, K].
@@ -81,19 +95,19 @@ class Model:
         numbers: one a photo [n], which decides its samples.
         """
         there = np.maximum(rows, 0)
-        arguments = (
-            vectors,
-            self.embeddings(there),
-            self.cell_tokens(self._take("tokens", there)),
-            (rows >= 0).sum(1).astype(np.int32),
-            np.asarray(numbers, np.uint32),
-        )
+        arguments = {
+            "query": vectors,
+            "neighbors": self.embeddings(there),
+            "neighbor_tokens": self.cell_tokens(self._take("tokens", there)),
+            "neighbor_count": (rows >= 0).sum(1).astype(np.int32),
+            "numbers": np.asarray(numbers, np.uint32),
+        }
         size, parts = self.config["predict"]["batch_size"], []
         for first in range(0, len(rows), size):
-            part = [values[first : first + size] for values in arguments]
-            n = len(part[0])
-            found = self._decode(*(_padded(values, 1 << (n - 1).bit_length()) for values in part))
-            parts.append({name: np.asarray(values)[:n] for name, values in found.items()})
+            n = min(size, len(rows) - first)
+            part = {name: values[first : first + n] for name, values in arguments.items()}
+            found = self._decode(**{name: _padded(values, 1 << (n - 1).bit_length()) for name, values in part.items()})
+            parts.append({name: values[:n] for name, values in found.items()})
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def answers(self, inputs):
@@ -131,11 +145,11 @@ class Model:
         return answers
 
     def embeddings(self, rows):
-        """Returns the three vectors of gallery photos, bfloat16."""
+        """Returns the three vectors of gallery photos."""
         values = self._take("embeddings", rows)
         if "scales" not in self._columns:
-            return values.view(ml_dtypes.bfloat16)
-        return (values.astype(np.float32) * self._take("scales", rows)[..., None]).astype(ml_dtypes.bfloat16)
+            return _widened(values.view(np.uint16))
+        return _rounded(values.astype(np.float32) * self._take("scales", rows)[..., None])
 
     def cell_tokens(self, quads):
         """Returns the model's tokens [..., T] from stored ones, a face and then a quad each."""
@@ -171,24 +185,76 @@ class Model:
 
 
 def read_safetensors(file):
-    """Returns name -> array."""
+    """Returns name -> array, float32 for bfloat16."""
     data = Path(file).read_bytes()
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
-    return {
-        name: np.frombuffer(
-            data, _TYPES[found["dtype"]], int(np.prod(found["shape"])), 8 + size + found["data_offsets"][0]
-        ).reshape(found["shape"])
-        for name, found in header.items()
-        if name != "__metadata__"
-    }
+    found = {}
+    for name, told in header.items():
+        if name != "__metadata__":
+            kind = _TYPES.get(told["dtype"], np.uint16)
+            at = 8 + size + told["data_offsets"][0]
+            values = np.frombuffer(data, kind, int(np.prod(told["shape"])), at).reshape(told["shape"])
+            found[name] = _widened(values) if told["dtype"] == "BF16" else values
+    return found
 
 
 def _program(folder, name):
     """Returns what runs NAME.stablehlo with the parameters in NAME.safetensors, compiled for each batch size once."""
-    call = jax.jit(deserialize((folder / f"{name}.stablehlo").read_bytes()).call)
-    parameters = jax.device_put(read_safetensors(folder / f"{name}.safetensors"))
-    return lambda *arguments: call(parameters, *arguments)
+    import jax
+
+    exported = deserialize((folder / f"{name}.stablehlo").read_bytes())
+    call = jax.jit(exported.call)
+    (wanted, *_), _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
+    stored = read_safetensors(folder / f"{name}.safetensors")
+    parameters = jax.device_put({name: stored[name].astype(aval.dtype) for name, aval in wanted.items()})
+
+    def run(**arguments):
+        avals = exported.in_avals[-len(arguments) :]
+        found = call(
+            parameters,
+            *(values.astype(aval.dtype) for values, aval in zip(arguments.values(), avals)),  # noqa: B905
+        )
+        return {key: np.asarray(value) for key, value in (found if name == "geotoken" else {"vectors": found}).items()}
+
+    return run
+
+
+def _runtime(target):
+    """Returns what opens a program of a target, by the files that are there."""
+    if (target / "align.onnx").exists():
+        return _onnx
+    if (target / "align" / "saved_model.pb").exists():
+        return _savedmodel
+    raise FileNotFoundError(f"{target} is no target: make one with `geotoken export --from=FOLDER --target=onnx`")
+
+
+def _onnx(target, name):
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(target / f"{name}.onnx"))
+    outputs = [output.name for output in session.get_outputs()]
+    noise = {"noise": np.load(target / "noise.npy")} if name == "geotoken" else {}
+
+    def run(numbers=0, **arguments):
+        if np.any(numbers):
+            raise ValueError("numbers other than 0 have noise of their own, and noise.npy is that of 0: give 0")
+        return dict(zip(outputs, session.run(None, {**arguments, **noise})))  # noqa: B905
+
+    return run
+
+
+def _savedmodel(target, name):
+    import tensorflow as tf
+
+    call = tf.saved_model.load(str(target / name)).signatures["serving_default"]
+    kinds = {argument: spec.dtype for argument, spec in call.structured_input_signature[1].items()}
+
+    def run(**arguments):
+        found = call(**{key: tf.cast(values, kinds[key]) for key, values in arguments.items()})
+        return {key: value.numpy() for key, value in found.items()}
+
+    return run
 
 
 def deserialize(data):
@@ -264,6 +330,17 @@ def _index_vectors(vectors):
     return _unit(vectors.astype(np.float32), 1e-12).reshape(len(vectors), -1)
 
 
+def _rounded(values):
+    """Returns float32 rounded to the nearest that bfloat16 holds, of two as near to the even one."""
+    bits = values.view(np.uint32)
+    return ((bits + (bits >> 16 & 1) + 0x7FFF) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+
+
+def _widened(bfloat16):
+    """Returns float32 from the bits of bfloat16, uint16."""
+    return (bfloat16.astype(np.uint32) << 16).view(np.float32)
+
+
 def _unit(vectors, least):
     return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), least)
 
@@ -277,7 +354,7 @@ def _padded(values, size):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python standalone.py FEATURES.npy > answers.jsonl")
-    for answer in Model(Path(__file__).parent).answers(np.load(sys.argv[1])):
+    if len(sys.argv) not in (2, 3):
+        sys.exit("usage: python standalone.py FEATURES.npy [TARGET] > answers.jsonl")
+    for answer in Model(Path(__file__).parent, *sys.argv[2:]).answers(np.load(sys.argv[1])):
         print(json.dumps(answer))

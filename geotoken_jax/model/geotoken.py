@@ -267,7 +267,7 @@ class GeoTokenModel(nnx.Module):
     def start(self, memory: Memory, candidates: int, shared: int | None = None) -> Cache:
         """Returns the empty cache of `candidates` decodings a photo, with T slots each, or `shared` slots together."""
         s = self.settings
-        b = len(memory.lengths)
+        b = memory.lengths.shape[0]
         groups, slots = (b, shared) if shared else (b * candidates, s.cells.length)
         past = jnp.zeros((s.decoder_layers, groups, s.heads, slots, s.width // s.heads), jnp.dtype(s.dtype))
         real = self._real(memory.neighbors)[:, None]

@@ -14,7 +14,7 @@ def search(model: GeoTokenModel, memory: Memory, width: int) -> Candidates:
     A beam that two others go on from is not copied: both look at its slots.
     """
     length = model.settings.cells.length
-    batch = len(memory.lengths)
+    batch = memory.lengths.shape[0]
     cache = model.start(memory, width, shared=length * width)
     # At first all beams are the same: only the first may be extended.
     scores = jnp.where(jnp.arange(width) == 0, 0.0, -jnp.inf) * jnp.ones((batch, 1))

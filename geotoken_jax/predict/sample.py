@@ -1,5 +1,6 @@
 """Candidates by greedy decoding and by sampling, on a cache that shares one memory among a photo's candidates."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -20,7 +21,7 @@ class Candidates(NamedTuple):
 
 def greedy(model: GeoTokenModel, memory: Memory) -> Candidates:
     """Returns one candidate a photo: the most probable token at each position in turn."""
-    noise_free = jnp.zeros((len(memory.lengths), 2), jnp.uint32)
+    noise_free = jnp.zeros((memory.lengths.shape[0], 2), jnp.uint32)
     return sample(model, memory, jax.random.wrap_key_data(noise_free), 0, 1.0)
 
 
@@ -38,28 +39,52 @@ def sample(
     (0, 1]; of each token's tempered distribution the fewest values that hold so much are drawn from (nucleus sampling,
     Holtzman et al. 2020, arXiv 1904.09751).
     """
-    length = model.settings.cells.length
     vocabulary = max(model.settings.cells.vocab_sizes)
-    batch = len(memory.lengths)
+    return draw(model, memory, lambda t: noise(keys, t, samples, vocabulary), 1 + samples, temperature, top_p)
 
-    def choose(log_p: Array, t: Array) -> Array:
-        def noise(key: Array) -> Array:
-            drawn = jax.random.gumbel(jax.random.fold_in(key, t), (samples, vocabulary))
-            return jnp.concatenate([jnp.zeros((1, vocabulary)), drawn])  # candidate 0 is greedy
 
-        return jnp.argmax(log_p + jax.vmap(noise)(keys), -1).astype(jnp.int32)
+def noise(keys: Key[Array, " B"], t: Int[Array, ""], samples: int, vocabulary: int) -> Float[Array, "B K V"]:
+    """Returns what is added to the log-probabilities of token t, of which the largest is then taken: 0 for the first of
+    K = 1 + samples candidates, which is greedy, and Gumbel's for the others."""
+
+    def one(key: Array) -> Array:
+        drawn = jax.random.gumbel(jax.random.fold_in(key, t), (samples, vocabulary))
+        return jnp.concatenate([jnp.zeros((1, vocabulary)), drawn])
+
+    return jax.vmap(one)(keys)
+
+
+def draw(
+    model: GeoTokenModel,
+    memory: Memory,
+    noise: Callable[[Int[Array, ""]], Float[Array, "B K V"]],
+    candidates: int,
+    temperature: float,
+    top_p: float,
+    together: bool = False,
+) -> Candidates:
+    """Returns what `sample` does, with noise that the caller makes, of token t, for K = candidates.
+
+    together: candidates share their slots and look at their own, which takes K times the products, but no axis is as
+    long as a multiple of B.
+    """
+    length = model.settings.cells.length
+    slots = jnp.arange(length * candidates)
+    own = slots % candidates == jnp.arange(candidates)[:, None]
 
     def step(carry: tuple, t: Array) -> tuple[tuple, tuple]:
         cache, previous = carry
-        log_p, cache = model.step(cache, memory, t, previous)
+        place = (t * candidates, (own & (slots // candidates <= t))[None]) if together else ()
+        log_p, cache = model.step(cache, memory, t, previous, *place)
         tempered = jax.nn.log_softmax(log_p / temperature)
         if top_p < 1.0:
             tempered = nucleus(tempered, top_p)
-        token = choose(tempered, t)
+        token = jnp.argmax(tempered + noise(t), -1).astype(jnp.int32)
         taken = [jnp.take_along_axis(p, token[..., None], -1)[..., 0] for p in (log_p, tempered)]
         return (cache, token), (token, *taken)
 
-    start = (model.start(memory, 1 + samples), jnp.zeros((batch, 1 + samples), jnp.int32))
+    cache = model.start(memory, candidates, length * candidates if together else None)
+    start = (cache, jnp.zeros((memory.lengths.shape[0], candidates), jnp.int32))
     _, (tokens, log_p, tempered) = jax.lax.scan(step, start, jnp.arange(length))
     return Candidates(jnp.moveaxis(tokens, 0, -1), log_p.sum(0), tempered.sum(0))
 

@@ -1,0 +1,160 @@
+"""What an export answers without this package, against what the package answers, on all photos of a split.
+
+Four runtimes, each in an environment of its own, which is made anew: jax and numpy alone, onnxruntime, TensorFlow, and,
+for an export of the published form, PyTorch (--torch-python). Both sides begin at the backbone's features and search
+the gallery exactly; how many photos ScaNN finds other neighbors for is told beside. Printed of each: photos whose
+candidates have the same tokens, of both sides, and over those photos the largest difference of coordinates, in degrees,
+and of log-probabilities, in nats. Slow: an hour on two cores for the demo. Prints one JSON object.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from geotoken_jax import records, workdir
+from geotoken_jax.align.heads import embeddings
+from geotoken_jax.data.join import neighbors
+from geotoken_jax.gallery import index
+from geotoken_jax.gallery.neighbors import find
+from geotoken_jax.gallery.table import Table, index_vectors
+from geotoken_jax.interop.targets import TARGETS
+from geotoken_jax.predict import exported, predictor
+
+_ROOT = Path(__file__).parents[1]
+#: Runs FOLDER/standalone.py as a program, where what is named first cannot be imported.
+_RUN = """
+import runpy, sys
+sys.modules.update(dict.fromkeys(sys.argv.pop(1).split(",")))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+class _Rows:
+    """What the index of a gallery holds, made as it is asked for."""
+
+    def __init__(self, gallery: Table):
+        self._gallery = gallery
+
+    def __len__(self) -> int:
+        return len(self._gallery)
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        return index_vectors(self._gallery.embeddings(rows))
+
+
+def ours(folder: Path, features: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns the package's tokens, coordinates and log-probabilities of every candidate, and both ways' neighbors."""
+    model = predictor.GeoToken.load(folder)
+    decoder, gallery = model._answerer.decoder, model._gallery
+    vectors = embeddings(model._aligned, features)
+    queries = index_vectors(vectors)
+    rows, scores = index.exact(_Rows(gallery), queries, decoder.neighbors)
+    parts = []
+    for first in range(0, len(features), model.batch_size):
+        part = slice(first, first + model.batch_size)
+        batch = {"query": vectors[part], **neighbors(gallery, rows[part], decoder.cells)}
+        pool = decoder(batch, rows[part], scores[part], np.zeros(len(rows[part]), np.int64))
+        parts.append({**pool.candidates._asdict(), "coordinates": pool.coordinates})
+    found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    approximate, _ = find(model._index, queries, decoder.neighbors)
+    return {**found, "rows": rows, "scann_rows": approximate, "ids": gallery.ids(rows)}
+
+
+def compare(answers: Path, wanted: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Returns how answers of standalone.py differ from the package's."""
+    told = [json.loads(line) for line in answers.read_text().splitlines()]
+    tokens = np.array([[c["tokens"] for c in answer["candidates"]] for answer in told])
+    at = np.array([[(c["latitude"], c["longitude"]) for c in answer["candidates"]] for answer in told])
+    log_p = np.array([[c["log_probability"] for c in answer["candidates"]] for answer in told])
+    near = np.array([[n["id"].encode() for n in answer["neighbors"]] for answer in told])
+    chosen = np.array([answer["tokens"] for answer in told])
+    best = wanted["tempered_log_probability"].argmax(1)
+    choice = wanted["tokens"][np.arange(len(best)), best]
+    same = (tokens == wanted["tokens"]).all((1, 2))
+    off = np.abs(log_p - wanted["log_probability"])[same]
+    return {
+        "photos": len(told),
+        "same_neighbors": int((near == wanted["ids"]).all(1).sum()),
+        "same_tokens": int(same.sum()),
+        "same_candidates": float((tokens == wanted["tokens"]).all(2).mean()),
+        "same_answer": int((chosen == choice).all(1).sum()),
+        "coordinates": float(np.abs(at - wanted["coordinates"])[same].max()),
+        "log_probability": float(off.max()),
+    }
+
+
+def environment(path: Path, packages: str) -> str:
+    """Makes a virtual environment; returns its Python."""
+    subprocess.run([sys.executable, "-m", "venv", path], check=True)
+    pip = [path / "bin/python", "-m", "pip", "--disable-pip-version-check", "--no-input", "install", "--quiet"]
+    subprocess.run([*pip, *packages.split()], check=True)
+    return str(path / "bin/python")
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns the figures of every runtime asked for."""
+    folder, scratch = Path(options.export or Path(options.workdir) / "export"), Path(options.scratch)
+    source = Path(options.workdir)
+    layout = records.feature_layout(workdir.read_manifest(source, "features").facts["width"])
+    stored = records.Records(source / "features", options.split, layout)
+    photos = min(options.photos, len(stored))
+    features = stored[np.arange(photos)]["image"].astype(np.float32)
+    np.save(scratch / "features.npy", features)
+    begin = time.perf_counter()
+    wanted = ours(folder, features)
+    found: dict[str, Any] = {
+        "split": options.split,
+        "sums": exported.sha256(folder / exported.SUMS),
+        "same_neighbors_by_scann": int((wanted["rows"] == wanted["scann_rows"]).all(1).sum()),
+        "share_of_neighbors_by_scann": index.recall(wanted["scann_rows"], wanted["rows"]),
+        "package_seconds": time.perf_counter() - begin,
+    }
+    versions = f"jax=={jax.__version__} jaxlib=={jax.__version__} numpy=={np.__version__}"
+    packages = {"jax": versions, **{name: TARGETS[name][1] for name in TARGETS if name != "pytorch"}}
+    for name in options.runtime:
+        python = environment(scratch / name, packages[name])
+        target, hidden = [], "geotoken_jax,flax,flatbuffers"
+        if name != "jax":
+            environ = {**os.environ, "PYTHONPATH": str(_ROOT), "JAX_PLATFORMS": "cpu"}
+            command = ["-m", "geotoken_jax.cli", "export", f"--from={folder}", f"--target={name}"]
+            subprocess.run([python, *command], env=environ, check=True)
+            target, hidden = [folder / "targets" / name], "geotoken_jax,flax,jax,jaxlib,ml_dtypes"
+            if name == "savedmodel":
+                hidden = "geotoken_jax,flax,jax,jaxlib"  # TensorFlow itself has ml_dtypes
+        answers, begin = scratch / f"{name}.jsonl", time.perf_counter()
+        with answers.open("w") as file:
+            run = [python, "-I", "-c", _RUN, hidden, folder / "standalone.py", scratch / "features.npy", *target]
+            subprocess.run(run, stdout=file, check=True)
+        found[name] = {**compare(answers, wanted), "seconds": time.perf_counter() - begin}
+        print(json.dumps({name: found[name]}), file=sys.stderr)
+    return found
+
+
+def main() -> None:
+    """Prints the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", default="runs/demo")
+    parser.add_argument("--export", help="default: the work directory's")
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--photos", type=int, default=1 << 30, help="the first so many (default: all)")
+    parser.add_argument("--runtime", action="append", choices=("jax", "onnx", "savedmodel"), help="default: all three")
+    parser.add_argument("--scratch", help="folder of environments and answers, which are kept (default: a passing one)")
+    options = parser.parse_args()
+    options.runtime = options.runtime or ["jax", "onnx", "savedmodel"]
+    with tempfile.TemporaryDirectory() as passing:
+        options.scratch = options.scratch or passing
+        print(json.dumps(measure(options)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,10 +1,10 @@
 """What an export answers without this package, against what the package answers, on all photos of a split.
 
-Four runtimes, each in an environment of its own, which is made anew: jax and numpy alone, onnxruntime, TensorFlow, and,
-for an export of the published form, PyTorch (--torch-python). Both sides begin at the backbone's features and search
-the gallery exactly; how many photos ScaNN finds other neighbors for is told beside. Printed of each: photos whose
-candidates have the same tokens, of both sides, and over those photos the largest difference of coordinates, in degrees,
-and of log-probabilities, in nats. Slow: an hour on two cores for the demo. Prints one JSON object.
+Three runtimes, each in an environment of its own, which is made anew: jax and numpy alone, onnxruntime, TensorFlow (for
+PyTorch see tests/interop/test_torch.py). Both sides begin at the backbone's features and search the gallery exactly;
+how many photos ScaNN finds other neighbors for is told beside. Printed of each: photos whose candidates have the same
+tokens, and over those photos the largest difference of coordinates, in degrees, and of log-probabilities, in nats.
+Takes half an hour on two cores for the demo. Prints one JSON object.
 """
 
 import argparse
@@ -30,13 +30,19 @@ from geotoken_jax.interop.targets import TARGETS
 from geotoken_jax.predict import exported, predictor
 
 _ROOT = Path(__file__).parents[1]
-#: Runs FOLDER/standalone.py as a program, where what is named first cannot be imported.
-_RUN = """
+#: Runs a program where what is named first, with commas between, cannot be imported.
+RUN = """
 import runpy, sys
 sys.modules.update(dict.fromkeys(sys.argv.pop(1).split(",")))
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+#: Runtime -> what it must answer without. TensorFlow itself has ml_dtypes.
+WITHOUT = {
+    "jax": "geotoken_jax,flax,flatbuffers",
+    "onnx": "geotoken_jax,flax,jax,jaxlib,ml_dtypes",
+    "savedmodel": "geotoken_jax,flax,jax,jaxlib",
+}
 
 
 class _Rows:
@@ -123,17 +129,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     packages = {"jax": versions, **{name: TARGETS[name][1] for name in TARGETS if name != "pytorch"}}
     for name in options.runtime:
         python = environment(scratch / name, packages[name])
-        target, hidden = [], "geotoken_jax,flax,flatbuffers"
+        target = []
         if name != "jax":
             environ = {**os.environ, "PYTHONPATH": str(_ROOT), "JAX_PLATFORMS": "cpu"}
             command = ["-m", "geotoken_jax.cli", "export", f"--from={folder}", f"--target={name}"]
             subprocess.run([python, *command], env=environ, check=True)
-            target, hidden = [folder / "targets" / name], "geotoken_jax,flax,jax,jaxlib,ml_dtypes"
-            if name == "savedmodel":
-                hidden = "geotoken_jax,flax,jax,jaxlib"  # TensorFlow itself has ml_dtypes
+            target = [folder / "targets" / name]
         answers, begin = scratch / f"{name}.jsonl", time.perf_counter()
         with answers.open("w") as file:
-            run = [python, "-I", "-c", _RUN, hidden, folder / "standalone.py", scratch / "features.npy", *target]
+            run = [python, "-I", "-c", RUN, WITHOUT[name], folder / "standalone.py", scratch / "features.npy", *target]
             subprocess.run(run, stdout=file, check=True)
         found[name] = {**compare(answers, wanted), "seconds": time.perf_counter() - begin}
         print(json.dumps({name: found[name]}), file=sys.stderr)
@@ -147,10 +151,10 @@ def main() -> None:
     parser.add_argument("--export", help="default: the work directory's")
     parser.add_argument("--split", default="test")
     parser.add_argument("--photos", type=int, default=1 << 30, help="the first so many (default: all)")
-    parser.add_argument("--runtime", action="append", choices=("jax", "onnx", "savedmodel"), help="default: all three")
+    parser.add_argument("--runtime", action="append", choices=tuple(WITHOUT), help="default: all three")
     parser.add_argument("--scratch", help="folder of environments and answers, which are kept (default: a passing one)")
     options = parser.parse_args()
-    options.runtime = options.runtime or ["jax", "onnx", "savedmodel"]
+    options.runtime = options.runtime or list(WITHOUT)
     with tempfile.TemporaryDirectory() as passing:
         options.scratch = options.scratch or passing
         print(json.dumps(measure(options)))

@@ -10,6 +10,8 @@ import pytest
 from geotoken_jax import cli
 from geotoken_jax.export import standalone
 from geotoken_jax.interop import official
+from geotoken_jax.predict import programs
+from geotoken_jax.settings import SettingsError
 from tests import tiny_export
 
 
@@ -41,6 +43,12 @@ def test_a_target_needs_an_export_and_an_export_a_target(made, tmp_path: Path, c
 def test_pytorch_refuses_what_the_published_code_does_not_have(made, capsys):
     said = refused(capsys, f"--from={made[0]}", "--target=pytorch")
     assert "config.model.norm is 'pre'" in said and "not 'post'" in said
+
+
+def test_noise_takes_no_beam(tmp_path: Path):
+    tiny_export.write(tmp_path, predict=dict(beam=3))
+    with pytest.raises(SettingsError, match=r"config\.predict\.beam is 3"):
+        programs.with_noise(tmp_path)
 
 
 def test_pytorch_writes_the_published_names(tmp_path: Path):

@@ -8,7 +8,6 @@ from jax.extend.core import jaxpr_as_fun
 
 from geotoken_jax.predict import programs
 from geotoken_jax.predict.programs import Program
-from geotoken_jax.settings import SettingsError
 
 _README = """# ONNX
 
@@ -24,15 +23,8 @@ Gumbel's for the others) they are others.
 
 
 def make(folder: epath.Path, out: epath.Path) -> str:
-    """Writes align.onnx, geotoken.onnx, weights inside, and noise.npy; returns what README.md is to say.
-
-    Raises SettingsError for candidates by beam search, whose sorting jax2onnx does not convert.
-    """
+    """Writes align.onnx, geotoken.onnx, weights inside, and noise.npy; returns what README.md is to say."""
     read, noise = programs.with_noise(folder)
-    if noise is None:
-        raise SettingsError(
-            "--target=onnx makes candidates by sampling: set config.predict.beam to 0, and export again"
-        )
     for name, program in read.items():
         _convert(program, out / f"{name}.onnx")
     with (out / "noise.npy").open("wb") as file:

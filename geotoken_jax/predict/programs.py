@@ -52,8 +52,8 @@ def decoding(model: GeoTokenModel, options: PredictSettings, *, noise: bool = Fa
 
     The arguments are those of predict.decode.Decoder, bfloat16, int32 and, the last, uint32; where options ask for
     samples they are those that Decoder draws. noise: for runtimes that know neither jax's random numbers nor bfloat16:
-    vectors are float32, and the last argument is the noise of the candidates [T, K, V] float32 (predict.sample.noise),
-    all photos' own, or nothing where options ask for a beam. The model's attention must be "xla". Where it reads when a
+    vectors are float32, the last argument is the noise of all photos' candidates [T, K, V] float32
+    (predict.sample.noise), and options ask for no beam. The model's attention must be "xla". Where it reads when a
     photo was taken, that is unknown here.
     """
     s = model.settings
@@ -77,19 +77,20 @@ def decoding(model: GeoTokenModel, options: PredictSettings, *, noise: bool = Fa
         "neighbor_tokens": jax.ShapeDtypeStruct((s.neighbors, s.cells.length), jnp.int32),
         "neighbor_count": jax.ShapeDtypeStruct((), jnp.int32),
     }
-    if not noise:
-        arguments["numbers"] = jax.ShapeDtypeStruct((), jnp.uint32)
-    elif not options.beam:
+    if noise:
         shape = (s.cells.length, 1 + samples, max(s.cells.vocab_sizes))
         arguments["noise"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    else:
+        arguments["numbers"] = jax.ShapeDtypeStruct((), jnp.uint32)
     return Program(model, arguments, run)
 
 
-def with_noise(folder: epath.PathLike) -> tuple[dict[str, Program], Float[np.ndarray, "T K V"] | None]:
+def with_noise(folder: epath.PathLike) -> tuple[dict[str, Program], Float[np.ndarray, "T K V"]]:
     """Returns the programs `align` and `geotoken` of an export's folder, for a runtime that is given the noise, and the
-    noise of number 0, which `GeoToken.load` draws with; None for the latter where candidates come from a beam.
+    noise of number 0, which `GeoToken.load` draws with.
 
-    Without bfloat16, a model whose products are in it is given float32 for them.
+    Without bfloat16, a model whose products are in it is given float32 for them. Raises SettingsError where candidates
+    come from a beam, whose sorting nothing but jax has been given yet.
     """
     folder = epath.Path(folder)
     config = json.loads((folder / "config.json").read_text())
@@ -98,13 +99,15 @@ def with_noise(folder: epath.PathLike) -> tuple[dict[str, Program], Float[np.nda
     aligned = AlignTask(settings.read(AlignSettings, config["align"], "align"), width)
     model = checkpoint.read_module(folder / "geotoken.safetensors", lambda rngs: GeoTokenModel(options, rngs))
     predict = settings.read(PredictSettings, config["predict"], "predict")
+    if predict.beam:
+        raise settings.SettingsError(
+            f"config.predict.beam is {predict.beam}, and this target has candidates by sampling only: export with 0"
+        )
     program = decoding(model, predict, noise=True)
     read = {
         "align": embedding(checkpoint.read_module(folder / "align.safetensors", aligned.init), width),
         "geotoken": program,
     }
-    if predict.beam:
-        return read, None
     key = jax.random.fold_in(jax.random.key(predict.seed), 0)
     length, candidates, vocabulary = program.arguments["noise"].shape
     drawn = [sample.noise(key[None], jnp.int32(t), candidates - 1, vocabulary)[0] for t in range(length)]

@@ -19,10 +19,13 @@ from benchmarks import torch_reference  # noqa: E402
 from benchmarks.torch_reference import Shape  # noqa: E402
 from geotoken_jax import sharding  # noqa: E402
 from geotoken_jax.gallery import placement  # noqa: E402
-from geotoken_jax.interop import official  # noqa: E402
+from geotoken_jax.gallery.table import Table  # noqa: E402
+from geotoken_jax.geo.cells import CellScheme  # noqa: E402
+from geotoken_jax.interop import official, targets  # noqa: E402
 from geotoken_jax.model.task import GeoTokenTask, LossSettings  # noqa: E402
 from geotoken_jax.train.optimizer import OptimizerSettings, make_optimizer, make_schedule  # noqa: E402
 from geotoken_jax.train.step import Trainer  # noqa: E402
+from tests import tiny_export  # noqa: E402
 
 SMALL = Shape(width=24, layers=1, heads=3, feed_forward=40, group=4, neighbors=2, backbone_width=20)
 
@@ -162,3 +165,22 @@ def test_the_benchmark_compares_both():
     # The published face has a head of 6 columns, ours of 16.
     assert found["ours"]["parameters"] - found["reference"]["parameters"] == 10 * 17
     assert found["ours"]["dtype"] == found["reference"]["dtype"] == "float32"
+
+
+def test_the_published_code_reads_what_export_writes_and_answers_alike(tmp_path):
+    """`geotoken export --target=pytorch`: the same greedy tokens, log-probabilities within 1e-3."""
+    features = tiny_export.write(tmp_path)[:11]
+    weights = torch.load(targets.make(tmp_path, "pytorch") / "geotoken.pth", weights_only=True)
+    model = torch_reference.Reference(
+        Shape(width=16, layers=2, heads=2, feed_forward=16, group=4, neighbors=3, backbone_width=tiny_export.WIDTH)
+    ).eval()
+    model.load_state_dict(weights)
+    ours = tiny_export.answers(tmp_path, features)
+    gallery = Table(tmp_path / "gallery")
+    near = torch.tensor(gallery.embeddings(ours["rows"]).astype(np.float32))
+    tokens = torch.tensor(CellScheme(20, 4).of_stored(gallery.tokens(ours["rows"]), None))
+    with torch.no_grad():
+        memory = model.encode(torch.tensor(ours["query"].astype(np.float32)), near, tokens)
+        found, log_p = torch_reference.search(model, memory, 1)
+    np.testing.assert_array_equal(found[:, 0], ours["tokens"][:, 0])
+    np.testing.assert_allclose(log_p[:, 0], ours["log_probability"][:, 0], atol=1e-3)

@@ -11,26 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.export import RUN, WITHOUT
 from tests import tiny_export
 
 ROOT = Path(__file__).parents[2]
-#: Target -> its environment, and what it must answer without. TensorFlow itself has ml_dtypes.
-ENVIRONMENTS = {
-    "onnx": (".onnx", "geotoken_jax,flax,jax,jaxlib,ml_dtypes"),
-    "savedmodel": (".tensorflow", "geotoken_jax,flax,jax,jaxlib"),
-}
-RUN = """
-import runpy, sys
-sys.modules.update(dict.fromkeys(sys.argv.pop(1).split(",")))
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+ENVIRONMENTS = {"onnx": ".onnx", "savedmodel": ".tensorflow"}
 
 
 @pytest.mark.parametrize("form", [tiny_export.OURS, {}], ids=["ours", "paper"])
 @pytest.mark.parametrize("target", ENVIRONMENTS)
 def test_a_target_answers_as_the_package(tmp_path: Path, target: str, form: dict):
-    folder, hidden = ENVIRONMENTS[target]
+    folder = ENVIRONMENTS[target]
     python = ROOT / folder / "bin" / "python"
     if not python.exists():
         pytest.skip(f"{folder} is not there: make test-targets makes it")
@@ -39,7 +30,7 @@ def test_a_target_answers_as_the_package(tmp_path: Path, target: str, form: dict
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     command = [python, "-m", "geotoken_jax.cli", "export", f"--from={tmp_path}", f"--target={target}"]
     subprocess.run(command, check=True, env=environ, timeout=600)
-    run = [python, "-I", "-c", RUN, hidden, *(tmp_path / name for name in ("standalone.py", "features.npy"))]
+    run = [python, "-I", "-c", RUN, WITHOUT[target], *(tmp_path / name for name in ("standalone.py", "features.npy"))]
     done = subprocess.run(
         [*run, tmp_path / "targets" / target], check=True, stdout=subprocess.PIPE, text=True, timeout=600
     )

@@ -13,7 +13,7 @@ GEOCLIP := geoclip==1.2.0
 BEAM := apache-beam==2.77.0
 # A browser's driver and its audit, fuzzers, and what makes pages of the documentation and of the notebook.
 TOOLS := playwright==1.65.2 axe-playwright-python==0.1.8 schemathesis==4.32.5 atheris==3.0.0 \
-  mkdocs-material==9.8.2 mkdocstrings-python==2.0.11 nbclient==0.11.0 ipykernel==7.4.0
+  mkdocs-material==9.8.2 mkdocstrings==1.0.8 mkdocstrings-python==2.0.11 nbclient==0.11.0 ipykernel==7.4.0
 # Pyright's wheel would ask for newer versions of itself over the network.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
 
@@ -52,10 +52,10 @@ test-interop: $(INSTALLED) .torch/.installed .beam/.installed ## what needs PyTo
 
 # Chromium itself comes from the system.
 test-tools: $(INSTALLED) .tools/.installed ## what needs Chromium, fuzzers, Jupyter or MkDocs (.tools, 600 MB)
-	PYTHONPATH=.tools $(BIN)/python -m pytest -q tests/tools
+	PYTHONPATH=.:.tools $(BIN)/python -m pytest -q tests/tools
 
 docs: $(INSTALLED) .tools/.installed ## the documentation as a site, in site/
-	PYTHONPATH=.tools $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=.:.tools $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "The site: $(CURDIR)/site/index.html"
 
 .tools/.installed:

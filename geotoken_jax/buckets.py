@@ -12,7 +12,7 @@ import os
 import re
 import textwrap
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,18 +41,18 @@ _UNFINISHED = re.compile(r"\.partial$|\.orbax-checkpoint-tmp")
 
 
 @contextlib.contextmanager
-def mirrored(folder: str | None, verb: str) -> Iterator[str | None]:
+def mirrored(folder: str | None, verb: str, read: Sequence[str] = ()) -> Iterator[str | None]:
     """Gives the copy of a work directory in a bucket, and keeps the two equal; any other folder as it is.
 
     folder: may be a URL such as s3://bucket/run or gs://bucket/run; its copy is in `runs/buckets`, or where
-    GEOTOKEN_BUCKETS says. verb: what is to be done there. Raises SettingsError if the URL cannot be a work directory,
+    GEOTOKEN_BUCKETS says. verb: what is to be done there; read: large folders that it reads this time. Raises SettingsError if the URL cannot be a work directory,
     and StageError if the bucket cannot be read or written.
     """
     if folder is None or not workdir.is_url(folder):
         yield folder
         return
     mirror = _Mirror(_checked(folder.rstrip("/")))
-    mirror.fetch(_UNREAD.get(verb, ()))
+    mirror.fetch(tuple(name for name in _UNREAD.get(verb, ()) if name not in read))
     ended = threading.Event()
     pushes = threading.Thread(target=mirror.push_until, args=(ended,), daemon=True)
     pushes.start()

@@ -28,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     try:
         config = _config(options, rest)
-        with buckets.mirrored(getattr(options, "workdir", None), options.verb) as folder:
+        shown = config is not None and (config.export.thumbnails or config.export.examples)  # of photos
+        with buckets.mirrored(getattr(options, "workdir", None), options.verb, ("photos",) * bool(shown)) as folder:
             options.workdir = folder
             sys.exit(options.run(options, config))
     except _errors(("geotoken_jax.train.loop", "Preempted")) as error:

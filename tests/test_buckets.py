@@ -129,6 +129,10 @@ def test_a_copy_that_lacks_files_gets_them_again_and_what_a_verb_does_not_read_s
     with buckets.mirrored(url, "train"):
         found = sorted(path.relative_to(str(folder)).as_posix() for path in Path(str(folder)).rglob("*.*"))
     assert found == [".bucket.json", "photos/manifest.json", "tokens/a.txt"]
+    with buckets.mirrored(url, "export"):
+        assert not Path(str(folder), "photos", "a.txt").exists()
+    with buckets.mirrored(url, "export", ["photos"]):  # an export with pictures
+        assert Path(str(folder), "photos", "a.txt").exists()
     assert sorted(there(url)) == ["photos/a.txt", "photos/manifest.json", "tokens/a.txt"]
 
 

@@ -45,8 +45,9 @@ def mirrored(folder: str | None, verb: str, read: Sequence[str] = ()) -> Iterato
     """Gives the copy of a work directory in a bucket, and keeps the two equal; any other folder as it is.
 
     folder: may be a URL such as s3://bucket/run or gs://bucket/run; its copy is in `runs/buckets`, or where
-    GEOTOKEN_BUCKETS says. verb: what is to be done there; read: large folders that it reads this time. Raises SettingsError if the URL cannot be a work directory,
-    and StageError if the bucket cannot be read or written.
+    GEOTOKEN_BUCKETS says. verb: what is to be done there; read: large folders that it reads this time, though it seldom
+    does. Raises SettingsError if the URL cannot be a work directory, and StageError if the bucket cannot be read or
+    written.
     """
     if folder is None or not workdir.is_url(folder):
         yield folder

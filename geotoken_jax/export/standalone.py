@@ -236,7 +236,7 @@ def _onnx(target, name):
     outputs = [output.name for output in session.get_outputs()]
     noise = {"noise": np.load(target / "noise.npy")} if name == "geotoken" else {}
 
-    def run(numbers=0, **arguments):
+    def run(numbers=None, **arguments):
         if np.any(numbers):
             raise ValueError("numbers other than 0 have noise of their own, and noise.npy is that of 0: give 0")
         return dict(zip(outputs, session.run(None, {**arguments, **noise})))  # noqa: B905

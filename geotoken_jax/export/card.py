@@ -26,15 +26,17 @@ def write(
     path: the work directory. config: with the variant's changes made. referred: the backbone's checkpoint, None where
     there is none. cost: of the int8 gallery, None where it is not.
     """
-    source = _source(path, config)
+    stated = source(path, config)
     chain = dict(sorted(_chain(path, [f"geotoken/{variant}", "gallery", "report"])))
-    made = {"photos": source, "backbone": referred, "made_by": f"geotoken-jax {__version__}", "manifests": chain}
+    made = {"photos": stated, "backbone": referred, "made_by": f"geotoken-jax {__version__}", "manifests": chain}
     workdir.write_json(folder / "provenance.json", made)
-    workdir.write_bytes(folder / "LICENSE", _license(source, referred).encode())
-    workdir.write_bytes(folder / "README.md", _card(folder, path, config, variant, source, referred, cost).encode())
+    workdir.write_bytes(folder / "LICENSE", _license(stated, referred).encode())
+    workdir.write_bytes(folder / "README.md", _card(folder, path, config, variant, stated, referred, cost).encode())
 
 
-def _source(path: epath.Path, config: Any) -> dict[str, Any]:
+def source(path: epath.Path, config: Any) -> dict[str, Any]:
+    """Returns the name of the source of a work directory's photos, and what it states of them
+    (data_prep.sources.Provenance)."""
     photos = workdir.read_manifest(path, "photos")
     name = photos.settings.get("photos", {}).get("source", config.photos.source)
     return {"source": name, **photos.facts.get("provenance", _UNSTATED)}

@@ -18,6 +18,7 @@ from PIL import Image
 
 from geotoken_jax import records, workdir
 from geotoken_jax.backbone.preprocess import ImageError, open_image
+from geotoken_jax.export import card
 from geotoken_jax.geo.distance import great_circle_km
 from geotoken_jax.predict import exported
 from geotoken_jax.progress import Progress
@@ -33,13 +34,10 @@ _QUALITY = 75
 _EXAMPLE = (1024, 90)
 #: Photos of `test` that examples are chosen from, and the distance up to which an answer is a right one: a region.
 _AMONG, _RIGHT_KM = 5_000, 200
-#: Source -> what is said of its photos on the page, and who has made them.
-_WORDS = {
-    "earthview": (
-        "It knows views from above, as of a satellite: a photo from the ground is placed somewhere, and wrongly.",
-        "Photos: NASA Blue Marble and Natural Earth's shaded relief (public domain), NOAA ETOPO1; their places: "
-        "GeoNames (CC BY 4.0).",
-    )
+#: Source -> what a model of its photos knows.
+_KNOWS = {
+    "earthview": "It knows views from above, as of a satellite: a photo from the ground is placed somewhere, and "
+    "wrongly."
 }
 
 
@@ -78,15 +76,14 @@ def write(path: epath.Path, folder: epath.Path, config: Any, variant: str, ids: 
     examples = _write_examples(path, variant, config.export.examples, folder) if config.export.examples else []
     if examples:
         counts[_EXAMPLES] = len(examples)
-    knows, credit = _WORDS.get(
-        config.photos.source, ("It knows photos like those it was trained on: others are often placed wrongly.", "")
-    )
+    stated = card.source(path, config)
+    others = "It knows photos like those it was trained on: others are often placed wrongly."
     words = {
         "name": config.evaluate.labels.get(variant, variant),
-        "data": config.photos.source,
+        "data": stated["source"],
         "photos": len(ids),
-        "knows": knows,
-        "credit": credit,
+        "knows": _KNOWS.get(stated["source"], others),
+        "credit": "" if stated["license"] == "unknown" else f"{stated['origin']} {stated['terms']}",
         "examples": [dataclasses.asdict(example) for example in examples],
     }
     workdir.write_json(folder / PAGE, words)

@@ -17,7 +17,10 @@ TOOLS := playwright==1.65.2 axe-playwright-python==0.1.8 schemathesis==4.32.5 at
 # Pyright's wheel would ask for newer versions of itself over the network.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
 
-.PHONY: help demo test test-interop test-tools docs lint bench lock clean
+# What jax2onnx and TensorFlow need excludes what we need: each has an environment of its own.
+PACKAGES = $$($(BIN)/python -c 'from geotoken_jax.interop.targets import TARGETS; print(TARGETS["$(1)"][1])')
+
+.PHONY: help demo test test-interop test-tools test-targets docs lint bench lock clean
 
 help: ## say what each target does
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
@@ -54,6 +57,17 @@ test-interop: $(INSTALLED) .torch/.installed .beam/.installed ## what needs PyTo
 test-tools: $(INSTALLED) .tools/.installed ## what needs Chromium, fuzzers, Jupyter or MkDocs (.tools, 600 MB)
 	PYTHONPATH=.:.tools $(BIN)/python -m pytest -q tests/tools
 
+test-targets: $(INSTALLED) .onnx/.installed .tensorflow/.installed ## what needs jax2onnx (.onnx, 1.1 GB) or TensorFlow (.tensorflow, 2.1 GB)
+	$(BIN)/python -m pytest -q tests/targets
+
+.onnx/.installed .tensorflow/.installed: %/.installed:
+	@echo "Installing what converts an export into $*, once: some minutes"
+	@$(PYTHON) -m venv --clear $*
+	@$*/bin/python -m pip --disable-pip-version-check --no-input install --quiet $(call PACKAGES,$(TARGET_$*))
+	@touch $@
+TARGET_.onnx := onnx
+TARGET_.tensorflow := savedmodel
+
 docs: $(INSTALLED) .tools/.installed ## the documentation as a site, in site/
 	NO_MKDOCS_2_WARNING=1 PYTHONPATH=.:.tools $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "The site: $(CURDIR)/site/index.html"
@@ -70,8 +84,8 @@ lint: $(INSTALLED) ## ruff and pyright
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-bench: $(INSTALLED) ## every benchmark, one JSON line each
-	@for file in $$(grep -l '__main__' benchmarks/*.py | grep -v torch_reference); do \
+bench: $(INSTALLED) ## every benchmark, one JSON line each (serving needs locust, export makes environments: by hand)
+	@for file in $$(grep -l '__main__' benchmarks/*.py | grep -vE 'torch_reference|benchmarks/(clients|export|serving)'); do \
 	  $(BIN)/python -m benchmarks.$$(basename $$file .py) || exit 1; \
 	done
 
@@ -80,8 +94,8 @@ lock: $(INSTALLED) ## write requirements-lock.txt again, keeping pins that still
 	  --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" \
 	  --extra dev --extra prep --extra serve $(UPGRADE) --output-file requirements-lock.txt pyproject.toml
 
-clean: ## remove .venv, .torch, .beam, .tools and caches; runs/ stays
-	rm -rf .venv .torch .beam .tools site .pytest_cache .ruff_cache .hypothesis build dist
+clean: ## remove .venv, .torch, .beam, .tools, .onnx, .tensorflow and caches; runs/ stays
+	rm -rf .venv .torch .beam .tools .onnx .tensorflow site .pytest_cache .ruff_cache .hypothesis build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): requirements-lock.txt

@@ -382,8 +382,7 @@ def _train(config: Any, path: str, variants: Sequence[str]) -> None:
                 f"config.model.backbone_width = {changed.model.backbone_width} is not the width of these features: set "
                 f"it to {features.facts['width']}"
             )
-        if not before:
-            check_context(changed, path)
+        check_context(changed, path)
         made_with = {
             "model": settings.outcome(changed.model),
             "loss": changed.loss,

@@ -417,7 +417,7 @@ def test_what_predict_prints_as_json_lines_is_what_evaluation_reads(tmp_path):
         *(1.0, 2.0, 30.0, 400.0, {25: 0.4, 200: 0.9}),
         candidates=(Candidate(1.0, 2.0, 0.3),),
         cells=(Cell(20, 1.0, 2.0, 0.3), Cell(3, 10.0, 2.0, 0.2)),
-        neighbors=(Neighbor("a", 1.0, 2.0, 2.5),),
+        neighbors=(Neighbor("a", 1.0, 2.0, 2.5, 0),),
     )
     claims = evaluate.read_points(write(tmp_path / "p.jsonl", [{"id": "x", **dataclasses.asdict(answer)}])).claims
     assert claims.radius_km.tolist() == [[30, 400]]

@@ -25,7 +25,7 @@ class Echo(Predictor):
         self.may = threading.Event()
         self.may.set()
 
-    def _predict(self, photos: Sequence[Any]) -> list[Prediction]:
+    def _predict(self, photos: Sequence[Any], captured: Any) -> list[Prediction]:
         self.batches.append(list(photos))
         self.threads.add(threading.get_ident())
         assert self.may.wait(20)

@@ -1,5 +1,6 @@
 """The gallery's table: what is known of each of its photos, in memory-mapped flat arrays."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -151,7 +152,7 @@ def index_vectors(embeddings: Float[np.ndarray, "B 3 C"]) -> Float[np.ndarray, "
     """
     vectors = np.asarray(embeddings, np.float32)
     vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
-    return vectors.reshape(len(vectors), -1)
+    return vectors.reshape(len(vectors), math.prod(vectors.shape[1:]))  # -1 could not be told of none
 
 
 class IndexVectors:

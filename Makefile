@@ -31,7 +31,7 @@ demo: $(INSTALLED) ## the whole path on the embedded photos, then a report to op
 
 # A worker that dies is not replaced: with loadfile the rest would wait for it forever.
 test: $(INSTALLED) ## the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart=0 -q tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart=0 -q tests --ignore=tests/tools
 
 test-interop: $(INSTALLED) .torch/.installed .beam/.installed ## what needs PyTorch and transformers (.torch, 1.1 GB) or Beam (.beam, 460 MB)
 	PYTHONPATH=.torch $(BIN)/python -m pytest -q tests/interop

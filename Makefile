@@ -55,7 +55,7 @@ test-interop: $(INSTALLED) .torch/.installed .beam/.installed ## what needs PyTo
 
 # Chromium itself comes from the system.
 test-tools: $(INSTALLED) .tools/.installed ## what needs Chromium, fuzzers, Jupyter or MkDocs (.tools, 600 MB)
-	PYTHONPATH=.:.tools $(BIN)/python -m pytest -q tests/tools
+	PYTHONPATH=$(CURDIR):$(CURDIR)/.tools $(BIN)/python -m pytest -q tests/tools
 
 test-targets: $(INSTALLED) .onnx/.installed .tensorflow/.installed ## what needs jax2onnx (.onnx, 1.1 GB) or TensorFlow (.tensorflow, 2.1 GB)
 	$(BIN)/python -m pytest -q tests/targets

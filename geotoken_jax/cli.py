@@ -28,8 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     try:
         config = _config(options, rest)
-        shown = config is not None and (config.export.thumbnails or config.export.examples)  # of photos
-        with buckets.mirrored(getattr(options, "workdir", None), options.verb, ("photos",) * bool(shown)) as folder:
+        with buckets.mirrored(getattr(options, "workdir", None), options.verb, _shown(options, config)) as folder:
             options.workdir = folder
             sys.exit(options.run(options, config))
     except _errors(("geotoken_jax.train.loop", "Preempted")) as error:
@@ -41,6 +40,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print(f"\ngeotoken {options.verb}: interrupted; the same command goes on from here", file=sys.stderr)
         processes.leave(130)
+
+
+def _shown(options: argparse.Namespace, config: Any) -> tuple[str, ...]:
+    """Returns the folder that an export with pictures reads, and that other verbs and exports leave in a bucket."""
+    asked = config is not None and options.verb == "export" and "export" in config
+    return ("photos",) if asked and (config.export.thumbnails or config.export.examples) else ()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -12,7 +12,7 @@ mountpoint -q /mnt/work || sudo mount -t nfs "$NFS" /mnt/work
 sudo docker rm -f geotoken 2>/dev/null || true # of a connection that broke
 # --user: the device files of a TPU are root's. COMMAND is words.
 # shellcheck disable=SC2086
-sudo docker run --rm --name=geotoken --user=root --privileged --net=host --volume=/mnt/work:/work \
+sudo docker run --rm --name=geotoken --user=root --privileged --net=host --volume=/mnt/work:/workdir \
   --env=JAX_COORDINATOR_ADDRESS="$first:8476" --env=JAX_NUM_PROCESSES="${#workers[@]}" \
-  --env=JAX_PROCESS_ID="$(metadata agent-worker-number)" --env=JAX_COMPILATION_CACHE_DIR=/work/compiled \
+  --env=JAX_PROCESS_ID="$(metadata agent-worker-number)" --env=JAX_COMPILATION_CACHE_DIR=/workdir/compiled \
   "$IMAGE" $COMMAND || { code=$? && echo "launch/tpu_worker.sh: ended with $code" && exit "$code"; }

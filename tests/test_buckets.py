@@ -1,5 +1,6 @@
 """A work directory in a bucket: equal to its copy, wherever that is, and whatever was interrupted."""
 
+import argparse
 import contextlib
 import logging
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from geotoken_jax import buckets, checkpoint, cli, workdir
 from geotoken_jax.settings import SettingsError
@@ -134,6 +136,12 @@ def test_a_copy_that_lacks_files_gets_them_again_and_what_a_verb_does_not_read_s
     with buckets.mirrored(url, "export", ["photos"]):  # an export with pictures
         assert Path(str(folder), "photos", "a.txt").exists()
     assert sorted(there(url)) == ["photos/a.txt", "photos/manifest.json", "tokens/a.txt"]
+
+
+@pytest.mark.parametrize(("verb", "side", "read"), [("export", 64, ("photos",)), ("export", 0, ()), ("train", 64, ())])
+def test_only_an_export_with_pictures_asks_for_photos(verb, side, read):
+    config = ConfigDict({"export": {"thumbnails": side, "examples": 0}})
+    assert cli._shown(argparse.Namespace(verb=verb), config) == read
 
 
 def test_training_goes_on_on_another_machine_as_if_it_had_not_been_ended(url, tmp_path, monkeypatch):

@@ -44,8 +44,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _shown(options: argparse.Namespace, config: Any) -> tuple[str, ...]:
     """Returns the folder that an export with pictures reads, and that other verbs and exports leave in a bucket."""
-    asked = config is not None and options.verb == "export" and "export" in config
-    return ("photos",) if asked and (config.export.thumbnails or config.export.examples) else ()
+    if options.verb != "export" or config is None or "export" not in config:
+        return ()
+    return ("photos",) if config.export.thumbnails or config.export.examples else ()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -19,14 +19,17 @@ from typing import Any
 import numpy as np
 
 from configs import demo
-from geotoken_jax import checkpoint, cli, records
+from geotoken_jax import checkpoint, configuration, records
 from geotoken_jax import workdir as stages
 from geotoken_jax.align.heads import embeddings
 from geotoken_jax.align.task import AlignTask
 from geotoken_jax.analysis import evaluate
+from geotoken_jax.artifacts import Workdir
 from geotoken_jax.gallery import index, neighbors
 from geotoken_jax.gallery.table import index_vectors
 from geotoken_jax.geo import distance
+from geotoken_jax.sharding import make_mesh
+from geotoken_jax.stages import align, training
 
 #: What is trained: the demo's alignment, but whitened, for twice as long, and the last parameters kept.
 BASE: dict[str, Any] = dict(model=dict(whiten=3.0), train=dict(examples=96_000, evaluate_every=187))
@@ -54,10 +57,11 @@ RANKS, DISTANCES_KM = (1, 5, 15), (25, 200)
 
 def train(config: Any, workdir: str) -> tuple[Any, int]:
     """Returns the alignment model that config.align trains on a work directory's features, and its parameters."""
-    mesh = cli.make_mesh(config)
-    task, splits, resident = cli.aligner(config, workdir, mesh)
+    config = configuration.read(config)
+    mesh = make_mesh(config.mesh)
+    task, splits, resident = align.aligner(config, Workdir(workdir), mesh)
     with tempfile.TemporaryDirectory() as folder:
-        _, result = cli.fit(task, config.align.train, "align.train", mesh, splits, folder, "align", resident)
+        result = training.fit(task, config.align.train, mesh, splits, folder, "align", resident)
         untrained = AlignTask(task.settings, task.width)
         return checkpoint.read_module(Path(folder) / "parameters.safetensors", untrained.init), result.parameters
 

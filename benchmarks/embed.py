@@ -29,8 +29,10 @@ from configs import common
 from data_prep import embed, photos
 from data_prep.sources import UNKNOWN, Photo
 from geotoken_jax import backbone, chips, workdir
+from geotoken_jax.artifacts import Workdir
 from geotoken_jax.backbone import checkpoint
 from geotoken_jax.backbone.clip import Clip
+from geotoken_jax.configuration import read as read_config
 from tests import checkpoints
 
 #: Width, layers, heads and patch of the image tower; the text tower is that of the same checkpoint.
@@ -186,7 +188,7 @@ def stage(options: argparse.Namespace, tower: Any, folder: Path) -> dict[str, An
 
     real, backbone.make = backbone.make, lambda settings, mesh=None: Timed()
     try:
-        took = seconds(lambda: embed.run(config, folder))
+        took = seconds(lambda: embed.run(read_config(config), Workdir(folder)))
     finally:
         backbone.make = real
     return {

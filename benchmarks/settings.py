@@ -37,16 +37,20 @@ COLUMNS = {
 }
 
 
-def train(config: Any, workdir: str, examples: int) -> dict[str, float]:
+def measure(config: Any, workdir: str, examples: int) -> dict[str, float]:
     """Returns the best validation's metrics of a short training, and how long it took."""
-    from geotoken_jax import cli
+    from geotoken_jax import configuration
+    from geotoken_jax.artifacts import Workdir
+    from geotoken_jax.sharding import make_mesh
+    from geotoken_jax.stages import train, training
 
     config.train.update(examples=examples, evaluate_every=max(1, examples // config.train.batch_size // 4))
-    mesh = cli.make_mesh(config)
-    task, splits, resident = cli.decoder(config, workdir, mesh)
+    config = configuration.read(config)
+    mesh = make_mesh(config.mesh)
+    task, splits, resident = train.decoder(config, Workdir(workdir), mesh)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        _, result = cli.fit(task, config.train, "train", mesh, splits, folder, "train", resident)
+        result = training.fit(task, config.train, mesh, splits, folder, "train", resident)
         lines = map(json.loads, (Path(folder) / "metrics.jsonl").read_text().splitlines())
         best = next(line for line in lines if line["step"] == result.best_step and "validation/loss" in line)
     found = {column: round(best[name], 4) for name, column in COLUMNS.items()}
@@ -83,7 +87,7 @@ def main() -> None:
     for name in options.only or CHANGES:
         config: Any = demo.get_config()
         config.model.update(CHANGES[name])
-        print(json.dumps({"setting": name, **train(config, options.workdir, options.examples)}), flush=True)
+        print(json.dumps({"setting": name, **measure(config, options.workdir, options.examples)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,11 @@
 """Apache Beam as the engine of `prepare` where one machine is not enough; the extra `beam` brings it."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from geotoken_jax.preparation import BeamSettings
 from geotoken_jax.settings import SettingsError
 from geotoken_jax.workdir import StageError
-
-
-@dataclasses.dataclass(frozen=True)
-class BeamSettings:
-    """runner: of the pipeline (DirectRunner, FlinkRunner, SparkRunner, DataflowRunner); "" is no Beam: `workers`
-    processes of this machine. options: of the pipeline, handed on as they are, such as `--flink_master=host:8081`."""
-
-    runner: str
-    options: tuple[str, ...]
 
 
 def run_tasks(do: Callable[[Any], Any], tasks: Sequence[Any], settings: BeamSettings) -> None:

@@ -17,11 +17,14 @@ from typing import Any, TypeVar
 import numpy as np
 from etils import epath
 
-from geotoken_jax import backbone, processes, records, settings, workdir
+from geotoken_jax import backbone, processes, records, settings
+from geotoken_jax.artifacts import Workdir
 from geotoken_jax.backbone import views
 from geotoken_jax.backbone.preprocess import ImageError, open_image, place_text
+from geotoken_jax.configuration import Config
+from geotoken_jax.preparation import EmbedSettings
 from geotoken_jax.progress import Progress
-from geotoken_jax.workdir import Manifest
+from geotoken_jax.workdir import Manifest, write_json
 
 #: Photos a shard: also what an interrupted run does again.
 _SHARD = 4096
@@ -33,28 +36,19 @@ Item = TypeVar("Item")
 Made = TypeVar("Made")
 
 
-@dataclasses.dataclass(frozen=True)
-class EmbedSettings(backbone.BackboneSettings):
-    """threads: that decode photos. views: further ones of each photo that is trained on."""
-
-    threads: int
-    views: views.ViewsSettings
-
-
-def run(config: Any, path: epath.PathLike) -> Manifest | None:
-    """Makes features/ from photos/, shard by shard; returns None while other processes have shards to make.
+def run(config: Config, workdir: Workdir) -> list[Manifest]:
+    """Makes features/ from photos/, shard by shard; returns no manifest while other processes have shards to make.
 
     An unreadable photo is dropped and counted. Further views of the photos that are trained on are a split of their
     own, all those of a photo in a row.
     """
-    options = settings.read(EmbedSettings, config.embed, "embed")
-    made_with = backbone.made_with(options)
-    if options.views.count:
-        made_with["views"] = options.views
-    stage = workdir.begin(path, "features", {"embed": made_with}, ["photos"])
+    options = config.embed
+    seen = options.views if options.views.count else {"count": 0}
+    made_with = {"embed": settings.plain({**backbone.made_with(options), "views": settings.result(seen)})}
+    stage = workdir.begin(config, "features", (), ["photos"], made_with)
     if stage.manifest:
-        return stage.manifest
-    splits = workdir.read_manifest(path, "photos").counts
+        return [stage.manifest]
+    splits = workdir.manifest("photos").counts
     viewed = {views.SPLIT: splits[views.OF]} if options.views.count else {}
     (stage.path / "ledgers").mkdir(exist_ok=True)
     shards = [shard for split, photos in (splits | viewed).items() for shard in _shards(stage.path, split, photos)]
@@ -63,16 +57,16 @@ def run(config: Any, path: epath.PathLike) -> Manifest | None:
     done = sum(len(shard.rows) for shard in own if shard.whole)
     with Progress("embed", sum(len(shard.rows) for shard in own), "photos", done) as progress:
         if missing:
-            _make(missing, options, epath.Path(path) / "photos", progress)
+            _make(missing, options, workdir, progress)
     if not all(shard.whole for shard in shards):
-        return None
+        return []
     counts, dropped, width = dict.fromkeys(splits | viewed, 0), 0, 0
     for shard in shards:
         ledger = json.loads(shard.ledger.read_text())
         width = ledger["width"]
         counts[shard.split] += ledger["records"]
         dropped += len(ledger["failures"]) if shard.split in splits else 0
-    return stage.finish(counts, {"unreadable image": dropped} if dropped else {}, width=width)
+    return [stage.finish(counts, {"unreadable image": dropped} if dropped else {}, width=width)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,11 +106,11 @@ class _Batch:
     images: np.ndarray | None = None
 
 
-def _make(shards: list[_Shard], options: EmbedSettings, photos: epath.Path, progress: Progress) -> None:
+def _make(shards: list[_Shard], options: EmbedSettings, workdir: Workdir, progress: Progress) -> None:
     """Writes shards. Photos are decoded in one pool of threads and embedded in another; texts, here."""
     tower = backbone.make(options)
     layout = records.feature_layout(tower.width)
-    sources = {shard.split: records.Photos(photos, _of(shard.split)) for shard in shards}
+    sources = {shard.split: workdir.photos(_of(shard.split)) for shard in shards}
     looks = {split: _views(tower, options.views) if split == views.SPLIT else _itself(tower) for split in sources}
     texts = _Texts(tower)
 
@@ -156,7 +150,7 @@ def _make(shards: list[_Shard], options: EmbedSettings, photos: epath.Path, prog
         for shard, of_shard in itertools.groupby(batches, key=lambda batch: batch.shard):
             ledger: dict[str, Any] = {"records": 0, "width": tower.width, "failures": []}
             records.write_shard(shard.file, encoded(of_shard, ledger))
-            workdir.write_json(shard.ledger, ledger)
+            write_json(shard.ledger, ledger)
 
 
 def _rows(batch: _Batch, texts: "_Texts", layout: records.Layout) -> list[bytes]:

@@ -1,15 +1,13 @@
 """The second part of the stage `index`: for every photo of every split, the rows of its nearest gallery photos."""
 
-import dataclasses
-from typing import Any
-
 import numpy as np
-from etils import epath
 
-from data_prep.gallery import GALLERY, open_table
-from geotoken_jax import records, settings, workdir
+from geotoken_jax import records
+from geotoken_jax.artifacts import Workdir
 from geotoken_jax.backbone import views
-from geotoken_jax.gallery.exclude import ExcludeSettings, rules
+from geotoken_jax.configuration import Config
+from geotoken_jax.gallery.exclude import rules
+from geotoken_jax.gallery.neighbors import find
 from geotoken_jax.gallery.table import index_vectors
 from geotoken_jax.progress import Progress
 from geotoken_jax.workdir import Manifest
@@ -17,39 +15,24 @@ from geotoken_jax.workdir import Manifest
 _BATCH = 8192
 
 
-@dataclasses.dataclass(frozen=True)
-class NeighborsSettings:
-    """count: kept of each photo. exclude: of photos that are trained on (an author's other photos of a place are far
-    easier to find than a stranger's, and a new photo has none). exclude_in_evaluation: of all others."""
-
-    count: int
-    exclude: ExcludeSettings
-    exclude_in_evaluation: ExcludeSettings
-
-
-def run(config: Any, path: epath.PathLike) -> Manifest:
+def run(config: Config, workdir: Workdir) -> list[Manifest]:
     """Makes neighbors/SPLIT.rows.npy [n, K] int32 and neighbors/SPLIT.scores.npy [n, K] float32, best first.
 
     A photo is never its own neighbor, nor a neighbor of its views, by id. Where fewer than K are left, rows are -1 and
     scores -inf; the manifest's `fewer` counts these photos.
     """
-    path = epath.Path(path)
-    options = settings.read(NeighborsSettings, config.index.neighbors, "index.neighbors")
-    stage = workdir.begin(path, "neighbors", {"index": {"neighbors": options}}, ["gallery", "queries"])
+    options = config.index.neighbors
+    stage = workdir.begin(config, "neighbors", ["index.neighbors"], ["gallery", "queries"])
     if stage.manifest:
-        return stage.manifest
-    from geotoken_jax.gallery import index  # and jax with it
-    from geotoken_jax.gallery.neighbors import find
-
-    searcher = index.load(path / "gallery" / "index", config.index.search.threads)
-    splits = workdir.read_manifest(path, "features").counts
-    gallery = open_table(path, GALLERY)
+        return [stage.manifest]
+    searcher, gallery = workdir.index(config.index.search.threads), workdir.gallery
+    splits = workdir.manifest("features").counts
     of_gallery = {name: getattr(gallery, name)() for name in ("ids", "authors", "coordinates")}
     fewer = {}
     with Progress("neighbors", sum(splits.values()), "photos") as progress:
         for split in splits:
-            table = open_table(path, split)
-            rows_file, scores_file = (stage.path / f"{split}.{name}.npy" for name in ("rows", "scores"))
+            table = workdir.table(split)
+            rows_file, scores_file = (workdir.neighbors_file(split, name) for name in ("rows", "scores"))
             exclude = options.exclude if split in (views.OF, views.SPLIT) else options.exclude_in_evaluation
             if not scores_file.exists():
                 found = []
@@ -65,4 +48,4 @@ def run(config: Any, path: epath.PathLike) -> Manifest:
             else:
                 progress.add(len(table))
             fewer[split] = int((records.open_array(rows_file)[:, -1] < 0).sum())
-    return stage.finish(splits, fewer=fewer)
+    return [stage.finish(splits, fewer=fewer)]

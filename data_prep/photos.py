@@ -25,18 +25,22 @@ import numpy as np
 from etils import epath
 
 from data_prep import images
-from data_prep.beam import BeamSettings, run_tasks
+from data_prep.beam import run_tasks
 from data_prep.sources import Drop, Photo, Source
-from data_prep.sources.earthview import EarthView, EarthViewSettings
-from data_prep.sources.folder import Folder, FolderSettings
-from data_prep.sources.im2gps3k import Im2gps3k, Im2gps3kSettings
-from data_prep.sources.mp16_pro import MP16Pro, MP16ProSettings
-from data_prep.sources.osv5m import Osv5m, Osv5mSettings
-from data_prep.sources.yfcc import Yfcc, YfccSettings
-from geotoken_jax import records, settings, workdir
+from data_prep.sources.earthview import EarthView
+from data_prep.sources.folder import Folder
+from data_prep.sources.im2gps3k import Im2gps3k
+from data_prep.sources.mp16_pro import MP16Pro
+from data_prep.sources.osv5m import Osv5m
+from data_prep.sources.yfcc import Yfcc
+from geotoken_jax import records
+from geotoken_jax.artifacts import Workdir
+from geotoken_jax.configuration import Config
 from geotoken_jax.geo.cells import CellScheme
+from geotoken_jax.preparation import BeamSettings
 from geotoken_jax.progress import Progress
-from geotoken_jax.workdir import Manifest
+from geotoken_jax.settings import SettingsError
+from geotoken_jax.workdir import Manifest, Stage, StageError, write_bytes, write_json
 
 #: Name of a source, and of its section of config.photos -> the source.
 SOURCES = {
@@ -55,44 +59,24 @@ _EARLIEST = 1e8
 _ATTEMPTS = "attempts"
 
 
-@dataclasses.dataclass(frozen=True)
-class PhotosSettings:
-    """source: one of SOURCES. workers: processes; 1 is this one. beam: the engine instead of them. max_dropped: share
-    of photos, 0-1, above which dropping them is an error. Each source has its section."""
-
-    source: str
-    workers: int
-    beam: BeamSettings
-    max_dropped: float
-    earthview: EarthViewSettings
-    mp16_pro: MP16ProSettings
-    folder: FolderSettings
-    im2gps3k: Im2gps3kSettings
-    yfcc: YfccSettings
-    osv5m: Osv5mSettings
-
-
-def run(config: Any, path: epath.PathLike) -> Manifest:
-    """Makes photos/ in the work directory `path` from config.photos.
+def run(config: Config, workdir: Workdir) -> list[Manifest]:
+    """Makes photos/ from config.photos.
 
     Raises SettingsError for an unknown source, StageError if too many photos are dropped or two have one id.
     """
-    photos = settings.read(PhotosSettings, config.photos, "photos")
+    photos = config.photos
     if photos.source not in SOURCES:
-        raise settings.SettingsError(f"config.photos.source is {photos.source!r}: use one of {', '.join(SOURCES)}")
+        raise SettingsError(f"config.photos.source is {photos.source!r}: use one of {', '.join(SOURCES)}")
     chosen = getattr(photos, photos.source)
-    # The engine and the limit on drops do not change what is written, and other sources are not read.
-    made_with = {"photos": {"source": photos.source, photos.source: chosen}}
-    stage = workdir.begin(path, "photos", made_with, inputs=())
+    # Other sources are not read.
+    stage = workdir.begin(config, "photos", ["photos.source", f"photos.{photos.source}"], inputs=())
     kind = SOURCES[photos.source]
     # MP16-Pro is surveyed once; what was found is kept beside the shards that are cut by it.
     source = MP16Pro(chosen, str(stage.path)) if kind is MP16Pro else kind(chosen)
-    return make(stage, source, photos.workers, photos.max_dropped, photos.beam)
+    return [make(stage, source, photos.workers, photos.max_dropped, photos.beam)]
 
 
-def make(
-    stage: workdir.Stage, source: Source, workers: int, max_dropped: float, beam: BeamSettings | None = None
-) -> Manifest:
+def make(stage: Stage, source: Source, workers: int, max_dropped: float, beam: BeamSettings | None = None) -> Manifest:
     """Fills a stage's folder from a source unless it is complete; see PhotosSettings for the arguments."""
     if stage.manifest:
         return stage.manifest
@@ -104,7 +88,7 @@ def make(
             run_tasks(_make_apart, missing, beam)
             progress.add(len(missing))
             if not all(task.ledger.exists() for task in missing):
-                raise workdir.StageError(
+                raise StageError(
                     f"{beam.runner} has made all shards, but not all are in {stage.path}: every machine must have this "
                     "folder, and the photos', under the same full path"
                 )
@@ -120,12 +104,12 @@ def make(
     every = [ledger for split in ledgers.values() for ledger in split]
     drops = [drop for ledger in every for drop in ledger["dropped"]]
     lines = [json.dumps({"id": name, "reason": reason}) + "\n" for name, reason in drops]
-    workdir.write_bytes(stage.path / "dropped.jsonl", "".join(lines).encode())
+    write_bytes(stage.path / "dropped.jsonl", "".join(lines).encode())
     dropped = Counter(reason for _, reason in drops)
     counts = {split: sum(ledger["photos"] for ledger in ledgers[split]) for split in ledgers}
     share = len(drops) / max(1, len(drops) + sum(counts.values()))
     if share > max_dropped:
-        raise workdir.StageError(
+        raise StageError(
             f"{share:.1%} of the photos were dropped ({dict(dropped)}), more than config.photos.max_dropped = "
             f"{max_dropped}: look at {stage.path / 'dropped.jsonl'}, then mend the source or raise the limit"
         )
@@ -212,7 +196,7 @@ def _make_shard(task: _Task) -> int:
 
     n = records.write_shard(task.shard_path, encoded())
     records.save_array(task.ids, np.array([name.encode() for name in ids], f"S{records.ID_BYTES}"))
-    workdir.write_json(task.ledger, {"photos": n, "bytes": sum(sizes), "dropped": dropped, **times})
+    write_json(task.ledger, {"photos": n, "bytes": sum(sizes), "dropped": dropped, **times})
     return n
 
 
@@ -277,7 +261,7 @@ def _refuse_repeated(tasks: list[_Task]) -> None:
     names, counts = np.unique(ids, return_counts=True)
     if len(names) < len(ids):
         repeated = names[counts > 1]
-        raise workdir.StageError(
+        raise StageError(
             f"{len(repeated)} ids are in more than one shard, {repeated[0].decode()!r} first: a photo must be in one "
             "split, once; mend the source"
         )

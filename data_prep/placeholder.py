@@ -1,9 +1,7 @@
 """Pictures that stand for a photo that is gone, such as Flickr's "no longer available"."""
 
 import collections
-import dataclasses
 import hashlib
-import re
 from collections.abc import Callable
 
 import numpy as np
@@ -11,38 +9,18 @@ from jaxtyping import Bool, Int
 from PIL import Image
 
 from geotoken_jax.backbone.preprocess import ImageError, open_image
+from geotoken_jax.preparation import PlaceholderSettings
 
 
-@dataclasses.dataclass(frozen=True)
-class PlaceholderSettings:
-    """hashes: of known placeholders, as `dhash` makes them, in 16 hexadecimal digits; none: no photo is decoded.
-    distance: bits in which a placeholder may differ from its hash. identical: photos that may have the same bytes;
-    where more do, all of them are placeholders."""
-
-    hashes: tuple[str, ...]
-    distance: int
-    identical: int
-
-    def __post_init__(self):
-        for value in self.hashes:
-            if not re.fullmatch("[0-9a-f]{16}", str(value)):
-                raise ValueError(
-                    f"config.photos.mp16_pro.placeholder.hashes has {value!r}: write each as 16 of the digits 0-9a-f"
-                )
-        if not 0 <= self.distance < 64:
-            raise ValueError(f"config.photos.mp16_pro.placeholder.distance is {self.distance}: use 0 to 63 bits")
-        if self.identical < 1:
-            raise ValueError(f"config.photos.mp16_pro.placeholder.identical is {self.identical}: use 1 or more")
-
-    def match(self, image: bytes) -> bool:
-        """Says whether an encoded image looks like a known placeholder; one that cannot be decoded does not."""
-        if not self.hashes:
-            return False
-        try:
-            found = dhash(image)
-        except ImageError:
-            return False
-        return any((found ^ int(known, 16)).bit_count() <= self.distance for known in self.hashes)
+def looks_like(image: bytes, known: PlaceholderSettings) -> bool:
+    """Says whether an encoded image looks like a known placeholder; one that cannot be decoded does not."""
+    if not known.hashes:
+        return False
+    try:
+        found = dhash(image)
+    except ImageError:
+        return False
+    return any((found ^ int(value, 16)).bit_count() <= known.distance for value in known.hashes)
 
 
 def dhash(image: bytes) -> int:

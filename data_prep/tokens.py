@@ -1,31 +1,26 @@
 """The last part of the stage `index`: records of what the decoder reads of each photo, joined by row numbers."""
 
-from typing import Any
-
 import numpy as np
-from etils import epath
 
-from data_prep.gallery import open_table
-from geotoken_jax import records, workdir
+from geotoken_jax import records
+from geotoken_jax.artifacts import Workdir
+from geotoken_jax.configuration import Config
 from geotoken_jax.workdir import Manifest
 
 _SHARD = 1 << 20
 
 
-def run(config: Any, path: epath.PathLike) -> Manifest:
+def run(config: Config, workdir: Workdir) -> list[Manifest]:
     """Makes tokens/: one fixed-layout record a photo (records.token_layout), in the order of its split's table."""
-    del config
-    path = epath.Path(path)
-    stage = workdir.begin(path, "tokens", {}, ["neighbors"])
+    stage = workdir.begin(config, "tokens", (), ["neighbors"])
     if stage.manifest:
-        return stage.manifest
-    neighbors = workdir.read_manifest(path, "neighbors")
+        return [stage.manifest]
+    neighbors = workdir.manifest("neighbors")
     kept = neighbors.settings["index"]["neighbors"]["count"]
     layout = records.token_layout(kept)
     for split, photos in neighbors.counts.items():
-        table = open_table(path, split)
-        rows = records.open_array(path / "neighbors" / f"{split}.rows.npy")
-        scores = records.open_array(path / "neighbors" / f"{split}.scores.npy")
+        table = workdir.table(split)
+        rows, scores = workdir.neighbors(split)
         shards = max(1, -(-photos // _SHARD))
         for shard in range(shards):
             part = slice(shard * _SHARD, (shard + 1) * _SHARD)
@@ -36,4 +31,4 @@ def run(config: Any, path: epath.PathLike) -> Manifest:
                 "scores": scores[part],
             }
             records.write_shard(records.shard_path(stage.path, split, shard, shards), layout.encode(columns))
-    return stage.finish(neighbors.counts, neighbors=kept)
+    return [stage.finish(neighbors.counts, neighbors=kept)]

@@ -1,15 +1,21 @@
 """Sections of a configuration as frozen dataclasses without defaults.
 
 `configs/common.py` is the only home of defaults, so a section and the dataclass that reads it must have exactly the
-same keys: a missing or an unknown one is an error that names it.
+same keys: a missing or an unknown one is an error that names it. Each field says whether results depend on it: those
+of type `Runtime` may differ from one start of a stage to the next.
 """
 
 import dataclasses
+import types
 import typing
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 S = TypeVar("S")
+_RUNTIME = "runtime"
+#: The type of a field that changes how a stage runs and not its result, as in `threads: Runtime[int]`. A manifest does
+#: not record it, so a folder is kept whatever it is.
+Runtime = Annotated[S, _RUNTIME]
 
 
 class SettingsError(ValueError):
@@ -32,21 +38,32 @@ def read(kind: type[S], section: Any, where: str) -> S:
     missing = [name for name in fields if name not in section]
     unknown = [name for name in section if name not in fields]
     if missing:
-        raise SettingsError(f"config.{where}.{missing[0]} is missing: start from configs/common.py, which sets it")
+        raise SettingsError(
+            f"config.{_place(where, missing[0])} is missing: start from configs/common.py, which sets it"
+        )
     if unknown:
         known = ", ".join(sorted(fields))
-        raise SettingsError(f"config.{where}.{unknown[0]} is not read by anything: remove it, or use one of {known}")
-    values = {name: _value(hints[name], section[name], f"{where}.{name}") for name in fields}
+        raise SettingsError(
+            f"config.{_place(where, unknown[0])} is not read by anything: remove it, or use one of {known}"
+        )
+    values = {name: _value(hints[name], section[name], _place(where, name)) for name in fields}
     try:
         return kind(**values)
     except ValueError as error:  # what __post_init__ has to say of the values
         raise SettingsError(str(error)) from None
 
 
+def _place(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else key
+
+
 def _value(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return read(hint, value, where)
+        return value if isinstance(value, hint) else read(hint, value, where)
     origin = typing.get_origin(hint)
+    if origin is types.UnionType:  # what may be absent
+        kind = next(kind for kind in typing.get_args(hint) if kind is not type(None))
+        return None if value is None else _value(kind, value, where)
     if origin is tuple:
         return tuple(value)
     if origin is dict or origin is Mapping:
@@ -58,46 +75,61 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     return value
 
 
-def variant(config: Any, name: str) -> Any:
-    """Returns the configuration with the changes of `config.variants[name]` (sections and keys, nested) made.
+def result(section: Any) -> Any:
+    """Returns what JSON holds of a section's fields that results depend on: all but those of type `Runtime`."""
+    if not dataclasses.is_dataclass(section) or isinstance(section, type):
+        return plain(section)
+    return {name: result(getattr(section, name)) for name, runs in _fields(type(section)).items() if not runs}
 
-    Raises SettingsError if there is no such variant, or if it changes a key that there is not.
+
+def _fields(kind: type) -> dict[str, bool]:
+    """Returns name of a field -> whether it is of type `Runtime`."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return {name: _RUNTIME in getattr(hints[name], "__metadata__", ()) for name in names(kind)}
+
+
+def restored(stored: Mapping[str, Any], asked: S, where: str) -> S:
+    """Returns the settings that an artifact was made with.
+
+    stored: the section in the artifact's manifest, as `result` gave it. asked: the section of the command line's
+    configuration, from which the runtime fields are taken. where: the section's dotted place.
+
+    Raises SettingsError naming a key that the manifest lacks.
     """
-    if name not in config.variants:
-        raise SettingsError(f"config.variants has no {name!r}: choose one of {', '.join(config.variants)}")
-    return changed(config, config.variants[name], f"variants.{name}")
+    return read(type(asked), _with_runtime(stored, asked), where)
 
 
-def changed(config: Any, changes: Any, where: str) -> Any:
-    """Returns the configuration with changes (sections and keys, nested) made; where: they stand in it.
-
-    Raises SettingsError if they change a key that there is not.
-    """
-    found = config.copy_and_resolve_references()
-    _change(found, changes, where)
+def _with_runtime(stored: Mapping[str, Any], asked: Any) -> dict[str, Any]:
+    found = dict(stored)
+    for name, runs in _fields(type(asked)).items():
+        value = getattr(asked, name)
+        if runs:
+            found[name] = plain(value)
+        elif dataclasses.is_dataclass(value) and isinstance(found.get(name), Mapping):
+            found[name] = _with_runtime(found[name], value)
     return found
 
 
-def _change(section: Any, changes: Any, where: str) -> None:
+def changed(section: S, changes: Mapping[str, Any], where: str) -> S:
+    """Returns a section, or a whole configuration, with changes (sections and keys, nested) made.
+
+    where: the dotted place that the changes stand in. Raises SettingsError naming a key that there is not, or a value
+    that its reader refuses.
+    """
+    hints = typing.get_type_hints(type(section))
+    values = {}
     for key, value in changes.items():
-        if key not in section:
-            raise SettingsError(f"config.{where}.{key} changes what is not there: use one of {', '.join(section)}")
-        if hasattr(value, "items"):
-            _change(section[key], value, f"{where}.{key}")
+        if key not in hints:
+            raise SettingsError(f"config.{where}.{key} changes what is not there: use one of {', '.join(hints)}")
+        old = getattr(section, key)
+        if dataclasses.is_dataclass(old) and hasattr(value, "items"):
+            values[key] = changed(old, value, f"{where}.{key}")
         else:
-            section[key] = value
-
-
-#: Keys that say how training runs, not what comes out: they may change from one start to the next.
-_MANNER = (
-    "accumulate", "profile", "wandb", "remat", "attention", "chunk",
-    "base_url", "timeout_s", "attempts", "concurrent", "price_in", "price_out", "key_variable",
-)  # fmt: skip
-
-
-def outcome(section: Any) -> dict[str, Any]:
-    """Returns the keys of a section that what is made with it depends on."""
-    return {key: value for key, value in section.items() if key not in _MANNER}
+            values[key] = _value(hints[key], value, f"{where}.{key}")
+    try:
+        return dataclasses.replace(section, **values)  # pyright: ignore[reportArgumentType]
+    except ValueError as error:  # what __post_init__ has to say of the values
+        raise SettingsError(str(error)) from None
 
 
 def plain(section: Any) -> Any:

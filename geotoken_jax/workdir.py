@@ -151,6 +151,21 @@ def write_bytes(path: epath.Path, data: bytes) -> None:
     beside.replace(path)
 
 
+def first_other(made_with: Mapping[str, Any], asked: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """Returns the dotted place, the value made with and the value asked for of the first setting that differs.
+
+    made_with: settings of a manifest. asked: what is wanted now; a key of `made_with` that it lacks is not compared.
+    """
+    for key in sorted(made_with.keys() & asked.keys()):
+        old, new = made_with[key], asked[key]
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            if found := first_other(old, new):
+                return f"{key}.{found[0]}", *found[1:]
+        elif old != new:
+            return key, old, new
+    return None
+
+
 def _refuse_other(path: epath.Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     for part in ("settings", "inputs"):
         difference = _first_difference(found[part], wanted[part], "")

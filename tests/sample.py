@@ -12,7 +12,8 @@ from PIL import Image
 
 from data_prep import embed, images, photos
 from data_prep.sources import UNKNOWN, Photo
-from geotoken_jax import records, workdir
+from geotoken_jax import configuration, records, workdir
+from geotoken_jax.artifacts import Workdir
 from tests import tiny
 
 
@@ -50,7 +51,7 @@ def embedded(prepared: Path, to: Path, count: int = 0, threads: int = 2) -> Path
     shutil.copytree(prepared / "photos", to / "photos")
     config = tiny.get_config()
     config.embed.views.count, config.embed.threads = count, threads
-    embed.run(config, to)
+    embed.run(configuration.read(config), Workdir(to))
     return to
 
 

@@ -8,19 +8,21 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from etils import epath
 from flax import nnx
 
 from configs import demo
 from data_prep import tokens
-from geotoken_jax import checkpoint, cli, records, settings, workdir
-from geotoken_jax.analysis import audit, coverage, leakage, neighbor_gap, overlap, per_level, places
+from geotoken_jax import checkpoint, cli, configuration, records, settings, workdir
+from geotoken_jax.analysis import coverage, neighbor_gap, overlap, places
 from geotoken_jax.analysis.masking import Masked
+from geotoken_jax.artifacts import TOP1, Workdir
 from geotoken_jax.gallery import index, neighbors
 from geotoken_jax.gallery.exclude import SameId
 from geotoken_jax.gallery.table import Table, index_vectors, write_shard
 from geotoken_jax.geo.cells import CellScheme
-from geotoken_jax.predict import baselines, decode
-from geotoken_jax.predict import stage as predict
+from geotoken_jax.predict import decode
+from geotoken_jax.stages import audit, baselines, predict
 from tests import fixtures
 
 #: Country -> continent, and the place around which its photos are.
@@ -84,7 +86,7 @@ def images():
 
 
 @pytest.fixture(scope="module")
-def config():
+def sections():
     config = demo.get_config()
     model = settings.plain(fixtures.settings("compact"))
     config.model.update(model)
@@ -94,7 +96,13 @@ def config():
     config.evaluate.resamples = 50
     config.audit.coverage.countries = 2
     config.audit.leakage.cosine_above = 0.9999
+    config.index.neighbors.update(count=fixtures.M)
     return config
+
+
+@pytest.fixture(scope="module")
+def config(sections):
+    return configuration.read(sections)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -128,8 +136,7 @@ def made(tmp_path_factory, config):
     counts = {split: len(of) for split, of in embeddings.items()}
     (path / "queries" / "manifest.json").unlink()
     workdir.begin(path, "queries", {}, ()).finish({split: counts[split] for split in ("validation", "test")})
-    config.index.neighbors.update(count=fixtures.M)
-    stage = workdir.begin(path, "neighbors", {"index": {"neighbors": config.index.neighbors}}, ["gallery", "queries"])
+    stage = workdir.begin(path, "neighbors", config.select("index.neighbors"), ["gallery", "queries"])
     gallery = Table(path / "gallery")
     vectors = index_vectors(gallery.embeddings())
     for split in counts:
@@ -139,13 +146,13 @@ def made(tmp_path_factory, config):
         records.save_array(stage.path / f"{split}.rows.npy", rows)
         records.save_array(stage.path / f"{split}.scores.npy", scores)
     stage.finish(counts, fewer={})
-    tokens.run(config, path)
-    stage = workdir.begin(path, "geotoken/geotoken", {}, ())
+    tokens.run(config, Workdir(path))
+    stage = workdir.begin(path, "geotoken/geotoken", config.select("model"), ())
     state = nnx.to_pure_dict(nnx.state(fixtures.model("compact"), nnx.Param))
     checkpoint.write_parameters(stage.path / "parameters.safetensors", jax.tree.map(np.asarray, state))
     stage.finish({})
-    baselines.run(config, path, baselines.TOP1)
-    predict.run(config, path, "geotoken")
+    baselines.run(config, Workdir(path), TOP1)
+    predict.run(config, Workdir(path), "geotoken")
     return path
 
 
@@ -174,13 +181,13 @@ class Nested(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
 
-MODULES = {"coverage": coverage, "leakage": leakage, "neighbors": neighbor_gap, "levels": per_level}
+MODULES = audit.AUDITS
 
 
 @pytest.fixture(scope="module")
 def figures(made, config):
-    for module in MODULES.values():
-        module.run(config, made)
+    for name in MODULES:
+        audit.run(config, Workdir(made), name)
     return {name: json.loads((made / "audit" / name / "figures.json").read_text()) for name in MODULES}
 
 
@@ -198,10 +205,10 @@ def test_a_complete_audit_is_kept_and_a_second_one_makes_the_same_bytes(made, co
     folder = made / "audit" / name
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     (folder / "index.html").write_text("kept")
-    MODULES[name].run(config, made)
+    audit.run(config, Workdir(made), name)
     assert (folder / "index.html").read_text() == "kept"
     (folder / "manifest.json").unlink()
-    MODULES[name].run(config, made)
+    audit.run(config, Workdir(made), name)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
@@ -245,7 +252,7 @@ def test_without_its_region_a_photo_finds_no_neighbor_there(made, figures):
 
 @pytest.fixture(scope="module")
 def masked(made, config):
-    return Masked(config, made, "geotoken", "test")
+    return Masked(config, Workdir(made), "geotoken", "test")
 
 
 def test_nothing_left_out_gives_the_answers_of_predictions(made, masked, monkeypatch):
@@ -277,7 +284,7 @@ def test_an_interrupted_audit_goes_on_from_the_regions_that_are_there(made, conf
     asked = []
     call = Masked.__call__
     monkeypatch.setattr(Masked, "__call__", lambda self, rows, kept: asked.append(len(rows)) or call(self, rows, kept))
-    coverage.run(config, made)
+    audit.run(config, Workdir(made), "coverage")
     assert asked == [4] and (folder / "figures.json").read_bytes() == wanted
 
 
@@ -315,7 +322,7 @@ def near(split, km, seed=0, n=600):
 
 @pytest.mark.parametrize(("train", "said"), [(0.8, "BETTER"), (0.54, "as good"), (0.2, "are worse")])
 def test_the_verdict_is_past_the_interval_only(config, train, said):
-    _, scoring = audit.read(config)
+    scoring = config.evaluate
     splits = {n.split: neighbor_gap._figures(n, scoring) for n in (near("train", train), near("validation", 0.5, 1))}
     (gap,) = neighbor_gap._gaps(splits)
     assert said in neighbor_gap._plain(gap)
@@ -324,7 +331,7 @@ def test_the_verdict_is_past_the_interval_only(config, train, said):
 
 
 def test_a_missing_neighbor_is_counted_and_wrong(config):
-    _, scoring = audit.read(config)
+    scoring = config.evaluate
     of = near("test", 1.0, n=10)
     of.km[0], of.scores[0] = np.nan, -np.inf
     of.km[1, 2] = np.nan
@@ -374,17 +381,15 @@ def test_every_country_of_geonames_has_its_continent():
 
 
 def test_a_split_that_was_not_predicted_is_named(made, config, tmp_path):
-    other = config.copy_and_resolve_references()
-    other.audit.coverage.split = "tset"
+    other = config.changed(dict(audit=dict(coverage=dict(split="tset"))), "")
     with pytest.raises(workdir.StageError, match=r"split is 'tset', and .* has test, validation: name one"):
-        coverage.run(other, made)
+        audit.run(other, Workdir(made), "coverage")
 
 
 def test_another_gallery_than_that_of_photos_is_refused(made, tmp_path, monkeypatch):
     monkeypatch.setattr(Photos, "__len__", lambda self: 40)
-    stage = workdir.begin(tmp_path, "audit/coverage", {}, ())
     with pytest.raises(workdir.StageError, match="no photo 'train-Brazil-0'"):
-        coverage._gallery_regions(stage, made, Table(made / "gallery"))
+        coverage._gallery_regions(epath.Path(tmp_path), Workdir(made), Table(made / "gallery"))
 
 
 def test_the_command_names_its_audits(capsys):

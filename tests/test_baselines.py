@@ -13,15 +13,15 @@ from PIL import Image
 from configs import demo
 from data_prep import photos
 from data_prep.sources import UNKNOWN, Photo
-from geotoken_jax import checkpoint, cli, records, settings, workdir
-from geotoken_jax.align.heads import AlignSettings
+from geotoken_jax import checkpoint, configuration, records, settings, workdir
 from geotoken_jax.align.task import AlignTask
-from geotoken_jax.analysis import evaluate
+from geotoken_jax.artifacts import Workdir
 from geotoken_jax.gallery import index
 from geotoken_jax.gallery.table import Table, index_vectors, write_shard
 from geotoken_jax.geo.cells import CellScheme
 from geotoken_jax.geo.distance import great_circle_km
 from geotoken_jax.predict import classifier, places
+from geotoken_jax.stages import baselines, evaluate
 
 C, M = 8, 5
 SPLITS = {"train": 120, "validation": 12, "test": 30}
@@ -58,7 +58,8 @@ def config():
     config.baselines.train.update(batch_size=24, examples=2400, evaluate_every=50, log_every=50)
     config.baselines.train.optimizer.learning_rate = 0.01
     config.evaluate.resamples = 50
-    return config
+    config.photos.source = "sample"
+    return configuration.read(config)
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +81,13 @@ def path(tmp_path_factory, config):
         }
         write_shard(path / "gallery" if split == "train" else path / "queries" / split, 0, 1, columns)
     counts = {split: n for split, n in SPLITS.items() if split != "train"}
-    for folder, holds in {"align": {}, "gallery": {"train": 120}, "queries": counts}.items():
+    workdir.begin(path, "align", config.select("align.model"), ()).finish({})
+    for folder, holds in {"gallery": {"train": 120}, "queries": counts}.items():
         workdir.begin(path, folder, {}, ()).finish(holds)
-    task = AlignTask(settings.read(AlignSettings, config.align.model, "align.model"), C)
+    task = AlignTask(config.align.model, C)
     aligned = nnx.to_pure_dict(nnx.state(task.init(nnx.Rngs(0))))
     checkpoint.write_parameters(path / "align" / "parameters.safetensors", jax.tree.map(np.asarray, aligned))
-    stage = workdir.begin(path, "neighbors", {"index": {"neighbors": config.index.neighbors}}, ["gallery", "queries"])
+    stage = workdir.begin(path, "neighbors", config.select("index.neighbors"), ["gallery", "queries"])
     vectors = index_vectors(Table(path / "gallery").embeddings())
     for split in counts:
         rows, scores = index.exact(vectors, index_vectors(Table(path / "queries" / split).embeddings()), M)
@@ -104,7 +106,7 @@ def path(tmp_path_factory, config):
 
 def answered(config, path, name, split="test"):
     """Returns the lines of a baseline, which is made if it is not there."""
-    cli._baseline(config, str(path), name)
+    baselines.run(config, Workdir(path), name)
     return [json.loads(line) for line in (path / "predictions" / name / f"{split}.jsonl").read_text().splitlines()]
 
 
@@ -142,7 +144,7 @@ def test_neighbors_vote(config, path):
 def test_the_galleries_coordinates_are_chosen_among_by_softmax(config, path):
     lines = answered(config, path, "geoclip")
     check(lines, 20)
-    task = AlignTask(settings.read(AlignSettings, config.align.model, "align.model"), C)
+    task = AlignTask(config.align.model, C)
     aligned = checkpoint.read_module(path / "align" / "parameters.safetensors", task.init)
     gallery = Table(path / "gallery").coordinates()
     encoded = np.asarray(aligned.location(gallery.astype(np.float32)), float)
@@ -201,37 +203,33 @@ def test_cells_answer_with_the_mean_place_of_their_photos():
     np.testing.assert_allclose(found, [[0, 0], [10.0015, 180]], atol=1e-3)
 
 
-def test_the_classifier_learns_and_is_made_once(config, path, capsys):
+def test_the_classifier_learns_and_is_made_once(config, path):
     lines = answered(config, path, "classifier")
     check(lines, 4)
     assert len(lines) == 30 and (off(lines) < 25).mean() > 0.9
     manifest = workdir.read_manifest(path, "predictions/classifier")
     assert manifest.facts["cells"] == 6 and manifest.dropped == {"in a cell of fewer than min_photos": 0}
-    capsys.readouterr()
-    changed = config.copy_and_resolve_references()
-    changed.baselines.train.wandb = "elsewhere"  # of how it runs, not of what comes out
-    assert answered(changed, path, "classifier") == lines
-    assert capsys.readouterr().out.startswith("kept predictions/classifier/")
-    changed.baselines.classifier.hidden = 17
+    # Of how it runs, not of what comes out.
+    changed = config.changed(dict(baselines=dict(train=dict(wandb="elsewhere"))), "")
+    kept = Workdir(path)
+    assert baselines.run(changed, kept, "classifier") == [manifest] and not kept.made
+    changed = config.changed(dict(baselines=dict(classifier=dict(hidden=17))), "")
     with pytest.raises(workdir.StageError, match=r"config\.baselines\.classifier\.hidden = 16, not 17"):
         answered(changed, path, "classifier")
 
 
 @pytest.mark.parametrize(("change", "said"), [
-    (lambda c: c.knn.update(neighbors=M + 1), r"config\.baselines\.knn\.neighbors = 6 is more than the 5 on record"),
-    (lambda c: c.knn.update(temperature=0.0), r"config\.baselines\.knn\.temperature is 0\.0"),
-    (lambda c: c.classifier.update(min_photos=200), r"config\.baselines\.classifier\.min_photos = 200 is more than"),
+    (dict(knn=dict(neighbors=M + 1)), r"config\.baselines\.knn\.neighbors = 6 is more than the 5 on record"),
+    (dict(knn=dict(temperature=0.0)), r"config\.baselines\.knn\.temperature is 0\.0"),
+    (dict(classifier=dict(min_photos=200)), r"config\.baselines\.classifier\.min_photos = 200 is more than"),
 ])  # fmt: skip
 def test_settings_that_cannot_be_are_refused(config, path, tmp_path, change, said):
     for folder in ("gallery", "queries", "neighbors"):
         (tmp_path / folder).symlink_to(path / folder)
-    changed = config.copy_and_resolve_references()
-    change(changed.baselines)
-    name = "knn" if "knn" in said else "classifier"
     with pytest.raises(settings.SettingsError, match=said):
-        answered(changed, tmp_path, name)
+        answered(config.changed(dict(baselines=change), ""), tmp_path, "knn" if "knn" in said else "classifier")
     with pytest.raises(settings.SettingsError, match=r"no baseline 'other': choose one of top1_neighbor, knn"):
-        answered(changed, tmp_path, "other")
+        answered(config, tmp_path, "other")
 
 
 def test_a_report_is_made_again_where_a_method_is_added(config, path, tmp_path):
@@ -243,14 +241,13 @@ def test_a_report_is_made_again_where_a_method_is_added(config, path, tmp_path):
     for added in ((), ("knn",), ("top1_neighbor",)):
         for name in added:
             answered(config, tmp_path, name)
-        made = evaluate.run(config, tmp_path)
-        assert evaluate.run(config, tmp_path) == made
+        made = evaluate.run(config, Workdir(tmp_path))
+        assert evaluate.run(config, Workdir(tmp_path)) == made
         found = json.loads((tmp_path / "report" / "metrics.json").read_text())["splits"]["test"]["methods"]
         methods.append([m["name"] for m in found])
     assert methods[0] == ["GeoToken"]
     assert methods[1] == ["GeoToken", "kNN vote", "kNN vote: ideal of up to 5 candidates"]
     assert methods[2] == ["GeoToken", *methods[1][1:2], "Top-1 neighbor", methods[1][2], "Best of up to 5 neighbors"]
-    changed = config.copy_and_resolve_references()
-    changed.evaluate.resamples = 51
+    changed = config.changed(dict(evaluate=dict(resamples=51)), "")
     with pytest.raises(workdir.StageError, match=r"config\.evaluate\.resamples = 50, not 51"):
-        evaluate.run(changed, tmp_path)
+        evaluate.run(changed, Workdir(tmp_path))

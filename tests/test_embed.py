@@ -7,7 +7,8 @@ import threading
 import pytest
 
 from data_prep import embed
-from geotoken_jax import backbone, workdir
+from geotoken_jax import backbone, configuration, workdir
+from geotoken_jax.artifacts import Workdir
 from tests import sample, tiny
 
 
@@ -28,7 +29,7 @@ def run(path, process=0, processes=1):
             patch.setenv("JAX_COORDINATOR_ADDRESS", "nobody:1")  # never spoken to
             patch.setenv("JAX_NUM_PROCESSES", str(processes))
             patch.setenv("JAX_PROCESS_ID", str(process))
-        return embed.run(tiny.get_config(), path)
+        return [made.counts for made in embed.run(configuration.read(tiny.get_config()), Workdir(path))]
 
 
 def copied(prepared, to):
@@ -54,10 +55,10 @@ def whole(prepared, tmp_path_factory):
 def test_processes_share_the_shards_and_the_last_one_completes_the_folder(prepared, whole, tmp_path, order):
     path = copied(prepared, tmp_path)
     *first, last = order
-    assert [run(path, process, 3) for process in first] == [None, None]
+    assert [run(path, process, 3) for process in first] == [[], []]
     with pytest.raises(workdir.StageError, match="is not complete"):
         workdir.read_manifest(path, "features")
-    assert run(path, last, 3).counts == {"train": 39, "validation": 5, "train_views": 39}
+    assert run(path, last, 3) == [{"train": 39, "validation": 5, "train_views": 39}]
     assert contents(path) == whole
 
 

@@ -4,10 +4,12 @@ import json
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
-from geotoken_jax import records, settings, workdir
-from geotoken_jax.analysis import evaluate, experiment
+from configs import demo
+from geotoken_jax import configuration, records, settings, workdir
+from geotoken_jax.analysis import evaluate
+from geotoken_jax.artifacts import Workdir
+from geotoken_jax.stages import experiments, sweep
 
 PLACES = np.array([(10.0, 10.0), (20.0, 20.0), (30.0, 30.0)])
 
@@ -27,22 +29,19 @@ class Photos:
 
 
 def config(**experiments):
-    found = ConfigDict(dict(name="made_up", index=dict(km=0.0), train=dict(rate=1), predict=dict(shift=1.0)))
-    found.model = dict(context="none")
-    found.evaluate = dict(
-        resamples=50,
-        seed=0,
-        reference="geotoken",
-        labels=dict(geotoken="Ours"),
-        compare=(),
-        earth="sphere",
-        strict=False,
-    )
+    """The demo's configuration. Of it the stages below read config.data.seed (of tokens/), train.seed (of the decoder)
+    and predict.seed (tenths of a degree that answers are off)."""
+    found = demo.get_config()
+    found.name = "made_up"
+    found.predict.seed = 10
+    found.variants = dict(geotoken=dict())
+    found.evaluate.update(resamples=50, reference="geotoken", compare=())
+    found.evaluate.labels = dict(geotoken="Ours")
     found.experiments = {
         name: {"question": "What?", "note": "", "choices": ("",), "splits": ("test",), **what}
         for name, what in experiments.items()
     }
-    return found
+    return configuration.read(found)
 
 
 @pytest.fixture
@@ -51,21 +50,22 @@ def stages(monkeypatch):
     monkeypatch.setattr(records, "Photos", Photos)
     made = []
 
-    def stage(folder, section, inputs, lines=None):
-        def make(config, path, variants):
-            where = folder.format(*variants)
-            begun = workdir.begin(path, where, {section: config[section]}, [name.format(*variants) for name in inputs])
+    def stage(folder, key, inputs, lines=None):
+        def make(config, path, variant):
+            where = folder.format(variant)
+            begun = path.begin(config, where, [key], [name.format(variant) for name in inputs])
             if begun.manifest is None:
                 made.append(f"{begun.path.relative_to(root)}")
                 if lines:
                     (begun.path / "test.jsonl").write_text(lines(config))
-                begun.finish({"examples": 5}, parameters=7, best_loss=config.train.rate / 2)
+                begun.finish({"examples": 5}, parameters=7, best_loss=(config.train.seed + 1) / 2)
+            return []
 
         return make
 
     def predicted(config):
         return "".join(
-            json.dumps({"id": str(i), "latitude": at[0] + config.predict.shift, "longitude": at[1]}) + "\n"
+            json.dumps({"id": str(i), "latitude": at[0] + config.predict.seed / 10, "longitude": at[1]}) + "\n"
             for i, at in enumerate(PLACES)
         )
 
@@ -75,10 +75,12 @@ def stages(monkeypatch):
         nonlocal root
         root = path
         found = {
-            "index": stage("tokens", "index", []),
+            "index": stage("tokens", "data.seed", []),
             "train": stage("geotoken/{}", "train", ["tokens"]),
+            "learn": lambda *_: [],
             "predict": stage("predictions/{}", "predict", ["tokens", "geotoken/{}"], predicted),
         }
+        monkeypatch.setattr(sweep, "STAGES", found)
         return found, made
 
     return within
@@ -90,16 +92,16 @@ def test_only_what_differs_is_made_again(tmp_path, stages):
         one=dict(
             runs=(
                 ("as it is", {}),
-                ("nearer", dict(predict=dict(shift=0.1))),
-                ("faster", dict(train=dict(rate=2), predict=dict(shift=0.2))),
-                ("masked, faster", dict(index=dict(km=25.0)), "faster"),
+                ("nearer", dict(predict=dict(seed=1))),
+                ("faster", dict(train=dict(seed=1), predict=dict(seed=2))),
+                ("masked, faster", dict(data=dict(seed=25), predict=dict(seed=10)), "faster"),
             )
         )
     )
     for stage in found.values():
-        stage(given, str(tmp_path), ["geotoken"])
+        stage(given, Workdir(tmp_path), "geotoken")
     made.clear()
-    results = experiment.run(given, str(tmp_path), "one", found)
+    results = experiments.run(given, Workdir(tmp_path), "one")
     under = "experiments/one"
     assert made == [
         f"{under}/nearer/predictions/geotoken",
@@ -114,73 +116,75 @@ def test_only_what_differs_is_made_again(tmp_path, stages):
     assert within_25 == [0.0, 1.0, 1.0, 0.0]  # 0.1 and 0.2 degrees are 11 and 22 km
     assert "within a distance on the sphere" in (shown := evaluate.table(results)) and "masked, faster" in shown
     made.clear()
-    assert experiment.run(given, str(tmp_path), "one", found) == results and made == []
+    assert experiments.run(given, Workdir(tmp_path), "one") == results and made == []
     # What it started from is as it was.
-    assert json.loads((tmp_path / "tokens" / "manifest.json").read_text())["settings"] == {"index": {"km": 0.0}}
+    assert json.loads((tmp_path / "tokens" / "manifest.json").read_text())["settings"] == {"data": {"seed": 0}}
 
 
 def test_what_another_experiment_made_is_not_made_again(tmp_path, stages):
     found, made = stages(tmp_path)
-    faster = ("faster", dict(train=dict(rate=2)))
+    faster = ("faster", dict(train=dict(seed=1)))
     given = config(
-        one=dict(runs=(("base", {}), faster)), two=dict(runs=(("fastest", dict(train=dict(rate=3))), faster))
+        one=dict(runs=(("base", {}), faster)), two=dict(runs=(("fastest", dict(train=dict(seed=2))), faster))
     )
     for stage in found.values():
-        stage(given, str(tmp_path), ["geotoken"])
-    experiment.run(given, str(tmp_path), "one", found)
+        stage(given, Workdir(tmp_path), "geotoken")
+    experiments.run(given, Workdir(tmp_path), "one")
     made.clear()
-    experiment.run(given, str(tmp_path), "two", found)
+    experiments.run(given, Workdir(tmp_path), "two")
     assert made == [f"experiments/two/fastest/{name}/geotoken" for name in ("geotoken", "predictions")]
     link = tmp_path / "experiments" / "two" / "faster" / "geotoken" / "geotoken"
     assert link.resolve() == tmp_path / "experiments" / "one" / "faster" / "geotoken" / "geotoken"
 
 
-def test_one_that_was_interrupted_goes_on(tmp_path, stages):
+def test_one_that_was_interrupted_goes_on(tmp_path, stages, monkeypatch):
     found, made = stages(tmp_path)
-    given = config(one=dict(runs=(("base", {}), ("other", dict(train=dict(rate=3))))))
+    given = config(one=dict(runs=(("base", {}), ("other", dict(train=dict(seed=2))))))
     for stage in found.values():
-        stage(given, str(tmp_path), ["geotoken"])
+        stage(given, Workdir(tmp_path), "geotoken")
     predict, calls = found["predict"], []
 
     def broken(*arguments):
         calls.append(arguments)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        predict(*arguments)
+        return predict(*arguments)
 
+    monkeypatch.setitem(found, "predict", broken)
     with pytest.raises(KeyboardInterrupt):
-        experiment.run(given, str(tmp_path), "one", {**found, "predict": broken})
+        experiments.run(given, Workdir(tmp_path), "one")
     made.clear()
-    experiment.run(given, str(tmp_path), "one", found)
+    found["predict"] = predict
+    experiments.run(given, Workdir(tmp_path), "one")
     assert made == ["experiments/one/other/predictions/geotoken"]
 
 
 def test_times_that_no_photo_has_are_missed_before_anything_is_made(tmp_path, stages):
     found, made = stages(tmp_path)
-    given = config(one=dict(runs=(("base", {}), ("timed", dict(model=dict(context="season"), train=dict(rate=2))))))
+    given = config(one=dict(runs=(("base", {}), ("timed", dict(model=dict(context="season"), train=dict(seed=1))))))
     for stage in found.values():
-        stage(given, str(tmp_path), ["geotoken"])
+        stage(given, Workdir(tmp_path), "geotoken")
     workdir.begin(tmp_path, "photos", {}, []).finish({"train": 3}, captured=0)
     made.clear()
     with pytest.raises(settings.SettingsError, match=r"context is 'season', and no photo in \S*/photos says when"):
-        experiment.run(given, str(tmp_path), "one", found)
+        experiments.run(given, Workdir(tmp_path), "one")
     assert not made and not (tmp_path / "experiments").exists()
     (tmp_path / "photos" / "manifest.json").unlink()
     workdir.begin(tmp_path, "photos", {}, []).finish({"train": 3}, captured=1)
-    experiment.run(given, str(tmp_path), "one", found)
+    experiments.run(given, Workdir(tmp_path), "one")
     assert made == [f"experiments/one/timed/{folder}/geotoken" for folder in ("geotoken", "predictions")]
 
 
 def test_the_page_has_what_is_there(tmp_path, stages):
     found, _ = stages(tmp_path)
     given = config(
-        one=dict(runs=(("base", {}), ("near", dict(predict=dict(shift=0.1)))), note="Nearer is better."),
+        one=dict(runs=(("base", {}), ("near", dict(predict=dict(seed=1)))), note="Nearer is better."),
         two=dict(runs=(("base", {}),)),
     )
     for stage in found.values():
-        stage(given, str(tmp_path), ["geotoken"])
-    experiment.run(given, str(tmp_path), "one", found)
-    page = experiment.document(given, str(tmp_path))
+        stage(given, Workdir(tmp_path), "geotoken")
+    experiments.run(given, Workdir(tmp_path), "one")
+    page = experiments.document(given, Workdir(tmp_path))
     assert "## One\n\nWhat?\n\nNearer is better.\n" in page and "## Two" not in page
     base, near = (line for line in page.splitlines() if line.startswith(("| base", "| near")))
     assert base == "| base | 0.0 | 0.0 | 100.0 | 100.0 | 100.0 | 4,641 |  |  | 0.500 |"
@@ -201,6 +205,6 @@ def test_what_there_is_not_is_named(tmp_path, stages, name, runs, message):
     found, _ = stages(tmp_path)
     given = config(one=dict(runs=runs))
     for stage in found.values():
-        stage(given, str(tmp_path), ["geotoken"])
+        stage(given, Workdir(tmp_path), "geotoken")
     with pytest.raises(settings.SettingsError, match=message):
-        experiment.run(given, str(tmp_path), name, found)
+        experiments.run(given, Workdir(tmp_path), name)

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from data_prep import neighbors as stage_neighbors
-from data_prep.neighbors import ExcludeSettings
-from geotoken_jax import records, workdir
+from geotoken_jax import configuration, records, workdir
+from geotoken_jax.artifacts import Workdir
 from geotoken_jax.gallery import exclude, index, neighbors, table
+from geotoken_jax.gallery.exclude import ExcludeSettings
 from geotoken_jax.settings import SettingsError, read
 from tests import tiny
 
@@ -137,7 +138,7 @@ def test_a_split_is_excluded_from_as_it_is_used(tmp_path):
             search = read(index.IndexSettings, config.index.search, "index.search")
             index.build(vectors, search, stage.path / "index")
         stage.finish(counts)
-    manifest = stage_neighbors.run(config, tmp_path)
+    manifest = stage_neighbors.run(configuration.read(config), Workdir(tmp_path))[0]
     gallery = table.Table(tmp_path / "gallery")
     train, test = (records.open_array(tmp_path / "neighbors" / f"{split}.rows.npy") for split in counts)
     assert (train >= 0).all() and not (train == np.arange(60)[:, None]).any()

@@ -11,11 +11,13 @@ import pytest
 from flax import nnx
 
 from configs import demo
-from geotoken_jax import checkpoint, records, settings, workdir
-from geotoken_jax.analysis import audit, per_level
+from geotoken_jax import checkpoint, configuration, records, settings, workdir
+from geotoken_jax.analysis import per_level
+from geotoken_jax.artifacts import Workdir
 from geotoken_jax.data.join import Tokens
 from geotoken_jax.gallery.table import Table, write_shard
 from geotoken_jax.geo.cells import CellScheme
+from geotoken_jax.stages import audit
 from tests import fixtures
 
 look = nnx.jit(per_level.look)
@@ -36,7 +38,7 @@ def config():
     config.variants = {"geotoken": {}}
     config.predict.batch_size = 4
     config.evaluate.resamples = 50
-    return config
+    return configuration.read(config)
 
 
 def seen():
@@ -64,7 +66,7 @@ def seen():
 
 @pytest.fixture(scope="module")
 def figures(config):
-    return per_level._figures(seen(), audit.read(config)[1])
+    return per_level._figures(seen(), config.evaluate)
 
 
 def values(figures, name):
@@ -90,7 +92,7 @@ def test_distances_are_those_of_the_photos_that_left_there(figures):
 
 
 def test_distances_are_taken_as_the_report_takes_them(config):
-    _, scoring = audit.read(config)
+    scoring = config.evaluate
     ellipsoid = per_level._figures(seen(), dataclasses.replace(scoring, earth="ellipsoid"))["levels"][3]
     assert 1e-4 < abs(ellipsoid["km_quartiles"][1] / DEGREE - 1) < 0.006
 
@@ -119,7 +121,7 @@ def test_nothing_wrong_is_nothing_lost(config):
     of = seen()
     right = CELLS.decode(of.tokens)
     perfect = per_level.Seen(**{**vars(of), "greedy": of.tokens, "coordinates": np.stack(right, -1)})
-    found = {"levels": [{"level": 0}] * 4, "splits": {"test": per_level._figures(perfect, audit.read(config)[1])}}
+    found = {"levels": [{"level": 0}] * 4, "splits": {"test": per_level._figures(perfect, config.evaluate)}}
     assert "every greedy answer" in per_level._bottleneck(found, "test")
     assert "no GeoScore is lost" in per_level._want(found, "test")
 
@@ -170,7 +172,9 @@ def made(tmp_path_factory, config):
     """Six photos of test and three of validation; batches are of four."""
     path, rng = tmp_path_factory.mktemp("levels"), np.random.default_rng(0)
     counts = {"test": 6, "validation": 3}
-    stages = {name: workdir.begin(path, name, {}, ()) for name in ("gallery", "queries", "tokens", "geotoken/geotoken")}
+    settings_of = {"geotoken/geotoken": config.select("model")}
+    names = ("gallery", "queries", "tokens", "geotoken/geotoken")
+    stages = {name: workdir.begin(path, name, settings_of.get(name, {}), ()) for name in names}
     layout = records.token_layout(fixtures.M)
     for split, n in {"gallery": 5, **counts}.items():
         coordinates = rng.uniform(-60, 60, (n, 2))
@@ -195,7 +199,7 @@ def made(tmp_path_factory, config):
 
 
 def test_every_photo_of_every_split_is_seen_once(made, config):
-    found = per_level._see(settings.variant(config, "geotoken"), made, "geotoken")
+    found = per_level._see(config, Workdir(made), "geotoken")
     assert {split: len(of.tokens) for split, of in found.items()} == {"test": 6, "validation": 3}
     test = found["test"]
     assert np.isfinite(test.loss).all() and test.clusters[1] == test.clusters[2] and len(set(test.clusters)) == 4
@@ -209,7 +213,7 @@ def test_every_photo_of_every_split_is_seen_once(made, config):
 
 
 def test_the_audit_is_made_whole_and_the_same_again(made, config):
-    manifest = per_level.run(config, made)
+    [manifest] = audit.run(config, Workdir(made), "levels")
     assert manifest.counts == {"test": 6, "validation": 3}
     folder = made / "audit" / "levels"
     first = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -220,5 +224,5 @@ def test_the_audit_is_made_whole_and_the_same_again(made, config):
     page = first["index.html"].decode()
     assert "<script" not in page and "{{" not in page and "nan" not in page and "test: level" in page
     (folder / "manifest.json").unlink()
-    per_level.run(config, made)
+    audit.run(config, Workdir(made), "levels")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == first

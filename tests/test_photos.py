@@ -10,7 +10,6 @@ import time
 import types
 from pathlib import Path
 
-import ml_collections
 import numpy as np
 import pytest
 from PIL import Image
@@ -19,7 +18,8 @@ from configs import common
 from data_prep import photos
 from data_prep.beam import BeamSettings
 from data_prep.sources import UNKNOWN, Drop, Photo
-from geotoken_jax import records, workdir
+from geotoken_jax import configuration, records, workdir
+from geotoken_jax.artifacts import Workdir
 from geotoken_jax.geo.cells import CellScheme
 from geotoken_jax.settings import SettingsError
 
@@ -210,7 +210,7 @@ def test_a_runner_without_beam_is_an_error_that_says_how_to_get_it(tmp_path, mon
     monkeypatch.setitem(sys.modules, "apache_beam", None)
     beam = {"runner": "FlinkRunner", "options": ("--flink_master=localhost:8081",)}
     with pytest.raises(SettingsError, match=r"beam\.runner is 'FlinkRunner', which needs Apache Beam: install"):
-        photos.run(_config(beam=beam), tmp_path)
+        prepare(_config(beam=beam), tmp_path)
 
 
 def test_shards_that_other_machines_wrote_elsewhere_are_missed(tmp_path, monkeypatch):
@@ -226,22 +226,29 @@ def test_a_shard_whose_photos_are_all_dropped_is_empty_and_readable(tmp_path):
     assert records.Photos(tmp_path / "photos", "test")[0]["id"] == "a"
 
 
+def prepare(config, path):
+    """Returns the manifest of photos/, which is made from config.photos in a work directory."""
+    return photos.run(configuration.read(config), Workdir(path))[0]
+
+
 def _config(seed=0, **changes):
     counts = {"places": 2, "train": 8, "validation": 0, "test": 2, "test_unseen": 0, "test_shift": 0}
     earthview = {"seed": seed, **counts, "photos_per_shard": 8}
     section = {"source": "earthview", "workers": 1, "max_dropped": 0.0, "earthview": earthview, **changes}
-    return ml_collections.ConfigDict({"photos": {**common.get_config().photos, **section}})
+    config = common.get_config()
+    config.photos.update(section)
+    return config
 
 
 def test_run_makes_earthview_and_knows_what_it_was_made_with(tmp_path):
-    manifest = photos.run(_config(), tmp_path)
+    manifest = prepare(_config(), tmp_path)
     assert manifest.counts == {"train": 8, "test": 2}
     assert records.Photos(tmp_path / "photos", "train")[0]["id"] == "ev-train-000000"
-    assert photos.run(_config(workers=7, max_dropped=0.5), tmp_path) == manifest
+    assert prepare(_config(workers=7, max_dropped=0.5), tmp_path) == manifest
     with pytest.raises(workdir.StageError, match=r"config\.photos\.earthview\.seed = 0, not 1"):
-        photos.run(_config(seed=1), tmp_path)
+        prepare(_config(seed=1), tmp_path)
 
 
 def test_an_unknown_source_is_an_error_that_names_the_known():
     with pytest.raises(SettingsError, match="'flickr': use one of earthview"):
-        photos.run(_config(source="flickr"), "unused")
+        prepare(_config(source="flickr"), "unused")

@@ -19,12 +19,15 @@ from data_prep import embed, gallery, photos
 from data_prep.sources import UNKNOWN, Photo
 from geotoken_jax import backbone, checkpoint, cli, sharding, workdir
 from geotoken_jax.align.task import AlignTask
+from geotoken_jax.artifacts import Workdir
 from geotoken_jax.backbone import BackboneSettings, HuggingFaceSettings
 from geotoken_jax.backbone.checkpoint import read_json, read_module, write_module
 from geotoken_jax.backbone.clip import Clip
 from geotoken_jax.backbone.siglip import Siglip
+from geotoken_jax.configuration import read as typed
 from geotoken_jax.data import pipeline
 from geotoken_jax.settings import SettingsError
+from geotoken_jax.stages import align, training
 from tests import checkpoints, sample, tiny
 from tests.test_train import Interrupted, Stopping, lines
 
@@ -77,7 +80,7 @@ def clip(tmp_path_factory):
 def path(clip, tmp_path_factory):
     path = tmp_path_factory.mktemp("pixels")
     photos.make(workdir.begin(path, "photos", {}, inputs=()), Source(), workers=1, max_dropped=0.0)
-    embed.run(make_config(clip), path)
+    embed.run(typed(make_config(clip)), Workdir(path))
     return path
 
 
@@ -90,8 +93,8 @@ def train(path, folder, clip, mesh=(1, 1, 1), **pixels):
     """Runs six steps of alignment in a folder; returns task and metrics."""
     config = make_config(clip, **pixels)
     devices = make_mesh(*mesh)
-    task, splits, resident = cli.aligner(config, str(path), devices)
-    cli.fit(task, config.align.train, "align.train", devices, splits, folder, "align", resident)
+    task, splits, resident = align.aligner(typed(config), Workdir(path), devices)
+    training.fit(task, typed(config).align.train, devices, splits, folder, "align", resident)
     return task, lines(folder)
 
 
@@ -99,7 +102,7 @@ def run(path, config):
     """Runs the verb on one device."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cli, "make_mesh", lambda config: make_mesh(1, 1, 1))
-        cli._align(config, str(path), [])
+        align.run(typed(config), Workdir(path))
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +119,7 @@ def losses(found, name="train/loss"):
 
 def first_loss(path, clip, **pixels):
     """Returns the loss of the first batch of training."""
-    task, (read, _), resident = cli.aligner(make_config(clip, **pixels), str(path), make_mesh(1, 1, 1))
+    task, (read, _), resident = align.aligner(typed(make_config(clip, **pixels)), Workdir(path), make_mesh(1, 1, 1))
     batch = next(pipeline.training(40, read, 16, 0))
     model = task.init(nnx.Rngs(0))
     return float(nnx.jit(task.loss)(model, {**batch, **resident}, None)[0])
@@ -166,7 +169,7 @@ def test_eight_devices_train_as_one(path, clip, trained, tmp_path):
 
 def test_every_example_is_another_view_on_any_number_of_processes(path, clip):
     mesh = make_mesh(1, 1, 1)
-    _, (read, validation), _ = cli.aligner(make_config(clip, tower="frozen"), str(path), mesh)
+    _, (read, validation), _ = align.aligner(typed(make_config(clip, tower="frozen")), Workdir(path), mesh)
     whole = pipeline.training(40, read, 20, 0)
     halves = [pipeline.training(40, read, 20, 0, process, 2) for process in range(2)]
     seen, still = {}, read(np.arange(40))
@@ -221,10 +224,10 @@ def test_the_backbone_left_behind_embeds_as_training_did(trained, clip):
     assert longest == pytest.approx(TRAINED["learning_rate"] * rates.sum(), rel=0.3)
     made = HuggingFaceSettings(str(trained / "align" / "backbone"), "float32", 16)
     tower = backbone.make(BackboneSettings("huggingface", None, made))
-    task, *_ = cli.aligner(make_config(clip), str(trained), make_mesh(1, 1, 1))
+    task, *_ = align.aligner(typed(make_config(clip)), Workdir(trained), make_mesh(1, 1, 1))
     heads = AlignTask(task.settings, tower.width)
     model = checkpoint.read_module(trained / "align" / "parameters.safetensors", heads.init)
-    _, (_, validation), _ = cli.aligner(config, str(trained), make_mesh(1, 1, 1))
+    _, (_, validation), _ = align.aligner(typed(config), Workdir(trained), make_mesh(1, 1, 1))
     batch = next(pipeline.evaluation(13, validation, 13))
     loss, _ = nnx.jit(task.loss)(model, {**batch, "image": tower.images(batch["image"])}, None)
     assert float(loss) == pytest.approx(facts["best_loss"], rel=1e-4)
@@ -235,7 +238,7 @@ def test_after_training_the_tower_the_path_goes_on_in_another_folder(trained, cl
     run(trained, config)
     assert "kept align/" in capsys.readouterr().out
     with pytest.raises(workdir.StageError, match=r"has trained the backbone.*huggingface\.path=.*align/backbone"):
-        gallery.run(config, trained)
+        gallery.run(typed(config), Workdir(trained))
     with pytest.raises(workdir.StageError, match=r"made with config\.align\.pixels"):
         run(trained, make_config(clip))
 
@@ -245,7 +248,7 @@ def test_a_frozen_tower_leaves_an_align_that_is_indexed(copied, clip):
     run(copied, config)
     assert not (copied / "align" / "backbone").exists()
     config.index.search.sample = 10
-    gallery.run(config, copied)
+    gallery.run(typed(config), Workdir(copied))
 
 
 def test_what_cannot_be_is_refused_before_the_folder_is_begun(copied, clip, tmp_path):
@@ -272,6 +275,6 @@ def test_the_thumbnail_is_refused(path, tmp_path):
     shutil.copytree(path / "photos", tmp_path / "photos")
     config = tiny.get_config()
     config.align.pixels.tower = "frozen"
-    embed.run(config, tmp_path)
+    embed.run(typed(config), Workdir(tmp_path))
     with pytest.raises(SettingsError, match=r"'thumbnail', which no accelerator runs: set config\.embed\.backbone="):
         run(tmp_path, config)

@@ -4,17 +4,19 @@ import io
 import json
 import re
 
-import ml_collections
 import ml_dtypes
 import numpy as np
 import pytest
 from PIL import Image
 
+from configs import common
 from data_prep import images, photos
 from data_prep.sources import UNKNOWN, Photo
-from geotoken_jax import settings, workdir
+from geotoken_jax import configuration, settings, workdir
 from geotoken_jax.analysis import charts, evaluate, report, worldmap
+from geotoken_jax.artifacts import Workdir
 from geotoken_jax.gallery.table import write_shard
+from geotoken_jax.stages import evaluate as report_stage
 
 NASTY = '<b>"Ōsaka" & co</b></script>'
 VARIANTS = {"top1_neighbor": "Top-1 neighbor", "geotoken": "GeoToken", "without_neighbor_tokens": "Without <neighbors>"}
@@ -57,7 +59,11 @@ def config():
     section = {"resamples": 100, "seed": 0, "reference": "geotoken", "labels": VARIANTS, "earth": "sphere"}
     section |= {"strict": False, "compare": (("top1_neighbor", "without_neighbor_tokens"),)}
     audit = {"leakage": {"cosine_above": 0.9}}
-    return ml_collections.ConfigDict({"name": "sample", "evaluate": section, "audit": audit})
+    config = common.get_config()
+    config.update({"name": "sample", "evaluate": section, "audit": audit})
+    config.evaluate.labels = VARIANTS
+    config.photos.source = "sample"
+    return configuration.read(config)
 
 
 @pytest.fixture
@@ -149,7 +155,7 @@ def read(folder):
 
 
 def test_the_page_is_whole_and_needs_nothing_else(made, config):
-    manifest = evaluate.run(config, made)
+    [manifest] = report_stage.run(config, Workdir(made))
     assert manifest.counts == {"variants": 3, "test": 40, "validation": 40}
     page, checked = read(made)
     assert all(source.startswith(("data:image/jpeg;base64,", "data:,", "#")) for source in checked.sources)
@@ -179,7 +185,7 @@ def page_data(checked):
 
 
 def test_the_map_has_every_method_and_the_true_error(made, config):
-    evaluate.run(config, made)
+    report_stage.run(config, Workdir(made))
     _, checked = read(made)
     data = json.loads(checked.text[page_data(checked)])
     assert data["methods"] == ["Top-1 neighbor", "GeoToken: greedy", "Without <neighbors>: greedy"]
@@ -202,18 +208,18 @@ def test_the_map_has_every_method_and_the_true_error(made, config):
 
 
 def test_two_runs_make_the_same_bytes_and_a_complete_report_is_kept(made, config):
-    first = evaluate.run(config, made)
+    first = report_stage.run(config, Workdir(made))
     files = {path.name: path.read_bytes() for path in (made / "report").iterdir()}
     (made / "report" / "index.html").write_text("kept")
-    assert evaluate.run(config, made) == first
+    assert report_stage.run(config, Workdir(made)) == first
     assert (made / "report" / "index.html").read_text() == "kept"
     (made / "report" / "manifest.json").unlink()
-    evaluate.run(config, made)
+    report_stage.run(config, Workdir(made))
     assert {path.name: path.read_bytes() for path in (made / "report").iterdir()} == files
 
 
 def test_the_metrics_say_how_much_worse_the_ablation_is_on_every_split(made, config):
-    evaluate.run(config, made)
+    report_stage.run(config, Workdir(made))
     splits = json.loads((made / "report" / "metrics.json").read_text())["splits"]
     for scores in splits.values():
         accuracy = {m["variant"]: [a["value"] for a in m["accuracy"]] for m in scores["methods"] if m["main"]}
@@ -225,19 +231,17 @@ def test_the_metrics_say_how_much_worse_the_ablation_is_on_every_split(made, con
 
 
 def test_a_reference_that_was_not_predicted_is_named(made, config):
-    other = config.copy_and_resolve_references()
-    other.evaluate.reference = "paper"
+    other = config.changed(dict(evaluate=dict(reference="paper")), "")
     with pytest.raises(
         workdir.StageError, match=r"reference is 'paper', and .* holds geotoken, top1_neighbor, without"
     ):
-        evaluate.run(other, made)
+        report_stage.run(other, Workdir(made))
 
 
 def test_a_pair_of_which_one_was_not_predicted_is_named(made, config):
-    other = config.copy_and_resolve_references()
-    other.evaluate.compare = (("geotoken:point", "knn"),)
+    other = config.changed(dict(evaluate=dict(compare=(("geotoken:point", "knn"),))), "")
     with pytest.raises(settings.SettingsError, match=r"no method 'knn' to compare: use one of .*geotoken:point"):
-        evaluate.run(other, made)
+        report_stage.run(other, Workdir(made))
 
 
 def test_neighbors_are_found_although_the_gallery_lacks_a_photo(made):
@@ -302,9 +306,8 @@ def test_the_world_is_drawn_without_the_relief_too(monkeypatch):
 
 
 def test_a_reference_that_does_not_say_how_sure_it_is_gets_no_charts(made, config):
-    other = config.copy_and_resolve_references()
-    other.evaluate.reference = "top1_neighbor"
-    evaluate.run(other, made)
+    other = config.changed(dict(evaluate=dict(reference="top1_neighbor")), "")
+    report_stage.run(other, Workdir(made))
     page, checked = read(made)
     assert "do not say how sure they are" in " ".join(checked.text)
     assert "reliability and abstention" not in page
@@ -314,7 +317,7 @@ def test_a_reference_that_does_not_say_how_sure_it_is_gets_no_charts(made, confi
 
 
 def test_the_metrics_have_what_is_left_without_the_photos_that_the_gallery_knows(made, config):
-    evaluate.run(config, made)
+    report_stage.run(config, Workdir(made))
     metrics = json.loads((made / "report" / "metrics.json").read_text())
     clean = metrics["splits"]["test"]["clean"]
     assert (clean["photos"], clean["left_out"]) == (35, {"same id": 0, "near-duplicate": 1, "same author": 4})

@@ -6,14 +6,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from etils import epath
 
 from configs import ladder
 from configs import scaling as study
-from geotoken_jax import cli, settings, workdir
+from geotoken_jax import cli, configuration, settings, workdir
 from geotoken_jax.analysis import scaling, scaling_law, scaling_page
+from geotoken_jax.artifacts import Workdir
 from geotoken_jax.data import join
 from geotoken_jax.geo.distance import THRESHOLDS_KM
+from geotoken_jax.stages import scaling as study_stage
+from geotoken_jax.stages import sweep
 
 LAW = scaling_law.Law(E=11.2, A=120.0, alpha=0.45, B=30.0, beta=0.4)
 
@@ -26,7 +28,7 @@ def grid():
 def config(**changes):
     found: Any = study.get_config()
     found.scaling.update(resamples=5, seeds=(1,), neighbors=(0,), budgets=(3e11,), **changes)
-    return found
+    return configuration.read(found)
 
 
 def test_a_law_is_found_again_and_forecasts_a_size_that_it_did_not_see():
@@ -68,7 +70,7 @@ def test_every_size_of_the_ladder_is_named_by_its_weights():
     units = {"K": 1e3, "M": 1e6}
     for name in ladder.SIZE:
         found: Any = ladder.get_config(name)
-        model = settings.read(scaling.ModelSettings, found.model, "model")
+        model = configuration.read(found).model
         assert scaling.layer_parameters(model) == pytest.approx(int(name[:-1]) * units[name[-1]], rel=0.07)
     widths, rates, batches = zip(
         *(
@@ -102,36 +104,32 @@ def stages(monkeypatch):
     `made` lists what they made."""
     made = []
 
-    def train(config, path, variants):
-        (label,) = variants
-        stage = workdir.begin(path, f"geotoken/{label}", {"train": config.train, "data": config.data}, [])
+    def train(config, path, label):
+        stage = path.begin(config, f"geotoken/{label}", ["train", "data"], [])
         if stage.manifest:
-            return
+            return []
         made.append(label)
-        model = settings.read(scaling.ModelSettings, config.model, "model")
-        loss = LAW(scaling.layer_parameters(model), config.data.photos)
+        loss = LAW(scaling.layer_parameters(config.model), config.data.photos)
         lines = []
         for step, worse in ((3, 0.0), (6, 0.5)):
             values = {"validation/loss": loss / 2 + worse, "validation/loss_level_0": loss - 2 + worse}
             values |= {f"validation/within_{km}_km": (14 - loss) / 10 for km in THRESHOLDS_KM}
             lines += [{"step": step, "train/loss": 9.0}, {"step": step, "validation/loss_level_1": 2.0, **values}]
         (stage.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        stage.finish({"examples": config.train.examples}, best_step=3)
+        return [stage.finish({"examples": config.train.examples}, best_step=3)]
 
-    def predict(config, path, variants):
-        made.append(f"predictions/{variants[0]}")
-        folder = epath.Path(path) / "predictions" / variants[0]
-        folder.mkdir(parents=True, exist_ok=True)
+    def predict(config, path, label):
+        made.append(f"predictions/{label}")
+        file = path.answers(label, "test")
+        file.parent.mkdir(parents=True, exist_ok=True)
         # The greedy candidate is right and was never drawn; what was, five times, is more probable.
         places = [(20.0, 20.0, -2.0, 1), (0.0, 0.0, -1.0, 5)]
         names = ("latitude", "longitude", "log_probability", "count")
         line = json.dumps({"candidates": [dict(zip(names, place, strict=True)) for place in places]})
-        (folder / "test.jsonl").write_text(f"{line}\n" * 40)
+        file.write_text(f"{line}\n" * 40)
+        return []
 
     class Table:
-        def __init__(self, folder):
-            self.gallery = folder.name == "gallery"
-
         def __len__(self):
             return 32_000
 
@@ -148,44 +146,48 @@ def stages(monkeypatch):
             return np.stack([np.full((40, 2), np.nan), near + (len(kept) < 8_000)])
 
     sizes = []
-    monkeypatch.setattr(scaling, "Table", Table)
-    monkeypatch.setattr(scaling, "Masked", Masked)
-    return {"train": train, "predict": predict}, made, sizes
+    monkeypatch.setattr(Workdir, "gallery", Table())
+    monkeypatch.setattr(Workdir, "table", lambda *_: Table())
+    monkeypatch.setattr(study_stage, "Masked", Masked)
+    do = {"train": train, "predict": predict}
+    monkeypatch.setattr(sweep, "STAGES", do)
+    return do, made, sizes
 
 
 def test_a_study_is_resumed_run_by_run_and_the_forecast_comes_before_the_held_out_run(tmp_path, stages):
     do, made, sizes = stages
-    given, path = config(), str(tmp_path)
+    given, path = config(), Workdir(tmp_path)
     last = len(scaling.runs(given)) - 1
-    scaling.run(given, path, do, 0)
+    study_stage.run(given, path, 0)
     assert made == ["5K_2000"]
     with pytest.raises(workdir.StageError, match=r"1536K_12800 waits for the grid: run .* for 20K_12800, "):
-        scaling.run(given, path, do, last)
+        study_stage.run(given, path, last)
     with pytest.raises(settings.SettingsError, match=f"--index={last + 1}: config.scaling has the runs 0 to {last}"):
-        scaling.run(given, path, do, last + 1)
+        study_stage.run(given, path, last + 1)
     with pytest.raises(workdir.StageError, match="has 1 runs of the grid"):
-        scaling.fit(given, path)
-    scaling.run(given, path, do, None)
+        study_stage.fit(given, path)
+    study_stage.run(given, path, None)
     assert len(made) == last + 2 and made[-1] == "1536K_12800"  # each once, and the predictions
     forecast = json.loads((tmp_path / "scaling" / "forecast.json").read_text())
     assert forecast["loss"] == pytest.approx(LAW(1_536_000, 12_800), rel=1e-4) and len(forecast["grid"]) == 24
     # A smaller gallery lies in a larger one.
     assert [len(kept) for kept in sizes] == [500, 2_000, 8_000, 32_000] and set(sizes[0]) < set(sizes[1])
     made.clear()
-    scaling.run(given, path, {**do, "predict": lambda *_: None}, None)
+    do["predict"] = lambda *_: []
+    study_stage.run(given, path, None)
     assert made == [] and json.loads((tmp_path / "scaling" / "forecast.json").read_text()) == forecast
     (tmp_path / "scaling" / "forecast.json").unlink()
     with pytest.raises(workdir.StageError, match="a loss is forecast before it is measured"):
-        scaling.run(given, path, do, last)
+        study_stage.run(given, path, last)
 
 
-def test_what_was_found_is_told(tmp_path, stages):
-    do, _, _ = stages
-    given, path = config(), str(tmp_path)
+@pytest.mark.usefixtures("stages")
+def test_what_was_found_is_told(tmp_path):
+    given, path = config(), Workdir(tmp_path)
     with pytest.raises(workdir.StageError, match=r"fit.json is not there: run `geotoken scaling fit`"):
         scaling_page.document(given, path)
-    scaling.run(given, path, do, None)
-    found = scaling.fit(given, path)
+    study_stage.run(given, path, None)
+    found = study_stage.fit(given, path)
     row = next(row for row in scaling.table(given, path) if row["label"] == "20K_2000")
     assert row["loss"] == pytest.approx(LAW(20_480, 2_000)) and row["seen"] == 3 * 64 and row["examples"] == 12_000
     assert found["forecast"]["measured"] == pytest.approx(found["forecast"]["loss"], rel=1e-4)

@@ -66,23 +66,49 @@ def test_a_missing_key_is_named():
         settings.read(Outer, values, "outer")
 
 
-def test_a_variant_changes_a_copy():
-    config = ConfigDict({"model": {"width": 32, "inner": {"a": 1, "b": 2}}, "seed": 0})
-    config.variants = {"same": {}, "wide": {"model": {"width": 64, "inner": {"b": 3}}, "seed": 1}}
-    changed = settings.variant(config, "wide")
-    assert changed.model.to_dict() == {"width": 64, "inner": {"a": 1, "b": 3}} and changed.seed == 1
-    assert settings.variant(config, "same") == config
-    assert config.model.to_dict() == {"width": 32, "inner": {"a": 1, "b": 2}} and config.seed == 0
+def test_changes_are_made_in_a_copy():
+    read = settings.read(Outer, section(), "outer")
+    changed = settings.changed(read, {"rate": 2, "inner": {"depth": 3}}, "variants.wide")
+    assert changed == Outer("a", 2.0, None, True, Inner(3, (1.0, 16.0))) and read.inner.depth == 2
+    assert settings.changed(read, {}, "variants.same") == read
 
 
-def test_an_unknown_variant_or_key_is_named():
-    config = ConfigDict({"model": {"width": 32}, "variants": {"a": {"model": {"widht": 64}}, "b": {"modle": {}}}})
-    with pytest.raises(settings.SettingsError, match=r"config.variants has no 'c': choose one of a, b"):
-        settings.variant(config, "c")
-    with pytest.raises(settings.SettingsError, match=r"config\.variants\.a\.model\.widht .* use one of width"):
-        settings.variant(config, "a")
-    with pytest.raises(settings.SettingsError, match=r"config\.variants\.b\.modle changes what is not there"):
-        settings.variant(config, "b")
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"inner": {"dpeth": 3}},
+            r"config\.variants\.a\.inner\.dpeth changes what is not there: use one of depth, sizes",
+        ),
+        ({"iner": {}}, r"config\.variants\.a\.iner changes what is not there: use one of name, "),
+        ({"inner": {"depth": "3"}}, r"config\.variants\.a\.inner\.depth is '3': it must be of type int"),
+        ({"rate": -1.0}, r"config\.outer\.rate is -1\.0: it must not be below 0"),
+    ],
+)
+def test_changes_that_cannot_be_made_are_named(changes, message):
+    with pytest.raises(settings.SettingsError, match=message):
+        settings.changed(settings.read(Outer, section(), "outer"), changes, "variants.a")
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    leaves: int
+    threads: settings.Runtime[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Index:
+    kind: str
+    note: settings.Runtime[str]
+    search: Search
+
+
+def test_a_result_leaves_out_what_says_how_a_stage_runs():
+    index = settings.read(Index, {"kind": "exact", "note": "", "search": {"leaves": 3, "threads": 2}}, "index")
+    stored = settings.result(index)
+    assert stored == {"kind": "exact", "search": {"leaves": 3}}
+    asked = Index("scann", "here", Search(4, 8))
+    assert settings.restored(stored, asked, "index") == Index("exact", "here", Search(3, 8))
 
 
 def test_plain_is_what_json_holds():

@@ -9,18 +9,19 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from configs import demo
-from geotoken_jax import checkpoint, cli, records, settings, workdir
-from geotoken_jax.align.heads import AlignSettings
+from geotoken_jax import checkpoint, configuration, records, settings, workdir
 from geotoken_jax.align.task import AlignTask
+from geotoken_jax.artifacts import Workdir
 from geotoken_jax.gallery.table import Table, write_shard
 from geotoken_jax.geo.cells import CellScheme
 from geotoken_jax.geo.distance import great_circle_km
 from geotoken_jax.model.reward import RewardSettings
 from geotoken_jax.model.verifier import ComparatorSettings, ComparatorTask, choose, listwise
-from geotoken_jax.predict import learn, verify
+from geotoken_jax.predict import verify
 from geotoken_jax.predict.pool import Pool
 from geotoken_jax.predict.reward import Reward
 from geotoken_jax.predict.sample import Candidates
+from geotoken_jax.stages import selectors, training
 from tests import fixtures
 
 C, M, N = fixtures.C, fixtures.M, 240
@@ -62,7 +63,8 @@ def config():
     comparator = dict(hidden=32, width=16, dropout=0.0, noise=0.2, same_within_km=20.0)
     model = dict(near=8, alike=24, comparator=comparator, judge=dict(hidden=0, dropout=0.0))
     config.verifier = ConfigDict(dict(model=model, train_comparator=train, train_judge=train))
-    return config
+    config.variants = {"geotoken": {}}
+    return configuration.read(config)
 
 
 @pytest.fixture(scope="module")
@@ -74,30 +76,32 @@ def path(tmp_path_factory, config):
     rng = np.random.default_rng(2)
     workdir.begin(path, "gallery", {}, ()).finish({"train": N})
     workdir.begin(path, "queries", {}, ()).finish({"train_views": 2 * N})
-    for folder in ("align", "tokens", "geotoken/geotoken"):
-        workdir.begin(path, folder, {}, ()).finish({})
-    task = AlignTask(settings.read(AlignSettings, config.align.model, "align.model"), C)
+    made_with = {"align": ["align.model"], "tokens": [], "geotoken/geotoken": ["model"]}
+    for folder, keys in made_with.items():
+        workdir.begin(path, folder, config.select(*keys), ()).finish({})
+    task = AlignTask(config.align.model, C)
     for folder, model in {"align": task.init(nnx.Rngs(0)), "geotoken/geotoken": fixtures.model("ours")}.items():
         parameters = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model)))
         checkpoint.write_parameters(path / folder / "parameters.safetensors", parameters)
-    stage = workdir.begin(path, "neighbors", {"index": {"neighbors": config.index.neighbors}}, ["gallery", "queries"])
+    stage = workdir.begin(path, "neighbors", config.select("index.neighbors"), ["gallery", "queries"])
     records.save_array(stage.path / "train.rows.npy", rng.integers(0, N, (N, M)).astype(np.int32))
     records.save_array(stage.path / "train.scores.npy", -np.sort(rng.random((N, M)).astype(np.float32)))
     stage.finish({"train": N})
     return path
 
 
-def trainer(config):
-    calls = []
+def trainer(monkeypatch):
+    """Returns a list that names what is trained, as it is."""
+    calls, fit = [], training.fit
 
-    def train(task, splits, where, folder):
-        calls.append(where)
-        if where == "verifier.train_comparator":  # on none of the photos that have pools
+    def listed(task, options, mesh, splits, folder, what):
+        calls.append(what)
+        if what == "comparator":  # on none of the photos that have pools
             assert not set(splits[0]._rows) & set(splits[1]._rows)
-        section, name = where.split(".")
-        cli.fit(task, config[section][name], where, cli.make_mesh(config), splits, folder, where)
+        return fit(task, options, mesh, splits, folder, what)
 
-    return train, calls
+    monkeypatch.setattr(training, "fit", listed)
+    return calls
 
 
 def test_the_nearest_photos_are_those_of_brute_force():
@@ -119,7 +123,7 @@ def test_views_belong_to_the_photo_of_their_id(tmp_path):
     write_shard(tmp_path / "queries" / "train_views", 0, 1, views)
     workdir.begin(tmp_path, "queries", {}, ()).finish({"train_views": 8})
     table = Table(tmp_path / "gallery")
-    learn._save_views(tmp_path, tmp_path, table)
+    selectors.save_views(tmp_path, Workdir(tmp_path))
     looks = verify.open_looks(tmp_path, table)
     assert looks.of.tolist() == [[0, 4, 5], [1, 6, 7], [2, 8, 9], [3, 3, 3]] and len(looks) == 10
     assert looks.owner.tolist() == [0, 1, 2, 3, 0, 0, 1, 1, 2, 2]
@@ -127,19 +131,20 @@ def test_views_belong_to_the_photo_of_their_id(tmp_path):
         looks.images(np.array([9, 1])), [views["embeddings"][5, 0], gallery["embeddings"][1, 0]]
     )
     workdir.begin(tmp_path / "none", "queries", {}, ()).finish({})
-    learn._save_views(tmp_path / "none", tmp_path / "none", table)
+    (tmp_path / "none" / "gallery").symlink_to(tmp_path / "gallery")
+    selectors.save_views(tmp_path / "none", Workdir(tmp_path / "none"))
     assert verify.open_looks(tmp_path / "none", table).of.tolist() == [[0], [1], [2], [3]]
 
 
 def test_pools_are_of_whole_authors():
     authors = np.array([b"a", b"b", b"a", b"", b"b", b"", b"c", b"", b"", b""])
     for seed in range(20):
-        rows = learn.of_authors(authors, 4, seed)
+        rows = selectors.of_authors(authors, 4, seed)
         assert 4 <= len(rows) <= 5 and len(set(rows)) == len(rows)
         for author in (b"a", b"b"):
             mine = set(np.flatnonzero(authors == author))
             assert mine <= set(rows) or not mine & set(rows)
-    assert any(0 < sum(authors[learn.of_authors(authors, 4, s)] == b"") < 4 for s in range(20))
+    assert any(0 < sum(authors[selectors.of_authors(authors, 4, s)] == b"") < 4 for s in range(20))
 
 
 def test_photos_of_one_place_are_no_negatives_of_each_other():
@@ -170,19 +175,19 @@ def test_the_loss_of_a_pool_is_least_where_all_weight_is_within():
     assert choose(good)[0] == 0 and [float(v) for v in found.values()] == [0.5] * 5
 
 
-def test_learn_makes_what_chooses_and_goes_on_where_it_was(config, path):
-    train, calls = trainer(config)
-    first = learn.run(config, path, "geotoken", train)
+def test_learn_makes_what_chooses_and_goes_on_where_it_was(config, path, monkeypatch):
+    calls = trainer(monkeypatch)
+    first = selectors.run(config, Workdir(path), "geotoken")
     assert [m.folder for m in first] == ["pools/geotoken", "reward/geotoken", "verifier/geotoken"]
-    assert calls == ["reward.train", "verifier.train_comparator", "verifier.train_judge"]
-    assert learn.run(config, path, "geotoken", train) == first and len(calls) == 3
+    assert calls == ["reward geotoken", "comparator", "judge geotoken"]
+    assert selectors.run(config, Workdir(path), "geotoken") == first and len(calls) == 3
     rows = np.load(path / "pools" / "geotoken" / "rows.npy")
     authors = Table(path / "gallery").authors()
     assert not set(authors[rows]) & set(np.delete(authors, rows))
     (path / "verifier" / "geotoken" / "manifest.json").unlink()
-    workdir.begin(path, "verifier/geotoken", {"verifier": learn._outcome(config.verifier)}, list(first[2].inputs))
+    workdir.begin(path, "verifier/geotoken", config.select("verifier"), list(first[2].inputs))
     keys = (path / "verifier" / "geotoken" / "keys.npy").stat().st_mtime_ns
-    assert learn.run(config, path, "geotoken", train) == first
+    assert selectors.run(config, Workdir(path), "geotoken") == first
     assert (path / "verifier" / "geotoken" / "keys.npy").stat().st_mtime_ns == keys
 
 
@@ -192,11 +197,10 @@ def test_the_verifier_finds_the_place_that_retrieval_did_not(config, path, tmp_p
         (tmp_path / folder).symlink_to(path / folder)
     rng = np.random.default_rng(3)
     tokens = np.asarray(fixtures.CELLS.encode(*PLACES.T), np.int32)
-    rows = learn.of_authors(Table(path / "gallery").authors(), 60, 0)
-    stage = workdir.begin(
-        tmp_path, "pools/geotoken", {"pools": config.pools, "predict": learn._sampled(config)},
-        ["tokens", "geotoken/geotoken", "neighbors"],
-    )  # fmt: skip
+    rows = selectors.of_authors(Table(path / "gallery").authors(), 60, 0)
+    sampled = [f"predict.{key}" for key in ("samples", "temperature", "top_p", "beam", "seed")]
+    inputs = ["tokens", "geotoken/geotoken", "neighbors"]
+    stage = workdir.begin(tmp_path, "pools/geotoken", config.select("pools", *sampled), inputs)
     shape = (len(rows), 6)
     for name, values in {
         "rows": rows,
@@ -207,12 +211,11 @@ def test_the_verifier_finds_the_place_that_retrieval_did_not(config, path, tmp_p
     }.items():
         records.save_array(stage.path / f"{name}.npy", np.ascontiguousarray(values))
     stage.finish({"photos": len(rows)})
-    learn.run(config, tmp_path, "geotoken", trainer(config)[0])
+    selectors.run(config, Workdir(tmp_path), "geotoken")
 
     columns, gallery = photos(60, 7), Table(tmp_path / "gallery")
-    options = settings.read(verify.VerifierSettings, config.verifier.model, "verifier.model")
-    aligned = learn.read_aligned(config, tmp_path)
-    verifier = verify.Verifier(tmp_path / "verifier" / "geotoken", options, gallery, aligned)
+    aligned = Workdir(tmp_path).aligned(config.align.model)
+    verifier = verify.Verifier(tmp_path / "verifier" / "geotoken", config.verifier.model, gallery, aligned)
     scores = rng.normal(size=(60, 6))
     near = rng.integers(0, N, (60, M))
     coordinates = np.broadcast_to(np.stack(fixtures.CELLS.decode(tokens), -1), (60, 6, 2))
@@ -233,15 +236,15 @@ def test_the_verifier_finds_the_place_that_retrieval_did_not(config, path, tmp_p
     )
     assert verifier.within(found).shape == (60, 6, 5)
     reward = Reward(
-        tmp_path / "reward" / "geotoken", RewardSettings(16, 0.1), learn.read_model(config, tmp_path, "geotoken")
+        tmp_path / "reward" / "geotoken", RewardSettings(16, 0.1), Workdir(tmp_path).decoder("geotoken", config.model)
     )
     assert reward(found).shape == (60,)
 
 
 def test_the_photos_of_an_author_do_not_speak_for_him(config, path, tmp_path):
     gallery = Table(path / "gallery")
-    aligned = learn.read_aligned(config, path)
-    learn._save_views(tmp_path, path, gallery)
+    aligned = Workdir(path).aligned(config.align.model)
+    selectors.save_views(tmp_path, Workdir(path))
     looks = verify.open_looks(tmp_path, gallery)
     task = ComparatorTask(ComparatorSettings(8, 4, 0.0, 0.0, 5.0), np.zeros(C))
     comparator = task.init(nnx.Rngs(0))
@@ -254,7 +257,7 @@ def test_the_photos_of_an_author_do_not_speak_for_him(config, path, tmp_path):
         gallery.embeddings(rows), gallery.embeddings(np.zeros((2, M), int)), np.zeros((2, M, 2)), np.zeros((2, M)),
         np.zeros(2, int), None,
     )  # fmt: skip
-    seen, hidden = evidence(found), evidence(found._replace(exclude=learn._rules(path, gallery, rows)))
+    seen, hidden = evidence(found), evidence(found._replace(exclude=Workdir(path).exclusions("train")(rows)))
     assert np.isfinite(seen).all() and np.isfinite(hidden).all()
     # Its own look is the most alike there is, by the backbone's embedding: 1. And it is nearest.
     best, nearest = 15, -1

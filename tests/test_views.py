@@ -10,12 +10,12 @@ from flax import nnx
 from PIL import Image
 
 from data_prep import embed, index
-from data_prep.gallery import open_table
-from geotoken_jax import checkpoint, cli, records, settings, workdir
-from geotoken_jax.align.heads import AlignSettings
+from geotoken_jax import checkpoint, configuration, records, settings, workdir
 from geotoken_jax.align.task import AlignTask
+from geotoken_jax.artifacts import Workdir
 from geotoken_jax.backbone import views
 from geotoken_jax.backbone.preprocess import open_image
+from geotoken_jax.stages import train as train_stage
 from tests import sample, tiny
 from tests.sample import embedded, features, scene
 
@@ -114,7 +114,7 @@ def test_views_are_a_split_beside_the_others(prepared: Path, tmp_path: Path, mon
     assert files[1] == files[2]
     assert files[0].items() <= files[1].items() and len(files[1]) == len(files[0]) + 2
     manifest = workdir.read_manifest(without, "features")
-    assert manifest.settings == {"embed": {"backbone": "thumbnail", "thumbnail": {"size": 4}}}
+    assert manifest.settings == {"embed": {"backbone": "thumbnail", "thumbnail": {"size": 4}, "views": {"count": 0}}}
     assert manifest.counts == {"train": 39, "validation": 5}
     manifest = workdir.read_manifest(two, "features")
     assert manifest.counts == {"train": 39, "validation": 5, "train_views": 78}
@@ -131,20 +131,22 @@ def test_views_are_a_split_beside_the_others(prepared: Path, tmp_path: Path, mon
 def indexed(prepared: Path, to: Path, exclude_author: bool) -> Path:
     path = embedded(prepared, to, 2)
     config = tiny.get_config()
-    config.index.neighbors.exclude.author = exclude_author
-    task = AlignTask(settings.read(AlignSettings, config.align.model, "align.model"), 48)
-    stage = workdir.begin(path, "align", {}, ["features"])
+    config.index.neighbors.exclude.author, config.embed.views.count = exclude_author, 2
+    config = configuration.read(config)
+    task = AlignTask(config.align.model, 48)
+    made_with = {"align": {**config.select("align.model")["align"], "pixels": {"tower": "cached"}}}
+    stage = workdir.begin(path, "align", made_with, ["features"])
     parameters = nnx.to_pure_dict(nnx.state(task.init(nnx.Rngs(0))))
     checkpoint.write_parameters(stage.path / "parameters.safetensors", parameters)
     stage.finish({})
-    index.run(config, path)
+    index.run(config, Workdir(path))
     return path
 
 
 @pytest.mark.parametrize("exclude_author", [True, False])
 def test_a_view_has_neither_its_photo_nor_its_author_as_a_neighbor(prepared: Path, tmp_path: Path, exclude_author):
     path = indexed(prepared, tmp_path, exclude_author)
-    gallery, own = open_table(path, "train"), open_table(path, "train_views")
+    gallery, own = (Workdir(path).table(split) for split in ("train", "train_views"))
     rows = records.open_array(path / "neighbors" / "train_views.rows.npy")
     assert len(gallery) == 39 and rows.shape == (78, 6) and (rows >= 0).all()
     assert not (gallery.ids(rows) == own.ids()[:, None]).any()
@@ -156,9 +158,10 @@ def test_a_view_has_neither_its_photo_nor_its_author_as_a_neighbor(prepared: Pat
 
 def test_the_decoder_trains_on_photos_and_views(prepared: Path, tmp_path: Path):
     path = indexed(prepared, tmp_path, True)
-    _, (train, validation), _ = cli.decoder(tiny.get_config(), str(path), None)
+    config = configuration.read(tiny.get_config())
+    _, (train, validation), _ = train_stage.decoder(config, Workdir(path), None)
     assert len(train) == 39 + 78 and len(validation) == 5
-    gallery, own = open_table(path, "train"), open_table(path, "train_views")
+    gallery, own = (Workdir(path).table(split) for split in ("train", "train_views"))
     batch = train(np.array([116, 38, 39]))
     for row, wanted in enumerate((own.embeddings(77), gallery.embeddings(38), own.embeddings(0))):
         np.testing.assert_array_equal(batch["query"][row], wanted)

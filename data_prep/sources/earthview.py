@@ -19,6 +19,7 @@ from PIL import Image
 from scipy.spatial import KDTree
 
 from data_prep.sources import Photo, Provenance
+from geotoken_jax.preparation import EarthViewSettings
 from geotoken_jax.settings import SettingsError
 
 SPLITS = ("train", "validation", "test", "test_unseen", "test_shift")
@@ -35,21 +36,6 @@ _SCATTER_KM, _EDGE_KM = 1.25, 10.0
 #: No photo of `test_unseen` is nearer than this to one of `train`.
 UNSEEN_KM = 50.0
 _EARTH_KM = 6371.0088
-
-
-@dataclasses.dataclass(frozen=True)
-class EarthViewSettings:
-    """seed: decides everything. places: GeoNames places that authors visit, from those of 1,000 inhabitants or more.
-    train ... test_shift: photos of each split. photos_per_shard: at most; the last shard has the rest."""
-
-    seed: int
-    places: int
-    train: int
-    validation: int
-    test: int
-    test_unseen: int
-    test_shift: int
-    photos_per_shard: int
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,35 +17,12 @@ from data_prep import images
 from data_prep.csv_rows import read_rows
 from data_prep.sources import UNKNOWN, Drop, Photo, Provenance
 from geotoken_jax.backbone.preprocess import ENDINGS
+from geotoken_jax.preparation import FolderSettings
 from geotoken_jax.settings import SettingsError
 from geotoken_jax.workdir import StageError
 
 _COLUMNS = {name: name for name in ("id", "latitude", "longitude")}
 _OPTIONAL = {name: name for name in ("author", "city", "state", "country", "continent", "captured")}
-
-
-@dataclasses.dataclass(frozen=True)
-class FolderSettings:
-    """path: the folder; subfolders are part of it. csv: file of id, latitude and longitude, and author, city, state,
-    country, continent and captured (csv_rows.seconds) where it has them; empty takes coordinates and time from EXIF.
-    train, validation, test: shares of authors, 0-1; all of test makes a benchmark. photos_per_shard: at most; the last
-    shard has the rest."""
-
-    path: str
-    csv: str
-    train: float
-    validation: float
-    test: float
-    photos_per_shard: int
-
-    def __post_init__(self):
-        if min(self.shares.values()) < 0 or not math.isclose(sum(self.shares.values()), 1):
-            raise ValueError(f"config.photos.folder has shares {self.shares}: none below 0, together 1")
-
-    @property
-    def shares(self) -> dict[str, float]:
-        """Split -> share of authors."""
-        return {"train": self.train, "validation": self.validation, "test": self.test}
 
 
 @dataclasses.dataclass(frozen=True)

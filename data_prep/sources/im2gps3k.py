@@ -8,17 +8,9 @@ import dataclasses
 from data_prep.csv_rows import read_rows
 from data_prep.sources import FLICKR, Provenance
 from data_prep.sources.folder import Listed, Listing, existing_file, pair, walk
+from geotoken_jax.preparation import Im2gps3kSettings
 
 _COLUMNS = {"id": "IMG_ID", "author": "AUTHOR", "latitude": "LAT", "longitude": "LON"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Im2gps3kSettings:
-    """path: folder of the images, named IMG_ID. csv: im2gps3k_places365.csv. photos_per_shard: at most."""
-
-    path: str
-    csv: str
-    photos_per_shard: int
 
 
 @dataclasses.dataclass(frozen=True)

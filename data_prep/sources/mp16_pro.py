@@ -24,9 +24,10 @@ from etils import epath
 from jaxtyping import Bool, Int, UInt8
 
 from data_prep import csv_rows, tar_parts
-from data_prep.placeholder import PlaceholderSettings, identical
+from data_prep.placeholder import identical, looks_like
 from data_prep.sources import FLICKR, Drop, Photo, Provenance
 from geotoken_jax import records, workdir
+from geotoken_jax.preparation import MP16ProSettings
 from geotoken_jax.progress import Progress, track
 from geotoken_jax.workdir import StageError
 
@@ -45,26 +46,6 @@ REASONS = (
 #: Of a member in the survey's making; _FOLDER in place of a reason's number.
 _MEMBER = np.dtype([("offset", "i8"), ("size", "i8"), ("key", "u8"), ("fate", "u1")])
 _FOLDER = 255
-
-
-@dataclasses.dataclass(frozen=True)
-class MP16ProSettings:
-    """folder: with the parts. metadata: path of the CSV, from that folder. seed: of the choice of authors. validation:
-    share of authors, 0-1, held out as that split. photos_per_shard: members of a shard, at most; some of them may be
-    dropped."""
-
-    folder: str
-    metadata: str
-    seed: int
-    validation: float
-    photos_per_shard: int
-    placeholder: PlaceholderSettings
-
-    def __post_init__(self):
-        if not 0 <= self.validation < 1:
-            raise ValueError(f"config.photos.mp16_pro.validation is {self.validation}: use a share from 0 to below 1")
-        if self.photos_per_shard < 1:
-            raise ValueError(f"config.photos.mp16_pro.photos_per_shard is {self.photos_per_shard}: use 1 or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +102,7 @@ class MP16Pro:
         if not row.country:
             return Drop(row.id, "no country")
         image = tar_parts.data(parts, info)
-        if self.settings.placeholder.match(image):
+        if looks_like(image, self.settings.placeholder):
             return Drop(row.id, "placeholder")
         return dataclasses.replace(row, image=image)
 

@@ -13,6 +13,7 @@ from data_prep import images
 from data_prep.csv_rows import read_rows
 from data_prep.sources import Drop, Photo, Provenance
 from data_prep.sources.folder import existing_file
+from geotoken_jax.preparation import Osv5mSettings
 from geotoken_jax.settings import SettingsError
 from geotoken_jax.workdir import StageError
 
@@ -21,13 +22,6 @@ _COLUMNS = {"id": "id", "author": "creator_id", "latitude": "latitude", "longitu
 #: Text as it stands: the country "NA" is Namibia.
 _OPTIONAL = {"city": "city", "state": "region", "country": "country", "captured": "captured_at"}
 _ENCRYPTED = 0x1
-
-
-@dataclasses.dataclass(frozen=True)
-class Osv5mSettings:
-    """path: folder that holds images/, train.csv and test.csv, as downloaded."""
-
-    path: str
 
 
 @dataclasses.dataclass(frozen=True)

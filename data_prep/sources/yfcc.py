@@ -8,26 +8,12 @@ import dataclasses
 from data_prep.csv_rows import read_rows
 from data_prep.sources import FLICKR, Provenance
 from data_prep.sources.folder import Listed, Listing, existing_file, pair, walk
+from geotoken_jax.preparation import YfccSettings
 
 _COLUMNS = {"id": "IMG_ID", "latitude": "LAT", "longitude": "LON"}
 _AUTHOR = {"author": "OwnerNSID"}
 #: Columns of info.txt, from 0.
 _INFO = {"id": 1, "longitude": 12, "latitude": 13}
-
-
-@dataclasses.dataclass(frozen=True)
-class YfccSettings:
-    """name: of the data set, yfcc4k or yfcc26k. path: folder of the images, named ID.jpg. table: the CSV, or info.txt.
-    photos_per_shard: at most."""
-
-    name: str
-    path: str
-    table: str
-    photos_per_shard: int
-
-    def __post_init__(self):
-        if self.name not in ("yfcc4k", "yfcc26k"):
-            raise ValueError(f"config.photos.yfcc.name is {self.name!r}: use yfcc4k or yfcc26k")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float
 
 from geotoken_jax import sharding
 from geotoken_jax.geo.distance import EARTH_RADIUS_KM, to_unit_vectors
-from geotoken_jax.settings import SettingsError
+from geotoken_jax.settings import Runtime, SettingsError
 
 KINDS = ("info_nce", "sigmoid")
 
@@ -30,7 +30,7 @@ class LossSettings:
     same_within_km: of two photos no farther apart than this neither is a negative of the other; 0 for one place."""
 
     kind: str
-    chunk: int
+    chunk: Runtime[int]
     queue: int
     same_within_km: float
 

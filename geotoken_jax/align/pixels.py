@@ -20,7 +20,7 @@ from geotoken_jax.align.task import AlignTask
 from geotoken_jax.backbone import BackboneSettings
 from geotoken_jax.backbone.checkpoint import write_module
 from geotoken_jax.backbone.huggingface import HuggingFace, ImageTower
-from geotoken_jax.settings import SettingsError
+from geotoken_jax.settings import Runtime, SettingsError
 
 TOWERS = ("cached", "frozen", "trained")
 
@@ -34,7 +34,7 @@ class PixelsSettings:
     tower: str
     augment: bool
     learning_rate: float
-    remat: str
+    remat: Runtime[str]
 
     def __post_init__(self):
         for key, known in (("tower", TOWERS), ("remat", stack.REMAT)):

@@ -1,28 +1,29 @@
 """`geotoken audit coverage`: where the gallery has photos, and what it costs where it has none."""
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 from jaxtyping import Float, Int, Shaped
 from scipy.spatial import KDTree
 
-from geotoken_jax import records, workdir
+from geotoken_jax import records
 from geotoken_jax.analysis import audit, charts, evaluate, frame, overlap, places, worldmap
-from geotoken_jax.analysis.audit import CoverageSettings
-from geotoken_jax.analysis.evaluate import EvaluateSettings, Method, Points
+from geotoken_jax.analysis.evaluate import Method, Points
+from geotoken_jax.analysis.masking import Masked
+from geotoken_jax.artifacts import GALLERY, TOP1, Workdir
+from geotoken_jax.configuration import Config, CoverageSettings, EvaluateSettings
 from geotoken_jax.gallery.table import Table
 from geotoken_jax.geo import distance
 from geotoken_jax.geo.cells import CellScheme
 from geotoken_jax.progress import track
-from geotoken_jax.workdir import Manifest
+from geotoken_jax.workdir import StageError
 
-#: The split that the gallery is made of.
-_GALLERY = "train"
 #: A photo that no source placed in a country is taken to be in that of the nearest gallery photo, up to so far.
 _NEAR_KM = 100.0
 #: Threshold of the charts, and of the map of what is lost without a region, whose photos cannot be placed closely.
@@ -39,43 +40,50 @@ _BINS = [
 ]
 
 
-def run(config: Any, path: epath.PathLike) -> Manifest:
-    """Makes audit/coverage/. Raises StageError if the split whose regions are left out has no predictions."""
-    path = epath.Path(path)
-    options, scoring = audit.read(config)
-    folders = evaluate.predicted(path, scoring)
-    split, splits = options.coverage.split, sorted({f.stem for name in folders for f in (path / name).glob("*.jsonl")})
-    if split not in splits:
-        raise workdir.StageError(
-            f"config.audit.coverage.split is {split!r}, and {path / 'predictions'} has {', '.join(splits)}: "
-            "name one of these"
+def check(config: Config, workdir: Workdir) -> None:
+    """Raises StageError if the split whose regions are left out has no predictions."""
+    split = config.audit.coverage.split
+    if split not in workdir.asked:
+        raise StageError(
+            f"config.audit.coverage.split is {split!r}, and {workdir.path / 'predictions'} has "
+            f"{', '.join(sorted(workdir.asked))}: name one of these"
         )
-    inputs = ["photos", "gallery", "queries", "neighbors", f"geotoken/{scoring.reference}", *folders]
-    made_with = {"name": config.name, "audit": {"coverage": options.coverage}, "evaluate": scoring}
-    stage = workdir.begin(path, "audit/coverage", made_with, inputs)
-    if stage.manifest:
-        return stage.manifest
-    truths, methods = evaluate.read_predictions(path, folders, scoring)
+
+
+def make(config: Config, workdir: Workdir, folder: epath.Path) -> audit.Made:
+    """Returns what audit/coverage/ holds. folder: keeps what an interrupted audit goes on from."""
+    options, scoring = config.audit.coverage, config.evaluate
+    split = options.split
+    truths, methods = evaluate.read_predictions(workdir, scoring)
     methods = {name: audit.answers(found) for name, found in methods.items()}
-    gallery = Table(path / "gallery")
-    of_gallery = _gallery_regions(stage, path, gallery)
+    gallery = workdir.gallery
+    of_gallery = _gallery_regions(folder, workdir, gallery)
     tree = KDTree(distance.to_unit_vectors(*gallery.coordinates().T))
     nearest = {name: _nearest(tree, gallery, truth) for name, truth in truths.items()}
     regions = {name: _regions(truth, *nearest[name], of_gallery) for name, truth in truths.items()}
+    answer = functools.cache(lambda: Masked(config, workdir, scoring.reference, split))
+    photos = Regions(truths[split], methods[split], regions[split], of_gallery)
     figures = {
         "gallery": len(gallery),
-        "density": _density(gallery, of_gallery, regions, options.coverage.level),
+        "density": _density(gallery, of_gallery, regions, options.level),
         "named_by_nearest": {name: _borrowed(truth, regions[name]) for name, truth in truths.items()},
         "distance": {
             name: _by_distance(nearest[name][1], methods[name], truth, scoring) for name, truth in truths.items()
         },
-        "masked": _mask(
-            config, stage, path, options.coverage, scoring, truths[split], methods[split], regions[split], of_gallery
-        ),
+        "masked": _mask(photos, workdir.table(split), answer, folder, options, scoring),
     }
-    html = _page(figures, gallery, truths[split], regions[split], options.coverage, scoring.reference)
+    html = _page(figures, gallery, truths[split], regions[split], options, scoring.reference)
     counts = {"regions": len(figures["masked"]["regions"]), **{name: len(truth.ids) for name, truth in truths.items()}}
-    return audit.write(stage, "What the gallery covers", *html, figures, counts, scoring.resamples)
+    return audit.Made("What the gallery covers", *html, figures, counts)
+
+
+class Regions(NamedTuple):
+    """A split's photos with the answers for them, and continent and country of each photo and each gallery photo."""
+
+    truth: Points
+    methods: Sequence[Method]
+    of_photos: Shaped[np.ndarray, "n 2"]
+    of_gallery: Shaped[np.ndarray, "N 2"]
 
 
 def table(figures: Mapping[str, Any]) -> str:
@@ -98,24 +106,24 @@ def table(figures: Mapping[str, Any]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _gallery_regions(stage: workdir.Stage, path: epath.Path, gallery: Table) -> Shaped[np.ndarray, "N 2"]:
+def _gallery_regions(folder: epath.Path, workdir: Workdir, gallery: Table) -> Shaped[np.ndarray, "N 2"]:
     """Returns continent and country of every gallery photo, as UTF-8; read once from photos/ and kept.
 
     Rows of the gallery are photos of photos/ in their order, less those that `embed` dropped.
     """
-    file = stage.path / "regions.npy"
+    file = folder / "regions.npy"
     if not file.exists():
         found = np.zeros((len(gallery), 2), f"S{records.ID_BYTES}")
-        photos, ids, row = records.Photos(path / "photos", _GALLERY), gallery.ids(), 0
+        photos, ids, row = workdir.photos(GALLERY), gallery.ids(), 0
         for i in track(range(len(photos)), "places of the gallery", len(photos), "photos"):
             photo = photos[i]
             if row < len(gallery) and photo["id"].encode() == ids[row]:
                 found[row] = places.continent(photo).encode(), places.country(photo["country"]).encode()
                 row += 1
         if row < len(gallery):
-            raise workdir.StageError(
-                f"{path / 'photos'} has no photo {bytes(ids[row]).decode()!r} at its place, which gallery/ has: "
-                "prepare, embed and index again in another --workdir"
+            raise StageError(
+                f"{workdir.path / 'photos'} has no photo {bytes(ids[row]).decode()!r} at its place, which gallery/ "
+                "has: prepare, embed and index again in another --workdir"
             )
         records.save_array(file, found)
     return records.open_array(file)
@@ -207,34 +215,28 @@ def _by_distance(
 
 
 def _mask(
-    config: Any,
-    stage: workdir.Stage,
-    path: epath.Path,
+    photos: Regions,
+    own: Table,
+    answer: Callable[[], Masked],
+    folder: epath.Path,
     options: CoverageSettings,
     scoring: EvaluateSettings,
-    truth: Points,
-    methods: Sequence[Method],
-    of_photos: Shaped[np.ndarray, "n 2"],
-    of_gallery: Shaped[np.ndarray, "N 2"],
 ) -> dict[str, Any]:
     """Lets every photo answer again without the gallery's photos of its continent, then of its country.
 
     Each region's answers are kept as masked-NUMBER.npy, so that an interrupted audit goes on with the next.
     """
-    from geotoken_jax.analysis.masking import Masked  # and jax with it
-    from geotoken_jax.predict.baselines import TOP1
-
-    masked, found, both = None, [], [m for m in methods if m.variant in (TOP1, scoring.reference)]
-    row_of = overlap.match(overlap.encoded(truth.ids), Table(path / "queries" / options.split).ids())
+    truth, methods, of_photos, of_gallery = photos
+    found, both = [], [m for m in methods if m.variant in (TOP1, scoring.reference)]
+    row_of = overlap.match(overlap.encoded(truth.ids), own.ids())
     without_continent = np.full((2, len(truth.ids), 2), np.nan)
     chosen = _chosen(of_photos, of_gallery, options.countries)
     for number, (column, name) in enumerate(track(chosen, "without a region", len(chosen), "regions")):
         rows = np.flatnonzero((of_photos[:, column] == name) & (row_of >= 0))
         kept = np.flatnonzero(of_gallery[:, column] != name)
-        file = stage.path / f"masked-{number:03d}.npy"
+        file = folder / f"masked-{number:03d}.npy"
         if not file.exists():
-            masked = masked or Masked(config, path, scoring.reference, options.split)
-            records.save_array(file, masked(row_of[rows], kept))
+            records.save_array(file, answer()(row_of[rows], kept))
         placed = np.full_like(without_continent, np.nan)
         placed[:, rows] = records.open_array(file)
         if column == 0:
@@ -269,8 +271,6 @@ def _lost(
     scoring: EvaluateSettings,
 ) -> dict[str, Any]:
     """Scores both methods on some photos as they answered, as `placed` says, and the paired difference."""
-    from geotoken_jax.predict.baselines import TOP1
-
     found = []
     for method in methods:
         again = placed[int(method.variant != TOP1)]

@@ -19,9 +19,10 @@ from etils import epath
 from jaxtyping import Float, Int
 
 from geotoken_jax import bootstrap, records, settings
-from geotoken_jax import workdir as stages
-from geotoken_jax.analysis import overlap, places, reliability, report
+from geotoken_jax.analysis import overlap, places, reliability
 from geotoken_jax.analysis.reliability import Claims
+from geotoken_jax.artifacts import Workdir
+from geotoken_jax.configuration import Config, EvaluateSettings
 from geotoken_jax.geo import distance
 
 #: What a missing prediction is off by: half the Earth's circumference.
@@ -33,29 +34,6 @@ _COLUMNS = {"id": ("id", "img_id"), "latitude": ("latitude", "lat"), "longitude"
 
 class PointsError(ValueError):
     """A file of points cannot be scored; the message names the file, the line and the fix."""
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluateSettings:
-    """config.evaluate. resamples: of the bootstrap. reference: the variant that the others are compared with. compare:
-    further pairs of methods to compare, each by its variant, or by VARIANT:CHOICE. labels: variant -> the name that
-    people read. earth: what distances are taken on, `sphere` or `ellipsoid`. strict: a threshold's own distance is
-    outside of it."""
-
-    resamples: int
-    seed: int
-    reference: str
-    compare: tuple[tuple[str, str], ...]
-    labels: Mapping[str, str]
-    earth: str
-    strict: bool
-
-    def __post_init__(self):
-        if self.earth not in distance.EARTHS:
-            raise ValueError(f"config.evaluate.earth is {self.earth!r}: use {' or '.join(distance.EARTHS)}")
-        for pair in self.compare:
-            if isinstance(pair, str) or len(pair) != 2:
-                raise ValueError(f'config.evaluate.compare has {pair!r}: give pairs, as in (("geotoken", "knn"),)')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,67 +81,33 @@ class Method:
         return int(np.isnan(self.coordinates[:, 0]).sum())
 
 
-def run(config: Any, workdir: epath.PathLike) -> stages.Manifest:
-    """Scores every variant under predictions/ on every split, and writes report/metrics.json and report/index.html.
-
-    Both are made again, whole, where there are predictions that an earlier report did not know.
-    """
-    workdir = epath.Path(workdir)
-    options = settings.read(EvaluateSettings, config.evaluate, "evaluate")
-    folders = predicted(workdir, options)
-    for name in ("manifest.json", "begun.json"):
-        earlier = workdir / "report" / name
-        if earlier.exists() and not set(folders) <= json.loads(earlier.read_text())["inputs"].keys():
-            earlier.unlink()
-    leakage = settings.read(overlap.OverlapSettings, config.audit.leakage, "audit.leakage")
-    made_with = {"name": config.name, "evaluate": options, "audit": {"leakage": leakage}}
-    stage = stages.begin(workdir, "report", made_with, ["photos", "gallery", "queries", *folders])
-    if stage.manifest:
-        return stage.manifest
-    truths, methods = read_predictions(workdir, folders, options)
-    _check_pairs(methods, options)
-    known = overlap.find(workdir, truths, leakage.cosine_above)
-    scores = {}
-    for split, truth in truths.items():
-        scores[split] = _score_split(methods[split], truth, options)
-        scores[split]["clean"] = _clean(methods[split], truth, known[split], options)
-    metrics = _metrics(scores, options) | {"cosine_above": leakage.cosine_above}
-    stages.write_json(stage.path / "metrics.json", metrics)
-    page = report.page(workdir, config.name, metrics, truths, methods, options)
-    stages.write_bytes(stage.path / "index.html", page.encode())
-    return stage.finish({"variants": len(folders), **{split: len(truth.ids) for split, truth in truths.items()}})
-
-
-def predicted(workdir: epath.Path, options: EvaluateSettings) -> list[str]:
-    """Returns the folders of predictions. Raises StageError if the reference is not among them."""
-    folder = workdir / "predictions"
-    variants = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.exists() else []
-    if options.reference not in variants:
-        raise stages.StageError(
-            f"config.evaluate.reference is {options.reference!r}, and {folder} holds "
-            f"{', '.join(variants) or 'nothing'}: run `geotoken predict` for it first, or name one that is there"
-        )
-    return [f"predictions/{variant}" for variant in variants]
-
-
-def read_predictions(
-    workdir: epath.Path, folders: Sequence[str], options: EvaluateSettings
-) -> tuple[dict[str, Points], dict[str, list[Method]]]:
+def read_predictions(workdir: Workdir, options: EvaluateSettings) -> tuple[dict[str, Points], dict[str, list[Method]]]:
     """Returns truth and methods by split, in the order to show: what is called test comes first.
 
     `extra` of the truth holds the author and the place names.
     """
-    files = {(path.stem, path.parent.name): path for folder in folders for path in (workdir / folder).glob("*.jsonl")}
     truths, methods = {}, {}
-    for split in sorted({split for split, _ in files}, key=lambda name: (not name.startswith("test"), name)):
+    for split in sorted(workdir.asked, key=lambda name: (not name.startswith("test"), name)):
         truth = truths[split] = read_truth(workdir, split)
         found = []
-        for variant in (folder.split("/")[1] for folder in folders):
-            if (split, variant) in files:
-                points = read_points(files[split, variant])
+        for variant in workdir.answered():
+            if (file := workdir.answers(variant, split)).exists():
+                points = read_points(file)
                 found += methods_of(points, truth, variant, options.labels.get(variant, variant), options.earth)
         methods[split] = in_order(found, options.reference)
     return truths, methods
+
+
+def figures(
+    truths: Mapping[str, Points], methods: Mapping[str, Sequence[Method]], known: Mapping[str, Any], config: Config
+) -> dict[str, Any]:
+    """Returns the numbers of a report. known: split -> which photos leak from the gallery (overlap.find)."""
+    options, scores = config.evaluate, {}
+    _check_pairs(methods, options)
+    for split, truth in truths.items():
+        scores[split] = _score_split(methods[split], truth, options)
+        scores[split]["clean"] = _clean(methods[split], truth, known[split], options)
+    return _metrics(scores, options) | {"cosine_above": config.audit.leakage.cosine_above}
 
 
 def compare_files(
@@ -495,9 +439,9 @@ def _degrees(taken: Mapping[str, Any], name: str, limit: int, where: str) -> flo
     return value
 
 
-def read_truth(workdir: epath.Path, split: str) -> Points:
+def read_truth(workdir: Workdir, split: str) -> Points:
     """Returns the truth of one split of photos/; `extra` holds the author and the place names."""
-    photos = records.Photos(workdir / "photos", split)
+    photos = workdir.photos(split)
     ids, coordinates, extra = [], [], []
     for row in range(len(photos)):
         photo = photos[row]

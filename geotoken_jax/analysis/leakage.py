@@ -8,14 +8,14 @@ import numpy as np
 from etils import epath
 from jaxtyping import Bool, Float32
 
-from geotoken_jax import workdir
 from geotoken_jax.analysis import audit, evaluate, frame, overlap, worldmap
-from geotoken_jax.analysis.evaluate import EvaluateSettings, Method, Points
+from geotoken_jax.analysis.evaluate import Method, Points
 from geotoken_jax.analysis.overlap import Found
 from geotoken_jax.analysis.report import Gallery
+from geotoken_jax.artifacts import Workdir
+from geotoken_jax.configuration import Config, EvaluateSettings
 from geotoken_jax.gallery.table import Table
 from geotoken_jax.geo import distance
-from geotoken_jax.workdir import Manifest
 
 #: Kinds of leaked photos, worst first, and the color of each on the map.
 KINDS = {"same id": "b5", "near-duplicate": "b4", "same coordinates": "b3", "same author": "b0"}
@@ -27,27 +27,21 @@ _QUANTILES = {"median": 0.5, "90 %": 0.9, "99 %": 0.99, "largest": 1.0}
 _AT = distance.THRESHOLDS_KM.index(25)
 
 
-def run(config: Any, path: epath.PathLike) -> Manifest:
-    """Makes audit/leakage/."""
-    path = epath.Path(path)
-    options, scoring = audit.read(config)
-    above = options.leakage.cosine_above
-    folders = evaluate.predicted(path, scoring)
-    made_with = {"name": config.name, "audit": {"leakage": options.leakage}, "evaluate": scoring}
-    stage = workdir.begin(path, "audit/leakage", made_with, ["photos", "gallery", "queries", *folders])
-    if stage.manifest:
-        return stage.manifest
-    truths, methods = evaluate.read_predictions(path, folders, scoring)
-    found = overlap.find(path, truths, above)
-    gallery = Table(path / "gallery")
+def make(config: Config, workdir: Workdir, folder: epath.Path) -> audit.Made:
+    """Returns what audit/leakage/ holds."""
+    del folder
+    above, scoring = config.audit.leakage.cosine_above, config.evaluate
+    truths, methods = evaluate.read_predictions(workdir, scoring)
+    found = overlap.find(workdir, truths, above)
+    gallery = workdir.gallery
     splits = {
         split: _figures(truth, audit.answers(methods[split]), found[split], gallery, scoring)
         for split, truth in truths.items()
     }
     figures = {"cosine_above": above, "gallery": len(gallery), "splits": splits}
     counts = {f"leaked of {split}": int(found[split].leaked().sum()) for split in truths}
-    html = _page(figures, path, truths, found, scoring.reference)
-    return audit.write(stage, "What leaks from the gallery", *html, figures, counts, scoring.resamples)
+    html = _page(figures, workdir.path, truths, found, scoring.reference)
+    return audit.Made("What leaks from the gallery", *html, figures, counts)
 
 
 def table(figures: Mapping[str, Any]) -> str:

@@ -1,16 +1,17 @@
 """What is answered without a region: its photos are asked about again, with none of the gallery's from there."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
-from etils import epath
 from jaxtyping import Float, Float32, Int
 
-from geotoken_jax import settings, workdir
+from geotoken_jax import settings
+from geotoken_jax.artifacts import Workdir
+from geotoken_jax.configuration import Config
 from geotoken_jax.data import join
 from geotoken_jax.gallery import index, neighbors
 from geotoken_jax.gallery.table import Table, index_vectors
-from geotoken_jax.predict import learn, stage
 from geotoken_jax.predict.answer import coordinates
 
 
@@ -21,15 +22,15 @@ class Masked:
     of the region that is left out.
     """
 
-    def __init__(self, config: Any, path: epath.Path, variant: str, split: str):
+    def __init__(self, config: Config, workdir: Workdir, variant: str, split: str):
         """variant: whose decoder answers, with the settings that its predictions were made with."""
-        changed = settings.variant(config, variant)
-        made_with = workdir.read_manifest(path, f"predictions/{variant}").settings["predict"]
-        changed.predict.update(made_with)
-        changed.predict.selectors = (changed.predict.choice,)
-        self._answerer = stage.opened(changed, path, variant)
-        self._own, self._gallery = Table(path / "queries" / split), Table(path / "gallery")
-        self._excluded = learn.excluded(path, self._own, self._gallery, "exclude_in_evaluation")
+        own = config.variant(variant)
+        stored = workdir.manifest(f"predictions/{variant}").settings["predict"]
+        made_with = settings.restored(stored, own.predict, "predict")
+        made_with = dataclasses.replace(made_with, selectors=(made_with.choice,))
+        self._answerer = workdir.answerer(dataclasses.replace(own, predict=made_with), variant)
+        self._own, self._gallery = workdir.table(split), workdir.gallery
+        self._excluded = workdir.exclusions(split)
 
     def __call__(self, rows: Int[np.ndarray, "n"], kept: Int[np.ndarray, "m"]) -> Float[np.ndarray, "2 n 2"]:
         """Returns the coordinates of the first neighbor, NaN where there is none, and of the decoder's answer.

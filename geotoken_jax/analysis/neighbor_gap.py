@@ -10,13 +10,12 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float
 
-from geotoken_jax import records, workdir
 from geotoken_jax.analysis import audit, charts, evaluate, frame
-from geotoken_jax.analysis.evaluate import EvaluateSettings, Method, Points
+from geotoken_jax.analysis.evaluate import Method, Points
+from geotoken_jax.artifacts import Workdir
 from geotoken_jax.backbone import views
-from geotoken_jax.gallery.table import Table
+from geotoken_jax.configuration import Config, EvaluateSettings
 from geotoken_jax.geo import distance
-from geotoken_jax.workdir import Manifest
 
 #: Photos of a split that are looked at, drawn by chance: a bootstrap of 100,000 takes seconds, one of 4 million hours.
 _PHOTOS = 100_000
@@ -45,21 +44,15 @@ class Near:
         return self.split in (views.OF, views.SPLIT)
 
 
-def run(config: Any, path: epath.PathLike) -> Manifest:
-    """Makes audit/neighbors/."""
-    path = epath.Path(path)
-    _, scoring = audit.read(config)
-    made_with = {"name": config.name, "evaluate": scoring}
-    stage = workdir.begin(path, "audit/neighbors", made_with, ["gallery", "queries", "neighbors"])
-    if stage.manifest:
-        return stage.manifest
-    manifest = workdir.read_manifest(path, "neighbors")
-    gallery = Table(path / "gallery")
+def make(config: Config, workdir: Workdir, folder: epath.Path) -> audit.Made:
+    """Returns what audit/neighbors/ holds."""
+    del folder
+    scoring, manifest = config.evaluate, workdir.manifest("neighbors")
     # What is trained on comes first, then what evaluation is used to show first.
     order = sorted(
         manifest.counts, key=lambda split: (split not in (views.OF, views.SPLIT), split != "validation", split)
     )
-    found = [_read(path, split, gallery, scoring.seed) for split in order]
+    found = [_read(workdir, split, scoring.seed) for split in order]
     splits = {near.split: _figures(near, scoring) for near in found}
     options = manifest.settings["index"]["neighbors"]
     figures = {
@@ -70,7 +63,7 @@ def run(config: Any, path: epath.PathLike) -> Manifest:
     }
     html = _page(figures, found)
     counts = {near.split: len(near.km) for near in found}
-    return audit.write(stage, "Neighbors of train photos and of new ones", *html, figures, counts, scoring.resamples)
+    return audit.Made("Neighbors of train photos and of new ones", *html, figures, counts)
 
 
 def table(figures: Mapping[str, Any]) -> str:
@@ -84,13 +77,13 @@ def table(figures: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", *(_plain(gap) for gap in figures["gaps"])])
 
 
-def _read(path: epath.Path, split: str, gallery: Table, seed: int) -> Near:
+def _read(workdir: Workdir, split: str, seed: int) -> Near:
     """Returns the neighbors of a split's photos, or of _PHOTOS of them."""
-    own = gallery if split == views.OF else Table(path / "queries" / split)
+    own, gallery = workdir.table(split), workdir.gallery
     n, rows = len(own), np.arange(len(own))
     if n > _PHOTOS:
         rows = np.sort(np.random.default_rng(seed).choice(n, _PHOTOS, replace=False))
-    near, scores = (records.open_array(path / "neighbors" / f"{split}.{name}.npy")[rows] for name in ("rows", "scores"))
+    near, scores = (values[rows] for values in workdir.neighbors(split))
     coordinates = own.coordinates(rows)
     there = gallery.coordinates(np.maximum(near, 0))
     km = np.asarray(distance.great_circle_km(*np.moveaxis(coordinates, -1, 0)[..., None], *np.moveaxis(there, -1, 0)))

@@ -5,21 +5,14 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from etils import epath
 from jaxtyping import Bool, Float32, Int, Shaped
 
 from geotoken_jax import records
+from geotoken_jax.artifacts import Workdir
 from geotoken_jax.gallery.table import Table
 
 if TYPE_CHECKING:
     from geotoken_jax.analysis.evaluate import Points
-
-
-@dataclasses.dataclass(frozen=True)
-class OverlapSettings:
-    """config.audit.leakage. cosine_above: of two photos' image embeddings, past which they are near-duplicates."""
-
-    cosine_above: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,14 +30,14 @@ class Found:
         return np.any([self.rows[kind] >= 0 for kind in kinds or self.rows], axis=0)
 
 
-def find(path: epath.Path, truths: Mapping[str, "Points"], above: float) -> dict[str, Found]:
+def find(workdir: Workdir, truths: Mapping[str, "Points"], above: float) -> dict[str, Found]:
     """Compares the photos of all splits with the whole gallery of a work directory, which is read once.
 
     truths: by split, as `evaluate.read_predictions` has them. above: see OverlapSettings.
     """
     from geotoken_jax.gallery import index  # and jax with it
 
-    gallery = Table(path / "gallery")
+    gallery = workdir.gallery
     names = list(truths)
     ids = encoded([name for truth in truths.values() for name in truth.ids])
     authors = encoded([str(row["author"]) for truth in truths.values() for row in truth.extra])
@@ -52,7 +45,7 @@ def find(path: epath.Path, truths: Mapping[str, "Points"], above: float) -> dict
     queries = np.zeros((len(ids), gallery.width), np.float32)  # a photo without an embedding is near nothing
     starts = np.cumsum([0, *(len(truth.ids) for truth in truths.values())])
     for split, first in zip(names, starts, strict=False):
-        own = Table(path / "queries" / split)
+        own = workdir.table(split)
         row = match(encoded(truths[split].ids), own.ids())
         has = np.flatnonzero(row >= 0)
         queries[first + has] = _unit(own.embeddings(row[has])[:, 0])

@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from geotoken_jax import bootstrap, records, settings, workdir
+from geotoken_jax import bootstrap
 from geotoken_jax.analysis import audit, charts, frame
-from geotoken_jax.analysis.evaluate import EvaluateSettings
-from geotoken_jax.gallery.table import Table
+from geotoken_jax.artifacts import Workdir
+from geotoken_jax.configuration import Config, EvaluateSettings
+from geotoken_jax.data import pipeline
 from geotoken_jax.geo import distance
 from geotoken_jax.geo.cells import Scheme
 from geotoken_jax.progress import Progress
-from geotoken_jax.workdir import Manifest
 
 if TYPE_CHECKING:
     from geotoken_jax.model.geotoken import GeoTokenModel
@@ -83,17 +84,11 @@ class Seen:
         return distance.EARTHS[earth](*self.cells.decode(self.greedy), *self.coordinates.T)
 
 
-def run(config: Any, path: epath.PathLike) -> Manifest:
-    """Makes audit/levels/."""
-    path = epath.Path(path)
-    _, scoring = audit.read(config)
-    changed = settings.variant(config, scoring.reference)
-    made_with = {"name": config.name, "evaluate": scoring}
-    inputs = ["queries", "gallery", "tokens", f"geotoken/{scoring.reference}"]
-    stage = workdir.begin(path, "audit/levels", made_with, inputs)
-    if stage.manifest:
-        return stage.manifest
-    seen = _see(changed, path, scoring.reference)
+def make(config: Config, workdir: Workdir, folder: epath.Path) -> audit.Made:
+    """Returns what audit/levels/ holds."""
+    del folder
+    scoring = config.evaluate
+    seen = _see(config.variant(scoring.reference), workdir, scoring.reference)
     cells = next(iter(seen.values())).cells
     figures = {
         "variant": scoring.reference,
@@ -105,7 +100,7 @@ def run(config: Any, path: epath.PathLike) -> Manifest:
         "splits": {split: _figures(of, scoring) for split, of in seen.items()},
     }
     counts = {split: len(of.tokens) for split, of in seen.items()}
-    return audit.write(stage, "Level by level", *_page(figures), figures, counts, scoring.resamples)
+    return audit.Made("Level by level", *_page(figures), figures, counts)
 
 
 def table(figures: Mapping[str, Any]) -> str:
@@ -164,32 +159,17 @@ def look(model: "GeoTokenModel", batch: Mapping[str, Any]) -> dict[str, Array]:
     }
 
 
-def _see(config: Any, path: epath.Path, variant: str) -> dict[str, Seen]:
+def _see(config: Config, workdir: Workdir, variant: str) -> dict[str, Seen]:
     """Looks at every photo of every evaluated split; what is called test comes first. config: the variant's."""
-    from flax import nnx
-
-    from geotoken_jax import checkpoint
-    from geotoken_jax.data import pipeline
-    from geotoken_jax.data.join import Tokens
-    from geotoken_jax.model.geotoken import GeoTokenModel, ModelSettings
-    from geotoken_jax.predict import stage
-    from geotoken_jax.predict.decode import PredictSettings
-
-    options = settings.read(ModelSettings, config.model, "model")
-    batch_size = settings.read(PredictSettings, config.predict, "predict").batch_size
-    file = path / "geotoken" / variant / "parameters.safetensors"
-    model = checkpoint.read_module(file, lambda rngs: GeoTokenModel(options, rngs))
+    model = workdir.decoder(variant, config.model)
+    options, asked = model.settings, workdir.asked
     compiled = nnx.jit(look)
-    layout = records.token_layout(workdir.read_manifest(path, "tokens").facts["neighbors"])
-    gallery, asked = Table(path / "gallery"), stage.asked(path)
     seen = {}
     with Progress("audit levels", sum(asked.values()), "photos") as progress:
         for split in sorted(asked, key=lambda name: (not name.startswith("test"), name)):
-            own = Table(path / "queries" / split)
-            tokens = records.Records(path / "tokens", split, layout)
-            read = Tokens(tokens, own, gallery, options.cells, options.neighbors, options.times)
+            own, read = workdir.table(split), workdir.tokens(split, options, workdir.gallery)
             parts = []
-            for batch in pipeline.evaluation(len(own), read, batch_size):
+            for batch in pipeline.evaluation(len(own), read, config.predict.batch_size):
                 valid = batch.pop("valid")
                 parts.append({name: np.asarray(of)[valid] for name, of in compiled(model, batch).items()})
                 progress.add(int(valid.sum()))

@@ -23,7 +23,8 @@ from geotoken_jax.gallery.table import Table
 from geotoken_jax.geo import distance
 
 if TYPE_CHECKING:
-    from geotoken_jax.analysis.evaluate import EvaluateSettings, Method, Points
+    from geotoken_jax.analysis.evaluate import Method, Points
+    from geotoken_jax.configuration import EvaluateSettings
 
 #: Photos on the map: at most so many a split, and so many on all (2 KB each).
 _MAP_SPLIT, _MAP_ALL = 300, 1200

@@ -6,78 +6,25 @@ down. The loss of a run is the cross-entropy of all of a photo's tokens, summed,
 it is minus the log-likelihood of a place and runs compare whatever their weights.
 """
 
-import contextlib
 import dataclasses
 import json
-import time
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from etils import epath
 from jaxtyping import Float
 
-from geotoken_jax import settings, workdir
 from geotoken_jax.analysis import scaling_law
-from geotoken_jax.analysis.experiment import Stage
-from geotoken_jax.analysis.masking import Masked
-from geotoken_jax.gallery.table import Table
+from geotoken_jax.artifacts import Workdir
+from geotoken_jax.configuration import Config, ScalingSettings
 from geotoken_jax.geo.distance import THRESHOLDS_KM, great_circle_km
 from geotoken_jax.model import flops
 from geotoken_jax.model.geotoken import ModelSettings
 from geotoken_jax.model.layers import GATED
+from geotoken_jax.settings import SettingsError
 
 #: The folder of what is made of the runs, and its files.
 FOLDER, FORECAST, TESTED, RUNS, FIT = "scaling", "forecast.json", "tested.json", "runs.json", "fit.json"
-
-
-@dataclasses.dataclass(frozen=True)
-class ScalingSettings:
-    """sizes: name, and the sections and keys that make it, smallest first. held_out: the one that is not fitted, and
-    held_out_photos: of `photos`, which it is trained on. photos: so many are trained on, fewest first, and so many
-    examples of them are seen, until the loss falls no longer. validations: of a run, of which the best counts.
-    reference: the size at which all that follows is varied. neighbors: beside the configuration's. seeds: beside the
-    configuration's, at the fewest photos. budgets: floating-point operations of training, each spent on every size but
-    the held-out one. gallery: photos in it at test time, a smaller one in each larger. candidates: of a photo at test
-    time, up to config.predict.samples. split: that is tested. resamples, seed: of the bootstrap over runs, and of the
-    choice among gallery and candidates. note, limits: what the document says of the study and, line by line, of what
-    does not transfer from it, by who has read it."""
-
-    sizes: tuple[tuple[str, Any], ...]
-    held_out: str
-    held_out_photos: int
-    photos: tuple[tuple[int, int], ...]
-    validations: int
-    reference: str
-    neighbors: tuple[int, ...]
-    seeds: tuple[int, ...]
-    budgets: tuple[float, ...]
-    gallery: tuple[int, ...]
-    candidates: tuple[int, ...]
-    split: str
-    resamples: int
-    seed: int
-    note: str
-    limits: tuple[str, ...]
-
-    def __post_init__(self):
-        for key in ("held_out", "reference"):
-            if getattr(self, key) not in dict(self.sizes):
-                raise ValueError(
-                    f"config.scaling.{key} is {getattr(self, key)!r}: choose one of config.scaling.sizes, which are "
-                    f"{', '.join(dict(self.sizes))}"
-                )
-        if self.held_out_photos not in dict(self.photos):
-            raise ValueError(
-                f"config.scaling.held_out_photos is {self.held_out_photos}: choose one of config.scaling.photos, which "
-                f"are {', '.join(map(str, dict(self.photos)))}"
-            )
-        if self.reference == self.held_out:
-            raise ValueError(f"config.scaling.reference is the held-out size, {self.held_out}: choose another")
-
-    @property
-    def fitted(self) -> list[str]:
-        return [name for name, _ in self.sizes if name != self.held_out]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +36,7 @@ class Run:
     axis: str
     size: str
     photos: int
-    config: Any
+    config: Config
     parameters: int
     flops: float
 
@@ -101,9 +48,9 @@ def layer_parameters(s: ModelSettings) -> int:
     return s.encoder_layers * encoder + s.decoder_layers * decoder
 
 
-def runs(config: Any) -> list[Run]:
+def runs(config: Config) -> list[Run]:
     """Returns every run of config.scaling in the order of their numbers; the held-out size comes last."""
-    s = read(config)
+    s = study(config)
     (fewest, few_examples), (most, examples) = s.photos[0], s.photos[-1]
     plan = [
         _run(config, s, f"{size}_{photos}", "grid", size, photos, seen)
@@ -132,77 +79,45 @@ def spent_on(size: str, budget: float) -> str:
     return f"{size}_{budget:g}".replace("+", "")
 
 
-def read(config: Any) -> ScalingSettings:
-    """Returns config.scaling. Raises SettingsError."""
-    return settings.read(ScalingSettings, config.scaling, "scaling")
+def study(config: Config) -> ScalingSettings:
+    """Returns config.scaling. Raises SettingsError if the configuration has none."""
+    if config.scaling is None:
+        raise SettingsError(f"configs/{config.name}.py has no section `scaling`: use one that has, configs/scaling.py")
+    return config.scaling
 
 
 def _run(
-    config: Any, s: ScalingSettings, label: str, axis: str, size: str, photos: int, examples: int, changes: Any = None
-) -> Run:
-    found = settings.changed(config, dict(s.sizes)[size], f"scaling.sizes.{size}")
-    found = settings.changed(found, changes or {}, "scaling")
+    config: Config, s: ScalingSettings, label: str, axis: str, size: str, photos: int, examples: int,
+    changes: Any = None,
+) -> Run:  # fmt: skip
+    found = config.changed(dict(s.sizes)[size], f"scaling.sizes.{size}").changed(changes or {}, "scaling")
     steps = examples // found.train.batch_size
     every = max(1, -(-steps // s.validations))
-    found.train.update(examples=examples, evaluate_every=every, log_every=every)
-    found.data.photos = photos
-    found.variants = {label: {}}
-    model = settings.read(ModelSettings, found.model, "model")
-    return Run(label, axis, size, photos, found, layer_parameters(model), flops.per_example(model))
+    train = dict(examples=examples, evaluate_every=every, log_every=every)
+    found = found.changed(dict(train=train, data=dict(photos=photos), variants={label: {}}), "scaling")
+    return Run(label, axis, size, photos, found, layer_parameters(found.model), flops.per_example(found.model))
 
 
-def run(config: Any, path: str, stages: Mapping[str, Stage], index: int | None) -> None:
-    """Makes the run of that number, or all of them; what is complete is kept. stages: `train` and `predict`.
-
-    Raises SettingsError if there is no such run, StageError where the held-out size is asked for before the grid.
-    """
-    plan, s = runs(config), read(config)
-    if index is not None and not 0 <= index < len(plan):
-        raise settings.SettingsError(f"--index={index}: config.scaling has the runs 0 to {len(plan) - 1}")
-    for one in plan if index is None else [plan[index]]:
-        with _timed(epath.Path(path) / FOLDER / "seconds" / f"{one.label}.json"):
-            if one.axis == "held out":
-                _forecast(config, path, one)
-            stages["train"](one.config, path, [one.label])
-            if one.axis == "grid" and one.size == s.reference and one.photos == s.photos[-1][0]:
-                stages["predict"](one.config, path, [one.label])
-                _test(one, path, s)
-
-
-@contextlib.contextmanager
-def _timed(file: epath.Path) -> Iterator[None]:
-    """Adds wall and processor seconds to a file; a run that was interrupted has had several parts."""
-    wall, cpu = time.monotonic(), time.process_time()
-    try:
-        yield
-    finally:
-        before = json.loads(file.read_text()) if file.exists() else {"wall": 0.0, "cpu": 0.0}
-        took = {"wall": time.monotonic() - wall, "cpu": time.process_time() - cpu}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        workdir.write_json(file, {name: round(before[name] + took[name], 1) for name in took})
-
-
-def table(config: Any, path: epath.PathLike) -> list[dict[str, Any]]:
+def table(config: Config, workdir: Workdir) -> list[dict[str, Any]]:
     """Returns one row a complete run, in the order of their numbers, with everything that is fitted or shown.
 
     loss: nats a photo, on validation, where it was lowest. examples, compute: in all, and operations of training on
     them. seen: examples until the loss was lowest. accuracy: of greedy answers at each of THRESHOLDS_KM, on the same
     photos. wall, cpu: seconds, with what else the run made.
     """
-    path, found = epath.Path(path), []
+    found = []
     for number, one in enumerate(runs(config)):
-        folder = path / "geotoken" / one.label
-        if not (folder / "manifest.json").exists():
+        made = workdir.finished(f"geotoken/{one.label}")
+        if made is None:
             continue
-        made = workdir.read_manifest(path, f"geotoken/{one.label}")
-        best = _validated(folder, made.facts["best_step"])
+        best = _validated(workdir.path / made.folder, made.facts["best_step"])
         seen = made.facts["best_step"] * one.config.train.batch_size
         row: dict[str, Any] = {"number": number, "label": one.label, "axis": one.axis, "size": one.size}
         row |= {"parameters": one.parameters, "photos": one.photos, "neighbors": one.config.model.neighbors}
         row |= {"examples": made.counts["examples"], "seen": seen, "compute": made.counts["examples"] * one.flops}
         row["loss"] = sum(value for name, value in best.items() if name.startswith("validation/loss_level_"))
         row["accuracy"] = [best[f"validation/within_{km}_km"] for km in THRESHOLDS_KM]
-        seconds = path / FOLDER / "seconds" / f"{one.label}.json"
+        seconds = workdir.path / FOLDER / "seconds" / f"{one.label}.json"
         found.append(row | (json.loads(seconds.read_text()) if seconds.exists() else {}))
     return found
 
@@ -212,73 +127,20 @@ def _validated(folder: epath.Path, step: int) -> dict[str, float]:
     return next(line for line in lines if line["step"] == step and "validation/loss" in line)
 
 
-def _forecast(config: Any, path: str, one: Run) -> None:
-    """Writes down the loss of the held-out run, from the grid alone. Raises StageError if it is too early or late."""
-    file = epath.Path(path) / FOLDER / FORECAST
-    if file.exists():
-        return
-    if (epath.Path(path) / "geotoken" / one.label / "manifest.json").exists():
-        raise workdir.StageError(
-            f"{file} is missing and geotoken/{one.label} is complete: a loss is forecast before it is measured, so "
-            "remove that folder and run it again"
-        )
-    rows, s = [row for row in table(config, path) if row["axis"] == "grid"], read(config)
-    missing = {run.label for run in runs(config) if run.axis == "grid"} - {row["label"] for row in rows}
-    if missing:
-        raise workdir.StageError(
-            f"the held-out run {one.label} waits for the grid: run `geotoken scaling run` for "
-            f"{', '.join(sorted(missing))} first"
-        )
-    law, resampled = scaling_law.fit(*_columns(rows), s.resamples, s.seed)
-    loss = float(law(one.parameters, one.photos))
-    low, high = np.percentile([other(one.parameters, one.photos) for other in resampled], (2.5, 97.5)).tolist()
-    grid = {row["label"]: workdir.digest(path, f"geotoken/{row['label']}") for row in rows}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    workdir.write_json(file, {"label": one.label, "loss": loss, "low": low, "high": high, "grid": grid})
-
-
-def _columns(rows: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def columns(rows: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns parameters, photos and loss of each run."""
     parameters, photos, loss = np.array([(row["parameters"], row["photos"], row["loss"]) for row in rows]).T
     return parameters, photos, loss
 
 
-def fit(config: Any, path: str) -> dict[str, Any]:
-    """Writes scaling/runs.json, the table of runs, and scaling/fit.json, which is returned: the law with its intervals,
-    the forecast with its miss, the frontier, how accuracy goes with loss, and what was tested.
-
-    Raises StageError if the grid has too few runs to fit five numbers.
-    """
-    rows, s, folder = table(config, path), read(config), epath.Path(path) / FOLDER
-    grid = [row for row in rows if row["axis"] == "grid"]
-    if len(grid) < 6:
-        raise workdir.StageError(
-            f"{folder} has {len(grid)} runs of the grid, and the law has five numbers: run at least 6 of them first"
-        )
-    law, resampled = scaling_law.fit(*_columns(grid), s.resamples, s.seed)
-    parameters, photos, losses = _columns(grid)
-    found: dict[str, Any] = {
-        "law": scaling_law.intervals(law, resampled),
-        "error": float(np.sqrt(np.mean((law(parameters, photos) - losses) ** 2))),
-        "noise": _noise(rows, s),
-        "frontier": _frontier(config, s, law),
-        "accuracy": _accuracy_against_loss(grid),
-        "forecast": _miss(rows, folder, s),
-        "tested": json.loads((folder / TESTED).read_text()) if (folder / TESTED).exists() else None,
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    workdir.write_json(folder / RUNS, rows)  # pyright: ignore[reportArgumentType]
-    workdir.write_json(folder / FIT, found)
-    return found
-
-
-def _noise(rows: list[dict[str, Any]], s: ScalingSettings) -> float | None:
+def noise(rows: list[dict[str, Any]], s: ScalingSettings) -> float | None:
     """Returns the standard deviation of the loss over seeds, in nats; None where there is one alone."""
     alike = [row["loss"] for row in rows if row["axis"] == "seed"]
     alike += [row["loss"] for row in rows if row["label"] == f"{s.reference}_{s.photos[0][0]}"]
     return float(np.std(alike, ddof=1)) if len(alike) > 1 else None
 
 
-def _miss(rows: list[dict[str, Any]], folder: epath.Path, s: ScalingSettings) -> dict[str, Any] | None:
+def miss(rows: list[dict[str, Any]], folder: epath.Path, s: ScalingSettings) -> dict[str, Any] | None:
     """Returns the forecast beside what was measured, beside what one would say who only saw the largest of the grid,
     and beside how far the grid's losses lie apart; None before the held-out run is complete."""
     held_out = next((row for row in rows if row["axis"] == "held out"), None)
@@ -290,7 +152,7 @@ def _miss(rows: list[dict[str, Any]], folder: epath.Path, s: ScalingSettings) ->
     return {**forecast, "measured": held_out["loss"], "as_the_largest": naive, "spread": max(fitted) - min(fitted)}
 
 
-def _frontier(config: Any, s: ScalingSettings, law: scaling_law.Law) -> list[dict[str, Any]]:
+def frontier(config: Config, s: ScalingSettings, law: scaling_law.Law) -> list[dict[str, Any]]:
     """Returns the size and the photos of the smallest loss at each compute, by the law, among the sizes of the study
     and as many photos as it has; each as many times as the study sees them."""
     seen = np.log(np.array(s.photos, float))
@@ -309,7 +171,7 @@ def _frontier(config: Any, s: ScalingSettings, law: scaling_law.Law) -> list[dic
     return [point for i, point in enumerate(found) if point not in found[:i]]
 
 
-def _accuracy_against_loss(grid: list[dict[str, Any]]) -> list[dict[str, float]]:
+def accuracy_against_loss(grid: list[dict[str, Any]]) -> list[dict[str, float]]:
     """Returns at each threshold the line through the grid's runs: points of accuracy for a nat less, and the share of
     the variance that it explains."""
     loss, lines = np.array([row["loss"] for row in grid]), []
@@ -321,33 +183,13 @@ def _accuracy_against_loss(grid: list[dict[str, Any]]) -> list[dict[str, float]]
     return lines
 
 
-def _test(one: Run, path: str, s: ScalingSettings) -> None:
-    """Writes scaling/tested.json: how accuracy grows with the gallery and with the candidates of a photo."""
-    file = epath.Path(path) / FOLDER / TESTED
-    if file.exists():
-        return
-    truth = Table(epath.Path(path) / "queries" / s.split).coordinates()
-    order = np.random.default_rng(s.seed).permutation(len(Table(epath.Path(path) / "gallery")))
-    masked, every = Masked(one.config, epath.Path(path), one.label, s.split), np.arange(len(truth))
-    galleries = []
-    for n in s.gallery:
-        first, decoder = masked(every, np.sort(order[:n]))
-        galleries.append({"photos": n, "first_neighbor": _within(first, truth), "decoder": _within(decoder, truth)})
-    lines = (epath.Path(path) / "predictions" / one.label / f"{s.split}.jsonl").read_text().splitlines()
-    candidates = _by_candidates([json.loads(line)["candidates"] for line in lines], truth, s)
-    workdir.write_json(
-        file,
-        {"label": one.label, "split": s.split, "photos": len(truth), "gallery": galleries, "candidates": candidates},
-    )
-
-
-def _within(coordinates: Float[np.ndarray, "n 2"], truth: Float[np.ndarray, "n 2"]) -> list[float]:
+def within(coordinates: Float[np.ndarray, "n 2"], truth: Float[np.ndarray, "n 2"]) -> list[float]:
     """Returns the share of photos within each of THRESHOLDS_KM; NaN is within none."""
     km = great_circle_km(*coordinates.T, *truth.T)
     return [float(np.mean(km <= limit)) for limit in THRESHOLDS_KM]
 
 
-def _by_candidates(
+def by_candidates(
     listed: list[list[dict[str, Any]]], truth: Float[np.ndarray, "n 2"], s: ScalingSettings
 ) -> list[dict[str, Any]]:
     """Returns accuracies of the most probable and of the nearest among the greedy candidate and K samples.
@@ -367,6 +209,6 @@ def _by_candidates(
             places = np.array([(c["latitude"], c["longitude"]) for c in some])
             chosen.append(places[np.argmax([c["log_probability"] for c in some])])
             nearest.append(places[np.argmin(great_circle_km(*places.T, *at))])
-        row = {"candidates": k, "chosen": _within(np.array(chosen), truth)}
-        found.append({**row, "nearest": _within(np.array(nearest), truth)})
+        row = {"candidates": k, "chosen": within(np.array(chosen), truth)}
+        found.append({**row, "nearest": within(np.array(nearest), truth)})
     return found

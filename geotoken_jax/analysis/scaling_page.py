@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from geotoken_jax import workdir
 from geotoken_jax.analysis import charts, frame, scaling
+from geotoken_jax.artifacts import Workdir
+from geotoken_jax.configuration import Config, ScalingSettings
 from geotoken_jax.geo.distance import THRESHOLDS_KM
+from geotoken_jax.workdir import StageError, write_bytes
 
 _HEAD = """# Scaling
 
@@ -39,9 +41,9 @@ def summary(found: Mapping[str, Any]) -> str:
     return f"L(N, D) = E + A / N^a + B / D^b: {law}\n{_forecast(found['forecast'])}"
 
 
-def document(config: Any, path: str) -> str:
+def document(config: Config, workdir: Workdir) -> str:
     """Returns docs/scaling.md, from scaling/runs.json and fit.json. Raises StageError if they are not there."""
-    rows, found, s = *_read(path), scaling.read(config)
+    rows, found, s = *_read(workdir), scaling.study(config)
     made = {"name": config.name, "cores": os.cpu_count(), "machine": platform.machine(), "date": date.today()}
     sections = [
         _HEAD.format(**made),
@@ -58,9 +60,9 @@ def document(config: Any, path: str) -> str:
     return "\n".join(section for section in sections if section)
 
 
-def plot(config: Any, path: str) -> epath.Path:
+def plot(config: Config, workdir: Workdir) -> epath.Path:
     """Writes scaling/index.html with every chart and table, in both themes, and returns where it is."""
-    rows, found, s = *_read(path), scaling.read(config)
+    rows, found, s = *_read(workdir), scaling.study(config)
     grid = [row for row in rows if row["axis"] in ("grid", "held out")]
     held_out = {"held out": found["forecast"]} if found["forecast"] else {}
     sections = [
@@ -74,20 +76,20 @@ def plot(config: Any, path: str) -> epath.Path:
     bodies = [frame.body(len(heads), [frame.row(cells[0], (f"<td>{c}</td>" for c in cells[1:])) for cells in lines])]
     sections.append(frame.Section("runs", "Runs", "Every run", frame.table([escape(h) for h in heads], bodies)))
     headline = f"<h1>Scaling</h1><p>{escape(summary(found))}</p>"
-    file = epath.Path(path) / scaling.FOLDER / "index.html"
-    workdir.write_bytes(file, frame.page("GeoToken: scaling", headline, sections).encode())
+    file = workdir.path / scaling.FOLDER / "index.html"
+    write_bytes(file, frame.page("GeoToken: scaling", headline, sections).encode())
     return file
 
 
-def _read(path: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    files = [epath.Path(path) / scaling.FOLDER / name for name in (scaling.RUNS, scaling.FIT)]
+def _read(workdir: Workdir) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    files = [workdir.path / scaling.FOLDER / name for name in (scaling.RUNS, scaling.FIT)]
     if not files[1].exists():
-        raise workdir.StageError(f"{files[1]} is not there: run `geotoken scaling fit` with the same --workdir first")
+        raise StageError(f"{files[1]} is not there: run `geotoken scaling fit` with the same --workdir first")
     rows, found = (json.loads(file.read_text()) for file in files)
     return rows, found
 
 
-def _what_was_run(rows: Sequence[dict[str, Any]], s: scaling.ScalingSettings, config: Any) -> str:
+def _what_was_run(rows: Sequence[dict[str, Any]], s: ScalingSettings, config: Config) -> str:
     wall, cpu = (sum(row.get(name, 0.0) for row in rows) / 60 for name in ("wall", "cpu"))
     examples = ", ".join(f"{seen:,} examples of {photos:,}" for photos, seen in s.photos)
     total = len(scaling.runs(config))
@@ -153,7 +155,7 @@ def _forecast(forecast: Mapping[str, Any] | None) -> str:
     )
 
 
-def _compute_section(rows: Sequence[dict[str, Any]], found: Mapping[str, Any], s: scaling.ScalingSettings) -> str:
+def _compute_section(rows: Sequence[dict[str, Any]], found: Mapping[str, Any], s: ScalingSettings) -> str:
     lines = [
         [f"{p['compute'] / 1e9:,.0f}", p["size"], f"{p['photos']:,.0f}", f"{p['loss']:.3f}"] for p in found["frontier"]
     ]
@@ -175,7 +177,7 @@ def _compute_section(rows: Sequence[dict[str, Any]], found: Mapping[str, Any], s
     )
 
 
-def _neighbors_section(rows: Sequence[dict[str, Any]], s: scaling.ScalingSettings) -> str:
+def _neighbors_section(rows: Sequence[dict[str, Any]], s: ScalingSettings) -> str:
     whole = f"{s.reference}_{s.photos[-1][0]}"
     alike = [row for row in rows if row["axis"] == "neighbors" or row["label"] == whole]
     alike.sort(key=lambda row: row["neighbors"])
@@ -229,7 +231,7 @@ def _tested_rows(tested: Mapping[str, Any]) -> tuple[list[list[str]], list[list[
 
 
 def _loss_charts(
-    grid: Sequence[dict[str, Any]], law: Mapping[str, Any], held_out: Mapping[str, Any], s: scaling.ScalingSettings
+    grid: Sequence[dict[str, Any]], law: Mapping[str, Any], held_out: Mapping[str, Any], s: ScalingSettings
 ) -> str:
     least = min(row["loss"] for row in grid)
     curve = scaling.scaling_law.Law(**{name: part["value"] for name, part in law.items()})
@@ -265,7 +267,7 @@ def _dots(name: str, color: int, rows: Sequence[dict[str, Any]], along: str, lea
     return charts.Series(name, color, "solid", x, y - least, y - least, y - least, notes)
 
 
-def _compute_chart(rows: Sequence[dict[str, Any]], s: scaling.ScalingSettings) -> str:
+def _compute_chart(rows: Sequence[dict[str, Any]], s: ScalingSettings) -> str:
     least, series = min(row["loss"] for row in rows), []
     for color, size in enumerate(s.fitted):
         alike = [row for row in rows if row["size"] == size and row["neighbors"] == rows[0]["neighbors"]]

@@ -10,7 +10,7 @@ from jaxtyping import Float32, UInt8
 from numpy import ndarray
 
 from geotoken_jax.backbone.thumbnail import Thumbnail, ThumbnailSettings
-from geotoken_jax.settings import SettingsError
+from geotoken_jax.settings import Runtime, SettingsError
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -49,9 +49,9 @@ class Backbone(Protocol):
 class HuggingFaceSettings:
     """path: of a checkpoint's folder. dtype: of the products; parameters are float32. batch_size: most rows at once."""
 
-    path: str
+    path: Runtime[str]
     dtype: str
-    batch_size: int
+    batch_size: Runtime[int]
 
     def __post_init__(self):
         if self.dtype not in ("float32", "bfloat16"):

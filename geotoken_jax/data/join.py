@@ -2,12 +2,10 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from geotoken_jax import workdir
 from geotoken_jax.gallery.table import Table
 from geotoken_jax.geo.cells import Scheme
 from geotoken_jax.records import Records
@@ -135,16 +133,6 @@ def context(captured: Float[np.ndarray, " b"], times: int) -> Float[np.ndarray, 
     year, day = (2 * np.pi * (captured / period % 1) for period in _PERIODS)
     numbers = np.stack([np.ones_like(captured), np.sin(year), np.cos(year), np.sin(day), np.cos(day)], -1)
     return np.where(np.isnan(captured)[:, None], 0, numbers[:, :times]).astype(np.float32)
-
-
-def check_context(config: Any, path: str) -> None:
-    """Raises SettingsError if config.model.context asks for times of which the photos of a work directory have none."""
-    asked = config.model.context
-    if asked != "none" and not workdir.read_manifest(path, "photos").facts.get("captured"):
-        raise SettingsError(
-            f"config.model.context is {asked!r}, and no photo in {path}/photos says when it was taken: leave it "
-            "'none', or prepare photos that do (docs/data.md)"
-        )
 
 
 def neighbor_rows(rows: np.ndarray) -> dict[str, np.ndarray]:

@@ -7,7 +7,10 @@ from typing import Any
 
 from etils import epath
 
-from geotoken_jax import __version__, workdir
+from geotoken_jax import __version__
+from geotoken_jax.artifacts import Workdir
+from geotoken_jax.configuration import Config
+from geotoken_jax.workdir import write_bytes, write_json
 
 #: What is known of photos that were prepared before sources stated it.
 _UNSTATED = {
@@ -19,38 +22,38 @@ _UNSTATED = {
 
 
 def write(
-    folder: epath.Path, path: epath.Path, config: Any, variant: str, referred: Mapping[str, Any] | None, cost: Any
+    folder: epath.Path, workdir: Workdir, config: Config, variant: str, referred: Mapping[str, Any] | None, cost: Any
 ) -> None:
     """Writes README.md, LICENSE and provenance.json in the folder of an export.
 
-    path: the work directory. config: with the variant's changes made. referred: the backbone's checkpoint, None where
+    config: with the variant's changes made. referred: the backbone's checkpoint, None where
     there is none. cost: of the int8 gallery, None where it is not.
     """
-    stated = source(path, config)
-    chain = dict(sorted(_chain(path, [f"geotoken/{variant}", "gallery", "report"])))
+    stated = source(workdir, config)
+    chain = dict(sorted(_chain(workdir, [f"geotoken/{variant}", "gallery", "report"])))
     made = {"photos": stated, "backbone": referred, "made_by": f"geotoken-jax {__version__}", "manifests": chain}
-    workdir.write_json(folder / "provenance.json", made)
-    workdir.write_bytes(folder / "LICENSE", _license(stated, referred).encode())
-    workdir.write_bytes(folder / "README.md", _card(folder, path, config, variant, stated, referred, cost).encode())
+    write_json(folder / "provenance.json", made)
+    write_bytes(folder / "LICENSE", _license(stated, referred).encode())
+    write_bytes(folder / "README.md", _card(folder, workdir, config, variant, stated, referred, cost).encode())
 
 
-def source(path: epath.Path, config: Any) -> dict[str, Any]:
+def source(workdir: Workdir, config: Config) -> dict[str, Any]:
     """Returns the name of the source of a work directory's photos, and what it states of them
     (data_prep.sources.Provenance)."""
-    photos = workdir.read_manifest(path, "photos")
+    photos = workdir.manifest("photos")
     name = photos.settings.get("photos", {}).get("source", config.photos.source)
     return {"source": name, **photos.facts.get("provenance", _UNSTATED)}
 
 
-def _chain(path: epath.Path, folders: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _chain(workdir: Workdir, folders: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields each folder that these were made from, with the SHA-256 of its manifest and of those it was made from."""
     seen, waiting = set(), list(folders)
     while waiting:
         folder = waiting.pop()
         if folder not in seen:
             seen.add(folder)
-            inputs = workdir.read_manifest(path, folder).inputs
-            yield folder, {"sha256": workdir.digest(path, folder), "inputs": inputs}
+            inputs = workdir.manifest(folder).inputs
+            yield folder, {"sha256": workdir.digest(folder), "inputs": inputs}
             waiting += inputs
 
 
@@ -72,15 +75,15 @@ def _license(source: Mapping[str, Any], referred: Mapping[str, Any] | None) -> s
 
 def _card(
     folder: epath.Path,
-    path: epath.Path,
-    config: Any,
+    workdir: Workdir,
+    config: Config,
     variant: str,
     source: Mapping[str, Any],
     referred: Mapping[str, Any] | None,
     cost: Any,
 ) -> str:
-    trained, photos = workdir.read_manifest(path, f"geotoken/{variant}"), workdir.read_manifest(path, "photos")
-    metrics = json.loads((path / "report" / "metrics.json").read_text())
+    trained, photos = workdir.manifest(f"geotoken/{variant}"), workdir.manifest("photos")
+    metrics = workdir.metrics()
     label = config.evaluate.labels.get(variant, variant)
     own = {
         split: next(m for m in found["methods"] if m["variant"] == variant and m.get("main"))
@@ -127,7 +130,7 @@ Percent of photos {"less than" if metrics["strict"] else "within"} a distance, i
 {_cost(cost)}
 ## How sure it is
 
-{_sure(path, variant, metrics)}
+{_sure(workdir, variant, metrics)}
 
 ## Data and license
 
@@ -160,8 +163,8 @@ def _front(label: str, source: Mapping[str, Any], own: Mapping[str, Any]) -> str
     return "\n".join(["---", *lines, "---"])
 
 
-def _sure(path: epath.Path, variant: str, metrics: Mapping[str, Any]) -> str:
-    if not workdir.read_manifest(path, f"predictions/{variant}").facts["calibrated"]:
+def _sure(workdir: Workdir, variant: str, metrics: Mapping[str, Any]) -> str:
+    if not workdir.manifest(f"predictions/{variant}").facts["calibrated"]:
         return "The radii given with an answer are not calibrated."
     rows = [
         (split, f"{radius['percent']} %", f"{radius['median_km']:,.0f} km", _percent(radius["holds"]))

@@ -10,18 +10,20 @@ import itertools
 import json
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 from etils import epath
 from PIL import Image
 
-from geotoken_jax import records, workdir
+from geotoken_jax import records
+from geotoken_jax.artifacts import GALLERY, Workdir
 from geotoken_jax.backbone.preprocess import ImageError, open_image
+from geotoken_jax.configuration import Config
 from geotoken_jax.export import card
 from geotoken_jax.geo.distance import great_circle_km
 from geotoken_jax.predict import exported
 from geotoken_jax.progress import Progress
+from geotoken_jax.workdir import write_bytes, write_json
 
 #: Name of the file of words, and of the folders of pictures.
 PAGE, _THUMBNAILS, _EXAMPLES = "page.json", "thumbnails", "examples"
@@ -65,18 +67,18 @@ class About:
     version: str
 
 
-def write(path: epath.Path, folder: epath.Path, config: Any, variant: str, ids: np.ndarray) -> dict[str, int]:
+def write(workdir: Workdir, folder: epath.Path, config: Config, variant: str, ids: np.ndarray) -> dict[str, int]:
     """Writes page.json and the pictures that config.export asks for; returns how many there are of each.
 
-    path: of the work directory. folder: of the export. ids: of the gallery's photos.
+    folder: of the export. ids: of the gallery's photos.
     """
     side, counts = config.export.thumbnails, {}
     if side:
-        counts[_THUMBNAILS] = _write_thumbnails(records.Photos(path / "photos", "train"), ids, side, folder)
-    examples = _write_examples(path, variant, config.export.examples, folder) if config.export.examples else []
+        counts[_THUMBNAILS] = _write_thumbnails(workdir.photos(GALLERY), ids, side, folder)
+    examples = _write_examples(workdir, variant, config.export.examples, folder) if config.export.examples else []
     if examples:
         counts[_EXAMPLES] = len(examples)
-    stated = card.source(path, config)
+    stated = card.source(workdir, config)
     others = "It knows photos like those it was trained on: others are often placed wrongly."
     words = {
         "name": config.evaluate.labels.get(variant, variant),
@@ -86,7 +88,7 @@ def write(path: epath.Path, folder: epath.Path, config: Any, variant: str, ids: 
         "credit": "" if stated["license"] == "unknown" else f"{stated['origin']} {stated['terms']}",
         "examples": [dataclasses.asdict(example) for example in examples],
     }
-    workdir.write_json(folder / PAGE, words)
+    write_json(folder / PAGE, words)
     return counts
 
 
@@ -177,17 +179,17 @@ def _jpeg(image: bytes, side: int, quality: int) -> bytes:
     return file.getvalue()
 
 
-def _write_examples(path: epath.Path, variant: str, count: int, folder: epath.Path) -> list[Example]:
+def _write_examples(workdir: Workdir, variant: str, count: int, folder: epath.Path) -> list[Example]:
     """Writes examples/, photos of `test` by an author each; returns them.
 
     They come from the continents by turns, and are answered rightly as often as all of them are.
     """
-    predicted = path / "predictions" / variant / "test.jsonl"
+    predicted = workdir.answers(variant, "test")
     if not predicted.exists():
         return []
     with predicted.open() as file:
         lines = {line["id"]: line for line in map(json.loads, itertools.islice(file, _AMONG))}
-    photos, groups, authors = records.Photos(path / "photos", "test"), {True: {}, False: {}}, set()
+    photos, groups, authors = workdir.photos("test"), {True: {}, False: {}}, set()
     for row in range(min(len(photos), _AMONG)):
         photo = photos[row]
         line, author = lines.get(photo["id"]), photo["author"]
@@ -203,7 +205,7 @@ def _write_examples(path: epath.Path, variant: str, count: int, folder: epath.Pa
     examples = []
     for number, row in enumerate(np.random.default_rng(0).permutation(rows)):
         photo = photos[row]
-        workdir.write_bytes(_example(folder, number), _jpeg(photo["image"], *_EXAMPLE))
+        write_bytes(_example(folder, number), _jpeg(photo["image"], *_EXAMPLE))
         latitude, longitude = photo["coordinates"].tolist()
         place = ", ".join(photo[name] for name in ("city", "country") if photo[name])
         examples.append(Example(latitude, longitude, place))

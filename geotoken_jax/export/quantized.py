@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from geotoken_jax import bootstrap, settings, workdir
+from geotoken_jax import bootstrap, settings
+from geotoken_jax.artifacts import Workdir
+from geotoken_jax.configuration import Config
 from geotoken_jax.gallery import index, table
 from geotoken_jax.gallery.index import IndexSettings
 from geotoken_jax.gallery.table import IndexVectors, Table
 from geotoken_jax.geo import distance
-from geotoken_jax.predict import places, stage
+from geotoken_jax.predict import places
 from geotoken_jax.predict.answer import coordinates
 from geotoken_jax.progress import track
 
@@ -21,15 +23,15 @@ from geotoken_jax.progress import track
 _LEARNED = ("verifier/keys.npy", "verifier/views.npy")
 
 
-def quantize(path: epath.Path, folder: epath.Path) -> dict[str, Any]:
+def quantize(workdir: Workdir, asked: IndexSettings, folder: epath.Path) -> dict[str, Any]:
     """Makes int8 of the vectors in an export's folder: the gallery's, its index's, and what was learned of its photos.
 
-    path: the work directory. The index is built again, of the vectors as they are restored, with the settings that the
+    The index is built again, of the vectors as they are restored, with the settings that the
     gallery's was built with. Returns the bytes of them all before and after, and the index's recall before and after.
     """
     parts = [folder / "gallery", *(folder / name for name in _LEARNED if (folder / name).exists())]
-    made_with = workdir.read_manifest(path, "gallery")
-    search = settings.read(IndexSettings, made_with.settings["index"]["search"], "index.search")
+    made_with = workdir.manifest("gallery")
+    search = settings.restored(made_with.settings["index"]["search"], asked, "index.search")
     before = sum(map(_bytes, parts))
     table.quantize(folder / "gallery")
     shutil.rmtree(folder / "gallery" / "index")
@@ -41,19 +43,19 @@ def quantize(path: epath.Path, folder: epath.Path) -> dict[str, Any]:
     return {"bytes": [before, sum(map(_bytes, parts))], "recall": recall}
 
 
-def cost(config: Any, path: epath.Path, variant: str, folder: epath.Path) -> dict[str, Any]:
+def cost(config: Config, workdir: Workdir, variant: str, folder: epath.Path) -> dict[str, Any]:
     """Returns the accuracy of an export's int8 gallery less that of the work directory's, on one split.
 
     Both answer for the same photos, of validation where there are any, as `GeoToken` does: by their index, and no
     photo of the gallery is left out. config: with the variant's changes made. The intervals are those of the paired
     bootstrap over authors.
     """
-    counts, scoring = stage.asked(path), config.evaluate
+    counts, scoring = workdir.asked, config.evaluate
     split = "validation" if "validation" in counts else min(counts)
-    own = Table(path / "queries" / split)
+    own = workdir.table(split)
     km = []
-    for root, exported in ((path, None), (folder, folder)):
-        answerer = stage.opened(config, path, variant, exported)
+    for root, exported in ((workdir.path, None), (folder, folder)):
+        answerer = workdir.answerer(config, variant, exported)
         searched = index.load(root / "gallery" / "index", config.index.search.threads)
         size = answerer.decoder.settings.batch_size
         rows = [slice(first, first + size) for first in range(0, len(own), size)]

@@ -23,6 +23,7 @@ from jaxtyping import Float, Float32, Int32
 from geotoken_jax import records, workdir
 from geotoken_jax.gallery import int8
 from geotoken_jax.progress import track
+from geotoken_jax.settings import Runtime
 
 #: Rows of a product at a time: 512 queries against 16,384 rows are 34 MB of scores, and 2304 wide the rows 151 MB.
 _QUERIES, _ROWS = 512, 16_384
@@ -62,7 +63,7 @@ class IndexSettings:
     leaves_searched: int
     reorder: int
     reorder_dtype: str
-    threads: int
+    threads: Runtime[int]
     min_recall: float
     sample: int
 

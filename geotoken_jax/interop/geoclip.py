@@ -13,7 +13,6 @@ wheel's kind; nothing is imported from the wheel, and only tensors are unpickled
 """
 
 import argparse
-import dataclasses
 import io
 import math
 import pickle
@@ -37,6 +36,7 @@ from geotoken_jax.align.location_encoder import Capsules, LocationSettings
 from geotoken_jax.backbone import HuggingFaceSettings
 from geotoken_jax.backbone.clip import Clip
 from geotoken_jax.backbone.huggingface import HuggingFace
+from geotoken_jax.configuration import InitSettings
 from geotoken_jax.interop import official
 from geotoken_jax.interop.official import Weights
 from geotoken_jax.predict import places
@@ -55,14 +55,6 @@ _UNUSED = ("image_encoder.CLIP.", "gps_gallery", "gps_queue")
 
 #: Places of the gallery that an answer names.
 _CANDIDATES = 20
-
-
-@dataclasses.dataclass(frozen=True)
-class InitSettings:
-    """location: GeoCLIP's wheel, or what else `read_weights` takes, whose capsules the location encoder begins with; ""
-    for random ones."""
-
-    location: str
 
 
 class GeoCLIP(nnx.Module):

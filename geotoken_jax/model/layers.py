@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from geotoken_jax import sharding, stack
-from geotoken_jax.settings import SettingsError
+from geotoken_jax.settings import Runtime, SettingsError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +35,9 @@ class LayerSettings:
     norm: str
     activation: str
     qk_norm: bool
-    attention: str
+    attention: Runtime[str]
     dtype: str
-    remat: str
+    remat: Runtime[str]
 
     def __post_init__(self):
         if self.width % self.heads:

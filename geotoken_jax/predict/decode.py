@@ -18,7 +18,7 @@ from geotoken_jax.predict import beam, search
 from geotoken_jax.predict.pool import Pool
 from geotoken_jax.predict.sample import Candidates, sample
 from geotoken_jax.predict.select import SEARCHED, SELECTORS, VoteSettings
-from geotoken_jax.settings import SettingsError
+from geotoken_jax.settings import Runtime, SettingsError
 
 #: Cells of a photo told one by one, and all that there may be: with 64 alone half of EarthView's photos would have more
 #: than half of their probability elsewhere.
@@ -52,7 +52,7 @@ class PredictSettings:
     selectors: tuple[str, ...]
     vote: VoteSettings
     choice: str
-    batch_size: int
+    batch_size: Runtime[int]
     seed: int
 
     def __post_init__(self):
@@ -80,7 +80,7 @@ class Decoder:
 
     def __init__(self, model: GeoTokenModel, settings: PredictSettings, gallery: Table):
         """gallery: the table that the neighbors of every batch are rows of."""
-        self.settings, self.gallery = settings, gallery
+        self.settings, self.gallery, self.model = settings, gallery, model.settings
         self.cells: Scheme = model.settings.cells
         self.neighbors, self.times = model.settings.neighbors, model.settings.times
         asked = settings.search

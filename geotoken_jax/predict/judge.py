@@ -30,7 +30,7 @@ from geotoken_jax import workdir
 from geotoken_jax.backbone.preprocess import open_image
 from geotoken_jax.geo.distance import great_circle_km
 from geotoken_jax.predict.pool import Pool
-from geotoken_jax.settings import SettingsError, plain
+from geotoken_jax.settings import Runtime, SettingsError, plain
 from geotoken_jax.workdir import StageError
 
 #: Kind of answer -> the numbers that its JSON has.
@@ -57,19 +57,19 @@ class JudgeSettings:
     is busy, broken or not there. concurrent: requests at a time. price_in, price_out: of a million tokens read and
     written. key_variable: name of the environment variable that holds the key, "" for an endpoint without one."""
 
-    base_url: str
+    base_url: Runtime[str]
     model: str
     splits: tuple[str, ...]
     answer: str
     candidates: int
     side: int
     options: Mapping[str, Any]
-    timeout_s: float
-    attempts: int
-    concurrent: int
-    price_in: float
-    price_out: float
-    key_variable: str
+    timeout_s: Runtime[float]
+    attempts: Runtime[int]
+    concurrent: Runtime[int]
+    price_in: Runtime[float]
+    price_out: Runtime[float]
+    key_variable: Runtime[str]
 
     def __post_init__(self):
         for key in ("candidates", "side", "timeout_s", "attempts", "concurrent"):

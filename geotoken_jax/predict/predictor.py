@@ -22,12 +22,14 @@ from geotoken_jax.gallery import index
 from geotoken_jax.gallery.table import Table
 from geotoken_jax.geo.distance import THRESHOLDS_KM, great_circle_km
 from geotoken_jax.model.geotoken import GeoTokenModel, ModelSettings
+from geotoken_jax.model.reward import RewardSettings
 from geotoken_jax.predict import exported, hub
 from geotoken_jax.predict.answer import Answerer, with_radii
 from geotoken_jax.predict.decode import Decoder, PredictSettings
 from geotoken_jax.predict.select import Parts
-from geotoken_jax.predict.stage import chooser
+from geotoken_jax.predict.trained import chooser
 from geotoken_jax.predict.uncertainty import UNCALIBRATED, Calibration
+from geotoken_jax.predict.verify import VerifierSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +178,9 @@ class GeoToken(Predictor):
         options = dataclasses.replace(options, selectors=(options.choice,))  # nobody sees what the others choose
         self._gallery = Table(folder / "gallery")
         decoder = Decoder(model, options, self._gallery)
-        learned = chooser(config["learned"], lambda name: folder / name, self._gallery, model, lambda: self._aligned)
+        kinds = {"reward": RewardSettings, "verifier": VerifierSettings}
+        selectors = {n: settings.read(kinds[n], of, f"{n}.model") for n, of in config["learned"].items()}
+        learned = chooser(selectors, lambda name: folder / name, self._gallery, model, lambda: self._aligned)
         self._answerer = Answerer(decoder, Parts(options.vote, lambda: self._aligned, learned))
         calibrated = folder / "calibration.json"
         self._calibration = Calibration.load(calibrated) if calibrated.exists() else UNCALIBRATED

@@ -8,13 +8,17 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from geotoken_jax.geo import distance
-from geotoken_jax.predict.learn import LEARNED
 from geotoken_jax.predict.pool import Places, Pool
 
 #: A choice for each of b photos: an index [b] into the candidates, or points [b, 2] of its own, in degrees.
 Choice = Int[np.ndarray, " b"] | Float[np.ndarray, "b 2"]
 Selector = Callable[[Pool], Choice]
 
+#: Folder that the stage `learn` makes -> the selectors that it holds; predict/verify.py says what the verifier's are.
+LEARNED = {
+    "reward": ("reward",),
+    "verifier": ("verifier", "comparator", "likeness", "point_comparator", "point_likeness"),
+}
 #: Rounds of moving a point towards what it gains from; of 2,000 photos of EarthView none gained by an eleventh.
 _ROUNDS = 10
 _HALF_AROUND_KM = np.pi * distance.EARTH_RADIUS_KM

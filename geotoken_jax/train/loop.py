@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from geotoken_jax import checkpoint, chips, processes
 from geotoken_jax.checkpoint import Checkpoints
 from geotoken_jax.progress import Progress
+from geotoken_jax.settings import Runtime
 from geotoken_jax.train import metrics
 from geotoken_jax.train.optimizer import OptimizerSettings, make_optimizer, make_schedule
 from geotoken_jax.train.step import Metrics, Resident, State, Task, Trainer
@@ -54,15 +55,15 @@ class TrainSettings:
     none. wandb: project of Weights & Biases to write to, "" for none."""
 
     batch_size: int
-    accumulate: int
+    accumulate: Runtime[int]
     examples: int
     evaluate_every: int
-    log_every: int
+    log_every: Runtime[int]
     seed: int
     ema: float
     max_skipped: int
-    profile: tuple[int, int]
-    wandb: str
+    profile: Runtime[tuple[int, int]]
+    wandb: Runtime[str]
     optimizer: OptimizerSettings
 
     @property

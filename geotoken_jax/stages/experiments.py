@@ -4,25 +4,25 @@ Each run is a work directory of its own under experiments/NAME/, in which the fo
 are link into the one it starts from: only what differs is made again, and what was interrupted goes on.
 """
 
-import dataclasses
 import json
 import os
 import platform
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 from etils import epath
 
-from geotoken_jax import settings, workdir
 from geotoken_jax.analysis import evaluate
-from geotoken_jax.data.join import check_context
+from geotoken_jax.artifacts import Workdir
+from geotoken_jax.configuration import Config, EvaluateSettings, Experiment
 from geotoken_jax.geo.distance import THRESHOLDS_KM
-
-#: Makes the folders of a stage in a work directory, for one variant.
-Stage = Callable[[Any, str, Sequence[str]], None]
+from geotoken_jax.settings import SettingsError
+from geotoken_jax.stages import sweep
+from geotoken_jax.stages.train import check_context
+from geotoken_jax.workdir import write_json
 
 #: Folders that a run may share with the work directory it starts from; of the last, each variant's own.
 _SHARED = ("photos", "features", "align", "gallery", "queries", "neighbors", "tokens")
@@ -40,42 +40,28 @@ experiment context` compares that where photos say it. EarthView's do not, so th
 """
 
 
-@dataclasses.dataclass(frozen=True)
-class Experiment:
-    """question: that it answers. note: what its table says, written by who has read it. runs: the name of each, the
-    sections and keys that it changes and, where it trains nothing, the name of the run before it whose trained parts
-    it takes; the first is what the others are compared with. choices: of each run that the table
-    shows: names of selectors, "" for the run's own, "ideal" for the bound. splits: that are scored."""
-
-    question: str
-    note: str
-    runs: tuple
-    choices: tuple
-    splits: tuple
-
-
-def run(config: Any, path: str, name: str, stages: Mapping[str, Stage]) -> dict[str, Any]:
+def run(config: Config, workdir: Workdir, name: str) -> dict[str, Any]:
     """Makes every run of an experiment, and experiments/NAME/results.json, which is returned.
 
-    stages: verb -> what makes a part of a run, in the order of the path. Raises SettingsError if there is no experiment
-    of that name.
+    Raises SettingsError if there is no experiment of that name.
     """
-    experiment, options = _read(config, name), settings.read(evaluate.EvaluateSettings, config.evaluate, "evaluate")
-    variant, folder = options.reference, Path(path) / "experiments" / name
-    trained = [f"{part}/{variant}" for part in _TRAINED]
-    made: dict[str, Path] = {}
-    configs = [settings.changed(config, changes, f"experiments.{name}") for _, changes, *_ in experiment.runs]
-    for changed in configs:  # before the first of them is trained
-        check_context(changed, path)
-    for (label, _, *trained_by), changed in zip(experiment.runs, configs, strict=True):
+    experiment, options = _named(config, name), config.evaluate
+    variant, folder, base = options.reference, Path(workdir.path) / "experiments" / name, Path(workdir.path).resolve()
+    made: dict[str, Workdir] = {}
+    configs: dict[str, Config] = {}
+    for label, changes, *trained_by in experiment.runs:  # before the first of them is trained
+        source = configs[trained_by[0]] if trained_by else config  # trained parts keep their settings
+        configs[label] = source.changed(changes, f"experiments.{name}")
+        check_context(configs[label], workdir)
+    for label, _, *trained_by in experiment.runs:
         print(f"{name}: {label}", flush=True)
-        place = made[label] = folder / re.sub(r"[^a-z0-9]+", "_", label.lower()).strip("_")
-        source = made[trained_by[0]] if trained_by else Path(path)
-        _link(source.resolve(), place, trained)
-        _link(Path(path).resolve(), place, [*_SHARED, f"predictions/{variant}"])
-        for verb, stage in stages.items():
-            if not (trained_by and verb in ("train", "learn")):
-                _make(stage, changed, place, variant)
+        place = folder / re.sub(r"[^a-z0-9]+", "_", label.lower()).strip("_")
+        source = Path(made[trained_by[0]].path).resolve() if trained_by else base
+        sweep.link(source, place, [f"{part}/{variant}" for part in _TRAINED])
+        sweep.link(base, place, [*_SHARED, f"predictions/{variant}"])
+        made[label] = Workdir(place)
+        verbs = ("index", "predict") if trained_by else ("index", "train", "learn", "predict")
+        sweep.make(configs[label], made[label], variant, verbs)
     results = {
         "question": experiment.question,
         "base": config.name,
@@ -84,15 +70,15 @@ def run(config: Any, path: str, name: str, stages: Mapping[str, Stage]) -> dict[
         "runs": [{"name": label, **_facts(place, variant)} for label, place in made.items()],
         "splits": {split: _score(experiment, made, split, options) for split in experiment.splits},
     }
-    workdir.write_json(folder / "results.json", results)  # pyright: ignore[reportArgumentType]
+    write_json(epath.Path(folder / "results.json"), results)
     return results
 
 
-def document(config: Any, path: str) -> str:
+def document(config: Config, workdir: Workdir) -> str:
     """Returns docs/experiments.md: every experiment of the configuration whose results are there, by name."""
     parts = [_HEAD.format(cores=os.cpu_count(), machine=platform.machine(), date=date.today())]
     for name in config.experiments:
-        file, experiment = Path(path) / "experiments" / name / "results.json", _read(config, name)
+        file, experiment = Path(workdir.path) / "experiments" / name / "results.json", _named(config, name)
         if not file.exists():
             continue
         results = json.loads(file.read_text())
@@ -104,47 +90,14 @@ def document(config: Any, path: str) -> str:
     return "\n".join(parts)
 
 
-def _read(config: Any, name: str) -> Experiment:
+def _named(config: Config, name: str) -> Experiment:
     if name not in config.experiments:
-        raise settings.SettingsError(f"there is no experiment {name!r}: choose one of {', '.join(config.experiments)}")
-    return settings.read(Experiment, config.experiments[name], f"experiments.{name}")
+        raise SettingsError(f"there is no experiment {name!r}: choose one of {', '.join(config.experiments)}")
+    return config.experiments[name]
 
 
-def _link(base: Path, place: Path, folders: Sequence[str]) -> None:
-    """Links into a run's work directory whatever is complete in another one, and not there yet."""
-    for folder in folders:
-        link = place / folder
-        if (base / folder / "manifest.json").exists() and not link.exists():
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.unlink(missing_ok=True)
-            link.symlink_to(base / folder)
-
-
-def _make(stage: Stage, config: Any, place: Path, variant: str) -> None:
-    """Runs a stage; for a linked folder that the run's settings do not leave as it is, another run's is taken that they
-    do, and where there is none it is made anew."""
-    others: dict[Path, list[Path]] = {}
-    while True:
-        try:
-            return stage(config, str(place), [variant])
-        except workdir.MadeOtherwise as error:
-            linked = Path(error.path)
-            if not linked.is_symlink():
-                raise
-            folder = linked.relative_to(place)
-            if folder not in others:
-                found = sorted(place.parents[1].glob(f"*/*/{folder}/manifest.json"), reverse=True)
-                others[folder] = [file.parent for file in found if file.parent != linked]
-            linked.unlink()
-            if others[folder]:
-                linked.symlink_to(others[folder].pop().resolve())
-            else:
-                # A folder in the place of the link, so that what is interrupted here is not linked again.
-                linked.mkdir()
-
-
-def _facts(place: Path, variant: str) -> dict[str, Any]:
-    trained = workdir.read_manifest(str(place), f"geotoken/{variant}")
+def _facts(place: Workdir, variant: str) -> dict[str, Any]:
+    trained = place.manifest(f"geotoken/{variant}")
     return {
         "examples": trained.counts["examples"],
         "parameters": trained.facts["parameters"],
@@ -153,13 +106,13 @@ def _facts(place: Path, variant: str) -> dict[str, Any]:
 
 
 def _score(
-    experiment: Experiment, made: Mapping[str, Path], split: str, options: evaluate.EvaluateSettings
+    experiment: Experiment, made: Mapping[str, Workdir], split: str, options: EvaluateSettings
 ) -> dict[str, Any]:
     first, *_ = made
-    truth = evaluate.read_truth(epath.Path(made[first]), split)
+    truth = evaluate.read_truth(made[first], split)
     methods = []
     for label, place in made.items():
-        points = evaluate.read_points(place / "predictions" / options.reference / f"{split}.jsonl")
+        points = evaluate.read_points(place.answers(options.reference, split))
         for method in evaluate.methods_of(points, truth, label, label, options.earth):
             if method.choice in experiment.choices or (method.main and "" in experiment.choices):
                 methods.append(method)

@@ -1,0 +1,1 @@
+"""Stages: each makes folders of a work directory, `run(config, workdir, ...)` -> their manifests."""

@@ -1,0 +1,91 @@
+"""The stage `align`: trains the heads that bring images, texts and places together."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from geotoken_jax.align.pixels import PixelsTask
+from geotoken_jax.align.task import AlignTask
+from geotoken_jax.artifacts import GALLERY, VALIDATION, Workdir
+from geotoken_jax.backbone import views
+from geotoken_jax.configuration import Config
+from geotoken_jax.data.join import Features, Together
+from geotoken_jax.data.pixels import Pixels
+from geotoken_jax.interop import geoclip
+from geotoken_jax.sharding import make_mesh
+from geotoken_jax.stages import training
+from geotoken_jax.workdir import Manifest, StageError
+
+#: Photos that whitening is fitted to, at most.
+_SAMPLE = 100_000
+
+
+def run(config: Config, workdir: Workdir) -> list[Manifest]:
+    """Makes align/ from features/, or from photos/ too where config.align.pixels trains on them."""
+    keys, inputs, further = [f"align.{name}" for name in ("model", "loss", "init", "train")], ["features"], {}
+    from_pixels = config.align.pixels.tower != "cached"
+    if from_pixels:
+        keys, inputs = [*keys, "align.pixels", "embed.views"], [*inputs, "photos"]
+    else:
+        further = {"align": {**config.select(*keys)["align"], "pixels": {"tower": "cached"}}}
+    finished = workdir.finished("align")
+    mesh = make_mesh(config.mesh)
+    # What cannot be is said before the folder is begun, which would then ask for the same again.
+    parts = None if finished else aligner(config, workdir, mesh)
+    stage = training.begin(workdir, config, "align", keys, inputs, **further)
+    if stage.manifest or not parts:
+        return [workdir.manifest("align")]
+    task, splits, resident = parts
+    options = config.align.train
+    result = training.fit(task, options, mesh, splits, stage.path, "align", resident)
+    after = task.write_tower if from_pixels else None
+    return [training.finish(workdir, stage, options, result, "align", after)]
+
+
+def aligner(config: Config, workdir: Workdir, mesh: Mesh) -> tuple[Any, list, dict[str, Any]]:
+    """Returns alignment's task, its training and validation photos, and the arrays that stay on the mesh."""
+    options = config.align
+    start = geoclip.start(options.init)
+    if options.model.whiten:
+        start = _whitened(start, workdir.pairs(GALLERY), options.model.whiten)
+    if options.pixels.tower != "cached":
+        return _aligner_from_pixels(config, workdir, mesh, start)
+    splits = [Together([workdir.pairs(split) for split in workdir.trained_on]), workdir.pairs(VALIDATION)]
+    return AlignTask(options.model, workdir.width, options.loss, start), splits, {}
+
+
+def _whitened(start: Callable | None, photos: Features, added: float) -> Callable:
+    """Returns what does as `start` does and then fits a new alignment model's whitening to a sample of photos."""
+    image = photos(np.unique(np.linspace(0, len(photos) - 1, _SAMPLE).astype(int)))["image"]
+
+    def put(model: Any) -> None:
+        if start:
+            start(model)
+        model.whitening.fit(image, added)
+
+    return put
+
+
+def _aligner_from_pixels(
+    config: Config, workdir: Workdir, mesh: Mesh, start: Callable | None
+) -> tuple[Any, list, dict[str, Any]]:
+    """Returns what `aligner` does, photos in the place of their features."""
+    workdir.check_backbone(config.embed)
+    photos, features = workdir.manifest("photos"), workdir.manifest("features")
+    for split in (views.OF, VALIDATION):
+        if features.counts[split] != photos.counts[split]:
+            raise StageError(
+                f"{workdir.path / 'features'} has {features.counts[split]:,} of the {photos.counts[split]:,} photos of "
+                f"{split}, and from pixels every one is read: prepare them again without those that `embed` could not "
+                "read"
+            )
+    task = PixelsTask(config.align.model, config.align.loss, start, config.align.pixels, config.embed, mesh)
+
+    def read(split: str, others: views.ViewsSettings | None) -> Pixels:
+        pairs, source = workdir.pairs(split), workdir.photos(split)
+        return Pixels(pairs, source, task.tower, config.embed.threads, others, config.align.train.seed)
+
+    others = config.embed.views if config.align.pixels.augment else None
+    return task, [read(views.OF, others), read(VALIDATION, None)], {"tower": task.tower.parameters}

@@ -1,0 +1,124 @@
+"""The runs of a scaling study, its forecast and its fit: `geotoken scaling run` and `geotoken scaling fit`."""
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from geotoken_jax.analysis import scaling, scaling_law
+from geotoken_jax.analysis.masking import Masked
+from geotoken_jax.analysis.scaling import FIT, FOLDER, FORECAST, RUNS, TESTED
+from geotoken_jax.artifacts import Workdir
+from geotoken_jax.configuration import Config, ScalingSettings
+from geotoken_jax.settings import SettingsError
+from geotoken_jax.stages import sweep
+from geotoken_jax.workdir import StageError, write_json
+
+
+def run(config: Config, workdir: Workdir, index: int | None) -> None:
+    """Makes the run of that number, or all of them; what is complete is kept.
+
+    Raises SettingsError if there is no such run, StageError where the held-out size is asked for before the grid.
+    """
+    plan, s = scaling.runs(config), scaling.study(config)
+    if index is not None and not 0 <= index < len(plan):
+        raise SettingsError(f"--index={index}: config.scaling has the runs 0 to {len(plan) - 1}")
+    for one in plan if index is None else [plan[index]]:
+        with _timed(workdir.path / FOLDER / "seconds" / f"{one.label}.json"):
+            if one.axis == "held out":
+                _forecast(config, workdir, one)
+            sweep.make(one.config, workdir, one.label, ("train",))
+            if one.axis == "grid" and one.size == s.reference and one.photos == s.photos[-1][0]:
+                sweep.make(one.config, workdir, one.label, ("predict",))
+                _test(one, workdir, s)
+
+
+@contextlib.contextmanager
+def _timed(file: epath.Path) -> Iterator[None]:
+    """Adds wall and processor seconds to a file; a run that was interrupted has had several parts."""
+    wall, cpu = time.monotonic(), time.process_time()
+    try:
+        yield
+    finally:
+        before = json.loads(file.read_text()) if file.exists() else {"wall": 0.0, "cpu": 0.0}
+        took = {"wall": time.monotonic() - wall, "cpu": time.process_time() - cpu}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, {name: round(before[name] + took[name], 1) for name in took})
+
+
+def _forecast(config: Config, workdir: Workdir, one: scaling.Run) -> None:
+    """Writes down the loss of the held-out run, from the grid alone. Raises StageError if it is too early or late."""
+    file = workdir.path / FOLDER / FORECAST
+    if file.exists():
+        return
+    if workdir.finished(f"geotoken/{one.label}"):
+        raise StageError(
+            f"{file} is missing and geotoken/{one.label} is complete: a loss is forecast before it is measured, so "
+            "remove that folder and run it again"
+        )
+    rows, s = [row for row in scaling.table(config, workdir) if row["axis"] == "grid"], scaling.study(config)
+    missing = {run.label for run in scaling.runs(config) if run.axis == "grid"} - {row["label"] for row in rows}
+    if missing:
+        raise StageError(
+            f"the held-out run {one.label} waits for the grid: run `geotoken scaling run` for "
+            f"{', '.join(sorted(missing))} first"
+        )
+    law, resampled = scaling_law.fit(*scaling.columns(rows), s.resamples, s.seed)
+    loss = float(law(one.parameters, one.photos))
+    low, high = np.percentile([other(one.parameters, one.photos) for other in resampled], (2.5, 97.5)).tolist()
+    grid = {row["label"]: workdir.digest(f"geotoken/{row['label']}") for row in rows}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, {"label": one.label, "loss": loss, "low": low, "high": high, "grid": grid})
+
+
+def fit(config: Config, workdir: Workdir) -> dict[str, Any]:
+    """Writes scaling/runs.json, the table of runs, and scaling/fit.json, which is returned: the law with its intervals,
+    the forecast with its miss, the frontier, how accuracy goes with loss, and what was tested.
+
+    Raises StageError if the grid has too few runs to fit five numbers.
+    """
+    rows, s, folder = scaling.table(config, workdir), scaling.study(config), workdir.path / FOLDER
+    grid = [row for row in rows if row["axis"] == "grid"]
+    if len(grid) < 6:
+        raise StageError(
+            f"{folder} has {len(grid)} runs of the grid, and the law has five numbers: run at least 6 of them first"
+        )
+    law, resampled = scaling_law.fit(*scaling.columns(grid), s.resamples, s.seed)
+    parameters, photos, losses = scaling.columns(grid)
+    found: dict[str, Any] = {
+        "law": scaling_law.intervals(law, resampled),
+        "error": float(np.sqrt(np.mean((law(parameters, photos) - losses) ** 2))),
+        "noise": scaling.noise(rows, s),
+        "frontier": scaling.frontier(config, s, law),
+        "accuracy": scaling.accuracy_against_loss(grid),
+        "forecast": scaling.miss(rows, folder, s),
+        "tested": json.loads((folder / TESTED).read_text()) if (folder / TESTED).exists() else None,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / RUNS, rows)  # pyright: ignore[reportArgumentType]
+    write_json(folder / FIT, found)
+    return found
+
+
+def _test(one: scaling.Run, workdir: Workdir, s: ScalingSettings) -> None:
+    """Writes scaling/tested.json: how accuracy grows with the gallery and with the candidates of a photo."""
+    file = workdir.path / FOLDER / TESTED
+    if file.exists():
+        return
+    truth = workdir.table(s.split).coordinates()
+    order = np.random.default_rng(s.seed).permutation(len(workdir.gallery))
+    masked, every = Masked(one.config, workdir, one.label, s.split), np.arange(len(truth))
+    galleries = []
+    for n in s.gallery:
+        first, decoder = (scaling.within(found, truth) for found in masked(every, np.sort(order[:n])))
+        galleries.append({"photos": n, "first_neighbor": first, "decoder": decoder})
+    lines = workdir.answers(one.label, s.split).read_text().splitlines()
+    candidates = scaling.by_candidates([json.loads(line)["candidates"] for line in lines], truth, s)
+    write_json(
+        file,
+        {"label": one.label, "split": s.split, "photos": len(truth), "gallery": galleries, "candidates": candidates},
+    )

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from geotoken_jax import buckets, processes, settings, workdir
+from geotoken_jax import processes, settings, workdir
 from geotoken_jax.interop import targets
 from geotoken_jax.serve import limits
 from geotoken_jax.workdir import Manifest
@@ -28,9 +28,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     options, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     try:
         config = _config(options, rest)
-        with buckets.mirrored(getattr(options, "workdir", None), options.verb, _shown(options, config)) as folder:
-            options.workdir = folder
-            sys.exit(options.run(options, config))
+        if getattr(options, "workdir", None) is not None:
+            workdir.local(options.workdir)
+        sys.exit(options.run(options, config))
     except _errors(("geotoken_jax.train.loop", "Preempted")) as error:
         print(f"geotoken {options.verb}: {error}", file=sys.stderr)
         sys.exit(PREEMPTED)
@@ -40,13 +40,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print(f"\ngeotoken {options.verb}: interrupted; the same command goes on from here", file=sys.stderr)
         processes.leave(130)
-
-
-def _shown(options: argparse.Namespace, config: Any) -> tuple[str, ...]:
-    """Returns the folder that an export with pictures reads, and that other verbs and exports leave in a bucket."""
-    if options.verb != "export" or config is None or "export" not in config:
-        return ()
-    return ("photos",) if config.export.thumbnails or config.export.examples else ()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -18,6 +18,17 @@ TOOLS = {
 }  # fmt: skip
 
 
+def xla_flags(devices: int) -> str:
+    """Returns XLA_FLAGS of a process with so many CPU devices, which compiles fast and waits long for others."""
+    # Tests compile far longer than they run. Without LLVM's optimizations a gradient takes 2.9 s instead of 6.4 s, and
+    # without the emitters of fusions in MLIR a run of tests/pod.py takes 37 s of CPU instead of 52 s.
+    # Eight devices that meet on two busy cores may be minutes apart, and XLA ends the process after 40 s of waiting.
+    return (
+        f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0 "
+        "--xla_cpu_use_fusion_emitters=false --xla_cpu_collective_call_terminate_timeout_seconds=600"
+    )
+
+
 def environment(root: Path, session: Path, platform: str) -> dict[str, str]:
     """Returns the environment of a test session: the caller's without PREFIXES, and with folders under `session`.
 
@@ -25,12 +36,6 @@ def environment(root: Path, session: Path, platform: str) -> dict[str, str]:
     """
     kept = {name: value for name, value in os.environ.items() if not name.startswith(PREFIXES)}
     paths = [str(root), *(os.path.abspath(path) for path in kept.get("PYTHONPATH", "").split(os.pathsep) if path)]
-    # Tests compile far longer than they run: without LLVM's optimizations a gradient takes 2.9 s instead of 6.4 s.
-    # Eight devices that meet on two busy cores may be minutes apart, and XLA ends the process after 40 s of waiting.
-    flags = (
-        "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-        "--xla_cpu_collective_call_terminate_timeout_seconds=600"
-    )
     return kept | {
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)),
         "HOME": str(session / "home"),
@@ -38,7 +43,7 @@ def environment(root: Path, session: Path, platform: str) -> dict[str, str]:
         "HF_HOME": str(session / "home" / "huggingface"),
         "HYPOTHESIS_STORAGE_DIRECTORY": str(session / "hypothesis"),
         "JAX_PLATFORMS": platform,
-        "XLA_FLAGS": flags,
+        "XLA_FLAGS": xla_flags(devices=8),
         # One cache for all workers and for the processes that tests start.
         "JAX_COMPILATION_CACHE_DIR": str(session / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",

@@ -144,7 +144,7 @@ def _refusals() -> tuple[type[Exception], ...]:
             ("geotoken_jax.gallery.index", "IndexQualityError"),
             ("geotoken_jax.checkpoint", "CheckpointError"),
             ("geotoken_jax.train.loop", "Diverged"),
-            ("geotoken_jax.analysis.evaluate", "PointsError"),
+            ("geotoken_jax.analysis.points", "PointsError"),
         ),
     )
 
@@ -561,9 +561,10 @@ def _baseline(config: Any, path: str, name: str) -> None:
 def _evaluate_all(config: Any, path: str, variants: Sequence[str]) -> None:
     del variants
     from geotoken_jax.analysis import evaluate
+    from geotoken_jax.stages import evaluate as stage
 
     before = _finished(path, "report")
-    _report("report", before, evaluate.run(config, path))
+    _report("report", before, stage.run(config, path))
     print(evaluate.table(json.loads((Path(path) / "report" / "metrics.json").read_text())))
     print(f"open {Path(path) / 'report' / 'index.html'}")
 
@@ -688,8 +689,7 @@ def _evaluate(options: argparse.Namespace, config: Any) -> int:
     return 0
 
 
-#: What is audited -> the module of geotoken_jax.analysis that does it.
-_AUDITS = {"coverage": "coverage", "leakage": "leakage", "neighbors": "neighbor_gap", "levels": "per_level"}
+_AUDITS = ("coverage", "leakage", "neighbors", "levels")
 
 
 def _audit(options: argparse.Namespace, config: Any) -> int:
@@ -697,11 +697,12 @@ def _audit(options: argparse.Namespace, config: Any) -> int:
 
     def run(config: Any, path: str, variants: Sequence[str]) -> None:
         del variants
-        audit = importlib.import_module(f"geotoken_jax.analysis.{_AUDITS[options.audit]}")
+        from geotoken_jax.stages import audit
+
         folder = f"audit/{options.audit}"
         before = _finished(path, folder)
-        _report(folder, before, audit.run(config, path))
-        print(audit.table(json.loads((Path(path) / folder / "figures.json").read_text())))
+        _report(folder, before, audit.run(config, path, options.audit))
+        print(audit.TABLES[options.audit](json.loads((Path(path) / folder / "figures.json").read_text())))
         print(f"open {Path(path) / folder / 'index.html'}")
 
     options.verb += f" {options.audit}"
@@ -740,7 +741,8 @@ def _scaling(options: argparse.Namespace, config: Any) -> int:
             "`geotoken scaling run --config=configs/scaling.py --workdir=runs/demo`"
         )
     _quiet()
-    from geotoken_jax.analysis import scaling, scaling_page
+    from geotoken_jax.analysis import scaling
+    from geotoken_jax.pages import scaling as scaling_page
 
     if options.part == "run":
         task = os.environ.get("SLURM_ARRAY_TASK_ID")

@@ -13,7 +13,7 @@ from flax import nnx
 from configs import demo
 from data_prep import tokens
 from geotoken_jax import checkpoint, cli, records, settings, workdir
-from geotoken_jax.analysis import audit, coverage, leakage, neighbor_gap, overlap, per_level, places
+from geotoken_jax.analysis import audit, coverage, neighbor_gap, overlap, places
 from geotoken_jax.analysis.masking import Masked
 from geotoken_jax.gallery import index, neighbors
 from geotoken_jax.gallery.exclude import SameId
@@ -21,6 +21,7 @@ from geotoken_jax.gallery.table import Table, index_vectors, write_shard
 from geotoken_jax.geo.cells import CellScheme
 from geotoken_jax.predict import baselines, decode
 from geotoken_jax.predict import stage as predict
+from geotoken_jax.stages import audit as audits
 from tests import fixtures
 
 #: Country -> continent, and the place around which its photos are.
@@ -174,34 +175,34 @@ class Nested(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
 
-MODULES = {"coverage": coverage, "leakage": leakage, "neighbors": neighbor_gap, "levels": per_level}
+NAMES = tuple(audits.TABLES)
 
 
 @pytest.fixture(scope="module")
 def figures(made, config):
-    for module in MODULES.values():
-        module.run(config, made)
-    return {name: json.loads((made / "audit" / name / "figures.json").read_text()) for name in MODULES}
+    for name in NAMES:
+        audits.run(config, made, name)
+    return {name: json.loads((made / "audit" / name / "figures.json").read_text()) for name in NAMES}
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_page_is_whole_and_needs_nothing_else(made, figures, name):
     page = (made / "audit" / name / "index.html").read_text()
     Nested(page)
     assert NASTY not in page and "{{" not in page and str(made) not in page
     assert "<script" not in page
-    assert max(map(len, MODULES[name].table(figures[name]).splitlines())) > 40
+    assert max(map(len, audits.TABLES[name](figures[name]).splitlines())) > 40
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_complete_audit_is_kept_and_a_second_one_makes_the_same_bytes(made, config, figures, name):
     folder = made / "audit" / name
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     (folder / "index.html").write_text("kept")
-    MODULES[name].run(config, made)
+    audits.run(config, made, name)
     assert (folder / "index.html").read_text() == "kept"
     (folder / "manifest.json").unlink()
-    MODULES[name].run(config, made)
+    audits.run(config, made, name)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
@@ -277,7 +278,7 @@ def test_an_interrupted_audit_goes_on_from_the_regions_that_are_there(made, conf
     asked = []
     call = Masked.__call__
     monkeypatch.setattr(Masked, "__call__", lambda self, rows, kept: asked.append(len(rows)) or call(self, rows, kept))
-    coverage.run(config, made)
+    audits.run(config, made, "coverage")
     assert asked == [4] and (folder / "figures.json").read_bytes() == wanted
 
 
@@ -316,9 +317,11 @@ def near(split, km, seed=0, n=600):
 @pytest.mark.parametrize(("train", "said"), [(0.8, "BETTER"), (0.54, "as good"), (0.2, "are worse")])
 def test_the_verdict_is_past_the_interval_only(config, train, said):
     _, scoring = audit.read(config)
-    splits = {n.split: neighbor_gap._figures(n, scoring) for n in (near("train", train), near("validation", 0.5, 1))}
-    (gap,) = neighbor_gap._gaps(splits)
-    assert said in neighbor_gap._plain(gap)
+    splits = {
+        n.split: neighbor_gap.split_figures(n, scoring) for n in (near("train", train), near("validation", 0.5, 1))
+    }
+    (gap,) = neighbor_gap.gaps(splits)
+    assert said in neighbor_gap.verdict(gap)
     at = gap["accuracy"][1]
     assert at["low"] < at["value"] < at["high"] and at["value"] == pytest.approx(train - 0.5, abs=0.1)
 
@@ -328,7 +331,7 @@ def test_a_missing_neighbor_is_counted_and_wrong(config):
     of = near("test", 1.0, n=10)
     of.km[0], of.scores[0] = np.nan, -np.inf
     of.km[1, 2] = np.nan
-    found = neighbor_gap._figures(of, scoring)
+    found = neighbor_gap.split_figures(of, scoring)
     assert found["missing"] == {
         "neighbors": pytest.approx(4 / 30, abs=1e-5),
         "photos_with_fewer": 2,
@@ -377,14 +380,13 @@ def test_a_split_that_was_not_predicted_is_named(made, config, tmp_path):
     other = config.copy_and_resolve_references()
     other.audit.coverage.split = "tset"
     with pytest.raises(workdir.StageError, match=r"split is 'tset', and .* has test, validation: name one"):
-        coverage.run(other, made)
+        audits.run(other, made, "coverage")
 
 
-def test_another_gallery_than_that_of_photos_is_refused(made, tmp_path, monkeypatch):
+def test_another_gallery_than_that_of_photos_is_refused(made, monkeypatch):
     monkeypatch.setattr(Photos, "__len__", lambda self: 40)
-    stage = workdir.begin(tmp_path, "audit/coverage", {}, ())
     with pytest.raises(workdir.StageError, match="no photo 'train-Brazil-0'"):
-        coverage._gallery_regions(stage, made, Table(made / "gallery"))
+        coverage.gallery_regions(Photos(made, "train"), Table(made / "gallery"))
 
 
 def test_the_command_names_its_audits(capsys):

@@ -16,12 +16,12 @@ from data_prep.sources import UNKNOWN, Photo
 from geotoken_jax import checkpoint, cli, records, settings, workdir
 from geotoken_jax.align.heads import AlignSettings
 from geotoken_jax.align.task import AlignTask
-from geotoken_jax.analysis import evaluate
 from geotoken_jax.gallery import index
 from geotoken_jax.gallery.table import Table, index_vectors, write_shard
 from geotoken_jax.geo.cells import CellScheme
 from geotoken_jax.geo.distance import great_circle_km
 from geotoken_jax.predict import classifier, places
+from geotoken_jax.stages import evaluate
 
 C, M = 8, 5
 SPLITS = {"train": 120, "validation": 12, "test": 30}

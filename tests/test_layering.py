@@ -15,9 +15,11 @@ RANKS = {
     **dict.fromkeys(["data", "align", "model"], 2),
     **dict.fromkeys(["train", "predict"], 3),
     **dict.fromkeys(["analysis", "interop", "export", "plan"], 4),
-    "serve": 5,
-    "cli": 6,
-    "__init__": 7,  # the public face
+    "pages": 5,
+    "stages": 6,
+    "serve": 7,
+    "cli": 8,
+    "__init__": 9,  # the public face
 }
 
 

@@ -16,6 +16,7 @@ from geotoken_jax.analysis import audit, per_level
 from geotoken_jax.data.join import Tokens
 from geotoken_jax.gallery.table import Table, write_shard
 from geotoken_jax.geo.cells import CellScheme
+from geotoken_jax.stages import audit as audits
 from tests import fixtures
 
 look = nnx.jit(per_level.look)
@@ -64,7 +65,7 @@ def seen():
 
 @pytest.fixture(scope="module")
 def figures(config):
-    return per_level._figures(seen(), audit.read(config)[1])
+    return per_level.split_figures(seen(), audit.read(config)[1])
 
 
 def values(figures, name):
@@ -91,7 +92,7 @@ def test_distances_are_those_of_the_photos_that_left_there(figures):
 
 def test_distances_are_taken_as_the_report_takes_them(config):
     _, scoring = audit.read(config)
-    ellipsoid = per_level._figures(seen(), dataclasses.replace(scoring, earth="ellipsoid"))["levels"][3]
+    ellipsoid = per_level.split_figures(seen(), dataclasses.replace(scoring, earth="ellipsoid"))["levels"][3]
     assert 1e-4 < abs(ellipsoid["km_quartiles"][1] / DEGREE - 1) < 0.006
 
 
@@ -110,7 +111,7 @@ def test_what_is_lost_is_shared_among_levels_and_causes(figures):
 
 def test_the_page_says_which_level_it_is_in_one_sentence(figures):
     levels = [{"level": level} for level in (0, 2, 4, 6)]
-    said = per_level._bottleneck({"levels": levels, "splits": {"test": figures}}, "test")
+    said = per_level.bottleneck_sentence({"levels": levels, "splits": {"test": figures}}, "test")
     assert said.startswith("test: level 2 is the bottleneck: the 50.0 % of photos")
     assert "more than 2,224 km off" in said and "of resamples" in said  # four photos prove little
 
@@ -119,9 +120,9 @@ def test_nothing_wrong_is_nothing_lost(config):
     of = seen()
     right = CELLS.decode(of.tokens)
     perfect = per_level.Seen(**{**vars(of), "greedy": of.tokens, "coordinates": np.stack(right, -1)})
-    found = {"levels": [{"level": 0}] * 4, "splits": {"test": per_level._figures(perfect, audit.read(config)[1])}}
-    assert "every greedy answer" in per_level._bottleneck(found, "test")
-    assert "no GeoScore is lost" in per_level._want(found, "test")
+    found = {"levels": [{"level": 0}] * 4, "splits": {"test": per_level.split_figures(perfect, audit.read(config)[1])}}
+    assert "every greedy answer" in per_level.bottleneck_sentence(found, "test")
+    assert "no GeoScore is lost" in per_level.cause_sentence(found, "test")
 
 
 def test_calibration_is_of_bins_of_equally_many_photos(figures):
@@ -195,7 +196,7 @@ def made(tmp_path_factory, config):
 
 
 def test_every_photo_of_every_split_is_seen_once(made, config):
-    found = per_level._see(settings.variant(config, "geotoken"), made, "geotoken")
+    found = audits.see(settings.variant(config, "geotoken"), made, "geotoken")
     assert {split: len(of.tokens) for split, of in found.items()} == {"test": 6, "validation": 3}
     test = found["test"]
     assert np.isfinite(test.loss).all() and test.clusters[1] == test.clusters[2] and len(set(test.clusters)) == 4
@@ -209,7 +210,7 @@ def test_every_photo_of_every_split_is_seen_once(made, config):
 
 
 def test_the_audit_is_made_whole_and_the_same_again(made, config):
-    manifest = per_level.run(config, made)
+    manifest = audits.run(config, made, "levels")
     assert manifest.counts == {"test": 6, "validation": 3}
     folder = made / "audit" / "levels"
     first = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -220,5 +221,5 @@ def test_the_audit_is_made_whole_and_the_same_again(made, config):
     page = first["index.html"].decode()
     assert "<script" not in page and "{{" not in page and "nan" not in page and "test: level" in page
     (folder / "manifest.json").unlink()
-    per_level.run(config, made)
+    audits.run(config, made, "levels")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == first

@@ -11,9 +11,10 @@ from etils import epath
 from configs import ladder
 from configs import scaling as study
 from geotoken_jax import cli, settings, workdir
-from geotoken_jax.analysis import scaling, scaling_law, scaling_page
+from geotoken_jax.analysis import scaling, scaling_law
 from geotoken_jax.data import join
 from geotoken_jax.geo.distance import THRESHOLDS_KM
+from geotoken_jax.pages import scaling as scaling_page
 
 LAW = scaling_law.Law(E=11.2, A=120.0, alpha=0.45, B=30.0, beta=0.4)
 

@@ -1,20 +1,17 @@
-"""What the audits share: their settings, scores of some of the photos, and how a page is written.
-
-An audit is a stage: audit/NAME/ holds figures.json, index.html that shows them, and a manifest.
-"""
+"""What the audits share: their settings, and scores of some of the photos."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from etils import epath
 from jaxtyping import Int
 
-from geotoken_jax import records, settings, workdir
-from geotoken_jax.analysis import evaluate, frame
-from geotoken_jax.analysis.evaluate import EvaluateSettings, Method, Points
+from geotoken_jax import records, settings
+from geotoken_jax.analysis import evaluate
+from geotoken_jax.analysis.evaluate import EvaluateSettings
 from geotoken_jax.analysis.overlap import OverlapSettings
+from geotoken_jax.analysis.points import Method, Points
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,29 +54,3 @@ def score(
 def answers(methods: Sequence[Method]) -> list[Method]:
     """Returns what each set of predictions answers, without its other choices and bounds."""
     return [method for method in methods if method.main]
-
-
-def write(
-    stage: workdir.Stage,
-    title: str,
-    headline: str,
-    sections: Sequence[frame.Section],
-    figures: Mapping[str, Any],
-    counts: Mapping[str, Any],
-    resamples: int,
-) -> workdir.Manifest:
-    """Writes figures and page and closes the stage. The page ends with the manifests of what it was made from."""
-    root = epath.Path(stage.path).parent.parent
-    made = (
-        f"<p>{frame.intervals(resamples)} A missing prediction counts as wrong. Every number of this page, and those "
-        "it leaves out, are in figures.json beside it. The folders it was made from:</p>"
-        + frame.made(root, stage.inputs)
-    )
-    page = frame.page(
-        f"GeoToken: {title}",
-        f"<h1>{title}</h1>{headline}",
-        [*sections, frame.Section("made", "How it was made", "How it was made", made)],
-    )
-    workdir.write_json(stage.path / "figures.json", figures)
-    workdir.write_bytes(stage.path / "index.html", page.encode())
-    return stage.finish(counts)

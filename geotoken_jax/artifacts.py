@@ -110,6 +110,11 @@ class Workdir:
         """Returns the manifest of a folder, None if it is not complete."""
         return self.manifest(folder) if (self.path / folder / "manifest.json").exists() else None
 
+    def complete(self) -> list[str]:
+        """Returns the names of all complete folders, those of the path before those of variants."""
+        found = [file.parent for pattern in ("*", "*/*") for file in sorted(self.path.glob(f"{pattern}/manifest.json"))]
+        return [folder.relative_to(self.path).as_posix() for folder in found]
+
     def digest(self, folder: str) -> str:
         """Returns the SHA-256 of a complete folder's manifest."""
         return workdir.digest(self.path, folder)
@@ -293,6 +298,10 @@ class Workdir:
         """Returns a variant's calibration, UNCALIBRATED if there is none."""
         file = self.calibration_file(variant)
         return Calibration.load(file) if file.exists() else UNCALIBRATED
+
+    def training_logs(self) -> list[epath.Path]:
+        """Returns the files that alignment and decoders wrote their metrics to, if they are there."""
+        return [self.path / "align" / "metrics.jsonl", *sorted((self.path / "geotoken").glob("*/metrics.jsonl"))]
 
     def metrics(self) -> dict[str, Any]:
         """Returns the figures of report/."""

@@ -124,7 +124,7 @@ def _refusals() -> tuple[type[Exception], ...]:
             ("geotoken_jax.gallery.index", "IndexQualityError"),
             ("geotoken_jax.checkpoint", "CheckpointError"),
             ("geotoken_jax.train.loop", "Diverged"),
-            ("geotoken_jax.analysis.evaluate", "PointsError"),
+            ("geotoken_jax.analysis.points", "PointsError"),
         ),
     )
 

@@ -13,11 +13,11 @@ from typing import Any
 
 from geotoken_jax import processes, settings
 from geotoken_jax.analysis import evaluate as scores
-from geotoken_jax.analysis import scaling_page
 from geotoken_jax.artifacts import TOP1, Workdir
 from geotoken_jax.backbone.preprocess import ENDINGS, ImageError
 from geotoken_jax.configuration import Config, EvaluateSettings
 from geotoken_jax.interop import targets
+from geotoken_jax.pages import scaling as scaling_page
 from geotoken_jax.predict import hub
 from geotoken_jax.serve import limits
 from geotoken_jax.stages import (
@@ -232,7 +232,7 @@ def _audit(options: argparse.Namespace, config: Config | None) -> int:
     def run(config: Config, folder: Workdir, variants: Sequence[str]) -> Iterable[Manifest]:
         yield from audit.run(config, folder, options.audit)
         made = folder.path / "audit" / options.audit
-        print(audit.AUDITS[options.audit].table(json.loads((made / "figures.json").read_text())))
+        print(audit.TABLES[options.audit](json.loads((made / "figures.json").read_text())))
         print(f"open {made / 'index.html'}")
 
     options.verb += f" {options.audit}"

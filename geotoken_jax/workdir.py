@@ -110,16 +110,15 @@ def begin(workdir: epath.PathLike, folder: str, config: Mapping[str, Any], input
     return Stage(path, folder, **wanted, manifest=None)
 
 
-def is_url(path: epath.PathLike) -> bool:
-    """Says whether a path is, or began as, a URL: s3://bucket/run, and s3:/bucket/run too."""
-    return re.match("[A-Za-z][A-Za-z0-9+.-]+:/", str(path)) is not None
-
-
 def local(path: epath.PathLike) -> epath.Path:
-    """Returns a path that stages can work in. Raises StageError for a URL, of which a folder `s3:` would become."""
-    if is_url(path):
+    """Returns the path of a folder on this machine. Raises StageError for a URL, also for s3:/bucket/run.
+
+    The message leaves out the rest of the URL, which may hold a key.
+    """
+    if url := re.match("([A-Za-z][A-Za-z0-9+.-]+):/", str(path)):
         raise StageError(
-            f"{path} is not a folder that can be worked in: give it to `geotoken` as --workdir, which works on a copy"
+            f"--workdir is a URL ({url[1]}://...), and stages read and write local files only: mount the bucket and "
+            "name the mounted folder, or work on a local disk and copy (docs/launch.md)"
         )
     return epath.Path(path)
 

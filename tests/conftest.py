@@ -1,21 +1,78 @@
-"""The machine that every test sees: eight CPU devices, and compiled programs kept from one run to the next."""
+"""A test session of its own: eight CPU devices, an empty home folder, and a temporary working directory per test."""
 
 import os
-import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
+import pytest
 from absl import flags
 
-# Before jax is imported. JAX_PLATFORMS=cuda in the environment runs the same tests on a GPU.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests compile far longer than they run: without LLVM's optimizations a gradient takes 2.9 s instead of 6.4 s.
-# Eight devices that meet on two busy cores may be minutes apart, and XLA ends the process after 40 s of waiting.
-_FLAGS = (
-    " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    " --xla_cpu_collective_call_terminate_timeout_seconds=600"
-)
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + _FLAGS
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+from tests import isolation
+
+ROOT = Path(__file__).parents[1]
+#: Files that take more than half a minute of a CPU, the longest first.
+LONGEST = ("test_end_to_end", "test_pod", "test_killed")
+_before = pytest.StashKey[dict[str, int]]()
+_session = pytest.StashKey[Path]()
 
 # grain reads absl flags, which nothing parses here.
 flags.FLAGS.mark_as_parsed()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--platform", default="cpu", help="what JAX runs the tests on: cpu (default), cuda or tpu")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Replaces the environment before a test module imports jax; workers of xdist inherit it."""
+    if hasattr(config, "workerinput"):
+        return
+    config.stash[_before] = isolation.listing(ROOT)
+    config.stash[_session] = session = Path(tempfile.mkdtemp(prefix="geotoken-tests-"))
+    (session / "home").mkdir()
+    values = isolation.environment(ROOT, session, config.getoption("--platform"))
+    os.environ.clear()
+    os.environ.update(values)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the files that take longest first: one of them alone at the end would leave a worker idle."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fails a session that has left something in the repository."""
+    if (before := session.config.stash.get(_before, None)) is None:
+        return
+    if changed := isolation.changes(before, isolation.listing(ROOT)):
+        print(f"\n{ROOT} was changed while the tests ran, and no test may: {', '.join(changed[:20])}")
+        session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if folder := config.stash.get(_session, None):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _away_from_the_repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Runs fixtures of wider scope than a test in an empty folder."""
+    before = os.getcwd()
+    os.chdir(tmp_path_factory.mktemp("cwd"))
+    yield
+    os.chdir(before)
+
+
+@pytest.fixture(autouse=True)
+def _own_folder_and_environment(tmp_path: Path) -> Iterator[None]:
+    """Runs a test in its temporary folder, and takes back what it changes in the environment."""
+    folder, environment = os.getcwd(), dict(os.environ)
+    os.chdir(tmp_path)
+    yield
+    os.chdir(folder)
+    if environment != dict(os.environ):
+        os.environ.clear()
+        os.environ.update(environment)

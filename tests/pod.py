@@ -19,9 +19,8 @@ from geotoken_jax.model.geotoken import ModelSettings
 from geotoken_jax.model.task import GeoTokenTask, LossSettings
 from geotoken_jax.train import loop
 from geotoken_jax.train.optimizer import OptimizerSettings
-from tests import fixtures
+from tests import fixtures, isolation
 
-ROOT = Path(__file__).parents[1]
 N, BATCH = 43, 8
 OPTIMIZER = OptimizerSettings(
     learning_rate=0.01, schedule="exponential", decay=0.9, warmup=0.0, weight_decay=0.01, b2=0.999, clip=1.0
@@ -121,14 +120,12 @@ def start(processes: int, devices: int = 8, module: str = "tests.pod", **options
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    flags = f"--xla_force_host_platform_device_count={devices // processes} --xla_backend_optimization_level=0"
-    flags += " --xla_cpu_collective_call_terminate_timeout_seconds=600"  # see conftest.py
+    flags = isolation.xla_flags(devices // processes)
     command = [sys.executable, "-m", module, json.dumps(options, default=str)]
     several = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)} if processes > 1 else {}
     return [
         subprocess.Popen(
             command,
-            cwd=ROOT,
             env={**os.environ, "XLA_FLAGS": flags, **several, "JAX_PROCESS_ID": str(i)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

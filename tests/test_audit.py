@@ -8,7 +8,6 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from etils import epath
 from flax import nnx
 
 from configs import demo
@@ -181,26 +180,26 @@ class Nested(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
 
-MODULES = audit.AUDITS
+NAMES = tuple(audit.TABLES)
 
 
 @pytest.fixture(scope="module")
 def figures(made, config):
-    for name in MODULES:
+    for name in NAMES:
         audit.run(config, Workdir(made), name)
-    return {name: json.loads((made / "audit" / name / "figures.json").read_text()) for name in MODULES}
+    return {name: json.loads((made / "audit" / name / "figures.json").read_text()) for name in NAMES}
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_page_is_whole_and_needs_nothing_else(made, figures, name):
     page = (made / "audit" / name / "index.html").read_text()
     Nested(page)
     assert NASTY not in page and "{{" not in page and str(made) not in page
     assert "<script" not in page
-    assert max(map(len, MODULES[name].table(figures[name]).splitlines())) > 40
+    assert max(map(len, audit.TABLES[name](figures[name]).splitlines())) > 40
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_complete_audit_is_kept_and_a_second_one_makes_the_same_bytes(made, config, figures, name):
     folder = made / "audit" / name
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -323,9 +322,11 @@ def near(split, km, seed=0, n=600):
 @pytest.mark.parametrize(("train", "said"), [(0.8, "BETTER"), (0.54, "as good"), (0.2, "are worse")])
 def test_the_verdict_is_past_the_interval_only(config, train, said):
     scoring = config.evaluate
-    splits = {n.split: neighbor_gap._figures(n, scoring) for n in (near("train", train), near("validation", 0.5, 1))}
-    (gap,) = neighbor_gap._gaps(splits)
-    assert said in neighbor_gap._plain(gap)
+    splits = {
+        n.split: neighbor_gap.split_figures(n, scoring) for n in (near("train", train), near("validation", 0.5, 1))
+    }
+    (gap,) = neighbor_gap.gaps(splits)
+    assert said in neighbor_gap.verdict(gap)
     at = gap["accuracy"][1]
     assert at["low"] < at["value"] < at["high"] and at["value"] == pytest.approx(train - 0.5, abs=0.1)
 
@@ -335,7 +336,7 @@ def test_a_missing_neighbor_is_counted_and_wrong(config):
     of = near("test", 1.0, n=10)
     of.km[0], of.scores[0] = np.nan, -np.inf
     of.km[1, 2] = np.nan
-    found = neighbor_gap._figures(of, scoring)
+    found = neighbor_gap.split_figures(of, scoring)
     assert found["missing"] == {
         "neighbors": pytest.approx(4 / 30, abs=1e-5),
         "photos_with_fewer": 2,
@@ -386,10 +387,10 @@ def test_a_split_that_was_not_predicted_is_named(made, config, tmp_path):
         audit.run(other, Workdir(made), "coverage")
 
 
-def test_another_gallery_than_that_of_photos_is_refused(made, tmp_path, monkeypatch):
+def test_another_gallery_than_that_of_photos_is_refused(made, monkeypatch):
     monkeypatch.setattr(Photos, "__len__", lambda self: 40)
     with pytest.raises(workdir.StageError, match="no photo 'train-Brazil-0'"):
-        coverage._gallery_regions(epath.Path(tmp_path), Workdir(made), Table(made / "gallery"))
+        coverage.gallery_regions(Photos(made, "train"), Table(made / "gallery"))
 
 
 def test_the_command_names_its_audits(capsys):

@@ -189,7 +189,7 @@ with processes.watched(processes.WatchSettings(connect_s=2.0, stalled_s=300.0)):
 def alone(i: int, port: int, code: str = ALONE) -> subprocess.Popen:
     names = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(i)}
     command, environment = [sys.executable, "-c", code], os.environ | names
-    return subprocess.Popen(command, cwd=pod.ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 @pytest.fixture

@@ -129,10 +129,9 @@ def test_what_the_hub_refuses_is_said_in_one_sentence(server: hub.Hub, folder: P
     assert nowhere.startswith("refused: http://127.0.0.1:9 cannot be reached, and someone/geotoken is not in the cache")
 
 
-def test_a_folder_that_is_there_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_folder_that_is_there_wins(tmp_path: Path):
     from geotoken_jax.predict.hub import located
 
     (tmp_path / "runs" / "demo").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
     assert located("runs/demo").resolve() == tmp_path / "runs" / "demo"
     assert str(located("no/such/folder")) == "no/such/folder"  # not a name on the hub either

@@ -6,19 +6,18 @@ import signal
 import time
 
 import numpy as np
+import pytest
 
 from tests import pod
 
-#: Each takes some seconds; GEOTOKEN_KILLS=20 is for a longer look.
-KILLS = int(os.environ.get("GEOTOKEN_KILLS", "5"))
 
-
-def test_it_ends_as_an_unbroken_run_to_the_bit(tmp_path):
+@pytest.mark.parametrize("kills", [2, pytest.param(8, marks=pytest.mark.slow)])
+def test_it_ends_as_an_unbroken_run_to_the_bit(tmp_path, kills):
     options = dict(devices=2, mesh=(2, 1, 1), where="sharded", steps=160, evaluate_every=3)
     pod.finish(pod.start(1, folder=tmp_path / "unbroken", **options))
     rng = random.Random(os.environ.get("PYTEST_XDIST_TESTRUNUID", "0"))
     killed = 0
-    while killed < KILLS:
+    while killed < kills:
         (process,) = pod.start(1, folder=tmp_path / "killed", **options)
         file, began = tmp_path / "killed" / "metrics.jsonl", time.monotonic()
         before = file.stat().st_mtime_ns if file.exists() else 0
@@ -32,7 +31,7 @@ def test_it_ends_as_an_unbroken_run_to_the_bit(tmp_path):
         process.communicate()
         killed += 1
     pod.finish(pod.start(1, folder=tmp_path / "killed", **options))
-    assert killed == KILLS
+    assert killed == kills
     for names in (pod.LOSSES, ("validation/loss", "validation/exact")):
         np.testing.assert_array_equal(
             pod.sequence(tmp_path / "killed", *names), pod.sequence(tmp_path / "unbroken", *names)

@@ -26,8 +26,6 @@ SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
 MANIFESTS = sorted(LAUNCH.glob("*.yaml"))
 #: Steps of the training that scripts are given here, and after how many it is broken off.
 STEPS, BROKEN = 40, 3
-#: Four processes, and SLURM, take two minutes more.
-asked = pytest.mark.skipif("GEOTOKEN_LAUNCH" not in os.environ, reason="set GEOTOKEN_LAUNCH=1 to run it")
 
 
 def train(folder: str, pause: str) -> None:
@@ -337,7 +335,7 @@ def test_two_processes_go_on_after_a_preemption_as_if_there_had_been_none(tmp_pa
     np.testing.assert_array_equal(losses(tmp_path), unbroken)
 
 
-@asked
+@pytest.mark.slow
 def test_four_processes_end_with_75_when_the_script_is_asked_and_go_on(tmp_path: Path, unbroken: np.ndarray):
     for expected in (cli.PREEMPTED, 0):
         script = start(LAUNCH / "processes.sh", "4", *training(tmp_path, 0.3), RESTARTS="1")
@@ -424,7 +422,7 @@ def submit(slurm: dict[str, str], *arguments: str) -> str:
     return found.stdout.strip()
 
 
-@asked
+@pytest.mark.slow
 @pytest.mark.parametrize("tasks", [2, 4])
 def test_slurm_requeues_a_preempted_job_which_goes_on(tmp_path, slurm, unbroken, tasks):
     """Of two tasks by the signal that comes before the time is up, of four by a job of more importance."""

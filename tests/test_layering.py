@@ -18,7 +18,7 @@ RANKS = {
     "configuration": 5,
     "artifacts": 6,
     **dict.fromkeys(["analysis", "interop"], 7),
-    **dict.fromkeys(["export", "plan"], 8),
+    **dict.fromkeys(["export", "plan", "pages"], 8),
     "stages": 9,
     "serve": 10,
     "commands": 11,

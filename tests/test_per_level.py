@@ -66,7 +66,7 @@ def seen():
 
 @pytest.fixture(scope="module")
 def figures(config):
-    return per_level._figures(seen(), config.evaluate)
+    return per_level.split_figures(seen(), config.evaluate)
 
 
 def values(figures, name):
@@ -93,7 +93,7 @@ def test_distances_are_those_of_the_photos_that_left_there(figures):
 
 def test_distances_are_taken_as_the_report_takes_them(config):
     scoring = config.evaluate
-    ellipsoid = per_level._figures(seen(), dataclasses.replace(scoring, earth="ellipsoid"))["levels"][3]
+    ellipsoid = per_level.split_figures(seen(), dataclasses.replace(scoring, earth="ellipsoid"))["levels"][3]
     assert 1e-4 < abs(ellipsoid["km_quartiles"][1] / DEGREE - 1) < 0.006
 
 
@@ -112,7 +112,7 @@ def test_what_is_lost_is_shared_among_levels_and_causes(figures):
 
 def test_the_page_says_which_level_it_is_in_one_sentence(figures):
     levels = [{"level": level} for level in (0, 2, 4, 6)]
-    said = per_level._bottleneck({"levels": levels, "splits": {"test": figures}}, "test")
+    said = per_level.bottleneck_sentence({"levels": levels, "splits": {"test": figures}}, "test")
     assert said.startswith("test: level 2 is the bottleneck: the 50.0 % of photos")
     assert "more than 2,224 km off" in said and "of resamples" in said  # four photos prove little
 
@@ -121,9 +121,9 @@ def test_nothing_wrong_is_nothing_lost(config):
     of = seen()
     right = CELLS.decode(of.tokens)
     perfect = per_level.Seen(**{**vars(of), "greedy": of.tokens, "coordinates": np.stack(right, -1)})
-    found = {"levels": [{"level": 0}] * 4, "splits": {"test": per_level._figures(perfect, config.evaluate)}}
-    assert "every greedy answer" in per_level._bottleneck(found, "test")
-    assert "no GeoScore is lost" in per_level._want(found, "test")
+    found = {"levels": [{"level": 0}] * 4, "splits": {"test": per_level.split_figures(perfect, config.evaluate)}}
+    assert "every greedy answer" in per_level.bottleneck_sentence(found, "test")
+    assert "no GeoScore is lost" in per_level.cause_sentence(found, "test")
 
 
 def test_calibration_is_of_bins_of_equally_many_photos(figures):
@@ -199,7 +199,7 @@ def made(tmp_path_factory, config):
 
 
 def test_every_photo_of_every_split_is_seen_once(made, config):
-    found = per_level._see(config, Workdir(made), "geotoken")
+    found = audit.see(config, Workdir(made), "geotoken")
     assert {split: len(of.tokens) for split, of in found.items()} == {"test": 6, "validation": 3}
     test = found["test"]
     assert np.isfinite(test.loss).all() and test.clusters[1] == test.clusters[2] and len(set(test.clusters)) == 4

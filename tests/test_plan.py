@@ -256,7 +256,7 @@ def test_what_cannot_be_is_refused_in_one_sentence(name, changes, message):
 def test_the_verb_prints_and_writes(tmp_path, capsys):
     jax.devices()
     tiny = ["level=6", "width=16", "heads=2", "encoder_layers=1", "decoder_layers=1"]
-    arguments = ["--config=configs/common.py", "--topology=h200:8", f"--output={tmp_path / 'plan.json'}"]
+    arguments = [f"--config={common.__file__}", "--topology=h200:8", f"--output={tmp_path / 'plan.json'}"]
     with pytest.raises(SystemExit) as end:
         cli.main(["plan", *arguments, *(f"--config.model.{key}" for key in tiny)])
     assert end.value.code == 0 and "h200:8: 8 chips" in capsys.readouterr().out
@@ -264,6 +264,7 @@ def test_the_verb_prints_and_writes(tmp_path, capsys):
 
 
 @pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")  # it was written without the chips
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 def test_a_pod_that_is_not_here_is_compiled_for():
     one = {"encoder_layers": 1, "decoder_layers": 1, "dropout": 0.0, "neighbors": 1, "remat": "none"}

@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs import common
 from data_prep import images, photos
 from data_prep.sources import UNKNOWN, Photo
 from geotoken_jax import configuration, settings, workdir
-from geotoken_jax.analysis import charts, evaluate, report, worldmap
+from geotoken_jax.analysis import training
+from geotoken_jax.analysis.evaluate import table
 from geotoken_jax.artifacts import Workdir
 from geotoken_jax.gallery.table import write_shard
+from geotoken_jax.geo import distance
+from geotoken_jax.pages import chart, worldmap
+from geotoken_jax.pages.photos import candidate_table, data_uri, thumbnail
 from geotoken_jax.stages import evaluate as report_stage
 
 NASTY = '<b>"Ōsaka" & co</b></script>'
@@ -203,7 +206,7 @@ def test_the_map_has_every_method_and_the_true_error(made, config):
             continue
         assert guess[0] == pytest.approx(guesses[photo["id"]]["latitude"], abs=1e-4)
         assert photo["truth"][1] == pytest.approx(truth[photo["id"]].longitude, abs=1e-4)
-        off = evaluate.distance.great_circle_km(*photo["truth"], *guess[:2])
+        off = distance.great_circle_km(*photo["truth"], *guess[:2])
         assert guess[2] == pytest.approx(off, abs=0.05)
 
 
@@ -245,11 +248,11 @@ def test_a_pair_of_which_one_was_not_predicted_is_named(made, config):
 
 
 def test_neighbors_are_found_although_the_gallery_lacks_a_photo(made):
-    gallery = report.Gallery(made, ["train-38", "train-0"])
+    gallery = evaluate.gallery(made, ["train-38", "train-0"])
     train = list(Source().read("train", 0))
-    assert gallery.image("train-38") != gallery.image("train-0")
-    assert "<img" not in gallery.image("train-3")
-    assert report._data_uri(train[38].image, 72) in gallery.image("train-38")
+    assert thumbnail(gallery, "train-38") != thumbnail(gallery, "train-0")
+    assert "<img" not in thumbnail(gallery, "train-3")
+    assert data_uri(train[38].image, 72) in thumbnail(gallery, "train-38")
     assert gallery.near(np.array([train[20].latitude, train[20].longitude])) == f"{NASTY}, Japan"
     assert gallery.near(np.array([-85.0, 0.0])) == ""
 
@@ -260,27 +263,27 @@ def test_a_place_that_was_sampled_twice_is_listed_once(made):
 
     row = {"candidates": [candidate(1, -2.0), candidate(5, -1.0), candidate(1, -2.0)]}
     row["choices"] = {"greedy": 2, "point": [5.5, 0.0]}  # a point is among no candidates
-    drawn = report._candidates(row, np.zeros(2), report.Gallery(made, []))
+    drawn = candidate_table(row, np.zeros(2), evaluate.gallery(made, []))
     assert re.findall(r"([\d.]+) %|<b>(\w+)", drawn) == [("36.8", ""), ("", "greedy"), ("13.5", "")]
 
 
 def test_photos_are_embedded_small():
-    uri = report._data_uri(jpeg((1, 2, 3), side=400), 64)
+    uri = data_uri(jpeg((1, 2, 3), side=400), 64)
     with Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))) as image:
         assert (image.format, image.size) == ("JPEG", (64, 64))
-    assert report._data_uri(b"broken", 64) == "data:,"
+    assert data_uri(b"broken", 64) == "data:,"
 
 
 def test_curves_keep_the_last_of_a_repeated_step_and_forgive_a_torn_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "train/loss": 3}\n{"step": 2, "train/loss": 9}\n{"step": 2, "train/loss": 2}\n{"st')
-    (curve,) = report._curves(path).values()
+    (curve,) = training.curves(path.read_text()).values()
     np.testing.assert_array_equal(curve, [[1, 2], [3, 2]])
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 100), (1.61, 3.9), (-0.3, 0.2), (0, 0), (12, 150_000)])
 def test_ticks_are_few_round_and_enclose_the_range(low, high):
-    ticks = charts._ticks(low, high)
+    ticks = chart._ticks(low, high)
     assert ticks[0] <= low <= high <= ticks[-1] + 1e-9
     assert 2 <= len(ticks) <= 8
     steps = np.diff(ticks)
@@ -313,7 +316,7 @@ def test_a_reference_that_does_not_say_how_sure_it_is_gets_no_charts(made, confi
     assert "reliability and abstention" not in page
     metrics = json.loads((made / "report" / "metrics.json").read_text())
     assert metrics["splits"]["test"]["uncertainty"] is None
-    assert "how sure" not in evaluate.table(metrics)
+    assert "how sure" not in table(metrics)
 
 
 def test_the_metrics_have_what_is_left_without_the_photos_that_the_gallery_knows(made, config):
@@ -323,17 +326,16 @@ def test_the_metrics_have_what_is_left_without_the_photos_that_the_gallery_knows
     assert (clean["photos"], clean["left_out"]) == (35, {"same id": 0, "near-duplicate": 1, "same author": 4})
     assert [m["variant"] for m in clean["methods"]] == ["top1_neighbor", "geotoken", "without_neighbor_tokens"]
     assert metrics["splits"]["validation"]["clean"]["photos"] == 40
-    assert "test: how sure GeoToken: greedy is" in evaluate.table(metrics)
+    assert "test: how sure GeoToken: greedy is" in table(metrics)
 
 
 def test_a_chart_has_intervals_and_no_number_outside_of_it():
     x = np.array([5.0, 50.0, 95.0])
-    drawn = charts.chart(
-        [charts.Series("s", 0, "solid", x, x, x - 1, x + 1, ["<a>", "b", "c"])], title="t", x_label="x", y_label="y"
-    )
+    series = [chart.Series("s", 0, x, x, x - 1, x + 1, notes=["<a>", "b", "c"])]
+    drawn = chart.Chart("c", "t", "x", "y", series).svg()
     assert drawn.count('class="whisker"') == drawn.count(' at" d=') == 3
     assert "&lt;a&gt;" in drawn and "<a>" not in drawn
     across = [float(at) for at in re.findall(r'<text x="([\d.]+)" y="291', drawn)]
     assert len(across) == 4 and min(across) >= 62 and max(across) <= 458  # 20, 40, 60, 80
     labels = ["0.5", "25", "1,000", "150k", "100M", "3e11"]
-    assert [charts.label(value) for value in (0.5, 25, 1000, 150_000, 1e8, 3e11)] == labels
+    assert [chart.label(value) for value in (0.5, 25, 1000, 150_000, 1e8, 3e11)] == labels

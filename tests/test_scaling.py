@@ -10,10 +10,11 @@ import pytest
 from configs import ladder
 from configs import scaling as study
 from geotoken_jax import cli, configuration, settings, workdir
-from geotoken_jax.analysis import scaling, scaling_law, scaling_page
+from geotoken_jax.analysis import scaling, scaling_law
 from geotoken_jax.artifacts import Workdir
 from geotoken_jax.data import join
 from geotoken_jax.geo.distance import THRESHOLDS_KM
+from geotoken_jax.pages import scaling as scaling_page
 from geotoken_jax.stages import scaling as study_stage
 from geotoken_jax.stages import sweep
 

@@ -21,7 +21,6 @@ import urllib.request
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,7 +40,6 @@ from starlette.testclient import TestClient  # noqa: E402
 
 from geotoken_jax.serve import app, batching, bodies, limits  # noqa: E402
 
-ROOT = Path(__file__).parents[1]
 ONE, MANY = "/v1/predict", "/v1/predict-many"
 SECRET = "SECRET-PLACE"
 
@@ -578,7 +576,7 @@ def test_sigterm_answers_what_was_accepted_and_takes_nothing_new(tmp_path):
     log = tmp_path / "log"
     with log.open("w") as errors:
         process = subprocess.Popen(
-            [sys.executable, "-c", DRAINED], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+            [sys.executable, "-c", DRAINED], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
             text=True,
         )  # fmt: skip
     assert process.stdin and process.stdout

@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+import pathlib
 
 import pytest
 from etils import epath
 from ml_collections import ConfigDict
 
-from geotoken_jax import workdir
+from geotoken_jax import checkpoint, cli, workdir
 
 
 def made(path, folder="photos", rate=1.0, inputs=()):
@@ -98,3 +99,23 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch, crash_
     assert json.loads(path.read_text()) == {"n": 1}
     workdir.write_json(path, {"n": 3})
     assert json.loads(path.read_text()) == {"n": 3} and [p.name for p in tmp_path.iterdir()] == ["state.json"]
+
+
+@pytest.mark.parametrize("scheme", ["s3:", "s3:/", "gs:/", "memory:/"])
+def test_a_url_is_refused_before_a_folder_of_its_name_is_made(tmp_path, monkeypatch, capfd, scheme):
+    monkeypatch.chdir(tmp_path)
+    secret = "sEcReT+123"
+    url = f"{scheme}/user:{secret}@bucket/run"
+    said = rf"^--workdir is a URL \({scheme.rstrip('/')}//...\), .* mount the bucket"
+    for begin in (
+        lambda: workdir.begin(url, "photos", {}, ()),
+        lambda: checkpoint.Checkpoints(f"{url}/checkpoints"),
+    ):
+        with pytest.raises(workdir.StageError, match=said):
+            begin()
+    config = pathlib.Path(__file__).parent / "tiny.py"
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", f"--config={config}", f"--workdir={url}"])
+    printed = capfd.readouterr().err
+    assert ended.value.code == cli.REFUSED and printed.startswith("geotoken train: --workdir is a URL")
+    assert secret not in printed and list(tmp_path.iterdir()) == []

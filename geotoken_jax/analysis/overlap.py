@@ -2,17 +2,15 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int, Shaped
 
 from geotoken_jax import records
+from geotoken_jax.analysis.points import Points
 from geotoken_jax.artifacts import Workdir
 from geotoken_jax.gallery.table import Table
-
-if TYPE_CHECKING:
-    from geotoken_jax.analysis.evaluate import Points
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +28,10 @@ class Found:
         return np.any([self.rows[kind] >= 0 for kind in kinds or self.rows], axis=0)
 
 
-def find(workdir: Workdir, truths: Mapping[str, "Points"], above: float) -> dict[str, Found]:
+def find(workdir: Workdir, truths: Mapping[str, Points], above: float) -> dict[str, Found]:
     """Compares the photos of all splits with the whole gallery of a work directory, which is read once.
 
-    truths: by split, as `evaluate.read_predictions` has them. above: see OverlapSettings.
+    truths: by split, with each photo's author in `extra`. above: see config.audit.leakage.
     """
     from geotoken_jax.gallery import index  # and jax with it
 

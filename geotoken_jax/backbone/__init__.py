@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from jaxtyping import Float32, UInt8
 from numpy import ndarray
 
+from geotoken_jax.backbone.settings import HuggingFaceSettings
 from geotoken_jax.backbone.thumbnail import Thumbnail, ThumbnailSettings
 from geotoken_jax.settings import Runtime, SettingsError
 
@@ -43,21 +44,6 @@ class Backbone(Protocol):
     def texts(self, texts: Sequence[str]) -> Float32[ndarray, "B C"]:
         """Returns the features of texts, zeros for an empty one."""
         ...
-
-
-@dataclasses.dataclass(frozen=True)
-class HuggingFaceSettings:
-    """path: of a checkpoint's folder. dtype: of the products; parameters are float32. batch_size: most rows at once."""
-
-    path: Runtime[str]
-    dtype: str
-    batch_size: Runtime[int]
-
-    def __post_init__(self):
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"config.embed.huggingface.dtype is {self.dtype!r}: choose float32 or bfloat16")
-        if self.batch_size < 1:
-            raise ValueError(f"config.embed.huggingface.batch_size is {self.batch_size}: it must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)

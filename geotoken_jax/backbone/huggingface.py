@@ -13,8 +13,9 @@ from jax.sharding import Mesh
 from jaxtyping import Float32, UInt8
 
 from geotoken_jax import sharding
-from geotoken_jax.backbone import HuggingFaceSettings, checkpoint, preprocess
+from geotoken_jax.backbone import checkpoint, preprocess
 from geotoken_jax.backbone.clip import Clip
+from geotoken_jax.backbone.settings import HuggingFaceSettings
 from geotoken_jax.backbone.siglip import Siglip
 from geotoken_jax.backbone.tokenizer import Tokenizer
 from geotoken_jax.settings import SettingsError

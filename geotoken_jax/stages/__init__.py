@@ -1,1 +1,1 @@
-"""Stages: each makes folders of a work directory, `run(config, workdir, ...)` -> their manifests."""
+"""The steps of the path, each of which reads a work directory and writes a folder of it."""

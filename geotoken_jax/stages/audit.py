@@ -1,56 +1,166 @@
-"""The stage `audit`: one look at a work directory, as figures.json and a page in audit/NAME/."""
+"""`geotoken audit`: makes one audit of a work directory. audit/NAME/ holds figures.json and index.html."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
-from etils import epath
+import numpy as np
+from flax import nnx
+from scipy.spatial import KDTree
 
-from geotoken_jax.analysis import audit, coverage, leakage, neighbor_gap, per_level
-from geotoken_jax.artifacts import Workdir
+from geotoken_jax import records
+from geotoken_jax.analysis import coverage, leakage, neighbor_gap, overlap, per_level
+from geotoken_jax.analysis.masking import Masked
+from geotoken_jax.artifacts import GALLERY, Workdir
+from geotoken_jax.backbone import views
 from geotoken_jax.configuration import Config
-from geotoken_jax.stages.evaluate import predicted
-from geotoken_jax.workdir import Manifest
+from geotoken_jax.data import pipeline
+from geotoken_jax.geo import distance
+from geotoken_jax.pages import coverage as coverage_page
+from geotoken_jax.pages import leakage as leakage_page
+from geotoken_jax.pages import levels as levels_page
+from geotoken_jax.pages import neighbors as neighbors_page
+from geotoken_jax.pages.frame import Source
+from geotoken_jax.progress import Progress
+from geotoken_jax.stages import evaluate
+from geotoken_jax.workdir import Manifest, Stage, StageError, write_bytes, write_json
 
-
-class Audit(NamedTuple):
-    """One audit.
-
-    section: its own dotted place in the configuration, "" for none. inputs: folders that it reads, where GEOTOKEN
-    stands for the reference's decoder and PREDICTIONS for all predictions. make: returns what its folder holds. table:
-    its figures that matter most, as text. check: raises for what cannot be, before the folder is begun.
-    """
-
-    section: str
-    inputs: tuple[str, ...]
-    make: Callable[[Config, Workdir, epath.Path], audit.Made]
-    table: Callable[[Mapping[str, Any]], str]
-    check: Callable[[Config, Workdir], None] = lambda config, workdir: None
-
-
-AUDITS = {
-    "coverage": Audit(
-        "audit.coverage",
-        ("photos", "gallery", "queries", "neighbors", "GEOTOKEN", "PREDICTIONS"),
-        coverage.make,
-        coverage.table,
-        coverage.check,
-    ),
-    "leakage": Audit("audit.leakage", ("photos", "gallery", "queries", "PREDICTIONS"), leakage.make, leakage.table),
-    "neighbors": Audit("", ("gallery", "queries", "neighbors"), neighbor_gap.make, neighbor_gap.table),
-    "levels": Audit("", ("queries", "gallery", "tokens", "GEOTOKEN"), per_level.make, per_level.table),
+#: Name of an audit -> figures as text.
+TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "coverage": coverage.table,
+    "leakage": leakage.table,
+    "neighbors": neighbor_gap.table,
+    "levels": per_level.table,
 }
 
 
 def run(config: Config, workdir: Workdir, name: str) -> list[Manifest]:
-    """Makes audit/NAME/. name: one of AUDITS."""
-    chosen = AUDITS[name]
-    inputs = []
-    for folder in chosen.inputs:
-        stands_for = {"GEOTOKEN": [f"geotoken/{config.evaluate.reference}"]}
-        inputs += predicted(config, workdir) if folder == "PREDICTIONS" else stands_for.get(folder, [folder])
-    chosen.check(config, workdir)
-    keys = ["name", "evaluate", *([chosen.section] if chosen.section else [])]
-    stage = workdir.begin(config, f"audit/{name}", keys, inputs)
+    """Makes audit/NAME/. Raises StageError if the split whose regions are left out has no predictions."""
+    makers = {"coverage": _coverage, "leakage": _leakage, "neighbors": _neighbors, "levels": _levels}
+    return [makers[name](config, workdir)]
+
+
+def _coverage(config: Config, workdir: Workdir) -> Manifest:
+    options, scoring = config.audit, config.evaluate
+    folders = evaluate.predicted(config, workdir)
+    split = options.coverage.split
+    if split not in workdir.asked:
+        raise StageError(
+            f"config.audit.coverage.split is {split!r}, and {workdir.path / 'predictions'} has "
+            f"{', '.join(sorted(workdir.asked))}: name one of these"
+        )
+    inputs = ["photos", "gallery", "queries", "neighbors", f"geotoken/{scoring.reference}", *folders]
+    stage = workdir.begin(config, "audit/coverage", ["name", "audit.coverage", "evaluate"], inputs)
     if stage.manifest:
-        return [stage.manifest]
-    return [audit.write(stage, chosen.make(config, workdir, stage.path), config.evaluate.resamples)]
+        return stage.manifest
+    truths, methods = evaluate.read_predictions(workdir, scoring)
+    gallery = workdir.gallery
+    tree = KDTree(distance.to_unit_vectors(*gallery.coordinates().T))
+    file = stage.path / "regions.npy"
+    if not file.exists():
+        records.save_array(file, coverage.gallery_regions(workdir.photos(GALLERY), gallery))
+    regions = records.open_array(file)
+    asked = {name: coverage.asked(truth, methods[name], tree, gallery, regions) for name, truth in truths.items()}
+    row_of = overlap.match(overlap.encoded(truths[split].ids), workdir.table(split).ids())
+    answer = _masked(config, stage, workdir, scoring.reference, split)
+    masked = coverage.mask(split, asked[split], regions, row_of, options.coverage.countries, answer, scoring)
+    figures = coverage.figures(asked, gallery, regions, masked, options.coverage.level, scoring)
+    maps = coverage.maps(figures, gallery, asked[split], scoring.reference)
+    page = coverage_page.page(figures, maps, scoring.reference, _source(stage, workdir, scoring.resamples))
+    counts = {"regions": len(masked["regions"]), **{name: len(truth.ids) for name, truth in truths.items()}}
+    return _finish(stage, figures, page, counts)
+
+
+def _masked(config: Config, stage: Stage, workdir: Workdir, variant: str, split: str) -> coverage.Answer:
+    """Returns what answers without a region. Its answers are kept as masked-NUMBER.npy, so that an interrupted audit
+    goes on with the next region."""
+    opened: list[Masked] = []
+
+    def answer(number: int, rows: np.ndarray, kept: np.ndarray) -> np.ndarray:
+        file = stage.path / f"masked-{number:03d}.npy"
+        if not file.exists():
+            opened[:] = opened or [Masked(config, workdir, variant, split)]
+            records.save_array(file, opened[0](rows, kept))
+        return records.open_array(file)
+
+    return answer
+
+
+def _leakage(config: Config, workdir: Workdir) -> Manifest:
+    above, scoring = config.audit.leakage.cosine_above, config.evaluate
+    inputs = ["photos", "gallery", "queries", *evaluate.predicted(config, workdir)]
+    stage = workdir.begin(config, "audit/leakage", ["name", "audit.leakage", "evaluate"], inputs)
+    if stage.manifest:
+        return stage.manifest
+    truths, methods = evaluate.read_predictions(workdir, scoring)
+    found = overlap.find(workdir, truths, above)
+    figures = leakage.figures(truths, methods, found, workdir.gallery, above, scoring)
+    pairs = {
+        s: [pair for kind in of["kinds"].values() for pair in kind["pairs"]] for s, of in figures["splits"].items()
+    }
+    photos = {s: evaluate.gallery(workdir, [pair["photo"] for pair in listed], s) for s, listed in pairs.items()}
+    gallery = evaluate.gallery(workdir, [pair["gallery"] for listed in pairs.values() for pair in listed])
+    source = _source(stage, workdir, scoring.resamples)
+    worst = leakage.worst_kinds(truths, found)
+    page = leakage_page.page(figures, worst, photos, gallery, scoring.reference, source)
+    return _finish(stage, figures, page, {f"leaked of {split}": int(found[split].leaked().sum()) for split in truths})
+
+
+def _neighbors(config: Config, workdir: Workdir) -> Manifest:
+    scoring = config.evaluate
+    stage = workdir.begin(config, "audit/neighbors", ["name", "evaluate"], ["gallery", "queries", "neighbors"])
+    if stage.manifest:
+        return stage.manifest
+    manifest, gallery = workdir.manifest("neighbors"), workdir.gallery
+    # Splits that are trained on come first, then what evaluation is used to show first.
+    order = sorted(
+        manifest.counts, key=lambda split: (split not in (views.OF, views.SPLIT), split != "validation", split)
+    )
+    found = []
+    for split in order:
+        found.append(neighbor_gap.sample(split, workdir.table(split), gallery, workdir.neighbors(split), scoring.seed))
+    figures = neighbor_gap.figures(found, manifest.settings["index"]["neighbors"], scoring)
+    page = neighbors_page.page(figures, found, _source(stage, workdir, scoring.resamples))
+    return _finish(stage, figures, page, {near.split: len(near.km) for near in found})
+
+
+def _levels(config: Config, workdir: Workdir) -> Manifest:
+    scoring = config.evaluate
+    variant = scoring.reference
+    inputs = ["queries", "gallery", "tokens", f"geotoken/{variant}"]
+    stage = workdir.begin(config, "audit/levels", ["name", "evaluate"], inputs)
+    if stage.manifest:
+        return stage.manifest
+    seen = see(config.variant(variant), workdir, variant)
+    figures = per_level.figures(scoring.labels.get(variant, variant), variant, seen, scoring)
+    page = levels_page.page(figures, _source(stage, workdir, scoring.resamples))
+    return _finish(stage, figures, page, {split: len(of.tokens) for split, of in seen.items()})
+
+
+def see(config: Config, workdir: Workdir, variant: str) -> dict[str, per_level.Seen]:
+    """Returns what a variant's decoder makes of every photo of every evaluated split; splits whose names begin with
+    test come first. config: the variant's."""
+    model = workdir.decoder(variant, config.model)
+    compiled, options, asked = nnx.jit(per_level.look), model.settings, workdir.asked
+    seen = {}
+    with Progress("audit levels", sum(asked.values()), "photos") as progress:
+
+        def counted(batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+            for batch in batches:
+                yield batch
+                progress.add(int(batch["valid"].sum()))
+
+        for split in sorted(asked, key=lambda name: (not name.startswith("test"), name)):
+            own, read = workdir.table(split), workdir.tokens(split, options, workdir.gallery)
+            batches = counted(pipeline.evaluation(len(own), read, config.predict.batch_size))
+            seen[split] = per_level.see(lambda batch: compiled(model, batch), options.cells, batches, own)
+    return seen
+
+
+def _source(stage: Stage, workdir: Workdir, resamples: int) -> Source:
+    return Source({folder: workdir.manifest(folder) for folder in stage.inputs}, resamples)
+
+
+def _finish(stage: Stage, figures: Mapping[str, Any], page: str, counts: Mapping[str, int]) -> Manifest:
+    write_json(stage.path / "figures.json", figures)
+    write_bytes(stage.path / "index.html", page.encode())
+    return stage.finish(counts)

@@ -1,15 +1,23 @@
-"""The stage `evaluate`: scores every variant on every split, and writes report/metrics.json and report/index.html."""
+"""`geotoken evaluate`: scores every variant's predictions on every split, and writes report/."""
 
 import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from geotoken_jax.analysis import evaluate, overlap, report
-from geotoken_jax.artifacts import Workdir
-from geotoken_jax.configuration import Config
+from geotoken_jax import records
+from geotoken_jax.analysis import evaluate, examples, overlap, training
+from geotoken_jax.analysis.examples import Examples
+from geotoken_jax.analysis.points import Method, Points, in_order, methods_of, read_points, read_truth
+from geotoken_jax.artifacts import GALLERY, Workdir
+from geotoken_jax.configuration import Config, EvaluateSettings
+from geotoken_jax.pages import report as report_page
+from geotoken_jax.pages.photos import NEIGHBORS
 from geotoken_jax.workdir import Manifest, StageError, write_bytes, write_json
 
 
 def run(config: Config, workdir: Workdir) -> list[Manifest]:
-    """Makes report/, again and whole where there are predictions that an earlier report did not know."""
+    """Makes report/metrics.json and report/index.html, again and whole if there are predictions that an earlier report
+    did not have. Raises StageError if the reference has no predictions."""
     folders = predicted(config, workdir)
     for name in ("manifest.json", "begun.json"):
         earlier = workdir.path / "report" / name
@@ -19,11 +27,12 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
     stage = workdir.begin(config, "report", keys, inputs)
     if stage.manifest:
         return [stage.manifest]
-    truths, methods = evaluate.read_predictions(workdir, config.evaluate)
-    known = overlap.find(workdir, truths, config.audit.leakage.cosine_above)
-    metrics = evaluate.figures(truths, methods, known, config)
+    options, above = config.evaluate, config.audit.leakage.cosine_above
+    truths, methods = read_predictions(workdir, options)
+    known = overlap.find(workdir, truths, above)
+    metrics = evaluate.score_splits(truths, methods, known, options) | {"cosine_above": above}
     write_json(stage.path / "metrics.json", metrics)
-    page = report.page(workdir.path, config.name, metrics, truths, methods, config.evaluate)
+    page = report_page.page(_report(workdir, config.name, metrics, truths, methods, options))
     write_bytes(stage.path / "index.html", page.encode())
     return [stage.finish({"variants": len(folders), **{split: len(truth.ids) for split, truth in truths.items()}})]
 
@@ -37,3 +46,81 @@ def predicted(config: Config, workdir: Workdir) -> list[str]:
             f"{', '.join(variants) or 'nothing'}: run `geotoken predict` for it first, or name one that is there"
         )
     return [f"predictions/{variant}" for variant in variants]
+
+
+def read_predictions(workdir: Workdir, options: EvaluateSettings) -> tuple[dict[str, Points], dict[str, list[Method]]]:
+    """Returns truth and methods by split, in the order to show: splits whose names begin with test come first.
+
+    `extra` of the truth holds the author and the place names.
+    """
+    truths, methods = {}, {}
+    for split in sorted(workdir.asked, key=lambda name: (not name.startswith("test"), name)):
+        truth = truths[split] = read_truth(workdir, split)
+        found = []
+        for variant in workdir.answered():
+            if (file := workdir.answers(variant, split)).exists():
+                points = read_points(file)
+                found += methods_of(points, truth, variant, options.labels.get(variant, variant), options.earth)
+        methods[split] = in_order(found, options.reference)
+    return truths, methods
+
+
+def gallery(workdir: Workdir, wanted: Sequence[str], split: str = GALLERY) -> examples.Gallery:
+    """Returns the photos of a split by id: of the gallery's, or of a split's that is asked about.
+
+    wanted: ids of the photos that are shown.
+    """
+    return examples.Gallery(workdir.photos(split), workdir.table(split), wanted)
+
+
+def _report(
+    workdir: Workdir,
+    name: str,
+    metrics: Mapping[str, Any],
+    truths: Mapping[str, Points],
+    methods: Mapping[str, Sequence[Method]],
+    options: EvaluateSettings,
+) -> report_page.Report:
+    photos = {split: workdir.photos(split) for split in truths}
+    split = report_page.first_split(truths)
+    shown = _examples(workdir, split, photos[split], methods[split], options.reference)
+    rows = shown.predictions.values() if shown else ()
+    neighbors = [n["id"] for row in rows for n in row.get("neighbors", ())[:NEIGHBORS]]
+    made = [folder for folder in workdir.complete() if folder.split("/")[0] not in ("report", "audit")]
+    return report_page.Report(
+        name=name,
+        reference=options.reference,
+        seed=options.seed,
+        metrics=metrics,
+        truths=truths,
+        methods=methods,
+        photos=photos,
+        examples=shown,
+        gallery=gallery(workdir, neighbors),
+        losses=_losses(workdir, options.labels),
+        manifests={folder: workdir.manifest(folder) for folder in made},
+    )
+
+
+def _examples(
+    workdir: Workdir, split: str, photos: records.Photos, methods: Sequence[Method], reference: str
+) -> Examples | None:
+    method = next((m for m in methods if m.main and m.variant == reference), None)
+    if method is None:
+        return None
+    kinds = {kind: [photos[int(row)] for row in rows] for kind, rows in examples.ranked(method).items()}
+    wanted = {photo["id"] for shown in kinds.values() for photo in shown}
+    lines = workdir.answers(reference, split).read_text().split("\n")
+    rows = (json.loads(line) for line in lines if line.strip())
+    return Examples(split, method.name, kinds, {row["id"]: row for row in rows if row["id"] in wanted})
+
+
+def _losses(workdir: Workdir, labels: Mapping[str, str]) -> list[tuple[str, Any]]:
+    """Returns the losses of every model that kept its metrics, by the name that people read."""
+    found = []
+    for file in workdir.training_logs():
+        curves = training.curves(file.read_text()) if file.exists() else {}
+        if curves:
+            name = "Alignment" if file.parent.name == "align" else labels.get(file.parent.name, file.parent.name)
+            found.append((name, curves))
+    return found

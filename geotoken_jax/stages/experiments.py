@@ -16,6 +16,7 @@ from typing import Any
 from etils import epath
 
 from geotoken_jax.analysis import evaluate
+from geotoken_jax.analysis.points import methods_of, read_points, read_truth
 from geotoken_jax.artifacts import Workdir
 from geotoken_jax.configuration import Config, EvaluateSettings, Experiment
 from geotoken_jax.geo.distance import THRESHOLDS_KM
@@ -109,11 +110,11 @@ def _score(
     experiment: Experiment, made: Mapping[str, Workdir], split: str, options: EvaluateSettings
 ) -> dict[str, Any]:
     first, *_ = made
-    truth = evaluate.read_truth(made[first], split)
+    truth = read_truth(made[first], split)
     methods = []
     for label, place in made.items():
-        points = evaluate.read_points(place.answers(options.reference, split))
-        for method in evaluate.methods_of(points, truth, label, label, options.earth):
+        points = read_points(place.answers(options.reference, split))
+        for method in methods_of(points, truth, label, label, options.earth):
             if method.choice in experiment.choices or (method.main and "" in experiment.choices):
                 methods.append(method)
     found = evaluate.score(methods, truth, first, options.resamples, options.seed, options.strict)

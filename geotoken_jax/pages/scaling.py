@@ -11,10 +11,14 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from geotoken_jax.analysis import charts, frame, scaling
+from geotoken_jax.analysis import scaling
 from geotoken_jax.artifacts import Workdir
 from geotoken_jax.configuration import Config, ScalingSettings
 from geotoken_jax.geo.distance import THRESHOLDS_KM
+from geotoken_jax.pages import frame
+from geotoken_jax.pages.chart import Chart, Panels, Series
+from geotoken_jax.pages.frame import Piece, Section
+from geotoken_jax.pages.table import plain
 from geotoken_jax.workdir import StageError, write_bytes
 
 _HEAD = """# Scaling
@@ -48,7 +52,7 @@ def document(config: Config, workdir: Workdir) -> str:
     sections = [
         _HEAD.format(**made),
         _what_was_run(rows, s, config),
-        "## Runs\n\n" + _markdown(*_runs_table(rows)),
+        "## Runs\n\n" + plain(*_runs_table(rows)).markdown(),
         _law_section(found),
         f"## A size that was not fitted\n\n{_forecast(found['forecast'])}\n",
         _compute_section(rows, found, s),
@@ -64,17 +68,14 @@ def plot(config: Config, workdir: Workdir) -> epath.Path:
     """Writes scaling/index.html with every chart and table, in both themes, and returns where it is."""
     rows, found, s = *_read(workdir), scaling.study(config)
     grid = [row for row in rows if row["axis"] in ("grid", "held out")]
-    held_out = {"held out": found["forecast"]} if found["forecast"] else {}
     sections = [
-        frame.Section("loss", "Loss", "Loss by data and by size", _loss_charts(grid, found["law"], held_out, s)),
-        frame.Section("compute", "Compute", "Loss by compute", _compute_chart(rows, s)),
-        frame.Section("accuracy", "Accuracy", "Accuracy against loss", _accuracy_chart(grid)),
+        Section("loss", "Loss", "Loss by data and by size", _loss_charts(grid, found)),
+        Section("compute", "Compute", "Loss by compute", [Panels([_compute_chart(rows, s)], ())]),
+        Section("accuracy", "Accuracy", "Accuracy against loss", [Panels([_accuracy_chart(grid)], ())]),
     ]
     if found["tested"]:
-        sections.append(frame.Section("tested", "Test time", "At test time", _tested_charts(found["tested"])))
-    heads, lines = _runs_table(rows)
-    bodies = [frame.body(len(heads), [frame.row(cells[0], (f"<td>{c}</td>" for c in cells[1:])) for cells in lines])]
-    sections.append(frame.Section("runs", "Runs", "Every run", frame.table([escape(h) for h in heads], bodies)))
+        sections.append(Section("tested", "Test time", "At test time", [Panels(_tested_charts(found["tested"]), ())]))
+    sections.append(Section("runs", "Runs", "Every run", [plain(*_runs_table(rows))]))
     headline = f"<h1>Scaling</h1><p>{escape(summary(found))}</p>"
     file = workdir.path / scaling.FOLDER / "index.html"
     write_bytes(file, frame.page("GeoToken: scaling", headline, sections).encode())
@@ -135,7 +136,7 @@ def _law_section(found: Mapping[str, Any]) -> str:
         "## The law\n\nL(N, D) = E + A / N^a + B / D^b, fitted to the grid as Hoffmann et al. 2022 (approach 3): Huber "
         "loss of logarithms, L-BFGS from 32 starts. Intervals are percentiles 2.5 and 97.5 of the bootstrap over "
         "runs.\n\n"
-        + _markdown(["", "value", "95 % interval"], lines)
+        + plain(["", "value", "95 % interval"], lines).markdown()
         + f"\nThe fit is off by {found['error']:.3f} nats (root mean square over the grid)."
         + f"{noise}\n"
     )
@@ -171,9 +172,9 @@ def _compute_section(rows: Sequence[dict[str, Any]], found: Mapping[str, Any], s
     return (
         "## Compute\n\nBy the law, the size and the photos of the least loss for an amount of compute, among the sizes "
         "of the study, with as many examples of those photos as the study sees:\n\n"
-        + _markdown(["GFLOPs", "size", "photos", "loss, nats"], lines)
+        + plain(["GFLOPs", "size", "photos", "loss, nats"], lines).markdown()
         + "\nMeasured, the same compute spent on each size, on all photos:\n\n"
-        + _markdown(["GFLOPs", *s.fitted], measured)
+        + plain(["GFLOPs", *s.fitted], measured).markdown()
     )
 
 
@@ -186,7 +187,7 @@ def _neighbors_section(rows: Sequence[dict[str, Any]], s: ScalingSettings) -> st
         for row in alike
     ]
     heads = ["neighbors", "loss, nats", *(f"{km:,} km, %" for km in THRESHOLDS_KM)]
-    return f"## Neighbors\n\n{s.reference}, trained and tested with so many:\n\n" + _markdown(heads, lines)
+    return f"## Neighbors\n\n{s.reference}, trained and tested with so many:\n\n" + plain(heads, lines).markdown()
 
 
 def _accuracy_section(found: Mapping[str, Any]) -> str:
@@ -197,7 +198,7 @@ def _accuracy_section(found: Mapping[str, Any]) -> str:
     return (
         "## Accuracy against loss\n\nA line through the grid's runs: points of accuracy of greedy answers for a nat "
         "less of loss, and the share of the variance between runs that the line explains.\n\n"
-        + _markdown(["within", "points a nat", "explained"], lines)
+        + plain(["within", "points a nat", "explained"], lines).markdown()
     )
 
 
@@ -212,9 +213,10 @@ def _tested_section(tested: Mapping[str, Any] | None) -> str:
         f"percent within; of so many photos 95 % intervals are about ±{196 * np.sqrt(share * (1 - share) / n):.1f} "
         "points. The gallery is cut down to photos drawn at random, each set within the next larger; the decoder was "
         "trained with all of it.\n\n"
-        + _markdown(["gallery", "answer of", *heads], by_gallery)
+        + plain(["gallery", "answer of", *heads], by_gallery).markdown()
         + "\nBeside the greedy candidate K samples are drawn; `chosen` is the most probable of all these, `nearest` "
-        "the best that any choice among them could find:\n\n" + _markdown(["K", "candidate", *heads], by_candidates)
+        "the best that any choice among them could find:\n\n"
+        + plain(["K", "candidate", *heads], by_candidates).markdown()
     )
 
 
@@ -230,94 +232,76 @@ def _tested_rows(tested: Mapping[str, Any]) -> tuple[list[list[str]], list[list[
     return by_gallery, lines("candidates", "candidates", {"chosen": "chosen", "nearest": "nearest"})
 
 
-def _loss_charts(
-    grid: Sequence[dict[str, Any]], law: Mapping[str, Any], held_out: Mapping[str, Any], s: ScalingSettings
-) -> str:
+def _loss_charts(grid: Sequence[dict[str, Any]], found: Mapping[str, Any]) -> list[Piece | str]:
     least = min(row["loss"] for row in grid)
-    curve = scaling.scaling_law.Law(**{name: part["value"] for name, part in law.items()})
-    figures = []
-    for along, by, label in (("photos", "size", "photos"), ("parameters", "photos", "parameters")):
-        series, names = [], []
-        ticks = np.geomspace(min(row[along] for row in grid), max(row[along] for row in grid), 60)
+    law = scaling.scaling_law.Law(**{name: part["value"] for name, part in found["law"].items()})
+    charts = []
+    for along, by in (("photos", "size"), ("parameters", "photos")):
+        series = []
+        x = np.geomspace(min(row[along] for row in grid), max(row[along] for row in grid), 60)
         for color, value in enumerate(dict.fromkeys(row[by] for row in grid if row["axis"] == "grid")):
-            part = sorted(
-                (row for row in grid if row[by] == value and row["axis"] == "grid"), key=lambda row: row[along]
-            )
-            fixed = part[0]["parameters" if by == "size" else "photos"]
-            fitted = curve(fixed, ticks) if by == "size" else curve(ticks, fixed)
+            alike = [row for row in grid if row[by] == value and row["axis"] == "grid"]
+            fixed = alike[0]["parameters" if by == "size" else "photos"]
+            loss = law(fixed, x) if by == "size" else law(x, fixed)
             name = f"{value:,}" if by == "photos" else value
-            series.append(_dots(name, color, part, along, least))
-            series.append(charts.Series(f"{name}, the law", color, "dashed", ticks, fitted - least))
-            names.append((name, color, "solid"))
+            series.append(_dots(name, color, alike, along, least))
+            series.append(Series(f"{name}, the law", color, loss - least, x, style="dashed", listed=False))
         for row in (row for row in grid if row["axis"] == "held out"):
             series.append(_dots(f"{row['size']}, held out", 7, [row], along, least))
-            names.append((f"{row['size']}, held out", 7, "solid"))
-        drawn = charts.chart(
-            series, title=f"Loss by {label}", x_label=label, y_label="nats above the best run", log_x=True
-        )
-        figures.append(frame.figure(f"Loss by {label}; dashed: the law", drawn + frame.legend(names)))
-    if held_out:
-        figures.append(f"<p>{escape(_forecast(held_out['held out']))}</p>")
-    return "".join(figures)
+        caption, y_label = f"Loss by {along}; dashed: the law", "nats above the best run"
+        charts.append(Chart(caption, f"Loss by {along}", along, y_label, series, log_x=True, legend=None))
+    forecast = f"<p>{escape(_forecast(found['forecast']))}</p>" if found["forecast"] else ""
+    return [Panels(charts, ()), forecast]
 
 
-def _dots(name: str, color: int, rows: Sequence[dict[str, Any]], along: str, least: float) -> charts.Series:
+def _dots(name: str, color: int, rows: Sequence[dict[str, Any]], along: str, least: float) -> Series:
+    """Returns the losses of runs in the order of `along`, as a curve with a dot per run."""
+    rows = sorted(rows, key=lambda row: row[along])
     x, y = (np.array([row[key] for row in rows], float) for key in (along, "loss"))
     notes = [f"{row['label']}: {row['loss']:.3f} nats" for row in rows]
-    return charts.Series(name, color, "solid", x, y - least, y - least, y - least, notes)
+    return Series(name, color, y - least, x, y - least, y - least, notes=notes)
 
 
-def _compute_chart(rows: Sequence[dict[str, Any]], s: ScalingSettings) -> str:
+def _compute_chart(rows: Sequence[dict[str, Any]], s: ScalingSettings) -> Chart:
     least, series = min(row["loss"] for row in rows), []
     for color, size in enumerate(s.fitted):
         alike = [row for row in rows if row["size"] == size and row["neighbors"] == rows[0]["neighbors"]]
         alike = [row for row in alike if row["photos"] == s.photos[-1][0]]
         if alike:
-            series.append(_dots(size, color, sorted(alike, key=lambda row: row["compute"]), "compute", least))
-    drawn = charts.chart(
-        series, title="Loss by compute", x_label="FLOPs", y_label="nats above the best run", log_x=True
-    )
-    return frame.figure(
-        "All photos, each run at its end", drawn + frame.legend((line.name, line.color, "solid") for line in series)
-    )
+            series.append(_dots(size, color, alike, "compute", least))
+    caption, y_label = "All photos, each run at its end", "nats above the best run"
+    return Chart(caption, "Loss by compute", "FLOPs", y_label, series, log_x=True, legend=None)
 
 
-def _accuracy_chart(grid: Sequence[dict[str, Any]]) -> str:
+def _accuracy_chart(grid: Sequence[dict[str, Any]]) -> Chart:
     rows = sorted(grid, key=lambda row: row["loss"])
     loss = np.array([row["loss"] for row in rows])
     series = []
     for i, km in enumerate(THRESHOLDS_KM):
         share = 100 * np.array([row["accuracy"][i] for row in rows])
         notes = [f"{row['label']}: {value:.1f} %" for row, value in zip(rows, share, strict=True)]
-        series.append(charts.Series(f"{km:,} km", i, "solid", loss, share, share, share, notes))
-    drawn = charts.chart(series, title="Accuracy against loss", x_label="loss, nats", y_label="percent within")
-    return frame.figure(
-        "Each dot is a run of the grid", drawn + frame.legend((line.name, line.color, "solid") for line in series)
-    )
+        series.append(Series(f"{km:,} km", i, share, loss, share, share, notes=notes))
+    caption = "Each dot is a run of the grid"
+    return Chart(caption, "Accuracy against loss", "loss, nats", "percent within", series, legend=None)
 
 
-def _tested_charts(tested: Mapping[str, Any]) -> str:
-    figures = []
-    for part, count, looks, label in (
+def _tested_charts(tested: Mapping[str, Any]) -> list[Chart]:
+    charts = []
+    for part, count, styles, label in (
         ("gallery", "photos", {"first_neighbor": "dashed", "decoder": "solid"}, "photos in the gallery"),
         ("candidates", "candidates", {"chosen": "solid", "nearest": "dashed"}, "samples"),
     ):
         x = np.array([row[count] for row in tested[part]], float)
         series = [
-            charts.Series(f"{km:,} km, {key}", i, look, x, np.array([100 * row[key][i] for row in tested[part]]))
+            Series(f"{km:,} km, {key}", i, np.array([100 * row[key][i] for row in tested[part]]), x, style=style)
             for i, km in enumerate(THRESHOLDS_KM)
-            for key, look in looks.items()
+            for key, style in styles.items()
         ]
-        drawn = charts.chart(series, title=label, x_label=label, y_label="percent within", log_x=True)
-        named = [(f"{km:,} km", i, "solid") for i, km in enumerate(THRESHOLDS_KM)]
-        named += [(key.replace("_", " "), 0, look) for key, look in looks.items()]
-        figures.append(frame.figure(f"Accuracy by {label}", drawn + frame.legend(named)))
-    return "".join(figures)
-
-
-def _markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rule = "|---|" + "---:|" * (len(heads) - 1)
-    return "\n".join([f"| {' | '.join(heads)} |", rule, *(f"| {' | '.join(cells)} |" for cells in lines)]) + "\n"
+        keys = [(f"{km:,} km", i, "solid") for i, km in enumerate(THRESHOLDS_KM)]
+        keys += [(key.replace("_", " "), 0, style) for key, style in styles.items()]
+        caption = f"Accuracy by {label}"
+        charts.append(Chart(caption, label, label, "percent within", series, log_x=True, legend=keys))
+    return charts
 
 
 def _interval(part: Mapping[str, float]) -> str:

@@ -1,0 +1,20 @@
+"""Settings of a Hugging Face backbone, config.embed.huggingface."""
+
+import dataclasses
+
+from geotoken_jax.settings import Runtime
+
+
+@dataclasses.dataclass(frozen=True)
+class HuggingFaceSettings:
+    """path: of a checkpoint's folder. dtype: of the products; parameters are float32. batch_size: most rows at once."""
+
+    path: Runtime[str]
+    dtype: str
+    batch_size: Runtime[int]
+
+    def __post_init__(self):
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"config.embed.huggingface.dtype is {self.dtype!r}: choose float32 or bfloat16")
+        if self.batch_size < 1:
+            raise ValueError(f"config.embed.huggingface.batch_size is {self.batch_size}: it must be at least 1")

@@ -1,0 +1,1 @@
+"""Pages that open from disk and need nothing else, drawn from figures."""

@@ -1,0 +1,217 @@
+"""Charts as inline SVG: small, the same bytes every time, and colored by the page's style sheet in both themes."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+#: Size in SVG units, and the room for labels: left, top, right, bottom.
+_WIDTH, _HEIGHT = 480, 320
+_LEFT, _TOP, _RIGHT, _BOTTOM = 62, 14, 22, 46
+_BOTTOM_Y = _HEIGHT - _BOTTOM
+#: An entry of a legend: name, number of the palette, style.
+Key = tuple[str, int, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Series:
+    """One curve, or one bar per group of its chart.
+
+    Attributes:
+        name: its entry in the legend.
+        color: number of the page's palette.
+        y: values; NaN draws no bar.
+        x: their places; None for bars.
+        low: lower ends of the intervals, and high: upper ends; a NaN draws none. A point of a curve that has one is
+            a dot.
+        style: `solid`, `dashed`, `dotted` or `faint`.
+        notes: the text that a pointer shows at each dot.
+        listed: whether the legend has it.
+    """
+
+    name: str
+    color: int
+    y: Float[np.ndarray, "n"]
+    x: Float[np.ndarray, "n"] | None = None
+    low: Float[np.ndarray, "n"] | None = None
+    high: Float[np.ndarray, "n"] | None = None
+    style: str = "solid"
+    notes: Sequence[str] = ()
+    listed: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Chart:
+    """A chart of curves, or of bars from zero that are side by side in their groups.
+
+    Attributes:
+        caption: the panel's heading.
+        title: description for those who cannot see it.
+        x_label, y_label: names of the axes.
+        series: curves, the last on top, or bars.
+        groups: names of the groups of bars; empty for curves.
+        log_x: decades instead of equal steps.
+        marks: x values with a vertical line.
+        legend: entries below the chart; None for those of its own series.
+    """
+
+    caption: str
+    title: str
+    x_label: str
+    y_label: str
+    series: Sequence[Series]
+    groups: Sequence[str] = ()
+    log_x: bool = False
+    marks: Sequence[float] = ()
+    legend: Sequence[Key] | None = ()
+
+    def entries(self) -> list[Key]:
+        """Returns the legend's entries of the listed series."""
+        return [(s.name, s.color, "wide" if self.groups else s.style) for s in self.series if s.listed]
+
+    def svg(self) -> str:
+        """Returns the chart as <svg>."""
+        opening = f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(self.title)}">'
+        drawn = _bars(self) if self.groups else _curves(self)
+        return "".join([opening, *drawn, *_labels(self.x_label, self.y_label), "</svg>"])
+
+    def html(self) -> str:
+        """Returns the chart in a panel with its caption."""
+        keys = self.entries() if self.legend is None else self.legend
+        drawn = self.svg() + (legend(keys) if keys else "")
+        return f'<figure class="panel"><figcaption>{escape(self.caption)}</figcaption>{drawn}</figure>'
+
+
+@dataclasses.dataclass(frozen=True)
+class Panels:
+    """Charts side by side under one legend: that of all their series where it is None. small: more of them in a row."""
+
+    charts: Sequence[Chart]
+    legend: Sequence[Key] | None = None
+    small: bool = False
+
+    def html(self) -> str:
+        """Returns the legend and the charts as HTML."""
+        keys = [key for chart in self.charts for key in chart.entries()] if self.legend is None else self.legend
+        drawn = "".join(chart.html() for chart in self.charts)
+        look = "charts small" if self.small else "charts"
+        return (legend(dict.fromkeys(keys)) if keys else "") + f'<div class="{look}">{drawn}</div>'
+
+
+def legend(keys: Iterable[Key]) -> str:
+    """Returns a legend as HTML."""
+    lines = (
+        f'<li><svg viewBox="0 0 26 10" aria-hidden="true"><path class="c{color % 8} {style}" d="M0 5h26"/></svg>'
+        f"{escape(name)}</li>"
+        for name, color, style in keys
+    )
+    return f'<ul class="legend">{"".join(lines)}</ul>'
+
+
+def _curves(chart: Chart) -> list[str]:
+    x_all, y_all = (np.concatenate([getattr(s, axis) for s in chart.series]) for axis in ("x", "y"))
+    least, most = x_all.min(), x_all.max()
+    x_ticks = _decades(least, most) if chart.log_x else [x for x in _ticks(least, most) if least <= x <= most]
+    y_ticks = _ticks(min(0.0, y_all.min()), y_all.max())
+    x_low, x_high = (np.log10(least), np.log10(most)) if chart.log_x else (least, most)
+
+    def across(x):
+        x = np.log10(x) if chart.log_x else np.asarray(x)
+        return _LEFT + (x - x_low) / ((x_high - x_low) or 1) * (_WIDTH - _LEFT - _RIGHT)
+
+    def up(y):
+        span = y_ticks[-1] - y_ticks[0]
+        return _BOTTOM_Y - (np.asarray(y) - y_ticks[0]) / span * (_BOTTOM_Y - _TOP)
+
+    parts = [*_grid(y_ticks, up), *(_tick(across(x), label(x)) for x in x_ticks)]
+    for x in chart.marks:
+        parts.append(f'<path class="mark" d="M{across(x):.1f} {_TOP}V{_BOTTOM_Y}"/>')
+        parts.append(f'<text class="mark" x="{across(x) - 4:.1f}" y="{_TOP + 9}" text-anchor="end">{label(x)}</text>')
+    for s in chart.series:
+        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(across(s.x), up(s.y), strict=True))
+        look, name = f"c{s.color % 8} {s.style}", escape(s.name)
+        parts.append(f'<polyline class="{look}" points="{points}"><title>{name}</title></polyline>')
+        if s.low is not None and s.high is not None:
+            for x, y, low, high, note in zip(across(s.x), up(s.y), up(s.low), up(s.high), s.notes, strict=True):
+                parts.append(f'<path class="whisker" d="M{x:.1f} {low:.1f}V{high:.1f}"/>')
+                dot = f'<path class="c{s.color % 8} at" d="M{x:.1f} {y:.1f}h0">'
+                parts.append(f"{dot}<title>{escape(note)}</title></path>")
+    return parts
+
+
+def _bars(chart: Chart) -> list[str]:
+    tops = [np.nanmax(s.y if s.high is None else np.fmax(s.y, s.high), initial=0.0) for s in chart.series]
+    y_ticks = _ticks(0.0, max(tops))
+    room = (_WIDTH - _LEFT - _RIGHT) / len(chart.groups)
+    step = 0.8 * room / len(chart.series)
+
+    def up(y):
+        return _BOTTOM_Y - y / y_ticks[-1] * (_BOTTOM_Y - _TOP)
+
+    parts = _grid(y_ticks, up)
+    for i, group in enumerate(chart.groups):
+        parts.append(_tick(_LEFT + (i + 0.5) * room, group))
+        for k, s in enumerate(chart.series):
+            if np.isnan(s.y[i]):
+                continue
+            x = _LEFT + (i + 0.1) * room + (k + 0.5) * step
+            bar = f'd="M{x:.1f} {_BOTTOM_Y}V{up(s.y[i]):.1f}" stroke-width="{0.86 * step:.1f}"'
+            note = f"{s.name}, {group}: {s.y[i]:.1f}"
+            parts.append(f'<path class="c{s.color % 8}" {bar}><title>{escape(note)}</title></path>')
+            if s.low is not None and s.high is not None and not np.isnan(s.low[i]):
+                parts.append(f'<path class="whisker" d="M{x:.1f} {up(s.low[i]):.1f}V{up(s.high[i]):.1f}"/>')
+    return parts
+
+
+def _tick(x: float, text: str) -> str:
+    return f'<text x="{x:.1f}" y="{_BOTTOM_Y + 17}" text-anchor="middle">{escape(text)}</text>'
+
+
+def _grid(ticks: Sequence[float], up: Callable[[float], Any]) -> list[str]:
+    """Returns the horizontal lines and their numbers. up: value -> SVG units."""
+    return [
+        f'<path class="grid" d="M{_LEFT} {up(y):.1f}H{_WIDTH - _RIGHT}"/>'
+        f'<text x="{_LEFT - 7}" y="{up(y) + 4:.1f}" text-anchor="end">{label(y)}</text>'
+        for y in ticks
+    ]
+
+
+def _labels(x_label: str, y_label: str) -> list[str]:
+    middle, height = (_LEFT + _WIDTH - _RIGHT) / 2, (_TOP + _BOTTOM_Y) / 2
+    return [
+        f'<text class="axis" x="{middle}" y="{_HEIGHT - 8}" text-anchor="middle">{escape(x_label)}</text>',
+        f'<text class="axis" transform="translate(13 {height}) rotate(-90)" text-anchor="middle">'
+        f"{escape(y_label)}</text>",
+    ]
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Returns about five round numbers that enclose the range."""
+    rough = max(high - low, 1e-9) / 5
+    power = 10 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [i * step for i in range(first, max(last, first + 1) + 1)]
+
+
+def _decades(low: float, high: float) -> list[float]:
+    """Returns the powers of ten in a range, and where these are fewer than three their doubles and fives too."""
+    first, last = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
+    found = [
+        m * 10.0**e for e in range(first, last + 1) for m in (1, 2, 5) if low * 0.999 <= m * 10.0**e <= high * 1.001
+    ]
+    whole = [x for x in found if math.isclose(math.log10(x), round(math.log10(x)))]
+    return whole if len(whole) > 2 else found
+
+
+def label(value: float) -> str:
+    """Returns a tick's label: 0.5, 25, 10,000, 150k, 10M, 5e11."""
+    if abs(value) >= 1e9:
+        return f"{value:.0e}".replace("e+", "e")
+    if abs(value) > 10_000:
+        return f"{value / 1e6:g}M" if abs(value) >= 1e6 else f"{value / 1000:g}k"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}"

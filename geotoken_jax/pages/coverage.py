@@ -1,0 +1,174 @@
+"""The page of `geotoken audit coverage`."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from geotoken_jax.analysis import formats
+from geotoken_jax.analysis.coverage import BIN_AT, LOST_AT, LOST_BANDS, NEAR_KM, Maps
+from geotoken_jax.geo import distance
+from geotoken_jax.geo.cells import CellScheme
+from geotoken_jax.pages import frame, worldmap
+from geotoken_jax.pages.chart import Chart, Panels, Series
+from geotoken_jax.pages.frame import Piece, Section
+from geotoken_jax.pages.table import THRESHOLDS, Cell, Group, Row, Table, interval, plain, sign
+
+#: Rows of a table of countries.
+_COUNTRIES = 25
+
+
+def page(figures: Mapping[str, Any], maps: Maps, reference: str, source: frame.Source) -> str:
+    """Returns the page. reference: the variant of the headline."""
+    density, masked = figures["density"], figures["masked"]
+    split = masked["split"]
+    near = figures["distance"][split]
+    close = sum(found["share"] for found in near["bins"][:2])
+    of_cells = f"{density['cells']:,} of {density['of_cells']:,} of level {density['level']}"
+    tiles = [
+        ("photos in the gallery", f"{figures['gallery']:,}", f"in {len(density['countries']):,} countries"),
+        ("cells with a photo", formats.percent(density["cells"] / density["of_cells"]), of_cells),
+        (f"{split} photos within 25 km of one", formats.percent(close), f"median {formats.km(near['median_km'])}"),
+    ]
+    lead = ""
+    if masked["every_continent"]:
+        of = next(m for m in masked["every_continent"]["methods"] if m["variant"] == reference)
+        before, after = (100 * of[name][LOST_AT]["value"] for name in ("plain", "masked"))
+        lead = (
+            f'<p class="lead">Without the gallery\'s photos of its own continent, <b>{escape(of["name"])}</b> places '
+            f"{after:.1f} % of {escape(split)} within 2,500 km; with them, {before:.1f} %.</p>"
+        )
+    headline = (
+        "<p>A photo is placed by the gallery photos it resembles: this page shows where there are any, how near the "
+        f"nearest one is, and what is lost where there are none.</p>{lead}{frame.tiles(tiles)}"
+    )
+    sections = [
+        Section("density", "Density", "Where the gallery's photos are", _density(density, maps)),
+        Section("nearest", "Nearest photo", "Distance to the nearest gallery photo", _nearest(figures)),
+        Section("masked", "Without a region", "Without a whole region", _masked(masked, maps)),
+    ]
+    return frame.audit_page("What the gallery covers", headline, sections, source)
+
+
+def _density(density: Mapping[str, Any], maps: Maps) -> list[Piece | str]:
+    most = maps.counts.max()
+    # Powers of ten if the largest cell needs them, else about half as far apart.
+    steps = [1, 10, 100, 1_000, 10_000, 100_000, 1_000_000] if most >= 3_000 else [1, 3, 10, 30, 100, 300, 1_000]
+    steps = [step for step in steps if step <= most]
+    shades = np.searchsorted(steps, maps.counts, side="right") - 1
+    names = [f"{a:,}-{b - 1:,}" if b - a > 1 else f"{a:,}" for a, b in itertools.pairwise(steps)]
+    names.append(f"{steps[-1]:,} and more")
+    scheme = CellScheme(density["level"], 1)
+    splits = [name for name in density["continents"][0] if name not in ("name", "photos", "share", "cells")]
+    groups = []
+    for kind in ("continents", "countries"):
+        listed = density[kind][:_COUNTRIES]
+        rows = []
+        for of in listed:
+            counts = [f"{of[name]:,}" for name in ("photos", "cells", *splits)]
+            rows.append(Row(of["name"], [counts[0], formats.percent(of["share"]), *counts[1:]]))
+        groups.append(Group(rows, kind.capitalize(), f"{len(listed)} of {len(density[kind])}"))
+    largest = [
+        (f"{cell['latitude']:.1f}, {cell['longitude']:.1f}", cell["country"], cell["cell"], f"{cell['photos']:,}")
+        for cell in density["largest_cells"]
+    ]
+    return [
+        f"<p>Photos in each S2 cell of level {density['level']}; a cell without color has none.</p>",
+        worldmap.cell_map(scheme, maps.cells, shades, "Gallery photos in each S2 cell"),
+        frame.color_key(("shade", f"background:{worldmap.SHADES[i]}", name) for i, name in enumerate(names)),
+        Table(["Region", "Gallery", "Share", "Cells", *splits], groups),
+        "<h3>The fullest cells</h3>",
+        plain(["Center", "Country", "Cell", "Photos"], largest),
+    ]
+
+
+def _nearest(figures: Mapping[str, Any]) -> list[Piece | str]:
+    found = figures["distance"]
+    names = [*(f"to {km:,}" for km in distance.THRESHOLDS_KM), "beyond"]
+    x_label = "distance to the nearest gallery photo, km"
+    shares = [np.array([100 * b["share"] for b in of["bins"]]) for of in found.values()]
+    of_splits = [Series(split, i, share) for i, (split, share) in enumerate(zip(found, shares, strict=True))]
+    title = "Percent of each split's photos by distance to the nearest gallery photo"
+    histogram = Chart("Photos", title, x_label, "percent of photos", of_splits, names)
+    charts, groups = [], []
+    for split, of in found.items():
+        methods = of["all"]["methods"]
+        series = []
+        for i, method in enumerate(methods):
+            y, low, high = _within(of["bins"], i)
+            series.append(Series(method["name"], i, y, low=low, high=high))
+        title = f"Percent of {split} within 200 km of the truth, by distance to the nearest gallery photo"
+        charts.append(Chart(split, title, x_label, "percent within 200 km", series, names))
+        rows = [
+            Row(b["name"], [f"{b['photos']:,}", *(interval(m["accuracy"][BIN_AT]) for m in b["methods"])])
+            for b in of["bins"]
+            if b["photos"]
+        ]
+        groups.append(Group(rows, split, f"median {formats.km(of['median_km'])}"))
+    named, unknown = (sum(of[key] for of in figures["named_by_nearest"].values()) for key in ("named", "unknown"))
+    return [
+        "<p>How far each photo is, on the ground, from the nearest photo of the gallery.</p>",
+        Panels([histogram]),
+        "<h3>Accuracy against that distance</h3><p>Percent placed within 200 km of the truth; whiskers and small "
+        "figures are 95 % intervals. No bar: no photos. figures.json has the other thresholds.</p>",
+        Panels(charts),
+        Table(["Nearest gallery photo", "Photos", *(m["name"] for m in methods)], groups),
+        f"<p>Photos whose source names no country: {named:,} counted with that of the nearest gallery photo, up to "
+        f"{NEAR_KM:.0f} km away; {unknown:,} unknown, for want of one.</p>",
+    ]
+
+
+def _within(bins: Sequence[Mapping[str, Any]], method: int) -> list[Float[np.ndarray, "bins"]]:
+    """Returns value, low and high of one method's accuracy in each bin, in percent; NaN if it has no photos."""
+    return [
+        np.array([100 * b["methods"][method]["accuracy"][BIN_AT][part] if b["photos"] else np.nan for b in bins])
+        for part in ("value", "low", "high")
+    ]
+
+
+def _masked(masked: Mapping[str, Any], maps: Maps) -> list[Piece | str]:
+    split = masked["split"]
+    if not masked["regions"]:
+        return [f"<p>No photo of {escape(split)} has a country or continent that the gallery has photos of.</p>"]
+    groups, drawn = [], []
+    for kind in maps.lost:
+        regions = [region for region in masked["regions"] if region["kind"] == kind]
+        if kind == "continent":
+            regions.append({"name": "Each photo's own continent", "gallery": None, **masked["every_continent"]})
+        for i, method in enumerate(regions[0]["methods"] if regions else []):
+            rows = [_masked_row(region, region["methods"][i]) for region in regions]
+            groups.append(Group(rows, method["name"], f"{kind} left out, one at a time, for its photos of {split}"))
+        drawn.append(_lost_map(kind, maps))
+    between = [f"{a}-{b}" for a, b in itertools.pairwise(LOST_BANDS)]
+    bands = [f"under {LOST_BANDS[0]}", *between, f"over {LOST_BANDS[-1]}"]
+    lead = "Percent of those placed within 2,500 km that no longer are: "
+    return [
+        f"<p>For the photos of {escape(split)} in a region, all photos of that region are taken out of the gallery, "
+        "neighbors are found again (exactly), and the first neighbor and the decoder answer again. In each cell: "
+        "percent within the distance without the region; below it with the region, and the points lost (&minus;) with "
+        "their 95 % interval. Color marks those whose interval excludes zero.</p>",
+        *drawn,
+        frame.color_key(((f"band b{i}", "", name) for i, name in enumerate(bands)), lead),
+        Table(["Left out", "Photos", "Gallery", *THRESHOLDS], groups),
+    ]
+
+
+def _masked_row(region: Mapping[str, Any], method: Mapping[str, Any]) -> Row:
+    gallery = "" if region["gallery"] is None else f"{region['gallery']:,}"
+    cells: list[Cell | str] = [f"{region['photos']:,}", gallery]
+    for before, after, lost in zip(method["plain"], method["masked"], method["difference"], strict=True):
+        low, high = (formats.signed(100 * lost[part]) for part in ("low", "high"))
+        notes = [f"of {100 * before['value']:.1f}", f"{low} to {high}"]
+        cells.append(Cell(f"{100 * after['value']:.1f}", notes, sign=sign(lost)))
+    return Row(region["name"], cells)
+
+
+def _lost_map(kind: str, maps: Maps) -> str:
+    band = maps.lost[kind]
+    dots = {"rest": maps.coordinates[band < 0]}
+    dots |= {f"b{i}": maps.coordinates[band == i] for i in range(len(LOST_BANDS) + 1)}
+    label = f"Photos, colored by what is lost when their {kind} is left out of the gallery"
+    return f"<h3>{label}</h3>{worldmap.dot_map(dots, label)}"

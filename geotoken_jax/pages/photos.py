@@ -1,0 +1,180 @@
+"""Photos on pages: thumbnails, cards of single photos, and the map of many."""
+
+import base64
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from PIL import Image, ImageOps
+
+from geotoken_jax import records
+from geotoken_jax.analysis import formats
+from geotoken_jax.analysis.examples import Examples, Gallery, place_name
+from geotoken_jax.analysis.points import Method, Points
+from geotoken_jax.geo import distance
+from geotoken_jax.pages import frame, worldmap
+from geotoken_jax.pages.table import Cell, Group, Row, Table
+
+#: Photos on the map: up to 300 per split and 1,200 on all splits (2 KB each).
+_MAP_SPLIT, _MAP_ALL = 300, 1200
+#: Neighbors and candidates on a photo's card.
+NEIGHBORS, _CANDIDATES = 6, 5
+
+
+def data_uri(image: bytes, side: int) -> str:
+    """Returns a photo as a data URI of JPEG, at most `side` pixels on its longer side; an empty one if it is broken."""
+    try:
+        with Image.open(io.BytesIO(image)) as opened:
+            if opened.format != "JPEG" or max(opened.size) > side:
+                opened.draft("RGB", (2 * side, 2 * side))
+                small = ImageOps.exif_transpose(opened).convert("RGB")
+                small.thumbnail((side, side))
+                out = io.BytesIO()
+                small.save(out, "JPEG", quality=75)
+                image = out.getvalue()
+    except (OSError, Image.DecompressionBombError):
+        return "data:,"  # `embed` could not read it either: the page shows the alternative text
+    return f"data:image/jpeg;base64,{base64.b64encode(image).decode()}"
+
+
+def thumbnail(gallery: Gallery, name: str) -> str:
+    """Returns a photo as an HTML element; an empty square for a photo that is not in the gallery."""
+    photo = gallery.photo(name)
+    if photo is None:
+        return '<span class="none"></span>'
+    place = escape(place_name(photo) or name)
+    return f'<img alt="{place}" title="{place}" src="{data_uri(photo["image"], 72)}">'
+
+
+def cards(examples: Examples, gallery: Gallery) -> str:
+    """Returns a card per photo of the examples. gallery: names the places, and has the neighbors that are shown."""
+    count = max(map(len, examples.kinds.values()))
+    parts = [
+        f"<p>The {count} photos of {escape(examples.split)} that {escape(examples.name)} placed best, in the middle of "
+        "its ranking, and worst. Under each photo, the gallery photos that it resembles most, with their distance from "
+        "the truth, and the places that were weighed. Scroll sideways for more.</p>"
+        '<p class="key muted"><i style="background:#118a4b"></i>truth <i style="background:#c4174f"></i>prediction '
+        '<i style="background:#e3a008"></i>other candidates <i style="background:#777"></i>neighbors</p>'
+    ]
+    for kind, photos in examples.kinds.items():
+        drawn = "".join(_card(photo, examples.predictions[photo["id"]], gallery) for photo in photos)
+        row = f'<div class="cards" tabindex="0" role="region" aria-label="The {kind}">{drawn}</div>'
+        parts.append(f"<h3>The {len(photos)} {kind}</h3>{row}")
+    return "".join(parts)
+
+
+def _card(photo: Mapping[str, Any], row: Mapping[str, Any], gallery: Gallery) -> str:
+    truth, guess = np.asarray(photo["coordinates"]), np.array([row["latitude"], row["longitude"]])
+    neighbors, candidates = row.get("neighbors", []), row.get("candidates", [])
+    place, near = place_name(photo), gallery.near(guess)
+    points = {
+        "neighbor": _coordinates(neighbors),
+        "candidate": _coordinates(candidates),
+        "halo": np.stack([truth, guess]),
+        "truth": truth[None],
+        "guess": guess[None],
+    }
+    small = worldmap.small_map(points, "Map of truth, prediction, candidates and neighbors", ("truth", "guess"))
+    strip = "".join(
+        f"<li>{thumbnail(gallery, n['id'])}<small>{formats.number(_off(n, truth))}</small></li>"
+        for n in neighbors[:NEIGHBORS]
+    )
+    strip = f'<h5>Neighbors, and their km from the truth</h5><ul class="strip">{strip}</ul>' if strip else ""
+    return (
+        f'<article class="card"><header><h4>{escape(place or "Place not named")}</h4>'
+        f"<b>{formats.km(float(distance.great_circle_km(*truth, *guess)))} off</b></header>"
+        f'<p class="at">{_degrees(truth)} &rarr; {_degrees(guess)}{f", near {escape(near)}" if near else ""}<br>'
+        f"id {escape(photo['id'])}</p>"
+        f'<div class="pair"><img alt="Photo taken at {escape(place) or _degrees(truth)}" '
+        f'src="{data_uri(photo["image"], 256)}">{small}</div>{strip}{candidate_table(row, truth, gallery)}</article>'
+    )
+
+
+def candidate_table(row: Mapping[str, Any], truth: Float[np.ndarray, "2"], gallery: Gallery) -> str:
+    """Returns the most probable places among a model's candidates; "" for a row that gives no probabilities."""
+    candidates = row.get("candidates", [])
+    if not candidates or "log_probability" not in candidates[0]:
+        return ""
+    places = {(c["latitude"], c["longitude"]): c["log_probability"] for c in candidates}  # samples repeat
+    chosen_by: dict[tuple[float, float], list[str]] = {}
+    for choice, k in row.get("choices", {}).items():
+        chosen = (candidates[k]["latitude"], candidates[k]["longitude"]) if isinstance(k, int) else tuple(k)
+        chosen_by.setdefault(chosen, []).append(choice.replace("_", " "))
+    rows = []
+    for place in sorted(places, key=lambda place: -places[place])[:_CANDIDATES]:
+        probability, at = math.exp(places[place]), np.array(place)
+        names = f" <b>{escape(', '.join(chosen_by[place]))}</b>" if place in chosen_by else ""
+        meter = f'<meter value="{probability:.6f}" aria-label="probability"></meter> '
+        meter += escape(formats.percent(probability))
+        off = formats.km(float(distance.great_circle_km(*at, *truth)))
+        name = Cell(gallery.near(at) or _degrees(at), title=_degrees(at), html=names)
+        rows.append(Row(name, [off, Cell(html=meter)]))
+    heading = f"<h5>Likeliest {len(rows)} of {len(places)} places, and their probability</h5>"
+    return heading + Table((), [Group(rows)]).html()
+
+
+def photo_map(
+    truths: Mapping[str, Points],
+    methods: Mapping[str, Sequence[Method]],
+    photos: Mapping[str, records.Photos],
+    reference: str,
+    seed: int,
+) -> str:
+    """Returns the map of photos drawn by chance, with its data as JSON that is safe inside <script>.
+
+    truths, methods, photos: by split. reference: the variant that is shown first. seed: of the draw.
+    """
+    names = {m.variant: m.name for split in methods.values() for m in split if m.main}
+    splits = {}
+    for split, truth in truths.items():
+        count = min(_MAP_SPLIT, _MAP_ALL // len(truths), len(truth.ids))
+        rows = np.sort(np.random.default_rng(seed).choice(len(truth.ids), count, replace=False))
+        main = {m.variant: m for m in methods[split] if m.main}
+        splits[split] = {
+            "total": len(truth.ids),
+            "photos": [
+                {
+                    "id": truth.ids[row],
+                    "place": place_name(truth.extra[row]),
+                    "truth": _rounded(truth.coordinates[row], 4),
+                    "image": data_uri(photos[split][row]["image"], 64),
+                    "guesses": [_guess(main.get(variant), row) for variant in names],
+                }
+                for row in rows.tolist()
+            ],
+        }
+    data = {
+        "thresholds": list(distance.THRESHOLDS_KM),
+        "methods": list(names.values()),
+        "reference": list(names).index(reference),
+        "splits": splits,
+    }
+    listed = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    return frame.fill("map.html", {"data": listed})
+
+
+def _guess(method: Method | None, row: int) -> list[float] | None:
+    if method is None or np.isnan(method.coordinates[row, 0]):
+        return None
+    return [*_rounded(method.coordinates[row], 4), *_rounded(method.km[row : row + 1], 3)]
+
+
+def _coordinates(points: Sequence[Mapping[str, Any]]) -> Float[np.ndarray, "n 2"]:
+    return np.array([(point["latitude"], point["longitude"]) for point in points]).reshape(-1, 2)
+
+
+def _off(point: Mapping[str, Any], truth: Float[np.ndarray, "2"]) -> float:
+    return float(distance.great_circle_km(point["latitude"], point["longitude"], *truth))
+
+
+def _degrees(at: Float[np.ndarray, "2"]) -> str:
+    return f"{at[0]:.3f}, {at[1]:.3f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _rounded(values: Float[np.ndarray, "n"], digits: int) -> list[float]:
+    return [round(float(value), digits) for value in values]

@@ -11,7 +11,7 @@ from numpy import ndarray
 
 from geotoken_jax.backbone.settings import HuggingFaceSettings
 from geotoken_jax.backbone.thumbnail import Thumbnail, ThumbnailSettings
-from geotoken_jax.settings import Runtime, SettingsError
+from geotoken_jax.settings import SettingsError
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh

@@ -4,6 +4,7 @@ A run's work directory holds links into another for the folders that its setting
 differs is made again, and what was interrupted goes on.
 """
 
+import importlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from geotoken_jax.workdir import MadeOtherwise, Manifest, StageError
 def _index(config: Config, workdir: Workdir, variant: str) -> list[Manifest]:
     del variant
     try:
-        from data_prep import index
+        index = importlib.import_module("data_prep.index")  # only a clone has it
     except ModuleNotFoundError:
         raise StageError("preparing data needs a clone of the repository: the package has no data_prep") from None
     return index.run(config, workdir)

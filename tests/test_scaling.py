@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from geotoken_jax.pages import scaling as scaling_page
 from geotoken_jax.stages import scaling as study_stage
 from geotoken_jax.stages import sweep
 
+CONFIGS = Path(study.__file__).parent
 LAW = scaling_law.Law(E=11.2, A=120.0, alpha=0.45, B=30.0, beta=0.4)
 
 
@@ -211,8 +213,8 @@ def test_what_was_found_is_told(tmp_path):
 
 def test_the_command_names_what_it_lacks(tmp_path, capsys):
     for options, message in (
-        (["--config=configs/demo.py", f"--workdir={tmp_path}"], "give --config=FILE with a section `scaling`"),
-        (["--config=configs/scaling.py", f"--workdir={tmp_path}", "--index=99"], "has the runs 0 to 35"),
+        ([f"--config={CONFIGS}/demo.py", f"--workdir={tmp_path}"], "give --config=FILE with a section `scaling`"),
+        ([f"--config={CONFIGS}/scaling.py", f"--workdir={tmp_path}", "--index=99"], "has the runs 0 to 35"),
     ):
         with pytest.raises(SystemExit) as stopped:
             cli.main(["scaling", "run", *options])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from configs import common
 from data_prep import images, photos
 from data_prep.sources import UNKNOWN, Photo
 from geotoken_jax import configuration, settings, workdir
@@ -19,6 +20,7 @@ from geotoken_jax.gallery.table import write_shard
 from geotoken_jax.geo import distance
 from geotoken_jax.pages import chart, worldmap
 from geotoken_jax.pages.photos import candidate_table, data_uri, thumbnail
+from geotoken_jax.stages import evaluate
 from geotoken_jax.stages import evaluate as report_stage
 
 NASTY = '<b>"Ōsaka" & co</b></script>'

@@ -250,7 +250,7 @@ def test_a_pair_of_which_one_was_not_predicted_is_named(made, config):
 
 
 def test_neighbors_are_found_although_the_gallery_lacks_a_photo(made):
-    gallery = evaluate.gallery(made, ["train-38", "train-0"])
+    gallery = evaluate.gallery(Workdir(made), ["train-38", "train-0"])
     train = list(Source().read("train", 0))
     assert thumbnail(gallery, "train-38") != thumbnail(gallery, "train-0")
     assert "<img" not in thumbnail(gallery, "train-3")
@@ -265,7 +265,7 @@ def test_a_place_that_was_sampled_twice_is_listed_once(made):
 
     row = {"candidates": [candidate(1, -2.0), candidate(5, -1.0), candidate(1, -2.0)]}
     row["choices"] = {"greedy": 2, "point": [5.5, 0.0]}  # a point is among no candidates
-    drawn = candidate_table(row, np.zeros(2), evaluate.gallery(made, []))
+    drawn = candidate_table(row, np.zeros(2), evaluate.gallery(Workdir(made), []))
     assert re.findall(r"([\d.]+) %|<b>(\w+)", drawn) == [("36.8", ""), ("", "greedy"), ("13.5", "")]
 
 

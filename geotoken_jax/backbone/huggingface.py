@@ -13,8 +13,9 @@ from jax.sharding import Mesh
 from jaxtyping import Float32, UInt8
 
 from geotoken_jax import sharding
-from geotoken_jax.backbone import HuggingFaceSettings, checkpoint, preprocess
+from geotoken_jax.backbone import checkpoint, preprocess
 from geotoken_jax.backbone.clip import Clip
+from geotoken_jax.backbone.settings import HuggingFaceSettings
 from geotoken_jax.backbone.siglip import Siglip
 from geotoken_jax.backbone.tokenizer import Tokenizer
 from geotoken_jax.settings import SettingsError
@@ -133,6 +134,8 @@ class ImageTower:
         self._shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
         self.parameters = nnx.to_pure_dict(state)
         self.width, self.min_side, self._processor, self._dtype = of.width, of.min_side, of.processor, of.dtype
+        #: Side of a prepared photo, in pixels.
+        self.side = of.processor.side
         #: Floating-point operations of one photo's features: each parameter serves every patch. Attention's own
         #: products are left out, 4 % at L/14.
         self.flops = 2.0 * sum(x.size for x in jax.tree.leaves(state)) * of.model.image_shape.patches

@@ -1,0 +1,29 @@
+"""Settings of the frozen backbones."""
+
+import dataclasses
+
+from geotoken_jax.backbone.thumbnail import ThumbnailSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class HuggingFaceSettings:
+    """path: of a checkpoint's folder. dtype: of the products; parameters are float32. batch_size: most rows at once."""
+
+    path: str
+    dtype: str
+    batch_size: int
+
+    def __post_init__(self):
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"config.embed.huggingface.dtype is {self.dtype!r}: choose float32 or bfloat16")
+        if self.batch_size < 1:
+            raise ValueError(f"config.embed.huggingface.batch_size is {self.batch_size}: it must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class BackboneSettings:
+    """backbone: name of the one used. thumbnail, huggingface: their sections."""
+
+    backbone: str
+    thumbnail: ThumbnailSettings
+    huggingface: HuggingFaceSettings

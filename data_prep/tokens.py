@@ -25,7 +25,6 @@ def run(config: Any, path: epath.PathLike) -> Manifest:
     for split, photos in neighbors.counts.items():
         table = open_table(path, split)
         rows = records.open_array(path / "neighbors" / f"{split}.rows.npy")
-        scores = records.open_array(path / "neighbors" / f"{split}.scores.npy")
         shards = max(1, -(-photos // _SHARD))
         for shard in range(shards):
             part = slice(shard * _SHARD, (shard + 1) * _SHARD)
@@ -33,7 +32,6 @@ def run(config: Any, path: epath.PathLike) -> Manifest:
                 "row": np.arange(photos)[part],
                 "tokens": table.tokens(part),
                 "neighbors": rows[part],
-                "scores": scores[part],
             }
             records.write_shard(records.shard_path(stage.path, split, shard, shards), layout.encode(columns))
     return stage.finish(neighbors.counts, neighbors=kept)

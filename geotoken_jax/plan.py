@@ -19,9 +19,10 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from geotoken_jax import chips, hlo, settings, sharding
+from geotoken_jax.batch import Spec
 from geotoken_jax.gallery import placement
 from geotoken_jax.gallery.placement import GallerySettings
-from geotoken_jax.model import flops
+from geotoken_jax.model import batch, flops
 from geotoken_jax.model.geotoken import ModelSettings
 from geotoken_jax.model.task import GeoTokenTask, LossSettings
 from geotoken_jax.settings import SettingsError
@@ -103,19 +104,19 @@ def run(workload: Workload, where: Topology, quick: bool = False) -> dict[str, A
     memory = {**step.resident_bytes(), **found["memory"]}
     total = sum(memory.values())
     usable = found.get("usable", chip.memory * _USABLE)
-    batch = workload.train.batch_size
+    photos = workload.train.batch_size
     seconds = {
         "compute": found["flops"] / chip.flops,
         "memory": found["traffic"] / chip.bandwidth,
         "links": sum(found["sent"].values()) / (chip.links / 2),  # half of them lead away
     }
     bound = max(seconds, key=lambda name: seconds[name])
-    rate = batch / seconds[bound]
+    rate = photos / seconds[bound]
     plan = {
         "topology": where.name,
         "chips": where.size,
         "mesh": dict(step.mesh.shape),
-        "batch_size": batch,
+        "batch_size": photos,
         "accumulate": workload.train.accumulate,
         "group": workload.model.group,
         "remat": workload.model.remat,
@@ -124,7 +125,7 @@ def run(workload: Workload, where: Topology, quick: bool = False) -> dict[str, A
         "method": found["method"],
         "bytes": {**memory, "total": total, "usable": usable, "chip": chip.memory},
         "fits": total <= usable and not found.get("refused", False),
-        "flops": {"model": flops.per_example(workload.model) * batch / where.size, "executed": found["flops"]},
+        "flops": {"model": flops.per_example(workload.model) * photos / where.size, "executed": found["flops"]},
         "traffic": found["traffic"],
         "collectives": {kind: {"payload": found["payload"][kind], "sent": n} for kind, n in found["sent"].items()},
         "seconds": {**seconds, "bound": bound},
@@ -165,23 +166,11 @@ class _Step:
             self.gallery,
         )
 
-    def _batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+    def _batch(self) -> Spec:
         """What data.join reads, as the loop puts it on the mesh."""
-        b, s = self.workload.train.batch_size, self.workload.model
-        m, t, c = s.neighbors, s.cells.length, s.backbone_width
-        shapes = {
-            "query": ((b, 3, c), jnp.bfloat16),
-            "tokens": ((b, t), jnp.int32),
-            "neighbor_count": ((b,), jnp.int32),
-        }
-        if self.workload.gallery.on_device:
-            shapes["neighbor_rows"] = ((b, m), jnp.int32)
-        else:
-            shapes |= {"neighbors": ((b, m, 3, c), jnp.bfloat16), "neighbor_tokens": ((b, m, t), jnp.int32)}
-        if s.times:
-            shapes["context"] = ((b, s.times), jnp.float32)
+        found = batch.spec(self.workload.model, self.workload.train.batch_size, self.workload.gallery.on_device)
         lies = self.trainer.batch_sharding
-        return {name: jax.ShapeDtypeStruct(*what, sharding=lies) for name, what in shapes.items()}
+        return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lies) for name, x in found.items()}
 
     @property
     def parameters(self) -> int:
@@ -346,8 +335,7 @@ def _collectives(step: _Step) -> dict[str, tuple[float, float]]:
     add("all-reduce", parts * shard, mesh["data"])
     add("all-gather", parts * 2 * shard * mesh["fsdp"], mesh["fsdp"])  # for the forward and for the backward pass
     add("reduce-scatter", parts * shard * mesh["fsdp"], mesh["fsdp"])
-    per_neighbor = 1 if s.memory == "compact" else 3 + s.cells.length * s.neighbor_tokens
-    memory = 4 + (s.times > 0) + s.neighbors * per_neighbor
+    memory = s.memory_form.length
     # Each sublayer's output is summed going forward and its input's gradient going back; the memory's keys' too.
     positions = 4 * s.encoder_layers * memory + s.decoder_layers * (6 * s.cells.length + memory)
     photos = work.train.batch_size / step.ways

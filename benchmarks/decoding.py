@@ -43,18 +43,6 @@ def configuration(options: argparse.Namespace) -> Any:
     return model
 
 
-def made_up(model: Any, batch: int) -> dict[str, np.ndarray]:
-    """Returns a batch of photos that all have all their neighbors."""
-    rng = np.random.default_rng(0)
-    near = (batch, model.neighbors)
-    return {
-        "query": rng.standard_normal((batch, 3, model.backbone_width), np.float32),
-        "neighbors": rng.standard_normal((*near, 3, model.backbone_width), np.float32),
-        "neighbor_tokens": rng.integers(0, 6, (*near, model.cells.length), np.int32),
-        "neighbor_count": np.full(batch, model.neighbors, np.int32),
-    }
-
-
 def seconds(run: Callable[[], Any], times: int) -> float:
     """Returns the least time of some runs, after one that does not count: what else a machine does only adds to it."""
     took = []
@@ -70,6 +58,7 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
     import jax
     from flax import nnx
 
+    from geotoken_jax.model import batch as contract
     from geotoken_jax.model.geotoken import GeoTokenModel, ModelSettings
     from geotoken_jax.model.memory import Neighbors
     from geotoken_jax.predict.sample import sample
@@ -80,7 +69,7 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
         config.dtype = "float32"
     settings = read(ModelSettings, config, "model")
     model = nnx.jit(lambda: GeoTokenModel(settings, nnx.Rngs(0)))()
-    batch = made_up(settings, options.batch)
+    batch = contract.fake(settings, options.batch)
     keys = jax.random.split(jax.random.key(0), options.batch)
     graph, state = nnx.split(model)
 
@@ -123,6 +112,7 @@ def searches(options: argparse.Namespace) -> dict[str, Any]:
     import jax
     from flax import nnx
 
+    from geotoken_jax.model import batch as contract
     from geotoken_jax.model.geotoken import GeoTokenModel, Memory, ModelSettings
     from geotoken_jax.model.memory import Neighbors
     from geotoken_jax.predict.sample import sample
@@ -138,7 +128,7 @@ def searches(options: argparse.Namespace) -> dict[str, Any]:
             config.dtype = "float32"
         settings = read(ModelSettings, config, "model")
         model = nnx.jit(lambda: GeoTokenModel(settings, nnx.Rngs(0)))()
-        batch = made_up(settings, options.batch)
+        batch = contract.fake(settings, options.batch)
     near = Neighbors(*(jax.numpy.asarray(batch[name]) for name in ("neighbors", "neighbor_tokens", "neighbor_count")))
     memory = nnx.jit(lambda m, q, n: m.encode(q, n))(model, batch["query"], near)
     keys = jax.random.split(jax.random.key(0), options.batch)

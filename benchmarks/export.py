@@ -1,9 +1,10 @@
 """What an export answers without this package, against what the package answers, on all photos of a split.
 
-Three runtimes, each in an environment of its own, which is made anew: jax and numpy alone, onnxruntime, TensorFlow (for
-PyTorch see tests/interop/test_torch.py). Both sides begin at the backbone's features and search the gallery exactly;
-how many photos ScaNN finds other neighbors for is told beside. Printed of each: photos whose candidates have the same
-tokens, and over those photos the largest difference of coordinates, in degrees, and of log-probabilities, in nats.
+Three runtimes, each in an environment of its own, which is made anew: jax with flatbuffers, onnxruntime, TensorFlow
+(for PyTorch see tests/interop/test_torch.py). Both sides begin at the backbone's features and search the gallery
+exactly; how many photos ScaNN finds other neighbors for is told beside. Printed of each: photos whose candidates have
+the same tokens, and over those photos the largest difference of coordinates, in degrees, and of log-probabilities, in
+nats.
 Takes half an hour on two cores for the demo. Prints one JSON object.
 """
 
@@ -39,7 +40,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 #: Runtime -> what it must answer without. TensorFlow itself has ml_dtypes.
 WITHOUT = {
-    "jax": "geotoken_jax,flax,flatbuffers",
+    "jax": "geotoken_jax,flax",
     "onnx": "geotoken_jax,flax,jax,jaxlib,ml_dtypes",
     "savedmodel": "geotoken_jax,flax,jax,jaxlib",
 }
@@ -125,7 +126,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "share_of_neighbors_by_scann": index.recall(wanted["scann_rows"], wanted["rows"]),
         "package_seconds": time.perf_counter() - begin,
     }
-    versions = f"jax=={jax.__version__} jaxlib=={jax.__version__} numpy=={np.__version__}"
+    versions = f"jax=={jax.__version__} jaxlib=={jax.__version__} numpy=={np.__version__} flatbuffers"
     packages = {"jax": versions, **{name: TARGETS[name][1] for name in TARGETS if name != "pytorch"}}
     for name in options.runtime:
         python = environment(scratch / name, packages[name])

@@ -63,7 +63,7 @@ def write_data(folder: epath.Path, photos: int, width: int, neighbors: int) -> N
     }
     table.write_shard(folder / "gallery", 0, 1, columns)
     near = rng.integers(0, photos, (photos, neighbors))
-    rows = {"row": np.arange(photos), "tokens": tokens, "neighbors": near, "scores": np.zeros(near.shape)}
+    rows = {"row": np.arange(photos), "tokens": tokens, "neighbors": near}
     (folder / "tokens").mkdir()
     path = records.shard_path(folder / "tokens", "train", 0, 1)
     records.write_shard(path, records.token_layout(neighbors).encode(rows))

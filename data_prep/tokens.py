@@ -20,7 +20,7 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
     layout = records.token_layout(kept)
     for split, photos in neighbors.counts.items():
         table = workdir.table(split)
-        rows, scores = workdir.neighbors(split)
+        rows, _ = workdir.neighbors(split)
         shards = max(1, -(-photos // _SHARD))
         for shard in range(shards):
             part = slice(shard * _SHARD, (shard + 1) * _SHARD)
@@ -28,7 +28,6 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
                 "row": np.arange(photos)[part],
                 "tokens": table.tokens(part),
                 "neighbors": rows[part],
-                "scores": scores[part],
             }
             records.write_shard(records.shard_path(stage.path, split, shard, shards), layout.encode(columns))
     return [stage.finish(neighbors.counts, neighbors=kept)]

@@ -23,6 +23,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     try:
         config = _config(options, rest)
+        if getattr(options, "workdir", None) is not None:
+            workdir.local(options.workdir)
         from geotoken_jax import commands  # and jax with it: not for --help, or a mistake in the arguments
 
         sys.exit(commands.VERBS[options.verb](options, config))

@@ -1,7 +1,8 @@
-"""What training costs on a pod that is not here: memory, products, collectives and the time that they bound.
+"""Costs of training on a pod that is not here: memory, products, collectives and the time that they bound.
 
-For a TPU the real train step is compiled for the absent chips and its program is read; for a GPU, whose compiler wants
-a GPU, the step is traced and counted. Nothing is allocated either way.
+For a TPU the real train step is compiled for the absent chips and its program is read. XLA compiles for a GPU only on
+a machine that has one, so a GPU's plan holds what the shapes alone say: the bytes that stay on a chip, and the model's
+products. Nothing is allocated either way.
 """
 
 import contextlib
@@ -10,18 +11,17 @@ import datetime
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.extend.core import jaxprs_in_params
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from geotoken_jax import chips, hlo, settings, sharding
+from geotoken_jax.batch import Spec
 from geotoken_jax.gallery import placement
 from geotoken_jax.gallery.placement import GallerySettings
-from geotoken_jax.model import flops
+from geotoken_jax.model import batch, flops
 from geotoken_jax.model.geotoken import ModelSettings
 from geotoken_jax.model.task import GeoTokenTask, LossSettings
 from geotoken_jax.settings import SettingsError
@@ -33,7 +33,7 @@ from geotoken_jax.train.step import Trainer
 #: Usable photos of MP16-Pro: the paper's gallery.
 GALLERY = 4_120_000
 #: What `document` plans: the paper's configuration at both groups, on these.
-DOCUMENTED = ("v5e:4x4", "v5e:16x16", "v6e:8x8", "v5p:4x4x4", "h100:8")
+DOCUMENTED = ("v5e:4x4", "v5e:16x16", "v6e:8x8", "v5p:4x4x4")
 #: Of a chip's memory, where the compiler does not say: the rest goes to its runtime and to fragmentation.
 _USABLE = 0.9
 #: What libtpu wants to be told of a machine that is not there.
@@ -44,6 +44,11 @@ _OUT_OF_MEMORY = re.compile(r"([\d.]+)([KMG])\)? (?:of|exceeds available HBM) \(
 _ABSENT = {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 #: The compiler's least effort: 3 to 6 times sooner, memory within 10 % and traffic up to 2.7 times that of its full.
 _QUICK: Any = {"exec_time_optimization_effort": -1.0}
+#: The plan of a GPU beyond the bytes that stay on it and the model's products.
+_NOT_COMPILED: dict[str, Any] = {
+    "method": "not compiled, which needs a GPU: activations, memory traffic and collectives are left out",
+    "memory": {},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,25 +102,24 @@ def run(workload: Workload, where: Topology, quick: bool = False) -> dict[str, A
     """
     chip = chips.CHIPS[where.chip]
     step = _Step(workload, _devices(where))
-    counted = _counted(step)
-    compiled = _compiled(step, quick) if where.compiled else None
-    found = {**counted, **(compiled or {})}
+    found = _costs(step, where, quick)
     memory = {**step.resident_bytes(), **found["memory"]}
     total = sum(memory.values())
     usable = found.get("usable", chip.memory * _USABLE)
-    batch = workload.train.batch_size
-    seconds = {
-        "compute": found["flops"] / chip.flops,
-        "memory": found["traffic"] / chip.bandwidth,
-        "links": sum(found["sent"].values()) / (chip.links / 2),  # half of them lead away
-    }
+    photos = workload.train.batch_size
+    products = {"model": flops.per_example(workload.model) * photos / where.size}
+    seconds = {"compute": found.get("flops", products["model"]) / chip.flops}
+    if "flops" in found:
+        products["executed"] = found["flops"]
+        seconds["memory"] = found["traffic"] / chip.bandwidth
+        seconds["links"] = sum(found["sent"].values()) / (chip.links / 2)  # half of them lead away
     bound = max(seconds, key=lambda name: seconds[name])
-    rate = batch / seconds[bound]
+    rate = photos / seconds[bound]
     plan = {
         "topology": where.name,
         "chips": where.size,
         "mesh": dict(step.mesh.shape),
-        "batch_size": batch,
+        "batch_size": photos,
         "accumulate": workload.train.accumulate,
         "group": workload.model.group,
         "remat": workload.model.remat,
@@ -124,9 +128,8 @@ def run(workload: Workload, where: Topology, quick: bool = False) -> dict[str, A
         "method": found["method"],
         "bytes": {**memory, "total": total, "usable": usable, "chip": chip.memory},
         "fits": total <= usable and not found.get("refused", False),
-        "flops": {"model": flops.per_example(workload.model) * batch / where.size, "executed": found["flops"]},
-        "traffic": found["traffic"],
-        "collectives": {kind: {"payload": found["payload"][kind], "sent": n} for kind, n in found["sent"].items()},
+        "flops": products,
+        **_traffic(found),
         "seconds": {**seconds, "bound": bound},
         "examples_per_second": rate,
         "days": workload.train.examples / rate / 86_400,
@@ -136,6 +139,19 @@ def run(workload: Workload, where: Topology, quick: bool = False) -> dict[str, A
     return plan
 
 
+def _costs(step: "_Step", where: Topology, quick: bool) -> dict[str, Any]:
+    return _compiled(step, quick) if where.compiled else _NOT_COMPILED
+
+
+def _traffic(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the memory traffic and collectives of a plan; nothing if there is no compiled program."""
+    if "flops" not in found:
+        return {}
+    payload = found["payload"]
+    collectives = {kind: {"payload": payload[kind], "sent": n} for kind, n in found["sent"].items()}
+    return {"traffic": found["traffic"], "collectives": collectives}
+
+
 class _Step:
     """The train step on a mesh, with everything it is called with as shapes."""
 
@@ -143,13 +159,12 @@ class _Step:
         self.workload = workload
         self.mesh: Mesh = sharding.make_mesh(workload.mesh, devices)
         train, model = workload.train, workload.model
-        self.ways = math.prod(self.mesh.shape[axis] for axis in sharding.RULES["batch"])
-        self.part = train.batch_size // train.accumulate
-        if train.batch_size % train.accumulate or self.part % self.ways:
+        ways = math.prod(self.mesh.shape[axis] for axis in sharding.RULES["batch"])
+        if train.batch_size % (train.accumulate * ways):
             raise SettingsError(
                 f"config.train.batch_size = {train.batch_size} in config.train.accumulate = {train.accumulate} parts "
-                f"does not divide over data x fsdp = {self.ways} devices: choose a multiple of "
-                f"{train.accumulate * self.ways}"
+                f"does not divide over data x fsdp = {ways} devices: choose a multiple of "
+                f"{train.accumulate * ways}"
             )
         schedule = make_schedule(train.optimizer, train.steps, max(1, workload.rows // train.batch_size))
         task = GeoTokenTask(model, workload.loss, placement.lookup(workload.gallery, self.mesh))
@@ -165,23 +180,11 @@ class _Step:
             self.gallery,
         )
 
-    def _batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+    def _batch(self) -> Spec:
         """What data.join reads, as the loop puts it on the mesh."""
-        b, s = self.workload.train.batch_size, self.workload.model
-        m, t, c = s.neighbors, s.cells.length, s.backbone_width
-        shapes = {
-            "query": ((b, 3, c), jnp.bfloat16),
-            "tokens": ((b, t), jnp.int32),
-            "neighbor_count": ((b,), jnp.int32),
-        }
-        if self.workload.gallery.on_device:
-            shapes["neighbor_rows"] = ((b, m), jnp.int32)
-        else:
-            shapes |= {"neighbors": ((b, m, 3, c), jnp.bfloat16), "neighbor_tokens": ((b, m, t), jnp.int32)}
-        if s.times:
-            shapes["context"] = ((b, s.times), jnp.float32)
+        found = batch.spec(self.workload.model, self.workload.train.batch_size, self.workload.gallery.on_device)
         lies = self.trainer.batch_sharding
-        return {name: jax.ShapeDtypeStruct(*what, sharding=lies) for name, what in shapes.items()}
+        return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lies) for name, x in found.items()}
 
     @property
     def parameters(self) -> int:
@@ -246,7 +249,7 @@ def _compiled(step: _Step, quick: bool) -> dict[str, Any]:
         unit = {"K": 2**10, "M": 2**20, "G": 2**30}
         taken, usable = (float(used[i]) * unit[used[i + 1]] for i in (1, 3))
         return {
-            "method": "compiled: memory is what the compiler says is wanted, all else is counted",
+            "method": "compiled, and refused: memory is as the compiler says, and there is no program to read",
             "memory": {"activations and temporaries": max(0, int(taken) - kept)},
             "usable": usable,
             "refused": True,
@@ -267,101 +270,10 @@ def _compiled(step: _Step, quick: bool) -> dict[str, Any]:
     }
 
 
-def _counted(step: _Step) -> dict[str, Any]:
-    """Returns the same from the traced step, the sharding rules and no compiler."""
-    count = _count(step)
-    saved, inner = count.saved, 0.0
-    model = step.workload.model
-    if model.remat != "none":
-        # The backward pass makes one layer's intermediate results again before it uses them.
-        inner = max(0.0, _count(step, remat="none").saved - saved) / model.encoder_layers
-    gradient = bytes_a_chip(step.trainer.abstract["params"])
-    update = 7 * gradient  # parameters and two moments, read and written, and the gradient
-    payload = _collectives(step)
-    return {
-        "method": "counted, not compiled",
-        "memory": {"activations and temporaries": int(saved + inner + gradient)},
-        "flops": count.flops / step.mesh.size,
-        "traffic": count.traffic + update,
-        "payload": {kind: n for kind, (n, _) in payload.items()},
-        "sent": {kind: n for kind, (_, n) in payload.items()},
-    }
-
-
-def _count(step: _Step, **changes: Any) -> "_Count":
-    """Traces the step, with changes of the model that do not change its parameters."""
-    model = dataclasses.replace(step.workload.model, **changes, attention="xla")  # cuDNN wants its GPU
-    if model != step.workload.model:
-        step = _Step(dataclasses.replace(step.workload, model=model), list(step.mesh.devices.flat))
-    count = _Count(step.part, step.ways)
-    count.add(step.trainer.step.trace(*step.arguments).jaxpr.jaxpr)
-    return count
-
-
-class _Count:
-    """Walks a traced step. flops: of products, of all devices. traffic: of the products' operands and results, a chip:
-    what stands between them is taken to be fused to them. saved: bytes that scans stack up, a chip, which is what they
-    keep for the backward pass and the gradients of stacked layers; within a scan that of one turn.
-
-    part: photos in a step's part: an axis of that size lies over `ways` devices.
-    """
-
-    def __init__(self, part: int, ways: int):
-        self._part, self._ways = part, ways
-        self.flops = self.traffic = self.saved = 0.0
-
-    def add(self, jaxpr: Any, times: int = 1) -> None:
-        for equation in jaxpr.eqns:
-            if equation.primitive.name == "dot_general":
-                (contracted, _), _ = equation.params["dimension_numbers"]
-                left, out = equation.invars[0].aval, equation.outvars[0].aval
-                self.flops += times * 2.0 * out.size * math.prod(left.shape[d] for d in contracted)
-                self.traffic += times * sum(self._bytes(v.aval) for v in (*equation.invars, *equation.outvars))
-            turns = 1
-            if equation.primitive.name == "scan":
-                turns = equation.params["length"]
-                self.saved += sum(self._bytes(v.aval) for v in equation.outvars[equation.params["num_carry"] :])
-            for inner in jaxprs_in_params(equation.params):
-                self.add(inner, times * turns)
-
-    def _bytes(self, array: Any) -> float:
-        return array.size * array.dtype.itemsize / (self._ways if self._part in array.shape else 1)
-
-
-def _collectives(step: _Step) -> dict[str, tuple[float, float]]:
-    """Returns kind -> payload and bytes sent, by the sharding rules: gradients are reduced in the products' type, as
-    compiled programs do, once a part of the batch."""
-    work, mesh = step.workload, step.mesh.shape
-    s, parts = work.model, work.train.accumulate
-    ratio = jnp.dtype(s.dtype).itemsize / 4
-    shard = bytes_a_chip(step.trainer.abstract["params"]) * ratio
-    found: dict[str, tuple[float, float]] = {}
-
-    def add(kind: str, payload: float, n: int) -> None:
-        if n > 1 and payload:
-            old = found.get(kind, (0.0, 0.0))
-            sent = payload * (2 if kind == "all-reduce" else 1) * (n - 1) / n
-            found[kind] = (old[0] + payload, old[1] + sent)
-
-    add("all-reduce", parts * shard, mesh["data"])
-    add("all-gather", parts * 2 * shard * mesh["fsdp"], mesh["fsdp"])  # for the forward and for the backward pass
-    add("reduce-scatter", parts * shard * mesh["fsdp"], mesh["fsdp"])
-    per_neighbor = 1 if s.memory == "compact" else 3 + s.cells.length * s.neighbor_tokens
-    memory = 4 + (s.times > 0) + s.neighbors * per_neighbor
-    # Each sublayer's output is summed going forward and its input's gradient going back; the memory's keys' too.
-    positions = 4 * s.encoder_layers * memory + s.decoder_layers * (6 * s.cells.length + memory)
-    photos = work.train.batch_size / step.ways
-    add("all-reduce", photos * positions * s.width * jnp.dtype(s.dtype).itemsize, mesh["tensor"])
-    if work.gallery.placement == "sharded":
-        words = 4 * s.neighbors * (3 * s.backbone_width // 2 + s.cells.length)
-        add("all-gather", 4 * s.neighbors * work.train.batch_size, step.ways)
-        add("reduce-scatter", words * work.train.batch_size, step.ways)
-        add("all-reduce", words * photos, mesh["tensor"])
-    return found
-
-
 def advice(workload: Workload, where: Topology) -> list[dict[str, Any]]:
-    """Returns the settings that were tried for one that does not fit, each with the bytes counted; the last one fits.
+    """Returns the settings that were tried for one that does not fit, each with its bytes; the last one fits.
+
+    Each is compiled at least effort for a TPU; for a GPU the bytes are those that stay on it.
 
     One change at a time, what costs least speed first; then, where none is enough, one after another together. If all
     of them are not enough, the last one does not fit either.
@@ -375,8 +287,10 @@ def advice(workload: Workload, where: Topology) -> list[dict[str, Any]]:
             step = _Step(_changed(workload, together), devices)
         except SettingsError:
             continue
-        total = sum(step.resident_bytes().values()) + sum(_counted(step)["memory"].values())
-        tried.append({"change": _spelled(together), "bytes": total, "fits": total <= usable})
+        found = _costs(step, where, quick=True)
+        total = sum(step.resident_bytes().values()) + sum(found["memory"].values())
+        fits = total <= usable and not found.get("refused", False)
+        tried.append({"change": _spelled(together), "bytes": total, "fits": fits})
         if tried[-1]["fits"]:
             break
     return tried
@@ -430,19 +344,14 @@ def table(plan: Mapping[str, Any]) -> str:
         "",
         "a step, a chip",
         f"  {'products of the model':30}{plan['flops']['model'] / 1e12:10.3f} TFLOP",
-        f"  {'products executed':30}{plan['flops']['executed'] / 1e12:10.3f} TFLOP",
-        f"  {'memory traffic':30}{plan['traffic'] / 1e9:10.3f} GB",
-        *(
-            f"  {kind:30}{n['payload'] / 1e6:10.1f} MB, {n['sent'] / 1e6:,.1f} MB sent"
-            for kind, n in plan["collectives"].items()
-        ),
+        *_program_lines(plan),
         "",
         "time a step, at the peak rates",
-        *(f"  {name:30}{1e3 * seconds[name]:10.3f} ms" for name in ("compute", "memory", "links")),
+        *(f"  {name:30}{1e3 * seconds[name]:10.3f} ms" for name in seconds if name != "bound"),
         f"  bound by {seconds['bound']}: {plan['examples_per_second']:,.0f} examples/s, {plan['days']:.3g} days in all",
     ]
     if "advice" in plan:
-        lines += ["", "what was tried, counted"]
+        lines += ["", "changes tried"]
         lines += [
             f"  {'fits   ' if a['fits'] else 'too big'} {a['bytes'] / 2**30:8.2f} GiB  {a['change']}"
             for a in plan["advice"]
@@ -450,11 +359,23 @@ def table(plan: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _program_lines(plan: Mapping[str, Any]) -> list[str]:
+    """Returns the table's lines on the compiled program; none if there is none."""
+    if "traffic" not in plan:
+        return []
+    return [
+        f"  {'products executed':30}{plan['flops']['executed'] / 1e12:10.3f} TFLOP",
+        f"  {'memory traffic':30}{plan['traffic'] / 1e9:10.3f} GB",
+        *(
+            f"  {kind:30}{n['payload'] / 1e6:10.1f} MB, {n['sent'] / 1e6:,.1f} MB sent"
+            for kind, n in plan["collectives"].items()
+        ),
+    ]
+
+
 def document(workload: Workload, command: str, quick: bool = False) -> str:
     """Returns docs/scale.md: the configuration at both groups on each of DOCUMENTED. command: what made it."""
     parts = [_INTRODUCTION.format(command=command, date=datetime.date.today(), rows=workload.rows)]
-    for name in DOCUMENTED:
-        _devices(topology(name))  # once JAX has begun it takes no more stand-ins
     for group in (2, 1):
         plans = [run(_changed(workload, [("model", {"group": group})]), topology(name), quick) for name in DOCUMENTED]
         parts.append(f"## Group {group}\n\n{_markdown(plans)}\n")
@@ -471,7 +392,8 @@ What one step of the paper's configuration asks of a chip, and the time that thi
 
 TPU columns: the real train step was compiled for the absent pod (no TPU was at hand), and its program read: loops
 multiplied out. "At least effort" (`--quick`) is 3 to 6 times sooner: memory within 10 % of what the compiler's full
-effort finds, but up to 2.7 times the traffic. H100: counted from the traced step, not compiled. Memory is of one chip;
+effort finds, but up to 2.7 times the traffic. GPUs are not here: XLA compiles for one only where there is one, and
+`geotoken plan --topology=h100:8` gives the bytes that stay on a chip and the model's products. Memory is of one chip;
 a gallery of {rows:,} photos takes 4.7 KB each where `config.gallery.placement` puts it on the devices, and nothing
 where it says `host`.
 
@@ -479,10 +401,9 @@ How to read it: the three times are what products, memory traffic and links woul
 rates; the longest of them, which the row "bound by" names, gives examples/s and days. It tells which of the three to
 work on, not what a run will reach. Products and links are exact, so their times are lower limits; no kernel reaches the
 peak (790 of 989 TFLOP/s for a large bf16 product on an H100), and links are taken to be used all at once, by rings.
-Traffic is an estimate: of the compiled program the operands and results that lie outside the chip's own memory, of the
-counted one those of products alone, as if all else were fused to them. Executed products exceed the model's where
-rematerialization makes some a second time. Counted activations were within 40 % of compiled ones where both were made
-(4.4 GiB for 5.2 on v5e:4x4, 0.7 for 0.6 on v5e:16x16, 30 for 42 without rematerialization at 2,048 photos a chip).
+Traffic is an estimate: of the compiled program the operands and results that lie outside the chip's own memory.
+Executed products exceed the model's where rematerialization makes some a second time. A column without figures of the
+program is a step that the compiler refused for its memory.
 """
 
 
@@ -493,10 +414,10 @@ def _markdown(plans: Sequence[Mapping[str, Any]]) -> str:
     def gib(name: str) -> list[str]:
         return [f"{p['bytes'].get(name, 0) / 2**30:.2f}" for p in plans]
 
-    def milliseconds(name: str) -> list[str]:
-        return [f"{1e3 * p['seconds'][name]:.2f}" for p in plans]
+    def known(figure: Callable[[Mapping[str, Any]], str]) -> list[str]:
+        return [figure(p) if "traffic" in p else "" for p in plans]
 
-    kinds = [kind for kind in hlo.COLLECTIVES if any(kind in p["collectives"] for p in plans)]
+    kinds = [kind for kind in hlo.COLLECTIVES if any(kind in p.get("collectives", {}) for p in plans)]
     sizes = dict.fromkeys(name for p in plans for name in p["bytes"])
     return "\n".join(
         [
@@ -506,13 +427,20 @@ def _markdown(plans: Sequence[Mapping[str, Any]]) -> str:
             *(row(f"{name}, GiB", gib(name)) for name in sizes),
             row("fits", ["yes" if p["fits"] else "no" for p in plans]),
             row("products of the model, TFLOP", [f"{p['flops']['model'] / 1e12:.2f}" for p in plans]),
-            row("products executed, TFLOP", [f"{p['flops']['executed'] / 1e12:.2f}" for p in plans]),
-            row("memory traffic, GB", [f"{p['traffic'] / 1e9:.1f}" for p in plans]),
+            row("products executed, TFLOP", known(lambda p: f"{p['flops']['executed'] / 1e12:.2f}")),
+            row("memory traffic, GB", known(lambda p: f"{p['traffic'] / 1e9:.1f}")),
             *(
-                row(f"{kind}, MB", [f"{p['collectives'].get(kind, {}).get('payload', 0) / 1e6:.0f}" for p in plans])
+                row(
+                    f"{kind}, MB",
+                    known(lambda p, k=kind: f"{p['collectives'].get(k, {}).get('payload', 0) / 1e6:.0f}"),
+                )
                 for kind in kinds
             ),
-            *(row(f"{name}, ms", milliseconds(name)) for name in ("compute", "memory", "links")),
+            row("compute, ms", [f"{1e3 * p['seconds']['compute']:.2f}" for p in plans]),
+            *(
+                row(f"{name}, ms", known(lambda p, n=name: f"{1e3 * p['seconds'][n]:.2f}"))
+                for name in ("memory", "links")
+            ),
             row("bound by", [p["seconds"]["bound"] for p in plans]),
             row("examples/s at that bound", [f"{p['examples_per_second']:,.0f}" for p in plans]),
             row("days at that bound", [f"{p['days']:.3g}" for p in plans]),

@@ -96,14 +96,13 @@ def token_layout(neighbors: int) -> Layout:
     """Records of tokens/: the decoder's training set.
 
     row: of the photo in its split's table. tokens: level-20 S2 tokens, group 1. neighbors: gallery rows, best first,
-    -1 where there are fewer. scores: inner products of index vectors, in the same order.
+    -1 where there are fewer.
     """
     return Layout(
         (
             Field("row", "<i8"),
             Field("tokens", "u1", (1 + LEVEL,)),
             Field("neighbors", "<i4", (neighbors,)),
-            Field("scores", "<f4", (neighbors,)),
         )
     )
 

@@ -7,6 +7,7 @@ from flax import nnx
 
 from geotoken_jax.gallery import placement
 from geotoken_jax.geo.cells import CellScheme
+from geotoken_jax.model import batch as contract
 from geotoken_jax.model.geotoken import GeoTokenModel, ModelSettings
 from geotoken_jax.model.memory import Neighbors
 from geotoken_jax.model.task import GeoTokenTask, LossSettings
@@ -57,6 +58,7 @@ def task(s: ModelSettings, where: str = "host", mesh=None) -> GeoTokenTask:
 
 def batch(n: int = 4, cells: CellScheme = CELLS, seed: int = 0) -> dict[str, np.ndarray]:
     """Photos with 3, 2, 1, 0, 3, ... neighbors; neighbor m agrees with the photo's first m + 1 tokens and no more."""
+    shapes = {name: array.shape for name, array in contract.spec(settings("ours"), n).items()}
     rng = np.random.default_rng(seed)
     sizes = np.array(cells.vocab_sizes)
     tokens = rng.integers(0, sizes, (n, cells.length))
@@ -64,8 +66,8 @@ def batch(n: int = 4, cells: CellScheme = CELLS, seed: int = 0) -> dict[str, np.
     for m in range(M):
         near[:, m, m + 1 :] = (near[:, m, m + 1 :] + 1 + m) % sizes[m + 1 :]
     return {
-        "query": rng.normal(size=(n, 3, C)).astype(np.float32),
-        "neighbors": rng.normal(size=(n, M, 3, C)).astype(np.float32),
+        "query": rng.normal(size=shapes["query"]).astype(np.float32),
+        "neighbors": rng.normal(size=shapes["neighbors"]).astype(np.float32),
         "neighbor_tokens": near.astype(np.int32),
         "neighbor_count": (M - np.arange(n) % (M + 1)).astype(np.int32),
         "tokens": tokens.astype(np.int32),

@@ -87,11 +87,13 @@ def run(
             options,
             devices,
             folder,
-            pipeline.training(N, read, BATCH, 0, *here),
-            lambda: pipeline.evaluation(N, read, BATCH, *here),
-            N,
+            loop.Data(
+                pipeline.training(N, read, BATCH, 0, *here),
+                lambda: pipeline.evaluation(N, read, BATCH, *here),
+                N,
+                placement.resident(gallery, model.cells, gallery_settings, devices),
+            ),
             "train",
-            placement.resident(gallery, model.cells, gallery_settings, devices),
         )
 
 

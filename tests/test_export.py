@@ -44,7 +44,6 @@ def test_cells_are_those_of_the_package(level: int, group: int):
 RUN = """
 import sys
 sys.path.insert(0, sys.argv[1])
-sys.modules["flatbuffers"] = None  # as where it is not installed
 import numpy as np, standalone
 from pathlib import Path
 call = standalone._program(Path(sys.argv[1]), "align")
@@ -53,7 +52,7 @@ assert not [name for name in sys.modules if name.split(".")[0] in ("geotoken_jax
 """
 
 
-def test_a_program_runs_without_the_package_and_without_flatbuffers(tmp_path: Path):
+def test_a_program_runs_without_the_package(tmp_path: Path):
     location = LocationSettings(projection="mercator", sigmas=(1.0,), fourier=4, hidden=4, out=4)
     model = AlignModel(AlignSettings(8, 0.0, 0.0, location), 6, rngs=nnx.Rngs(0))
     program = stablehlo.embedding(model, 6)

@@ -78,9 +78,8 @@ def train(folder: Path, mesh: tuple[int, int, int] = (-1, 1, 1), make_input=lamb
     devices = sharding.make_mesh(axes, jax.devices()[: np.prod(mesh)] if min(mesh) > 0 else None)
     here = (processes.index(), processes.count())
     batches = make_input(pipeline.training(20, read, 8, 0, *here))
-    loop.run(
-        LineTask(), options, devices, folder, batches, lambda: pipeline.evaluation(12, read, 8, *here), 20, "train"
-    )
+    data = loop.Data(batches, lambda: pipeline.evaluation(12, read, 8, *here), 20)
+    loop.run(LineTask(), options, devices, folder, data, "train")
 
 
 def main() -> None:

@@ -53,9 +53,8 @@ def train(folder: str, pause: str) -> None:
     here = (processes.index(), processes.count())
     batches = pipeline.training(20, slowly, 8, 0, *here)
     try:
-        loop.run(
-            LineTask(), options, mesh, folder, batches, lambda: pipeline.evaluation(12, read, 8, *here), 20, "train"
-        )
+        data = loop.Data(batches, lambda: pipeline.evaluation(12, read, 8, *here), 20)
+        loop.run(LineTask(), options, mesh, folder, data, "train")
     except loop.Preempted as error:
         print(error, file=sys.stderr)
         sys.exit(cli.PREEMPTED)

@@ -10,7 +10,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 RANKS = {
     **dict.fromkeys(["__version__", "settings", "workdir", "records", "progress", "geo"], 0),
-    **dict.fromkeys(["sharding", "stack", "checkpoint", "chips", "hlo", "processes", "bootstrap"], 0),
+    **dict.fromkeys(["sharding", "stack", "checkpoint", "chips", "hlo", "processes", "batch", "bootstrap"], 0),
     **dict.fromkeys(["backbone", "gallery"], 1),
     "preparation": 2,
     **dict.fromkeys(["data", "align", "model"], 3),

@@ -238,7 +238,7 @@ def test_the_memory_has_the_length_that_the_paper_says():
     for form, per_neighbor in (("paper", 3 + 4), ("compact", 1), ("without_neighbor_tokens", 3)):
         build = fixtures.model(form).memory_builder
         x, lengths = build(batch["query"], fixtures.neighbors(batch), jnp.zeros((4, fixtures.M, 4, 16)))
-        assert x.shape == (4, 4 + fixtures.M * per_neighbor, 16)
+        assert x.shape == (4, 4 + fixtures.M * per_neighbor, 16) and x.shape[1] == build.form.length
         np.testing.assert_array_equal(lengths, 4 + batch["neighbor_count"] * per_neighbor)
 
 

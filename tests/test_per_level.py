@@ -188,7 +188,7 @@ def made(tmp_path_factory, config):
         write_shard(path / ("gallery" if split == "gallery" else f"queries/{split}"), 0, 1, columns)
         if split in counts:
             rows = np.array([[0, 1, 2], [3, 4, -1], [1, -1, -1], [2, 3, 4], [-1, -1, -1], [4, 0, 1]])[:n]
-            columns = {"row": np.arange(n), "tokens": columns["tokens"], "neighbors": rows, "scores": rows * 0.0}
+            columns = {"row": np.arange(n), "tokens": columns["tokens"], "neighbors": rows}
             records.write_shard(records.shard_path(path / "tokens", split, 0, 1), layout.encode(columns))
     state = nnx.to_pure_dict(nnx.state(fixtures.model("compact"), nnx.Param))
     file = path / "geotoken" / "geotoken" / "parameters.safetensors"

@@ -11,7 +11,9 @@ from geotoken_jax import records
 from geotoken_jax.data import join, pipeline
 from geotoken_jax.gallery import table
 from geotoken_jax.geo.cells import CellScheme
+from geotoken_jax.model import batch
 from geotoken_jax.settings import SettingsError
+from tests import fixtures
 
 
 def read(rows):
@@ -114,7 +116,6 @@ def test_token_records_are_joined_by_row(tmp_path, gallery):
         "row": np.array([6, 2, 5]),
         "tokens": gallery.tokens([6, 2, 5]),
         "neighbors": np.array([[1, 2, 3, 4, 5], [8, 0, -1, -1, -1], [-1] * 5], np.int32),
-        "scores": np.zeros((3, 5), np.float32),
     }
     records.write_shard(records.shard_path(epath.Path(tmp_path), "train", 0, 1), layout.encode(columns))
     found = join.Tokens(records.Records(tmp_path, "train", layout), gallery, gallery, CellScheme(20, 2), 3)([2, 0, 1])
@@ -126,6 +127,12 @@ def test_token_records_are_joined_by_row(tmp_path, gallery):
     light = join.Tokens(records.Records(tmp_path, "train", layout), gallery, None, CellScheme(20, 2), 3)([2, 0, 1])
     assert light["neighbor_rows"].tolist() == [[-1, -1, -1], [1, 2, 3], [8, 0, -1]]
     timed = join.Tokens(records.Records(tmp_path, "train", layout), gallery, None, CellScheme(20, 2), 3, 5)([2, 0, 1])
+    model = fixtures.settings("ours", level=20, backbone_width=gallery.width, context="time")
+    for read, on_device in ((timed, True), ({**found, "context": timed["context"]}, False)):
+        spec = batch.spec(model, 3, on_device)
+        assert {name: (x.shape, x.dtype) for name, x in read.items()} == {
+            n: (x.shape, x.dtype) for n, x in spec.items()
+        }
     assert set(timed) == {*light, "context"} and timed["context"].dtype == np.float32
     # In the middle of the year, and three quarters into the day; then a photo of which nothing is known.
     expected = [[1, 0, -1, -1, 0], [0, 0, 0, 0, 0], [1, 0, -1, -1, 0]]

@@ -60,16 +60,16 @@ def test_float32_is_rounded_to_bfloat16():
 
 def test_a_wrong_shape_is_refused():
     layout = LAYOUTS["tokens"]
-    for name, wrong in (("neighbors", np.zeros((2, 3), np.int32)), ("scores", np.zeros((1, 4), np.float32))):
-        with pytest.raises(ValueError, match=rf"{name} has shape .* not \(2, 4\)"):
-            layout.encode({**columns(layout, 2), name: wrong})
+    for shape in ((2, 3), (1, 4)):
+        with pytest.raises(ValueError, match=r"neighbors has shape .* not \(2, 4\)"):
+            layout.encode({**columns(layout, 2), "neighbors": np.zeros(shape, np.int32)})
 
 
 def test_a_torn_record_is_refused():
     layout = LAYOUTS["tokens"]
     data = layout.encode(columns(layout, 3))
     for torn in ([data[0][:-1], data[1]], [data[0], data[1] + b"\0"], [data[0], b""]):
-        with pytest.raises(ValueError, match=r"bytes where the layout has 61"):
+        with pytest.raises(ValueError, match=r"bytes where the layout has 45"):
             layout.decode(torn)
 
 

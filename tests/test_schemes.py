@@ -238,7 +238,7 @@ def test_photos_and_neighbors_have_the_tokens_of_their_coordinates(name, tmp_pat
     layout = records.token_layout(3)
     photos, near = rng.permutation(n), rng.integers(-1, n, (n, 3))
     near = -np.sort(-near, 1).astype(np.int32)  # missing ones last
-    found = dict(row=photos, tokens=stored[photos], neighbors=near, scores=np.zeros((n, 3), np.float32))
+    found = dict(row=photos, tokens=stored[photos], neighbors=near)
     records.write_shard(records.shard_path(tmp_path, "train", 0, 1), layout.encode(found))
     gallery, expected = table.Table(tmp_path), scheme.encode(*where.T)
     batch = join.Tokens(records.Records(tmp_path, "train", layout), gallery, gallery, scheme, 3)(np.arange(n))

@@ -66,9 +66,8 @@ def train(folder, steps, task=None, make_input=None, **changes):
     options = loop.TrainSettings(**{**values, **changes})
     mesh = sharding.make_mesh(sharding.MeshSettings(-1, 1, 1))
     batches = (make_input or Stopping)(pipeline.training(20, read, 8, seed=0), steps)
-    return loop.run(
-        task or LineTask(), options, mesh, folder, batches, lambda: pipeline.evaluation(12, read, 8), 20, "train"
-    )
+    data = loop.Data(batches, lambda: pipeline.evaluation(12, read, 8), 20)
+    return loop.run(task or LineTask(), options, mesh, folder, data, "train")
 
 
 class Interrupted(Exception):

@@ -169,12 +169,12 @@ def _sums(form: _Form, x: Array, biases: Array, floor: Array, targets: Targets, 
 def _sums_forward(form: _Form, *inputs: Any) -> tuple[Any, Any]:
     sums: Any = _sums(form, *inputs)
     x, biases, _, targets, queue = inputs
-    return sums, (x, biases, targets, queue, *(most for most, _ in sums))
+    return sums, (x, biases, targets, queue, tuple(most for most, _ in sums))
 
 
 def _sums_backward(form: _Form, kept: Any, slopes: tuple[_Sums, _Sums]) -> tuple:
     # What is summed is measured from `most`, so the result does not depend on it: its own slope is none.
-    found = _on_devices(functools.partial(_backward, form), *kept, *(slope for _, slope in slopes))
+    found = _on_devices(functools.partial(_backward, form), *kept, tuple(slope for _, slope in slopes))
     dx, dbiases, dy, dz = found
     return dx, dbiases, None, Targets(dy, None, None), Targets(dz, None, None)  # pyright: ignore[reportArgumentType]
 
@@ -217,9 +217,13 @@ def _forward(
 
 def _backward(
     form: _Form, axes: tuple[str, ...], x: Array, biases: Array, targets: Targets, queue: Targets,
-    photo_most: Array, target_most: Array, photo_slope: Array, target_slope: Array,
+    mosts: tuple[Array, Array], slopes: tuple[Array, Array],
 ) -> tuple[Array, Array, Array, Array]:  # fmt: skip
-    """Returns the gradients by x, biases, the targets' vectors and the queue's."""
+    """Returns the gradients by x, biases, the targets' vectors and the queue's.
+
+    mosts, slopes: the largest logits, and the sums' gradients, of photos and of targets.
+    """
+    (photo_most, target_most), (photo_slope, target_slope) = mosts, slopes
     cut = functools.partial(_cut, form.chunk)
     past = jnp.zeros(len(queue.present))
 
@@ -228,9 +232,9 @@ def _backward(
         return slopes * (jax.nn.sigmoid(logits) if form.kind == "sigmoid" else jnp.exp(logits - most))
 
     def step(sums: tuple[Array, Array], part: tuple) -> tuple[tuple[Array, Array], Array]:
-        (columns, most, slopes), dy = part
+        (columns, most, slope_of), dy = part
         logits = _logits(form, x, biases, targets, columns)
-        dlogits = slope(logits, photo_most, photo_slope, 1) + slope(logits, most, slopes, 0)
+        dlogits = slope(logits, photo_most, photo_slope, 1) + slope(logits, most, slope_of, 0)
         dx, dbiases = sums
         return (dx + dlogits @ columns.vectors, dbiases + dlogits.sum(1)), dy + dlogits.T @ x
 

@@ -20,6 +20,7 @@ from geotoken_jax.align.task import AlignTask
 from geotoken_jax.backbone import BackboneSettings
 from geotoken_jax.backbone.checkpoint import write_module
 from geotoken_jax.backbone.huggingface import HuggingFace, ImageTower
+from geotoken_jax.batch import Spec, spec
 from geotoken_jax.settings import Runtime, SettingsError
 
 TOWERS = ("cached", "frozen", "trained")
@@ -63,8 +64,8 @@ def _open_tower(settings: BackboneSettings, remat: str, mesh: Mesh | None = None
 class PixelsTask(AlignTask):
     """Trains heads and location encoder on photos and, where asked, the image tower.
 
-    A batch is AlignTask's, but image is uint8 [B, h, w, 3], prepared, and `tower` holds the published parameters. These
-    stay as they are: a trained tower has them plus `learning_rate` times what the optimizer has made of zeros. So it
+    `batch` specifies its batch, to which the loop adds `tower`, the published parameters. These stay as they are: a
+    trained tower has them plus `learning_rate` times what the optimizer has made of zeros. So it
     begins as published, to the bit; it moves by that share of the heads' rate, for Adam's steps do not depend on the
     size of gradients; and weight decay draws it back to where it began (L2-SP, Li et al. 2018).
     """
@@ -92,6 +93,10 @@ class PixelsTask(AlignTask):
     @property
     def _trained(self) -> bool:
         return self._pixels.tower == "trained"
+
+    def batch(self, size: int) -> Spec:
+        """Returns AlignTask's specification with prepared photos, image [B, h, w, 3] uint8, in place of features."""
+        return super().batch(size) | spec(size, image=((self.tower.side, self.tower.side, 3), jnp.uint8))
 
     def init(self, rngs: nnx.Rngs) -> AlignModel:
         model: Any = super().init(rngs)

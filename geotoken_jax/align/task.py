@@ -11,6 +11,7 @@ from flax import nnx
 from geotoken_jax.align import loss as contrast
 from geotoken_jax.align.heads import AlignModel, AlignSettings
 from geotoken_jax.align.loss import LossSettings, Targets
+from geotoken_jax.batch import Spec, spec
 
 
 class Queue(nnx.Variable):
@@ -33,8 +34,7 @@ class TrainedAlignModel(AlignModel):
 class AlignTask:
     """Trains heads and location encoder on frozen features.
 
-    A batch is a dict of float32 arrays: image [B, C]; text [B, C], zeros where a photo has no text; coordinates [B, 2],
-    latitude and longitude in degrees; in evaluation also valid [B], False for what only fills the batch up.
+    `batch` specifies its batch.
     """
 
     def __init__(
@@ -53,6 +53,15 @@ class AlignTask:
         """Six for each parameter, which serves once a photo; the products of embeddings left out."""
         params = nnx.state(nnx.eval_shape(lambda: AlignTask.init(self, nnx.Rngs(0))), nnx.Param)
         return 6.0 * sum(p.size for p in jax.tree.leaves(params))
+
+    def batch(self, size: int) -> Spec:
+        """Returns the specification of a batch of `size` photos.
+
+        image [B, C]; text [B, C], zeros for a photo without text; coordinates [B, 2], latitude and longitude in
+        degrees; all float32. Evaluation adds valid [B] bool: False for examples that only fill the batch up.
+        """
+        features = ((self.width,), jnp.float32)
+        return spec(size, image=features, text=features, coordinates=((2,), jnp.float32))
 
     def init(self, rngs: nnx.Rngs) -> AlignModel:
         if self._loss is None:

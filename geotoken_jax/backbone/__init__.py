@@ -1,6 +1,5 @@
 """Frozen backbones: photos and texts in, feature rows out. Each is named in `config.embed.backbone`."""
 
-import dataclasses
 import hashlib
 import pathlib
 from collections.abc import Sequence
@@ -9,12 +8,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 from jaxtyping import Float32, UInt8
 from numpy import ndarray
 
-from geotoken_jax.backbone.settings import HuggingFaceSettings
+from geotoken_jax.backbone.settings import BackboneSettings, HuggingFaceSettings
 from geotoken_jax.backbone.thumbnail import Thumbnail, ThumbnailSettings
 from geotoken_jax.settings import SettingsError
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
+
+__all__ = ["Backbone", "BackboneSettings", "HuggingFaceSettings", "ThumbnailSettings", "made_with", "make"]
 
 #: Bytes at either end of a file by which it is known again.
 _END = 1 << 20
@@ -44,15 +45,6 @@ class Backbone(Protocol):
     def texts(self, texts: Sequence[str]) -> Float32[ndarray, "B C"]:
         """Returns the features of texts, zeros for an empty one."""
         ...
-
-
-@dataclasses.dataclass(frozen=True)
-class BackboneSettings:
-    """backbone: name of the one used. thumbnail, huggingface: their sections."""
-
-    backbone: str
-    thumbnail: ThumbnailSettings
-    huggingface: HuggingFaceSettings
 
 
 def made_with(settings: BackboneSettings) -> dict[str, Any]:

@@ -134,6 +134,8 @@ class ImageTower:
         self._shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
         self.parameters = nnx.to_pure_dict(state)
         self.width, self.min_side, self._processor, self._dtype = of.width, of.min_side, of.processor, of.dtype
+        #: Side of a prepared photo, in pixels.
+        self.side = of.processor.side
         #: Floating-point operations of one photo's features: each parameter serves every patch. Attention's own
         #: products are left out, 4 % at L/14.
         self.flops = 2.0 * sum(x.size for x in jax.tree.leaves(state)) * of.model.image_shape.patches

@@ -68,6 +68,18 @@ def open_image(source: Any, min_side: int | None = None) -> Image.Image:
         raise ImageError(f"{path} cannot be opened ({error.strerror or error}): check its permissions") from error
 
 
+def thumbnail(photo: Any, side: int, quality: int, min_side: int | None = None) -> bytes:
+    """Returns a JPEG of a photo's pixels, at most `side` of them along either side, without EXIF and comments.
+
+    photo, min_side: as `open_image` takes them. Raises ImageError.
+    """
+    image = open_image(photo, min_side)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    Image.fromarray(np.asarray(image)).save(file, "JPEG", quality=quality, optimize=True)
+    return file.getvalue()
+
+
 def place_text(city: str, state: str, country: str) -> str:
     """Returns the sentence that stands for a place, missing names dropped; empty if all are missing (G3's prompt)."""
     names = [name for name in (city, state, country) if name]

@@ -1,7 +1,8 @@
-"""Settings of a Hugging Face backbone, config.embed.huggingface."""
+"""Settings of the frozen backbones."""
 
 import dataclasses
 
+from geotoken_jax.backbone.thumbnail import ThumbnailSettings
 from geotoken_jax.settings import Runtime
 
 
@@ -18,3 +19,12 @@ class HuggingFaceSettings:
             raise ValueError(f"config.embed.huggingface.dtype is {self.dtype!r}: choose float32 or bfloat16")
         if self.batch_size < 1:
             raise ValueError(f"config.embed.huggingface.batch_size is {self.batch_size}: it must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class BackboneSettings:
+    """backbone: name of the one used. thumbnail, huggingface: their sections."""
+
+    backbone: str
+    thumbnail: ThumbnailSettings
+    huggingface: HuggingFaceSettings

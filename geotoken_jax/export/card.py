@@ -20,6 +20,12 @@ _UNSTATED = {
     "citation": "",
 }
 
+#: What the card says of standalone.py.
+_ALONE = """
+Without the package: `pip install jax flatbuffers`, then `python standalone.py FEATURES.npy > answers.jsonl`; its first
+lines say what it takes, and what it leaves out.
+"""
+
 
 def write(
     folder: epath.Path, workdir: Workdir, config: Config, variant: str, referred: Mapping[str, Any] | None, cost: Any
@@ -73,6 +79,15 @@ def _license(source: Mapping[str, Any], referred: Mapping[str, Any] | None) -> s
     return "\n\n".join(parts) + "\n"
 
 
+def _own(metrics: Mapping[str, Any], variant: str) -> dict[str, Any]:
+    """Returns split -> figures of the variant's main method, for the splits that have them."""
+    found = {
+        split: [m for m in scored["methods"] if m["variant"] == variant and m.get("main")]
+        for split, scored in metrics["splits"].items()
+    }
+    return {split: methods[0] for split, methods in found.items() if methods}
+
+
 def _card(
     folder: epath.Path,
     workdir: Workdir,
@@ -84,22 +99,13 @@ def _card(
 ) -> str:
     trained, photos = workdir.manifest(f"geotoken/{variant}"), workdir.manifest("photos")
     metrics = workdir.metrics()
-    label = config.evaluate.labels.get(variant, variant)
-    own = {
-        split: next(m for m in found["methods"] if m["variant"] == variant and m.get("main"))
-        for split, found in metrics["splits"].items()
-        if any(m["variant"] == variant and m.get("main") for m in found["methods"])
-    }
-    alone = ""
-    if (folder / "standalone.py").exists():
-        alone = """
-Without the package, with jax and numpy alone: `python standalone.py FEATURES.npy > answers.jsonl`; its first lines say
-what it takes, and what it leaves out.
-"""
+    label, own = config.evaluate.labels.get(variant, variant), _own(metrics, variant)
+    alone = _ALONE if (folder / "standalone.py").exists() else ""
     tower = "thumbnails of the photos themselves"
     if referred:
         tower = referred["name"] + (", which is here" if (folder / "backbone").exists() else ", which is not here")
     cite = f"\n{_wrapped('Cite: ' + source['citation'])}\n" if source["citation"] else ""
+    exact = "less than" if metrics["strict"] else "within"
     return f"""{_front(label, source, own)}
 # {label}
 
@@ -122,7 +128,7 @@ one that shows nothing of where it is: look at the radii. Do not use it to find 
 
 ## Accuracy
 
-Percent of photos {"less than" if metrics["strict"] else "within"} a distance, in brackets the 95 % interval:
+Percent of photos {exact} a distance, in brackets the 95 % interval:
 
 | split | photos | 1 km | 25 km | 200 km | 750 km | 2500 km |
 |---|---|---|---|---|---|---|

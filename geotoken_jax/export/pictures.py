@@ -5,7 +5,6 @@ few words on all of them. Nothing here is needed to answer.
 import concurrent.futures
 import dataclasses
 import hashlib
-import io
 import itertools
 import json
 import os
@@ -13,11 +12,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 from etils import epath
-from PIL import Image
 
 from geotoken_jax import records
 from geotoken_jax.artifacts import GALLERY, Workdir
-from geotoken_jax.backbone.preprocess import ImageError, open_image
+from geotoken_jax.backbone import preprocess
 from geotoken_jax.configuration import Config
 from geotoken_jax.export import card
 from geotoken_jax.geo.distance import great_circle_km
@@ -167,16 +165,11 @@ def _images(photos: records.Photos, ids: Sequence[bytes], first: int) -> Iterato
 
 
 def _jpeg(image: bytes, side: int, quality: int) -> bytes:
-    """Returns a photo as a JPEG of its pixels alone, whose longest side has at most `side`; nothing of one that cannot
-    be read."""
+    """Returns a photo's thumbnail; nothing if the photo cannot be read."""
     try:
-        small = open_image(image)
-    except ImageError:
+        return preprocess.thumbnail(image, side, quality)
+    except preprocess.ImageError:
         return b""
-    small.thumbnail((side, side), Image.Resampling.LANCZOS)
-    file = io.BytesIO()
-    small.save(file, "JPEG", quality=quality, optimize=True)
-    return file.getvalue()
 
 
 def _write_examples(workdir: Workdir, variant: str, count: int, folder: epath.Path) -> list[Example]:

@@ -1,6 +1,6 @@
-"""Tells where photos were taken by the model in this folder, with jax and numpy alone.
+"""Tells where photos were taken by the model in this folder, without geotoken_jax.
 
-`python standalone.py FEATURES.npy [TARGET] > answers.jsonl`
+`pip install jax flatbuffers`, then `python standalone.py FEATURES.npy [TARGET] > answers.jsonl`
 
 TARGET is a folder that `geotoken export --target` made, such as targets/onnx: its programs run in place of those for
 jax, with onnxruntime and numpy alone, or with tensorflow and numpy alone.
@@ -16,9 +16,7 @@ which is unknown here.
 """
 
 import json
-import struct
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
@@ -258,65 +256,10 @@ def _savedmodel(target, name):
 
 
 def deserialize(data):
-    """Returns the jax.export.Exported that was serialized.
-
-    jax reads it with flatbuffers, which it does not bring: where that is not installed, what reading takes of it stands
-    in, after the format's description (https://flatbuffers.dev/internals).
-    """
+    """Returns the jax.export.Exported that was serialized."""
     from jax import export
 
-    try:
-        import flatbuffers  # noqa: F401
-    except ImportError:
-        sys.modules["flatbuffers"] = reader = types.ModuleType("flatbuffers")
-        sys.modules["flatbuffers.compat"] = compat = types.ModuleType("flatbuffers.compat")
-        vars(compat)["import_numpy"] = lambda: np
-        numbers = {
-            f"{kind}{bits}": np.dtype(f"{kind.lower()}{bits}") for kind in ("Int", "Uint") for bits in (8, 16, 32, 64)
-        }
-        numbers |= {"Bool": np.dtype(bool), "UOffsetT": np.dtype(np.uint32)}
-        flags = {f"{name}Flags": types.SimpleNamespace(py_type=int, dtype=dtype) for name, dtype in numbers.items()}
-        vars(reader).update(
-            Builder=None,
-            table=types.SimpleNamespace(Table=_Table),
-            number_types=types.SimpleNamespace(**flags),
-            packer=types.SimpleNamespace(uoffset="<I"),
-            encode=types.SimpleNamespace(Get=lambda form, data, at: struct.unpack_from(form, data, at)[0]),
-        )
     return export.deserialize(bytearray(data))
-
-
-class _Table:
-    """A table of a flatbuffer: its bytes, and where in them it begins."""
-
-    def __init__(self, data, position):
-        self.Bytes, self.Pos = data, position
-
-    def Offset(self, field):
-        table = self.Pos - self._read("<i", self.Pos)
-        return self._read("<H", table + field) if field < self._read("<H", table) else 0
-
-    def Indirect(self, at):
-        return at + self._read("<I", at)
-
-    def Vector(self, at):
-        return self.Indirect(at + self.Pos) + 4
-
-    def VectorLen(self, at):
-        return self._read("<I", self.Vector(at) - 4)
-
-    def String(self, at):
-        start = self.Indirect(at) + 4
-        return bytes(self.Bytes[start : start + self._read("<I", start - 4)])
-
-    def Get(self, flags, at):
-        return int(np.frombuffer(self.Bytes, flags.dtype, 1, at)[0])
-
-    def GetVectorAsNumpy(self, flags, at):
-        return np.frombuffer(self.Bytes, flags.dtype, self.VectorLen(at), self.Vector(at))
-
-    def _read(self, form, at):
-        return struct.unpack_from(form, self.Bytes, at)[0]
 
 
 def _shards(folder, name):

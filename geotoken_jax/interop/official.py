@@ -44,22 +44,28 @@ _PROJECTIONS = ("image_proj", "loc_proj", "text_proj")  # in our order: image, l
 
 
 def settings(
-    *, width: int, layers: int, heads: int, feed_forward: int, group: int, level: int, neighbors: int,
-    backbone_width: int = 768, dropout: float = 0.1, dtype: str = "float32", remat: str = "none",
-) -> ModelSettings:  # fmt: skip
-    """Returns the settings of the published form. Raises ValueError for a group whose tables nothing could hold."""
+    *, width: int, layers: int, heads: int, feed_forward: int, group: int, level: int, neighbors: int, **others: Any
+) -> ModelSettings:
+    """Returns the settings of the published form. Raises ValueError for a group whose tables nothing could hold.
+
+    others: fields of ModelSettings that differ from the published code's: backbone_width (768), dropout (0.1), dtype
+    ("float32"), remat ("none").
+    """
     if group > MAX_GROUP:
         tables = 3 * (level // group) * 4**group * width * 4
         raise ValueError(
             f"group {group} has 4^{group} = {4**group:,} tokens a position, past an int32, and tables of "
             f"{tables / 1e12:,.0f} TB at width {width}: use a group up to {MAX_GROUP} that divides level {level}"
         )
+    fixed = dict(
+        norm="post", activation="relu", scheme="s2", memory="full", positions="sinusoidal", tie_tokens=False,
+        copy_head=False, neighbor_tokens=True, neighbor_embeddings=True, neighbor_dropout=0.0, similarities=False,
+        context="none", qk_norm=False, attention="xla",
+    )  # fmt: skip
+    free = {"backbone_width": 768, "dropout": 0.1, "dtype": "float32", "remat": "none", **others}
     return ModelSettings(
-        width=width, heads=heads, feed_forward=feed_forward, dropout=dropout, norm="post", activation="relu",
-        dtype=dtype, remat=remat, scheme="s2", level=level, group=group, backbone_width=backbone_width,
-        neighbors=neighbors, encoder_layers=layers, decoder_layers=layers, memory="full", positions="sinusoidal",
-        tie_tokens=False, copy_head=False, neighbor_tokens=True, neighbor_embeddings=True, neighbor_dropout=0.0,
-        similarities=False, context="none", qk_norm=False, attention="xla",
+        width=width, heads=heads, feed_forward=feed_forward, level=level, group=group, neighbors=neighbors,
+        encoder_layers=layers, decoder_layers=layers, **fixed, **free,
     )  # fmt: skip
 
 

@@ -11,8 +11,7 @@ def per_example(s: ModelSettings) -> float:
     what remat "dots" or "full" computes a second time is not counted, nor is anything but products.
     """
     d, m, t = s.width, s.neighbors, s.cells.length
-    per_neighbor = 1 if s.memory == "compact" else 3 + t * s.neighbor_tokens
-    memory = 4 + (s.times > 0) + m * per_neighbor
+    memory = s.memory_form.length
     feed_forward = (3 if s.activation in GATED else 2) * d * s.feed_forward
     projections = 3 * (1 + m) * (s.backbone_width * d + d * d)
     # Queries, keys, values and output are d x d each; scores and their product with values are S x S x d each.

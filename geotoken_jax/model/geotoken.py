@@ -17,7 +17,7 @@ from geotoken_jax import sharding, stack
 from geotoken_jax.geo.cells import Scheme
 from geotoken_jax.geo.schemes import SCHEMES
 from geotoken_jax.model import layers
-from geotoken_jax.model.memory import CONTEXTS, MemoryBuilder, Neighbors, drop, sinusoidal
+from geotoken_jax.model.memory import CONTEXTS, MemoryBuilder, MemoryForm, Neighbors, drop, sinusoidal
 
 #: Share of the photos whose time is hidden in training: who asks seldom tells it, and a data set may know every one.
 _TIMELESS = 0.1
@@ -77,6 +77,14 @@ class ModelSettings(layers.LayerSettings):
     def times(self) -> int:
         """How many numbers of a photo's time are read."""
         return CONTEXTS[self.context]
+
+    @property
+    def memory_form(self) -> MemoryForm:
+        """The parts of the memory sequence and its length."""
+        return MemoryForm(
+            self.neighbors, self.cells.length, self.memory, self.positions, self.neighbor_tokens,
+            self.neighbor_embeddings, self.similarities, self.times,
+        )  # fmt: skip
 
 
 class Memory(NamedTuple):
@@ -145,19 +153,7 @@ class GeoTokenModel(nnx.Module):
         normal = nnx.initializers.normal(0.02)
         # Position t's slice of the token table starts after those of the positions before it.
         self.offsets = tuple(int(o) for o in np.cumsum(sizes) - sizes)
-        self.memory_builder = MemoryBuilder(
-            s.backbone_width,
-            s.width,
-            s.neighbors,
-            s.memory,
-            s.positions,
-            s.neighbor_tokens,
-            s.neighbor_embeddings,
-            s.similarities,
-            s.times,
-            s.dtype,
-            rngs,
-        )
+        self.memory_builder = MemoryBuilder(s.memory_form, s.backbone_width, s.width, s.dtype, rngs)
         self.start_embedding = sharding.parameter(rngs.params(), normal, (s.width,), (None,))
         # Not split by "embed", as neither are the memory's vectors: to split its gradient XLA would gather all photos'.
         self.token_table = sharding.parameter(rngs.params(), normal, (int(sizes.sum()), s.width), ("vocab", None))

@@ -6,6 +6,7 @@ text, its S2 tokens]: 4 + M (3 + T) positions. Compact form: each neighbor is on
 which positions are real. Where it is read when the photo was taken, that is one more position before the neighbors.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -66,37 +67,62 @@ class Projections(nnx.Module):
         return sharding.constrain((x / norm).astype(self.dtype), "batch")
 
 
-class MemoryBuilder(nnx.Module):
-    """Embeds a photo and its neighbors as the encoder's input.
+@dataclasses.dataclass(frozen=True)
+class MemoryForm:
+    """The parts of the memory sequence.
 
-    form: "full" or "compact". positions: "sinusoidal" (flat, as published) or "factored" (learned vectors for the
-    neighbor's rank and for the kind of position; levels are told apart by the token table's own slices).
-    neighbor_tokens, neighbor_embeddings: False leaves these of the neighbors out (the ablation). similarities: tell how
-    near each neighbor is, by the cosines of its three vectors with the photo's: what ranked it, and what projections to
-    D cannot keep. times: numbers that are read of when the photo was taken; 0 for none, and no position for them.
+    neighbors: M, number of neighbors. tokens: T, number of S2 tokens per neighbor. form: "full" or "compact".
+    positions: "sinusoidal" (flat, as published) or "factored" (learned vectors for the neighbor's rank and for the kind
+    of position; the token table's own slices tell levels apart). neighbor_tokens, neighbor_embeddings: False leaves out
+    the neighbors' tokens or embeddings (ablation). similarities: True adds the cosines of each neighbor's three vectors
+    with the photo's, which projections to D cannot keep. times: numbers read of when the photo was taken; 0 for none,
+    and no position.
     """
 
-    def __init__(
-        self, backbone_width: int, width: int, neighbors: int, form: str, positions: str, neighbor_tokens: bool,
-        neighbor_embeddings: bool, similarities: bool, times: int, dtype: str, rngs: nnx.Rngs,
-    ):  # fmt: skip
+    neighbors: int
+    tokens: int
+    form: str
+    positions: str
+    neighbor_tokens: bool
+    neighbor_embeddings: bool
+    similarities: bool
+    times: int
+
+    @property
+    def head(self) -> int:
+        """Number of positions before the first neighbor's."""
+        return 4 + (self.times > 0)
+
+    @property
+    def per_neighbor(self) -> int:
+        """Number of positions per neighbor."""
+        return 1 if self.form == "compact" else 3 + self.tokens * self.neighbor_tokens
+
+    @property
+    def length(self) -> int:
+        """Number of positions of the whole sequence, S."""
+        return self.head + self.neighbors * self.per_neighbor
+
+
+class MemoryBuilder(nnx.Module):
+    """Embeds a photo and its neighbors as the encoder's input."""
+
+    def __init__(self, form: MemoryForm, backbone_width: int, width: int, dtype: str, rngs: nnx.Rngs):
         normal = nnx.initializers.normal(0.02)
         self.projections = Projections(backbone_width, width, dtype, rngs)
         # What is added to every photo is small and lies whole on each device: to split its gradient XLA would
         # gather that of all photos first.
         self.cls = sharding.parameter(rngs.params(), normal, (width,), (None,))
-        self.factored = positions == "factored"
+        self.factored = form.positions == "factored"
         if self.factored:
             self.kinds = sharding.parameter(rngs.params(), normal, (len(KINDS), width), (None, None))
-            self.ranks = sharding.parameter(rngs.params(), normal, (neighbors + 1, width), (None, None))
-        if similarities:
+            self.ranks = sharding.parameter(rngs.params(), normal, (form.neighbors + 1, width), (None, None))
+        if form.similarities:
             self.similar_up = sharding.linear(3, width, (None, "mlp"), rngs=rngs)
             self.similar_down = sharding.linear(width, width, ("mlp", "embed"), rngs=rngs)
-        if times:
-            self.context = sharding.linear(times, width, (None, None), rngs=rngs)
-        self.times, self.head = times, 4 + (times > 0)
-        self.similarities = similarities
-        self.form, self.neighbor_tokens, self.neighbor_embeddings = form, neighbor_tokens, neighbor_embeddings
+        if form.times:
+            self.context = sharding.linear(form.times, width, (None, None), rngs=rngs)
+        self.form = form
         self.dtype = jnp.dtype(dtype)
 
     def __call__(
@@ -111,38 +137,38 @@ class MemoryBuilder(nnx.Module):
         b, m = neighbors.tokens.shape[:2]
         photo = self.projections(query)
         found = self.projections(neighbors.embeddings)
-        if not self.neighbor_embeddings:
+        if not self.form.neighbor_embeddings:
             found = jnp.zeros_like(found)
         cls = jnp.broadcast_to(self.cls[...].astype(self.dtype), (b, 1, photo.shape[-1]))
         head = jnp.concatenate([cls, photo], 1)
-        if self.similarities and self.neighbor_embeddings:
+        if self.form.similarities and self.form.neighbor_embeddings:
             near = jax.nn.gelu(self.similar_up(cosines(query, neighbors.embeddings)))
             found = found + self.similar_down(near).astype(self.dtype)[:, :, None]
         if self.factored:
             kinds, ranks = self.kinds[...].astype(self.dtype), self.ranks[...].astype(self.dtype)
             head = head + kinds[:4] + ranks[0]
             found = found + kinds[1:4] + ranks[1 : m + 1, None]
-        if self.times:
-            time = self.context(jnp.zeros((b, self.times)) if context is None else context)
+        if self.form.times:
+            time = self.context(jnp.zeros((b, self.form.times)) if context is None else context)
             head = jnp.concatenate([head, time[:, None].astype(self.dtype)], 1)
         parts = [found]
-        if self.neighbor_tokens and token_embeddings is not None:
+        if self.form.neighbor_tokens and token_embeddings is not None:
             tokens = token_embeddings.astype(self.dtype)
             if self.factored:
                 tokens = tokens + kinds[4] + ranks[1 : m + 1, None]
             parts.append(tokens)
         body = jnp.concatenate(parts, 2)
-        if self.form == "compact":
+        if self.form.form == "compact":
             body = body.sum(2, keepdims=True)
-        per_neighbor = body.shape[2]
-        x = jnp.concatenate([head, body.reshape(b, m * per_neighbor, body.shape[-1])], 1)
+        x = jnp.concatenate([head, body.reshape(b, -1, body.shape[-1])], 1)
         if not self.factored:
             x = x + sinusoidal(x.shape[1], x.shape[2]).astype(self.dtype)
-        return x, self.head + neighbors.count * per_neighbor
+        return x, self.form.head + neighbors.count * body.shape[2]
 
     def first_positions(self, m: int, length: int) -> np.ndarray:
         """Returns the index [M] of each neighbor's first position (its image) in a sequence of this length."""
-        return self.head + np.arange(m) * ((length - self.head) // max(m, 1))
+        head = self.form.head
+        return head + np.arange(m) * ((length - head) // max(m, 1))
 
 
 def cosines(query: Float[Array, "B 3 C"], neighbors: Float[Array, "B M 3 C"]) -> Float[Array, "B M 3"]:

@@ -8,10 +8,12 @@ import dataclasses
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from geotoken_jax import sharding
+from geotoken_jax.batch import Spec, spec
 from geotoken_jax.geo.distance import THRESHOLDS_KM
 from geotoken_jax.model.verifier import listwise
 
@@ -40,11 +42,19 @@ class RewardHead(nnx.Module):
 
 
 class RewardTask:
-    """Learns which candidates are near. A batch holds states [B, K, D], the decoder's last outputs, and km [B, K]."""
+    """Learns which candidates are near. `batch` specifies its batch."""
 
     def __init__(self, settings: RewardSettings, width: int):
         self.settings, self._width = settings, width
         self.flops = 6.0 * settings.hidden * (width + len(THRESHOLDS_KM))  # of one candidate
+
+    def batch(self, size: int, candidates: int) -> Spec:
+        """Returns the specification of a batch of `size` photos.
+
+        states [B, K, D]: the decoder's last outputs. km [B, K]: each candidate's distance from the photo. Both float32.
+        Evaluation adds valid [B] bool: False for examples that only fill the batch up.
+        """
+        return spec(size, states=((candidates, self._width), jnp.float32), km=((candidates,), jnp.float32))
 
     def init(self, rngs: nnx.Rngs) -> RewardHead:
         return RewardHead(self.settings, self._width, rngs=rngs)

@@ -27,9 +27,8 @@ class LossSettings:
 class GeoTokenTask:
     """Learns p(tokens | photo, neighbors).
 
-    A batch holds query [B, 3, C], tokens [B, T], neighbor_count [B], and what `lookup` reads the neighbors' embeddings
-    [B, M, 3, C] and tokens [B, M, T] from, wherever the gallery lies (gallery/placement.py); and context [B, times], of
-    the photos' times, where the model reads them.
+    model/batch.py specifies its batch; `lookup` (gallery/placement.py) reads the neighbors' embeddings and tokens from
+    it, wherever the gallery is.
     """
 
     def __init__(

@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from geotoken_jax import sharding
+from geotoken_jax.batch import Spec, spec
 from geotoken_jax.geo.distance import EARTH_RADIUS_KM, THRESHOLDS_KM
 
 
@@ -57,12 +58,21 @@ class Comparator(nnx.Module):
 class ComparatorTask:
     """Learns to tell photos of one place from others: symmetric InfoNCE over the batch (van den Oord et al. 2018).
 
-    A batch holds image and other [B, C], embeddings of two photos of one place, and place [B, 3], a unit vector.
+    `batch` specifies its batch.
     """
 
     def __init__(self, settings: ComparatorSettings, mean: Float[np.ndarray, " C"]):
         self.settings, self._mean = settings, mean
         self.flops = 12.0 * settings.hidden * (len(mean) + settings.width)
+
+    def batch(self, size: int) -> Spec:
+        """Returns the specification of a batch of `size` photos.
+
+        image, other [B, C]: embeddings of two photos of one place. place [B, 3]: the place, a unit vector. All float32.
+        Evaluation adds valid [B] bool: False for examples that only fill the batch up.
+        """
+        features = ((len(self._mean),), jnp.float32)
+        return spec(size, image=features, other=features, place=((3,), jnp.float32))
 
     def init(self, rngs: nnx.Rngs) -> Comparator:
         return Comparator(self.settings, self._mean, rngs=rngs)
@@ -124,11 +134,20 @@ class Judge(nnx.Module):
 
 
 class JudgeTask:
-    """Learns which candidates of a pool are within each threshold. A batch holds features [B, K, F] and km [B, K]."""
+    """Learns which candidates of a pool are within each threshold. `batch` specifies its batch."""
 
     def __init__(self, settings: JudgeSettings, moments: Float[np.ndarray, "2 F"]):
         self.settings, self._moments = settings, moments
         self.flops = 0.0  # next to nothing
+
+    def batch(self, size: int, candidates: int) -> Spec:
+        """Returns the specification of a batch of `size` photos.
+
+        features [B, K, F]: of each candidate. km [B, K]: each candidate's distance from the photo. Both float32.
+        Evaluation adds valid [B] bool: False for examples that only fill the batch up.
+        """
+        features = (candidates, self._moments.shape[-1])
+        return spec(size, features=(features, jnp.float32), km=((candidates,), jnp.float32))
 
     def init(self, rngs: nnx.Rngs) -> Judge:
         return Judge(self.settings, self._moments, rngs=rngs)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32, Int64, UInt8
 
 from geotoken_jax import records
 from geotoken_jax.align.heads import Head
+from geotoken_jax.batch import Spec, spec
 from geotoken_jax.gallery.table import Table
 from geotoken_jax.geo.distance import from_unit_vectors, to_unit_vectors
 
@@ -104,12 +105,20 @@ def _inputs(embeddings: Float[np.ndarray, "B 3 C"]) -> Float32[np.ndarray, "B D"
 
 
 class ClassifierTask:
-    """Learns p(cell | photo). A batch holds vectors [B, 3 C] and cell [B]."""
+    """Learns p(cell | photo). `batch` specifies its batch."""
 
     def __init__(self, settings: ClassifierSettings, width: int, cells: int):
         """width: C, of the vectors. cells: V."""
         self._shape, self._dropout = (3 * width, settings.hidden, cells), settings.dropout
         self.flops = 6.0 * settings.hidden * (3 * width + cells)
+
+    def batch(self, size: int) -> Spec:
+        """Returns the specification of a batch of `size` photos.
+
+        vectors [B, 3 C] float32: the photo's three embeddings in a row. cell [B] int32: number of the photo's cell.
+        Evaluation adds valid [B] bool: False for examples that only fill the batch up.
+        """
+        return spec(size, vectors=((self._shape[0],), jnp.float32), cell=((), jnp.int32))
 
     def init(self, rngs: nnx.Rngs) -> Head:
         return Head(self._shape, self._dropout, rngs=rngs)

@@ -8,7 +8,6 @@ it is known, so that no reply is paid for twice.
 
 import base64
 import dataclasses
-import io
 import json
 import os
 import re
@@ -22,12 +21,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 from jaxtyping import Float, Int
-from PIL import Image
 from urllib3 import PoolManager, Retry, Timeout
 from urllib3.exceptions import ConnectTimeoutError, HTTPError, MaxRetryError, ReadTimeoutError
 
 from geotoken_jax import workdir
-from geotoken_jax.backbone.preprocess import open_image
+from geotoken_jax.backbone.preprocess import thumbnail
 from geotoken_jax.geo.distance import great_circle_km
 from geotoken_jax.predict.pool import Pool
 from geotoken_jax.settings import Runtime, SettingsError, plain
@@ -251,7 +249,8 @@ class Judge:
         )
 
     def _ask(self, photo_id: str, photo: bytes, question: _Question) -> _Outcome:
-        image = base64.b64encode(_jpeg(photo, self._settings.side)).decode()
+        side = self._settings.side
+        image = base64.b64encode(thumbnail(photo, side, _JPEG_QUALITY, side)).decode()
         content = [
             {"type": "text", "text": question.text},
             {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{image}"}},
@@ -358,16 +357,6 @@ def _question(pool: Pool, i: int, settings: JudgeSettings) -> _Question:
         "additionalProperties": False,
     }
     return _Question("\n".join(text), schema, settings.answer, pool.coordinates[i][shown])
-
-
-def _jpeg(photo: bytes, side: int) -> bytes:
-    """Returns the photo's pixels, no more than `side` of them along either side, and nothing else that its file says:
-    EXIF may hold the position."""
-    image = open_image(photo, side)
-    image.thumbnail((side, side), Image.Resampling.LANCZOS)
-    file = io.BytesIO()
-    Image.fromarray(np.asarray(image)).save(file, "JPEG", quality=_JPEG_QUALITY)
-    return file.getvalue()
 
 
 def _problem(cause: Exception | None) -> str:

@@ -48,11 +48,13 @@ def fit(
         options,
         mesh,
         folder,
-        pipeline.training(len(train), train, options.batch_size, options.seed, *process),
-        lambda: pipeline.evaluation(len(validation), validation, options.batch_size, *process),
-        len(train),
+        loop.Data(
+            pipeline.training(len(train), train, options.batch_size, options.seed, *process),
+            lambda: pipeline.evaluation(len(validation), validation, options.batch_size, *process),
+            len(train),
+            dict(resident or {}),
+        ),
         what,
-        dict(resident or {}),
     )
 
 

@@ -80,34 +80,37 @@ class Result:
     parameters: int
 
 
-def run(
-    task: Task,
-    settings: TrainSettings,
-    mesh: Mesh,
-    folder: epath.PathLike,
-    batches: TrainingInput,
-    validation: Callable[[], Iterable[Batch]],
-    photos: int,
-    what: str,
-    resident: Resident | None = None,
-) -> Result:
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What is trained and validated on.
+
+    batches: the training input, at its beginning. validation: makes one pass over the validation split, whose batches
+    have `valid` [b]. photos: number of photos of the training split, for the schedule. resident: arrays that stay on
+    the mesh; empty for none.
+    """
+
+    batches: TrainingInput
+    validation: Callable[[], Iterable[Batch]]
+    photos: int
+    resident: Resident = dataclasses.field(default_factory=dict)
+
+
+def run(task: Task, settings: TrainSettings, mesh: Mesh, folder: epath.PathLike, data: Data, what: str) -> Result:
     """Trains until `settings.examples` photos have been seen, going on from the newest checkpoint in `folder`, and
     writes the parameters of the best step to `folder`/parameters.safetensors (parameters.txt lists them).
 
-    batches: the training input, at its beginning. validation: makes one pass over the validation split, whose batches
-    have `valid` [b]. photos: size of the training split, for the schedule. what: the name shown beside the progress.
-    resident: arrays that stay on the mesh. Raises Preempted, Diverged, and StageError where the disk is full.
+    what: the name shown beside the progress. Raises Preempted, Diverged, and StageError if the disk is full.
     """
-    schedule = make_schedule(settings.optimizer, settings.steps, max(1, photos // settings.batch_size))
+    schedule = make_schedule(settings.optimizer, settings.steps, max(1, data.photos // settings.batch_size))
     optimizer = make_optimizer(settings.optimizer, schedule)
     trainer = Trainer(task, optimizer, mesh, settings.accumulate, settings.ema)
-    folder, resident = epath.Path(folder), resident or {}
+    folder = epath.Path(folder)
     first = jax.process_index() == 0
     key = jax.random.key(settings.seed)
     with _room(folder), Checkpoints(folder / "checkpoints") as checkpoints, _Preemption() as preemption:
         if first:
             (folder / "parameters.txt").write_text(trainer.describe())
-        step, state, window = _begin(checkpoints, trainer, key, batches)
+        step, state, window = _begin(checkpoints, trainer, key, data.batches)
         with metrics.Writer(folder, step, settings.wandb, what, shown=first) as writer, Progress(
             what, settings.steps * settings.batch_size, "photos", done=step * settings.batch_size, shown=first
         ) as progress:  # fmt: skip
@@ -117,10 +120,10 @@ def run(
                 profile.before(step + 1)
                 processes.alive(f"reading the photos of step {step + 1}")
                 waiting = time.monotonic()
-                batch = _on_mesh(next(batches), trainer)
+                batch = _on_mesh(next(data.batches), trainer)
                 log.waited(time.monotonic() - waiting)
                 processes.alive(f"in step {step + 1}")
-                state, values = trainer.step(state, batch, key, resident)
+                state, values = trainer.step(state, batch, key, data.resident)
                 step += 1
                 log.add(values)
                 profile.after(step, state)
@@ -132,17 +135,13 @@ def run(
                 asked = preemption.asked(step) and not last
                 validated = step % settings.evaluate_every == 0 or last
                 if validated or asked:
-                    loss = None
-                    if validated:
-                        found = evaluate(trainer, state, validation(), resident)
-                        writer.write(step, {f"validation/{name}": value for name, value in found.items()})
-                        loss = found["loss"]
+                    loss = _validate(trainer, step, state, data, writer) if validated else None
                     processes.alive(f"saving step {step}")
-                    checkpoints.save(step, state, {"input": batches.get_state(), "window": log.window()}, loss)
+                    checkpoints.save(step, state, {"input": data.batches.get_state(), "window": log.window()}, loss)
                     log.pause()
                 if asked:
                     raise Preempted(f"{what} was asked to end and is saved at step {step}: the same command goes on")
-        batches.close()
+        data.batches.close()
         processes.alive("writing the last checkpoint")
     with _room(folder):
         return _finish(folder, trainer)
@@ -172,6 +171,13 @@ def _begin(
     step, state, position = found
     batches.set_state(position["input"])
     return step, state, position["window"]
+
+
+def _validate(trainer: Trainer, step: int, state: State, data: Data, writer: metrics.Writer) -> float:
+    """Returns the validation loss; writes it and the task's other metrics."""
+    found = evaluate(trainer, state, data.validation(), data.resident)
+    writer.write(step, {f"validation/{name}": value for name, value in found.items()})
+    return found["loss"]
 
 
 def _finish(folder: epath.Path, trainer: Trainer) -> Result:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from configs import ladder
+from configs import demo, ladder
 from configs import scaling as study
 from geotoken_jax import cli, settings, workdir
 from geotoken_jax.analysis import scaling, scaling_law, scaling_page
@@ -208,8 +208,8 @@ def test_what_was_found_is_told(tmp_path, stages):
 
 def test_the_command_names_what_it_lacks(tmp_path, capsys):
     for options, message in (
-        (["--config=configs/demo.py", f"--workdir={tmp_path}"], "give --config=FILE with a section `scaling`"),
-        (["--config=configs/scaling.py", f"--workdir={tmp_path}", "--index=99"], "has the runs 0 to 35"),
+        ([f"--config={demo.__file__}", f"--workdir={tmp_path}"], "give --config=FILE with a section `scaling`"),
+        ([f"--config={study.__file__}", f"--workdir={tmp_path}", "--index=99"], "has the runs 0 to 35"),
     ):
         with pytest.raises(SystemExit) as stopped:
             cli.main(["scaling", "run", *options])

@@ -47,7 +47,7 @@ def test_a_test_runs_in_its_own_folder(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "workers, writes", [("2", ""), ("0", "runs/demo/left"), ("0", "left"), ("2", "runs/demo/export/config.json")]
+    "workers, writes", [("0", ""), ("0", "runs/demo/left"), ("0", "left"), ("2", "runs/demo/export/config.json")]
 )
 def test_a_session_is_apart_from_its_surroundings_and_fails_if_it_leaves_something(tmp_path, workers, writes):
     repository, home = tmp_path / "repository", tmp_path / "home"

@@ -387,9 +387,12 @@ def test_photos_a_minute_are_counted_by_address():
         rate.take("2001:db8::ffff:2", 1)  # of the same network
     now[0] = 5.0
     rate.take("1.2.3.4", 5)
-    for n in range(20_000):
-        rate.take(f"10.0.{n // 256}.{n % 256}", 1)
-    assert len(rate._left) == 10_000
+    clients = [f"10.0.{n // 256}.{n % 256}" for n in range(20_000)]
+    for client in clients:
+        rate.take(client, 60)
+    with pytest.raises(limits.Refused):
+        rate.take(clients[10_000], 1)  # the last 10,000 are remembered
+    rate.take(clients[9_999], 60)
 
 
 def test_more_photos_than_the_rate_get_429():

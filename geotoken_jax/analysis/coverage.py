@@ -132,7 +132,7 @@ def table(figures: Mapping[str, Any]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def gallery_regions(photos: Sequence[Mapping[str, Any]], gallery: Table) -> Shaped[np.ndarray, "N 2"]:
+def gallery_regions(photos: records.Photos, gallery: Table) -> Shaped[np.ndarray, "N 2"]:
     """Returns continent and country of every gallery photo, as UTF-8.
 
     photos: records in the gallery's order, which also has those that `embed` dropped. Raises StageError if one of the

@@ -19,6 +19,7 @@ from geotoken_jax.artifacts import Workdir
 from geotoken_jax.gallery.table import write_shard
 from geotoken_jax.geo import distance
 from geotoken_jax.pages import chart, worldmap
+from geotoken_jax.pages import table as tables
 from geotoken_jax.pages.photos import candidate_table, data_uri, thumbnail
 from geotoken_jax.stages import evaluate
 from geotoken_jax.stages import evaluate as report_stage
@@ -341,3 +342,17 @@ def test_a_chart_has_intervals_and_no_number_outside_of_it():
     assert len(across) == 4 and min(across) >= 62 and max(across) <= 458  # 20, 40, 60, 80
     labels = ["0.5", "25", "1,000", "150k", "100M", "3e11"]
     assert [chart.label(value) for value in (0.5, 25, 1000, 150_000, 1e8, 3e11)] == labels
+
+
+def test_a_table_escapes_what_comes_from_data_and_shows_intervals_alike():
+    estimate = {"value": 0.5, "low": 0.25, "high": 0.751}
+    cells = ["<a>", tables.interval(estimate), tables.interval(None), tables.points(estimate)]
+    made = tables.Table(["n<m", "b", "c", "d", "e"], [tables.Group([tables.Row("<b>", cells, "bound")], "g&h", "n")])
+    drawn = made.html()
+    read = Checked()
+    read.feed(drawn)
+    assert read.open == [] and "<b>" not in drawn and "<a>" not in drawn
+    assert "<td>50.0<small>25.0\N{EN DASH}75.1</small></td><td>\N{EN DASH}</td>" in drawn
+    assert '<span class="up">+50.0</span><small>+25.0 to +75.1</small>' in drawn and '<tr class="bound">' in drawn
+    lines = tables.plain(["run", "loss"], [["a", "1.5"], ["b", "2"]]).markdown().splitlines()
+    assert lines == ["| run | loss |", "|---|---:|", "| a | 1.5 |", "| b | 2 |"]

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from geotoken_jax import records
 from geotoken_jax.analysis.points import Method
 from geotoken_jax.gallery.table import Table
 from geotoken_jax.geo import distance
+from geotoken_jax.records import Photos
 
 #: Photos of each kind.
 _SHOWN = 10
@@ -46,7 +46,7 @@ def ranked(method: Method, count: int = _SHOWN) -> dict[str, Int[np.ndarray, "n"
 class Gallery:
     """Photos of a split by id, and the name of the place of the nearest one."""
 
-    def __init__(self, photos: records.Photos, table: Table, wanted: Iterable[str] = ()):
+    def __init__(self, photos: Photos, table: Table, wanted: Iterable[str] = ()):
         """photos: the split's records. table: its gallery/ or queries/. wanted: ids of the photos to be asked for."""
         self._photos = photos
         self._ids = np.asarray(table.ids())

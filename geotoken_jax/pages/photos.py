@@ -12,13 +12,13 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image, ImageOps
 
-from geotoken_jax import records
 from geotoken_jax.analysis import formats
 from geotoken_jax.analysis.examples import Examples, Gallery, place_name
 from geotoken_jax.analysis.points import Method, Points
 from geotoken_jax.geo import distance
 from geotoken_jax.pages import frame, worldmap
 from geotoken_jax.pages.table import Cell, Group, Row, Table
+from geotoken_jax.records import Photos
 
 #: Photos on the map: up to 300 per split and 1,200 on all splits (2 KB each).
 _MAP_SPLIT, _MAP_ALL = 300, 1200
@@ -121,7 +121,7 @@ def candidate_table(row: Mapping[str, Any], truth: Float[np.ndarray, "2"], galle
 def photo_map(
     truths: Mapping[str, Points],
     methods: Mapping[str, Sequence[Method]],
-    photos: Mapping[str, records.Photos],
+    photos: Mapping[str, Photos],
     reference: str,
     seed: int,
 ) -> str:

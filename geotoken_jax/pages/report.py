@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from geotoken_jax import records
 from geotoken_jax.analysis import formats
 from geotoken_jax.analysis.examples import Examples, Gallery
 from geotoken_jax.analysis.points import Method, Points
@@ -16,6 +15,7 @@ from geotoken_jax.pages import frame, photos, uncertainty
 from geotoken_jax.pages.chart import Chart, Panels, Series
 from geotoken_jax.pages.frame import Piece, Section
 from geotoken_jax.pages.table import THRESHOLDS, Cell, Group, Row, Table, interval, points
+from geotoken_jax.records import Photos
 from geotoken_jax.workdir import Manifest
 
 Losses = Sequence[tuple[str, Mapping[str, tuple[np.ndarray, np.ndarray]]]]
@@ -44,7 +44,7 @@ class Report:
     metrics: Mapping[str, Any]
     truths: Mapping[str, Points]
     methods: Mapping[str, Sequence[Method]]
-    photos: Mapping[str, records.Photos]
+    photos: Mapping[str, Photos]
     examples: Examples | None
     gallery: Gallery
     losses: Losses

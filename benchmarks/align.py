@@ -62,7 +62,7 @@ def train(config: Any, workdir: str) -> tuple[Any, int]:
     mesh = make_mesh(config.mesh)
     task, splits, resident = align.aligner(config, Workdir(workdir), mesh)
     with tempfile.TemporaryDirectory() as folder:
-        result = training.fit(task, config.align.train, mesh, splits, folder, "align", resident)
+        result = training.fit(task, config, "align.train", splits, folder, "align", mesh, resident)
         untrained = AlignTask(task.settings, task.width)
         return checkpoint.read_module(Path(folder) / "parameters.safetensors", untrained.init), result.parameters
 

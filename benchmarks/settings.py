@@ -50,7 +50,7 @@ def measure(config: Any, workdir: str, examples: int) -> dict[str, float]:
     task, splits, resident = train.decoder(config, Workdir(workdir), mesh)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        result = training.fit(task, config.train, mesh, splits, folder, "train", resident)
+        result = training.fit(task, config, "train", splits, folder, "train", mesh, resident)
         lines = map(json.loads, (Path(folder) / "metrics.jsonl").read_text().splitlines())
         best = next(line for line in lines if line["step"] == result.best_step and "validation/loss" in line)
     found = {column: round(best[name], 4) for name, column in COLUMNS.items()}

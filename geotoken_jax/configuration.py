@@ -5,6 +5,7 @@ section that they need. Networks declare their settings beside them, stages here
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -288,15 +289,19 @@ class Config:
         """Returns the configuration with changes (sections and keys, nested) made; where: they stand in it."""
         return settings.changed(self, changes, where)
 
+    def at(self, place: str) -> Any:
+        """Returns the section or key at a dotted place."""
+        return functools.reduce(getattr, place.split("."), self)
+
     def select(self, *keys: str) -> dict[str, Any]:
         """Returns sections and keys, each by its dotted place, as a manifest records them: without runtime fields."""
         found: dict[str, Any] = {}
         for key in keys:
             *parents, last = key.split(".")
-            section, value = found, self
+            section = found
             for parent in parents:
-                section, value = section.setdefault(parent, {}), getattr(value, parent)
-            section[last] = settings.result(getattr(value, last))
+                section = section.setdefault(parent, {})
+            section[last] = settings.result(self.at(key))
         return found
 
 

@@ -49,8 +49,14 @@ def read(kind: type[S], section: Any, where: str) -> S:
     values = {name: _value(hints[name], section[name], _place(where, name)) for name in fields}
     try:
         return kind(**values)
-    except ValueError as error:  # what __post_init__ has to say of the values
-        raise SettingsError(str(error)) from None
+    except ValueError as error:  # of __post_init__
+        raise SettingsError(_said(error, where)) from None
+
+
+def _said(error: ValueError, where: str) -> str:
+    """Returns what a section refuses, with the whole place of the key that its message begins with."""
+    said = str(error)
+    return said if isinstance(error, SettingsError) or said.startswith("config.") else f"config.{_place(where, said)}"
 
 
 def _place(where: str, key: str) -> str:
@@ -128,8 +134,8 @@ def changed(section: S, changes: Mapping[str, Any], where: str) -> S:
             values[key] = _value(hints[key], value, f"{where}.{key}")
     try:
         return dataclasses.replace(section, **values)  # pyright: ignore[reportArgumentType]
-    except ValueError as error:  # what __post_init__ has to say of the values
-        raise SettingsError(str(error)) from None
+    except ValueError as error:  # of __post_init__
+        raise SettingsError(_said(error, where)) from None
 
 
 def plain(section: Any) -> Any:

@@ -129,6 +129,49 @@ def test_changed_settings_are_refused_by_name(workdir: Path, capsys: pytest.Capt
     assert "config.model.width = 16, not 32" in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("verb", [["predict"], ["learn"], ["export"], ["audit", "levels"]])
+@pytest.mark.parametrize(
+    ("key", "made_with", "asked"),
+    [
+        ("model.heads", 2, 4),
+        ("model.activation", "gelu", "relu"),
+        ("model.memory", "compact", "full"),
+        ("model.scheme", "s2", "latlon"),
+        ("align.model.location.projection", "mercator", "equal_earth"),
+    ],
+)
+def test_other_settings_than_a_trained_parts_own_are_refused(workdir, capsys, verb, key, made_with, asked):
+    before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*")}
+    change = [f"--config.{key}={asked}"]
+    if key == "model.scheme":  # these cells are not searched, which would be refused first
+        change += ["--config.predict.search.expansions=0", "--config.predict.selectors=('greedy',)",
+                   "--config.predict.choice=greedy"]  # fmt: skip
+    assert geotoken(*verb, f"--config={CONFIG}", f"--workdir={workdir}", *change) == cli.REFUSED
+    error = capsys.readouterr().err
+    assert f"config.{key} is {asked!r}, and " in error and f"was made with {made_with!r}: leave config.{key}" in error
+    assert error.count("\n") == 1
+    assert before == {p: p.stat().st_mtime_ns for p in workdir.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    ("verb", "change"),
+    [
+        ("index", "index.search.threads=7"),
+        ("align", "align.loss.chunk=64"),
+        ("train", "train.accumulate=2"),
+        ("train", "model.remat=dots"),
+        ("learn", "verifier.train_judge.log_every=9"),
+        ("predict", "predict.batch_size=7"),
+        ("predict", "judge.timeout_s=7.0"),
+        ("export", "embed.threads=3"),
+    ],
+)
+def test_what_cannot_change_a_result_keeps_it(workdir, capsys, verb, change):
+    assert geotoken(verb, f"--config={CONFIG}", f"--workdir={workdir}", f"--config.{change}") == 0
+    printed = capsys.readouterr().out
+    assert "kept " in printed and "made " not in printed
+
+
 @pytest.fixture(scope="module")
 def photo(workdir: Path) -> bytes:
     return records.Photos(workdir / "photos", "test")[0]["image"]

@@ -80,7 +80,5 @@ def test_high_frequencies_keep_their_precision():
 
 
 def test_an_unknown_projection_is_refused():
-    with pytest.raises(
-        ValueError, match=r"align.location.projection is 'gnomonic'.*mercator, equal_earth, unit_vector"
-    ):
+    with pytest.raises(ValueError, match=r"projection is 'gnomonic'.*mercator, equal_earth, unit_vector"):
         make("gnomonic")

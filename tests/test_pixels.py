@@ -94,7 +94,7 @@ def train(path, folder, clip, mesh=(1, 1, 1), **pixels):
     config = make_config(clip, **pixels)
     devices = make_mesh(*mesh)
     task, splits, resident = align.aligner(typed(config), Workdir(path), devices)
-    training.fit(task, typed(config).align.train, devices, splits, folder, "align", resident)
+    training.fit(task, typed(config), "align.train", splits, folder, "align", devices, resident)
     return task, lines(folder)
 
 

@@ -94,11 +94,11 @@ def trainer(monkeypatch):
     """Returns a list that names what is trained, as it is."""
     calls, fit = [], training.fit
 
-    def listed(task, options, mesh, splits, folder, what):
+    def listed(task, config, where, splits, folder, what):
         calls.append(what)
         if what == "comparator":  # on none of the photos that have pools
             assert not set(splits[0]._rows) & set(splits[1]._rows)
-        return fit(task, options, mesh, splits, folder, what)
+        return fit(task, config, where, splits, folder, what)
 
     monkeypatch.setattr(training, "fit", listed)
     return calls

@@ -31,6 +31,10 @@ class LocationSettings:
     hidden: int
     out: int
 
+    def __post_init__(self):
+        if self.projection not in PROJECTIONS:
+            raise ValueError(f"projection is {self.projection!r}: choose one of {', '.join(PROJECTIONS)}")
+
 
 class Frequencies(nnx.Variable):
     """Fourier frequencies: saved with the weights, and no nnx.Param, so no optimizer moves them."""
@@ -40,9 +44,6 @@ class Capsules(nnx.Module):
     """Coordinates -> the sum of the capsules' outputs: the whole of GeoCLIP's encoder, and the first part of G3's."""
 
     def __init__(self, settings: LocationSettings, *, rngs: nnx.Rngs):
-        if settings.projection not in PROJECTIONS:
-            known = ", ".join(PROJECTIONS)
-            raise ValueError(f"align.location.projection is {settings.projection!r}: it must be one of {known}")
         self.projection = settings.projection
         self.capsules = nnx.List([Capsule(settings, sigma, rngs=rngs) for sigma in settings.sigmas])
 

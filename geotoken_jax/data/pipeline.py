@@ -49,9 +49,9 @@ def training(
     Raises SettingsError if the batch does not divide over the processes or is larger than the data.
     """
     if batch_size % processes:
-        raise SettingsError(f"config.batch_size = {batch_size} does not divide over {processes} processes")
+        raise SettingsError(f"batch_size is {batch_size}, which does not divide over {processes} processes")
     if batch_size > n:
-        raise SettingsError(f"config.batch_size = {batch_size} is more than the {n} photos there are: make it smaller")
+        raise SettingsError(f"batch_size is {batch_size}, more than the {n} photos there are: make it smaller")
     rows = grain.MapDataset.range(n).seed(seed).shuffle().repeat().batch(batch_size, drop_remainder=True)
     read_part = rows.map_with_index(_ReadPart(read, process, processes))
     return iter(read_part.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))

@@ -27,11 +27,9 @@ class ExcludeSettings:
 
     def __post_init__(self):
         if not -1 <= self.cosine_above <= 1:
-            raise ValueError(
-                f"config.index.neighbors: cosine_above is {self.cosine_above}: it must be in [-1, 1], and 1 for none"
-            )
+            raise ValueError(f"cosine_above is {self.cosine_above}: it must be in [-1, 1], and 1 for none")
         if not self.within_km >= 0:
-            raise ValueError(f"config.index.neighbors: within_km is {self.within_km}: it must be 0 (for none) or more")
+            raise ValueError(f"within_km is {self.within_km}: it must be 0 (for none) or more")
 
 
 class Exclusion(Protocol):

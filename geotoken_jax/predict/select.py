@@ -37,7 +37,7 @@ class VoteSettings:
     def __post_init__(self):
         for key in ("temperature", "sigma_km"):
             if getattr(self, key) <= 0:
-                raise ValueError(f"{key} of a vote is {getattr(self, key)}: it must be above 0")
+                raise ValueError(f"{key} is {getattr(self, key)}: it must be above 0")
 
 
 class Parts(NamedTuple):

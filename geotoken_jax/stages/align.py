@@ -39,7 +39,7 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
         return [workdir.manifest("align")]
     task, splits, resident = parts
     options = config.align.train
-    result = training.fit(task, options, mesh, splits, stage.path, "align", resident)
+    result = training.fit(task, config, "align.train", splits, stage.path, "align", mesh, resident)
     after = task.write_tower if from_pixels else None
     return [training.finish(workdir, stage, options, result, "align", after)]
 

@@ -17,7 +17,6 @@ from geotoken_jax.predict import classifier, places
 from geotoken_jax.predict.select import density
 from geotoken_jax.progress import Progress
 from geotoken_jax.settings import SettingsError
-from geotoken_jax.sharding import make_mesh
 from geotoken_jax.stages import training
 from geotoken_jax.stages.predict import described, write
 from geotoken_jax.workdir import Manifest
@@ -134,7 +133,7 @@ def _classifier(config: Config, workdir: Workdir, folder: epath.Path) -> tuple[A
         [classifier.Photos(workdir.table(split), cells) for split in splits] for splits in (names, [VALIDATION])
     )
     splits, where = [Together(train), *validation], folder / "training"  # pyright: ignore[reportArgumentType]
-    training.fit(task, config.baselines.train, make_mesh(config.mesh), splits, where, "train classifier")
+    training.fit(task, config, "baselines.train", splits, where, "train classifier")
     model = checkpoint.read_module(where / "parameters.safetensors", task.init)
     held = cells.of(gallery.tokens())
     centers = classifier.centers(gallery.coordinates(), held, len(cells))

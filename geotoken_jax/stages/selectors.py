@@ -25,7 +25,6 @@ from geotoken_jax.predict.pool import Pool
 from geotoken_jax.predict.reward import States
 from geotoken_jax.predict.verify import Around, Looks
 from geotoken_jax.progress import Progress
-from geotoken_jax.sharding import make_mesh
 from geotoken_jax.stages import training
 from geotoken_jax.workdir import Manifest
 
@@ -83,9 +82,7 @@ def reward(config: Config, workdir: Workdir, variant: str) -> Manifest:
     states, pool = workdir.pools(variant, own.model)
     km = _km(pool, workdir.gallery.coordinates(workdir.pool_rows(variant)))
     task = RewardTask(own.reward.model, states.shape[-1])
-    training.fit(
-        task, own.reward.train, make_mesh(own.mesh), _splits(states=states, km=km), stage.path, f"reward {variant}"
-    )
+    training.fit(task, own, "reward.train", _splits(states=states, km=km), stage.path, f"reward {variant}")
     return stage.finish({"photos": len(km)})
 
 
@@ -111,7 +108,7 @@ def verifier(config: Config, workdir: Workdir, variant: str) -> Manifest:
     task = JudgeTask(own.verifier.model.judge, np.load(folder / "moments.npy"))
     km = _km(pool, workdir.gallery.coordinates(rows))
     splits = _splits(features=records.open_array(folder / "features.npy"), km=km)
-    training.fit(task, own.verifier.train_judge, make_mesh(own.mesh), splits, folder / "judge", f"judge {variant}")
+    training.fit(task, own, "verifier.train_judge", splits, folder / "judge", f"judge {variant}")
     return stage.finish({"photos": len(rows), "looks": len(looks)})
 
 
@@ -124,7 +121,7 @@ def _comparator(config: Config, folder: epath.Path, looks: Looks, gallery: Table
         _Pairs(looks, gallery, some, options.same_within_km, config.pools.seed) for some in (others, np.sort(rows))
     ]
     where = folder / "comparator"
-    training.fit(task, config.verifier.train_comparator, make_mesh(config.mesh), pairs, where, "comparator")
+    training.fit(task, config, "verifier.train_comparator", pairs, where, "comparator")
     comparator = checkpoint.read_module(where / "parameters.safetensors", task.init)
     file = folder / "keys.npy"
     if not file.exists():

@@ -33,7 +33,7 @@ def run(config: Config, workdir: Workdir, variant: str) -> list[Manifest]:
         return [stage.manifest]
     mesh = make_mesh(own.mesh)
     task, splits, resident = decoder(own, workdir, mesh)
-    result = training.fit(task, own.train, mesh, splits, stage.path, f"train {variant}", resident)
+    result = training.fit(task, own, "train", splits, stage.path, f"train {variant}", mesh, resident)
     return [training.finish(workdir, stage, own.train, result, f"train {variant}")]
 
 

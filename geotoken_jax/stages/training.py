@@ -10,6 +10,8 @@ from geotoken_jax import processes
 from geotoken_jax.artifacts import Workdir
 from geotoken_jax.configuration import Config
 from geotoken_jax.data import pipeline
+from geotoken_jax.settings import SettingsError
+from geotoken_jax.sharding import make_mesh
 from geotoken_jax.train import loop
 from geotoken_jax.train.loop import TrainSettings
 from geotoken_jax.workdir import Manifest, Stage
@@ -29,33 +31,37 @@ def begin(
 
 def fit(
     task: Any,
-    options: TrainSettings,
-    mesh: Mesh,
+    config: Config,
+    where: str,
     splits: list,
     folder: epath.PathLike,
     what: str,
+    mesh: Mesh | None = None,
     resident: Mapping[str, Any] | None = None,
 ) -> loop.Result:
     """Trains a task in a folder with its input and the loop.
 
-    splits: readers of training and validation photos. what: the name shown beside the progress. resident: arrays that
-    stay on the mesh.
+    where: the dotted place in config of the TrainSettings. splits: readers of training and validation photos. what: the
+    name shown beside the progress. mesh: None for that of config.mesh. resident: arrays that stay on the mesh.
     """
+    options: TrainSettings = config.at(where)
+    mesh = mesh or make_mesh(config.mesh)
     process = (processes.index(), processes.count())
     train, validation = splits
-    return loop.run(
-        task,
-        options,
-        mesh,
-        folder,
-        loop.Data(
-            pipeline.training(len(train), train, options.batch_size, options.seed, *process),
+    try:
+        batches = pipeline.training(len(train), train, options.batch_size, options.seed, *process)
+        data = loop.Data(
+            batches,
             lambda: pipeline.evaluation(len(validation), validation, options.batch_size, *process),
             len(train),
             dict(resident or {}),
-        ),
-        what,
-    )
+        )
+    except SettingsError as error:
+        raise SettingsError(f"config.{where}.{error}") from None
+    try:
+        return loop.run(task, options, mesh, folder, data, what)
+    except loop.Diverged as error:
+        raise loop.Diverged(f"config.{where}.{error}") from None
 
 
 def finish(

@@ -317,8 +317,8 @@ class _Log:
         in_a_row = int(state["skipped_in_a_row"])
         if in_a_row > self._settings.max_skipped:
             raise Diverged(
-                f"the last {in_a_row} steps until {step} had a loss or a gradient that was not finite, and "
-                f"config.train.max_skipped is {self._settings.max_skipped}: lower the learning rate, or clip"
+                f"max_skipped is {self._settings.max_skipped}, and the last {in_a_row} steps until {step} had a loss "
+                "or a gradient that was not finite: lower the learning rate, or clip"
             )
 
 

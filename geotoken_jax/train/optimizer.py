@@ -6,8 +6,6 @@ from typing import Any
 import jax
 import optax
 
-from geotoken_jax.settings import SettingsError
-
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerSettings:
@@ -22,19 +20,21 @@ class OptimizerSettings:
     b2: float
     clip: float
 
+    def __post_init__(self):
+        if self.schedule not in ("cosine", "exponential"):
+            raise ValueError(f"schedule is {self.schedule!r}: choose cosine or exponential")
+
 
 def make_schedule(settings: OptimizerSettings, steps: int, steps_per_epoch: int) -> optax.Schedule:
-    """Returns step -> learning rate over `steps` steps. Raises SettingsError for an unknown schedule."""
+    """Returns step -> learning rate over `steps` steps."""
     warm = round(settings.warmup * steps)
     if settings.schedule == "cosine":
         return optax.warmup_cosine_decay_schedule(
             0.0 if warm else settings.learning_rate, settings.learning_rate, warm, steps
         )
-    if settings.schedule == "exponential":
-        decay = optax.exponential_decay(settings.learning_rate, steps_per_epoch, settings.decay, staircase=True)
-        rise = optax.linear_schedule(0.0, settings.learning_rate, max(warm, 1))
-        return optax.join_schedules([rise, decay], [warm]) if warm else decay
-    raise SettingsError(f"config.optimizer.schedule is {settings.schedule!r}: choose cosine or exponential")
+    decay = optax.exponential_decay(settings.learning_rate, steps_per_epoch, settings.decay, staircase=True)
+    rise = optax.linear_schedule(0.0, settings.learning_rate, max(warm, 1))
+    return optax.join_schedules([rise, decay], [warm]) if warm else decay
 
 
 def make_optimizer(settings: OptimizerSettings, schedule: optax.Schedule) -> optax.GradientTransformation:

@@ -3,6 +3,8 @@
 A section is read by the module that its comment names, as a frozen dataclass whose docstring explains the keys.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 
@@ -12,8 +14,84 @@ def get_config() -> ConfigDict:
     config.name = "common"
     config.mesh = dict(data=-1, fsdp=1, tensor=1)  # geotoken_jax/sharding.py
     config.watch = dict(connect_s=300.0, stalled_s=900.0)  # geotoken_jax/processes.py
+    config.photos = _photos()
+    config.embed = _embed()
+    config.align = _align()
+    config.index = _index()
+    config.gallery = dict(placement="host")  # geotoken_jax/gallery/placement.py
+    config.data = dict(photos=0, seed=0)  # geotoken_jax/data/join.py
+    config.model = _model()
+    config.loss = dict(first_weight=2.0, last_weight=1.0)  # geotoken_jax/model/task.py
+    # 50 epochs of the 4.12 M usable photos.
+    config.train = _train(2048, 206_000_000, 2_000, _published(5e-5, 0.9))
+    config.pools = dict(photos=50_000, seed=0)  # geotoken_jax/configuration.py
+    # geotoken_jax/model/reward.py
+    config.reward = dict(model=dict(hidden=2048, dropout=0.1), train=_train_selector())
+    config.verifier = _verifier()
+    # Name -> the sections and keys that it changes; `train`, `learn` and `predict` make each of them.
+    config.variants = dict(geotoken=dict())
+    config.predict = _predict()
+    config.judge = _judge()
+    config.baselines = _baselines()
+    config.evaluate = _evaluate()
+    config.export = _export()
+    config.audit = dict(  # geotoken_jax/configuration.py
+        coverage=dict(level=5, split="test", countries=8), leakage=dict(cosine_above=0.95)
+    )
+    return config
 
-    config.photos = dict(  # data_prep/photos.py
+
+def _train(batch_size: int, examples: int, evaluate_every: int, optimizer: dict[str, Any]) -> dict[str, Any]:
+    """Returns how something is trained (geotoken_jax/train/loop.py). optimizer: see geotoken_jax/train/optimizer.py."""
+    return dict(
+        batch_size=batch_size,
+        accumulate=1,
+        examples=examples,
+        evaluate_every=evaluate_every,
+        log_every=100,
+        seed=0,
+        ema=0.0,
+        max_skipped=10,
+        profile=(0, 0),
+        wandb="",
+        optimizer=optimizer,
+    )
+
+
+def _published(learning_rate: float, decay: float) -> dict[str, Any]:
+    """Returns AdamW as the paper and G3 use it. decay: factor on the learning rate after each epoch."""
+    return dict(
+        learning_rate=learning_rate,
+        schedule="exponential",
+        decay=decay,
+        warmup=0.0,
+        weight_decay=1e-6,
+        b2=0.999,
+        clip=0.0,
+    )
+
+
+def _cosine(learning_rate: float, warmup: float, weight_decay: float) -> dict[str, Any]:
+    """Returns AdamW with warm-up, then a cosine to zero, and gradients clipped to a norm of 1."""
+    return dict(
+        learning_rate=learning_rate,
+        schedule="cosine",
+        decay=1.0,
+        warmup=warmup,
+        weight_decay=weight_decay,
+        b2=0.999,
+        clip=1.0,
+    )
+
+
+def _train_selector() -> dict[str, Any]:
+    """Returns how a network that chooses among candidates is trained."""
+    return _train(512, 10_000_000, 2_000, _cosine(2e-3, 0.1, 0.05))
+
+
+def _photos() -> dict[str, Any]:
+    """Returns where photos come from (geotoken_jax/preparation.py)."""
+    return dict(  # data_prep/photos.py
         source="earthview",
         workers=2,
         beam=dict(runner="", options=()),  # data_prep/beam.py
@@ -43,7 +121,11 @@ def get_config() -> ConfigDict:
         yfcc=dict(name="yfcc4k", path="", table="", photos_per_shard=1_000),  # data_prep/sources/yfcc.py
         osv5m=dict(path=""),  # data_prep/sources/osv5m.py
     )
-    config.embed = dict(  # data_prep/embed.py
+
+
+def _embed() -> dict[str, Any]:
+    """Returns the frozen backbone and its views of photos (geotoken_jax/preparation.py)."""
+    return dict(  # data_prep/embed.py
         backbone="thumbnail",
         threads=2,
         thumbnail=dict(size=16),
@@ -52,7 +134,11 @@ def get_config() -> ConfigDict:
             count=0, seed=0, rotation=12.0, crop=0.8, gamma=0.15, color=0.1, flip=False
         ),
     )
-    config.align = dict(
+
+
+def _align() -> dict[str, Any]:
+    """Returns the alignment model and how it is trained."""
+    return dict(
         model=dict(  # geotoken_jax/align/heads.py
             hidden=768,
             dropout=0.0,
@@ -62,29 +148,14 @@ def get_config() -> ConfigDict:
         loss=dict(kind="info_nce", chunk=1024, queue=0, same_within_km=0.0),  # geotoken_jax/align/loss.py
         init=dict(location=""),  # geotoken_jax/interop/geoclip.py
         pixels=dict(tower="cached", augment=True, learning_rate=0.1, remat="dots"),  # geotoken_jax/align/pixels.py
-        train=dict(  # geotoken_jax/train/loop.py
-            batch_size=256,
-            accumulate=1,
-            examples=41_200_000,  # 10 epochs of the 4.12 M usable photos
-            evaluate_every=4_000,
-            log_every=100,
-            seed=0,
-            ema=0.0,
-            max_skipped=10,
-            profile=(0, 0),
-            wandb="",
-            optimizer=dict(  # geotoken_jax/train/optimizer.py
-                learning_rate=3e-5,
-                schedule="exponential",
-                decay=0.87,
-                warmup=0.0,
-                weight_decay=1e-6,
-                b2=0.999,
-                clip=0.0,
-            ),
-        ),
+        # 10 epochs of the 4.12 M usable photos.
+        train=_train(256, 41_200_000, 4_000, _published(3e-5, 0.87)),
     )
-    config.index = dict(
+
+
+def _index() -> dict[str, Any]:
+    """Returns which neighbors are recorded, and how they are found."""
+    return dict(
         neighbors=dict(  # data_prep/neighbors.py
             count=20,
             exclude=dict(author=False, cosine_above=1.0, within_km=0.0),
@@ -102,9 +173,11 @@ def get_config() -> ConfigDict:
             sample=1_000,
         ),
     )
-    config.gallery = dict(placement="host")  # geotoken_jax/gallery/placement.py
-    config.data = dict(photos=0, seed=0)  # geotoken_jax/data/join.py
-    config.model = dict(  # geotoken_jax/model/geotoken.py
+
+
+def _model() -> dict[str, Any]:
+    """Returns the decoder (geotoken_jax/model/geotoken.py)."""
+    return dict(  # geotoken_jax/model/geotoken.py
         scheme="s2",
         level=20,
         group=2,
@@ -132,37 +205,25 @@ def get_config() -> ConfigDict:
         dtype="bfloat16",
         remat="dots",
     )
-    config.loss = dict(first_weight=2.0, last_weight=1.0)  # geotoken_jax/model/task.py
-    config.train = dict(  # geotoken_jax/train/loop.py
-        batch_size=2048,
-        accumulate=1,
-        examples=206_000_000,  # 50 epochs of the 4.12 M usable photos
-        evaluate_every=2_000,
-        log_every=100,
-        seed=0,
-        ema=0.0,
-        max_skipped=10,
-        profile=(0, 0),
-        wandb="",
-        optimizer=dict(
-            learning_rate=5e-5, schedule="exponential", decay=0.9, warmup=0.0, weight_decay=1e-6, b2=0.999, clip=0.0
-        ),
-    )
-    config.pools = dict(photos=50_000, seed=0)  # geotoken_jax/predict/learn.py
-    config.reward = dict(model=dict(hidden=2048, dropout=0.1), train=_learner())  # geotoken_jax/model/reward.py
-    config.verifier = dict(
-        model=dict(  # geotoken_jax/predict/verify.py
+
+
+def _verifier() -> dict[str, Any]:
+    """Returns the verifier (geotoken_jax/predict/verify.py) and how its networks are trained."""
+    return dict(
+        model=dict(
             near=64,
             alike=64,
             comparator=dict(hidden=2048, width=256, dropout=0.1, noise=0.8, same_within_km=20.0),
             judge=dict(hidden=16, dropout=0.0),
         ),
-        train_comparator=_learner(),
-        train_judge=_learner(),
+        train_comparator=_train_selector(),
+        train_judge=_train_selector(),
     )
-    # Name -> the sections and keys that it changes; `train`, `learn` and `predict` make each of them.
-    config.variants = dict(geotoken=dict())
-    config.predict = dict(  # geotoken_jax/predict/decode.py
+
+
+def _predict() -> dict[str, Any]:
+    """Returns how photos are answered (geotoken_jax/predict/decode.py)."""
+    return dict(  # geotoken_jax/predict/decode.py
         samples=30,
         temperature=0.7,
         top_p=1.0,
@@ -174,7 +235,11 @@ def get_config() -> ConfigDict:
         batch_size=256,
         seed=0,
     )
-    config.judge = dict(  # geotoken_jax/predict/judge.py
+
+
+def _judge() -> dict[str, Any]:
+    """Returns the language model that may choose too (geotoken_jax/predict/judge.py)."""
+    return dict(  # geotoken_jax/predict/judge.py
         base_url="",  # none: nobody is asked
         model="",
         splits=("test",),
@@ -189,28 +254,23 @@ def get_config() -> ConfigDict:
         price_out=0.0,
         key_variable="",
     )
-    config.baselines = dict(  # geotoken_jax/predict/baselines.py
+
+
+def _baselines() -> dict[str, Any]:
+    """Returns the baselines (geotoken_jax/stages/baselines.py) and how the classifier is trained."""
+    return dict(
         knn=dict(neighbors=20, temperature=0.05, sigma_km=25.0),  # a city; the temperature is the demo's
         geoclip=dict(candidates=20),
         # The fine one of three partitions of MP-16 (Mueller-Budack et al. 2018), which has 12,893 cells.
         classifier=dict(max_photos=1_000, min_photos=50, hidden=1024, dropout=0.0, candidates=20),
-        train=dict(  # of the classifier: geotoken_jax/train/loop.py
-            batch_size=2048,
-            accumulate=1,
-            examples=41_200_000,  # 10 epochs of the 4.12 M usable photos
-            evaluate_every=2_000,
-            log_every=100,
-            seed=0,
-            ema=0.0,
-            max_skipped=10,
-            profile=(0, 0),
-            wandb="",
-            optimizer=dict(
-                learning_rate=1e-3, schedule="cosine", decay=1.0, warmup=0.05, weight_decay=0.01, b2=0.999, clip=1.0
-            ),
-        ),
+        # 10 epochs of the 4.12 M usable photos.
+        train=_train(2048, 41_200_000, 2_000, _cosine(1e-3, 0.05, 0.01)),
     )
-    config.evaluate = dict(  # geotoken_jax/analysis/evaluate.py
+
+
+def _evaluate() -> dict[str, Any]:
+    """Returns how predictions are scored (geotoken_jax/analysis/evaluate.py)."""
+    return dict(  # geotoken_jax/analysis/evaluate.py
         resamples=2_000,
         seed=0,
         reference="geotoken",
@@ -225,33 +285,14 @@ def get_config() -> ConfigDict:
             geotoken="GeoToken",
         ),
     )
-    config.export = dict(  # geotoken_jax/export/__init__.py
+
+
+def _export() -> dict[str, Any]:
+    """Returns what an export holds (geotoken_jax/stages/export.py)."""
+    return dict(  # geotoken_jax/export/__init__.py
         gallery="bfloat16",
         weights=True,
         # Photos of people may not be wanted on a page, so that there are none until they are asked for.
         thumbnails=0,
         examples=0,
-    )
-    config.audit = dict(  # geotoken_jax/analysis/audit.py
-        coverage=dict(level=5, split="test", countries=8), leakage=dict(cosine_above=0.95)
-    )
-    return config
-
-
-def _learner() -> dict:
-    """Returns how what chooses among candidates is trained (geotoken_jax/train/loop.py)."""
-    return dict(
-        batch_size=512,
-        accumulate=1,
-        examples=10_000_000,
-        evaluate_every=2_000,
-        log_every=100,
-        seed=0,
-        ema=0.0,
-        max_skipped=10,
-        profile=(0, 0),
-        wandb="",
-        optimizer=dict(
-            learning_rate=2e-3, schedule="cosine", decay=1.0, warmup=0.1, weight_decay=0.05, b2=0.999, clip=1.0
-        ),
     )

@@ -56,8 +56,24 @@ def get_config() -> ConfigDict:
     # 1,421 cells, and a minute and a half of training.
     config.baselines.classifier.update(max_photos=50, min_photos=5, hidden=512, dropout=0.5)
     config.baselines.train.update(batch_size=512, examples=720_000, evaluate_every=282, log_every=25)
+    config.variants = _variants()
+    config.export.update(thumbnails=64, examples=12)  # nobody is on a view from above
+    config.evaluate.labels = dict(
+        top1_neighbor="Top-1 neighbor",
+        knn="kNN vote",
+        geoclip="GeoCLIP's way",
+        classifier="Classifier of cells",
+        geotoken="GeoToken",
+        without_neighbor_tokens="GeoToken without neighbor tokens",
+        paper="GeoToken, the paper's form, 12,800 examples",
+    )
+    return config
+
+
+def _variants() -> dict[str, Any]:
+    """Returns GeoToken, GeoToken without neighbor tokens, and the paper's form of it."""
     greedy_alone = dict(samples=0, choice="greedy", selectors=("greedy",), search=dict(expansions=0))
-    config.variants = dict(
+    return dict(
         geotoken=dict(),
         without_neighbor_tokens=dict(
             model=dict(neighbor_tokens=False, copy_head=False), train=dict(examples=100_000), predict=greedy_alone
@@ -80,17 +96,6 @@ def get_config() -> ConfigDict:
             predict=greedy_alone,
         ),
     )
-    config.export.update(thumbnails=64, examples=12)  # nobody is on a view from above
-    config.evaluate.labels = dict(
-        top1_neighbor="Top-1 neighbor",
-        knn="kNN vote",
-        geoclip="GeoCLIP's way",
-        classifier="Classifier of cells",
-        geotoken="GeoToken",
-        without_neighbor_tokens="GeoToken without neighbor tokens",
-        paper="GeoToken, the paper's form, 12,800 examples",
-    )
-    return config
 
 
 def _choose(config: Any) -> None:

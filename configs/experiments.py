@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
         *(f"point_{goal}" for goal in goals),
         *("point_comparator", "point_likeness"),
     )
-    experiments = {**_chosen(config), **_trained()}
+    experiments = {**_chosen(config), **_read(), **_learned()}
     config.experiments = {name: {"note": "", "splits": _BOTH, **what} for name, what in experiments.items()}
     return config
 
@@ -97,33 +97,38 @@ def _chosen(config: Any) -> dict[str, Any]:
 _ALONE = dict(selectors=("log_probability",), search=dict(expansions=0))
 
 
-def _trained() -> dict[str, Any]:
-    """Experiments that train a decoder a run."""
+_SHORT = dict(predict=_GREEDY, train=dict(examples=30_000))
 
-    common = dict(predict=_GREEDY, train=dict(examples=30_000))
 
-    def runs(*named: tuple[str, dict]) -> tuple:
-        return tuple((name, {**common, **changes}) for name, changes in named)
+def _runs(*named: tuple[str, dict]) -> tuple:
+    return tuple((name, {**_SHORT, **changes}) for name, changes in named)
 
-    def model(**changes: Any) -> dict:
-        return dict(model=changes)
 
-    recorded = dict(index=dict(neighbors=dict(count=30)))
+def _model(**changes: Any) -> dict:
+    return dict(model=changes)
 
-    def masked(km: float) -> dict:
-        return dict(index=dict(neighbors=dict(exclude_in_evaluation=dict(within_km=km))))
 
+#: More neighbors than the demo records.
+_RECORDED = dict(index=dict(neighbors=dict(count=30)))
+
+
+def _masked(km: float) -> dict:
+    return dict(index=dict(neighbors=dict(exclude_in_evaluation=dict(within_km=km))))
+
+
+def _read() -> dict[str, Any]:
+    """Experiments that train a decoder a run: what it reads and writes."""
     return dict(
         neighbors_removed=dict(
             question="What do a neighbor's tokens, its embeddings, or both give?",
             note="The neighbors' tokens are nearly everything here: without them the answer is within 200 km for 2 % "
             "of the photos, with their embeddings or without (the head that copies tokens goes with them). The "
             "embeddings, and the similarities that come of them, are worth 2 points at 200 km.",
-            runs=runs(
+            runs=_runs(
                 ("all", {}),
-                ("without neighbor tokens", model(neighbor_tokens=False, copy_head=False)),
-                ("without neighbor embeddings", model(neighbor_embeddings=False)),
-                ("without neighbors", model(neighbors=0, copy_head=False)),
+                ("without neighbor tokens", _model(neighbor_tokens=False, copy_head=False)),
+                ("without neighbor embeddings", _model(neighbor_embeddings=False)),
+                ("without neighbors", _model(neighbors=0, copy_head=False)),
             ),
             choices=("",),
         ),
@@ -132,32 +137,38 @@ def _trained() -> dict[str, Any]:
             note="Larger tokens are a little better after so few examples: 4 quads gain 0.9 points at 200 km on test, "
             "5 quads 1.9 on test_shift. Their first token is a finer cell, so the face, where most answers go "
             "wrong (docs/audits.md), is not decided alone.",
-            runs=runs(*((f"group {n}", model(group=n)) for n in (2, 1, 4, 5))),
+            runs=_runs(*((f"group {n}", _model(group=n)) for n in (2, 1, 4, 5))),
             choices=("",),
         ),
         level=dict(
             question="Do finer cells help or hurt the coarse ones?",
             note="Finer cells cost nothing that could be measured, and bring nothing past level 14: a photo lies a "
             "kilometer from its place. Level 10, 8 km wide, cannot answer within 1 km.",
-            runs=runs(*((f"level {n}", model(level=n)) for n in (20, 14, 10))),
+            runs=_runs(*((f"level {n}", _model(level=n)) for n in (20, 14, 10))),
             choices=("",),
         ),
         neighbors=dict(
             question="How many neighbors are worth reading?",
             note="After so few examples only 20 and 30 neighbors let the decoder be more than its first neighbor.",
-            runs=runs(
+            runs=_runs(
                 *(
-                    (f"{n} neighbors", {**recorded, **model(neighbors=n, copy_head=n > 0)})
+                    (f"{n} neighbors", {**_RECORDED, **_model(neighbors=n, copy_head=n > 0)})
                     for n in (20, 0, 1, 5, 10, 30)
                 )
             ),
             choices=("",),
         ),
+    )
+
+
+def _learned() -> dict[str, Any]:
+    """Experiments that train a decoder a run: what it is told of its errors, its neighbors and its cells."""
+    return dict(
         weights=dict(
             question="Is the weighted loss better than the plain one?",
             note="Weights that fall to a tenth are 1.0 points at 200 km above the paper's, these 0.4 above none on "
             "test; on test_shift nothing is beyond its interval.",
-            runs=runs(
+            runs=_runs(
                 ("2.0 to 0.1", {}),
                 ("2.0 to 1.0, the paper's", dict(loss=dict(last_weight=1.0))),
                 ("plain", dict(loss=dict(first_weight=1.0, last_weight=1.0))),
@@ -174,9 +185,9 @@ def _trained() -> dict[str, Any]:
                 run
                 for rate in (0.0, 0.3)
                 for run in (
-                    (f"hidden {rate}", {**common, **model(neighbor_dropout=rate)}),
+                    (f"hidden {rate}", {**_SHORT, **_model(neighbor_dropout=rate)}),
                     *(
-                        (f"hidden {rate}, nothing within {km} km", {**common, **masked(km)}, f"hidden {rate}")
+                        (f"hidden {rate}, nothing within {km} km", {**_SHORT, **_masked(km)}, f"hidden {rate}")
                         for km in (25.0, 200.0, 750.0)
                     ),
                 )
@@ -186,10 +197,10 @@ def _trained() -> dict[str, Any]:
         context=dict(
             question="Does it help to know when a photo was taken: the time of year, when one hemisphere has summer "
             "and the other winter, or the hour too, which with the light tells the longitude?",
-            runs=runs(
+            runs=_runs(
                 ("no time", {}),
-                ("time of year", model(context="season")),
-                ("of year and of day", model(context="time")),
+                ("time of year", _model(context="season")),
+                ("of year and of day", _model(context="time")),
             ),
             choices=("",),
         ),
@@ -197,12 +208,12 @@ def _trained() -> dict[str, Any]:
             question="Does it matter how the Earth is cut into tokens?",
             note="S2, its quads without Hilbert order, latitude and longitude, and H3 are alike. Names of places first"
             " are worse on test by 2.2 points at 25 km.",
-            runs=runs(
+            runs=_runs(
                 ("S2", {}),
-                ("S2 without Hilbert order", model(scheme="s2_grid")),
-                ("latitude and longitude", model(scheme="latlon")),
-                ("H3", model(scheme="h3")),
-                ("country, city, offset", model(scheme="places")),
+                ("S2 without Hilbert order", _model(scheme="s2_grid")),
+                ("latitude and longitude", _model(scheme="latlon")),
+                ("H3", _model(scheme="h3")),
+                ("country, city, offset", _model(scheme="places")),
             ),
             choices=("",),
         ),

@@ -48,46 +48,9 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("--workdir", help="folder that holds, or will hold, every stage's result")
         if name in ("train", "learn", "predict", "all"):
             verb.add_argument("--variant", action="append", help="only this one of config.variants (may be repeated)")
-        if name == "predict":
-            verb.add_argument("photos", nargs="*", help="with --model or --method: photos, or folders of photos")
-            _model(verb, "--model", "answer for PHOTOS instead with ")
-            verb.add_argument("--method", choices=("geoclip",), help="answer for PHOTOS with GeoCLIP as published")
-            verb.add_argument("--clip", help="with --method=geoclip: folder of a checkpoint of CLIP ViT-L/14")
-            verb.add_argument("--geoclip", help="with --method=geoclip: its wheel (pip download --no-deps geoclip)")
-            verb.add_argument("--json", action="store_true", help="with PHOTOS: print JSON lines, with candidates")
-        if name == "evaluate":
-            verb.add_argument("--predictions", action="append", help="score this file (JSON lines or CSV) instead")
-            verb.add_argument("--truth", help="with --predictions: file of id, latitude, longitude")
-            verb.add_argument(
-                "--method", action="append", default=[],
-                help="let this baseline answer too (may be repeated): knn, geoclip, classifier",
-            )  # fmt: skip
-            verb.add_argument(
-                "--compare", action="append", nargs=2, default=[], metavar=("A", "B"),
-                help="with --predictions: also compare these two files (may be repeated)",
-            )  # fmt: skip
-            verb.add_argument("--ellipsoid", action="store_true", help="with --predictions: distances on WGS84")
-            verb.add_argument("--strict", action="store_true", help="with --predictions: < instead of <=")
-        if name == "export":
-            verb.add_argument("--from", dest="source", help="make targets of this export, without a work directory")
-            verb.add_argument(
-                "--target", action="append", default=[], choices=tuple(targets.TARGETS),
-                help="also what this runtime answers with (may be repeated)",
-            )  # fmt: skip
-            verb.add_argument("--push", metavar="ORG/NAME", help="then bring the folder to the Hugging Face hub")
-        if name == "audit":
-            verb.add_argument("audit", choices=("coverage", "leakage", "neighbors", "levels"), help="what to look into")
-    verb = verbs.add_parser("experiment", help=_EXPERIMENT, description=_EXPERIMENT, epilog=_EPILOG)
-    verb.add_argument("experiment", nargs="?", metavar="NAME", help="one of config.experiments")
-    verb.add_argument("--config", help="configuration file (default: configs/experiments.py)")
-    verb.add_argument("--workdir", help="work directory to start from, such as runs/demo")
-    verb.add_argument("--document", action="store_true", help="print docs/experiments.md instead, from what is there")
-    verb = verbs.add_parser("scaling", help=_SCALING, description=_SCALING, epilog=_EPILOG)
-    verb.add_argument("part", choices=("run", "fit", "plot"), help="train the runs, fit the law, or draw the page")
-    verb.add_argument("--config", help="configuration file, such as configs/scaling.py")
-    verb.add_argument("--workdir", help="work directory to start from, such as runs/demo")
-    verb.add_argument("--index", type=int, help="run: only this one (default: $SLURM_ARRAY_TASK_ID, or all of them)")
-    verb.add_argument("--document", action="store_true", help="plot: print docs/scaling.md instead")
+        if name in _OPTIONS:
+            _OPTIONS[name](verb)
+    _add_studies(verbs)
     verb = verbs.add_parser("serve", help=_SERVE, description=_SERVE)
     _model(verb, "model", "")
     for field in dataclasses.fields(limits.ServeSettings):
@@ -102,6 +65,66 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--quick", action="store_true", help="compile in a sixth of the time, into a slower program")
     verb.add_argument("--document", action="store_true", help="print docs/scale.md instead, for all its topologies")
     return parser
+
+
+def _add_studies(verbs: Any) -> None:
+    verb = verbs.add_parser("experiment", help=_EXPERIMENT, description=_EXPERIMENT, epilog=_EPILOG)
+    verb.add_argument("experiment", nargs="?", metavar="NAME", help="one of config.experiments")
+    verb.add_argument("--config", help="configuration file (default: configs/experiments.py)")
+    verb.add_argument("--workdir", help="work directory to start from, such as runs/demo")
+    verb.add_argument("--document", action="store_true", help="print docs/experiments.md instead, from what is there")
+    verb = verbs.add_parser("scaling", help=_SCALING, description=_SCALING, epilog=_EPILOG)
+    verb.add_argument("part", choices=("run", "fit", "plot"), help="train the runs, fit the law, or draw the page")
+    verb.add_argument("--config", help="configuration file, such as configs/scaling.py")
+    verb.add_argument("--workdir", help="work directory to start from, such as runs/demo")
+    verb.add_argument("--index", type=int, help="run: only this one (default: $SLURM_ARRAY_TASK_ID, or all of them)")
+    verb.add_argument("--document", action="store_true", help="plot: print docs/scaling.md instead")
+
+
+def _predict_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("photos", nargs="*", help="with --model or --method: photos, or folders of photos")
+    _model(verb, "--model", "answer for PHOTOS instead with ")
+    verb.add_argument("--method", choices=("geoclip",), help="answer for PHOTOS with GeoCLIP as published")
+    verb.add_argument("--clip", help="with --method=geoclip: folder of a checkpoint of CLIP ViT-L/14")
+    verb.add_argument("--geoclip", help="with --method=geoclip: its wheel (pip download --no-deps geoclip)")
+    verb.add_argument("--json", action="store_true", help="with PHOTOS: print JSON lines, with candidates")
+
+
+def _evaluate_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--predictions", action="append", help="score this file (JSON lines or CSV) instead")
+    verb.add_argument("--truth", help="with --predictions: file of id, latitude, longitude")
+    verb.add_argument(
+        "--method", action="append", default=[],
+        help="let this baseline answer too (may be repeated): knn, geoclip, classifier",
+    )  # fmt: skip
+    verb.add_argument(
+        "--compare", action="append", nargs=2, default=[], metavar=("A", "B"),
+        help="with --predictions: also compare these two files (may be repeated)",
+    )  # fmt: skip
+    verb.add_argument("--ellipsoid", action="store_true", help="with --predictions: distances on WGS84")
+    verb.add_argument("--strict", action="store_true", help="with --predictions: < instead of <=")
+
+
+def _export_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--from", dest="source", help="make targets of this export, without a work directory")
+    verb.add_argument(
+        "--target", action="append", default=[], choices=tuple(targets.TARGETS),
+        help="also what this runtime answers with (may be repeated)",
+    )  # fmt: skip
+    verb.add_argument("--push", metavar="ORG/NAME", help="then bring the folder to the Hugging Face hub")
+
+
+def _audit_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("audit", choices=("coverage", "leakage", "neighbors", "levels"), help="what to look into")
+
+
+#: Verb of a stage -> what adds its own options.
+_OPTIONS = {
+    "predict": _predict_options,
+    "evaluate": _evaluate_options,
+    "export": _export_options,
+    "audit": _audit_options,
+}
 
 
 def _model(verb: argparse.ArgumentParser, name: str, before: str) -> None:

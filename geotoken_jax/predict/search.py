@@ -79,40 +79,58 @@ def search(
     if capacity < count:
         raise ValueError(f"capacity is {capacity}: {count} leaves are asked for, so make it {count} or more")
     length = length or model.settings.cells.length
-    photos = jnp.arange(len(memory.lengths))[:, None]
-
-    def expand(state: _State) -> _State:
-        vocabulary, slot = state.children.shape[-1], state.iteration * width
-        asked = _open(state, length) & ~_done(state, length, count)[:, None, None]
-        log_p, chosen = jax.lax.top_k(jnp.where(asked, state.children, -jnp.inf).reshape(len(photos), -1), width)
-        valid = jnp.isfinite(log_p)
-        parent, token = (jnp.where(valid, i, 0) for i in (chosen // vocabulary, chosen % vocabulary))
-        depth = jnp.where(valid, state.depth[photos, parent] + 1, 0)
-        own = slot + jnp.arange(width)
-        seen = state.seen[photos, parent] | (own[:, None] == jnp.arange(expansions))
-        cache = state.cache._replace(agree=state.agree[photos, parent])
-        children, cache = model.step(cache, memory, depth, token, slot, seen)
-        if temperature != 1.0:
-            children = jax.nn.log_softmax(children / temperature)
-        children = jnp.where(valid[..., None], log_p[..., None] + children, -jnp.inf)
-        closed = state.children.at[photos, parent, token].min(jnp.where(valid, -jnp.inf, jnp.inf))
-        tokens = _tokens(state, parent, token, depth)
-        update = jax.lax.dynamic_update_slice
-        return _State(
-            state.iteration + 1,
-            cache,
-            update(state.tokens, tokens, (0, slot, 0)),
-            update(state.depth, depth, (0, slot)),
-            update(state.seen, seen, (0, slot, 0)),
-            update(state.agree, cache.agree, (0, slot, 0)),
-            update(closed, children, (0, slot, 0)),
-        )
-
+    rules = _Rules(length, count, temperature, width, expansions)
     state = jax.lax.while_loop(
         lambda state: (state.iteration * width < expansions) & ~_done(state, length, count).all(),
-        expand,
+        lambda state: _expand(model, memory, rules, state),
         _start(model, memory, width, expansions),
     )
+    return _found(state, length, capacity)
+
+
+class _Rules(NamedTuple):
+    """Arguments of `search`."""
+
+    length: int
+    count: int
+    temperature: float
+    width: int
+    expansions: int
+
+
+def _expand(model: GeoTokenModel, memory: Memory, rules: _Rules, state: _State) -> _State:
+    """Returns the state after each photo's most probable open nodes were divided."""
+    photos = jnp.arange(len(memory.lengths))[:, None]
+    vocabulary, slot = state.children.shape[-1], state.iteration * rules.width
+    asked = _open(state, rules.length) & ~_done(state, rules.length, rules.count)[:, None, None]
+    log_p, chosen = jax.lax.top_k(jnp.where(asked, state.children, -jnp.inf).reshape(len(photos), -1), rules.width)
+    valid = jnp.isfinite(log_p)
+    parent, token = (jnp.where(valid, i, 0) for i in (chosen // vocabulary, chosen % vocabulary))
+    depth = jnp.where(valid, state.depth[photos, parent] + 1, 0)
+    own = slot + jnp.arange(rules.width)
+    seen = state.seen[photos, parent] | (own[:, None] == jnp.arange(rules.expansions))
+    cache = state.cache._replace(agree=state.agree[photos, parent])
+    children, cache = model.step(cache, memory, depth, token, slot, seen)
+    if rules.temperature != 1.0:
+        children = jax.nn.log_softmax(children / rules.temperature)
+    children = jnp.where(valid[..., None], log_p[..., None] + children, -jnp.inf)
+    closed = state.children.at[photos, parent, token].min(jnp.where(valid, -jnp.inf, jnp.inf))
+    tokens = _tokens(state, parent, token, depth)
+    update = jax.lax.dynamic_update_slice
+    return _State(
+        state.iteration + 1,
+        cache,
+        update(state.tokens, tokens, (0, slot, 0)),
+        update(state.depth, depth, (0, slot)),
+        update(state.seen, seen, (0, slot, 0)),
+        update(state.agree, cache.agree, (0, slot, 0)),
+        update(closed, children, (0, slot, 0)),
+    )
+
+
+def _found(state: _State, length: int, capacity: int) -> Found:
+    """Returns the most probable children of a finished search."""
+    photos = jnp.arange(len(state.children))[:, None]
     children = state.children.reshape(len(photos), -1)
     log_p, place = jax.lax.top_k(children, min(capacity, children.shape[1]))
     parent, token = place // state.children.shape[-1], place % state.children.shape[-1]

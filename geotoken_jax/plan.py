@@ -17,8 +17,9 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from geotoken_jax import chips, hlo, settings, sharding
+from geotoken_jax import chips, hlo, sharding
 from geotoken_jax.batch import Spec
+from geotoken_jax.configuration import Config
 from geotoken_jax.gallery import placement
 from geotoken_jax.gallery.placement import GallerySettings
 from geotoken_jax.model import batch, flops
@@ -80,10 +81,10 @@ class Topology:
         return self.chip in _ACCELERATORS
 
 
-def read(config: Any, rows: int = GALLERY) -> Workload:
-    """Returns the workload of a configuration. Raises SettingsError."""
-    kinds: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(Workload) if field.name != "rows"}
-    return Workload(**{name: settings.read(kind, config[name], name) for name, kind in kinds.items()}, rows=rows)
+def read(config: Config, rows: int = GALLERY) -> Workload:
+    """Returns the workload of a configuration. rows: photos in the gallery."""
+    names = [field.name for field in dataclasses.fields(Workload) if field.name != "rows"]
+    return Workload(**{name: getattr(config, name) for name in names}, rows=rows)
 
 
 def topology(name: str) -> Topology:

@@ -13,7 +13,7 @@ from etils import epath
 from flax import nnx
 
 from configs import common
-from geotoken_jax import backbone, checkpoint, export, settings
+from geotoken_jax import backbone, checkpoint, configuration, settings
 from geotoken_jax.align.heads import AlignModel, AlignSettings, embeddings
 from geotoken_jax.align.location_encoder import LocationSettings
 from geotoken_jax.export import stablehlo, standalone
@@ -21,6 +21,7 @@ from geotoken_jax.gallery import index, table
 from geotoken_jax.gallery.table import IndexVectors, Table
 from geotoken_jax.geo.cells import CellScheme
 from geotoken_jax.predict import exported
+from geotoken_jax.stages import export
 from tests import checkpoints, fixtures, test_decode
 
 
@@ -167,7 +168,7 @@ def test_a_backbone_travels_with_the_export_or_is_asked_for_by_name(tmp_path: Pa
     for weights, given in ((True, None), (False, source)):
         folder = epath.Path(tmp_path / f"export-{weights}")
         folder.mkdir()
-        section, referred = export._backbone(folder, config, weights)
+        section, referred = export.copy_backbone(folder, configuration.read(config).embed, weights)
         assert referred and referred["name"] == "org/tiny-clip" and str(tmp_path) not in json.dumps([section, referred])
         assert set(referred["sha256"]) == {
             "config.json", "model.safetensors", "preprocessor_config.json", "vocab.json", "merges.txt",

@@ -16,6 +16,7 @@ from etils import epath
 from PIL import Image
 
 from geotoken_jax import records
+from geotoken_jax.artifacts import Workdir
 from geotoken_jax.export import pictures
 from geotoken_jax.geo.cells import CellScheme
 from geotoken_jax.geo.distance import from_unit_vectors, to_unit_vectors
@@ -98,11 +99,11 @@ def test_thumbnails_are_those_of_the_gallerys_photos_and_go_on_where_they_stoppe
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(records, "save_array", broken)
-        pictures._write_thumbnails(photos, ids, 16, folder)
+        pictures.write_thumbnails(photos, ids, 16, folder)
     first = sorted(tmp_path.rglob("*-00001-of-00003.npy"))
     before = {path: path.stat().st_mtime_ns for path in first}
     assert len(before) == 2
-    assert pictures._write_thumbnails(photos, ids, 16, folder) == 9
+    assert pictures.write_thumbnails(photos, ids, 16, folder) == 9
     assert {path: path.stat().st_mtime_ns for path in first} == before
     found = pictures.Pictures(tmp_path)
     assert found.about.thumbnails
@@ -134,14 +135,14 @@ def test_examples_come_from_all_continents_and_are_right_as_often_as_the_test_sp
     (tmp_path / "predictions/geotoken").mkdir(parents=True)
     (tmp_path / "predictions/geotoken/test.jsonl").write_text("\n".join(map(json.dumps, lines)))
     monkeypatch.setattr(records, "Photos", lambda folder, split: photos)
-    found = pictures._write_examples(epath.Path(tmp_path), "geotoken", 12, epath.Path(tmp_path))
+    found = pictures.write_examples(Workdir(tmp_path), "geotoken", 12, epath.Path(tmp_path))
     numbers = [int(example.latitude) for example in found]
     assert len(set(numbers)) == 12 and not {0, 6} <= set(numbers)
     assert sum(n % 4 == 0 for n in numbers) == 3
     counts = [sum(continents[n % 6] == name for n in numbers) for name in ("Africa", "Asia", "Europe")]
     assert min(counts) >= 3
     assert found[0].place == f"C{numbers[0]}, X" and len(list(tmp_path.glob("examples/*.jpg"))) == 12
-    assert pictures._write_examples(epath.Path(tmp_path), "geotoken", 12, epath.Path(tmp_path)) == found
+    assert pictures.write_examples(Workdir(tmp_path), "geotoken", 12, epath.Path(tmp_path)) == found
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +150,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what the page shows of an export."""
     folder = tmp_path_factory.mktemp("export")
     photos = [taken(n) for n in range(6)]
-    pictures._write_thumbnails(photos, np.array([p["id"].encode() for p in photos]), 32, epath.Path(folder))
+    pictures.write_thumbnails(photos, np.array([p["id"].encode() for p in photos]), 32, epath.Path(folder))
     (folder / "examples").mkdir()
     (folder / "examples/00.jpg").write_bytes(photo(50))
     example = {"latitude": 1.0, "longitude": 2.0, "place": "Here"}

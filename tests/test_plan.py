@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import common
-from geotoken_jax import chips, cli, hlo, plan
+from geotoken_jax import chips, cli, configuration, hlo, plan
 from geotoken_jax.model import flops
 from geotoken_jax.settings import SettingsError
 
@@ -158,7 +158,7 @@ def workload(rows=1000, **changes):
     for section, keys in changes.items():
         config[section].update(keys)
     jax.devices()  # with all the devices that the tests have
-    return plan.read(config, rows)
+    return plan.read(configuration.read(config), rows)
 
 
 def test_chips_are_what_they_are_sold_as():

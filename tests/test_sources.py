@@ -11,7 +11,6 @@ import zipfile
 from datetime import UTC, datetime
 from pathlib import Path
 
-import ml_collections
 import numpy as np
 import pytest
 from PIL import Image
@@ -20,7 +19,8 @@ from PIL.TiffImagePlugin import IFDRational
 from configs import common
 from data_prep import csv_rows, photos
 from data_prep.sources import Photo, folder
-from geotoken_jax import cli, records
+from geotoken_jax import cli, configuration, records
+from geotoken_jax.artifacts import Workdir
 from geotoken_jax.settings import SettingsError
 from geotoken_jax.workdir import StageError
 
@@ -63,10 +63,10 @@ def write_files(path: Path, files: dict[str, bytes]) -> str:
 
 def prepare(path: Path, source: str, max_dropped=0.0, /, **changes):
     """Runs the stage on a source; returns its manifest, and split -> id -> photo."""
-    section = ml_collections.ConfigDict(common.get_config().photos)
-    section.update(source=source, workers=1, max_dropped=max_dropped)
-    section[source].update(changes)
-    manifest = photos.run(ml_collections.ConfigDict({"photos": section}), path)
+    config = common.get_config()
+    config.photos.update(source=source, workers=1, max_dropped=max_dropped)
+    config.photos[source].update(changes)
+    [manifest] = photos.run(configuration.read(config), Workdir(path))
     found = {}
     for split, count in manifest.counts.items():
         rows = records.Photos(path / "photos", split)

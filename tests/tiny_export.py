@@ -9,10 +9,11 @@ from etils import epath
 from flax import nnx
 
 from configs import common
-from geotoken_jax import checkpoint, export, settings, workdir
+from geotoken_jax import checkpoint, settings, workdir
 from geotoken_jax.align.heads import AlignModel, AlignSettings, embeddings
 from geotoken_jax.align.task import AlignTask
 from geotoken_jax.data.join import neighbors
+from geotoken_jax.export import stablehlo
 from geotoken_jax.gallery import index, table
 from geotoken_jax.geo.cells import CellScheme
 from geotoken_jax.model.geotoken import GeoTokenModel, ModelSettings
@@ -60,7 +61,9 @@ def write(folder: Path, model: dict | None = None, predict: dict | None = None) 
     half = PHOTOS // 2
     for shard, rows in enumerate((slice(0, half), slice(half, PHOTOS))):
         table.write_shard(folder / "gallery", shard, 2, {name: values[rows] for name, values in columns.items()})
-    export._write_programs(epath.Path(folder), read, WIDTH)
+    align = settings.read(AlignSettings, read["align"], "align")
+    chosen = settings.read(PredictSettings, read["predict"], "predict")
+    stablehlo.write(epath.Path(folder), align, options, chosen, WIDTH)
     return features[PHOTOS:]
 
 

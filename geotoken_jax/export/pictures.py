@@ -72,8 +72,8 @@ def write(workdir: Workdir, folder: epath.Path, config: Config, variant: str, id
     """
     side, counts = config.export.thumbnails, {}
     if side:
-        counts[_THUMBNAILS] = _write_thumbnails(workdir.photos(GALLERY), ids, side, folder)
-    examples = _write_examples(workdir, variant, config.export.examples, folder) if config.export.examples else []
+        counts[_THUMBNAILS] = write_thumbnails(workdir.photos(GALLERY), ids, side, folder)
+    examples = write_examples(workdir, variant, config.export.examples, folder) if config.export.examples else []
     if examples:
         counts[_EXAMPLES] = len(examples)
     stated = card.source(workdir, config)
@@ -130,7 +130,7 @@ def _example(folder: epath.Path, number: int) -> epath.Path:
     return folder / _EXAMPLES / f"{number:02d}.jpg"
 
 
-def _write_thumbnails(photos: records.Photos, ids: np.ndarray, side: int, folder: epath.Path) -> int:
+def write_thumbnails(photos: records.Photos, ids: np.ndarray, side: int, folder: epath.Path) -> int:
     """Writes thumbnails/, shard by shard; returns how many photos have one.
 
     A shard is all its JPEGs in a row, and where each ends. The latter is written last: with it a shard is whole.
@@ -172,7 +172,7 @@ def _jpeg(image: bytes, side: int, quality: int) -> bytes:
         return b""
 
 
-def _write_examples(workdir: Workdir, variant: str, count: int, folder: epath.Path) -> list[Example]:
+def write_examples(workdir: Workdir, variant: str, count: int, folder: epath.Path) -> list[Example]:
     """Writes examples/, photos of `test` by an author each; returns them.
 
     They come from the continents by turns, and are answered rightly as often as all of them are.

@@ -3,18 +3,23 @@ these and the neighbors' to candidates. They take their parameters as an argumen
 """
 
 import contextlib
+import pathlib
 from collections.abc import Iterator
 from typing import Any
 
 import jax
+from etils import epath
 from flax import nnx
 from jax import export
 
-from geotoken_jax.align.heads import AlignModel
-from geotoken_jax.model.geotoken import GeoTokenModel
+from geotoken_jax import checkpoint
+from geotoken_jax.align.heads import AlignModel, AlignSettings
+from geotoken_jax.align.task import AlignTask
+from geotoken_jax.model.geotoken import GeoTokenModel, ModelSettings
 from geotoken_jax.predict import programs
 from geotoken_jax.predict.decode import PredictSettings
 from geotoken_jax.predict.programs import Program
+from geotoken_jax.workdir import write_bytes
 
 #: What a program is lowered for; none of them needs to be there.
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -29,6 +34,18 @@ def decoding(model: GeoTokenModel, options: PredictSettings) -> bytes:
     """Returns the program (parameters, query, neighbors, neighbor_tokens, neighbor_count, numbers) -> Candidates, as
     programs.decoding describes them."""
     return _serialized(programs.decoding(model, options))
+
+
+def write(folder: epath.Path, align: AlignSettings, model: ModelSettings, predict: PredictSettings, width: int) -> None:
+    """Writes the two programs of an export, of its own parameters, and standalone.py, which runs them.
+
+    width: C, of the backbone's features.
+    """
+    aligned = checkpoint.read_module(folder / "align.safetensors", AlignTask(align, width).init)
+    decoder = checkpoint.read_module(folder / "geotoken.safetensors", lambda rngs: GeoTokenModel(model, rngs))
+    write_bytes(folder / "align.stablehlo", embedding(aligned, width))
+    write_bytes(folder / "geotoken.stablehlo", decoding(decoder, predict))
+    write_bytes(folder / "standalone.py", pathlib.Path(__file__).with_name("standalone.py").read_bytes())
 
 
 def _serialized(program: Program) -> bytes:

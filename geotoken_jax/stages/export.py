@@ -6,14 +6,12 @@ from typing import Any
 
 from etils import epath
 
-from geotoken_jax import backbone, checkpoint, settings
-from geotoken_jax.align.task import AlignTask
+from geotoken_jax import backbone, settings
 from geotoken_jax.artifacts import Workdir, needed
 from geotoken_jax.backbone import checkpoint as published
 from geotoken_jax.configuration import Config
 from geotoken_jax.export import card, pictures, quantized, stablehlo
 from geotoken_jax.gallery.table import Table
-from geotoken_jax.model.geotoken import GeoTokenModel
 from geotoken_jax.predict import exported
 from geotoken_jax.workdir import Manifest, write_bytes, write_json
 
@@ -55,7 +53,7 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
 def _copy(config: Config, workdir: Workdir, variant: str, folder: epath.Path) -> dict[str, Any] | None:
     """Writes settings, parameters, gallery, selectors, calibration and programs; returns name and sums of the
     backbone's checkpoint, None where it has none. config: with the variant's changes made."""
-    tower, referred = _backbone(folder, config, config.export.weights)
+    tower, referred = copy_backbone(folder, config.embed, config.export.weights)
     selectors = workdir.selectors(config, variant)
     aligned, model = workdir.aligned_settings(config.align.model), workdir.model_settings(variant, config.model)
     read = {
@@ -77,18 +75,16 @@ def _copy(config: Config, workdir: Workdir, variant: str, folder: epath.Path) ->
     if calibration.exists():
         write_bytes(folder / calibration.name, calibration.read_bytes())
     if model.scheme == "s2":  # standalone.py knows no other cells
-        align = checkpoint.read_module(folder / "align.safetensors", AlignTask(aligned, workdir.width).init)
-        decoder = checkpoint.read_module(folder / "geotoken.safetensors", lambda rngs: GeoTokenModel(model, rngs))
-        write_bytes(folder / "align.stablehlo", stablehlo.embedding(align, workdir.width))
-        write_bytes(folder / "geotoken.stablehlo", stablehlo.decoding(decoder, config.predict))
-        write_bytes(folder / "standalone.py", pathlib.Path(stablehlo.__file__).with_name("standalone.py").read_bytes())
+        stablehlo.write(folder, aligned, model, config.predict, workdir.width)
     return referred
 
 
-def _backbone(folder: epath.Path, config: Config, weights: bool) -> tuple[dict[str, Any], dict[str, Any] | None]:
+def copy_backbone(
+    folder: epath.Path, options: backbone.BackboneSettings, weights: bool
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Returns the backbone's settings as config.json has them, and the name and sums of its checkpoint, None where it
     has none. weights: copy it into the folder. No path of this machine is in either."""
-    section = settings.plain({name: getattr(config.embed, name) for name in settings.names(backbone.BackboneSettings)})
+    section = settings.plain({name: getattr(options, name) for name in settings.names(backbone.BackboneSettings)})
     source = pathlib.Path(section["huggingface"]["path"])
     section["huggingface"]["path"] = ""
     if section["backbone"] != "huggingface":

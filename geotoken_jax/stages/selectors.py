@@ -101,7 +101,7 @@ def verifier(config: Config, workdir: Workdir, variant: str) -> Manifest:
     _, pool = workdir.pools(variant, own.model)
     if not (folder / "features.npy").exists():
         aligned, keys = workdir.aligned(own.align.model), places.open(folder / "keys.npy")
-        evidence = verify.Evidence(own.verifier.model.near, comparator, keys, looks, workdir.gallery, aligned)
+        evidence = verify.Evidence(own.verifier.model, comparator, keys, looks, workdir.gallery, aligned)
         found = evidence(pool._replace(exclude=workdir.exclusions(views.OF)(rows)))
         records.save_array(folder / "moments.npy", np.stack([found.mean((0, 1)), found.std((0, 1))]))
         records.save_array(folder / "features.npy", found)

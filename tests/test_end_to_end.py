@@ -144,7 +144,7 @@ def test_other_settings_than_a_trained_parts_own_are_refused(workdir, capsys, ve
     before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*")}
     change = [f"--config.{key}={asked}"]
     if key == "model.scheme":  # these cells are not searched, which would be refused first
-        change += ["--config.predict.search.expansions=0", "--config.predict.selectors=('greedy',)",
+        change += ["--config.predict.search.expansions=0", "--config.predict.selectors=('greedy','reward')",
                    "--config.predict.choice=greedy"]  # fmt: skip
     assert geotoken(*verb, f"--config={CONFIG}", f"--workdir={workdir}", *change) == cli.REFUSED
     error = capsys.readouterr().err

@@ -16,10 +16,9 @@ import safetensors.numpy
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from geotoken_jax import sharding
+from geotoken_jax import settings, sharding
 from geotoken_jax.data import pipeline
 from geotoken_jax.model import layers
-from geotoken_jax.settings import SettingsError
 from geotoken_jax.train import loop, metrics
 from geotoken_jax.train.optimizer import OptimizerSettings, make_optimizer, make_schedule
 from geotoken_jax.train.step import Trainer
@@ -220,7 +219,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(tmp_path):
 
 
 def test_training_stops_when_steps_keep_failing(tmp_path):
-    with pytest.raises(loop.Diverged, match=r"the last 3 steps until 4 had .* config\.train\.max_skipped is 2: lower"):
+    with pytest.raises(loop.Diverged, match=r"max_skipped is 2, and the last 3 steps until 4 had .*: lower"):
         train(tmp_path, 6, examples=8 * 6, make_input=lambda batches, n: Spoiled(batches, n, 2, 6))
 
 
@@ -261,7 +260,9 @@ def test_the_speed_of_training(tmp_path):
 
 def test_weights_and_biases_is_asked_for_by_name(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(SettingsError, match=r"config\.train\.wandb is 'mine' .* pip install 'geotoken-jax\[wandb\]'"):
+    with pytest.raises(
+        settings.SettingsError, match=r"config\.train\.wandb is 'mine' .* pip install 'geotoken-jax\[wandb\]'"
+    ):
         train(tmp_path, 4, wandb="mine")
 
 
@@ -330,5 +331,5 @@ def test_schedules(schedule, warmup, expected):
 
 
 def test_an_unknown_schedule_is_refused():
-    with pytest.raises(SettingsError, match=r"schedule is 'linear': choose cosine or exponential"):
-        make_schedule(dataclasses.replace(OPTIMIZER, schedule="linear"), 10, 5)
+    with pytest.raises(settings.SettingsError, match=r"config\.train\.schedule is 'linear': choose cosine"):
+        settings.changed(OPTIMIZER, {"schedule": "linear"}, "train")

@@ -125,7 +125,7 @@ def photo_map(
     reference: str,
     seed: int,
 ) -> str:
-    """Returns the map of photos drawn by chance, with its data as JSON that is safe inside <script>.
+    """Returns the map of photos drawn by chance, with its data as JSON that is safe inside `<script>`.
 
     truths, methods, photos: by split. reference: the variant that is shown first. seed: of the draw.
     """

@@ -59,7 +59,7 @@ sys.exit(app.run(Many(), settings, sys.argv[1]))
 def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("export")
     photos = [taken(n, photo(40 * n, 96)) for n in range(4)]
-    pictures._write_thumbnails(photos, np.array([p["id"].encode() for p in photos]), 64, epath.Path(folder))
+    pictures.write_thumbnails(photos, np.array([p["id"].encode() for p in photos]), 64, epath.Path(folder))
     (folder / "examples").mkdir()
     (folder / "examples/00.jpg").write_bytes(photo(100))
     words = {"name": "A model", "data": "x", "photos": 4, "knows": "It knows shades.", "credit": "Photos: ours.",

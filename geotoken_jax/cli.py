@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from geotoken_jax import processes, settings, workdir
+from geotoken_jax import commands, processes, settings, workdir
 from geotoken_jax.interop import targets
 from geotoken_jax.serve import limits
 
@@ -25,9 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = _config(options, rest)
         if getattr(options, "workdir", None) is not None:
             workdir.local(options.workdir)
-        from geotoken_jax import commands  # and jax with it: not for --help, or a mistake in the arguments
-
-        sys.exit(commands.VERBS[options.verb](options, config))
+        sys.exit(commands.run(options, config))
     except _errors(("geotoken_jax.train.loop", "Preempted")) as error:
         print(f"geotoken {options.verb}: {error}", file=sys.stderr)
         sys.exit(PREEMPTED)

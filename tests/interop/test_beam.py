@@ -14,7 +14,7 @@ from data_prep import photos
 from data_prep.beam import BeamSettings
 from geotoken_jax import workdir
 from geotoken_jax.workdir import StageError
-from tests.test_mp16_pro import config
+from tests.test_mp16_pro import config, prepare
 from tests.test_photos import Sample
 
 TWO_PROCESSES = ("--direct_running_mode=multi_processing", "--direct_num_workers=2")
@@ -26,10 +26,10 @@ def files(work):
 
 def test_beam_and_processes_make_the_same_bytes_and_go_on_where_the_other_stopped(tmp_path):
     mp16.generate(tmp_path / "data", 400, 300_000, trapped=False)
-    wanted = photos.run(config(tmp_path / "data"), tmp_path / "processes")
+    wanted = prepare(config(tmp_path / "data"), tmp_path / "processes")
     by_beam = config(tmp_path / "data")
     by_beam.photos.beam.update(runner="DirectRunner", options=TWO_PROCESSES)
-    assert photos.run(by_beam, tmp_path / "beam") == wanted
+    assert prepare(by_beam, tmp_path / "beam") == wanted
     assert files(tmp_path / "beam") == files(tmp_path / "processes")
 
     folder = tmp_path / "beam" / "photos"  # as a run leaves it that was killed
@@ -40,7 +40,7 @@ def test_beam_and_processes_make_the_same_bytes_and_go_on_where_the_other_stoppe
     (folder / "attempts" / "0123").mkdir(parents=True)
     (folder / "attempts" / "0123" / shards[1].name).write_bytes(b"half a shard")
     before = {shard: shard.stat().st_mtime_ns for shard in shards if shard.exists()}
-    assert photos.run(by_beam, tmp_path / "beam") == wanted
+    assert prepare(by_beam, tmp_path / "beam") == wanted
     assert [shard for shard, time in before.items() if shard.stat().st_mtime_ns != time] == [shards[2]]
     assert files(tmp_path / "beam") == files(tmp_path / "processes")
 

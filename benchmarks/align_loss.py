@@ -17,6 +17,7 @@ from configs import common
 from geotoken_jax import sharding
 from geotoken_jax.align import loss
 from geotoken_jax.align.loss import Targets
+from geotoken_jax.vectors import unit
 
 
 def plain(
@@ -26,7 +27,7 @@ def plain(
     """Returns what loss.info_nce and loss.sigmoid do, from the whole similarity matrix: the formula, written out."""
     rows, columns = targets.key, targets if queue is None else Targets(*map(_join, targets, queue))
     n = len(rows)
-    logits = jnp.exp(log_scale) * _unit(photos) @ _unit(columns.vectors).T + bias
+    logits = jnp.exp(log_scale) * unit(photos) @ unit(columns.vectors).T + bias
     apart = sum((a[:, None] - b) ** 2 for a, b in zip(rows.T, columns.key.T, strict=True)) > reach**2
     negative = targets.present[:, None] & columns.present & apart
     own = jnp.diagonal(logits)
@@ -43,10 +44,6 @@ def plain(
 
 def _join(a: Array, b: Array) -> Array:
     return jnp.concatenate([a, b])
-
-
-def _unit(x: Array) -> Array:
-    return x * jax.lax.rsqrt(jnp.maximum((x**2).sum(-1, keepdims=True), 1e-12))
 
 
 def ours(kind: str, photos: Array, targets: Targets, log_scale: Array, bias: Any, **options: Any) -> tuple:

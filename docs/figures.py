@@ -64,7 +64,7 @@ class Demo:
         of 50 % has between 10 and 500 km.
         """
         for row, (line, at) in enumerate(zip(self.lines, self.truth.coordinates, strict=True)):
-            if abs(at[0]) > 55 or abs(at[1]) > 150 or not 10 < line["radius_km"]["50"] < 500:
+            if abs(at[0]) > 55 or abs(at[1]) > 150 or not 10 < line["radius_km"] < 500:
                 continue
             candidates = [(x["latitude"], x["longitude"]) for x in line["candidates"]]
             near = self.gallery.coordinates(self.rows[row, :1])
@@ -257,28 +257,29 @@ def decoding(demo: Demo, c: dict[str, str]) -> Any:
     """The decoder's distribution over places: the world, and the answer's neighborhood with its two circles."""
     figure = plt.figure(figsize=(9.6, 3.6))
     answer = (demo.line["latitude"], demo.line["longitude"])
-    most = max(p for *_, p in demo.line["cells"])
-    radii = demo.line["radius_km"]
-    near = min(max(2.4 * radii["50"] / 111, 4.0), 60.0)
+    most = max(cell["probability"] for cell in demo.line["cells"])
+    half, most_of_it = demo.line["radius_km"], demo.line["radius_90_km"]
+    near = min(max(2.4 * half / 111, 4.0), 60.0)
     boxes = [(-180.0, 180.0, -60.0, 80.0), around(np.array([answer]), near, 1.05)]
     for k, (box, place) in enumerate(zip(boxes, ((0.0, 0.0, 0.6, 0.9), (0.615, 0.0, 0.385, 0.9)), strict=True)):
         axis = figure.add_axes(place)
         draw_map(axis, box)
-        for level, lat, lon, p in reversed(demo.line["cells"]):
+        for cell in reversed(demo.line["cells"]):
+            level, lat, lon, p = (cell[name] for name in ("level", "latitude", "longitude", "probability"))
             if level >= (2 if k else 0) and level < 9 and box[0] < lon < box[1] and box[2] < lat < box[3]:
                 alpha = 0.12 + 0.75 * (p / most) ** 0.6
                 outline(axis, box, int(level), (lat, lon), color=c["answer"], alpha=alpha, width=0.3)
             if level >= 9:
                 mark(axis, (lat, lon), "o", c["answer"], 2 + 30 * math.sqrt(p), alpha=0.8, markeredgewidth=0.4)
-        for mass, style in (("50", "-"), ("90", "--")):
-            circle(axis, answer, radii[mass], color="black", linewidth=1.3, linestyle=style)
+        for km, style in ((half, "-"), (most_of_it, "--")):
+            circle(axis, answer, km, color="black", linewidth=1.3, linestyle=style)
         mark(axis, demo.at, "*", c["truth"], 13)
         axis.set(xlim=box[:2], ylim=box[2:])
         if k == 0:
             axis.set_aspect("auto")
             axis.set_title("where it may be: cells by their probability")
         else:
-            axis.set_title(f"the answer: 50 % within {float(radii['50']):,.0f} km")
+            axis.set_title(f"the answer: 50 % within {half:,.0f} km")
     return figure
 
 
@@ -287,7 +288,7 @@ def choosing(demo: Demo, c: dict[str, str]) -> Any:
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.5), gridspec_kw=dict(width_ratios=(1, 1.05)))
     listed = demo.line["candidates"]
     off = np.array([float(great_circle_km(*demo.at, x["latitude"], x["longitude"])) for x in listed])
-    p = np.exp([x["log_probability"] for x in listed])
+    p = np.array([x["probability"] for x in listed])
     left.loglog(np.maximum(off, 0.1), p, "o", color=c["other"], markersize=6, alpha=0.8)
     best = int(p.argmax())
     left.annotate("most probable", (off[best], p[best]), xytext=(-6, 7), textcoords="offset points", ha="right")

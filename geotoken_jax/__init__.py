@@ -15,13 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from geotoken_jax.geo.cells import CellScheme
-    from geotoken_jax.predict.predictor import GeoToken, Prediction
+    from geotoken_jax.predict.prediction import Prediction
+    from geotoken_jax.predict.predictor import GeoToken
 
 __version__ = "0.1.0"
 __all__ = ["CellScheme", "GeoToken", "Prediction"]
 
-_PREDICTOR = "geotoken_jax.predict.predictor"
-_HOME = {"CellScheme": "geotoken_jax.geo.cells", "GeoToken": _PREDICTOR, "Prediction": _PREDICTOR}
+_HOME = {
+    "CellScheme": "geotoken_jax.geo.cells",
+    "GeoToken": "geotoken_jax.predict.predictor",
+    "Prediction": "geotoken_jax.predict.prediction",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,6 @@
-"""Specifications of batches (name -> shape and type), and made-up batches that follow them."""
+"""Specifications of batches (name -> shape and type), made-up batches that follow them, and rows in blocks."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -28,3 +28,18 @@ def fake(spec: Spec, seed: int = 0, below: Mapping[str, Any] | None = None) -> d
         return rng.standard_normal(array.shape, np.float32).astype(array.dtype)
 
     return {name: draw(name, array) for name, array in spec.items()}
+
+
+def filled(rows: np.ndarray, size: int) -> np.ndarray:
+    """Returns `size` rows: these, and the first of them again. So few shapes are compiled."""
+    return np.concatenate([rows, np.repeat(rows[:1], size - len(rows), 0)]) if len(rows) < size else rows
+
+
+def blocks(rows: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Yields blocks of `size` rows, and how many of them are there: the last block is filled up.
+
+    A compiled function then sees one shape, and a row's result does not depend on how many others there are.
+    """
+    for first in range(0, len(rows), size):
+        block = rows[first : first + size]
+        yield filled(block, size), len(block)

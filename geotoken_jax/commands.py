@@ -2,7 +2,6 @@
 most of what training needs."""
 
 import argparse
-import dataclasses
 import json
 import os
 import sys
@@ -80,7 +79,7 @@ def _predict(options: argparse.Namespace, config: Any) -> int:
             failed = True
             continue
         if options.json:
-            print(json.dumps({"id": photo, **dataclasses.asdict(answer)}), flush=True)
+            print(json.dumps({"id": photo, **answer.plain()}), flush=True)
         else:
             print(
                 f"{photo}  {answer.latitude:.5f}, {answer.longitude:.5f}  within {answer.radius_km:,.0f} km", flush=True

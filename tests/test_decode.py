@@ -16,6 +16,7 @@ from geotoken_jax.predict import beam, decode, sample
 from geotoken_jax.predict.answer import answers
 from geotoken_jax.predict.decode import Decoder, PredictSettings, SearchSettings
 from geotoken_jax.predict.pool import Places, Pool
+from geotoken_jax.predict.prediction import Cell
 from geotoken_jax.predict.predictor import Predictor
 from geotoken_jax.predict.sample import Candidates
 from geotoken_jax.predict.select import VoteSettings
@@ -239,31 +240,33 @@ def made_up():
 
 def test_answers_merge_and_order_candidates():
     found = answers(*made_up(), "log_probability")
-    assert json.loads(json.dumps(found)) == found
+    plain = [json.loads(json.dumps(answer.plain())) for answer in found]
+    assert "radius_km" not in plain[0] and plain[0]["candidates"][0]["tokens"] == [0, 1, 2]
     one, two = found
-    assert [c["tokens"] for c in one["candidates"]] == [[0, 1, 2], [5, 0, 0], [1, 15, 7], [3, 3, 3]]
-    assert [c["tokens"] for c in two["candidates"]] == [[2, 2, 2], [4, 1, 0]]
-    assert [c["count"] for c in one["candidates"]] == [1] * 4 and [c["count"] for c in two["candidates"]] == [2, 2]
-    assert [c["log_probability"] for c in two["candidates"]] == [-4.0, -1.5]
+    assert [c.tokens for c in one.candidates] == [(0, 1, 2), (5, 0, 0), (1, 15, 7), (3, 3, 3)]
+    assert [c.tokens for c in two.candidates] == [(2, 2, 2), (4, 1, 0)]
+    assert [c.count for c in one.candidates] == [1] * 4 and [c.count for c in two.candidates] == [2, 2]
+    assert [c.log_probability for c in two.candidates] == [-4.0, -1.5]
+    assert [c.probability for c in two.candidates] == [0.0183156, 0.22313]
     # Photo 0's best under the tempered distribution is [1, 15, 7], third in the list though last in the pool.
-    assert one["choices"] == {"greedy": 0, "log_probability": 2, "point": [1.5, 2.5]}
-    assert two["choices"] == {"greedy": 0, "log_probability": 1, "point": [-3.0, 170.0]}
-    assert one["cells"] == [[3, 1.0, 1.0, 0.5], [3, 1.0, 1.0, 0.25]] and two["cells"] == [[3, 1.0, 1.0, 0.75]]
+    assert one.choices == {"greedy": 0, "log_probability": 2, "point": (1.5, 2.5)}
+    assert two.choices == {"greedy": 0, "log_probability": 1, "point": (-3.0, 170.0)}
+    assert one.cells == (Cell(3, 1.0, 1.0, 0.5), Cell(3, 1.0, 1.0, 0.25)) and two.cells == (Cell(3, 1.0, 1.0, 0.75),)
 
 
 @pytest.mark.parametrize("choice", ["greedy", "log_probability"])
 def test_an_answer_lies_where_its_chosen_candidate_does(choice):
     for answer in answers(*made_up(), choice):
-        chosen = answer["candidates"][answer["choices"][choice]]
-        latitude, longitude = CellScheme(4, 2).decode(np.array(chosen["tokens"]))
-        assert answer["choice"] == choice
-        assert (answer["latitude"], answer["longitude"]) == (chosen["latitude"], chosen["longitude"])
-        assert (answer["latitude"], answer["longitude"]) == pytest.approx((float(latitude), float(longitude)), abs=1e-6)
+        chosen = answer.candidates[answer.choices[choice]]
+        latitude, longitude = CellScheme(4, 2).decode(np.array(chosen.tokens))
+        assert answer.choice == choice
+        assert (answer.latitude, answer.longitude) == (chosen.latitude, chosen.longitude)
+        assert (answer.latitude, answer.longitude) == pytest.approx((float(latitude), float(longitude)), abs=1e-6)
 
 
 def test_an_answer_may_be_a_point_of_its_own():
     found = answers(*made_up(), "point")
-    assert [(answer["latitude"], answer["longitude"]) for answer in found] == [(1.5, 2.5), (-3.0, 170.0)]
+    assert [(answer.latitude, answer.longitude) for answer in found] == [(1.5, 2.5), (-3.0, 170.0)]
 
 
 @pytest.mark.parametrize(

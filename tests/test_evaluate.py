@@ -1,4 +1,3 @@
-import dataclasses
 import json
 import math
 
@@ -11,9 +10,8 @@ from geotoken_jax.analysis.evaluate import EvaluateSettings
 from geotoken_jax.analysis.points import FARTHEST_KM, Method, Points, PointsError, in_order, methods_of, read_points
 from geotoken_jax.geo import distance
 from geotoken_jax.geo.cells import CellScheme
-from geotoken_jax.geo.distance import EARTH_RADIUS_KM, THRESHOLDS_KM
-from geotoken_jax.predict import uncertainty
-from geotoken_jax.predict.predictor import Candidate, Cell, Neighbor, Prediction
+from geotoken_jax.geo.distance import EARTH_RADIUS_KM
+from geotoken_jax.predict.prediction import Candidate, Cell, Neighbor, Prediction
 from geotoken_jax.settings import SettingsError
 
 KM = 180 / (math.pi * EARTH_RADIUS_KM)  # degrees of latitude
@@ -75,18 +73,22 @@ def test_json_lines_and_csv_read_alike(tmp_path):
         ('{"id": "x"\n', "line 1: .*write one JSON object a line"),
         ('{"id": "x", "lat": 1, "lon": 2, "candidates": [[1, 2]]}', "line 1: candidates must be a list of objects"),
         ('{"id": "x", "lat": 1, "lon": 2, "choices": {"a": [91, 2]}}', "line 1: .*a point .latitude, longitude"),
-        ('{"id": "x", "lat": 1, "lon": 2, "within": {"25": 1.5}}', "line 1: within of 25 is 1.5: give .* from 0 to 1,"),
+        ('{"id": "x", "lat": 1, "lon": 2, "within": {"25": 1.5}}', "line 1: within 25 km is 1.5: give .* from 0 to 1,"),
         ('{"id": "x", "lat": 1, "lon": 2, "within": 0.5}', "line 1: within is 0.5: write an object"),
-        ("id,lat,lng,radius_km\nx,1,2,-3\n", "line 2: radius_km of 50 is '-3': give a number from 0"),
+        ("id,lat,lng,radius_km\nx,1,2,-3\n", "line 2: radius_km is '-3': give a number from 0"),
         (
-            '{"id": "x", "lat": 1, "lon": 2, "cells": [[20, 91, 0, 0.5]]}',
-            "line 1: cells must be a list of .level -1..30",
+            '{"id": "x", "lat": 1, "lon": 2, "cells": [[20, 9, 0, 0.5]]}',
+            "line 1: cells must be a list of objects with level -1..30",
         ),
         (
-            '{"id": "x", "lat": 1, "lon": 2, "cells": [[31, 9, 0, 0.5]]}',
-            "line 1: cells must be a list of .level -1..30",
+            '{"id":"x","lat":1,"lon":2,"cells":[{"level":31,"latitude":9,"longitude":0,"probability":0.5}]}',
+            "line 1: cells must be a list of objects with level -1..30",
         ),
-        ('{"id": "x", "lat": 1, "lon": 2, "cells": [{"level": 3}]}', "line 1: cells must be a list of .level -1..30"),
+        (
+            '{"id":"x","lat":1,"lon":2,"cells":[{"level":20,"latitude":91,"longitude":0,"probability":0.5}]}',
+            "line 1: cells must be a list of objects with level -1..30",
+        ),
+        ('{"id": "x", "lat": 1, "lon": 2, "cells": [{"level": 3}]}', "line 1: cells must be a list of objects"),
         ("id,lat,lng\n", "holds no points"),
     ],
 )
@@ -364,7 +366,8 @@ def test_recall_against_area_of_circles_and_of_cells(tmp_path):
         [[*far, 0.6], [-1, 0, 0, 0.4]],  # the whole Earth, past any area asked for
         [[*far, 0.6]],  # nowhere
     ]
-    rows = [row(str(n), 10 + 10 * KM, 20, cells=listed) for n, listed in enumerate(cells)]
+    listed = [[dataclasses.asdict(Cell(*cell)) for cell in some] for some in cells]
+    rows = [row(str(n), 10 + 10 * KM, 20, cells=some) for n, some in enumerate(listed)]
     (made,) = methods_of(read_points(write(tmp_path / "p.jsonl", rows)), truth, "geotoken", "G")
     circle, searched = reliability._searched_km2(made, truth.coordinates)
     np.testing.assert_allclose(circle, np.pi * 100, rtol=1e-5)
@@ -381,9 +384,9 @@ def test_anybodys_columns_of_radius_and_probability_are_used(tmp_path):
     truth.write_text("id,lat,lon\n" + "".join(f"{n},0,0\n" for n in range(10)))
     table = tmp_path / "ours.csv"
     lines = [f"{n},{n * 5 * KM},0,{0.9 - n / 20},22,{'' if n == 9 else 30}" for n in range(10)]
-    table.write_text("id,lat,lon,Within_25,radius_km,radius_km_90\n" + "\n".join(lines) + "\n")
+    table.write_text("id,lat,lon,Within_25,radius_km,radius_90_km\n" + "\n".join(lines) + "\n")
     as_json = [
-        row(str(n), n * 5 * KM, within={"25": 0.9 - n / 20}, radius_km={"50": 22} | ({} if n == 9 else {"90": 30}))
+        row(str(n), n * 5 * KM, within={"25": 0.9 - n / 20}, radius_km=22, **({} if n == 9 else {"radius_90_km": 30}))
         for n in range(10)
     ]
     lined = write(tmp_path / "ours.jsonl", as_json)
@@ -400,25 +403,14 @@ def test_anybodys_columns_of_radius_and_probability_are_used(tmp_path):
     assert json.loads(json.dumps(found[0])) == found[0]
 
 
-def test_what_the_calibration_writes_is_what_evaluation_reads(tmp_path):
-    cells = [[[20, 1.0, 2.0, 0.4], [3, 10.0, 2.0, 0.3]]] * 3
-    at = np.array([(1.0, 2.0)] * 3)
-    said = uncertainty.UNCALIBRATED.described(uncertainty.places_of(cells), at)
-    rows = [row(str(n), 1, 2, cells=cells[n], **said[n]) for n in range(3)]
-    claims = read_points(write(tmp_path / "p.jsonl", rows)).claims
-    np.testing.assert_allclose(claims.within[0], list(said[0]["within"].values()))
-    np.testing.assert_allclose(claims.radius_km[0], list(said[0]["radius_km"].values()))
-    assert claims.cells.shape == (3, 2, 4) and len(said[0]["within"]) == len(THRESHOLDS_KM)
-
-
-def test_what_predict_prints_as_json_lines_is_what_evaluation_reads(tmp_path):
+def test_what_is_predicted_is_what_evaluation_reads(tmp_path):
     answer = Prediction(
         *(1.0, 2.0, 30.0, 400.0, {25: 0.4, 200: 0.9}),
         candidates=(Candidate(1.0, 2.0, 0.3),),
         cells=(Cell(20, 1.0, 2.0, 0.3), Cell(3, 10.0, 2.0, 0.2)),
         neighbors=(Neighbor("a", 1.0, 2.0, 2.5, 0),),
     )
-    claims = read_points(write(tmp_path / "p.jsonl", [{"id": "x", **dataclasses.asdict(answer)}])).claims
+    claims = read_points(write(tmp_path / "p.jsonl", [{"id": "x", **answer.plain()}])).claims
     assert claims.radius_km.tolist() == [[30, 400]]
     np.testing.assert_equal(claims.within, [[np.nan, 0.4, 0.9, np.nan, np.nan]])
     assert claims.cells.tolist() == [[[20, 1, 2, 0.3], [3, 10, 2, 0.2]]]

@@ -20,7 +20,7 @@ from geotoken_jax.artifacts import Workdir
 from geotoken_jax.export import pictures
 from geotoken_jax.geo.cells import CellScheme
 from geotoken_jax.geo.distance import from_unit_vectors, to_unit_vectors
-from geotoken_jax.predict.predictor import Cell, Prediction
+from geotoken_jax.predict.prediction import Cell, Prediction
 
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 jsonschema = pytest.importorskip("jsonschema")

@@ -11,7 +11,8 @@ import pytest
 
 import geotoken_jax
 from geotoken_jax.backbone.preprocess import ImageError
-from geotoken_jax.predict.predictor import Prediction, Predictor
+from geotoken_jax.predict.prediction import Prediction
+from geotoken_jax.predict.predictor import Predictor
 
 
 class Echo(Predictor):

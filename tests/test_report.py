@@ -2,6 +2,7 @@ import base64
 import html.parser
 import io
 import json
+import math
 import re
 
 import ml_dtypes
@@ -52,10 +53,14 @@ class Source:
             yield Photo(name, author, image, latitude, longitude, NASTY, country="Japan")
 
 
+def _cell(level, at, probability):
+    return {"level": level, "latitude": at[0], "longitude": at[1], "probability": probability}
+
+
 def candidates(rng, places, n, **more):
     rows = [n, *rng.integers(0, 40, 2)]
     return [
-        {"latitude": places[row, 0], "longitude": places[row, 1], "log_probability": -1.0 - k, **more}
+        {"latitude": places[row, 0], "longitude": places[row, 1], "probability": math.exp(-1.0 - k), **more}
         for k, row in enumerate(rows)
     ]
 
@@ -112,8 +117,8 @@ def made(tmp_path, monkeypatch):
                 if found:
                     row |= {"choice": "greedy", "choices": {"greedy": 0, "point": [10.0, 20.0 + n]}}
                 if variant == "geotoken":
-                    row |= {"within": {"25": 0.3, "750": 0.5 + n / 100}, "radius_km": {"50": 100.0 + n, "90": 9000}}
-                    row |= {"cells": [[10, at[0], at[1], 0.6], [-1, 0, 0, 0.4]]}
+                    row |= {"within": {"25": 0.3, "750": 0.5 + n / 100}, "radius_km": 100.0 + n}
+                    row |= {"radius_90_km": 9000, "cells": [_cell(10, at, 0.6), _cell(-1, (0, 0), 0.4)]}
                 lines.append(json.dumps(row))
             (stage.path / f"{split}.jsonl").write_text("\n".join(lines[:-1]) + "\n")  # the last photo is missing
         stage.finish({"test": 39})
@@ -262,7 +267,7 @@ def test_neighbors_are_found_although_the_gallery_lacks_a_photo(made):
 
 def test_a_place_that_was_sampled_twice_is_listed_once(made):
     def candidate(latitude, log_probability):
-        return {"latitude": latitude, "longitude": 0.0, "log_probability": log_probability}
+        return {"latitude": latitude, "longitude": 0.0, "probability": math.exp(log_probability)}
 
     row = {"candidates": [candidate(1, -2.0), candidate(5, -1.0), candidate(1, -2.0)]}
     row["choices"] = {"greedy": 2, "point": [5.5, 0.0]}  # a point is among no candidates

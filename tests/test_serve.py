@@ -29,7 +29,7 @@ from PIL import Image
 
 from geotoken_jax.backbone.preprocess import ImageError, open_image
 from geotoken_jax.geo.distance import THRESHOLDS_KM
-from geotoken_jax.predict.predictor import Candidate, Cell, Neighbor, Prediction
+from geotoken_jax.predict.prediction import Candidate, Cell, Neighbor, Prediction
 from geotoken_jax.settings import SettingsError
 
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")

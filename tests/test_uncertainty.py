@@ -1,6 +1,5 @@
 """How sure an answer is, against what is true of samples drawn from the places themselves."""
 
-import json
 import subprocess
 import sys
 
@@ -10,7 +9,9 @@ from etils import epath
 
 from geotoken_jax.geo import distance
 from geotoken_jax.predict import uncertainty
+from geotoken_jax.predict.answer import with_radii
 from geotoken_jax.predict.pool import Places
+from geotoken_jax.predict.prediction import Prediction
 from geotoken_jax.predict.uncertainty import MASSES, UNCALIBRATED, Calibration
 
 KM = 1 / 111.19493  # degrees of latitude
@@ -19,7 +20,8 @@ FARTHEST = np.pi * distance.EARTH_RADIUS_KM
 
 def cells(*listed):
     """Places of one photo: level, latitude, longitude, probability of each."""
-    return uncertainty.places_of([listed])
+    table = np.array([listed], float)
+    return Places(table[..., 1:3], table[..., 0].astype(int), table[..., 3])
 
 
 def mass(places, at, *km):
@@ -179,18 +181,19 @@ def test_a_calibration_is_kept_as_json_and_none_changes_nothing(tmp_path):
     )
 
 
-def test_lines_hold_radii_and_probabilities_of_each_answer():
+def test_answers_get_radii_and_probabilities():
     places, at, _ = world(3, 0)
-    said = json.loads(json.dumps(UNCALIBRATED.described(places, at)))
-    assert [list(line) for line in said] == [["radius_km", "within"]] * 3
-    assert list(said[0]["radius_km"]) == ["50", "90"] and list(said[0]["within"]) == ["1", "25", "200", "750", "2500"]
-    assert said[2]["within"]["750"] == pytest.approx(UNCALIBRATED.within(places, at)[2, 3], abs=1e-5)
+    bare = [Prediction(*place, np.nan, np.nan, {}, (), (), ()) for place in at.tolist()]
+    found = with_radii(bare, places, UNCALIBRATED)
+    radii = UNCALIBRATED.radius_km(places, at)
+    np.testing.assert_allclose([(one.radius_km, one.radius_90_km) for one in found], radii, atol=6e-4)
+    assert list(found[0].within) == list(distance.THRESHOLDS_KM)
+    assert found[2].within[750] == pytest.approx(UNCALIBRATED.within(places, at)[2, 3], abs=1e-5)
+    assert with_radii(bare, None, UNCALIBRATED) == bare
 
 
-def test_places_of_lines_are_padded_with_nothing():
-    places = uncertainty.places_of([[[20, 1.0, 2.0, 0.5], [0, 0.0, 0.0, 0.25]], [], [[-1, 0, 0, 1]]])
-    assert places.coordinates.shape == (3, 2, 2) and places.level.dtype.kind == "i"
-    np.testing.assert_array_equal(places.probability, [[0.5, 0.25], [0, 0], [1, 0]])
+def test_what_cells_lack_to_1_is_elsewhere():
+    places = Places(np.zeros((3, 2, 2)), np.array([[20, 0], [0, 0], [-1, 0]]), np.array([[0.5, 0.25], [0, 0], [1, 0]]))
     assert uncertainty.mass_within(places, np.zeros((3, 2)), np.array([FARTHEST])) == pytest.approx(1)
 
 

@@ -12,6 +12,8 @@ from jaxtyping import Array, Float
 
 from geotoken_jax import sharding
 from geotoken_jax.align.location_encoder import LocationEncoder, LocationSettings
+from geotoken_jax.batch import blocks
+from geotoken_jax.vectors import unit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,13 +112,8 @@ def embeddings(model: AlignModel, image: Float[np.ndarray, "B C"]) -> Float[np.n
     """Returns photos' three vectors as tables hold them: bfloat16, each of length 1."""
     graph, state = nnx.split(model)
     image = image.astype(ml_dtypes.bfloat16)  # as features/ keeps them: a photo on its own must be rounded as they are
-    parts = []
-    for first in range(0, len(image), _ROWS):
-        part = np.zeros((_ROWS, image.shape[1]), np.float32)
-        part[: len(image) - first] = image[first : first + _ROWS]
-        parts.append(np.asarray(_embed(graph, state, part))[: len(image) - first])
-    vectors = np.concatenate(parts)
-    return (vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)).astype(ml_dtypes.bfloat16)
+    parts = (np.asarray(_embed(graph, state, x.astype(np.float32)))[:n] for x, n in blocks(image, _ROWS))
+    return unit(np.concatenate(list(parts))).astype(ml_dtypes.bfloat16)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from geotoken_jax import sharding
+from geotoken_jax.geo.distance import to_unit_vectors
 
 #: Equal Earth (Savric, Patterson, Jenny 2018): coefficients, and GeoCLIP's factor to about [-1, 1].
 _A1, _A2, _A3, _A4 = 1.340264, -0.081106, 0.000893, 0.003796
@@ -110,9 +111,7 @@ def equal_earth(coordinates: Float[Array, "B 2"]) -> Float[Array, "B 2"]:
 
 def unit_vector(coordinates: Float[Array, "B 2"]) -> Float[Array, "B 3"]:
     """Returns the point on the unit sphere: no poles, no date line."""
-    latitude, longitude = jnp.moveaxis(jnp.deg2rad(coordinates), -1, 0)
-    across = jnp.cos(latitude)
-    return jnp.stack([across * jnp.cos(longitude), across * jnp.sin(longitude), jnp.sin(latitude)], axis=-1)
+    return jnp.asarray(to_unit_vectors(*jnp.moveaxis(coordinates, -1, 0)))
 
 
 #: Name in the configuration -> projection before the Fourier features.

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float
 from geotoken_jax import sharding
 from geotoken_jax.geo.distance import EARTH_RADIUS_KM, to_unit_vectors
 from geotoken_jax.settings import Runtime, SettingsError
+from geotoken_jax.vectors import unit
 
 KINDS = ("info_nce", "sigmoid")
 
@@ -143,7 +144,7 @@ def _compare(
             f"config.align.loss.queue = {len(queue.present)} does not divide over data x fsdp = {devices} devices: "
             f"choose a multiple of {devices}"
         )
-    x, y, z = jnp.exp(log_scale) * _unit(photos), _unit(targets.vectors), _unit(queue.vectors)
+    x, y, z = jnp.exp(log_scale) * unit(photos), unit(targets.vectors), unit(queue.vectors)
     biases = jnp.broadcast_to(bias, len(x))
     own = (x * y).sum(-1) + biases
     floor = jax.lax.stop_gradient(own)
@@ -154,10 +155,6 @@ def _compare(
 
 def _mean(values: Array, targets: Targets) -> Float[Array, ""]:
     return jnp.where(targets.present, values, 0).sum() / jnp.maximum(targets.present.sum(), 1)
-
-
-def _unit(x: Float[Array, "B C"]) -> Float[Array, "B C"]:
-    return x * jax.lax.rsqrt(jnp.maximum((x**2).sum(-1, keepdims=True), 1e-12))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -12,7 +12,7 @@ from geotoken_jax.configuration import Config
 from geotoken_jax.data import join
 from geotoken_jax.gallery import index, neighbors
 from geotoken_jax.gallery.table import Table, index_vectors
-from geotoken_jax.predict.answer import coordinates
+from geotoken_jax.predict.prediction import coordinates
 
 
 class Masked:

@@ -11,6 +11,7 @@ from geotoken_jax import records
 from geotoken_jax.analysis.points import Points
 from geotoken_jax.artifacts import Workdir
 from geotoken_jax.gallery.table import Table
+from geotoken_jax.vectors import unit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +47,7 @@ def find(workdir: Workdir, truths: Mapping[str, Points], above: float) -> dict[s
         own = workdir.table(split)
         row = match(encoded(truths[split].ids), own.ids())
         has = np.flatnonzero(row >= 0)
-        queries[first + has] = _unit(own.embeddings(row[has])[:, 0])
+        queries[first + has] = unit(own.embeddings(row[has])[:, 0])
     nearest, cosine = (found[:, 0] for found in index.exact(_Images(gallery), queries, 1))
     cosine = np.where(queries.any(axis=1), cosine, np.nan)
     rows = {
@@ -82,12 +83,7 @@ class _Images:
         return len(self._gallery)
 
     def __getitem__(self, rows: Any) -> Float32[np.ndarray, "n C"]:
-        return _unit(self._gallery.embeddings(rows)[:, 0])
-
-
-def _unit(vectors: np.ndarray) -> Float32[np.ndarray, "n C"]:
-    vectors = np.asarray(vectors, np.float32)
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+        return unit(self._gallery.embeddings(rows)[:, 0])
 
 
 def _complex(coordinates: np.ndarray) -> Shaped[np.ndarray, "n"]:

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from geotoken_jax import bootstrap
 from geotoken_jax.analysis import formats
+from geotoken_jax.analysis.reliability import calibration_error
 from geotoken_jax.configuration import EvaluateSettings
 from geotoken_jax.gallery.table import Table
 from geotoken_jax.geo import distance
@@ -229,10 +230,10 @@ def split_figures(seen: Seen, scoring: EvaluateSettings) -> dict[str, Any]:
         km = off[wrong[:, t]]
         quartiles = [round(float(q), 6) for q in np.quantile(km, (0.25, 0.5, 0.75))] if len(km) else None
         reliability = _reliability(seen.confidence[:, t], seen.hit[:, t])
-        error = sum(b["photos"] * abs(b["confidence"] - b["accuracy"]) for b in reliability) / len(seen.tokens)
+        error = calibration_error((b["photos"], b["confidence"], b["accuracy"]) for b in reliability)
         levels.append(
             {**estimates, "photos_wrong": len(km), "km_quartiles": quartiles,
-             "calibration_error": {"value": round(error, 6)}, "reliability": reliability}
+             "calibration_error": {"value": error}, "reliability": reliability}
         )  # fmt: skip
     at = {name: i for i, name in enumerate(ratios)}
     worst = int(values[at["lost"]].argmax())

@@ -97,7 +97,7 @@ def read_points(path: epath.PathLike) -> Points:
         try:
             weighed = row.pop("candidates", ())
             generated = generated or any("tokens" in c for c in weighed)
-            ranked = ranked or any("log_probability" in c for c in weighed)
+            ranked = ranked or any("probability" in c for c in weighed)
             candidates.append([(float(c["latitude"]), float(c["longitude"])) for c in weighed])
             row["choices"] = {choice: _choice(made, candidates[-1]) for choice, made in row.get("choices", {}).items()}
         except (TypeError, KeyError, ValueError, AttributeError):

@@ -1,7 +1,7 @@
 """Whether answers are as sure as they say: reliability, radii, abstention, and recall against the area searched."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -70,15 +70,25 @@ def _reliability(km: int, predicted: Float[np.ndarray, "n"], near: Bool[np.ndarr
         if rows.any():
             mean = round(float(predicted[rows].mean()), 6)
             bins.append({"photos": int(rows.sum()), "predicted": mean, "observed": _share(near[rows])})
-    error = sum(b["photos"] * abs(b["predicted"] - b["observed"]["value"]) for b in bins) / len(known)
+    error = calibration_error((b["photos"], b["predicted"], b["observed"]["value"]) for b in bins)
     return {
         "km": km,
         "photos": len(known),
         "predicted": round(float(predicted.mean()), 6),
         "observed": _share(near),
-        "error": round(error, 6),
+        "error": error,
         "bins": bins,
     }
+
+
+def calibration_error(bins: Iterable[tuple[int, float, float]]) -> float:
+    """Returns the mean distance of probabilities from what was observed, to 6 digits, of bins by their photos.
+
+    bins: photos, mean probability and observed share of each.
+    """
+    photos, predicted, observed = zip(*bins, strict=True)
+    off = sum(n * abs(p - share) for n, p, share in zip(photos, predicted, observed, strict=True))
+    return round(off / sum(photos), 6)
 
 
 def _radius(mass: int, radius: Float[np.ndarray, "n"], km: Float[np.ndarray, "n"]) -> dict[str, Any] | None:

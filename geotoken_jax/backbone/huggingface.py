@@ -18,6 +18,7 @@ from geotoken_jax.backbone.clip import Clip
 from geotoken_jax.backbone.settings import HuggingFaceSettings
 from geotoken_jax.backbone.siglip import Siglip
 from geotoken_jax.backbone.tokenizer import Tokenizer
+from geotoken_jax.batch import filled
 from geotoken_jax.settings import SettingsError
 
 #: What config.json may say of itself.
@@ -111,8 +112,7 @@ class HuggingFace:
             # The next power of two, so that a photo alone costs little and few shapes are ever compiled.
             enough = self._ways * 2 ** math.ceil(math.log2(math.ceil(len(part) / self._ways)))
             size = at_once or min(most, enough)
-            padding = [(0, size - len(part))] + [(0, 0)] * (part.ndim - 1)
-            found.append((compiled(np.pad(part, padding)), len(part)))
+            found.append((compiled(filled(part, size)), len(part)))
         features = [np.asarray(batch)[:n] for batch, n in found]
         return np.concatenate([np.zeros((0, self.width), np.float32), *features])
 

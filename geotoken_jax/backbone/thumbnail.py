@@ -11,6 +11,7 @@ from jaxtyping import Float32, UInt8
 from PIL import Image
 
 from geotoken_jax.backbone import preprocess
+from geotoken_jax.vectors import unit
 
 #: Lengths of the pieces of words that a text's features count, beside whole words.
 _PIECES = (3, 4, 5)
@@ -52,7 +53,7 @@ class Thumbnail:
         mean for all channels).
         """
         pixels = prepared.astype(np.float32)
-        return _unit((pixels - pixels.mean((1, 2), keepdims=True)).reshape(-1, self.width))
+        return unit((pixels - pixels.mean((1, 2), keepdims=True)).reshape(-1, self.width))
 
     def texts(self, texts: Sequence[str]) -> Float32[np.ndarray, "B C"]:
         """Returns the texts' features: signed hashing of lower-case words and their pieces of 3 to 5 characters.
@@ -67,7 +68,7 @@ class Thumbnail:
         hashes = np.array([zlib.crc32(piece.encode()) for piece in _pieces(text.lower())], np.int64)
         signs = np.where(hashes >> 31, 1.0, -1.0)
         counts = np.bincount((hashes & 0x7FFFFFFF) % self.width, signs, minlength=self.width)
-        return _unit(counts.astype(np.float32)[None])[0]
+        return unit(counts.astype(np.float32)[None])[0]
 
 
 def _pieces(text: str) -> Iterator[str]:
@@ -76,7 +77,3 @@ def _pieces(text: str) -> Iterator[str]:
         marked = f"<{word}>"
         for n in _PIECES:
             yield from (marked[i : i + n] for i in range(len(marked) - n + 1))
-
-
-def _unit(rows: np.ndarray) -> np.ndarray:
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)

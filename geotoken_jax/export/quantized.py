@@ -16,7 +16,7 @@ from geotoken_jax.gallery.index import IndexSettings
 from geotoken_jax.gallery.table import IndexVectors, Table
 from geotoken_jax.geo import distance
 from geotoken_jax.predict import places
-from geotoken_jax.predict.answer import coordinates
+from geotoken_jax.predict.prediction import coordinates
 from geotoken_jax.progress import track
 
 #: What else holds vectors of the gallery's photos, among what was learned.

@@ -16,6 +16,7 @@ which is unknown here.
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -109,7 +110,10 @@ class Model:
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def answers(self, inputs):
-        """Returns an answer a photo, as JSON has it. inputs: features, or thumbnails, as FEATURES.npy holds them."""
+        """Returns an answer a photo, with fields of geotoken_jax.Prediction. Every sample is a candidate of its own.
+
+        inputs: features, or thumbnails, as FEATURES.npy holds them.
+        """
         vectors = self.vectors(self.features(inputs) if inputs.ndim == 4 else inputs)
         rows, scores = self.neighbors(vectors)
         found = self.candidates(vectors, rows, np.zeros(len(rows)))
@@ -118,25 +122,20 @@ class Model:
         answers = []
         for i, near in enumerate(rows):
             listed = [
-                {"latitude": float(at[0]), "longitude": float(at[1]), "log_probability": float(p), "tokens": t.tolist()}
+                {**_place(at), "probability": math.exp(p), "log_probability": float(p), "tokens": t.tolist()}
                 for at, p, t in zip(centers[i], found["log_probability"][i], found["tokens"][i])  # noqa: B905
             ]
             near, near_scores = near[near >= 0], scores[i][near >= 0]
+            columns = (near, self._take("ids", near), self._take("coordinates", near), near_scores)
             answers.append(
                 {
-                    **listed[best[i]],
-                    "greedy": listed[0],
+                    **_place(centers[i][best[i]]),
+                    "choice": "log_probability",
+                    "choices": {"greedy": 0, "log_probability": int(best[i])},
                     "candidates": listed,
                     "neighbors": [
-                        {
-                            "id": name.decode(),
-                            "latitude": float(at[0]),
-                            "longitude": float(at[1]),
-                            "score": float(score),
-                        }
-                        for name, at, score in zip(  # noqa: B905
-                            self._take("ids", near), self._take("coordinates", near), near_scores
-                        )
+                        {"id": name.decode(), **_place(at), "score": float(score), "row": int(row)}
+                        for row, name, at, score in zip(*columns)  # noqa: B905
                     ],
                 }
             )
@@ -260,6 +259,10 @@ def deserialize(data):
     from jax import export
 
     return export.deserialize(bytearray(data))
+
+
+def _place(at):
+    return {"latitude": float(at[0]), "longitude": float(at[1])}
 
 
 def _shards(folder, name):

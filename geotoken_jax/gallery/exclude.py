@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from geotoken_jax.gallery.table import Table
+from geotoken_jax.vectors import unit
 
 #: Pairs of photos compared at a time: 16,384 of three vectors of 768 are 75 MB as they are read.
 _PAIRS = 16_384
@@ -80,8 +81,8 @@ class NearDuplicate:
         query, column = np.nonzero(rows >= 0)
         for first in range(0, len(query), _PAIRS):
             at = query[first : first + _PAIRS], column[first : first + _PAIRS]
-            own = _unit(self._queries[queries[at[0]]])
-            excluded[at] = (own * _unit(self._gallery(rows[at]))).sum(-1) > self._above
+            own = unit(self._queries[queries[at[0]]])
+            excluded[at] = (own * unit(self._gallery(rows[at]))).sum(-1) > self._above
         return excluded
 
 
@@ -123,8 +124,3 @@ def rules(
     if exclude.cosine_above < 1:
         found.append(NearDuplicate(own.embeddings(part)[:, 0], gallery_images, exclude.cosine_above))
     return found
-
-
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    vectors = np.asarray(vectors, np.float32)
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)

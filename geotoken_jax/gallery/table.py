@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 from geotoken_jax import records
 from geotoken_jax.gallery import int8
+from geotoken_jax.vectors import unit
 
 #: Column -> numpy type, and shape within the row (C, of the backbone, is the width of the data).
 COLUMNS: dict[str, tuple[Any, tuple[int | None, ...]]] = {
@@ -150,8 +151,7 @@ def index_vectors(embeddings: Float[np.ndarray, "B 3 C"]) -> Float[np.ndarray, "
 
     float32, D = 3 C; inner products lie in [-3, 3] (G3's retrieval).
     """
-    vectors = np.asarray(embeddings, np.float32)
-    vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+    vectors = unit(np.asarray(embeddings))
     return vectors.reshape(len(vectors), math.prod(vectors.shape[1:]))  # -1 could not be told of none
 
 

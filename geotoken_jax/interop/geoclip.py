@@ -40,7 +40,8 @@ from geotoken_jax.configuration import InitSettings
 from geotoken_jax.interop import official
 from geotoken_jax.interop.official import Weights
 from geotoken_jax.predict import places
-from geotoken_jax.predict.predictor import Candidate, Prediction, Predictor, spread
+from geotoken_jax.predict.prediction import Candidate, Prediction
+from geotoken_jax.predict.predictor import Predictor, spread
 from geotoken_jax.settings import SettingsError
 
 #: What precedes the names of a file's tensors in the state dict of the whole model -> the file.

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from geotoken_jax import sharding
 from geotoken_jax.batch import Spec, spec
 from geotoken_jax.geo.distance import EARTH_RADIUS_KM, THRESHOLDS_KM
+from geotoken_jax.vectors import unit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,8 +182,3 @@ def listwise(
 def choose(logits: Float[Array, "B K 5"]) -> Float[Array, " B"]:
     """Returns the index of the candidate with the most expected accuracy, over all thresholds alike."""
     return jax.nn.softmax(logits, 1).sum(-1).argmax(1)
-
-
-def unit(x: Float[Array, "... C"]) -> Float[Array, "... C"]:
-    """Returns vectors made of length 1; zeros stay zeros."""
-    return x * jax.lax.rsqrt(jnp.maximum((x * x).sum(-1, keepdims=True), 1e-12))

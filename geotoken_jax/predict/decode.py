@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float, Int
 
+from geotoken_jax.batch import filled
 from geotoken_jax.gallery.table import Table
 from geotoken_jax.geo.cells import CellScheme, Scheme
 from geotoken_jax.model.geotoken import GeoTokenModel
@@ -136,8 +137,8 @@ class Decoder:
         b = len(numbers)
         size = min(1 << (b - 1).bit_length(), max(self.settings.batch_size, b))
         names = ("query", "neighbors", "neighbor_tokens", "neighbor_count", *(("context",) if self.times else ()))
-        padded = {name: _pad(batch[name], size) for name in names}
-        found = self._run(self._state, padded, jnp.asarray(_pad(numbers, size), jnp.uint32))
+        padded = {name: filled(batch[name], size) for name in names}
+        found = self._run(self._state, padded, jnp.asarray(filled(numbers, size), jnp.uint32))
         drawn, searched = jax.tree.map(lambda part: np.asarray(part)[:b], found)
         return Pool(
             drawn,
@@ -150,7 +151,3 @@ class Decoder:
             search.places(searched, self.cells, _CELLS) if isinstance(self.cells, CellScheme) and searched else None,
             context=batch.get("context"),
         )
-
-
-def _pad(values: np.ndarray, size: int) -> np.ndarray:
-    return np.concatenate([values, np.repeat(values[:1], size - len(values), 0)]) if len(values) < size else values

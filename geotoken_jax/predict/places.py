@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Float, Float32, Int32
 
 from geotoken_jax import records
+from geotoken_jax.batch import blocks
 from geotoken_jax.gallery import index, int8
 from geotoken_jax.gallery.index import Vectors
 
@@ -36,11 +37,8 @@ def encoder(
         return found / jnp.linalg.norm(found, axis=-1, keepdims=True)
 
     def encode(coordinates: Float[np.ndarray, "N 2"]) -> Iterator[Float32[np.ndarray, "n E"]]:
-        for first in range(0, len(coordinates), _BLOCK):
-            part = np.asarray(coordinates[first : first + _BLOCK], np.float32)
-            padded = np.zeros((_BLOCK, 2), np.float32)
-            padded[: len(part)] = part
-            yield np.asarray(run(module, jnp.asarray(padded)))[: len(part)]
+        for block, n in blocks(coordinates, _BLOCK):
+            yield np.asarray(run(module, jnp.asarray(block, jnp.float32)))[:n]
 
     return encode
 

@@ -26,63 +26,11 @@ from geotoken_jax.model.reward import RewardSettings
 from geotoken_jax.predict import exported, hub
 from geotoken_jax.predict.answer import Answerer, with_radii
 from geotoken_jax.predict.decode import Decoder, PredictSettings
+from geotoken_jax.predict.prediction import Prediction
 from geotoken_jax.predict.select import Parts
 from geotoken_jax.predict.trained import chooser
 from geotoken_jax.predict.uncertainty import UNCALIBRATED, Calibration
 from geotoken_jax.predict.verify import VerifierSettings
-
-
-@dataclasses.dataclass(frozen=True)
-class Candidate:
-    """A place the photo may be from: degrees, and the model's probability of the level-20 cell around it (GeoCLIP's: of
-    this place among those of its gallery)."""
-
-    latitude: float
-    longitude: float
-    probability: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Neighbor:
-    """A gallery photo that was looked at: id, degrees, the inner product of the index vectors (at most 3), and its row
-    in the gallery."""
-
-    id: str
-    latitude: float
-    longitude: float
-    score: float
-    row: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """An S2 cell that the photo may be from: its level, its center in degrees, and the model's probability of it."""
-
-    level: int
-    latitude: float
-    longitude: float
-    probability: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Prediction:
-    """Where a photo was taken: degrees.
-
-    radius_km, radius_90_km: of the circles around the answer that hold half and 90 % of the probability. within: the
-    probability that the answer is no farther off than 1, 25, 200, 750 and 2500 km. An export of a model whose places
-    were searched has these calibrated on its validation photos; else they are shares of the samples (GeoCLIP's: of its
-    gallery's probability). candidates: distinct ones, most probable first. cells: disjoint ones, most probable first;
-    what they lack to 1 is elsewhere. neighbors: best first. None of either where a model has none.
-    """
-
-    latitude: float
-    longitude: float
-    radius_km: float
-    radius_90_km: float
-    within: dict[int, float]
-    candidates: tuple[Candidate, ...]
-    cells: tuple[Cell, ...]
-    neighbors: tuple[Neighbor, ...]
 
 
 class Predictor(abc.ABC):
@@ -204,33 +152,18 @@ class GeoToken(Predictor):
     def _predict(self, photos: Sequence[Any], captured: Float[np.ndarray, " b"]) -> list[Prediction]:
         prepared = np.stack([self._backbone.prepare(photo) for photo in photos])
         vectors = embeddings(self._aligned, self._backbone.images(prepared))
-        answers, places, rows, scores = self._answerer.of_vectors(self._index, vectors, captured)
-        there = np.maximum(rows, 0)
-        near = [
-            tuple(
-                Neighbor(name.decode(), *place, score=float(score), row=int(row))
-                for row, name, place, score in zip(*photo, strict=True)
-                if row >= 0
-            )
-            for photo in zip(
-                rows, self._gallery.ids(there), self._gallery.coordinates(there).tolist(), scores, strict=True
-            )
-        ]
-        found = with_radii(answers, places, self._calibration)
-        return [_prediction(answer, n) for answer, n in zip(found, near, strict=True)]
+        answers, places = self._answerer.of_vectors(self._index, vectors, captured)
+        if places is not None:
+            return with_radii(answers, places, self._calibration)
+        return [_by_samples(answer) for answer in answers]
 
 
-def _prediction(answer: dict[str, Any], near: tuple[Neighbor, ...]) -> Prediction:
-    listed = sorted(answer["candidates"], key=lambda c: -c["log_probability"])
-    candidates = tuple(Candidate(c["latitude"], c["longitude"], float(np.exp(c["log_probability"]))) for c in listed)
-    latitude, longitude = answer["latitude"], answer["longitude"]
-    if "radius_km" in answer:
-        sure = answer["radius_km"]["50"], answer["radius_km"]["90"], {int(k): p for k, p in answer["within"].items()}
-    else:
-        places = np.array([(c["latitude"], c["longitude"]) for c in listed])
-        sure = spread(np.array([latitude, longitude]), places, np.array([c["count"] for c in listed]))
-    cells = tuple(Cell(*cell) for cell in answer.get("cells", ()))
-    return Prediction(latitude, longitude, *sure, candidates, cells, near)
+def _by_samples(answer: Prediction) -> Prediction:
+    """Returns an answer with the radii and `within` that its samples give."""
+    places = np.array([(c.latitude, c.longitude) for c in answer.candidates])
+    at, counts = np.array([answer.latitude, answer.longitude]), np.array([c.count for c in answer.candidates])
+    half, most, within = spread(at, places, counts)
+    return dataclasses.replace(answer, radius_km=half, radius_90_km=most, within=within)
 
 
 def spread(

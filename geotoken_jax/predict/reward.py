@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Float32, Int
 
 from geotoken_jax import checkpoint
+from geotoken_jax.batch import blocks
 from geotoken_jax.model.geotoken import GeoTokenModel
 from geotoken_jax.model.memory import Neighbors
 from geotoken_jax.model.reward import RewardSettings, RewardTask
@@ -35,15 +36,14 @@ class States:
 
     def __call__(self, pool: Pool) -> Float32[np.ndarray, "b K D"]:
         """Every candidate sees its own photo's neighbors, all of them."""
-        b, found = len(pool.query), []
-        for first in range(0, b, _BATCH):
-            rows = np.minimum(np.arange(first, first + _BATCH), b - 1)
+        found = []
+        for rows, n in blocks(np.arange(len(pool.query)), _BATCH):
             near = np.moveaxis(pool.neighbor_coordinates[rows], -1, 0)
             tokens = jnp.asarray(self._cells.encode(*near), jnp.int32)
             neighbors = Neighbors(jnp.asarray(pool.neighbors[rows]), tokens, jnp.asarray(pool.neighbor_count[rows]))
             context = None if pool.context is None else pool.context[rows]
             states = self._run(self._state, pool.query[rows], neighbors, pool.candidates.tokens[rows], context)
-            found.append(np.asarray(states, np.float32)[: b - first])
+            found.append(np.asarray(states, np.float32)[:n])
         return np.concatenate(found)
 
 

@@ -68,28 +68,28 @@ def consensus(vote: VoteSettings) -> Selector:
     def select(pool: Pool) -> Int[np.ndarray, " b"]:
         there = np.arange(pool.neighbor_scores.shape[1]) < pool.neighbor_count[:, None]
         scores = np.where(there, pool.neighbor_scores, -np.inf)
-        found = density(pool.coordinates, pool.neighbor_coordinates, scores, vote.temperature, vote.sigma_km)
+        km = distance.pairwise_km(pool.coordinates, pool.neighbor_coordinates)
+        found = density(km, scores, vote.temperature, vote.sigma_km)
         return np.argmax(found, axis=1)
 
     return select
 
 
 def density(
-    at: Float[np.ndarray, "... K 2"],
-    neighbors: Float[np.ndarray, "... M 2"],
+    km: Float[np.ndarray, "... K M"],
     scores: Float[np.ndarray, "... M"],
     temperature: float,
     sigma_km: float,
 ) -> Float[np.ndarray, "... K"]:
     """Returns the density of the neighbors at each place, in [0, 1]: 1 where all of their weight is on it.
 
-    Coordinates in degrees; a score of -inf is no neighbor. temperature, sigma_km: see VoteSettings (Vo et al. 2017,
-    section 3).
+    km: from each place to each neighbor. A score of -inf is no neighbor. temperature, sigma_km: see VoteSettings (Vo et
+    al. 2017, section 3).
     """
     best = np.max(scores, -1, keepdims=True, initial=-3.0)
     weights = np.exp((scores - best) / temperature)
     weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-300)
-    kernel = np.exp(-0.5 * (distance.pairwise_km(at, neighbors) / sigma_km) ** 2)
+    kernel = np.exp(-0.5 * (km / sigma_km) ** 2)
     return (kernel @ weights[..., None])[..., 0]
 
 

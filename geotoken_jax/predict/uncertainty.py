@@ -7,8 +7,7 @@ the mass within a distance. No jax is imported with this module.
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from etils import epath
@@ -72,17 +71,6 @@ def radius_km(places: "Places", at: Float[np.ndarray, "b 2"], mass: Float[np.nda
     return found
 
 
-def places_of(cells: Sequence[Sequence[Sequence[float]]]) -> "Places":
-    """Returns the places that prediction lines hold as `cells`: level, latitude, longitude and probability of each."""
-    from geotoken_jax.predict.pool import Places
-
-    table = np.zeros((len(cells), max(map(len, cells), default=0), 4))
-    for row, listed in enumerate(cells):
-        if len(listed):
-            table[row, : len(listed)] = listed
-    return Places(table[..., 1:3], table[..., 0].astype(np.int64), table[..., 3])
-
-
 @dataclasses.dataclass(frozen=True)
 class Calibration:
     """What makes probabilities within a distance come true, on photos like those it was fitted to.
@@ -109,18 +97,6 @@ class Calibration:
         """Returns the radii around the answers that hold the truth with a probability of each of MASSES percent."""
         levels = np.interp(np.array(MASSES) / 100, _KNOTS, self.levels)
         return radius_km(self._mended(places), at, levels)
-
-    def described(self, places: "Places", at: Float[np.ndarray, "b 2"]) -> list[dict[str, Any]]:
-        """Returns `radius_km` and `within` of each answer as prediction lines hold them."""
-        from geotoken_jax.geo.distance import THRESHOLDS_KM
-
-        return [
-            {
-                "radius_km": {str(mass): round(float(km), 3) for mass, km in zip(MASSES, radii, strict=True)},
-                "within": {str(km): round(float(p), 5) for km, p in zip(THRESHOLDS_KM, shares, strict=True)},
-            }
-            for radii, shares in zip(self.radius_km(places, at), self.within(places, at), strict=True)
-        ]
 
     def save(self, path: epath.Path) -> None:
         """Writes the calibration as JSON."""

@@ -20,6 +20,7 @@ from scipy.spatial import KDTree
 
 from geotoken_jax import checkpoint, records
 from geotoken_jax.align.heads import AlignModel
+from geotoken_jax.batch import blocks
 from geotoken_jax.gallery import index, neighbors
 from geotoken_jax.gallery.index import Vectors
 from geotoken_jax.gallery.table import Table
@@ -35,7 +36,8 @@ from geotoken_jax.model.verifier import (
 from geotoken_jax.predict import places
 from geotoken_jax.predict.pool import Pool
 from geotoken_jax.predict.pool import parts as photos_of
-from geotoken_jax.predict.select import Selector, log_probability
+from geotoken_jax.predict.select import Selector, density, log_probability
+from geotoken_jax.vectors import unit
 
 #: Photos looked at together: of 31 candidates and 64 photos around each they are 0.5 million pairs.
 _BATCH = 256
@@ -123,13 +125,8 @@ class Around:
 def encode(comparator: Comparator, images: Float[np.ndarray, "n C"]) -> Float32[np.ndarray, "n D"]:
     """Returns the comparator's vectors of image embeddings."""
     graph, state = nnx.split(comparator)
-    parts = [np.zeros((0, comparator.output.out_features), np.float32)]
-    for first in range(0, len(images), _BLOCK):
-        part = np.asarray(images[first : first + _BLOCK], np.float32)
-        block = np.zeros((_BLOCK, images.shape[1]), np.float32)
-        block[: len(part)] = part
-        parts.append(np.asarray(_encode(graph, state, block))[: len(part)])
-    return np.concatenate(parts)
+    parts = [np.asarray(_encode(graph, state, x.astype(np.float32)))[:n] for x, n in blocks(images, _BLOCK)]
+    return np.concatenate([np.zeros((0, comparator.output.out_features), np.float32), *parts])
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -217,7 +214,7 @@ class Evidence:
         looks, versions = np.unique(self._looks.of[unique], return_inverse=True)
         for mine, keys in (
             (query, np.asarray(self._keys[looks], np.float32)),
-            (_unit(images), _unit(self._looks.images(looks))),
+            (unit(images), unit(self._looks.images(looks))),
         ):
             found = (mine @ keys.T)[:, versions.reshape(-1, self._looks.of.shape[1])].max(-1)
             yield np.take_along_axis(found, place.reshape(rows.shape), 1)
@@ -225,8 +222,8 @@ class Evidence:
     def _of_place(self, pool: Pool) -> np.ndarray:
         """Returns the cosine of the photo's location vector and the candidates' encoded coordinates."""
         b, k = pool.coordinates.shape[:2]
-        encoded = _unit(self._location(pool.coordinates.reshape(-1, 2))).reshape(b, k, -1)
-        return np.einsum("bkc,bc->bk", encoded, _unit(np.asarray(pool.query[:, 1], np.float32)))
+        encoded = unit(self._location(pool.coordinates.reshape(-1, 2))).reshape(b, k, -1)
+        return np.einsum("bkc,bc->bk", encoded, unit(np.asarray(pool.query[:, 1], np.float32)))
 
 
 def _alike(
@@ -259,14 +256,12 @@ def _of_neighbors(pool: Pool, options: VerifierSettings) -> list[Float[np.ndarra
     logarithm of the distance to the nearest."""
     there = np.arange(pool.neighbor_scores.shape[1]) < pool.neighbor_count[:, None]
     scores = np.where(there, pool.neighbor_scores, -np.inf)
-    best = np.where(there.any(1), scores.max(1), -3.0)[:, None]
-    weights = np.exp((scores - best) / options.temperature)
-    weights /= np.maximum(weights.sum(1, keepdims=True), 1e-9)
     near, candidate = (np.moveaxis(c, -1, 0) for c in (pool.neighbor_coordinates, pool.coordinates))
     km = great_circle_km(*candidate[..., None], *near[:, :, None])
     km = np.where(there[:, None], km, 2e4)
-    density = [np.einsum("bkm,bm->bk", np.exp(-0.5 * (km / w) ** 2), weights) for w in options.widths_km]
-    return [*density, np.broadcast_to(best, km.shape[:2]), np.log1p(km.min(-1))]
+    found = [density(km, scores, options.temperature, w) for w in options.widths_km]
+    best = scores.max(1, keepdims=True, initial=-3.0)
+    return [*found, np.broadcast_to(best, km.shape[:2]), np.log1p(km.min(-1))]
 
 
 class Verifier:
@@ -328,7 +323,3 @@ def _once(way: Callable[[Pool], dict[str, Any]]) -> Callable[[Pool], dict[str, A
         return last[1]
 
     return shared
-
-
-def _unit(x: np.ndarray) -> np.ndarray:
-    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)

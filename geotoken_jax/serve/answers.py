@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from geotoken_jax.predict.predictor import Prediction
+from geotoken_jax.predict.prediction import Prediction
 from geotoken_jax.serve.levels import Narrowed
 
 GEOJSON = "application/geo+json"
@@ -27,8 +27,8 @@ class Answers:
 def geojson(answers: Sequence[Prediction | Failure]) -> dict[str, Any]:
     """Returns a FeatureCollection of points, each with the number of its photo, from 0, and its kind.
 
-    An answer has radius_km, radius_90_km and within; a candidate and a cell (at its center) their probability; a
-    neighbor its id and score. `errors` lists the photos that could not be read.
+    A feature has the fields of its answer, candidate, cell (at its center) or neighbor, but lists. `errors` lists the
+    photos that could not be read.
     """
     features, errors = [], []
     for photo, answer in enumerate(answers):
@@ -47,7 +47,7 @@ _KINDS = ("candidate", "cell", "neighbor")
 def _feature(photo: int, kind: str, place: Any) -> dict[str, Any]:
     values = {field.name: getattr(place, field.name) for field in dataclasses.fields(place)}
     point = [values.pop("longitude"), values.pop("latitude")]
-    own = {name: value for name, value in values.items() if not isinstance(value, tuple)}
+    own = {name: value for name, value in values.items() if value is not None and not isinstance(value, tuple)}
     return {
         "type": "Feature",
         "geometry": {"type": "Point", "coordinates": point},

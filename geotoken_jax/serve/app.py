@@ -22,7 +22,7 @@ from starlette.exceptions import HTTPException
 
 from geotoken_jax import __version__
 from geotoken_jax.backbone.preprocess import ImageError
-from geotoken_jax.predict.predictor import Prediction
+from geotoken_jax.predict.prediction import Prediction
 from geotoken_jax.serve import bodies, site
 from geotoken_jax.serve.answers import GEOJSON, GEOJSON_SCHEMA, Answers, Failure, geojson
 from geotoken_jax.serve.batching import Batcher, Model
@@ -238,7 +238,7 @@ def _written(found: Sequence[Prediction | Failure], format: Format, form: type[A
     if format == "geojson":
         return JSONResponse(geojson(found), headers=_HEADERS, media_type=GEOJSON)
     value: Any = form(list(found)) if form else found[0]
-    return Response(_TYPES[type(value)].dump_json(value), headers=_HEADERS, media_type=bodies.JSON)
+    return Response(_TYPES[type(value)].dump_json(value, exclude_none=True), headers=_HEADERS, media_type=bodies.JSON)
 
 
 def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -15,7 +15,8 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from geotoken_jax.backbone import Backbone
-from geotoken_jax.predict.predictor import GeoToken, Prediction
+from geotoken_jax.predict.prediction import Prediction
+from geotoken_jax.predict.predictor import GeoToken
 from geotoken_jax.serve.limits import Refused
 
 #: What a photo is to the model.

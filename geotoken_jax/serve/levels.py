@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 
 from geotoken_jax.geo.cells import CellScheme, corners
 from geotoken_jax.geo.distance import EARTH_RADIUS_KM, from_unit_vectors, great_circle_km, to_unit_vectors
-from geotoken_jax.predict.predictor import Prediction
+from geotoken_jax.predict.prediction import Prediction
 
 #: Of a candidate, and so the finest there is.
 _CELLS = CellScheme(20, 1)
@@ -50,7 +50,7 @@ class Narrowed(Prediction):
     was chosen among the gallery's places may still be likely.
     """
 
-    levels: tuple[Level, ...]
+    levels: tuple[Level, ...] = ()
 
 
 def narrowed(prediction: Prediction) -> Narrowed:

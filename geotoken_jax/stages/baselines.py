@@ -1,6 +1,7 @@
 """Baselines on the features that GeoToken has: each writes predictions/NAME/SPLIT.jsonl in the form of `predict`."""
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -13,16 +14,18 @@ from geotoken_jax.artifacts import TOP1, VALIDATION, Workdir
 from geotoken_jax.backbone import views
 from geotoken_jax.configuration import Config
 from geotoken_jax.data.join import Together
+from geotoken_jax.geo.distance import pairwise_km
 from geotoken_jax.predict import classifier, places
+from geotoken_jax.predict.prediction import Candidate, Neighbor, Prediction, neighbors
 from geotoken_jax.predict.select import density
 from geotoken_jax.progress import Progress
 from geotoken_jax.settings import SettingsError
 from geotoken_jax.stages import training
-from geotoken_jax.stages.predict import described, write
+from geotoken_jax.stages.predict import write
 from geotoken_jax.workdir import Manifest
 
-#: A split -> each photo's answer; a photo without one is left out, and evaluation counts it as missing.
-Answer = Callable[[str], Iterator[dict[str, Any]]]
+#: A split -> ids and answers; a photo without an answer is left out, and evaluation counts it as missing.
+Answer = Callable[[str], Iterator[tuple[bytes, Prediction]]]
 
 
 class Baseline(NamedTuple):
@@ -63,11 +66,12 @@ def _top1(config: Config, workdir: Workdir, folder: epath.Path) -> tuple[Answer,
     """Answers with the first neighbor's coordinates; all neighbors are candidates."""
     del folder
 
-    def answer(split: str) -> Iterator[dict[str, Any]]:
-        for photo, rows, _ in _near(workdir, split, config.model.neighbors):
-            listed = described(rows, workdir.gallery)
-            places = [{name: n[name] for name in ("latitude", "longitude")} for n in listed]
-            yield {"id": photo, **places[0], "candidates": places, "neighbors": listed}
+    gallery = workdir.gallery
+
+    def answer(split: str) -> Iterator[tuple[bytes, Prediction]]:
+        for photo, rows, scores in _near(workdir, split, config.model.neighbors):
+            (near,) = neighbors(gallery, rows[None], scores[None])
+            yield photo, _prediction([Candidate(one.latitude, one.longitude) for one in near], near)
 
     return answer, {}
 
@@ -84,11 +88,11 @@ def _knn(config: Config, workdir: Workdir, folder: epath.Path) -> tuple[Answer, 
         )
     gallery = workdir.gallery
 
-    def answer(split: str) -> Iterator[dict[str, Any]]:
+    def answer(split: str) -> Iterator[tuple[bytes, Prediction]]:
         for photo, rows, scores in _near(workdir, split, options.neighbors):
             coordinates = gallery.coordinates(rows)
-            found = density(coordinates, coordinates, scores, options.temperature, options.sigma_km)
-            yield _line(photo, coordinates, np.log(found / found.sum()))
+            found = density(pairwise_km(coordinates, coordinates), scores, options.temperature, options.sigma_km)
+            yield photo, _ranked(coordinates, np.log(found / found.sum()))
 
     return answer, {}
 
@@ -108,12 +112,12 @@ def _geoclip(config: Config, workdir: Workdir, folder: epath.Path) -> tuple[Answ
     encoded = places.open(file)
     scale = float(jnp.exp(aligned.location_scale[...]))
 
-    def answer(split: str) -> Iterator[dict[str, Any]]:
+    def answer(split: str) -> Iterator[tuple[bytes, Prediction]]:
         own = workdir.table(split)
         location = np.asarray(own.embeddings()[:, 1], np.float32)  # of length 1, as tables hold them
         rows, log_p = places.rank(encoded, scale * location, min(options.candidates, len(gallery)))
         for photo, near, probability in zip(own.ids(), rows, log_p, strict=True):
-            yield _line(photo.decode(), coordinates[near], probability)
+            yield photo, _ranked(coordinates[near], probability)
 
     return answer, {}
 
@@ -138,33 +142,32 @@ def _classifier(config: Config, workdir: Workdir, folder: epath.Path) -> tuple[A
     held = cells.of(gallery.tokens())
     centers = classifier.centers(gallery.coordinates(), held, len(cells))
 
-    def answer(split: str) -> Iterator[dict[str, Any]]:
+    def answer(split: str) -> Iterator[tuple[bytes, Prediction]]:
         own = workdir.table(split)
         found, log_p = classifier.rank(model, own, min(options.candidates, len(cells)))
         for photo, best, probability in zip(own.ids(), found, log_p, strict=True):
-            yield _line(photo.decode(), centers[best], probability)
+            yield photo, _ranked(centers[best], probability)
 
     return answer, {"dropped": {"in a cell of fewer than min_photos": int((held < 0).sum())}, "cells": len(cells)}
 
 
-def _near(workdir: Workdir, split: str, k: int) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+def _near(workdir: Workdir, split: str, k: int) -> Iterator[tuple[bytes, np.ndarray, np.ndarray]]:
     """Yields id, gallery rows and scores of each photo that has a neighbor, of at most k, the best first."""
     for photo, row, score in zip(workdir.table(split).ids(), *workdir.neighbors(split, k), strict=True):
         if row[0] >= 0:
-            yield photo.decode(), row[row >= 0], score[row >= 0]
+            yield photo, row[row >= 0], score[row >= 0]
 
 
-def _line(photo: str, coordinates: Float[np.ndarray, "K 2"], log_probability: Float[np.ndarray, "K"]) -> dict[str, Any]:
-    """Returns an answer as JSON has it: the most probable place, and all of them as candidates, best first."""
-    listed = [
-        {
-            "latitude": round(float(coordinates[k, 0]), 7),
-            "longitude": round(float(coordinates[k, 1]), 7),
-            "log_probability": round(float(log_probability[k]), 5),
-        }
-        for k in np.argsort(-log_probability, kind="stable")
-    ]
-    return {"id": photo, "latitude": listed[0]["latitude"], "longitude": listed[0]["longitude"], "candidates": listed}
+def _ranked(coordinates: Float[np.ndarray, "K 2"], log_probability: Float[np.ndarray, "K"]) -> Prediction:
+    """Returns the answer at the most probable place, with all of them as candidates."""
+    order = np.argsort(-log_probability, kind="stable")
+    return _prediction([Candidate.of(coordinates[k], float(log_probability[k])) for k in order])
+
+
+def _prediction(candidates: Sequence[Candidate], near: tuple[Neighbor, ...] = ()) -> Prediction:
+    """Returns the answer at the first candidate, which says nothing of its radii."""
+    best = candidates[0]
+    return Prediction(best.latitude, best.longitude, math.nan, math.nan, {}, tuple(candidates), (), near)
 
 
 BASELINES: Mapping[str, Baseline] = {

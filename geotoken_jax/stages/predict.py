@@ -15,6 +15,7 @@ from geotoken_jax.gallery.table import Table
 from geotoken_jax.predict.answer import Answerer, calibrate, with_radii
 from geotoken_jax.predict.judge import Judge
 from geotoken_jax.predict.pool import Places, Pool
+from geotoken_jax.predict.prediction import Prediction
 from geotoken_jax.predict.select import log_probability
 from geotoken_jax.progress import Progress
 from geotoken_jax.settings import SettingsError
@@ -47,10 +48,10 @@ def run(config: Config, workdir: Workdir, variant: str) -> list[Manifest]:
                 found = list(found)
                 calibrate(found, workdir.table(split).coordinates()).save(workdir.calibration_file(variant))
             calibration = workdir.calibration(variant)
-            lines = [line for part in found for line in with_radii(*part, calibration)]
+            answers = [answer for part in found for answer in with_radii(*part, calibration)]
             if judge := judges.get(split):
                 write_json(stage.path / "judge" / f"{split}.json", judge.report())
-            write(file, lines)
+            write(file, zip(workdir.table(split).ids(), answers, strict=True))
     return [stage.finish(counts, calibrated=calibrated)]
 
 
@@ -66,8 +67,8 @@ def _judges(config: Config, folder: epath.Path, counts: dict[str, int]) -> dict[
 
 def _answered(
     answerer: Answerer, workdir: Workdir, split: str, judge: Judge | None, progress: Progress
-) -> Iterator[tuple[list[dict[str, Any]], Places | None]]:
-    """Yields the answers of one split in batches, and where the model thinks their photos are."""
+) -> Iterator[tuple[list[Prediction], Places | None]]:
+    """Yields the answers of one split in batches, without radii, and the model's distribution over places."""
     decoder, own = answerer.decoder, workdir.table(split)
     read = workdir.tokens(split, decoder.model, decoder.gallery)
     near, scores = workdir.neighbors(split, decoder.neighbors)
@@ -83,12 +84,7 @@ def _answered(
             return judge(ids, [next(images) for _ in ids], pool, log_probability(pool))
 
         others = {"judge": judged} if judge else {}
-        found, places = answerer(real, near[rows], scores[rows], rows, others, excluded(rows))
-        lines = [
-            {"id": photo, **answer, "neighbors": described(near[row], decoder.gallery)}
-            for photo, row, answer in zip(ids, rows, found, strict=True)
-        ]
-        yield lines, places
+        yield answerer(real, near[rows], scores[rows], rows, others, excluded(rows))
         progress.add(len(rows))
 
 
@@ -99,16 +95,7 @@ def _images(photos: records.Photos, own: Table) -> Iterator[bytes]:
         yield next(photo["image"] for photo in every if photo["id"] == wanted.decode())
 
 
-def described(rows: np.ndarray, gallery: Table) -> list[dict[str, Any]]:
-    """Returns the neighbors of gallery rows [k], those of -1 left out, as JSON has them."""
-    rows = rows[rows >= 0]
-    coordinates = gallery.coordinates(rows)
-    return [
-        {"id": i.decode(), "latitude": float(latitude), "longitude": float(longitude)}
-        for i, (latitude, longitude) in zip(gallery.ids(rows), coordinates, strict=True)
-    ]
-
-
-def write(file: epath.Path, lines: Iterable[dict[str, Any]]) -> None:
-    """Writes a file of JSON lines, whole or not at all."""
+def write(file: epath.Path, answers: Iterable[tuple[bytes, Prediction]]) -> None:
+    """Writes the answers of photos as JSON lines, whole or not at all. answers: pairs of an id and its answer."""
+    lines = ({"id": photo.decode(), **answer.plain()} for photo, answer in answers)
     write_bytes(file, "".join(json.dumps(line) + "\n" for line in lines).encode())

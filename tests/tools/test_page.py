@@ -35,7 +35,7 @@ ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"
 DESK, PHONE = {"width": 1280, "height": 800}, {"width": 360, "height": 740}
 SERVED = """
 import dataclasses, sys
-from geotoken_jax.predict.predictor import Candidate, Neighbor
+from geotoken_jax.predict.prediction import Candidate, Neighbor
 from geotoken_jax.serve import app, limits
 from tests.test_serve import Shade
 

@@ -20,6 +20,7 @@ const percent = p => !(p > 0) ? "0 %" : p >= 0.9995 ? "over 99.9 %" : p < 0.0000
 const degrees = ([latitude, longitude], digits = 4) =>
   `${Math.abs(latitude).toFixed(digits)}° ${latitude < 0 ? "S" : "N"}, ${Math.abs(longitude).toFixed(digits)}° ${longitude < 0 ? "W" : "E"}`;
 const at = ({latitude, longitude}) => [latitude, longitude];
+const likeliest = answer => answer.candidates.toSorted((a, b) => b.probability - a.probability).slice(0, SHOWN_CANDIDATES);
 const countries = new Intl.DisplayNames("en", {type: "region"});
 
 function near(spot) {
@@ -152,8 +153,8 @@ function show(found, example) {
     button.onclick = () => { pause(); go(k); };
     return button;
   });
-  const most = answer.candidates[0]?.probability || 1;
-  list("candidates", answer.candidates.slice(0, SHOWN_CANDIDATES), (candidate, k) => {
+  const likely = likeliest(answer), most = likely[0]?.probability || 1;
+  list("candidates", likely, (candidate, k) => {
     const button = bar(candidate.probability / most, made("span", {className: "name", textContent: `${k + 1}.`}),
       made("span", {textContent: near(at(candidate)) || degrees(at(candidate), 2)}), made("span", {textContent: percent(candidate.probability)}));
     button.onclick = () => choose(button, at(candidate), `Candidate ${k + 1}: ${degrees(at(candidate))}, ${distance(kilometers(spot, at(candidate)))} from the answer.`);
@@ -205,7 +206,7 @@ function mark() {
     cells.push(...shown.filter((_, k) => k !== level.chosen), shown[level.chosen]);
   }
   const dots = answer.neighbors.map(n => ({at: at(n), kind: "neighbor", size: 4}));
-  dots.push(...answer.candidates.slice(0, SHOWN_CANDIDATES).map((c, k) => ({at: at(c), kind: "candidate", size: last ? 8 : 5, label: last ? String(k + 1) : ""})).reverse());
+  dots.push(...likeliest(answer).map((c, k) => ({at: at(c), kind: "candidate", size: last ? 8 : 5, label: last ? String(k + 1) : ""})).reverse());
   if (truth) dots.push({at: truth, kind: "truth", size: 7});
   dots.push({at: spot, kind: "answer", size: 7, ring: true});
   if (chosen) dots.push({at: chosen, kind: "text", size: 4, ring: true});

@@ -24,7 +24,7 @@ from geotoken_jax import workdir as stages
 from geotoken_jax.align.heads import embeddings
 from geotoken_jax.align.task import AlignTask
 from geotoken_jax.analysis import evaluate
-from geotoken_jax.analysis.points import Method, Points
+from geotoken_jax.analysis.coordinates import CoordinateTable, Method
 from geotoken_jax.artifacts import Workdir
 from geotoken_jax.gallery import index, neighbors
 from geotoken_jax.gallery.table import index_vectors
@@ -78,7 +78,7 @@ class Search:
             photos = self._photos[split]
             ids, authors = (list(photos[name].astype(str)) for name in ("id", "author"))
             none = np.empty((len(ids), 0, 2))
-            self._truth[split] = Points(
+            self._truth[split] = CoordinateTable(
                 split, ids, photos["coordinates"], none, False, [{"author": author} for author in authors]
             )
         self._raw = self._nearest(lambda image: image)

@@ -28,7 +28,7 @@ from geotoken_jax.gallery import index
 from geotoken_jax.gallery.neighbors import find
 from geotoken_jax.gallery.table import Table, index_vectors
 from geotoken_jax.interop.targets import TARGETS
-from geotoken_jax.predict import exported, predictor
+from geotoken_jax.predict import bundle, predictor
 
 _ROOT = Path(__file__).parents[1]
 #: Runs a program where what is named first, with commas between, cannot be imported.
@@ -121,7 +121,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     wanted = ours(folder, features)
     found: dict[str, Any] = {
         "split": options.split,
-        "sums": exported.sha256(folder / exported.SUMS),
+        "sums": bundle.sha256(folder / bundle.SUMS),
         "same_neighbors_by_scann": int((wanted["rows"] == wanted["scann_rows"]).all(1).sum()),
         "share_of_neighbors_by_scann": index.recall(wanted["scann_rows"], wanted["rows"]),
         "package_seconds": time.perf_counter() - begin,

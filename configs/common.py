@@ -210,7 +210,7 @@ def _verifier() -> dict[str, Any]:
     return dict(
         model=dict(
             near=64,
-            alike=64,
+            similar=64,
             widths_km=(3, 10, 30, 100, 300),
             width_km=100.0,  # on EarthView's validation photos 30 is as good, 10 and 300 less so
             point_km=60.0,  # of 30, 60 and 100 the best on EarthView's validation photos
@@ -218,10 +218,10 @@ def _verifier() -> dict[str, Any]:
             floor=8.0,
             temperature=0.05,
             comparator=dict(hidden=2048, width=256, dropout=0.1, noise=0.8, same_within_km=20.0),
-            judge=dict(hidden=16, dropout=0.0),
+            scorer=dict(hidden=16, dropout=0.0),
         ),
         train_comparator=_train_selector(),
-        train_judge=_train_selector(),
+        train_scorer=_train_selector(),
     )
 
 

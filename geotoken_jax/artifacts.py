@@ -29,8 +29,8 @@ from geotoken_jax.predict.answer import Answerer
 from geotoken_jax.predict.decode import Decoder, PredictSettings
 from geotoken_jax.predict.pool import Pool
 from geotoken_jax.predict.sample import Candidates
-from geotoken_jax.predict.select import LEARNED, Parts
-from geotoken_jax.predict.trained import chooser
+from geotoken_jax.predict.select import TRAINED, SelectorInputs
+from geotoken_jax.predict.trained_selectors import selector_loader
 from geotoken_jax.predict.uncertainty import UNCALIBRATED, Calibration
 from geotoken_jax.workdir import Manifest, Stage, StageError
 
@@ -96,7 +96,7 @@ class Workdir:
     def _refuse_other(self, folder: str, found: Manifest, config: Config) -> None:
         if other := workdir.first_other(found.settings, settings.result(config)):
             key, made_with, wanted = other
-            raise workdir.MadeOtherwise(
+            raise workdir.OtherSettingsError(
                 f"config.{key} is {wanted!r}, and {self.path / folder} was made with {made_with!r}: leave "
                 f"config.{key} at that, or use another --workdir to make it with other settings",
                 self.path / folder,
@@ -158,20 +158,20 @@ class Workdir:
         return index.load(self.path / "gallery" / "index", threads)
 
     @property
-    def trained_on(self) -> list[str]:
+    def training_splits(self) -> list[str]:
         """The splits that training reads: the photos, and their views if there are any."""
         counts = (self.finished("tokens") or self.manifest("features")).counts
         return [split for split in (views.OF, views.SPLIT) if split in counts]
 
     @property
-    def asked(self) -> dict[str, int]:
+    def query_counts(self) -> dict[str, int]:
         """The splits that are to be answered, with their numbers of photos: all but those that are trained on."""
         return {split: n for split, n in self.manifest("queries").counts.items() if split != views.SPLIT}
 
     # Neighbors and token records
 
     @property
-    def recorded(self) -> int:
+    def neighbor_count(self) -> int:
         """K, the number of neighbors on record for each photo."""
         return self.manifest("tokens").facts["neighbors"]
 
@@ -195,7 +195,7 @@ class Workdir:
 
     def tokens(self, split: str, model: ModelSettings, gallery: Table | None) -> Tokens:
         """Returns the reader of a split's examples for the decoder. gallery: None where it is on the devices."""
-        stored = records.Records(self.path / "tokens", split, records.token_layout(self.recorded))
+        stored = records.Records(self.path / "tokens", split, records.token_layout(self.neighbor_count))
         return Tokens(stored, self.table(split), gallery, model.cells, model.neighbors, model.times)
 
     def pairs(self, split: str) -> Features:
@@ -246,8 +246,8 @@ class Workdir:
         def folder(name: str) -> epath.Path:
             return exported / name if exported else self.path / name / variant
 
-        trained = chooser(self.selectors(config, variant), folder, gallery, model, aligned)
-        return Answerer(Decoder(model, config.predict, gallery), Parts(config.predict.vote, aligned, trained))
+        trained = selector_loader(self.selectors(config, variant), folder, gallery, model, aligned)
+        return Answerer(Decoder(model, config.predict, gallery), SelectorInputs(config.predict.vote, aligned, trained))
 
     # Pools
 
@@ -286,7 +286,7 @@ class Workdir:
         """Returns the file of the answers of a variant or baseline for a split."""
         return self.path / "predictions" / name / f"{split}.jsonl"
 
-    def answered(self) -> list[str]:
+    def predicted_variants(self) -> list[str]:
         """Returns the variants and baselines whose predictions are complete."""
         return sorted(path.parent.name for path in (self.path / "predictions").glob("*/manifest.json"))
 
@@ -321,4 +321,4 @@ def _own(config: Config, folder: str) -> Config:
 
 def needed(options: PredictSettings) -> list[str]:
     """Returns the folders of trained selectors that the selectors of config.predict are in."""
-    return [name for name, selectors in LEARNED.items() if set(selectors) & set(options.selectors)]
+    return [name for name, selectors in TRAINED.items() if set(selectors) & set(options.selectors)]

@@ -143,11 +143,11 @@ def _refusals() -> tuple[type[Exception], ...]:
         FileNotFoundError,
         *_errors(
             ("geotoken_jax.backbone.preprocess", "ImageError"),
-            ("geotoken_jax.predict.exported", "ExportError"),
+            ("geotoken_jax.predict.bundle", "ExportError"),
             ("geotoken_jax.gallery.index", "IndexQualityError"),
             ("geotoken_jax.checkpoint", "CheckpointError"),
             ("geotoken_jax.train.loop", "Diverged"),
-            ("geotoken_jax.analysis.points", "PointsError"),
+            ("geotoken_jax.analysis.coordinates", "TableError"),
         ),
     )
 

@@ -20,10 +20,10 @@ def run(options: argparse.Namespace, config: Any) -> int:
 
 
 def _on_workdir(options: argparse.Namespace, config: Any) -> int:
-    from geotoken_jax import path
+    from geotoken_jax import workdir_commands
 
     _quiet()
-    path.VERBS[options.verb](options, config)
+    workdir_commands.VERBS[options.verb](options, config)
     return 0
 
 

@@ -229,11 +229,11 @@ class RewardSection:
 
 @dataclasses.dataclass(frozen=True)
 class VerifierSection:
-    """config.verifier: its comparator is trained first, then its judge."""
+    """config.verifier: its comparator is trained first, then its scorer."""
 
     model: VerifierSettings
     train_comparator: TrainSettings
-    train_judge: TrainSettings
+    train_scorer: TrainSettings
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,7 +41,7 @@ class StageError(RuntimeError):
     """A stage cannot run here: an input is missing, or the folder belongs to other settings or inputs."""
 
 
-class MadeOtherwise(StageError):
+class OtherSettingsError(StageError):
     """A folder, `path`, belongs to other settings or inputs."""
 
     def __init__(self, message: str, path: epath.Path):
@@ -172,7 +172,7 @@ def _refuse_other(path: epath.Path, found: Mapping[str, Any], wanted: Mapping[st
             continue
         key, old, new = difference
         what = f"config.{key} = {old!r}, not {new!r}" if part == "settings" else f"another {key}/"
-        raise MadeOtherwise(
+        raise OtherSettingsError(
             f"{path} was made with {what}: use another --workdir, or remove {path} to make it again", path
         )
 

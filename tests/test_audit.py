@@ -13,8 +13,8 @@ from flax import nnx
 from configs import demo
 from data_prep import tokens
 from geotoken_jax import checkpoint, cli, configuration, records, settings, workdir
-from geotoken_jax.analysis import coverage, neighbor_gap, overlap, places
-from geotoken_jax.analysis.masking import Masked
+from geotoken_jax.analysis import coverage, neighbor_gap, overlap, regions
+from geotoken_jax.analysis.masking import MaskedGallery
 from geotoken_jax.artifacts import TOP1, Workdir
 from geotoken_jax.gallery import index, neighbors
 from geotoken_jax.gallery.exclude import SameId
@@ -251,7 +251,7 @@ def test_without_its_region_a_photo_finds_no_neighbor_there(made, figures):
 
 @pytest.fixture(scope="module")
 def masked(made, config):
-    return Masked(config, Workdir(made), "geotoken", "test")
+    return MaskedGallery(config, Workdir(made), "geotoken", "test")
 
 
 def test_nothing_left_out_gives_the_answers_of_predictions(made, masked, monkeypatch):
@@ -281,8 +281,10 @@ def test_an_interrupted_audit_goes_on_from_the_regions_that_are_there(made, conf
     (folder / "manifest.json").unlink()
     (folder / "masked-004.npy").unlink()
     asked = []
-    call = Masked.__call__
-    monkeypatch.setattr(Masked, "__call__", lambda self, rows, kept: asked.append(len(rows)) or call(self, rows, kept))
+    call = MaskedGallery.__call__
+    monkeypatch.setattr(
+        MaskedGallery, "__call__", lambda self, rows, kept: asked.append(len(rows)) or call(self, rows, kept)
+    )
     audit.run(config, Workdir(made), "coverage")
     assert asked == [4] and (folder / "figures.json").read_bytes() == wanted
 
@@ -314,7 +316,7 @@ def near(split, km, seed=0, n=600):
     rng = np.random.default_rng(seed)
     extra = [{"author": f"a{i // 2}"} for i in range(n)]
     ids = [str(i) for i in range(n)]
-    truth = neighbor_gap.Points(split, ids, np.zeros((n, 2)), np.zeros((n, 0, 2)), False, extra)
+    truth = neighbor_gap.CoordinateTable(split, ids, np.zeros((n, 2)), np.zeros((n, 0, 2)), False, extra)
     off = np.where(rng.random((n, 3)) < km, 5.0, 3000.0)
     return neighbor_gap.Near(split, n, off, np.ones((n, 3)), truth)
 
@@ -365,9 +367,9 @@ def test_the_rules_in_force_are_said(made, figures):
     ],
 )
 def test_a_country_is_known_however_it_is_spelled(country, name, continent):
-    assert places.country(country) == name
-    assert places.continent({"country": country, "continent": "Mu"}) == continent
-    assert places.continent({"country": "", "continent": " "}) == places.UNKNOWN
+    assert regions.country(country) == name
+    assert regions.continent({"country": country, "continent": "Mu"}) == continent
+    assert regions.continent({"country": "", "continent": " "}) == regions.UNKNOWN
 
 
 def test_every_country_of_geonames_has_its_continent():
@@ -377,8 +379,8 @@ def test_every_country_of_geonames_has_its_continent():
     for code, of in world.get_countries().items():
         if code not in gone:
             wanted = continents[of["continentcode"]]["name"]
-            assert places.continent({"country": of["name"], "continent": ""}) == wanted
-            assert places.continent({"country": code, "continent": ""}) == wanted
+            assert regions.continent({"country": of["name"], "continent": ""}) == wanted
+            assert regions.continent({"country": code, "continent": ""}) == wanted
 
 
 def test_a_split_that_was_not_predicted_is_named(made, config, tmp_path):

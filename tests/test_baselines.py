@@ -16,11 +16,11 @@ from data_prep.sources import UNKNOWN, Photo
 from geotoken_jax import checkpoint, configuration, records, settings, workdir
 from geotoken_jax.align.task import AlignTask
 from geotoken_jax.artifacts import Workdir
-from geotoken_jax.gallery import index
+from geotoken_jax.gallery import encodings, index
 from geotoken_jax.gallery.table import Table, index_vectors, write_shard
 from geotoken_jax.geo.cells import CellScheme
 from geotoken_jax.geo.distance import great_circle_km
-from geotoken_jax.predict import classifier, places
+from geotoken_jax.predict import classifier
 from geotoken_jax.stages import baselines, evaluate
 
 C, M = 8, 5
@@ -154,7 +154,7 @@ def test_the_galleries_coordinates_are_chosen_among_by_softmax(config, path):
     wanted = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     found = [[c["log_probability"] for c in line["candidates"]] for line in lines]
     np.testing.assert_allclose(found, -np.sort(-wanted, 1)[:, :20], atol=0.2)  # bfloat16, times a scale of 54
-    stored = places.open(path / "predictions" / "geoclip" / "encoded.npy").astype(float)
+    stored = encodings.open(path / "predictions" / "geoclip" / "encoded.npy").astype(float)
     logits = float(np.exp(aligned.location_scale[...])) * photos @ stored.T
     wanted = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     np.testing.assert_allclose(found, -np.sort(-wanted, 1)[:, :20], atol=1e-4)
@@ -165,10 +165,10 @@ def test_the_galleries_coordinates_are_chosen_among_by_softmax(config, path):
 def test_blocks_change_nothing(monkeypatch):
     rng = np.random.default_rng(0)
     gallery, photos = rng.normal(size=(50, 6)).astype(np.float32), rng.normal(size=(7, 6)).astype(np.float32)
-    wanted = places.rank(gallery, photos, 9)
+    wanted = encodings.rank(gallery, photos, 9)
     monkeypatch.setattr(places, "_PLACES", 16)
     monkeypatch.setattr(places, "_PHOTOS", 3)
-    for found, whole in zip(places.rank(gallery, photos, 9), wanted, strict=True):
+    for found, whole in zip(encodings.rank(gallery, photos, 9), wanted, strict=True):
         np.testing.assert_allclose(found, whole, atol=1e-5)
 
 

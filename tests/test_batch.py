@@ -13,7 +13,7 @@ from geotoken_jax.align.loss import LossSettings
 from geotoken_jax.align.task import AlignTask
 from geotoken_jax.model import batch as decoder
 from geotoken_jax.model.reward import RewardSettings, RewardTask
-from geotoken_jax.model.verifier import ComparatorSettings, ComparatorTask, JudgeSettings, JudgeTask
+from geotoken_jax.model.verifier import ComparatorSettings, ComparatorTask, ScorerSettings, ScorerTask
 from geotoken_jax.predict.classifier import ClassifierSettings, ClassifierTask
 from tests import fixtures
 
@@ -31,7 +31,7 @@ TASKS = {
         (task := ComparatorTask(COMPARATOR, np.zeros(C, np.float32))),
         task.batch(N),
     ),
-    "judge": lambda: ((task := JudgeTask(JudgeSettings(8, 0.0), np.ones((2, C), np.float32))), task.batch(N, K)),
+    "scorer": lambda: ((task := ScorerTask(ScorerSettings(8, 0.0), np.ones((2, C), np.float32))), task.batch(N, K)),
     "classifier": lambda: ((task := ClassifierTask(ClassifierSettings(9, 1, 8, 0.0, 2), C, 5)), task.batch(N)),
 }
 

@@ -15,7 +15,7 @@ from geotoken_jax.geo.cells import CellScheme
 from geotoken_jax.predict import beam, decode, sample
 from geotoken_jax.predict.answer import answers
 from geotoken_jax.predict.decode import Decoder, PredictSettings, SearchSettings
-from geotoken_jax.predict.pool import Places, Pool
+from geotoken_jax.predict.pool import PlaceDistribution, Pool
 from geotoken_jax.predict.prediction import Cell
 from geotoken_jax.predict.predictor import Predictor
 from geotoken_jax.predict.sample import Candidates
@@ -208,8 +208,10 @@ def test_a_pool_says_where_everything_is(model, decoder):
     np.testing.assert_allclose(np.stack(decoder.cells.decode(pool.candidates.tokens), -1), pool.coordinates)
     np.testing.assert_array_equal(pool.neighbor_coordinates[:, :, 1], 2 * np.arange(fixtures.M) * np.ones((4, 1)))
     # The most probable of 24,576 cells, or of those that were not divided into them, and what is left as coarse ones.
-    assert (pool.places.probability.sum(1) > 0.999).all() and (pool.places.probability.sum(1) < 1 + 1e-5).all()
-    fine = pool.places.probability[:, : decode._CELLS]
+    assert (pool.distribution.probability.sum(1) > 0.999).all() and (
+        pool.distribution.probability.sum(1) < 1 + 1e-5
+    ).all()
+    fine = pool.distribution.probability[:, : decode._CELLS]
     assert (np.diff(fine) <= 0).all() and 0.5 < fine.sum(1).min()
 
 
@@ -226,7 +228,7 @@ def made_up():
     log_p = np.array([[-3.0, -1.0, -9.0, -2.0], [-4.0, -1.5, -4.0, -1.5]], np.float32)
     tempered = np.array([[-2.0, -0.9, -8.0, -0.5], [-3.0, -1.2, -3.0, -1.2]], np.float32)
     candidates = Candidates(tokens.astype(np.int32), log_p, tempered)
-    places = Places(np.ones((2, 2, 2)), np.full((2, 2), 3), np.array([[0.5, 0.25], [0.75, 0.0]]))
+    places = PlaceDistribution(np.ones((2, 2, 2)), np.full((2, 2), 3), np.array([[0.5, 0.25], [0.75, 0.0]]))
     nothing = np.zeros((2, 0))
     coordinates = np.stack(cells.decode(candidates.tokens), -1)
     pool = Pool(candidates, coordinates, nothing, nothing, nothing, nothing, nothing, places)  # type: ignore[arg-type]

@@ -160,7 +160,7 @@ def test_other_settings_than_a_trained_parts_own_are_refused(workdir, capsys, ve
         ("align", "align.loss.chunk=64"),
         ("train", "train.accumulate=2"),
         ("train", "model.remat=dots"),
-        ("learn", "verifier.train_judge.log_every=9"),
+        ("learn", "verifier.train_scorer.log_every=9"),
         ("predict", "predict.batch_size=7"),
         ("predict", "judge.timeout_s=7.0"),
         ("export", "embed.threads=3"),

@@ -6,8 +6,16 @@ import pytest
 
 from geotoken_jax.analysis import evaluate, reliability
 from geotoken_jax.analysis.claims import Claims
+from geotoken_jax.analysis.coordinates import (
+    FARTHEST_KM,
+    CoordinateTable,
+    Method,
+    TableError,
+    in_order,
+    methods_of,
+    read_coordinates,
+)
 from geotoken_jax.analysis.evaluate import EvaluateSettings
-from geotoken_jax.analysis.points import FARTHEST_KM, Method, Points, PointsError, in_order, methods_of, read_points
 from geotoken_jax.geo import distance
 from geotoken_jax.geo.cells import CellScheme
 from geotoken_jax.geo.distance import EARTH_RADIUS_KM
@@ -28,7 +36,7 @@ def row(name, latitude, longitude=0.0, **more):
 
 def truth_of(n, authors=None):
     extra = [{"author": authors[i]} if authors else {} for i in range(n)]
-    return Points("truth", [str(i) for i in range(n)], np.zeros((n, 2)), np.zeros((n, 0, 2)), False, extra)
+    return CoordinateTable("truth", [str(i) for i in range(n)], np.zeros((n, 2)), np.zeros((n, 0, 2)), False, extra)
 
 
 def method(km, variant="geotoken", **more):
@@ -54,7 +62,7 @@ def test_json_lines_and_csv_read_alike(tmp_path):
     lines = write(tmp_path / "a.jsonl", [row("x", 1.5, -2.25, author="a"), row("7", -90, 180, author="b")])
     csv = tmp_path / "b.csv"
     csv.write_text('\ufeffIMG_ID,LAT, Lon,Author\nx,1.5,-2.25,a\n"7",-90,180,b\n')
-    for points in (read_points(lines), read_points(csv)):
+    for points in (read_coordinates(lines), read_coordinates(csv)):
         assert points.ids == ["x", "7"]
         np.testing.assert_array_equal(points.coordinates, [[1.5, -2.25], [-90, 180]])
         assert [more["author"] for more in points.extra] == ["a", "b"]
@@ -95,8 +103,8 @@ def test_json_lines_and_csv_read_alike(tmp_path):
 def test_a_file_that_cannot_be_scored_says_where_and_how_to_mend_it(tmp_path, text, message):
     path = tmp_path / "points.txt"
     path.write_text(text)
-    with pytest.raises(PointsError, match=f"points.txt.*{message}"):
-        read_points(path)
+    with pytest.raises(TableError, match=f"points.txt.*{message}"):
+        read_coordinates(path)
 
 
 def test_a_threshold_includes_its_distance():
@@ -104,8 +112,8 @@ def test_a_threshold_includes_its_distance():
 
 
 def test_a_photo_without_a_prediction_is_wrong_and_counted(tmp_path):
-    truth = read_points(write(tmp_path / "t.jsonl", [row("a", 0), row("b", 10), row("c", 20), row("d", 30)]))
-    points = read_points(write(tmp_path / "p.jsonl", [row("c", 20 + 100 * KM), row("a", 0)]))
+    truth = read_coordinates(write(tmp_path / "t.jsonl", [row("a", 0), row("b", 10), row("c", 20), row("d", 30)]))
+    points = read_coordinates(write(tmp_path / "p.jsonl", [row("c", 20 + 100 * KM), row("a", 0)]))
     scored = score(methods_of(points, truth, "geotoken", "GeoToken"), truth)["methods"][0]
     assert values(scored) == [0.25, 0.25, 0.5, 0.5, 0.5]
     assert scored["missing"] == 2
@@ -114,8 +122,8 @@ def test_a_photo_without_a_prediction_is_wrong_and_counted(tmp_path):
 
 
 def test_a_prediction_of_an_unknown_photo_is_refused(tmp_path):
-    points = read_points(write(tmp_path / "p.jsonl", [row("0", 0), row("who", 0)]))
-    with pytest.raises(PointsError, match=r"p\.jsonl predicts 'who' \(one of 1\), which truth does not hold"):
+    points = read_coordinates(write(tmp_path / "p.jsonl", [row("0", 0), row("who", 0)]))
+    with pytest.raises(TableError, match=r"p\.jsonl predicts 'who' \(one of 1\), which truth does not hold"):
         methods_of(points, truth_of(1), "geotoken", "GeoToken")
 
 
@@ -129,8 +137,8 @@ def test_choices_are_methods_and_the_best_candidate_is_a_bound(tmp_path):
         row("1", 20 * KM, choice="greedy", choices=choices, candidates=candidates(20, 3000, tokens=[1])),
     ]
     truth = truth_of(2)
-    model = read_points(write(tmp_path / "model.jsonl", rows))
-    neighbors = read_points(
+    model = read_coordinates(write(tmp_path / "model.jsonl", rows))
+    neighbors = read_coordinates(
         write(
             tmp_path / "top1.jsonl", [row(str(i), KM, choice="top1", candidates=candidates(1, 0.5)) for i in range(2)]
         )
@@ -155,8 +163,8 @@ def test_choices_are_methods_and_the_best_candidate_is_a_bound(tmp_path):
     assert [d["name"] for d in differences] == ["Top-1 neighbor", "GeoToken: log probability"]
 
     rows[1]["choices"] = {"greedy": 0, "log_probability": 2}  # its photo has two candidates
-    with pytest.raises(PointsError, match="'1' has no candidate for the choice 'log_probability'"):
-        methods_of(read_points(write(tmp_path / "m.jsonl", rows)), truth, "geotoken", "GeoToken")
+    with pytest.raises(TableError, match="'1' has no candidate for the choice 'log_probability'"):
+        methods_of(read_coordinates(write(tmp_path / "m.jsonl", rows)), truth, "geotoken", "GeoToken")
 
 
 def half_width(scored):
@@ -263,13 +271,13 @@ def test_a_choice_may_be_a_point_of_its_own(tmp_path):
         row("1", 1.5, choice="own", choices={"own": [1.5, 0], "other": [20 * KM, 0]}, candidates=candidates),
     ]
     truth = truth_of(2)
-    own, other, ideal = methods_of(read_points(write(tmp_path / "m.jsonl", rows)), truth, "geotoken", "GeoToken")
+    own, other, ideal = methods_of(read_coordinates(write(tmp_path / "m.jsonl", rows)), truth, "geotoken", "GeoToken")
     assert (own.choice, own.main, other.choice, other.main, ideal.bound) == ("own", True, "other", False, True)
     np.testing.assert_allclose(own.km, np.array([0.5, 1.5]) / KM)
     np.testing.assert_allclose(other.km, [100, 20])
     del rows[1]["choices"]["other"]
-    with pytest.raises(PointsError, match="'1' has no candidate for the choice 'other'"):
-        methods_of(read_points(write(tmp_path / "m.jsonl", rows)), truth, "geotoken", "GeoToken")
+    with pytest.raises(TableError, match="'1' has no candidate for the choice 'other'"):
+        methods_of(read_coordinates(write(tmp_path / "m.jsonl", rows)), truth, "geotoken", "GeoToken")
 
 
 def test_continents_are_scored_apart(tmp_path):
@@ -338,9 +346,9 @@ def test_abstention_keeps_the_surest_and_ends_at_everything():
 
 
 def test_a_photo_without_a_prediction_is_the_least_sure(tmp_path):
-    truth = read_points(write(tmp_path / "t.jsonl", [row(str(n), 0) for n in range(4)]))
+    truth = read_coordinates(write(tmp_path / "t.jsonl", [row(str(n), 0) for n in range(4)]))
     rows = [row("3", 0, within={"25": 0.1}), row("1", 0, within={"25": 0.2}), row("0", 50, within={"25": 0.3})]
-    (made,) = methods_of(read_points(write(tmp_path / "p.jsonl", rows)), truth, "geotoken", "G")
+    (made,) = methods_of(read_coordinates(write(tmp_path / "p.jsonl", rows)), truth, "geotoken", "G")
     found = reliability.figures(made, truth.coordinates, False)
     assert found["reliability"][1]["photos"] == 3 and found["radii"] == [None, None]
     assert found["reliability"][1]["observed"]["value"] == pytest.approx(2 / 3, abs=1e-6)
@@ -349,7 +357,7 @@ def test_a_photo_without_a_prediction_is_the_least_sure(tmp_path):
 
 
 def test_recall_against_area_of_circles_and_of_cells(tmp_path):
-    truth = read_points(write(tmp_path / "t.jsonl", [row(str(n), 10, 20) for n in range(5)]))
+    truth = read_coordinates(write(tmp_path / "t.jsonl", [row(str(n), 10, 20) for n in range(5)]))
 
     def center(level, latitude=10.0, longitude=20.0):
         scheme = CellScheme(level, 1)
@@ -368,7 +376,7 @@ def test_recall_against_area_of_circles_and_of_cells(tmp_path):
     ]
     listed = [[dataclasses.asdict(Cell(*cell)) for cell in some] for some in cells]
     rows = [row(str(n), 10 + 10 * KM, 20, cells=some) for n, some in enumerate(listed)]
-    (made,) = methods_of(read_points(write(tmp_path / "p.jsonl", rows)), truth, "geotoken", "G")
+    (made,) = methods_of(read_coordinates(write(tmp_path / "p.jsonl", rows)), truth, "geotoken", "G")
     circle, searched = reliability._searched_km2(made, truth.coordinates)
     np.testing.assert_allclose(circle, np.pi * 100, rtol=1e-5)
     earth = 4 * np.pi * EARTH_RADIUS_KM**2
@@ -410,7 +418,7 @@ def test_what_is_predicted_is_what_evaluation_reads(tmp_path):
         cells=(Cell(20, 1.0, 2.0, 0.3), Cell(3, 10.0, 2.0, 0.2)),
         neighbors=(Neighbor("a", 1.0, 2.0, 2.5, 0),),
     )
-    claims = read_points(write(tmp_path / "p.jsonl", [{"id": "x", **answer.plain()}])).claims
+    claims = read_coordinates(write(tmp_path / "p.jsonl", [{"id": "x", **answer.plain()}])).claims
     assert claims.radius_km.tolist() == [[30, 400]]
     np.testing.assert_equal(claims.within, [[np.nan, 0.4, 0.9, np.nan, np.nan]])
     assert claims.cells.tolist() == [[[20, 1, 2, 0.3], [3, 10, 2, 0.2]]]

@@ -20,7 +20,7 @@ from geotoken_jax.export import stablehlo, standalone
 from geotoken_jax.gallery import index, table
 from geotoken_jax.gallery.table import IndexVectors, Table
 from geotoken_jax.geo.cells import CellScheme
-from geotoken_jax.predict import exported
+from geotoken_jax.predict import bundle
 from geotoken_jax.stages import export
 from tests import checkpoints, fixtures, test_decode
 
@@ -85,21 +85,21 @@ def test_a_broken_export_names_the_file(tmp_path: Path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "large.npy").write_bytes(b"numbers")
     with pytest.raises(ValueError, match="has no SHA256SUMS"):
-        exported.check(tmp_path, everything=False)
-    sums = "".join(f"{exported.sha256(tmp_path / name)}  {name}\n" for name in ("config.json", "large.npy"))
+        bundle.check(tmp_path, everything=False)
+    sums = "".join(f"{bundle.sha256(tmp_path / name)}  {name}\n" for name in ("config.json", "large.npy"))
     (tmp_path / "SHA256SUMS").write_text(sums)
-    exported.check(tmp_path, everything=True)
+    bundle.check(tmp_path, everything=True)
     (tmp_path / "large.npy").write_bytes(b"others!")
-    exported.check(tmp_path, everything=False)
+    bundle.check(tmp_path, everything=False)
     with pytest.raises(ValueError, match=r"large\.npy is not what SHA256SUMS says"):
-        exported.check(tmp_path, everything=True)
+        bundle.check(tmp_path, everything=True)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ValueError, match=r"config\.json is not what"):
-        exported.check(tmp_path, everything=False)
+        bundle.check(tmp_path, everything=False)
     (tmp_path / "large.npy").unlink()
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"lacks large\.npy"):
-        exported.check(tmp_path, everything=False)
+        bundle.check(tmp_path, everything=False)
 
 
 @pytest.fixture
@@ -174,13 +174,13 @@ def test_a_backbone_travels_with_the_export_or_is_asked_for_by_name(tmp_path: Pa
             "config.json", "model.safetensors", "preprocessor_config.json", "vocab.json", "merges.txt",
             "tokenizer_config.json",
         }  # fmt: skip
-        found = exported.backbone(folder, section, referred, given)
+        found = bundle.backbone(folder, section, referred, given)
         made = backbone.make(settings.read(backbone.BackboneSettings, found, "backbone"))
         features.append(made.images(np.stack([made.prepare(photo) for photo in checkpoints.images()])))
     np.testing.assert_array_equal(*features)
     assert set(referred["sha256"]) == {p.name for p in (tmp_path / "export-True" / "backbone").iterdir()}
-    with pytest.raises(exported.ExportError, match=r"does not hold its backbone org/tiny-clip: .* --backbone=DIR"):
-        exported.backbone(folder, section, referred, None)
+    with pytest.raises(bundle.ExportError, match=r"does not hold its backbone org/tiny-clip: .* --backbone=DIR"):
+        bundle.backbone(folder, section, referred, None)
     (source / "model.safetensors").write_bytes(b"of another model")
-    with pytest.raises(exported.ExportError, match=r"model\.safetensors is another file: the backbone of"):
-        exported.backbone(folder, section, referred, source)
+    with pytest.raises(bundle.ExportError, match=r"model\.safetensors is another file: the backbone of"):
+        bundle.backbone(folder, section, referred, source)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from geotoken_jax.predict import exported
+from geotoken_jax.predict import bundle
 from tests import hub
 
 NAME = "someone/geotoken"
@@ -34,7 +34,7 @@ def sums(files: dict[str, bytes], folder: Path) -> bytes:
     for name, data in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
-    return "".join(f"{exported.sha256(folder / name)}  {name}\n" for name in files).encode()
+    return "".join(f"{bundle.sha256(folder / name)}  {name}\n" for name in files).encode()
 
 
 @pytest.fixture

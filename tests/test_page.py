@@ -41,7 +41,7 @@ def prediction(at=(48.8501, 2.3499), within=(0.1, 0.4, 0.6, 0.7, 0.8), radii=(80
 def test_a_level_is_as_probable_as_the_distances_around_the_answer_say():
     # In the middle of a cell, which then holds about what a circle of its area does.
     at = tuple(float(x) for x in CellScheme(12, 1).decode(CellScheme(12, 1).encode(48.85, 2.35)))
-    found = levels.narrowed(prediction(at)).levels
+    found = levels.with_levels(prediction(at)).levels
     round_km = found[12].edge_km / np.pi**0.5
     assert found[12].probability == pytest.approx(0.1 + 0.3 * np.log(round_km) / np.log(25), abs=0.015)
     assert found[12].edge_km == pytest.approx(2, rel=0.1)
@@ -50,15 +50,15 @@ def test_a_level_is_as_probable_as_the_distances_around_the_answer_say():
     for before, level in itertools.pairwise(found):
         assert sum(cell.probability for cell in level.cells) == pytest.approx(before.probability)
         assert before.edge_km / level.edge_km == pytest.approx(2, rel=0.4)
-    sure = levels.narrowed(prediction(at, within=(1, 1, 1, 1, 1), radii=(0.0, 0.0)))
+    sure = levels.with_levels(prediction(at, within=(1, 1, 1, 1, 1), radii=(0.0, 0.0)))
     assert all(level.probability == pytest.approx(1) for level in sure.levels[:10])
-    lost = levels.narrowed(prediction(at, within=(0, 0, 0, 0.1, 0.3), radii=(9000.0, 15000.0))).levels
+    lost = levels.with_levels(prediction(at, within=(0, 0, 0, 0.1, 0.3), radii=(9000.0, 15000.0))).levels
     assert len(lost) < 12 and lost[-2].probability >= 1e-4 > lost[-1].probability
 
 
 @pytest.mark.parametrize("at", [(48.85, 2.35), (-89.9, 12.0), (0.0, 180.0), (35.3, -45.0), (90.0, 0.0)])
 def test_the_chosen_cell_of_a_level_is_the_one_around_the_answer(at):
-    for level in levels.narrowed(prediction(at)).levels:
+    for level in levels.with_levels(prediction(at)).levels:
         assert len(level.cells) == (4 if level.level else 6)
         assert [c.probability for c in level.cells] == sorted([c.probability for c in level.cells], reverse=True)
         cell = level.cells[level.chosen]

@@ -167,7 +167,7 @@ def test_a_time_is_the_same_every_year_and_half_a_year_away_the_other_season():
     assert found[:, 0].tolist() == [1, 1, 1, 1, 0] and not found[4].any()
 
 
-class Part:
+class Subset:
     """Some rows, each its own number times a factor."""
 
     def __init__(self, n, factor):
@@ -182,7 +182,7 @@ class Part:
 
 
 def test_splits_are_read_as_one():
-    together = join.Together([Part(3, 1), Part(4, 10), Part(2, 100)])
+    together = join.Concatenation([Subset(3, 1), Subset(4, 10), Subset(2, 100)])
     assert len(together) == 9
     for rows, wanted in (([8, 0, 3, 2, 6, 0], [100, 0, 0, 2, 30, 0]), ([4, 5], [10, 20]), ([7], [0]), ([2, 1], [2, 1])):
         found = together(np.array(rows))["row"]

@@ -63,7 +63,7 @@ def test_fewer_photos_are_among_more_and_come_with_their_views():
     rows = few[:5]
     assert set(few[5:]) == {50 + 2 * row + v for row in rows for v in (0, 1)}
     assert set(few) != set(join.chosen([photos, views], join.DataSettings(photos=5, seed=4)))
-    part = join.Part(lambda rows: {"row": rows * 10}, few)
+    part = join.Subset(lambda rows: {"row": rows * 10}, few)
     assert len(part) == 15 and part(np.array([2, 0]))["row"].tolist() == [10 * few[2], 10 * few[0]]
     with pytest.raises(settings.SettingsError, match=r"config.data.photos is 51: there are 50 to train on"):
         join.chosen([photos, views], join.DataSettings(photos=51, seed=0))
@@ -139,7 +139,7 @@ def stages(monkeypatch):
         def coordinates(self):
             return np.array([(20.0, 20.0)] * 40)
 
-    class Masked:
+    class MaskedGallery:
         def __init__(self, *arguments):
             del arguments
 
@@ -151,7 +151,7 @@ def stages(monkeypatch):
     sizes = []
     monkeypatch.setattr(Workdir, "gallery", Table())
     monkeypatch.setattr(Workdir, "table", lambda *_: Table())
-    monkeypatch.setattr(study_stage, "Masked", Masked)
+    monkeypatch.setattr(study_stage, "MaskedGallery", MaskedGallery)
     do = {"train": train, "predict": predict}
     monkeypatch.setattr(sweep, "STAGES", do)
     return do, made, sizes

@@ -5,12 +5,12 @@ import pytest
 
 from geotoken_jax.geo.distance import EARTH_RADIUS_KM, geoscore, great_circle_km
 from geotoken_jax.predict import select
-from geotoken_jax.predict.pool import Places, Pool
+from geotoken_jax.predict.pool import PlaceDistribution, Pool
 from geotoken_jax.predict.sample import Candidates
-from geotoken_jax.predict.select import SELECTORS, Goal, Parts, VoteSettings
+from geotoken_jax.predict.select import SELECTORS, Goal, SelectorInputs, VoteSettings
 from tests import fixtures
 
-PARTS = Parts(VoteSettings(0.05, 25.0), lambda: None, lambda name: None)  # type: ignore[arg-type]
+PARTS = SelectorInputs(VoteSettings(0.05, 25.0), lambda: None, lambda name: None)  # type: ignore[arg-type]
 
 
 def places(*photos, level=20):
@@ -18,7 +18,7 @@ def places(*photos, level=20):
     table = np.zeros((len(photos), max(map(len, photos)), 3))
     for row, listed in zip(table, photos, strict=True):
         row[: len(listed)] = listed
-    return Places(table[..., :2], np.full(table.shape[:2], level), table[..., 2])
+    return PlaceDistribution(table[..., :2], np.full(table.shape[:2], level), table[..., 2])
 
 
 def pool(coordinates, searched=None, scores=None, near=None, log_p=None, tempered=None):

@@ -10,7 +10,7 @@ from etils import epath
 from geotoken_jax.geo import distance
 from geotoken_jax.predict import uncertainty
 from geotoken_jax.predict.answer import with_radii
-from geotoken_jax.predict.pool import Places
+from geotoken_jax.predict.pool import PlaceDistribution
 from geotoken_jax.predict.prediction import Prediction
 from geotoken_jax.predict.uncertainty import MASSES, UNCALIBRATED, Calibration
 
@@ -19,9 +19,9 @@ FARTHEST = np.pi * distance.EARTH_RADIUS_KM
 
 
 def cells(*listed):
-    """Places of one photo: level, latitude, longitude, probability of each."""
+    """PlaceDistribution of one photo: level, latitude, longitude, probability of each."""
     table = np.array([listed], float)
-    return Places(table[..., 1:3], table[..., 0].astype(int), table[..., 3])
+    return PlaceDistribution(table[..., 1:3], table[..., 0].astype(int), table[..., 3])
 
 
 def mass(places, at, *km):
@@ -79,7 +79,7 @@ def places_at_random(b, rng, held):
     coordinates = np.stack([np.degrees(np.arcsin(rng.uniform(-1, 1, (b, 6)))), rng.uniform(-180, 180, (b, 6))], -1)
     coordinates[:, 1:3] = coordinates[:, :1] + rng.normal(0, 0.5, (b, 2, 2)).clip(-1, 1)
     coordinates[..., 0] = coordinates[..., 0].clip(-90, 90)
-    return Places(coordinates, level, probability), coordinates[:, 0]
+    return PlaceDistribution(coordinates, level, probability), coordinates[:, 0]
 
 
 @pytest.mark.parametrize("held", [0.0, 1e-3, 0.4, 1.0])
@@ -94,7 +94,7 @@ def test_the_radius_is_the_inverse_of_the_mass(held):
     less = uncertainty.mass_within(places, at, np.maximum(radius - 1e-3, 0))
     assert (back[:, 1:] >= masses[1:] - 1e-9).all()  # so much is held,
     assert (less[:, 1:] <= masses[1:] + 1e-9).all()  # and a meter less holds less
-    alone = uncertainty.radius_km(Places(*(part[7:8] for part in places)), at[7:8], masses)
+    alone = uncertainty.radius_km(PlaceDistribution(*(part[7:8] for part in places)), at[7:8], masses)
     np.testing.assert_allclose(alone[0], radius[7])
 
 
@@ -119,7 +119,7 @@ def world(n, seed, spread=1.0, share=1.0):
     truth[lost] = np.stack([np.degrees(np.arcsin(rng.uniform(-1, 1, n))), rng.uniform(-180, 180, n)], -1)[lost]
     said = true**spread
     said *= 0.999 / said.sum(1, keepdims=True)
-    places = Places(np.stack([latitude, longitude], -1), level, said)
+    places = PlaceDistribution(np.stack([latitude, longitude], -1), level, said)
     return places, np.stack([latitude[:, 0], longitude[:, 0]], -1), truth
 
 
@@ -155,7 +155,7 @@ def test_a_model_that_is_always_sure_of_one_cell_is_calibrated_too():
         rng = np.random.default_rng(seed)
         km = np.where(rng.random(n) < 0.5, 0.003, rng.exponential(1500, n).clip(5, 8000))
         at = np.stack([rng.uniform(-10, 10, n), rng.uniform(-100, 100, n)], -1)
-        places = Places(at[:, None], np.full((n, 1), 20), np.ones((n, 1)))
+        places = PlaceDistribution(at[:, None], np.full((n, 1), 20), np.ones((n, 1)))
         return places, at, np.stack([at[:, 0] + km * KM, at[:, 1]], -1), km
 
     *fitted, _ = photos(2000, 0)
@@ -173,7 +173,7 @@ def test_a_calibration_is_kept_as_json_and_none_changes_nothing(tmp_path):
     assert calibration.photos == 300
     calibration.save(epath.Path(tmp_path / "calibration.json"))
     assert Calibration.load(epath.Path(tmp_path / "calibration.json")) == calibration
-    assert uncertainty.fit(Places(*(part[:0] for part in places)), at[:0], truth[:0]) == UNCALIBRATED
+    assert uncertainty.fit(PlaceDistribution(*(part[:0] for part in places)), at[:0], truth[:0]) == UNCALIBRATED
     plain = uncertainty.mass_within(places, at, np.array(distance.THRESHOLDS_KM))
     np.testing.assert_allclose(UNCALIBRATED.within(places, at), plain, atol=1e-9)
     np.testing.assert_allclose(
@@ -193,7 +193,9 @@ def test_answers_get_radii_and_probabilities():
 
 
 def test_what_cells_lack_to_1_is_elsewhere():
-    places = Places(np.zeros((3, 2, 2)), np.array([[20, 0], [0, 0], [-1, 0]]), np.array([[0.5, 0.25], [0, 0], [1, 0]]))
+    places = PlaceDistribution(
+        np.zeros((3, 2, 2)), np.array([[20, 0], [0, 0], [-1, 0]]), np.array([[0.5, 0.25], [0, 0], [1, 0]])
+    )
     assert uncertainty.mass_within(places, np.zeros((3, 2)), np.array([FARTHEST])) == pytest.approx(1)
 
 

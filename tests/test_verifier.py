@@ -66,8 +66,8 @@ def config():
     config.reward = ConfigDict(dict(model=dict(hidden=16, dropout=0.1), train={**train.to_dict(), "examples": 320}))
     comparator = dict(hidden=32, width=16, dropout=0.0, noise=0.2, same_within_km=20.0)
     fixed = {name: config.verifier.model[name] for name in FIXED}
-    model = dict(near=8, alike=24, **fixed, comparator=comparator, judge=dict(hidden=0, dropout=0.0))
-    config.verifier = ConfigDict(dict(model=model, train_comparator=train, train_judge=train))
+    model = dict(near=8, similar=24, **fixed, comparator=comparator, scorer=dict(hidden=0, dropout=0.0))
+    config.verifier = ConfigDict(dict(model=model, train_comparator=train, train_scorer=train))
     config.variants = {"geotoken": {}}
     return configuration.read(config)
 
@@ -112,12 +112,12 @@ def trainer(monkeypatch):
 def test_the_nearest_photos_are_those_of_brute_force():
     coordinates = np.random.default_rng(0).uniform([-90, -180], [90, 180], (50, 2))
     asked = np.array([[0.0, 179.9], [89.9, 0], [10, 10]])
-    rows, km = verify.Around(coordinates)(asked, 7)
+    rows, km = verify.NearestPhotos(coordinates)(asked, 7)
     every = great_circle_km(*asked.T[..., None], *coordinates.T)
     np.testing.assert_array_equal(rows, np.argsort(every, 1)[:, :7])
     np.testing.assert_allclose(km, np.sort(every, 1)[:, :7], rtol=1e-6)
-    assert verify.Around(coordinates[:3])(asked, 7)[0].shape == (3, 3)
-    assert verify.Around(coordinates[:1])(asked, 7)[0].shape == (3, 1)
+    assert verify.NearestPhotos(coordinates[:3])(asked, 7)[0].shape == (3, 3)
+    assert verify.NearestPhotos(coordinates[:1])(asked, 7)[0].shape == (3, 1)
 
 
 def test_views_belong_to_the_photo_of_their_id(tmp_path):
@@ -129,7 +129,7 @@ def test_views_belong_to_the_photo_of_their_id(tmp_path):
     workdir.begin(tmp_path, "queries", {}, ()).finish({"train_views": 8})
     table = Table(tmp_path / "gallery")
     selectors.save_views(tmp_path, Workdir(tmp_path))
-    looks = verify.open_looks(tmp_path, table)
+    looks = verify.open_augmented_gallery(tmp_path, table)
     assert looks.of.tolist() == [[0, 4, 5], [1, 6, 7], [2, 8, 9], [3, 3, 3]] and len(looks) == 10
     assert looks.owner.tolist() == [0, 1, 2, 3, 0, 0, 1, 1, 2, 2]
     np.testing.assert_array_equal(
@@ -138,7 +138,7 @@ def test_views_belong_to_the_photo_of_their_id(tmp_path):
     workdir.begin(tmp_path / "none", "queries", {}, ()).finish({})
     (tmp_path / "none" / "gallery").symlink_to(tmp_path / "gallery")
     selectors.save_views(tmp_path / "none", Workdir(tmp_path / "none"))
-    assert verify.open_looks(tmp_path / "none", table).of.tolist() == [[0], [1], [2], [3]]
+    assert verify.open_augmented_gallery(tmp_path / "none", table).of.tolist() == [[0], [1], [2], [3]]
 
 
 def test_pools_are_of_whole_authors():
@@ -250,12 +250,12 @@ def test_the_photos_of_an_author_do_not_speak_for_him(config, path, tmp_path):
     gallery = Table(path / "gallery")
     aligned = Workdir(path).aligned(config.align.model)
     selectors.save_views(tmp_path, Workdir(path))
-    looks = verify.open_looks(tmp_path, gallery)
+    looks = verify.open_augmented_gallery(tmp_path, gallery)
     task = ComparatorTask(ComparatorSettings(8, 4, 0.0, 0.0, 5.0), np.zeros(C))
     comparator = task.init(nnx.Rngs(0))
     keys = verify.encode(comparator, looks.images(np.arange(len(looks))))
-    options = dataclasses.replace(config.verifier.model, near=6, alike=12)
-    evidence = verify.Evidence(options, comparator, keys, looks, gallery, aligned)
+    options = dataclasses.replace(config.verifier.model, near=6, similar=12)
+    evidence = verify.CandidateFeatures(options, comparator, keys, looks, gallery, aligned)
     rows = np.array([0, 13])
     zeros = np.zeros((2, 1))
     found = Pool(

@@ -30,9 +30,9 @@ def get_config() -> ConfigDict:
     config.pools.photos = 60
     config.reward.model.hidden = 8
     config.reward.train.update(batch_size=16, examples=160, evaluate_every=5, log_every=5)
-    config.verifier.model.update(near=4, alike=8)
+    config.verifier.model.update(near=4, similar=8)
     config.verifier.model.comparator.update(hidden=16, width=8)
     config.verifier.train_comparator.update(batch_size=16, examples=160, evaluate_every=5, log_every=5)
-    config.verifier.train_judge.update(batch_size=16, examples=160, evaluate_every=5, log_every=5)
+    config.verifier.train_scorer.update(batch_size=16, examples=160, evaluate_every=5, log_every=5)
     config.evaluate.resamples = 100
     return config

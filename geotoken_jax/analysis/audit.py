@@ -8,12 +8,16 @@ import numpy as np
 from jaxtyping import Int
 
 from geotoken_jax.analysis import evaluate
-from geotoken_jax.analysis.points import Method, Points
+from geotoken_jax.analysis.coordinates import CoordinateTable, Method
 from geotoken_jax.configuration import EvaluateSettings
 
 
 def score(
-    methods: Sequence[Method], truth: Points, rows: Int[np.ndarray, "n"], options: EvaluateSettings, reference: str = ""
+    methods: Sequence[Method],
+    truth: CoordinateTable,
+    rows: Int[np.ndarray, "n"],
+    options: EvaluateSettings,
+    reference: str = "",
 ) -> dict[str, Any]:
     """Returns the scores of some rows of the truth, one or more, as `evaluate.score` has them."""
     return evaluate.score_part(

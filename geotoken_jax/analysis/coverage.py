@@ -10,8 +10,8 @@ from jaxtyping import Float, Int, Shaped, UInt64
 from scipy.spatial import KDTree
 
 from geotoken_jax import records, workdir
-from geotoken_jax.analysis import audit, places
-from geotoken_jax.analysis.points import Method, Points, off_km
+from geotoken_jax.analysis import audit, regions
+from geotoken_jax.analysis.coordinates import CoordinateTable, Method, off_km
 from geotoken_jax.artifacts import TOP1
 from geotoken_jax.configuration import EvaluateSettings
 from geotoken_jax.gallery.table import Table
@@ -41,7 +41,7 @@ Answer = Callable[[int, Int[np.ndarray, "m"], Int[np.ndarray, "k"]], Float[np.nd
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class SplitPhotos:
     """The photos of a split.
 
     Attributes:
@@ -51,7 +51,7 @@ class Asked:
         km: distance to the nearest gallery photo.
     """
 
-    truth: Points
+    truth: CoordinateTable
     methods: Sequence[Method]
     regions: Shaped[np.ndarray, "n 2"]
     km: Float[np.ndarray, "n"]
@@ -73,15 +73,17 @@ class Maps:
     lost: Mapping[str, Int[np.ndarray, "n"]]
 
 
-def asked(truth: Points, methods: Sequence[Method], tree: KDTree, gallery: Table, of_gallery: np.ndarray) -> Asked:
+def split_photos(
+    truth: CoordinateTable, methods: Sequence[Method], tree: KDTree, gallery: Table, of_gallery: np.ndarray
+) -> SplitPhotos:
     """Returns the photos of a split with their regions. tree: of the gallery's unit vectors. of_gallery: regions of
     the gallery's photos."""
     rows, km = _nearest(tree, gallery, truth)
-    return Asked(truth, audit.answers(methods), _regions(truth, rows, km, of_gallery), km)
+    return SplitPhotos(truth, audit.answers(methods), _regions(truth, rows, km, of_gallery), km)
 
 
 def figures(
-    splits: Mapping[str, Asked],
+    splits: Mapping[str, SplitPhotos],
     gallery: Table,
     of_gallery: Shaped[np.ndarray, "N 2"],
     masked: Mapping[str, Any],
@@ -99,7 +101,7 @@ def figures(
     }
 
 
-def maps(figures: Mapping[str, Any], gallery: Table, of: Asked, reference: str) -> Maps:
+def maps(figures: Mapping[str, Any], gallery: Table, of: SplitPhotos, reference: str) -> Maps:
     """Returns what is drawn. of: the split whose regions are left out. reference: the variant that loses."""
     scheme = CellScheme(figures["density"]["level"], 1)
     cells, counts = np.unique(scheme.cell_ids(np.asarray(scheme.regroup(gallery.tokens()))), return_counts=True)
@@ -144,7 +146,7 @@ def gallery_regions(photos: records.Photos, gallery: Table) -> Shaped[np.ndarray
     for i in track(range(len(photos)), "places of the gallery", len(photos), "photos"):
         photo = photos[i]
         if row < len(gallery) and photo["id"].encode() == ids[row]:
-            found[row] = places.continent(photo).encode(), places.country(photo["country"]).encode()
+            found[row] = regions.continent(photo).encode(), regions.country(photo["country"]).encode()
             row += 1
     if row < len(gallery):
         raise workdir.StageError(
@@ -154,26 +156,31 @@ def gallery_regions(photos: records.Photos, gallery: Table) -> Shaped[np.ndarray
     return found
 
 
-def _nearest(tree: KDTree, gallery: Table, truth: Points) -> tuple[Int[np.ndarray, "n"], Float[np.ndarray, "n"]]:
+def _nearest(
+    tree: KDTree, gallery: Table, truth: CoordinateTable
+) -> tuple[Int[np.ndarray, "n"], Float[np.ndarray, "n"]]:
     """Returns the row of each photo's nearest gallery photo on the ground, and its distance in km."""
     rows = np.asarray(tree.query(distance.to_unit_vectors(*truth.coordinates.T))[1])
     return rows, np.asarray(distance.great_circle_km(*truth.coordinates.T, *gallery.coordinates(rows).T))
 
 
 def _regions(
-    truth: Points, rows: Int[np.ndarray, "n"], km: Float[np.ndarray, "n"], of_gallery: Shaped[np.ndarray, "N 2"]
+    truth: CoordinateTable,
+    rows: Int[np.ndarray, "n"],
+    km: Float[np.ndarray, "n"],
+    of_gallery: Shaped[np.ndarray, "N 2"],
 ) -> Shaped[np.ndarray, "n 2"]:
     """Returns continent and country of each photo: by its names, else those of a gallery photo nearby."""
-    own = [(places.continent(names).encode(), places.country(names["country"]).encode()) for names in truth.extra]
+    own = [(regions.continent(names).encode(), regions.country(names["country"]).encode()) for names in truth.extra]
     found = np.array(own, of_gallery.dtype)
-    unnamed = (found[:, 1] == places.UNKNOWN.encode()) & (km <= NEAR_KM)
+    unnamed = (found[:, 1] == regions.UNKNOWN.encode()) & (km <= NEAR_KM)
     found[unnamed] = of_gallery[rows[unnamed]]
     return found
 
 
-def _borrowed(truth: Points, found: Shaped[np.ndarray, "n 2"]) -> dict[str, int]:
+def _borrowed(truth: CoordinateTable, found: Shaped[np.ndarray, "n 2"]) -> dict[str, int]:
     unnamed = np.array([not names["country"].strip() for names in truth.extra])
-    unknown = found[:, 1] == places.UNKNOWN.encode()
+    unknown = found[:, 1] == regions.UNKNOWN.encode()
     return {"named": int((unnamed & ~unknown).sum()), "unknown": int(unknown.sum())}
 
 
@@ -226,7 +233,7 @@ def _density(
 
 
 def _by_distance(
-    km: Float[np.ndarray, "n"], methods: Sequence[Method], truth: Points, scoring: EvaluateSettings
+    km: Float[np.ndarray, "n"], methods: Sequence[Method], truth: CoordinateTable, scoring: EvaluateSettings
 ) -> dict[str, Any]:
     """Scores the photos of each of BINS. km: to the nearest gallery photo."""
     which = np.searchsorted(distance.THRESHOLDS_KM, km)
@@ -241,7 +248,7 @@ def _by_distance(
 
 def mask(
     split: str,
-    of: Asked,
+    of: SplitPhotos,
     of_gallery: Shaped[np.ndarray, "N 2"],
     row_of: Int[np.ndarray, "n"],
     countries: int,
@@ -278,7 +285,7 @@ def _chosen(
     chosen = []
     for column, most in enumerate((None, countries)):
         names, photos = np.unique(of_photos[:, column], return_counts=True)
-        known = (names != places.UNKNOWN.encode()) & np.isin(names, of_gallery[:, column])
+        known = (names != regions.UNKNOWN.encode()) & np.isin(names, of_gallery[:, column])
         order = np.argsort(-photos[known], kind="stable")
         chosen += [(column, bytes(name)) for name in names[known][order][:most]]
     return chosen
@@ -287,7 +294,7 @@ def _chosen(
 def _lost(
     methods: Sequence[Method],
     placed: Float[np.ndarray, "2 n 2"],
-    truth: Points,
+    truth: CoordinateTable,
     rows: Int[np.ndarray, "m"],
     scoring: EvaluateSettings,
 ) -> dict[str, Any]:

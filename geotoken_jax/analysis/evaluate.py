@@ -15,8 +15,8 @@ from etils import epath
 from jaxtyping import Int
 
 from geotoken_jax import bootstrap, settings
-from geotoken_jax.analysis import overlap, places, reliability
-from geotoken_jax.analysis.points import Method, Points, in_order, methods_of, read_points
+from geotoken_jax.analysis import overlap, regions, reliability
+from geotoken_jax.analysis.coordinates import CoordinateTable, Method, in_order, methods_of, read_coordinates
 from geotoken_jax.configuration import EvaluateSettings
 from geotoken_jax.geo import distance
 
@@ -25,20 +25,20 @@ def compare_files(
     predictions: Sequence[epath.PathLike], truth: epath.PathLike, options: EvaluateSettings
 ) -> dict[str, Any]:
     """Returns the metrics of files of predictions against a file of truth. A file's path is its variant's name."""
-    points = read_points(truth)
+    points = read_coordinates(truth)
     found = []
     for path in map(str, predictions):
         label = options.labels.get(path, epath.Path(path).stem)
-        found += methods_of(read_points(path), points, path, label, options.earth)
+        found += methods_of(read_coordinates(path), points, path, label, options.earth)
     found, split = in_order(found, options.reference), epath.Path(truth).stem
     _check_pairs({split: found}, options)
     return _metrics({split: _score_split(found, points, options)}, options)
 
 
 def score_splits(
-    truths: Mapping[str, Points],
+    truths: Mapping[str, CoordinateTable],
     methods: Mapping[str, Sequence[Method]],
-    known: Mapping[str, overlap.Found],
+    known: Mapping[str, overlap.Leaks],
     options: EvaluateSettings,
 ) -> dict[str, Any]:
     """Returns the metrics of every split. known: photos that the gallery knows, as `overlap.find` has them.
@@ -66,7 +66,7 @@ def _metrics(scores: Mapping[str, Any], options: EvaluateSettings) -> dict[str, 
     return {**made, "splits": scores}
 
 
-def _score_split(methods: Sequence[Method], truth: Points, options: EvaluateSettings) -> dict[str, Any]:
+def _score_split(methods: Sequence[Method], truth: CoordinateTable, options: EvaluateSettings) -> dict[str, Any]:
     """Returns every number of one split that comes from predictions and truth alone."""
     scores = score(
         methods, truth, options.reference, options.resamples, options.seed, options.strict, tuple(options.compare)
@@ -78,19 +78,21 @@ def _score_split(methods: Sequence[Method], truth: Points, options: EvaluateSett
     }
 
 
-def _continents(methods: Sequence[Method], truth: Points, options: EvaluateSettings) -> list[dict[str, Any]]:
+def _continents(methods: Sequence[Method], truth: CoordinateTable, options: EvaluateSettings) -> list[dict[str, Any]]:
     """Scores each variant's own choice on the photos of each continent, those with most photos first."""
     names = [
-        places.continent({key: str(row.get(key) or "") for key in ("country", "continent")}) for row in truth.extra
+        regions.continent({key: str(row.get(key) or "") for key in ("country", "continent")}) for row in truth.extra
     ]
     methods, found = [m for m in methods if m.main], []
     for name in sorted(set(names), key=lambda name: (-names.count(name), name)):
         rows = np.flatnonzero(np.array(names) == name)
         found.append({"name": name, **score_part(methods, truth, rows, options)})
-    return found if len(found) > 1 or names[0] != places.UNKNOWN else []
+    return found if len(found) > 1 or names[0] != regions.UNKNOWN else []
 
 
-def _clean(methods: Sequence[Method], truth: Points, known: overlap.Found, options: EvaluateSettings) -> dict[str, Any]:
+def _clean(
+    methods: Sequence[Method], truth: CoordinateTable, known: overlap.Leaks, options: EvaluateSettings
+) -> dict[str, Any]:
     """Scores each variant's own choice on the photos whose author and picture the gallery does not know; `methods` is
     empty where no photo is left."""
     kinds = ("same id", "near-duplicate", "same author")
@@ -102,7 +104,7 @@ def _clean(methods: Sequence[Method], truth: Points, known: overlap.Found, optio
 
 
 def score_part(
-    methods: Sequence[Method], truth: Points, rows: Int[np.ndarray, "n"], options: EvaluateSettings
+    methods: Sequence[Method], truth: CoordinateTable, rows: Int[np.ndarray, "n"], options: EvaluateSettings
 ) -> dict[str, Any]:
     """Returns the scores of the methods on some rows of the truth, one or more."""
     part = dataclasses.replace(
@@ -118,7 +120,7 @@ def score_part(
 
 def score(
     methods: Sequence[Method],
-    truth: Points,
+    truth: CoordinateTable,
     reference: str,
     resamples: int,
     seed: int,

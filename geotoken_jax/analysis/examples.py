@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from geotoken_jax.analysis.points import Method
+from geotoken_jax.analysis.coordinates import Method
 from geotoken_jax.gallery.table import Table
 from geotoken_jax.geo import distance
 from geotoken_jax.records import Photos

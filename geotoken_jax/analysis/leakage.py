@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32
 
 from geotoken_jax.analysis import audit
-from geotoken_jax.analysis.overlap import Found
-from geotoken_jax.analysis.points import Method, Points
+from geotoken_jax.analysis.coordinates import CoordinateTable, Method
+from geotoken_jax.analysis.overlap import Leaks
 from geotoken_jax.configuration import EvaluateSettings
 from geotoken_jax.gallery.table import Table
 from geotoken_jax.geo import distance
@@ -41,9 +41,9 @@ def table(figures: Mapping[str, Any]) -> str:
 
 
 def figures(
-    truths: Mapping[str, Points],
+    truths: Mapping[str, CoordinateTable],
     methods: Mapping[str, Sequence[Method]],
-    found: Mapping[str, Found],
+    found: Mapping[str, Leaks],
     gallery: Table,
     above: float,
     scoring: EvaluateSettings,
@@ -56,7 +56,9 @@ def figures(
     return {"cosine_above": above, "gallery": len(gallery), "splits": splits}
 
 
-def worst_kinds(truths: Mapping[str, Points], found: Mapping[str, Found]) -> dict[str, Float[np.ndarray, "n 2"]]:
+def worst_kinds(
+    truths: Mapping[str, CoordinateTable], found: Mapping[str, Leaks]
+) -> dict[str, Float[np.ndarray, "n 2"]]:
     """Returns coordinates of the photos of all splits by the worst kind they are, those of no kind under ""."""
     coordinates = np.concatenate([truth.coordinates for truth in truths.values()])
     kind_of = np.full(len(coordinates), len(KINDS))
@@ -66,7 +68,7 @@ def worst_kinds(truths: Mapping[str, Points], found: Mapping[str, Found]) -> dic
 
 
 def _figures(
-    truth: Points, methods: Sequence[Method], found: Found, gallery: Table, scoring: EvaluateSettings
+    truth: CoordinateTable, methods: Sequence[Method], found: Leaks, gallery: Table, scoring: EvaluateSettings
 ) -> dict[str, Any]:
     """Counts and scores one split. accuracy: None where nothing is left out, or no photo is left."""
 
@@ -97,7 +99,7 @@ def _quantiles(cosine: Float32[np.ndarray, "n"]) -> dict[str, float]:
     return {name: round(float(np.quantile(known, q)), 6) if len(known) else 0.0 for name, q in _QUANTILES.items()}
 
 
-def _pairs(truth: Points, found: Found, kind: str, gallery: Table) -> list[dict[str, Any]]:
+def _pairs(truth: CoordinateTable, found: Leaks, kind: str, gallery: Table) -> list[dict[str, Any]]:
     """Returns some leaked photos with what they leak from: the most similar first, for near-duplicates."""
     leaked = np.flatnonzero(found.leaked(kind))
     if kind == "near-duplicate":

@@ -15,7 +15,7 @@ from geotoken_jax.gallery.table import Table, index_vectors
 from geotoken_jax.predict.prediction import coordinates
 
 
-class Masked:
+class MaskedGallery:
     """Answers for photos of one split from a part of the gallery.
 
     Search is exact, over that part alone: of an index over all of it, the first thousands found for a photo may all be
@@ -41,7 +41,7 @@ class Masked:
         hidden[kept] = False
         left_out = self._excluded(rows)
         queries = index_vectors(self._own.embeddings(rows))
-        near, scores = neighbors.find(_Part(self._gallery, kept), queries, self._answerer.decoder.neighbors, left_out)
+        near, scores = neighbors.find(_Subset(self._gallery, kept), queries, self._answerer.decoder.neighbors, left_out)
         placed = np.full((2, len(rows), 2), np.nan)
         some = near[:, 0] >= 0
         placed[0, some] = self._gallery.coordinates(near[some, 0])
@@ -57,7 +57,7 @@ class Masked:
         return placed
 
 
-class _Part:
+class _Subset:
     """Some rows of the gallery, searched exactly (index.Index); their vectors are made as they are read."""
 
     def __init__(self, gallery: Table, rows: Int[np.ndarray, "m"]):

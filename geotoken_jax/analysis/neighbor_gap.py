@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from geotoken_jax.analysis import evaluate
-from geotoken_jax.analysis.points import FARTHEST_KM, Method, Points
+from geotoken_jax.analysis.coordinates import FARTHEST_KM, CoordinateTable, Method
 from geotoken_jax.backbone import views
 from geotoken_jax.configuration import EvaluateSettings
 from geotoken_jax.gallery.table import Table
@@ -34,7 +34,7 @@ class Near:
     photos: int
     km: Float[np.ndarray, "n K"]
     scores: Float[np.ndarray, "n K"]
-    truth: Points
+    truth: CoordinateTable
 
     @property
     def trained_on(self) -> bool:
@@ -93,7 +93,7 @@ def sample(split: str, own: Table, gallery: Table, rows_and_scores: tuple[np.nda
     km = np.asarray(distance.great_circle_km(*np.moveaxis(coordinates, -1, 0)[..., None], *np.moveaxis(there, -1, 0)))
     ids, authors = ([name.decode() for name in column(rows).tolist()] for column in (own.ids, own.authors))
     extra: list[dict[str, Any]] = [{"author": author} for author in authors]
-    truth = Points(split, ids, coordinates, np.zeros((len(rows), 0, 2)), False, extra)
+    truth = CoordinateTable(split, ids, coordinates, np.zeros((len(rows), 0, 2)), False, extra)
     return Near(split, n, np.where(near < 0, np.nan, km), scores, truth)
 
 

@@ -8,14 +8,14 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int, Shaped
 
 from geotoken_jax import records
-from geotoken_jax.analysis.points import Points
+from geotoken_jax.analysis.coordinates import CoordinateTable
 from geotoken_jax.artifacts import Workdir
 from geotoken_jax.gallery.table import Table
 from geotoken_jax.vectors import unit
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class Leaks:
     """The gallery photo that each photo of a split leaks from, by kind: a row of the gallery, -1 for none.
 
     cosine: of each photo's image embedding with the most similar one of the gallery; NaN where it has no embedding.
@@ -29,7 +29,7 @@ class Found:
         return np.any([self.rows[kind] >= 0 for kind in kinds or self.rows], axis=0)
 
 
-def find(workdir: Workdir, truths: Mapping[str, Points], above: float) -> dict[str, Found]:
+def find(workdir: Workdir, truths: Mapping[str, CoordinateTable], above: float) -> dict[str, Leaks]:
     """Compares the photos of all splits with the whole gallery of a work directory, which is read once.
 
     truths: by split, with each photo's author in `extra`. above: see config.audit.leakage.
@@ -57,7 +57,7 @@ def find(workdir: Workdir, truths: Mapping[str, Points], above: float) -> dict[s
         "same author": np.where(authors != b"", match(authors, gallery.authors()), -1),
     }
     parts = {split: slice(starts[i], starts[i + 1]) for i, split in enumerate(names)}
-    return {split: Found({kind: of[part] for kind, of in rows.items()}, cosine[part]) for split, part in parts.items()}
+    return {split: Leaks({kind: of[part] for kind, of in rows.items()}, cosine[part]) for split, part in parts.items()}
 
 
 def match(wanted: Shaped[np.ndarray, "n"], among: Shaped[np.ndarray, "m"]) -> Int[np.ndarray, "n"]:

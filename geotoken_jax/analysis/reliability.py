@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from geotoken_jax.analysis.claims import Claims
-from geotoken_jax.analysis.points import Method
+from geotoken_jax.analysis.coordinates import Method
 from geotoken_jax.geo import distance
 from geotoken_jax.geo.cells import CellScheme
 from geotoken_jax.predict.uncertainty import MASSES

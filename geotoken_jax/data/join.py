@@ -71,7 +71,7 @@ class Tokens:
         }
 
 
-class Together:
+class Concatenation:
     """Reads several splits as one: the rows of each follow those of the one before it."""
 
     def __init__(self, parts: Sequence[Features] | Sequence[Tokens]):
@@ -96,7 +96,7 @@ class Together:
         return columns
 
 
-class Part:
+class Subset:
     """Reads some rows of another reader: its row i is the other's row rows[i]."""
 
     def __init__(self, whole: Callable[[np.ndarray], dict[str, np.ndarray]], rows: Int[np.ndarray, "n"]):
@@ -110,7 +110,7 @@ class Part:
 
 
 def chosen(ids: Sequence[np.ndarray], settings: DataSettings) -> Int[np.ndarray, "n"]:
-    """Returns the rows of the photos that are trained on, ascending, among several splits read as one (Together).
+    """Returns the rows of the photos that are trained on, ascending, among several splits read as one (Concatenation).
 
     ids: of each split's photos; the choice is among those of the first, and views have the ids of their photos. Raises
     SettingsError if there are fewer than asked for.

@@ -19,7 +19,7 @@ from geotoken_jax.backbone import preprocess
 from geotoken_jax.configuration import Config
 from geotoken_jax.export import card
 from geotoken_jax.geo.distance import great_circle_km
-from geotoken_jax.predict import exported
+from geotoken_jax.predict import bundle
 from geotoken_jax.progress import Progress
 from geotoken_jax.workdir import write_bytes, write_json
 
@@ -118,7 +118,7 @@ class Pictures:
 
 def _version(folder: epath.Path) -> str:
     """Returns a mark of the export's contents: in another one a row is another photo."""
-    sums = folder / exported.SUMS
+    sums = folder / bundle.SUMS
     return hashlib.sha256(sums.read_bytes()).hexdigest()[:12] if sums.exists() else ""
 
 

@@ -11,11 +11,10 @@ from etils import epath
 from geotoken_jax import bootstrap, settings
 from geotoken_jax.artifacts import Workdir
 from geotoken_jax.configuration import Config
-from geotoken_jax.gallery import index, table
+from geotoken_jax.gallery import encodings, index, table
 from geotoken_jax.gallery.index import IndexSettings
 from geotoken_jax.gallery.table import IndexVectors, Table
 from geotoken_jax.geo import distance
-from geotoken_jax.predict import places
 from geotoken_jax.predict.prediction import coordinates
 from geotoken_jax.progress import track
 
@@ -38,7 +37,7 @@ def quantize(workdir: Workdir, asked: IndexSettings, folder: epath.Path) -> dict
     search = dataclasses.replace(search, reorder_dtype="int8")
     built = index.build(IndexVectors(Table(folder / "gallery")), search, folder / "gallery" / "index")
     for part in parts[1:]:
-        places.quantize(part)
+        encodings.quantize(part)
     recall = [made_with.facts["index"]["recall"], built.facts["recall"]]
     return {"bytes": [before, sum(map(_bytes, parts))], "recall": recall}
 
@@ -50,7 +49,7 @@ def cost(config: Config, workdir: Workdir, variant: str, folder: epath.Path) -> 
     photo of the gallery is left out. config: with the variant's changes made. The intervals are those of the paired
     bootstrap over authors.
     """
-    counts, scoring = workdir.asked, config.evaluate
+    counts, scoring = workdir.query_counts, config.evaluate
     split = "validation" if "validation" in counts else min(counts)
     own = workdir.table(split)
     km = []

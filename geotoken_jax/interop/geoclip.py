@@ -37,9 +37,9 @@ from geotoken_jax.backbone import HuggingFaceSettings
 from geotoken_jax.backbone.clip import Clip
 from geotoken_jax.backbone.huggingface import HuggingFace
 from geotoken_jax.configuration import InitSettings
+from geotoken_jax.gallery import encodings
 from geotoken_jax.interop import official
 from geotoken_jax.interop.official import Weights
-from geotoken_jax.predict import places
 from geotoken_jax.predict.prediction import Candidate, Prediction
 from geotoken_jax.predict.predictor import Predictor, spread
 from geotoken_jax.settings import SettingsError
@@ -122,7 +122,7 @@ class Locator(Predictor):
                 f"{clip} is {kind} {self._clip.width} wide, and GeoCLIP stands on CLIP {width} wide: name a checkpoint "
                 "folder of CLIP ViT-L/14 (openai/clip-vit-large-patch14)"
             )
-        blocks = places.encoder(model.location, lambda location, x: location.features(x))(self._coordinates)
+        blocks = encodings.encoder(model.location, lambda location, x: location.features(x))(self._coordinates)
         encoded = jnp.concatenate([jnp.asarray(block) for block in blocks])
 
         @jax.jit

@@ -1,7 +1,7 @@
 """The verifier: how far is a candidate from the truth, seen by the gallery photos that lie around it?
 
-A comparator first learns which photos show one place, whatever camera took them; then a judge reads how alike the photo
-and those around each candidate are, beside all else that is known (`predict.verify` gathers it).
+A comparator first learns which photos show one place, whatever camera took them; then a scorer reads how alike the
+photo and those around each candidate are, beside all else that is known (`predict.verify` gathers it).
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ class ComparatorSettings:
     same_within_km: float
 
 
-class Fitted(nnx.Variable):
+class Measured(nnx.Variable):
     """What is measured on the training data: saved with the weights, and no nnx.Param, so no optimizer moves it."""
 
 
@@ -43,7 +43,7 @@ class Comparator(nnx.Module):
     def __init__(self, settings: ComparatorSettings, mean: Float[np.ndarray, " C"], *, rngs: nnx.Rngs):
         """mean: of the image embeddings."""
         c = len(mean)
-        self.mean = Fitted(jnp.asarray(mean, jnp.float32))
+        self.mean = Measured(jnp.asarray(mean, jnp.float32))
         self.hidden = sharding.linear(c, settings.hidden, ("embed", "mlp"), rngs=rngs)
         self.output = sharding.linear(settings.hidden, settings.width, ("mlp", "embed"), rngs=rngs)
         self.dropout = nnx.Dropout(settings.dropout)
@@ -103,20 +103,20 @@ class ComparatorTask:
 
 
 @dataclasses.dataclass(frozen=True)
-class JudgeSettings:
+class ScorerSettings:
     """hidden: width of the layer that bends the features, 0 for none. dropout: rate on it."""
 
     hidden: int
     dropout: float
 
 
-class Judge(nnx.Module):
+class Scorer(nnx.Module):
     """Features of candidates -> logits of their being within each of THRESHOLDS_KM."""
 
-    def __init__(self, settings: JudgeSettings, moments: Float[np.ndarray, "2 F"], *, rngs: nnx.Rngs):
+    def __init__(self, settings: ScorerSettings, moments: Float[np.ndarray, "2 F"], *, rngs: nnx.Rngs):
         """moments: mean and standard deviation of the features."""
         f, v = moments.shape[1], len(THRESHOLDS_KM)
-        self.moments = Fitted(jnp.asarray(moments, jnp.float32))
+        self.moments = Measured(jnp.asarray(moments, jnp.float32))
         self.linear = nnx.Linear(f, v, rngs=rngs)
         self.layers = nnx.List([])
         if settings.hidden:
@@ -134,10 +134,10 @@ class Judge(nnx.Module):
         return found
 
 
-class JudgeTask:
+class ScorerTask:
     """Learns which candidates of a pool are within each threshold. `batch` specifies its batch."""
 
-    def __init__(self, settings: JudgeSettings, moments: Float[np.ndarray, "2 F"]):
+    def __init__(self, settings: ScorerSettings, moments: Float[np.ndarray, "2 F"]):
         self.settings, self._moments = settings, moments
         self.flops = 0.0  # next to nothing
 
@@ -150,11 +150,11 @@ class JudgeTask:
         features = (candidates, self._moments.shape[-1])
         return spec(size, features=(features, jnp.float32), km=((candidates,), jnp.float32))
 
-    def init(self, rngs: nnx.Rngs) -> Judge:
-        return Judge(self.settings, self._moments, rngs=rngs)
+    def init(self, rngs: nnx.Rngs) -> Scorer:
+        return Scorer(self.settings, self._moments, rngs=rngs)
 
     def loss(
-        self, model: Judge, batch: Mapping[str, Array], key: jax.Array | None
+        self, model: Scorer, batch: Mapping[str, Array], key: jax.Array | None
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """Returns the loss of `listwise`, and the accuracy of what is chosen at each threshold."""
         rngs = None if key is None else nnx.Rngs(dropout=key)

@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Float
 
 from geotoken_jax.analysis import formats
+from geotoken_jax.analysis.coordinates import CoordinateTable, Method
 from geotoken_jax.analysis.examples import Examples, Gallery, place_name
-from geotoken_jax.analysis.points import Method, Points
 from geotoken_jax.backbone import preprocess
 from geotoken_jax.geo import distance
 from geotoken_jax.pages import frame, worldmap
@@ -112,7 +112,7 @@ def candidate_table(row: Mapping[str, Any], truth: Float[np.ndarray, "2"], galle
 
 
 def photo_map(
-    truths: Mapping[str, Points],
+    truths: Mapping[str, CoordinateTable],
     methods: Mapping[str, Sequence[Method]],
     photos: Mapping[str, Photos],
     reference: str,

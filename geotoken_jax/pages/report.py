@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from geotoken_jax.analysis import formats
+from geotoken_jax.analysis.coordinates import CoordinateTable, Method
 from geotoken_jax.analysis.examples import Examples, Gallery
-from geotoken_jax.analysis.points import Method, Points
 from geotoken_jax.geo import distance
 from geotoken_jax.pages import frame, photos, uncertainty
 from geotoken_jax.pages.chart import Chart, Panels, Series
@@ -42,7 +42,7 @@ class Report:
     reference: str
     seed: int
     metrics: Mapping[str, Any]
-    truths: Mapping[str, Points]
+    truths: Mapping[str, CoordinateTable]
     methods: Mapping[str, Sequence[Method]]
     photos: Mapping[str, Photos]
     examples: Examples | None
@@ -74,7 +74,7 @@ def page(report: Report) -> str:
     return frame.page("GeoToken: where were these photos taken?", _headline(report), sections)
 
 
-def first_split(truths: Mapping[str, Points]) -> str:
+def first_split(truths: Mapping[str, CoordinateTable]) -> str:
     """Returns the split of the headline and of the photos that are shown one by one: `test` if it is there."""
     return "test" if "test" in truths else next(iter(truths))
 

@@ -16,9 +16,9 @@ from geotoken_jax.gallery.neighbors import find
 from geotoken_jax.gallery.table import index_vectors
 from geotoken_jax.geo.distance import THRESHOLDS_KM
 from geotoken_jax.predict.decode import Decoder
-from geotoken_jax.predict.pool import Places, Pool
+from geotoken_jax.predict.pool import PlaceDistribution, Pool
 from geotoken_jax.predict.prediction import Candidate, Cell, Prediction, coordinates, neighbors, rounded
-from geotoken_jax.predict.select import SELECTORS, Choice, Parts, Selector
+from geotoken_jax.predict.select import SELECTORS, Choice, Selector, SelectorInputs
 from geotoken_jax.predict.uncertainty import Calibration, fit
 
 #: Cells of a photo that an answer has, 5 KB of JSON.
@@ -28,7 +28,7 @@ _CELLS = 64
 class Answerer:
     """Answers for batches of photos, with a decoder and the selectors that its settings name."""
 
-    def __init__(self, decoder: Decoder, parts: Parts):
+    def __init__(self, decoder: Decoder, parts: SelectorInputs):
         self.decoder = decoder
         self._selectors = {name: SELECTORS[name](parts) for name in decoder.settings.selectors}
 
@@ -40,7 +40,7 @@ class Answerer:
         numbers: Int[np.ndarray, " b"],
         others: Mapping[str, Selector] = MappingProxyType({}),
         exclude: Sequence[Exclusion] = (),
-    ) -> tuple[list[Prediction], Places | None]:
+    ) -> tuple[list[Prediction], PlaceDistribution | None]:
         """Returns the answers of b photos, without radii, and the model's distribution over places; see Decoder.
 
         others: selectors of this batch alone, by name. exclude: see Pool.
@@ -49,11 +49,11 @@ class Answerer:
         chosen = {name: select(pool) for name, select in {**self._selectors, **others}.items()}
         found = answers(pool, chosen, self.decoder.settings.choice)
         near = neighbors(self.decoder.gallery, rows, scores)
-        return [dataclasses.replace(a, neighbors=n) for a, n in zip(found, near, strict=True)], pool.places
+        return [dataclasses.replace(a, neighbors=n) for a, n in zip(found, near, strict=True)], pool.distribution
 
     def of_vectors(
         self, index: Index, vectors: Float[np.ndarray, "b 3 C"], captured: Float[np.ndarray, " b"]
-    ) -> tuple[list[Prediction], Places | None]:
+    ) -> tuple[list[Prediction], PlaceDistribution | None]:
         """Returns what a call does, for photos of which only the three vectors are known and when they were taken (see
         data.join.context). An index of the gallery finds their neighbors."""
         rows, scores = find(index, index_vectors(vectors), self.decoder.neighbors)
@@ -92,12 +92,14 @@ def answers(pool: Pool, chosen: Mapping[str, Choice], choice: str) -> list[Predi
         }
         best = choices[choice]
         at = (listed[best].latitude, listed[best].longitude) if isinstance(best, int) else best
-        cells = _cells(pool.places, i) if pool.places else ()
+        cells = _cells(pool.distribution, i) if pool.distribution else ()
         found.append(Prediction(*at, math.nan, math.nan, {}, tuple(listed), cells, (), choice, choices))
     return found
 
 
-def with_radii(answers: list[Prediction], places: Places | None, calibration: Calibration) -> list[Prediction]:
+def with_radii(
+    answers: list[Prediction], places: PlaceDistribution | None, calibration: Calibration
+) -> list[Prediction]:
     """Returns answers with their radii and `within`; unchanged if the model was not searched."""
     if places is None:
         return answers
@@ -112,14 +114,14 @@ def with_radii(answers: list[Prediction], places: Places | None, calibration: Ca
 
 
 def calibrate(
-    answered: Sequence[tuple[list[Prediction], Places | None]], truth: Float[np.ndarray, "n 2"]
+    answered: Sequence[tuple[list[Prediction], PlaceDistribution | None]], truth: Float[np.ndarray, "n 2"]
 ) -> Calibration:
     """Returns what makes the radii of answers hold what they say. answered: of a whole split, in the truth's order."""
     places = jax.tree.map(lambda *parts: np.concatenate(parts), *(places for _, places in answered))
     return fit(places, np.concatenate([coordinates(answers) for answers, _ in answered]), truth)
 
 
-def _cells(places: Places, i: int) -> tuple[Cell, ...]:
+def _cells(places: PlaceDistribution, i: int) -> tuple[Cell, ...]:
     """Returns the cells of a photo that have a probability."""
     there = np.flatnonzero(places.probability[i] > 0)[:_CELLS]
     columns = (places.level[i][there].tolist(), *places.coordinates[i][there].T.round(5).tolist())

@@ -140,6 +140,9 @@ class Decoder:
         padded = {name: filled(batch[name], size) for name in names}
         found = self._run(self._state, padded, jnp.asarray(filled(numbers, size), jnp.uint32))
         drawn, searched = jax.tree.map(lambda part: np.asarray(part)[:b], found)
+        distribution = None
+        if searched and isinstance(self.cells, CellScheme):
+            distribution = search.distribution(searched, self.cells, _CELLS)
         return Pool(
             drawn,
             np.stack(self.cells.decode(drawn.tokens), -1),
@@ -148,6 +151,6 @@ class Decoder:
             self.gallery.coordinates(np.maximum(rows, 0)),
             scores,
             batch["neighbor_count"],
-            search.places(searched, self.cells, _CELLS) if isinstance(self.cells, CellScheme) and searched else None,
+            distribution,
             context=batch.get("context"),
         )

@@ -13,8 +13,8 @@ from typing import Any
 from etils import epath
 
 from geotoken_jax import settings
-from geotoken_jax.predict import exported
-from geotoken_jax.predict.exported import SUMS, ExportError
+from geotoken_jax.predict import bundle
+from geotoken_jax.predict.bundle import SUMS, ExportError
 
 #: A name on the hub: of who owns the model, and of the model.
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -41,7 +41,7 @@ def download(name: str, revision: str | None = None) -> epath.Path:
         commit = epath.Path(client.snapshot_download(name, revision=revision, allow_patterns=SUMS))
         if not (commit / SUMS).exists():
             raise ExportError(f"{name} has no {SUMS}: it is not an export, which `geotoken export --push` brings there")
-        wanted = exported.sums(commit)
+        wanted = bundle.sums(commit)
         # Of one commit, whatever is pushed meanwhile; and nothing that the sums do not know.
         patterns = [SUMS, *(glob.escape(file) for file in wanted)]
         folder = epath.Path(client.snapshot_download(name, revision=commit.name, allow_patterns=patterns))
@@ -49,7 +49,7 @@ def download(name: str, revision: str | None = None) -> epath.Path:
         path = folder / file
         if not path.exists():
             raise ExportError(f"{name} lacks {file}, which its {SUMS} has: whoever pushed it should push it again")
-        if exported.sha256(path) != expected:
+        if bundle.sha256(path) != expected:
             os.unlink(os.path.realpath(path))  # the cache holds it once, and links to it by commit
             path.unlink(missing_ok=True)
             raise ExportError(
@@ -66,9 +66,9 @@ def push(folder: epath.PathLike, name: str) -> str:
     """
     if not _NAME.fullmatch(name):
         raise settings.SettingsError(f"--push={name} is not a name on the hub: give ORG/NAME, as in --push=me/geotoken")
-    exported.check(folder, everything=True)
+    bundle.check(folder, everything=True)
     client = _client()
-    files = [SUMS, *exported.sums(folder)]
+    files = [SUMS, *bundle.sums(folder)]
     with _sentences(name, None):
         url = client.create_repo(name, exist_ok=True)
         client.upload_folder(

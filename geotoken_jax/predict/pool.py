@@ -10,7 +10,7 @@ from geotoken_jax.gallery.exclude import Exclusion
 from geotoken_jax.predict.sample import Candidates
 
 
-class Places(NamedTuple):
+class PlaceDistribution(NamedTuple):
     """A distribution over the Earth, b photos at once: disjoint S2 cells, most probable first, and behind them coarser
     ones with what is left in each.
 
@@ -28,9 +28,9 @@ class Pool(NamedTuple):
 
     coordinates: of the candidates, in degrees. query: the photo's own image, location and text vectors. neighbors,
     neighbor_coordinates, neighbor_scores: the M gallery photos that the model saw, best first, with their inner
-    products (at most 3); neighbor_count of them are there. places: None where the model was not searched. exclude:
-    rules on gallery photos that the neighbors were found by, for who looks into the gallery again. context: of the
-    photos' times, where the model read them.
+    products (at most 3); neighbor_count of them are there. distribution: over places, None if the model was not
+    searched. exclude: rules on gallery photos that the neighbors were found by, for selectors that search the gallery
+    again. context: numbers of the photos' times, if the model reads them.
     """
 
     candidates: Candidates
@@ -40,12 +40,12 @@ class Pool(NamedTuple):
     neighbor_coordinates: Float[np.ndarray, "b M 2"]
     neighbor_scores: Float[np.ndarray, "b M"]
     neighbor_count: Int[np.ndarray, " b"]
-    places: Places | None
+    distribution: PlaceDistribution | None
     exclude: Sequence[Exclusion] = ()
     context: Float[np.ndarray, "b times"] | None = None
 
 
-def parts(pool: Pool, rows: Int[np.ndarray, " n"]) -> Pool:
+def subset(pool: Pool, rows: Int[np.ndarray, " n"]) -> Pool:
     """Returns the pool of some of its photos."""
     import jax
 

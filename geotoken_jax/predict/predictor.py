@@ -23,12 +23,12 @@ from geotoken_jax.gallery.table import Table
 from geotoken_jax.geo.distance import THRESHOLDS_KM, great_circle_km
 from geotoken_jax.model.geotoken import GeoTokenModel, ModelSettings
 from geotoken_jax.model.reward import RewardSettings
-from geotoken_jax.predict import exported, hub
+from geotoken_jax.predict import bundle, hub
 from geotoken_jax.predict.answer import Answerer, with_radii
 from geotoken_jax.predict.decode import Decoder, PredictSettings
 from geotoken_jax.predict.prediction import Prediction
-from geotoken_jax.predict.select import Parts
-from geotoken_jax.predict.trained import chooser
+from geotoken_jax.predict.select import SelectorInputs
+from geotoken_jax.predict.trained_selectors import selector_loader
 from geotoken_jax.predict.uncertainty import UNCALIBRATED, Calibration
 from geotoken_jax.predict.verify import VerifierSettings
 
@@ -112,9 +112,9 @@ class GeoToken(Predictor):
         folder = epath.Path(folder)
         if not (folder / "config.json").exists():
             raise FileNotFoundError(f"{folder} has no config.json: give the folder that `geotoken export` made")
-        exported.check(folder, verify)
+        bundle.check(folder, verify)
         config = json.loads((folder / "config.json").read_text())
-        tower = exported.backbone(folder, config["backbone"], config.get("checkpoint"), backbone)
+        tower = bundle.backbone(folder, config["backbone"], config.get("checkpoint"), backbone)
         self._backbone = backbones.make(settings.read(backbones.BackboneSettings, tower, "backbone"))
         align = AlignTask(settings.read(AlignSettings, config["align"], "align"), self._backbone.width)
         self._aligned = checkpoint.read_module(folder / "align.safetensors", align.init)
@@ -128,8 +128,8 @@ class GeoToken(Predictor):
         decoder = Decoder(model, options, self._gallery)
         kinds = {"reward": RewardSettings, "verifier": VerifierSettings}
         selectors = {n: settings.read(kinds[n], of, f"{n}.model") for n, of in config["learned"].items()}
-        learned = chooser(selectors, lambda name: folder / name, self._gallery, model, lambda: self._aligned)
-        self._answerer = Answerer(decoder, Parts(options.vote, lambda: self._aligned, learned))
+        learned = selector_loader(selectors, lambda name: folder / name, self._gallery, model, lambda: self._aligned)
+        self._answerer = Answerer(decoder, SelectorInputs(options.vote, lambda: self._aligned, learned))
         calibrated = folder / "calibration.json"
         self._calibration = Calibration.load(calibrated) if calibrated.exists() else UNCALIBRATED
         self.batch_size, self.reads_time = options.batch_size, model_settings.times > 0

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from geotoken_jax.geo.cells import CellScheme
 from geotoken_jax.model.geotoken import Cache, GeoTokenModel, Memory
-from geotoken_jax.predict.pool import Places
+from geotoken_jax.predict.pool import PlaceDistribution
 
 #: Coarse cells that stand for all that are not told one by one, a photo at most.
 _COARSE = 64
@@ -22,7 +22,7 @@ _COARSE = 64
 _FACES = np.array([(0, 0), (0, 90), (90, 0), (0, 180), (0, -90), (-90, 0)], np.float64)
 
 
-class Found(NamedTuple):
+class SearchResult(NamedTuple):
     """What was found of each photo: F disjoint cells, most probable first, with their log-probabilities in nats.
 
     All that the search ends with is a partition of the Earth: the probabilities sum to 1, less those of the cells that
@@ -59,7 +59,7 @@ def search(
     width: int = 8,
     expansions: int = 128,
     capacity: int = 256,
-) -> Found:
+) -> SearchResult:
     """Returns the most probable cells once the `count` most probable leaves are proven, or after so many expansions.
 
     length: tokens at which a node is a leaf, None for all T; at group 2, 7 tokens are cells of level 12, 2 km. Whole
@@ -128,7 +128,7 @@ def _expand(model: GeoTokenModel, memory: Memory, rules: _Rules, state: _State) 
     )
 
 
-def _found(state: _State, length: int, capacity: int) -> Found:
+def _found(state: _State, length: int, capacity: int) -> SearchResult:
     """Returns the most probable children of a finished search."""
     photos = jnp.arange(len(state.children))[:, None]
     children = state.children.reshape(len(photos), -1)
@@ -139,7 +139,7 @@ def _found(state: _State, length: int, capacity: int) -> Found:
     tokens = jnp.where(there[..., None], _tokens(state, parent, token, depth), 0)
     # Of a leaf and an open node that are equals the node may come first, and the leaf is not said to be proven.
     proven = jnp.cumprod((depth == length) & there, 1, dtype=jnp.int32).sum(1)
-    return Found(tokens, depth, log_p, proven)
+    return SearchResult(tokens, depth, log_p, proven)
 
 
 def _start(model: GeoTokenModel, memory: Memory, width: int, expansions: int) -> _State:
@@ -176,7 +176,7 @@ def _tokens(state: _State, parent: Array, token: Array, depth: Array) -> Int[Arr
     return jnp.where(last, token[..., None], inherited)
 
 
-def places(found: Found, cells: CellScheme, limit: int = 64) -> Places:
+def distribution(found: SearchResult, cells: CellScheme, limit: int = 64) -> PlaceDistribution:
     """Returns what was found as places: the centers of the `limit` most probable cells of each photo, best first, and
     behind them what is left of the coarse cells that the others lie in, at most 64.
 
@@ -198,7 +198,7 @@ def places(found: Found, cells: CellScheme, limit: int = 64) -> Places:
         else:
             coordinates[here] = np.stack(type(cells)(int(level), cells.group).decode(tokens[here][:, :d]), -1)
     level = np.where(depth == 0, -1, (depth - 1) * cells.group)
-    return Places(coordinates, np.where(probability > 0, level, 0), probability)
+    return PlaceDistribution(coordinates, np.where(probability > 0, level, 0), probability)
 
 
 def _coarse(

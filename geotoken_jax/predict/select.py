@@ -8,14 +8,14 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from geotoken_jax.geo import distance
-from geotoken_jax.predict.pool import Places, Pool
+from geotoken_jax.predict.pool import PlaceDistribution, Pool
 
 #: A choice for each of b photos: an index [b] into the candidates, or points [b, 2] of its own, in degrees.
 Choice = Int[np.ndarray, " b"] | Float[np.ndarray, "b 2"]
 Selector = Callable[[Pool], Choice]
 
 #: Folder that the stage `learn` makes -> the selectors that it holds; predict/verify.py says what the verifier's are.
-LEARNED = {
+TRAINED = {
     "reward": ("reward",),
     "verifier": ("verifier", "comparator", "likeness", "point_comparator", "point_likeness"),
 }
@@ -40,7 +40,7 @@ class VoteSettings:
                 raise ValueError(f"{key} is {getattr(self, key)}: it must be above 0")
 
 
-class Parts(NamedTuple):
+class SelectorInputs(NamedTuple):
     """What selectors are made of, from a work directory or from an export.
 
     vote: of the neighbors. aligned: returns the alignment model. learned: the name of a selector that was trained, to
@@ -95,9 +95,9 @@ def density(
 
 def similarity(aligned: Any) -> Selector:
     """Returns what takes the candidate whose place, encoded, is nearest to the photo's location vector (G3)."""
-    from geotoken_jax.predict import places
+    from geotoken_jax.gallery import encodings
 
-    encode = places.encoder(aligned.location, lambda model, block: model(block))
+    encode = encodings.encoder(aligned.location, lambda model, block: model(block))
 
     def select(pool: Pool) -> Int[np.ndarray, " b"]:
         b, k = pool.coordinates.shape[:2]
@@ -117,7 +117,7 @@ class Goal:
         """limit_km: the answer is worth 1 within so many km, and else nothing; None: a GeoGuessr score."""
         self.limit_km = limit_km
 
-    def expected(self, at: Float[np.ndarray, "b n 2"], places: Places) -> Float[np.ndarray, "b n"]:
+    def expected(self, at: Float[np.ndarray, "b n 2"], places: PlaceDistribution) -> Float[np.ndarray, "b n"]:
         """Returns what each of n places is expected to be worth as the answer."""
         return np.einsum(
             "bnf,bf->bn", self._worth(distance.pairwise_km(at, places.coordinates), places), places.probability
@@ -144,12 +144,12 @@ class Goal:
             best, most = np.where((worth > most)[:, None], at, best), np.maximum(worth, most)
         return best
 
-    def _worth(self, km: Float[np.ndarray, "b n F"], places: Places) -> Float[np.ndarray, "b n F"]:
+    def _worth(self, km: Float[np.ndarray, "b n F"], places: PlaceDistribution) -> Float[np.ndarray, "b n F"]:
         if self.limit_km is None:
             return np.asarray(distance.geoscore(_mean_km(km, places.level[:, None]))) / 5000
         return _share(km, places.level[:, None], self.limit_km)
 
-    def _pull(self, km: Float[np.ndarray, "b F"], places: Places) -> Float[np.ndarray, "b F"]:
+    def _pull(self, km: Float[np.ndarray, "b F"], places: PlaceDistribution) -> Float[np.ndarray, "b F"]:
         """Returns the weight of each cell in the next mean: where that mean is the point itself, no move is better."""
         if self.limit_km is None:
             mean = _mean_km(km, places.level)
@@ -167,9 +167,9 @@ def _share(
     return np.where(km < radius, np.minimum((limit_km / radius) ** 2, 1), np.clip(crossed, 0, 1))
 
 
-def _searched(pool: Pool) -> Places:
-    assert pool.places is not None, "PredictSettings has seen to it that the model is searched"
-    return pool.places
+def _searched(pool: Pool) -> PlaceDistribution:
+    assert pool.distribution is not None, "PredictSettings has seen to it that the model is searched"
+    return pool.distribution
 
 
 def _mean_km(km: Float[np.ndarray, "*shape"], level: Int[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
@@ -185,14 +185,14 @@ def _radius_km(level: Int[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
 _GOALS = {**{f"{km}_km": Goal(km) for km in distance.THRESHOLDS_KM}, "geoscore": Goal(None)}
 
 #: Name, as in predictions and in `config.predict.selectors` -> what it is made of -> selector.
-SELECTORS: dict[str, Callable[[Parts], Selector]] = {
+SELECTORS: dict[str, Callable[[SelectorInputs], Selector]] = {
     "greedy": lambda parts: greedy,
     "log_probability": lambda parts: log_probability,
     "similarity": lambda parts: similarity(parts.aligned()),
     "consensus": lambda parts: consensus(parts.vote),
     **{f"expected_{name}": lambda parts, goal=goal: goal.candidate for name, goal in _GOALS.items()},
     **{f"point_{name}": lambda parts, goal=goal: goal.point for name, goal in _GOALS.items()},
-    **{name: lambda parts, name=name: parts.learned(name) for names in LEARNED.values() for name in names},
+    **{name: lambda parts, name=name: parts.learned(name) for names in TRAINED.values() for name in names},
 }
 #: Those that need the model's distribution over places.
 SEARCHED = tuple(f"{kind}_{name}" for kind in ("expected", "point") for name in _GOALS)

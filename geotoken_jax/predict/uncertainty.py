@@ -16,7 +16,7 @@ from jaxtyping import Float
 from geotoken_jax import workdir
 
 if TYPE_CHECKING:
-    from geotoken_jax.predict.pool import Places
+    from geotoken_jax.predict.pool import PlaceDistribution
 
 #: Percent of the probability whose radius is told.
 MASSES = (50, 90)
@@ -34,7 +34,7 @@ _BLOCK = 1024
 
 
 def mass_within(
-    places: "Places", at: Float[np.ndarray, "b 2"], km: Float[np.ndarray, "b n"]
+    places: "PlaceDistribution", at: Float[np.ndarray, "b 2"], km: Float[np.ndarray, "b n"]
 ) -> Float[np.ndarray, "b n"]:
     """Returns the probability within `km` of each answer, in [0, 1]; it never falls as `km` rises.
 
@@ -50,7 +50,9 @@ def mass_within(
     return found
 
 
-def radius_km(places: "Places", at: Float[np.ndarray, "b 2"], mass: Float[np.ndarray, "n"]) -> Float[np.ndarray, "b n"]:
+def radius_km(
+    places: "PlaceDistribution", at: Float[np.ndarray, "b 2"], mass: Float[np.ndarray, "n"]
+) -> Float[np.ndarray, "b n"]:
     """Returns the smallest distance from each answer that holds each mass: the inverse of `mass_within`.
 
     mass: in [0, 1]. Half the Earth's circumference holds everything.
@@ -86,14 +88,14 @@ class Calibration:
     levels: tuple[float, ...]
     photos: int
 
-    def within(self, places: "Places", at: Float[np.ndarray, "b 2"]) -> Float[np.ndarray, "b 5"]:
+    def within(self, places: "PlaceDistribution", at: Float[np.ndarray, "b 2"]) -> Float[np.ndarray, "b 5"]:
         """Returns the probability that the truth is within each of THRESHOLDS_KM of the answers, rising."""
         from geotoken_jax.geo.distance import THRESHOLDS_KM
 
         mass = mass_within(self._mended(places), at, np.array(THRESHOLDS_KM))
         return np.interp(mass, self.levels, _KNOTS)
 
-    def radius_km(self, places: "Places", at: Float[np.ndarray, "b 2"]) -> Float[np.ndarray, "b 2"]:
+    def radius_km(self, places: "PlaceDistribution", at: Float[np.ndarray, "b 2"]) -> Float[np.ndarray, "b 2"]:
         """Returns the radii around the answers that hold the truth with a probability of each of MASSES percent."""
         levels = np.interp(np.array(MASSES) / 100, _KNOTS, self.levels)
         return radius_km(self._mended(places), at, levels)
@@ -108,7 +110,7 @@ class Calibration:
         held = json.loads(path.read_text())
         return cls(held["temperature"], held["elsewhere"], tuple(held["levels"]), held["photos"])
 
-    def _mended(self, places: "Places") -> "Places":
+    def _mended(self, places: "PlaceDistribution") -> "PlaceDistribution":
         """Returns the places at this temperature, and with so much elsewhere."""
         held = np.clip(places.probability.sum(1, keepdims=True), 0, 1 - _ELSEWHERE)
         held = held / (held + self.elsewhere * (1 - held))
@@ -121,7 +123,7 @@ class Calibration:
 UNCALIBRATED = Calibration(1.0, 1.0, tuple(_KNOTS.tolist()), 0)
 
 
-def fit(places: "Places", at: Float[np.ndarray, "b 2"], truth: Float[np.ndarray, "b 2"]) -> Calibration:
+def fit(places: "PlaceDistribution", at: Float[np.ndarray, "b 2"], truth: Float[np.ndarray, "b 2"]) -> Calibration:
     """Returns the calibration that fits answers to the truth, both in degrees; UNCALIBRATED where there are none.
 
     The levels are those of the masses within the truth's distance: under true probabilities they are spread evenly over
@@ -163,7 +165,7 @@ def _blocks(b: int) -> list[slice]:
 class _Discs:
     """The places of b photos as discs around an answer each; the last is elsewhere, which is all the Earth."""
 
-    def __init__(self, places: "Places", at: Float[np.ndarray, "b 2"]):
+    def __init__(self, places: "PlaceDistribution", at: Float[np.ndarray, "b 2"]):
         from geotoken_jax.geo.distance import EARTH_RADIUS_KM, great_circle_km
 
         whole = places.level < 0

@@ -21,7 +21,7 @@ from scipy.spatial import KDTree
 from geotoken_jax import checkpoint, records
 from geotoken_jax.align.heads import AlignModel
 from geotoken_jax.batch import blocks
-from geotoken_jax.gallery import index, neighbors
+from geotoken_jax.gallery import encodings, index, neighbors
 from geotoken_jax.gallery.index import Vectors
 from geotoken_jax.gallery.table import Table
 from geotoken_jax.geo.distance import EARTH_RADIUS_KM, THRESHOLDS_KM, great_circle_km, pairwise_km, to_unit_vectors
@@ -29,20 +29,18 @@ from geotoken_jax.model.verifier import (
     Comparator,
     ComparatorSettings,
     ComparatorTask,
-    JudgeSettings,
-    JudgeTask,
+    ScorerSettings,
+    ScorerTask,
     choose,
 )
-from geotoken_jax.predict import places
-from geotoken_jax.predict.pool import Pool
-from geotoken_jax.predict.pool import parts as photos_of
+from geotoken_jax.predict.pool import Pool, subset
 from geotoken_jax.predict.select import Selector, density, log_probability
 from geotoken_jax.vectors import unit
 
 #: Photos looked at together: of 31 candidates and 64 photos around each they are 0.5 million pairs.
 _BATCH = 256
 #: The ways in which a verifier takes a candidate, and a place of the whole gallery.
-CHOICES, POINTS = ("verifier", "comparator", "likeness"), ("point_comparator", "point_likeness")
+CANDIDATE_CHOICES, GALLERY_CHOICES = ("verifier", "comparator", "likeness"), ("point_comparator", "point_likeness")
 #: Images encoded at once, always, so that one shape is compiled.
 _BLOCK = 256
 
@@ -57,7 +55,7 @@ class VerifierSettings:
     of its pool at most. temperature: of retrieval's scores, as of the baseline `knn`."""
 
     near: int
-    alike: int
+    similar: int
     widths_km: tuple[float, ...]
     width_km: float
     point_km: float
@@ -65,7 +63,7 @@ class VerifierSettings:
     floor: float
     temperature: float
     comparator: ComparatorSettings
-    judge: JudgeSettings
+    scorer: ScorerSettings
 
     def __post_init__(self):
         if self.width_km not in self.widths_km:
@@ -75,7 +73,7 @@ class VerifierSettings:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0")
 
 
-class Looks:
+class AugmentedGallery:
     """Every gallery photo, and behind them all views of them where there are any, as image embeddings.
 
     of [N, 1 + V]: the looks of each gallery photo, itself first; one of fewer views has itself again. owner: of each
@@ -106,7 +104,7 @@ class Looks:
         return found
 
 
-class Around:
+class NearestPhotos:
     """The gallery photos nearest to a place: a tree over points of the sphere."""
 
     def __init__(self, coordinates: Float[np.ndarray, "N 2"]):
@@ -134,17 +132,17 @@ def _encode(graph: nnx.GraphDef, state: nnx.State, images: np.ndarray) -> jax.Ar
     return nnx.merge(graph, state)(images)
 
 
-class Evidence:
+class CandidateFeatures:
     """Gathers what is known of the candidates of pools, as features, and of places of the whole gallery."""
 
     def __init__(
-        self, options: VerifierSettings, comparator: Comparator, keys: Vectors, looks: Looks, gallery: Table,
+        self, options: VerifierSettings, comparator: Comparator, keys: Vectors, looks: AugmentedGallery, gallery: Table,
         aligned: AlignModel,
     ):  # fmt: skip
         """keys [len(looks), D]: what `encode` gives of all looks."""
         self._options, self._comparator, self._keys, self._looks = options, comparator, keys, looks
         self._coordinates = gallery.coordinates()
-        self._around = Around(self._coordinates)
+        self._around = NearestPhotos(self._coordinates)
         graph, state = nnx.split(aligned.location)
         run = jax.jit(lambda state, x: nnx.merge(graph, state)(x))
         self._location = lambda coordinates: np.asarray(run(state, jnp.asarray(coordinates, jnp.float32)))
@@ -153,7 +151,7 @@ class Evidence:
         """Returns features; gallery photos that a rule of the pool excludes are not looked at."""
         starts = range(0, len(pool.coordinates), _BATCH)
         return np.concatenate(
-            [self._features(photos_of(pool, np.arange(n, min(n + _BATCH, len(pool.coordinates))))) for n in starts]
+            [self._features(subset(pool, np.arange(n, min(n + _BATCH, len(pool.coordinates))))) for n in starts]
         )
 
     def densest(self, pool: Pool) -> tuple[Float[np.ndarray, "b 2"], ...]:
@@ -165,7 +163,7 @@ class Evidence:
         images = np.asarray(pool.query[:, 0], np.float32)
         query, owner = encode(self._comparator, images), self._looks.owner
         exclude = [lambda queries, rows, rule=rule: rule(queries, owner[rows]) for rule in pool.exclude]
-        looks = neighbors.find(self, query, min(self._options.alike, len(owner)), exclude)[0]
+        looks = neighbors.find(self, query, min(self._options.similar, len(owner)), exclude)[0]
         rows = np.sort(np.where(looks < 0, len(self._coordinates), owner[looks]), 1)
         # Nobody, and another look of the same photo.
         left_out = (rows == len(self._coordinates)) | np.pad(rows[:, 1:] == rows[:, :-1], ((0, 0), (1, 0)))
@@ -200,7 +198,7 @@ class Evidence:
         images = np.asarray(pool.query[:, 0], np.float32)
         columns = []
         for similar in self._similar(images, encode(self._comparator, images), rows):
-            columns += _alike(similar.reshape(km.shape), km, options)
+            columns += _similarities(similar.reshape(km.shape), km, options)
         columns += [*_of_pool(pool, options.floor), *_of_neighbors(pool, options)]
         columns += [self._of_place(pool), np.log1p(np.minimum(km.min(-1), 2e4))]
         return np.stack(columns, -1).astype(np.float32)
@@ -226,7 +224,7 @@ class Evidence:
         return np.einsum("bkc,bc->bk", encoded, unit(np.asarray(pool.query[:, 1], np.float32)))
 
 
-def _alike(
+def _similarities(
     similar: Float[np.ndarray, "b K n"], km: Float[np.ndarray, "b K n"], options: VerifierSettings
 ) -> list[Float[np.ndarray, "b K"]]:
     """Returns how alike a photo and those around each candidate are, nearer ones counting for more, at several widths;
@@ -272,45 +270,45 @@ class Verifier:
         folder = epath.Path(folder)
         task = ComparatorTask(options.comparator, np.zeros(gallery.width, np.float32))
         comparator = checkpoint.read_module(folder / "comparator" / "parameters.safetensors", task.init)
-        looks, keys = open_looks(folder, gallery), places.open(folder / "keys.npy")
+        looks, keys = open_augmented_gallery(folder, gallery), encodings.open(folder / "keys.npy")
         if len(keys) != len(looks):
             raise ValueError(f"{folder / 'keys.npy'} is of {len(keys):,} photos, and there are {len(looks):,}")
-        self._evidence, self._options = Evidence(options, comparator, keys, looks, gallery, aligned), options
-        judge = JudgeTask(options.judge, np.load(folder / "moments.npy"))
-        self._judge = checkpoint.read_module(folder / "judge" / "parameters.safetensors", judge.init)
+        self._evidence, self._options = CandidateFeatures(options, comparator, keys, looks, gallery, aligned), options
+        scorer = ScorerTask(options.scorer, np.load(folder / "moments.npy"))
+        self._scorer = checkpoint.read_module(folder / "scorer" / "parameters.safetensors", scorer.init)
         self._choices, self._points = _once(self.choices), _once(self.points)
 
     def selector(self, name: str) -> Selector:
         """Returns what chooses in one of the ways of `choices` and `points`."""
-        way = self._points if name in POINTS else self._choices
+        way = self._points if name in GALLERY_CHOICES else self._choices
         return lambda pool: way(pool)[name]
 
     def within(self, pool: Pool) -> Float32[np.ndarray, "b K 5"]:
         """Returns the probability, not calibrated, of each candidate's being within each of THRESHOLDS_KM."""
-        return np.asarray(jax.nn.sigmoid(self._judge(jnp.asarray(self._evidence(pool)))))
+        return np.asarray(jax.nn.sigmoid(self._scorer(jnp.asarray(self._evidence(pool)))))
 
     def choices(self, pool: Pool) -> dict[str, Int[np.ndarray, " b"]]:
         """Returns the index of the candidate that each of three ways takes.
 
-        verifier: with the most expected accuracy, by the judge, over all thresholds alike. comparator: around which
+        verifier: with the most expected accuracy, by the scorer, over all thresholds alike. comparator: around which
         photos are most alike to the comparator. likeness: to the comparator and the backbone, which knows less of where
         photos were taken, and is less at a loss where they are of another kind.
         """
         features = self._evidence(pool)
         widths = self._options.widths_km
-        each = len(widths) + 3  # features that _alike gives, of the comparator first
+        each = len(widths) + 3  # features that _similarities gives, of the comparator first
         learned, plain = (features[..., i * each + widths.index(self._options.width_km)] for i in range(2))
-        found = np.asarray(choose(self._judge(jnp.asarray(features)))), learned.argmax(1), (learned + plain).argmax(1)
-        return dict(zip(CHOICES, found, strict=True))
+        found = np.asarray(choose(self._scorer(jnp.asarray(features)))), learned.argmax(1), (learned + plain).argmax(1)
+        return dict(zip(CANDIDATE_CHOICES, found, strict=True))
 
     def points(self, pool: Pool) -> dict[str, Float[np.ndarray, "b 2"]]:
         """Returns the place that the last two of those ways take from the whole gallery, candidate or not."""
-        return dict(zip(POINTS, self._evidence.densest(pool), strict=True))
+        return dict(zip(GALLERY_CHOICES, self._evidence.densest(pool), strict=True))
 
 
-def open_looks(folder: epath.Path, gallery: Table) -> Looks:
+def open_augmented_gallery(folder: epath.Path, gallery: Table) -> AugmentedGallery:
     """Returns the gallery's photos with the views of them that `learn.verifier` put in a folder."""
-    return Looks(gallery, places.open(folder / "views.npy"), records.open_array(folder / "owner.npy"))
+    return AugmentedGallery(gallery, encodings.open(folder / "views.npy"), records.open_array(folder / "owner.npy"))
 
 
 def _once(way: Callable[[Pool], dict[str, Any]]) -> Callable[[Pool], dict[str, Any]]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from geotoken_jax.predict.prediction import Prediction
-from geotoken_jax.serve.levels import Narrowed
+from geotoken_jax.serve.levels import LeveledPrediction
 
 GEOJSON = "application/geo+json"
 
@@ -21,7 +21,7 @@ class Failure:
 class Answers:
     """Of each photo, in their order, where it was taken, or what is wrong with it."""
 
-    answers: list[Narrowed | Prediction | Failure]
+    answers: list[LeveledPrediction | Prediction | Failure]
 
 
 def geojson(answers: Sequence[Prediction | Failure]) -> dict[str, Any]:

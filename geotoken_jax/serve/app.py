@@ -26,8 +26,8 @@ from geotoken_jax.predict.prediction import Prediction
 from geotoken_jax.serve import bodies, site
 from geotoken_jax.serve.answers import GEOJSON, GEOJSON_SCHEMA, Answers, Failure, geojson
 from geotoken_jax.serve.batching import Batcher, Model
-from geotoken_jax.serve.levels import Narrowed, narrowed
-from geotoken_jax.serve.limits import Rate, Refused, Room, ServeSettings, retry_after
+from geotoken_jax.serve.levels import LeveledPrediction, with_levels
+from geotoken_jax.serve.limits import Capacity, Rate, Refused, ServeSettings, retry_after
 from geotoken_jax.serve.metrics import Counted, Metrics
 
 Format = Literal["json", "geojson", "levels"]
@@ -57,7 +57,7 @@ class Service:
         self.settings = settings
         self.metrics = Metrics(lambda: self.room.taken, lambda: self.batcher.ready)
         self.batcher = Batcher(model, settings.batch_size, settings.wait_ms / 1000, self.metrics.batch)
-        self.room = Room(settings.queue, self.batcher.wait_s)
+        self.room = Capacity(settings.queue, self.batcher.wait_s)
         self._rate, self._prepare = Rate(settings.rate), model.prepare
         self._threads = ThreadPoolExecutor(settings.threads, "decode")
 
@@ -104,7 +104,7 @@ class Service:
             return Failure(bodies.sentence(error))
         found = await self.batcher(prepared)
         self.metrics.photos.labels("answered").inc()
-        return await self._in_thread(narrowed, found) if format == "levels" else found
+        return await self._in_thread(with_levels, found) if format == "levels" else found
 
     def _prepared(self, photo: Any) -> Any:
         return self._prepare(bodies.decoded(photo, self.settings.max_pixels))
@@ -157,7 +157,7 @@ def _add_photos(app: FastAPI, service: Service, guard: list[Any]) -> None:
     file = {"type": "string", "format": "binary"}
     photos, files = ({"type": "array", "minItems": 1, "maxItems": most, "items": items} for items in (photo, file))
 
-    @app.post(_ONE, dependencies=guard, **_described(Prediction | Narrowed, "photo", photo, file, _EXAMPLE))
+    @app.post(_ONE, dependencies=guard, **_described(Prediction | LeveledPrediction, "photo", photo, file, _EXAMPLE))
     async def predict(request: Request, format: Format = "json") -> Response:
         """Tells where one photo was taken."""
         found = await service.answers(request, "photo", None, format)
@@ -230,7 +230,7 @@ def _bearer(token: str) -> Callable[..., Any]:
     return authorized
 
 
-_TYPES = {kind: pydantic.TypeAdapter(kind) for kind in (Prediction, Narrowed, Answers)}
+_TYPES = {kind: pydantic.TypeAdapter(kind) for kind in (Prediction, LeveledPrediction, Answers)}
 
 
 def _written(found: Sequence[Prediction | Failure], format: Format, form: type[Answers] | None) -> Response:

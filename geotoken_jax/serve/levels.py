@@ -42,7 +42,7 @@ class Level:
 
 
 @dataclasses.dataclass(frozen=True)
-class Narrowed(Prediction):
+class LeveledPrediction(Prediction):
     """A prediction with its levels, coarse to fine: down to the finest of its cells, or to a probability of 0.0001.
 
     Probabilities are those of the distances (`within`, radius_km and radius_90_km), spread evenly over all directions
@@ -53,7 +53,7 @@ class Narrowed(Prediction):
     levels: tuple[Level, ...] = ()
 
 
-def narrowed(prediction: Prediction) -> Narrowed:
+def with_levels(prediction: Prediction) -> LeveledPrediction:
     """Returns the prediction with its levels."""
     points, mass = _spread(prediction)
     paths = np.asarray(_CELLS.encode(*points))
@@ -64,7 +64,7 @@ def narrowed(prediction: Prediction) -> Narrowed:
         if levels[-1].probability < _LEAST:
             break
     own = {field.name: getattr(prediction, field.name) for field in dataclasses.fields(prediction)}
-    return Narrowed(**own, levels=tuple(levels))
+    return LeveledPrediction(**own, levels=tuple(levels))
 
 
 def _spread(prediction: Prediction) -> tuple[Float[np.ndarray, "2 n"], Float[np.ndarray, " n"]]:

@@ -78,7 +78,7 @@ class Refused(Exception):
         self.status, self.headers = status, dict(headers or {})
 
 
-class Room:
+class Capacity:
     """Places for photos, taken from a request's arrival to its answer: the bound on all that waits."""
 
     def __init__(self, places: int, wait_s: Callable[[int], float]):

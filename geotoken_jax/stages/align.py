@@ -11,7 +11,7 @@ from geotoken_jax.align.task import AlignTask
 from geotoken_jax.artifacts import GALLERY, VALIDATION, Workdir
 from geotoken_jax.backbone import views
 from geotoken_jax.configuration import Config
-from geotoken_jax.data.join import Features, Together
+from geotoken_jax.data.join import Concatenation, Features
 from geotoken_jax.data.pixels import Pixels
 from geotoken_jax.interop import geoclip
 from geotoken_jax.sharding import make_mesh
@@ -52,7 +52,7 @@ def aligner(config: Config, workdir: Workdir, mesh: Mesh) -> tuple[Any, list, di
         start = _whitened(start, workdir.pairs(GALLERY), options.model.whiten)
     if options.pixels.tower != "cached":
         return _aligner_from_pixels(config, workdir, mesh, start)
-    splits = [Together([workdir.pairs(split) for split in workdir.trained_on]), workdir.pairs(VALIDATION)]
+    splits = [Concatenation([workdir.pairs(split) for split in workdir.training_splits]), workdir.pairs(VALIDATION)]
     return AlignTask(options.model, workdir.width, options.loss, start), splits, {}
 
 

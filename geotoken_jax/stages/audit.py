@@ -9,7 +9,7 @@ from scipy.spatial import KDTree
 
 from geotoken_jax import records
 from geotoken_jax.analysis import coverage, leakage, neighbor_gap, overlap, per_level
-from geotoken_jax.analysis.masking import Masked
+from geotoken_jax.analysis.masking import MaskedGallery
 from geotoken_jax.artifacts import GALLERY, Workdir
 from geotoken_jax.backbone import views
 from geotoken_jax.configuration import Config
@@ -43,10 +43,10 @@ def _coverage(config: Config, workdir: Workdir) -> Manifest:
     options, scoring = config.audit, config.evaluate
     folders = evaluate.predicted(config, workdir)
     split = options.coverage.split
-    if split not in workdir.asked:
+    if split not in workdir.query_counts:
         raise StageError(
             f"config.audit.coverage.split is {split!r}, and {workdir.path / 'predictions'} has "
-            f"{', '.join(sorted(workdir.asked))}: name one of these"
+            f"{', '.join(sorted(workdir.query_counts))}: name one of these"
         )
     inputs = ["photos", "gallery", "queries", "neighbors", f"geotoken/{scoring.reference}", *folders]
     stage = workdir.begin(config, "audit/coverage", ["name", "audit.coverage", "evaluate"], inputs)
@@ -59,12 +59,14 @@ def _coverage(config: Config, workdir: Workdir) -> Manifest:
     if not file.exists():
         records.save_array(file, coverage.gallery_regions(workdir.photos(GALLERY), gallery))
     regions = records.open_array(file)
-    asked = {name: coverage.asked(truth, methods[name], tree, gallery, regions) for name, truth in truths.items()}
+    by_split = {
+        name: coverage.split_photos(truth, methods[name], tree, gallery, regions) for name, truth in truths.items()
+    }
     row_of = overlap.match(overlap.encoded(truths[split].ids), workdir.table(split).ids())
     answer = _masked(config, stage, workdir, scoring.reference, split)
-    masked = coverage.mask(split, asked[split], regions, row_of, options.coverage.countries, answer, scoring)
-    figures = coverage.figures(asked, gallery, regions, masked, options.coverage.level, scoring)
-    maps = coverage.maps(figures, gallery, asked[split], scoring.reference)
+    masked = coverage.mask(split, by_split[split], regions, row_of, options.coverage.countries, answer, scoring)
+    figures = coverage.figures(by_split, gallery, regions, masked, options.coverage.level, scoring)
+    maps = coverage.maps(figures, gallery, by_split[split], scoring.reference)
     page = coverage_page.page(figures, maps, scoring.reference, _source(stage, workdir, scoring.resamples))
     counts = {"regions": len(masked["regions"]), **{name: len(truth.ids) for name, truth in truths.items()}}
     return _finish(stage, figures, page, counts)
@@ -73,12 +75,12 @@ def _coverage(config: Config, workdir: Workdir) -> Manifest:
 def _masked(config: Config, stage: Stage, workdir: Workdir, variant: str, split: str) -> coverage.Answer:
     """Returns what answers without a region. Its answers are kept as masked-NUMBER.npy, so that an interrupted audit
     goes on with the next region."""
-    opened: list[Masked] = []
+    opened: list[MaskedGallery] = []
 
     def answer(number: int, rows: np.ndarray, kept: np.ndarray) -> np.ndarray:
         file = stage.path / f"masked-{number:03d}.npy"
         if not file.exists():
-            opened[:] = opened or [Masked(config, workdir, variant, split)]
+            opened[:] = opened or [MaskedGallery(config, workdir, variant, split)]
             records.save_array(file, opened[0](rows, kept))
         return records.open_array(file)
 
@@ -140,7 +142,7 @@ def see(config: Config, workdir: Workdir, variant: str) -> dict[str, per_level.S
     """Returns what a variant's decoder makes of every photo of every evaluated split; splits whose names begin with
     test come first. config: the variant's."""
     model = workdir.decoder(variant, config.model)
-    compiled, options, asked = nnx.jit(per_level.look), model.settings, workdir.asked
+    compiled, options, asked = nnx.jit(per_level.look), model.settings, workdir.query_counts
     seen = {}
     with Progress("audit levels", sum(asked.values()), "photos") as progress:
 

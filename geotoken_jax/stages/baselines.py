@@ -13,9 +13,10 @@ from geotoken_jax import checkpoint
 from geotoken_jax.artifacts import TOP1, VALIDATION, Workdir
 from geotoken_jax.backbone import views
 from geotoken_jax.configuration import Config
-from geotoken_jax.data.join import Together
+from geotoken_jax.data.join import Concatenation
+from geotoken_jax.gallery import encodings
 from geotoken_jax.geo.distance import pairwise_km
-from geotoken_jax.predict import classifier, places
+from geotoken_jax.predict import classifier
 from geotoken_jax.predict.prediction import Candidate, Neighbor, Prediction, neighbors
 from geotoken_jax.predict.select import density
 from geotoken_jax.progress import Progress
@@ -52,7 +53,7 @@ def run(config: Config, workdir: Workdir, name: str) -> list[Manifest]:
     if stage.manifest:
         return [stage.manifest]
     answer, facts = baseline.open(config, workdir, stage.path)
-    counts = workdir.asked
+    counts = workdir.query_counts
     with Progress(f"predict {name}", sum(counts.values()), "photos") as progress:
         for split, photos in counts.items():
             file = workdir.answers(name, split)
@@ -107,15 +108,15 @@ def _geoclip(config: Config, workdir: Workdir, folder: epath.Path) -> tuple[Answ
     coordinates = gallery.coordinates()
     file = folder / "encoded.npy"
     if not file.exists():
-        blocks = places.encoder(aligned.location, lambda model, block: model(block))(coordinates)
-        places.save(file, blocks, len(gallery), gallery.width)
-    encoded = places.open(file)
+        blocks = encodings.encoder(aligned.location, lambda model, block: model(block))(coordinates)
+        encodings.save(file, blocks, len(gallery), gallery.width)
+    encoded = encodings.open(file)
     scale = float(jnp.exp(aligned.location_scale[...]))
 
     def answer(split: str) -> Iterator[tuple[bytes, Prediction]]:
         own = workdir.table(split)
         location = np.asarray(own.embeddings()[:, 1], np.float32)  # of length 1, as tables hold them
-        rows, log_p = places.rank(encoded, scale * location, min(options.candidates, len(gallery)))
+        rows, log_p = encodings.rank(encoded, scale * location, min(options.candidates, len(gallery)))
         for photo, near, probability in zip(own.ids(), rows, log_p, strict=True):
             yield photo, _ranked(coordinates[near], probability)
 
@@ -136,7 +137,7 @@ def _classifier(config: Config, workdir: Workdir, folder: epath.Path) -> tuple[A
     train, validation = (
         [classifier.Photos(workdir.table(split), cells) for split in splits] for splits in (names, [VALIDATION])
     )
-    splits, where = [Together(train), *validation], folder / "training"  # pyright: ignore[reportArgumentType]
+    splits, where = [Concatenation(train), *validation], folder / "training"  # pyright: ignore[reportArgumentType]
     training.fit(task, config, "baselines.train", splits, where, "train classifier")
     model = checkpoint.read_module(where / "parameters.safetensors", task.init)
     held = cells.of(gallery.tokens())

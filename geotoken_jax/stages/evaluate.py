@@ -6,8 +6,15 @@ from typing import Any
 
 from geotoken_jax import records
 from geotoken_jax.analysis import evaluate, examples, overlap, training
+from geotoken_jax.analysis.coordinates import (
+    CoordinateTable,
+    Method,
+    in_order,
+    methods_of,
+    read_coordinates,
+    read_truth,
+)
 from geotoken_jax.analysis.examples import Examples
-from geotoken_jax.analysis.points import Method, Points, in_order, methods_of, read_points, read_truth
 from geotoken_jax.artifacts import GALLERY, Workdir
 from geotoken_jax.configuration import Config, EvaluateSettings
 from geotoken_jax.pages import report as report_page
@@ -39,7 +46,7 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
 
 def predicted(config: Config, workdir: Workdir) -> list[str]:
     """Returns the folders of predictions. Raises StageError if the reference is not among them."""
-    variants = workdir.answered()
+    variants = workdir.predicted_variants()
     if config.evaluate.reference not in variants:
         raise StageError(
             f"config.evaluate.reference is {config.evaluate.reference!r}, and {workdir.path / 'predictions'} holds "
@@ -48,18 +55,20 @@ def predicted(config: Config, workdir: Workdir) -> list[str]:
     return [f"predictions/{variant}" for variant in variants]
 
 
-def read_predictions(workdir: Workdir, options: EvaluateSettings) -> tuple[dict[str, Points], dict[str, list[Method]]]:
+def read_predictions(
+    workdir: Workdir, options: EvaluateSettings
+) -> tuple[dict[str, CoordinateTable], dict[str, list[Method]]]:
     """Returns truth and methods by split, in the order to show: splits whose names begin with test come first.
 
     `extra` of the truth holds the author and the place names.
     """
     truths, methods = {}, {}
-    for split in sorted(workdir.asked, key=lambda name: (not name.startswith("test"), name)):
+    for split in sorted(workdir.query_counts, key=lambda name: (not name.startswith("test"), name)):
         truth = truths[split] = read_truth(workdir, split)
         found = []
-        for variant in workdir.answered():
+        for variant in workdir.predicted_variants():
             if (file := workdir.answers(variant, split)).exists():
-                points = read_points(file)
+                points = read_coordinates(file)
                 found += methods_of(points, truth, variant, options.labels.get(variant, variant), options.earth)
         methods[split] = in_order(found, options.reference)
     return truths, methods
@@ -77,7 +86,7 @@ def _report(
     workdir: Workdir,
     name: str,
     metrics: Mapping[str, Any],
-    truths: Mapping[str, Points],
+    truths: Mapping[str, CoordinateTable],
     methods: Mapping[str, Sequence[Method]],
     options: EvaluateSettings,
 ) -> report_page.Report:

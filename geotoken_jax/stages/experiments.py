@@ -16,7 +16,7 @@ from typing import Any
 from etils import epath
 
 from geotoken_jax.analysis import evaluate
-from geotoken_jax.analysis.points import methods_of, read_points, read_truth
+from geotoken_jax.analysis.coordinates import methods_of, read_coordinates, read_truth
 from geotoken_jax.artifacts import Workdir
 from geotoken_jax.configuration import Config, EvaluateSettings, Experiment
 from geotoken_jax.geo.distance import THRESHOLDS_KM
@@ -113,7 +113,7 @@ def _score(
     truth = read_truth(made[first], split)
     methods = []
     for label, place in made.items():
-        points = read_points(place.answers(options.reference, split))
+        points = read_coordinates(place.answers(options.reference, split))
         for method in methods_of(points, truth, label, label, options.earth):
             if method.choice in experiment.choices or (method.main and "" in experiment.choices):
                 methods.append(method)

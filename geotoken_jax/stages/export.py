@@ -12,7 +12,7 @@ from geotoken_jax.backbone import checkpoint as published
 from geotoken_jax.configuration import Config
 from geotoken_jax.export import card, pictures, quantized, stablehlo
 from geotoken_jax.gallery.table import Table
-from geotoken_jax.predict import exported
+from geotoken_jax.predict import bundle
 from geotoken_jax.workdir import Manifest, write_bytes, write_json
 
 #: Folder of an export that holds its backbone's checkpoint.
@@ -42,10 +42,10 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
     shutil.rmtree(folder / "targets", ignore_errors=True)  # of the parameters before these
     card.write(folder, workdir, own, variant, referred, lost)
     files = (file for file in sorted(pathlib.Path(folder).rglob("*")) if file.is_file())
-    sums = {str(file.relative_to(folder)): exported.sha256(file) for file in files}
+    sums = {str(file.relative_to(folder)): bundle.sha256(file) for file in files}
     sums.pop("begun.json", None)
     lines = "".join(f"{digest}  {name}\n" for name, digest in sums.items())
-    write_bytes(folder / exported.SUMS, lines.encode())
+    write_bytes(folder / bundle.SUMS, lines.encode())
     made = stage.finish({"files": len(sums), **counts}, sha256=sums, **({"int8": lost} if lost else {}))
     return [made]
 
@@ -95,5 +95,5 @@ def copy_backbone(
         for file in files:
             shutil.copyfile(file, folder / _BACKBONE / file.name)
         section["huggingface"]["path"] = _BACKBONE
-    sums = {file.name: exported.sha256(file) for file in files}
+    sums = {file.name: bundle.sha256(file) for file in files}
     return section, {"name": published.name(source), "sha256": sums}

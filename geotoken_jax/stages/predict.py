@@ -14,7 +14,7 @@ from geotoken_jax.data import pipeline
 from geotoken_jax.gallery.table import Table
 from geotoken_jax.predict.answer import Answerer, calibrate, with_radii
 from geotoken_jax.predict.judge import Judge
-from geotoken_jax.predict.pool import Places, Pool
+from geotoken_jax.predict.pool import PlaceDistribution, Pool
 from geotoken_jax.predict.prediction import Prediction
 from geotoken_jax.predict.select import log_probability
 from geotoken_jax.progress import Progress
@@ -34,7 +34,7 @@ def run(config: Config, workdir: Workdir, variant: str) -> list[Manifest]:
     stage = workdir.begin(config, folder, keys, inputs)
     if stage.manifest:
         return [stage.manifest]
-    answerer, counts = workdir.answerer(own, variant), workdir.asked
+    answerer, counts = workdir.answerer(own, variant), workdir.query_counts
     calibrated = bool(own.predict.search.expansions) and VALIDATION in counts
     judges = _judges(own, stage.path, counts)
     with Progress(f"predict {variant}", sum(counts.values()), "photos") as progress:
@@ -67,7 +67,7 @@ def _judges(config: Config, folder: epath.Path, counts: dict[str, int]) -> dict[
 
 def _answered(
     answerer: Answerer, workdir: Workdir, split: str, judge: Judge | None, progress: Progress
-) -> Iterator[tuple[list[Prediction], Places | None]]:
+) -> Iterator[tuple[list[Prediction], PlaceDistribution | None]]:
     """Yields the answers of one split in batches, without radii, and the model's distribution over places."""
     decoder, own = answerer.decoder, workdir.table(split)
     read = workdir.tokens(split, decoder.model, decoder.gallery)

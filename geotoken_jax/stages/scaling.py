@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 
 from geotoken_jax.analysis import scaling, scaling_law
-from geotoken_jax.analysis.masking import Masked
+from geotoken_jax.analysis.masking import MaskedGallery
 from geotoken_jax.analysis.scaling import FIT, FOLDER, FORECAST, RUNS, TESTED
 from geotoken_jax.artifacts import Workdir
 from geotoken_jax.configuration import Config, ScalingSettings
@@ -111,7 +111,7 @@ def _test(one: scaling.Run, workdir: Workdir, s: ScalingSettings) -> None:
         return
     truth = workdir.table(s.split).coordinates()
     order = np.random.default_rng(s.seed).permutation(len(workdir.gallery))
-    masked, every = Masked(one.config, workdir, one.label, s.split), np.arange(len(truth))
+    masked, every = MaskedGallery(one.config, workdir, one.label, s.split), np.arange(len(truth))
     galleries = []
     for n in s.gallery:
         first, decoder = (scaling.within(found, truth) for found in masked(every, np.sort(order[:n])))

@@ -15,22 +15,23 @@ from geotoken_jax.artifacts import Workdir, needed
 from geotoken_jax.backbone import views
 from geotoken_jax.configuration import Config
 from geotoken_jax.data.join import context, neighbors
+from geotoken_jax.gallery import encodings
 from geotoken_jax.gallery.table import Table
 from geotoken_jax.geo.distance import great_circle_km, to_unit_vectors
 from geotoken_jax.model.reward import RewardTask
-from geotoken_jax.model.verifier import Comparator, ComparatorTask, JudgeTask
-from geotoken_jax.predict import places, verify
+from geotoken_jax.model.verifier import Comparator, ComparatorTask, ScorerTask
+from geotoken_jax.predict import verify
 from geotoken_jax.predict.decode import Decoder
 from geotoken_jax.predict.pool import Pool
 from geotoken_jax.predict.reward import States
-from geotoken_jax.predict.verify import Around, Looks
+from geotoken_jax.predict.verify import AugmentedGallery, NearestPhotos
 from geotoken_jax.progress import Progress
 from geotoken_jax.stages import training
 from geotoken_jax.workdir import Manifest
 
 #: Share of the pools that training is validated on: the last ones, of authors of their own.
 _VALIDATION = 0.1
-#: Looks encoded, and views copied, at once.
+#: AugmentedGallery encoded, and views copied, at once.
 _BLOCK = 4096
 #: Photos around each, itself among them, of which one within reach is its pair.
 _OTHERS = 32
@@ -87,7 +88,7 @@ def reward(config: Config, workdir: Workdir, variant: str) -> Manifest:
 
 
 def verifier(config: Config, workdir: Workdir, variant: str) -> Manifest:
-    """Makes verifier/VARIANT: comparator/ and judge/, trained one after the other, views.npy and owner.npy (see
+    """Makes verifier/VARIANT: comparator/ and scorer/, trained one after the other, views.npy and owner.npy (see
     `save_views`), and keys.npy, the comparator's vectors of all gallery photos and views."""
     inputs = [f"pools/{variant}", "align", "gallery", "queries", "neighbors"]
     stage = workdir.begin(config, f"verifier/{variant}", ["verifier"], inputs)
@@ -96,23 +97,25 @@ def verifier(config: Config, workdir: Workdir, variant: str) -> Manifest:
     own, rows, folder = config.variant(variant), workdir.pool_rows(variant), stage.path
     if not (folder / "views.npy").exists():
         save_views(folder, workdir)
-    looks = verify.open_looks(folder, workdir.gallery)
+    looks = verify.open_augmented_gallery(folder, workdir.gallery)
     comparator = _comparator(own, folder, looks, workdir.gallery, rows)
     _, pool = workdir.pools(variant, own.model)
     if not (folder / "features.npy").exists():
-        aligned, keys = workdir.aligned(own.align.model), places.open(folder / "keys.npy")
-        evidence = verify.Evidence(own.verifier.model, comparator, keys, looks, workdir.gallery, aligned)
+        aligned, keys = workdir.aligned(own.align.model), encodings.open(folder / "keys.npy")
+        evidence = verify.CandidateFeatures(own.verifier.model, comparator, keys, looks, workdir.gallery, aligned)
         found = evidence(pool._replace(exclude=workdir.exclusions(views.OF)(rows)))
         records.save_array(folder / "moments.npy", np.stack([found.mean((0, 1)), found.std((0, 1))]))
         records.save_array(folder / "features.npy", found)
-    task = JudgeTask(own.verifier.model.judge, np.load(folder / "moments.npy"))
+    task = ScorerTask(own.verifier.model.scorer, np.load(folder / "moments.npy"))
     km = _km(pool, workdir.gallery.coordinates(rows))
     splits = _splits(features=records.open_array(folder / "features.npy"), km=km)
-    training.fit(task, own, "verifier.train_judge", splits, folder / "judge", f"judge {variant}")
+    training.fit(task, own, "verifier.train_scorer", splits, folder / "scorer", f"scorer {variant}")
     return stage.finish({"photos": len(rows), "looks": len(looks)})
 
 
-def _comparator(config: Config, folder: epath.Path, looks: Looks, gallery: Table, rows: np.ndarray) -> Comparator:
+def _comparator(
+    config: Config, folder: epath.Path, looks: AugmentedGallery, gallery: Table, rows: np.ndarray
+) -> Comparator:
     """Trains the comparator in comparator/ on the gallery photos that no pool is of, and writes keys.npy."""
     options = config.verifier.model.comparator
     task = ComparatorTask(options, _mean(looks))
@@ -127,7 +130,7 @@ def _comparator(config: Config, folder: epath.Path, looks: Looks, gallery: Table
     if not file.exists():
         parts = (np.arange(first, min(first + _BLOCK, len(looks))) for first in range(0, len(looks), _BLOCK))
         blocks = (verify.encode(comparator, looks.images(part)) for part in parts)
-        places.save(file, blocks, len(looks), options.width)
+        encodings.save(file, blocks, len(looks), options.width)
     return comparator
 
 
@@ -149,12 +152,12 @@ def of_authors(authors: np.ndarray, photos: int, seed: int) -> np.ndarray:
 class _Pairs:
     """Reads two looks of one place for the comparator: image and other [b, C], and place [b, 3]."""
 
-    def __init__(self, looks: Looks, gallery: Table, rows: np.ndarray, km: float, seed: int):
+    def __init__(self, looks: AugmentedGallery, gallery: Table, rows: np.ndarray, km: float, seed: int):
         """rows: of the gallery photos that are compared, with each other. km: those no farther apart are of a place."""
         self._looks, self._rows, self._km, self._seed = looks, rows, km, seed
         self._coordinates = gallery.coordinates(rows)
         self._points = np.asarray(to_unit_vectors(*self._coordinates.T), np.float32)
-        self._around = Around(self._coordinates)
+        self._around = NearestPhotos(self._coordinates)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -210,12 +213,12 @@ def save_views(folder: epath.Path, workdir: Workdir) -> None:
         parts = (kept[first : first + _BLOCK] for first in range(0, len(kept), _BLOCK))
         blocks = (table.embeddings(part)[:, 0] for part in parts)
     records.save_array(folder / "owner.npy", owner)
-    places.save(folder / "views.npy", blocks, len(owner), gallery.width)
+    encodings.save(folder / "views.npy", blocks, len(owner), gallery.width)
 
 
 def _km(pool: Pool, truth: np.ndarray) -> np.ndarray:
     return np.asarray(great_circle_km(*np.moveaxis(pool.coordinates, -1, 0), *truth.T[..., None]), np.float32)
 
 
-def _mean(looks: Looks) -> np.ndarray:
+def _mean(looks: AugmentedGallery) -> np.ndarray:
     return looks.images(np.unique(np.linspace(0, len(looks.of) - 1, 20_000).astype(int))).mean(0)

@@ -11,7 +11,7 @@ from pathlib import Path
 from geotoken_jax.artifacts import Workdir
 from geotoken_jax.configuration import Config
 from geotoken_jax.stages import predict, selectors, train
-from geotoken_jax.workdir import MadeOtherwise, Manifest, StageError
+from geotoken_jax.workdir import Manifest, OtherSettingsError, StageError
 
 
 def _index(config: Config, workdir: Workdir, variant: str) -> list[Manifest]:
@@ -41,7 +41,7 @@ def make(config: Config, workdir: Workdir, variant: str, verbs: Iterable[str]) -
             try:
                 STAGES[verb](config, workdir, variant)
                 break
-            except MadeOtherwise as error:
+            except OtherSettingsError as error:
                 linked = Path(error.path)
                 if not linked.is_symlink():
                     raise

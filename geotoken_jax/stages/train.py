@@ -5,7 +5,7 @@ from typing import Any
 from geotoken_jax import records
 from geotoken_jax.artifacts import VALIDATION, Workdir
 from geotoken_jax.configuration import Config
-from geotoken_jax.data.join import Part, Together, chosen
+from geotoken_jax.data.join import Concatenation, Subset, chosen
 from geotoken_jax.gallery import placement
 from geotoken_jax.model.task import GeoTokenTask
 from geotoken_jax.predict import sample
@@ -53,19 +53,19 @@ def decoder(config: Config, workdir: Workdir, mesh: Any) -> tuple[Any, list, dic
     config: with the variant's changes made.
     """
     model, where, gallery = config.model, config.gallery, workdir.gallery
-    if workdir.recorded < model.neighbors:
+    if workdir.neighbor_count < model.neighbors:
         raise SettingsError(
-            f"config.model.neighbors = {model.neighbors} is more than the {workdir.recorded} there are: set "
+            f"config.model.neighbors = {model.neighbors} is more than the {workdir.neighbor_count} there are: set "
             "config.index.neighbors.count and index again in another --workdir"
         )
     if model.level > records.LEVEL:
         raise SettingsError(
             f"config.model.level = {model.level} is finer than the gallery's cells: use a level up to {records.LEVEL}"
         )
-    host, names = None if where.on_device else gallery, workdir.trained_on
-    train = Together([workdir.tokens(split, model, host) for split in names])
+    host, names = None if where.on_device else gallery, workdir.training_splits
+    train = Concatenation([workdir.tokens(split, model, host) for split in names])
     if config.data.photos:
-        train = Part(train, chosen([workdir.table(split).ids() for split in names], config.data))
+        train = Subset(train, chosen([workdir.table(split).ids() for split in names], config.data))
     splits = [train, workdir.tokens(VALIDATION, model, host)]
     task = GeoTokenTask(model, config.loss, placement.lookup(where, mesh), sample.greedy)
     return task, splits, placement.resident(gallery, model.cells, where, mesh)

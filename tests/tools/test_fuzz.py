@@ -27,7 +27,7 @@ from geotoken_jax.align.task import AlignTask
 from geotoken_jax.gallery import index, table
 from geotoken_jax.geo.cells import CellScheme
 from geotoken_jax.model.geotoken import GeoTokenModel, ModelSettings
-from geotoken_jax.predict import exported
+from geotoken_jax.predict import bundle
 from geotoken_jax.serve import limits
 from tests import tiny
 
@@ -81,8 +81,8 @@ def export(folder: Path) -> None:
     how = settings.read(index.IndexSettings, config.index.search, "index.search")
     index.build(table.index_vectors(columns["embeddings"]), how, folder / "gallery" / "index")
     files = (file for file in sorted(folder.rglob("*")) if file.is_file())
-    sums = "".join(f"{exported.sha256(file)}  {file.relative_to(folder)}\n" for file in files)
-    (folder / exported.SUMS).write_text(sums)
+    sums = "".join(f"{bundle.sha256(file)}  {file.relative_to(folder)}\n" for file in files)
+    (folder / bundle.SUMS).write_text(sums)
 
 
 @contextlib.contextmanager

@@ -206,9 +206,9 @@ def test_everything_works_by_keyboard(visit: Any):
     page.keyboard.press("Enter")
     assert page.locator("html").get_attribute("data-theme") == "dark"
     tab_to("#file")
-    with page.expect_file_chooser() as chooser:
+    with page.expect_file_chooser() as selector_loader:
         page.keyboard.press("Enter")
-    chooser.value.set_files({"name": "x.jpg", "mimeType": "image/jpeg", "buffer": photo(100)})
+    selector_loader.value.set_files({"name": "x.jpg", "mimeType": "image/jpeg", "buffer": photo(100)})
     answered(page)
     tab_to("#globe")
     before = painted(page)

@@ -24,12 +24,12 @@ FARTHEST_KM = math.pi * distance.EARTH_RADIUS_KM
 _COLUMNS = {"id": ("id", "img_id"), "latitude": ("latitude", "lat"), "longitude": ("longitude", "lon", "lng")}
 
 
-class PointsError(ValueError):
-    """A file of points cannot be scored; the message names the file, the line and the fix."""
+class TableError(ValueError):
+    """A file of predicted cannot be scored; the message names the file, the line and the fix."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Points:
+class CoordinateTable:
     """Coordinates by id, in degrees.
 
     candidates: other places that were weighed, NaN where a photo has fewer than K (0 where nobody has any). generated:
@@ -73,12 +73,12 @@ class Method:
         return int(np.isnan(self.coordinates[:, 0]).sum())
 
 
-def read_points(path: epath.PathLike) -> Points:
+def read_coordinates(path: epath.PathLike) -> CoordinateTable:
     """Reads JSON lines or CSV with a header: id, latitude, longitude (also lat, lon, lng, IMG_ID; any case), and more.
 
     What a row says of how sure it is: see claims.pop_claims.
 
-    Raises PointsError with file, line and fix on a missing column, a duplicate id, or a coordinate out of range.
+    Raises TableError with file, line and fix on a missing column, a duplicate id, or a coordinate out of range.
     """
     source = str(path)
     first_line, ids, coordinates, candidates, claims, extra = {}, [], [], [], [], []
@@ -88,7 +88,7 @@ def read_points(path: epath.PathLike) -> Points:
         taken = _take(row, where)
         name = str(taken["id"]).strip()
         if name in first_line:
-            raise PointsError(f"{where}: id {name!r} is on line {first_line[name]} too: keep one row an id")
+            raise TableError(f"{where}: id {name!r} is on line {first_line[name]} too: keep one row an id")
         first_line[name] = line
         ids.append(name)
         coordinates.append((_degrees(taken, "latitude", 90, where), _degrees(taken, "longitude", 180, where)))
@@ -101,51 +101,53 @@ def read_points(path: epath.PathLike) -> Points:
             candidates.append([(float(c["latitude"]), float(c["longitude"])) for c in weighed])
             row["choices"] = {choice: _choice(made, candidates[-1]) for choice, made in row.get("choices", {}).items()}
         except (TypeError, KeyError, ValueError, AttributeError):
-            raise PointsError(
+            raise TableError(
                 f"{where}: candidates must be a list of objects with latitude and longitude, and choices an object of "
                 "names and an index into candidates or a point [latitude, longitude]: mend them, or leave both out"
             ) from None
         try:
             claims.append(pop_claims(row))
         except ValueError as error:
-            raise PointsError(f"{where}: {error}") from None
+            raise TableError(f"{where}: {error}") from None
         extra.append(row)
     if not ids:
-        raise PointsError(f"{path} holds no points: write one row a photo with id, latitude and longitude")
-    return Points(
+        raise TableError(f"{path} holds no predicted: write one row a photo with id, latitude and longitude")
+    return CoordinateTable(
         source, ids, np.array(coordinates), _padded(candidates), generated, extra, ranked, concatenate(claims)
     )
 
 
-def methods_of(points: Points, truth: Points, variant: str, label: str, earth: str = "sphere") -> list[Method]:
+def methods_of(
+    predicted: CoordinateTable, truth: CoordinateTable, variant: str, label: str, earth: str = "sphere"
+) -> list[Method]:
     """Returns the methods in one file of predictions: its own choice, its other choices, its best candidate (a bound).
 
     earth: of distance.EARTHS.
 
-    Raises PointsError if it predicts a photo that the truth does not hold.
+    Raises TableError if it predicts a photo that the truth does not hold.
     """
     row_of = {name: row for row, name in enumerate(truth.ids)}
-    unknown = [name for name in points.ids if name not in row_of]
+    unknown = [name for name in predicted.ids if name not in row_of]
     if unknown:
-        raise PointsError(
-            f"{points.source} predicts {unknown[0]!r} (one of {len(unknown)}), which {truth.source} does not hold:"
+        raise TableError(
+            f"{predicted.source} predicts {unknown[0]!r} (one of {len(unknown)}), which {truth.source} does not hold:"
             " score it against the photos it was made for, or remove the rows"
         )
-    rows = np.array([row_of[name] for name in points.ids])
-    first = points.extra[0]
-    candidates, count = points.candidates, points.candidates.shape[1]
+    rows = np.array([row_of[name] for name in predicted.ids])
+    first = predicted.extra[0]
+    candidates, count = predicted.candidates, predicted.candidates.shape[1]
     each = np.arange(len(rows))
-    baseline = not points.generated
+    baseline = not predicted.generated
     main = first.get("choice", "")
-    chosen = {main: points.coordinates}
+    chosen = {main: predicted.coordinates}
     for choice in first["choices"]:
-        chosen.setdefault(choice, _chosen(points, choice))
+        chosen.setdefault(choice, _chosen(predicted, choice))
 
     def method(choice: str, name: str, coordinates: Float[np.ndarray, "p 2"], bound: bool = False) -> Method:
         placed = np.full((len(truth.ids), 2), np.nan)
         placed[rows] = coordinates
         own = not bound and choice == main
-        claims = points.claims.at(rows, len(truth.ids)) if own and points.claims else None
+        claims = predicted.claims.at(rows, len(truth.ids)) if own and predicted.claims else None
         km = off_km(placed, truth, earth)
         return Method(variant, choice, name, own, baseline, bound, placed, km, claims)
 
@@ -159,13 +161,13 @@ def methods_of(points: Points, truth: Points, variant: str, label: str, earth: s
         off = distance.EARTHS[earth](candidates[..., 0], candidates[..., 1], here[..., 0], here[..., 1])
         nearest = np.nan_to_num(off, nan=np.inf).argmin(axis=1)
         most = f"up to {count}" if np.isnan(candidates).any() else str(count)  # samples that agree are one candidate
-        is_neighbors = baseline and not points.ranked
+        is_neighbors = baseline and not predicted.ranked
         name = f"Best of {most} neighbors" if is_neighbors else f"{label}: ideal of {most} candidates"
         methods.append(method("ideal", name, candidates[each, nearest], bound=True))
     return methods
 
 
-def off_km(placed: Float[np.ndarray, "n 2"], truth: Points, earth: str) -> Float[np.ndarray, "n"]:
+def off_km(placed: Float[np.ndarray, "n 2"], truth: CoordinateTable, earth: str) -> Float[np.ndarray, "n"]:
     """Returns how far from the truth each photo was placed; NaN is FARTHEST_KM off."""
     return np.nan_to_num(distance.EARTHS[earth](*placed.T, *truth.coordinates.T), nan=FARTHEST_KM)
 
@@ -175,7 +177,7 @@ def in_order(methods: Sequence[Method], reference: str) -> list[Method]:
     return sorted(methods, key=lambda m: (m.bound, not m.baseline, m.variant != reference))
 
 
-def read_truth(workdir: Workdir, split: str) -> Points:
+def read_truth(workdir: Workdir, split: str) -> CoordinateTable:
     """Returns the truth of one split of photos/; `extra` holds the author and the place names."""
     photos = workdir.photos(split)
     ids, coordinates, extra = [], [], []
@@ -184,7 +186,7 @@ def read_truth(workdir: Workdir, split: str) -> Points:
         ids.append(photo["id"])
         coordinates.append(photo["coordinates"])
         extra.append({name: photo[name] for name in ("author", *records.PLACE_FIELDS)})
-    return Points(f"photos/ ({split})", ids, np.array(coordinates), _padded([[]] * len(ids)), False, extra)
+    return CoordinateTable(f"photos/ ({split})", ids, np.array(coordinates), _padded([[]] * len(ids)), False, extra)
 
 
 def _rows(path: epath.Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -194,7 +196,7 @@ def _rows(path: epath.Path) -> Iterator[tuple[int, dict[str, Any]]]:
         reader = csv.DictReader(io.StringIO(text))
         for row in reader:
             if None in row:
-                raise PointsError(f"{path}, line {reader.line_num}: more columns than the header: quote its commas")
+                raise TableError(f"{path}, line {reader.line_num}: more columns than the header: quote its commas")
             yield reader.line_num, {name.strip().lower(): value for name, value in row.items()}
         return
     for line, data in enumerate(text.split("\n"), start=1):
@@ -203,9 +205,9 @@ def _rows(path: epath.Path) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             row = json.loads(data)
         except json.JSONDecodeError as error:
-            raise PointsError(f"{path}, line {line}: {error}: write one JSON object a line") from None
+            raise TableError(f"{path}, line {line}: {error}: write one JSON object a line") from None
         if not isinstance(row, dict):
-            raise PointsError(f"{path}, line {line}: {row!r} is not a JSON object: write one a line")
+            raise TableError(f"{path}, line {line}: {row!r} is not a JSON object: write one a line")
         yield line, {name.strip().lower(): value for name, value in row.items()}
 
 
@@ -215,7 +217,7 @@ def _take(row: dict[str, Any], where: str) -> dict[str, Any]:
     for name, columns in found.items():
         if not columns:
             accepted = " or ".join(_COLUMNS[name])
-            raise PointsError(f"{where}: no column {name} among {', '.join(row)}: name one {accepted}")
+            raise TableError(f"{where}: no column {name} among {', '.join(row)}: name one {accepted}")
     return {name: row.pop(columns[0]) for name, columns in found.items()}
 
 
@@ -225,7 +227,7 @@ def _degrees(taken: Mapping[str, Any], name: str, limit: int, where: str) -> flo
     except (TypeError, ValueError):
         value = math.nan
     if not -limit <= value <= limit:
-        raise PointsError(
+        raise TableError(
             f"{where}: {name} of {taken['id']!r} is {taken[name]!r}: give degrees from -{limit} to {limit}, or "
             "leave the photo out (it then counts as wrong)"
         )
@@ -250,11 +252,13 @@ def _choice(made: Any, weighed: Sequence[tuple[float, float]]) -> tuple[float, f
     return latitude, longitude
 
 
-def _chosen(points: Points, choice: str) -> Float[np.ndarray, "n 2"]:
+def _chosen(predicted: CoordinateTable, choice: str) -> Float[np.ndarray, "n 2"]:
     """Returns the point that a choice is for each photo."""
-    chosen = np.array([row["choices"].get(choice, (math.nan, math.nan)) for row in points.extra])
+    chosen = np.array([row["choices"].get(choice, (math.nan, math.nan)) for row in predicted.extra])
     wrong = np.flatnonzero(np.isnan(chosen[:, 0]))
     if wrong.size:
-        name = points.ids[wrong[0]]
-        raise PointsError(f"{points.source}: {name!r} has no candidate for the choice {choice!r}: give every photo one")
+        name = predicted.ids[wrong[0]]
+        raise TableError(
+            f"{predicted.source}: {name!r} has no candidate for the choice {choice!r}: give every photo one"
+        )
     return chosen

@@ -10,11 +10,11 @@ from geotoken_jax.align.heads import AlignModel
 from geotoken_jax.gallery.table import Table
 from geotoken_jax.model.geotoken import GeoTokenModel
 from geotoken_jax.predict.reward import Reward
-from geotoken_jax.predict.select import LEARNED, Selector
+from geotoken_jax.predict.select import TRAINED, Selector
 from geotoken_jax.predict.verify import Verifier
 
 
-def chooser(
+def selector_loader(
     sections: Mapping[str, Any],
     folder: Callable[[str], epath.Path],
     gallery: Table,
@@ -23,7 +23,7 @@ def chooser(
 ) -> Callable[[str], Selector]:
     """Returns what opens a trained selector by its name; selectors of one folder share their work.
 
-    sections: name in LEARNED -> its model's settings. folder: -> where its parameters are.
+    sections: name in TRAINED -> its model's settings. folder: -> where its parameters are.
     """
 
     @functools.cache
@@ -31,7 +31,7 @@ def chooser(
         return Verifier(folder("verifier"), sections["verifier"], gallery, aligned())
 
     def opened(name: str) -> Selector:
-        if name in LEARNED["verifier"]:
+        if name in TRAINED["verifier"]:
             return verifier().selector(name)
         return Reward(folder("reward"), sections["reward"], model)
 

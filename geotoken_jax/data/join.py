@@ -64,8 +64,8 @@ class Tokens:
         records = self._records[rows]
         best = records["neighbors"][:, : self._neighbors]
         return {
-            # The photo's embeddings always come from the host. They are 4.6 KB per photo, a 15th of the neighbors' size,
-            # and the table on the devices contains photos of the gallery's split only.
+            # The photo's embeddings always come from the host. They are 4.6 KB per photo, a 15th of the size of
+            # 15 neighbors, and the table on the devices contains photos of the gallery's split only.
             "query": self._own.embeddings(records["row"]),
             "tokens": self._cells.of_stored(records["tokens"], self._own.coordinates(records["row"])),
             **(neighbor_rows(best) if self._gallery is None else neighbors(self._gallery, best, self._cells)),

@@ -112,8 +112,8 @@ class MemoryBuilder(nnx.Module):
     def __init__(self, form: MemoryForm, backbone_width: int, width: int, dtype: str, rngs: nnx.Rngs):
         normal = nnx.initializers.normal(0.02)
         self.projections = Projections(backbone_width, width, dtype, rngs)
-        # Vectors that are added to every photo are small and stay whole on each device: to split their gradient, XLA would
-        # first gather the gradients of all photos.
+        # The vectors that are added to every photo are small, and each device keeps a whole copy. To split their
+        # gradient, XLA would first gather the gradients of all photos.
         self.cls = sharding.parameter(rngs.params(), normal, (width,), (None,))
         self.factored = form.positions == "factored"
         if self.factored:

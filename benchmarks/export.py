@@ -152,7 +152,9 @@ def main() -> None:
     parser.add_argument("--split", default="test")
     parser.add_argument("--photos", type=int, default=1 << 30, help="number of photos, the first ones (default: all)")
     parser.add_argument("--runtime", action="append", choices=tuple(WITHOUT), help="default: all three")
-    parser.add_argument("--scratch", help="folder for environments and answers (default: a temporary folder)")
+    parser.add_argument(
+        "--scratch", help="folder for environments and answers, which stay there (default: a temporary folder)"
+    )
     options = parser.parse_args()
     options.runtime = options.runtime or list(WITHOUT)
     with tempfile.TemporaryDirectory() as temporary:

@@ -94,7 +94,7 @@ def seconds(run) -> float:
 
 
 def check(n: int) -> dict:
-    """Returns the number of n random coordinates whose cell differs from s2sphere's cell, and the error of centers."""
+    """Returns how many of n random coordinates get another cell than in s2sphere, and the largest error of centers."""
     latitude, longitude = on_sphere(n, 1)
     points = zip(latitude.tolist(), longitude.tolist(), strict=True)
     leaves = np.fromiter((s2_leaf(*point).id() for point in points), np.uint64, n)

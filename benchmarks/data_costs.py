@@ -39,7 +39,7 @@ H100, UTILIZATION = 989e12, 0.4
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """core_seconds: time on one core; None if not measured. on: largest unit that shares the work: "core", "machine" or
-    "machines". pieces: number of indivisible pieces of the work; divisible at will if 0. bytes: bytes to read."""
+    "machines". pieces: number of indivisible pieces of the work; it divides freely if 0. bytes: bytes to read."""
 
     name: str
     on: str

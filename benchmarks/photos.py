@@ -35,7 +35,7 @@ def generate(folder: Path, photos: int, side: int) -> mp16.Ledger:
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
         mp16.generate(Path(name), sample, 1 << 40, side, keep=False)
         length = sum(part.stat().st_size for part in Path(name).glob("mp-*")) * photos / sample
-    # With more photos there are more file sizes: one more, by 1 byte, for every 50 photos above 869 sizes.
+    # File sizes vary over 869 bytes, or over photos / 50 bytes if that is more: the mean grows by half the difference.
     length += photos * max(0, photos // 50 - 869) / 2
     return mp16.generate(folder, photos, int(length / (PARTS - 0.5)), side, keep=False)
 

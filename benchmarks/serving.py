@@ -1,4 +1,4 @@
-"""Measures the service: its throughput, with and without batching, and its overload. Prints one JSON object.
+"""Measures the service's throughput, with and without batching, and its behavior under overload. Prints JSON.
 
 Throughput: `--clients` clients each send one photo after another for `--seconds`. Overload: photos arrive evenly at
 twice the throughput for `--overload` seconds, whether earlier photos are answered or not. The service should answer

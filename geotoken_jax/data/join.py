@@ -115,7 +115,7 @@ def chosen(ids: Sequence[np.ndarray], settings: DataSettings) -> Int[np.ndarray,
     """Returns the rows, ascending, of a random choice of photos and their views, as rows of a Concatenation.
 
     ids: ids of the photos of each split. Photos are chosen from the first split. The others contain views, which have
-    the ids of their photos. Raises SettingsError unless there are settings.photos of them.
+    the ids of their photos. Raises SettingsError if the first split has fewer photos than settings.photos.
     """
     photos, *_ = ids
     if not 0 < settings.photos <= len(photos):

@@ -29,9 +29,10 @@ _NEVER = -1e30  # log-probability of an impossible token; finite, so that its gr
 class ModelSettings(layers.LayerSettings):
     """Settings of the whole model, added to the settings of its layers (LayerSettings).
 
-    scheme: name of the cell scheme in geo.schemes.SCHEMES. level: fineness of its cells. group: digits per token.
-    backbone_width: C, width of the backbone's embeddings. neighbors: M, number of neighbors per photo.
-    memory: "full" or "compact" (model/memory.py). positions: "factored" or "sinusoidal".
+    scheme: name of the cell scheme in geo.schemes.SCHEMES. level: S2 level as fine as its cells.
+    group: digits per token. backbone_width: C, width of the backbone's embeddings.
+    neighbors: M, number of neighbors per photo. memory: "full" or "compact" (model/memory.py).
+    positions: "factored" or "sinusoidal".
     tie_tokens: whether neighbors and decoder share one token table. copy_head: whether CopyHead is used.
     neighbor_tokens, neighbor_embeddings: False hides the neighbors' tokens or embeddings (ablation).
     neighbor_dropout: share of neighbors hidden at random in training. similarities: whether the memory contains the
@@ -109,7 +110,7 @@ class Cache(NamedTuple):
 
     past: keys and values of the decoded tokens, in E slots. If each candidate has its own slots, one per token, G is
     B * K. If the candidates of a photo share slots, as nodes of a tree, G is B.
-    agree: whether a neighbor has the candidate's tokens at all positions decoded.
+    agree: whether a neighbor has the candidate's tokens at all decoded positions.
     memory: keys and values of the memory, laid out head by head. Decoding does not change them.
     """
 

@@ -74,8 +74,8 @@ class MemoryForm:
     """The parts of the memory sequence.
 
     neighbors: M, number of neighbors. tokens: T, number of S2 tokens per neighbor. form: "full" or "compact".
-    positions: "sinusoidal" (one index for the whole sequence, as published) or "factored" (a learned vector for the
-    neighbor's rank plus one for the kind of position; levels already differ by their rows of the token table).
+    positions: "sinusoidal" (one index for the whole sequence, as published) or "factored" (learned vectors for the
+    neighbor's rank and for the kind of position; GeoTokenModel adds a vector for the level of a token).
     neighbor_tokens, neighbor_embeddings: False leaves out the neighbors' tokens or embeddings (ablation).
     similarities: whether to add the cosines between the three vectors of neighbor and photo, which the projections
     to D lose. times: number of values read of the photo's time; if 0, there is no position for the time.

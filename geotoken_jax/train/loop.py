@@ -214,7 +214,7 @@ def _on_mesh(batch: Batch, trainer: Trainer) -> dict[str, jax.Array]:
 
 
 class _Preemption:
-    """Notices SIGTERM. With several processes, all of them stop after the same step."""
+    """Reports SIGTERM through `requested`. With several processes, all of them stop after the same step."""
 
     def __init__(self):
         self._signaled = False

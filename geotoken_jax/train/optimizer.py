@@ -49,6 +49,6 @@ def make_optimizer(settings: OptimizerSettings, schedule: optax.Schedule) -> opt
 
 
 def _is_matrix(path: tuple[Any, ...], parameter: Any) -> bool:
-    # The axes do not suffice: biases and scales of stacked layers have an axis more than single ones.
+    # ndim alone is not enough: biases and scales of stacked layers have a leading layer axis.
     name = str(getattr(path[-1], "key", path[-1]))
     return parameter.ndim > 1 and not name.endswith(("bias", "scale"))

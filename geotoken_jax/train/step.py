@@ -1,4 +1,4 @@
-"""The training step and its state, which is created sharded and updated in place. Results are equal on any mesh."""
+"""The training step and its state, which is created sharded and updated in place. The same code serves any mesh."""
 
 import functools
 from collections.abc import Callable, Mapping

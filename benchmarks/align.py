@@ -1,9 +1,8 @@
-"""What alignment is worth on EarthView: neighbors by the index vectors of heads trained in several ways, beside
-neighbors by the backbone's image features alone.
+"""Measures how well neighbors are found on EarthView with several alignment settings, and by image features alone.
 
-`python -m benchmarks.align --workdir=runs/demo` needs the features/ that `make demo` makes. It trains with one thing
-changed in the demo's alignment, one run each, and searches exactly. Prints a line of JSON a setting; `--document`
-prints docs/alignment.md from such lines.
+`python -m benchmarks.align --workdir=runs/demo` needs the features/ that `make demo` makes. It trains the demo's
+alignment once per setting, with one change, searches the gallery exactly, and prints a line of JSON per setting.
+`--document` prints docs/alignment.md from these lines.
 """
 
 import argparse
@@ -32,9 +31,10 @@ from geotoken_jax.geo import distance
 from geotoken_jax.sharding import make_mesh
 from geotoken_jax.stages import align, training
 
-#: What is trained: the demo's alignment, but whitened, for twice as long, and the last parameters kept.
+#: Changes to the demo's alignment in all settings: whitening, twice as many examples, and a single validation at the
+#: end, so that the last parameters are the ones saved.
 BASE: dict[str, Any] = dict(model=dict(whiten=3.0), train=dict(examples=96_000, evaluate_every=187))
-#: What is changed of it -> keys of config.align.
+#: Setting -> its changes to config.align.
 CHANGES: dict[str, dict[str, Any]] = {
     "InfoNCE": {},
     "InfoNCE, `seed` 1": dict(train=dict(seed=1)),
@@ -50,14 +50,14 @@ CHANGES: dict[str, dict[str, Any]] = {
     "InfoNCE, `unit_vector`": dict(model=dict(location=dict(projection="unit_vector"))),
     "InfoNCE, `same_within_km` 1": dict(loss=dict(same_within_km=1.0)),
 }
-#: The setting that the others are compared with.
+#: The setting to which the others are compared.
 RAW = "features alone"
 GALLERY, SPLITS = "train", ("validation", "test", "test_shift")
 RANKS, DISTANCES_KM = (1, 5, 15), (25, 200)
 
 
 def train(config: Any, workdir: str) -> tuple[Any, int]:
-    """Returns the alignment model that config.align trains on a work directory's features, and its parameters."""
+    """Returns the alignment model that config.align trains on a work directory's features, and its size."""
     config = configuration.read(config)
     mesh = make_mesh(config.mesh)
     task, splits, resident = align.aligner(config, Workdir(workdir), mesh)
@@ -68,7 +68,10 @@ def train(config: Any, workdir: str) -> tuple[Any, int]:
 
 
 class Search:
-    """A photo is found at k, within a distance, if one of its k nearest gallery photos was taken within it."""
+    """Scores alignment models by the neighbors that they find for the photos of SPLITS.
+
+    A photo counts as found at k, within a distance, if one of its k nearest gallery photos was taken within it.
+    """
 
     def __init__(self, workdir: str):
         layout = records.feature_layout(stages.read_manifest(workdir, "features").facts["width"])
@@ -84,19 +87,19 @@ class Search:
         self._raw = self._nearest(lambda image: image)
 
     def score(self, model: Any = None) -> dict[str, Any]:
-        """Returns split -> k -> kilometers -> share of photos found with a 95 % interval and, of a model, how much more
-        that is than of the features alone.
+        """Returns split -> k -> kilometers -> share of photos found, its 95 % interval, and its gain over RAW.
 
-        Intervals are the report's: a bootstrap over authors, paired for differences.
+        model: alignment model; the image features alone if None. Intervals are a bootstrap over authors, paired for
+        the gain, as in the report.
         """
-        found = self._raw if model is None else self._nearest(lambda image: index_vectors(embeddings(model, image)))
-        return {split: {str(k): self._score(split, found[split][:, :k], k) for k in RANKS} for split in SPLITS}
+        nearest = self._raw if model is None else self._nearest(lambda image: index_vectors(embeddings(model, image)))
+        return {split: {str(k): self._score(split, nearest[split][:, :k], k) for k in RANKS} for split in SPLITS}
 
     def _nearest(self, vectors: Callable[[np.ndarray], np.ndarray]) -> dict[str, np.ndarray]:
-        """Returns the gallery rows nearest to each split's photos; no author is in two splits, so none is left out."""
-        made = {split: vectors(photos["image"].astype(np.float32)) for split, photos in self._photos.items()}
-        gallery = index.Exact(made[GALLERY])
-        return {split: neighbors.find(gallery, made[split], max(RANKS))[0] for split in SPLITS}
+        """Returns split -> nearest gallery rows of its photos. No author is in two splits, so none needs excluding."""
+        queries = {split: vectors(photos["image"].astype(np.float32)) for split, photos in self._photos.items()}
+        gallery = index.Exact(queries[GALLERY])
+        return {split: neighbors.find(gallery, queries[split], max(RANKS))[0] for split in SPLITS}
 
     def _score(self, split: str, rows: np.ndarray, k: int) -> dict[str, Any]:
         truth = self._truth[split]
@@ -110,7 +113,7 @@ class Search:
         }
 
     def _best(self, name: str, rows: np.ndarray, truth: Any) -> Any:
-        """Returns the method that places each photo at whichever of its neighbors is nearest to it."""
+        """Returns a method that predicts, for each photo, the coordinates of its geographically closest neighbor."""
         placed, here = self._photos[GALLERY]["coordinates"][rows], truth.coordinates[:, None]
         km = np.asarray(distance.great_circle_km(placed[..., 0], placed[..., 1], here[..., 0], here[..., 1]))
         best = np.take_along_axis(placed, km.argmin(axis=1)[:, None, None], axis=1)[:, 0]
@@ -118,7 +121,7 @@ class Search:
 
 
 def markdown(lines: list[dict[str, Any]], split: str) -> str:
-    """Returns a split's table."""
+    """Returns the table of a split."""
     heads = [f"{km} km @{k}" for km in DISTANCES_KM for k in RANKS]
     rows = [f"| setting | {' | '.join(heads)} |", "|---" + "|---:" * len(heads) + "|"]
     for line in lines:
@@ -143,36 +146,37 @@ def document(lines: list[dict[str, Any]]) -> str:
 
 _INTRODUCTION = """# What alignment is worth on EarthView
 
-Neighbors by the index vector (image features, location head and text head, each of length 1) beside neighbors by the
-image features alone, of all photos of a split in the gallery of `train`, searched exactly. `25 km @5`: percent of
-photos of which one of the 5 nearest neighbors was taken within 25 km. In brackets, of the features alone the 95 %
-interval, of an aligned index the interval of its difference to them: a bootstrap over authors, paired.
+This page compares two ways to find the neighbors of a photo in the gallery of `train`, by exact search: with the index
+vector (unit vectors of image features, location head and text head), and with the image features alone. `25 km @5` is
+the percentage of photos for which one of the 5 nearest neighbors was taken within 25 km. The brackets contain 95 %
+intervals, a paired bootstrap over authors. For the features alone they are intervals of the percentage; for an aligned
+index they are intervals of the difference from the features alone.
 
-The demo's alignment, but with `config.align.model.whiten` at 3 and 96,000 examples for 48,000, and of it what the row
-says; one run each. The row "not whitened, 48,000 examples" is the demo's. `test_shift` shows places of `train` on a map
-that no training photo is from.
+Each row is one run of the demo's alignment with `config.align.model.whiten` 3, 96,000 examples instead of 48,000, and
+the change that the row names. The row "not whitened, 48,000 examples" is the demo itself. `test_shift` shows places of
+`train` on a map from which there is no training photo.
 
-How it was chosen: some twenty trainings were compared on `validation` and on its places rendered from the map of
-`test_shift` with other looks. So the photos of `test` and `test_shift` had no part in it, but that map did: on one that
-nobody has looked at the gain may be smaller. Figures of `validation` are what was chosen by.
+Selection: about twenty settings were compared on `validation`, and on the same places rendered from the map of
+`test_shift` in other styles. No photos of `test` or `test_shift` were used, but the map of `test_shift` was. The gain
+may be smaller on a map that took no part in the selection. The figures of `validation` were used for the selection.
 
-What it shows: not whitened, alignment gains most on the maps that it was trained on and loses on the other, more so
-with more examples. Whitened, InfoNCE gains on both, with each of three seeds. Within 25 km the intervals are above zero
-at 5 and 15 neighbors on both; at the first, on `test` with two seeds of three and on `test_shift` with none. The
-sigmoid loss gains on `test`, and on `test_shift` is no better than the features. Between projections, queue and
-`same_within_km` the differences are smaller than the intervals.
+Results: without whitening, alignment gains most on the maps of its training photos and loses on the other map, and more
+so with more examples. With whitening, InfoNCE gains on both with each of three seeds. Within 25 km the intervals are
+above zero for 5 and 15 neighbors on both; for the first neighbor they are above zero on `test` with two of three seeds,
+and on `test_shift` with none. The sigmoid loss gains on `test` and is no better than the features on `test_shift`. The
+differences between projections, queue lengths and values of `same_within_km` are smaller than the intervals.
 
-The demo stays without it. With it (`geotoken all --config=configs/demo.py --config.align.model.whiten=3
---config.align.train.examples=96000 --config.align.train.evaluate_every=187`, one run) the decoder has 29.9 % of
-`test_shift` within 25 km against 26.2, and on `test` 2.0/38.5/51.1/55.9/63.1 within 1/25/200/750/2500 km against
-2.2/39.8/51.4/55.3/62.2: what it gains over the first neighbor at 25 km falls from 1.8 points to 0.4.
+The demo does not use whitening. With whitening (`geotoken all --config=configs/demo.py --config.align.model.whiten=3
+--config.align.train.examples=96000 --config.align.train.evaluate_every=187`, one run) the decoder places 29.9 %
+of `test_shift` within 25 km instead of 26.2 %. On `test` it places 2.0/38.5/51.1/55.9/63.1 % within 1/25/200/750/2500
+km instead of 2.2/39.8/51.4/55.3/62.2 %, and its gain over the first neighbor at 25 km falls from 1.8 points to 0.4.
 
 Printed by `python -m benchmarks.align` on {date}, two x86-64 cores.
 """
 
 
 def main() -> None:
-    """Trains each setting, or formats what was printed."""
+    """Trains and scores each setting, or formats printed lines."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--workdir", default="runs/demo")
     parser.add_argument("--only", action="append", help="a setting of CHANGES (may be repeated)")

@@ -1,7 +1,7 @@
-"""The memory of alignment's losses: ours, in chunks round a ring of devices, beside the formula. Prints JSON.
+"""Compares the memory of the alignment losses, computed in chunks, with the plain formula. Prints one JSON line.
 
-Loss and gradient of both are compiled, not run, for so many CPU devices; figures are bytes of one device, by XLA's own
-analysis. `temporary` is what they hold beside inputs and results. The issue's size is the default.
+Loss and gradient of both are compiled for `--devices` CPU devices, but not run. Figures are bytes on one device, from
+XLA's memory analysis. `temporary` is the memory used besides inputs and results.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def plain(
     kind: str, photos: Array, targets: Targets, log_scale: Array, bias: Any = 0.0, reach: float = 0.0,
     queue: Targets | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:  # fmt: skip
-    """Returns what loss.info_nce and loss.sigmoid do, from the whole similarity matrix: the formula, written out."""
+    """Returns the result of loss.info_nce or loss.sigmoid, computed by the formula from the whole similarity matrix."""
     rows, columns = targets.key, targets if queue is None else Targets(*map(_join, targets, queue))
     n = len(rows)
     logits = jnp.exp(log_scale) * unit(photos) @ unit(columns.vectors).T + bias
@@ -47,14 +47,14 @@ def _join(a: Array, b: Array) -> Array:
 
 
 def ours(kind: str, photos: Array, targets: Targets, log_scale: Array, bias: Any, **options: Any) -> tuple:
-    """Returns loss.info_nce or loss.sigmoid."""
+    """Returns the result of loss.info_nce or loss.sigmoid."""
     if kind == "sigmoid":
         return loss.sigmoid(photos, targets, log_scale, bias, **options)
     return loss.info_nce(photos, targets, log_scale, **options)
 
 
 def memory(function: Any, batch: int, width: int, devices: int) -> dict[str, int]:
-    """Returns bytes on one device of function(photos, targets, log_scale, bias) and of its gradient."""
+    """Returns the bytes on one device for function(photos, targets, log_scale, bias) with its gradient."""
     mesh = sharding.make_mesh(sharding.MeshSettings(devices, 1, 1), jax.devices()[:devices])
 
     def graded(photos: Array, vectors: Array, key: Array, present: Array, scale: Array, bias: Array) -> Any:
@@ -65,17 +65,17 @@ def memory(function: Any, batch: int, width: int, devices: int) -> dict[str, int
             return jax.value_and_grad(scored, argnums=(0, 1, 2, 3))(photos, vectors, scale, bias)
 
     def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
-        lies = sharding.batch_sharding(mesh) if shape else jax.sharding.NamedSharding(mesh, sharding.spec())
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=lies)
+        placement = sharding.batch_sharding(mesh) if shape else jax.sharding.NamedSharding(mesh, sharding.spec())
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=placement)
 
     vectors, key, present = array(batch, width), array(batch, 4), array(batch, dtype=jnp.bool_)
     like = (vectors, vectors, key, present, array(), array())
     compiled = jax.jit(graded, out_shardings=(None, tuple(x.sharding for x in (vectors, vectors, array(), array()))))
-    found: Any = compiled.lower(*like).compile().memory_analysis()
+    analysis: Any = compiled.lower(*like).compile().memory_analysis()
     return {
-        "arguments": found.argument_size_in_bytes,
-        "results": found.output_size_in_bytes,
-        "temporary": found.temp_size_in_bytes,
+        "arguments": analysis.argument_size_in_bytes,
+        "results": analysis.output_size_in_bytes,
+        "temporary": analysis.temp_size_in_bytes,
     }
 
 
@@ -93,11 +93,11 @@ def main() -> None:
     size = (options.batch, options.width, options.devices)
     result: dict[str, Any] = {**vars(options)}
     for kind in loss.KINDS:
-        found = {
+        bytes_used = {
             "ours": memory(lambda *a, kind=kind: ours(kind, *a, chunk=options.chunk), *size),
             "plain": memory(lambda *a, kind=kind: plain(kind, *a), *size),
         }
-        result[kind] = {**found, "ratio": found["ours"]["temporary"] / found["plain"]["temporary"]}
+        result[kind] = {**bytes_used, "ratio": bytes_used["ours"]["temporary"] / bytes_used["plain"]["temporary"]}
     print(json.dumps(result))
 
 

@@ -1,6 +1,7 @@
-"""Coordinates to S2 tokens and back, a second: s2sphere, and CellScheme on numpy and on jax. Prints one JSON object.
+"""Measures how many coordinates per second become S2 tokens, and back: s2sphere, and CellScheme with numpy and jax.
 
-`--check=N` compares N random coordinates with s2sphere instead, at levels 20 and 30.
+`--check=N` instead compares the cells of N random coordinates with s2sphere, at levels 20 and 30. Prints one JSON
+object.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from geotoken_jax.geo.distance import great_circle_km
 
 
 def on_sphere(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns latitudes and longitudes in degrees, uniform on the sphere."""
+    """Returns n random latitudes and longitudes in degrees, uniform on the sphere."""
     rng = np.random.default_rng(seed)
     return np.degrees(np.arcsin(rng.uniform(-1, 1, n))), rng.uniform(-180, 180, n)
 
@@ -41,10 +42,10 @@ def s2_decode(cell: int) -> tuple[float, float]:
 
 
 def rates(n: int, sample: int, repeats: int) -> dict:
-    """Returns coordinates a second: medians of `repeats` rounds in which every way takes its turn.
+    """Returns coordinates per second, as medians over `repeats` rounds. Every round runs each conversion once.
 
-    s2sphere does `sample` coordinates a round, CellScheme `n`. `speedup` is the median of the rounds' own ratios, so
-    that a machine that slows down for a while slows both sides.
+    A round is `sample` coordinates for s2sphere, and `n` for CellScheme. `speedup` is the median over rounds of their
+    ratio, so that a temporary slowdown of the machine affects both sides.
     """
     scheme = CellScheme(20, 2)
     latitude, longitude = on_sphere(n, 0)
@@ -53,7 +54,7 @@ def rates(n: int, sample: int, repeats: int) -> dict:
     cells = scheme.cell_ids(np.asarray(tokens[:sample])).tolist()
     on_device = [jnp.asarray(values) for values in (latitude, longitude, tokens)]
     encode, decode = jax.jit(scheme.encode), jax.jit(scheme.decode)
-    ways = {
+    runs = {
         "s2sphere_cell": (sample, lambda: [s2_leaf(*point).parent(20) for point in points]),
         "s2sphere_encode": (sample, lambda: [s2_encode(*point) for point in points]),
         "s2sphere_decode": (sample, lambda: [s2_decode(cell) for cell in cells]),
@@ -64,8 +65,8 @@ def rates(n: int, sample: int, repeats: int) -> dict:
     }
     rounds = []
     for _ in range(1 + repeats):
-        rounds.append({name: count / seconds(run) for name, (count, run) in ways.items()})
-    rounds = rounds[1:]  # the first compiles
+        rounds.append({name: count / seconds(run) for name, (count, run) in runs.items()})
+    rounds = rounds[1:]  # the first round compiles
 
     def median(rate):
         return statistics.median(rate(one) for one in rounds)
@@ -75,10 +76,10 @@ def rates(n: int, sample: int, repeats: int) -> dict:
         "sample": sample,
         "repeats": repeats,
         "device": jax.devices()[0].device_kind,
-        "per_second": {name: round(median(lambda one, name=name: one[name])) for name in ways},
+        "per_second": {name: round(median(lambda one, name=name: one[name])) for name in runs},
         "speedup": {
             name: round(median(lambda one, name=name: one[name] / one[f"s2sphere_{name.split('_')[1]}"]), 1)
-            for name in ways
+            for name in runs
             if not name.startswith("s2sphere")
         },
         "speedup_numpy_encode_over_cell": round(median(lambda one: one["numpy_encode"] / one["s2sphere_cell"]), 1),
@@ -93,7 +94,7 @@ def seconds(run) -> float:
 
 
 def check(n: int) -> dict:
-    """Returns how many of n random coordinates are in another cell than s2sphere says, and the farthest center."""
+    """Returns how many of n random coordinates get another cell than in s2sphere, and the largest error of centers."""
     latitude, longitude = on_sphere(n, 1)
     points = zip(latitude.tolist(), longitude.tolist(), strict=True)
     leaves = np.fromiter((s2_leaf(*point).id() for point in points), np.uint64, n)
@@ -118,16 +119,16 @@ def check(n: int) -> dict:
 
 
 def differing(tokens, wanted) -> int:
-    """Returns how many cells of [n, T] are not the wanted ones."""
+    """Returns the number of rows of tokens [n, T] that differ from the wanted ones."""
     return int((np.asarray(tokens) != np.asarray(wanted)).any(-1).sum())
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", type=int, metavar="N", help="compare N random coordinates with s2sphere")
-    parser.add_argument("--n", type=int, default=1_000_000, help="coordinates a round")
-    parser.add_argument("--sample", type=int, default=20_000, help="coordinates a round for s2sphere")
+    parser.add_argument("--n", type=int, default=1_000_000, help="coordinates per round")
+    parser.add_argument("--sample", type=int, default=20_000, help="coordinates per round for s2sphere")
     parser.add_argument("--repeats", type=int, default=7, help="rounds")
     arguments = parser.parse_args()
-    found = check(arguments.check) if arguments.check else rates(arguments.n, arguments.sample, arguments.repeats)
-    print(json.dumps(found))
+    report = check(arguments.check) if arguments.check else rates(arguments.n, arguments.sample, arguments.repeats)
+    print(json.dumps(report))

@@ -1,8 +1,9 @@
-"""What locust does for benchmarks/serving.py: clients that send photos to the service.
+"""Clients that send photos to the service; benchmarks/serving.py runs this file with locust.
 
-From the environment: BODIES, a folder of requests' bodies, which are forms with the boundary `photo`; CLIENTS, how many
-there are; PACE, requests a second of all together, evenly, or 0 for each as soon as the last one is answered. There are
-so many clients to a pace that each has had its answer before its next turn. Requests are named by how they ended.
+Environment variables: BODIES is a folder with bodies of requests, which are forms with the boundary `photo`. CLIENTS is
+the number of clients. PACE is the number of requests per second of all clients, evenly spaced; if 0, each client sends
+a request as soon as the previous one is answered. With a pace, CLIENTS must be large enough that a client has its
+answer before its next turn. The name of a request in locust's report is its status.
 """
 
 import itertools
@@ -19,21 +20,21 @@ _NUMBERS, _START = itertools.count(), time.monotonic()
 
 
 class Client(FastHttpUser):
-    """Sends a photo at a time, again and again."""
+    """Sends one photo after another."""
 
     wait_time = constant_pacing(_TURN_S)
 
     def on_start(self) -> None:
-        """Waits for its place in the first turn."""
-        if _PACE:  # all are there after a second or two
+        """Waits for the client's place in the first turn, so that requests are evenly spaced."""
+        if _PACE:  # all clients have started after a second or two
             time.sleep(max(0.0, _START + 5 + next(_NUMBERS) / _PACE - time.monotonic()))
 
     @task
     def send(self) -> None:
-        """Sends a photo."""
+        """Sends a photo, and names the request by its status."""
         kind = {"Content-Type": "multipart/form-data; boundary=photo"}
         with self.client.post("/v1/predict", data=next(_BODIES), headers=kind, catch_response=True) as answer:
             late = "" if answer.status_code != 503 or "retry-after" in answer.headers else " without Retry-After"
-            broken = type(getattr(answer, "error", None)).__name__  # of a connection, where there is no status
+            broken = type(getattr(answer, "error", None)).__name__  # a failed connection has no status
             answer.request_meta["name"] = f"{answer.status_code}{late}" if answer.status_code else broken
             answer.success()

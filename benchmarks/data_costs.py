@@ -1,11 +1,12 @@
-"""Hours and dollars to prepare all of MP16-Pro, projected from what the other benchmarks printed. Prints a table.
+"""Projects hours and dollars to prepare all of MP16-Pro from the figures of other benchmarks. Prints a table.
 
     python -m benchmarks.data_costs FILE
 
-FILE has JSON lines of `benchmarks.photos --side=405`, `neighbors`, `cells`, `input` and `embed`, in any order; of each,
-the one with the largest photos or the most rows counts, and what is missing is "not measured". A machine has `--cores`,
-each as fast as one of the `--measured_cores`, and disks are taken to keep up: the column "MB/s" says with how much
-reading. A stage that does not run on several machines takes as long there, and one machine is paid for.
+FILE contains JSON lines of `benchmarks.photos --side=405`, `neighbors`, `cells`, `input` and `embed`, in any order. Of
+several lines of one benchmark, the one with the largest photos or most rows counts; a missing benchmark is shown as
+"not measured". Assumptions: a machine has `--cores`, each as fast as one of the `--measured_cores`, and disks are fast
+enough for the rate in the column "MB/s". A stage that runs on one machine only takes as long, and costs as much, with
+several machines.
 """
 
 import argparse
@@ -18,9 +19,9 @@ from typing import Any
 
 from configs import common
 
-#: Photos that are listed, bytes of all images, and photos left after G3's filter (arXiv 2405.14702).
+#: Photos in the list, bytes of all images, and photos left after G3's filter (arXiv 2405.14702).
 LISTED, BYTES, USABLE = 4_654_532, 371e9, 4_120_000
-#: A key that no other benchmark's line has -> the benchmark, and the key of a run's size.
+#: A key that only this benchmark prints -> the benchmark's name, and its key for the size of a run.
 KINDS = {
     "shards_photos_per_second": ("photos", "bytes_per_photo"),
     "exact_queries_per_second": ("neighbors", "rows"),
@@ -28,17 +29,17 @@ KINDS = {
     "host": ("input", "photos"),
     "decode_photos_per_second_per_core": ("embed", "jpeg_bytes"),
 }
-#: FLOPs of an image in CLIP's ViT-L/14 at 224 pixels: 24 layers of width 1024 over 257 tokens, of products with 12 x
-#: 1024 x 1024 parameters and of attention's two; and the patches' 588 numbers embedded.
+#: FLOPs per image of CLIP's ViT-L/14 at 224 pixels. 24 layers of width 1024 over 257 tokens have products with 12 x
+#: 1024 x 1024 parameters and the two products of attention; the embedding reads 256 patches of 588 numbers.
 IMAGE_FLOPS = 24 * (2 * 257 * 12 * 1024**2 + 4 * 257**2 * 1024) + 2 * 256 * 588 * 1024
-#: An H100's peak in bf16, FLOP/s, by its data sheet, and the share of it that is taken to be reached.
+#: Peak of an H100 in bf16, FLOP/s, from its data sheet, and the share of the peak that is assumed to be reached.
 H100, UTILIZATION = 989e12, 0.4
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """core_seconds: of one core, None where nothing was measured. on: "core", "machine" or "machines" that share it.
-    pieces: that cannot be shared further. bytes: that are read."""
+    """core_seconds: time on one core; None if not measured. on: largest unit that shares the work: "core", "machine" or
+    "machines". pieces: number of indivisible pieces of the work; it divides freely if 0. bytes: bytes to read."""
 
     name: str
     on: str
@@ -47,37 +48,39 @@ class Stage:
     bytes: float = 0
 
     def seconds(self, cores: int, machines: int) -> float:
-        """Returns how long it takes. Raises TypeError if it was not measured."""
+        """Returns the duration of the stage. Raises TypeError if the stage was not measured."""
         workers = {"core": 1, "machine": cores, "machines": cores * machines}[self.on]
         share = math.ceil(self.pieces / workers) / self.pieces if self.pieces else 1 / workers
         return self.core_seconds * share  # pyright: ignore[reportOptionalOperand]
 
 
 def choose(lines: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Returns benchmark -> its largest run, of lines of JSON; other lines are passed over."""
-    found: dict[str, dict[str, Any]] = {}
+    """Returns benchmark -> its largest run. Lines that are not JSON objects are skipped."""
+    largest: dict[str, dict[str, Any]] = {}
     for run in (json.loads(line) for line in lines if line.startswith("{")):
         for key, (name, size) in KINDS.items():
-            if key in run and (name not in found or run[size] >= found[name][size]):
-                found[name] = run
-    return found
+            if key in run and (name not in largest or run[size] >= largest[name][size]):
+                largest[name] = run
+    return largest
 
 
 def stages(runs: dict[str, dict[str, Any]], measured_cores: int) -> list[Stage]:
-    """Returns the stages that read all photos. measured_cores: of which neighbors and input used all."""
+    """Returns the stages that read all photos. measured_cores: cores that `neighbors` and `input` ran on."""
     config: Any = common.get_config()
     shards, examples = math.ceil(LISTED / config.photos.mp16_pro.photos_per_shard), config.train.examples
 
     def of(name: str, figure: Callable[[dict[str, Any]], float]) -> float | None:
         return figure(runs[name]) if name in runs else None
 
-    # Every query searches every shard of the index, so a search takes longer as the gallery grows.
+    # Every query searches every shard of the index, so a query takes longer in a larger gallery.
     return [
         Stage("prepare: survey", "core", of("photos", lambda run: LISTED / run["survey_photos_per_second"])),
         Stage(
             "prepare: read, check, tokens, write",
             "machines",
-            of("photos", lambda run: LISTED * run["cpu_seconds"] / run["photos"]),  # with start and survey: 1/8 of it
+            of(
+                "photos", lambda run: LISTED * run["cpu_seconds"] / run["photos"]
+            ),  # an eighth of it is start and survey
             shards,
             BYTES,
         ),
@@ -110,7 +113,7 @@ def stages(runs: dict[str, dict[str, Any]], measured_cores: int) -> list[Stage]:
 
 
 def table(rows: list[Stage], cores: int, machines: int, price: float) -> str:
-    """Returns the stages as Markdown. price: dollars a core and hour."""
+    """Returns the stages as a Markdown table. price: dollars per core and hour."""
     lines = [
         f"| stage | hours, 1 machine | dollars | MB/s | hours, {machines} machines | dollars | MB/s, all |",
         "|---|---:|---:|---:|---:|---:|---:|",
@@ -139,13 +142,13 @@ def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", nargs="?", type=Path)
-    parser.add_argument("--cores", type=int, default=16, help="of a machine")
+    parser.add_argument("--cores", type=int, default=16, help="cores of a machine")
     parser.add_argument("--machines", type=int, default=16)
-    parser.add_argument("--measured_cores", type=int, default=2, help="of the machine that printed FILE")
+    parser.add_argument("--measured_cores", type=int, default=2, help="cores of the machine that printed FILE")
     parser.add_argument("--dollars_per_core_hour", type=float, default=0.05)
     options = parser.parse_args()
     if options.file is None:
-        print(json.dumps({"skipped": "name a file of the other benchmarks' JSON lines"}))
+        print(json.dumps({"skipped": "FILE is missing: name a file with JSON lines of the other benchmarks"}))
         return
     rows = stages(choose(options.file.read_text().splitlines()), options.measured_cores)
     print(table(rows, options.cores, options.machines, options.dollars_per_core_hour))

@@ -1,16 +1,17 @@
-"""Candidates a second, against the published way of decoding in PyTorch, and exact search against samples.
+"""Compares our decoding with the published decoding in PyTorch, and exact search with sampling. Prints one JSON object.
 
-Ours: embeddings of photos and their neighbors on the host -> coordinates of the greedy candidate and K samples on the
-host, compiled, by the model of the published form. The reference: the same form in PyTorch as the published code
-decodes, memory encoded once for the batch, then one candidate after another, each token from the whole prefix. All
-candidates cost it the same, so a few are timed. The two take turns, each round in a process of its own; the ratio is
-the median over rounds. `--torch-python` names an interpreter that has torch; without it there is our figure alone.
+Ours: from embeddings of photos and their neighbors on the host to coordinates of the greedy candidate and K samples on
+the host, compiled, with the published model. The reference is the same model in PyTorch, decoded as in the published
+code: the memory is encoded once per batch, then one candidate follows another, and every token reads the whole prefix.
+All candidates cost the reference the same, so only a few are timed. The two sides take turns, each round in its own
+process, and the ratio is the median over rounds. `--torch-python` names an interpreter that has torch. Without torch
+only our side is measured.
 
-Search is timed against K samples from the same memory, to the whole depth and to level 12. How many photos are proven
-within the budget depends on how sure a model is: with `--workdir` that is the demo's trained one on its `test` photos,
-else random weights.
+Search is timed against K samples from the same memory, to the full depth and to level 12. The share of photos proven
+within the budget depends on the model's confidence. `--workdir` measures the demo's trained model on its `test` photos;
+without it the weights are random.
 
-By default a small model on whatever device there is; `--paper` is configs/common.py's. Prints one JSON object.
+The default is a small model on JAX's default device; `--paper` measures the model of configs/common.py.
 """
 
 import argparse
@@ -34,7 +35,7 @@ _LEAVES = 16
 
 
 def configuration(options: argparse.Namespace) -> Any:
-    """Returns configs/common.py's model with the benchmark's sizes."""
+    """Returns the model section of configs/common.py with the sizes and dtype of the options."""
     model: Any = common.get_config().model
     if not options.paper:
         model.update(_TINY)
@@ -44,7 +45,7 @@ def configuration(options: argparse.Namespace) -> Any:
 
 
 def seconds(run: Callable[[], Any], times: int) -> float:
-    """Returns the least time of some runs, after one that does not count: what else a machine does only adds to it."""
+    """Returns the shortest time of `times` runs after a warm-up: other load on the machine can only add time."""
     took = []
     for _ in range(1 + times):
         start = time.perf_counter()
@@ -54,7 +55,7 @@ def seconds(run: Callable[[], Any], times: int) -> float:
 
 
 def ours(options: argparse.Namespace) -> dict[str, Any]:
-    """Runs one round of ours in this process."""
+    """Measures one round of our decoding in this process."""
     import jax
     from flax import nnx
 
@@ -76,8 +77,8 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
     @jax.jit
     def decode(state: Any, batch: Any) -> jax.Array:
         model = nnx.merge(graph, state)
-        near = Neighbors(batch["neighbors"], batch["neighbor_tokens"], batch["neighbor_count"])
-        return sample(model, model.encode(batch["query"], near), keys, options.candidates, 0.7).tokens
+        neighbors = Neighbors(batch["neighbors"], batch["neighbor_tokens"], batch["neighbor_count"])
+        return sample(model, model.encode(batch["query"], neighbors), keys, options.candidates, 0.7).tokens
 
     took = seconds(lambda: settings.cells.decode(np.asarray(decode(state, batch))), options.times)
     return {
@@ -90,7 +91,7 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def trained(path: epath.Path, photos: int) -> tuple[Any, dict[str, np.ndarray]]:
-    """Returns the demo's model, and the first photos of `test`."""
+    """Returns the demo's trained model, and a batch of the first photos of `test`."""
     from configs import demo
     from geotoken_jax import checkpoint, records, workdir
     from geotoken_jax.data.join import Tokens
@@ -103,12 +104,12 @@ def trained(path: epath.Path, photos: int) -> tuple[Any, dict[str, np.ndarray]]:
     model = checkpoint.read_module(file, lambda rngs: GeoTokenModel(settings, rngs))
     layout = records.token_layout(workdir.read_manifest(path, "tokens").facts["neighbors"])
     tokens = records.Records(path / "tokens", "test", layout)
-    own, gallery = Table(path / "queries" / "test"), Table(path / "gallery")
-    return model, Tokens(tokens, own, gallery, settings.cells, settings.neighbors)(np.arange(photos))
+    queries, gallery = Table(path / "queries" / "test"), Table(path / "gallery")
+    return model, Tokens(tokens, queries, gallery, settings.cells, settings.neighbors)(np.arange(photos))
 
 
 def searches(options: argparse.Namespace) -> dict[str, Any]:
-    """Measures the search for 16 leaves against sampling, both from memory that is there."""
+    """Measures the search for 16 leaves against sampling, both from an encoded memory."""
     import jax
     from flax import nnx
 
@@ -129,8 +130,9 @@ def searches(options: argparse.Namespace) -> dict[str, Any]:
         settings = read(ModelSettings, config, "model")
         model = nnx.jit(lambda: GeoTokenModel(settings, nnx.Rngs(0)))()
         batch = contract.fake(settings, options.batch)
-    near = Neighbors(*(jax.numpy.asarray(batch[name]) for name in ("neighbors", "neighbor_tokens", "neighbor_count")))
-    memory = nnx.jit(lambda m, q, n: m.encode(q, n))(model, batch["query"], near)
+    names = ("neighbors", "neighbor_tokens", "neighbor_count")
+    neighbors = Neighbors(*(jax.numpy.asarray(batch[name]) for name in names))
+    memory = nnx.jit(lambda m, q, n: m.encode(q, n))(model, batch["query"], neighbors)
     keys = jax.random.split(jax.random.key(0), options.batch)
     graph, state = nnx.split(model)
 
@@ -139,12 +141,12 @@ def searches(options: argparse.Namespace) -> dict[str, Any]:
         return seconds(lambda: jax.block_until_ready(compiled(state, memory)), options.times), compiled(state, memory)
 
     samples, _ = timed(lambda model, memory: sample(model, memory, keys, options.candidates, 0.7))
-    found: dict[str, Any] = {"weights": "trained" if options.workdir else "random", "seconds_of_samples": samples}
+    figures: dict[str, Any] = {"weights": "trained" if options.workdir else "random", "seconds_of_samples": samples}
     for name, length in (("whole_depth", None), ("level_12", 1 + 12 // settings.group)):
         took, cells = timed(lambda model, memory, length=length: search(model, memory, _LEAVES, length=length))
         proven = np.asarray(cells.proven)
         probability = np.exp(np.asarray(cells.log_probability, np.float64))
-        found[name] = {
+        figures[name] = {
             "seconds": took,
             "ratio_to_samples": took / samples,
             "share_of_photos_proven": float((proven >= _LEAVES).mean()),
@@ -153,11 +155,11 @@ def searches(options: argparse.Namespace) -> dict[str, Any]:
             "probability_of_64_cells": float(probability[:, :64].sum(1).mean()),
             "probability_of_all_returned": float(probability.sum(1).mean()),
         }
-    return found
+    return figures
 
 
 def reference(options: argparse.Namespace, device: str, dtype: str) -> dict[str, Any]:
-    """Runs one round of the reference in a process of its own."""
+    """Measures one round of the reference in a new process."""
     model = configuration(options)
     values = dict(
         width=model.width, layers=model.encoder_layers, heads=model.heads, feed_forward=model.feed_forward,
@@ -174,10 +176,10 @@ def _run(command: list[str]) -> dict[str, Any]:
 
 
 def compare(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
-    """Runs the rounds and returns the medians, with every round's own figures."""
+    """Runs all rounds. Returns the median figures, and the speed of every round."""
     has_torch = not subprocess.run([options.torch_python, "-c", "import torch"], capture_output=True).returncode
     if not has_torch:
-        print(f"{options.torch_python} has no torch: our figure alone, and no ratio", file=sys.stderr)
+        print(f"{options.torch_python} has no torch: only our side is measured (see --torch-python)", file=sys.stderr)
     rounds, references = [], []
     for _ in range(options.rounds):
         rounds.append(_run([sys.executable, "-m", "benchmarks.decoding", "--round=decode", *arguments]))
@@ -200,25 +202,28 @@ def compare(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]
 
 
 def _median(rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the round whose speed is the median, with the speeds of all."""
+    """Returns the round of median speed, with the speeds of all rounds under `all`."""
     ordered = sorted(rounds, key=lambda line: line["photos_per_second"])
     return {**ordered[len(ordered) // 2], "all": [line["photos_per_second"] for line in rounds]}
 
 
 def main() -> None:
-    """Prints the comparison, or with --round one round of ours."""
+    """Prints the comparison, or with --round one round of our side."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--paper", action="store_true", help="the paper's model")
-    parser.add_argument("--batch", type=int, default=8, help="photos at once (512 on an accelerator)")
-    parser.add_argument("--candidates", type=int, default=30, help="K, beside the greedy one")
+    parser.add_argument("--paper", action="store_true", help="measure the model of configs/common.py")
+    parser.add_argument("--batch", type=int, default=8, help="photos per batch (use 512 on an accelerator)")
+    parser.add_argument("--candidates", type=int, default=30, help="K, number of samples besides the greedy candidate")
     parser.add_argument(
-        "--reference-candidates", type=int, default=2, help="of those, how many are timed, of which the fastest counts"
+        "--reference-candidates",
+        type=int,
+        default=2,
+        help="number of candidates timed for the reference; the fastest counts",
     )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32 on a CPU, else bfloat16")
-    parser.add_argument("--times", type=int, default=3, help="batches a round, of which the fastest counts")
+    parser.add_argument("--times", type=int, default=3, help="batches per round; the fastest counts")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--torch-python", default=sys.executable, metavar="PATH")
-    parser.add_argument("--workdir", default="", help="the demo's, whose trained model is searched")
+    parser.add_argument("--workdir", default="", help="work directory of the demo, for its trained model")
     parser.add_argument("--round", choices=["decode", "search"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not options.round:

@@ -1,9 +1,9 @@
-"""Photos embedded a second by a CLIP tower of true shape with random parameters. Prints one JSON object.
+"""Measures photos embedded per second by a CLIP tower with random parameters. Prints one JSON object.
 
-Side by side, in rounds: pixels that lie in memory through our tower, through the one of transformers where it can be
-imported (the same shape, precision and threads), and a large matrix product, which says what the device could do. Then
-the stage `embed` as a user runs it, on JPEGs of the size that MP16-Pro's have: what decoding adds, and the share of the
-time in which the tower waits for it.
+Every round times three things: our tower on pixels in memory; the tower of transformers, if that can be imported, with
+the same shape, precision and threads; and a large matrix product, for the speed that the device can reach. After the
+rounds, the stage `embed` runs as for a user, on JPEGs as large as those of MP16-Pro. It measures the cost of decoding,
+and the share of time in which the tower waits for photos.
 
     PYTHONPATH=.torch .venv/bin/python -m benchmarks.embed --shape=b32
 """
@@ -35,11 +35,11 @@ from geotoken_jax.backbone.clip import Clip
 from geotoken_jax.configuration import read as read_config
 from tests import checkpoints
 
-#: Width, layers, heads and patch of the image tower; the text tower is that of the same checkpoint.
+#: Name -> width, layers, heads and patch size of the image tower, and the width of the text tower and the output.
 SHAPES = {"b32": (768, 12, 12, 32, 512), "l14": (1024, 24, 16, 14, 768)}
-#: Of the tests' tokenizer.
+#: Special tokens of the tests' tokenizer.
 _ENDS = {"bos_token_id": 512, "eos_token_id": 513}
-#: Pixels of a photo, about 79 KB as JPEG, as MP16-Pro's are.
+#: Side of a photo in pixels. Its JPEG has about 79 KB, as a photo of MP16-Pro has.
 _SIDE = 405
 
 
@@ -63,16 +63,16 @@ def configuration(shape: str) -> dict[str, Any]:
 
 
 def flops(shape: str) -> float:
-    """Returns the FLOPs of one image of 224 pixels."""
+    """Returns the FLOPs of the image tower for one image of 224 x 224 pixels."""
     width, layers, _, patch, out = SHAPES[shape]
     patches = (224 // patch) ** 2
     tokens = patches + 1
-    each = layers * (2 * tokens * 12 * width**2 + 4 * tokens**2 * width)
-    return each + 2 * patches * 3 * patch**2 * width + 2 * width * out
+    transformer = layers * (2 * tokens * 12 * width**2 + 4 * tokens**2 * width)
+    return transformer + 2 * patches * 3 * patch**2 * width + 2 * width * out
 
 
 def write(folder: Path, shape: str) -> Path:
-    """Writes a checkpoint folder with random parameters, and the tokenizer of the tests."""
+    """Writes a checkpoint with random parameters and the tests' tokenizer to a folder, and returns the folder."""
     config = configuration(shape)
     abstract = nnx.state(nnx.eval_shape(lambda: Clip(config, jnp.dtype("float32"), nnx.Rngs(0))))
     empty = jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), abstract)
@@ -85,7 +85,7 @@ def write(folder: Path, shape: str) -> Path:
 
 
 class Jpegs:
-    """A source of photos of noise and gradients, which compress as real ones do."""
+    """A source of random photos of noise and gradients, which compress like real photos."""
 
     name = "jpegs"
     provenance = UNKNOWN
@@ -95,7 +95,7 @@ class Jpegs:
         self._n = n
 
     def read(self, split: str, shard: int) -> Iterator[Photo]:
-        """Yields n photos, one of them for validation; 16 different files."""
+        """Yields n photos for `train`, and one for `validation`. There are up to 16 different files."""
         files = [self._file(seed) for seed in range(min(16, self._n))]
         for i in range(self._n if split == "train" else 1):
             yield Photo(f"{split} {i}", f"author {i}", files[i % len(files)], 45.0, i % 180, city=f"City {i % 50}")
@@ -110,7 +110,7 @@ class Jpegs:
 
 
 def product(dtype: str) -> tuple[float, Callable[[], Any]]:
-    """Returns the FLOPs of a large matrix product, and what computes it."""
+    """Returns the FLOPs of a large matrix product, and a function that computes the product."""
     n = 2048 if jax.default_backend() == "cpu" else 8192
     a = jnp.ones((n, n), dtype)
     run = jax.jit(jnp.matmul)
@@ -118,16 +118,16 @@ def product(dtype: str) -> tuple[float, Callable[[], Any]]:
 
 
 def theirs(shape: str, pixels: np.ndarray, dtype: str) -> Callable[[], Any] | None:
-    """Returns what embeds normalized pixels by transformers, or None where there is none."""
+    """Returns a function that embeds the pixels with transformers; None if torch or transformers is missing."""
     if not (importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")):
         return None
     import torch
     import transformers
 
     kind = torch.float32 if dtype == "float32" else torch.bfloat16
-    where = "cuda" if torch.cuda.is_available() else "cpu"
-    model = transformers.CLIPModel(transformers.CLIPConfig(**configuration(shape))).eval().to(where, kind)
-    batch = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))).to(where, kind)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = transformers.CLIPModel(transformers.CLIPConfig(**configuration(shape))).eval().to(device, kind)
+    batch = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))).to(device, kind)
 
     def run():
         with torch.inference_mode():
@@ -144,13 +144,13 @@ def seconds(run: Callable[[], Any]) -> float:
 
 
 def towers(options: argparse.Namespace, tower: Any) -> dict[str, Any]:
-    """Returns rates of both towers on pixels in memory, and of the product, as medians over rounds."""
+    """Returns the speed of our tower, and its ratios to transformers and the matrix product, as medians over rounds."""
     prepared = np.random.default_rng(0).integers(0, 256, (options.batch, 224, 224, 3), np.uint8)
     work, multiply = product(options.dtype)
-    ways = {"ours": lambda: tower.images(prepared), "product": multiply}
+    runs = {"ours": lambda: tower.images(prepared), "product": multiply}
     if other := theirs(options.shape, np.asarray(tower.processor.normalize(prepared), np.float32), options.dtype):
-        ways["transformers"] = other
-    rounds = [{name: seconds(run) for name, run in ways.items()} for _ in range(1 + options.rounds)][1:]
+        runs["transformers"] = other
+    rounds = [{name: seconds(run) for name, run in runs.items()} for _ in range(1 + options.rounds)][1:]
 
     def median(value: Callable[[dict[str, float]], float]) -> float:
         return statistics.median(value(one) for one in rounds)
@@ -168,7 +168,7 @@ def towers(options: argparse.Namespace, tower: Any) -> dict[str, Any]:
 
 
 def stage(options: argparse.Namespace, tower: Any, folder: Path) -> dict[str, Any]:
-    """Returns the rate of the stage on JPEGs, with the share of its time in which the tower has nothing to do."""
+    """Returns the speed of the stage `embed` on JPEGs, and the share of time in which the tower is idle."""
     photos.make(workdir.begin(folder, "photos", {}, ()), Jpegs(options.photos), workers=1, max_dropped=0.0)
     file = next(Jpegs(1).read("train", 0)).image
     decode = statistics.median(seconds(lambda: tower.prepare(file)) for _ in range(20))
@@ -182,9 +182,9 @@ def stage(options: argparse.Namespace, tower: Any, folder: Path) -> dict[str, An
 
         def images(self, prepared: np.ndarray) -> np.ndarray:
             began = time.perf_counter()
-            found = tower.images(prepared)
+            embedded = tower.images(prepared)
             busy.append((began, time.perf_counter()))
-            return found
+            return embedded
 
     real, backbone.make = backbone.make, lambda settings, mesh=None: Timed()
     try:
@@ -201,7 +201,7 @@ def stage(options: argparse.Namespace, tower: Any, folder: Path) -> dict[str, An
 
 
 def _covered(spans: list[tuple[float, float]]) -> float:
-    """Returns the seconds in which at least one span lies."""
+    """Returns the total length of the union of spans (start, end), in seconds."""
     total, end = 0.0, 0.0
     for first, last in sorted(spans):
         total += max(0.0, last - max(first, end))
@@ -216,8 +216,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=None, help="default: float32 on a CPU")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--photos", type=int, default=512, help="that the stage embeds")
-    parser.add_argument("--threads", type=int, default=2, help="that decode")
+    parser.add_argument("--photos", type=int, default=512, help="photos that the stage embeds")
+    parser.add_argument("--threads", type=int, default=2, help="threads that decode photos")
     options = parser.parse_args()
     options.dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     with tempfile.TemporaryDirectory() as folder:
@@ -226,9 +226,9 @@ def main() -> None:
         tower: Any = backbone.make(backbone.BackboneSettings("huggingface", None, chosen))  # pyright: ignore[reportArgumentType]
         device = jax.devices()[0].device_kind
         chip = chips.find(device)
-        found = {"shape": options.shape, "dtype": options.dtype, "batch": options.batch, "device": device}
-        found |= {"peak_tflops": chip.flops / 1e12 if chip else None} | towers(options, tower)
-        print(json.dumps(found | stage(options, tower, Path(folder) / "work")))
+        figures = {"shape": options.shape, "dtype": options.dtype, "batch": options.batch, "device": device}
+        figures |= {"peak_tflops": chip.flops / 1e12 if chip else None} | towers(options, tower)
+        print(json.dumps(figures | stage(options, tower, Path(folder) / "work")))
 
 
 if __name__ == "__main__":

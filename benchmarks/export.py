@@ -1,11 +1,10 @@
-"""What an export answers without this package, against what the package answers, on all photos of a split.
+"""Compares predictions of an export without this package to predictions of the package. Prints one JSON object.
 
-Three runtimes, each in an environment of its own, which is made anew: jax with flatbuffers, onnxruntime, TensorFlow
-(for PyTorch see tests/interop/test_torch.py). Both sides begin at the backbone's features and search the gallery
-exactly; how many photos ScaNN finds other neighbors for is told beside. Printed of each: photos whose candidates have
-the same tokens, and over those photos the largest difference of coordinates, in degrees, and of log-probabilities, in
-nats.
-Takes half an hour on two cores for the demo. Prints one JSON object.
+Three runtimes are measured, each in a new virtual environment: jax with flatbuffers, onnxruntime, and TensorFlow (for
+PyTorch see tests/interop/test_torch.py). Both sides start from the backbone's features of a split's photos, and search
+the gallery exactly. Figures per runtime: number of photos whose candidates have the same tokens; over these photos, the
+largest difference of coordinates (degrees) and of log-probabilities (nats). The number of photos with the same
+neighbors by ScaNN is printed too. The demo takes half an hour on two cores.
 """
 
 import argparse
@@ -31,14 +30,14 @@ from geotoken_jax.interop.targets import TARGETS
 from geotoken_jax.predict import bundle, predictor
 
 _ROOT = Path(__file__).parents[1]
-#: Runs a program where what is named first, with commas between, cannot be imported.
+#: Program that runs another program without some packages. Its first argument lists the packages, with commas.
 RUN = """
 import runpy, sys
 sys.modules.update(dict.fromkeys(sys.argv.pop(1).split(",")))
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-#: Runtime -> what it must answer without. TensorFlow itself has ml_dtypes.
+#: Runtime -> packages that it must do without. ml_dtypes is a dependency of TensorFlow.
 WITHOUT = {
     "jax": "geotoken_jax,flax",
     "onnx": "geotoken_jax,flax,jax,jaxlib,ml_dtypes",
@@ -47,7 +46,7 @@ WITHOUT = {
 
 
 class _Rows:
-    """What the index of a gallery holds, made as it is asked for."""
+    """Index vectors of a gallery, computed when they are read."""
 
     def __init__(self, gallery: Table):
         self._gallery = gallery
@@ -60,7 +59,7 @@ class _Rows:
 
 
 def ours(folder: Path, features: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns the package's tokens, coordinates and log-probabilities of every candidate, and both ways' neighbors."""
+    """Returns the package's candidates of all photos, with neighbors by exact search and by ScaNN."""
     model = predictor.GeoToken.load(folder)
     decoder, gallery = model._answerer.decoder, model._gallery
     vectors = embeddings(model._aligned, features)
@@ -72,36 +71,36 @@ def ours(folder: Path, features: np.ndarray) -> dict[str, np.ndarray]:
         batch = {"query": vectors[part], **neighbors(gallery, rows[part], decoder.cells)}
         pool = decoder(batch, rows[part], scores[part], np.zeros(len(rows[part]), np.int64))
         parts.append({**pool.candidates._asdict(), "coordinates": pool.coordinates})
-    found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     approximate, _ = find(model._index, queries, decoder.neighbors)
-    return {**found, "rows": rows, "scann_rows": approximate, "ids": gallery.ids(rows)}
+    return {**arrays, "rows": rows, "scann_rows": approximate, "ids": gallery.ids(rows)}
 
 
 def compare(answers: Path, wanted: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Returns how answers of standalone.py differ from the package's."""
-    told = [json.loads(line) for line in answers.read_text().splitlines()]
-    tokens = np.array([[c["tokens"] for c in answer["candidates"]] for answer in told])
-    at = np.array([[(c["latitude"], c["longitude"]) for c in answer["candidates"]] for answer in told])
-    log_p = np.array([[c["log_probability"] for c in answer["candidates"]] for answer in told])
-    near = np.array([[n["id"].encode() for n in answer["neighbors"]] for answer in told])
-    chosen = np.array([answer["tokens"] for answer in told])
+    """Returns how the answers of standalone.py differ from the answers of the package."""
+    lines = [json.loads(line) for line in answers.read_text().splitlines()]
+    tokens = np.array([[c["tokens"] for c in answer["candidates"]] for answer in lines])
+    coordinates = np.array([[(c["latitude"], c["longitude"]) for c in answer["candidates"]] for answer in lines])
+    log_p = np.array([[c["log_probability"] for c in answer["candidates"]] for answer in lines])
+    neighbor_ids = np.array([[n["id"].encode() for n in answer["neighbors"]] for answer in lines])
+    chosen = np.array([answer["tokens"] for answer in lines])
     best = wanted["tempered_log_probability"].argmax(1)
     choice = wanted["tokens"][np.arange(len(best)), best]
     same = (tokens == wanted["tokens"]).all((1, 2))
-    off = np.abs(log_p - wanted["log_probability"])[same]
+    log_p_difference = np.abs(log_p - wanted["log_probability"])[same]
     return {
-        "photos": len(told),
-        "same_neighbors": int((near == wanted["ids"]).all(1).sum()),
+        "photos": len(lines),
+        "same_neighbors": int((neighbor_ids == wanted["ids"]).all(1).sum()),
         "same_tokens": int(same.sum()),
         "same_candidates": float((tokens == wanted["tokens"]).all(2).mean()),
         "same_answer": int((chosen == choice).all(1).sum()),
-        "coordinates": float(np.abs(at - wanted["coordinates"])[same].max()),
-        "log_probability": float(off.max()),
+        "coordinates": float(np.abs(coordinates - wanted["coordinates"])[same].max()),
+        "log_probability": float(log_p_difference.max()),
     }
 
 
 def environment(path: Path, packages: str) -> str:
-    """Makes a virtual environment; returns its Python."""
+    """Makes a virtual environment with these packages, and returns its Python."""
     subprocess.run([sys.executable, "-m", "venv", path], check=True)
     pip = [path / "bin/python", "-m", "pip", "--disable-pip-version-check", "--no-input", "install", "--quiet"]
     subprocess.run([*pip, *packages.split()], check=True)
@@ -109,7 +108,7 @@ def environment(path: Path, packages: str) -> str:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Returns the figures of every runtime asked for."""
+    """Returns the figures of every requested runtime."""
     folder, scratch = Path(options.export or Path(options.workdir) / "export"), Path(options.scratch)
     source = Path(options.workdir)
     layout = records.feature_layout(workdir.read_manifest(source, "features").facts["width"])
@@ -119,7 +118,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     np.save(scratch / "features.npy", features)
     begin = time.perf_counter()
     wanted = ours(folder, features)
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "split": options.split,
         "sums": bundle.sha256(folder / bundle.SUMS),
         "same_neighbors_by_scann": int((wanted["rows"] == wanted["scann_rows"]).all(1).sum()),
@@ -140,24 +139,26 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         with answers.open("w") as file:
             run = [python, "-I", "-c", RUN, WITHOUT[name], folder / "standalone.py", scratch / "features.npy", *target]
             subprocess.run(run, stdout=file, check=True)
-        found[name] = {**compare(answers, wanted), "seconds": time.perf_counter() - begin}
-        print(json.dumps({name: found[name]}), file=sys.stderr)
-    return found
+        figures[name] = {**compare(answers, wanted), "seconds": time.perf_counter() - begin}
+        print(json.dumps({name: figures[name]}), file=sys.stderr)
+    return figures
 
 
 def main() -> None:
     """Prints the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", default="runs/demo")
-    parser.add_argument("--export", help="default: the work directory's")
+    parser.add_argument("--export", help="folder of the export (default: export/ in the work directory)")
     parser.add_argument("--split", default="test")
-    parser.add_argument("--photos", type=int, default=1 << 30, help="the first so many (default: all)")
+    parser.add_argument("--photos", type=int, default=1 << 30, help="number of photos, the first ones (default: all)")
     parser.add_argument("--runtime", action="append", choices=tuple(WITHOUT), help="default: all three")
-    parser.add_argument("--scratch", help="folder of environments and answers, which are kept (default: a passing one)")
+    parser.add_argument(
+        "--scratch", help="folder for environments and answers, which stay there (default: a temporary folder)"
+    )
     options = parser.parse_args()
     options.runtime = options.runtime or list(WITHOUT)
-    with tempfile.TemporaryDirectory() as passing:
-        options.scratch = options.scratch or passing
+    with tempfile.TemporaryDirectory() as temporary:
+        options.scratch = options.scratch or temporary
         print(json.dumps(measure(options)))
 
 

@@ -1,9 +1,9 @@
-"""Input of the decoder: examples a second of token records with 15 neighbors, in one process. Prints one JSON object.
+"""Measures examples per second of the decoder's input pipeline, in one process. Prints one JSON object.
 
-What `geotoken train` reads: generated tables and records on disk, shuffled globally, read in whole batches and joined
-by geotoken_jax/data, on grain's threads. `host` gathers every photo's neighbors from the memory-mapped table, 69 KB a
-photo at the paper's width; `device` hands over their row numbers, as where config.gallery.placement puts the table on
-the devices. The files are in the page cache after the first round, which does not count.
+The pipeline is the one of `geotoken train`, on generated tables and records: rows are shuffled globally, read in whole
+batches and joined by geotoken_jax/data on grain's threads. `host` gathers the neighbors of every photo from the
+memory-mapped table, 69 KB per photo at the paper's width and 15 neighbors. `device` passes their row numbers only, as
+config.gallery.placement does if the table is on the devices. A first round fills the page cache and does not count.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from geotoken_jax.geo.cells import CellScheme
 
 
 def measure(source: Tokens, batch: int, seconds: float) -> dict[str, float]:
-    """Returns the examples a second over some seconds, after as many batches as are read ahead."""
+    """Returns examples per second over `seconds`, and bytes per example. The first 5 batches do not count."""
     batches = pipeline.training(len(source), source, batch, seed=0)
     for _ in range(5):
         example = next(batches)
@@ -38,13 +38,13 @@ def measure(source: Tokens, batch: int, seconds: float) -> dict[str, float]:
 
 
 def main() -> None:
-    """Prints the medians of rounds in which both take their turn."""
+    """Prints the medians over rounds, each of which measures `device` and `host`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=int, default=32_768, help="rows of the gallery, 4.6 KB each at C = 768")
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--neighbors", type=int, default=15)
     parser.add_argument("--batch", type=int, default=2048)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of a round")
+    parser.add_argument("--seconds", type=float, default=3.0, help="seconds per round")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     flags.FLAGS.mark_as_parsed()  # grain reads flags
@@ -54,20 +54,21 @@ def main() -> None:
         write_data(folder, options.photos, options.width, options.neighbors)
         table = Table(folder / "gallery")
         tokens = records.Records(folder / "tokens", "train", records.token_layout(options.neighbors))
-        ways = {
+        sources = {
             "device": Tokens(tokens, table, None, cells, options.neighbors),
             "host": Tokens(tokens, table, table, cells, options.neighbors),
         }
-        measure(ways["host"], options.batch, options.seconds)
+        measure(sources["host"], options.batch, options.seconds)
         rounds = [
-            {way: measure(source, options.batch, options.seconds) for way, source in ways.items()}
+            {name: measure(source, options.batch, options.seconds) for name, source in sources.items()}
             for _ in range(options.rounds)
         ]
-    found = {
-        way: {key: round(statistics.median(one[way][key] for one in rounds)) for key in rounds[0][way]} for way in ways
+    medians = {
+        name: {key: round(statistics.median(one[name][key] for one in rounds)) for key in rounds[0][name]}
+        for name in sources
     }
     sizes = {name: getattr(options, name) for name in ("photos", "width", "neighbors", "batch")}
-    print(json.dumps({**sizes, "cores": os.cpu_count(), **found}))
+    print(json.dumps({**sizes, "cores": os.cpu_count(), **medians}))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""A generated MP16-Pro: parts of one tar, its CSV, and the ledger of what must become of every photo in it.
+"""Generates a data set like MP16-Pro: parts of one tar, a CSV, and a ledger with the expected fate of every photo.
 
-Layout and names are the published ones (G3, arXiv 2405.14702); tests and `benchmarks.photos` prepare it.
+Layout and names are as published (G3, arXiv 2405.14702). Tests and `benchmarks.photos` use it.
 """
 
 import csv
@@ -19,7 +19,7 @@ from data_prep.sources.mp16_pro import SMALL
 HEADER = ["S3", "IMG_ID", "country", "LON", "AUTHOR", "LAT", "neighbourhood", "city", "county", "state", "region",
           "continent", "note"]  # fmt: skip
 CSV = "metadata/MP16_Pro_filtered.csv"
-#: A photo in this many has the trap of that name.
+#: Trap (a defect that `geotoken prepare` must handle) -> n, if one in n photos has it.
 TRAPS = {"no metadata": 97, "no image": 89, "no country": 83, "small file": 79, "not .jpg": 101, "placeholder": 103,
          "identical bytes": 107, "repeated id": 109, "coordinates not a number": 113,
          "coordinates out of range": 127}  # fmt: skip
@@ -28,7 +28,8 @@ IDENTICAL = 3
 
 @dataclasses.dataclass
 class Ledger:
-    """photos: that are to be kept. kept: id -> (author, latitude, longitude, city, image). dropped: reason -> count."""
+    """photos: number of photos to keep. kept: id -> (author, latitude, longitude, city, image).
+    dropped: reason -> number of photos to drop."""
 
     photos: int = 0
     kept: dict[str, tuple] = dataclasses.field(default_factory=dict)
@@ -36,19 +37,19 @@ class Ledger:
 
 
 def picture(rng: random.Random, side: int = 16) -> bytes:
-    """Returns a JPEG of noise, about 0.5 bytes a pixel where it is large."""
+    """Returns a JPEG of noise, with about 0.5 bytes per pixel if it is large."""
     file = io.BytesIO()
     Image.frombytes("RGB", (side, side), rng.randbytes(3 * side * side)).save(file, "JPEG", quality=60)
     return file.getvalue()
 
 
 def padded(image: bytes, size: int) -> bytes:
-    """Returns a JPEG of exactly `size` bytes: what follows the end of the image is not read."""
+    """Returns the JPEG padded to `size` bytes; readers ignore bytes after the end of the image."""
     return image + b"\0" * (size - len(image))
 
 
 def flickr(side: int = 96) -> bytes:
-    """Returns a picture that stands for one that is gone."""
+    """Returns the JPEG of a placeholder, as Flickr shows for deleted photos."""
     x, y = np.meshgrid(np.arange(side), np.arange(side))
     file = io.BytesIO()
     Image.fromarray(((x * y) // 7 % 256).astype(np.uint8)).save(file, "JPEG")
@@ -56,7 +57,7 @@ def flickr(side: int = 96) -> bytes:
 
 
 class _Parts(io.RawIOBase):
-    """Cuts what is written into parts of a given size."""
+    """A file that writes its bytes to parts of `size` bytes."""
 
     def __init__(self, folder: Path, size: int):
         self.folder, self.size, self.position, self.file = folder, size, 0, io.BytesIO()
@@ -79,9 +80,11 @@ class _Parts(io.RawIOBase):
 def generate(
     folder: Path, photos: int, part_size: int, side: int = 16, keep: bool = True, trapped: bool = True
 ) -> Ledger:
-    """Writes a data set of `photos` pictures in parts of `part_size` bytes. keep: the ledger has the photos too.
+    """Writes a data set of `photos` pictures in parts of `part_size` bytes, and returns its ledger.
 
-    Where they are many their lengths are spread, so that about 50 share one, as of the real ones at most.
+    side: side of a picture in pixels. keep: whether the ledger contains the photos to keep. trapped: whether some
+    photos have one of TRAPS. File sizes vary so that about 50 photos have the same size, which is the most in
+    the real data set.
     """
     rng, ledger = random.Random(0), Ledger()
     (folder / "metadata").mkdir(parents=True)
@@ -97,7 +100,7 @@ def generate(
         for n in range(photos):
             tar.format = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)[n % 3]
             name = f"{rng.randrange(256):02x}/{rng.randrange(256):02x}/{n}_{rng.randrange(16**8):08x}.jpg"
-            if n % 50 == 49:  # a long name, in headers of its own
+            if n % 50 == 49:  # a long name, which needs extra headers
                 name = name[:6] + "é" + name[6:]
             trap = next((trap for trap, one in TRAPS.items() if n % one == one - 1), "") if trapped else ""
             image = padded(rng.choice(pictures), rng.choice(sizes) - 4) + n.to_bytes(4)
@@ -140,5 +143,8 @@ def generate(
         tar.close()
         out.file.close()
     if 0 < ledger.dropped["identical bytes"] <= IDENTICAL:
-        raise ValueError("too few photos for identical ones")
+        raise ValueError(
+            f"photos is {photos}, too few for {IDENTICAL + 1} identical photos: set it to "
+            f"{(IDENTICAL + 1) * TRAPS['identical bytes']} or more"
+        )
     return ledger

@@ -1,10 +1,11 @@
-"""Neighbors at scale: what an index takes to build, and its searches a second against exact ones. Prints one JSON line.
+"""Measures how long an index takes to build, and its speed against exact search. Prints one JSON line.
 
-By default on generated vectors: as many clusters as the square root of the rows, of heavy-tailed sizes (the largest of
-a million rows holds some 5,000), spread along a few directions and a little along all. `--workdir=runs/demo` spreads
-that gallery's own vectors instead. The index is what `geotoken index` builds with configs/common.py, whose keys under
-index.search `--set leaves_searched=8` changes. Vectors are made anew whenever they are asked for: they are never all in
-memory, and the time to make them is told apart. The issue's size is `--rows=1000000 --width=2304 --queries=100000`.
+The default vectors are generated clusters. Their number is the square root of the rows, and their sizes are
+heavy-tailed (of a million rows the largest has about 5,000). They spread widely along a few directions, and a little
+along all. `--workdir=runs/demo` uses the vectors of a gallery as centers instead. The index is the one that `geotoken
+index` builds with configs/common.py; `--set leaves_searched=8` changes a key of index.search. Vectors are generated
+when they are read, so they are never all in memory, and the time to generate them is counted separately. A large run
+is `--rows=1000000 --width=2304 --queries=100000`.
 """
 
 import argparse
@@ -23,25 +24,26 @@ from geotoken_jax import settings
 from geotoken_jax.gallery import index
 from geotoken_jax.gallery.table import Table, index_vectors
 
-#: Directions along which a cluster spreads; rows made at a time, from a seed of their own.
+#: Number of directions along which a cluster spreads; rows per block, each of which has its own seed.
 _DIRECTIONS, _BLOCK = 64, 4096
-#: How far it spreads along them, and along all. Of 8,000 and of 32,000 photos of EarthView the 15th nearest is 0.72 and
-#: 0.66 away; that trend has it at 0.53 among a million, and so have these.
+#: Spread along these directions, and along all. The 15th neighbor is at a distance of 0.72 among 8,000 photos of
+#: EarthView and 0.66 among 32,000. That trend gives 0.53 among a million, and so do these numbers.
 _SPREAD, _NOISE = 0.44, 0.14
-#: Neighbors of each query, and rows searched exactly at a time (0.3 GB at 2304 wide).
+#: Neighbors per query; rows per block of the exact search (0.3 GB at width 2304).
 _NEIGHBORS, _EXACT_ROWS = 20, 32_768
 
 
 class Made:
-    """Vectors [N, D] of length 1 around centers (geotoken_jax.gallery.index.Vectors); queries are rows past the end.
+    """Unit vectors [N, D] drawn around centers, generated when they are read (geotoken_jax.gallery.index.Vectors).
 
-    centers: [P, D]. weights: [P], of how likely each is. seconds: spent on making vectors.
+    rows: N. centers: unit vectors [P, D]. weights: relative probability [P] of each center.
+    Attribute seconds: time spent on generating vectors.
     """
 
     def __init__(self, rows: int, centers: np.ndarray, weights: np.ndarray):
         rng = np.random.default_rng(0)
-        one, other = rng.integers(0, len(centers), (2, _DIRECTIONS))
-        differences = centers[one] - centers[other]
+        first, second = rng.integers(0, len(centers), (2, _DIRECTIONS))
+        differences = centers[first] - centers[second]
         self._directions = _SPREAD * differences / np.linalg.norm(differences)
         self._rows, self._centers, self._likely = rows, centers, np.cumsum(weights) / weights.sum()
         self.seconds = 0.0
@@ -50,7 +52,7 @@ class Made:
         return self._rows
 
     def __getitem__(self, rows: Any) -> np.ndarray:
-        """rows: a slice, or row numbers in rising order."""
+        """Returns the vectors of these rows. rows: a slice, or ascending row numbers."""
         began = time.perf_counter()
         if isinstance(rows, slice):
             rows = np.arange(rows.start, min(rows.stop, len(self)))
@@ -63,7 +65,7 @@ class Made:
         return vectors
 
     def queries(self, n: int) -> np.ndarray:
-        """Returns n vectors that are drawn as the others are."""
+        """Returns n further vectors of the same distribution: the rows after the last."""
         return self[np.arange(len(self), len(self) + n)]
 
     def _block(self, number: int) -> np.ndarray:
@@ -76,7 +78,7 @@ class Made:
 
 
 def make(options: argparse.Namespace) -> Made:
-    """Returns the generated vectors, or those of a work directory's gallery spread to as many rows."""
+    """Returns vectors around generated centers, or with --workdir around the vectors of a gallery."""
     if options.workdir:
         centers = index_vectors(Table(epath.Path(options.workdir) / "gallery").embeddings()) / np.float32(3**0.5)
         return Made(options.rows, centers, np.ones(len(centers)))
@@ -88,12 +90,12 @@ def make(options: argparse.Namespace) -> Made:
 
 
 def measure(options: argparse.Namespace, search: index.IndexSettings) -> dict[str, Any]:
-    """Builds and searches."""
+    """Builds the index and searches it. Returns the figures."""
     vectors = make(options)
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         built = index.build(vectors, search, folder)
-        build_seconds, making = time.perf_counter() - began, vectors.seconds
+        build_seconds, generating = time.perf_counter() - began, vectors.seconds
         build_peak = _peak_gb()
         size = sum(file.stat().length for file in epath.Path(folder).glob("*/*"))
         queries = vectors.queries(options.queries)
@@ -103,8 +105,8 @@ def measure(options: argparse.Namespace, search: index.IndexSettings) -> dict[st
         "rows": len(vectors),
         "width": queries.shape[1],
         "queries": len(queries),
-        "build_seconds": round(build_seconds - making, 1),
-        "making_seconds": round(making, 1),
+        "build_seconds": round(build_seconds - generating, 1),
+        "making_seconds": round(generating, 1),
         "build_peak_gb": build_peak,
         "peak_gb": _peak_gb(),
         "index_gb": round(size / 1e9, 3),
@@ -119,10 +121,10 @@ def measure(options: argparse.Namespace, search: index.IndexSettings) -> dict[st
 def _side_by_side(
     vectors: Made, built: index.Index, queries: np.ndarray, exactly: int
 ) -> tuple[np.ndarray, np.ndarray, float, float]:
-    """Returns the rows found for all queries, the rows wanted for the first ones, and the seconds that each took.
+    """Returns the index's rows for all queries, the exact rows for the first queries, and the seconds of both searches.
 
-    The two take turns, a block of the vectors (in memory) and a part of the queries each, so that a machine that slows
-    down for a while slows both.
+    exactly: number of queries that are searched exactly. The two searches take turns, so that a temporary slowdown of
+    the machine affects both: one block of vectors for the exact search, then a part of the queries for the index.
     """
     sample = queries[:exactly]
     index.exact(vectors[0:_EXACT_ROWS], sample, _NEIGHBORS)  # compiles
@@ -131,9 +133,9 @@ def _side_by_side(
     for first, part in zip(starts, np.array_split(queries, len(starts)), strict=True):
         block = vectors[first : first + _EXACT_ROWS]
         began = time.perf_counter()
-        near, scores = index.exact(block, sample, _NEIGHBORS)
+        nearest, scores = index.exact(block, sample, _NEIGHBORS)
         exact_seconds += time.perf_counter() - began
-        wanted.append((near + first, scores))
+        wanted.append((nearest + first, scores))
         began = time.perf_counter()
         found.append(built.search(part, _NEIGHBORS)[0])
         seconds += time.perf_counter() - began
@@ -150,8 +152,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=50_000)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--queries", type=int, default=10_000)
-    parser.add_argument("--exact", type=int, default=500, help="queries of those that are searched exactly too")
-    parser.add_argument("--workdir", help="whose gallery's vectors are spread, at their own width")
+    parser.add_argument("--exact", type=int, default=500, help="number of queries that are also searched exactly")
+    parser.add_argument("--workdir", help="work directory whose gallery vectors are the centers, in place of --width")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a key of config.index.search")
     options = parser.parse_args()
     config: Any = common.get_config()

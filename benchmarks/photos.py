@@ -1,9 +1,9 @@
-"""Preparation of a generated MP16-Pro, by `geotoken prepare` as a user runs it. Prints one JSON line.
+"""Measures `geotoken prepare` on a generated MP16-Pro. Prints one JSON line.
 
-By default 20,000 tiny photos in 19 parts of one tar, every trap among them; `--side=405` makes JPEGs of 80 KB, as the
-real ones are. `--kills=20` begins the same preparation again, kills all of its processes with SIGKILL that many times,
-at random moments spread over its length, lets it end, and compares the SHA-256 of every file. The issue's size is
-`--photos=200000 --kills=20`. The files are in the page cache: a disk that is slower bounds the rates.
+The default is 20,000 tiny photos in 19 parts of one tar, with all traps of benchmarks/mp16.py. `--side=405` makes
+JPEGs of 80 KB, as in the real data set. `--kills=20` prepares the same data again, and kills all processes (SIGKILL) 20
+times at random moments. The last run completes, and the SHA-256 of all files are compared with the first preparation.
+A large run is `--photos=200000 --kills=20`. The files are in the page cache; a slow disk would lower the rates.
 """
 
 import argparse
@@ -25,23 +25,23 @@ from configs import common
 from data_prep.placeholder import dhash
 
 PARTS = 19
-#: Seconds between two looks at the processes' memory.
-_LOOK = 0.05
+#: Seconds between two measurements of the processes' memory.
+_POLL_S = 0.05
 
 
 def generate(folder: Path, photos: int, side: int) -> mp16.Ledger:
-    """Writes the data set in 19 parts, the last of them half as long as the others."""
+    """Writes the data set in 19 parts, the last half as long as the others, and returns its ledger."""
     sample = min(photos, 1000)
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
         mp16.generate(Path(name), sample, 1 << 40, side, keep=False)
         length = sum(part.stat().st_size for part in Path(name).glob("mp-*")) * photos / sample
-    # Photos are spread over more lengths the more there are, by 1 byte for 50 of them.
+    # File sizes vary over 869 bytes, or over photos / 50 bytes if that is more: the mean grows by half the difference.
     length += photos * max(0, photos // 50 - 869) / 2
     return mp16.generate(folder, photos, int(length / (PARTS - 0.5)), side, keep=False)
 
 
 def command(data: Path, work: Path, options: argparse.Namespace) -> list[str]:
-    """Returns `geotoken prepare` for the data set."""
+    """Returns the command line of `geotoken prepare` for the data set."""
     changes = {
         "source": "mp16_pro",
         "workers": options.workers,
@@ -50,7 +50,7 @@ def command(data: Path, work: Path, options: argparse.Namespace) -> list[str]:
         "mp16_pro.validation": 0.05,
         "mp16_pro.photos_per_shard": options.photos_per_shard,
         "mp16_pro.placeholder.hashes": f'("{dhash(mp16.flickr()):016x}",)',
-        # Below the number of photos with the trap of identical bytes.
+        # Less than the number of photos with identical bytes, so that these are dropped.
         "mp16_pro.placeholder.identical": min(100, options.photos // 200),
     }
     arguments = [f"--config.photos.{key}={value}" for key, value in changes.items()]
@@ -61,41 +61,41 @@ def command(data: Path, work: Path, options: argparse.Namespace) -> list[str]:
 
 
 def begin(arguments: list[str], log: Path) -> subprocess.Popen:
-    """Starts a command as the first of a group of processes."""
+    """Starts a command as the leader of a new process group, with its output appended to `log`."""
     with log.open("ab") as file:
         return subprocess.Popen(arguments, stdout=file, stderr=file, start_new_session=True)
 
 
 def group(leader: int) -> dict[int, dict[str, int]]:
-    """Returns process -> bytes of memory now (VmRSS) and at most so far (VmHWM), of a group's processes."""
-    found = {}
+    """Returns process -> bytes of current memory (VmRSS) and peak memory (VmHWM), for all processes of a group."""
+    processes = {}
     for process in Path("/proc").glob("[0-9]*"):
         try:
             if int((process / "stat").read_text().rpartition(")")[2].split()[2]) == leader:
                 lines = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
-                # One that has ended and waits to be asked for its status has no memory.
+                # A zombie process has no memory entries.
                 memory = {name: 1024 * int(lines.get(name, "0").split()[0]) for name in ("VmRSS", "VmHWM")}
-                found[int(process.name)] = memory
+                processes[int(process.name)] = memory
         except (FileNotFoundError, ProcessLookupError):
             continue
-    return found
+    return processes
 
 
 def whole(arguments: list[str], work: Path, log: Path) -> dict[str, Any]:
-    """Runs a command to its end; returns its seconds, of each phase too, its shards, and its peak GB, of a process and
-    of all of them together.
+    """Runs a command to its end. Returns the seconds of each phase, the number of shards, and the peak memory in GB.
 
-    Raises SystemExit with the end of its log if it fails.
+    `peak_gb` is the peak of the largest process, `together_gb` the peak of the sum of all processes.
+    Raises SystemExit with the end of the log if the command fails.
     """
-    began, at_work, most, together = time.time(), 0.0, 0, 0
+    began, survey_began, largest, total = time.time(), 0.0, 0, 0
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     process = begin(arguments, log)
     while process.poll() is None:
         memory = group(process.pid).values()
-        most = max([most, *(one["VmHWM"] for one in memory)])
-        together = max(together, sum(one["VmRSS"] for one in memory))
-        at_work = at_work or ((work / "photos" / "survey").exists() and time.time())
-        time.sleep(_LOOK)
+        largest = max([largest, *(one["VmHWM"] for one in memory)])
+        total = max(total, sum(one["VmRSS"] for one in memory))
+        survey_began = survey_began or ((work / "photos" / "survey").exists() and time.time())
+        time.sleep(_POLL_S)
     if process.returncode:
         raise SystemExit(f"geotoken prepare ended with status {process.returncode}:\n{log.read_text()[-2000:]}")
     ended, surveyed = time.time(), (work / "photos" / "survey" / "files.json").stat().st_mtime
@@ -103,22 +103,22 @@ def whole(arguments: list[str], work: Path, log: Path) -> dict[str, Any]:
     return {
         "seconds": ended - began,
         "cpu_seconds": used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime,
-        "start_seconds": at_work - began,
-        "survey_seconds": surveyed - at_work,
+        "start_seconds": survey_began - began,
+        "survey_seconds": surveyed - survey_began,
         "shards_seconds": ended - surveyed,
         "shards": _shards(work / "photos"),
-        "peak_gb": most / 1e9,
-        "together_gb": together / 1e9,
+        "peak_gb": largest / 1e9,
+        "together_gb": total / 1e9,
     }
 
 
 def kill(arguments: list[str], work: Path, log: Path, kills: int, unbroken: dict[str, Any]) -> list[int]:
-    """Begins a command and kills it, again and again; returns how many shards there were then, -1 in the survey.
+    """Starts a command and kills it, `kills` times. Returns the number of shards at each kill, -1 during the survey.
 
-    A quarter of the kills are in the survey, at moments of as many equal spans of its time. The others are after as
-    many equal spans of the shards have been made, and within the next shard.
+    A quarter of the kills are spread evenly over the survey's time, with a random offset. The others are spread evenly
+    over the shards, at a random moment within a shard.
     """
-    rng, found = random.Random(0), []
+    rng, shards_when_killed = random.Random(0), []
     folder, shards = work / "photos", unbroken["shards"]
     for n in range(kills):
         process = begin(arguments, log)
@@ -135,32 +135,32 @@ def kill(arguments: list[str], work: Path, log: Path, kills: int, unbroken: dict
         process.wait()
         while any(one["VmRSS"] for one in group(process.pid).values()):
             time.sleep(0.01)
-        found.append(_shards(folder))
-    return found
+        shards_when_killed.append(_shards(folder))
+    return shards_when_killed
 
 
 def _shards(folder: Path) -> int:
-    """Returns how many shards are whole, -1 before there is a survey."""
+    """Returns the number of complete shards; -1 if the survey is not complete."""
     return len(list(folder.glob("ledgers/*.json"))) if (folder / "survey" / "files.json").exists() else -1
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Returns file -> SHA-256, of all files under a folder."""
-    found = {}
+    """Returns file -> SHA-256, for all files under a folder."""
+    hashes = {}
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         with file.open("rb") as opened:
-            found[str(file.relative_to(folder))] = hashlib.file_digest(opened, "sha256").hexdigest()
-    return found
+            hashes[str(file.relative_to(folder))] = hashlib.file_digest(opened, "sha256").hexdigest()
+    return hashes
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Prepares the generated data set, and once more with kills; returns all figures."""
+    """Prepares the generated data set, and with --kills a second time with kills. Returns all figures."""
     data, work, log = folder / "data", folder / "work", folder / "log"
     ledger = generate(data, options.photos, options.side)
     parts = [path.stat().st_size for path in data.glob("mp-*")]
     unbroken = whole(command(data, work, options), work, log)
     manifest = json.loads((work / "photos" / "manifest.json").read_text())
-    found = {
+    figures = {
         **{name: getattr(options, name) for name in ("photos", "side", "workers", "photos_per_shard")},
         "cores": os.cpu_count(),
         "parts": len(parts),
@@ -177,17 +177,17 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
     if options.kills:
         again = folder / "again"
-        found["shards_when_killed"] = kill(command(data, again, options), again, log, options.kills, unbroken)
+        figures["shards_when_killed"] = kill(command(data, again, options), again, log, options.kills, unbroken)
         whole(command(data, again, options), again, log)
-        found["identical"] = digests(work) == digests(again)
-    return found
+        figures["identical"] = digests(work) == digests(again)
+    return figures
 
 
 def main() -> None:
     """Prints the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=int, default=20_000)
-    parser.add_argument("--side", type=int, default=16, help="of a photo, in pixels")
+    parser.add_argument("--side", type=int, default=16, help="side of a photo, in pixels")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--photos_per_shard", type=int, default=1_000)
     parser.add_argument("--kills", type=int, default=0)

@@ -1,13 +1,14 @@
-"""Photos a second of the service, against itself with batches of one, and what it does at twice what it can.
+"""Measures the service's throughput, with and without batching, and its behavior under overload. Prints JSON.
 
-Throughput: so many clients, each with a photo at a time, for `--seconds`. Overload: photos arrive evenly at twice that
-pace for `--overload` seconds more, whether they are answered or not; what is accepted is to be answered soon, and the
-rest refused with 503. With `--kill` the service is then killed (SIGKILL) under half of what it can do, and started
-again at once. The service is a process of its own, on the same machine as the clients, which take their share of it.
+Throughput: `--clients` clients each send one photo after another for `--seconds`. Overload: photos arrive evenly at
+twice the throughput for `--overload` seconds, whether earlier photos are answered or not. The service should answer
+accepted photos in bounded time, and refuse the others with 503. Kill (`--kill`): photos arrive at half the throughput,
+and the service is killed (SIGKILL) and started again at once. The service runs on the same machine as the clients,
+which use a share of its cores.
 
-Latencies are the clients', of answered requests, in seconds. Prints one JSON object. Needs the extra `serve`, and
-locust, which sends the photos (benchmarks/clients.py): on the PATH, or named by `--locust`, for it has no place in the
-locked environment.
+Latencies are in seconds, measured by the clients for answered requests. Needs the extra `serve`, and locust, which runs
+benchmarks/clients.py. locust is not part of the locked environment: install it elsewhere, and have it on the PATH or
+name it with `--locust`.
 """
 
 import argparse
@@ -32,23 +33,23 @@ import numpy as np
 from PIL import Image
 
 _CLIENTS = pathlib.Path(__file__).with_name("clients.py")
-#: Percentiles that are told.
-_TOLD = (50, 90, 99)
-#: Seconds in which all that is accepted is answered: a client of an even pace has its turn no sooner.
+#: Percentiles of the latency in the figures.
+_PERCENTILES = (50, 90, 99)
+#: Seconds between two requests of a client at an even pace; each must be answered before the next.
 _TURN_S = 10
 _KIND = {"Content-Type": "multipart/form-data; boundary=photo"}
 
 
 def bodies(photos: int) -> list[bytes]:
-    """Returns forms with a JPEG of a web page's size, 480 x 360 pixels, whose content is like no photo's."""
-    rng, made = np.random.default_rng(0), []
+    """Returns forms, each with a random JPEG of 480 x 360 pixels, a usual size on web pages."""
+    rng, forms = np.random.default_rng(0), []
     for _ in range(photos):
         file = io.BytesIO()
         coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), np.uint8))
         coarse.resize((480, 360), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
         head = b'--photo\r\nContent-Disposition: form-data; name="photo"; filename="x.jpg"\r\n\r\n'
-        made.append(head + file.getvalue() + b"\r\n--photo--\r\n")
-    return made
+        forms.append(head + file.getvalue() + b"\r\n--photo--\r\n")
+    return forms
 
 
 class Service:
@@ -64,32 +65,34 @@ class Service:
         self._process = subprocess.Popen(self._command)
 
     def wait(self) -> float:
-        """Returns after how many seconds the service was ready."""
+        """Returns the seconds until the service is ready. Raises RuntimeError if the service ends before."""
         start = time.perf_counter()
         while True:
             with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.address}/ready"):
                 return time.perf_counter() - start
             if self._process.poll() is not None:
-                raise RuntimeError(f"the service ended with {self._process.returncode} before it was ready")
+                raise RuntimeError(
+                    f"the service ended with status {self._process.returncode} before it was ready: read its output"
+                )
             time.sleep(0.1)
 
     def kill(self) -> None:
-        """Kills the service as nothing can prevent, and starts it again."""
+        """Kills the service with SIGKILL, and starts it again."""
         self._process.kill()
         self._process.wait()
         self._process = subprocess.Popen(self._command)
 
     def metric(self, name: str) -> float:
-        """Returns a value of /metrics."""
+        """Returns a value of /metrics; NaN if it is missing."""
         with urllib.request.urlopen(f"{self.address}/metrics") as answer:
-            found = re.search(rf"^{name} (\S+)", answer.read().decode(), re.MULTILINE)
-        return float(found[1]) if found else float("nan")
+            match = re.search(rf"^{name} (\S+)", answer.read().decode(), re.MULTILINE)
+        return float(match[1]) if match else float("nan")
 
     def memory_mb(self) -> float:
-        """Returns what the process holds itself: pages of the gallery, which is mapped, come as photos ask for them."""
+        """Returns the anonymous memory of the process in MB, without pages of the memory-mapped gallery."""
         status = pathlib.Path(f"/proc/{self._process.pid}/status").read_text()
-        found = re.search(r"^RssAnon:\s+(\d+) kB", status, re.MULTILINE)
-        return round(int(found[1]) / 1e3, 1) if found else float("nan")
+        match = re.search(r"^RssAnon:\s+(\d+) kB", status, re.MULTILINE)
+        return round(int(match[1]) / 1e3, 1) if match else float("nan")
 
     def end(self) -> None:
         """Ends the service."""
@@ -110,11 +113,12 @@ def serving(options: argparse.Namespace, batch_size: int) -> Iterator[Service]:
 
 @contextlib.contextmanager
 def load(locust: str, address: str, seconds: float, clients: int, pace: float = 0.0) -> Iterator[dict[str, Any]]:
-    """Sends photos meanwhile, and for so many seconds; yields what is filled with the figures at the end.
+    """Sends photos while the block runs. Yields a dict, which has the figures after the block.
 
-    seconds: 0 for as long as the block takes. pace: of photos a second; 0 for clients that wait for their answers.
+    seconds: duration of the load; until the end of the block if 0. pace: photos per second; if 0, every client sends a
+    photo as soon as the previous one is answered.
     """
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for number, body in enumerate(bodies(64)):
             (pathlib.Path(folder) / f"{number:02d}").write_bytes(body)
@@ -126,55 +130,55 @@ def load(locust: str, address: str, seconds: float, clients: int, pace: float = 
             stdout=subprocess.PIPE,
         )
         try:
-            yield found
+            yield figures
             if not seconds:
                 process.terminate()
             out = process.communicate()[0]
         finally:
             process.kill()
     ended = {entry["name"]: entry for entry in json.loads(out)}
-    found["ended"] = {name: entry["num_requests"] for name, entry in ended.items()}
+    figures["ended"] = {name: entry["num_requests"] for name, entry in ended.items()}
     if "200" in ended:
         entry = ended["200"]
         wall_s = entry["last_request_timestamp"] - entry["start_time"]
-        told = np.repeat(*np.array([(float(ms), n) for ms, n in entry["response_times"].items()]).T.astype(int))
-        found["photos_per_second"] = round(entry["num_requests"] / wall_s, 2)
-        found["seconds"] = {f"p{p}": float(np.percentile(told, p)) / 1000 for p in _TOLD}
+        latencies_ms = np.repeat(*np.array([(float(ms), n) for ms, n in entry["response_times"].items()]).T.astype(int))
+        figures["photos_per_second"] = round(entry["num_requests"] / wall_s, 2)
+        figures["seconds"] = {f"p{p}": float(np.percentile(latencies_ms, p)) / 1000 for p in _PERCENTILES}
 
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
-    """Returns the figures of the service with batches of one, and with those of --batch-size."""
-    found: dict[str, Any] = {"cores": os.cpu_count(), "batch_size": options.batch_size, "queue": options.queue}
+    """Returns the figures of the service with batches of one photo, and with batches of --batch-size photos."""
+    figures: dict[str, Any] = {"cores": os.cpu_count(), "batch_size": options.batch_size, "queue": options.queue}
     for name, size in (("batches_of_one", 1), ("batched", options.batch_size)):
         print(f"measuring {name}", file=sys.stderr)
         with serving(options, size) as service:
             before = service.metric("process_cpu_seconds_total")
-            with load(options.locust, service.address, options.seconds, options.clients) as found[name]:
+            with load(options.locust, service.address, options.seconds, options.clients) as figures[name]:
                 pass
             cpu_s = service.metric("process_cpu_seconds_total") - before
-            found[name]["cpu_ms_per_photo"] = round(1000 * cpu_s / found[name]["ended"]["200"], 1)
+            figures[name]["cpu_ms_per_photo"] = round(1000 * cpu_s / figures[name]["ended"]["200"], 1)
             if size > 1:
-                found["overload"] = overload(options, service, 2 * found[name]["photos_per_second"])
+                figures["overload"] = overload(options, service, 2 * figures[name]["photos_per_second"])
                 if options.kill:
-                    found["kill"] = killed(options, service, found[name]["photos_per_second"] / 2)
-    one, batched = (found[name]["photos_per_second"] for name in ("batches_of_one", "batched"))
-    return {**found, "ratio": round(batched / one, 2)}
+                    figures["kill"] = killed(options, service, figures[name]["photos_per_second"] / 2)
+    single, batched = (figures[name]["photos_per_second"] for name in ("batches_of_one", "batched"))
+    return {**figures, "ratio": round(batched / single, 2)}
 
 
 def overload(options: argparse.Namespace, service: Service, pace: float) -> dict[str, Any]:
-    """Returns the figures at a pace, and the service's memory in MB after a tenth and at the end."""
-    told = {"offered_per_second": round(pace, 2)}
-    with load(options.locust, service.address, options.overload, round(pace * _TURN_S), pace) as found:
+    """Returns the figures under load, and the service's memory in MB after a tenth of the time and at the end."""
+    offered = {"offered_per_second": round(pace, 2)}
+    with load(options.locust, service.address, options.overload, round(pace * _TURN_S), pace) as figures:
         time.sleep(options.overload / 10)
         memory = [service.memory_mb()]
     memory.append(service.memory_mb())
-    told["bound_seconds"] = round((options.queue + options.batch_size) / found["photos_per_second"], 2)
-    return {**told, **found, "memory_mb": memory}
+    offered["bound_seconds"] = round((options.queue + options.batch_size) / figures["photos_per_second"], 2)
+    return {**offered, **figures, "memory_mb": memory}
 
 
 def killed(options: argparse.Namespace, service: Service, pace: float) -> dict[str, Any]:
-    """Returns the figures of a service that is killed under load and started again, and how long that took."""
-    with load(options.locust, service.address, 0, round(pace * _TURN_S), pace) as found:
+    """Returns the figures of a service that is killed under load, and the seconds until it is back."""
+    with load(options.locust, service.address, 0, round(pace * _TURN_S), pace) as figures:
         time.sleep(20)
         start = time.perf_counter()
         service.kill()
@@ -182,13 +186,13 @@ def killed(options: argparse.Namespace, service: Service, pace: float) -> dict[s
         ready_s = time.perf_counter() - start
         answer_s = _first_answer(service.address) - start
         time.sleep(10)
-    return {**found, "ready_after_seconds": round(ready_s, 1), "answered_after_seconds": round(answer_s, 1)}
+    return {**figures, "ready_after_seconds": round(ready_s, 1), "answered_after_seconds": round(answer_s, 1)}
 
 
 def _first_answer(address: str) -> float:
-    asked = urllib.request.Request(f"{address}/v1/predict", bodies(1)[0], _KIND)
+    request = urllib.request.Request(f"{address}/v1/predict", bodies(1)[0], _KIND)
     while True:
-        with contextlib.suppress(urllib.error.HTTPError), urllib.request.urlopen(asked, timeout=60):
+        with contextlib.suppress(urllib.error.HTTPError), urllib.request.urlopen(request, timeout=60):
             return time.perf_counter()
         time.sleep(0.1)
 
@@ -197,18 +201,22 @@ def main() -> None:
     """Prints the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="runs/demo/export", help="folder that `geotoken export` made")
-    parser.add_argument("--seconds", type=float, default=60, help="of each measurement but the overload")
-    parser.add_argument("--overload", type=float, default=60, help="seconds of twice what the service can do")
-    parser.add_argument("--kill", action="store_true", help="kill the service under load, too")
+    parser.add_argument("--seconds", type=float, default=60, help="seconds of the throughput measurement")
+    parser.add_argument("--overload", type=float, default=60, help="seconds of the overload measurement")
+    parser.add_argument("--kill", action="store_true", help="also kill the service under load")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--queue", type=int, default=64, help="photos that the service takes in at once")
-    parser.add_argument("--clients", type=int, default=64, help="of the throughput, up to --queue")
+    parser.add_argument("--queue", type=int, default=64, help="photos that the service accepts at once")
     parser.add_argument(
-        "--locust", default="locust", help="the program: pip install locust, in an environment of its own"
+        "--clients", type=int, default=64, help="clients of the throughput measurement, at most --queue"
+    )
+    parser.add_argument(
+        "--locust", default="locust", help="locust program; pip install locust in a separate environment"
     )
     options = parser.parse_args()
     if not shutil.which(options.locust):
-        sys.exit(f"there is no {options.locust}: pip install locust, anywhere, and name it by --locust")
+        sys.exit(
+            f"--locust is {options.locust}, which is not found: pip install locust, and name the program with --locust"
+        )
     print(json.dumps(compare(options)))
 
 

@@ -1,8 +1,8 @@
-"""What each setting of the decoder is worth on EarthView: the demo's model with one thing changed, trained alike.
+"""Measures the effect of single settings of the decoder on EarthView, each a change to the demo's model.
 
-`python -m benchmarks.settings --workdir=runs/demo` needs a work directory that `make demo` has finished. One run each,
-so differences under 0.01 nats are noise. Prints a line of JSON a setting; `--markdown` prints the table of
-docs/settings.md from such lines.
+`python -m benchmarks.settings --workdir=runs/demo` needs the finished work directory of `make demo`. Each setting is
+trained once, with the same training settings, so differences under 0.01 nats are noise. Prints a line of JSON per
+setting; `--markdown` prints the table of docs/settings.md from these lines.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-#: What is changed -> keys of config.model.
+#: Setting -> its changes to config.model.
 CHANGES: dict[str, dict[str, Any]] = {
     "the demo's": {},
     "post-norm": dict(norm="post"),
@@ -27,7 +27,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "no copy head": dict(copy_head=False),
     "no similarities": dict(similarities=False),
 }
-#: The name in metrics.jsonl -> the column.
+#: Name in metrics.jsonl -> column of the table.
 COLUMNS = {
     "validation/loss": "loss",
     "validation/within_25_km": "25 km",
@@ -38,7 +38,7 @@ COLUMNS = {
 
 
 def measure(config: Any, workdir: str, examples: int) -> dict[str, float]:
-    """Returns the best validation's metrics of a short training, and how long it took."""
+    """Returns the metrics of the best validation in a short training, the model's size, and the training's seconds."""
     from geotoken_jax import configuration
     from geotoken_jax.artifacts import Workdir
     from geotoken_jax.sharding import make_mesh
@@ -53,12 +53,12 @@ def measure(config: Any, workdir: str, examples: int) -> dict[str, float]:
         result = training.fit(task, config, "train", splits, folder, "train", mesh, resident)
         lines = map(json.loads, (Path(folder) / "metrics.jsonl").read_text().splitlines())
         best = next(line for line in lines if line["step"] == result.best_step and "validation/loss" in line)
-    found = {column: round(best[name], 4) for name, column in COLUMNS.items()}
-    return {**found, "parameters": result.parameters, "seconds": round(time.monotonic() - began)}
+    metrics = {column: round(best[name], 4) for name, column in COLUMNS.items()}
+    return {**metrics, "parameters": result.parameters, "seconds": round(time.monotonic() - began)}
 
 
 def markdown(lines: list[dict[str, Any]]) -> str:
-    """Returns the lines as a table."""
+    """Returns the lines as a Markdown table."""
     rows = ["| setting | parameters | loss, nats | 25 km | 200 km | 750 km | 2500 km | seconds |", "|---" * 8 + "|"]
     for line in lines:
         shares = " | ".join(f"{100 * line[column]:.1f}" for column in list(COLUMNS.values())[1:])
@@ -69,7 +69,7 @@ def markdown(lines: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Trains each setting, or formats what was printed."""
+    """Trains and measures each setting, or formats printed lines."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--workdir", default="runs/demo")
     parser.add_argument("--examples", type=int, default=40_000)

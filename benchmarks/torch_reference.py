@@ -1,8 +1,7 @@
-"""The published form as a plain PyTorch nn.Transformer, trained and decoded as published. Prints one JSON object.
+"""The published model as a plain PyTorch nn.Transformer, trained and decoded as published. Prints one JSON object.
 
-What our train step and our decoding are measured against (benchmarks/train_step.py, benchmarks/decoding.py) and what
-our model is checked against (tests/interop): written from the facts of the paper and its code, with nothing of
-geotoken_jax in it. It needs torch and numpy only.
+benchmarks/train_step.py and benchmarks/decoding.py measure our speed against it, and tests/interop checks our model
+against it. It follows the paper and its code, uses nothing of geotoken_jax, and needs torch and numpy only.
 """
 
 import argparse
@@ -21,7 +20,7 @@ from torch.nn import functional
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Sizes of the published form; layers: of the encoder and of the decoder, each."""
+    """Sizes of the published model. layers: number of layers in the encoder, and also in the decoder."""
 
     width: int
     layers: int
@@ -35,18 +34,18 @@ class Shape:
 
     @property
     def vocabulary(self) -> list[int]:
-        """Number of values of each token: the face, then `group` quads at a time."""
+        """Number of values of each token: first the face, then `group` quads per token."""
         return [6] + [4**self.group] * (self.level // self.group)
 
 
 def sinusoidal(length: int, width: int) -> Tensor:
-    """Returns sine and cosine positions, interleaved [length, width]."""
+    """Returns position vectors [length, width] of interleaved sines and cosines."""
     angles = torch.arange(length)[:, None] * torch.exp(torch.arange(0, width, 2) * (-math.log(10000.0) / width))
     return torch.stack([angles.sin(), angles.cos()], -1).flatten(1)[:, :width]
 
 
 class Reference(nn.Module):
-    """Photo [B, 3, C] and neighbors [B, M, 3, C] with tokens [B, M, T] -> logits of every position's token."""
+    """Maps photo [B, 3, C], neighbors [B, M, 3, C] and their tokens [B, M, T] to logits of each position's token."""
 
     def __init__(self, shape: Shape):
         super().__init__()
@@ -70,7 +69,7 @@ class Reference(nn.Module):
         self.register_buffer("offsets", torch.tensor(sizes).cumsum(0) - torch.tensor(sizes), persistent=False)
 
     def project(self, vectors: Tensor) -> Tensor:
-        """[..., 3, C] -> [..., 3, D], each of length 1."""
+        """Returns the projections of vectors [..., 3, C] as unit vectors [..., 3, D]."""
         projections = (self.image_proj, self.loc_proj, self.text_proj)
         projected = [project(vectors[..., e, :]) for e, project in enumerate(projections)]
         return functional.normalize(torch.stack(projected, -2), dim=-1)
@@ -78,12 +77,12 @@ class Reference(nn.Module):
     def encode(self, photo: Tensor, neighbors: Tensor, neighbor_tokens: Tensor) -> Tensor:
         """Returns the encoder's output [B, S, D]."""
         tokens = self.retrieval_embedding(neighbor_tokens + self.offsets)
-        found = torch.cat([self.project(neighbors), tokens], 2).flatten(1, 2)
-        x = torch.cat([self.cls_token.expand(len(photo), 1, -1), self.project(photo), found], 1)
+        neighbor_parts = torch.cat([self.project(neighbors), tokens], 2).flatten(1, 2)
+        x = torch.cat([self.cls_token.expand(len(photo), 1, -1), self.project(photo), neighbor_parts], 1)
         return self.encoder(self.dropout(x + self.positions[: x.shape[1]]))
 
     def decode(self, memory: Tensor, tokens: Tensor) -> Tensor:
-        """Returns the states [B, t + 1, D] that tell the tokens after none, one, ... all t of `tokens` [B, t]."""
+        """Returns the states [B, t + 1, D] that predict the tokens after 0, 1, ... t of the `tokens` [B, t]."""
         embedded = self.embedding(tokens + self.offsets[: tokens.shape[1]])
         x = torch.cat([self.start_token_embedding.expand(len(tokens), 1, -1), embedded], 1)
         causal = nn.Transformer.generate_square_subsequent_mask(x.shape[1], device=x.device)
@@ -95,15 +94,17 @@ class Reference(nn.Module):
 
 
 def weighted_loss(logits: list[Tensor], tokens: Tensor) -> Tensor:
-    """Returns the batch's loss, weights falling from 2 (face) to 1 (last)."""
+    """Returns the loss of a batch, with weights from 2 for the face to 1 for the last token."""
     losses = torch.stack([functional.cross_entropy(x, tokens[:, t]) for t, x in enumerate(logits)])
     weights = torch.linspace(2.0, 1.0, len(losses), device=losses.device)
     return (weights * losses).sum() / weights.sum()
 
 
 def search(model: Reference, memory: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Returns the best `width` sequences [B, K, T] of a beam search, with their log-probabilities [B, K]; each step
-    reads every prefix anew. Greedy decoding is a beam of 1."""
+    """Returns the best `width` sequences [B, K, T] of a beam search, with their log-probabilities [B, K].
+
+    There is no cache: each step reads all prefixes. Greedy decoding is a beam of width 1.
+    """
     b, sizes = len(memory), model.shape.vocabulary
     tokens = torch.zeros(b, 1, 0, dtype=torch.long, device=memory.device)
     scores = torch.zeros(b, 1, device=memory.device)
@@ -119,8 +120,10 @@ def search(model: Reference, memory: Tensor, width: int) -> tuple[Tensor, Tensor
 
 @torch.no_grad()
 def sample(model: Reference, memory: Tensor, temperature: float) -> tuple[Tensor, list[float]]:
-    """Returns one candidate [B, T] for each photo and its log-probability, as the published code draws it: no cache, so
-    that each token reads the whole prefix and projects the memory anew, and each photo's number is fetched by itself.
+    """Returns one candidate [B, T] per photo and its log-probability, sampled as in the published code.
+
+    There is no cache: every token reads the whole prefix and projects the memory again. Log-probabilities are copied
+    from the device one photo at a time.
     """
     tokens = torch.zeros(len(memory), 0, dtype=torch.long, device=memory.device)
     scores = [0.0] * len(memory)
@@ -136,11 +139,11 @@ def sample(model: Reference, memory: Tensor, temperature: float) -> tuple[Tensor
 
 @torch.no_grad()
 def stored_values(shape: Shape, seed: int, photos: int = 3, gallery: int = 40) -> dict[str, np.ndarray]:
-    """Returns a file of the form in docs/fidelity.md: random weights and data, and what this model makes of them."""
+    """Returns random weights and data with the results of this model, in the format of docs/fidelity.md."""
     torch.manual_seed(seed)
     model = Reference(shape).eval()
     for name, value in model.named_parameters():
-        if "norm" in name or name.endswith("bias"):  # at their beginnings these would hide a mistake
+        if "norm" in name or name.endswith("bias"):  # their initial zeros and ones could hide a mistake
             value += 0.1 * torch.randn_like(value)
     vectors = torch.randn(gallery + photos, 3, shape.backbone_width)
     tokens = torch.stack([torch.randint(size, (gallery + photos,)) for size in shape.vocabulary], -1)
@@ -148,8 +151,8 @@ def stored_values(shape: Shape, seed: int, photos: int = 3, gallery: int = 40) -
     rows = torch.stack([torch.randperm(gallery)[: shape.neighbors + 1] for _ in range(photos)])
 
     def read(first: int) -> tuple[Tensor, Tensor, Tensor]:
-        near = rows[:, first : first + shape.neighbors]
-        return vectors[gallery:], vectors[near], tokens[near]
+        neighbor_rows = rows[:, first : first + shape.neighbors]
+        return vectors[gallery:], vectors[neighbor_rows], tokens[neighbor_rows]
 
     memory = model.encode(*read(0))
     logits = model(*read(0), targets)
@@ -180,19 +183,19 @@ def stored_values(shape: Shape, seed: int, photos: int = 3, gallery: int = 40) -
 
 
 def batches(shape: Shape, batch: int, photos: int, device: str) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Yields random photos with random neighbors, gathered on the host from one float32 table and copied over."""
+    """Yields batches of random photos with random neighbors, gathered from a float32 table on the host."""
     rng = np.random.default_rng(0)
     table = rng.standard_normal((photos, 3, shape.backbone_width), np.float32)
     tokens = rng.integers(0, shape.vocabulary, (photos, len(shape.vocabulary)))
-    near = rng.integers(0, photos, (photos, shape.neighbors))
+    neighbor_rows = rng.integers(0, photos, (photos, shape.neighbors))
     while True:
         rows = rng.integers(0, photos, batch)
-        found = table[rows], table[near[rows]], tokens[near[rows]], tokens[rows]
-        yield tuple(torch.from_numpy(x).to(device) for x in found)  # pyright: ignore[reportReturnType]
+        arrays = table[rows], table[neighbor_rows[rows]], tokens[neighbor_rows[rows]], tokens[rows]
+        yield tuple(torch.from_numpy(x).to(device) for x in arrays)  # pyright: ignore[reportReturnType]
 
 
 def measure(shape: Shape, batch: int, photos: int, steps: int, device: str, dtype: str) -> dict[str, float]:
-    """Returns the median step and input times in seconds, after three steps that do not count, and the parameters."""
+    """Returns the median seconds of a step and of its input, after 3 warm-up steps, and the number of parameters."""
     torch.manual_seed(0)
     model = Reference(shape).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, weight_decay=1e-6)
@@ -220,7 +223,7 @@ def measure(shape: Shape, batch: int, photos: int, steps: int, device: str, dtyp
 
 @torch.no_grad()
 def measure_decoding(shape: Shape, batch: int, photos: int, times: int, device: str, dtype: str) -> dict[str, float]:
-    """Returns the least seconds that encoding a batch and one candidate of each photo take, and the parameters."""
+    """Returns the shortest seconds to encode a batch and to decode a candidate per photo, and the model's size."""
     torch.manual_seed(0)
     model = Reference(shape).to(device).eval()
     *inputs, _ = next(batches(shape, batch, photos, device))
@@ -244,15 +247,17 @@ def _synchronize(device: str) -> None:
 
 
 def main() -> None:
-    """Measures the train step, or decoding where candidates are asked for; a batch that does not fit the device is
-    halved until it does, which `batch` tells."""
+    """Measures the train step, or decoding with --candidates, and prints the figures.
+
+    The batch is halved until it fits into the device's memory. `batch` in the output is its final size.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
     for name, default in dict(width=64, layers=2, heads=4, feed_forward=128, group=2, neighbors=15).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--photos", type=int, default=4096, help="rows of the gallery")
-    parser.add_argument("--steps", type=int, default=10, help="train steps, or candidates, that are timed")
-    parser.add_argument("--candidates", type=int, default=0, help="of a photo: measure decoding")
+    parser.add_argument("--steps", type=int, default=10, help="number of train steps, or of candidates, to time")
+    parser.add_argument("--candidates", type=int, default=0, help="measure decoding of this many candidates per photo")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on cuda")
     options = parser.parse_args()
@@ -260,20 +265,20 @@ def main() -> None:
     names = ("width", "layers", "heads", "feed_forward", "group", "neighbors")
     shape = Shape(**{name: getattr(options, name) for name in names})
     measured = measure_decoding if options.candidates else measure
-    batch, found = options.batch, None
-    while found is None:
+    batch, figures = options.batch, None
+    while figures is None:
         try:
-            found = measured(shape, batch, options.photos, options.steps, options.device, dtype)
+            figures = measured(shape, batch, options.photos, options.steps, options.device, dtype)
         except torch.OutOfMemoryError:
             batch //= 2
-    if options.candidates:  # one after another, all alike
-        rate = {"photos_per_second": batch / (found["encode"] + options.candidates * found["candidate"])}
+    if options.candidates:  # candidates are decoded one after another, and cost the same
+        rate = {"photos_per_second": batch / (figures["encode"] + options.candidates * figures["candidate"])}
     else:
-        rate = {"examples_per_second": batch / found["step"], "input_wait": found["input"] / found["step"]}
+        rate = {"examples_per_second": batch / figures["step"], "input_wait": figures["input"] / figures["step"]}
     line = {
         **rate,
         "batch": batch,
-        "parameters": found["parameters"],
+        "parameters": figures["parameters"],
         "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
         "dtype": dtype,
         "torch": torch.__version__,

@@ -1,12 +1,13 @@
-"""Our train step against the PyTorch reference's of the same shape, on the same device. Prints one JSON object.
+"""Compares our train step with the PyTorch reference of the same shape on the same device. Prints one JSON object.
 
-The two take turns, each round in a process of its own that leaves the device to the other; the ratio is the median over
-rounds of ours to the reference's examples a second. Ours is what `geotoken train` runs, over made-up data on disk: the
-input pipeline, the Trainer, the gallery where config.gallery puts it. Every step is waited for, on both sides, and the
-wait for its input counts. Without torch there is our figure alone; `--torch-python` names an interpreter that has it.
+The two take turns. Each round runs in its own process, so that the other side has the device to itself. The ratio is
+the median over rounds of our examples per second over the reference's examples per second. Our side runs the parts of
+`geotoken train` on generated data: input pipeline, Trainer, and the gallery as config.gallery places it. Both sides
+wait for every step, and count the wait for its input. `--torch-python` names an interpreter that has torch. Without
+torch only our side is measured.
 
-By default a small model on whatever device there is; `--paper` is configs/common.py's model at batch 2048.
-`--set model.remat=none` changes any key of that configuration.
+The default is a small model on JAX's default device; `--paper` measures the model of configs/common.py at batch 2048.
+`--set model.remat=none` changes a key of that configuration.
 """
 
 import argparse
@@ -30,7 +31,7 @@ _TINY = dict(width=64, heads=4, encoder_layers=2, decoder_layers=2, feed_forward
 
 
 def configuration(options: argparse.Namespace) -> Any:
-    """Returns configs/common.py with the benchmark's sizes and the command line's changes."""
+    """Returns configs/common.py with the sizes and changes of the options."""
     config: Any = common.get_config()
     if not options.paper:
         config.model.update(_TINY)
@@ -39,14 +40,14 @@ def configuration(options: argparse.Namespace) -> Any:
         config.model.dtype = options.dtype
     for change in options.set:
         key, _, value = change.partition("=")
-        with contextlib.suppress(ValueError, SyntaxError):  # what is no literal is a string
+        with contextlib.suppress(ValueError, SyntaxError):  # a value that is no Python literal is a string
             value = ast.literal_eval(value)
         config.update_from_flattened_dict({key: value})
     return config
 
 
 def write_data(folder: epath.Path, photos: int, width: int, neighbors: int) -> None:
-    """Writes a gallery and token records of made-up photos, with neighbors drawn at random."""
+    """Writes a gallery and token records of random photos with random neighbors."""
     import ml_dtypes
 
     from geotoken_jax import records
@@ -62,15 +63,15 @@ def write_data(folder: epath.Path, photos: int, width: int, neighbors: int) -> N
         "authors": np.full(photos, b""),
     }
     table.write_shard(folder / "gallery", 0, 1, columns)
-    near = rng.integers(0, photos, (photos, neighbors))
-    rows = {"row": np.arange(photos), "tokens": tokens, "neighbors": near}
+    neighbor_rows = rng.integers(0, photos, (photos, neighbors))
+    rows = {"row": np.arange(photos), "tokens": tokens, "neighbors": neighbor_rows}
     (folder / "tokens").mkdir()
     path = records.shard_path(folder / "tokens", "train", 0, 1)
     records.write_shard(path, records.token_layout(neighbors).encode(rows))
 
 
 def measure(config: Any, folder: epath.Path, photos: int, steps: int) -> dict[str, Any]:
-    """Returns what one round of ours took: medians over the steps after the first three."""
+    """Returns the figures of one round of our side: medians over the steps after 3 warm-up steps."""
     import jax
 
     from geotoken_jax import chips, records, sharding
@@ -128,7 +129,7 @@ def measure(config: Any, folder: epath.Path, photos: int, steps: int) -> dict[st
 
 
 def ours(options: argparse.Namespace) -> dict[str, Any]:
-    """Runs one round of ours in this process."""
+    """Measures one round of our train step in this process."""
     import jax
     from absl import flags
 
@@ -142,7 +143,7 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def reference(options: argparse.Namespace, config: Any, device: str, dtype: str) -> dict[str, Any]:
-    """Runs one round of the reference in a process of its own."""
+    """Measures one round of the reference in a new process."""
     model = config.model
     values = dict(
         width=model.width, layers=model.encoder_layers, heads=model.heads, feed_forward=model.feed_forward,
@@ -159,11 +160,11 @@ def _run(command: list[str]) -> dict[str, Any]:
 
 
 def compare(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
-    """Runs the rounds and returns the medians, with every round's own figures."""
+    """Runs all rounds. Returns the median figures, and the speed of every round."""
     config = configuration(options)
     has_torch = not subprocess.run([options.torch_python, "-c", "import torch"], capture_output=True).returncode
     if not has_torch:
-        print(f"{options.torch_python} has no torch: our figure alone, and no ratio", file=sys.stderr)
+        print(f"{options.torch_python} has no torch: only our side is measured (see --torch-python)", file=sys.stderr)
     rounds, references = [], []
     for _ in range(options.rounds):
         rounds.append(_run([sys.executable, "-m", "benchmarks.train_step", "--round", *arguments]))
@@ -182,19 +183,21 @@ def compare(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]
 
 
 def _median(rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the round whose speed is the median, with the speeds of all."""
+    """Returns the round of median speed, with the speeds of all rounds under `all`."""
     ordered = sorted(rounds, key=lambda line: line["examples_per_second"])
     return {**ordered[len(ordered) // 2], "all": [line["examples_per_second"] for line in rounds]}
 
 
 def main() -> None:
-    """Prints the comparison, or with --round one round of ours."""
+    """Prints the comparison, or with --round one round of our side."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--paper", action="store_true", help="the paper's model and batch")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a key of configs/common.py")
+    parser.add_argument("--paper", action="store_true", help="measure the model and batch size of configs/common.py")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of configs/common.py"
+    )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32 on a CPU, else bfloat16")
     parser.add_argument("--photos", type=int, default=8192, help="rows of the gallery")
-    parser.add_argument("--steps", type=int, default=5, help="that count, a round")
+    parser.add_argument("--steps", type=int, default=5, help="steps that count, per round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--torch-python", default=sys.executable, metavar="PATH")
     parser.add_argument("--round", action="store_true", help=argparse.SUPPRESS)

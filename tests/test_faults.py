@@ -229,7 +229,7 @@ def test_a_full_disk_is_one_sentence_and_room_is_all_it_needs(tmp_path, unbroken
         file.rename(kept)
         file.symlink_to("/dev/full")
 
-    sentence = rf"{tmp_path} cannot be written to \(No space left on device\): make room there, and the same command"
+    sentence = rf"{tmp_path} cannot be written to \(No space left on device\): free some space there, and run the same"
     with pytest.raises(StageError, match=sentence):
         train(tmp_path, make_input=lambda batches: Struck(batches, {STRUCK: fill}))
     assert StageError in cli._refusals()  # status 2: a restart would find the disk as full

@@ -306,16 +306,19 @@ def test_sinusoidal_positions():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"heads": 3}, "config.model.width = 16"),
+        ({"heads": 3}, "config.model.width is 16: make it a multiple of config.model.heads = 3"),
         ({"norm": "both"}, "config.model.norm is 'both': choose one of pre, post"),
         ({"remat": "some"}, "config.model.remat is 'some'"),
         ({"activation": "swish"}, "config.model.activation is 'swish': choose one of relu, gelu, swiglu, geglu"),
         ({"attention": "flash"}, "config.model.attention is 'flash': choose one of xla, cudnn"),
-        ({"attention": "cudnn"}, "config.model.attention = 'cudnn' takes .* not float32 and 8"),
-        ({"attention": "cudnn", "dtype": "bfloat16", "heads": 4}, "not bfloat16 and 4: change those, or use 'xla'"),
+        ({"attention": "cudnn"}, "config.model.attention is 'cudnn', which needs .* not float32 and 8"),
+        (
+            {"attention": "cudnn", "dtype": "bfloat16", "heads": 4},
+            "not bfloat16 and 4: change dtype or heads, or set attention to 'xla'",
+        ),
         ({"memory": "half"}, "config.model.memory is 'half'"),
         ({"context": "weather"}, "config.model.context is 'weather': choose one of none, season, time"),
-        ({"neighbor_tokens": False}, "config.model.copy_head copies"),
+        ({"neighbor_tokens": False}, "config.model.copy_head is True, but"),
     ],
 )
 def test_settings_that_make_no_model_are_refused(changes, message):

@@ -65,9 +65,9 @@ def test_a_position_is_gone_back_to_exactly_on_any_number_of_processes():
 
 
 def test_batches_that_cannot_be_are_refused():
-    with pytest.raises(SettingsError, match=r"batch_size is 6, which does not divide over 4 processes"):
+    with pytest.raises(SettingsError, match=r"batch_size is 6: make it a multiple of 4, the number"):
         pipeline.training(20, read, 6, 0, 0, 4)
-    with pytest.raises(SettingsError, match=r"batch_size is 32, more than the 20 photos"):
+    with pytest.raises(SettingsError, match=r"batch_size is 32, but there are only 20 photos"):
         pipeline.training(20, read, 32, 0)
 
 

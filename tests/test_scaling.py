@@ -65,7 +65,7 @@ def test_fewer_photos_are_among_more_and_come_with_their_views():
     assert set(few) != set(join.chosen([photos, views], join.DataSettings(photos=5, seed=4)))
     part = join.Subset(lambda rows: {"row": rows * 10}, few)
     assert len(part) == 15 and part(np.array([2, 0]))["row"].tolist() == [10 * few[2], 10 * few[0]]
-    with pytest.raises(settings.SettingsError, match=r"config.data.photos is 51: there are 50 to train on"):
+    with pytest.raises(settings.SettingsError, match=r"config.data.photos is 51: set it to 1 ... 50"):
         join.chosen([photos, views], join.DataSettings(photos=51, seed=0))
 
 

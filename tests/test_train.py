@@ -219,7 +219,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(tmp_path):
 
 
 def test_training_stops_when_steps_keep_failing(tmp_path):
-    with pytest.raises(loop.Diverged, match=r"max_skipped is 2, and the last 3 steps until 4 had .*: lower"):
+    with pytest.raises(loop.Diverged, match=r"max_skipped is 2, and the last 3 steps until 4 had .*: lower optimizer"):
         train(tmp_path, 6, examples=8 * 6, make_input=lambda batches, n: Spoiled(batches, n, 2, 6))
 
 
@@ -261,7 +261,7 @@ def test_the_speed_of_training(tmp_path):
 def test_weights_and_biases_is_asked_for_by_name(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(
-        settings.SettingsError, match=r"config\.train\.wandb is 'mine' .* pip install 'geotoken-jax\[wandb\]'"
+        settings.SettingsError, match=r"config\.train\.wandb is 'mine', but .* pip install 'geotoken-jax\[wandb\]'"
     ):
         train(tmp_path, 4, wandb="mine")
 

@@ -1,4 +1,4 @@
-"""What a row number becomes: records joined with the tables they point into."""
+"""Readers that turn row numbers into training data: records joined with the tables that their rows refer to."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -11,14 +11,14 @@ from geotoken_jax.geo.cells import Scheme
 from geotoken_jax.records import Records
 from geotoken_jax.settings import SettingsError
 
-#: Seconds of a year, the calendar's mean one (a date of 1970 to 2100 is within two days of its place), and of a day.
+#: Seconds in a mean calendar year, which is off by at most two days for dates from 1970 to 2100, and in a day.
 _PERIODS = 365.2425 * 86_400, 86_400
 
 
 @dataclasses.dataclass(frozen=True)
 class DataSettings:
-    """photos: of those that the decoder could be trained on, so many are, with their views; 0 for all. A smaller set
-    lies in each larger one. Neighbors still come from the whole gallery. seed: of the choice."""
+    """photos: number of photos that the decoder is trained on, with their views; all photos if 0. A smaller choice is
+    part of every larger one. Neighbors still come from the whole gallery. seed: seed of the random choice."""
 
     photos: int
     seed: int
@@ -34,19 +34,21 @@ class Features:
         return len(self._records)
 
     def __call__(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        found = self._records[rows]
-        return {name: found[name].astype(np.float32) for name in ("image", "text", "coordinates")}
+        records = self._records[rows]
+        return {name: records[name].astype(np.float32) for name in ("image", "text", "coordinates")}
 
 
 class Tokens:
     """Reads tokens/ for the decoder and joins photo and neighbors by row.
 
-    own: table of the photos themselves (the gallery, for the split that the gallery is made of). gallery: None where it
-    lies on the devices (gallery/placement.py). neighbors: M, how many of those on record are taken, best first. times:
-    how many numbers of `context` the model reads.
-    Returns query [b, 3, C] bfloat16, tokens [b, T] and neighbor_count [b] int32, and of the neighbors either
-    neighbors [b, M, 3, C] bfloat16 and neighbor_tokens [b, M, T] int32, or neighbor_rows [b, M] int32 alone; and where
-    times are read context [b, times] float32.
+    own: table of the photos themselves. For the split that the gallery is built from, this is the gallery.
+    gallery: table of the neighbors; None if the table is on the devices (gallery/placement.py).
+    neighbors: M, number of recorded neighbors to read, best first.
+    times: number of values of `context` to read; no context if 0.
+
+    Returns query [b, 3, C] bfloat16, tokens [b, T] int32 and neighbor_count [b] int32. With a gallery also neighbors
+    [b, M, 3, C] bfloat16 and neighbor_tokens [b, M, T] int32; without one, neighbor_rows [b, M] int32. With times also
+    context [b, times] float32.
     """
 
     def __init__(
@@ -59,24 +61,24 @@ class Tokens:
         return len(self._records)
 
     def __call__(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        found = self._records[rows]
-        near = found["neighbors"][:, : self._neighbors]
+        records = self._records[rows]
+        best = records["neighbors"][:, : self._neighbors]
         return {
-            # The photo's own always come from the host: 4.6 KB a photo where its neighbors are 15 times that, and a
-            # photo of another split than the gallery's is in no table on the devices.
-            "query": self._own.embeddings(found["row"]),
-            "tokens": self._cells.of_stored(found["tokens"], self._own.coordinates(found["row"])),
-            **(neighbor_rows(near) if self._gallery is None else neighbors(self._gallery, near, self._cells)),
-            **({"context": context(self._own.captured(found["row"]), self._times)} if self._times else {}),
+            # The photo's embeddings always come from the host. They are 4.6 KB per photo, a 15th of the size of
+            # 15 neighbors, and the table on the devices contains photos of the gallery's split only.
+            "query": self._own.embeddings(records["row"]),
+            "tokens": self._cells.of_stored(records["tokens"], self._own.coordinates(records["row"])),
+            **(neighbor_rows(best) if self._gallery is None else neighbors(self._gallery, best, self._cells)),
+            **({"context": context(self._own.captured(records["row"]), self._times)} if self._times else {}),
         }
 
 
 class Concatenation:
-    """Reads several splits as one: the rows of each follow those of the one before it."""
+    """Reads several splits as one. Row numbers run through the first split, then the second, and so on."""
 
     def __init__(self, parts: Sequence[Features] | Sequence[Tokens]):
         self._parts = parts
-        #: First row of each part, and the number of rows.
+        #: First row of each part; the last entry is the total number of rows.
         self._starts = np.cumsum([0, *map(len, parts)])
 
     def __len__(self) -> int:
@@ -85,11 +87,11 @@ class Concatenation:
     def __call__(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         rows = np.asarray(rows)
         part = np.searchsorted(self._starts, rows, side="right") - 1
-        asked = np.unique(part)
-        if len(asked) == 1:
-            return self._parts[asked[0]](rows - self._starts[asked[0]])
+        requested = np.unique(part)
+        if len(requested) == 1:
+            return self._parts[requested[0]](rows - self._starts[requested[0]])
         columns: dict[str, np.ndarray] = {}
-        for i in asked:
+        for i in requested:
             here = part == i
             for name, values in self._parts[i](rows[here] - self._starts[i]).items():
                 columns.setdefault(name, np.empty((len(rows), *values.shape[1:]), values.dtype))[here] = values
@@ -97,7 +99,7 @@ class Concatenation:
 
 
 class Subset:
-    """Reads some rows of another reader: its row i is the other's row rows[i]."""
+    """Reads a subset of another reader: row i of the subset is row rows[i] of `whole`."""
 
     def __init__(self, whole: Callable[[np.ndarray], dict[str, np.ndarray]], rows: Int[np.ndarray, "n"]):
         self._whole, self._rows = whole, rows
@@ -110,25 +112,25 @@ class Subset:
 
 
 def chosen(ids: Sequence[np.ndarray], settings: DataSettings) -> Int[np.ndarray, "n"]:
-    """Returns the rows of the photos that are trained on, ascending, among several splits read as one (Concatenation).
+    """Returns the rows, ascending, of a random choice of photos and their views, as rows of a Concatenation.
 
-    ids: of each split's photos; the choice is among those of the first, and views have the ids of their photos. Raises
-    SettingsError if there are fewer than asked for.
+    ids: ids of the photos of each split. Photos are chosen from the first split. The others contain views, which have
+    the ids of their photos. Raises SettingsError if the first split has fewer photos than settings.photos.
     """
     photos, *_ = ids
     if not 0 < settings.photos <= len(photos):
         raise SettingsError(
-            f"config.data.photos is {settings.photos}: there are {len(photos):,} to train on, 0 for all"
+            f"config.data.photos is {settings.photos}: set it to 1 ... {len(photos)}, or to 0 for all photos"
         )
     taken = np.random.default_rng(settings.seed).permutation(len(photos))[: settings.photos]
     return np.flatnonzero(np.isin(np.concatenate(ids), photos[taken]))
 
 
 def context(captured: Float[np.ndarray, " b"], times: int) -> Float[np.ndarray, "b times"]:
-    """Returns the first `times` numbers of what a model reads of when photos were taken, float32; all 0 if unknown.
+    """Returns the first `times` values that describe when a photo was taken, float32; all 0 if that is unknown.
 
-    captured: seconds since 1970, UTC, NaN where unknown. Numbers: 1, for known; sine and cosine of the time of year;
-    sine and cosine of the time of day.
+    The values are 1 (the time is known), sine and cosine of the time of year, sine and cosine of the time of day.
+    captured: seconds since 1970, UTC; NaN if unknown.
     """
     year, day = (2 * np.pi * (captured / period % 1) for period in _PERIODS)
     numbers = np.stack([np.ones_like(captured), np.sin(year), np.cos(year), np.sin(day), np.cos(day)], -1)
@@ -136,12 +138,12 @@ def context(captured: Float[np.ndarray, " b"], times: int) -> Float[np.ndarray, 
 
 
 def neighbor_rows(rows: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns which gallery rows [b, M] the devices are to look up; missing ones are -1 and come last."""
+    """Returns the gallery rows [b, M] for the devices to look up, with their number. Missing rows are -1 and last."""
     return {"neighbor_rows": rows.astype(np.int32), "neighbor_count": _count(rows)}
 
 
 def neighbors(gallery: Table, rows: np.ndarray, cells: Scheme) -> dict[str, np.ndarray]:
-    """Returns what the decoder reads of gallery rows [b, M]; missing ones are -1 and come last."""
+    """Returns embeddings and tokens of gallery rows [b, M], with their number. Missing rows are -1 and last."""
     present = np.where(rows < 0, 0, rows)
     return {
         "neighbors": gallery.embeddings(present),

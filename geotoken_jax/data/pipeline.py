@@ -1,8 +1,8 @@
-"""Batches for the train loop: shuffle rows, cut global batches, take this process's part, read it, in that order.
+"""Batches for the train loop: rows are shuffled and cut into global batches, and each process reads its part.
 
-Shuffling and batching move row numbers only, and a batch is read in one call: grain would read one record at a time,
-which is 4-5 times slower (google/grain#688). The global batch sequence depends on the seed alone: any number of
-processes sees the same batches, so the position in it is one number, valid on any of them.
+Shuffling and batching move row numbers only, and a batch is read in one call. Grain would read one record at a time,
+which is 4-5 times slower (google/grain#688). The sequence of global batches depends on the seed alone, not on the
+number of processes. The position in it is one number, which is valid for any number of processes.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,10 +19,10 @@ Read = Callable[[np.ndarray], dict[str, np.ndarray]]
 
 @runtime_checkable
 class Varying(Protocol):
-    """A reader that in training gives something else of a row each time."""
+    """A reader that in training returns different data each time it reads a row, such as random views of a photo."""
 
     def vary(self, rows: np.ndarray, examples: np.ndarray) -> dict[str, np.ndarray]:
-        """examples [b]: how many rows training takes before each of them, on all processes, from its beginning."""
+        """Returns the rows as varied for these examples. examples [b]: number of each row in the order of training."""
         ...
 
 
@@ -34,24 +34,24 @@ class _ReadPart(grain.transforms.MapWithIndex):
 
     def map_with_index(self, index: int, rows: np.ndarray) -> dict[str, np.ndarray]:  # pyright: ignore[reportIncompatibleMethodOverride]
         size = len(rows) // self._processes
-        own = slice(self._process * size, (self._process + 1) * size)
+        part = slice(self._process * size, (self._process + 1) * size)
         if isinstance(self._read, Varying):
-            return self._read.vary(rows[own], (index * len(rows) + np.arange(len(rows)))[own])
-        return self._read(rows[own])
+            return self._read.vary(rows[part], (index * len(rows) + np.arange(len(rows)))[part])
+        return self._read(rows[part])
 
 
 def training(
     n: int, read: Read, batch_size: int, seed: int, process: int = 0, processes: int = 1
 ) -> grain.DatasetIterator:
-    """Returns an endless iterator over shuffled batches; every row comes once an epoch, in another order each time.
+    """Returns an endless iterator over shuffled batches. Each epoch has every row once, in a new order.
 
-    batch_size: of all processes together. Its `get_state` and `set_state` hold the position.
-    Raises SettingsError if the batch does not divide over the processes or is larger than the data.
+    `get_state` and `set_state` of the iterator read and set its position. batch_size: rows per batch, over all
+    processes. Raises SettingsError if processes does not divide batch_size, or batch_size is larger than n.
     """
     if batch_size % processes:
-        raise SettingsError(f"batch_size is {batch_size}, which does not divide over {processes} processes")
+        raise SettingsError(f"batch_size is {batch_size}: make it a multiple of {processes}, the number of processes")
     if batch_size > n:
-        raise SettingsError(f"batch_size is {batch_size}, more than the {n} photos there are: make it smaller")
+        raise SettingsError(f"batch_size is {batch_size}, but there are only {n} photos: set it to {n} or less")
     rows = grain.MapDataset.range(n).seed(seed).shuffle().repeat().batch(batch_size, drop_remainder=True)
     read_part = rows.map_with_index(_ReadPart(read, process, processes))
     return iter(read_part.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
@@ -60,7 +60,7 @@ def training(
 def evaluation(
     n: int, read: Read, batch_size: int, process: int = 0, processes: int = 1
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yields every row once, in order, in batches of one size; `valid` [b] is False for what fills up the last one."""
+    """Yields every row once, in order, in batches of equal size. `valid` [b] is False for padding of the last one."""
     size = batch_size // processes
     for first in range(0, n, batch_size):
         rows = np.arange(first + process * size, first + (process + 1) * size)

@@ -1,4 +1,4 @@
-"""Photos as alignment from pixels reads them: decoded, turned into other views where asked, and prepared."""
+"""Reader of pixels, for alignment from pixels: photos are decoded, optionally varied, and prepared for a tower."""
 
 import concurrent.futures
 import math
@@ -15,7 +15,7 @@ from geotoken_jax.records import Photos
 
 
 class Preparing(Protocol):
-    """What a reader needs of a backbone, see backbone.Backbone."""
+    """The part of backbone.Backbone that prepares photos."""
 
     min_side: int
 
@@ -23,10 +23,11 @@ class Preparing(Protocol):
 
 
 class Pixels:
-    """Reads features/ with photos/ in the place of their features: image [b, h, w, 3] uint8, the rest as Features.
+    """Reads features/, with pixels from photos/ as `image` [b, h, w, 3] uint8. The other arrays are as in Features.
 
-    Rows of the two are the same photos. threads: that decode. views: how far a photo's views go from it in training,
-    None for the photo itself; each depends on the seed and on the example's number alone.
+    features, photos: readers of the same photos, row by row. threads: number of threads that decode. views: settings
+    of the random views that replace photos in training; the photos themselves if None. A view depends on the seed and
+    the example's number alone.
     """
 
     def __init__(
@@ -40,19 +41,19 @@ class Pixels:
         return len(self._features)
 
     def __call__(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        return self._read(self._itself, rows)
+        return self._read(self._photo, rows)
 
     def vary(self, rows: np.ndarray, examples: np.ndarray) -> dict[str, np.ndarray]:
-        """Returns what the reader does of rows, each as it is seen as this example (pipeline.Varying)."""
+        """Returns the rows with a random view of each photo (pipeline.Varying)."""
         return self._read(self._view, rows, examples) if self._views else self(rows)
 
-    def _read(self, look: Callable[..., np.ndarray], rows: np.ndarray, *more: np.ndarray) -> dict[str, np.ndarray]:
-        return {**self._features(rows), "image": np.stack(list(self._pool.map(look, rows, *more)))}
+    def _read(self, image: Callable[..., np.ndarray], rows: np.ndarray, *examples: np.ndarray) -> dict[str, np.ndarray]:
+        return {**self._features(rows), "image": np.stack(list(self._pool.map(image, rows, *examples)))}
 
-    def _itself(self, row: int) -> np.ndarray:
+    def _photo(self, row: int) -> np.ndarray:
         return self._tower.prepare(self._photos[row]["image"])
 
     def _view(self, row: int, example: int) -> np.ndarray:
-        assert self._views, "a view without settings"
+        assert self._views, "views need settings"
         image = open_image(self._photos[row]["image"], math.ceil(self._tower.min_side / self._views.crop))
         return self._tower.prepare(view(image, np.random.default_rng((self._seed, example)), self._views))

@@ -1,4 +1,4 @@
-"""The decoder's batch: what `data.join.Tokens` reads and `model.task.GeoTokenTask` trains on."""
+"""The decoder's batches, which `data.join.Tokens` reads and `model.task.GeoTokenTask` trains on."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,26 +10,32 @@ from geotoken_jax.model.geotoken import ModelSettings
 def spec(model: ModelSettings, size: int, on_device: bool = False) -> batch.Spec:
     """Returns the specification of a batch of `size` photos.
 
-    query [B, 3, C] bfloat16: the photo's image, location and text embeddings. tokens [B, T] int32.
-    neighbor_count [B] int32: number of neighbors that are real, the first ones. neighbors [B, M, 3, C] bfloat16 and
-    neighbor_tokens [B, M, T] int32; or neighbor_rows [B, M] int32, gallery rows, -1 if missing, if on_device: the
-    gallery is on the devices. context [B, times] float32, if the model reads when a photo was taken.
-    Evaluation adds valid [B] bool: False for examples that only fill the batch up.
+    query [B, 3, C] bfloat16: image, location and text embedding of the photo. tokens [B, T] int32.
+    neighbor_count [B] int32: number of real neighbors, which come first; the rest is padding.
+    If the gallery is on the host: neighbors [B, M, 3, C] bfloat16 and neighbor_tokens [B, M, T] int32.
+    If it is on the devices (on_device): neighbor_rows [B, M] int32, gallery rows, -1 if missing.
+    If the model reads when a photo was taken: context [B, times] float32.
+    In evaluation: valid [B] bool, False for examples that only pad the batch.
     """
     m, t, c = model.neighbors, model.cells.length, model.backbone_width
-    near = (
+    neighbors = (
         {"neighbor_rows": ((m,), jnp.int32)}
         if on_device
         else {"neighbors": ((m, 3, c), jnp.bfloat16), "neighbor_tokens": ((m, t), jnp.int32)}
     )
     context = {"context": ((model.times,), jnp.float32)} if model.times else {}
     return batch.spec(
-        size, query=((3, c), jnp.bfloat16), tokens=((t,), jnp.int32), neighbor_count=((), jnp.int32), **near, **context
+        size,
+        query=((3, c), jnp.bfloat16),
+        tokens=((t,), jnp.int32),
+        neighbor_count=((), jnp.int32),
+        **neighbors,
+        **context,
     )
 
 
 def fake(model: ModelSettings, size: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """Returns a batch of made-up photos, each with all its neighbors."""
+    """Returns a batch of random photos, each with all M neighbors."""
     sizes = np.array(model.cells.vocab_sizes)
-    found = batch.fake(spec(model, size), seed, {"tokens": sizes, "neighbor_tokens": sizes})
-    return {**found, "neighbor_count": np.full(size, model.neighbors, np.int32)}
+    arrays = batch.fake(spec(model, size), seed, {"tokens": sizes, "neighbor_tokens": sizes})
+    return {**arrays, "neighbor_count": np.full(size, model.neighbors, np.int32)}

@@ -1,4 +1,4 @@
-"""What one example of training costs in floating-point operations, counted from the settings alone."""
+"""Floating-point operations of one training example, computed from the model's settings."""
 
 from geotoken_jax.model.geotoken import ModelSettings
 from geotoken_jax.model.layers import GATED
@@ -7,8 +7,8 @@ from geotoken_jax.model.layers import GATED
 def per_example(s: ModelSettings) -> float:
     """Returns the operations of one example's matrix products, forward and backward, with all M neighbors present.
 
-    A product of [m, k] and [k, n] counts 2 m k n, the backward pass twice the forward. Causal attention counts whole;
-    what remat "dots" or "full" computes a second time is not counted, nor is anything but products.
+    A product of [m, k] and [k, n] counts as 2 m k n, and the backward pass as twice the forward pass. Causal attention
+    counts as if it had no mask. Recomputation by remat "dots" or "full" is not counted, nor is anything but products.
     """
     d, m, t = s.width, s.neighbors, s.cells.length
     memory = s.memory_form.length

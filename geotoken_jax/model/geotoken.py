@@ -1,7 +1,8 @@
-"""The encoder-decoder that reads a photo and its neighbors and writes S2 tokens, coarse to fine (paper, section 3).
+"""The encoder-decoder: it reads a photo and its neighbors, and writes S2 tokens from coarse to fine (paper, section 3).
 
-One class holds the published form and ours; the settings choose: norm, activation, positions, tied token tables, full
-or compact memory, copy head. Position t has a vocabulary of its own (of S2 6, then 4^group); logits past it are -inf.
+One class is both the published model and ours. The settings choose norm, activation, positions, tied token tables, full
+or compact memory, and the copy head. Each position has its own vocabulary (S2: 6 faces, then up to 4^group cells); the
+logits of all other tokens are -inf.
 """
 
 import dataclasses
@@ -19,21 +20,24 @@ from geotoken_jax.geo.schemes import SCHEMES
 from geotoken_jax.model import layers
 from geotoken_jax.model.memory import CONTEXTS, MemoryBuilder, MemoryForm, Neighbors, drop, sinusoidal
 
-#: Share of the photos whose time is hidden in training: who asks seldom tells it, and a data set may know every one.
+#: Share of training photos whose time is hidden. Users seldom give a time, but all photos of a data set may have one.
 _TIMELESS = 0.1
-_NEVER = -1e30  # a log-probability of nothing; finite, so that its gradient is zero and not NaN
+_NEVER = -1e30  # log-probability of an impossible token; finite, so that its gradient is 0 and not NaN
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSettings(layers.LayerSettings):
-    """Everything that shapes the parameters; the layers' own are in LayerSettings.
+    """Settings of the whole model, added to the settings of its layers (LayerSettings).
 
-    scheme: name of the tokens' own, in geo.schemes; level, group: of it. backbone_width: C. neighbors: M. memory:
-    "full" or "compact". positions: "factored" or "sinusoidal". tie_tokens: neighbors and decoder share one token table.
-    copy_head: mix in the next tokens of the neighbors that agree with the tokens so far. neighbor_tokens,
-    neighbor_embeddings: False hides these of the neighbors (ablation). neighbor_dropout: share of the neighbors that
-    are hidden in training, at random. similarities: tell how near each neighbor is to the photo. context: what is read
-    of when it was taken, "none", "season" (the time of year) or "time" (of year and of day, UTC).
+    scheme: name of the cell scheme in geo.schemes.SCHEMES. level: S2 level as fine as its cells.
+    group: digits per token. backbone_width: C, width of the backbone's embeddings.
+    neighbors: M, number of neighbors per photo. memory: "full" or "compact" (model/memory.py).
+    positions: "factored" or "sinusoidal".
+    tie_tokens: whether neighbors and decoder share one token table. copy_head: whether CopyHead is used.
+    neighbor_tokens, neighbor_embeddings: False hides the neighbors' tokens or embeddings (ablation).
+    neighbor_dropout: share of neighbors hidden at random in training. similarities: whether the memory contains the
+    cosines of photo and neighbors. context: time of the photo that the model reads: "none", "season" (time of year) or
+    "time" (time of year and time of day, UTC).
     """
 
     scheme: str
@@ -63,10 +67,11 @@ class ModelSettings(layers.LayerSettings):
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"config.model.{name} is {getattr(self, name)!r}: choose one of {', '.join(choices)}")
-        SCHEMES[self.scheme](self.level, self.group)  # says what is wrong with them, or what is not installed
+        SCHEMES[self.scheme](self.level, self.group)  # raises for a bad level or group, or a missing package
         if self.copy_head and not self.neighbor_tokens:
             raise ValueError(
-                "config.model.copy_head copies neighbors' tokens: set it False where neighbor_tokens is False"
+                "config.model.copy_head is True, but there is nothing to copy since config.model.neighbor_tokens is "
+                "False: set copy_head to False too"
             )
 
     @property
@@ -75,7 +80,7 @@ class ModelSettings(layers.LayerSettings):
 
     @property
     def times(self) -> int:
-        """How many numbers of a photo's time are read."""
+        """Number of values that the model reads of a photo's time."""
         return CONTEXTS[self.context]
 
     @property
@@ -88,8 +93,11 @@ class ModelSettings(layers.LayerSettings):
 
 
 class Memory(NamedTuple):
-    """What the decoder looks back at: keys and values [L, B, S, H, d] of every decoder layer, how many of the S
-    positions are real [B], and, for the copy head, its keys [B, M, D] with the neighbors themselves."""
+    """The encoded photos and neighbors, as the decoder reads them.
+
+    keys_values: keys and values of the memory for each decoder layer. lengths: number of real positions among the S.
+    copy_keys: keys of the copy head; None if the model has no copy head. neighbors: the neighbors themselves.
+    """
 
     keys_values: tuple[Float[Array, "L B S H d"], Float[Array, "L B S H d"]]
     lengths: Int[Array, " B"]
@@ -98,11 +106,12 @@ class Memory(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Decoding so far: keys and values [L, G, H, E, d] of the tokens in E slots, which neighbors agree with those of
-    each candidate, and the memory's keys and values head by head, which stay as they are.
+    """The state of decoding K candidates per photo.
 
-    G is B * K where each candidate has slots of its own, one a token, and B where the candidates of a photo share them
-    as the nodes of a tree.
+    past: keys and values of the decoded tokens, in E slots. If each candidate has its own slots, one per token, G is
+    B * K. If the candidates of a photo share slots, as nodes of a tree, G is B.
+    agree: whether a neighbor has the candidate's tokens at all decoded positions.
+    memory: keys and values of the memory, laid out head by head. Decoding does not change them.
     """
 
     past: tuple[Float[Array, "L G H E d"], Float[Array, "L G H E d"]]
@@ -111,10 +120,10 @@ class Cache(NamedTuple):
 
 
 class CopyHead(nnx.Module):
-    """Mixes in the next token of the neighbors whose tokens so far are the decoder's own.
+    """Mixes the decoder's distribution with the next tokens of the neighbors that agree with all previous tokens.
 
-    The decoder's state attends over the neighbors' encoded images among those that agree; a learned gate mixes the two
-    distributions. Where no neighbor agrees the gate is closed.
+    The decoder's state attends over the encoded images of the agreeing neighbors. A learned gate weights the two
+    distributions. If no neighbor agrees, the gate is closed.
     """
 
     def __init__(self, settings: ModelSettings, rngs: nnx.Rngs):
@@ -131,31 +140,36 @@ class CopyHead(nnx.Module):
         tokens: Int[Array, "B Q M"],
         agree: Bool[Array, "B Q M"],
     ) -> Float[Array, "B Q V"]:
-        """Returns log-probabilities; Q is positions (training) or candidates (decoding). tokens: what each neighbor
-        has at the position in question."""
+        """Returns log-probabilities. Q is the number of positions (training) or candidates (decoding).
+
+        tokens: token of each neighbor at the position to predict. agree: whether the neighbor has the true or decoded
+        tokens at all positions before.
+        """
         scores = jnp.einsum("bqd,bmd->bqm", self.query(states), keys).astype(jnp.float32) / np.sqrt(keys.shape[-1])
         weights = jax.nn.softmax(jnp.where(agree, scores, _NEVER)) * agree
         copied = jnp.einsum("bqm,bqmv->bqv", weights, jax.nn.one_hot(tokens, logits.shape[-1]))
         gate = jnp.where(agree.any(-1, keepdims=True), self.gate(states).astype(jnp.float32), _NEVER)
         log_copied = jnp.where(copied > 0, jnp.log(jnp.where(copied > 0, copied, 1.0)), _NEVER)
         written = jax.nn.log_sigmoid(-gate) + jax.nn.log_softmax(logits)
-        # A product of two minus infinities is past the vocabulary: leave it so, without a NaN in the gradient.
+        # Beyond the vocabulary `written` is -inf, which would put a NaN into the gradient. The clamp removes the
+        # -inf, and the last line restores it.
         mixed = jnp.logaddexp(jnp.maximum(written, _NEVER), jax.nn.log_sigmoid(gate) + log_copied)
         return jnp.where(jnp.isfinite(logits), mixed, -jnp.inf)
 
 
 class GeoTokenModel(nnx.Module):
-    """p(tokens | photo, neighbors), teacher-forced (`__call__`) or step by step on a cache (`start`, `step`)."""
+    """The model of p(tokens | photo, neighbors): teacher-forced (`__call__`), or token by token (`start`, `step`)."""
 
     def __init__(self, settings: ModelSettings, rngs: nnx.Rngs):
         s = self.settings = settings
         sizes = np.array(s.cells.vocab_sizes)
         normal = nnx.initializers.normal(0.02)
-        # Position t's slice of the token table starts after those of the positions before it.
+        # The token table stacks the vocabularies of all positions; position t's rows start at offsets[t].
         self.offsets = tuple(int(o) for o in np.cumsum(sizes) - sizes)
         self.memory_builder = MemoryBuilder(s.memory_form, s.backbone_width, s.width, s.dtype, rngs)
         self.start_embedding = sharding.parameter(rngs.params(), normal, (s.width,), (None,))
-        # Not split by "embed", as neither are the memory's vectors: to split its gradient XLA would gather all photos'.
+        # Not split over "embed": to split its gradient, XLA would first gather the gradients of all photos.
+        # MemoryBuilder does not split its vectors either.
         self.token_table = sharding.parameter(rngs.params(), normal, (int(sizes.sum()), s.width), ("vocab", None))
         if not s.tie_tokens and s.neighbor_tokens:
             self.neighbor_table = sharding.parameter(
@@ -186,11 +200,14 @@ class GeoTokenModel(nnx.Module):
         key: jax.Array | None = None,
         context: Float[Array, "B times"] | None = None,
     ) -> Float[Array, "B T V"]:
-        """Returns log-probabilities of every position's token given the true tokens before it."""
+        """Returns the log-probabilities of each position's token, given the true tokens before it.
+
+        key: source of dropout and of hidden neighbors and times; None in evaluation. context: see `encode`.
+        """
         s = self.settings
         if s.times and context is not None and key is not None:
-            told = jax.random.bernoulli(jax.random.fold_in(key, 4), 1 - _TIMELESS, (len(context), 1))
-            context = context * told
+            shown = jax.random.bernoulli(jax.random.fold_in(key, 4), 1 - _TIMELESS, (len(context), 1))
+            context = context * shown
         neighbors = drop(neighbors, s.neighbor_dropout, None if key is None else jax.random.fold_in(key, 3))
         encode_key, decode_key, embed_key = layers.split(key, 3)
         memory = self.encode(query, neighbors, encode_key, context)
@@ -209,8 +226,8 @@ class GeoTokenModel(nnx.Module):
             same = tokens[:, :-1, None] == neighbors.tokens.swapaxes(1, 2)[:, :-1]
             same = jnp.concatenate([self._real(neighbors)[:, None], same], 1)
             agree = jnp.cumprod(same, 1).astype(bool)
-        near = neighbors.tokens.swapaxes(1, 2)
-        return self._log_probabilities(x, slice(None), memory, near, agree)
+        neighbor_tokens = neighbors.tokens.swapaxes(1, 2)
+        return self._log_probabilities(x, slice(None), memory, neighbor_tokens, agree)
 
     def encode(
         self,
@@ -219,8 +236,11 @@ class GeoTokenModel(nnx.Module):
         key: jax.Array | None = None,
         context: Float[Array, "B times"] | None = None,
     ) -> Memory:
-        """Reads the photo and its neighbors once; the result serves every candidate. context: of the photos' times
-        (data.join.context), where the model reads them; None where all are unknown."""
+        """Returns the encoded photos and neighbors, computed once for all candidates.
+
+        key: source of dropout; no dropout if None. context: values of the photos' times (data.join.context), if the
+        model reads them; all times count as unknown if None.
+        """
         s = self.settings
         x, lengths = self.sequence(query, neighbors, key, context)
         copy_keys = None
@@ -241,7 +261,7 @@ class GeoTokenModel(nnx.Module):
         key: jax.Array | None = None,
         context: Float[Array, "B times"] | None = None,
     ) -> tuple[Float[Array, "B S D"], Int[Array, " B"]]:
-        """Returns the encoder's output and how many of its positions are real."""
+        """Returns the encoder's output and the number of its real positions. Arguments: see `encode`."""
         s = self.settings
         embed_key, layers_key = layers.split(key, 2)
         embedded = None
@@ -261,15 +281,18 @@ class GeoTokenModel(nnx.Module):
         return (self.encoder_norm(x).astype(x.dtype) if s.norm == "pre" else x), lengths
 
     def start(self, memory: Memory, candidates: int, shared: int | None = None) -> Cache:
-        """Returns the empty cache of `candidates` decodings a photo, with T slots each, or `shared` slots together."""
+        """Returns an empty cache for `candidates` sequences per photo.
+
+        shared: number of slots that all candidates of a photo share; if None, each candidate has T slots of its own.
+        """
         s = self.settings
         b = memory.lengths.shape[0]
         groups, slots = (b, shared) if shared else (b * candidates, s.cells.length)
         past = jnp.zeros((s.decoder_layers, groups, s.heads, slots, s.width // s.heads), jnp.dtype(s.dtype))
         real = self._real(memory.neighbors)[:, None]
         agree = jnp.broadcast_to(real, (b, candidates, real.shape[-1]))
-        # Without the barrier XLA turns what the encoder is made of instead, and again at every step (a small model's 30
-        # samples with their encoding, CPU: 24 against 16 ms).
+        # Without the barrier XLA transposes the inputs of these keys and values instead, and again at every step (a
+        # small model, 30 samples with their encoding, CPU: 24 ms against 16 ms).
         by_head = jax.lax.optimization_barrier(tuple(part.swapaxes(2, 3) for part in memory.keys_values))
         return Cache((past, past), agree, by_head)
 
@@ -282,10 +305,11 @@ class GeoTokenModel(nnx.Module):
         slot: Int[Array, ""] | None = None,
         seen: Bool[Array, "B K E"] | None = None,
     ) -> tuple[Float[Array, "B K V"], Cache]:
-        """Returns log-probabilities of token t, and the cache after it. previous: token t - 1; anything at t = 0.
+        """Returns the log-probabilities of token t, and the updated cache. previous: token t - 1; ignored at t = 0.
 
-        Where candidates share their slots each may stand at a t of its own; slot: where the first of them writes, the
-        others following it; seen: the slots that each looks at, its own among them.
+        The other arguments are for candidates that share slots. t: one position per candidate, or one for all.
+        slot: slot of the first candidate; the others take the slots after it. seen: slots that each candidate attends
+        to, including its own.
         """
         s = self.settings
         before = jnp.maximum(t - 1, 0)
@@ -307,14 +331,16 @@ class GeoTokenModel(nnx.Module):
         (x, past), _ = stack.scan(self.decoder, body, (x, cache.past), numbered)
         agree, tokens = cache.agree, None
         if s.copy_head:
-            near, at = memory.neighbors.tokens.swapaxes(1, 2), jnp.broadcast_to(t, previous.shape)
-            latest, tokens = (jnp.take_along_axis(near, i[..., None], 1) for i in (jnp.maximum(at - 1, 0), at))
+            neighbor_tokens, at = memory.neighbors.tokens.swapaxes(1, 2), jnp.broadcast_to(t, previous.shape)
+            latest, tokens = (
+                jnp.take_along_axis(neighbor_tokens, i[..., None], 1) for i in (jnp.maximum(at - 1, 0), at)
+            )
             agree = agree & (first | (latest == previous[..., None]))
         log_p = self._log_probabilities(x, t, memory, tokens, agree)
         return log_p, cache._replace(past=past, agree=agree)
 
     def _log_probabilities(self, x: Array, t: Any, memory: Memory, tokens: Any, agree: Any) -> Array:
-        """t: the position that the states [B, Q, D] stand at: all T, slice(None); one; or each its own [B, Q]."""
+        """t: position of the states x [B, Q, D]: slice(None) if they are all T, one number, or one per state [B, Q]."""
         if self.settings.norm == "pre":
             x = self.decoder_norm(x).astype(x.dtype)
         head = self.head[...].astype(x.dtype)
@@ -322,7 +348,7 @@ class GeoTokenModel(nnx.Module):
             logits = jnp.einsum("btd,tdv->btv", x, head)
         elif t.ndim == 0:
             logits = x @ head[t]
-        else:  # the heads of all positions, 176 columns at group 2, where to gather each state's own is 8,192 numbers
+        else:  # all positions' heads are 176 columns at group 2; gathering one head per state would copy 8,192 numbers
             logits = jnp.take_along_axis(jnp.einsum("bqd,tdv->bqtv", x, head), t[..., None, None], 2)[:, :, 0]
         logits = jnp.where(self._vocab_mask()[t], logits.astype(jnp.float32) + self.head_bias[...][t], -jnp.inf)
         if memory.copy_keys is None:
@@ -345,10 +371,10 @@ class GeoTokenModel(nnx.Module):
         return jnp.arange(neighbors.tokens.shape[1]) < neighbors.count[:, None]
 
     def states(self, memory: Memory, tokens: Int[Array, "B K T"]) -> Float[Array, "B K D"]:
-        """Returns the decoder's last output for each candidate, which all tokens but the last have gone into."""
+        """Returns the decoder's last output for each candidate. Its input is all tokens but the last."""
         s = self.settings
 
-        def one(tokens: Int[Array, "B T"]) -> Float[Array, "B D"]:
+        def last_state(tokens: Int[Array, "B T"]) -> Float[Array, "B D"]:
             start = jnp.broadcast_to(self.start_embedding[...], (len(tokens), 1, s.width))
             x = jnp.concatenate([start, self._embed(self.token_table, tokens[:, :-1])], 1) + self._decoder_positions()
 
@@ -358,5 +384,5 @@ class GeoTokenModel(nnx.Module):
             x = stack.scan(self.decoder, body, x.astype(jnp.dtype(s.dtype)), memory.keys_values)[0][:, -1]
             return self.decoder_norm(x).astype(x.dtype) if s.norm == "pre" else x
 
-        # One candidate after another: all of them at once would repeat the memory K times.
-        return jnp.moveaxis(jax.lax.map(one, jnp.moveaxis(tokens, 1, 0)), 0, 1)
+        # One candidate after another: all at once would repeat the memory K times.
+        return jnp.moveaxis(jax.lax.map(last_state, jnp.moveaxis(tokens, 1, 0)), 0, 1)

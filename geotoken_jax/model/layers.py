@@ -1,7 +1,8 @@
-"""Transformer layers of the encoder and the decoder: post-norm ReLU as published, or pre-norm, gated, normalized.
+"""Transformer layers of the encoder and the decoder.
 
-Parameters are float32; products run in the settings' dtype, softmax and norms in float32. A key of None means no
-dropout. Layers of one kind are stacked (a leading axis of every parameter) and scanned.
+The published layers are post-norm with ReLU. Ours are pre-norm with a gated activation and normalized queries and keys.
+Parameters are float32. Products are computed in the settings' dtype, softmax and norms in float32. If a key is None,
+there is no dropout. The layers of the encoder, and of the decoder, are stacked (geotoken_jax/stack.py) and scanned.
 """
 
 import dataclasses
@@ -20,12 +21,13 @@ from geotoken_jax.settings import Runtime, SettingsError
 
 @dataclasses.dataclass(frozen=True)
 class LayerSettings:
-    """Shape of one transformer layer. norm: "pre" or "post". dtype: of the products.
+    """Settings of one transformer layer.
 
-    activation: "relu" or "gelu"; "swiglu" or "geglu" multiply what SiLU or GELU let through with a second product.
-    qk_norm: bring queries and keys to length sqrt(d) before their product, so that attention logits stay bounded.
-    attention: "xla", or "cudnn" for fused kernels where there are any (a GPU, 16-bit numbers, long sequences).
-    remat: what the backward pass keeps of a layer: "none" (everything), "dots" (products), "full" (the layer's input).
+    norm: "pre" or "post". dtype: type in which matrix products are computed.
+    activation: "relu", "gelu", or a gated one: "swiglu" or "geglu" multiplies SiLU or GELU of one product with another.
+    qk_norm: whether to scale queries and keys to length sqrt(d) before their product, which bounds attention logits.
+    attention: "xla", or "cudnn" for fused kernels on GPUs, with a 16-bit dtype; short sequences use "xla" then too.
+    remat: values of a layer kept for the backward pass: "none" keeps all, "dots" the products, "full" only its input.
     """
 
     width: int
@@ -42,7 +44,7 @@ class LayerSettings:
     def __post_init__(self):
         if self.width % self.heads:
             raise ValueError(
-                f"config.model.width = {self.width} does not divide into config.model.heads = {self.heads}"
+                f"config.model.width is {self.width}: make it a multiple of config.model.heads = {self.heads}"
             )
         for name, choices in (
             ("norm", ("pre", "post")),
@@ -55,8 +57,8 @@ class LayerSettings:
         head = self.width // self.heads
         if self.attention == "cudnn" and (self.dtype not in ("bfloat16", "float16") or head % 8 or head > 128):
             raise ValueError(
-                "config.model.attention = 'cudnn' takes dtype bfloat16 or float16 and width / heads in 8, 16, ... 128, "
-                f"not {self.dtype} and {head}: change those, or use 'xla'"
+                "config.model.attention is 'cudnn', which needs dtype bfloat16 or float16 and width / heads in 8, 16, "
+                f"... 128, not {self.dtype} and {head}: change dtype or heads, or set attention to 'xla'"
             )
 
 
@@ -66,19 +68,19 @@ ACTIVATIONS: dict[str, Callable] = {
     "swiglu": jax.nn.silu,
     "geglu": jax.nn.gelu,
 }
-#: Those that gate a second product (Shazeer 2020, arXiv 2002.05202).
+#: Activations that gate a second product (Shazeer 2020, arXiv 2002.05202).
 GATED = ("swiglu", "geglu")
 
 
 def dropout(x: Array, rate: float, key: jax.Array | None) -> Array:
-    """Zeroes each number with chance `rate` and scales the rest; the identity without a key."""
+    """Returns x with numbers zeroed with probability `rate`, the rest divided by 1 - rate; or x if key is None."""
     if key is None or rate == 0.0:
         return x
     return jnp.where(jax.random.bernoulli(key, 1.0 - rate, x.shape), x / (1.0 - rate), 0).astype(x.dtype)
 
 
 def split(key: jax.Array | None, n: int) -> Any:
-    """Splits a key in n; None stays None n times over."""
+    """Returns n keys split from `key`, or n times None if it is None."""
     return [None] * n if key is None else list(jax.random.split(key, n))
 
 
@@ -91,10 +93,10 @@ def attention(
     causal: bool = False,
     lengths: Int[Array, " B"] | None = None,
 ) -> Float[Array, "B T H d"]:
-    """Softmax attention; position t sees all of S, or only s <= t where causal, and only s < lengths.
+    """Returns softmax attention. Query t attends to the keys s < lengths, and if causal, only to keys s <= t.
 
-    kernel: "xla" or "cudnn". Masks are given as lengths, not as a tensor: fused kernels take these and refuse, or break
-    on, the other. Raises SettingsError for "cudnn" without a GPU.
+    kernel: "xla" or "cudnn". Masks are passed as lengths: the fused kernels refuse a mask tensor, or break on it.
+    Raises SettingsError for "cudnn" without a GPU.
     """
     kernel = choose_kernel(kernel, k.shape[1])
     return jax.nn.dot_product_attention(q, k, v, is_causal=causal, key_value_seq_lengths=lengths, implementation=kernel)
@@ -106,29 +108,29 @@ def attention_by_head(
     v: Float[Array, "B H S d"],
     seen: Bool[Array, "#B #H #Q S"],
 ) -> Float[Array, "B H Q d"]:
-    """Softmax attention of a few queries, as decoding has them, to keys and values that lie head by head.
+    """Returns softmax attention of a few queries to keys and values laid out head by head; for decoding.
 
-    So laid out each product reads them as they are: with the heads inside, as `attention` takes them, every step would
-    transpose them first (paper's shape, 31 candidates, CPU: 3.2 against 1.5 ms for the memory, 2.1 against 0.2 ms for
-    the tokens, a layer). The same on every device, whatever kernel is asked for.
+    The products read this layout directly. The layout of `attention`, [B, S, H, d], would be transposed at every step
+    (paper's shape, 31 candidates, CPU, per layer: 3.2 ms against 1.5 ms for the memory, 2.1 ms against 0.2 ms for the
+    tokens). config.model.attention has no effect on it.
     """
     logits = jnp.einsum("bhqd,bhsd->bhqs", q, k, preferred_element_type=jnp.float32) / np.sqrt(q.shape[-1])
     weights = jax.nn.softmax(jnp.where(seen, logits, -1e30)).astype(v.dtype)
     return jnp.einsum("bhqs,bhsd->bhqd", weights, v)
 
 
-def choose_kernel(asked: str, keys: int) -> Literal["xla", "cudnn"]:
-    """Returns the kernel for a product with this many keys, "xla" for few of them whichever is asked.
+def choose_kernel(requested: str, keys: int) -> Literal["xla", "cudnn"]:
+    """Returns the kernel for attention over `keys` keys: the requested one, but always "xla" for fewer than 64 keys.
 
     Raises SettingsError for "cudnn" without a GPU.
     """
-    if asked == "cudnn" and jax.default_backend() != "gpu":
+    if requested == "cudnn" and jax.default_backend() != "gpu":
         raise SettingsError(
-            f"config.model.attention is 'cudnn', which a {jax.default_backend()} does not have: use 'xla'"
+            f"config.model.attention is 'cudnn', which a {jax.default_backend()} does not have: set it to 'xla'"
         )
-    # cuDNN refused the decoder's own 11 and 21 tokens ("Unsupported sequence length") and took 214 keys, the encoder's
-    # and the memory's at group 2. Fewer than 64 are less than a tile of its kernels, and logits too small to matter.
-    return "cudnn" if asked == "cudnn" and keys >= 64 else "xla"
+    # cuDNN refused the decoder's sequences of 11 and 21 tokens ("Unsupported sequence length"), and accepted 214 keys,
+    # the length of the memory at group 2. Fewer than 64 keys do not fill a tile of its kernels, and take little memory.
+    return "cudnn" if requested == "cudnn" and keys >= 64 else "xla"
 
 
 class Attention(nnx.Module):
@@ -166,13 +168,13 @@ class Attention(nnx.Module):
         causal: bool = False,
         lengths: Int[Array, " B"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Returns what the queries find; the masks are those of `attention`."""
-        found = attention(queries, keys, values, kernel=self.kernel, causal=causal, lengths=lengths)
-        return self.out(found.reshape(*found.shape[:-2], -1))
+        """Returns the attention of all heads, projected to D. causal, lengths: see `attention`."""
+        attended = attention(queries, keys, values, kernel=self.kernel, causal=causal, lengths=lengths)
+        return self.out(attended.reshape(*attended.shape[:-2], -1))
 
 
 class FeedForward(nnx.Module):
-    """Two linear layers with the activation between them, and where it is a gated one a third beside the first."""
+    """Two linear layers with the activation between them; a gated activation adds a third, parallel to the first."""
 
     def __init__(self, settings: LayerSettings, rngs: nnx.Rngs):
         d, f, dtype = settings.width, settings.feed_forward, jnp.dtype(settings.dtype)
@@ -189,7 +191,7 @@ class FeedForward(nnx.Module):
 
 
 class _Layer(nnx.Module):
-    """What both kinds of layer share: norms, and where they stand around a sublayer."""
+    """Base of both kinds of layer: residual connections with a norm before ("pre") or after ("post") each sublayer."""
 
     def __init__(self, settings: LayerSettings, norms: int, rngs: nnx.Rngs):
         self.settings = settings
@@ -226,7 +228,7 @@ class EncoderLayer(_Layer):
 
 
 class DecoderLayer(_Layer):
-    """Causal self-attention over the tokens so far, attention over the memory, then feed-forward."""
+    """Causal self-attention over the tokens, then attention to the memory, then feed-forward."""
 
     def __init__(self, settings: LayerSettings, rngs: nnx.Rngs):
         super().__init__(settings, 3, rngs)
@@ -241,16 +243,16 @@ class DecoderLayer(_Layer):
         lengths: Int[Array, " B"] | None,
         key: jax.Array | None,
     ) -> Float[Array, "B T D"]:
-        """All T tokens at once (training). memory: keys and values of the encoder's output."""
+        """Returns the output for all T tokens at once (training). memory: keys and values of the encoder's output."""
 
         def attend(y: Array) -> Array:
             k, v = self.attention.keys_values(y)
             return self.attention(self.attention.queries(y), k, v, causal=True)
 
-        def recall(y: Array) -> Array:
+        def attend_memory(y: Array) -> Array:
             return self.memory_attention(self.memory_attention.queries(y), *memory, lengths=lengths)
 
-        return self._around(x, attend, recall, key)
+        return self._sublayers(x, attend, attend_memory, key)
 
     def step(
         self,
@@ -262,11 +264,13 @@ class DecoderLayer(_Layer):
         memory: tuple[Float[Array, "B H S d"], Float[Array, "B H S d"]],
         real: Bool[Array, "B 1 1 S"],
     ) -> tuple[Float[Array, "B K D"], tuple[Float[Array, "L G H E d"], Float[Array, "L G H E d"]]]:
-        """One token of each of K candidates that share one memory, by layer `number` of the stack.
+        """Returns the output for one token of each of K candidates per photo, and `past` with that token added.
 
-        past: keys and values of all layers, of the tokens before; carried whole, so that XLA changes it in place. G is
-        B * K where each candidate has slots of its own, or B where the K share theirs; Q = B * K / G of them write, the
-        first at `slot`. seen: what each looks at, itself among it. real: the memory's positions that are real.
+        past: keys and values of all layers and all tokens before; passed whole, so that XLA updates it in place.
+        G is B * K if each candidate has its own slots, or B if the K candidates of a photo share slots.
+        number: index of this layer. slot: first of the Q = B * K / G consecutive slots that are written per group.
+        seen: slots that each candidate attends to, including its own. memory: keys and values of the encoder's output.
+        real: whether a position of the memory is real.
         """
         groups, heads, _, d = past[0].shape[1:]
 
@@ -281,17 +285,17 @@ class DecoderLayer(_Layer):
                 jax.lax.dynamic_update_slice(past[0], written[0], at),
                 jax.lax.dynamic_update_slice(past[1], written[1], at),
             )
-            found = attention_by_head(grouped(self.attention.queries(y)), past[0][number], past[1][number], seen)
-            return self.attention.out(found.swapaxes(1, 2).reshape(y.shape))
+            attended = attention_by_head(grouped(self.attention.queries(y)), past[0][number], past[1][number], seen)
+            return self.attention.out(attended.swapaxes(1, 2).reshape(y.shape))
 
-        def recall(y: Array) -> Array:
-            found = attention_by_head(self.memory_attention.queries(y).swapaxes(1, 2), *memory, real)
-            return self.memory_attention.out(found.swapaxes(1, 2).reshape(y.shape))
+        def attend_memory(y: Array) -> Array:
+            attended = attention_by_head(self.memory_attention.queries(y).swapaxes(1, 2), *memory, real)
+            return self.memory_attention.out(attended.swapaxes(1, 2).reshape(y.shape))
 
-        return self._around(x, attend, recall, None), past
+        return self._sublayers(x, attend, attend_memory, None), past
 
-    def _around(self, x: Array, attend: Callable, recall: Callable, key: jax.Array | None) -> Array:
+    def _sublayers(self, x: Array, attend: Callable, attend_memory: Callable, key: jax.Array | None) -> Array:
         keys = split(key, 4)
         x = self._residual(self.norms[0], x, attend, keys[0])
-        x = self._residual(self.norms[1], x, recall, keys[1])
+        x = self._residual(self.norms[1], x, attend_memory, keys[1])
         return self._residual(self.norms[2], x, lambda y: self.feed_forward(y, keys[2]), keys[3])

@@ -1,9 +1,9 @@
-"""The memory sequence that the encoder reads: the only place that builds it.
+"""The memory: the sequence that the encoder reads, built from a photo and its neighbors.
 
-Full form (paper, section 3.3): [CLS, image, location, text] of the photo, then for each neighbor [image, location,
-text, its S2 tokens]: 4 + M (3 + T) positions. Compact form: each neighbor is one position, the sum of all of these:
-4 + M positions, 13 times shorter at group 2. Neighbors come best first and the missing ones last, so a length says
-which positions are real. Where it is read when the photo was taken, that is one more position before the neighbors.
+Full form (paper, section 3.3): [CLS, image, location, text] of the photo, then [image, location, text, S2 tokens] of
+each neighbor; 4 + M (3 + T) positions. Compact form: one position per neighbor, the sum of its vectors; 4 + M positions
+(at M = 15 and group 2, 19 instead of 214). If the model reads when the photo was taken, one position for the time comes
+before the neighbors. Neighbors come best first and padding last, so the number of real positions serves as the mask.
 """
 
 import dataclasses
@@ -17,15 +17,17 @@ from jaxtyping import Array, Float, Int
 
 from geotoken_jax import sharding
 
-#: Kinds of position that "factored" positions tell apart.
+#: Kinds of position; "factored" positions have a learned vector for each.
 KINDS = ("cls", "image", "location", "text", "token")
-#: What may be read of when a photo was taken -> how many numbers of it (data.join.context) that is.
+#: config.model.context -> number of values that the model reads of a photo's time (data.join.context).
 CONTEXTS = {"none": 0, "season": 3, "time": 5}
 
 
 class Neighbors(NamedTuple):
-    """Retrieved gallery photos, best first: embeddings [B, M, 3, C] in the order image, location, text; tokens
-    [B, M, T]; count [B]: how many of the M are real (the rest is padding)."""
+    """Retrieved gallery photos, best first.
+
+    embeddings: image, location and text embedding of each. count: number of real neighbors; the rest of M is padding.
+    """
 
     embeddings: Float[Array, "B M 3 C"]
     tokens: Int[Array, "B M T"]
@@ -33,9 +35,9 @@ class Neighbors(NamedTuple):
 
 
 def drop(neighbors: Neighbors, rate: float, key: jax.Array | None) -> Neighbors:
-    """Hides each neighbor with chance `rate`, as if it had not been found; the others move up. Nothing without a key.
+    """Returns the neighbors that are left if each is removed with probability `rate`; all of them if key is None.
 
-    So that a model sees in training what it is like where the gallery has nothing near.
+    The others move up. Training then includes photos that have few neighbors nearby.
     """
     if key is None or rate == 0.0:
         return neighbors
@@ -48,7 +50,7 @@ def drop(neighbors: Neighbors, rate: float, key: jax.Array | None) -> Neighbors:
 
 
 class Projections(nnx.Module):
-    """Three two-layer MLPs (image, location, text), shared by photo and neighbors, then L2 normalization."""
+    """Three two-layer MLPs (image, location, text), shared by photo and neighbors; outputs are unit vectors."""
 
     def __init__(self, backbone_width: int, width: int, dtype: str, rngs: nnx.Rngs):
         init = nnx.initializers.lecun_normal(batch_axis=0)
@@ -72,11 +74,11 @@ class MemoryForm:
     """The parts of the memory sequence.
 
     neighbors: M, number of neighbors. tokens: T, number of S2 tokens per neighbor. form: "full" or "compact".
-    positions: "sinusoidal" (flat, as published) or "factored" (learned vectors for the neighbor's rank and for the kind
-    of position; the token table's own slices tell levels apart). neighbor_tokens, neighbor_embeddings: False leaves out
-    the neighbors' tokens or embeddings (ablation). similarities: True adds the cosines of each neighbor's three vectors
-    with the photo's, which projections to D cannot keep. times: numbers read of when the photo was taken; 0 for none,
-    and no position.
+    positions: "sinusoidal" (one index for the whole sequence, as published) or "factored" (learned vectors for the
+    neighbor's rank and for the kind of position; GeoTokenModel adds a vector for the level of a token).
+    neighbor_tokens, neighbor_embeddings: False leaves out the neighbors' tokens or embeddings (ablation).
+    similarities: whether to add the cosines between the three vectors of neighbor and photo, which the projections
+    to D lose. times: number of values read of the photo's time; if 0, there is no position for the time.
     """
 
     neighbors: int
@@ -90,7 +92,7 @@ class MemoryForm:
 
     @property
     def head(self) -> int:
-        """Number of positions before the first neighbor's."""
+        """Number of positions before the first neighbor."""
         return 4 + (self.times > 0)
 
     @property
@@ -100,18 +102,18 @@ class MemoryForm:
 
     @property
     def length(self) -> int:
-        """Number of positions of the whole sequence, S."""
+        """S, number of positions of the whole sequence."""
         return self.head + self.neighbors * self.per_neighbor
 
 
 class MemoryBuilder(nnx.Module):
-    """Embeds a photo and its neighbors as the encoder's input."""
+    """Embeds photos and their neighbors as the memory sequence."""
 
     def __init__(self, form: MemoryForm, backbone_width: int, width: int, dtype: str, rngs: nnx.Rngs):
         normal = nnx.initializers.normal(0.02)
         self.projections = Projections(backbone_width, width, dtype, rngs)
-        # What is added to every photo is small and lies whole on each device: to split its gradient XLA would
-        # gather that of all photos first.
+        # The vectors that are added to every photo are small, and each device keeps a whole copy. To split their
+        # gradient, XLA would first gather the gradients of all photos.
         self.cls = sharding.parameter(rngs.params(), normal, (width,), (None,))
         self.factored = form.positions == "factored"
         if self.factored:
@@ -132,26 +134,29 @@ class MemoryBuilder(nnx.Module):
         token_embeddings: Float[Array, "B M T D"] | None,
         context: Float[Array, "B times"] | None = None,
     ) -> tuple[Float[Array, "B S D"], Int[Array, " B"]]:
-        """Returns the sequence and how many of its positions are real. token_embeddings: of neighbors.tokens.
-        context: of the photos' times; None where all are unknown."""
+        """Returns the sequence and the number of its real positions.
+
+        token_embeddings: embeddings of neighbors.tokens. context: values of the photos' times; all times count as
+        unknown if None.
+        """
         b, m = neighbors.tokens.shape[:2]
         photo = self.projections(query)
-        found = self.projections(neighbors.embeddings)
+        neighbor = self.projections(neighbors.embeddings)
         if not self.form.neighbor_embeddings:
-            found = jnp.zeros_like(found)
+            neighbor = jnp.zeros_like(neighbor)
         cls = jnp.broadcast_to(self.cls[...].astype(self.dtype), (b, 1, photo.shape[-1]))
         head = jnp.concatenate([cls, photo], 1)
         if self.form.similarities and self.form.neighbor_embeddings:
-            near = jax.nn.gelu(self.similar_up(cosines(query, neighbors.embeddings)))
-            found = found + self.similar_down(near).astype(self.dtype)[:, :, None]
+            similar = jax.nn.gelu(self.similar_up(cosines(query, neighbors.embeddings)))
+            neighbor = neighbor + self.similar_down(similar).astype(self.dtype)[:, :, None]
         if self.factored:
             kinds, ranks = self.kinds[...].astype(self.dtype), self.ranks[...].astype(self.dtype)
             head = head + kinds[:4] + ranks[0]
-            found = found + kinds[1:4] + ranks[1 : m + 1, None]
+            neighbor = neighbor + kinds[1:4] + ranks[1 : m + 1, None]
         if self.form.times:
             time = self.context(jnp.zeros((b, self.form.times)) if context is None else context)
             head = jnp.concatenate([head, time[:, None].astype(self.dtype)], 1)
-        parts = [found]
+        parts = [neighbor]
         if self.form.neighbor_tokens and token_embeddings is not None:
             tokens = token_embeddings.astype(self.dtype)
             if self.factored:
@@ -166,13 +171,13 @@ class MemoryBuilder(nnx.Module):
         return x, self.form.head + neighbors.count * body.shape[2]
 
     def first_positions(self, m: int, length: int) -> np.ndarray:
-        """Returns the index [M] of each neighbor's first position (its image) in a sequence of this length."""
+        """Returns the index [M] of each neighbor's first position, its image. m: M. length: S."""
         head = self.form.head
         return head + np.arange(m) * ((length - head) // max(m, 1))
 
 
 def cosines(query: Float[Array, "B 3 C"], neighbors: Float[Array, "B M 3 C"]) -> Float[Array, "B M 3"]:
-    """Returns the cosine of each of a photo's vectors with each neighbor's of the same kind."""
+    """Returns the cosines of image, location and text embedding between each photo and its neighbors."""
     a, b = query.astype(jnp.float32), neighbors.astype(jnp.float32)
     products = jnp.einsum("bec,bmec->bme", a, b)
     squares = jnp.sum(a * a, -1)[:, None] * jnp.sum(b * b, -1)
@@ -180,7 +185,7 @@ def cosines(query: Float[Array, "B 3 C"], neighbors: Float[Array, "B M 3 C"]) ->
 
 
 def sinusoidal(length: int, width: int) -> Float[np.ndarray, "length width"]:
-    """Returns sine and cosine positions, interleaved, wavelengths from 2 pi to 10000 x 2 pi."""
+    """Returns position vectors of interleaved sines and cosines, with wavelengths from 2 pi to 10000 x 2 pi."""
     rates = np.exp(-np.log(10000.0) * np.arange(0, width, 2) / width)
     angles = np.arange(length)[:, None] * rates
     out = np.zeros((length, width), np.float32)

@@ -1,4 +1,4 @@
-"""The decoder's training task: what the loop needs to know of it."""
+"""The decoder's training task: its model, loss and metrics, as train.step.Task specifies."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -18,18 +18,17 @@ from geotoken_jax.model.memory import Neighbors
 
 @dataclasses.dataclass(frozen=True)
 class LossSettings:
-    """Weights of the first (face) and the last level; 2.0 and 1.0 in the paper, equal for a plain loss."""
+    """first_weight: weight of the first token, the face. last_weight: weight of the last token.
+
+    The weights of the tokens between are linear. 2.0 and 1.0 in the paper; equal weights make a plain loss.
+    """
 
     first_weight: float
     last_weight: float
 
 
 class GeoTokenTask:
-    """Learns p(tokens | photo, neighbors).
-
-    model/batch.py specifies its batch; `lookup` (gallery/placement.py) reads the neighbors' embeddings and tokens from
-    it, wherever the gallery is.
-    """
+    """Trains p(tokens | photo, neighbors). model/batch.py specifies its batch."""
 
     def __init__(
         self,
@@ -38,8 +37,12 @@ class GeoTokenTask:
         lookup: placement.Lookup,
         decode: Callable[[GeoTokenModel, Memory], Any] | None = None,
     ):
-        """decode: gives `tokens` [B, K, T], the best first, with which evaluation measures distances; None: it does
-        not, and neither where the model's cells cannot be decoded in a compiled step."""
+        """Makes the task.
+
+        lookup: reads the neighbors' embeddings and tokens from a batch and the gallery (gallery/placement.py).
+        decode: returns `tokens` [B, K, T], best first, from which evaluation measures distances. Distances are left
+        out if decode is None, or if the model's cells cannot be decoded in a compiled step (Scheme.traceable).
+        """
         self.model, self.settings, self._lookup = model, settings, lookup
         self._decode = decode if model.cells.traceable else None
         self.flops = flops.per_example(model)
@@ -50,8 +53,11 @@ class GeoTokenTask:
     def loss(
         self, model: GeoTokenModel, batch: Mapping[str, Array], key: jax.Array | None
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-        """Returns the weighted loss, each level's own, in nats, and the share of photos with every token right; in
-        evaluation (no key) also the shares decoded within each of THRESHOLDS_KM, and the mean distance in km."""
+        """Returns the weighted loss and the metrics: the loss per level, and the share of photos with all tokens right.
+
+        Losses are in nats. In evaluation (key is None) the metrics include the shares of photos decoded within each of
+        THRESHOLDS_KM, and the mean distance in km.
+        """
         neighbors = Neighbors(*self._lookup(batch), batch["neighbor_count"])
         context = batch.get("context")
         log_probabilities = model(batch["query"], neighbors, batch["tokens"], key, context)
@@ -63,12 +69,12 @@ class GeoTokenTask:
             return jnp.average(values, weights=batch.get("valid"))
 
         levels = {f"loss_level_{t}": mean(losses[:, t]) for t in range(losses.shape[1])}
-        found = {**levels, "exact": mean(right)}
+        metrics = {**levels, "exact": mean(right)}
         if key is None and self._decode:
             memory = model.encode(batch["query"], neighbors, context=context)
             decoded = self._decode(model, memory).tokens[:, 0]
             cells = self.model.cells
             km = jnp.asarray(great_circle_km(*cells.decode(decoded), *cells.decode(batch["tokens"])))
-            found |= {f"within_{limit}_km": mean(km <= limit) for limit in THRESHOLDS_KM}
-            found["distance_km"] = mean(km)
-        return mean(loss.weighted(losses, weights)), found
+            metrics |= {f"within_{limit}_km": mean(km <= limit) for limit in THRESHOLDS_KM}
+            metrics["distance_km"] = mean(km)
+        return mean(loss.weighted(losses, weights)), metrics

@@ -1,7 +1,7 @@
-"""The verifier: how far is a candidate from the truth, seen by the gallery photos that lie around it?
+"""The verifier: it estimates how far a candidate is from the truth, from the gallery photos around the candidate.
 
-A comparator first learns which photos show one place, whatever camera took them; then a scorer reads how alike the
-photo and those around each candidate are, beside all else that is known (`predict.verify` gathers it).
+A comparator is trained to recognize photos of the same place, whichever camera took them. A scorer then reads how
+similar the photo is to the gallery photos around each candidate, with other features (predict/verify.py makes them).
 """
 
 import dataclasses
@@ -22,9 +22,9 @@ from geotoken_jax.vectors import unit
 
 @dataclasses.dataclass(frozen=True)
 class ComparatorSettings:
-    """hidden: width of its one hidden layer. width: of a photo's vector. dropout: rate on the image embedding. noise:
-    largest share of another photo's embedding that is added to a photo's own. same_within_km: photos no farther apart
-    show one place."""
+    """hidden: width of the hidden layer. width: width of the output vector. dropout: rate on the image embedding.
+    noise: largest share of another photo's embedding that training adds to an embedding. same_within_km: largest
+    distance between photos that count as photos of the same place."""
 
     hidden: int
     width: int
@@ -34,30 +34,31 @@ class ComparatorSettings:
 
 
 class Measured(nnx.Variable):
-    """What is measured on the training data: saved with the weights, and no nnx.Param, so no optimizer moves it."""
+    """A statistic of the training data. It is saved with the weights, but no optimizer changes it: no nnx.Param."""
 
 
 class Comparator(nnx.Module):
-    """Image embeddings -> vectors of length 1, near each other where two photos show one place."""
+    """Maps image embeddings to unit vectors, which are close for photos of the same place."""
 
     def __init__(self, settings: ComparatorSettings, mean: Float[np.ndarray, " C"], *, rngs: nnx.Rngs):
-        """mean: of the image embeddings."""
+        """mean: mean image embedding of the training data."""
         c = len(mean)
         self.mean = Measured(jnp.asarray(mean, jnp.float32))
         self.hidden = sharding.linear(c, settings.hidden, ("embed", "mlp"), rngs=rngs)
         self.output = sharding.linear(settings.hidden, settings.width, ("mlp", "embed"), rngs=rngs)
         self.dropout = nnx.Dropout(settings.dropout)
-        self.scale = nnx.Param(jnp.float32(np.log(10)))  # the logarithm of the factor on cosines
+        self.scale = nnx.Param(jnp.float32(np.log(10)))  # logarithm of the factor on cosines
 
     def __call__(self, image: Float[Array, "B C"], rngs: nnx.Rngs | None = None) -> Float[Array, "B D"]:
-        """rngs: source of dropout; None is evaluation, without it."""
-        x = (unit(image) - self.mean[...]) * np.sqrt(image.shape[-1])  # about 1 a column, as first weights expect it
+        """rngs: source of dropout; no dropout if None."""
+        # The factor brings columns to about 1, as the initial weights expect.
+        x = (unit(image) - self.mean[...]) * np.sqrt(image.shape[-1])
         x = self.dropout(x, deterministic=rngs is None, rngs=rngs)
         return unit(self.output(jax.nn.gelu(self.hidden(x))))
 
 
 class ComparatorTask:
-    """Learns to tell photos of one place from others: symmetric InfoNCE over the batch (van den Oord et al. 2018).
+    """Trains the comparator with symmetric InfoNCE over the batch (van den Oord et al. 2018).
 
     `batch` specifies its batch.
     """
@@ -69,8 +70,8 @@ class ComparatorTask:
     def batch(self, size: int) -> Spec:
         """Returns the specification of a batch of `size` photos.
 
-        image, other [B, C]: embeddings of two photos of one place. place [B, 3]: the place, a unit vector. All float32.
-        Evaluation adds valid [B] bool: False for examples that only fill the batch up.
+        image, other [B, C] float32: embeddings of two photos of the same place. place [B, 3] float32: unit vector of
+        the place. In evaluation, valid [B] bool: False for examples that only pad the batch.
         """
         features = ((len(self._mean),), jnp.float32)
         return spec(size, image=features, other=features, place=((3,), jnp.float32))
@@ -81,11 +82,12 @@ class ComparatorTask:
     def loss(
         self, model: Comparator, batch: Mapping[str, Array], key: jax.Array | None
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-        """Returns the loss in nats, and the share of photos whose nearest other is their own.
+        """Returns the loss in nats, and the share of photos that are most similar to their own `other`.
 
-        In training a random share of another photo is added to each, so that the comparator does not take to fine
-        detail alone, of which a photo of another style has little (of EarthView's validation photos with 0.7 of another
-        added, 33 % then have their nearest within 25 km, and 24 % without; as they are, 50.6 and 51.3 %).
+        In training (key is given) a random share of another photo is added to each photo. Without this noise the
+        comparator relies on fine detail, which photos of another style lack. Share of EarthView's validation photos
+        whose nearest photo is within 25 km, with and without the noise in training: 33 % and 24 % if 0.7 of another
+        photo is added to them, 50.6 % and 51.3 % if nothing is.
         """
         image, rngs = unit(batch["image"]), None
         if key is not None:
@@ -94,9 +96,9 @@ class ComparatorTask:
             image, rngs = image + share * jnp.roll(image, 1, 0), nnx.Rngs(dropout=dropout_key)
         logits = jnp.exp(model.scale[...]) * model(image, rngs) @ model(batch["other"], rngs).T
         valid = batch.get("valid", jnp.ones(len(image), bool))
-        near = batch["place"] @ batch["place"].T > np.cos(self.settings.same_within_km / EARTH_RADIUS_KM)
-        own = jnp.eye(len(image), dtype=bool)
-        logits = jnp.where(own | (~near & valid & valid[:, None]), logits, -1e9)
+        same_place = batch["place"] @ batch["place"].T > np.cos(self.settings.same_within_km / EARTH_RADIUS_KM)
+        pair = jnp.eye(len(image), dtype=bool)
+        logits = jnp.where(pair | (~same_place & valid & valid[:, None]), logits, -1e9)
         losses = -(jnp.diag(jax.nn.log_softmax(logits, 0)) + jnp.diag(jax.nn.log_softmax(logits, 1))) / 2
         right = logits.argmax(1) == jnp.arange(len(image))
         return jnp.average(losses, weights=valid), {"accuracy": jnp.average(right, weights=valid)}
@@ -104,17 +106,17 @@ class ComparatorTask:
 
 @dataclasses.dataclass(frozen=True)
 class ScorerSettings:
-    """hidden: width of the layer that bends the features, 0 for none. dropout: rate on it."""
+    """hidden: width of the hidden layer; the scorer is linear if 0. dropout: dropout rate of the hidden layer."""
 
     hidden: int
     dropout: float
 
 
 class Scorer(nnx.Module):
-    """Features of candidates -> logits of their being within each of THRESHOLDS_KM."""
+    """Maps the features of candidates to their logits of being within each of THRESHOLDS_KM."""
 
     def __init__(self, settings: ScorerSettings, moments: Float[np.ndarray, "2 F"], *, rngs: nnx.Rngs):
-        """moments: mean and standard deviation of the features."""
+        """moments: mean and standard deviation of each feature."""
         f, v = moments.shape[1], len(THRESHOLDS_KM)
         self.moments = Measured(jnp.asarray(moments, jnp.float32))
         self.linear = nnx.Linear(f, v, rngs=rngs)
@@ -124,28 +126,28 @@ class Scorer(nnx.Module):
         self.dropout = nnx.Dropout(settings.dropout)
 
     def __call__(self, features: Float[Array, "B K F"], rngs: nnx.Rngs | None = None) -> Float[Array, "B K 5"]:
-        """rngs: source of dropout; None is evaluation, without it."""
+        """rngs: source of dropout; no dropout if None."""
         mean, deviation = self.moments[...]
         x = jnp.clip((features - mean) / (deviation + 1e-3), -5, 5)
-        found = self.linear(x)
+        logits = self.linear(x)
         if self.layers:
             hidden = self.dropout(jax.nn.gelu(self.layers[0](x)), deterministic=rngs is None, rngs=rngs)
-            found = found + self.layers[1](hidden)
-        return found
+            logits = logits + self.layers[1](hidden)
+        return logits
 
 
 class ScorerTask:
-    """Learns which candidates of a pool are within each threshold. `batch` specifies its batch."""
+    """Trains the scorer to choose candidates near the truth. `batch` specifies its batch."""
 
     def __init__(self, settings: ScorerSettings, moments: Float[np.ndarray, "2 F"]):
         self.settings, self._moments = settings, moments
-        self.flops = 0.0  # next to nothing
+        self.flops = 0.0  # too few to count
 
     def batch(self, size: int, candidates: int) -> Spec:
         """Returns the specification of a batch of `size` photos.
 
-        features [B, K, F]: of each candidate. km [B, K]: each candidate's distance from the photo. Both float32.
-        Evaluation adds valid [B] bool: False for examples that only fill the batch up.
+        features [B, K, F] float32: features of each candidate. km [B, K] float32: distance of each candidate from the
+        photo. In evaluation, valid [B] bool: False for examples that only pad the batch.
         """
         features = (candidates, self._moments.shape[-1])
         return spec(size, features=(features, jnp.float32), km=((candidates,), jnp.float32))
@@ -156,7 +158,7 @@ class ScorerTask:
     def loss(
         self, model: Scorer, batch: Mapping[str, Array], key: jax.Array | None
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-        """Returns the loss of `listwise`, and the accuracy of what is chosen at each threshold."""
+        """Returns the loss and metrics of `listwise`. key: source of dropout; no dropout if None."""
         rngs = None if key is None else nnx.Rngs(dropout=key)
         return listwise(model(batch["features"], rngs), batch["km"], batch.get("valid"))
 
@@ -166,19 +168,23 @@ def listwise(
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Returns the loss of choosing from pools, in nats, and the share of photos whose choice is within each threshold.
 
-    Of each threshold minus the log of the probability, by a softmax over the pool, of a candidate within it, where one
-    is; and the cross-entropy of every candidate on its own, a tenth as heavy, which makes probabilities of logits.
+    The loss is 0.9 times a listwise loss plus 0.1 times a pointwise loss, each a mean over the thresholds.
+    The listwise loss is minus the log of the probability, by a softmax over the pool, that a candidate within the
+    threshold is chosen; 0 if the pool has none. The pointwise loss is the binary cross-entropy of each candidate, with
+    which the logits can also be read as log-odds. valid [B]: False leaves a photo out; no photo is left out if None.
     """
     within = km[..., None] <= jnp.asarray(THRESHOLDS_KM, jnp.float32)
     log_p = jax.nn.log_softmax(logits, 1)
-    hit = jax.nn.logsumexp(jnp.where(within, log_p, -1e9), 1)
-    losses = jnp.where(within.any(1), -hit, 0).mean(-1)
-    alone = optax.sigmoid_binary_cross_entropy(logits, within.astype(jnp.float32)).mean((1, 2))
-    taken = jnp.take_along_axis(within, choose(logits)[:, None, None], 1)[:, 0]
-    found = {f"within_{limit}_km": jnp.average(taken[:, t], weights=valid) for t, limit in enumerate(THRESHOLDS_KM)}
-    return jnp.average(0.9 * losses + 0.1 * alone, weights=valid), found
+    log_within = jax.nn.logsumexp(jnp.where(within, log_p, -1e9), 1)
+    listwise_losses = jnp.where(within.any(1), -log_within, 0).mean(-1)
+    pointwise_losses = optax.sigmoid_binary_cross_entropy(logits, within.astype(jnp.float32)).mean((1, 2))
+    chosen_within = jnp.take_along_axis(within, choose(logits)[:, None, None], 1)[:, 0]
+    metrics = {
+        f"within_{limit}_km": jnp.average(chosen_within[:, t], weights=valid) for t, limit in enumerate(THRESHOLDS_KM)
+    }
+    return jnp.average(0.9 * listwise_losses + 0.1 * pointwise_losses, weights=valid), metrics
 
 
 def choose(logits: Float[Array, "B K 5"]) -> Float[Array, " B"]:
-    """Returns the index of the candidate with the most expected accuracy, over all thresholds alike."""
+    """Returns the index of the candidate with the highest expected accuracy, averaged over all thresholds."""
     return jax.nn.softmax(logits, 1).sum(-1).argmax(1)

@@ -1,4 +1,4 @@
-"""The only training loop, for every task: restore, step, log, validate, save."""
+"""The training loop of every task: restore, step, log, validate, save."""
 
 import contextlib
 import dataclasses
@@ -24,20 +24,20 @@ from geotoken_jax.train.optimizer import OptimizerSettings, make_optimizer, make
 from geotoken_jax.train.step import Metrics, Resident, State, Task, Trainer
 from geotoken_jax.workdir import StageError
 
-#: Batches of named arrays: this process's part.
+#: Named arrays: this process's part of a batch.
 Batch = Mapping[str, np.ndarray]
 
 
 class Preempted(RuntimeError):
-    """Training was asked to end (SIGTERM) and has saved: the same command goes on from there."""
+    """Training was interrupted by SIGTERM and has saved a checkpoint. The same command continues from it."""
 
 
 class Diverged(RuntimeError):
-    """Too many steps in a row were not finite."""
+    """More than TrainSettings.max_skipped steps in a row had a loss or gradient that was not finite."""
 
 
 class TrainingInput(Protocol):
-    """An endless iterator over batches whose position can be kept and gone back to."""
+    """An endless iterator over batches. Its position can be saved and restored."""
 
     def __next__(self) -> Batch: ...
     def get_state(self) -> Any: ...
@@ -47,12 +47,13 @@ class TrainingInput(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class TrainSettings:
-    """batch_size: photos a step, over all devices. accumulate: parts it is cut into, one after another, where it does
-    not fit at once. examples: photos seen in all. evaluate_every: steps between two validations, each with a
-    checkpoint. log_every: steps between two lines of metrics. seed: of parameters, order and dropout. ema: decay of the
-    moving average of parameters that is validated and kept, 0 for none. max_skipped: steps in a row that may be left
-    out because loss or gradient is not finite. profile: first and last step of a trace for TensorBoard, (0, 0) for
-    none. wandb: project of Weights & Biases to write to, "" for none."""
+    """batch_size: photos per step, over all devices. accumulate: number of parts of a batch processed one after
+    another, for batches that do not fit into memory. examples: number of photos to train on, repetitions included.
+    evaluate_every: steps between two validations, each with a checkpoint. log_every: steps between two lines of
+    metrics. seed: seed of parameters, order and dropout. ema: decay of the moving average of the parameters, which is
+    then validated and saved; no average if 0. max_skipped: largest number of steps in a row to skip because loss or
+    gradient is not finite. profile: first and last step of a trace for TensorBoard; no trace if (0, 0). wandb: project
+    of Weights & Biases to write to; none if empty. optimizer: see OptimizerSettings."""
 
     batch_size: int
     accumulate: Runtime[int]
@@ -73,7 +74,7 @@ class TrainSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """Where training ended: the step with the smallest validation loss, that loss, and the model's size."""
+    """best_step: step with the smallest validation loss. best_loss: that loss. parameters: size of the model."""
 
     best_step: int
     best_loss: float
@@ -82,11 +83,11 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """What is trained and validated on.
+    """Training and validation data.
 
-    batches: the training input, at its beginning. validation: makes one pass over the validation split, whose batches
-    have `valid` [b]. photos: number of photos of the training split, for the schedule. resident: arrays that stay on
-    the mesh; empty for none.
+    batches: training input at its first batch. validation: function that returns the batches of one pass over the
+    validation split, with `valid` [b]. photos: number of photos of the training split, with which the schedule counts
+    epochs. resident: arrays that stay on the mesh; may be empty.
     """
 
     batches: TrainingInput
@@ -95,11 +96,12 @@ class Data:
     resident: Resident = dataclasses.field(default_factory=dict)
 
 
-def run(task: Task, settings: TrainSettings, mesh: Mesh, folder: epath.PathLike, data: Data, what: str) -> Result:
-    """Trains until `settings.examples` photos have been seen, going on from the newest checkpoint in `folder`, and
-    writes the parameters of the best step to `folder`/parameters.safetensors (parameters.txt lists them).
+def run(task: Task, settings: TrainSettings, mesh: Mesh, folder: epath.PathLike, data: Data, name: str) -> Result:
+    """Trains the task on `settings.examples` photos, continuing from the newest checkpoint in `folder` if there is one.
 
-    what: the name shown beside the progress. Raises Preempted, Diverged, and StageError if the disk is full.
+    Writes the parameters of the best step to `folder`/parameters.safetensors, and their names and shapes to
+    parameters.txt. name: name shown in progress, messages and Weights & Biases.
+    Raises Preempted, Diverged, and StageError if the disk is full.
     """
     schedule = make_schedule(settings.optimizer, settings.steps, max(1, data.photos // settings.batch_size))
     optimizer = make_optimizer(settings.optimizer, schedule)
@@ -107,12 +109,16 @@ def run(task: Task, settings: TrainSettings, mesh: Mesh, folder: epath.PathLike,
     folder = epath.Path(folder)
     first = jax.process_index() == 0
     key = jax.random.key(settings.seed)
-    with _room(folder), Checkpoints(folder / "checkpoints") as checkpoints, _Preemption() as preemption:
+    with (
+        _full_disk_as_stage_error(folder),
+        Checkpoints(folder / "checkpoints") as checkpoints,
+        _Preemption() as preemption,
+    ):
         if first:
             (folder / "parameters.txt").write_text(trainer.describe())
-        step, state, window = _begin(checkpoints, trainer, key, data.batches)
-        with metrics.Writer(folder, step, settings.wandb, what, shown=first) as writer, Progress(
-            what, settings.steps * settings.batch_size, "photos", done=step * settings.batch_size, shown=first
+        step, state, window = _restore(checkpoints, trainer, key, data.batches)
+        with metrics.Writer(folder, step, settings.wandb, name, shown=first) as writer, Progress(
+            name, settings.steps * settings.batch_size, "photos", done=step * settings.batch_size, shown=first
         ) as progress:  # fmt: skip
             log = _Log(writer, settings, task.flops, mesh, window)
             profile = _Profile(settings.profile, folder / "profile")
@@ -132,52 +138,52 @@ def run(task: Task, settings: TrainSettings, mesh: Mesh, folder: epath.PathLike,
                     line = log.write(step, state, float(np.asarray(schedule(step - 1))))
                     progress.add(0, note=f"loss {line['train/loss']:.3f}")
                 progress.add(settings.batch_size)
-                asked = preemption.asked(step) and not last
+                preempted = preemption.requested(step) and not last
                 validated = step % settings.evaluate_every == 0 or last
-                if validated or asked:
+                if validated or preempted:
                     loss = _validate(trainer, step, state, data, writer) if validated else None
                     processes.alive(f"saving step {step}")
                     checkpoints.save(step, state, {"input": data.batches.get_state(), "window": log.window()}, loss)
                     log.pause()
-                if asked:
-                    raise Preempted(f"{what} was asked to end and is saved at step {step}: the same command goes on")
+                if preempted:
+                    raise Preempted(f"{name} was interrupted, and is saved at step {step}: run the same command again")
         data.batches.close()
         processes.alive("writing the last checkpoint")
-    with _room(folder):
+    with _full_disk_as_stage_error(folder):
         return _finish(folder, trainer)
 
 
 @contextlib.contextmanager
-def _room(folder: epath.Path) -> Iterator[None]:
-    """Says of a full disk what is to be done; no restart would help before."""
+def _full_disk_as_stage_error(folder: epath.Path) -> Iterator[None]:
+    """Raises StageError with advice if the disk is full. Other errors lead to a restart, which would not help here."""
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise StageError(
-            f"{folder} cannot be written to ({error.strerror}): make room there, and the same command goes on"
+            f"{folder} cannot be written to ({error.strerror}): free some space there, and run the same command again"
         ) from error
 
 
-def _begin(
+def _restore(
     checkpoints: Checkpoints, trainer: Trainer, key: jax.Array, batches: TrainingInput
 ) -> tuple[int, State, list[dict[str, float]]]:
-    """Returns the step to go on from, its state, and the values of the steps since the last line of metrics."""
+    """Returns the step to continue from, its state, and the metrics of the steps since the last line of metrics."""
     processes.alive("restoring a checkpoint")
-    found = checkpoints.restore_last(trainer.abstract)
-    if found is None:
+    restored = checkpoints.restore_last(trainer.abstract)
+    if restored is None:
         return 0, trainer.init(key), []
-    step, state, position = found
+    step, state, position = restored
     batches.set_state(position["input"])
     return step, state, position["window"]
 
 
 def _validate(trainer: Trainer, step: int, state: State, data: Data, writer: metrics.Writer) -> float:
-    """Returns the validation loss; writes it and the task's other metrics."""
-    found = evaluate(trainer, state, data.validation(), data.resident)
-    writer.write(step, {f"validation/{name}": value for name, value in found.items()})
-    return found["loss"]
+    """Returns the validation loss, and writes all validation metrics."""
+    means = evaluate(trainer, state, data.validation(), data.resident)
+    writer.write(step, {f"validation/{name}": value for name, value in means.items()})
+    return means["loss"]
 
 
 def _finish(folder: epath.Path, trainer: Trainer) -> Result:
@@ -195,8 +201,8 @@ def evaluate(trainer: Trainer, state: State, batches: Iterable[Batch], resident:
     count = 0
     for batch in batches:
         processes.alive("validating")
-        found, n = trainer.evaluate(state, _on_mesh(batch, trainer), resident)
-        sums = {name: sums.get(name, 0) + value for name, value in found.items()}
+        batch_sums, n = trainer.evaluate(state, _on_mesh(batch, trainer), resident)
+        sums = {name: sums.get(name, 0) + value for name, value in batch_sums.items()}
         count += n
     return {name: float(value) / float(count) for name, value in sums.items()}
 
@@ -208,31 +214,31 @@ def _on_mesh(batch: Batch, trainer: Trainer) -> dict[str, jax.Array]:
 
 
 class _Preemption:
-    """Notices SIGTERM; where there are several processes, all of them end after the same step."""
+    """Reports SIGTERM through `requested`. With several processes, all of them stop after the same step."""
 
     def __init__(self):
-        self._asked = False
+        self._signaled = False
 
     def __enter__(self):
-        # With several processes JAX's own service listens: a handler of ours would silence it.
-        self._ours = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
-        if self._ours:
-            self._before = signal.signal(signal.SIGTERM, self._ask)
+        # With several processes JAX has its own handler of SIGTERM, which a second handler would replace.
+        self._handles = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
+        if self._handles:
+            self._previous = signal.signal(signal.SIGTERM, self._handle)
         return self
 
     def __exit__(self, *error):
-        if self._ours:
-            signal.signal(signal.SIGTERM, self._before)
+        if self._handles:
+            signal.signal(signal.SIGTERM, self._previous)
 
-    def _ask(self, *_: Any) -> None:
-        self._asked = True
+    def _handle(self, *_: Any) -> None:
+        self._signaled = True
 
-    def asked(self, step: int) -> bool:
-        return self._asked if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(step)
+    def requested(self, step: int) -> bool:
+        return self._signaled if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(step)
 
 
 class _Profile:
-    """Traces some steps."""
+    """Writes a trace of the first to the last of `steps` to `folder`."""
 
     def __init__(self, steps: tuple[int, int], folder: epath.Path):
         self._first, self._last = steps
@@ -251,9 +257,9 @@ class _Profile:
 
 
 class _Log:
-    """Gathers what the steps report, on the device, and writes means with the speed now and then.
+    """Collects the metrics of each step on the device, and writes lines with their means and the training speed.
 
-    window: what the steps since the last line have reported already, before an interruption.
+    window: metrics of the steps since the last line, from before an interruption.
     """
 
     def __init__(
@@ -267,7 +273,7 @@ class _Log:
         self._writer, self._settings, self._flops, self._devices = writer, settings, flops, mesh.size
         chip = chips.find(mesh.devices.flat[0].device_kind)
         self._peak = chip.flops if chip else None
-        self._before: list[dict[str, float]] = window
+        self._restored: list[dict[str, float]] = window
         self._gathered: list[Metrics] = []
         self._since, self._waited = time.monotonic(), 0.0
         self._pause_from: float | None = None
@@ -279,15 +285,15 @@ class _Log:
         self._waited += seconds
 
     def pause(self) -> None:
-        """What passes until the next batch is asked for is not training time."""
+        """Leaves the time from now until the next batch is requested out of the training time."""
         self._pause_from = time.monotonic()
 
     def add(self, values: Metrics) -> None:
         self._gathered.append(values)
 
     def window(self) -> list[dict[str, float]]:
-        """Returns what was added since the last line."""
-        return self._before + jax.tree.map(float, jax.device_get(self._gathered))
+        """Returns the metrics of each step since the last line."""
+        return self._restored + jax.tree.map(float, jax.device_get(self._gathered))
 
     def write(self, step: int, state: State, learning_rate: float) -> dict[str, float]:
         gathered = self.window()
@@ -310,7 +316,7 @@ class _Log:
                 line["flops_utilization"] = rate * self._flops / self._devices / self._peak
         self._writer.write(step, line)
         self._stop_if_diverged(step, state)
-        self._before, self._gathered, self._since, self._waited = [], [], time.monotonic(), 0.0
+        self._restored, self._gathered, self._since, self._waited = [], [], time.monotonic(), 0.0
         return line
 
     def _stop_if_diverged(self, step: int, state: State) -> None:
@@ -318,11 +324,11 @@ class _Log:
         if in_a_row > self._settings.max_skipped:
             raise Diverged(
                 f"max_skipped is {self._settings.max_skipped}, and the last {in_a_row} steps until {step} had a loss "
-                "or a gradient that was not finite: lower the learning rate, or clip"
+                "or a gradient that was not finite: lower optimizer.learning_rate, or set optimizer.clip to 1.0"
             )
 
 
 def _slowest(input_wait: float) -> dict[str, float]:
-    """Returns which process waits for its own photos the longest, so that all others wait for it, and its share."""
+    """Returns the process that waits the longest for its photos, which delays all others, and its share of waiting."""
     waits = np.asarray(multihost_utils.process_allgather(np.float32(input_wait)))
     return {"slowest_process": int(waits.argmax()), "slowest_input_wait": float(waits.max())}

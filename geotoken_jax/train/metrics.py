@@ -1,4 +1,4 @@
-"""Metrics as JSON lines and TensorBoard events, and to Weights & Biases where asked."""
+"""Writer of metrics: JSON lines, TensorBoard events and, if configured, Weights & Biases."""
 
 import hashlib
 import json
@@ -12,16 +12,16 @@ from tensorboardX.proto import event_pb2
 
 from geotoken_jax.settings import SettingsError
 
-#: Generated as the module is imported, so that no checker of types sees what it holds.
+#: Of type Any because the module generates its classes on import, which type checkers cannot see.
 _MESSAGES: Any = event_pb2
 
 
 class Writer:
     """Appends to `metrics.jsonl` and to event files in one folder.
 
-    What was written past `step` (by a run that was interrupted after its last checkpoint) is taken back first.
-    wandb: project of Weights & Biases that gets the same, "" for none; `name` is the run's there. shown: False where
-    another process writes.
+    Lines after `step`, from a run that was interrupted after its last checkpoint, are removed first.
+    wandb: project of Weights & Biases to write to; none if empty. name: name of the run there. shown: False if another
+    process writes, so that this one does nothing.
     """
 
     def __init__(self, folder: epath.PathLike, step: int, wandb: str = "", name: str = "", shown: bool = True):
@@ -32,7 +32,7 @@ class Writer:
         self._path = folder / "metrics.jsonl"
         kept = [line for line in _whole_lines(self._path) if json.loads(line)["step"] <= step]
         self._path.write_text("".join(kept))
-        # Not SummaryWriter: its thread ends at the first error, such as a full disk, and whoever writes waits for it.
+        # Not SummaryWriter: its thread ends at the first error, such as a full disk, and the next write hangs.
         (folder / "tensorboard").mkdir(exist_ok=True)
         self._events = event_file_writer.EventsWriter(str(folder / "tensorboard" / "events"))
         start = _MESSAGES.SessionLog(status=_MESSAGES.SessionLog.START)
@@ -49,7 +49,7 @@ class Writer:
                 self._wandb.finish(exit_code=int(any(error)))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes one line; values by name, such as train/loss."""
+        """Writes one line. values: metric, such as train/loss, -> value."""
         if not self._shown:
             return
         with self._path.open("a") as f:
@@ -65,17 +65,17 @@ class Writer:
 
 
 def _wandb_run(project: str, name: str, folder: epath.Path) -> Any:
-    """Returns the run of this folder: a resumed training goes on in the run it began."""
+    """Returns the folder's run in Weights & Biases: a new one, or the same again if training is resumed."""
     try:
         import wandb
     except ModuleNotFoundError:
         raise SettingsError(
-            f"config.train.wandb is {project!r} and wandb is not installed: pip install 'geotoken-jax[wandb]'"
+            f"config.train.wandb is {project!r}, but wandb is not installed: run pip install 'geotoken-jax[wandb]'"
         ) from None
     identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
     return wandb.init(project=project, name=name, id=identity, resume="allow", dir=str(folder))
 
 
 def _whole_lines(path: epath.Path) -> list[str]:
-    """Returns the file's lines but for a last one that was cut off while being written."""
+    """Returns the lines of the file, without a last line that was only partly written."""
     return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.exists() else []

@@ -1,4 +1,4 @@
-"""AdamW with the paper's schedule or warm-up and cosine."""
+"""AdamW with the paper's exponential schedule, or with a cosine schedule."""
 
 import dataclasses
 from typing import Any
@@ -9,8 +9,9 @@ import optax
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerSettings:
-    """learning_rate: the highest. schedule: "cosine" (to zero at the end) or "exponential" (times `decay` an epoch, as
-    published). warmup: share of all steps, 0-1. clip: largest global norm of the gradient, 0 for none."""
+    """learning_rate: highest learning rate. schedule: "cosine" (falls to zero at the end) or "exponential" (times
+    `decay` after each epoch, as published). warmup: share of all steps in which the rate rises linearly, 0-1.
+    weight_decay, b2: arguments of AdamW. clip: largest global norm of the gradient; no clipping if 0."""
 
     learning_rate: float
     schedule: str
@@ -26,7 +27,7 @@ class OptimizerSettings:
 
 
 def make_schedule(settings: OptimizerSettings, steps: int, steps_per_epoch: int) -> optax.Schedule:
-    """Returns step -> learning rate over `steps` steps."""
+    """Returns the function step -> learning rate. steps: number of training steps."""
     warm = round(settings.warmup * steps)
     if settings.schedule == "cosine":
         return optax.warmup_cosine_decay_schedule(
@@ -38,7 +39,7 @@ def make_schedule(settings: OptimizerSettings, steps: int, steps_per_epoch: int)
 
 
 def make_optimizer(settings: OptimizerSettings, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Returns AdamW, clipped where asked; weight decay spares biases, norms and single vectors, as is usual."""
+    """Returns AdamW, with clipping if `settings.clip` > 0. Biases, norms and vectors have no weight decay, as usual."""
 
     def matrices(params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(_is_matrix, params)
@@ -48,6 +49,6 @@ def make_optimizer(settings: OptimizerSettings, schedule: optax.Schedule) -> opt
 
 
 def _is_matrix(path: tuple[Any, ...], parameter: Any) -> bool:
-    # By name too: those of stacked layers have an axis more.
+    # ndim alone is not enough: biases and scales of stacked layers have a leading layer axis.
     name = str(getattr(path[-1], "key", path[-1]))
     return parameter.ndim > 1 and not name.endswith(("bias", "scale"))

@@ -1,4 +1,4 @@
-"""One training step, and the state it carries: created sharded, updated in place, the same on any mesh."""
+"""The training step and its state, which is created sharded and updated in place. The same code serves any mesh."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -13,39 +13,44 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from geotoken_jax import sharding
 from geotoken_jax.settings import SettingsError
 
-#: Pure dicts of arrays and optax's own containers: step, params, constants, optimizer, skipped and skipped_in_a_row
-#: (steps left out because they were not finite), and ema, the moving average of params, where it is on. Constants are
-#: the variables that no optimizer moves; a loss may write to them, and the next step finds them as it left them.
+#: Dicts of arrays and optax's containers. step: number of steps done. params: variables that the optimizer changes.
+#: constants: all other variables; the loss may write to them, and the next step reads them. optimizer: optax's state.
+#: skipped, skipped_in_a_row: numbers of steps that had no effect because they were not finite. ema: moving average of
+#: params, only if it is used.
 State = dict[str, Any]
 #: Metrics by name, each a mean over a batch.
 Metrics = dict[str, jax.Array]
-#: Arrays that stay on the devices over all steps, such as the gallery's.
+#: Arrays that stay on the devices over all steps, such as the gallery's embeddings.
 Resident = Mapping[str, jax.Array]
 
 
 class Task(Protocol):
-    """What is learned."""
+    """A model and its loss."""
 
-    #: Floating-point operations of one example, forward and backward; 0 where nobody counted.
+    #: Floating-point operations of one example, forward and backward; 0 if unknown.
     flops: float
 
     def init(self, rngs: nnx.Rngs) -> nnx.Module:
-        """Returns the model with its first parameters. A variable that is of no use past training has
-        `training_only=True` in its metadata."""
+        """Returns the model with its initial parameters.
+
+        Variables that are needed in training only have `training_only=True` in their metadata.
+        """
         ...
 
     def loss(self, model: Any, batch: Mapping[str, jax.Array], key: jax.Array | None) -> tuple[jax.Array, Metrics]:
-        """Returns the loss and further metrics, each a mean over the batch's photos (but for those that `valid`, where
-        the batch has it, leaves out). batch: with the resident arrays. A key of None means evaluation: no dropout, and
-        what is written to the model's variables is not kept."""
+        """Returns the loss and further metrics, each a mean over the photos of the batch, or over its `valid` photos.
+
+        batch: arrays of the batch and the resident arrays. key: source of dropout; None in evaluation, in which there
+        is no dropout, and changes of the model's variables are dropped.
+        """
         ...
 
 
 class Trainer:
-    """A task, an optimizer and a mesh as three compiled functions: `init`, `step`, `evaluate`.
+    """Compiles a task with an optimizer for a mesh: functions `init`, `step` and `evaluate`.
 
-    accumulate: parts that a batch is cut into, one after another, their gradients averaged. ema: decay of the moving
-    average of parameters that `evaluate` and `averaged` use, 0 for none.
+    accumulate: number of parts of a batch that are processed one after another; their gradients are averaged. ema:
+    decay of the moving average of the parameters, which `evaluate` and `averaged` then use; no average if 0.
     """
 
     def __init__(
@@ -56,7 +61,7 @@ class Trainer:
         self._graph, *self._variables = nnx.split(nnx.eval_shape(lambda: task.init(nnx.Rngs(0))), nnx.Param, ...)
         shardings = self._state_shardings()
         shapes = jax.eval_shape(self._init, jax.random.key(0))
-        #: The state's shapes, types and shardings.
+        #: Shapes, types and shardings of the state.
         self.abstract: State = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
         )
@@ -68,7 +73,7 @@ class Trainer:
     def _on_mesh(self, function: Callable) -> Callable:
         @functools.wraps(function)
         def traced(*arguments: Any) -> Any:
-            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):  # what sharding.constrain asks for
+            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):  # sharding.constrain reads it
                 return function(*arguments)
 
         return traced
@@ -83,7 +88,7 @@ class Trainer:
             "skipped_in_a_row": whole,
             "params": params,
             "constants": constants,
-            # Moments lie as their parameters do; counters are whole everywhere.
+            # Moments are split like their parameters; each device has all counters.
             "optimizer": optax.tree_utils.tree_map_params(
                 self._optimizer, lambda _, s: s, moments, params, transform_non_params=lambda _: whole
             ),
@@ -105,7 +110,7 @@ class Trainer:
         }
 
     def describe(self) -> str:
-        """Returns a table of every parameter: name, shape, how it lies on the mesh, how many numbers; and their sum."""
+        """Returns a table of all parameters: name, shape, partition and size. The last row has the total size."""
         params: Any = traverse_util.flatten_dict(self.abstract["params"])
         rows = [
             ("/".join(map(str, name)), str(p.shape), str(tuple(p.sharding.spec)), f"{p.size:,}")
@@ -119,16 +124,16 @@ class Trainer:
         )
 
     def averaged(self, state: State) -> Any:
-        """Returns the parameters to use: the moving average where there is one."""
+        """Returns the parameters to use: the moving average, or without one the parameters."""
         return state.get("ema", state["params"])
 
     def kept(self, state: State) -> list[Any]:
-        """Returns what of a state is worth keeping past training: constants and the parameters to use."""
+        """Returns the parameters to use and the constants, both without variables that only training needs."""
         kept = []
         for variables, values in zip(self._variables, (self.averaged(state), state["constants"]), strict=True):
             flat: Any = traverse_util.flatten_dict(values)
-            ours = [path for path, v in nnx.to_flat_state(variables) if not v.get_metadata().get("training_only")]
-            kept.append(traverse_util.unflatten_dict({path: flat[path] for path in ours}))
+            paths = [path for path, v in nnx.to_flat_state(variables) if not v.get_metadata().get("training_only")]
+            kept.append(traverse_util.unflatten_dict({path: flat[path] for path in paths}))
         return kept
 
     def _model(self, *pure: Any) -> nnx.Module:
@@ -146,14 +151,14 @@ class Trainer:
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
         updates, optimizer = self._optimizer.update(gradient, state["optimizer"], state["params"])
         params = optax.apply_updates(state["params"], updates)
-        learned = {"params": params, "optimizer": optimizer, "constants": constants}
+        updated = {"params": params, "optimizer": optimizer, "constants": constants}
         if self._ema:
-            # A young average forgets faster, or the first parameters would stay in it for long.
+            # The decay starts small, since the initial parameters would otherwise stay in the average for long.
             decay = jnp.minimum(self._ema, (1.0 + state["step"]) / (10.0 + state["step"]))
-            learned["ema"] = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state["ema"], params)
-        before = {name: state[name] for name in learned}
+            updated["ema"] = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state["ema"], params)
+        before = {name: state[name] for name in updated}
         return {
-            **jax.tree.map(lambda new, old: jnp.where(finite, new, old), learned, before),
+            **jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, before),
             "step": state["step"] + 1,
             "skipped": state["skipped"] + ~finite,
             "skipped_in_a_row": jnp.where(finite, 0, state["skipped_in_a_row"] + 1),
@@ -162,9 +167,11 @@ class Trainer:
     def _gradient(
         self, state: State, batch: Mapping[str, jax.Array], key: jax.Array, resident: Resident
     ) -> tuple[Any, Metrics, Any]:
-        """Returns the constants after a batch, the metrics, the loss among them, and the gradient, part by part."""
+        """Returns the constants after a batch, its metrics with the loss, and its gradient. Works part by part."""
 
-        def one(constants: Any, part: Mapping[str, jax.Array], key: jax.Array) -> tuple[Any, tuple[Metrics, Any]]:
+        def part_gradient(
+            constants: Any, part: Mapping[str, jax.Array], key: jax.Array
+        ) -> tuple[Any, tuple[Metrics, Any]]:
             def mean_loss(params: Any) -> tuple[jax.Array, tuple[Metrics, Any]]:
                 model = self._model(params, constants)
                 loss, metrics = self._task.loss(model, {**part, **resident}, key)
@@ -176,16 +183,16 @@ class Trainer:
 
         n = self._accumulate
         if n == 1:
-            constants, found = one(state["constants"], batch, key)
-            return constants, *found
-        size, ways = len(next(iter(batch.values()))), self.batch_sharding.num_devices // self.mesh.shape["tensor"]
-        if size % (n * ways):
+            constants, metrics_gradient = part_gradient(state["constants"], batch, key)
+            return constants, *metrics_gradient
+        size, devices = len(next(iter(batch.values()))), self.batch_sharding.num_devices // self.mesh.shape["tensor"]
+        if size % (n * devices):
             raise SettingsError(
-                f"a batch of {size} in config.train.accumulate = {n} parts does not divide over data x fsdp = {ways} "
-                f"devices: choose a multiple of {n * ways}"
+                f"batch_size is {size}, which does not divide over accumulate = {n} parts and data x fsdp = {devices} "
+                f"devices: set batch_size to a multiple of {n * devices}"
             )
 
-        # Every n-th row, not a run of rows: so each device takes its share of each part from its own rows.
+        # A part has every n-th row rather than consecutive rows: each device then has its share of all parts already.
         def cut(x: jax.Array) -> jax.Array:
             return sharding.constrain(x.reshape(size // n, n, *x.shape[1:]).swapaxes(0, 1), None, "batch")
 
@@ -194,16 +201,16 @@ class Trainer:
 
         def add(sums: tuple[Any, Any], part: Any) -> tuple[tuple[Any, Any], None]:
             constants, total = sums
-            constants, found = one(constants, *part)
-            return (constants, jax.tree.map(jnp.add, total, found)), None
+            constants, metrics_gradient = part_gradient(constants, *part)
+            return (constants, jax.tree.map(jnp.add, total, metrics_gradient)), None
 
         first = state["constants"], jax.tree.map(lambda x: x[0], parts), key
-        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(one, *first)[1])
+        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(part_gradient, *first)[1])
         (constants, total), _ = jax.lax.scan(add, (state["constants"], zeros), (parts, keys))
         return constants, *jax.tree.map(lambda x: x / n, total)
 
     def _evaluate(self, state: State, batch: Mapping[str, jax.Array], resident: Resident) -> tuple[Metrics, jax.Array]:
-        """Returns sums over the valid photos of a batch, and how many there are."""
+        """Returns the sums of loss and metrics over the valid photos of a batch, and the number of these photos."""
         model = self._model(self.averaged(state), state["constants"])
         loss, metrics = self._task.loss(model, {**batch, **resident}, None)
         n = batch["valid"].sum()

@@ -31,8 +31,8 @@ class LossSettings:
     kind: "info_nce", the loss of G3, or "sigmoid", the loss of SigLIP.
     chunk: columns of the similarity matrix that a device holds at a time.
     queue: number of coordinates of past batches that serve as additional negatives (GeoCLIP). If 0, there are none.
-    same_within_km: distance in km up to which two photos are not negatives of each other. If 0, only photos with the
-    same coordinates are not.
+    same_within_km: distance in km. Photos up to this distance apart are not negatives of each other. If 0, this holds
+    only for photos with the same coordinates.
     """
 
     kind: str

@@ -63,7 +63,7 @@ def _open_tower(settings: BackboneSettings, remat: str, mesh: Mesh | None = None
             "config.embed.backbone=huggingface; or set config.align.pixels.tower=cached, and config.embed.views.count "
             "above 0 to train on augmented views"
         )
-    rows = mesh.size if mesh else 1  # a batch size that divides; the tower embeds nothing by itself
+    rows = mesh.size if mesh else 1  # the size must divide over the mesh and has no other effect
     return ImageTower(HuggingFace(dataclasses.replace(settings.huggingface, batch_size=rows), mesh), remat)
 
 

@@ -67,8 +67,8 @@ def made_with(settings: BackboneSettings) -> dict[str, Any]:
 def _fingerprint(folder: pathlib.Path) -> str:
     """Returns a hash of the JSON, text and safetensors files of a checkpoint folder.
 
-    Of every file, its name, its size and its first and last 1 MiB are hashed. Whole files would take seconds, and other
-    parameters differ in these bytes too.
+    Of every file, its name, its size and its first and last 1 MiB are hashed. Whole files would take seconds, and
+    checkpoints with other parameters differ in these bytes too.
     """
     files = sorted(path for ending in ("*.json", "*.txt", "*.safetensors") for path in folder.glob(ending))
     if not files:

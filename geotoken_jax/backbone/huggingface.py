@@ -169,11 +169,13 @@ def _exact(dtype: str) -> Any:
 
 def _processor(folder: pathlib.Path, side: int) -> preprocess.Processor:
     """Returns the folder's image processor, from preprocessor_config.json or transformers 5's processor_config.json."""
-    if (folder / "processor_config.json").exists() and not (folder / "preprocessor_config.json").exists():
-        config = checkpoint.read_json(folder, "processor_config.json").get("image_processor", {})
-    else:
-        config = checkpoint.read_json(folder, "preprocessor_config.json")
+    name = "preprocessor_config.json"
+    if (folder / "processor_config.json").exists() and not (folder / name).exists():
+        name = "processor_config.json"
+    config = checkpoint.read_json(folder, name)
+    if name == "processor_config.json":
+        config = config.get("image_processor", {})
     try:
         return preprocess.Processor.read(config, side)
     except (KeyError, TypeError) as error:
-        raise SettingsError(f"{folder}: its preprocessor_config.json lacks {error}: download it again") from None
+        raise SettingsError(f"{folder}: its {name} lacks {error}: download it again") from None

@@ -130,5 +130,5 @@ class Siglip(nnx.Module):
         return self.vision_model(pixels)
 
     def text_features(self, ids: Int[Array, "B T"]) -> Float[Array, "B C"]:
-        """Returns features of texts, read at the last position. T: max_position_embeddings, with padding."""
+        """Returns features of texts, read at the last position. T: max_position_embeddings (texts are padded)."""
         return self.text_model(ids)

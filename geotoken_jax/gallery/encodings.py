@@ -19,8 +19,8 @@ from geotoken_jax.gallery.index import Vectors
 
 #: Coordinates per compiled call. A capsule of width 1,024 then has 17 MB of activations per layer.
 _BLOCK = 4096
-#: Photos and gallery rows per block of logits: 34 MB.
-_PHOTOS, _ROWS = 512, 16_384
+#: Photos and encoded places per block of logits: 34 MB.
+_PHOTOS, _PLACES = 512, 16_384
 
 
 def encoder(
@@ -88,8 +88,8 @@ def rank(
     """
     rows, logits = index.exact(gallery, photos, k)
     total = np.full(len(photos), -np.inf, np.float32)
-    for first in range(0, len(gallery), _ROWS):
-        block = jnp.asarray(gallery[first : first + _ROWS], jnp.float32)
+    for first in range(0, len(gallery), _PLACES):
+        block = jnp.asarray(gallery[first : first + _PLACES], jnp.float32)
         for q in range(0, len(photos), _PHOTOS):
             part = slice(q, q + _PHOTOS)
             total[part] = np.logaddexp(total[part], _log_sum(jnp.asarray(photos[part]), block))

@@ -176,7 +176,7 @@ def test_a_large_scale_overflows_nowhere():
 
 def test_a_queue_that_does_not_divide_is_refused():
     with jax.sharding.use_abstract_mesh(mesh_of(2, 4, 1).abstract_mesh), pytest.raises(
-        SettingsError, match=r"config\.align\.loss\.queue = 6 does not divide over data x fsdp = 8 devices"
+        SettingsError, match=r"config\.align\.loss\.queue is 6, which does not divide over data x fsdp = 8 devices"
     ):  # fmt: skip
         info_nce(A, B, queue=Targets(A[:6], APART[:6], ALL[:6]))
 

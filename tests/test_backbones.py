@@ -153,7 +153,7 @@ FAULTS = {
     ),
     "an unknown activation": (
         lambda f: change(f, "config.json", vision_config={**checkpoints.VISION, "hidden_act": "relu"}),
-        "hidden_act is 'relu' in config.json: choose one of quick_gelu",
+        "hidden_act is 'relu' in config.json: choose a checkpoint with quick_gelu",
     ),
     "no number": (
         lambda f: change(f, "config.json", vision_config={**checkpoints.VISION, "patch_size": "5"}),
@@ -161,7 +161,7 @@ FAULTS = {
     ),
     "heads do not divide": (
         lambda f: change(f, "config.json", vision_config={**checkpoints.VISION, "num_attention_heads": 3}),
-        "hidden_size = 16 in config.json does not divide into num_attention_heads = 3",
+        "hidden_size is 16 in config.json, which does not divide into num_attention_heads = 3",
     ),
     "no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json is damaged"),
     "a list": (lambda f: (f / "config.json").write_text("[]"), "config.json is not a JSON object"),
@@ -199,7 +199,7 @@ def test_settings_that_cannot_be_are_refused(folder):
     with pytest.raises(ValueError, match="batch_size is 0"):
         opened(folder, batch_size=0)
     mesh = sharding.make_mesh(sharding.MeshSettings(8, 1, 1))
-    with pytest.raises(SettingsError, match="batch_size = 4 does not divide over 8 devices"):
+    with pytest.raises(SettingsError, match="batch_size is 4, which does not divide over 8 devices"):
         opened(folder, mesh, batch_size=4)
     with pytest.raises(SettingsError, match=r"config\.embed\.backbone is 'vgg': choose thumbnail or huggingface"):
         backbone.make(BackboneSettings("vgg", ThumbnailSettings(4), HuggingFaceSettings("", "float32", 1)))

@@ -277,5 +277,7 @@ def test_the_thumbnail_is_refused(path, tmp_path):
     config = tiny.get_config()
     config.align.pixels.tower = "frozen"
     embed.run(typed(config), Workdir(tmp_path))
-    with pytest.raises(SettingsError, match=r"'thumbnail', which no accelerator runs: set config\.embed\.backbone="):
+    with pytest.raises(
+        SettingsError, match=r"'thumbnail', which has no image tower to train with: set config\.embed\.backbone="
+    ):
         run(tmp_path, config)

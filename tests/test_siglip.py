@@ -38,7 +38,7 @@ def test_padding_is_on_the_side_that_the_files_say(folder):
 
 def test_the_first_versions_tokenizer_is_refused(folder):
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "SiglipTokenizer"}))
-    with pytest.raises(SettingsError, match="give a SigLIP 2 checkpoint"):
+    with pytest.raises(SettingsError, match="choose a SigLIP 2 checkpoint"):
         Tokenizer(folder, 12, "siglip")
 
 
@@ -52,5 +52,5 @@ def test_what_config_leaves_out_is_as_published():
 def test_towers_without_a_common_space_are_refused():
     config = checkpoints.CONFIGS["siglip"]
     config = {**config, "text_config": {**config["text_config"], "projection_size": 8}}
-    with pytest.raises(SettingsError, match="features of texts have 8 numbers and those of photos 16"):
+    with pytest.raises(SettingsError, match="text features have width 8 and photo features width 16"):
         Siglip(config, jnp.dtype("float32"), nnx.Rngs(0))

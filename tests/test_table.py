@@ -56,12 +56,12 @@ def test_one_shard_is_memory_mapped_and_pickles_small(tmp_path):
 def test_rows_out_of_range_are_refused(tmp_path, parts):
     table.write_shard(tmp_path, 0, 1, parts[0])
     for wrong in ([-1], [5], [0, 9]):
-        with pytest.raises(IndexError, match="of a table of 5"):
+        with pytest.raises(IndexError, match="in a table of 5 rows"):
             table.Table(tmp_path).tokens(wrong)
 
 
 def test_missing_shards_and_wrong_columns_are_refused(tmp_path, parts):
-    with pytest.raises(FileNotFoundError, match="has 0 of no shards"):
+    with pytest.raises(FileNotFoundError, match="has no shards"):
         table.Table(tmp_path)
     table.write_shard(tmp_path, 0, 2, parts[0])
     with pytest.raises(FileNotFoundError, match="has 1 of 2 shards of captured"):

@@ -1,4 +1,4 @@
-"""The alignment model: what turns one frozen image embedding into three, each near another modality (G3)."""
+"""The alignment model of G3: heads that map a frozen image embedding into the spaces of texts and locations."""
 
 import dataclasses
 import functools
@@ -18,11 +18,13 @@ from geotoken_jax.vectors import unit
 
 @dataclasses.dataclass(frozen=True)
 class AlignSettings:
-    """Form of the alignment model; G3's has hidden = C = 768 and no dropout.
+    """Architecture of the alignment model. G3 has hidden = C = 768 and no dropout.
 
-    hidden: width of the heads' one hidden layer. dropout: rate on it. whiten: 0, or what is added to the variance of
-    each direction of the image features, as a multiple of their mean, before the image heads see all of them alike: the
-    smaller, the more they are.
+    hidden: width of the hidden layer of each head. dropout: dropout rate of that layer.
+    whiten: regularization of the whitening of image features, at least 0. It is added, as a multiple of the mean
+    variance, to the variance of each direction; the smaller it is, the closer all directions come to equal variance. If
+    0, features are not whitened.
+    location: settings of the location encoder.
     """
 
     hidden: int
@@ -32,47 +34,50 @@ class AlignSettings:
 
     def __post_init__(self):
         if not self.whiten >= 0:
-            raise ValueError(f"config.align.model.whiten is {self.whiten}: it must be above 0, or 0 for none")
+            raise ValueError(
+                f"config.align.model.whiten is {self.whiten}: choose a number above 0, or 0 for no whitening"
+            )
 
 
 class AlignModel(nnx.Module):
-    """Two image heads, a text head, the location encoder and a learned logit scale for each pair of modalities."""
+    """Two image heads, a text head, the location encoder, and learned logit scales for texts and for locations."""
 
     def __init__(self, settings: AlignSettings, width: int, *, rngs: nnx.Rngs):
-        """width: C, of the backbone's features."""
+        """width: C, the width of the backbone's features."""
         shape = (width, settings.hidden, width)
         self.whitening = Whitening(width) if settings.whiten else None
         self.image_to_text = Head(shape, settings.dropout, self.whitening, rngs=rngs)
         self.image_to_location = Head(shape, settings.dropout, self.whitening, rngs=rngs)
         self.text = Head(shape, settings.dropout, rngs=rngs)
         self.location = LocationEncoder(settings.location, width, rngs=rngs)
-        # Logarithms: the scales begin at exp(3.99) = 54.
+        # Logarithms of the scales, which start at exp(3.99) = 54.
         self.text_scale = nnx.Param(jnp.float32(3.99))
         self.location_scale = nnx.Param(jnp.float32(3.99))
 
     def embed(self, image: Float[Array, "B C"]) -> Float[Array, "B 3 C"]:
-        """Returns a photo's three vectors: backbone's image embedding, location head, text head; not normalized."""
+        """Returns three vectors per photo, not normalized: image embedding, location head and text head."""
         return jnp.stack([image, self.image_to_location(image), self.image_to_text(image)], axis=1)
 
 
 class Statistics(nnx.Variable):
-    """What is known of the features: saved with the weights, and no nnx.Param, so no optimizer moves it."""
+    """Statistics of the features: saved with the weights, but no nnx.Param, so optimizers leave them alone."""
 
 
 class Whitening(nnx.Module):
-    """Image features less their mean, of alike variance in all directions, as rows of length 1.
+    """Centers image features, brings their directions to similar variance, and scales rows to length 1.
 
-    Else heads rely on the few directions with most of the variance: of EarthView's photos of a map that was not trained
-    on, 25.2 % then have their first neighbor within 25 km, whitened 29.7 % (docs/alignment.md; Jegou and Chum 2012).
+    Without whitening, heads rely on the few directions with most of the variance. On EarthView photos of a map that is
+    not in training, whitening raises the share of first neighbors within 25 km from 25.2 % to 29.7 %
+    (docs/alignment.md; Jegou and Chum 2012).
     """
 
     def __init__(self, width: int):
-        # Not a number until fitted or read, so that training without cannot pass for training with.
+        # NaN until fitted or read from a file, so that training without a fit fails visibly.
         self.mean = Statistics(jnp.full(width, jnp.nan))
         self.matrix = Statistics(jnp.full((width, width), jnp.nan))
 
     def fit(self, image: Float[np.ndarray, "N C"], added: float) -> None:
-        """Takes mean and covariance from features; added: AlignSettings.whiten."""
+        """Sets mean and matrix from features. added: AlignSettings.whiten."""
         covariance = np.cov(image, rowvar=False)
         variances, directions = np.linalg.eigh(covariance)
         matrix = directions / np.sqrt(variances + added * variances.mean()) @ directions.T
@@ -89,29 +94,29 @@ class Head(nnx.Module):
     def __init__(
         self, shape: tuple[int, int, int], dropout: float, whitening: Whitening | None = None, *, rngs: nnx.Rngs
     ):
-        """shape: widths of input, hidden layer and output. whitening: of the input, shared by heads."""
+        """shape: widths of input, hidden layer and output. whitening: module applied to the input, shared by heads."""
         self.whitening = whitening
         self.hidden = sharding.linear(*shape[:2], ("embed", "mlp"), rngs=rngs)
         self.output = sharding.linear(*shape[1:], ("mlp", "embed"), rngs=rngs)
         self.dropout = nnx.Dropout(dropout)
 
     def __call__(self, x: Float[Array, "B C"], rngs: nnx.Rngs | None = None) -> Float[Array, "B E"]:
-        """rngs: source of dropout; None is evaluation, without it."""
+        """Returns the outputs for a batch. rngs: random numbers for dropout; no dropout if None."""
         if self.whitening:
             x = self.whitening(x)
         hidden = jax.nn.relu(self.hidden(x))
         return self.output(self.dropout(hidden, deterministic=rngs is None, rngs=rngs))
 
 
-#: Rows embedded at once, always: a product of another shape rounds otherwise, and a photo must have the same vectors
-#: alone as in a table.
+#: Rows per compiled call. Fixed, because products of other shapes round differently, and a single photo must have the
+#: same vectors as in a table.
 _ROWS = 256
 
 
 def embeddings(model: AlignModel, image: Float[np.ndarray, "B C"]) -> Float[np.ndarray, "B 3 C"]:
-    """Returns photos' three vectors as tables hold them: bfloat16, each of length 1."""
+    """Returns three unit vectors per photo in bfloat16, as tables store them."""
     graph, state = nnx.split(model)
-    image = image.astype(ml_dtypes.bfloat16)  # as features/ keeps them: a photo on its own must be rounded as they are
+    image = image.astype(ml_dtypes.bfloat16)  # rounded as in features/, so a single photo has the same vectors
     parts = (np.asarray(_embed(graph, state, x.astype(np.float32)))[:n] for x, n in blocks(image, _ROWS))
     return unit(np.concatenate(list(parts))).astype(ml_dtypes.bfloat16)
 

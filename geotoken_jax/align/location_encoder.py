@@ -1,4 +1,4 @@
-"""The location encoder of GeoCLIP and G3: a coordinate as a vector, at several scales at once."""
+"""The location encoder of GeoCLIP and G3, which encodes coordinates as vectors at several scales."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from geotoken_jax import sharding
 from geotoken_jax.geo.distance import to_unit_vectors
 
-#: Equal Earth (Savric, Patterson, Jenny 2018): coefficients, and GeoCLIP's factor to about [-1, 1].
+#: Coefficients of Equal Earth (Savric, Patterson, Jenny 2018), and GeoCLIP's factor, which brings x to about [-1, 1].
 _A1, _A2, _A3, _A4 = 1.340264, -0.081106, 0.000893, 0.003796
 _EQUAL_EARTH_SCALE = 66.50336 / 180
 #: Degrees of latitude at which Web Mercator's y is 1; the poles are at infinity.
@@ -20,10 +20,11 @@ _MERCATOR_LIMIT = 85.0511287798
 
 @dataclasses.dataclass(frozen=True)
 class LocationSettings:
-    """Form of the location encoder; G3's is mercator, (1, 16, 256), 256, 1024, 512, GeoCLIP's with equal_earth.
+    """Architecture of the location encoder. G3 has mercator, (1, 16, 256), 256, 1024, 512; GeoCLIP has equal_earth.
 
-    projection: one of PROJECTIONS. sigmas: scale of each capsule's frequencies. fourier: frequencies a capsule.
-    hidden: width of a capsule's layers. out: width of its output and of the projection head.
+    projection: a key of PROJECTIONS. sigmas: one capsule each, the standard deviation of its Fourier frequencies.
+    fourier: number of frequencies per capsule. hidden: width of a capsule's hidden layers. out: width of a capsule's
+    output and of the hidden layer after the sum of capsules.
     """
 
     projection: str
@@ -38,24 +39,24 @@ class LocationSettings:
 
 
 class Frequencies(nnx.Variable):
-    """Fourier frequencies: saved with the weights, and no nnx.Param, so no optimizer moves them."""
+    """Fourier frequencies: saved with the weights, but no nnx.Param, so optimizers leave them alone."""
 
 
 class Capsules(nnx.Module):
-    """Coordinates -> the sum of the capsules' outputs: the whole of GeoCLIP's encoder, and the first part of G3's."""
+    """Encodes coordinates as the sum of the outputs of all capsules. This is GeoCLIP's whole location encoder."""
 
     def __init__(self, settings: LocationSettings, *, rngs: nnx.Rngs):
         self.projection = settings.projection
         self.capsules = nnx.List([Capsule(settings, sigma, rngs=rngs) for sigma in settings.sigmas])
 
     def features(self, coordinates: Float[Array, "B 2"]) -> Float[Array, "B E"]:
-        """coordinates: latitude and longitude in degrees."""
+        """Returns the sum of the capsules' outputs. coordinates: latitude and longitude in degrees."""
         projected = PROJECTIONS[self.projection](coordinates.astype(jnp.float32))
         return sum((capsule(projected) for capsule in self.capsules), start=jnp.zeros(()))
 
 
 class LocationEncoder(Capsules):
-    """Coordinates -> vectors of the backbone's width: the sum of the capsules, then an MLP out-out-C."""
+    """G3's location encoder: the capsules, then an MLP of widths out, out and C, the width of the backbone."""
 
     def __init__(self, settings: LocationSettings, width: int, *, rngs: nnx.Rngs):
         super().__init__(settings, rngs=rngs)
@@ -63,12 +64,12 @@ class LocationEncoder(Capsules):
         self.output = sharding.linear(settings.out, width, ("mlp", "embed"), rngs=rngs)
 
     def __call__(self, coordinates: Float[Array, "B 2"]) -> Float[Array, "B C"]:
-        """coordinates: latitude and longitude in degrees."""
+        """Returns the vectors of coordinates, latitude and longitude in degrees."""
         return self.output(jax.nn.relu(self.hidden(self.features(coordinates))))
 
 
 class Capsule(nnx.Module):
-    """One scale: Gaussian Fourier features (Tancik et al. 2020), then three layers and a linear one."""
+    """Encoder at one scale: Gaussian Fourier features (Tancik et al. 2020), three ReLU layers and a linear layer."""
 
     def __init__(self, settings: LocationSettings, sigma: float, *, rngs: nnx.Rngs):
         dimensions = PROJECTIONS[settings.projection](jnp.zeros((1, 2))).shape[-1]
@@ -81,8 +82,8 @@ class Capsule(nnx.Module):
         self.output = sharding.linear(settings.hidden, settings.out, ("mlp", "embed"), rngs=rngs)
 
     def __call__(self, projected: Float[Array, "B P"]) -> Float[Array, "B E"]:
-        # Up to 1,000 turns at sigma 256: the product in full float32 (an accelerator's default keeps 8 bits of it), and
-        # whole turns taken off, which is exact, before the sine sees them.
+        # Angles reach 1,000 turns at sigma 256. So the product is computed in full float32 (accelerators keep 8 bits of
+        # it by default), and whole turns are subtracted, which is exact, before sine and cosine.
         turns = jnp.matmul(projected, self.frequencies[...].T, precision=jax.lax.Precision.HIGHEST)
         angles = 2 * jnp.pi * (turns - jnp.round(turns))
         x = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
@@ -92,7 +93,7 @@ class Capsule(nnx.Module):
 
 
 def mercator(coordinates: Float[Array, "B 2"]) -> Float[Array, "B 2"]:
-    """Returns Web Mercator y and x, both in [-1, 1]; latitudes beyond 85.05 degrees are taken as 85.05."""
+    """Returns Web Mercator y and x, both in [-1, 1]; latitudes are clipped to +-85.05 degrees."""
     latitude = jnp.deg2rad(coordinates[..., 0].clip(-_MERCATOR_LIMIT, _MERCATOR_LIMIT))
     return jnp.stack([jnp.arctanh(jnp.sin(latitude)) / jnp.pi, coordinates[..., 1] / 180], axis=-1)
 
@@ -110,9 +111,9 @@ def equal_earth(coordinates: Float[Array, "B 2"]) -> Float[Array, "B 2"]:
 
 
 def unit_vector(coordinates: Float[Array, "B 2"]) -> Float[Array, "B 3"]:
-    """Returns the point on the unit sphere: no poles, no date line."""
+    """Returns points on the unit sphere, which has no singularity at the poles or the date line."""
     return jnp.asarray(to_unit_vectors(*jnp.moveaxis(coordinates, -1, 0)))
 
 
-#: Name in the configuration -> projection before the Fourier features.
+#: Value of LocationSettings.projection -> projection of coordinates before the Fourier features.
 PROJECTIONS = {"mercator": mercator, "equal_earth": equal_earth, "unit_vector": unit_vector}

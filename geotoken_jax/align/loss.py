@@ -1,8 +1,8 @@
-"""The contrastive losses of alignment: over the whole batch, however many devices share it.
+"""The contrastive losses of alignment, computed over the whole batch on any number of devices.
 
-A device compares its own photos with the targets of all, which travel from device to device in a ring, `chunk` of them
-at a time, and both directions are summed on the way. The backward pass goes round once more. So no device ever holds
-more of the similarity matrix than its own rows by `chunk` columns, nor more of the targets than its share.
+The targets travel from device to device in a ring. Every device compares its photos with `chunk` of them at a time and
+adds up the sums of both directions, photos to targets and targets to photos. The backward pass takes the ring again. So
+a device never holds more than `chunk` columns of its rows of the similarity matrix, nor more than its share of targets.
 """
 
 import dataclasses
@@ -26,9 +26,14 @@ KINDS = ("info_nce", "sigmoid")
 
 @dataclasses.dataclass(frozen=True)
 class LossSettings:
-    """kind: "info_nce" (G3's) or "sigmoid" (SigLIP's). chunk: columns of the similarity matrix that a device holds at
-    a time. queue: coordinates of past batches that are further negatives of every photo, 0 for none (GeoCLIP's).
-    same_within_km: of two photos no farther apart than this neither is a negative of the other; 0 for one place."""
+    """The contrastive loss.
+
+    kind: "info_nce", the loss of G3, or "sigmoid", the loss of SigLIP.
+    chunk: columns of the similarity matrix that a device holds at a time.
+    queue: number of coordinates of past batches that serve as additional negatives (GeoCLIP). If 0, there are none.
+    same_within_km: distance in km. Photos up to this distance apart are not negatives of each other. If 0, this holds
+    only for photos with the same coordinates.
+    """
 
     kind: str
     chunk: Runtime[int]
@@ -44,16 +49,17 @@ class LossSettings:
             raise ValueError(f"config.align.loss.queue is {self.queue}: it must be 0 or more")
         if not 0 <= self.same_within_km < math.pi * EARTH_RADIUS_KM:
             raise ValueError(
-                f"config.align.loss.same_within_km is {self.same_within_km}: it must be from 0 to under 20,015 km, "
-                "half the Earth's circumference"
+                f"config.align.loss.same_within_km is {self.same_within_km}: choose a distance from 0 to below "
+                "20,015 km, half the Earth's circumference"
             )
 
 
 class Targets(NamedTuple):
-    """What photos are compared with; vectors need not be normalized.
+    """Texts or locations that photos are compared with.
 
-    key: two targets whose keys are no farther apart than a loss's `reach` are one target, so neither's photo has the
-    other as a negative. present: those that take part; the others are neither positives nor negatives.
+    vectors: embeddings of any length. key: points by which targets are compared: if two keys are at most `reach` apart,
+    neither target is a negative of the other one's photo. present: False for targets that are left out, as positives
+    and as negatives.
     """
 
     vectors: Float[Array, "N C"]
@@ -70,15 +76,20 @@ def info_nce(
     reach: float = 0.0,
     queue: Targets | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Returns the symmetric InfoNCE loss of the pairs (photo i, target i), and the share of targets whose nearest photo
-    is their own.
+    """Returns the symmetric InfoNCE loss of the pairs (photo i, target i), and the accuracy of targets.
 
-    log_scale: logarithm of the factor on cosines. queue: further targets, negatives of every photo. Both results are 0
-    if no pair is present. (van den Oord et al. 2018; Radford et al. 2021.)
+    Accuracy is the share of targets whose nearest photo is the one they are paired with. Both results are 0 if no pair
+    is present. (van den Oord et al. 2018; Radford et al. 2021.)
+
+    log_scale: logarithm of the factor on cosines. chunk: columns of the similarity matrix that a device holds at a
+    time. reach: distance between keys up to which two targets count as the same. queue: additional negatives of every
+    photo.
     """
-    own, of_photos, of_targets = _compare("info_nce", photos, targets, log_scale, jnp.zeros(()), chunk, reach, queue)
-    logs = (most + jnp.log(jnp.exp(own - most) + total) for most, total in (of_photos, of_targets))
-    return _mean((sum(logs) - 2 * own) / 2, targets), _mean(own >= of_targets[0], targets)
+    positives, of_photos, of_targets = _compare(
+        "info_nce", photos, targets, log_scale, jnp.zeros(()), chunk, reach, queue
+    )
+    logs = (maximum + jnp.log(jnp.exp(positives - maximum) + total) for maximum, total in (of_photos, of_targets))
+    return _mean((sum(logs) - 2 * positives) / 2, targets), _mean(positives >= of_targets[0], targets)
 
 
 def sigmoid(
@@ -91,18 +102,21 @@ def sigmoid(
     reach: float = 0.0,
     queue: Targets | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Returns what `info_nce` does, of the loss that asks of each pair alone whether it is one.
+    """Returns the sigmoid loss of the pairs (photo i, target i), and the accuracy of targets.
 
-    bias: added to the scaled cosines. (Zhai et al. 2023, SigLIP.)
+    For every photo and every target, the loss classifies whether they are a pair (Zhai et al. 2023, SigLIP).
+
+    bias: number added to the scaled cosines. Other arguments and the accuracy are as in `info_nce`.
     """
-    own, (_, total), (most, _) = _compare("sigmoid", photos, targets, log_scale, bias, chunk, reach, queue)
-    return _mean(jax.nn.softplus(-own) + total, targets), _mean(own >= most, targets)
+    positives, (_, total), (maximum, _) = _compare("sigmoid", photos, targets, log_scale, bias, chunk, reach, queue)
+    return _mean(jax.nn.softplus(-positives) + total, targets), _mean(positives >= maximum, targets)
 
 
 def fingerprint(x: Float[Array, "B C"]) -> Float[Array, "B 4"]:
-    """Returns keys of rows, equal where the rows are: 64 bits of a hash, as four integers that a float32 holds."""
-    bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0, x.astype(jnp.float32)), jnp.uint32)  # -0.0 is 0.0
-    # A random number for each position, then the bits mixed (MurmurHash3's finalizer) so that a sum will do.
+    """Returns a key per row, equal for equal rows: a hash of 64 bits, as four 16-bit integers in float32."""
+    bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0, x.astype(jnp.float32)), jnp.uint32)  # -0.0 equals 0.0
+    # XOR with a random number per position, so that the order of values counts, and MurmurHash3's finalizer, so that
+    # adding up the positions gives a good hash.
     mixed = bits ^ jnp.asarray(np.random.default_rng(0).integers(0, 2**32, (2, 1, x.shape[1]), np.uint32))
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
@@ -111,21 +125,21 @@ def fingerprint(x: Float[Array, "B C"]) -> Float[Array, "B 4"]:
 
 
 def places(coordinates: Float[Array, "B 2"]) -> Float[Array, "B 3"]:
-    """Returns keys of coordinates in degrees: points of the unit sphere, exact to 1 m."""
+    """Returns keys of coordinates in degrees: points on the unit sphere, accurate to 1 m."""
     return jnp.asarray(to_unit_vectors(*jnp.moveaxis(coordinates, -1, 0)))
 
 
 def reach(km: float) -> float:
-    """Returns how far apart the keys of two places are whose great-circle distance is `km`."""
+    """Returns the distance between the keys of two places that are `km` apart on a great circle."""
     return 2 * math.sin(km / (2 * EARTH_RADIUS_KM))
 
 
-#: For each photo (or target), over its negatives: the largest logit, at least its own; and, measured from that, the sum
-#: of exp(logit), or of softplus(logit).
+#: For every photo (or target): the maximum of the logits of its pair and its negatives, and the sum over its negatives
+#: of exp(logit - maximum) (InfoNCE) or softplus(logit) (sigmoid).
 _Sums = tuple[Float[Array, "B"], Float[Array, "B"]]
 
 
-class _Form(NamedTuple):
+class _Options(NamedTuple):
     kind: str
     chunk: int
     reach: float
@@ -135,22 +149,22 @@ def _compare(
     kind: str, photos: Array, targets: Targets, log_scale: Array, bias: Array, chunk: int, reach: float,
     queue: Targets | None,
 ) -> tuple[Float[Array, "B"], _Sums, _Sums]:  # fmt: skip
-    """Returns the logits of the pairs, and the sums over photos' and over targets' negatives."""
+    """Returns the logits of the pairs and the sums over the negatives of photos and of targets."""
     queue = queue or Targets(*(part[:0] for part in targets))
     mesh = jax.sharding.get_abstract_mesh()
     devices = math.prod(mesh.shape.get(axis, 1) for axis in sharding.RULES["batch"])
     if len(queue.present) % devices:
         raise SettingsError(
-            f"config.align.loss.queue = {len(queue.present)} does not divide over data x fsdp = {devices} devices: "
-            f"choose a multiple of {devices}"
+            f"config.align.loss.queue is {len(queue.present)}, which does not divide over data x fsdp = {devices} "
+            f"devices: choose a multiple of {devices}"
         )
     x, y, z = jnp.exp(log_scale) * unit(photos), unit(targets.vectors), unit(queue.vectors)
     biases = jnp.broadcast_to(bias, len(x))
-    own = (x * y).sum(-1) + biases
-    floor = jax.lax.stop_gradient(own)
+    positives = (x * y).sum(-1) + biases
+    floor = jax.lax.stop_gradient(positives)
     targets, queue = targets._replace(vectors=y), queue._replace(vectors=z)
-    sums: Any = _sums(_Form(kind, chunk, reach), x, biases, floor, targets, queue)
-    return own, *sums
+    sums: Any = _sums(_Options(kind, chunk, reach), x, biases, floor, targets, queue)
+    return positives, *sums
 
 
 def _mean(values: Array, targets: Targets) -> Float[Array, ""]:
@@ -158,21 +172,21 @@ def _mean(values: Array, targets: Targets) -> Float[Array, ""]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sums(form: _Form, x: Array, biases: Array, floor: Array, targets: Targets, queue: Targets) -> Any:
-    """Returns the sums over photos' and over targets' negatives; only what is summed has a gradient."""
-    return _on_devices(functools.partial(_forward, form), x, biases, floor, targets, queue)
+def _sums(options: _Options, x: Array, biases: Array, floor: Array, targets: Targets, queue: Targets) -> Any:
+    """Returns the sums over the negatives of photos and of targets. The maxima in them have no gradient."""
+    return _on_devices(functools.partial(_forward, options), x, biases, floor, targets, queue)
 
 
-def _sums_forward(form: _Form, *inputs: Any) -> tuple[Any, Any]:
-    sums: Any = _sums(form, *inputs)
+def _sums_forward(options: _Options, *inputs: Any) -> tuple[Any, Any]:
+    sums: Any = _sums(options, *inputs)
     x, biases, _, targets, queue = inputs
-    return sums, (x, biases, targets, queue, tuple(most for most, _ in sums))
+    return sums, (x, biases, targets, queue, tuple(maximum for maximum, _ in sums))
 
 
-def _sums_backward(form: _Form, kept: Any, slopes: tuple[_Sums, _Sums]) -> tuple:
-    # What is summed is measured from `most`, so the result does not depend on it: its own slope is none.
-    found = _on_devices(functools.partial(_backward, form), *kept, tuple(slope for _, slope in slopes))
-    dx, dbiases, dy, dz = found
+def _sums_backward(options: _Options, residuals: Any, gradients: tuple[_Sums, _Sums]) -> tuple:
+    # The loss does not depend on the maxima, which cancel: they need no gradient.
+    sum_gradients = tuple(gradient for _, gradient in gradients)
+    dx, dbiases, dy, dz = _on_devices(functools.partial(_backward, options), *residuals, sum_gradients)
     return dx, dbiases, None, Targets(dy, None, None), Targets(dz, None, None)  # pyright: ignore[reportArgumentType]
 
 
@@ -180,89 +194,93 @@ _sums.defvjp(_sums_forward, _sums_backward)
 
 
 def _on_devices(function: Callable, *arguments: Any) -> Any:
-    """Runs function(axes, *arguments) on every device's rows; axes: of the mesh in use that the batch is split over."""
+    """Returns function(axes, *arguments) computed on the rows of every device. axes: mesh axes that split the batch."""
     if jax.sharding.get_abstract_mesh().empty:
         return function((), *arguments)
     batch = sharding.spec("batch")
-    on_each = functools.partial(function, sharding.RULES["batch"])
-    return jax.shard_map(on_each, in_specs=batch, out_specs=batch)(*arguments)
+    mapped = functools.partial(function, sharding.RULES["batch"])
+    return jax.shard_map(mapped, in_specs=batch, out_specs=batch)(*arguments)
 
 
 def _forward(
-    form: _Form, axes: tuple[str, ...], x: Array, biases: Array, floor: Array, targets: Targets, queue: Targets
+    options: _Options, axes: tuple[str, ...], x: Array, biases: Array, floor: Array, targets: Targets, queue: Targets
 ) -> tuple[_Sums, _Sums]:
-    cut = functools.partial(_cut, form.chunk)
-    none, past = jnp.zeros_like(floor), jnp.zeros(len(queue.present))
+    chunks = functools.partial(_chunks, options.chunk)
+    zeros, queue_zeros = jnp.zeros_like(floor), jnp.zeros(len(queue.present))
 
     def add(sums: _Sums, logits: Array, axis: int) -> _Sums:
-        most, total = sums
-        higher = jnp.maximum(most, logits.max(axis))
-        if form.kind == "sigmoid":
+        maximum, total = sums
+        higher = jnp.maximum(maximum, logits.max(axis))
+        if options.kind == "sigmoid":
             return higher, total + jax.nn.softplus(logits).sum(axis)
         part = jnp.exp(logits - jnp.expand_dims(higher, axis)).sum(axis)
-        return higher, total * jnp.exp(most - higher) + part
+        return higher, total * jnp.exp(maximum - higher) + part
 
     def step(of_photos: _Sums, part: tuple[Targets, _Sums]) -> tuple[_Sums, _Sums]:
         columns, of_targets = part
-        logits = _logits(form, x, biases, targets, columns)
+        logits = _logits(options, x, biases, targets, columns)
         return add(of_photos, logits, 1), add(of_targets, logits, 0)
 
-    columns = Targets(*map(cut, targets, queue))
-    of_photos, of_targets = _ring(step, (floor, none), columns, (cut(floor, past), cut(none, past)), axes)
+    columns = Targets(*map(chunks, targets, queue))
+    of_photos, of_targets = _ring(
+        step, (floor, zeros), columns, (chunks(floor, queue_zeros), chunks(zeros, queue_zeros)), axes
+    )
     return of_photos, tuple(part.reshape(-1)[: len(x)] for part in of_targets)
 
 
 def _backward(
-    form: _Form, axes: tuple[str, ...], x: Array, biases: Array, targets: Targets, queue: Targets,
-    mosts: tuple[Array, Array], slopes: tuple[Array, Array],
+    options: _Options, axes: tuple[str, ...], x: Array, biases: Array, targets: Targets, queue: Targets,
+    maxima: tuple[Array, Array], gradients: tuple[Array, Array],
 ) -> tuple[Array, Array, Array, Array]:  # fmt: skip
-    """Returns the gradients by x, biases, the targets' vectors and the queue's.
+    """Returns the gradients with respect to x, biases, the vectors of targets and the vectors of the queue.
 
-    mosts, slopes: the largest logits, and the sums' gradients, of photos and of targets.
+    maxima: largest logits of photos and of targets. gradients: gradients with respect to the sums of both.
     """
-    (photo_most, target_most), (photo_slope, target_slope) = mosts, slopes
-    cut = functools.partial(_cut, form.chunk)
-    past = jnp.zeros(len(queue.present))
+    (photo_maximum, target_maximum), (photo_gradient, target_gradient) = maxima, gradients
+    chunks = functools.partial(_chunks, options.chunk)
+    queue_zeros = jnp.zeros(len(queue.present))
 
-    def slope(logits: Array, most: Array, slopes: Array, axis: int) -> Array:
-        most, slopes = jnp.expand_dims(most, axis), jnp.expand_dims(slopes, axis)
-        return slopes * (jax.nn.sigmoid(logits) if form.kind == "sigmoid" else jnp.exp(logits - most))
+    def slope(logits: Array, maximum: Array, gradients: Array, axis: int) -> Array:
+        maximum, gradients = jnp.expand_dims(maximum, axis), jnp.expand_dims(gradients, axis)
+        return gradients * (jax.nn.sigmoid(logits) if options.kind == "sigmoid" else jnp.exp(logits - maximum))
 
     def step(sums: tuple[Array, Array], part: tuple) -> tuple[tuple[Array, Array], Array]:
-        (columns, most, slope_of), dy = part
-        logits = _logits(form, x, biases, targets, columns)
-        dlogits = slope(logits, photo_most, photo_slope, 1) + slope(logits, most, slope_of, 0)
+        (columns, maximum, gradient), dy = part
+        logits = _logits(options, x, biases, targets, columns)
+        dlogits = slope(logits, photo_maximum, photo_gradient, 1) + slope(logits, maximum, gradient, 0)
         dx, dbiases = sums
         return (dx + dlogits @ columns.vectors, dbiases + dlogits.sum(1)), dy + dlogits.T @ x
 
-    columns = Targets(*map(cut, targets, queue))
-    # Nothing is summed over the queue's own negatives: from infinity, exp(logit) is 0 there.
-    fixed = (columns, cut(target_most, past + jnp.inf), cut(target_slope, past))
+    columns = Targets(*map(chunks, targets, queue))
+    # Targets in the queue have no photo and so no sum: with a maximum of infinity, exp(logit - maximum) is 0.
+    fixed = (columns, chunks(target_maximum, queue_zeros + jnp.inf), chunks(target_gradient, queue_zeros))
     (dx, dbiases), dy = _ring(
         step, (jnp.zeros_like(x), jnp.zeros_like(biases)), fixed, jnp.zeros_like(columns.vectors), axes
     )
     dy = dy.reshape(-1, x.shape[1])
-    return dx, dbiases, dy[: len(x)], dy[len(x) : len(x) + len(past)]
+    return dx, dbiases, dy[: len(x)], dy[len(x) : len(x) + len(queue_zeros)]
 
 
-def _logits(form: _Form, x: Array, biases: Array, rows: Targets, columns: Targets) -> Float[Array, "B chunk"]:
-    """Returns the logits of photos with some targets, -inf where these are no negatives."""
+def _logits(options: _Options, x: Array, biases: Array, rows: Targets, columns: Targets) -> Float[Array, "B chunk"]:
+    """Returns the logits of photos and some targets, -inf if the target is not a negative of the photo."""
     pairs = zip(rows.key.T, columns.key.T, strict=True)
-    apart = sum((row[:, None] - column) ** 2 for row, column in pairs) > form.reach**2
+    apart = sum((row[:, None] - column) ** 2 for row, column in pairs) > options.reach**2
     return jnp.where(rows.present[:, None] & columns.present & apart, x @ columns.vectors.T + biases[:, None], -jnp.inf)
 
 
-def _cut(chunk: int, own: Array, queue: Array) -> Array:
-    """Returns a device's columns as [parts, at most chunk, ...], filled up with zeros, which are not present."""
-    columns = jnp.concatenate([own, queue])
+def _chunks(chunk: int, targets: Array, queue: Array) -> Array:
+    """Returns the columns of a device as [chunks, columns per chunk, ...], padded with zeros (present: False)."""
+    columns = jnp.concatenate([targets, queue])
     parts = -(-len(columns) // chunk)
     missing = -len(columns) % parts
     return jnp.pad(columns, [(0, missing)] + [(0, 0)] * (columns.ndim - 1)).reshape(parts, -1, *columns.shape[1:])
 
 
 def _ring(step: Callable, carry: Any, fixed: Any, changing: Any, axes: tuple[str, ...]) -> tuple[Any, Any]:
-    """Takes step(carry, (fixed, changing)) -> (carry, changing) through the parts of every device's columns; returns
-    the carry, and what has become of this device's `changing`."""
+    """Runs step(carry, (fixed, changing)) -> (carry, changing) over the columns of all devices, chunk by chunk.
+
+    Returns the last carry, and `changing` of this device's columns after all devices updated it.
+    """
     devices = jax.lax.axis_size(axes) if axes else 1
     ring = [(device, (device + 1) % devices) for device in range(devices)]
 

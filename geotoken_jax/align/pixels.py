@@ -1,4 +1,4 @@
-"""Alignment from pixels: photos go through the backbone's image tower in every step, and may train it."""
+"""Alignment from pixels: every step encodes photos with the backbone's image tower, which can be trained too."""
 
 import dataclasses
 import pathlib
@@ -28,9 +28,14 @@ TOWERS = ("cached", "frozen", "trained")
 
 @dataclasses.dataclass(frozen=True)
 class PixelsSettings:
-    """tower: "cached" trains on features/; "frozen" and "trained", on photos through the backbone's image tower. The
-    other keys are theirs. augment: a photo is another view each time, as config.embed.views has them. learning_rate: of
-    a trained tower, as a share of the heads'. remat: what the backward pass keeps of its layers (stack.REMAT)."""
+    """Whether alignment trains on stored features or on photos. If tower is "cached", the other keys have no effect.
+
+    tower: "cached": trains on the stored features/. "frozen": encodes photos with the backbone's image tower in every
+    step. "trained": trains the image tower too.
+    augment: if true, every use of a photo is a new random view, with the settings of config.embed.views.
+    learning_rate: step size of a trained tower, as a multiple of the learning rate of the heads.
+    remat: activations that the backward pass keeps per layer of a trained tower, a key of stack.REMAT.
+    """
 
     tower: str
     augment: bool
@@ -45,29 +50,31 @@ class PixelsSettings:
                 )
         if self.learning_rate <= 0:
             raise ValueError(
-                f"config.align.pixels.learning_rate is {self.learning_rate}: it must be above 0; for a tower that is "
-                "not to move set config.align.pixels.tower=frozen"
+                f"config.align.pixels.learning_rate is {self.learning_rate}: it must be above 0; to keep "
+                "the tower fixed, set config.align.pixels.tower=frozen"
             )
 
 
 def _open_tower(settings: BackboneSettings, remat: str, mesh: Mesh | None = None) -> ImageTower:
-    """Returns the image tower of the backbone. mesh: None for the first device of this process."""
+    """Returns the image tower of the backbone. mesh: devices to place it on; the first local device if None."""
     if settings.backbone != "huggingface":
         raise SettingsError(
-            f"config.embed.backbone is {settings.backbone!r}, which no accelerator runs: set config.embed.backbone="
-            "huggingface, or config.align.pixels.tower=cached with config.embed.views.count for its views"
+            f"config.embed.backbone is {settings.backbone!r}, which has no image tower to train with: set "
+            "config.embed.backbone=huggingface; or set config.align.pixels.tower=cached, and config.embed.views.count "
+            "above 0 to train on augmented views"
         )
-    rows = mesh.size if mesh else 1  # it embeds nothing itself
+    rows = mesh.size if mesh else 1  # the size must divide over the mesh and has no other effect
     return ImageTower(HuggingFace(dataclasses.replace(settings.huggingface, batch_size=rows), mesh), remat)
 
 
 class PixelsTask(AlignTask):
-    """Trains heads and location encoder on photos and, where asked, the image tower.
+    """Trains the heads and the location encoder on photos and, if pixels.tower is "trained", the image tower.
 
-    `batch` specifies its batch, to which the loop adds `tower`, the published parameters. These stay as they are: a
-    trained tower has them plus `learning_rate` times what the optimizer has made of zeros. So it
-    begins as published, to the bit; it moves by that share of the heads' rate, for Adam's steps do not depend on the
-    size of gradients; and weight decay draws it back to where it began (L2-SP, Li et al. 2018).
+    The train loop adds `tower`, the published parameters, to every batch. A trained tower is the published parameters
+    plus `learning_rate` times a change, which the optimizer trains from zeros. So training starts at the published
+    parameters, bit for bit. The tower's learning rate is `learning_rate` times the rate of the heads, since Adam's
+    steps do not depend on the size of gradients. Weight decay draws the tower back to the published parameters (L2-SP,
+    Li et al. 2018).
     """
 
     def __init__(
@@ -79,15 +86,15 @@ class PixelsTask(AlignTask):
         backbone: BackboneSettings,
         mesh: Mesh,
     ):
-        """Raises SettingsError if the backbone has no tower that an accelerator runs, or it cannot be read."""
-        #: What prepares photos; its parameters are the batches' `tower`.
+        """Raises SettingsError if the backbone has no image tower or its checkpoint cannot be read."""
+        #: Prepares photos. Its parameters are the `tower` of every batch.
         self.tower = _open_tower(backbone, pixels.remat, mesh)
         super().__init__(settings, self.tower.width, loss, start)
         self._pixels, self._backbone = pixels, backbone
 
     @property
     def flops(self) -> float:
-        """Those of the heads, and of the tower: forward alone where it is frozen."""
+        """Floating-point operations of a training step per photo. A frozen tower has only the forward pass."""
         return super().flops + self.tower.flops * (3 if self._trained else 1)
 
     @property
@@ -95,10 +102,11 @@ class PixelsTask(AlignTask):
         return self._pixels.tower == "trained"
 
     def batch(self, size: int) -> Spec:
-        """Returns AlignTask's specification with prepared photos, image [B, h, w, 3] uint8, in place of features."""
+        """Returns AlignTask's specification, with prepared photos, [B, h, w, 3] uint8, as image instead of features."""
         return super().batch(size) | spec(size, image=((self.tower.side, self.tower.side, 3), jnp.uint8))
 
     def init(self, rngs: nnx.Rngs) -> AlignModel:
+        """Returns a new model; if the tower is trained, with the change of its parameters, zeros, as model.tower."""
         model: Any = super().init(rngs)
         if self._trained:
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.tower.parameters)
@@ -108,7 +116,7 @@ class PixelsTask(AlignTask):
     def loss(
         self, model: Any, batch: Mapping[str, jax.Array], key: jax.Array | None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Returns what AlignTask.loss does, of the photos' features."""
+        """Returns AlignTask's loss and metrics for photos, which the image tower encodes first."""
         parameters = batch["tower"]
         if self._trained:
             parameters = self._moved(parameters, nnx.to_pure_dict(nnx.state(model.tower)))
@@ -119,13 +127,16 @@ class PixelsTask(AlignTask):
         return jax.tree.map(lambda p, c: p + rate * c, published, change)
 
     def write_tower(self, folder: epath.Path) -> None:
-        """Takes a trained tower out of folder/parameters.safetensors and makes it folder/backbone, a checkpoint folder
-        like the one that it began from. After an interruption the loop writes the file anew, and this is done again."""
+        """Moves a trained tower from folder/parameters.safetensors to the checkpoint folder folder/backbone.
+
+        folder/backbone has the files of the original checkpoint folder. If the tower is not trained, nothing changes.
+        After an interruption the train loop writes parameters.safetensors anew, so this can be repeated.
+        """
         if not self._trained:
             return
         stored = safetensors.numpy.load((folder / "parameters.safetensors").read_bytes())
         change = {tuple(name.split("/")[1:]): stored.pop(name) for name in list(stored) if name.startswith("tower/")}
-        # Read again: what training holds may lie over several processes.
+        # Read from disk again: in training the parameters can be split over several processes.
         tower = _open_tower(self._backbone, "none")
         moved = self._moved(jax.tree.map(np.asarray, tower.parameters), traverse_util.unflatten_dict(change))
         source = pathlib.Path(self._backbone.huggingface.path)

@@ -1,4 +1,4 @@
-"""Alignment as a task of the train loop."""
+"""The alignment model's batches, initialization and loss, as a task for the train loop."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -15,15 +15,15 @@ from geotoken_jax.batch import Spec, spec
 
 
 class Queue(nnx.Variable):
-    """Coordinates [Q, 2] of the last photos, the newest first; NaN before there were so many."""
+    """Coordinates [Q, 2] of the last Q training photos, newest first; NaN until there were Q photos."""
 
 
 class TrainedAlignModel(AlignModel):
-    """The alignment model with what its losses alone need, which is not in the file of parameters."""
+    """The alignment model with variables that only training needs. Files of trained parameters do not contain them."""
 
     def __init__(self, settings: AlignSettings, width: int, loss: LossSettings, *, rngs: nnx.Rngs):
         super().__init__(settings, width, rngs=rngs)
-        if loss.kind == "sigmoid":  # SigLIP's beginnings: nearly all pairs are none
+        if loss.kind == "sigmoid":  # SigLIP's initial values, since nearly all pairs are negatives
             self.text_scale[...] = self.location_scale[...] = jnp.float32(math.log(10))
             self.text_bias = nnx.Param(jnp.float32(-10), training_only=True)
             self.location_bias = nnx.Param(jnp.float32(-10), training_only=True)
@@ -32,10 +32,7 @@ class TrainedAlignModel(AlignModel):
 
 
 class AlignTask:
-    """Trains heads and location encoder on frozen features.
-
-    `batch` specifies its batch.
-    """
+    """Trains the heads and the location encoder on stored features of a frozen backbone."""
 
     def __init__(
         self,
@@ -44,13 +41,14 @@ class AlignTask:
         loss: LossSettings | None = None,
         start: Callable[[AlignModel], None] | None = None,
     ):
-        """width: C, of the backbone's features. loss: None for a model that is read and not trained. start: puts
-        parameters trained elsewhere into a new model."""
+        """width: C, the width of the backbone's features. loss: settings of the loss. If None, the task can create a
+        model to read parameters into, but not train it. start: function that loads pretrained parameters into a new
+        model; random initialization if None."""
         self.settings, self.width, self._loss, self._start = settings, width, loss, start
 
     @property
     def flops(self) -> float:
-        """Six for each parameter, which serves once a photo; the products of embeddings left out."""
+        """Floating-point operations of a training step per photo: six per parameter, without the similarity matrix."""
         params = nnx.state(nnx.eval_shape(lambda: AlignTask.init(self, nnx.Rngs(0))), nnx.Param)
         return 6.0 * sum(p.size for p in jax.tree.leaves(params))
 
@@ -58,12 +56,13 @@ class AlignTask:
         """Returns the specification of a batch of `size` photos.
 
         image [B, C]; text [B, C], zeros for a photo without text; coordinates [B, 2], latitude and longitude in
-        degrees; all float32. Evaluation adds valid [B] bool: False for examples that only fill the batch up.
+        degrees; all float32. Evaluation adds valid [B] bool, False for examples that pad the batch.
         """
         features = ((self.width,), jnp.float32)
         return spec(size, image=features, text=features, coordinates=((2,), jnp.float32))
 
     def init(self, rngs: nnx.Rngs) -> AlignModel:
+        """Returns a new model, with training variables if the task has a loss."""
         if self._loss is None:
             return AlignModel(self.settings, self.width, rngs=rngs)
         model = TrainedAlignModel(self.settings, self.width, self._loss, rngs=rngs)
@@ -74,9 +73,11 @@ class AlignTask:
     def loss(
         self, model: TrainedAlignModel, batch: Mapping[str, jax.Array], key: jax.Array | None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Returns the losses of text and of location, summed, and metrics. key: of dropout; None is evaluation, which
-        neither reads the queue nor adds to it."""
-        assert self._loss, "a task without a loss"
+        """Returns the sum of the text loss and the location loss, and metrics.
+
+        key: random key for dropout. If None, the batch is evaluated: no dropout, and the queue is not used.
+        """
+        assert self._loss, "this AlignTask has no loss settings, so it cannot train"
         rngs = None if key is None else nnx.Rngs(dropout=key)
         image, text, coordinates = batch["image"], batch["text"], batch["coordinates"]
         valid = batch.get("valid", jnp.ones(len(image), bool))

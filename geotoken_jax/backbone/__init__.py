@@ -1,4 +1,4 @@
-"""Frozen backbones: photos and texts in, feature rows out. Each is named in `config.embed.backbone`."""
+"""Frozen backbones, which encode photos and texts as feature vectors. `config.embed.backbone` names the one used."""
 
 import hashlib
 import pathlib
@@ -17,24 +17,27 @@ if TYPE_CHECKING:
 
 __all__ = ["Backbone", "BackboneSettings", "HuggingFaceSettings", "ThumbnailSettings", "made_with", "make"]
 
-#: Bytes at either end of a file by which it is known again.
+#: Bytes at the start and at the end of a file that its fingerprint covers.
 _END = 1 << 20
 
 
 class Backbone(Protocol):
-    """width: C, of image and text features. min_side: shortest side of a photo, in pixels, that suffices.
+    """Encodes photos and texts as vectors of one width.
 
-    Decoding is apart from the tower, so that threads can do the one while a device does the other. All three may be
-    called by several threads at once.
+    width: C, the width of image and text features. min_side: shortest side of a photo, in pixels, that is large enough.
+
+    `prepare` is apart from `images`, so that threads can decode photos while a device computes features. Several
+    threads can call all three methods at once.
     """
 
     width: int
     min_side: int
 
     def prepare(self, photo: Any) -> UInt8[ndarray, "h w 3"]:
-        """Returns what the tower takes of a photo (anything that `preprocess.open_image` takes); on the host.
+        """Returns a photo decoded, resized and cropped for the image tower, computed on the host.
 
-        All photos give one shape. Raises ImageError on a bad one.
+        photo: any source that `preprocess.open_image` reads. All photos result in the same shape. Raises ImageError if
+        the photo cannot be read.
         """
         ...
 
@@ -43,47 +46,50 @@ class Backbone(Protocol):
         ...
 
     def texts(self, texts: Sequence[str]) -> Float32[ndarray, "B C"]:
-        """Returns the features of texts, zeros for an empty one."""
+        """Returns the features of texts; zeros for an empty text."""
         ...
 
 
 def made_with(settings: BackboneSettings) -> dict[str, Any]:
-    """Returns what features depend on, wherever a checkpoint lies and however many photos are embedded at a time.
+    """Returns the settings that features depend on: not the checkpoint's path and the batch size, but its fingerprint.
 
     Raises SettingsError if there is no checkpoint.
     """
     if settings.backbone != "huggingface":
         return {"backbone": settings.backbone, settings.backbone: getattr(settings, settings.backbone, None)}
-    chosen = settings.huggingface
+    section = settings.huggingface
     return {
         "backbone": settings.backbone,
-        "huggingface": {"checkpoint": _fingerprint(pathlib.Path(chosen.path)), "dtype": chosen.dtype},
+        "huggingface": {"checkpoint": _fingerprint(pathlib.Path(section.path)), "dtype": section.dtype},
     }
 
 
 def _fingerprint(folder: pathlib.Path) -> str:
-    """Returns a hash of the files that a backbone reads, of large ones by their sizes and ends: all would take seconds,
-    and other parameters differ there too."""
+    """Returns a hash of the JSON, text and safetensors files of a checkpoint folder.
+
+    Of every file, its name, its size and its first and last 1 MiB are hashed. Whole files would take seconds, and
+    checkpoints with other parameters differ in these bytes too.
+    """
     files = sorted(path for ending in ("*.json", "*.txt", "*.safetensors") for path in folder.glob(ending))
     if not files:
         raise SettingsError(
-            f"config.embed.huggingface.path = {str(folder)!r} holds no checkpoint: name a folder with a CLIP or "
-            "SigLIP 2 checkpoint"
+            f"config.embed.huggingface.path is {str(folder)!r}, where there is no checkpoint: set it to a folder with "
+            "a CLIP or SigLIP 2 checkpoint"
         )
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:
             size = path.stat().st_size
-            found.update(f"{path.name} {size} ".encode() + file.read(_END))
+            digest.update(f"{path.name} {size} ".encode() + file.read(_END))
             file.seek(max(0, size - _END))
-            found.update(file.read(_END))
-    return found.hexdigest()
+            digest.update(file.read(_END))
+    return digest.hexdigest()
 
 
 def make(settings: BackboneSettings, mesh: "Mesh | None" = None) -> Backbone:
-    """Returns the backbone that the settings name. Raises SettingsError if there is none of that name.
+    """Returns the backbone named in the settings. Raises SettingsError if there is no backbone of that name.
 
-    mesh: of devices of this process, for a backbone that computes on any; None for the first device.
+    mesh: local devices on which a Hugging Face backbone runs; the first local device if None.
     """
     if settings.backbone == "thumbnail":
         return Thumbnail(settings.thumbnail)

@@ -1,6 +1,6 @@
 """CLIP's image and text towers (Radford et al. 2021, arXiv 2103.00020), of every size, as Hugging Face publishes them.
 
-The names of modules and parameters are the published ones, see `backbone.transformer`.
+Modules and parameters have their published names, see `backbone.transformer`.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from geotoken_jax import sharding
 from geotoken_jax.backbone import transformer
 from geotoken_jax.backbone.transformer import ImageShape, TextShape
 
-#: What a key means that config.json leaves out.
+#: Values of keys that config.json omits.
 _TEXT = {
     "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8,
     "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "vocab_size": 49408, "max_position_embeddings": 77,
@@ -29,17 +29,17 @@ _IMAGE = {
 
 @dataclasses.dataclass(frozen=True)
 class ClipTextShape(TextShape):
-    """eos_token_id: of the token that gathers what a text says; 2 in old files, where the largest id is meant."""
+    """eos_token_id: id of the end token, at which text features are read. If 2 (old files), the largest id is meant."""
 
     eos_token_id: int
 
 
 class ImageTower(nnx.Module):
-    """Pixels to the vector of the class position."""
+    """Encodes pixels as the vector at the class token's position."""
 
     def __init__(self, shape: ImageShape, dtype: Any, rngs: nnx.Rngs):
         self.embeddings = transformer.PatchEmbeddings(shape, True, dtype, rngs)
-        self.pre_layrnorm = transformer.norm(shape, rngs)  # spelled as published
+        self.pre_layrnorm = transformer.norm(shape, rngs)  # sic: the published spelling
         self.encoder = transformer.Encoder(shape, dtype, rngs)
         self.post_layernorm = transformer.norm(shape, rngs)
 
@@ -50,7 +50,7 @@ class ImageTower(nnx.Module):
 
 
 class TextTower(nnx.Module):
-    """Tokens to the vector of the end's position; each sees those before it."""
+    """Encodes tokens as the vector at the end token's position, with causal attention."""
 
     def __init__(self, shape: ClipTextShape, dtype: Any, rngs: nnx.Rngs):
         self.eos = shape.eos_token_id
@@ -59,19 +59,22 @@ class TextTower(nnx.Module):
         self.final_layer_norm = transformer.norm(shape, rngs)
 
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B D"]:
-        x = self.encoder(self.embeddings(ids), causal=True)  # so what pads a text never reaches its end
+        x = self.encoder(self.embeddings(ids), causal=True)  # so padding after the end token has no effect
         end = jnp.argmax(ids if self.eos == 2 else ids == self.eos, axis=1)
         return self.final_layer_norm(x[jnp.arange(len(x)), end])
 
 
 class Clip(nnx.Module):
-    """Both towers with their projections to one space; features are not normalized."""
+    """CLIP's two towers with their projections to a common space. Features are not normalized."""
 
     def __init__(self, config: Mapping[str, Any], dtype: Any, rngs: nnx.Rngs):
-        """config: of config.json. dtype: of the products. Raises SettingsError naming a key that cannot be."""
+        """config: contents of config.json. dtype: type in which products are computed.
+
+        Raises SettingsError naming a key with a bad value.
+        """
         self.text_shape = transformer.read_shape(ClipTextShape, config, "text_config", _TEXT)
         self.image_shape = transformer.read_shape(ImageShape, config, "vision_config", _IMAGE)
-        #: C, of image and text features.
+        #: C, the width of image and text features.
         self.width = config.get("projection_dim", 512)
         self.vision_model = ImageTower(self.image_shape, dtype, rngs)
         self.text_model = TextTower(self.text_shape, dtype, rngs)
@@ -79,13 +82,13 @@ class Clip(nnx.Module):
             sharding.linear(shape.hidden_size, self.width, ("embed", None), use_bias=False, rngs=rngs, dtype=dtype)
             for shape in (self.image_shape, self.text_shape)
         )
-        #: Logarithm of the factor of cosines in CLIP's own loss.
+        #: Logarithm of the factor on cosines in CLIP's loss.
         self.logit_scale = sharding.parameter(rngs.params(), nnx.initializers.constant(2.6592), (), ())
 
     def image_features(self, pixels: Float[Array, "B h w 3"]) -> Float[Array, "B C"]:
-        """pixels: normalized, of the side that the checkpoint is made for."""
+        """Returns features of photos. pixels: normalized, with the image size of the checkpoint."""
         return self.visual_projection(self.vision_model(pixels))
 
     def text_features(self, ids: Int[Array, "B T"]) -> Float[Array, "B C"]:
-        """T: at most max_position_embeddings; what follows a text's end does not matter."""
+        """Returns features of texts. T: at most max_position_embeddings; tokens after the end token have no effect."""
         return self.text_projection(self.text_model(ids))

@@ -1,4 +1,4 @@
-"""Backbones with published weights: a checkpoint folder of CLIP or SigLIP 2, as Hugging Face stores it."""
+"""Backbones with published weights, read from a Hugging Face checkpoint folder of CLIP or SigLIP 2."""
 
 import math
 import pathlib
@@ -21,47 +21,48 @@ from geotoken_jax.backbone.tokenizer import Tokenizer
 from geotoken_jax.batch import filled
 from geotoken_jax.settings import SettingsError
 
-#: What config.json may say of itself.
+#: Supported values of model_type in config.json.
 _KINDS = {"clip": Clip, "siglip": Siglip}
-#: Texts at once on each device, always: a product of another shape rounds otherwise.
+#: Texts per batch and device. Fixed, because products of other shapes round differently.
 _TEXTS = 32
 
 
 class HuggingFace:
-    """The two towers of a checkpoint with what goes before them, on one device or on all of a mesh."""
+    """The two towers of a checkpoint, its image processor and its tokenizer, on one device or on a mesh."""
 
     def __init__(self, settings: HuggingFaceSettings, mesh: Mesh | None = None):
-        """mesh: of devices of this process; None for its first one.
+        """mesh: local devices to run on; the first local device if None.
 
-        Raises SettingsError naming what the folder lacks, or what in it is not CLIP's or SigLIP 2's.
+        Raises SettingsError naming a file, key or tensor that is missing or is not one of CLIP or SigLIP 2.
         """
         if not settings.path:
             raise SettingsError(
-                "config.embed.huggingface.path is empty: name a folder with a CLIP or SigLIP 2 checkpoint"
+                "config.embed.huggingface.path is empty: set it to a folder with a CLIP or SigLIP 2 checkpoint"
             )
         folder = pathlib.Path(settings.path)
         config = checkpoint.read_json(folder, "config.json")
         kind = config.get("model_type")
         if kind not in _KINDS:
             raise SettingsError(
-                f"{folder} is of model_type {kind!r}: choose a checkpoint of {' or '.join(_KINDS)} (SigLIP 2 of a "
-                "fixed size is siglip)"
+                f"{folder} has a checkpoint of model_type {kind!r}: choose a checkpoint of model_type "
+                f"{' or '.join(_KINDS)} (SigLIP 2 with a fixed image size is siglip)"
             )
         self._mesh = mesh or sharding.make_mesh(sharding.MeshSettings(1, 1, 1), jax.local_devices()[:1])
         self._batch = sharding.batch_sharding(self._mesh)
-        self._ways = self._batch.num_devices // self._mesh.shape["tensor"]
+        self._batch_devices = self._batch.num_devices // self._mesh.shape["tensor"]
         self._batch_size, self.dtype = settings.batch_size, settings.dtype
-        if settings.batch_size % self._ways:
+        if settings.batch_size % self._batch_devices:
             raise SettingsError(
-                f"config.embed.huggingface.batch_size = {settings.batch_size} does not divide over {self._ways} devices"
+                f"config.embed.huggingface.batch_size is {settings.batch_size}, which does not divide over "
+                f"{self._batch_devices} devices: choose a multiple of {self._batch_devices}"
             )
         self.model = checkpoint.read_module(
             folder, lambda rngs: _KINDS[kind](config, jnp.dtype(settings.dtype), rngs), self._mesh
         )
-        #: C, of image and text features.
+        #: C, the width of image and text features.
         self.width = self.model.width
         side = self.model.image_shape.image_size
-        #: Shortest side of a photo, in pixels, that suffices.
+        #: Shortest side of a photo, in pixels, that is large enough.
         self.min_side = 2 * side
         self.processor = _processor(folder, side)
         self.tokenizer = Tokenizer(folder, self.model.text_shape.max_position_embeddings, kind)
@@ -69,23 +70,25 @@ class HuggingFace:
         self._texts = self._compiled(lambda model, x: model.text_features(x))
 
     def prepare(self, photo: Any) -> UInt8[np.ndarray, "h w 3"]:
-        """Returns what the tower takes of a photo, which is decoded in full, as published."""
+        """Returns a photo resized and cropped for the image tower. It is decoded in full size, as published."""
         return self.processor.fit(preprocess.open_image(photo))
 
     def images(self, prepared: UInt8[np.ndarray, "B h w 3"]) -> Float32[np.ndarray, "B C"]:
-        """Returns the features of prepared photos, not normalized: the published `get_image_features`."""
+        """Returns the features of prepared photos, not normalized: `get_image_features` in transformers."""
         return self._run(self._images, prepared, None)
 
     def texts(self, texts: Sequence[str]) -> Float32[np.ndarray, "B C"]:
-        """Returns the features of texts, not normalized: the published `get_text_features`; zeros for an empty one.
+        """Returns the features of texts, not normalized: `get_text_features` in transformers.
 
-        A text too long for the tower is cut, as published. Each distinct text goes through the tower once, and has the
-        same features whichever others come with it.
+        Features of an empty text are zeros. A text too long for the tower is cut, as published. Every distinct text is
+        encoded once, and its features do not depend on the other texts.
         """
-        known = sorted({text for text in texts if text})
-        rows = {text: row for row, text in enumerate(known)}
+        distinct = sorted({text for text in texts if text})
+        rows = {text: row for row, text in enumerate(distinct)}
         features = np.append(
-            self._run(self._texts, self.tokenizer(known), _TEXTS * self._ways), np.zeros((1, self.width), np.float32), 0
+            self._run(self._texts, self.tokenizer(distinct), _TEXTS * self._batch_devices),
+            np.zeros((1, self.width), np.float32),
+            0,
         )
         return features[[rows.get(text, -1) for text in texts]].reshape(-1, self.width)
 
@@ -100,32 +103,33 @@ class HuggingFace:
         return lambda batch: run(state, jax.device_put(batch, self._batch))
 
     def _run(
-        self, compiled: Callable[[np.ndarray], jax.Array], rows: np.ndarray, at_once: int | None
+        self, compiled: Callable[[np.ndarray], jax.Array], rows: np.ndarray, batch_rows: int | None
     ) -> Float32[np.ndarray, "B C"]:
-        """Returns the features of rows, batch by batch; all batches are on their way before the first is waited for.
+        """Returns the features of rows. All batches are started before the first result is awaited.
 
-        at_once: rows of every batch; None for batch_size, and less where there are fewer.
+        batch_rows: rows per batch. If None, batches have up to batch_size rows.
         """
-        found, most = [], at_once or self._batch_size
+        batches, most = [], batch_rows or self._batch_size
         for first in range(0, len(rows), most):
             part = rows[first : first + most]
-            # The next power of two, so that a photo alone costs little and few shapes are ever compiled.
-            enough = self._ways * 2 ** math.ceil(math.log2(math.ceil(len(part) / self._ways)))
-            size = at_once or min(most, enough)
-            found.append((compiled(filled(part, size)), len(part)))
-        features = [np.asarray(batch)[:n] for batch, n in found]
+            # Rows per device are padded to a power of two: one photo costs little, and few shapes are compiled.
+            padded = self._batch_devices * 2 ** math.ceil(math.log2(math.ceil(len(part) / self._batch_devices)))
+            size = batch_rows or min(most, padded)
+            batches.append((compiled(filled(part, size)), len(part)))
+        features = [np.asarray(batch)[:n] for batch, n in batches]
         return np.concatenate([np.zeros((0, self.width), np.float32), *features])
 
 
 class ImageTower:
-    """The image half of a checkpoint, for whoever trains it: the host prepares photos, the rest is traced.
+    """The image tower of a checkpoint, for training: the host prepares photos, and the step computes their features.
 
-    parameters: the published ones, on the mesh, as a pure dict. width: C. min_side: as a Backbone's.
+    parameters: the published parameters on the mesh, as a pure dict. width: C, the width of features. min_side:
+    shortest side of a photo, in pixels, that is large enough.
     """
 
-    def __init__(self, of: HuggingFace, remat: str):
-        """remat: what a backward pass keeps of a layer, see stack.REMAT."""
-        tower: Any = nnx.merge(*nnx.split(of.model))
+    def __init__(self, backbone: HuggingFace, remat: str):
+        """remat: activations that a backward pass keeps per layer, a key of stack.REMAT."""
+        tower: Any = nnx.merge(*nnx.split(backbone.model))
         for name in ("text_model", "text_projection", "logit_scale", "logit_bias"):
             if hasattr(tower, name):
                 delattr(tower, name)
@@ -133,42 +137,45 @@ class ImageTower:
         self._graph, state = nnx.split(tower)
         self._shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
         self.parameters = nnx.to_pure_dict(state)
-        self.width, self.min_side, self._processor, self._dtype = of.width, of.min_side, of.processor, of.dtype
+        self.width, self.min_side = backbone.width, backbone.min_side
+        self._processor, self._dtype = backbone.processor, backbone.dtype
         #: Side of a prepared photo, in pixels.
-        self.side = of.processor.side
-        #: Floating-point operations of one photo's features: each parameter serves every patch. Attention's own
-        #: products are left out, 4 % at L/14.
-        self.flops = 2.0 * sum(x.size for x in jax.tree.leaves(state)) * of.model.image_shape.patches
+        self.side = backbone.processor.side
+        #: Floating-point operations of the forward pass per photo: two per parameter and patch. Attention's products
+        #: without parameters are left out, 4 % at L/14.
+        self.flops = 2.0 * sum(x.size for x in jax.tree.leaves(state)) * backbone.model.image_shape.patches
 
     def prepare(self, photo: Any) -> UInt8[np.ndarray, "h w 3"]:
-        """Returns what HuggingFace.prepare does."""
+        """Returns a photo resized and cropped for the image tower, as `HuggingFace.prepare` does."""
         return self._processor.fit(preprocess.open_image(photo))
 
     def module(self, parameters: Any) -> nnx.Module:
-        """Returns the tower with these parameters: arrays under the names and with the shapes of its own."""
+        """Returns the tower with other parameters. parameters: pure dict, names and shapes as in self.parameters."""
         state = jax.tree.map(lambda x: x, self._shapes)
         nnx.replace_by_pure_dict(state, parameters)
         return nnx.merge(self._graph, state)
 
     def features(self, parameters: Any, prepared: UInt8[jax.Array, "B h w 3"]) -> Float32[jax.Array, "B C"]:
-        """Returns the features of prepared photos by these parameters; to be traced, on a mesh."""
+        """Returns the features of prepared photos, computed with these parameters inside a compiled step."""
         tower: Any = self.module(parameters)
         with _exact(self._dtype):
             return tower.image_features(self._processor.normalize(prepared)).astype(jnp.float32)
 
 
 def _exact(dtype: str) -> Any:
-    # Without it a GPU or a TPU multiplies float32 in fewer bits, and misses the published features by 1e-3.
+    # By default GPUs and TPUs multiply float32 in fewer bits: features then differ from the published ones by 1e-3.
     return jax.default_matmul_precision("highest" if dtype == "float32" else "default")
 
 
 def _processor(folder: pathlib.Path, side: int) -> preprocess.Processor:
-    """Returns the image processor, whose settings are a file of their own or, since transformers 5, one with others."""
-    if (folder / "processor_config.json").exists() and not (folder / "preprocessor_config.json").exists():
-        config = checkpoint.read_json(folder, "processor_config.json").get("image_processor", {})
-    else:
-        config = checkpoint.read_json(folder, "preprocessor_config.json")
+    """Returns the folder's image processor, from preprocessor_config.json or transformers 5's processor_config.json."""
+    name = "preprocessor_config.json"
+    if (folder / "processor_config.json").exists() and not (folder / name).exists():
+        name = "processor_config.json"
+    config = checkpoint.read_json(folder, name)
+    if name == "processor_config.json":
+        config = config.get("image_processor", {})
     try:
         return preprocess.Processor.read(config, side)
     except (KeyError, TypeError) as error:
-        raise SettingsError(f"{folder}: its preprocessor_config.json lacks {error}: download it again") from None
+        raise SettingsError(f"{folder}: its {name} lacks {error}: download it again") from None

@@ -1,4 +1,4 @@
-"""What every backbone needs before its first number: a photo as an RGB image, a place's names as a sentence."""
+"""Input of all backbones: photos decoded to RGB images, resized and normalized; names of places as sentences."""
 
 import dataclasses
 import io
@@ -13,15 +13,15 @@ from PIL import Image
 
 from geotoken_jax.settings import SettingsError
 
-#: Largest image taken in, read from its header: decoded it is 300 MB.
+#: Largest image that is decoded, by its header: 300 MB of RGB pixels.
 MAX_PIXELS = 100_000_000
 MAX_SIDE = 30_000
-#: Pillow's names of the formats taken in; its other readers are never reached.
+#: Accepted formats, by Pillow's names. Pillow's other readers are never called.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-#: Endings of files that are taken for photos in a folder; a file that is named itself may have any.
+#: Endings by which photos in a folder are recognized. A file given by name can have any ending.
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
-#: EXIF orientation -> the turn that sets the photo upright.
+#: EXIF orientation -> transposition that turns the photo upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -35,18 +35,21 @@ _ORIENTATION = 0x0112
 
 
 class ImageError(ValueError):
-    """A photo cannot be read; the message says what is wrong, where, and what to do, in one sentence."""
+    """A photo cannot be read. The message is one sentence: the photo, the fault and the remedy."""
 
 
 def open_image(source: Any, min_side: int | None = None) -> Image.Image:
-    """Returns a photo as an upright RGB image, decoded.
+    """Returns a photo decoded as an upright RGB image.
 
-    source: a path, an encoded file's bytes, a PIL image, or a uint8 array [h, w, 3] or [h, w].
-    min_side: shortest side, in pixels, that suffices; a larger JPEG may be decoded at 1/2, 1/4 or 1/8 of its size.
+    EXIF orientation is applied. Transparent images are composited over white, 16-bit gray is scaled to 8 bits, and of
+    an animation the first frame is returned.
 
-    EXIF orientation is applied, alpha laid over white, 16-bit gray scaled to 8, the first frame of an animation taken.
-    Raises ImageError if there is no such file, it is no image of FORMATS, it is damaged, or it is larger than
-    MAX_PIXELS or MAX_SIDE: size is judged before any pixel is decoded.
+    source: path, bytes of an encoded file, PIL image, or uint8 array [h, w, 3] or [h, w].
+    min_side: shortest side, in pixels, that is large enough: a larger JPEG may be decoded at 1/2, 1/4 or 1/8 of its
+    size. If None, photos are decoded in full size.
+
+    Raises ImageError if the file is missing, damaged, or not in FORMATS, or if the image is larger than MAX_PIXELS or
+    MAX_SIDE. The size is checked before any pixel is decoded.
     """
     if isinstance(source, Image.Image):
         return _decode(source, "the image", min_side)
@@ -55,12 +58,14 @@ def open_image(source: Any, min_side: int | None = None) -> Image.Image:
     if isinstance(source, (bytes, bytearray, memoryview)):
         return _read(io.BytesIO(source), "the image given as bytes", min_side)
     if not isinstance(source, (str, os.PathLike)):
-        raise ImageError(f"a photo is a path, bytes, a PIL image or a uint8 array, not {type(source).__name__}")
+        raise ImageError(
+            f"a photo is a path, bytes, a PIL image or a uint8 array, not {type(source).__name__}: convert it"
+        )
     path = epath.Path(source)
     if not path.exists():
         raise ImageError(f"{path} does not exist: check the path")
     if path.is_dir():
-        raise ImageError(f"{path} is a folder: name the photos in it")
+        raise ImageError(f"{path} is a folder: give the path of a photo in it")
     try:
         with path.open("rb") as file:
             return _read(file, str(path), min_side)
@@ -69,9 +74,9 @@ def open_image(source: Any, min_side: int | None = None) -> Image.Image:
 
 
 def thumbnail(photo: Any, side: int, quality: int, min_side: int | None = None) -> bytes:
-    """Returns a JPEG of a photo's pixels, at most `side` of them along either side, without EXIF and comments.
+    """Returns a photo as a JPEG whose longer side is at most `side` pixels, without EXIF and comments.
 
-    photo, min_side: as `open_image` takes them. Raises ImageError.
+    photo, min_side: source and min_side of `open_image`. quality: JPEG quality. Raises ImageError.
     """
     image = open_image(photo, min_side)
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
@@ -81,17 +86,18 @@ def thumbnail(photo: Any, side: int, quality: int, min_side: int | None = None) 
 
 
 def place_text(city: str, state: str, country: str) -> str:
-    """Returns the sentence that stands for a place, missing names dropped; empty if all are missing (G3's prompt)."""
+    """Returns G3's prompt for a place. Missing (empty) names are left out; the prompt is empty if all are missing."""
     names = [name for name in (city, state, country) if name]
     return f"A street view photo taken in {', '.join(names)}" if names else ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Processor:
-    """A published image processor: a photo is resized, its center cut out, then rescaled and normalized.
+    """A published image processor: it resizes a photo, crops its center, and normalizes pixels.
 
-    side: of what comes out, in pixels. shortest: of the resized photo's two sides; None: it is resized to `side` twice,
-    whatever its shape. scale, mean, std: a pixel of 0 ... 255 times scale, less its channel's mean, over its deviation.
+    side: side of the square result, in pixels. shortest: shorter side of the resized photo, in pixels. If None, the
+    photo is resized to side x side, whatever its aspect ratio. resample: Pillow's filter for resizing. scale, mean,
+    std: a value v in 0 ... 255 becomes (v scale - mean) / std, with mean and std per channel.
     """
 
     side: int
@@ -103,9 +109,10 @@ class Processor:
 
     @classmethod
     def read(cls, config: Mapping[str, Any], side: int) -> "Processor":
-        """Returns the processor of a preprocessor_config.json; side: what the checkpoint is made for.
+        """Returns the processor that a preprocessor_config.json describes.
 
-        Raises SettingsError if what comes out has another side.
+        config: contents of the file. side: image size of the checkpoint's tower. Raises SettingsError if the
+        processor's results have another size.
         """
         size, crop = config.get("size", 224), config.get("crop_size", side)
         size, crop = (
@@ -130,22 +137,25 @@ class Processor:
         )
 
     def fit(self, image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
-        """Returns the part of an RGB image that is seen, resized."""
+        """Returns an RGB image resized and cropped to side x side pixels."""
         width, height, side = *image.size, self.side
-        wide, high = side, side  # of the whole image, resized
+        wide, high = side, side  # size of the whole image after resizing
         if self.shortest:
             wide, high = (max(self.shortest, int(self.shortest * n / min(image.size))) for n in image.size)
         left, top = (wide - side) // 2, (high - side) // 2
         if wide * high <= MAX_PIXELS:
             whole = image.resize((wide, high), self.resample)
             return np.asarray(whole.crop((left, top, left + side, top + side)))
-        # Resized in whole, as published, an image of 30,000 x 1 pixels takes 4.5 GB. The part alone is alike, not the
-        # same: Pillow keeps its place in float32 and may take the axes in the other order.
+        # Resized as a whole, as published, an image of 30,000 x 1 pixels takes 4.5 GB. So only the crop is resized. Its
+        # pixels differ slightly: Pillow stores the box in float32 and may resize the two axes in the other order.
         box = (left * width / wide, top * height / high, (left + side) * width / wide, (top + side) * height / high)
         return np.asarray(image.resize((side, side), self.resample, box=box))
 
     def normalize(self, pixels: UInt8[Any, "B h w 3"]) -> Float32[Any, "B h w 3"]:
-        """Returns pixels as the tower takes them, numpy and jax alike: sent to a device as bytes they are a quarter."""
+        """Returns normalized pixels.
+
+        pixels: numpy or jax array. On a device the transfer of uint8 is a quarter of float32.
+        """
         mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
         return (pixels.astype(np.float32) * self.scale - mean) / std
 
@@ -159,7 +169,7 @@ def _from_array(array: np.ndarray) -> Image.Image:
 
 
 def _read(file: IO[bytes], where: str, min_side: int | None) -> Image.Image:
-    # Not Image.open: above 89 million pixels that warns, above 179 million it raises, through settings of the process.
+    # Not Image.open: it warns above 89 million pixels and raises above 179 million, by limits global to the process.
     Image.init()
     prefix = file.read(16)
     if not prefix:
@@ -170,7 +180,7 @@ def _read(file: IO[bytes], where: str, min_side: int | None) -> Image.Image:
             file.seek(0)
             try:
                 image = factory(file, "")
-            except Image.DecompressionBombError as error:  # WebP's reader judges its size itself
+            except Image.DecompressionBombError as error:  # the WebP reader checks the size itself
                 raise ImageError(f"{where} is too large ({error}): make it smaller") from error
             except Exception as error:  # a damaged header makes Pillow raise nearly anything
                 raise _damaged(where, error) from error
@@ -188,7 +198,7 @@ def _decode(image: Image.Image, where: str, min_side: int | None) -> Image.Image
         if min_side:
             image.draft(None, (min_side, min_side))
         image.load()
-        turn = _UPRIGHT.get(_orientation(image))  # after load: Pillow turns a TIFF itself
+        turn = _UPRIGHT.get(_orientation(image))  # after load, since load() already turns a TIFF
         image = _to_rgb(image)
         return image if turn is None else image.transpose(turn)
     except Exception as error:
@@ -198,7 +208,7 @@ def _decode(image: Image.Image, where: str, min_side: int | None) -> Image.Image
 def _orientation(image: Image.Image) -> int:
     try:
         return image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # damaged EXIF says nothing of the pixels
+    except Exception:  # the pixels can be intact
         return 1
 
 

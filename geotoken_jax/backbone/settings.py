@@ -8,7 +8,11 @@ from geotoken_jax.settings import Runtime
 
 @dataclasses.dataclass(frozen=True)
 class HuggingFaceSettings:
-    """path: of a checkpoint's folder. dtype: of the products; parameters are float32. batch_size: most rows at once."""
+    """A backbone with published weights.
+
+    path: folder of the checkpoint. dtype: type in which products are computed, "float32" or "bfloat16"; parameters are
+    float32. batch_size: largest number of photos per batch.
+    """
 
     path: Runtime[str]
     dtype: str
@@ -23,7 +27,7 @@ class HuggingFaceSettings:
 
 @dataclasses.dataclass(frozen=True)
 class BackboneSettings:
-    """backbone: name of the one used. thumbnail, huggingface: their sections."""
+    """backbone: the backbone used, "thumbnail" or "huggingface". thumbnail, huggingface: settings of each."""
 
     backbone: str
     thumbnail: ThumbnailSettings

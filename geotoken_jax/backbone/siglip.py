@@ -1,6 +1,6 @@
-"""SigLIP's image and text towers (Tschannen et al. 2025, arXiv 2502.14786: SigLIP 2), for photos of one fixed size.
+"""SigLIP 2's image and text towers (Tschannen et al. 2025, arXiv 2502.14786), for photos of one fixed size.
 
-The names of modules and parameters are the published ones, see `backbone.transformer`.
+Modules and parameters have their published names, see `backbone.transformer`.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from geotoken_jax.backbone import transformer
 from geotoken_jax.backbone.transformer import ImageShape, TextShape
 from geotoken_jax.settings import SettingsError
 
-#: What a key means that config.json leaves out; the base model's leaves out nearly all.
+#: Values of keys that config.json omits. The base model's config.json omits nearly all keys.
 _BASE = {
     "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
     "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6,
@@ -27,13 +27,13 @@ _IMAGE = {**_BASE, "image_size": 224, "patch_size": 16}
 
 @dataclasses.dataclass(frozen=True)
 class SiglipTextShape(TextShape):
-    """projection_size: C, of a text's features; 0 for hidden_size."""
+    """projection_size: C, the width of text features; hidden_size if 0."""
 
     projection_size: int
 
 
 class AttentionPooling(nnx.Module):
-    """One learned query over all patches, then feed-forward."""
+    """Pools patches by attention with one learned query, then applies a feed-forward layer."""
 
     def __init__(self, shape: ImageShape, dtype: Any, rngs: nnx.Rngs):
         init = nnx.initializers.normal(0.02)
@@ -45,12 +45,12 @@ class AttentionPooling(nnx.Module):
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B D"]:
         probe = jnp.broadcast_to(self.probe[...].astype(x.dtype), (len(x), 1, x.shape[-1]))
-        found = self.attention(probe, x)[:, 0]
-        return found + self.mlp(self.layernorm(found).astype(x.dtype))
+        pooled = self.attention(probe, x)[:, 0]
+        return pooled + self.mlp(self.layernorm(pooled).astype(x.dtype))
 
 
 class PooledAttention(nnx.Module):
-    """Multi-head attention of given queries, its three projections stored as one."""
+    """Multi-head attention whose query, key and value projections are stored as one matrix."""
 
     def __init__(self, shape: ImageShape, dtype: Any, rngs: nnx.Rngs):
         d, init = shape.hidden_size, nnx.initializers.normal(0.02)
@@ -70,7 +70,7 @@ class PooledAttention(nnx.Module):
 
 
 class ImageTower(nnx.Module):
-    """Pixels to what attention gathers of all patches."""
+    """Encodes pixels as a vector: patches pooled by attention."""
 
     def __init__(self, shape: ImageShape, dtype: Any, rngs: nnx.Rngs):
         self.embeddings = transformer.PatchEmbeddings(shape, False, dtype, rngs)
@@ -84,7 +84,10 @@ class ImageTower(nnx.Module):
 
 
 class TextTower(nnx.Module):
-    """Tokens to a linear layer's view of the last position, a pad in all but the longest texts; each sees all."""
+    """Encodes tokens as a vector: a linear layer on the last position, which is a pad unless the text has T tokens.
+
+    Attention is not causal.
+    """
 
     def __init__(self, shape: SiglipTextShape, dtype: Any, rngs: nnx.Rngs):
         self.embeddings = transformer.TokenEmbeddings(shape, dtype, rngs)
@@ -98,31 +101,34 @@ class TextTower(nnx.Module):
 
 
 class Siglip(nnx.Module):
-    """Both towers; features are not normalized."""
+    """SigLIP's two towers. Features are not normalized."""
 
     def __init__(self, config: Mapping[str, Any], dtype: Any, rngs: nnx.Rngs):
-        """config: of config.json. dtype: of the products. Raises SettingsError naming a key that cannot be."""
+        """config: contents of config.json. dtype: type in which products are computed.
+
+        Raises SettingsError naming a key with a bad value.
+        """
         self.text_shape = transformer.read_shape(SiglipTextShape, config, "text_config", _TEXT)
         self.image_shape = transformer.read_shape(ImageShape, config, "vision_config", _IMAGE)
-        #: C, of image and text features.
+        #: C, the width of image and text features.
         self.width = self.image_shape.hidden_size
         texts = self.text_shape.projection_size or self.text_shape.hidden_size
         if texts != self.width:
             raise SettingsError(
-                f"config.json: features of texts have {texts} numbers and those of photos {self.width}: "
-                "choose a checkpoint whose towers share a space"
+                f"config.json: text features have width {texts} and photo features width {self.width}: "
+                "choose a checkpoint whose towers have the same width"
             )
         self.vision_model = ImageTower(self.image_shape, dtype, rngs)
         self.text_model = TextTower(self.text_shape, dtype, rngs)
-        #: Logarithm of the factor of cosines in SigLIP's own loss, and what is added to them.
+        #: Logarithm of the factor on cosines in SigLIP's loss, and the bias added to the scaled cosines.
         self.logit_scale, self.logit_bias = (
             sharding.parameter(rngs.params(), nnx.initializers.zeros, (1,), (None,)) for _ in range(2)
         )
 
     def image_features(self, pixels: Float[Array, "B h w 3"]) -> Float[Array, "B C"]:
-        """pixels: normalized, of the side that the checkpoint is made for."""
+        """Returns features of photos. pixels: normalized, with the image size of the checkpoint."""
         return self.vision_model(pixels)
 
     def text_features(self, ids: Int[Array, "B T"]) -> Float[Array, "B C"]:
-        """T: max_position_embeddings, to which texts are padded: their last position is the one that speaks."""
+        """Returns features of texts, read at the last position. T: max_position_embeddings (texts are padded)."""
         return self.text_model(ids)

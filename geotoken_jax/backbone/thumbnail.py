@@ -1,4 +1,4 @@
-"""The backbone that needs no weights: a photo is its thumbnail, a text is its hashed words."""
+"""A backbone without weights: features are the pixels of a thumbnail and the hashed words of a text."""
 
 import dataclasses
 import re
@@ -13,7 +13,7 @@ from PIL import Image
 from geotoken_jax.backbone import preprocess
 from geotoken_jax.vectors import unit
 
-#: Lengths of the pieces of words that a text's features count, beside whole words.
+#: Lengths of the parts of words that are counted besides whole words.
 _PIECES = (3, 4, 5)
 
 
@@ -25,19 +25,19 @@ class ThumbnailSettings:
 
 
 class Thumbnail:
-    """Image and text towers without parameters; both give rows of length 1, or zeros where there is nothing."""
+    """Image and text towers without parameters. Features have length 1; a blank photo or an empty text has zeros."""
 
     def __init__(self, settings: ThumbnailSettings):
         self.size = settings.size
-        #: C, of image and text features.
+        #: C, the width of image and text features.
         self.width = 3 * settings.size**2
-        #: Shortest side of a photo, in pixels, that suffices.
+        #: Shortest side of a photo, in pixels, that is large enough.
         self.min_side = 4 * settings.size
 
     def prepare(self, photo: Any) -> UInt8[np.ndarray, "h w 3"]:
-        """Returns the central square of a photo, which is anything that `preprocess.open_image` takes, as a thumbnail.
+        """Returns the central square of a photo, resized to the thumbnail's size.
 
-        Raises ImageError if it cannot be read.
+        photo: any source that `preprocess.open_image` reads. Raises ImageError if the photo cannot be read.
         """
         image = preprocess.open_image(photo, min_side=self.min_side)
         side = min(image.size)
@@ -46,23 +46,22 @@ class Thumbnail:
         return np.asarray(image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box))
 
     def images(self, prepared: UInt8[np.ndarray, "B h w 3"]) -> Float32[np.ndarray, "B C"]:
-        """Returns the thumbnails' features: each channel less its mean.
+        """Returns the features of thumbnails: pixels minus the mean of their channel, scaled to length 1.
 
-        With the length of 1 that removes the camera's exposure and color cast (on EarthView's test split 54.5 % of
-        nearest neighbors lie within 25 km; 53.5 % with each channel's deviation brought to 1 as well, 50.4 % with one
-        mean for all channels).
+        This removes the camera's exposure and color cast. On EarthView's test split, 54.5 % of nearest neighbors are
+        within 25 km; 53.5 % if each channel also has a standard deviation of 1, 50.4 % with one mean for all channels.
         """
         pixels = prepared.astype(np.float32)
         return unit((pixels - pixels.mean((1, 2), keepdims=True)).reshape(-1, self.width))
 
     def texts(self, texts: Sequence[str]) -> Float32[np.ndarray, "B C"]:
-        """Returns the texts' features: signed hashing of lower-case words and their pieces of 3 to 5 characters.
+        """Returns the features of texts: signed hashing of lower-case words and their parts of 3 to 5 characters.
 
-        The hash is CRC-32, equal on every machine. A text without words has zeros (feature hashing: Weinberger et al.
-        2009, "Feature hashing for large scale multitask learning").
+        The hash is CRC-32, the same on every platform. Features of a text without words are zeros. (Weinberger et al.
+        2009, "Feature hashing for large scale multitask learning".)
         """
-        known = {text: self._hashed(text) for text in set(texts)}
-        return np.array([known[text] for text in texts], np.float32).reshape(-1, self.width)
+        features = {text: self._hashed(text) for text in set(texts)}
+        return np.array([features[text] for text in texts], np.float32).reshape(-1, self.width)
 
     def _hashed(self, text: str) -> np.ndarray:
         hashes = np.array([zlib.crc32(piece.encode()) for piece in _pieces(text.lower())], np.int64)

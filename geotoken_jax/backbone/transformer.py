@@ -1,8 +1,8 @@
-"""What CLIP's and SigLIP's towers are made of: pre-norm transformer layers, patches of a photo, tokens of a text.
+"""Modules of the CLIP and SigLIP towers: pre-norm transformer layers, patch embeddings and token embeddings.
 
-Every module and parameter has the published name of its tensor (`vision_model.encoder.layers.0.mlp.fc1.weight` is row 0
-of vision_model/encoder/layers/mlp/fc1/kernel), so no table stands between a checkpoint and its place here. Parameters
-are float32; products run in the tower's dtype, norms and softmax in float32.
+Every module and parameter has the published name of its tensor, so checkpoints are read without a table of names:
+`vision_model.encoder.layers.0.mlp.fc1.weight` is row 0 of vision_model/encoder/layers/mlp/fc1/kernel. Parameters are
+float32. Products are computed in the tower's dtype, norms and softmax in float32.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ S = TypeVar("S", bound="Shape")
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Shape of one tower; the keys are those of a checkpoint's config.json."""
+    """Shape of one tower, with the keys of a checkpoint's config.json."""
 
     hidden_size: int
     intermediate_size: int
@@ -40,59 +40,60 @@ class Shape:
     def __post_init__(self):
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(
-                f"hidden_act is {self.hidden_act!r} in config.json: choose one of {', '.join(ACTIVATIONS)}"
+                f"hidden_act is {self.hidden_act!r} in config.json: choose a checkpoint with {', '.join(ACTIVATIONS)}"
             )
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"hidden_size = {self.hidden_size} in config.json does not divide into "
-                f"num_attention_heads = {self.num_attention_heads}"
+                f"hidden_size is {self.hidden_size} in config.json, which does not divide into num_attention_heads = "
+                f"{self.num_attention_heads}: download config.json again"
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageShape(Shape):
-    """image_size, patch_size: sides in pixels."""
+    """image_size: side of a photo in pixels. patch_size: side of a patch in pixels."""
 
     image_size: int
     patch_size: int
 
     @property
     def patches(self) -> int:
-        """Patches of a photo; the pixels that are left over at its right and its bottom are not seen."""
+        """Number of whole patches per photo. Pixels left over at the right and bottom edges are ignored."""
         return (self.image_size // self.patch_size) ** 2
 
 
 @dataclasses.dataclass(frozen=True)
 class TextShape(Shape):
-    """vocab_size: V. max_position_embeddings: T, to which every text is padded or cut."""
+    """vocab_size: V, the number of tokens. max_position_embeddings: T, the number of tokens per text."""
 
     vocab_size: int
     max_position_embeddings: int
 
 
 def read_shape(kind: type[S], config: Mapping[str, Any], section: str, published: Mapping[str, Any]) -> S:
-    """Returns the tower that a section of a checkpoint's config.json describes.
+    """Returns the shape of the tower that a section of a checkpoint's config.json describes.
 
-    published: what a key means that the section leaves out. Raises SettingsError naming a key that cannot be.
+    kind: class of the shape. config: contents of config.json. section: key of the section. published: values of keys
+    that the section omits. Raises SettingsError naming a key with a bad value.
     """
-    stated = config.get(f"{section}_dict") or config.get(section) or {}  # old files have both: the first is meant
-    known = {name: stated[name] for name in settings.names(kind) if stated.get(name) is not None}
-    return settings.read(kind, {**published, **known}, f"json: {section}")
+    stated = config.get(f"{section}_dict") or config.get(section) or {}  # old files have both, and the first one counts
+    present = {name: stated[name] for name in settings.names(kind) if stated.get(name) is not None}
+    return settings.read(kind, {**published, **present}, f"json: {section}")
 
 
 def norm(shape: Shape, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """Returns a layer norm, in float32; its variance is not the fast one, which cancels where a channel is large."""
+    """Returns a layer norm in float32. Its variance is not the fast one, which is inexact if a channel is large."""
     return nnx.LayerNorm(shape.hidden_size, epsilon=shape.layer_norm_eps, use_fast_variance=False, rngs=rngs)
 
 
 def attend(
     q: Float[Array, "B T H d"], k: Float[Array, "B S H d"], v: Float[Array, "B S H d"], causal: bool = False
 ) -> Float[Array, "B T D"]:
-    """Softmax attention with its heads joined; by a fused kernel where there is one (a GPU, 16-bit numbers)."""
-    # Fewer than 64 queries are less than a tile of cuDNN's kernels.
+    """Returns the result of softmax attention, heads concatenated. On GPUs, 16-bit inputs use cuDNN's fused kernel."""
+    # Below 64 queries XLA is used, since they do not fill a tile of cuDNN's kernels.
     fused = jax.default_backend() == "gpu" and q.dtype.itemsize == 2 and q.shape[1] >= 64 and q.shape[-1] % 8 == 0
-    found = jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn" if fused else "xla")
-    return found.reshape(*found.shape[:-2], -1)
+    mixed = jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn" if fused else "xla")
+    return mixed.reshape(*mixed.shape[:-2], -1)
 
 
 class Attention(nnx.Module):
@@ -125,7 +126,7 @@ class FeedForward(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """Self-attention, then feed-forward, each after its norm and beside what came in."""
+    """Pre-norm transformer layer: self-attention, then feed-forward, each with a residual connection."""
 
     def __init__(self, shape: Shape, dtype: Any, rngs: nnx.Rngs):
         self.layer_norm1, self.layer_norm2 = norm(shape, rngs), norm(shape, rngs)
@@ -142,7 +143,7 @@ class Encoder(nnx.Module):
 
     def __init__(self, shape: Shape, dtype: Any, rngs: nnx.Rngs):
         self.layers = stack.make(lambda r: Layer(shape, dtype, r), shape.num_hidden_layers, rngs)
-        #: What a backward pass keeps of a layer, see stack.REMAT; for whoever trains the tower to set.
+        #: Activations that a backward pass keeps per layer, a key of stack.REMAT. Training sets it.
         self.remat = "none"
 
     def __call__(self, x: Float[Array, "B T D"], causal: bool = False) -> Float[Array, "B T D"]:
@@ -153,7 +154,7 @@ class Encoder(nnx.Module):
 
 
 class PatchEmbedding(nnx.Module):
-    """The convolution that takes each patch to a vector, as one product."""
+    """Embeds each patch as a vector: a convolution, computed as one matrix product."""
 
     def __init__(self, shape: ImageShape, use_bias: bool, dtype: Any, rngs: nnx.Rngs):
         side, d = shape.patch_size, shape.hidden_size
@@ -171,15 +172,15 @@ class PatchEmbedding(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """A table of vectors."""
+    """A table of embeddings, one row per token or position."""
 
     def __init__(self, rows: int, width: int, rngs: nnx.Rngs):
-        # The rows are named, not the width: split by it, every look-up would be gathered from all devices.
+        # Only rows have a logical axis: with the width split, every look-up would gather from all devices.
         self.embedding = sharding.parameter(rngs.params(), _init, (rows, width), ("vocab", None))
 
 
 class PatchEmbeddings(nnx.Module):
-    """Patches with their positions; CLIP's begin with a learned vector, which gathers what the tower says."""
+    """Embeds patches and adds their positions. CLIP puts a learned class token first, whose output is the result."""
 
     def __init__(self, shape: ImageShape, has_class: bool, dtype: Any, rngs: nnx.Rngs):
         d = shape.hidden_size
@@ -196,7 +197,7 @@ class PatchEmbeddings(nnx.Module):
 
 
 class TokenEmbeddings(nnx.Module):
-    """Tokens with their positions."""
+    """Embeds tokens and adds their positions."""
 
     def __init__(self, shape: TextShape, dtype: Any, rngs: nnx.Rngs):
         self.token_embedding = Embedding(shape.vocab_size, shape.hidden_size, rngs)

@@ -1,4 +1,4 @@
-"""Further views of a photo: what another camera, held otherwise, would have taken of the same place."""
+"""Random augmented views of a photo, as taken by another camera from another angle at the same place."""
 
 import dataclasses
 import math
@@ -6,18 +6,19 @@ import math
 import numpy as np
 from PIL import Image
 
-#: The split whose photos have views, and the split that their views make.
+#: The split whose photos have views, and the split that contains these views.
 OF, SPLIT = "train", "train_views"
 _TONES = np.linspace(0, 1, 256)
 
 
 @dataclasses.dataclass(frozen=True)
 class ViewsSettings:
-    """count: of each photo that is trained on. seed: of all their draws.
+    """Random views of training photos.
 
-    rotation: largest, in degrees, either way. crop: smallest share of both sides that is kept. gamma, color: standard
-    deviations of the logarithms of the exponent (exposure), and of each channel's factor (cast). flip: every second
-    view, by chance, is mirrored.
+    count: number of views per photo, at least 0. seed: seed of all views.
+    rotation: largest rotation in degrees, to either side. crop: smallest share of both sides that remains, in (0, 1].
+    gamma: standard deviation of the logarithm of the exponent on values (exposure). color: standard deviation of the
+    logarithm of each channel's factor (color cast). flip: if true, a view is mirrored with probability 1/2.
     """
 
     count: int
@@ -30,42 +31,46 @@ class ViewsSettings:
 
     def __post_init__(self):
         if self.count < 0:
-            raise ValueError(f"config.embed.views.count is {self.count}: it must be at least 0")
+            raise ValueError(f"config.embed.views.count is {self.count}: choose 0 or more")
         if not 0 < self.crop <= 1:
-            raise ValueError(f"config.embed.views.crop is {self.crop}: it must be above 0 and at most 1")
+            raise ValueError(f"config.embed.views.crop is {self.crop}: choose a share above 0 and at most 1")
 
 
 def views(image: Image.Image, row: int, settings: ViewsSettings) -> list[Image.Image]:
-    """Returns all views of a photo; row: its number in its split, which with the seed decides what they are."""
+    """Returns all views of a photo. row: number of the photo in its split, which seeds the views with settings.seed."""
     return [view(image, np.random.default_rng((settings.seed, row, v)), settings) for v in range(settings.count)]
 
 
 def view(image: Image.Image, rng: np.random.Generator, settings: ViewsSettings) -> Image.Image:
-    """Returns a turned crop of an RGB image, of the same shape and scale, in other light; it mirrors at the borders."""
+    """Returns a random view of an RGB image: a rotated crop with another exposure and color cast.
+
+    The crop keeps the aspect ratio and the scale of the image. If it extends beyond the image, borders are mirrored.
+    """
     angle = math.radians(rng.uniform(-settings.rotation, settings.rotation))
-    kept = rng.uniform(settings.crop, 1.0) * np.array(image.size)  # width, height
-    center = kept / 2 + rng.uniform(size=2) * (image.size - kept)
+    cropped = rng.uniform(settings.crop, 1.0) * np.array(image.size)  # width, height
+    center = cropped / 2 + rng.uniform(size=2) * (image.size - cropped)
     mirrored = rng.uniform() < 0.5 and settings.flip
     gamma = math.exp(rng.normal(0, settings.gamma))
     color = np.exp(rng.normal(0, settings.color, 3))
-    color /= color.max()  # a cast takes light away, so nothing is clipped
+    color /= color.max()  # a cast only darkens, so no value is clipped
 
     turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-    reach = np.abs(turn) @ kept / 2 + 1  # interpolation reads a pixel further
+    reach = np.abs(turn) @ cropped / 2 + 1  # interpolation reads one more pixel
     first, last = np.floor(center - reach).astype(int), np.ceil(center + reach).astype(int)
     columns, rows = (_inside(np.arange(*ends), n) for *ends, n in zip(first, last, image.size, strict=True))
-    around = Image.fromarray(np.asarray(image).take(rows, 0).take(columns, 1))
-    size = np.maximum(1, np.rint(kept).astype(int))
-    onto = turn * (kept / size) * (-1 if mirrored else 1, 1)
+    patch = Image.fromarray(np.asarray(image).take(rows, 0).take(columns, 1))
+    size = np.maximum(1, np.rint(cropped).astype(int))
+    onto = turn * (cropped / size) * (-1 if mirrored else 1, 1)
     begin = center - first - onto @ (size / 2)
     matrix = np.column_stack([onto, begin]).ravel().tolist()
-    # Bilinear takes 40 % of bicubic's time; their thumbnails have a mean cosine of 0.998, those of view and photo 0.70.
-    turned = around.transform(tuple(size.tolist()), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
+    # Bilinear takes 40 % of the time of bicubic. Thumbnails of both have a mean cosine of 0.998; thumbnails of a view
+    # and its photo have 0.70.
+    turned = patch.transform(tuple(size.tolist()), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
     tones = np.outer(255 * color, _TONES**gamma)
-    return turned.point(tones.ravel().tolist())  # which rounds them
+    return turned.point(tones.ravel().tolist())  # point() rounds the tones
 
 
-def _inside(places: np.ndarray, n: int) -> np.ndarray:
-    """Returns the pixels that are seen at places on and off a side of n pixels, which mirrors at either end."""
-    places = places % (2 * n)
-    return np.minimum(places, 2 * n - 1 - places)
+def _inside(positions: np.ndarray, n: int) -> np.ndarray:
+    """Returns the pixels at positions inside or outside a side of n pixels, which is mirrored at both ends."""
+    positions = positions % (2 * n)
+    return np.minimum(positions, 2 * n - 1 - positions)

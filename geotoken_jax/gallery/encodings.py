@@ -1,4 +1,5 @@
-"""Photos against a gallery of encoded coordinates, as GeoCLIP chooses (Vivanco Cepeda et al. 2023, section 3.2)."""
+"""Gallery coordinates encoded as vectors, and photos ranked against them (GeoCLIP: Vivanco Cepeda et al. 2023,
+section 3.2)."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -16,25 +17,25 @@ from geotoken_jax.batch import blocks
 from geotoken_jax.gallery import index, int8
 from geotoken_jax.gallery.index import Vectors
 
-#: Coordinates encoded at once, always: a capsule of 1,024 holds 17 MB of each layer's numbers.
+#: Coordinates per compiled call. A capsule of width 1,024 then has 17 MB of activations per layer.
 _BLOCK = 4096
-#: Rows of a product at a time: 512 photos against 16,384 places are 34 MB of logits.
+#: Photos and encoded places per block of logits: 34 MB.
 _PHOTOS, _PLACES = 512, 16_384
 
 
 def encoder(
     module: nnx.Module, vectors: Callable[[Any, jax.Array], jax.Array]
 ) -> Callable[[Float[np.ndarray, "N 2"]], Iterator[Float32[np.ndarray, "n E"]]]:
-    """Returns what yields the vectors of coordinates, block by block, each of length 1; compiled once.
+    """Returns a function that encodes coordinates. It yields unit vectors block by block and compiles once.
 
-    vectors: module, and latitudes and longitudes [n, 2] in degrees -> vectors [n, E].
+    vectors: function of the module and of latitudes and longitudes [n, 2] in degrees; it returns vectors [n, E].
     """
 
     @nnx.jit
     def run(module: nnx.Module, block: jax.Array) -> jax.Array:
         with jax.default_matmul_precision("highest"):
-            found = vectors(module, block)
-        return found / jnp.linalg.norm(found, axis=-1, keepdims=True)
+            encoded = vectors(module, block)
+        return encoded / jnp.linalg.norm(encoded, axis=-1, keepdims=True)
 
     def encode(coordinates: Float[np.ndarray, "N 2"]) -> Iterator[Float32[np.ndarray, "n E"]]:
         for block, n in blocks(coordinates, _BLOCK):
@@ -44,20 +45,22 @@ def encoder(
 
 
 def save(path: epath.Path, blocks: Iterable[Float32[np.ndarray, "n E"]], n: int, width: int) -> None:
-    """Writes blocks as one array [n, width] of bfloat16, whole or not at all, and never whole in memory: of 4.12
-    million places 768 wide it is 6.3 GB."""
-    beside = path.parent / f".{path.name}.partial"
-    array = np.lib.format.open_memmap(beside, mode="w+", dtype=np.uint16, shape=(n, width))
+    """Writes blocks of vectors as one bfloat16 array [n, width], which appears at `path` when it is complete.
+
+    Blocks go to disk one by one, since 4.12 million vectors of width 768 are 6.3 GB.
+    """
+    partial = path.parent / f".{path.name}.partial"
+    array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint16, shape=(n, width))
     first = 0
     for block in blocks:
         array[first : first + len(block)] = block.astype(ml_dtypes.bfloat16).view(np.uint16)
         first += len(block)
     array.flush()
-    beside.replace(path)
+    partial.replace(path)
 
 
 def open(path: epath.Path) -> Vectors:
-    """Memory-maps what `save` wrote, or `quantize` made of it."""
+    """Returns the vectors stored by `save` or `quantize`, memory-mapped."""
     values = records.open_array(path)
     if values.dtype == np.int8:
         return int8.Quantized(values, records.open_array(_scales(path)))
@@ -65,7 +68,7 @@ def open(path: epath.Path) -> Vectors:
 
 
 def quantize(path: epath.Path) -> None:
-    """Makes int8 of what `save` wrote."""
+    """Replaces the bfloat16 vectors stored by `save` with int8 vectors and one scale per vector."""
     int8.write(records.open_array(path, ml_dtypes.bfloat16), path, _scales(path))
 
 
@@ -74,16 +77,19 @@ def _scales(path: epath.Path) -> epath.Path:
 
 
 def rank(
-    places: Vectors, photos: Float32[np.ndarray, "B E"], k: int
+    gallery: Vectors, photos: Float32[np.ndarray, "B E"], k: int
 ) -> tuple[Int32[np.ndarray, "B k"], Float32[np.ndarray, "B k"]]:
-    """Returns rows and log-probabilities of each photo's k most probable places, best first.
+    """Returns gallery rows and log-probabilities of each photo's k most probable locations, best first.
 
-    photos: vectors times the logit scale, so that products with `places` are logits; the softmax is over all places.
+    The softmax is over the whole gallery.
+
+    gallery: unit vectors of the encoded coordinates. photos: unit vectors times the logit scale, so that inner products
+    with `gallery` are logits.
     """
-    rows, logits = index.exact(places, photos, k)
+    rows, logits = index.exact(gallery, photos, k)
     total = np.full(len(photos), -np.inf, np.float32)
-    for first in range(0, len(places), _PLACES):
-        block = jnp.asarray(places[first : first + _PLACES], jnp.float32)
+    for first in range(0, len(gallery), _PLACES):
+        block = jnp.asarray(gallery[first : first + _PLACES], jnp.float32)
         for q in range(0, len(photos), _PHOTOS):
             part = slice(q, q + _PHOTOS)
             total[part] = np.logaddexp(total[part], _log_sum(jnp.asarray(photos[part]), block))
@@ -91,6 +97,6 @@ def rank(
 
 
 @jax.jit
-def _log_sum(photos: jax.Array, places: jax.Array) -> jax.Array:
-    logits = jnp.matmul(photos, places.T, precision=jax.lax.Precision.HIGHEST)
+def _log_sum(photos: jax.Array, gallery: jax.Array) -> jax.Array:
+    logits = jnp.matmul(photos, gallery.T, precision=jax.lax.Precision.HIGHEST)
     return jax.nn.logsumexp(logits, axis=1)

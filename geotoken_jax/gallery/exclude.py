@@ -1,4 +1,4 @@
-"""Rules that say which gallery photos may not be neighbors of a photo; they compose."""
+"""Rules that exclude gallery photos from the neighbors of a photo. Any number of rules can be combined."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -10,16 +10,18 @@ from jaxtyping import Bool, Float, Int
 from geotoken_jax.gallery.table import Table
 from geotoken_jax.vectors import unit
 
-#: Pairs of photos compared at a time: 16,384 of three vectors of 768 are 75 MB as they are read.
+#: Pairs of photos compared at a time. Reading 16,384 rows of three bfloat16 vectors of width 768 takes 75 MB.
 _PAIRS = 16_384
 
 
 @dataclasses.dataclass(frozen=True)
 class ExcludeSettings:
-    """Gallery photos that are no neighbors of a photo, beside itself.
+    """Gallery photos excluded from a photo's neighbors, in addition to the photo itself.
 
-    author: those of its author. cosine_above: those whose image embedding has a higher cosine with its own (near
-    duplicates); 1 for none. within_km: those taken nearer to it; 0 for none.
+    author: if true, photos by the same author are excluded.
+    cosine_above: cosine, in [-1, 1], of two image embeddings above which a photo is excluded as a near duplicate. If 1,
+    near duplicates stay.
+    within_km: distance in km, at least 0, below which photos are excluded. If 0, distance does not matter.
     """
 
     author: bool
@@ -28,21 +30,26 @@ class ExcludeSettings:
 
     def __post_init__(self):
         if not -1 <= self.cosine_above <= 1:
-            raise ValueError(f"cosine_above is {self.cosine_above}: it must be in [-1, 1], and 1 for none")
+            raise ValueError(
+                f"cosine_above is {self.cosine_above}: choose a cosine in [-1, 1], or 1 to keep near duplicates"
+            )
         if not self.within_km >= 0:
-            raise ValueError(f"within_km is {self.within_km}: it must be 0 (for none) or more")
+            raise ValueError(f"within_km is {self.within_km}: choose a distance above 0, or 0 to exclude none")
 
 
 class Exclusion(Protocol):
-    """Says which gallery rows may not be neighbors of which queries."""
+    """A rule that excludes gallery rows from the neighbors of queries."""
 
     def __call__(self, queries: Int[np.ndarray, "n"], rows: Int[np.ndarray, "n m"]) -> Bool[np.ndarray, "n m"]:
-        """queries: their numbers. rows: gallery rows found for each; entries of -1 may be answered either way."""
+        """Returns True for each row that is excluded; the value at a row of -1 (no neighbor) does not matter.
+
+        queries: numbers of the queries. rows: gallery rows to test for each query.
+        """
         ...
 
 
 class SameId:
-    """Excludes the photo itself, by its id: a duplicate of it can outrank it."""
+    """Excludes the query photo itself, recognized by its id. Its rank would not do: a duplicate can outrank it."""
 
     def __init__(self, query_ids: np.ndarray, gallery_ids: np.ndarray):
         self._queries, self._gallery = np.asarray(query_ids), np.asarray(gallery_ids)
@@ -52,7 +59,7 @@ class SameId:
 
 
 class SameAuthor:
-    """Excludes the photos of the query's author; an unknown author (empty) is nobody's."""
+    """Excludes photos by the query's author. If the author is unknown (empty), nothing is excluded."""
 
     def __init__(self, query_authors: np.ndarray, gallery_authors: np.ndarray):
         self._queries, self._gallery = np.asarray(query_authors), np.asarray(gallery_authors)
@@ -63,9 +70,11 @@ class SameAuthor:
 
 
 class NearDuplicate:
-    """Excludes photos whose image embedding has a cosine with the query's above a threshold.
+    """Excludes photos whose image embedding has a cosine above a threshold with the image embedding of the query.
 
-    query_images: [n, C]. gallery_images: rows [m] -> [m, C]. Of any length; a query of zeros is nobody's duplicate.
+    query_images: image embeddings [n, C] of any length; a query of zeros has no duplicates.
+    gallery_images: function of gallery rows [m] that returns image embeddings [m, C] of any length.
+    cosine_above: the threshold.
     """
 
     def __init__(
@@ -81,13 +90,13 @@ class NearDuplicate:
         query, column = np.nonzero(rows >= 0)
         for first in range(0, len(query), _PAIRS):
             at = query[first : first + _PAIRS], column[first : first + _PAIRS]
-            own = unit(self._queries[queries[at[0]]])
-            excluded[at] = (own * unit(self._gallery(rows[at]))).sum(-1) > self._above
+            query_images = unit(self._queries[queries[at[0]]])
+            excluded[at] = (query_images * unit(self._gallery(rows[at]))).sum(-1) > self._above
         return excluded
 
 
 class Within:
-    """Excludes photos nearer to the query than a distance in km; coordinates [n, 2] and [N, 2] are in degrees."""
+    """Excludes photos closer to the query than `km`. Coordinates are latitude and longitude in degrees."""
 
     def __init__(
         self,
@@ -98,7 +107,7 @@ class Within:
         self._queries, self._gallery, self._km = query_coordinates, gallery_coordinates, km
 
     def __call__(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        from geotoken_jax.geo.distance import great_circle_km  # and jax with it
+        from geotoken_jax.geo.distance import great_circle_km  # here, because it imports jax
 
         latitude, longitude = np.moveaxis(self._queries[queries], -1, 0)[..., None]
         km = great_circle_km(latitude, longitude, *np.moveaxis(self._gallery[rows], -1, 0))
@@ -107,20 +116,21 @@ class Within:
 
 def rules(
     exclude: ExcludeSettings,
-    own: Table,
-    part: slice | Int[np.ndarray, "n"],
-    of_gallery: Mapping[str, np.ndarray],
+    queries: Table,
+    rows: slice | Int[np.ndarray, "n"],
+    gallery: Mapping[str, np.ndarray],
     gallery_images: Callable[[np.ndarray], np.ndarray],
 ) -> list[Exclusion]:
-    """Returns the rules for some rows of a split's table: a photo is never its own neighbor, and what `exclude` says.
+    """Returns the exclusion rules for some photos of a split: those set in `exclude`, and no photo is its own neighbor.
 
-    of_gallery: ids, authors and coordinates of the rows that are searched. gallery_images: such rows [m] -> [m, C].
+    queries: table of the split. rows: rows of the photos in that table. gallery: columns ids, authors and coordinates
+    of the gallery. gallery_images: function of gallery rows [m] that returns image embeddings [m, C].
     """
-    found: list[Exclusion] = [SameId(own.ids(part), of_gallery["ids"])]
+    exclusions: list[Exclusion] = [SameId(queries.ids(rows), gallery["ids"])]
     if exclude.author:
-        found.append(SameAuthor(own.authors(part), of_gallery["authors"]))
+        exclusions.append(SameAuthor(queries.authors(rows), gallery["authors"]))
     if exclude.within_km > 0:
-        found.append(Within(own.coordinates(part), of_gallery["coordinates"], exclude.within_km))
+        exclusions.append(Within(queries.coordinates(rows), gallery["coordinates"], exclude.within_km))
     if exclude.cosine_above < 1:
-        found.append(NearDuplicate(own.embeddings(part)[:, 0], gallery_images, exclude.cosine_above))
-    return found
+        exclusions.append(NearDuplicate(queries.embeddings(rows)[:, 0], gallery_images, exclude.cosine_above))
+    return exclusions

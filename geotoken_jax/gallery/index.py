@@ -1,7 +1,7 @@
-"""Search for the gallery's photos nearest to a photo: exactly, or with ScaNN, in shards; one interface.
+"""Search for a photo's nearest neighbors in the gallery, exact or with ScaNN, over one or more shards.
 
-A folder of an index is `index.json` (what is worth knowing, and how to search) and a folder a shard, each complete when
-its own `index.json` is there.
+An index folder contains `index.json`, with facts and search parameters, and one folder per shard. A shard is complete
+when its folder contains an `index.json` too.
 """
 
 import contextlib
@@ -25,36 +25,43 @@ from geotoken_jax.gallery import int8
 from geotoken_jax.progress import track
 from geotoken_jax.settings import Runtime
 
-#: Rows of a product at a time: 512 queries against 16,384 rows are 34 MB of scores, and 2304 wide the rows 151 MB.
+#: Queries and gallery rows per block of scores: 34 MB of scores, and 151 MB of gallery vectors of width 2304.
 _QUERIES, _ROWS = 512, 16_384
-#: Neighbors found in float32 beyond those asked for, which may be among them in float64.
+#: Extra candidates of the float32 search: sorted by float64 scores, one of them can be among the first k.
 _SPARE = 8
-#: Neighbors whose recall is measured.
+#: Number of nearest neighbors over which recall is measured.
 RECALL_AT = 15
-#: Rows that ScaNN's centers are trained on: at 2304 wide 0.9 GB, and 200 for each of the 512 leaves of 262,144 rows.
+#: Rows that ScaNN's leaf centers are trained on: 0.9 GB at width 2304, and 200 per leaf of a shard of 262,144 rows.
 _TRAINING_ROWS = 100_000
-#: And the 16 codes of each pair of numbers: 100,000 find the same share of neighbors, and take 5 s longer at 768 wide.
+#: Rows that ScaNN's codes (16 per pair of components) are trained on. 100,000 rows give the same recall and take 5 s
+#: longer at width 768.
 _CODE_ROWS = 10_000
-#: Every vector is in a second leaf, which lies on another side of it than the first (SOAR, Sun et al. 2023, with its
-#: lambda): half as many leaves then hold as many of the nearest.
+#: Lambda of SOAR (Sun et al. 2023), which stores every vector in a second leaf too, on another side of the vector than
+#: the first. Half as many leaves then contain as many of the nearest neighbors.
 _SOAR = 1.5
 
 
 class IndexQualityError(RuntimeError):
-    """The index does not find the neighbors that exact search finds."""
+    """The index has less recall than config.index.search.min_recall."""
 
 
 @dataclasses.dataclass(frozen=True)
 class IndexSettings:
-    """How the gallery is searched.
+    """How the index of the gallery is built and searched.
 
-    kind: scann or exact. shard_rows: of the gallery, at most, in one shard. Building one takes, at D numbers a row,
-    10 D bytes a row: 6 GB at 262,144 rows of 2304; searching takes 4.25 D bytes a row of all shards together, 2.25 D
-    with reorder_dtype bfloat16, by which one neighbor in twenty changes places with its next, 1.25 D with int8.
-    components: principal ones of the vectors, which are all that leaves and codes see; the best are scored again by all
-    of their numbers. leaves_searched: of the sqrt(rows) leaves of each shard's tree, to begin with. reorder: candidates
-    of a shard that are scored again. reorder_dtype: in float32, bfloat16 or int8. threads: of a search. min_recall:
-    least share of the 15 nearest that must be found, in [0, 1]. sample: gallery photos on which that is measured.
+    kind: "scann" or "exact".
+    shard_rows: largest number of gallery rows per shard. Building a shard takes 10 D bytes of memory per row of D
+    components: 6 GB at 262,144 rows and D = 2304. Searching takes 4.25 D bytes per row of all shards with reorder_dtype
+    float32, 2.25 D with bfloat16 and 1.25 D with int8.
+    components: principal components that ScaNN's tree and codes use. Reordering uses the whole vectors.
+    leaves_searched: initial number of leaves searched, of the sqrt(rows) leaves per shard. It is doubled until recall
+    reaches min_recall.
+    reorder: candidates per shard that are scored again with the whole vectors.
+    reorder_dtype: type of these vectors: float32, bfloat16 or int8. With bfloat16 one neighbor in twenty swaps places
+    with the next one. An exact index is stored in int8 if this is int8, else in float32.
+    threads: threads per search.
+    min_recall: smallest recall of the 15 nearest neighbors, in [0, 1].
+    sample: number of gallery photos on which recall is measured.
     """
 
     kind: str
@@ -81,11 +88,11 @@ class IndexSettings:
 
 
 class Vectors(Protocol):
-    """Vectors [N, D] float32 that are made or read as they are asked for; an array is one too."""
+    """Float32 vectors [N, D] that are computed or read row by row on request. An array is a Vectors too."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, rows: Any, /) -> Float[np.ndarray, "n D"]:
-        """rows: a slice, or an array of row numbers."""
+        """Returns some rows. rows: slice or array of row numbers."""
         ...
 
 
@@ -95,15 +102,20 @@ class Index(Protocol):
     def search(
         self, queries: Float32[np.ndarray, "n D"], k: int
     ) -> tuple[Int32[np.ndarray, "n k"], Float32[np.ndarray, "n k"]]:
-        """Returns the rows of the k largest inner products and these products, best first; -1 and -inf where fewer."""
+        """Returns the rows of the k largest inner products and these products, best first.
+
+        If there are fewer than k, the last rows are -1 and their products -inf.
+        """
         ...
 
 
 def build(vectors: Vectors, settings: IndexSettings, folder: epath.PathLike) -> "Shards":
-    """Makes the index of the vectors in a folder, shard by shard; shards that are there whole are kept.
+    """Builds the index of the vectors in a folder and returns it. Complete shards of an interrupted build are kept.
 
-    Exact, saying so, where ScaNN is asked for and not installed (it has no macOS). No more than one shard's vectors are
-    in memory. Raises IndexQualityError, with the figures, if recall stays below min_recall with all leaves searched.
+    Memory holds the vectors of one shard at a time. If settings.kind is "scann" and ScaNN is not installed (macOS has
+    none), a warning is printed and the index is exact.
+
+    Raises IndexQualityError if recall is below min_recall with all leaves searched.
     """
     folder = epath.Path(folder)
     kind: type[Scann] | type[Exact] = Exact
@@ -113,13 +125,14 @@ def build(vectors: Vectors, settings: IndexSettings, folder: epath.PathLike) -> 
             kind = Scann
         except ImportError as error:
             print(
-                f"ScaNN is not available ({error}): searching exactly, which is slower and finds no less",
+                f"ScaNN is not available ({error}): search is exact instead, slower and with full recall; to use "
+                "ScaNN, install the package scann (Linux only) and build the index again",
                 file=sys.stderr,
             )
     shards = max(1, -(-len(vectors) // settings.shard_rows))
     size = -(-len(vectors) // shards)
     for shard in track(range(shards), "index", shards, "shards"):
-        part = _part(folder, shard, shards)
+        part = _shard_folder(folder, shard, shards)
         if not (part / "index.json").exists():
             part.mkdir(parents=True, exist_ok=True)
             facts = kind.build(vectors[shard * size : (shard + 1) * size], settings, part)
@@ -131,9 +144,10 @@ def build(vectors: Vectors, settings: IndexSettings, folder: epath.PathLike) -> 
 
 
 def load(folder: epath.PathLike, threads: int) -> "Shards":
-    """Opens what `build` has made; the folder can be moved.
+    """Returns the index that `build` stored in a folder, which may have been moved since.
 
-    Raises FileNotFoundError if there is none, ImportError if it is ScaNN's and ScaNN is not installed.
+    threads: threads per search. Raises FileNotFoundError if the folder has no index, ImportError if the index needs
+    ScaNN and ScaNN is not installed.
     """
     folder = epath.Path(folder)
     facts = json.loads((folder / "index.json").read_text())
@@ -144,24 +158,25 @@ def load(folder: epath.PathLike, threads: int) -> "Shards":
 def exact(
     vectors: Vectors, queries: Float[np.ndarray, "n D"], k: int
 ) -> tuple[Int32[np.ndarray, "n k"], Float32[np.ndarray, "n k"]]:
-    """Returns rows and scores of the k largest inner products, best first, equal ones by row; -1 and -inf past N.
+    """Returns rows and scores of the k largest inner products, best first, ties by row.
 
-    Blocked over vectors and queries, so `vectors`, which is read once, may be of any length. The best are put in order
-    in float64: in float32 the order of near ones depends on how a product is blocked (6 of 1,000 photos of EarthView).
+    If there are fewer than k vectors, the last rows are -1 and their scores -inf. `vectors` can have any length: it is
+    read once, block by block. The best candidates are sorted by float64 scores, since in float32 the order of close
+    ones depends on the size of blocks (for 6 of 1,000 EarthView photos).
     """
     starts = range(0, len(queries), _QUERIES)
-    asked = [jnp.asarray(queries[q : q + _QUERIES], jnp.float32) for q in starts]
-    best = [(jnp.zeros((len(part), 0)), jnp.zeros((len(part), 0), jnp.int32)) for part in asked]
+    blocks = [jnp.asarray(queries[q : q + _QUERIES], jnp.float32) for q in starts]
+    best = [(jnp.zeros((len(part), 0)), jnp.zeros((len(part), 0), jnp.int32)) for part in blocks]
     for v in range(0, len(vectors), _ROWS):
         block = jnp.asarray(vectors[v : v + _ROWS], jnp.float32)
-        best = [_merge(part, block, *before, v, k + _SPARE) for part, before in zip(asked, best, strict=True)]
+        best = [_merge(part, block, *before, v, k + _SPARE) for part, before in zip(blocks, best, strict=True)]
     rows = np.full((len(queries), k), -1, np.int32)
     scores = np.full((len(queries), k), -np.inf, np.float32)
     for q, (_, row) in zip(starts, best, strict=True):
-        for i, near in enumerate(np.asarray(row), q):
-            score = (vectors[near].astype(np.float64) @ np.asarray(queries[i], np.float64)).astype(np.float32)
-            order = np.lexsort((near, -score))[:k]
-            scores[i, : len(order)], rows[i, : len(order)] = score[order], near[order]
+        for i, candidates in enumerate(np.asarray(row), q):
+            score = (vectors[candidates].astype(np.float64) @ np.asarray(queries[i], np.float64)).astype(np.float32)
+            order = np.lexsort((candidates, -score))[:k]
+            scores[i, : len(order)], rows[i, : len(order)] = score[order], candidates[order]
     return rows, scores
 
 
@@ -170,7 +185,7 @@ def _merge(
     queries: jax.Array, vectors: jax.Array, scores: jax.Array, rows: jax.Array, first: int, k: int
 ) -> tuple[jax.Array, jax.Array]:
     products = jnp.matmul(queries, vectors.T, precision=jax.lax.Precision.HIGHEST)
-    # top_k puts the lower index first among equals, and rows found before are lower: ties are broken by row.
+    # top_k puts the lower index first among ties. Rows of earlier blocks are lower, so ties are sorted by row.
     new, at = jax.lax.top_k(products, min(k, products.shape[1]))
     scores = jnp.concatenate([scores, new], axis=1)
     rows = jnp.concatenate([rows, at.astype(jnp.int32) + first], axis=1)
@@ -179,19 +194,22 @@ def _merge(
 
 
 def merge(
-    found: Sequence[tuple[Int32[np.ndarray, "n _"], Float32[np.ndarray, "n _"]]], k: int
+    results: Sequence[tuple[Int32[np.ndarray, "n _"], Float32[np.ndarray, "n _"]]], k: int
 ) -> tuple[Int32[np.ndarray, "n k"], Float32[np.ndarray, "n k"]]:
-    """Returns the k best of several searches' rows and scores, equal scores by row; each has at least k columns."""
-    rows, scores = (np.concatenate(parts, axis=1) for parts in zip(*found, strict=True))
+    """Returns rows and scores of the k best results of several searches, best first, ties by row.
+
+    results: rows and scores of each search, with at least k columns.
+    """
+    rows, scores = (np.concatenate(parts, axis=1) for parts in zip(*results, strict=True))
     best = np.lexsort((rows, -scores), axis=1)[:, :k]
     return np.take_along_axis(rows, best, axis=1), np.take_along_axis(scores, best, axis=1)
 
 
 class Shards:
-    """An index in parts, which follow each other in the order of their rows.
+    """An index over one or more shards, which hold consecutive ranges of rows.
 
-    facts: kind, rows, shards, and leaves of the largest shard, leaves_searched of each (both 0 where search is exact)
-    and recall, which is of the whole.
+    facts: kind, rows, shards, leaves (of the largest shard), leaves_searched (per shard) and recall (of the whole
+    index). leaves and leaves_searched are 0 if search is exact.
     """
 
     def __init__(self, shards: "Sequence[Exact | Scann]", facts: dict[str, Any]):
@@ -199,33 +217,33 @@ class Shards:
 
     @classmethod
     def open(cls, folder: epath.Path, shards: int, threads: int, leaves_searched: int) -> "Shards":
-        """Opens a folder's shards; nothing is known of their recall yet."""
-        parts = [_open(_part(folder, shard, shards), threads) for shard in range(shards)]
-        leaves = max(part.leaves for part in parts)
+        """Returns the index of the shards in a folder, with facts that do not contain recall yet."""
+        opened = [_open(_shard_folder(folder, shard, shards), threads) for shard in range(shards)]
+        leaves = max(shard.leaves for shard in opened)
         facts = {
             "kind": "scann" if leaves else "exact",
-            "rows": sum(map(len, parts)),
+            "rows": sum(map(len, opened)),
             "shards": shards,
             "leaves": leaves,
             "leaves_searched": min(leaves_searched, leaves),
         }
-        return cls(parts, facts)
+        return cls(opened, facts)
 
     def __len__(self) -> int:
         return self.facts["rows"]
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """As Index has it; the shards' results are merged by score, equal ones by row."""
-        first, found = 0, []
+        """Searches all shards and returns their best results, as `Index.search` does."""
+        first, results = 0, []
         for shard in self.shards:
             rows, scores = shard.search(queries, k, self.facts["leaves_searched"])
-            found.append((np.where(rows < 0, -1, rows + first), scores))
+            results.append((np.where(rows < 0, -1, rows + first), scores))
             first += len(shard)
-        return merge(found, k)
+        return merge(results, k)
 
 
 class Exact:
-    """Exact search."""
+    """A shard that is searched exactly."""
 
     leaves = 0
 
@@ -234,7 +252,7 @@ class Exact:
 
     @classmethod
     def build(cls, vectors: np.ndarray, settings: IndexSettings, folder: epath.Path) -> dict[str, Any]:
-        """Writes the shard; returns what its index.json is to say."""
+        """Writes the shard and returns the contents of its index.json."""
         vectors = np.asarray(vectors, np.float32)
         if settings.reorder_dtype == "int8":
             vectors, scale = int8.quantized(vectors)
@@ -251,7 +269,8 @@ class Exact:
 
 
 class Scann:
-    """Search with ScaNN (Guo et al. 2020): a tree of sqrt(N) leaves, quantized scores, the best scored again."""
+    """A shard searched with ScaNN (Guo et al. 2020): a tree of sqrt(N) leaves, quantized scores, and reordering of the
+    best candidates."""
 
     def __init__(self, searcher: Any, facts: dict[str, Any], threads: int):
         self._searcher, self._rows, self._reorder = searcher, int(facts["rows"]), int(facts["reorder"])
@@ -260,12 +279,12 @@ class Scann:
 
     @classmethod
     def build(cls, vectors: np.ndarray, settings: IndexSettings, folder: epath.Path) -> dict[str, Any]:
-        """Writes the shard; returns what its index.json is to say."""
+        """Writes the shard and returns the contents of its index.json."""
         scann = _import_scann()
         leaves = max(1, int(len(vectors) ** 0.5))
         builder = (
             scann.builder(np.ascontiguousarray(vectors, np.float32), min(RECALL_AT, len(vectors)), "dot_product")
-            # k-means++ from the sample: ScaNN's random start differs from process to process, even on one thread.
+            # k-means++ on the sample: ScaNN's random initialization differs between processes, even on one thread.
             .tree(
                 leaves,
                 min(settings.leaves_searched, leaves),
@@ -278,7 +297,7 @@ class Scann:
         )
         if settings.components < vectors.shape[1]:
             builder = builder.pca(settings.components, None)
-        with _without_notes():
+        with _without_progress_log():
             searcher = builder.build()
         searcher.serialize(str(folder), relative_path=True)
         return {"kind": "scann", "rows": len(vectors), "leaves": leaves, "reorder": settings.reorder}
@@ -287,19 +306,19 @@ class Scann:
         return self._rows
 
     def search(self, queries: np.ndarray, k: int, leaves_searched: int) -> tuple[np.ndarray, np.ndarray]:
-        # Who asks for many (photos with much to exclude) finds them only in leaves that hold as many.
-        enough = -(-4 * k * self.leaves // self._rows)
+        # k is large if many neighbors are excluded: search at least as many leaves as contain 4 k rows on average.
+        min_leaves = -(-4 * k * self.leaves // self._rows)
         rows, scores = self._searcher.search_batched_parallel(
             np.ascontiguousarray(queries, np.float32),
             final_num_neighbors=k,
             pre_reorder_num_neighbors=max(self._reorder, k),
-            leaves_to_search=min(max(leaves_searched, enough), self.leaves),
+            leaves_to_search=min(max(leaves_searched, min_leaves), self.leaves),
         )
-        missing = np.isnan(scores)  # ScaNN fills up with row 0 and NaN
+        missing = np.isnan(scores)  # ScaNN pads its results with row 0 and NaN
         return np.where(missing, -1, rows).astype(np.int32), np.where(missing, -np.inf, scores).astype(np.float32)
 
 
-def _part(folder: epath.Path, shard: int, shards: int) -> epath.Path:
+def _shard_folder(folder: epath.Path, shard: int, shards: int) -> epath.Path:
     return folder / f"{shard:05d}-of-{shards:05d}"
 
 
@@ -311,46 +330,55 @@ def _open(part: epath.Path, threads: int) -> Exact | Scann:
             return Exact(int8.Quantized(vectors, records.open_array(part / "scales.npy")))
         return Exact(vectors)
     scann = _import_scann()
-    if (part / "scann_docids.pkl").exists():  # ScaNN would unpickle it, which runs whatever it says
-        raise ValueError(f"{part} holds scann_docids.pkl, which no index of ours has: do not trust this folder")
-    with _without_notes():
+    if (part / "scann_docids.pkl").exists():  # ScaNN would unpickle it, and so run any code in it
+        raise ValueError(
+            f"{part} contains scann_docids.pkl, a pickle that can run code and that no index built here has: do not "
+            "trust this folder, and build the index again"
+        )
+    with _without_progress_log():
         return Scann(scann.load_searcher(str(part)), facts, threads)
 
 
 def _tune(index: Shards, vectors: Vectors, settings: IndexSettings) -> None:
-    """Searches twice as many leaves until recall, against exact search in all vectors, suffices."""
+    """Doubles index.facts["leaves_searched"] until recall, measured against exact search, reaches min_recall."""
     facts = index.facts
     if not facts["leaves"]:
         facts["recall"] = 1.0
         return
     sample = np.unique(np.linspace(0, len(vectors) - 1, settings.sample).astype(np.int64))
-    k = min(RECALL_AT + 1, len(vectors))  # each finds itself, which proves nothing: recall is of the others
+    k = min(RECALL_AT + 1, len(vectors))  # every photo finds itself: not counted in recall
     queries = vectors[sample]
-    wanted, _ = exact(vectors, queries, k)
+    true_rows, _ = exact(vectors, queries, k)
     while True:
-        found, _ = index.search(queries, k)
-        facts["recall"] = recall(found, wanted, wanted != sample[:, None])
+        rows, _ = index.search(queries, k)
+        facts["recall"] = recall(rows, true_rows, true_rows != sample[:, None])
         if facts["recall"] >= settings.min_recall:
             return
         if facts["leaves_searched"] == facts["leaves"]:
             raise IndexQualityError(
                 f"ScaNN finds {facts['recall']:.4f} of the {RECALL_AT} nearest with all {facts['leaves']} leaves "
-                f"searched, less than index.search.min_recall={settings.min_recall}: raise index.search.reorder "
-                f"({settings.reorder}), or set index.search.kind=exact"
+                f"searched, fewer than config.index.search.min_recall={settings.min_recall}: set "
+                f"config.index.search.reorder above {settings.reorder}, or config.index.search.kind=exact"
             )
         facts["leaves_searched"] = min(2 * facts["leaves_searched"], facts["leaves"])
 
 
 def recall(found: Int32[np.ndarray, "n _"], wanted: Int32[np.ndarray, "n k"], counted: Any = True) -> float:
-    """Returns the share of the wanted rows that were found. counted: [n, k], False for those that do not count."""
+    """Returns the share of the wanted rows that were found.
+
+    counted: booleans [n, k], False for wanted rows that do not count; all count by default.
+    """
     hits = (wanted[:, :, None] == found[:, None, :]).any(axis=2)
     counted = np.broadcast_to(counted, wanted.shape)
     return float((hits & counted).sum() / max(counted.sum(), 1))
 
 
 @contextlib.contextmanager
-def _without_notes() -> Iterator[None]:
-    """Keeps what C++ writes to stderr meanwhile, but for its notes on progress, which no log level turns off."""
+def _without_progress_log() -> Iterator[None]:
+    """Drops the progress log that C++ code writes to stderr inside the context, which no log level turns off.
+
+    All other lines are printed when the context ends.
+    """
     sys.stderr.flush()
     stderr = os.dup(2)
     with tempfile.TemporaryFile() as written:
@@ -361,8 +389,8 @@ def _without_notes() -> Iterator[None]:
             os.dup2(stderr, 2)
             os.close(stderr)
             written.seek(0)
-            kept = (line for line in written if not line.startswith((b"I0", b"I1", b"WARNING: All log messages")))
-            os.write(2, b"".join(kept))
+            lines = (line for line in written if not line.startswith((b"I0", b"I1", b"WARNING: All log messages")))
+            os.write(2, b"".join(lines))
 
 
 def _import_scann() -> Any:

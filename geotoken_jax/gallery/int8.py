@@ -1,4 +1,4 @@
-"""Vectors in one byte a number: each as integers from -127 to 127 with a float32 scale of its own."""
+"""Vectors stored as int8: integers from -127 to 127, and one float32 scale per vector."""
 
 from typing import Any
 
@@ -8,37 +8,40 @@ from jaxtyping import Float, Float32, Int8
 
 from geotoken_jax import records
 
-#: Rows that are quantized at once: 2304 wide 38 MB of float32.
+#: Rows quantized at a time: at width 2304, 38 MB of float32.
 _BLOCK = 4096
 
 
 def quantized(vectors: Float[Any, "*n C"]) -> tuple[Int8[np.ndarray, "*n C"], Float32[np.ndarray, "*n"]]:
-    """Returns the integers nearest to the vectors, and the scale of each: its largest number is 127 scales."""
+    """Returns the quantized vectors and their scales. A scale is the largest magnitude in a vector, divided by 127."""
     vectors = np.asarray(vectors, np.float32)
     scale = np.maximum(np.abs(vectors).max(-1), np.finfo(np.float32).tiny) / 127
     return np.rint(vectors / scale[..., None]).astype(np.int8), scale
 
 
 def restored(values: Int8[np.ndarray, "*n C"], scale: Float32[np.ndarray, "*n"]) -> Float32[np.ndarray, "*n C"]:
-    """Returns the vectors, each number off by half a scale at most."""
+    """Returns the vectors in float32. The error of a component is at most half a scale."""
     return values.astype(np.float32) * scale[..., None]
 
 
 def write(vectors: Float[Any, "N *n C"], path: epath.Path, scales: epath.Path) -> None:
-    """Writes vectors, which may be memory-mapped, and from `path` itself, as two flat arrays; never all in memory."""
-    beside = path.parent / f".{path.name}.partial"
-    values = np.lib.format.open_memmap(beside, mode="w+", dtype=np.int8, shape=vectors.shape)
+    """Writes int8 vectors to `path` and their scales to `scales`, reading one block at a time into memory.
+
+    vectors: array in memory or memory-mapped. It may be mapped from `path`, which is replaced at the end.
+    """
+    partial = path.parent / f".{path.name}.partial"
+    values = np.lib.format.open_memmap(partial, mode="w+", dtype=np.int8, shape=vectors.shape)
     scale = np.empty(vectors.shape[:-1], np.float32)
     for first in range(0, len(vectors), _BLOCK):
         part = slice(first, first + _BLOCK)
         values[part], scale[part] = quantized(vectors[part])
     values.flush()
     records.save_array(scales, scale)
-    beside.replace(path)
+    partial.replace(path)
 
 
 class Quantized:
-    """Vectors [N, D] that are restored as they are asked for (geotoken_jax.gallery.index.Vectors)."""
+    """Int8 vectors [N, D] as a geotoken_jax.gallery.index.Vectors: rows are restored to float32 when they are read."""
 
     def __init__(self, values: Int8[np.ndarray, "N D"], scale: Float32[np.ndarray, " N"]):
         self._values, self._scale = values, scale

@@ -1,7 +1,8 @@
-"""Where the gallery's table lies while the decoder trains: on the host, whole on each device, or split over them.
+"""Placement of the gallery's table during decoder training: on the host, whole on every device, or split over devices.
 
-With 15 neighbors a batch from the host carries 69 KB of embeddings a photo; where the table is on the devices it
-carries 60 bytes of row numbers, and the compiled step gathers. The model sees the same numbers in all three.
+With 15 neighbors a batch from the host contains 69 KB of embeddings per photo. If the table is on the devices, the
+batch contains 60 bytes of row numbers per photo, and the compiled step gathers the embeddings. The model reads the same
+numbers from all three placements.
 """
 
 import dataclasses
@@ -20,19 +21,23 @@ from geotoken_jax.geo.cells import Scheme
 
 PLACEMENTS = ("host", "replicated", "sharded")
 
-#: A batch, with the arrays of `resident` -> embeddings [B, M, 3, C] bfloat16 and tokens [B, M, T] int32 of neighbors.
+#: Function of a batch, which includes the arrays of `resident`. It returns the embeddings [B, M, 3, C] bfloat16 and the
+#: tokens [B, M, T] int32 of the neighbors.
 Lookup = Callable[[Mapping[str, Array]], tuple[Array, Array]]
 
-#: Of the neighbors that all devices together ask for, a device holds at most so many bytes at a time, or one photo's of
-#: each device: 1,900 photos' at 15 neighbors and C = 768, and 0.8 % of the memory of the smallest chip (16 GiB).
+#: Largest block of neighbors' embeddings that a device gathers at a time for all devices, in bytes; at least one photo
+#: per device. It holds 1,900 photos with 15 neighbors and C = 768, and is 0.8 % of the smallest chip's memory (16 GiB).
 SLICE_BYTES = 128 << 20
 
 
 @dataclasses.dataclass(frozen=True)
 class GallerySettings:
-    """placement: "host" (the input pipeline reads the memory-mapped table), "replicated" (4.7 KB a photo of the gallery
-    on every device), or "sharded" (that divided by the number of devices; every step moves the whole batch's neighbors
-    between them)."""
+    """Placement of the gallery's table.
+
+    placement: "host": the input pipeline reads the memory-mapped table. "replicated": every device has the whole table,
+    4.7 KB per gallery photo. "sharded": the table is split over the devices, and every step moves the neighbors of the
+    whole batch between them.
+    """
 
     placement: str
 
@@ -46,28 +51,31 @@ class GallerySettings:
 
 
 def layout(n: int, width: int, cells: Scheme, settings: GallerySettings, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns what `resident` makes of a table of n rows and of C = width, as shapes, types and shardings.
+    """Returns shapes, types and shardings of the arrays that `resident` makes from a table; none if on the host.
 
-    gallery_embeddings [N, 3 C] bfloat16; gallery_tokens [N, T] of the smallest integer that holds the vocabulary.
-    Sharded, N is n filled up to divide over the devices. A row is flat because a TPU lays [N, 3, C] out otherwise than
-    its gather reads it: in every step it would copy the whole table.
+    gallery_embeddings: [N, 3 C] bfloat16. Rows are flat because a TPU stores [N, 3, C] in another layout than its
+    gather reads, and would copy the whole table in every step.
+    gallery_tokens: [N, T], of the smallest unsigned integer type that holds the vocabulary.
+    N is n; if sharded, n padded to a multiple of the number of devices.
+
+    n: rows of the table. width: C.
     """
     if not settings.on_device:
         return {}
-    spread = settings.placement == "sharded"
-    rows = n + -n % mesh.size if spread else n
-    lies = NamedSharding(mesh, PartitionSpec(mesh.axis_names) if spread else PartitionSpec())
+    sharded = settings.placement == "sharded"
+    rows = n + -n % mesh.size if sharded else n
+    placed = NamedSharding(mesh, PartitionSpec(mesh.axis_names) if sharded else PartitionSpec())
     token = np.min_scalar_type(max(cells.vocab_sizes) - 1)
     return {
-        "gallery_embeddings": jax.ShapeDtypeStruct((rows, 3 * width), jnp.bfloat16, sharding=lies),
-        "gallery_tokens": jax.ShapeDtypeStruct((rows, cells.length), token, sharding=lies),
+        "gallery_embeddings": jax.ShapeDtypeStruct((rows, 3 * width), jnp.bfloat16, sharding=placed),
+        "gallery_tokens": jax.ShapeDtypeStruct((rows, cells.length), token, sharding=placed),
     }
 
 
 def resident(table: Table, cells: Scheme, settings: GallerySettings, mesh: Mesh) -> dict[str, jax.Array]:
-    """Returns the arrays that lie on the devices over all steps, of `layout`; none for "host".
+    """Returns the gallery's arrays on the devices, as `layout` describes them; none if placement is "host".
 
-    Each process reads the rows of its own devices, a device's after another's.
+    They stay there over all steps. Each process reads only the rows of its local devices.
     """
     read = {
         "gallery_embeddings": lambda rows: table.embeddings(rows).reshape(-1, 3 * table.width),
@@ -78,25 +86,28 @@ def resident(table: Table, cells: Scheme, settings: GallerySettings, mesh: Mesh)
 
 
 def _put(read: Callable[[slice], np.ndarray], n: int, wanted: jax.ShapeDtypeStruct) -> jax.Array:
-    """jax.make_array_from_callback would hold the rows of all of a process's devices at once."""
-    parts, values, held = [], np.empty(0), None
-    where = wanted.sharding.addressable_devices_indices_map(wanted.shape)
-    for device, (rows, *_) in where.items():  # pyright: ignore[reportGeneralTypeIssues]
+    """Returns a table column on the devices, padded with zeros, read for one device at a time.
+
+    jax.make_array_from_callback would keep the rows of all local devices in host memory at once.
+    """
+    shards, values, loaded = [], np.empty(0), None
+    slices = wanted.sharding.addressable_devices_indices_map(wanted.shape)
+    for device, (rows, *_) in slices.items():  # pyright: ignore[reportGeneralTypeIssues]
         first, last, _ = rows.indices(wanted.shape[0])
-        if first != held:  # replicated, all devices have the same rows
-            found = read(slice(first, min(last, n))).astype(wanted.dtype, copy=False)
-            missing = last - first - len(found)
-            values = np.pad(found, ((0, missing), (0, 0))) if missing else found
-            held = first
-        parts.append(jax.device_put(values, device).block_until_ready())
-    return jax.make_array_from_single_device_arrays(wanted.shape, wanted.sharding, parts)
+        if first != loaded:  # if replicated, all devices have the same rows
+            stored = read(slice(first, min(last, n))).astype(wanted.dtype, copy=False)
+            missing = last - first - len(stored)
+            values = np.pad(stored, ((0, missing), (0, 0))) if missing else stored
+            loaded = first
+        shards.append(jax.device_put(values, device).block_until_ready())
+    return jax.make_array_from_single_device_arrays(wanted.shape, wanted.sharding, shards)
 
 
 def lookup(settings: GallerySettings, mesh: Mesh) -> Lookup:
-    """Returns the function that finds a batch's neighbors where `settings` puts them; for use in a compiled step.
+    """Returns the function that reads the neighbors of a batch in a compiled step.
 
-    On the host they are in the batch as `neighbors` and `neighbor_tokens`; on the devices the batch has `neighbor_rows`
-    [B, M], where a missing one (-1) reads as row 0, as it does on the host.
+    With placement "host" the batch contains them as `neighbors` and `neighbor_tokens`. Otherwise the batch contains
+    `neighbor_rows` [B, M], and they are gathered from the table. A missing neighbor (-1) reads row 0, as on the host.
     """
     if not settings.on_device:
         return lambda batch: (batch["neighbors"], batch["neighbor_tokens"])
@@ -117,10 +128,11 @@ def _gather(
 
 
 def _exchange(mesh: Mesh) -> Callable:
-    """Returns `_gather` for a table split over all axes of the mesh, and rows over those of the batch.
+    """Returns a `_gather` for a table split over all mesh axes and row numbers split over the batch's mesh axes.
 
-    Every device looks up the rows that it has of those that any device asks for, and a sum brings each its own. All
-    addends but one are zero, so the sum is exact in bfloat16 too (of a negative zero it makes a zero).
+    Every device receives all requested row numbers and reads those in its part of the table; other rows are zeros.
+    A sum over devices then returns to each device the rows it requested. All addends but one are zero, so the sum is
+    exact in bfloat16 (except that a negative zero becomes zero).
     """
     batch_axes = sharding.RULES["batch"]
     other_axes = tuple(axis for axis in mesh.axis_names if axis not in batch_axes)
@@ -133,16 +145,14 @@ def _exchange(mesh: Mesh) -> Callable:
         def exchange(rows: Int32[Array, " n"]) -> tuple[Array, ...]:
             at = jax.lax.all_gather(rows, batch_axes, tiled=True) - first
             here = (at >= 0) & (at < len(embeddings))
-            parts = (jnp.where(here[:, None], part, 0) for part in _gather(embeddings, tokens, jnp.where(here, at, 0)))
-            own = (jax.lax.psum_scatter(part, batch_axes, tiled=True) for part in parts)
-            return tuple(jax.lax.psum(part, other_axes) for part in own)
+            local = (jnp.where(here[:, None], x, 0) for x in _gather(embeddings, tokens, jnp.where(here, at, 0)))
+            requested = (jax.lax.psum_scatter(x, batch_axes, tiled=True) for x in local)
+            return tuple(jax.lax.psum(x, other_axes) for x in requested)
 
         photo_bytes = m * embeddings.shape[1] * embeddings.itemsize
-        at_once = max(
-            (n for n in range(1, b + 1) if b % n == 0 and n * devices * photo_bytes <= SLICE_BYTES), default=1
-        )
-        found = jax.lax.map(exchange, rows.reshape(-1, at_once * m))
-        return tuple(part.reshape(b, m, -1) for part in found)
+        photos = max((n for n in range(1, b + 1) if b % n == 0 and n * devices * photo_bytes <= SLICE_BYTES), default=1)
+        gathered = jax.lax.map(exchange, rows.reshape(-1, photos * m))
+        return tuple(x.reshape(b, m, -1) for x in gathered)
 
     table, batch = PartitionSpec(mesh.axis_names), sharding.spec("batch")
     return jax.shard_map(on_each_device, mesh=mesh, in_specs=(table, table, batch), out_specs=(batch, batch))

@@ -1,4 +1,4 @@
-"""The gallery's table: what is known of each of its photos, in memory-mapped flat arrays."""
+"""Tables of photos: one row per photo, one memory-mapped array per column and shard."""
 
 import math
 from collections.abc import Mapping
@@ -13,26 +13,27 @@ from geotoken_jax import records
 from geotoken_jax.gallery import int8
 from geotoken_jax.vectors import unit
 
-#: Column -> numpy type, and shape within the row (C, of the backbone, is the width of the data).
+#: Column -> numpy type and shape per row. None stands for C, the width of the backbone's features.
 COLUMNS: dict[str, tuple[Any, tuple[int | None, ...]]] = {
-    "captured": (np.dtype(np.float64), ()),  # written first: a table may lack it, and must not because it is torn
+    # Written first: this column is optional, so an interrupted write is recognized by a later column that is missing.
+    "captured": (np.dtype(np.float64), ()),
     "embeddings": (np.dtype(ml_dtypes.bfloat16), (3, None)),
     "coordinates": (np.dtype(np.float64), (2,)),
     "tokens": (np.dtype(np.uint8), (21,)),
     "ids": (np.dtype(f"S{records.ID_BYTES}"), ()),
     "authors": (np.dtype(f"S{records.ID_BYTES}"), ()),
 }
-#: The further column of a table whose embeddings are int8: [n, 3] float32, the scale of each vector.
+#: Additional column of a table with int8 embeddings: scale of each vector, [n, 3] float32.
 SCALES = "scales"
-#: Rows that are made into index vectors at once: 768 wide 38 MB.
+#: Rows converted to index vectors at a time: 38 MB at C = 768.
 _ROWS = 4096
 
 
 def write_shard(folder: epath.PathLike, shard: int, shards: int, columns: Mapping[str, np.ndarray]) -> None:
-    """Writes the rows of shard `shard` of `shards`; rows are numbered through all shards in order.
+    """Writes one shard of a table. Rows are numbered through all shards in order.
 
-    columns: every name of COLUMNS -> array [n, *shape]; captured may be left out. Raises ValueError naming a column of
-    another type or shape.
+    shard: number of this shard, from 0. shards: number of all shards. columns: name in COLUMNS -> array [n, *shape];
+    captured is optional. Raises ValueError naming a column with a wrong type or shape.
     """
     n = len(columns["ids"])
     columns = {"captured": np.full(n, np.nan), **columns}
@@ -41,9 +42,9 @@ def write_shard(folder: epath.PathLike, shard: int, shards: int, columns: Mappin
         fits = len(values.shape) == len(shape) + 1 and len(values) == n
         if not fits or any(want not in (None, got) for want, got in zip(shape, values.shape[1:], strict=True)):
             wanted = [n, *("C" if size is None else size for size in shape)]
-            raise ValueError(f"column {name} of the table has shape {list(values.shape)}, not {wanted}")
+            raise ValueError(f"column {name} of the table has shape {list(values.shape)}: reshape it to {wanted}")
         if values.dtype != dtype and not (dtype.kind == values.dtype.kind == "S"):
-            raise ValueError(f"column {name} of the table is {values.dtype}: convert it to {dtype}")
+            raise ValueError(f"column {name} of the table has type {values.dtype}: convert it to {dtype}")
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, (dtype, _) in COLUMNS.items():
@@ -51,29 +52,29 @@ def write_shard(folder: epath.PathLike, shard: int, shards: int, columns: Mappin
 
 
 def quantize(folder: epath.PathLike) -> None:
-    """Makes int8 of a table's embeddings: 2,316 bytes a photo 768 wide, not 4,608."""
+    """Converts a table's embeddings from bfloat16 to int8: from 4,608 to 2,316 bytes per photo at C = 768."""
     for path in sorted(epath.Path(folder).glob("embeddings-*-of-*.npy")):
         scales = path.parent / path.name.replace("embeddings", SCALES)
         int8.write(records.open_array(path, ml_dtypes.bfloat16), path, scales)
 
 
 class Table:
-    """Read access to a table of any number of shards, by row number; picklable, and light to send to a process.
+    """Reads the rows of a table of one or more shards. A pickled Table contains only the folder's name.
 
-    Each column is a method: rows [...] -> values [..., *shape], or all rows if none are given. Rows are integers in
-    [0, len): IndexError otherwise, also for -1, so a missing neighbor must be masked first.
+    Each column is a method that takes rows, a slice or integers [...], and returns values [..., *shape]; all rows by
+    default. Raises IndexError for an integer outside [0, len), also for -1: mask missing neighbors first.
     """
 
     def __init__(self, folder: epath.PathLike):
-        """Raises FileNotFoundError unless every shard of every column, but captured, is there."""
+        """Raises FileNotFoundError if a shard of a column is missing. A table may have no column captured at all."""
         self._folder = str(folder)
         self._columns = {name: self._open(name) for name in COLUMNS}
         if self._columns["embeddings"][0].dtype == np.int8:
             self._columns[SCALES] = self._open(SCALES)
         lengths = [len(part) for part in self._columns["ids"]]
-        # Tables of earlier versions, and of exports, do not say when photos were taken.
+        # Tables of earlier versions and of exports have no column captured.
         self._columns["captured"] = self._columns["captured"] or [np.broadcast_to(np.nan, n) for n in lengths]
-        #: First row of each shard, and the number of rows.
+        #: First row of each shard, then the number of rows.
         self._starts = np.cumsum([0, *lengths])
 
     def __reduce__(self):
@@ -84,34 +85,34 @@ class Table:
 
     @property
     def width(self) -> int:
-        """C, of the embeddings."""
+        """C, the width of each embedding."""
         return self._columns["embeddings"][0].shape[2]
 
     def embeddings(self, rows: Any = slice(None)) -> np.ndarray:
-        """[..., 3, C] bfloat16: backbone's image embedding, location head, text head."""
+        """Returns [..., 3, C] bfloat16: backbone's image embedding, location head's output, text head's output."""
         values = self._take("embeddings", rows)
         if SCALES not in self._columns:
             return values
         return int8.restored(values, self._take(SCALES, rows)).astype(ml_dtypes.bfloat16)
 
     def coordinates(self, rows: Any = slice(None)) -> np.ndarray:
-        """[..., 2] float64: latitude and longitude in degrees."""
+        """Returns [..., 2] float64: latitude and longitude in degrees."""
         return self._take("coordinates", rows)
 
     def tokens(self, rows: Any = slice(None)) -> np.ndarray:
-        """[..., 21] uint8: level-20 S2 tokens, group 1."""
+        """Returns [..., 21] uint8: level-20 S2 tokens, group 1."""
         return self._take("tokens", rows)
 
     def ids(self, rows: Any = slice(None)) -> np.ndarray:
-        """[...] bytes."""
+        """Returns [...] bytes: ids of the photos."""
         return self._take("ids", rows)
 
     def authors(self, rows: Any = slice(None)) -> np.ndarray:
-        """[...] bytes; empty where unknown."""
+        """Returns [...] bytes: authors, empty if unknown."""
         return self._take("authors", rows)
 
     def captured(self, rows: Any = slice(None)) -> np.ndarray:
-        """[...] float64: when the photo was taken, in seconds since 1970; NaN where that is not known."""
+        """Returns [...] float64: capture times in seconds since 1970, NaN if unknown."""
         return self._take("captured", rows)
 
     def _take(self, name: str, rows: Any) -> np.ndarray:
@@ -123,7 +124,8 @@ class Table:
         rows = np.asarray(rows, np.int64)
         if rows.size and not (0 <= rows.min() and rows.max() < len(self)):
             raise IndexError(
-                f"rows {rows.min()} to {rows.max()} of a table of {len(self)}: mask missing neighbors (-1)"
+                f"rows {rows.min()} to {rows.max()} are not all in a table of {len(self)} rows: mask missing "
+                "neighbors (-1) first"
             )
         if len(parts) == 1:
             return np.asarray(parts[0][rows])
@@ -136,27 +138,29 @@ class Table:
 
     def _open(self, name: str) -> list[np.ndarray]:
         folder = epath.Path(self._folder)
-        found = sorted(folder.glob(f"{name}-*-of-*.npy"))
-        if not found and name == "captured":
+        files = sorted(folder.glob(f"{name}-*-of-*.npy"))
+        if not files and name == "captured":
             return []
-        shards = int(found[0].stem[-5:]) if found else 0
-        if not found or len(found) != shards:
-            raise FileNotFoundError(f"{folder} has {len(found)} of {shards or 'no'} shards of {name}: make it again")
-        parts = [records.open_array(path) for path in found]
+        if not files:
+            raise FileNotFoundError(f"{folder} has no shards of {name}: make the folder again")
+        shards = int(files[0].stem[-5:])
+        if len(files) != shards:
+            raise FileNotFoundError(f"{folder} has {len(files)} of {shards} shards of {name}: make the folder again")
+        parts = [records.open_array(path) for path in files]
         return [part.view(ml_dtypes.bfloat16) if part.dtype == np.uint16 else part for part in parts]
 
 
 def index_vectors(embeddings: Float[np.ndarray, "B 3 C"]) -> Float[np.ndarray, "B D"]:
-    """Returns what the index holds, and is asked for, of a photo: its three vectors as of length 1, in a row.
+    """Returns the vectors that the index stores and searches: each photo's three unit vectors, concatenated.
 
-    float32, D = 3 C; inner products lie in [-3, 3] (G3's retrieval).
+    float32, D = 3 C. Inner products are in [-3, 3] (as in G3's retrieval).
     """
     vectors = unit(np.asarray(embeddings))
-    return vectors.reshape(len(vectors), math.prod(vectors.shape[1:]))  # -1 could not be told of none
+    return vectors.reshape(len(vectors), math.prod(vectors.shape[1:]))  # -1 fails if B is 0
 
 
 class IndexVectors:
-    """A table's index vectors (geotoken_jax.gallery.index.Vectors), made from what is memory-mapped when asked for."""
+    """Index vectors of a table, as a geotoken_jax.gallery.index.Vectors: computed when rows are read."""
 
     def __init__(self, table: Table):
         self._table = table

@@ -294,7 +294,7 @@ def test_json_lines_of_photos(workdir: Path, photo: bytes, tmp_path: Path, capsy
         (["train", f"--config={CONFIG}", "--workdir=x", "--config.model.widht=3"], "config.model.widht"),
         (["train", f"--config={CONFIG}", "--workdir=x", "--variant=other"], "choose one of geotoken"),
         (["train", f"--config={CONFIG}", "--workdir={made}", "--config.model.backbone_width=9"], "set it to 48"),
-        (["train", f"--config={CONFIG}", "--workdir={made}", "--config.model.context=time"], "says when it was taken"),
+        (["train", f"--config={CONFIG}", "--workdir={made}", "--config.model.context=time"], "has a capture time"),
         (["predict", "photo.jpg"], "--model=DIR"),
         (["predict", "--model={empty}", "photo.jpg"], "config.json"),
         (["evaluate", "--predictions=a.csv"], "--truth=FILE"),

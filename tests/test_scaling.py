@@ -163,9 +163,11 @@ def test_a_study_is_resumed_run_by_run_and_the_forecast_comes_before_the_held_ou
     last = len(scaling.runs(given)) - 1
     study_stage.run(given, path, 0)
     assert made == ["5K_2000"]
-    with pytest.raises(workdir.StageError, match=r"1536K_12800 waits for the grid: run .* for 20K_12800, "):
+    with pytest.raises(workdir.StageError, match=r"1536K_12800 needs the whole grid: run .* for 20K_12800, "):
         study_stage.run(given, path, last)
-    with pytest.raises(settings.SettingsError, match=f"--index={last + 1}: config.scaling has the runs 0 to {last}"):
+    with pytest.raises(
+        settings.SettingsError, match=f"--index is {last + 1}: choose a run of config.scaling, 0 to {last}"
+    ):
         study_stage.run(given, path, last + 1)
     with pytest.raises(workdir.StageError, match="has 1 runs of the grid"):
         study_stage.fit(given, path)
@@ -180,7 +182,7 @@ def test_a_study_is_resumed_run_by_run_and_the_forecast_comes_before_the_held_ou
     study_stage.run(given, path, None)
     assert made == [] and json.loads((tmp_path / "scaling" / "forecast.json").read_text()) == forecast
     (tmp_path / "scaling" / "forecast.json").unlink()
-    with pytest.raises(workdir.StageError, match="a loss is forecast before it is measured"):
+    with pytest.raises(workdir.StageError, match="a forecast must precede its measurement"):
         study_stage.run(given, path, last)
 
 

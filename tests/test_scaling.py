@@ -169,7 +169,7 @@ def test_a_study_is_resumed_run_by_run_and_the_forecast_comes_before_the_held_ou
         settings.SettingsError, match=f"--index is {last + 1}: choose a run of config.scaling, 0 to {last}"
     ):
         study_stage.run(given, path, last + 1)
-    with pytest.raises(workdir.StageError, match="has 1 runs of the grid"):
+    with pytest.raises(workdir.StageError, match="has 1 complete grid runs"):
         study_stage.fit(given, path)
     study_stage.run(given, path, None)
     assert len(made) == last + 2 and made[-1] == "1536K_12800"  # each once, and the predictions

@@ -47,7 +47,7 @@ def write(
 def source(workdir: Workdir, config: Config) -> dict[str, Any]:
     """Returns the name of the photos' source with its license, origin, terms and citation.
 
-    The fields are those of data_prep.sources.Provenance. Photos prepared without them get the license "unknown".
+    See data_prep.sources.Provenance for the fields. Photos prepared without them get the license "unknown".
     """
     photos = workdir.manifest("photos")
     name = photos.settings.get("photos", {}).get("source", config.photos.source)

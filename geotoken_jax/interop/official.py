@@ -4,7 +4,7 @@
 
 - `check FILE.npz`: compares our model with outputs of the published model (arrays listed in docs/fidelity.md). Prints
   the largest error of memory, logits, loss and log-probability, and the agreement of greedy and beam tokens.
-- `import WEIGHTS OUT.safetensors`: converts published weights to a parameter file like those of `geotoken train`.
+- `import WEIGHTS OUT.safetensors`: converts published weights to a parameter file, as `geotoken train` writes it.
 - `export PARAMETERS.safetensors OUT`: converts a parameter file to published weights.
 
 Published weights are `.pth` (needs torch), `.safetensors` or `.npz` files. Reading them never runs code.

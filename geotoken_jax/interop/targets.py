@@ -1,6 +1,6 @@
 """`geotoken export --target`: converts an export for runtimes other than jax, in its folder targets/NAME.
 
-Each converter needs a separate environment because its requirements conflict with geotoken-jax's.
+Each converter needs a separate environment because its requirements conflict with the requirements of geotoken-jax.
 """
 
 import importlib

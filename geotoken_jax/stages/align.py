@@ -35,7 +35,7 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
         more_sections = {"align": {**config.select(*keys)["align"], "pixels": {"tower": "cached"}}}
     finished = workdir.finished("align")
     mesh = make_mesh(config.mesh)
-    # Settings that cannot work must fail before begin(): a begun folder would insist on the same settings again.
+    # Invalid settings must fail before begin(), because a folder that has begun accepts no other settings.
     parts = None if finished else aligner(config, workdir, mesh)
     stage = training.begin(workdir, config, "align", keys, inputs, **more_sections)
     if stage.manifest or not parts:
@@ -62,8 +62,7 @@ def aligner(config: Config, workdir: Workdir, mesh: Mesh) -> tuple[Any, list, di
 def _whitened(start: Callable | None, photos: Features, added: float) -> Callable:
     """Returns a function that initializes a new alignment model: it calls `start`, then fits the whitening.
 
-    photos: training photos; up to 100,000 are read. added: variance that whitening
-    adds (config.align.model.whiten).
+    photos: training photos; up to 100,000 are read. added: variance that whitening adds (config.align.model.whiten).
     """
     image = photos(np.unique(np.linspace(0, len(photos) - 1, _SAMPLE).astype(int)))["image"]
 
@@ -89,7 +88,7 @@ def _aligner_from_pixels(
             raise StageError(
                 f"{workdir.path / 'features'} has {features.counts[split]:,} of the {photos.counts[split]:,} photos of "
                 f"{split}, but config.align.pixels.tower = {config.align.pixels.tower!r} reads every photo: "
-                "remove the photos that `embed` could not read from the source and prepare photos/ again, or set "
+                "prepare photos/ again without the photos that `embed` could not read, or set "
                 "config.align.pixels.tower to 'cached'"
             )
     task = PixelsTask(config.align.model, config.align.loss, start, config.align.pixels, config.embed, mesh)

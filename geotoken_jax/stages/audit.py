@@ -121,7 +121,7 @@ def _neighbors(config: Config, workdir: Workdir) -> Manifest:
     if stage.manifest:
         return stage.manifest
     manifest, gallery = workdir.manifest("neighbors"), workdir.gallery
-    # Training splits come first, then validation: the page compares all other splits with them.
+    # Display order: training splits, validation, then the other splits by name.
     order = sorted(
         manifest.counts, key=lambda split: (split not in (views.OF, views.SPLIT), split != "validation", split)
     )
@@ -148,7 +148,7 @@ def _levels(config: Config, workdir: Workdir) -> Manifest:
 
 
 def see(config: Config, workdir: Workdir, variant: str) -> dict[str, per_level.Seen]:
-    """Returns the decoder's tokens and losses on every photo of the evaluated splits, by split.
+    """Returns the decoder's tokens and losses on all photos of the evaluated splits, by split.
 
     Splits whose names begin with "test" come first.
 

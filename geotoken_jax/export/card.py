@@ -111,7 +111,7 @@ def _card(
     if reference:
         tower = reference["name"] + (" (included)" if (folder / "backbone").exists() else " (not included)")
     cite = f"\n{_wrapped('Cite: ' + source['citation'])}\n" if source["citation"] else ""
-    exact = "less than" if metrics["strict"] else "within"
+    limit = "less than" if metrics["strict"] else "at most"
     rows = (
         (split, f"{metrics['splits'][split]['photos']:,}", *map(_percent, m["accuracy"])) for split, m in scores.items()
     )
@@ -138,7 +138,7 @@ the model to find people or to make decisions about them.
 
 ## Accuracy
 
-Percentage of photos {exact} each distance of the true location, with the 95 % interval in parentheses:
+Percentage of photos with an error of {limit} each distance, with the 95 % interval in parentheses:
 
 | split | photos | 1 km | 25 km | 200 km | 750 km | 2500 km |
 |---|---|---|---|---|---|---|
@@ -153,7 +153,7 @@ Percentage of photos {exact} each distance of the true location, with the 95 % i
 {_wrapped(f"{source['origin']} {source['terms']} See LICENSE.")}
 {cite}
 `provenance.json` lists the SHA-256 of the manifests of all folders that this export was made from. `SHA256SUMS` lists
-the SHA-256 of the files in this folder; `GeoToken.load` checks them.
+the SHA-256 of the files in this folder; `GeoToken.load("FOLDER", verify=True)` checks them.
 """
 
 

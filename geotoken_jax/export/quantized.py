@@ -48,7 +48,7 @@ def quantize(workdir: Workdir, options: IndexSettings, folder: epath.Path) -> di
 
 
 def cost(config: Config, workdir: Workdir, variant: str, folder: epath.Path) -> dict[str, Any]:
-    """Returns accuracy with the work directory's bfloat16 gallery and the difference made by the export's int8 gallery.
+    """Returns the accuracy with the work directory's bfloat16 gallery, and the change with the export's int8 gallery.
 
     Both galleries are evaluated on one split: validation, or the first split by name if there is no validation.
     Neighbors come from the approximate index and no gallery photo is excluded, as in `GeoToken.predict`. Intervals are

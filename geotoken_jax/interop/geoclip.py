@@ -156,7 +156,7 @@ class Locator(Predictor):
 
 
 def start(settings: InitSettings) -> Callable[[AlignModel], None] | None:
-    """Returns a function that initializes an alignment model's capsules from GeoCLIP, or None without such weights.
+    """Returns a function that initializes an alignment model's capsules from GeoCLIP. None if no weights are set.
 
     settings: config.align.init. The MLP after the capsules, which GeoCLIP does not have, stays random, as in G3. Raises
     SettingsError if the weights cannot be read. The returned function raises SettingsError if they do not fit
@@ -168,7 +168,8 @@ def start(settings: InitSettings) -> Callable[[AlignModel], None] | None:
         weights = read_weights(settings.location)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         raise SettingsError(
-            f"config.align.init.location is {settings.location!r}, which cannot be read: {error}"
+            f"config.align.init.location is {settings.location!r}, which cannot be read ({error}): set it "
+            "to GeoCLIP's wheel, or to '' for random weights"
         ) from error
     weights = {name: value for name, value in weights.items() if name.startswith("location_encoder.")}
 
@@ -278,8 +279,8 @@ def _read_pth(file: str, data: bytes) -> dict[str, np.ndarray]:
 class _Tensors(pickle.Unpickler):
     """Unpickles dicts and float32 tensors without torch, and nothing else.
 
-    It resolves only the three names that torch writes for these types, to functions of this module. Other names raise
-    UnpicklingError, so a file cannot run code.
+    The only names it resolves are the three that torch writes for these types, and it replaces each with a harmless
+    equivalent. Other names raise UnpicklingError, so a file cannot run code.
     """
 
     def __init__(self, archive: zipfile.ZipFile, index: str):

@@ -117,7 +117,10 @@ def _settings(*, rows: int, positions: int, **sizes: Any) -> ModelSettings:
     for group in range(1, MAX_GROUP + 1):
         if rows == 6 + (positions - 1) * 4**group:
             return settings(group=group, level=group * (positions - 1), **sizes)
-    raise ValueError(f"the token table has {rows} rows, and no group has that number with {positions} output positions")
+    raise ValueError(
+        f"the token table has {rows} rows, and no group has that number with "
+        f"{positions} output positions: only models of the published architecture can be converted"
+    )
 
 
 def _views(s: ModelSettings, params: Any) -> dict[str, list[np.ndarray]]:

@@ -300,7 +300,7 @@ def run(model: Model, settings: ServeSettings, export: Any = None) -> int:
             timeout_keep_alive=75,
         )
     )
-    # After draining, uvicorn sends itself the signal again. Without handlers it would end the process with an error.
+    # After draining, uvicorn sends itself the signal again. Without handlers the signal would end the process.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     server.run()

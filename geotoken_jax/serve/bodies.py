@@ -55,26 +55,26 @@ def photos(content_type: str, body: bytes, name: str, max_photos: int | None) ->
     """
     mime, options = parse_options_header(content_type)
     if mime == MULTIPART.encode():
-        found = _from_form(body, options.get(b"boundary", b""), name, max_photos or 1)
+        items = _from_form(body, options.get(b"boundary", b""), name, max_photos or 1)
     elif mime == JSON.encode():
-        found = _from_json(body, name, max_photos)
+        items = _from_json(body, name, max_photos)
     else:
         raise Refused(415, f"the Content-Type is not supported: send {MULTIPART} or {JSON}")
-    if not found:
+    if not items:
         raise Refused(422, f"there is no photo: send at least one as {name!r}")
-    return found
+    return items
 
 
 def _from_form(body: bytes, boundary: bytes, name: str, max_photos: int) -> list[bytes]:
-    found: list[bytes] = []
+    items: list[bytes] = []
     ended: list[bool] = []
 
     def add(part: Any, data: bytes | None) -> None:
         if part.field_name != name.encode():
             raise Refused(422, f"the form has a part with another name: name all parts {name!r}")
-        if len(found) == max_photos:
+        if len(items) == max_photos:
             raise Refused(422, f"there are more photos than {max_photos}: send the others in another request")
-        found.append(data or b"")
+        items.append(data or b"")
 
     parser = {
         "on_field": lambda part: add(part, part.value),
@@ -94,7 +94,7 @@ def _from_form(body: bytes, boundary: bytes, name: str, max_photos: int) -> list
         raise Refused(
             422, "the form is damaged or cut short: send it again with the boundary of its Content-Type header"
         )
-    return found
+    return items
 
 
 def _from_json(body: bytes, name: str, max_photos: int | None) -> list[str]:
@@ -103,14 +103,14 @@ def _from_json(body: bytes, name: str, max_photos: int | None) -> list[str]:
         value = json.loads(body)
     except (ValueError, RecursionError):
         raise Refused(422, f"the body is not JSON: send {expected}") from None
-    found: Any = value.get(name) if isinstance(value, dict) and len(value) == 1 else None
+    items: Any = value.get(name) if isinstance(value, dict) and len(value) == 1 else None
     if max_photos is None:
-        found = [found]
-    if not isinstance(found, list) or not all(isinstance(photo, str) for photo in found):
+        items = [items]
+    if not isinstance(items, list) or not all(isinstance(photo, str) for photo in items):
         raise Refused(422, f"the body has other keys or values: send {expected}")
-    if len(found) > (max_photos or 1):
+    if len(items) > (max_photos or 1):
         raise Refused(422, f"there are more photos than {max_photos}: send the others in another request")
-    return found
+    return items
 
 
 def decoded(photo: bytes | str, max_pixels: int) -> bytes:

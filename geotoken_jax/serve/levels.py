@@ -13,8 +13,7 @@ from geotoken_jax.predict.prediction import Prediction
 _CELLS = CellScheme(20, 1)
 #: Levels with a smaller probability are left out, except the first such level.
 _LEAST = 1e-4
-#: Circles around the prediction, with radii from one meter to the distance of its antipode, and
-#: points per circle.
+#: Number of circles around the prediction, from one meter to half the Earth's circumference, and of points per circle.
 _RINGS, _POINTS = 96, 48
 
 
@@ -51,9 +50,9 @@ class LeveledPrediction(Prediction):
     """A prediction with its levels, coarse to fine.
 
     Levels end at the finest level in `cells`, or at the first level with a probability below 0.0001. Probabilities
-    follow from `within`, radius_km and radius_90_km, spread evenly over all directions from the prediction, so they are
-    calibrated if these are. The decoder's `cells` are not used: they can give a low probability to a prediction that
-    was chosen among gallery coordinates and is likely correct.
+    follow from `within`, radius_km and radius_90_km, spread evenly over all directions from the prediction, so the
+    levels are calibrated if the radii are. The decoder's `cells` are not used: they can give a low probability to a
+    prediction that was chosen among gallery coordinates and is likely correct.
     """
 
     levels: tuple[Level, ...] = ()

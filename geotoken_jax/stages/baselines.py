@@ -72,8 +72,8 @@ def _top1(config: Config, workdir: Workdir, folder: epath.Path) -> tuple[Answer,
 
     def answer(split: str) -> Iterator[tuple[bytes, Prediction]]:
         for photo, rows, scores in _neighbor_rows(workdir, split, config.model.neighbors):
-            (found,) = neighbors(gallery, rows[None], scores[None])
-            yield photo, _prediction([Candidate(n.latitude, n.longitude) for n in found], found)
+            (nearest,) = neighbors(gallery, rows[None], scores[None])
+            yield photo, _prediction([Candidate(n.latitude, n.longitude) for n in nearest], nearest)
 
     return answer, {}
 
@@ -170,10 +170,10 @@ def _ranked(coordinates: Float[np.ndarray, "K 2"], log_probability: Float[np.nda
     return _prediction([Candidate.of(coordinates[k], float(log_probability[k])) for k in order])
 
 
-def _prediction(candidates: Sequence[Candidate], found: tuple[Neighbor, ...] = ()) -> Prediction:
+def _prediction(candidates: Sequence[Candidate], nearest: tuple[Neighbor, ...] = ()) -> Prediction:
     """Returns the prediction at the first candidate. Its radii are NaN: baselines do not estimate their error."""
     best = candidates[0]
-    return Prediction(best.latitude, best.longitude, math.nan, math.nan, {}, tuple(candidates), (), found)
+    return Prediction(best.latitude, best.longitude, math.nan, math.nan, {}, tuple(candidates), (), nearest)
 
 
 BASELINES: Mapping[str, Baseline] = {

@@ -61,7 +61,7 @@ def predicted(config: Config, workdir: Workdir) -> list[str]:
 def read_predictions(
     workdir: Workdir, options: EvaluateSettings
 ) -> tuple[dict[str, CoordinateTable], dict[str, list[Method]]]:
-    """Returns the true coordinates and the predicting methods of every split, in display order.
+    """Returns the true coordinates and the methods to score, for every split in display order.
 
     Splits whose names begin with "test" come first. The truth's `extra` contains the author and the place names.
     """
@@ -98,7 +98,7 @@ def _report(
     shown = _examples(workdir, split, photos[split], methods[split], options.reference)
     rows = shown.predictions.values() if shown else ()
     neighbors = [n["id"] for row in rows for n in row.get("neighbors", ())[:NEIGHBORS]]
-    made = [folder for folder in workdir.complete() if folder.split("/")[0] not in ("report", "audit")]
+    folders = [folder for folder in workdir.complete() if folder.split("/")[0] not in ("report", "audit")]
     return report_page.Report(
         name=name,
         reference=options.reference,
@@ -110,7 +110,7 @@ def _report(
         examples=shown,
         gallery=gallery(workdir, neighbors),
         losses=_losses(workdir, options.labels),
-        manifests={folder: workdir.manifest(folder) for folder in made},
+        manifests={folder: workdir.manifest(folder) for folder in folders},
     )
 
 

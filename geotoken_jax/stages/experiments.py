@@ -1,4 +1,4 @@
-"""Experiments. An experiment compares several runs, which differ in a few settings, in one table.
+"""`geotoken experiment`: trains several runs that differ in a few settings and compares them in one table.
 
 Each run has a work directory under experiments/NAME/. Folders that do not depend on the changed settings are links into
 the base work directory, so only the other folders are made again. An interrupted experiment continues.
@@ -48,7 +48,7 @@ def run(config: Config, workdir: Workdir, name: str) -> dict[str, Any]:
     """
     experiment, options = _named(config, name), config.evaluate
     variant, folder, base = options.reference, Path(workdir.path) / "experiments" / name, Path(workdir.path).resolve()
-    made: dict[str, Workdir] = {}
+    runs: dict[str, Workdir] = {}
     configs: dict[str, Config] = {}
     for label, changes, *trained_by in experiment.runs:  # check every run before the first one trains
         source = configs[trained_by[0]] if trained_by else config  # its trained models keep their settings
@@ -57,19 +57,19 @@ def run(config: Config, workdir: Workdir, name: str) -> dict[str, Any]:
     for label, _, *trained_by in experiment.runs:
         print(f"{name}: {label}", flush=True)
         place = folder / re.sub(r"[^a-z0-9]+", "_", label.lower()).strip("_")
-        source = Path(made[trained_by[0]].path).resolve() if trained_by else base
+        source = Path(runs[trained_by[0]].path).resolve() if trained_by else base
         sweep.link(source, place, [f"{part}/{variant}" for part in _TRAINED])
         sweep.link(base, place, [*_SHARED, f"predictions/{variant}"])
-        made[label] = Workdir(place)
+        runs[label] = Workdir(place)
         verbs = ("index", "predict") if trained_by else ("index", "train", "learn", "predict")
-        sweep.make(configs[label], made[label], variant, verbs)
+        sweep.make(configs[label], runs[label], variant, verbs)
     results = {
         "question": experiment.question,
         "base": config.name,
         "earth": options.earth,
         "strict": options.strict,
-        "runs": [{"name": label, **_facts(place, variant)} for label, place in made.items()],
-        "splits": {split: _score(experiment, made, split, options) for split in experiment.splits},
+        "runs": [{"name": label, **_facts(place, variant)} for label, place in runs.items()],
+        "splits": {split: _score(experiment, runs, split, options) for split in experiment.splits},
     }
     write_json(epath.Path(folder / "results.json"), results)
     return results
@@ -107,12 +107,12 @@ def _facts(place: Workdir, variant: str) -> dict[str, Any]:
 
 
 def _score(
-    experiment: Experiment, made: Mapping[str, Workdir], split: str, options: EvaluateSettings
+    experiment: Experiment, runs: Mapping[str, Workdir], split: str, options: EvaluateSettings
 ) -> dict[str, Any]:
-    first, *_ = made
-    truth = read_truth(made[first], split)
+    first, *_ = runs
+    truth = read_truth(runs[first], split)
     methods = []
-    for label, place in made.items():
+    for label, place in runs.items():
         points = read_coordinates(place.answers(options.reference, split))
         for method in methods_of(points, truth, label, label, options.earth):
             if method.choice in experiment.choices or (method.main and "" in experiment.choices):

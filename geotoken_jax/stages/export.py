@@ -25,22 +25,22 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
     The exported decoder is the variant config.evaluate.reference.
     """
     variant = config.evaluate.reference
-    own = config.variant(variant)
-    trained = ["align", f"geotoken/{variant}", *(f"{name}/{variant}" for name in needed(own.predict))]
+    variant_config = config.variant(variant)
+    trained = ["align", f"geotoken/{variant}", *(f"{name}/{variant}" for name in needed(variant_config.predict))]
     inputs = [*trained, "photos", "gallery", "report"]
-    stage = workdir.begin(config, "export", (), inputs, own.select("predict", "export"))
+    stage = workdir.begin(config, "export", (), inputs, variant_config.select("predict", "export"))
     if stage.manifest:
         return [stage.manifest]
-    workdir.check_backbone(own.embed)
+    workdir.check_backbone(variant_config.embed)
     folder = stage.path
-    reference = _copy(own, workdir, variant, folder)
+    reference = _copy(variant_config, workdir, variant, folder)
     int8_cost = None
-    if own.export.gallery == "int8":
-        int8_cost = quantized.quantize(workdir, own.index.search, folder)
-        int8_cost |= quantized.cost(own, workdir, variant, folder)
-    counts = pictures.write(workdir, folder, own, variant, Table(folder / "gallery").ids())
+    if variant_config.export.gallery == "int8":
+        int8_cost = quantized.quantize(workdir, variant_config.index.search, folder)
+        int8_cost |= quantized.cost(variant_config, workdir, variant, folder)
+    counts = pictures.write(workdir, folder, variant_config, variant, Table(folder / "gallery").ids())
     shutil.rmtree(folder / "targets", ignore_errors=True)  # older targets contain older parameters
-    card.write(folder, workdir, own, variant, reference, int8_cost)
+    card.write(folder, workdir, variant_config, variant, reference, int8_cost)
     files = (file for file in sorted(pathlib.Path(folder).rglob("*")) if file.is_file())
     sums = {str(file.relative_to(folder)): bundle.sha256(file) for file in files}
     sums.pop("begun.json", None)
@@ -87,7 +87,7 @@ def copy_backbone(
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Returns the backbone's settings for config.json, and name and SHA-256 sums of its checkpoint.
 
-    Neither contains a local path. The second is None if the backbone has no checkpoint.
+    Neither contains a local path. Name and sums are None if the backbone has no checkpoint.
 
     weights: whether to copy the checkpoint into the folder.
     """

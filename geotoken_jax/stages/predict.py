@@ -29,15 +29,15 @@ def run(config: Config, workdir: Workdir, variant: str) -> list[Manifest]:
     validation split, or if config.predict.search.expansions is 0, there is no such file: radii are uncalibrated and the
     manifest has `calibrated` false.
     """
-    own, folder = config.variant(variant), f"predictions/{variant}"
-    keys = ["predict", "judge"] if own.judge.base_url else ["predict"]
-    inputs = ["tokens", f"geotoken/{variant}", *(f"{name}/{variant}" for name in needed(own.predict))]
+    variant_config, folder = config.variant(variant), f"predictions/{variant}"
+    keys = ["predict", "judge"] if variant_config.judge.base_url else ["predict"]
+    inputs = ["tokens", f"geotoken/{variant}", *(f"{name}/{variant}" for name in needed(variant_config.predict))]
     stage = workdir.begin(config, folder, keys, inputs)
     if stage.manifest:
         return [stage.manifest]
-    answerer, counts = workdir.answerer(own, variant), workdir.query_counts
-    calibrated = bool(own.predict.search.expansions) and VALIDATION in counts
-    judges = _judges(own, stage.path, counts)
+    answerer, counts = workdir.answerer(variant_config, variant), workdir.query_counts
+    calibrated = bool(variant_config.predict.search.expansions) and VALIDATION in counts
+    judges = _judges(variant_config, stage.path, counts)
     with Progress(f"predict {variant}", sum(counts.values()), "photos") as progress:
         for split in sorted(counts, key=lambda name: name != VALIDATION):
             file = workdir.answers(variant, split)

@@ -120,7 +120,7 @@ def _test(one: scaling.Run, workdir: Workdir, s: ScalingSettings) -> None:
     masked, every = MaskedGallery(one.config, workdir, one.label, s.split), np.arange(len(truth))
     galleries = []
     for n in s.gallery:
-        first, decoder = (scaling.within(found, truth) for found in masked(every, np.sort(order[:n])))
+        first, decoder = (scaling.within(predicted, truth) for predicted in masked(every, np.sort(order[:n])))
         galleries.append({"photos": n, "first_neighbor": first, "decoder": decoder})
     lines = workdir.answers(one.label, s.split).read_text().splitlines()
     candidates = scaling.by_candidates([json.loads(line)["candidates"] for line in lines], truth, s)

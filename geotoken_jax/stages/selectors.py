@@ -1,8 +1,8 @@
 """The stage `learn`: trains the selectors, which choose among a photo's candidates.
 
-pools/VARIANT contains the decoder's candidates for some training photos, always all photos of an author. reward/VARIANT
-and verifier/VARIANT are trained on these pools. The verifier's comparator is trained on the photos of all other
-authors, so the photos of the pools are as new to it as a user's photo will be.
+pools/VARIANT contains the decoder's candidates for all training photos of some authors. reward/VARIANT and
+verifier/VARIANT are trained on these pools. The verifier's comparator is trained on the photos of all other authors, so
+the comparator has not seen the photos of the pools, just as it will not have seen a user's photo.
 """
 
 import dataclasses
@@ -47,8 +47,8 @@ def run(config: Config, workdir: Workdir, variant: str) -> list[Manifest]:
     """
     wanted = needed(config.variant(variant).predict)
     makers = {"reward": reward, "verifier": verifier}
-    made = [pools(config, workdir, variant)] if wanted else []
-    return made + [makers[name](config, workdir, variant) for name in wanted]
+    manifests = [pools(config, workdir, variant)] if wanted else []
+    return manifests + [makers[name](config, workdir, variant) for name in wanted]
 
 
 def pools(config: Config, workdir: Workdir, variant: str) -> Manifest:
@@ -57,12 +57,12 @@ def pools(config: Config, workdir: Workdir, variant: str) -> Manifest:
     stage = workdir.begin(config, f"pools/{variant}", ["pools", *_SAMPLED], inputs)
     if stage.manifest:
         return stage.manifest
-    own, gallery = config.variant(variant), workdir.gallery
-    model = workdir.decoder(variant, own.model)
-    unsearched = dataclasses.replace(own.predict.search, expansions=0)
-    options = dataclasses.replace(own.predict, search=unsearched, selectors=("greedy",), choice="greedy")
+    variant_config, gallery = config.variant(variant), workdir.gallery
+    model = workdir.decoder(variant, variant_config.model)
+    unsearched = dataclasses.replace(variant_config.predict.search, expansions=0)
+    options = dataclasses.replace(variant_config.predict, search=unsearched, selectors=("greedy",), choice="greedy")
     decoder = Decoder(model, options, gallery)
-    rows = of_authors(gallery.authors(), own.pools.photos, own.pools.seed)
+    rows = of_authors(gallery.authors(), variant_config.pools.photos, variant_config.pools.seed)
     neighbor_rows, scores = workdir.neighbors(views.OF, decoder.neighbors)
     states, size, saved = States(model), options.batch_size, []
     with Progress(f"pools {variant}", len(rows), "photos") as progress:
@@ -82,11 +82,11 @@ def reward(config: Config, workdir: Workdir, variant: str) -> Manifest:
     stage = workdir.begin(config, f"reward/{variant}", ["reward"], [f"pools/{variant}"])
     if stage.manifest:
         return stage.manifest
-    own = config.variant(variant)
-    states, pool = workdir.pools(variant, own.model)
+    variant_config = config.variant(variant)
+    states, pool = workdir.pools(variant, variant_config.model)
     km = _km(pool, workdir.gallery.coordinates(workdir.pool_rows(variant)))
-    task = RewardTask(own.reward.model, states.shape[-1])
-    training.fit(task, own, "reward.train", _splits(states=states, km=km), stage.path, f"reward {variant}")
+    task = RewardTask(variant_config.reward.model, states.shape[-1])
+    training.fit(task, variant_config, "reward.train", _splits(states=states, km=km), stage.path, f"reward {variant}")
     return stage.finish({"photos": len(km)})
 
 
@@ -100,22 +100,24 @@ def verifier(config: Config, workdir: Workdir, variant: str) -> Manifest:
     stage = workdir.begin(config, f"verifier/{variant}", ["verifier"], inputs)
     if stage.manifest:
         return stage.manifest
-    own, rows, folder = config.variant(variant), workdir.pool_rows(variant), stage.path
+    variant_config, rows, folder = config.variant(variant), workdir.pool_rows(variant), stage.path
     if not (folder / "views.npy").exists():
         save_views(folder, workdir)
     augmented = verify.open_augmented_gallery(folder, workdir.gallery)
-    comparator = _comparator(own, folder, augmented, workdir.gallery, rows)
-    _, pool = workdir.pools(variant, own.model)
+    comparator = _comparator(variant_config, folder, augmented, workdir.gallery, rows)
+    _, pool = workdir.pools(variant, variant_config.model)
     if not (folder / "features.npy").exists():
-        aligned, keys = workdir.aligned(own.align.model), encodings.open(folder / "keys.npy")
-        featurize = verify.CandidateFeatures(own.verifier.model, comparator, keys, augmented, workdir.gallery, aligned)
+        aligned, keys = workdir.aligned(variant_config.align.model), encodings.open(folder / "keys.npy")
+        featurize = verify.CandidateFeatures(
+            variant_config.verifier.model, comparator, keys, augmented, workdir.gallery, aligned
+        )
         features = featurize(pool._replace(exclude=workdir.exclusions(views.OF)(rows)))
         records.save_array(folder / "moments.npy", np.stack([features.mean((0, 1)), features.std((0, 1))]))
         records.save_array(folder / "features.npy", features)
-    task = ScorerTask(own.verifier.model.scorer, np.load(folder / "moments.npy"))
+    task = ScorerTask(variant_config.verifier.model.scorer, np.load(folder / "moments.npy"))
     km = _km(pool, workdir.gallery.coordinates(rows))
     splits = _splits(features=records.open_array(folder / "features.npy"), km=km)
-    training.fit(task, own, "verifier.train_scorer", splits, folder / "scorer", f"scorer {variant}")
+    training.fit(task, variant_config, "verifier.train_scorer", splits, folder / "scorer", f"scorer {variant}")
     return stage.finish({"photos": len(rows), "looks": len(augmented)})
 
 

@@ -20,24 +20,24 @@ def run(config: Config, workdir: Workdir, variant: str) -> list[Manifest]:
 
     Raises SettingsError if the variant's settings do not fit the prepared data.
     """
-    own, folder = config.variant(variant), f"geotoken/{variant}"
+    variant_config, folder = config.variant(variant), f"geotoken/{variant}"
     features = workdir.finished("features")
-    if features and features.facts["width"] != own.model.backbone_width:
+    if features and features.facts["width"] != variant_config.model.backbone_width:
         raise SettingsError(
-            f"config.model.backbone_width is {own.model.backbone_width}, but the width of {workdir.path / 'features'} "
-            f"is {features.facts['width']}: set it to {features.facts['width']}"
+            f"config.model.backbone_width is {variant_config.model.backbone_width}, but the width of "
+            f"{workdir.path / 'features'} is {features.facts['width']}: set it to {features.facts['width']}"
         )
-    check_context(own, workdir)
-    data = own.select("data") if own.data.photos else {"data": {"photos": 0}}
+    check_context(variant_config, workdir)
+    data = variant_config.select("data") if variant_config.data.photos else {"data": {"photos": 0}}
     stage = training.begin(
         workdir, config, folder, ["model", "loss", "train"], ["tokens", "gallery", "queries"], **data
     )
     if stage.manifest:
         return [stage.manifest]
-    mesh = make_mesh(own.mesh)
-    task, splits, resident = decoder(own, workdir, mesh)
-    result = training.fit(task, own, "train", splits, stage.path, f"train {variant}", mesh, resident)
-    return [training.finish(workdir, stage, own.train, result, f"train {variant}")]
+    mesh = make_mesh(variant_config.mesh)
+    task, splits, resident = decoder(variant_config, workdir, mesh)
+    result = training.fit(task, variant_config, "train", splits, stage.path, f"train {variant}", mesh, resident)
+    return [training.finish(workdir, stage, variant_config.train, result, f"train {variant}")]
 
 
 def check_context(config: Config, workdir: Workdir) -> None:

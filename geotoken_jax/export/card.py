@@ -21,7 +21,7 @@ _UNSTATED = {
 }
 
 #: Section of the card about standalone.py.
-_ALONE = """
+_STANDALONE = """
 Without the package: `pip install jax flatbuffers`, then `python standalone.py FEATURES.npy > answers.jsonl`; its
 docstring describes the input and the differences from `GeoToken.load`.
 """
@@ -106,7 +106,7 @@ def _card(
     trained, photos = workdir.manifest(f"geotoken/{variant}"), workdir.manifest("photos")
     metrics = workdir.metrics()
     label, scores = config.evaluate.labels.get(variant, variant), _main_scores(metrics, variant)
-    alone = _ALONE if (folder / "standalone.py").exists() else ""
+    standalone = _STANDALONE if (folder / "standalone.py").exists() else ""
     tower = "none, the model reads thumbnails of the photos"
     if reference:
         tower = reference["name"] + (" (included)" if (folder / "backbone").exists() else " (not included)")
@@ -115,7 +115,7 @@ def _card(
     rows = (
         (split, f"{metrics['splits'][split]['photos']:,}", *map(_percent, m["accuracy"])) for split, m in scores.items()
     )
-    return f"""{_front(label, source, scores)}
+    return f"""{_metadata(label, source, scores)}
 # {label}
 
 Predicts where on Earth a photo was taken, as a cell ({config.model.scheme}) of about the size of an S2 cell of level
@@ -131,7 +131,7 @@ Predicts where on Earth a photo was taken, as a cell ({config.model.scheme}) of 
 from geotoken_jax import GeoToken
 GeoToken.load("FOLDER").predict("photo.jpg")  # or the name of this model on the hub
 ```
-{alone}
+{standalone}
 The model was trained and measured on the photos named below. Expect lower accuracy on other photos, and measure it. The
 model predicts coordinates even if a photo gives no hint of its location: read the radii of each prediction. Do not use
 the model to find people or to make decisions about them.
@@ -146,18 +146,18 @@ Percentage of photos with an error of {limit} each distance, with the 95 % inter
 {_cost(cost)}
 ## Uncertainty
 
-{_sure(workdir, variant, metrics)}
+{_uncertainty(workdir, variant, metrics)}
 
 ## Data and license
 
 {_wrapped(f"{source['origin']} {source['terms']} See LICENSE.")}
 {cite}
 `provenance.json` lists the SHA-256 of the manifests of all folders that this export was made from. `SHA256SUMS` lists
-the SHA-256 of the files in this folder; `GeoToken.load("FOLDER", verify=True)` checks them.
+the SHA-256 of the files in this folder. `GeoToken.load` checks parameters and settings, with `verify=True` all files.
 """
 
 
-def _front(label: str, source: Mapping[str, Any], scores: Mapping[str, Any]) -> str:
+def _metadata(label: str, source: Mapping[str, Any], scores: Mapping[str, Any]) -> str:
     """Returns the YAML metadata that the Hugging Face hub reads. Nested values are JSON, which is valid YAML."""
     results = [
         {
@@ -179,7 +179,7 @@ def _front(label: str, source: Mapping[str, Any], scores: Mapping[str, Any]) -> 
     return "\n".join(["---", *lines, "---"])
 
 
-def _sure(workdir: Workdir, variant: str, metrics: Mapping[str, Any]) -> str:
+def _uncertainty(workdir: Workdir, variant: str, metrics: Mapping[str, Any]) -> str:
     if not workdir.manifest(f"predictions/{variant}").facts["calibrated"]:
         return "The radii of the predictions are not calibrated."
     rows = [

@@ -205,7 +205,7 @@ def write_examples(workdir: Workdir, variant: str, count: int, folder: epath.Pat
             groups[bool(km <= _RIGHT_KM)].setdefault(photo["continent"], []).append(row)
     right, wrong = (sum(map(len, group.values())) for group in (groups[True], groups[False]))
     correct = round(count * right / max(right + wrong, 1))
-    rows = [*itertools.islice(_by_turns(groups[True]), correct), *_by_turns(groups[False])][:count]
+    rows = [*itertools.islice(_round_robin(groups[True]), correct), *_round_robin(groups[False])][:count]
     (folder / _EXAMPLES).mkdir(exist_ok=True)
     examples = []
     for number, row in enumerate(np.random.default_rng(0).permutation(rows)):
@@ -217,7 +217,7 @@ def write_examples(workdir: Workdir, variant: str, count: int, folder: epath.Pat
     return examples
 
 
-def _by_turns(groups: dict[str, list[int]]) -> Iterator[int]:
+def _round_robin(groups: dict[str, list[int]]) -> Iterator[int]:
     """Yields one row per group, then a second row per group, and so on, in random order within a group."""
     rng = np.random.default_rng(0)
     shuffled = [rng.permutation(groups[name]).tolist() for name in sorted(groups)]

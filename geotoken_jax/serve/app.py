@@ -165,19 +165,19 @@ def _add_photos(app: FastAPI, service: Service, guard: list[Any]) -> None:
         {"type": "array", "minItems": 1, "maxItems": max_photos, "items": items} for items in (photo, file)
     )
 
-    @app.post(_ONE, dependencies=guard, **_described(Prediction | LeveledPrediction, "photo", photo, file, _EXAMPLE))
+    @app.post(_ONE, dependencies=guard, **_endpoint(Prediction | LeveledPrediction, "photo", photo, file, _EXAMPLE))
     async def predict(request: Request, format: Format = "json") -> Response:
         """Predicts where a photo was taken."""
         answers = await service.answers(request, "photo", None, format)
         if isinstance(answers[0], Failure):
             raise Refused(422, answers[0].error)
-        return _written(answers, format, None)
+        return _response(answers, format, None)
 
-    @app.post(_MANY, dependencies=guard, **_described(Answers, "photos", photos, files, [_EXAMPLE, _EXAMPLE]))
+    @app.post(_MANY, dependencies=guard, **_endpoint(Answers, "photos", photos, files, [_EXAMPLE, _EXAMPLE]))
     async def predict_many(request: Request, format: Format = "json") -> Response:
         """Predicts where each photo was taken. Photos that cannot be read have an error instead of a prediction."""
         answers = await service.answers(request, "photos", max_photos, format)
-        return _written(answers, format, Answers)
+        return _response(answers, format, Answers)
 
 
 def _add_state(app: FastAPI, service: Service, guard: list[Any]) -> None:
@@ -241,7 +241,7 @@ def _bearer(token: str) -> Callable[..., Any]:
 _TYPES = {kind: pydantic.TypeAdapter(kind) for kind in (Prediction, LeveledPrediction, Answers)}
 
 
-def _written(answers: Sequence[Prediction | Failure], format: Format, container: type[Answers] | None) -> Response:
+def _response(answers: Sequence[Prediction | Failure], format: Format, container: type[Answers] | None) -> Response:
     """Returns the response in the requested format.
 
     container: class that wraps the list of answers; the first answer alone is written if None.
@@ -256,7 +256,7 @@ def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": Failure, "description": _REFUSALS[status]} for status in statuses}
 
 
-def _described(kind: Any, name: str, encoded: Any, file: Any, example: Any) -> dict[str, Any]:
+def _endpoint(kind: Any, name: str, encoded: Any, file: Any, example: Any) -> dict[str, Any]:
     """Returns the arguments that describe an endpoint for photos in the OpenAPI document."""
 
     def content(schema: Any, **more: Any) -> dict[str, Any]:

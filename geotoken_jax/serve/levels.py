@@ -12,7 +12,7 @@ from geotoken_jax.predict.prediction import Prediction
 #: Level 20 is the level of candidates and therefore the finest.
 _CELLS = CellScheme(20, 1)
 #: Levels with a smaller probability are left out, except the first such level.
-_LEAST = 1e-4
+_MIN_PROBABILITY = 1e-4
 #: Number of circles around the prediction, from one meter to half the Earth's circumference, and of points per circle.
 _RINGS, _POINTS = 96, 48
 
@@ -66,7 +66,7 @@ def with_levels(prediction: Prediction) -> LeveledPrediction:
     finest, levels = max((cell.level for cell in prediction.cells), default=_CELLS.level), []
     for n in range(finest + 1):
         levels.append(_level(answer[: 1 + n], paths, mass))
-        if levels[-1].probability < _LEAST:
+        if levels[-1].probability < _MIN_PROBABILITY:
             break
     values = {field.name: getattr(prediction, field.name) for field in dataclasses.fields(prediction)}
     return LeveledPrediction(**values, levels=tuple(levels))

@@ -54,8 +54,8 @@ class ServeSettings:
         for name in ("queue", "rate"):
             if self.max_photos > getattr(self, name) and (name == "queue" or self.rate):
                 raise SettingsError(
-                    f"--max-photos is {self.max_photos}, more than --{name} ({getattr(self, name)}), which would "
-                    f"refuse such a request: lower --max-photos or raise --{name}"
+                    f"--max-photos is {self.max_photos}, more than --{name} ({getattr(self, name)}), so "
+                    f"requests of that size would always be refused: lower --max-photos or raise --{name}"
                 )
         self.token()
 

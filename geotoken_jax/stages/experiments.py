@@ -46,7 +46,7 @@ def run(config: Config, workdir: Workdir, name: str) -> dict[str, Any]:
 
     Raises SettingsError if there is no experiment of that name.
     """
-    experiment, options = _named(config, name), config.evaluate
+    experiment, options = _experiment(config, name), config.evaluate
     variant, folder, base = options.reference, Path(workdir.path) / "experiments" / name, Path(workdir.path).resolve()
     runs: dict[str, Workdir] = {}
     configs: dict[str, Config] = {}
@@ -79,7 +79,7 @@ def document(config: Config, workdir: Workdir) -> str:
     """Returns the text of docs/experiments.md: all experiments of the configuration that have a results.json."""
     parts = [_HEAD.format(cores=os.cpu_count(), machine=platform.machine(), date=date.today())]
     for name in config.experiments:
-        file, experiment = Path(workdir.path) / "experiments" / name / "results.json", _named(config, name)
+        file, experiment = Path(workdir.path) / "experiments" / name / "results.json", _experiment(config, name)
         if not file.exists():
             continue
         results = json.loads(file.read_text())
@@ -91,7 +91,7 @@ def document(config: Config, workdir: Workdir) -> str:
     return "\n".join(parts)
 
 
-def _named(config: Config, name: str) -> Experiment:
+def _experiment(config: Config, name: str) -> Experiment:
     if name not in config.experiments:
         raise SettingsError(f"there is no experiment {name!r}: choose one of {', '.join(config.experiments)}")
     return config.experiments[name]

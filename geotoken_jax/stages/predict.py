@@ -44,7 +44,7 @@ def run(config: Config, workdir: Workdir, variant: str) -> list[Manifest]:
             if file.exists():
                 progress.add(counts[split])
                 continue
-            batches = _answered(answerer, workdir, split, judges.get(split), progress)
+            batches = _predictions(answerer, workdir, split, judges.get(split), progress)
             if calibrated and split == VALIDATION:
                 batches = list(batches)
                 calibrate(batches, workdir.table(split).coordinates()).save(workdir.calibration_file(variant))
@@ -70,7 +70,7 @@ def _judges(config: Config, folder: epath.Path, counts: dict[str, int]) -> dict[
     return {split: Judge(options, folder / "judge" / f"{split}.jsonl") for split in options.splits}
 
 
-def _answered(
+def _predictions(
     answerer: Answerer, workdir: Workdir, split: str, judge: Judge | None, progress: Progress
 ) -> Iterator[tuple[list[Prediction], PlaceDistribution | None]]:
     """Yields, per batch of a split, the predictions without radii and the model's distribution over cells."""

@@ -35,9 +35,9 @@ _VALIDATION = 0.1
 #: Images per block when encoding the augmented gallery or copying views.
 _BLOCK = 4096
 #: Nearest photos, the photo itself included, from which a comparator's positive pair is drawn.
-_OTHERS = 32
+_PAIR_NEIGHBORS = 32
 #: Keys of config.predict that determine the candidates. The other keys determine the choice among them.
-_SAMPLED = [f"predict.{key}" for key in ("samples", "temperature", "top_p", "beam", "seed")]
+_CANDIDATE_KEYS = [f"predict.{key}" for key in ("samples", "temperature", "top_p", "beam", "seed")]
 
 
 def run(config: Config, workdir: Workdir, variant: str) -> list[Manifest]:
@@ -54,7 +54,7 @@ def run(config: Config, workdir: Workdir, variant: str) -> list[Manifest]:
 def pools(config: Config, workdir: Workdir, variant: str) -> Manifest:
     """Writes pools/VARIANT: gallery rows [n], the candidates of these photos and the decoder's last hidden states."""
     inputs = ["tokens", f"geotoken/{variant}", "neighbors"]
-    stage = workdir.begin(config, f"pools/{variant}", ["pools", *_SAMPLED], inputs)
+    stage = workdir.begin(config, f"pools/{variant}", ["pools", *_CANDIDATE_KEYS], inputs)
     if stage.manifest:
         return stage.manifest
     variant_config, gallery = config.variant(variant), workdir.gallery
@@ -184,7 +184,7 @@ class _Pairs:
         seeds the draws.
         """
         rng = np.random.default_rng([self._seed, int(examples[0])])
-        neighbors, km = self._nearest(self._coordinates[rows], _OTHERS)
+        neighbors, km = self._nearest(self._coordinates[rows], _PAIR_NEIGHBORS)
         drawn = (rng.random(len(rows)) * (km <= self._km).sum(1)).astype(int)
         other = np.take_along_axis(neighbors, drawn[:, None], 1)[:, 0]
         v = self._augmented.of.shape[1]

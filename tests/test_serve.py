@@ -399,7 +399,7 @@ def test_more_photos_than_the_rate_get_429():
     with serving(rate=5, max_photos=4) as (client, _):
         assert client.post(MANY, files=many(*[photo()] * 4)).status_code == 200
         fast = client.post(MANY, files=many(*[photo()] * 3))
-        assert "photos a minute" in says(fast, 429) and int(fast.headers["retry-after"]) >= 1
+        assert "photos per minute" in says(fast, 429) and int(fast.headers["retry-after"]) >= 1
         assert {client.get("/ready").status_code for _ in range(20)} == {200}
 
 

@@ -385,7 +385,7 @@ def test_every_country_of_geonames_has_its_continent():
 
 def test_a_split_that_was_not_predicted_is_named(made, config, tmp_path):
     other = config.changed(dict(audit=dict(coverage=dict(split="tset"))), "")
-    with pytest.raises(workdir.StageError, match=r"split is 'tset', and .* has test, validation: name one"):
+    with pytest.raises(workdir.StageError, match=r"split is 'tset': choose one of the splits in .*, test, validation"):
         audit.run(other, Workdir(made), "coverage")
 
 

@@ -222,7 +222,7 @@ def test_an_int8_export_goes_to_the_hub_and_answers_from_there(workdir: Path, ph
     results = [r.metric_value for r in card.eval_results or [] if r.dataset_split == "test"]
     assert results == [a["value"] for a in own["accuracy"]]
     text = "".join((tmp_path / "export" / name).read_text() for name in ("README.md", "config.json", "provenance.json"))
-    assert "| int8 less bfloat16 |" in text and "Places and their names are GeoNames'" in text
+    assert "| int8 minus bfloat16 |" in text and "Places and their names are GeoNames'" in text
     assert str(workdir) not in text and str(tmp_path) not in text
 
 
@@ -294,7 +294,7 @@ def test_json_lines_of_photos(workdir: Path, photo: bytes, tmp_path: Path, capsy
         (["train", f"--config={CONFIG}", "--workdir=x", "--config.model.widht=3"], "config.model.widht"),
         (["train", f"--config={CONFIG}", "--workdir=x", "--variant=other"], "choose one of geotoken"),
         (["train", f"--config={CONFIG}", "--workdir={made}", "--config.model.backbone_width=9"], "set it to 48"),
-        (["train", f"--config={CONFIG}", "--workdir={made}", "--config.model.context=time"], "says when it was taken"),
+        (["train", f"--config={CONFIG}", "--workdir={made}", "--config.model.context=time"], "has a capture time"),
         (["predict", "photo.jpg"], "--model=DIR"),
         (["predict", "--model={empty}", "photo.jpg"], "config.json"),
         (["evaluate", "--predictions=a.csv"], "--truth=FILE"),

@@ -166,7 +166,9 @@ def test_times_that_no_photo_has_are_missed_before_anything_is_made(tmp_path, st
         stage(given, Workdir(tmp_path), "geotoken")
     workdir.begin(tmp_path, "photos", {}, []).finish({"train": 3}, captured=0)
     made.clear()
-    with pytest.raises(settings.SettingsError, match=r"context is 'season', and no photo in \S*/photos says when"):
+    with pytest.raises(
+        settings.SettingsError, match=r"context is 'season', but no photo in \S*/photos has a capture time"
+    ):
         experiments.run(given, Workdir(tmp_path), "one")
     assert not made and not (tmp_path / "experiments").exists()
     (tmp_path / "photos" / "manifest.json").unlink()

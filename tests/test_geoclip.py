@@ -213,10 +213,10 @@ class Trap:
 
 
 @pytest.mark.parametrize(("content", "said"), [
-    (lambda path: pth({"a": Trap(path / "trapped")}), "io.open is in it"),
-    (lambda path: pth({"a": Tensor(np.zeros((3, 4), np.float32), strides=(1, 1000))}), "does not lie in one piece"),
-    (lambda path: pth({"a": Tensor(np.zeros((3, 4), np.float32)), "epoch": 3}), "'epoch' in it is none"),
-    (lambda path: b"GIF89a", "is no file of float32 tensors alone"),
+    (lambda path: pth({"a": Trap(path / "trapped")}), "it refers to io.open"),
+    (lambda path: pth({"a": Tensor(np.zeros((3, 4), np.float32), strides=(1, 1000))}), "a tensor is not contiguous"),
+    (lambda path: pth({"a": Tensor(np.zeros((3, 4), np.float32)), "epoch": 3}), "'epoch' is not a tensor"),
+    (lambda path: b"GIF89a", "does not contain float32 tensors only"),
 ])  # fmt: skip
 def test_a_file_of_anything_but_tensors_is_refused_and_runs_nothing(monkeypatch, capsys, folder, content, said):
     (folder / "image_encoder_mlp_weights.pth").write_bytes(content(folder))
@@ -229,7 +229,7 @@ def test_a_file_of_anything_but_tensors_is_refused_and_runs_nothing(monkeypatch,
 @pytest.mark.parametrize(("change", "said"), [
     (lambda w: w.pop("location_encoder.LocEnc1.head.0.bias"), "lacks location_encoder.LocEnc1.head.0.bias"),
     (lambda w: w.update(more=np.zeros(1)), "has an unknown tensor more"),
-    (lambda w: w.update({"image_encoder.mlp.0.bias": np.zeros(3)}), r"image_encoder.mlp.0.bias is \(3,\)"),
+    (lambda w: w.update({"image_encoder.mlp.0.bias": np.zeros(3)}), r"image_encoder.mlp.0.bias has the shape \(3,\)"),
     (lambda w: w.pop("image_encoder.mlp.2.weight"), "image_encoder.mlp.2.weight is missing"),
 ])  # fmt: skip
 def test_tensors_that_do_not_fit_are_named(weights, change, said):
@@ -259,7 +259,7 @@ def test_the_alignment_begins_with_its_capsules(wheel, weights):
 
 
 def test_what_cannot_be_begun_with_is_refused(wheel, tmp_path):
-    with pytest.raises(SettingsError, match=r"config\.align\.init\.location = '.*none\.whl' cannot be read"):
+    with pytest.raises(SettingsError, match=r"config\.align\.init\.location is '.*none\.whl', which cannot be read"):
         geoclip.start(InitSettings(str(tmp_path / "none.whl")))
     start = geoclip.start(InitSettings(str(wheel)))
     location = LocationSettings("unit_vector", (1, 16, 256), fourier=FOURIER, hidden=HIDDEN, out=OUT)
@@ -342,8 +342,8 @@ def test_a_photo_is_answered_on_the_command_line(published, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("kind", "width", "said"), [
-    ("clip", WIDTH + 2, "is CLIP 18 wide, and GeoCLIP stands on CLIP 16 wide"),
-    ("siglip", WIDTH, "is SigLIP 16 wide"),
+    ("clip", WIDTH + 2, "is CLIP of width 18, but GeoCLIP needs CLIP of width 16"),
+    ("siglip", WIDTH, "is SigLIP of width 16"),
 ])  # fmt: skip
 def test_a_checkpoint_that_geoclip_does_not_stand_on_is_refused(published, tmp_path, capsys, kind, width, said):
     clip = clip_of(tmp_path / "other", width, kind)

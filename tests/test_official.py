@@ -205,5 +205,5 @@ def test_without_torch_a_pth_file_names_the_extra(monkeypatch, capsys, tmp_path)
 
 
 def test_a_group_that_no_memory_holds_is_refused():
-    with pytest.raises(ValueError, match=re.escape("group 20 has 4^20 = 1,099,511,627,776 tokens a position")):
+    with pytest.raises(ValueError, match=re.escape("group 20 has 4^20 = 1,099,511,627,776 tokens per position")):
         official.settings(width=32, layers=1, heads=1, feed_forward=8, group=20, level=20, neighbors=1)

@@ -163,11 +163,13 @@ def test_a_study_is_resumed_run_by_run_and_the_forecast_comes_before_the_held_ou
     last = len(scaling.runs(given)) - 1
     study_stage.run(given, path, 0)
     assert made == ["5K_2000"]
-    with pytest.raises(workdir.StageError, match=r"1536K_12800 waits for the grid: run .* for 20K_12800, "):
+    with pytest.raises(workdir.StageError, match=r"1536K_12800 needs the whole grid: run .* for 20K_12800, "):
         study_stage.run(given, path, last)
-    with pytest.raises(settings.SettingsError, match=f"--index={last + 1}: config.scaling has the runs 0 to {last}"):
+    with pytest.raises(
+        settings.SettingsError, match=f"--index is {last + 1}: choose a run of config.scaling, 0 to {last}"
+    ):
         study_stage.run(given, path, last + 1)
-    with pytest.raises(workdir.StageError, match="has 1 runs of the grid"):
+    with pytest.raises(workdir.StageError, match="has 1 complete grid runs"):
         study_stage.fit(given, path)
     study_stage.run(given, path, None)
     assert len(made) == last + 2 and made[-1] == "1536K_12800"  # each once, and the predictions
@@ -180,7 +182,7 @@ def test_a_study_is_resumed_run_by_run_and_the_forecast_comes_before_the_held_ou
     study_stage.run(given, path, None)
     assert made == [] and json.loads((tmp_path / "scaling" / "forecast.json").read_text()) == forecast
     (tmp_path / "scaling" / "forecast.json").unlink()
-    with pytest.raises(workdir.StageError, match="a loss is forecast before it is measured"):
+    with pytest.raises(workdir.StageError, match="a forecast must precede its measurement"):
         study_stage.run(given, path, last)
 
 
@@ -214,7 +216,7 @@ def test_what_was_found_is_told(tmp_path):
 def test_the_command_names_what_it_lacks(tmp_path, capsys):
     for options, message in (
         ([f"--config={CONFIGS}/demo.py", f"--workdir={tmp_path}"], "give --config=FILE with a section `scaling`"),
-        ([f"--config={CONFIGS}/scaling.py", f"--workdir={tmp_path}", "--index=99"], "has the runs 0 to 35"),
+        ([f"--config={CONFIGS}/scaling.py", f"--workdir={tmp_path}", "--index=99"], "0 to 35"),
     ):
         with pytest.raises(SystemExit) as stopped:
             cli.main(["scaling", "run", *options])

@@ -31,7 +31,7 @@ def refused(capsys: pytest.CaptureFixture, *arguments: str) -> str:
 @pytest.mark.parametrize(("target", "package"), [("onnx", "jax2onnx"), ("savedmodel", "tensorflow")])
 def test_a_missing_converter_is_named_with_what_to_install(made, capsys, target: str, package: str):
     said = refused(capsys, f"--from={made[0]}", f"--target={target}")
-    assert re.search(f"needs {package}: in an environment of its own, `pip install .*{package}", said)
+    assert re.search(f"needs {package}: in a separate environment, run `pip install .*{package}", said)
     assert said.count("\n") == 1 and not (made[0] / "targets").exists()
 
 
@@ -88,5 +88,5 @@ def test_rounding_is_that_of_bfloat16():
 
 
 def test_a_folder_that_is_no_target_is_named(made, tmp_path: Path):
-    with pytest.raises(FileNotFoundError, match="is no target"):
+    with pytest.raises(FileNotFoundError, match="has no programs"):
         standalone.Model(made[0], tmp_path)

@@ -1,1 +1,1 @@
-"""The folder of an export: its model card, pictures, int8 gallery and programs. `stages.export` puts it together."""
+"""Writers for the files of an export: model card, pictures, int8 gallery and programs. Called by `stages.export`."""

@@ -1,4 +1,4 @@
-"""What an export says of itself: its model card, its license, and where it comes from, from the run's own files."""
+"""Writes README.md (the model card), LICENSE and provenance.json of an export from the files of the run."""
 
 import json
 import textwrap
@@ -12,47 +12,53 @@ from geotoken_jax.artifacts import Workdir
 from geotoken_jax.configuration import Config
 from geotoken_jax.workdir import write_bytes, write_json
 
-#: What is known of photos that were prepared before sources stated it.
+#: Provenance of photos that were prepared before sources stated theirs.
 _UNSTATED = {
     "license": "unknown",
-    "origin": "The photos' manifest does not say.",
-    "terms": "Not stated: say here under what license the photos are before you give this away.",
+    "origin": "The manifest of the photos does not state their origin.",
+    "terms": "Their license is not stated: name it here before you pass this folder on.",
     "citation": "",
 }
 
-#: What the card says of standalone.py.
-_ALONE = """
-Without the package: `pip install jax flatbuffers`, then `python standalone.py FEATURES.npy > answers.jsonl`; its first
-lines say what it takes, and what it leaves out.
+#: Section of the card about standalone.py.
+_STANDALONE = """
+Without the package: `pip install jax flatbuffers`, then `python standalone.py FEATURES.npy > answers.jsonl`; its
+docstring describes the input and the differences from `GeoToken.load`.
 """
 
 
 def write(
-    folder: epath.Path, workdir: Workdir, config: Config, variant: str, referred: Mapping[str, Any] | None, cost: Any
+    folder: epath.Path, workdir: Workdir, config: Config, variant: str, reference: Mapping[str, Any] | None, cost: Any
 ) -> None:
     """Writes README.md, LICENSE and provenance.json in the folder of an export.
 
-    config: with the variant's changes made. referred: the backbone's checkpoint, None where
-    there is none. cost: of the int8 gallery, None where it is not.
+    config: configuration with the variant's changes applied. reference: name and SHA-256 sums of the backbone's
+    checkpoint, or None if the backbone has no checkpoint. cost: size and accuracy of the int8 gallery, or None if the
+    gallery is bfloat16.
     """
     stated = source(workdir, config)
     chain = dict(sorted(_chain(workdir, [f"geotoken/{variant}", "gallery", "report"])))
-    made = {"photos": stated, "backbone": referred, "made_by": f"geotoken-jax {__version__}", "manifests": chain}
-    write_json(folder / "provenance.json", made)
-    write_bytes(folder / "LICENSE", _license(stated, referred).encode())
-    write_bytes(folder / "README.md", _card(folder, workdir, config, variant, stated, referred, cost).encode())
+    provenance = {"photos": stated, "backbone": reference, "made_by": f"geotoken-jax {__version__}", "manifests": chain}
+    write_json(folder / "provenance.json", provenance)
+    write_bytes(folder / "LICENSE", _license(stated, reference).encode())
+    write_bytes(folder / "README.md", _card(folder, workdir, config, variant, stated, reference, cost).encode())
 
 
 def source(workdir: Workdir, config: Config) -> dict[str, Any]:
-    """Returns the name of the source of a work directory's photos, and what it states of them
-    (data_prep.sources.Provenance)."""
+    """Returns the name of the photos' source with its license, origin, terms and citation.
+
+    See data_prep.sources.Provenance for the fields. Photos prepared without them get the license "unknown".
+    """
     photos = workdir.manifest("photos")
     name = photos.settings.get("photos", {}).get("source", config.photos.source)
     return {"source": name, **photos.facts.get("provenance", _UNSTATED)}
 
 
 def _chain(workdir: Workdir, folders: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields each folder that these were made from, with the SHA-256 of its manifest and of those it was made from."""
+    """Yields these folders and all folders they were made from, with SHA-256 sums.
+
+    "sha256" is the digest of the folder's manifest, "inputs" maps its input folders to their digests.
+    """
     seen, waiting = set(), list(folders)
     while waiting:
         folder = waiting.pop()
@@ -63,29 +69,29 @@ def _chain(workdir: Workdir, folders: Sequence[str]) -> Iterator[tuple[str, dict
             waiting += inputs
 
 
-def _license(source: Mapping[str, Any], referred: Mapping[str, Any] | None) -> str:
+def _license(source: Mapping[str, Any], reference: Mapping[str, Any] | None) -> str:
     parts = [
-        "What this folder holds, and on what terms",
-        _wrapped(f"Parameters and gallery are made of photos. {source['origin']} {source['terms']}"),
-        f"License, as the Hugging Face hub names it: {source['license']}",
+        "Contents of this folder and their licenses",
+        _wrapped(f"Parameters and gallery were computed from photos. {source['origin']} {source['terms']}"),
+        f"License identifier on the Hugging Face hub: {source['license']}",
     ]
     if source["citation"]:
         parts.append(_wrapped(f"Cite: {source['citation']}"))
-    if referred:
-        parts.append(
-            _wrapped(f"The backbone, {referred['name']}, is under a license of its own, which its publisher states.")
-        )
-    parts.append("standalone.py, where it is here, is part of geotoken-jax, under the Apache License, Version 2.0.")
+    if reference:
+        parts.append(_wrapped(f"The backbone, {reference['name']}, has its own license: see its publisher."))
+    parts.append(
+        "standalone.py, if present, is part of geotoken-jax and licensed under the Apache License, Version 2.0."
+    )
     return "\n\n".join(parts) + "\n"
 
 
-def _own(metrics: Mapping[str, Any], variant: str) -> dict[str, Any]:
-    """Returns split -> figures of the variant's main method, for the splits that have them."""
-    found = {
+def _main_scores(metrics: Mapping[str, Any], variant: str) -> dict[str, Any]:
+    """Returns split -> scores of the variant's main method. Splits without such scores are left out."""
+    methods_by_split = {
         split: [m for m in scored["methods"] if m["variant"] == variant and m.get("main")]
         for split, scored in metrics["splits"].items()
     }
-    return {split: methods[0] for split, methods in found.items() if methods}
+    return {split: methods[0] for split, methods in methods_by_split.items() if methods}
 
 
 def _card(
@@ -94,24 +100,27 @@ def _card(
     config: Config,
     variant: str,
     source: Mapping[str, Any],
-    referred: Mapping[str, Any] | None,
+    reference: Mapping[str, Any] | None,
     cost: Any,
 ) -> str:
     trained, photos = workdir.manifest(f"geotoken/{variant}"), workdir.manifest("photos")
     metrics = workdir.metrics()
-    label, own = config.evaluate.labels.get(variant, variant), _own(metrics, variant)
-    alone = _ALONE if (folder / "standalone.py").exists() else ""
-    tower = "thumbnails of the photos themselves"
-    if referred:
-        tower = referred["name"] + (", which is here" if (folder / "backbone").exists() else ", which is not here")
+    label, scores = config.evaluate.labels.get(variant, variant), _main_scores(metrics, variant)
+    standalone = _STANDALONE if (folder / "standalone.py").exists() else ""
+    tower = "none, the model reads thumbnails of the photos"
+    if reference:
+        tower = reference["name"] + (" (included)" if (folder / "backbone").exists() else " (not included)")
     cite = f"\n{_wrapped('Cite: ' + source['citation'])}\n" if source["citation"] else ""
-    exact = "less than" if metrics["strict"] else "within"
-    return f"""{_front(label, source, own)}
+    limit = "less than" if metrics["strict"] else "at most"
+    rows = (
+        (split, f"{metrics['splits'][split]['photos']:,}", *map(_percent, m["accuracy"])) for split, m in scores.items()
+    )
+    return f"""{_metadata(label, source, scores)}
 # {label}
 
-Tells where on Earth a photo was taken, as cells ({config.model.scheme}) as fine as S2's of level {config.model.level},
-from the photo and its {config.model.neighbors} nearest neighbors in a gallery of {photos.counts["train"]:,} photos.
-Backbone: {tower}.
+Predicts where on Earth a photo was taken, as a cell ({config.model.scheme}) of about the size of an S2 cell of level
+{config.model.level}. Inputs are the photo and its {config.model.neighbors} nearest neighbors in a gallery of
+{photos.counts["train"]:,} photos. Backbone: {tower}.
 
 {trained.facts["parameters"]:,} parameters; trained on {trained.counts["examples"]:,} examples; validation loss
 {trained.facts["best_loss"]:.4f} at step {trained.facts["best_step"]:,}.
@@ -122,33 +131,34 @@ Backbone: {tower}.
 from geotoken_jax import GeoToken
 GeoToken.load("FOLDER").predict("photo.jpg")  # or the name of this model on the hub
 ```
-{alone}
-It was trained and measured on the photos named below: on others expect less, and measure. It answers every photo, also
-one that shows nothing of where it is: look at the radii. Do not use it to find people, or to decide anything about one.
+{standalone}
+The model was trained and measured on the photos named below. Expect lower accuracy on other photos, and measure it. The
+model predicts coordinates even if a photo gives no hint of its location: read the radii of each prediction. Do not use
+the model to find people or to make decisions about them.
 
 ## Accuracy
 
-Percent of photos {exact} a distance, in brackets the 95 % interval:
+Percentage of photos with an error of {limit} each distance, with the 95 % interval in parentheses:
 
 | split | photos | 1 km | 25 km | 200 km | 750 km | 2500 km |
 |---|---|---|---|---|---|---|
-{_rows((split, f"{metrics['splits'][split]['photos']:,}", *map(_percent, m["accuracy"])) for split, m in own.items())}
+{_rows(rows)}
 {_cost(cost)}
-## How sure it is
+## Uncertainty
 
-{_sure(workdir, variant, metrics)}
+{_uncertainty(workdir, variant, metrics)}
 
 ## Data and license
 
 {_wrapped(f"{source['origin']} {source['terms']} See LICENSE.")}
 {cite}
-`provenance.json` has the SHA-256 of the manifest of every folder that this was made from, `SHA256SUMS` those of the
-files here, which `GeoToken.load` compares.
+`provenance.json` lists the SHA-256 of the manifests of all folders that this export was made from. `SHA256SUMS` lists
+the SHA-256 of the files in this folder. `GeoToken.load` checks parameters and settings, with `verify=True` all files.
 """
 
 
-def _front(label: str, source: Mapping[str, Any], own: Mapping[str, Any]) -> str:
-    """Returns the metadata that the Hugging Face hub reads: YAML, of which JSON is a part."""
+def _metadata(label: str, source: Mapping[str, Any], scores: Mapping[str, Any]) -> str:
+    """Returns the YAML metadata that the Hugging Face hub reads. Nested values are JSON, which is valid YAML."""
     results = [
         {
             "task": {"type": "image-classification", "name": "Image geolocation"},
@@ -157,7 +167,7 @@ def _front(label: str, source: Mapping[str, Any], own: Mapping[str, Any]) -> str
                 {"type": "accuracy", "name": f"Photos within {a['km']} km", "value": a["value"]} for a in m["accuracy"]
             ],
         }
-        for split, m in own.items()
+        for split, m in scores.items()
     ]
     lines = [f"license: {source['license']}"]
     if source["license"] == "other":
@@ -169,19 +179,19 @@ def _front(label: str, source: Mapping[str, Any], own: Mapping[str, Any]) -> str
     return "\n".join(["---", *lines, "---"])
 
 
-def _sure(workdir: Workdir, variant: str, metrics: Mapping[str, Any]) -> str:
+def _uncertainty(workdir: Workdir, variant: str, metrics: Mapping[str, Any]) -> str:
     if not workdir.manifest(f"predictions/{variant}").facts["calibrated"]:
-        return "The radii given with an answer are not calibrated."
+        return "The radii of the predictions are not calibrated."
     rows = [
         (split, f"{radius['percent']} %", f"{radius['median_km']:,.0f} km", _percent(radius["holds"]))
-        for split, found in metrics["splits"].items()
-        for radius in (found["uncertainty"] or {}).get("radii", ())
+        for split, scores in metrics["splits"].items()
+        for radius in (scores["uncertainty"] or {}).get("radii", ())
         if radius
     ]
-    return f"""Each answer has two radii, which should hold the photo's place in 50 and in 90 % of cases: calibrated on
-validation photos, measured on all:
+    return f"""Each prediction has two radii, which should contain the true location for 50 % and 90 % of photos. They
+are calibrated on validation photos and measured on all splits:
 
-| split | radius | median | percent of photos that it holds |
+| split | radius | median | percentage of photos within the radius |
 |---|---|---|---|
 {_rows(rows)}"""
 
@@ -190,21 +200,22 @@ def _cost(cost: Any) -> str:
     if cost is None:
         return ""
     before, after = (f"{n / 1e6:,.1f} MB" for n in cost["bytes"])
-    kept, quantized = (f"{100 * r:.2f} %" for r in cost["recall"])
+    original, quantized = (f"{100 * r:.2f} %" for r in cost["recall"])
     whole, difference = cost["bfloat16"]["accuracy"], cost["difference"]["accuracy"]
     rows = [
         ("bfloat16", *(f"{100 * a['value']:.1f}" for a in whole)),
-        ("int8 less bfloat16", *(_percent(a, "+.2f") for a in difference)),
+        ("int8 minus bfloat16", *(_percent(a, "+.2f") for a in difference)),
     ]
-    said = _wrapped(
-        f"Vectors have one byte a number: gallery, index and views are {after} instead of {before}. The index finds "
-        f"{quantized} of a photo's 15 nearest instead of {kept}. Both galleries answered the {cost['photos']:,} photos "
-        f"of {cost['split']}: percent, and points of percent with the paired 95 % interval."
+    summary = _wrapped(
+        f"Vectors have one byte per number: gallery, index and views take {after} instead of {before}. The index finds "
+        f"{quantized} of a photo's 15 nearest neighbors instead of {original}. Both galleries were compared on the "
+        f"{cost['photos']:,} photos of {cost['split']}: percentage of photos within each distance, and its change in "
+        "percentage points with the paired 95 % interval."
     )
     return f"""
 ## The gallery in int8
 
-{said}
+{summary}
 
 | gallery | 1 km | 25 km | 200 km | 750 km | 2500 km |
 |---|---|---|---|---|---|
@@ -212,8 +223,8 @@ def _cost(cost: Any) -> str:
 """
 
 
-def _percent(found: Mapping[str, float], form: str = ".1f") -> str:
-    value, low, high = (format(100 * found[key], form) for key in ("value", "low", "high"))
+def _percent(estimate: Mapping[str, float], form: str = ".1f") -> str:
+    value, low, high = (format(100 * estimate[key], form) for key in ("value", "low", "high"))
     return f"{value} ({low} to {high})"
 
 

@@ -1,5 +1,6 @@
-"""What an export has for the page that `geotoken serve` shows: thumbnails of the gallery's photos, photos to try, and a
-few words on all of them. Nothing here is needed to answer.
+"""Writes and reads an export's files for the web page of `geotoken serve`.
+
+These files are thumbnails of the gallery photos, example photos and page.json. Prediction does not need them.
 """
 
 import concurrent.futures
@@ -23,27 +24,27 @@ from geotoken_jax.predict import bundle
 from geotoken_jax.progress import Progress
 from geotoken_jax.workdir import write_bytes, write_json
 
-#: Name of the file of words, and of the folders of pictures.
+#: Names of the page's text file, of the folder of thumbnails and of the folder of examples.
 PAGE, _THUMBNAILS, _EXAMPLES = "page.json", "thumbnails", "examples"
-#: Thumbnails a shard: what an interrupted run makes again, 60 MB at 64 pixels.
+#: Thumbnails per shard. An interrupted run repeats at most one shard, 60 MB at 64 pixels.
 _SHARD = 65_536
-#: Photos that are decoded side by side: that many files are in memory.
-_TOGETHER = 256
+#: Photos decoded concurrently. All of their files are in memory.
+_BLOCK = 256
 _QUALITY = 75
-#: Longest side of an example, in pixels, and the quality of its JPEG: no backbone sees more of it.
+#: Longest side of an example, in pixels, and its JPEG quality. No backbone reads more pixels.
 _EXAMPLE = (1024, 90)
-#: Photos of `test` that examples are chosen from, and the distance up to which an answer is a right one: a region.
-_AMONG, _RIGHT_KM = 5_000, 200
-#: Source -> what a model of its photos knows.
-_KNOWS = {
-    "earthview": "It knows views from above, as of a satellite: a photo from the ground is placed somewhere, and "
-    "wrongly."
+#: Number of first photos of `test` that examples are chosen from, and the largest error of a correct prediction, in km:
+#: 200 km is the distance of region accuracy.
+_FIRST, _RIGHT_KM = 5_000, 200
+#: Source -> kind of photos that a model trained on it can locate, for the page.
+_SCOPE = {
+    "earthview": "The model was trained on satellite images. Its predictions for photos taken on the ground are wrong."
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A photo to try: where it was taken, in degrees, and what that place is called ("" where nobody says)."""
+    """An example photo's true coordinates, in degrees, and place name ("" if unknown)."""
 
     latitude: float
     longitude: float
@@ -52,8 +53,12 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class About:
-    """What a model says of itself: its name, the source of its photos and how many its gallery has, what it knows, who
-    has made the photos; whether neighbors have thumbnails; photos to try; and a mark that other exports do not have."""
+    """The page's information about a model, as `/v1/about` returns it.
+
+    data: source of the photos. photos: number of gallery photos. knows: sentence on the kind of photos that the model
+    can locate. credit: origin and terms of the photos. thumbnails: whether neighbors have thumbnails. version: digest
+    of the export; the page adds it to picture URLs, so browsers do not reuse another export's pictures.
+    """
 
     name: str
     data: str
@@ -66,9 +71,9 @@ class About:
 
 
 def write(workdir: Workdir, folder: epath.Path, config: Config, variant: str, ids: np.ndarray) -> dict[str, int]:
-    """Writes page.json and the pictures that config.export asks for; returns how many there are of each.
+    """Writes page.json and the pictures selected in config.export. Returns the number of pictures by folder.
 
-    folder: of the export. ids: of the gallery's photos.
+    folder: folder of the export. ids: ids of the gallery photos.
     """
     side, counts = config.export.thumbnails, {}
     if side:
@@ -77,12 +82,12 @@ def write(workdir: Workdir, folder: epath.Path, config: Config, variant: str, id
     if examples:
         counts[_EXAMPLES] = len(examples)
     stated = card.source(workdir, config)
-    others = "It knows photos like those it was trained on: others are often placed wrongly."
+    default = "The model can locate photos similar to its training photos. For other photos it is often wrong."
     words = {
         "name": config.evaluate.labels.get(variant, variant),
         "data": stated["source"],
         "photos": len(ids),
-        "knows": _KNOWS.get(stated["source"], others),
+        "knows": _SCOPE.get(stated["source"], default),
         "credit": "" if stated["license"] == "unknown" else f"{stated['origin']} {stated['terms']}",
         "examples": [dataclasses.asdict(example) for example in examples],
     }
@@ -94,7 +99,7 @@ class Pictures:
     """The pictures of an export, memory-mapped."""
 
     def __init__(self, folder: epath.PathLike | None):
-        """folder: of an export, or None; one without pictures has none."""
+        """folder: folder of an export. If None, or if the export has no pictures, there are none."""
         self._folder = epath.Path(folder or "/nowhere")
         files, ends = ([records.open_array(p) for p in _parts(self._folder, name)] for name in ("files", "ends"))
         self._thumbnails = list(zip(files, ends, strict=True))
@@ -104,7 +109,7 @@ class Pictures:
         self.about = About(**plain | words, thumbnails=bool(files), examples=listed, version=_version(self._folder))
 
     def thumbnail(self, row: int) -> bytes | None:
-        """Returns the JPEG of a gallery photo, None where there is none."""
+        """Returns the JPEG thumbnail of a gallery photo, or None if there is none."""
         shard, k = divmod(row, _SHARD)
         if not (0 <= shard < len(self._thumbnails) and k < len(self._thumbnails[shard][1])):
             return None
@@ -112,12 +117,12 @@ class Pictures:
         return files[ends[k - 1] if k else 0 : ends[k]].tobytes() or None
 
     def example(self, number: int) -> bytes | None:
-        """Returns the JPEG of an example, None where there is none."""
+        """Returns the JPEG of an example photo, or None if there is none."""
         return _example(self._folder, number).read_bytes() if 0 <= number < len(self.about.examples) else None
 
 
 def _version(folder: epath.Path) -> str:
-    """Returns a mark of the export's contents: in another one a row is another photo."""
+    """Returns a digest of the export's contents, 12 hexadecimal digits; "" if the export has no SHA256SUMS."""
     sums = folder / bundle.SUMS
     return hashlib.sha256(sums.read_bytes()).hexdigest()[:12] if sums.exists() else ""
 
@@ -131,31 +136,37 @@ def _example(folder: epath.Path, number: int) -> epath.Path:
 
 
 def write_thumbnails(photos: records.Photos, ids: np.ndarray, side: int, folder: epath.Path) -> int:
-    """Writes thumbnails/, shard by shard; returns how many photos have one.
+    """Writes thumbnails/, shard by shard. Returns the number of photos with a thumbnail.
 
-    A shard is all its JPEGs in a row, and where each ends. The latter is written last: with it a shard is whole.
+    A shard has two files: the concatenated JPEGs, and the end offset of each JPEG. The offsets are written last, so a
+    shard is complete if they exist.
+
+    side: longest side, in pixels.
     """
     (folder / _THUMBNAILS).mkdir(exist_ok=True)
-    starts, made = range(0, len(ids), _SHARD), 0
+    starts, total = range(0, len(ids), _SHARD), 0
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool, Progress("thumbnails", len(ids), "photos") as p:
         for shard, first in enumerate(starts):
-            own = ids[first : first + _SHARD]
+            shard_ids = ids[first : first + _SHARD]
             names = (f"{name}-{shard:05d}-of-{len(starts):05d}.npy" for name in ("files", "ends"))
             file, ends = (folder / _THUMBNAILS / name for name in names)
             if not ends.exists():
-                found: list[bytes] = []
-                images = _images(photos, own.tolist(), first)
-                while together := list(itertools.islice(images, _TOGETHER)):
-                    found += pool.map(lambda image: _jpeg(image, side, _QUALITY), together)
-                records.save_array(file, np.frombuffer(b"".join(found), np.uint8))
-                records.save_array(ends, np.cumsum([len(data) for data in found]))
-            made += np.count_nonzero(np.diff(records.open_array(ends), prepend=0))
-            p.add(len(own))
-    return int(made)
+                jpegs: list[bytes] = []
+                images = _images(photos, shard_ids.tolist(), first)
+                while block := list(itertools.islice(images, _BLOCK)):
+                    jpegs += pool.map(lambda image: _jpeg(image, side, _QUALITY), block)
+                records.save_array(file, np.frombuffer(b"".join(jpegs), np.uint8))
+                records.save_array(ends, np.cumsum([len(data) for data in jpegs]))
+            total += np.count_nonzero(np.diff(records.open_array(ends), prepend=0))
+            p.add(len(shard_ids))
+    return int(total)
 
 
 def _images(photos: records.Photos, ids: Sequence[bytes], first: int) -> Iterator[bytes]:
-    """Yields the file of each photo. photos: in the same order, with others among them. first: none is before that."""
+    """Yields the encoded image of each photo in `ids`.
+
+    photos: photos in the same order, possibly with more photos in between. first: row at which the search starts.
+    """
     row = first
     for wanted in ids:
         while (photo := photos[row])["id"].encode() != wanted:
@@ -165,7 +176,7 @@ def _images(photos: records.Photos, ids: Sequence[bytes], first: int) -> Iterato
 
 
 def _jpeg(image: bytes, side: int, quality: int) -> bytes:
-    """Returns a photo's thumbnail; nothing if the photo cannot be read."""
+    """Returns a photo's JPEG thumbnail, or b"" if the photo cannot be read."""
     try:
         return preprocess.thumbnail(image, side, quality)
     except preprocess.ImageError:
@@ -173,17 +184,18 @@ def _jpeg(image: bytes, side: int, quality: int) -> bytes:
 
 
 def write_examples(workdir: Workdir, variant: str, count: int, folder: epath.Path) -> list[Example]:
-    """Writes examples/, photos of `test` by an author each; returns them.
+    """Writes examples/ and returns the examples: up to `count` photos of `test`, each by a different author.
 
-    They come from the continents by turns, and are answered rightly as often as all of them are.
+    Continents take turns. The share of examples with a correct prediction equals the share among the photos that they
+    are drawn from, so the page does not flatter the model. Without predictions for `test` there are no examples.
     """
     predicted = workdir.answers(variant, "test")
     if not predicted.exists():
         return []
     with predicted.open() as file:
-        lines = {line["id"]: line for line in map(json.loads, itertools.islice(file, _AMONG))}
+        lines = {line["id"]: line for line in map(json.loads, itertools.islice(file, _FIRST))}
     photos, groups, authors = workdir.photos("test"), {True: {}, False: {}}, set()
-    for row in range(min(len(photos), _AMONG)):
+    for row in range(min(len(photos), _FIRST)):
         photo = photos[row]
         line, author = lines.get(photo["id"]), photo["author"]
         if line and (not author or author not in authors):
@@ -192,8 +204,8 @@ def write_examples(workdir: Workdir, variant: str, count: int, folder: epath.Pat
             km = great_circle_km(latitude, longitude, line["latitude"], line["longitude"])
             groups[bool(km <= _RIGHT_KM)].setdefault(photo["continent"], []).append(row)
     right, wrong = (sum(map(len, group.values())) for group in (groups[True], groups[False]))
-    rights = round(count * right / max(right + wrong, 1))
-    rows = [*itertools.islice(_by_turns(groups[True]), rights), *_by_turns(groups[False])][:count]
+    correct = round(count * right / max(right + wrong, 1))
+    rows = [*itertools.islice(_round_robin(groups[True]), correct), *_round_robin(groups[False])][:count]
     (folder / _EXAMPLES).mkdir(exist_ok=True)
     examples = []
     for number, row in enumerate(np.random.default_rng(0).permutation(rows)):
@@ -205,8 +217,8 @@ def write_examples(workdir: Workdir, variant: str, count: int, folder: epath.Pat
     return examples
 
 
-def _by_turns(groups: dict[str, list[int]]) -> Iterator[int]:
-    """Yields one of each group, then another of each, and so on; in a group they come in a random order."""
+def _round_robin(groups: dict[str, list[int]]) -> Iterator[int]:
+    """Yields one row per group, then a second row per group, and so on, in random order within a group."""
     rng = np.random.default_rng(0)
     shuffled = [rng.permutation(groups[name]).tolist() for name in sorted(groups)]
     return (row for turn in itertools.zip_longest(*shuffled) for row in turn if row is not None)

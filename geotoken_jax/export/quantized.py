@@ -1,4 +1,7 @@
-"""The gallery in int8: half the bytes, less than a third in its index, and what answers lose by it."""
+"""Quantizes an export's gallery to int8 and measures the loss of accuracy.
+
+An int8 gallery takes half the bytes of bfloat16, and its index less than a third.
+"""
 
 import dataclasses
 import pathlib
@@ -18,19 +21,21 @@ from geotoken_jax.geo import distance
 from geotoken_jax.predict.prediction import coordinates
 from geotoken_jax.progress import track
 
-#: What else holds vectors of the gallery's photos, among what was learned.
-_LEARNED = ("verifier/keys.npy", "verifier/views.npy")
+#: Files of trained selectors that contain vectors of gallery photos.
+_SELECTOR_VECTORS = ("verifier/keys.npy", "verifier/views.npy")
 
 
-def quantize(workdir: Workdir, asked: IndexSettings, folder: epath.Path) -> dict[str, Any]:
-    """Makes int8 of the vectors in an export's folder: the gallery's, its index's, and what was learned of its photos.
+def quantize(workdir: Workdir, options: IndexSettings, folder: epath.Path) -> dict[str, Any]:
+    """Converts the vectors in an export's folder to int8: the gallery, its index and the selectors' vectors.
 
-    The index is built again, of the vectors as they are restored, with the settings that the
-    gallery's was built with. Returns the bytes of them all before and after, and the index's recall before and after.
+    The index is built again from the dequantized vectors, with the settings of the gallery's index. Returns "bytes" and
+    the index's "recall", each before and after.
+
+    options: search settings, used for the keys that affect only the run time.
     """
-    parts = [folder / "gallery", *(folder / name for name in _LEARNED if (folder / name).exists())]
-    made_with = workdir.manifest("gallery")
-    search = settings.restored(made_with.settings["index"]["search"], asked, "index.search")
+    parts = [folder / "gallery", *(folder / name for name in _SELECTOR_VECTORS if (folder / name).exists())]
+    manifest = workdir.manifest("gallery")
+    search = settings.restored(manifest.settings["index"]["search"], options, "index.search")
     before = sum(map(_bytes, parts))
     table.quantize(folder / "gallery")
     shutil.rmtree(folder / "gallery" / "index")
@@ -38,47 +43,49 @@ def quantize(workdir: Workdir, asked: IndexSettings, folder: epath.Path) -> dict
     built = index.build(IndexVectors(Table(folder / "gallery")), search, folder / "gallery" / "index")
     for part in parts[1:]:
         encodings.quantize(part)
-    recall = [made_with.facts["index"]["recall"], built.facts["recall"]]
+    recall = [manifest.facts["index"]["recall"], built.facts["recall"]]
     return {"bytes": [before, sum(map(_bytes, parts))], "recall": recall}
 
 
 def cost(config: Config, workdir: Workdir, variant: str, folder: epath.Path) -> dict[str, Any]:
-    """Returns the accuracy of an export's int8 gallery less that of the work directory's, on one split.
+    """Returns the accuracy with the work directory's bfloat16 gallery, and the change with the export's int8 gallery.
 
-    Both answer for the same photos, of validation where there are any, as `GeoToken` does: by their index, and no
-    photo of the gallery is left out. config: with the variant's changes made. The intervals are those of the paired
-    bootstrap over authors.
+    Both galleries are evaluated on one split: validation, or the first split by name if there is no validation.
+    Neighbors come from the approximate index and no gallery photo is excluded, as in `GeoToken.predict`. Intervals are
+    from the paired bootstrap over authors.
+
+    config: configuration with the variant's changes applied.
     """
     counts, scoring = workdir.query_counts, config.evaluate
     split = "validation" if "validation" in counts else min(counts)
-    own = workdir.table(split)
+    queries = workdir.table(split)
     km = []
     for root, exported in ((workdir.path, None), (folder, folder)):
         answerer = workdir.answerer(config, variant, exported)
         searched = index.load(root / "gallery" / "index", config.index.search.threads)
         size = answerer.decoder.settings.batch_size
-        rows = [slice(first, first + size) for first in range(0, len(own), size)]
+        rows = [slice(first, first + size) for first in range(0, len(queries), size)]
         kind = "int8" if exported else "bfloat16"
-        found = [
-            coordinates(answerer.of_vectors(searched, own.embeddings(part), own.captured(part))[0])
-            for part in track(rows, f"answers by {kind}", len(rows), "batches")
+        predicted = [
+            coordinates(answerer.of_vectors(searched, queries.embeddings(part), queries.captured(part))[0])
+            for part in track(rows, f"predict with {kind}", len(rows), "batches")
         ]
-        placed, truth = np.concatenate(found), own.coordinates()
-        km.append(np.asarray(distance.EARTHS[scoring.earth](*placed.T, *truth.T)))
+        predicted, truth = np.concatenate(predicted), queries.coordinates()
+        km.append(np.asarray(distance.EARTHS[scoring.earth](*predicted.T, *truth.T)))
     outcomes = np.stack([bootstrap.outcomes(one, scoring.strict) for one in km], axis=1)
-    authors = bootstrap.clusters(*(column.astype(str).tolist() for column in (own.authors(), own.ids())))
+    authors = bootstrap.clusters(*(column.astype(str).tolist() for column in (queries.authors(), queries.ids())))
     samples = bootstrap.resample(outcomes, authors, scoring.resamples, scoring.seed)
-    whole, less = outcomes.mean(axis=0)
+    bfloat16, int8 = outcomes.mean(axis=0)
     return {
         "split": split,
-        "photos": len(own),
-        "bfloat16": bootstrap.estimates(whole, samples[:, 0]),
-        "difference": bootstrap.estimates(less - whole, samples[:, 1] - samples[:, 0], p=True),
+        "photos": len(queries),
+        "bfloat16": bootstrap.estimates(bfloat16, samples[:, 0]),
+        "difference": bootstrap.estimates(int8 - bfloat16, samples[:, 1] - samples[:, 0], p=True),
     }
 
 
 def _bytes(path: epath.Path) -> int:
-    """Returns the bytes of a file with its scales, or of a folder."""
+    """Returns the size of a folder, or of a file and its scales, in bytes."""
     if path.is_file():
         return sum(p.stat().st_size for p in pathlib.Path(path).parent.glob(f"{path.stem}.*"))
     return sum(p.stat().st_size for p in pathlib.Path(path).rglob("*") if p.is_file())

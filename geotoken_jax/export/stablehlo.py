@@ -1,5 +1,7 @@
-"""Programs of an export as StableHLO, which jax compiles for any CPU, GPU or TPU: from features to vectors, and from
-these and the neighbors' to candidates. They take their parameters as an argument, so weights lie in the folder once.
+"""Writes an export's two programs as StableHLO, which jax compiles for any CPU, GPU or TPU.
+
+`align` maps features to vectors. `geotoken` maps these and the neighbors' vectors to candidates. Parameters are
+arguments of the programs, so the export contains the weights only once.
 """
 
 import contextlib
@@ -21,7 +23,7 @@ from geotoken_jax.predict.decode import PredictSettings
 from geotoken_jax.predict.programs import Program
 from geotoken_jax.workdir import write_bytes
 
-#: What a program is lowered for; none of them needs to be there.
+#: Platforms that a program is lowered for. Lowering does not need the hardware.
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
@@ -31,15 +33,17 @@ def embedding(model: AlignModel, width: int) -> bytes:
 
 
 def decoding(model: GeoTokenModel, options: PredictSettings) -> bytes:
-    """Returns the program (parameters, query, neighbors, neighbor_tokens, neighbor_count, numbers) -> Candidates, as
-    programs.decoding describes them."""
+    """Returns the program (parameters, query, neighbors, neighbor_tokens, neighbor_count, numbers) -> Candidates.
+
+    See programs.decoding for shapes.
+    """
     return _serialized(programs.decoding(model, options))
 
 
 def write(folder: epath.Path, align: AlignSettings, model: ModelSettings, predict: PredictSettings, width: int) -> None:
-    """Writes the two programs of an export, of its own parameters, and standalone.py, which runs them.
+    """Writes align.stablehlo, geotoken.stablehlo and standalone.py, which runs them.
 
-    width: C, of the backbone's features.
+    The parameter files must already be in the folder. width: width C of the backbone's features.
     """
     aligned = checkpoint.read_module(folder / "align.safetensors", AlignTask(align, width).init)
     decoder = checkpoint.read_module(folder / "geotoken.safetensors", lambda rngs: GeoTokenModel(model, rngs))
@@ -52,18 +56,22 @@ def _serialized(program: Program) -> bytes:
     graph, state = nnx.split(program.model)
     flat = [("/".join(map(str, key)), key, variable) for key, variable in nnx.to_flat_state(state)]
 
-    def every(parameters: dict[str, jax.Array], *arguments: jax.Array) -> Any:
+    def run(parameters: dict[str, jax.Array], *arguments: jax.Array) -> Any:
         filled = nnx.from_flat_state([(key, variable.replace(parameters[name])) for name, key, variable in flat])
         return program.run(nnx.merge(graph, filled), *arguments)
 
     parameters = {name: jax.ShapeDtypeStruct(variable.shape, variable.dtype) for name, _, variable in flat}
-    with _without_places():
-        return bytes(export.export(jax.jit(every), platforms=PLATFORMS)(parameters, *program.shapes()).serialize())
+    with _without_source_locations():
+        return bytes(export.export(jax.jit(run), platforms=PLATFORMS)(parameters, *program.shapes()).serialize())
 
 
 @contextlib.contextmanager
-def _without_places() -> Iterator[None]:
-    """Keeps the files and lines of who calls out of what is lowered meanwhile: jax notes them beside each operation."""
+def _without_source_locations() -> Iterator[None]:
+    """Lowers programs without source locations.
+
+    By default jax stores the caller's file names and lines with each operation, which would put local paths into the
+    export.
+    """
     name = "jax_traceback_in_locations_limit"
     before = getattr(jax.config, name)
     jax.config.update(name, 0)

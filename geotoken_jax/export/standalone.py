@@ -1,18 +1,18 @@
-"""Tells where photos were taken by the model in this folder, without geotoken_jax.
+"""Predicts where photos were taken with the model in this folder, without geotoken_jax.
 
 `pip install jax flatbuffers`, then `python standalone.py FEATURES.npy [TARGET] > answers.jsonl`
 
-TARGET is a folder that `geotoken export --target` made, such as targets/onnx: its programs run in place of those for
-jax, with onnxruntime and numpy alone, or with tensorflow and numpy alone.
+TARGET is a folder that `geotoken export --target` made, such as targets/onnx. Its programs replace the jax programs and
+need only numpy and onnxruntime, or only numpy and tensorflow.
 
-FEATURES.npy holds [n, C], the backbone's image features of n photos. For the backbone `thumbnail` it may hold the
-thumbnails themselves, [n, side, side, 3] uint8: the central square of each photo, upright, resized bicubically. Other
-backbones are no part of this folder's programs: make the features where they run.
+FEATURES.npy contains [n, C], the backbone's image features of n photos. For the backbone `thumbnail` it may contain the
+thumbnails instead, [n, side, side, 3] uint8: the central square of each photo, upright, resized bicubically. This
+folder has no program for other backbones: compute their features with the backbone itself.
 
-A photo's neighbors are found by exact search in the whole gallery, and its answer is the candidate that is the most
-probable one under the distribution it was drawn from. `GeoToken.load`, of geotoken_jax, searches the index, may choose
-in another way (`predict.choice` in config.json), says how sure an answer is, and can be told when a photo was taken,
-which is unknown here.
+Neighbors come from exact search in the whole gallery. The prediction is the candidate with the highest probability
+under the distribution that it was sampled from. `GeoToken.load` of geotoken_jax differs in four points: it searches the
+approximate index, chooses with the selector `predict.choice` of config.json, estimates the radii of a prediction, and
+accepts a photo's capture time, which this file treats as unknown.
 """
 
 import json
@@ -22,26 +22,27 @@ from pathlib import Path
 
 import numpy as np
 
-#: Photos embedded at once, always: a product of another shape rounds otherwise.
-_EMBEDDED = 256
-#: Gallery photos compared at once, 2304 wide 75 MB.
-_ROWS = 8192
-#: Neighbors found in float32 beyond those asked for; the order of near ones is that of float64.
+#: Photos per embedding batch. The size is constant because matrix products of other shapes round differently.
+_BATCH = 256
+#: Gallery photos per block of the search, 75 MB at width 2304.
+_BLOCK = 8192
+#: Extra neighbors that the float32 search keeps. The final order uses float64 scores and may move them up.
 _SPARE = 8
 _TYPES = {"F32": np.float32, "F16": np.float16, "I32": np.int32, "U32": np.uint32}
-#: Hilbert curve: (orientation, quad) -> 2 * i + j, and quad -> the change of orientation. A face starts at face & 1.
+#: Hilbert curve: (orientation, quad) -> 2 * i + j, and quad -> change of orientation. The root of a face has
+#: orientation face & 1.
 _IJ = np.array([[0, 1, 3, 2], [0, 2, 3, 1], [3, 2, 0, 1], [3, 1, 0, 2]])
 _TURN = np.array([1, 0, 0, 3])
 
 
 class Model:
-    """The model of one folder: features, neighbors, candidates, answers.
+    """The model of one exported folder: computes features, neighbors, candidates and predictions.
 
-    Vectors are float32 throughout, rounded to what bfloat16 holds, as the package keeps them.
+    Vectors are float32, rounded to bfloat16 precision as in geotoken_jax.
     """
 
     def __init__(self, folder, target=None):
-        """target: folder of what runs in place of the programs for jax."""
+        """target: folder with programs for another runtime. The jax programs run if None."""
         folder = Path(folder)
         self.config = json.loads((folder / "config.json").read_text())
         model = self.config["model"]
@@ -60,44 +61,47 @@ class Model:
         return _unit((pixels - pixels.mean((1, 2), keepdims=True)).reshape(len(pixels), -1), 1e-12)
 
     def vectors(self, features):
-        """Returns photos' three vectors [n, 3, C] from features [n, C]."""
+        """Returns the image, location and text vectors [n, 3, C] of photos from features [n, C]."""
         features = _rounded(np.asarray(features, np.float32))
-        blocks = (features[first : first + _EMBEDDED] for first in range(0, len(features), _EMBEDDED))
-        found = [self._embed(features=_padded(block, _EMBEDDED))["vectors"][: len(block)] for block in blocks]
-        return _rounded(_unit(np.concatenate(found), 1e-12))
+        blocks = (features[first : first + _BATCH] for first in range(0, len(features), _BATCH))
+        outputs = [self._embed(features=_padded(block, _BATCH))["vectors"][: len(block)] for block in blocks]
+        return _rounded(_unit(np.concatenate(outputs), 1e-12))
 
     def neighbors(self, vectors):
-        """Returns gallery rows and scores [n, M] of the nearest photos, best first; -1 and -inf past the gallery."""
+        """Returns gallery rows and scores [n, M] of the nearest photos, best first.
+
+        If the gallery has fewer than M photos, the rest is -1 and -inf.
+        """
         queries = _index_vectors(vectors)
         rows = np.zeros((len(queries), 0), np.int64)
         scores = np.zeros((len(queries), 0), np.float32)
-        for first in range(0, self._starts[-1], _ROWS):
-            block = np.arange(first, min(first + _ROWS, self._starts[-1]))
+        for first in range(0, self._starts[-1], _BLOCK):
+            block = np.arange(first, min(first + _BLOCK, self._starts[-1]))
             products = queries @ _index_vectors(self.embeddings(block)).T
             k = min(self.count + _SPARE, len(block))
-            at = np.argpartition(-products, k - 1, axis=1)[:, :k]
-            rows = np.concatenate([rows, block[at]], 1)
-            scores = np.concatenate([scores, np.take_along_axis(products, at, 1)], 1)
+            nearest = np.argpartition(-products, k - 1, axis=1)[:, :k]
+            rows = np.concatenate([rows, block[nearest]], 1)
+            scores = np.concatenate([scores, np.take_along_axis(products, nearest, 1)], 1)
             best = np.lexsort((rows, -scores))[:, : self.count + _SPARE]
             rows, scores = np.take_along_axis(rows, best, 1), np.take_along_axis(scores, best, 1)
-        found = np.full((len(queries), self.count), -1)
-        found_scores = np.full((len(queries), self.count), -np.inf, np.float32)
-        for i, near in enumerate(rows):
-            score = (_index_vectors(self.embeddings(near)).astype(float) @ queries[i].astype(float)).astype(np.float32)
-            order = np.lexsort((near, -score))[: self.count]
-            found[i, : len(order)], found_scores[i, : len(order)] = near[order], score[order]
-        return found, found_scores
+        best_rows = np.full((len(queries), self.count), -1)
+        best_scores = np.full((len(queries), self.count), -np.inf, np.float32)
+        for i, row in enumerate(rows):
+            score = (_index_vectors(self.embeddings(row)).astype(float) @ queries[i].astype(float)).astype(np.float32)
+            order = np.lexsort((row, -score))[: self.count]
+            best_rows[i, : len(order)], best_scores[i, : len(order)] = row[order], score[order]
+        return best_rows, best_scores
 
     def candidates(self, vectors, rows, numbers):
-        """Returns tokens [n, K, T], and of each candidate log_probability and tempered_log_probability [n, K].
+        """Returns each candidate's tokens [n, K, T], log_probability [n, K] and tempered_log_probability [n, K].
 
-        numbers: one a photo [n], which decides its samples.
+        rows: gallery rows of the neighbors [n, M], -1 for none. numbers: seed of each photo's samples [n].
         """
-        there = np.maximum(rows, 0)
+        valid = np.maximum(rows, 0)
         arguments = {
             "query": vectors,
-            "neighbors": self.embeddings(there),
-            "neighbor_tokens": self.cell_tokens(self._take("tokens", there)),
+            "neighbors": self.embeddings(valid),
+            "neighbor_tokens": self.cell_tokens(self._take("tokens", valid)),
             "neighbor_count": (rows >= 0).sum(1).astype(np.int32),
             "numbers": np.asarray(numbers, np.uint32),
         }
@@ -105,28 +109,29 @@ class Model:
         for first in range(0, len(rows), size):
             n = min(size, len(rows) - first)
             part = {name: values[first : first + n] for name, values in arguments.items()}
-            found = self._decode(**{name: _padded(values, 1 << (n - 1).bit_length()) for name, values in part.items()})
-            parts.append({name: values[:n] for name, values in found.items()})
+            output = self._decode(**{name: _padded(values, 1 << (n - 1).bit_length()) for name, values in part.items()})
+            parts.append({name: values[:n] for name, values in output.items()})
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def answers(self, inputs):
-        """Returns an answer a photo, with fields of geotoken_jax.Prediction. Every sample is a candidate of its own.
+        """Returns one prediction per photo, a dict with fields of geotoken_jax.Prediction.
 
-        inputs: features, or thumbnails, as FEATURES.npy holds them.
+        Every sample is a separate candidate: equal samples are not merged. inputs: features or thumbnails, as in
+        FEATURES.npy.
         """
         vectors = self.vectors(self.features(inputs) if inputs.ndim == 4 else inputs)
         rows, scores = self.neighbors(vectors)
-        found = self.candidates(vectors, rows, np.zeros(len(rows)))
-        centers = self.centers(found["tokens"])
-        best = found["tempered_log_probability"].argmax(1)
+        candidates = self.candidates(vectors, rows, np.zeros(len(rows)))
+        centers = self.centers(candidates["tokens"])
+        best = candidates["tempered_log_probability"].argmax(1)
         answers = []
-        for i, near in enumerate(rows):
+        for i, row in enumerate(rows):
             listed = [
                 {**_place(at), "probability": math.exp(p), "log_probability": float(p), "tokens": t.tolist()}
-                for at, p, t in zip(centers[i], found["log_probability"][i], found["tokens"][i])  # noqa: B905
+                for at, p, t in zip(centers[i], candidates["log_probability"][i], candidates["tokens"][i])  # noqa: B905
             ]
-            near, near_scores = near[near >= 0], scores[i][near >= 0]
-            columns = (near, self._take("ids", near), self._take("coordinates", near), near_scores)
+            neighbors, neighbor_scores = row[row >= 0], scores[i][row >= 0]
+            ids, places = self._take("ids", neighbors), self._take("coordinates", neighbors)
             answers.append(
                 {
                     **_place(centers[i][best[i]]),
@@ -135,27 +140,27 @@ class Model:
                     "candidates": listed,
                     "neighbors": [
                         {"id": name.decode(), **_place(at), "score": float(score), "row": int(row)}
-                        for row, name, at, score in zip(*columns)  # noqa: B905
+                        for row, name, at, score in zip(neighbors, ids, places, neighbor_scores)  # noqa: B905
                     ],
                 }
             )
         return answers
 
     def embeddings(self, rows):
-        """Returns the three vectors of gallery photos."""
+        """Returns the vectors [..., 3, C] of gallery photos."""
         values = self._take("embeddings", rows)
         if "scales" not in self._columns:
             return _widened(values.view(np.uint16))
         return _rounded(values.astype(np.float32) * self._take("scales", rows)[..., None])
 
     def cell_tokens(self, quads):
-        """Returns the model's tokens [..., T] from stored ones, a face and then a quad each."""
+        """Returns the model's tokens [..., T] from stored tokens, which are a face followed by one quad per level."""
         groups = quads[..., 1 : 1 + self.level].astype(np.int32).reshape(*quads.shape[:-1], -1, self.group)
-        places = 4 ** np.arange(self.group - 1, -1, -1, dtype=np.int32)
-        return np.concatenate([quads[..., :1].astype(np.int32), groups @ places], -1)
+        powers = 4 ** np.arange(self.group - 1, -1, -1, dtype=np.int32)
+        return np.concatenate([quads[..., :1].astype(np.int32), groups @ powers], -1)
 
     def centers(self, tokens):
-        """Returns latitude and longitude [..., 2], in degrees, of the centers of S2 cells."""
+        """Returns the centers of S2 cells as latitude and longitude [..., 2], in degrees."""
         shifts = 2 * np.arange(self.group - 1, -1, -1)
         quads = (tokens[..., 1:, None] >> shifts & 3).reshape(*tokens.shape[:-1], self.level)
         face = tokens[..., 0]
@@ -182,22 +187,22 @@ class Model:
 
 
 def read_safetensors(file):
-    """Returns name -> array, float32 for bfloat16."""
+    """Returns name -> array of a safetensors file. bfloat16 is converted to float32."""
     data = Path(file).read_bytes()
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
-    found = {}
-    for name, told in header.items():
+    arrays = {}
+    for name, entry in header.items():
         if name != "__metadata__":
-            kind = _TYPES.get(told["dtype"], np.uint16)
-            at = 8 + size + told["data_offsets"][0]
-            values = np.frombuffer(data, kind, int(np.prod(told["shape"])), at).reshape(told["shape"])
-            found[name] = _widened(values) if told["dtype"] == "BF16" else values
-    return found
+            kind = _TYPES.get(entry["dtype"], np.uint16)
+            offset = 8 + size + entry["data_offsets"][0]
+            values = np.frombuffer(data, kind, int(np.prod(entry["shape"])), offset).reshape(entry["shape"])
+            arrays[name] = _widened(values) if entry["dtype"] == "BF16" else values
+    return arrays
 
 
 def _program(folder, name):
-    """Returns what runs NAME.stablehlo with the parameters in NAME.safetensors, compiled for each batch size once."""
+    """Returns a function that runs NAME.stablehlo with NAME.safetensors. It compiles once per batch size."""
     import jax
 
     exported = deserialize((folder / f"{name}.stablehlo").read_bytes())
@@ -208,22 +213,27 @@ def _program(folder, name):
 
     def run(**arguments):
         avals = exported.in_avals[-len(arguments) :]
-        found = call(
+        output = call(
             parameters,
             *(values.astype(aval.dtype) for values, aval in zip(arguments.values(), avals)),  # noqa: B905
         )
-        return {key: np.asarray(value) for key, value in (found if name == "geotoken" else {"vectors": found}).items()}
+        return {
+            key: np.asarray(value) for key, value in (output if name == "geotoken" else {"vectors": output}).items()
+        }
 
     return run
 
 
 def _runtime(target):
-    """Returns what opens a program of a target, by the files that are there."""
+    """Returns the function that loads a target's programs: _onnx or _savedmodel, according to its files."""
     if (target / "align.onnx").exists():
         return _onnx
     if (target / "align" / "saved_model.pb").exists():
         return _savedmodel
-    raise FileNotFoundError(f"{target} is no target: make one with `geotoken export --from=FOLDER --target=onnx`")
+    raise FileNotFoundError(
+        f"{target} has no programs: make ONNX programs with `geotoken export --from=FOLDER --target=onnx`, "
+        "or SavedModels with --target=savedmodel"
+    )
 
 
 def _onnx(target, name):
@@ -235,7 +245,7 @@ def _onnx(target, name):
 
     def run(numbers=None, **arguments):
         if np.any(numbers):
-            raise ValueError("numbers other than 0 have noise of their own, and noise.npy is that of 0: give 0")
+            raise ValueError("numbers must be 0: noise.npy contains the noise of number 0 only")
         return dict(zip(outputs, session.run(None, {**arguments, **noise})))  # noqa: B905
 
     return run
@@ -248,14 +258,14 @@ def _savedmodel(target, name):
     kinds = {argument: spec.dtype for argument, spec in call.structured_input_signature[1].items()}
 
     def run(**arguments):
-        found = call(**{key: tf.cast(values, kinds[key]) for key, values in arguments.items()})
-        return {key: value.numpy() for key, value in found.items()}
+        output = call(**{key: tf.cast(values, kinds[key]) for key, values in arguments.items()})
+        return {key: value.numpy() for key, value in output.items()}
 
     return run
 
 
 def deserialize(data):
-    """Returns the jax.export.Exported that was serialized."""
+    """Returns the jax.export.Exported from its serialized bytes."""
     from jax import export
 
     return export.deserialize(bytearray(data))
@@ -268,7 +278,7 @@ def _place(at):
 def _shards(folder, name):
     files = sorted(folder.glob(f"{name}-*-of-*.npy"))
     if not files or len(files) != int(files[0].stem[-5:]):
-        raise FileNotFoundError(f"{folder} lacks shards of {name}: copy the folder again")
+        raise FileNotFoundError(f"{folder} lacks shards of {name}: copy the whole folder again")
     return [np.load(file, mmap_mode="r") for file in files]
 
 
@@ -277,13 +287,13 @@ def _index_vectors(vectors):
 
 
 def _rounded(values):
-    """Returns float32 rounded to the nearest that bfloat16 holds, of two as near to the even one."""
+    """Returns float32 rounded to bfloat16 precision, to nearest, ties to even."""
     bits = values.view(np.uint32)
     return ((bits + (bits >> 16 & 1) + 0x7FFF) & 0xFFFF0000).astype(np.uint32).view(np.float32)
 
 
 def _widened(bfloat16):
-    """Returns float32 from the bits of bfloat16, uint16."""
+    """Returns float32 from bfloat16 bits stored as uint16."""
     return (bfloat16.astype(np.uint32) << 16).view(np.float32)
 
 

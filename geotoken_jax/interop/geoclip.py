@@ -1,15 +1,15 @@
-"""GeoCLIP's trained encoders, in and out, and a check of ours against values stored from the published ones.
+"""Imports, exports, checks and runs GeoCLIP's published encoders.
 
 `python -m geotoken_jax.interop.geoclip ACTION`:
 
-- `check WEIGHTS FILE.npz`: prints the largest error of each stored quantity (docs/fidelity.md says which).
-- `import WEIGHTS OUT.safetensors`: published weights become a file of parameters of `GeoCLIP`.
-- `export PARAMETERS.safetensors OUT`: and the way back, to a state dict of the published model.
+- `check WEIGHTS FILE.npz`: prints the largest error of each quantity stored in FILE.npz (listed in docs/fidelity.md).
+- `import WEIGHTS OUT.safetensors`: converts published weights to a parameter file of `GeoCLIP`.
+- `export PARAMETERS.safetensors OUT`: converts a parameter file to a state dict of the published model.
 
-WEIGHTS is the wheel that `pip download --no-deps geoclip` fetches, a folder of its `.pth` files, or a state dict of the
-whole published model as a `.pth`, `.safetensors` or `.npz` file. None of it needs torch but a `.pth` of other than the
-wheel's kind; nothing is imported from the wheel, and only tensors are unpickled. `Locator` answers with them, as
-`geotoken predict --method=geoclip` does.
+WEIGHTS is the wheel that `pip download --no-deps geoclip` fetches, a folder with the wheel's `.pth` files, or a state
+dict of the whole published model as a `.pth`, `.safetensors` or `.npz` file. Only a `.pth` state dict needs torch; the
+wheel's `.pth` files do not. No code of the wheel is run, and only tensors are unpickled. `Locator` runs the encoders
+for `geotoken predict --method=geoclip`.
 """
 
 import argparse
@@ -44,25 +44,25 @@ from geotoken_jax.predict.prediction import Candidate, Prediction
 from geotoken_jax.predict.predictor import Predictor, spread
 from geotoken_jax.settings import SettingsError
 
-#: What precedes the names of a file's tensors in the state dict of the whole model -> the file.
+#: Prefix of tensor names in the state dict of the whole model -> file in the wheel with these tensors.
 _FILES = {
     "location_encoder.": "location_encoder_weights.pth",
     "image_encoder.mlp.": "image_encoder_mlp_weights.pth",
     "logit_scale": "logit_scale_weights.pth",
 }
 _IN_WHEEL, _GALLERY = "geoclip/model/weights", "geoclip/model/gps_gallery/coordinates_100K.csv"
-#: Members of the whole state dict that are not ours to hold: the backbone, and coordinates.
+#: Entries of the whole state dict that are not imported: the CLIP backbone and the coordinates.
 _UNUSED = ("image_encoder.CLIP.", "gps_gallery", "gps_queue")
 
-#: Places of the gallery that an answer names.
+#: Number of gallery coordinates that a prediction lists as candidates.
 _CANDIDATES = 20
 
 
 class GeoCLIP(nnx.Module):
-    """What GeoCLIP has trained: the head on CLIP's image embedding, the location encoder, and the logit scale.
+    """GeoCLIP's trained parameters: image head, location encoder and logit scale (Vivanco Cepeda et al. 2023).
 
-    A photo's score at a place is exp(scale) times the cosine of image(embedding) and location.features(coordinates).
-    (Vivanco Cepeda et al. 2023.)
+    The score of coordinates for a photo is exp(scale) times the cosine similarity of image(CLIP's image embedding) and
+    location.features(coordinates).
     """
 
     def __init__(self, location: LocationSettings, image: tuple[int, int, int], *, rngs: nnx.Rngs):
@@ -73,12 +73,18 @@ class GeoCLIP(nnx.Module):
 
 
 def import_(path: epath.PathLike, projection: str = "equal_earth") -> GeoCLIP:
-    """Returns the encoders whose weights `read_weights` finds; projection: "mercator" is G3's."""
+    """Returns GeoCLIP with published weights.
+
+    path: see `read_weights`. projection: "equal_earth" for GeoCLIP, "mercator" for the variant of G3.
+    """
     return from_state_dict(read_weights(path), projection)
 
 
 def from_state_dict(weights: Weights, projection: str = "equal_earth") -> GeoCLIP:
-    """Returns our model with the published weights. Raises ValueError naming a missing, extra or misshapen tensor."""
+    """Returns GeoCLIP with the weights of a whole state dict.
+
+    Raises ValueError that names a missing tensor, an extra tensor or a tensor of the wrong shape.
+    """
     used = {name: value for name, value in weights.items() if not name.startswith(_UNUSED)}
     capsules = {name.split(".")[1] for name in used if re.match(r"location_encoder\.LocEnc\d+\.", name)}
     fourier, _ = official._shape(used, "location_encoder.LocEnc0.capsule.0.b", 2)
@@ -87,40 +93,42 @@ def from_state_dict(weights: Weights, projection: str = "equal_earth") -> GeoCLI
     image_out, _ = official._shape(used, "image_encoder.mlp.2.weight", 2)
     location = LocationSettings(projection, (1.0,) * len(capsules), fourier, hidden, out)
     model = GeoCLIP(location, (width, middle, image_out), rngs=nnx.Rngs(0))
-    _load(_places(model), used)
+    _load(_variables(model), used)
     return model
 
 
 def to_state_dict(model: GeoCLIP) -> dict[str, np.ndarray]:
-    """Returns the weights under their names in the published model's whole state dict, layouts included."""
-    places = _places(model).items()
-    return {name: np.array(_turned(name, np.asarray(variable[...])), order="C") for name, variable in places}
+    """Returns the state dict of the published model, with its tensor names and layouts."""
+    variables = _variables(model).items()
+    return {name: np.array(_transposed(name, np.asarray(variable[...])), order="C") for name, variable in variables}
 
 
 class Locator(Predictor):
-    """GeoCLIP as published, without any training of ours: CLIP, its trained encoders, and the coordinates of its
-    gallery, among which it chooses by softmax."""
+    """GeoCLIP as published: ranks the 100,000 coordinates of its gallery by a softmax over their scores for a photo."""
 
     batch_size = 32
 
     def __init__(self, clip: epath.PathLike, weights: epath.PathLike):
-        """clip: checkpoint folder of CLIP ViT-L/14, as Hugging Face publishes it. weights: the wheel, or a folder of
-        its `.pth` files and its coordinates_100K.csv.
+        """Encodes the gallery, which takes some seconds.
 
-        Encodes the gallery, which takes some seconds. Raises SettingsError for a folder or weights that will not do.
+        clip: checkpoint folder of CLIP ViT-L/14 from Hugging Face. weights: the wheel, or a folder with its `.pth`
+        files and its coordinates_100K.csv. Raises SettingsError if either cannot be read or does not fit the other.
         """
         self._clip = HuggingFace(HuggingFaceSettings(str(clip), "float32", self.batch_size))
         try:
             model = import_(weights)
             self._coordinates = read_gallery(weights)
         except (ValueError, OSError, ModuleNotFoundError) as error:
-            raise SettingsError(f"{weights} cannot be read as GeoCLIP's weights: {error}") from error
+            raise SettingsError(
+                f"{weights} cannot be read as GeoCLIP's weights ({error}): give the wheel that `pip download --no-deps "
+                "geoclip` fetches"
+            ) from error
         width = model.image.hidden.in_features
         if self._clip.width != width or not isinstance(self._clip.model, Clip):
             kind = "CLIP" if isinstance(self._clip.model, Clip) else "SigLIP"
             raise SettingsError(
-                f"{clip} is {kind} {self._clip.width} wide, and GeoCLIP stands on CLIP {width} wide: name a checkpoint "
-                "folder of CLIP ViT-L/14 (openai/clip-vit-large-patch14)"
+                f"{clip} is {kind} of width {self._clip.width}, but GeoCLIP needs CLIP of width {width}: give a "
+                "checkpoint folder of CLIP ViT-L/14 (openai/clip-vit-large-patch14)"
             )
         blocks = encodings.encoder(model.location, lambda location, x: location.features(x))(self._coordinates)
         encoded = jnp.concatenate([jnp.asarray(block) for block in blocks])
@@ -143,37 +151,42 @@ class Locator(Predictor):
         best = np.argsort(-probability, kind="stable")[:_CANDIDATES]
         latitude, longitude = self._coordinates[best].T.tolist()
         candidates = tuple(map(Candidate, latitude, longitude, probability[best].tolist()))
-        sure = spread(self._coordinates[best[0]], self._coordinates, probability)
-        return Prediction(latitude[0], longitude[0], *sure, candidates, (), ())
+        uncertainty = spread(self._coordinates[best[0]], self._coordinates, probability)
+        return Prediction(latitude[0], longitude[0], *uncertainty, candidates, (), ())
 
 
 def start(settings: InitSettings) -> Callable[[AlignModel], None] | None:
-    """Returns what puts the capsules' weights into a new alignment model, for AlignTask; None where none are asked for.
+    """Returns a function that initializes an alignment model's capsules from GeoCLIP. None if no weights are set.
 
-    The MLP after the capsules, which GeoCLIP does not have, stays random, as in G3. Raises SettingsError for weights
-    that are not to be had; what is returned does, for those that do not fit config.align.model.location.
+    settings: config.align.init. The MLP after the capsules, which GeoCLIP does not have, stays random, as in G3. Raises
+    SettingsError if the weights cannot be read. The returned function raises SettingsError if they do not fit
+    config.align.model.location.
     """
     if not settings.location:
         return None
     try:
         weights = read_weights(settings.location)
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        raise SettingsError(f"config.align.init.location = {settings.location!r} cannot be read: {error}") from error
+        raise SettingsError(
+            f"config.align.init.location is {settings.location!r}, which cannot be read ({error}): set it "
+            "to GeoCLIP's wheel, or to '' for random weights"
+        ) from error
     weights = {name: value for name, value in weights.items() if name.startswith("location_encoder.")}
 
-    def put(model: AlignModel) -> None:
+    def initialize(model: AlignModel) -> None:
         try:
             _load(dict(_capsules(model.location)), weights)
         except ValueError as error:
             raise SettingsError(
-                f"config.align.init.location = {settings.location!r} does not fit config.align.model.location: {error}"
+                f"config.align.init.location is {settings.location!r}, which does not fit "
+                f"config.align.model.location: {error}"
             ) from error
 
-    return put
+    return initialize
 
 
-def _places(model: GeoCLIP) -> dict[str, nnx.Variable]:
-    """Returns published name -> our variable; a linear layer's weight is our kernel transposed."""
+def _variables(model: GeoCLIP) -> dict[str, nnx.Variable]:
+    """Returns published tensor name -> variable of our model. Weights of linear layers are transposed kernels."""
     layers = (("image_encoder.mlp.0", model.image.hidden), ("image_encoder.mlp.2", model.image.output))
     return {
         **dict(_capsules(model.location)),
@@ -197,40 +210,43 @@ def _linear(name: str, layer: nnx.Linear) -> Iterator[tuple[str, nnx.Variable]]:
     yield f"{name}.bias", layer.bias
 
 
-def _turned(name: str, value: np.ndarray) -> np.ndarray:
+def _transposed(name: str, value: np.ndarray) -> np.ndarray:
     return value.T if name.endswith(".weight") else value
 
 
-def _load(places: Mapping[str, nnx.Variable], weights: Weights) -> None:
-    missing, extra = sorted(places.keys() - weights.keys()), sorted(weights.keys() - places.keys())
+def _load(variables: Mapping[str, nnx.Variable], weights: Weights) -> None:
+    missing, extra = sorted(variables.keys() - weights.keys()), sorted(weights.keys() - variables.keys())
     if missing or extra:
-        what = f"lacks {missing[0]}" if missing else f"has an unknown tensor {extra[0]}"
-        raise ValueError(f"the state dict {what} ({len(missing)} missing, {len(extra)} extra)")
-    for name, variable in places.items():
-        value = _turned(name, weights[name])
+        problem = f"lacks {missing[0]}" if missing else f"has an unknown tensor {extra[0]}"
+        raise ValueError(f"the state dict {problem} ({len(missing)} missing, {len(extra)} extra)")
+    for name, variable in variables.items():
+        value = _transposed(name, weights[name])
         if value.shape != variable.shape:
-            raise ValueError(f"{name} is {value.shape}, seen from our side, where {variable.shape} fits")
+            raise ValueError(f"{name} has the shape {value.shape} in our layout, but {variable.shape} is needed")
         variable[...] = jnp.asarray(value)
 
 
 def read_weights(path: epath.PathLike) -> dict[str, np.ndarray]:
-    """Returns the state dict of a wheel, a folder of its `.pth` files, or a file, under the whole model's names.
+    """Returns the weights with the tensor names of the whole model's state dict.
 
-    Raises ValueError for what is none of these, and FileNotFoundError naming a file that is not there.
+    path: the wheel, a folder with the wheel's `.pth` files, or a state dict file. Raises ValueError if the path is none
+    of these, and FileNotFoundError that names a missing file.
     """
     path = epath.Path(path)
     if not path.is_dir() and path.suffix != ".whl":
         return official.read_weights(path)
-    found = {}
+    weights = {}
     for prefix, file in _FILES.items():
         tensors = _read_pth(file, _member(path, f"{_IN_WHEEL}/{file}"))
-        found |= {prefix + name: value for name, value in tensors.items()}
-    return found
+        weights |= {prefix + name: value for name, value in tensors.items()}
+    return weights
 
 
 def read_gallery(path: epath.PathLike) -> Float[np.ndarray, "N 2"]:
-    """Returns the 100,000 coordinates, in degrees, among which GeoCLIP chooses; path: the wheel, or a folder with
-    coordinates_100K.csv."""
+    """Returns GeoCLIP's gallery: 100,000 coordinates, in degrees.
+
+    path: the wheel, or a folder with coordinates_100K.csv.
+    """
     data = _member(epath.Path(path), _GALLERY)
     return np.loadtxt(io.BytesIO(data), delimiter=",", skiprows=1, ndmin=2)
 
@@ -242,41 +258,44 @@ def _member(path: epath.Path, name: str) -> bytes:
         with zipfile.ZipFile(io.BytesIO(path.read_bytes())) as wheel:
             return wheel.read(name)
     except (KeyError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is no wheel of GeoCLIP: {error}") from None
+        raise ValueError(f"{path} is not GeoCLIP's wheel: {error}") from None
 
 
 def _read_pth(file: str, data: bytes) -> dict[str, np.ndarray]:
-    """Returns the tensors of a file that torch.save wrote, of float32; one that stands alone has an empty name."""
+    """Returns the float32 tensors of a file written by torch.save. A single tensor without a dict gets the name ""."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             (index,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
-            found = _Tensors(archive, index).load()
-    except Exception as error:  # whatever a damaged archive or pickle leads to
-        raise ValueError(f"{file} is no file of float32 tensors alone: {error}") from error
-    found = found if isinstance(found, dict) else {"": found}
-    for name, value in found.items():
+            tensors = _Tensors(archive, index).load()
+    except Exception as error:  # a damaged archive or pickle can raise nearly any exception
+        raise ValueError(f"{file} does not contain float32 tensors only: {error}") from error
+    tensors = tensors if isinstance(tensors, dict) else {"": tensors}
+    for name, value in tensors.items():
         if not (isinstance(name, str) and isinstance(value, np.ndarray)):
-            raise ValueError(f"{file} is no file of float32 tensors alone: {name!r} in it is none")
-    return found
+            raise ValueError(f"{file} does not contain float32 tensors only: {name!r} is not a tensor")
+    return tensors
 
 
 class _Tensors(pickle.Unpickler):
-    """Unpickles dicts and float32 tensors: the only names it knows are the three that torch writes for these, and what
-    it gives for them is ours."""
+    """Unpickles dicts and float32 tensors without torch, and nothing else.
+
+    The only names it resolves are the three that torch writes for these types, and it replaces each with a harmless
+    equivalent. Other names raise UnpicklingError, so a file cannot run code.
+    """
 
     def __init__(self, archive: zipfile.ZipFile, index: str):
         super().__init__(io.BytesIO(archive.read(index)))
         self._archive, self._folder = archive, index.removesuffix("data.pkl")
 
     def find_class(self, module: str, name: str) -> Any:
-        known = {
+        allowed = {
             "torch._utils._rebuild_tensor_v2": _tensor,
             "torch.FloatStorage": "float32",
             "collections.OrderedDict": dict,
         }
-        if f"{module}.{name}" not in known:
-            raise pickle.UnpicklingError(f"{module}.{name} is in it")
-        return known[f"{module}.{name}"]
+        if f"{module}.{name}" not in allowed:
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}")
+        return allowed[f"{module}.{name}"]
 
     def persistent_load(self, pid: Any) -> np.ndarray:
         _, _, key, _, size = pid
@@ -284,14 +303,17 @@ class _Tensors(pickle.Unpickler):
 
 
 def _tensor(storage: np.ndarray, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any) -> np.ndarray:
-    wanted = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-    if list(strides) != wanted:
-        raise pickle.UnpicklingError("a tensor in it does not lie in one piece")
+    contiguous = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    if list(strides) != contiguous:
+        raise pickle.UnpicklingError("a tensor is not contiguous")
     return storage[offset:][: math.prod(shape)].reshape(shape)
 
 
 def check(weights: Weights, path: epath.PathLike) -> dict[str, float]:
-    """Returns the largest absolute error of each quantity that a file of the form in docs/fidelity.md stores."""
+    """Returns the largest absolute error of each quantity stored in a file of reference values.
+
+    weights: published weights. path: `.npz` file with the arrays listed in docs/fidelity.md.
+    """
     with np.load(io.BytesIO(epath.Path(path).read_bytes()), allow_pickle=False) as file:
         stored = official._Stored({name: file[name] for name in file.files})
     coordinates = jnp.asarray(stored["coordinates_lat_lon_degrees"])
@@ -309,10 +331,10 @@ def check(weights: Weights, path: epath.PathLike) -> dict[str, float]:
 
 
 def _check(options: argparse.Namespace) -> int:
-    found = check(read_weights(options.weights), options.file)
-    for name, value in found.items():
+    errors = check(read_weights(options.weights), options.file)
+    for name, value in errors.items():
         print(f"{name:22} {value:.2e}")
-    return 0 if all(value < 1e-4 for value in found.values()) else 1
+    return 0 if all(value < 1e-4 for value in errors.values()) else 1
 
 
 def _import(options: argparse.Namespace) -> int:
@@ -330,7 +352,7 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def read(path: epath.PathLike) -> GeoCLIP:
-    """Returns the model of a file that `import` wrote. Raises ValueError for any other."""
+    """Returns the model from a parameter file that `import` wrote. Raises ValueError for other files."""
     stored = safetensors.numpy.load(epath.Path(path).read_bytes())
     capsules = {name.split("/")[2] for name in stored if name.startswith("location/capsules/")}
     try:
@@ -339,30 +361,33 @@ def read(path: epath.PathLike) -> GeoCLIP:
         hidden, location_out = stored["location/capsules/0/output/kernel"].shape
         fourier = len(stored["location/capsules/0/frequencies"])
     except KeyError as error:
-        raise ValueError(f"{path} lacks {error}: it is no file that `import` wrote") from None
+        raise ValueError(f"{path} lacks {error}: give a parameter file that `import` wrote") from None
     location = LocationSettings("equal_earth", (1.0,) * len(capsules), fourier, hidden, location_out)
     return checkpoint.read_module(path, lambda rngs: GeoCLIP(location, (width, middle, out), rngs=rngs))
 
 
 def main() -> None:
-    """Runs one action; exits with 1 where a check is past its tolerance and with 2 where a file is not what it is to
-    be."""
+    """Runs one action of the command line.
+
+    Exits with 1 if an error of `check` is 1e-4 or more, and with 2 if a file cannot be used.
+    """
     parser = argparse.ArgumentParser(
-        prog="python -m geotoken_jax.interop.geoclip", description="GeoCLIP's trained encoders, in and out."
+        prog="python -m geotoken_jax.interop.geoclip",
+        description="Imports, exports and checks GeoCLIP's published encoders.",
     )
     actions = parser.add_subparsers(required=True, metavar="ACTION")
-    weights = "the wheel, a folder of its .pth files, or a whole state dict"
-    action = actions.add_parser("check", help="compare ours with stored values of the published encoders")
+    weights = "the wheel, a folder with its .pth files, or a state dict of the whole model"
+    action = actions.add_parser("check", help="compare our encoders with stored outputs of the published encoders")
     action.add_argument("weights", metavar="WEIGHTS", help=weights)
     action.add_argument("file", metavar="FILE.npz")
     action.set_defaults(run=_check)
-    action = actions.add_parser("import", help="published weights to a file of parameters")
+    action = actions.add_parser("import", help="convert published weights to a parameter file")
     action.add_argument("weights", metavar="WEIGHTS", help=weights)
     action.add_argument("out", metavar="OUT.safetensors")
     action.set_defaults(run=_import)
-    action = actions.add_parser("export", help="a file of parameters to a published state dict")
+    action = actions.add_parser("export", help="convert a parameter file to a published state dict")
     action.add_argument("parameters", metavar="PARAMETERS.safetensors")
-    action.add_argument("out", metavar="OUT", help=f"one of {', '.join(official._FORMS)}")
+    action.add_argument("out", metavar="OUT", help=f"file to write, one of {', '.join(official._FORMATS)}")
     action.set_defaults(run=_export)
     options = parser.parse_args()
     try:

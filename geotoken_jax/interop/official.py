@@ -1,13 +1,13 @@
-"""The published GeoToken state dict, in and out, and a check of our model against values stored from it.
+"""Imports, exports and checks the published GeoToken weights.
 
 `python -m geotoken_jax.interop.official ACTION`:
 
-- `check FILE.npz`: loads a file of the form described in docs/fidelity.md and prints the largest error of memory,
-  logits, loss and log-probability, and the agreement of greedy and beam tokens.
-- `import WEIGHTS OUT.safetensors`: published weights become the file of parameters that `train` writes.
-- `export PARAMETERS.safetensors OUT`: and the way back.
+- `check FILE.npz`: compares our model with outputs of the published model (arrays listed in docs/fidelity.md). Prints
+  the largest error of memory, logits, loss and log-probability, and the agreement of greedy and beam tokens.
+- `import WEIGHTS OUT.safetensors`: converts published weights to a parameter file, as `geotoken train` writes it.
+- `export PARAMETERS.safetensors OUT`: converts a parameter file to published weights.
 
-Published weights are `.pth` (needs torch), `.safetensors` or `.npz` files; nothing in them is unpickled.
+Published weights are `.pth` (needs torch), `.safetensors` or `.npz` files. Reading them never runs code.
 """
 
 import argparse
@@ -38,23 +38,23 @@ from geotoken_jax.predict import beam, sample
 #: Published name -> array.
 Weights = Mapping[str, np.ndarray]
 
-#: Members of the published state dict that its forward pass never reads.
+#: Prefixes of entries of the published state dict that the published forward pass never reads.
 UNUSED = ("similarity_embedding.", "metadata_proj.", "coord_head.", "encoder_pos_encoder.", "decoder_pos_encoder.")
-_PROJECTIONS = ("image_proj", "loc_proj", "text_proj")  # in our order: image, location, text
+_PROJECTIONS = ("image_proj", "loc_proj", "text_proj")  # in the order of our kinds: image, location, text
 
 
 def settings(
     *, width: int, layers: int, heads: int, feed_forward: int, group: int, level: int, neighbors: int, **others: Any
 ) -> ModelSettings:
-    """Returns the settings of the published form. Raises ValueError for a group whose tables nothing could hold.
+    """Returns ModelSettings with the published architecture.
 
-    others: fields of ModelSettings that differ from the published code's: backbone_width (768), dropout (0.1), dtype
-    ("float32"), remat ("none").
+    others: fields that replace the published values: backbone_width (768), dropout (0.1), dtype ("float32"), remat
+    ("none"). Raises ValueError if the group is above MAX_GROUP, since its tables would be too large.
     """
     if group > MAX_GROUP:
         tables = 3 * (level // group) * 4**group * width * 4
         raise ValueError(
-            f"group {group} has 4^{group} = {4**group:,} tokens a position, past an int32, and tables of "
+            f"group {group} has 4^{group} = {4**group:,} tokens per position, more than an int32 holds, and tables of "
             f"{tables / 1e12:,.0f} TB at width {width}: use a group up to {MAX_GROUP} that divides level {level}"
         )
     fixed = dict(
@@ -70,9 +70,10 @@ def settings(
 
 
 def settings_of(weights: Weights, *, heads: int = 8, neighbors: int = 15) -> ModelSettings:
-    """Returns the settings that a state dict's shapes tell; its heads and neighbors, which they do not, are given.
+    """Returns the settings of a published state dict, read from the shapes of its tensors.
 
-    Raises ValueError naming a tensor that is missing, or whose shape no settings have.
+    heads, neighbors: values that the shapes do not determine. Raises ValueError that names a missing tensor or a tensor
+    whose shape fits no settings.
     """
     rows, width = _shape(weights, "embedding.weight", 2)
     return _settings(
@@ -88,7 +89,7 @@ def settings_of(weights: Weights, *, heads: int = 8, neighbors: int = 15) -> Mod
 
 
 def _settings_of_parameters(parameters: Weights) -> ModelSettings:
-    """Returns the settings of a file that `write_parameters` wrote of a model of the published form."""
+    """Returns the settings of a parameter file. The model must have the published architecture."""
     rows, width = _shape(parameters, "token_table", 2)
     layers, _, feed_forward = _shape(parameters, "encoder/feed_forward/up/kernel", 3)
     return _settings(
@@ -98,47 +99,50 @@ def _settings_of_parameters(parameters: Weights) -> ModelSettings:
         layers=layers,
         feed_forward=feed_forward,
         backbone_width=_shape(parameters, "memory_builder/projections/up", 3)[1],
-        heads=1,  # heads and neighbors shape no parameter of this form
+        heads=1,  # no shape depends on heads and neighbors
         neighbors=1,
     )
 
 
 def _shape(tensors: Weights, name: str, axes: int) -> tuple[int, ...]:
     if name not in tensors:
-        raise ValueError(f"{name} is missing: this is no model of the published form")
+        raise ValueError(f"{name} is missing: only models of the published architecture can be converted")
     if tensors[name].ndim != axes:
-        raise ValueError(f"{name} has the shape {tensors[name].shape}, of other than {axes} axes")
+        raise ValueError(f"{name} has the shape {tensors[name].shape}, but {axes} axes are needed")
     return tensors[name].shape
 
 
 def _settings(*, rows: int, positions: int, **sizes: Any) -> ModelSettings:
-    """rows: of the token table, 6 for the face and 4^group for each of the other positions."""
+    """rows: number of rows of the token table: 6 for the face and 4^group for each of the other positions."""
     for group in range(1, MAX_GROUP + 1):
         if rows == 6 + (positions - 1) * 4**group:
             return settings(group=group, level=group * (positions - 1), **sizes)
-    raise ValueError(f"the token table has {rows} rows, which no group gives with {positions} output positions")
+    raise ValueError(
+        f"the token table has {rows} rows, and no group has that number with "
+        f"{positions} output positions: only models of the published architecture can be converted"
+    )
 
 
-def _places(s: ModelSettings, params: Any) -> dict[str, list[np.ndarray]]:
-    """Returns published name -> where its numbers lie in our parameters, as views in its own layout.
+def _views(s: ModelSettings, params: Any) -> dict[str, list[np.ndarray]]:
+    """Returns published tensor name -> views of our parameters, in the published layout.
 
-    A tensor is the concatenation of its views, all of one shape, along the first axis: there are three for the
-    stacked projections of queries, keys and values.
+    A tensor is the concatenation of its views along the first axis. All views of a tensor have the same shape. Stacked
+    projections of queries, keys and values have three views, other tensors one.
     """
     builder = params["memory_builder"]
-    places = {
+    views_of = {
         "start_token_embedding": [params["start_embedding"][None]],
         "cls_token": [builder["cls"][None]],
         "embedding.weight": [params["token_table"]],
         "retrieval_embedding.weight": [params["neighbor_table"]],
     }
-    for t, size in enumerate(s.cells.vocab_sizes):  # our head is as wide everywhere as the widest position
-        places[f"output_layers.{t}.weight"] = [params["head"][t, :, :size].T]
-        places[f"output_layers.{t}.bias"] = [params["head_bias"][t, :size]]
+    for t, size in enumerate(s.cells.vocab_sizes):  # our head has the width of the largest vocabulary at all positions
+        views_of[f"output_layers.{t}.weight"] = [params["head"][t, :, :size].T]
+        views_of[f"output_layers.{t}.bias"] = [params["head_bias"][t, :size]]
     for e, name in enumerate(_PROJECTIONS):
         for number, part in ((0, "up"), (2, "down")):
-            places[f"{name}.{number}.weight"] = [builder["projections"][part][e].T]
-            places[f"{name}.{number}.bias"] = [builder["projections"][f"{part}_bias"][e]]
+            views_of[f"{name}.{number}.weight"] = [builder["projections"][part][e].T]
+            views_of[f"{name}.{number}.bias"] = [builder["projections"][f"{part}_bias"][e]]
     for side, depth, attentions in (
         ("encoder", s.encoder_layers, {"self_attn": "attention"}),
         ("decoder", s.decoder_layers, {"self_attn": "attention", "multihead_attn": "memory_attention"}),
@@ -148,39 +152,40 @@ def _places(s: ModelSettings, params: Any) -> dict[str, list[np.ndarray]]:
             layer = f"{side}.layers.{i}"
             for theirs, ours in attentions.items():
                 q, k, v, out = (stack[ours][part] for part in ("q", "k", "v", "out"))
-                places[f"{layer}.{theirs}.in_proj_weight"] = [part["kernel"][i].T for part in (q, k, v)]
-                places[f"{layer}.{theirs}.in_proj_bias"] = [part["bias"][i] for part in (q, k, v)]
-                places[f"{layer}.{theirs}.out_proj.weight"] = [out["kernel"][i].T]
-                places[f"{layer}.{theirs}.out_proj.bias"] = [out["bias"][i]]
+                views_of[f"{layer}.{theirs}.in_proj_weight"] = [part["kernel"][i].T for part in (q, k, v)]
+                views_of[f"{layer}.{theirs}.in_proj_bias"] = [part["bias"][i] for part in (q, k, v)]
+                views_of[f"{layer}.{theirs}.out_proj.weight"] = [out["kernel"][i].T]
+                views_of[f"{layer}.{theirs}.out_proj.bias"] = [out["bias"][i]]
             for theirs, ours in (("linear1", "up"), ("linear2", "down")):
-                places[f"{layer}.{theirs}.weight"] = [stack["feed_forward"][ours]["kernel"][i].T]
-                places[f"{layer}.{theirs}.bias"] = [stack["feed_forward"][ours]["bias"][i]]
+                views_of[f"{layer}.{theirs}.weight"] = [stack["feed_forward"][ours]["kernel"][i].T]
+                views_of[f"{layer}.{theirs}.bias"] = [stack["feed_forward"][ours]["bias"][i]]
             for n in range(1 + len(attentions)):
-                places[f"{layer}.norm{n + 1}.weight"] = [stack["norms"][n]["scale"][i]]
-                places[f"{layer}.norm{n + 1}.bias"] = [stack["norms"][n]["bias"][i]]
-    return places
+                views_of[f"{layer}.norm{n + 1}.weight"] = [stack["norms"][n]["scale"][i]]
+                views_of[f"{layer}.norm{n + 1}.bias"] = [stack["norms"][n]["bias"][i]]
+    return views_of
 
 
 def from_state_dict(s: ModelSettings, weights: Weights) -> GeoTokenModel:
-    """Returns our model with the published weights, in float32.
+    """Returns our model with published weights, in float32.
 
-    Raises ValueError naming a missing, extra or misshapen tensor.
+    Raises ValueError that names a missing tensor, an extra tensor or a tensor of the wrong shape.
     """
     model = nnx.eval_shape(lambda: GeoTokenModel(s, nnx.Rngs(0)))
     state = nnx.state(model, nnx.Param)
     params = jax.tree.map(lambda p: np.zeros(p.shape, p.dtype), nnx.to_pure_dict(state))
-    places = _places(s, params)
-    extra = sorted(name for name in weights if name not in places and not name.startswith(UNUSED))
-    missing = sorted(name for name in places if name not in weights)
+    views_of = _views(s, params)
+    extra = sorted(name for name in weights if name not in views_of and not name.startswith(UNUSED))
+    missing = sorted(name for name in views_of if name not in weights)
     if missing or extra:
-        what = f"lacks {missing[0]}" if missing else f"has an unknown tensor {extra[0]}"
+        problem = f"lacks {missing[0]}" if missing else f"has an unknown tensor {extra[0]}"
         raise ValueError(
-            f"the state dict {what} ({len(missing)} missing, {len(extra)} extra): is the configuration its own?"
+            f"the state dict {problem} ({len(missing)} missing, {len(extra)} extra): check that the model settings are "
+            "those of the published model"
         )
-    for name, views in places.items():
+    for name, views in views_of.items():
         value, shape = weights[name], (len(views) * len(views[0]), *views[0].shape[1:])
         if value.shape != shape:
-            raise ValueError(f"{name} has the wrong shape for this configuration: {value.shape} where {shape} fits")
+            raise ValueError(f"{name} has the wrong shape for these model settings: {value.shape} instead of {shape}")
         for view, part in zip(views, np.split(value, len(views)), strict=True):
             view[...] = part
     nnx.replace_by_pure_dict(state, jax.tree.map(jnp.asarray, params))
@@ -189,43 +194,43 @@ def from_state_dict(s: ModelSettings, weights: Weights) -> GeoTokenModel:
 
 
 def to_state_dict(model: GeoTokenModel) -> dict[str, np.ndarray]:
-    """Returns the weights under their published names, layouts included (members that nothing reads are left out)."""
+    """Returns the published state dict of a model, without the entries that the published forward pass never reads."""
     params = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
-    places = _places(model.settings, params)
-    return {name: np.ascontiguousarray(np.concatenate(views)) for name, views in places.items()}
+    views_of = _views(model.settings, params)
+    return {name: np.ascontiguousarray(np.concatenate(views)) for name, views in views_of.items()}
 
 
 def read_weights(path: epath.PathLike) -> dict[str, np.ndarray]:
-    """Returns the state dict of a `.pth`, `.safetensors` or `.npz` file, as float32 whatever the file has.
+    """Returns the state dict of a `.pth`, `.safetensors` or `.npz` file, converted to float32.
 
-    The state dict may stand in a training checkpoint, as `model_state_dict`, `state_dict` or `model`, and its names may
-    carry what DataParallel and torch.compile add. Raises ValueError for a file that is none of these, and
-    ModuleNotFoundError for a `.pth` without torch.
+    A `.pth` may be a training checkpoint with the state dict under `model_state_dict`, `state_dict` or `model`. Name
+    prefixes of DataParallel and torch.compile are removed. Raises ValueError if the file has no readable state dict,
+    and ModuleNotFoundError for a `.pth` if torch is not installed.
     """
     path = epath.Path(path)
-    read, _ = _form(path)
+    read, _ = _format(path)
     try:
-        found = read(path.read_bytes())
+        weights = read(path.read_bytes())
     except (FileNotFoundError, ModuleNotFoundError):
         raise
-    except Exception as error:  # each form's reader has errors of its own, zipfile's and pickle's among them
-        raise ValueError(f"{path} holds no state dict that can be read: {str(error).splitlines()[0]}") from error
-    return {name.replace("_orig_mod.", "").removeprefix("module."): value for name, value in found.items()}
+    except Exception as error:  # readers raise many types, from zipfile and pickle too
+        raise ValueError(f"{path} has no state dict that can be read: {str(error).splitlines()[0]}") from error
+    return {name.replace("_orig_mod.", "").removeprefix("module."): value for name, value in weights.items()}
 
 
 def write_weights(path: epath.PathLike, weights: Weights) -> None:
-    """Writes a state dict as the `.pth`, `.safetensors` or `.npz` file that `path` ends in, whole or not at all."""
+    """Writes a state dict atomically, in the format named by the suffix of `path`: `.pth`, `.safetensors` or `.npz`."""
     path = epath.Path(path)
-    _, write = _form(path)
+    _, write = _format(path)
     workdir.write_bytes(path, write(dict(weights)))
 
 
-def _form(
+def _format(
     path: epath.Path,
 ) -> tuple[Callable[[bytes], dict[str, np.ndarray]], Callable[[dict[str, np.ndarray]], bytes]]:
-    if path.suffix not in _FORMS:
-        raise ValueError(f"{path} ends in {path.suffix or 'nothing'}: weights are files of {', '.join(_FORMS)}")
-    return _FORMS[path.suffix]
+    if path.suffix not in _FORMATS:
+        raise ValueError(f"{path} has the suffix {path.suffix!r}: give a file with one of {', '.join(_FORMATS)}")
+    return _FORMATS[path.suffix]
 
 
 def _torch() -> Any:
@@ -239,15 +244,17 @@ def _torch() -> Any:
 def _read_pth(data: bytes) -> dict[str, np.ndarray]:
     torch = _torch()
     try:
-        found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # whose own message tells how to run the file's code
-        raise ValueError("it is more than tensors; save them alone: torch.save(model.state_dict(), FILE)") from None
+        tensors = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # torch's message explains how to run the file's code
+        raise ValueError(
+            "it contains more than tensors: save only these with torch.save(model.state_dict(), FILE)"
+        ) from None
     for name in ("model_state_dict", "state_dict", "model"):
-        found = found.get(name, found)
-    other = [name for name, value in found.items() if not torch.is_tensor(value)]
+        tensors = tensors.get(name, tensors)
+    other = [name for name, value in tensors.items() if not torch.is_tensor(value)]
     if other:
-        raise ValueError(f"{other[0]} in it is no tensor")
-    return {name: value.float().numpy() for name, value in found.items()}
+        raise ValueError(f"its entry {other[0]} is not a tensor")
+    return {name: value.float().numpy() for name, value in tensors.items()}
 
 
 def _write_pth(weights: dict[str, np.ndarray]) -> bytes:
@@ -259,8 +266,8 @@ def _write_pth(weights: dict[str, np.ndarray]) -> bytes:
 def _read_safetensors(data: bytes) -> dict[str, np.ndarray]:
     types = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64, "I64": np.int64}
     return {
-        name: np.frombuffer(found["data"], types[found["dtype"]]).reshape(found["shape"]).astype(np.float32)
-        for name, found in safetensors.deserialize(data)
+        name: np.frombuffer(entry["data"], types[entry["dtype"]]).reshape(entry["shape"]).astype(np.float32)
+        for name, entry in safetensors.deserialize(data)
     }
 
 
@@ -275,7 +282,7 @@ def _write_npz(weights: dict[str, np.ndarray]) -> bytes:
     return file.getvalue()
 
 
-_FORMS = {
+_FORMATS = {
     ".pth": (_read_pth, _write_pth),
     ".safetensors": (_read_safetensors, safetensors.numpy.save),
     ".npz": (_read_npz, _write_npz),
@@ -284,13 +291,13 @@ _FORMS = {
 
 class _Stored(dict):
     def __missing__(self, name: str) -> np.ndarray:
-        raise ValueError(f"the file lacks {name}: docs/fidelity.md says what one of this form holds")
+        raise ValueError(f"the file lacks {name}: docs/fidelity.md lists the arrays that the file needs")
 
 
 def check(path: str) -> dict[str, float]:
-    """Returns the largest absolute error of each stored quantity, and the share of greedy and beam tokens alike.
+    """Returns the largest absolute error of each stored quantity, and the share of equal greedy and beam tokens.
 
-    Raises ValueError naming an array that the file lacks.
+    path: `.npz` file with the arrays listed in docs/fidelity.md. Raises ValueError that names a missing array.
     """
     with np.load(path, allow_pickle=False) as file:
         stored = _Stored({name: file[name] for name in file.files})
@@ -309,44 +316,44 @@ def check(path: str) -> dict[str, float]:
         tokens = jnp.asarray(stored["gallery_tokens"][rows], jnp.int32)
         return Neighbors(jnp.asarray(gallery[rows]), tokens, jnp.full(len(rows), rows.shape[1]))
 
-    def run(model: GeoTokenModel, near: Neighbors, in_training: Neighbors) -> tuple:
-        memory = model.encode(query, near)
+    def run(model: GeoTokenModel, first: Neighbors, in_training: Neighbors) -> tuple:
+        memory = model.encode(query, first)
         return (
-            model(query, near, targets),
+            model(query, first, targets),
             model(query, in_training, targets),
-            model.sequence(query, near)[0],
+            model.sequence(query, first)[0],
             sample.greedy(model, memory),
             beam.search(model, memory, stored["beam4_tokens"].shape[1]),
         )
 
     last = m - 1
     log_p, log_p_in_training, sequence, greedy, beams = nnx.jit(run)(model, neighbors(0), neighbors(1))
-    want = jax.nn.log_softmax(stored[f"teacher_forced_logits_neighbors_0_to_{last}"])
-    real = np.isfinite(want)
-    states = stored[f"memory_neighbors_0_to_{last}"]  # of the first photos; the file may keep fewer, to be small
+    expected = jax.nn.log_softmax(stored[f"teacher_forced_logits_neighbors_0_to_{last}"])
+    real = np.isfinite(expected)
+    states = stored[f"memory_neighbors_0_to_{last}"]  # the file may store fewer photos to save space
     tempered = -loss.cross_entropy(jax.nn.log_softmax(log_p / 0.7), targets).sum(1)
     per_photo = loss.weighted(
         loss.cross_entropy(log_p_in_training, targets), loss.level_weights(s.cells.length, 2.0, 1.0)
     )
     errors = {
         "memory": sequence[: len(states)] - states,
-        "logits": np.where(real, np.where(real, log_p, 0) - np.where(real, want, 0), 0),
+        "logits": np.where(real, np.where(real, log_p, 0) - np.where(real, expected, 0), 0),
         "loss": per_photo.mean() - stored[f"train_loss_neighbors_1_to_{m}"],
         "log-probability": tempered - stored["target_logprob_temperature_0p7"],
         "beam log-probability": beams.log_probability - stored["beam4_logprob"],
     }
-    found = {name: float(np.abs(np.asarray(error)).max()) for name, error in errors.items()}
-    found["greedy tokens"] = float((greedy.tokens[:, 0] == stored[f"greedy_tokens_neighbors_0_to_{last}"]).mean())
-    found["beam tokens"] = float((beams.tokens == stored["beam4_tokens"]).mean())
-    return found
+    results = {name: float(np.abs(np.asarray(error)).max()) for name, error in errors.items()}
+    results["greedy tokens"] = float((greedy.tokens[:, 0] == stored[f"greedy_tokens_neighbors_0_to_{last}"]).mean())
+    results["beam tokens"] = float((beams.tokens == stored["beam4_tokens"]).mean())
+    return results
 
 
 def _check(options: argparse.Namespace) -> int:
-    found = check(options.file)
-    for name, value in found.items():
+    results = check(options.file)
+    for name, value in results.items():
         print(f"{name:22} {value:.1%} agree" if name.endswith("tokens") else f"{name:22} {value:.2e}")
-    good = all(value == 1.0 if name.endswith("tokens") else value < 1e-4 for name, value in found.items())
-    return 0 if good else 1
+    passed = all(value == 1.0 if name.endswith("tokens") else value < 1e-4 for name, value in results.items())
+    return 0 if passed else 1
 
 
 def _import(options: argparse.Namespace) -> int:
@@ -357,7 +364,7 @@ def _import(options: argparse.Namespace) -> int:
     changed = {
         name: value for name, value in dataclasses.asdict(s).items() if name not in ("dropout", "dtype", "remat")
     }
-    print(f"{options.out}: {sum(p.size for p in jax.tree.leaves(params)):,} parameters, to be read with")
+    print(f"{options.out}: {sum(p.size for p in jax.tree.leaves(params)):,} parameters. Load them with these settings:")
     print(" ".join(f"--config.model.{name}={value}" for name, value in changed.items()))
     return 0
 
@@ -371,24 +378,33 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def main() -> None:
-    """Runs one action; exits with 1 where a check is past its tolerance and with 2 where a file is not what it is to
-    be."""
+    """Runs one action of the command line.
+
+    Exits with 1 if `check` finds an error of 1e-4 or more or a differing token, and with 2 if a file cannot be used.
+    """
     parser = argparse.ArgumentParser(
-        prog="python -m geotoken_jax.interop.official", description="The published GeoToken weights, in and out."
+        prog="python -m geotoken_jax.interop.official",
+        description="Imports, exports and checks the published GeoToken weights.",
     )
     actions = parser.add_subparsers(required=True, metavar="ACTION")
-    action = actions.add_parser("check", help="compare our model with stored values of the published one")
+    action = actions.add_parser("check", help="compare our model with stored outputs of the published model")
     action.add_argument("file", metavar="FILE.npz")
     action.set_defaults(run=_check)
-    action = actions.add_parser("import", help="published weights to parameters as `geotoken train` writes them")
-    action.add_argument("weights", metavar="WEIGHTS", help=f"one of {', '.join(_FORMS)}")
+    action = actions.add_parser(
+        "import", help="convert published weights to a parameter file like those of `geotoken train`"
+    )
+    action.add_argument("weights", metavar="WEIGHTS", help=f"published weights, one of {', '.join(_FORMATS)}")
     action.add_argument("out", metavar="OUT.safetensors")
-    action.add_argument("--heads", type=int, default=8, help="not to be seen in the weights (default: 8)")
-    action.add_argument("--neighbors", type=int, default=15, help="not to be seen in the weights (default: 15)")
+    action.add_argument(
+        "--heads", type=int, default=8, help="number of attention heads, not stored in the weights (default: 8)"
+    )
+    action.add_argument(
+        "--neighbors", type=int, default=15, help="number of neighbors, not stored in the weights (default: 15)"
+    )
     action.set_defaults(run=_import)
-    action = actions.add_parser("export", help="parameters as `geotoken train` writes them to published weights")
+    action = actions.add_parser("export", help="convert a parameter file of `geotoken train` to published weights")
     action.add_argument("parameters", metavar="PARAMETERS.safetensors")
-    action.add_argument("out", metavar="OUT", help=f"one of {', '.join(_FORMS)}")
+    action.add_argument("out", metavar="OUT", help=f"file to write, one of {', '.join(_FORMATS)}")
     action.set_defaults(run=_export)
     options = parser.parse_args()
     try:

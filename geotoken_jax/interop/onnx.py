@@ -1,4 +1,4 @@
-"""An export as ONNX, which onnxruntime answers with. Needs jax2onnx."""
+"""Converts an export's programs to ONNX for onnxruntime. Needs jax2onnx."""
 
 import jax
 import jax2onnx
@@ -15,17 +15,17 @@ With onnxruntime and numpy alone, from the folder of the export:
 
     python standalone.py FEATURES.npy targets/onnx > answers.jsonl
 
-`align.onnx` makes vectors [b, 3, C] from features [b, C]; `geotoken.onnx` candidates from these, the neighbors' and
-`noise.npy` [T, K, V], which is added to the log-probabilities of a token before the largest is taken: with this noise
-the candidates are those of `GeoToken.load`; with noise of your own (0 for the first candidate, which is greedy,
-Gumbel's for the others) they are others.
+`align.onnx` maps features [b, C] to vectors [b, 3, C]. `geotoken.onnx` maps the vectors of a photo and its neighbors to
+candidates. The array `noise.npy` [T, K, V] is an input of `geotoken.onnx`: it is added to the log-probabilities of each
+token before the argmax. With this noise the candidates equal the candidates of `GeoToken.load`. For other samples, pass
+other noise: 0 for the first candidate, which is greedy, and Gumbel noise for the others.
 """
 
 
 def make(folder: epath.Path, out: epath.Path) -> str:
-    """Writes align.onnx, geotoken.onnx, weights inside, and noise.npy; returns what README.md is to say."""
-    read, noise = programs.with_noise(folder)
-    for name, program in read.items():
+    """Writes align.onnx and geotoken.onnx, which contain the weights, and noise.npy. Returns the text of README.md."""
+    loaded, noise = programs.with_noise(folder)
+    for name, program in loaded.items():
         _convert(program, out / f"{name}.onnx")
     with (out / "noise.npy").open("wb") as file:
         np.save(file, noise)
@@ -34,7 +34,7 @@ def make(folder: epath.Path, out: epath.Path) -> str:
 
 def _convert(program: Program, file: epath.Path) -> None:
     shapes = program.shapes()
-    # Traced before jax2onnx puts operations of its own in the place of flax's and jax's.
+    # Trace first: jax2onnx patches operations of flax and jax while it converts.
     traced, result = jax.make_jaxpr(lambda *values: program.run(program.model, *values), return_shape=True)(*shapes)
     jax2onnx.to_onnx(
         jaxpr_as_fun(traced),

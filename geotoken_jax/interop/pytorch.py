@@ -1,4 +1,4 @@
-"""An export's decoder under the published names, for the published PyTorch code."""
+"""Converts an export's decoder to a state dict for the published PyTorch code."""
 
 import dataclasses
 import importlib.util
@@ -13,18 +13,18 @@ from geotoken_jax.settings import SettingsError
 
 _README = """# PyTorch
 
-The decoder's parameters under the published names: `geotoken.safetensors` (`safetensors.torch.load_file`), and
-`geotoken.pth` (`torch.load`) where torch was there. Members of the published state dict that its forward pass never
-reads are not in it: `load_state_dict(..., strict=False)`.
+The decoder's parameters with the tensor names of the published code: `geotoken.safetensors` for
+`safetensors.torch.load_file`, and `geotoken.pth` for `torch.load` if torch was installed. Load them with
+`load_state_dict(..., strict=False)`: entries that the published forward pass never reads are left out.
 """
-#: Settings that say how a model was trained or is run, not what it is.
-_NOT_ITS_FORM = ("dropout", "neighbor_dropout", "dtype", "remat")
+#: Settings of training and execution. They do not change the architecture.
+_RUNTIME = ("dropout", "neighbor_dropout", "dtype", "remat")
 
 
 def make(folder: epath.Path, out: epath.Path) -> str:
-    """Writes geotoken.safetensors, and geotoken.pth where torch is; returns what README.md is to say.
+    """Writes geotoken.safetensors, and geotoken.pth if torch is installed. Returns the text of README.md.
 
-    Raises SettingsError naming a setting that the published code does not have.
+    Raises SettingsError that names a model setting without an equivalent in the published code.
     """
     ours = settings.read(ModelSettings, json.loads((folder / "config.json").read_text())["model"], "model")
     published = official.settings(
@@ -32,10 +32,11 @@ def make(folder: epath.Path, out: epath.Path) -> str:
         group=ours.group, level=ours.level, neighbors=ours.neighbors, backbone_width=ours.backbone_width,
     )  # fmt: skip
     for name, value in dataclasses.asdict(published).items():
-        if name not in _NOT_ITS_FORM and getattr(ours, name) != value:
+        if name not in _RUNTIME and getattr(ours, name) != value:
             raise SettingsError(
-                f"--target=pytorch takes a model of the published form: its config.model.{name} is "
-                f"{getattr(ours, name)!r}, which the published code does not have, not {value!r}"
+                f"--target=pytorch needs the published architecture, but config.model.{name} is "
+                f"{getattr(ours, name)!r}, not {value!r}: train a model with {value!r}, or choose "
+                "another target"
             )
     model = checkpoint.read_module(folder / "geotoken.safetensors", lambda rngs: GeoTokenModel(ours, rngs))
     weights = official.to_state_dict(model)

@@ -1,4 +1,4 @@
-"""An export as TensorFlow's SavedModels: its StableHLO with the parameters in it. Needs TensorFlow."""
+"""Converts an export's StableHLO programs and parameters to TensorFlow SavedModels. Needs TensorFlow."""
 
 import safetensors.numpy
 import tensorflow as tf
@@ -12,11 +12,12 @@ With TensorFlow and numpy alone, from the folder of the export:
 
     python standalone.py FEATURES.npy targets/savedmodel > answers.jsonl
 
-`align/` and `geotoken/` are SavedModels with a signature `serving_default` for any number of photos: the programs of
-`align.stablehlo` and `geotoken.stablehlo`, parameters inside, as XLA's, so what serves them needs XLA (TensorFlow has
-it). Arguments of geotoken are query, neighbors, neighbor_tokens, neighbor_count and numbers, which decide the samples.
+`align/` and `geotoken/` are SavedModels with the signature `serving_default` for any number of photos. They contain the
+programs `align.stablehlo` and `geotoken.stablehlo` with their parameters as XLA programs, so serving needs a runtime
+with XLA, such as TensorFlow. The arguments of geotoken are query, neighbors, neighbor_tokens, neighbor_count and
+numbers. Numbers are the seeds of the samples, one per photo.
 """
-#: Arguments of each program, in its order.
+#: Program -> its arguments, in order.
 _ARGUMENTS = {
     "align": ("features",),
     "geotoken": ("query", "neighbors", "neighbor_tokens", "neighbor_count", "numbers"),
@@ -24,7 +25,7 @@ _ARGUMENTS = {
 
 
 def make(folder: epath.Path, out: epath.Path) -> str:
-    """Writes the SavedModels align and geotoken; returns what README.md is to say."""
+    """Writes the SavedModels align/ and geotoken/. Returns the text of README.md."""
     for name, arguments in _ARGUMENTS.items():
         program = export.deserialize(bytearray((folder / f"{name}.stablehlo").read_bytes()))
         parameters = safetensors.numpy.load((folder / f"{name}.safetensors").read_bytes())
@@ -37,8 +38,8 @@ def make(folder: epath.Path, out: epath.Path) -> str:
         )
 
         def named(*values: tf.Tensor, call=call) -> dict[str, tf.Tensor]:
-            found = call(*values)
-            return found if isinstance(found, dict) else {"vectors": found}
+            output = call(*values)
+            return output if isinstance(output, dict) else {"vectors": output}
 
         specs = [
             tf.TensorSpec((None, *shape.shape[1:]), tf.as_dtype(shape.dtype), argument)

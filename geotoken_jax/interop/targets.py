@@ -1,7 +1,6 @@
-"""`geotoken export --target`: what runtimes other than jax answer with, made from an export's folder.
+"""`geotoken export --target`: converts an export for runtimes other than jax, in its folder targets/NAME.
 
-Each is a folder `targets/NAME` in it. Converters need environments of their own: their requirements and ours exclude
-each other.
+Each converter needs a separate environment because its requirements conflict with the requirements of geotoken-jax.
 """
 
 import importlib
@@ -12,7 +11,7 @@ from etils import epath
 from geotoken_jax import workdir
 from geotoken_jax.settings import SettingsError
 
-#: Name of a target -> the module here that makes it, and what its environment holds beside this package.
+#: Target name -> module of this package that converts, and packages to install beside geotoken-jax.
 TARGETS = {
     "onnx": ("onnx", "jax2onnx==0.17.1 onnxruntime==1.32.0 array_record==0.8.6 ml_collections pillow safetensors tqdm"),
     "savedmodel": ("savedmodel", "tensorflow-cpu==2.21.0 jax==0.10.2 etils safetensors tqdm"),
@@ -21,10 +20,10 @@ TARGETS = {
 
 
 def make(folder: epath.PathLike, name: str) -> epath.Path:
-    """Makes one target, anew where it is there, and returns its folder.
+    """Converts an export for one target and returns the target's folder. An existing folder is replaced.
 
-    Raises SettingsError where the environment lacks what converts, or the model has what the target cannot be made of;
-    FileNotFoundError if the folder is not an export.
+    folder: folder of the export. name: a key of TARGETS. Raises SettingsError if the converter is not installed or
+    cannot convert this model, and FileNotFoundError if the folder is not an export.
     """
     folder = epath.Path(folder)
     if not (folder / "config.json").exists():
@@ -34,16 +33,19 @@ def make(folder: epath.PathLike, name: str) -> epath.Path:
         target = importlib.import_module(f"geotoken_jax.interop.{module}")
     except ModuleNotFoundError as error:
         raise SettingsError(
-            f"--target={name} needs {error.name}: in an environment of its own, `pip install {packages}` and "
+            f"--target={name} needs {error.name}: in a separate environment, run `pip install {packages}` and "
             "`pip install --no-deps geotoken-jax`"
         ) from None
     if name != "pytorch" and not (folder / "standalone.py").exists():
-        raise SettingsError(f"{folder} has no standalone.py, which --target={name} is run by: its cells are not S2's")
+        raise SettingsError(
+            f"{folder} has no standalone.py, which --target={name} needs: export a model with config.model.scheme "
+            "= 's2'"
+        )
     out = folder / "targets" / name
-    made = out.with_name(f"{name}.part")  # renamed when whole
-    shutil.rmtree(made, ignore_errors=True)
-    made.mkdir(parents=True)
-    workdir.write_bytes(made / "README.md", target.make(folder, made).encode())
+    partial = out.with_name(f"{name}.part")  # renamed when complete
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    workdir.write_bytes(partial / "README.md", target.make(folder, partial).encode())
     shutil.rmtree(out, ignore_errors=True)
-    made.rename(out)
+    partial.rename(out)
     return out

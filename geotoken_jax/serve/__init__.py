@@ -1,1 +1,1 @@
-"""`geotoken serve`: an exported model as an HTTP service."""
+"""`geotoken serve`: serves an exported model over HTTP."""

@@ -1,4 +1,4 @@
-"""Answers as the service writes them: JSON, and GeoJSON (RFC 7946) for whoever draws maps."""
+"""Response formats of the service: JSON, and GeoJSON (RFC 7946) for maps."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,23 +12,23 @@ GEOJSON = "application/geo+json"
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """What is wrong, in one sentence."""
+    """An error, as one sentence."""
 
     error: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """Of each photo, in their order, where it was taken, or what is wrong with it."""
+    """One prediction or error per photo, in the order of the request."""
 
     answers: list[LeveledPrediction | Prediction | Failure]
 
 
 def geojson(answers: Sequence[Prediction | Failure]) -> dict[str, Any]:
-    """Returns a FeatureCollection of points, each with the number of its photo, from 0, and its kind.
+    """Returns a FeatureCollection with one point per answer, candidate, cell center and neighbor.
 
-    A feature has the fields of its answer, candidate, cell (at its center) or neighbor, but lists. `errors` lists the
-    photos that could not be read.
+    Properties are "photo", the number of the photo from 0, "kind", and the fields of the object except lists. `errors`
+    lists the photos that could not be read.
     """
     features, errors = [], []
     for photo, answer in enumerate(answers):
@@ -47,15 +47,15 @@ _KINDS = ("candidate", "cell", "neighbor")
 def _feature(photo: int, kind: str, place: Any) -> dict[str, Any]:
     values = {field.name: getattr(place, field.name) for field in dataclasses.fields(place)}
     point = [values.pop("longitude"), values.pop("latitude")]
-    own = {name: value for name, value in values.items() if value is not None and not isinstance(value, tuple)}
+    fields = {name: value for name, value in values.items() if value is not None and not isinstance(value, tuple)}
     return {
         "type": "Feature",
         "geometry": {"type": "Point", "coordinates": point},
-        "properties": {"photo": photo, "kind": kind, **own},
+        "properties": {"photo": photo, "kind": kind, **fields},
     }
 
 
-#: The form of `geojson`, for the OpenAPI document.
+#: JSON schema of the result of `geojson`, for the OpenAPI document.
 GEOJSON_SCHEMA = {
     "type": "object",
     "required": ["type", "features", "errors"],

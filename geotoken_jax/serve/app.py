@@ -1,4 +1,4 @@
-"""The service: what is asked for at which path, and how it starts and ends."""
+"""The HTTP application: its endpoints, startup and shutdown."""
 
 import asyncio
 import contextlib
@@ -33,25 +33,25 @@ from geotoken_jax.serve.metrics import Counted, Metrics
 Format = Literal["json", "geojson", "levels"]
 
 _ONE, _MANY = "/v1/predict", "/v1/predict-many"
-#: What an answer may be read by: nothing between here and who asked keeps it.
+#: Predictions may be personal: no cache between the service and the client may store them.
 _HEADERS = {"Cache-Control": "no-store"}
 #: A PNG of one gray pixel.
 _EXAMPLE = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR42mNoAAAAggCB2kUIOwAAAABJRU5ErkJggg=="
 _REFUSALS = {
-    400: "the request ended before its body did",
-    401: "the bearer token, where the service asks for one, is missing or wrong",
-    408: "the request took too long to arrive",
+    400: "the connection closed before the whole body arrived",
+    401: "the service requires a bearer token, and it is missing or wrong",
+    408: "the request body took too long to arrive",
     413: "the request is too large",
-    415: "photos come in another form",
-    422: "the request, or its only photo, cannot be read",
-    429: "too many photos a minute; Retry-After says when to come again",
+    415: "the content type is not supported",
+    422: "the request or its only photo cannot be read",
+    429: "too many photos per minute; wait the seconds in Retry-After",
     500: "the service failed",
-    503: "the service is full, or not ready; Retry-After says when to come again",
+    503: "the service is full or not ready; wait the seconds in Retry-After",
 }
 
 
 class Service:
-    """A model with its batches, its limits and its metrics."""
+    """A served model with its batcher, limits and metrics."""
 
     def __init__(self, model: Model, settings: ServeSettings):
         self.settings = settings
@@ -62,13 +62,13 @@ class Service:
         self._threads = ThreadPoolExecutor(settings.threads, "decode")
 
     @contextlib.asynccontextmanager
-    async def running(self, broken: Callable[[], None]) -> AsyncIterator[None]:
-        """Runs the model meanwhile; `broken` is called if that fails, which is then logged."""
+    async def running(self, on_failure: Callable[[], None]) -> AsyncIterator[None]:
+        """Runs the batcher inside the context. If the model fails, logs the error and calls `on_failure`."""
 
         def ended(task: asyncio.Task[None]) -> None:
             if not task.cancelled():
                 logging.getLogger(__name__).critical("the model cannot be run", exc_info=task.exception())
-                broken()
+                on_failure()
 
         task = asyncio.create_task(self.batcher.run())
         task.add_done_callback(ended)
@@ -79,20 +79,23 @@ class Service:
             self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def answers(
-        self, request: Request, name: str, most: int | None, format: Format
+        self, request: Request, name: str, max_photos: int | None, format: Format
     ) -> list[Prediction | Failure]:
-        """Returns the answers for a request's photos, in order; name, most: see `bodies.photos`. Raises Refused."""
+        """Returns predictions or errors for a request's photos, in order. Raises Refused.
+
+        name, max_photos: see `bodies.photos`.
+        """
         settings, address = self.settings, request.client.host if request.client else ""
         if not self.batcher.ready:
             raise Refused(503, "the model is being compiled: try again later", retry_after(5))
-        with contextlib.ExitStack() as held:
-            held.enter_context(self.room.take(1))
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.room.take(1))
             self._rate.take(address, 1)
             body = await bodies.read(request, settings.max_bytes, settings.read_s)
             kind = request.headers.get("content-type", "")
-            photos = await self._in_thread(bodies.photos, kind, body, name, most)
+            photos = await self._in_thread(bodies.photos, kind, body, name, max_photos)
             del body
-            held.enter_context(self.room.take(len(photos) - 1))
+            stack.enter_context(self.room.take(len(photos) - 1))
             self._rate.take(address, len(photos) - 1)
             return await asyncio.gather(*(self._answer(photo, format) for photo in photos))
 
@@ -102,9 +105,9 @@ class Service:
         except ImageError as error:
             self.metrics.photos.labels("unreadable").inc()
             return Failure(bodies.sentence(error))
-        found = await self.batcher(prepared)
+        prediction = await self.batcher(prepared)
         self.metrics.photos.labels("answered").inc()
-        return await self._in_thread(with_levels, found) if format == "levels" else found
+        return await self._in_thread(with_levels, prediction) if format == "levels" else prediction
 
     def _prepared(self, photo: Any) -> Any:
         return self._prepare(bodies.decoded(photo, self.settings.max_pixels))
@@ -114,11 +117,14 @@ class Service:
 
 
 def make(
-    model: Model, settings: ServeSettings, broken: Callable[[], None] = lambda: None, export: Any = None
+    model: Model, settings: ServeSettings, on_failure: Callable[[], None] = lambda: None, export: Any = None
 ) -> FastAPI:
-    """Returns the application. broken: is called if the model cannot be run. export: folder with pictures for the page,
-    if there is one."""
-    # What these have to say is of a sender's making: Pillow's notes at DEBUG are the whole EXIF.
+    """Returns the HTTP application.
+
+    on_failure: function called if the model cannot be run. export: folder with the page's texts and pictures; the page
+    has none if None.
+    """
+    # Senders control the log messages of these libraries. At DEBUG, Pillow logs the whole EXIF.
     for library in ("PIL", "python_multipart"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module="PIL")
@@ -127,7 +133,7 @@ def make(
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         del app
-        async with service.running(broken):
+        async with service.running(on_failure):
             yield
 
     app = FastAPI(
@@ -145,56 +151,58 @@ def make(
     return app
 
 
-_DESCRIPTION = """Where was this photo taken? Coordinates with an honest uncertainty.
+_DESCRIPTION = """Predicts where a photo was taken, with calibrated uncertainty.
 
-Nothing of a photo is kept, nothing of it is logged, and the position in its EXIF is not read. No address is fetched."""
+Photos are neither stored nor logged. The position in a photo's EXIF is not read. URLs are not fetched."""
 
 
 def _add_photos(app: FastAPI, service: Service, guard: list[Any]) -> None:
-    """Adds what photos are sent to."""
-    most = service.settings.max_photos
+    """Adds the endpoints that predict."""
+    max_photos = service.settings.max_photos
     photo = {"type": "string", "contentEncoding": "base64", "description": "an encoded file: JPEG, PNG, WebP, ..."}
     file = {"type": "string", "format": "binary"}
-    photos, files = ({"type": "array", "minItems": 1, "maxItems": most, "items": items} for items in (photo, file))
+    photos, files = (
+        {"type": "array", "minItems": 1, "maxItems": max_photos, "items": items} for items in (photo, file)
+    )
 
-    @app.post(_ONE, dependencies=guard, **_described(Prediction | LeveledPrediction, "photo", photo, file, _EXAMPLE))
+    @app.post(_ONE, dependencies=guard, **_endpoint(Prediction | LeveledPrediction, "photo", photo, file, _EXAMPLE))
     async def predict(request: Request, format: Format = "json") -> Response:
-        """Tells where one photo was taken."""
-        found = await service.answers(request, "photo", None, format)
-        if isinstance(found[0], Failure):
-            raise Refused(422, found[0].error)
-        return _written(found, format, None)
+        """Predicts where a photo was taken."""
+        answers = await service.answers(request, "photo", None, format)
+        if isinstance(answers[0], Failure):
+            raise Refused(422, answers[0].error)
+        return _response(answers, format, None)
 
-    @app.post(_MANY, dependencies=guard, **_described(Answers, "photos", photos, files, [_EXAMPLE, _EXAMPLE]))
+    @app.post(_MANY, dependencies=guard, **_endpoint(Answers, "photos", photos, files, [_EXAMPLE, _EXAMPLE]))
     async def predict_many(request: Request, format: Format = "json") -> Response:
-        """Tells where each of several photos was taken; one that cannot be read has an error in its place."""
-        found = await service.answers(request, "photos", most, format)
-        return _written(found, format, Answers)
+        """Predicts where each photo was taken. Photos that cannot be read have an error instead of a prediction."""
+        answers = await service.answers(request, "photos", max_photos, format)
+        return _response(answers, format, Answers)
 
 
 def _add_state(app: FastAPI, service: Service, guard: list[Any]) -> None:
-    """Adds what says how the service is."""
+    """Adds the endpoints for health, readiness and metrics."""
 
     @app.get("/health", response_model=dict[str, str])
     async def health() -> Response:
-        """Says that the process is alive."""
+        """Returns 200 while the process is alive."""
         return JSONResponse({"status": "alive"})
 
     @app.get("/ready", response_model=dict[str, str], responses=_refusals(503))
     async def ready() -> Response:
-        """Says whether photos are answered: the model is compiled for every size of a batch."""
+        """Returns 200 once the model is compiled for all batch sizes and the service accepts photos, 503 before."""
         if not service.batcher.ready:
             raise Refused(503, "the model is being compiled: try again later", retry_after(5))
         return JSONResponse({"status": "ready"})
 
     @app.get("/metrics", dependencies=guard, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:
-        """Counts and durations, in the form of Prometheus."""
+        """Returns counts and durations in the Prometheus format."""
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
 def _add_refusals(app: FastAPI) -> None:
-    """Makes every error one sentence of JSON."""
+    """Adds handlers that return every error as JSON with one sentence."""
 
     @app.exception_handler(Refused)
     async def refused(request: Request, error: Refused) -> Response:
@@ -211,7 +219,7 @@ def _add_refusals(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:
-        return _refusal(500, "the service failed: try again, and tell who runs it")
+        return _refusal(500, "the service failed: try again, and report it to the operator if it fails again")
 
 
 def _refusal(status: int, sentence: str, headers: Any = None) -> Response:
@@ -219,7 +227,7 @@ def _refusal(status: int, sentence: str, headers: Any = None) -> Response:
 
 
 def _bearer(token: str) -> Callable[..., Any]:
-    """Returns a dependency that refuses who does not send the token."""
+    """Returns a dependency that refuses requests without the token."""
     scheme = HTTPBearer(auto_error=False)
 
     async def authorized(sent: HTTPAuthorizationCredentials | None = Depends(scheme)) -> None:  # noqa: B008
@@ -233,11 +241,14 @@ def _bearer(token: str) -> Callable[..., Any]:
 _TYPES = {kind: pydantic.TypeAdapter(kind) for kind in (Prediction, LeveledPrediction, Answers)}
 
 
-def _written(found: Sequence[Prediction | Failure], format: Format, form: type[Answers] | None) -> Response:
-    """Returns answers as they are asked for. form: what a list of them is in; None for the only one."""
+def _response(answers: Sequence[Prediction | Failure], format: Format, container: type[Answers] | None) -> Response:
+    """Returns the response in the requested format.
+
+    container: class that wraps the list of answers; the first answer alone is written if None.
+    """
     if format == "geojson":
-        return JSONResponse(geojson(found), headers=_HEADERS, media_type=GEOJSON)
-    value: Any = form(list(found)) if form else found[0]
+        return JSONResponse(geojson(answers), headers=_HEADERS, media_type=GEOJSON)
+    value: Any = container(list(answers)) if container else answers[0]
     return Response(_TYPES[type(value)].dump_json(value, exclude_none=True), headers=_HEADERS, media_type=bodies.JSON)
 
 
@@ -245,8 +256,8 @@ def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": Failure, "description": _REFUSALS[status]} for status in statuses}
 
 
-def _described(kind: Any, name: str, encoded: Any, file: Any, example: Any) -> dict[str, Any]:
-    """Returns what the OpenAPI document says of a path that takes photos."""
+def _endpoint(kind: Any, name: str, encoded: Any, file: Any, example: Any) -> dict[str, Any]:
+    """Returns the arguments that describe an endpoint for photos in the OpenAPI document."""
 
     def content(schema: Any, **more: Any) -> dict[str, Any]:
         properties = {name: schema}
@@ -254,7 +265,10 @@ def _described(kind: Any, name: str, encoded: Any, file: Any, example: Any) -> d
         return {"schema": form, **more}
 
     forms = {bodies.MULTIPART: content(file), bodies.JSON: content(encoded, example={name: example})}
-    answered = {"description": "where it was taken", "content": {GEOJSON: {"schema": GEOJSON_SCHEMA}}}
+    answered = {
+        "description": "the prediction of where the photo was taken",
+        "content": {GEOJSON: {"schema": GEOJSON_SCHEMA}},
+    }
     return {
         "response_model": kind,
         "responses": {200: answered, **_refusals(*_REFUSALS)},
@@ -263,29 +277,31 @@ def _described(kind: Any, name: str, encoded: Any, file: Any, example: Any) -> d
 
 
 def run(model: Model, settings: ServeSettings, export: Any = None) -> int:
-    """Serves until SIGTERM or SIGINT, and then until all that was accepted is answered; returns the exit status.
+    """Serves until SIGTERM or SIGINT, answers all accepted requests and returns the exit status.
 
-    export: see make."""
+    The status is 1 if the model could not be run, otherwise 0. export: see `make`.
+    """
     failed = []
 
-    def broken() -> None:
+    def on_failure() -> None:
         failed.append(True)
         server.should_exit = True
 
     server = uvicorn.Server(
         uvicorn.Config(
-            make(model, settings, broken, export),
+            make(model, settings, on_failure, export),
             settings.host,
             settings.port,
-            access_log=False,  # who asked when is nobody's business
+            access_log=False,  # for privacy: a log would contain addresses and times
             server_header=False,
             timeout_graceful_shutdown=settings.drain_s,
-            # Longer than proxies keep idle connections, 60 s as a rule: of two ends that close one, a request is lost.
+            # Longer than proxies keep idle connections, usually 60 s. If the service closed one first, a request that
+            # the proxy sends at that moment would be lost.
             timeout_keep_alive=75,
         )
     )
-    # uvicorn drains, and then sends itself the signal again.
-    for asked in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(asked, lambda *_: None)
+    # After draining, uvicorn sends itself the signal again. Without handlers the signal would end the process.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
     server.run()
     return int(bool(failed))

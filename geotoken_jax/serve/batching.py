@@ -1,4 +1,4 @@
-"""Dynamic batches: what waits when the model becomes free is answered together."""
+"""Dynamic batching: photos that wait when the model becomes free form the next batch."""
 
 import asyncio
 import contextlib
@@ -19,27 +19,30 @@ from geotoken_jax.predict.prediction import Prediction
 from geotoken_jax.predict.predictor import GeoToken
 from geotoken_jax.serve.limits import Refused
 
-#: What a photo is to the model.
+#: A decoded and resized photo, the input of Model.predict.
 Prepared = UInt8[np.ndarray, "h w 3"]
 
 
 class Model(Protocol):
-    """Answers in two steps, so that threads can do the first while the model does the second."""
+    """A model that prepares and predicts in separate calls, so threads can prepare while the model predicts."""
 
-    #: Photos that are answered at once.
+    #: Largest batch of `predict`.
     batch_size: int
 
     def prepare(self, photo: Any) -> Prepared:
-        """Returns a photo of anything that `preprocess.open_image` takes; all have one shape. Raises ImageError."""
+        """Returns a decoded and resized photo. All have the same shape. Raises ImageError.
+
+        photo: anything that `preprocess.open_image` accepts.
+        """
         ...
 
     def predict(self, photos: Any) -> Any:
-        """Returns the predictions of a list of what `prepare` returned."""
+        """Returns the predictions for a list of prepared photos."""
         ...
 
 
 class ServedGeoToken(GeoToken):
-    """A GeoToken in the two steps of `Model`."""
+    """A GeoToken with the two steps of `Model`."""
 
     def __init__(self, folder: epath.PathLike, backbone: epath.PathLike | None = None):
         super().__init__(folder, backbone=backbone)
@@ -49,12 +52,12 @@ class ServedGeoToken(GeoToken):
 
 
 class Batcher:
-    """One thread that runs the model, and the photos that wait for it, oldest first."""
+    """Runs the model in one thread on batches of waiting photos, oldest first."""
 
-    def __init__(self, model: Model, size: int, wait_s: float, measured: Callable[[int, float], None]):
-        """size: most photos of a batch. wait_s: that photos wait for others while the model is free. measured: is told
-        the photos and the seconds of every batch."""
-        self._model, self._wait_s, self._measured = model, wait_s, measured
+    def __init__(self, model: Model, size: int, wait_s: float, on_batch: Callable[[int, float], None]):
+        """size: largest batch. wait_s: longest time that a free model waits for more photos, in seconds. on_batch:
+        function called with the number of photos and the seconds of every batch."""
+        self._model, self._wait_s, self._on_batch = model, wait_s, on_batch
         self._size = min(size, model.batch_size)
         self._waiting: asyncio.Queue[tuple[Prepared, asyncio.Future[Prediction]]] = asyncio.Queue()
         self._thread = ThreadPoolExecutor(1, "model")
@@ -62,22 +65,22 @@ class Batcher:
         self.ready = False
 
     async def __call__(self, photo: Prepared) -> Prediction:
-        """Returns the answer for a photo. Raises Refused if the model fails."""
+        """Returns the prediction for a photo. Raises Refused if the model fails."""
         answer = asyncio.get_running_loop().create_future()
         self._waiting.put_nowait((photo, answer))
         return await answer
 
     def wait_s(self, photos: int) -> float:
-        """Returns in how many seconds so many photos will be answered, if all batches take as long as the last."""
+        """Returns the seconds until `photos` photos are predicted, if all batches take as long as the last one."""
         return -(-photos // self._size) * self._last_s
 
     async def run(self) -> None:
-        """Compiles the model for every size of a batch, then answers until it is canceled."""
+        """Compiles the model for all batch sizes, then predicts until canceled."""
         try:
             blank = self._model.prepare(Image.new("RGB", (64, 64)))
             for size in sorted({_padded(n + 1, self._size) for n in range(self._size)}):
                 await self._timed([blank] * size)
-            await self._timed([blank] * self._size)  # the last one's time was that of compiling
+            await self._timed([blank] * self._size)  # again, since the last time includes compilation
             self.ready = True
             while True:
                 await self._answer(await self._next())
@@ -91,7 +94,7 @@ class Batcher:
             async with asyncio.timeout(self._wait_s):
                 while len(batch) < self._size:
                     batch.append(await self._waiting.get())
-        return [(photo, answer) for photo, answer in batch if not answer.done()]  # those nobody waits for any more
+        return [(photo, answer) for photo, answer in batch if not answer.done()]  # skip photos whose client has left
 
     async def _answer(self, batch: Sequence[tuple[Prepared, asyncio.Future[Prediction]]]) -> None:
         if not batch:
@@ -101,9 +104,11 @@ class Batcher:
             predictions = await self._timed(photos)
         except Exception:
             logging.getLogger(__name__).exception("the model failed on %d photos", len(photos))
-            predictions = [Refused(500, "the model failed: try again, and tell who runs this service")] * len(photos)
+            predictions = [
+                Refused(500, "the model failed: try again, and report it to the operator if it fails again")
+            ] * len(photos)
         else:
-            self._measured(len(photos), self._last_s)
+            self._on_batch(len(photos), self._last_s)
         for (_, answer), prediction in zip(batch, predictions, strict=True):
             if answer.done():
                 continue
@@ -113,12 +118,15 @@ class Batcher:
                 answer.set_result(prediction)
 
     async def _timed(self, photos: list[Prepared]) -> list[Prediction]:
-        """Returns the predictions of a batch, filled with its first photo to one of the compiled sizes."""
+        """Returns the predictions of a batch and stores its duration.
+
+        Copies of the first photo fill the batch to the next compiled size.
+        """
         filled = photos + photos[:1] * (_padded(len(photos), self._size) - len(photos))
         start = time.perf_counter()
-        found = await asyncio.get_running_loop().run_in_executor(self._thread, self._model.predict, filled)
+        predictions = await asyncio.get_running_loop().run_in_executor(self._thread, self._model.predict, filled)
         self._last_s = time.perf_counter() - start
-        return found[: len(photos)]
+        return predictions[: len(photos)]
 
 
 def _padded(photos: int, most: int) -> int:

@@ -1,4 +1,4 @@
-"""From a request's body to its photos: what is too much is refused before it is held, and nothing touches a disk."""
+"""Reads photos from request bodies. Bodies over the limit are refused before they fill memory; nothing goes to disk."""
 
 import asyncio
 import base64
@@ -16,114 +16,123 @@ from starlette.requests import ClientDisconnect
 from geotoken_jax.backbone.preprocess import FORMATS, ImageError
 from geotoken_jax.serve.limits import Refused
 
-#: Kinds of body that are taken.
+#: Accepted content types.
 MULTIPART, JSON = "multipart/form-data", "application/json"
-#: After a refusal whose body was left unread.
+#: Closes the connection after a refusal, because the rest of the body is unread.
 _CLOSE = {"Connection": "close"}
 
 
-async def read(request: Request, most: int, seconds: float) -> bytes:
-    """Returns a request's body. Raises Refused if it has more than `most` bytes, before more than those are held, or
-    is not here in time."""
-    large = Refused(413, f"the request has more than {most:,} bytes: send fewer or smaller photos", _CLOSE)
+async def read(request: Request, max_bytes: int, seconds: float) -> bytes:
+    """Returns a request's body.
+
+    max_bytes: largest body; no more bytes are kept in memory. seconds: time limit. Raises Refused if the body is
+    larger, too slow or incomplete.
+    """
+    large = Refused(413, f"the request has more than {max_bytes:,} bytes: send fewer or smaller photos", _CLOSE)
     declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > most:
+    if declared.isdecimal() and int(declared) > max_bytes:
         raise large
     body = bytearray()
     try:
         async with asyncio.timeout(seconds):
             async for piece in request.stream():
                 body += piece
-                if len(body) > most:
+                if len(body) > max_bytes:
                     raise large
     except TimeoutError:
         raise Refused(408, f"the request did not arrive within {seconds:g} seconds: send it again", _CLOSE) from None
     except ClientDisconnect:
-        raise Refused(400, "the request ended before its body did") from None
+        raise Refused(400, "the connection closed before the whole body arrived: send the request again") from None
     return bytes(body)
 
 
-def photos(kind: str, body: bytes, name: str, most: int | None) -> list[bytes] | list[str]:
-    """Returns the photos of a body, as `decoded` takes them.
+def photos(content_type: str, body: bytes, name: str, max_photos: int | None) -> list[bytes] | list[str]:
+    """Returns the photos of a body: files from a form, base64 from JSON.
 
-    kind: the header Content-Type. name: of the form's parts, or of the JSON object's key, that photos are under.
-    most: of them; None for one that is not in a list. Raises Refused if there is none, or the body is of another form.
+    content_type: the header Content-Type. name: name of the form's parts, or key of the JSON object. max_photos:
+    largest number of photos; exactly one photo, in JSON without a list, if None. Raises Refused if the body
+    contains no photo, too many photos or anything else.
     """
-    mime, options = parse_options_header(kind)
+    mime, options = parse_options_header(content_type)
     if mime == MULTIPART.encode():
-        found = _of_form(body, options.get(b"boundary", b""), name, most or 1)
+        items = _from_form(body, options.get(b"boundary", b""), name, max_photos or 1)
     elif mime == JSON.encode():
-        found = _of_json(body, name, most)
+        items = _from_json(body, name, max_photos)
     else:
-        raise Refused(415, f"photos come as {MULTIPART} or {JSON}: set Content-Type to the one that it is")
-    if not found:
-        raise Refused(422, f"there is no photo: name at least one {name}")
-    return found
+        raise Refused(415, f"the Content-Type is not supported: send {MULTIPART} or {JSON}")
+    if not items:
+        raise Refused(422, f"there is no photo: send at least one as {name!r}")
+    return items
 
 
-def _of_form(body: bytes, boundary: bytes, name: str, most: int) -> list[bytes]:
-    found: list[bytes] = []
+def _from_form(body: bytes, boundary: bytes, name: str, max_photos: int) -> list[bytes]:
+    items: list[bytes] = []
     ended: list[bool] = []
 
     def add(part: Any, data: bytes | None) -> None:
         if part.field_name != name.encode():
-            raise Refused(422, f"a part of the form has another name: name each {name}")
-        if len(found) == most:
-            raise Refused(422, f"there are more photos than {most}: send the others in another request")
-        found.append(data or b"")
+            raise Refused(422, f"the form has a part with another name: name all parts {name!r}")
+        if len(items) == max_photos:
+            raise Refused(422, f"there are more photos than {max_photos}: send the others in another request")
+        items.append(data or b"")
 
     parser = {
         "on_field": lambda part: add(part, part.value),
         "on_file": lambda part: add(part, part.file_object.getvalue()),
         "on_end": lambda: ended.append(True),
-        "config": {"MAX_MEMORY_FILE_SIZE": math.inf},  # the body is in memory already; else a file of 1 MB is on disk
+        "config": {
+            "MAX_MEMORY_FILE_SIZE": math.inf
+        },  # the body is in memory already; by default files over 1 MB go to disk
     }
     try:
         FormParser(MULTIPART, boundary=boundary, **parser).write(body)
     except Refused:
         raise
-    except Exception:  # also what the parser asserts
+    except Exception:  # the parser's assertions included
         ended.clear()
     if not ended:
-        raise Refused(422, "the form is damaged or cut short: send it again, with the boundary that its header names")
-    return found
+        raise Refused(
+            422, "the form is damaged or cut short: send it again with the boundary of its Content-Type header"
+        )
+    return items
 
 
-def _of_json(body: bytes, name: str, most: int | None) -> list[str]:
-    form = f'{{"{name}": {"BASE64" if most is None else "[BASE64, ...]"}}}'
+def _from_json(body: bytes, name: str, max_photos: int | None) -> list[str]:
+    expected = f'{{"{name}": {"BASE64" if max_photos is None else "[BASE64, ...]"}}}'
     try:
         value = json.loads(body)
     except (ValueError, RecursionError):
-        raise Refused(422, f"the body is not JSON: send {form}") from None
-    found: Any = value.get(name) if isinstance(value, dict) and len(value) == 1 else None
-    if most is None:
-        found = [found]
-    if not isinstance(found, list) or not all(isinstance(photo, str) for photo in found):
-        raise Refused(422, f"the body has another form: send {form}")
-    if len(found) > (most or 1):
-        raise Refused(422, f"there are more photos than {most}: send the others in another request")
-    return found
+        raise Refused(422, f"the body is not JSON: send {expected}") from None
+    items: Any = value.get(name) if isinstance(value, dict) and len(value) == 1 else None
+    if max_photos is None:
+        items = [items]
+    if not isinstance(items, list) or not all(isinstance(photo, str) for photo in items):
+        raise Refused(422, f"the body has other keys or values: send {expected}")
+    if len(items) > (max_photos or 1):
+        raise Refused(422, f"there are more photos than {max_photos}: send the others in another request")
+    return items
 
 
 def decoded(photo: bytes | str, max_pixels: int) -> bytes:
-    """Returns the encoded file of a photo: itself, if bytes, else of base64.
+    """Returns the encoded image file of a photo.
 
-    Raises ImageError if it is not base64, or has more pixels by its header, before any of them is decoded. Whatever
-    else may be wrong with the file is found by who decodes it.
+    photo: the file's bytes, or base64. max_pixels: largest number of pixels, compared with the file's header before any
+    pixel is decoded. Raises ImageError if the base64 is invalid or the photo is too large. Other faults of the file
+    raise ImageError later, in `Model.prepare`.
     """
     if not isinstance(photo, bytes):
         try:
             photo = base64.b64decode(photo, validate=True)
         except ValueError:
             raise ImageError(
-                "the photo is not base64: send the file itself, encoded without line breaks; no address is fetched"
+                "the photo is not base64: send the file's contents as base64 without line breaks; no address is fetched"
             ) from None
     try:
         with Image.open(io.BytesIO(photo), formats=FORMATS) as image:
             pixels = math.prod(image.size)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         pixels = math.inf
-    except Exception:  # not an image, or a damaged header, of which Pillow may say nearly anything
+    except Exception:  # no image or a damaged header; Pillow can raise nearly any exception
         pixels = 0
     if pixels > max_pixels:
         raise ImageError(f"the photo has more than {max_pixels:,} pixels: make it smaller")
@@ -131,5 +140,8 @@ def decoded(photo: bytes | str, max_pixels: int) -> bytes:
 
 
 def sentence(error: ImageError) -> str:
-    """Returns what is wrong with a photo, without what Pillow says, which may name objects of this process."""
+    """Returns an error as a sentence for the client.
+
+    Pillow's own message, in parentheses, is removed because it may name objects of this process.
+    """
     return re.sub(r" \(.*\)", "", str(error), flags=re.DOTALL).replace("the image given as bytes", "the photo")

@@ -1,4 +1,4 @@
-"""What the service allows: its settings, and who is refused, with which status and until when."""
+"""Settings and limits of the service: queue capacity, request rate and refusals."""
 
 import contextlib
 import dataclasses
@@ -12,66 +12,70 @@ from typing import Any
 
 from geotoken_jax.settings import SettingsError
 
-#: Clients whose rate is remembered; of the one that was away longest it is forgotten.
+#: Number of clients whose rate is stored. The client seen least recently is removed first.
 _CLIENTS = 10_000
-#: Of IPv6 a client is its network of 64 bits: one machine has all the addresses in it.
+#: Bits of an IPv6 address that identify a client: one client usually has a whole /64 network.
 _NETWORK = 64
 
 
-def _flag(default: Any, what: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": what})
+def _flag(default: Any, help: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help})
 
 
 @dataclasses.dataclass(frozen=True)
 class ServeSettings:
-    """The flags of `geotoken serve`. A model's folder is all that there is of a configuration when it is served, so
-    that their defaults are here."""
+    """The flags of `geotoken serve`.
 
-    host: str = _flag("127.0.0.1", "address to listen at: 0.0.0.0 for every one that the machine has")
-    port: int = _flag(8000, "port to listen at")
-    batch_size: int = _flag(32, "most photos that the model answers at once")
-    wait_ms: float = _flag(4.0, "that a photo waits for others while the model is free")
-    queue: int = _flag(64, "photos that are there at once, from their arrival to their answer; more get 503")
-    threads: int = _flag(2, "that decode photos")
-    max_bytes: int = _flag(20_000_000, "of a request's body; more get 413")
-    max_photos: int = _flag(16, "in a request; more get 422")
-    max_pixels: int = _flag(50_000_000, "of a photo, by its header")
-    rate: int = _flag(600, "photos a minute from one address, more get 429; 0 for any number")
-    token_variable: str = _flag("", "environment variable with the bearer token to ask for; none is asked for without")
-    read_s: float = _flag(30.0, "for the whole of a request's body to arrive")
-    drain_s: int = _flag(60, "for what was accepted to be answered after SIGTERM")
+    Defaults are here and not in configs/common.py because the service reads no configuration, only an export.
+    """
+
+    host: str = _flag("127.0.0.1", "address to listen on; 0.0.0.0 listens on all interfaces")
+    port: int = _flag(8000, "port to listen on")
+    batch_size: int = _flag(32, "largest batch of the model, in photos")
+    wait_ms: float = _flag(4.0, "longest time that a free model waits to fill a batch, in ms")
+    queue: int = _flag(64, "largest number of photos in the service, from arrival to response; more get 503")
+    threads: int = _flag(2, "number of threads that decode photos")
+    max_bytes: int = _flag(20_000_000, "largest request body, in bytes; larger ones get 413")
+    max_photos: int = _flag(16, "largest number of photos per request; more get 422")
+    max_pixels: int = _flag(50_000_000, "largest number of pixels per photo, according to its header")
+    rate: int = _flag(600, "photos per minute from one address; more get 429; 0 for no limit")
+    token_variable: str = _flag(
+        "", "environment variable with the bearer token that clients must send; no token if empty"
+    )
+    read_s: float = _flag(30.0, "time limit for a request body to arrive, in seconds")
+    drain_s: int = _flag(60, "time limit for accepted requests after SIGTERM, in seconds")
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             least = 0 if field.name in ("port", "wait_ms", "rate") else 1
             if field.type in (int, float) and not least <= value < math.inf:
-                raise SettingsError(f"{flag(field.name)} is {value}: it must be at least {least}")
+                raise SettingsError(f"{flag(field.name)} is {value}: set it to at least {least}")
         for name in ("queue", "rate"):
             if self.max_photos > getattr(self, name) and (name == "queue" or self.rate):
                 raise SettingsError(
-                    f"--max-photos is {self.max_photos}, and --{name} = {getattr(self, name)} would refuse so many "
-                    f"whenever they come: lower the one or raise the other"
+                    f"--max-photos is {self.max_photos}, more than --{name} ({getattr(self, name)}), so "
+                    f"requests of that size would always be refused: lower --max-photos or raise --{name}"
                 )
         self.token()
 
     def token(self) -> str:
-        """Returns the bearer token to ask for, "" for none. Raises SettingsError if its variable is not set."""
+        """Returns the bearer token, or "" if none is required. Raises SettingsError if the variable is not set."""
         if self.token_variable and not os.environ.get(self.token_variable):
             raise SettingsError(
-                f"--token-variable={self.token_variable}, and there is nothing in that environment variable: set it to "
-                "the token"
+                f"--token-variable is {self.token_variable}, but this environment variable is empty: set it to the "
+                "token"
             )
         return os.environ.get(self.token_variable, "")
 
 
 def flag(name: str) -> str:
-    """Returns the flag of a setting."""
+    """Returns the command-line flag of a setting."""
     return "--" + name.replace("_", "-")
 
 
 class Refused(Exception):
-    """A request is answered with a status and one sentence, which is the message, instead of places."""
+    """A refused request. The client gets the status, the headers and the message, which is one sentence."""
 
     def __init__(self, status: int, sentence: str, headers: Mapping[str, str] | None = None):
         super().__init__(sentence)
@@ -79,16 +83,16 @@ class Refused(Exception):
 
 
 class Capacity:
-    """Places for photos, taken from a request's arrival to its answer: the bound on all that waits."""
+    """Limits the number of photos in the service, counted from a request's arrival to its response."""
 
-    def __init__(self, places: int, wait_s: Callable[[int], float]):
-        """wait_s: photos that are there -> seconds until they are answered."""
-        self.taken, self._places, self._wait_s = 0, places, wait_s
+    def __init__(self, photos: int, wait_s: Callable[[int], float]):
+        """photos: the limit. wait_s: function from a number of photos to the seconds until these are answered."""
+        self.taken, self._limit, self._wait_s = 0, photos, wait_s
 
     @contextlib.contextmanager
     def take(self, photos: int) -> Iterator[None]:
-        """Holds places. Raises Refused if there are too few."""
-        if self.taken + photos > self._places:
+        """Counts photos inside the context. Raises Refused if the limit would be exceeded."""
+        if self.taken + photos > self._limit:
             raise Refused(503, "the queue is full: try again later", retry_after(self._wait_s(self.taken)))
         self.taken += photos
         try:
@@ -98,37 +102,39 @@ class Capacity:
 
 
 class Rate:
-    """So many photos a minute from one address: a bucket of that many, which fills again at that pace."""
+    """Limits the photos per minute from one address, with a token bucket."""
 
     def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic):
-        """per_minute: 0 for any number. clock: seconds."""
-        self._most, self._clock = per_minute, clock
-        self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()  # client -> photos, and when
+        """per_minute: size of the bucket and number of photos that it regains per minute; no limit if 0. clock:
+        function that returns seconds.
+        """
+        self._per_minute, self._clock = per_minute, clock
+        self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()  # client -> photos left, time
 
     def take(self, address: str, photos: int) -> None:
-        """Counts photos. Raises Refused if they are too many now, and then counts none."""
-        if not self._most:
+        """Counts photos. Raises Refused, and counts none of them, if they exceed the rate."""
+        if not self._per_minute:
             return
         now, client = self._clock(), _client(address)
-        left, then = self._left.pop(client, (self._most, now))
-        left = min(self._most, left + (now - then) * self._most / 60)
+        left, then = self._left.pop(client, (self._per_minute, now))
+        left = min(self._per_minute, left + (now - then) * self._per_minute / 60)
         enough = photos <= left
         self._left[client] = (left - photos if enough else left, now)
         if len(self._left) > _CLIENTS:
             self._left.popitem(last=False)
         if not enough:
-            sentence = f"more than {self._most:,} photos a minute came from this address: try again later"
-            raise Refused(429, sentence, retry_after((photos - left) * 60 / self._most))
+            sentence = f"more than {self._per_minute:,} photos per minute came from this address: try again later"
+            raise Refused(429, sentence, retry_after((photos - left) * 60 / self._per_minute))
 
 
 def retry_after(seconds: float) -> dict[str, str]:
-    """Returns the header that says when to come again: whole seconds, at least one."""
+    """Returns the header Retry-After in whole seconds, at least one."""
     return {"Retry-After": str(max(1, math.ceil(seconds)))}
 
 
 def _client(address: str) -> str:
     try:
-        found = ipaddress.ip_address(address)
-    except ValueError:  # a Unix socket has none
+        ip = ipaddress.ip_address(address)
+    except ValueError:  # clients of a Unix socket have no address
         return address
-    return str(ipaddress.ip_network((found, _NETWORK), strict=False)) if found.version == 6 else address
+    return str(ipaddress.ip_network((ip, _NETWORK), strict=False)) if ip.version == 6 else address

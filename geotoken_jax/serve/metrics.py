@@ -1,4 +1,4 @@
-"""What Prometheus reads: counts and durations, of requests, photos and batches, and nothing of any photo."""
+"""Prometheus metrics: counts and durations of requests, photos and batches. No metric contains data of a photo."""
 
 import time
 from collections.abc import Callable, Collection
@@ -13,48 +13,56 @@ class Metrics:
     """The metrics of one service."""
 
     def __init__(self, photos: Callable[[], int], ready: Callable[[], bool]):
-        """photos: that are there now. ready: the model is compiled."""
+        """photos: function that returns the number of photos in the service. ready: function that returns whether the
+        model is compiled.
+        """
         self.registry = CollectorRegistry()
-        own: dict[str, Any] = {"registry": self.registry}
-        ProcessCollector(**own)
-        self.requests = Counter("geotoken_requests", "Requests answered", ("path", "status"), **own)
+        options: dict[str, Any] = {"registry": self.registry}
+        ProcessCollector(**options)
+        self.requests = Counter("geotoken_requests", "Requests answered", ("path", "status"), **options)
         self.seconds = Histogram(
-            "geotoken_request_seconds", "From a request's arrival to its answer", ("path",), buckets=_SECONDS, **own
+            "geotoken_request_seconds",
+            "Seconds from a request's arrival to its response",
+            ("path",),
+            buckets=_SECONDS,
+            **options,
         )
-        self.photos = Counter("geotoken_photos", "Photos answered", ("outcome",), **own)
+        self.photos = Counter("geotoken_photos", "Photos answered", ("outcome",), **options)
         self.batch_photos = Histogram(
-            "geotoken_batch_photos", "Photos of a batch", buckets=[2.0**n for n in range(10)], **own
+            "geotoken_batch_photos", "Photos per batch", buckets=[2.0**n for n in range(10)], **options
         )
-        self.batch_seconds = Histogram("geotoken_batch_seconds", "Of the model for a batch", buckets=_SECONDS, **own)
-        Gauge("geotoken_photos_waiting", "Photos that are there and not answered", **own).set_function(photos)
-        Gauge("geotoken_ready", "1 once the model is compiled", **own).set_function(ready)
+        self.batch_seconds = Histogram(
+            "geotoken_batch_seconds", "Seconds of the model per batch", buckets=_SECONDS, **options
+        )
+        Gauge("geotoken_photos_waiting", "Photos received and not answered yet", **options).set_function(photos)
+        Gauge("geotoken_ready", "1 once the model is compiled", **options).set_function(ready)
 
     def batch(self, photos: int, seconds: float) -> None:
-        """Counts a batch."""
+        """Records the size and duration of a batch."""
         self.batch_photos.observe(photos)
         self.batch_seconds.observe(seconds)
 
 
 class Counted:
-    """ASGI middleware that counts requests: a path that the service does not have is `other`, whatever its name."""
+    """ASGI middleware that counts requests by path. Unknown paths count as `other`, so clients cannot add labels."""
 
     def __init__(self, app: Any, metrics: Metrics, paths: Collection[str]):
         self._app, self._metrics, self._paths = app, metrics, paths
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Answers as the application does."""
+        """Passes the request to the application and records its status and duration."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         start, status = time.perf_counter(), [500]
 
-        async def watched(message: Any) -> None:
+        async def record_status(message: Any) -> None:
             if message["type"] == "http.response.start":
                 status[0] = message["status"]
             await send(message)
 
         try:
-            await self._app(scope, receive, watched)
+            await self._app(scope, receive, record_status)
         finally:
             path = getattr(scope.get("route"), "path", "other")
             path = path if path in self._paths else "other"

@@ -1,4 +1,4 @@
-"""What people see at `/`: the page, and the pictures of the export that it shows."""
+"""The web page at `/`, and the endpoints for its texts and pictures."""
 
 import dataclasses
 from pathlib import Path
@@ -13,7 +13,7 @@ from geotoken_jax.export.pictures import About, Pictures
 from geotoken_jax.serve.answers import Failure
 
 _FOLDER = Path(__file__).with_name("page")
-#: The page fetches from this service alone, runs nothing but its own files, and is in no frame.
+#: The page may fetch from this service only, run its own scripts only, and not be framed.
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
@@ -22,22 +22,27 @@ _HEADERS = {
     "Content-Security-Policy": _POLICY,
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",  # asked for again by its ETag: a new version of the package is seen at once
+    "Cache-Control": "no-cache",  # browsers revalidate by ETag, so a new version of the package shows at once
 }
-#: Of pictures, whose address names the export (`?VERSION`): a year. Where a token is asked for no proxy keeps them.
-_KEPT = {"Cache-Control": "private, max-age=31536000, immutable", "X-Content-Type-Options": "nosniff"}
+#: Pictures may be cached for a year: their URLs contain the version of the export. The cache must be private because
+#: they may require a token.
+_CACHED = {"Cache-Control": "private, max-age=31536000, immutable", "X-Content-Type-Options": "nosniff"}
 _JPEG: dict[str, Any] = {
     "response_class": Response,
     "responses": {
         200: {"content": {"image/jpeg": {"schema": {"type": "string", "format": "binary"}}}},
-        401: {"model": Failure, "description": "the bearer token, where the service asks for one, is missing or wrong"},
-        404: {"model": Failure, "description": "there is no such picture"},
+        401: {"model": Failure, "description": "the service requires a bearer token, and it is missing or wrong"},
+        404: {"model": Failure, "description": "the picture does not exist"},
     },
 }
 
 
 def add(app: FastAPI, export: Any, guard: list[Any]) -> None:
-    """Adds the page to an application. export: folder of the model, or None. guard: of what is not open to everyone."""
+    """Adds the page and its endpoints to an application.
+
+    export: folder of the model; the page has no pictures if None. guard: dependencies of the endpoints that require the
+    token.
+    """
     pictures = Pictures(export)
 
     @app.get("/", include_in_schema=False)
@@ -48,17 +53,17 @@ def add(app: FastAPI, export: Any, guard: list[Any]) -> None:
 
     @app.get("/v1/about", dependencies=guard, response_model=About, responses={401: _JPEG["responses"][401]})
     async def about() -> Response:
-        """Says what the model is, and which photos there are to try."""
+        """Returns information about the model and its example photos."""
         return JSONResponse(dataclasses.asdict(pictures.about), headers={"Cache-Control": "no-store"})
 
     @app.get("/v1/neighbors/{row:int}/thumbnail", dependencies=guard, **_JPEG)
     async def thumbnail(row: int) -> Response:
-        """Returns a small JPEG of a gallery photo; row: as a neighbor has it."""
+        """Returns the JPEG thumbnail of a gallery photo. row: the `row` of a neighbor."""
         return _jpeg(pictures.thumbnail(row))
 
     @app.get("/v1/examples/{number:int}", dependencies=guard, **_JPEG)
     async def example(number: int) -> Response:
-        """Returns a photo to try; number: its place in the list of /v1/about, from 0."""
+        """Returns an example photo. number: index in the `examples` of /v1/about, from 0."""
         return _jpeg(pictures.example(number))
 
 
@@ -72,4 +77,4 @@ class _Files(StaticFiles):
 def _jpeg(data: bytes | None) -> Response:
     if data is None:
         raise HTTPException(404)
-    return Response(data, headers=_KEPT, media_type="image/jpeg")
+    return Response(data, headers=_CACHED, media_type="image/jpeg")

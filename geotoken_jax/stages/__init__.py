@@ -1,1 +1,1 @@
-"""The steps of the path, each of which reads a work directory and writes a folder of it."""
+"""The pipeline stages. Every stage reads folders of a work directory and writes one of its folders."""

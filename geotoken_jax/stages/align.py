@@ -1,4 +1,4 @@
-"""The stage `align`: trains the heads that bring images, texts and places together."""
+"""The stage `align`: trains the heads that map images, texts and coordinates to one embedding space."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,23 +18,26 @@ from geotoken_jax.sharding import make_mesh
 from geotoken_jax.stages import training
 from geotoken_jax.workdir import Manifest, StageError
 
-#: Photos that whitening is fitted to, at most.
+#: Largest number of photos that whitening is fitted to.
 _SAMPLE = 100_000
 
 
 def run(config: Config, workdir: Workdir) -> list[Manifest]:
-    """Makes align/ from features/, or from photos/ too where config.align.pixels trains on them."""
-    keys, inputs, further = [f"align.{name}" for name in ("model", "loss", "init", "train")], ["features"], {}
+    """Trains the alignment model and writes align/.
+
+    Training reads features/. If config.align.pixels.tower is not "cached", training reads photos/ as well.
+    """
+    keys, inputs, more_sections = [f"align.{name}" for name in ("model", "loss", "init", "train")], ["features"], {}
     from_pixels = config.align.pixels.tower != "cached"
     if from_pixels:
         keys, inputs = [*keys, "align.pixels", "embed.views"], [*inputs, "photos"]
     else:
-        further = {"align": {**config.select(*keys)["align"], "pixels": {"tower": "cached"}}}
+        more_sections = {"align": {**config.select(*keys)["align"], "pixels": {"tower": "cached"}}}
     finished = workdir.finished("align")
     mesh = make_mesh(config.mesh)
-    # What cannot be is said before the folder is begun, which would then ask for the same again.
+    # Invalid settings must fail before begin(), because a folder that has begun accepts no other settings.
     parts = None if finished else aligner(config, workdir, mesh)
-    stage = training.begin(workdir, config, "align", keys, inputs, **further)
+    stage = training.begin(workdir, config, "align", keys, inputs, **more_sections)
     if stage.manifest or not parts:
         return [workdir.manifest("align")]
     task, splits, resident = parts
@@ -45,7 +48,7 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
 
 
 def aligner(config: Config, workdir: Workdir, mesh: Mesh) -> tuple[Any, list, dict[str, Any]]:
-    """Returns alignment's task, its training and validation photos, and the arrays that stay on the mesh."""
+    """Returns the alignment task, readers of training and validation photos, and the arrays that stay on the mesh."""
     options = config.align
     start = geoclip.start(options.init)
     if options.model.whiten:
@@ -57,35 +60,42 @@ def aligner(config: Config, workdir: Workdir, mesh: Mesh) -> tuple[Any, list, di
 
 
 def _whitened(start: Callable | None, photos: Features, added: float) -> Callable:
-    """Returns what does as `start` does and then fits a new alignment model's whitening to a sample of photos."""
+    """Returns a function that initializes a new alignment model: it calls `start`, then fits the whitening.
+
+    photos: training photos; up to 100,000 are read. added: variance that whitening adds (config.align.model.whiten).
+    """
     image = photos(np.unique(np.linspace(0, len(photos) - 1, _SAMPLE).astype(int)))["image"]
 
-    def put(model: Any) -> None:
+    def initialize(model: Any) -> None:
         if start:
             start(model)
         model.whitening.fit(image, added)
 
-    return put
+    return initialize
 
 
 def _aligner_from_pixels(
     config: Config, workdir: Workdir, mesh: Mesh, start: Callable | None
 ) -> tuple[Any, list, dict[str, Any]]:
-    """Returns what `aligner` does, photos in the place of their features."""
+    """Returns the same as `aligner`, with readers of decoded photos instead of cached features.
+
+    Raises StageError if a photo of the training or validation split has no features.
+    """
     workdir.check_backbone(config.embed)
     photos, features = workdir.manifest("photos"), workdir.manifest("features")
     for split in (views.OF, VALIDATION):
         if features.counts[split] != photos.counts[split]:
             raise StageError(
                 f"{workdir.path / 'features'} has {features.counts[split]:,} of the {photos.counts[split]:,} photos of "
-                f"{split}, and from pixels every one is read: prepare them again without those that `embed` could not "
-                "read"
+                f"{split}, but config.align.pixels.tower = {config.align.pixels.tower!r} reads every photo: "
+                "prepare photos/ again without the photos that `embed` could not read, or set "
+                "config.align.pixels.tower to 'cached'"
             )
     task = PixelsTask(config.align.model, config.align.loss, start, config.align.pixels, config.embed, mesh)
 
-    def read(split: str, others: views.ViewsSettings | None) -> Pixels:
+    def read(split: str, augmentation: views.ViewsSettings | None) -> Pixels:
         pairs, source = workdir.pairs(split), workdir.photos(split)
-        return Pixels(pairs, source, task.tower, config.embed.threads, others, config.align.train.seed)
+        return Pixels(pairs, source, task.tower, config.embed.threads, augmentation, config.align.train.seed)
 
-    others = config.embed.views if config.align.pixels.augment else None
-    return task, [read(views.OF, others), read(VALIDATION, None)], {"tower": task.tower.parameters}
+    augmentation = config.embed.views if config.align.pixels.augment else None
+    return task, [read(views.OF, augmentation), read(VALIDATION, None)], {"tower": task.tower.parameters}

@@ -1,4 +1,4 @@
-"""`geotoken audit`: makes one audit of a work directory. audit/NAME/ holds figures.json and index.html."""
+"""`geotoken audit`: runs one audit on a work directory and writes audit/NAME/figures.json and index.html."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -24,7 +24,7 @@ from geotoken_jax.progress import Progress
 from geotoken_jax.stages import evaluate
 from geotoken_jax.workdir import Manifest, Stage, StageError, write_bytes, write_json
 
-#: Name of an audit -> figures as text.
+#: Name of an audit -> function that formats its figures as a text table.
 TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "coverage": coverage.table,
     "leakage": leakage.table,
@@ -34,7 +34,10 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
 
 
 def run(config: Config, workdir: Workdir, name: str) -> list[Manifest]:
-    """Makes audit/NAME/. Raises StageError if the split whose regions are left out has no predictions."""
+    """Runs one audit and writes audit/NAME/.
+
+    Raises StageError if the reference variant, or the split config.audit.coverage.split, has no predictions.
+    """
     makers = {"coverage": _coverage, "leakage": _leakage, "neighbors": _neighbors, "levels": _levels}
     return [makers[name](config, workdir)]
 
@@ -45,8 +48,8 @@ def _coverage(config: Config, workdir: Workdir) -> Manifest:
     split = options.coverage.split
     if split not in workdir.query_counts:
         raise StageError(
-            f"config.audit.coverage.split is {split!r}, and {workdir.path / 'predictions'} has "
-            f"{', '.join(sorted(workdir.query_counts))}: name one of these"
+            f"config.audit.coverage.split is {split!r}: choose one of the splits in {workdir.path / 'predictions'}, "
+            f"{', '.join(sorted(workdir.query_counts))}"
         )
     inputs = ["photos", "gallery", "queries", "neighbors", f"geotoken/{scoring.reference}", *folders]
     stage = workdir.begin(config, "audit/coverage", ["name", "audit.coverage", "evaluate"], inputs)
@@ -73,15 +76,17 @@ def _coverage(config: Config, workdir: Workdir) -> Manifest:
 
 
 def _masked(config: Config, stage: Stage, workdir: Workdir, variant: str, split: str) -> coverage.Answer:
-    """Returns what answers without a region. Its answers are kept as masked-NUMBER.npy, so that an interrupted audit
-    goes on with the next region."""
+    """Returns a function that predicts photos of a split with one region hidden from the gallery.
+
+    Predictions are stored in masked-NUMBER.npy, so an interrupted audit continues with the next region.
+    """
     opened: list[MaskedGallery] = []
 
-    def answer(number: int, rows: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    def answer(number: int, rows: np.ndarray, visible: np.ndarray) -> np.ndarray:
         file = stage.path / f"masked-{number:03d}.npy"
         if not file.exists():
             opened[:] = opened or [MaskedGallery(config, workdir, variant, split)]
-            records.save_array(file, opened[0](rows, kept))
+            records.save_array(file, opened[0](rows, visible))
         return records.open_array(file)
 
     return answer
@@ -94,17 +99,20 @@ def _leakage(config: Config, workdir: Workdir) -> Manifest:
     if stage.manifest:
         return stage.manifest
     truths, methods = evaluate.read_predictions(workdir, scoring)
-    found = overlap.find(workdir, truths, above)
-    figures = leakage.figures(truths, methods, found, workdir.gallery, above, scoring)
+    overlaps = overlap.find(workdir, truths, above)
+    figures = leakage.figures(truths, methods, overlaps, workdir.gallery, above, scoring)
     pairs = {
-        s: [pair for kind in of["kinds"].values() for pair in kind["pairs"]] for s, of in figures["splits"].items()
+        split: [pair for kind in values["kinds"].values() for pair in kind["pairs"]]
+        for split, values in figures["splits"].items()
     }
     photos = {s: evaluate.gallery(workdir, [pair["photo"] for pair in listed], s) for s, listed in pairs.items()}
     gallery = evaluate.gallery(workdir, [pair["gallery"] for listed in pairs.values() for pair in listed])
     source = _source(stage, workdir, scoring.resamples)
-    worst = leakage.worst_kinds(truths, found)
+    worst = leakage.worst_kinds(truths, overlaps)
     page = leakage_page.page(figures, worst, photos, gallery, scoring.reference, source)
-    return _finish(stage, figures, page, {f"leaked of {split}": int(found[split].leaked().sum()) for split in truths})
+    return _finish(
+        stage, figures, page, {f"leaked of {split}": int(overlaps[split].leaked().sum()) for split in truths}
+    )
 
 
 def _neighbors(config: Config, workdir: Workdir) -> Manifest:
@@ -113,16 +121,17 @@ def _neighbors(config: Config, workdir: Workdir) -> Manifest:
     if stage.manifest:
         return stage.manifest
     manifest, gallery = workdir.manifest("neighbors"), workdir.gallery
-    # Splits that are trained on come first, then what evaluation is used to show first.
+    # Display order: training splits, validation, then the other splits by name.
     order = sorted(
         manifest.counts, key=lambda split: (split not in (views.OF, views.SPLIT), split != "validation", split)
     )
-    found = []
+    samples = []
     for split in order:
-        found.append(neighbor_gap.sample(split, workdir.table(split), gallery, workdir.neighbors(split), scoring.seed))
-    figures = neighbor_gap.figures(found, manifest.settings["index"]["neighbors"], scoring)
-    page = neighbors_page.page(figures, found, _source(stage, workdir, scoring.resamples))
-    return _finish(stage, figures, page, {near.split: len(near.km) for near in found})
+        neighbors = workdir.neighbors(split)
+        samples.append(neighbor_gap.sample(split, workdir.table(split), gallery, neighbors, scoring.seed))
+    figures = neighbor_gap.figures(samples, manifest.settings["index"]["neighbors"], scoring)
+    page = neighbors_page.page(figures, samples, _source(stage, workdir, scoring.resamples))
+    return _finish(stage, figures, page, {sample.split: len(sample.km) for sample in samples})
 
 
 def _levels(config: Config, workdir: Workdir) -> Manifest:
@@ -135,26 +144,30 @@ def _levels(config: Config, workdir: Workdir) -> Manifest:
     seen = see(config.variant(variant), workdir, variant)
     figures = per_level.figures(scoring.labels.get(variant, variant), variant, seen, scoring)
     page = levels_page.page(figures, _source(stage, workdir, scoring.resamples))
-    return _finish(stage, figures, page, {split: len(of.tokens) for split, of in seen.items()})
+    return _finish(stage, figures, page, {split: len(values.tokens) for split, values in seen.items()})
 
 
 def see(config: Config, workdir: Workdir, variant: str) -> dict[str, per_level.Seen]:
-    """Returns what a variant's decoder makes of every photo of every evaluated split; splits whose names begin with
-    test come first. config: the variant's."""
+    """Returns the decoder's tokens and losses on all photos of the evaluated splits, by split.
+
+    Splits whose names begin with "test" come first.
+
+    config: configuration with the variant's changes applied. variant: name of the decoder's folder.
+    """
     model = workdir.decoder(variant, config.model)
-    compiled, options, asked = nnx.jit(per_level.look), model.settings, workdir.query_counts
+    compiled, options, photos = nnx.jit(per_level.look), model.settings, workdir.query_counts
     seen = {}
-    with Progress("audit levels", sum(asked.values()), "photos") as progress:
+    with Progress("audit levels", sum(photos.values()), "photos") as progress:
 
         def counted(batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             for batch in batches:
                 yield batch
                 progress.add(int(batch["valid"].sum()))
 
-        for split in sorted(asked, key=lambda name: (not name.startswith("test"), name)):
-            own, read = workdir.table(split), workdir.tokens(split, options, workdir.gallery)
-            batches = counted(pipeline.evaluation(len(own), read, config.predict.batch_size))
-            seen[split] = per_level.see(lambda batch: compiled(model, batch), options.cells, batches, own)
+        for split in sorted(photos, key=lambda name: (not name.startswith("test"), name)):
+            table, read = workdir.table(split), workdir.tokens(split, options, workdir.gallery)
+            batches = counted(pipeline.evaluation(len(table), read, config.predict.batch_size))
+            seen[split] = per_level.see(lambda batch: compiled(model, batch), options.cells, batches, table)
     return seen
 
 

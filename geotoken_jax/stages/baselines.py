@@ -1,4 +1,4 @@
-"""Baselines on the features that GeoToken has: each writes predictions/NAME/SPLIT.jsonl in the form of `predict`."""
+"""Baselines on the features of GeoToken. Each writes predictions/NAME/SPLIT.jsonl, as `geotoken predict` does."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,15 +25,16 @@ from geotoken_jax.stages import training
 from geotoken_jax.stages.predict import write
 from geotoken_jax.workdir import Manifest
 
-#: A split -> ids and answers; a photo without an answer is left out, and evaluation counts it as missing.
+#: Split -> photo ids and predictions. A photo without a prediction is left out; evaluation counts it as missing.
 Answer = Callable[[str], Iterator[tuple[bytes, Prediction]]]
 
 
 class Baseline(NamedTuple):
-    """A way to answer.
+    """One baseline: its settings, its inputs and the function that prepares it.
 
-    keys: dotted places of what predictions depend on. inputs: folders they are made from. open: configuration, work
-    directory and own folder -> the answers, and what else the manifest is to say.
+    keys: dotted configuration keys that the predictions depend on. inputs: folders that the baseline reads. open:
+    function of the configuration, the work directory and the output folder; returns the function that predicts a split,
+    and additional facts for the manifest.
     """
 
     keys: tuple[str, ...]
@@ -42,7 +43,7 @@ class Baseline(NamedTuple):
 
 
 def run(config: Config, workdir: Workdir, name: str) -> list[Manifest]:
-    """Makes predictions/NAME/SPLIT.jsonl for every split that has a table under queries/, but views.
+    """Writes predictions/NAME/SPLIT.jsonl for every split with a table in queries/, except augmented views.
 
     Raises SettingsError if there is no baseline of that name.
     """
@@ -64,44 +65,45 @@ def run(config: Config, workdir: Workdir, name: str) -> list[Manifest]:
 
 
 def _top1(config: Config, workdir: Workdir, folder: epath.Path) -> tuple[Answer, dict[str, Any]]:
-    """Answers with the first neighbor's coordinates; all neighbors are candidates."""
+    """Predicts the coordinates of the nearest neighbor. All neighbors are candidates."""
     del folder
 
     gallery = workdir.gallery
 
     def answer(split: str) -> Iterator[tuple[bytes, Prediction]]:
-        for photo, rows, scores in _near(workdir, split, config.model.neighbors):
-            (near,) = neighbors(gallery, rows[None], scores[None])
-            yield photo, _prediction([Candidate(one.latitude, one.longitude) for one in near], near)
+        for photo, rows, scores in _neighbor_rows(workdir, split, config.model.neighbors):
+            (nearest,) = neighbors(gallery, rows[None], scores[None])
+            yield photo, _prediction([Candidate(n.latitude, n.longitude) for n in nearest], nearest)
 
     return answer, {}
 
 
 def _knn(config: Config, workdir: Workdir, folder: epath.Path) -> tuple[Answer, dict[str, Any]]:
-    """Answers with the neighbor around which the density of all is highest (Vo et al. 2017, section 3)."""
+    """Predicts the neighbor at which the density of all neighbors is highest (Vo et al. 2017, section 3)."""
     del folder
     options = config.baselines.knn
     recorded = workdir.manifest("neighbors").settings["index"]["neighbors"]["count"]
     if options.neighbors > recorded:
         raise SettingsError(
-            f"config.baselines.knn.neighbors = {options.neighbors} is more than the {recorded} on record: lower it, or "
-            "set config.index.neighbors.count and index again in another --workdir"
+            f"config.baselines.knn.neighbors is {options.neighbors}, but {workdir.path / 'neighbors'} has {recorded} "
+            "per photo: lower it, or set config.index.neighbors.count and run `geotoken index` in another --workdir"
         )
     gallery = workdir.gallery
 
     def answer(split: str) -> Iterator[tuple[bytes, Prediction]]:
-        for photo, rows, scores in _near(workdir, split, options.neighbors):
+        for photo, rows, scores in _neighbor_rows(workdir, split, options.neighbors):
             coordinates = gallery.coordinates(rows)
-            found = density(pairwise_km(coordinates, coordinates), scores, options.temperature, options.sigma_km)
-            yield photo, _ranked(coordinates, np.log(found / found.sum()))
+            densities = density(pairwise_km(coordinates, coordinates), scores, options.temperature, options.sigma_km)
+            yield photo, _ranked(coordinates, np.log(densities / densities.sum()))
 
     return answer, {}
 
 
 def _geoclip(config: Config, workdir: Workdir, folder: epath.Path) -> tuple[Answer, dict[str, Any]]:
-    """Answers with the gallery's coordinates whose encoding is nearest to the photo's location vector.
+    """Predicts the gallery coordinates whose encoding is nearest to the photo's location vector.
 
-    Our alignment in GeoCLIP's way (Vivanco Cepeda et al. 2023); the gallery's encoding is kept in encoded.npy.
+    This is GeoCLIP's method (Vivanco Cepeda et al. 2023) with GeoToken's alignment model. The encoded coordinates
+    are stored in encoded.npy.
     """
     options, gallery = config.baselines.geoclip, workdir.gallery
     aligned = workdir.aligned(config.align.model)
@@ -114,61 +116,64 @@ def _geoclip(config: Config, workdir: Workdir, folder: epath.Path) -> tuple[Answ
     scale = float(jnp.exp(aligned.location_scale[...]))
 
     def answer(split: str) -> Iterator[tuple[bytes, Prediction]]:
-        own = workdir.table(split)
-        location = np.asarray(own.embeddings()[:, 1], np.float32)  # of length 1, as tables hold them
+        queries = workdir.table(split)
+        location = np.asarray(queries.embeddings()[:, 1], np.float32)  # tables store unit vectors
         rows, log_p = encodings.rank(encoded, scale * location, min(options.candidates, len(gallery)))
-        for photo, near, probability in zip(own.ids(), rows, log_p, strict=True):
-            yield photo, _ranked(coordinates[near], probability)
+        for photo, best, log_probability in zip(queries.ids(), rows, log_p, strict=True):
+            yield photo, _ranked(coordinates[best], log_probability)
 
     return answer, {}
 
 
 def _classifier(config: Config, workdir: Workdir, folder: epath.Path) -> tuple[Answer, dict[str, Any]]:
-    """Answers with the mean place of the gallery's photos in the most probable cell (Weyand et al. 2016, PlaNet)."""
+    """Predicts the mean position of the gallery photos in the most probable cell (Weyand et al. 2016, PlaNet)."""
     options, gallery = config.baselines.classifier, workdir.gallery
     cells = classifier.partition(gallery.tokens(), options.max_photos, options.min_photos)
     if not len(cells):
         raise SettingsError(
-            f"config.baselines.classifier.min_photos = {options.min_photos} is more than any cell of this gallery "
-            "holds: lower it"
+            f"config.baselines.classifier.min_photos is {options.min_photos}, and no cell of this gallery has as many "
+            "photos: lower it"
         )
     task = classifier.ClassifierTask(options, gallery.width, len(cells))
     names = [split for split in (views.OF, views.SPLIT) if split in (views.OF, *workdir.manifest("queries").counts)]
     train, validation = (
         [classifier.Photos(workdir.table(split), cells) for split in splits] for splits in (names, [VALIDATION])
     )
-    splits, where = [Concatenation(train), *validation], folder / "training"  # pyright: ignore[reportArgumentType]
-    training.fit(task, config, "baselines.train", splits, where, "train classifier")
-    model = checkpoint.read_module(where / "parameters.safetensors", task.init)
-    held = cells.of(gallery.tokens())
-    centers = classifier.centers(gallery.coordinates(), held, len(cells))
+    splits, trained = [Concatenation(train), *validation], folder / "training"  # pyright: ignore[reportArgumentType]
+    training.fit(task, config, "baselines.train", splits, trained, "train classifier")
+    model = checkpoint.read_module(trained / "parameters.safetensors", task.init)
+    cell = cells.of(gallery.tokens())
+    centers = classifier.centers(gallery.coordinates(), cell, len(cells))
 
     def answer(split: str) -> Iterator[tuple[bytes, Prediction]]:
-        own = workdir.table(split)
-        found, log_p = classifier.rank(model, own, min(options.candidates, len(cells)))
-        for photo, best, probability in zip(own.ids(), found, log_p, strict=True):
-            yield photo, _ranked(centers[best], probability)
+        queries = workdir.table(split)
+        ranked, log_p = classifier.rank(model, queries, min(options.candidates, len(cells)))
+        for photo, best, log_probability in zip(queries.ids(), ranked, log_p, strict=True):
+            yield photo, _ranked(centers[best], log_probability)
 
-    return answer, {"dropped": {"in a cell of fewer than min_photos": int((held < 0).sum())}, "cells": len(cells)}
+    return answer, {"dropped": {"in a cell of fewer than min_photos": int((cell < 0).sum())}, "cells": len(cells)}
 
 
-def _near(workdir: Workdir, split: str, k: int) -> Iterator[tuple[bytes, np.ndarray, np.ndarray]]:
-    """Yields id, gallery rows and scores of each photo that has a neighbor, of at most k, the best first."""
+def _neighbor_rows(workdir: Workdir, split: str, k: int) -> Iterator[tuple[bytes, np.ndarray, np.ndarray]]:
+    """Yields a photo's id and the gallery rows and scores of its k best neighbors, best first.
+
+    Photos without neighbors are skipped. A photo may have fewer than k.
+    """
     for photo, row, score in zip(workdir.table(split).ids(), *workdir.neighbors(split, k), strict=True):
         if row[0] >= 0:
             yield photo, row[row >= 0], score[row >= 0]
 
 
 def _ranked(coordinates: Float[np.ndarray, "K 2"], log_probability: Float[np.ndarray, "K"]) -> Prediction:
-    """Returns the answer at the most probable place, with all of them as candidates."""
+    """Returns the prediction at the most probable coordinates, with all coordinates as candidates."""
     order = np.argsort(-log_probability, kind="stable")
     return _prediction([Candidate.of(coordinates[k], float(log_probability[k])) for k in order])
 
 
-def _prediction(candidates: Sequence[Candidate], near: tuple[Neighbor, ...] = ()) -> Prediction:
-    """Returns the answer at the first candidate, which says nothing of its radii."""
+def _prediction(candidates: Sequence[Candidate], nearest: tuple[Neighbor, ...] = ()) -> Prediction:
+    """Returns the prediction at the first candidate. Its radii are NaN: baselines do not estimate their error."""
     best = candidates[0]
-    return Prediction(best.latitude, best.longitude, math.nan, math.nan, {}, tuple(candidates), (), near)
+    return Prediction(best.latitude, best.longitude, math.nan, math.nan, {}, tuple(candidates), (), nearest)
 
 
 BASELINES: Mapping[str, Baseline] = {

@@ -1,4 +1,4 @@
-"""`geotoken evaluate`: scores every variant's predictions on every split, and writes report/."""
+"""`geotoken evaluate`: scores the predictions of all variants on all splits and writes report/."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -23,8 +23,10 @@ from geotoken_jax.workdir import Manifest, StageError, write_bytes, write_json
 
 
 def run(config: Config, workdir: Workdir) -> list[Manifest]:
-    """Makes report/metrics.json and report/index.html, again and whole if there are predictions that an earlier report
-    did not have. Raises StageError if the reference has no predictions."""
+    """Scores all predictions and writes report/metrics.json and report/index.html.
+
+    A report is made again if predictions were added since. Raises StageError if the reference has no predictions.
+    """
     folders = predicted(config, workdir)
     for name in ("manifest.json", "begun.json"):
         earlier = workdir.path / "report" / name
@@ -36,8 +38,8 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
         return [stage.manifest]
     options, above = config.evaluate, config.audit.leakage.cosine_above
     truths, methods = read_predictions(workdir, options)
-    known = overlap.find(workdir, truths, above)
-    metrics = evaluate.score_splits(truths, methods, known, options) | {"cosine_above": above}
+    overlaps = overlap.find(workdir, truths, above)
+    metrics = evaluate.score_splits(truths, methods, overlaps, options) | {"cosine_above": above}
     write_json(stage.path / "metrics.json", metrics)
     page = report_page.page(_report(workdir, config.name, metrics, truths, methods, options))
     write_bytes(stage.path / "index.html", page.encode())
@@ -45,12 +47,13 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
 
 
 def predicted(config: Config, workdir: Workdir) -> list[str]:
-    """Returns the folders of predictions. Raises StageError if the reference is not among them."""
+    """Returns the folders predictions/VARIANT. Raises StageError if the reference variant has none."""
     variants = workdir.predicted_variants()
     if config.evaluate.reference not in variants:
         raise StageError(
-            f"config.evaluate.reference is {config.evaluate.reference!r}, and {workdir.path / 'predictions'} holds "
-            f"{', '.join(variants) or 'nothing'}: run `geotoken predict` for it first, or name one that is there"
+            f"config.evaluate.reference is {config.evaluate.reference!r}, but {workdir.path / 'predictions'} has "
+            f"{', '.join(variants) or 'no predictions'}: run `geotoken predict` for it first, or set the key to a "
+            "variant that has predictions"
         )
     return [f"predictions/{variant}" for variant in variants]
 
@@ -58,26 +61,26 @@ def predicted(config: Config, workdir: Workdir) -> list[str]:
 def read_predictions(
     workdir: Workdir, options: EvaluateSettings
 ) -> tuple[dict[str, CoordinateTable], dict[str, list[Method]]]:
-    """Returns truth and methods by split, in the order to show: splits whose names begin with test come first.
+    """Returns the true coordinates and the methods to score, for every split in display order.
 
-    `extra` of the truth holds the author and the place names.
+    Splits whose names begin with "test" come first. The truth's `extra` contains the author and the place names.
     """
     truths, methods = {}, {}
     for split in sorted(workdir.query_counts, key=lambda name: (not name.startswith("test"), name)):
         truth = truths[split] = read_truth(workdir, split)
-        found = []
+        listed = []
         for variant in workdir.predicted_variants():
             if (file := workdir.answers(variant, split)).exists():
                 points = read_coordinates(file)
-                found += methods_of(points, truth, variant, options.labels.get(variant, variant), options.earth)
-        methods[split] = in_order(found, options.reference)
+                listed += methods_of(points, truth, variant, options.labels.get(variant, variant), options.earth)
+        methods[split] = in_order(listed, options.reference)
     return truths, methods
 
 
 def gallery(workdir: Workdir, wanted: Sequence[str], split: str = GALLERY) -> examples.Gallery:
-    """Returns the photos of a split by id: of the gallery's, or of a split's that is asked about.
+    """Returns photos for display, by id.
 
-    wanted: ids of the photos that are shown.
+    wanted: ids of these photos. split: split that contains them, by default the gallery.
     """
     return examples.Gallery(workdir.photos(split), workdir.table(split), wanted)
 
@@ -95,7 +98,7 @@ def _report(
     shown = _examples(workdir, split, photos[split], methods[split], options.reference)
     rows = shown.predictions.values() if shown else ()
     neighbors = [n["id"] for row in rows for n in row.get("neighbors", ())[:NEIGHBORS]]
-    made = [folder for folder in workdir.complete() if folder.split("/")[0] not in ("report", "audit")]
+    folders = [folder for folder in workdir.complete() if folder.split("/")[0] not in ("report", "audit")]
     return report_page.Report(
         name=name,
         reference=options.reference,
@@ -107,7 +110,7 @@ def _report(
         examples=shown,
         gallery=gallery(workdir, neighbors),
         losses=_losses(workdir, options.labels),
-        manifests={folder: workdir.manifest(folder) for folder in made},
+        manifests={folder: workdir.manifest(folder) for folder in folders},
     )
 
 
@@ -125,11 +128,11 @@ def _examples(
 
 
 def _losses(workdir: Workdir, labels: Mapping[str, str]) -> list[tuple[str, Any]]:
-    """Returns the losses of every model that kept its metrics, by the name that people read."""
-    found = []
+    """Returns display name and training curves of every model that has a metrics log."""
+    losses = []
     for file in workdir.training_logs():
         curves = training.curves(file.read_text()) if file.exists() else {}
         if curves:
             name = "Alignment" if file.parent.name == "align" else labels.get(file.parent.name, file.parent.name)
-            found.append((name, curves))
-    return found
+            losses.append((name, curves))
+    return losses

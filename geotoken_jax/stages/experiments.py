@@ -1,7 +1,7 @@
-"""Experiments: one question, several runs that differ in a few settings, one table against the first of them.
+"""`geotoken experiment`: trains several runs that differ in a few settings and compares them in one table.
 
-Each run is a work directory of its own under experiments/NAME/, in which the folders that its settings leave as they
-are link into the one it starts from: only what differs is made again, and what was interrupted goes on.
+Each run has a work directory under experiments/NAME/. Folders that do not depend on the changed settings are links into
+the base work directory, so only the other folders are made again. An interrupted experiment continues.
 """
 
 import json
@@ -25,7 +25,7 @@ from geotoken_jax.stages import sweep
 from geotoken_jax.stages.train import check_context
 from geotoken_jax.workdir import write_json
 
-#: Folders that a run may share with the work directory it starts from; of the last, each variant's own.
+#: Folders that a run may share with the base work directory. Those in _TRAINED have a subfolder per variant.
 _SHARED = ("photos", "features", "align", "gallery", "queries", "neighbors", "tokens")
 _TRAINED = ("geotoken", "pools", "reward", "verifier")
 
@@ -33,53 +33,53 @@ _TRAINED = ("geotoken", "pools", "reward", "verifier")
 _HEAD = """# Experiments
 
 Each table is the result of one command, `geotoken experiment NAME --config=configs/experiments.py --workdir=runs/demo`,
-and this page of `geotoken experiment --document` with the same options ({date}, {cores} {machine} cores). The first
-row of a table is what the others are compared with: points above it, with the 95 % interval of the paired bootstrap
-over authors. The validation loss is in nats a token, weighted as the run trains, so that runs of other tokens or
-weights have losses that do not compare. When a photo was taken can be read (`config.model.context`), and `geotoken
-experiment context` compares that where photos say it. EarthView's do not, so there is no table of it here.
+and `geotoken experiment --document` with the same options writes this page ({date}, {cores} {machine} cores). The first
+row of a table is the baseline: other rows state their difference to it in percentage points, with the 95 % interval of
+the paired bootstrap over authors. The validation loss is in nats per token, with the run's own loss weights, so it is
+comparable only between runs with equal tokens and weights. `geotoken experiment context` compares models that read a
+photo's capture time (`config.model.context`). EarthView's photos have none, so this page has no table of it.
 """
 
 
 def run(config: Config, workdir: Workdir, name: str) -> dict[str, Any]:
-    """Makes every run of an experiment, and experiments/NAME/results.json, which is returned.
+    """Makes all runs of an experiment, writes experiments/NAME/results.json and returns its contents.
 
     Raises SettingsError if there is no experiment of that name.
     """
-    experiment, options = _named(config, name), config.evaluate
+    experiment, options = _experiment(config, name), config.evaluate
     variant, folder, base = options.reference, Path(workdir.path) / "experiments" / name, Path(workdir.path).resolve()
-    made: dict[str, Workdir] = {}
+    runs: dict[str, Workdir] = {}
     configs: dict[str, Config] = {}
-    for label, changes, *trained_by in experiment.runs:  # before the first of them is trained
-        source = configs[trained_by[0]] if trained_by else config  # trained parts keep their settings
+    for label, changes, *trained_by in experiment.runs:  # check every run before the first one trains
+        source = configs[trained_by[0]] if trained_by else config  # its trained models keep their settings
         configs[label] = source.changed(changes, f"experiments.{name}")
         check_context(configs[label], workdir)
     for label, _, *trained_by in experiment.runs:
         print(f"{name}: {label}", flush=True)
         place = folder / re.sub(r"[^a-z0-9]+", "_", label.lower()).strip("_")
-        source = Path(made[trained_by[0]].path).resolve() if trained_by else base
+        source = Path(runs[trained_by[0]].path).resolve() if trained_by else base
         sweep.link(source, place, [f"{part}/{variant}" for part in _TRAINED])
         sweep.link(base, place, [*_SHARED, f"predictions/{variant}"])
-        made[label] = Workdir(place)
+        runs[label] = Workdir(place)
         verbs = ("index", "predict") if trained_by else ("index", "train", "learn", "predict")
-        sweep.make(configs[label], made[label], variant, verbs)
+        sweep.make(configs[label], runs[label], variant, verbs)
     results = {
         "question": experiment.question,
         "base": config.name,
         "earth": options.earth,
         "strict": options.strict,
-        "runs": [{"name": label, **_facts(place, variant)} for label, place in made.items()],
-        "splits": {split: _score(experiment, made, split, options) for split in experiment.splits},
+        "runs": [{"name": label, **_facts(place, variant)} for label, place in runs.items()],
+        "splits": {split: _score(experiment, runs, split, options) for split in experiment.splits},
     }
     write_json(epath.Path(folder / "results.json"), results)
     return results
 
 
 def document(config: Config, workdir: Workdir) -> str:
-    """Returns docs/experiments.md: every experiment of the configuration whose results are there, by name."""
+    """Returns the text of docs/experiments.md: all experiments of the configuration that have a results.json."""
     parts = [_HEAD.format(cores=os.cpu_count(), machine=platform.machine(), date=date.today())]
     for name in config.experiments:
-        file, experiment = Path(workdir.path) / "experiments" / name / "results.json", _named(config, name)
+        file, experiment = Path(workdir.path) / "experiments" / name / "results.json", _experiment(config, name)
         if not file.exists():
             continue
         results = json.loads(file.read_text())
@@ -91,7 +91,7 @@ def document(config: Config, workdir: Workdir) -> str:
     return "\n".join(parts)
 
 
-def _named(config: Config, name: str) -> Experiment:
+def _experiment(config: Config, name: str) -> Experiment:
     if name not in config.experiments:
         raise SettingsError(f"there is no experiment {name!r}: choose one of {', '.join(config.experiments)}")
     return config.experiments[name]
@@ -107,22 +107,22 @@ def _facts(place: Workdir, variant: str) -> dict[str, Any]:
 
 
 def _score(
-    experiment: Experiment, made: Mapping[str, Workdir], split: str, options: EvaluateSettings
+    experiment: Experiment, runs: Mapping[str, Workdir], split: str, options: EvaluateSettings
 ) -> dict[str, Any]:
-    first, *_ = made
-    truth = read_truth(made[first], split)
+    first, *_ = runs
+    truth = read_truth(runs[first], split)
     methods = []
-    for label, place in made.items():
+    for label, place in runs.items():
         points = read_coordinates(place.answers(options.reference, split))
         for method in methods_of(points, truth, label, label, options.earth):
             if method.choice in experiment.choices or (method.main and "" in experiment.choices):
                 methods.append(method)
-    found = evaluate.score(methods, truth, first, options.resamples, options.seed, options.strict)
-    return {**found, "uncertainty": None}  # not looked at here
+    scores = evaluate.score(methods, truth, first, options.resamples, options.seed, options.strict)
+    return {**scores, "uncertainty": None}  # the table has no column for it
 
 
 def _table(split: str, scores: Mapping[str, Any], runs: Mapping[str, Mapping[str, Any]]) -> str:
-    """Returns one split's rows as Markdown: accuracies, and how far from the first run's, with intervals."""
+    """Returns a Markdown table of one split: accuracies, and differences to the first run with their intervals."""
     differences = {(row["variant"], row["choice"]): row["accuracy"] for row in scores["differences"]}
     heads = [f"{km:,} km" for km in THRESHOLDS_KM]
     compared = [f"{km:,} km, difference" for km in (25, 200)]

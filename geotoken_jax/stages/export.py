@@ -1,4 +1,4 @@
-"""The stage `export`: a folder that needs nothing else to answer, with a card that says what it is."""
+"""The stage `export`: writes a self-contained folder for prediction, with a model card."""
 
 import pathlib
 import shutil
@@ -20,47 +20,50 @@ _BACKBONE = "backbone"
 
 
 def run(config: Config, workdir: Workdir) -> list[Manifest]:
-    """Makes export/ from the trained parameters, the gallery, the photos and the report of a work directory.
+    """Writes export/ from the trained parameters, the gallery, the photos and the report of a work directory.
 
-    The decoder is that of config.evaluate.reference.
+    The exported decoder is the variant config.evaluate.reference.
     """
     variant = config.evaluate.reference
-    own = config.variant(variant)
-    trained = ["align", f"geotoken/{variant}", *(f"{name}/{variant}" for name in needed(own.predict))]
+    variant_config = config.variant(variant)
+    trained = ["align", f"geotoken/{variant}", *(f"{name}/{variant}" for name in needed(variant_config.predict))]
     inputs = [*trained, "photos", "gallery", "report"]
-    stage = workdir.begin(config, "export", (), inputs, own.select("predict", "export"))
+    stage = workdir.begin(config, "export", (), inputs, variant_config.select("predict", "export"))
     if stage.manifest:
         return [stage.manifest]
-    workdir.check_backbone(own.embed)
+    workdir.check_backbone(variant_config.embed)
     folder = stage.path
-    referred = _copy(own, workdir, variant, folder)
-    lost = None
-    if own.export.gallery == "int8":
-        lost = quantized.quantize(workdir, own.index.search, folder)
-        lost |= quantized.cost(own, workdir, variant, folder)
-    counts = pictures.write(workdir, folder, own, variant, Table(folder / "gallery").ids())
-    shutil.rmtree(folder / "targets", ignore_errors=True)  # of the parameters before these
-    card.write(folder, workdir, own, variant, referred, lost)
+    reference = _copy(variant_config, workdir, variant, folder)
+    int8_cost = None
+    if variant_config.export.gallery == "int8":
+        int8_cost = quantized.quantize(workdir, variant_config.index.search, folder)
+        int8_cost |= quantized.cost(variant_config, workdir, variant, folder)
+    counts = pictures.write(workdir, folder, variant_config, variant, Table(folder / "gallery").ids())
+    shutil.rmtree(folder / "targets", ignore_errors=True)  # older targets contain older parameters
+    card.write(folder, workdir, variant_config, variant, reference, int8_cost)
     files = (file for file in sorted(pathlib.Path(folder).rglob("*")) if file.is_file())
     sums = {str(file.relative_to(folder)): bundle.sha256(file) for file in files}
     sums.pop("begun.json", None)
     lines = "".join(f"{digest}  {name}\n" for name, digest in sums.items())
     write_bytes(folder / bundle.SUMS, lines.encode())
-    made = stage.finish({"files": len(sums), **counts}, sha256=sums, **({"int8": lost} if lost else {}))
-    return [made]
+    manifest = stage.finish({"files": len(sums), **counts}, sha256=sums, **({"int8": int8_cost} if int8_cost else {}))
+    return [manifest]
 
 
 def _copy(config: Config, workdir: Workdir, variant: str, folder: epath.Path) -> dict[str, Any] | None:
-    """Writes settings, parameters, gallery, selectors, calibration and programs; returns name and sums of the
-    backbone's checkpoint, None where it has none. config: with the variant's changes made."""
-    tower, referred = copy_backbone(folder, config.embed, config.export.weights)
+    """Writes settings, parameters, gallery, selectors, calibration and programs to the export.
+
+    config: configuration with the variant's changes applied. Returns name and SHA-256 sums of the backbone's
+    checkpoint, or None if the backbone has no checkpoint.
+    """
+    tower, reference = copy_backbone(folder, config.embed, config.export.weights)
     selectors = workdir.selectors(config, variant)
     aligned, model = workdir.aligned_settings(config.align.model), workdir.model_settings(variant, config.model)
     read = {
         "backbone": tower,
-        "checkpoint": referred,
+        "checkpoint": reference,
         "align": aligned,
-        "model": {**settings.plain(model), "attention": "xla"},  # which every device has
+        "model": {**settings.plain(model), "attention": "xla"},  # runs on every device
         "predict": config.predict,
         "learned": selectors,
         "index": {"threads": config.index.search.threads},
@@ -74,16 +77,20 @@ def _copy(config: Config, workdir: Workdir, variant: str, folder: epath.Path) ->
     calibration = workdir.calibration_file(variant)
     if calibration.exists():
         write_bytes(folder / calibration.name, calibration.read_bytes())
-    if model.scheme == "s2":  # standalone.py knows no other cells
+    if model.scheme == "s2":  # standalone.py decodes S2 cells only
         stablehlo.write(folder, aligned, model, config.predict, workdir.width)
-    return referred
+    return reference
 
 
 def copy_backbone(
     folder: epath.Path, options: backbone.BackboneSettings, weights: bool
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Returns the backbone's settings as config.json has them, and the name and sums of its checkpoint, None where it
-    has none. weights: copy it into the folder. No path of this machine is in either."""
+    """Returns the backbone's settings for config.json, and name and SHA-256 sums of its checkpoint.
+
+    Neither contains a local path. Name and sums are None if the backbone has no checkpoint.
+
+    weights: whether to copy the checkpoint into the folder.
+    """
     section = settings.plain({name: getattr(options, name) for name in settings.names(backbone.BackboneSettings)})
     source = pathlib.Path(section["huggingface"]["path"])
     section["huggingface"]["path"] = ""

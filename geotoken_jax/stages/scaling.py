@@ -1,4 +1,4 @@
-"""The runs of a scaling study, its forecast and its fit: `geotoken scaling run` and `geotoken scaling fit`."""
+"""`geotoken scaling run` and `geotoken scaling fit`: train the runs of a scaling study, then fit the scaling law."""
 
 import contextlib
 import json
@@ -20,13 +20,14 @@ from geotoken_jax.workdir import StageError, write_json
 
 
 def run(config: Config, workdir: Workdir, index: int | None) -> None:
-    """Makes the run of that number, or all of them; what is complete is kept.
+    """Trains one run of the scaling study, or all runs. Complete runs are skipped.
 
-    Raises SettingsError if there is no such run, StageError where the held-out size is asked for before the grid.
+    index: number of the run; all runs if None. Raises SettingsError if there is no such run, and StageError if the
+    held-out run is requested before the grid is complete.
     """
     plan, s = scaling.runs(config), scaling.study(config)
     if index is not None and not 0 <= index < len(plan):
-        raise SettingsError(f"--index={index}: config.scaling has the runs 0 to {len(plan) - 1}")
+        raise SettingsError(f"--index is {index}: choose a run of config.scaling, 0 to {len(plan) - 1}")
     for one in plan if index is None else [plan[index]]:
         with _timed(workdir.path / FOLDER / "seconds" / f"{one.label}.json"):
             if one.axis == "held out":
@@ -39,7 +40,7 @@ def run(config: Config, workdir: Workdir, index: int | None) -> None:
 
 @contextlib.contextmanager
 def _timed(file: epath.Path) -> Iterator[None]:
-    """Adds wall and processor seconds to a file; a run that was interrupted has had several parts."""
+    """Adds wall-clock and CPU seconds to a file. The file sums over all attempts of an interrupted run."""
     wall, cpu = time.monotonic(), time.process_time()
     try:
         yield
@@ -51,20 +52,23 @@ def _timed(file: epath.Path) -> Iterator[None]:
 
 
 def _forecast(config: Config, workdir: Workdir, one: scaling.Run) -> None:
-    """Writes down the loss of the held-out run, from the grid alone. Raises StageError if it is too early or late."""
+    """Writes scaling/forecast.json: the held-out run's loss, predicted from the grid runs alone.
+
+    Raises StageError if a grid run is incomplete, or if the held-out run is already trained.
+    """
     file = workdir.path / FOLDER / FORECAST
     if file.exists():
         return
     if workdir.finished(f"geotoken/{one.label}"):
         raise StageError(
-            f"{file} is missing and geotoken/{one.label} is complete: a loss is forecast before it is measured, so "
-            "remove that folder and run it again"
+            f"{file} is missing, but {workdir.path / 'geotoken' / one.label} is complete, and a forecast must precede "
+            "its measurement: remove that folder and run `geotoken scaling run` again"
         )
     rows, s = [row for row in scaling.table(config, workdir) if row["axis"] == "grid"], scaling.study(config)
     missing = {run.label for run in scaling.runs(config) if run.axis == "grid"} - {row["label"] for row in rows}
     if missing:
         raise StageError(
-            f"the held-out run {one.label} waits for the grid: run `geotoken scaling run` for "
+            f"the forecast for the held-out run {one.label} needs the whole grid: run `geotoken scaling run` for "
             f"{', '.join(sorted(missing))} first"
         )
     law, resampled = scaling_law.fit(*scaling.columns(rows), s.resamples, s.seed)
@@ -76,20 +80,22 @@ def _forecast(config: Config, workdir: Workdir, one: scaling.Run) -> None:
 
 
 def fit(config: Config, workdir: Workdir) -> dict[str, Any]:
-    """Writes scaling/runs.json, the table of runs, and scaling/fit.json, which is returned: the law with its intervals,
-    the forecast with its miss, the frontier, how accuracy goes with loss, and what was tested.
+    """Writes the table of runs, scaling/runs.json, and the fit, scaling/fit.json. Returns the fit.
 
-    Raises StageError if the grid has too few runs to fit five numbers.
+    The fit contains the law with its intervals, the forecast with its error, the compute frontier, accuracy against
+    loss, and the results of scaling/tested.json. Raises StageError if the grid has fewer than 6 complete runs: the law
+    has five parameters.
     """
     rows, s, folder = scaling.table(config, workdir), scaling.study(config), workdir.path / FOLDER
     grid = [row for row in rows if row["axis"] == "grid"]
     if len(grid) < 6:
         raise StageError(
-            f"{folder} has {len(grid)} runs of the grid, and the law has five numbers: run at least 6 of them first"
+            f"{folder} has {len(grid)} complete grid runs, too few to fit five parameters: complete at least 6 "
+            "with `geotoken scaling run` first"
         )
     law, resampled = scaling_law.fit(*scaling.columns(grid), s.resamples, s.seed)
     parameters, photos, losses = scaling.columns(grid)
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "law": scaling_law.intervals(law, resampled),
         "error": float(np.sqrt(np.mean((law(parameters, photos) - losses) ** 2))),
         "noise": scaling.noise(rows, s),
@@ -100,12 +106,12 @@ def fit(config: Config, workdir: Workdir) -> dict[str, Any]:
     }
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / RUNS, rows)  # pyright: ignore[reportArgumentType]
-    write_json(folder / FIT, found)
-    return found
+    write_json(folder / FIT, result)
+    return result
 
 
 def _test(one: scaling.Run, workdir: Workdir, s: ScalingSettings) -> None:
-    """Writes scaling/tested.json: how accuracy grows with the gallery and with the candidates of a photo."""
+    """Writes scaling/tested.json: accuracy against gallery size, and against the number of candidates."""
     file = workdir.path / FOLDER / TESTED
     if file.exists():
         return
@@ -114,7 +120,7 @@ def _test(one: scaling.Run, workdir: Workdir, s: ScalingSettings) -> None:
     masked, every = MaskedGallery(one.config, workdir, one.label, s.split), np.arange(len(truth))
     galleries = []
     for n in s.gallery:
-        first, decoder = (scaling.within(found, truth) for found in masked(every, np.sort(order[:n])))
+        first, decoder = (scaling.within(predicted, truth) for predicted in masked(every, np.sort(order[:n])))
         galleries.append({"photos": n, "first_neighbor": first, "decoder": decoder})
     lines = workdir.answers(one.label, s.split).read_text().splitlines()
     candidates = scaling.by_candidates([json.loads(line)["candidates"] for line in lines], truth, s)

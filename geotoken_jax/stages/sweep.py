@@ -1,7 +1,7 @@
-"""Runs that differ in a few settings: experiments make each in a work directory of its own, a scaling study in one.
+"""Runs the stages of experiments and scaling studies, whose runs differ in a few settings.
 
-A run's work directory holds links into another for the folders that its settings leave as they are, so that only what
-differs is made again, and what was interrupted goes on.
+Each run of an experiment has its own work directory; the runs of a scaling study share one. Folders that do not depend
+on a run's changed settings are links into another work directory, so only the other folders are made.
 """
 
 import importlib
@@ -17,13 +17,15 @@ from geotoken_jax.workdir import Manifest, OtherSettingsError, StageError
 def _index(config: Config, workdir: Workdir, variant: str) -> list[Manifest]:
     del variant
     try:
-        index = importlib.import_module("data_prep.index")  # only a clone has it
+        index = importlib.import_module("data_prep.index")  # the installed package lacks data_prep
     except ModuleNotFoundError:
-        raise StageError("preparing data needs a clone of the repository: the package has no data_prep") from None
+        raise StageError(
+            "the installed package has no data_prep: run this command from a clone of the repository"
+        ) from None
     return index.run(config, workdir)
 
 
-#: Verb -> its stage.
+#: CLI verb -> stage function.
 STAGES: dict[str, Callable[[Config, Workdir, str], list[Manifest]]] = {
     "index": _index,
     "train": train.run,
@@ -33,8 +35,11 @@ STAGES: dict[str, Callable[[Config, Workdir, str], list[Manifest]]] = {
 
 
 def make(config: Config, workdir: Workdir, variant: str, verbs: Iterable[str]) -> None:
-    """Runs stages, in the order of the path. For a linked folder that the configuration does not leave as it is,
-    another run's is linked that it does; where there is none the folder is made anew."""
+    """Runs stages of a run in the given order.
+
+    If a linked folder was made with other settings, it is replaced by a link to the same folder of another run with the
+    right settings, or made anew if no run has one.
+    """
     for verb in verbs:
         others: dict[Path, list[Path]] = {}
         while True:
@@ -46,27 +51,30 @@ def make(config: Config, workdir: Workdir, variant: str, verbs: Iterable[str]) -
                 if not linked.is_symlink():
                     raise
                 _relink(linked, Path(workdir.path), others)
-                workdir = Workdir(workdir.path)  # what is open may be of the folder that was linked
+                workdir = Workdir(workdir.path)  # the old object caches data of the replaced folder
 
 
-def _relink(linked: Path, place: Path, others: dict[Path, list[Path]]) -> None:
-    folder = linked.relative_to(place)
+def _relink(linked: Path, root: Path, others: dict[Path, list[Path]]) -> None:
+    folder = linked.relative_to(root)
     if folder not in others:
-        found = sorted(place.parents[1].glob(f"*/*/{folder}/manifest.json"), reverse=True)
-        others[folder] = [file.parent for file in found if file.parent != linked]
+        manifests = sorted(root.parents[1].glob(f"*/*/{folder}/manifest.json"), reverse=True)
+        others[folder] = [file.parent for file in manifests if file.parent != linked]
     linked.unlink()
     if others[folder]:
         linked.symlink_to(others[folder].pop().resolve())
     else:
-        # A folder in the place of the link, so that what is interrupted here is not linked again.
+        # An existing folder keeps `link` from linking the base folder again after an interruption.
         linked.mkdir()
 
 
 def link(base: Path, place: Path, folders: Sequence[str]) -> None:
-    """Links into a run's work directory whatever is complete in another one, and not there yet."""
+    """Links folders into a run's work directory if they are complete in the base and the run does not have them.
+
+    base: work directory that the links point to. place: the run's work directory.
+    """
     for folder in folders:
-        found = place / folder
-        if (base / folder / "manifest.json").exists() and not found.exists():
-            found.parent.mkdir(parents=True, exist_ok=True)
-            found.unlink(missing_ok=True)
-            found.symlink_to(base / folder)
+        target = place / folder
+        if (base / folder / "manifest.json").exists() and not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.unlink(missing_ok=True)
+            target.symlink_to(base / folder)

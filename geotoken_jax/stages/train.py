@@ -1,4 +1,4 @@
-"""The stage `train`: trains the decoder, a folder for each variant."""
+"""The stage `train`: trains the decoder of one variant."""
 
 from typing import Any
 
@@ -16,56 +16,61 @@ from geotoken_jax.workdir import Manifest
 
 
 def run(config: Config, workdir: Workdir, variant: str) -> list[Manifest]:
-    """Makes geotoken/VARIANT from tokens/, gallery/ and queries/."""
-    own, folder = config.variant(variant), f"geotoken/{variant}"
+    """Trains a variant's decoder on tokens/, gallery/ and queries/ and writes geotoken/VARIANT.
+
+    Raises SettingsError if the variant's settings do not fit the prepared data.
+    """
+    variant_config, folder = config.variant(variant), f"geotoken/{variant}"
     features = workdir.finished("features")
-    if features and features.facts["width"] != own.model.backbone_width:
+    if features and features.facts["width"] != variant_config.model.backbone_width:
         raise SettingsError(
-            f"config.model.backbone_width = {own.model.backbone_width} is not the width of these features: set it to "
-            f"{features.facts['width']}"
+            f"config.model.backbone_width is {variant_config.model.backbone_width}, but the width of "
+            f"{workdir.path / 'features'} is {features.facts['width']}: set it to {features.facts['width']}"
         )
-    check_context(own, workdir)
-    data = own.select("data") if own.data.photos else {"data": {"photos": 0}}
+    check_context(variant_config, workdir)
+    data = variant_config.select("data") if variant_config.data.photos else {"data": {"photos": 0}}
     stage = training.begin(
         workdir, config, folder, ["model", "loss", "train"], ["tokens", "gallery", "queries"], **data
     )
     if stage.manifest:
         return [stage.manifest]
-    mesh = make_mesh(own.mesh)
-    task, splits, resident = decoder(own, workdir, mesh)
-    result = training.fit(task, own, "train", splits, stage.path, f"train {variant}", mesh, resident)
-    return [training.finish(workdir, stage, own.train, result, f"train {variant}")]
+    mesh = make_mesh(variant_config.mesh)
+    task, splits, resident = decoder(variant_config, workdir, mesh)
+    result = training.fit(task, variant_config, "train", splits, stage.path, f"train {variant}", mesh, resident)
+    return [training.finish(workdir, stage, variant_config.train, result, f"train {variant}")]
 
 
 def check_context(config: Config, workdir: Workdir) -> None:
-    """Raises SettingsError if config.model.context asks for times of which no photo of the work directory has one."""
-    asked = config.model.context
-    if asked != "none" and not workdir.manifest("photos").facts.get("captured"):
+    """Raises SettingsError if config.model.context needs capture times and no photo of the work directory has one."""
+    context = config.model.context
+    if context != "none" and not workdir.manifest("photos").facts.get("captured"):
         raise SettingsError(
-            f"config.model.context is {asked!r}, and no photo in {workdir.path / 'photos'} says when it was taken: "
-            "leave it 'none', or prepare photos that do (docs/data.md)"
+            f"config.model.context is {context!r}, but no photo in {workdir.path / 'photos'} has a capture time: set "
+            "the key to 'none', or prepare photos with capture times (docs/data.md)"
         )
 
 
 def decoder(config: Config, workdir: Workdir, mesh: Any) -> tuple[Any, list, dict[str, Any]]:
-    """Returns the decoder's task, its training and validation photos, and the gallery's arrays on the mesh.
+    """Returns the decoder's task, readers of the training and validation photos, and the gallery arrays on the mesh.
 
-    config: with the variant's changes made.
+    config: configuration with the variant's changes applied. Raises SettingsError if config.model.neighbors exceeds the
+    recorded neighbors, or if config.model.level exceeds the level of the stored cells, 20.
     """
-    model, where, gallery = config.model, config.gallery, workdir.gallery
+    model, options, gallery = config.model, config.gallery, workdir.gallery
     if workdir.neighbor_count < model.neighbors:
         raise SettingsError(
-            f"config.model.neighbors = {model.neighbors} is more than the {workdir.neighbor_count} there are: set "
-            "config.index.neighbors.count and index again in another --workdir"
+            f"config.model.neighbors is {model.neighbors}, but {workdir.path / 'neighbors'} has "
+            f"{workdir.neighbor_count} per photo: lower it, or set config.index.neighbors.count and run `geotoken "
+            "index` in another --workdir"
         )
     if model.level > records.LEVEL:
         raise SettingsError(
-            f"config.model.level = {model.level} is finer than the gallery's cells: use a level up to {records.LEVEL}"
+            f"config.model.level is {model.level}, finer than the gallery's cells: set it to {records.LEVEL} or less"
         )
-    host, names = None if where.on_device else gallery, workdir.training_splits
+    host, names = None if options.on_device else gallery, workdir.training_splits
     train = Concatenation([workdir.tokens(split, model, host) for split in names])
     if config.data.photos:
         train = Subset(train, chosen([workdir.table(split).ids() for split in names], config.data))
     splits = [train, workdir.tokens(VALIDATION, model, host)]
-    task = GeoTokenTask(model, config.loss, placement.lookup(where, mesh), sample.greedy)
-    return task, splits, placement.resident(gallery, model.cells, where, mesh)
+    task = GeoTokenTask(model, config.loss, placement.lookup(options, mesh), sample.greedy)
+    return task, splits, placement.resident(gallery, model.cells, options, mesh)

@@ -1,4 +1,4 @@
-"""What the stages that train share: the mesh, one job of several processes, and the loop with its input."""
+"""Functions shared by all stages that train: they open the folder, run the training loop and write the manifest."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -20,7 +20,11 @@ from geotoken_jax.workdir import Manifest, Stage
 def begin(
     workdir: Workdir, config: Config, folder: str, keys: Iterable[str], inputs: Iterable[str], **further: Any
 ) -> Stage:
-    """Opens a folder that several processes fill as one job: the first writes that it has begun."""
+    """Opens a stage's folder in a job of one or more processes and returns the stage.
+
+    Process 0 writes begun.json; the other processes wait for it. config, folder, keys, inputs: see Workdir.begin.
+    further: additional sections of settings that the folder depends on.
+    """
     if processes.index():
         processes.wait(f"{folder} has begun")
     stage = workdir.begin(config, folder, list(keys), inputs, further)
@@ -32,19 +36,20 @@ def begin(
 def fit(
     task: Any,
     config: Config,
-    where: str,
+    section: str,
     splits: list,
     folder: epath.PathLike,
-    what: str,
+    label: str,
     mesh: Mesh | None = None,
     resident: Mapping[str, Any] | None = None,
 ) -> loop.Result:
-    """Trains a task in a folder with its input and the loop.
+    """Trains a task, writes checkpoints and logs to a folder, and returns the result.
 
-    where: the dotted place in config of the TrainSettings. splits: readers of training and validation photos. what: the
-    name shown beside the progress. mesh: None for that of config.mesh. resident: arrays that stay on the mesh.
+    section: dotted key of the TrainSettings in config. splits: readers of the training and the validation photos.
+    label: name shown with the progress. mesh: devices to train on; the mesh of config.mesh if None. resident: arrays
+    that stay on the mesh. Raises SettingsError or Diverged with the full key of the setting.
     """
-    options: TrainSettings = config.at(where)
+    options: TrainSettings = config.at(section)
     mesh = mesh or make_mesh(config.mesh)
     process = (processes.index(), processes.count())
     train, validation = splits
@@ -57,18 +62,21 @@ def fit(
             dict(resident or {}),
         )
     except SettingsError as error:
-        raise SettingsError(f"config.{where}.{error}") from None
+        raise SettingsError(f"config.{section}.{error}") from None
     try:
-        return loop.run(task, options, mesh, folder, data, what)
+        return loop.run(task, options, mesh, folder, data, label)
     except loop.Diverged as error:
-        raise loop.Diverged(f"config.{where}.{error}") from None
+        raise loop.Diverged(f"config.{section}.{error}") from None
 
 
 def finish(
-    workdir: Workdir, stage: Stage, options: TrainSettings, result: loop.Result, what: str,
+    workdir: Workdir, stage: Stage, options: TrainSettings, result: loop.Result, label: str,
     after: Callable[[epath.Path], None] | None = None,
 ) -> Manifest:  # fmt: skip
-    """Completes a trained folder in the first process, while the others wait. after: what is left to do in it."""
+    """Writes the manifest of a trained folder in process 0, while the other processes wait, and returns it.
+
+    label: name of the training. after: function of the folder, called before the manifest is written.
+    """
     if not processes.index():
         if after:
             after(stage.path)
@@ -78,5 +86,5 @@ def finish(
             best_loss=result.best_loss,
             parameters=result.parameters,
         )
-    processes.wait(f"{what} has ended")
+    processes.wait(f"{label} has ended")
     return workdir.manifest(stage.folder)

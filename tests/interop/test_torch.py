@@ -140,7 +140,7 @@ class Trap:
     ("content", "said"),
     [
         (lambda path, w: {**w, "trap": Trap(path)}, "more than tensors"),
-        (lambda path, w: {**w, "epoch": 3}, "epoch in it is no tensor"),
+        (lambda path, w: {**w, "epoch": 3}, "entry epoch is not a tensor"),
         (lambda path, w: [1, 2], "no state dict"),
     ],
 )

@@ -142,7 +142,7 @@ def test_an_uploaded_photo_is_narrowed_down_level_by_level(visit: Any):
         seen += [text] if (text := page.locator("#caption").inner_text()) not in seen else []
         time.sleep(0.05)
     assert [text.split(":")[0] for text in seen[:7]] == ["Face", *(f"Level {k}" for k in range(1, 7))]
-    assert all(re.search(r" km wide, \d+ %\.$", text) for text in seen[:7]) and "half of the probability" in seen[7]
+    assert all(re.search(r" km wide, \d+ %\.$", text) for text in seen[:7]) and "50 % probability within" in seen[7]
     assert page.locator("#levels li").count() == 7
     assert page.locator("#coordinates").inner_text() == "50.000000, 20.000000"
     assert "10 km" in page.locator("#sure").inner_text() and "90 km" in page.locator("#sure").inner_text()
@@ -169,7 +169,7 @@ def test_candidates_and_neighbors_are_listed_and_on_the_map(visit: Any):
     images = page.locator("#neighbors img")
     for k in range(4):
         playwright.expect(images.nth(k)).to_have_js_property("naturalWidth", 64)
-    assert "similar 2.50" in page.locator("#neighbors button").first.inner_text()
+    assert "similarity 2.50" in page.locator("#neighbors button").first.inner_text()
     before = painted(page)
     page.locator("#candidates button").nth(2).click()
     assert page.locator("#caption").inner_text().startswith("Candidate 3: 50.2000° N, 22.0000° E, 144 km")
@@ -245,7 +245,7 @@ def test_what_goes_wrong_is_one_sentence(visit: Any):
         413: "This photo is too large for the service: send a smaller one.",
         429: "Too many photos came from your address: try again in 12 seconds.",
         503: "The service is busy or still starting: try again in 12 seconds.",
-        500: "The service failed: try again, and tell who runs it.",
+        500: "The service failed: try again, and report it to the operator if it fails again.",
     }
     for status, sentence in cases.items():
         body = {"status": status, "json": {"error": "something else"}, "headers": {"Retry-After": "12"}}
@@ -265,7 +265,7 @@ def test_what_goes_wrong_is_one_sentence(visit: Any):
 def test_a_token_is_asked_for_and_kept_in_memory_alone(visit: Any, export: Path):
     with serving(export, "right") as address:
         page = visit(address)
-        for sent, sentence in (("wrong", "does not know this token"), ("right", "")):
+        for sent, sentence in (("wrong", "does not accept this token"), ("right", "")):
             playwright.expect(page.locator("#token-form")).to_be_visible()
             page.locator("#token").fill(sent)
             page.locator("#token-form button").click()

@@ -1,4 +1,4 @@
-// The page: a photo goes to /v1/predict, and what comes back is shown on the globe and in words.
+// The page: sends a photo to /v1/predict and shows the prediction on the globe and as text.
 
 import {Globe, kilometers, middle} from "./globe.js";
 
@@ -12,7 +12,7 @@ const COLORS = {
 
 let colors = {}, token = "", about = null, answer = null, truth = null, stop = 0, chosen = null, playing = 0, asked = 0;
 
-// --- Words ---
+// --- Formatting ---
 
 const number = (value, digits) => value.toLocaleString("en", {maximumFractionDigits: digits});
 const distance = km => km < 0.95 ? `${number(km * 1000, 0)} m` : `${number(km, km < 10 ? 1 : 0)} km`;
@@ -38,12 +38,12 @@ async function ask(path, options = {}) {
   try {
     response = await fetch(path, {...options, headers});
   } catch {
-    throw new Error("The service cannot be reached: check the connection, and try again.");
+    throw new Error("The service cannot be reached: check the connection and try again.");
   }
   if (response.ok) return response;
   if (response.status === 401) {
     get("token-form").hidden = false;
-    throw new Error(token ? "The service does not know this token: enter another one." : "This service asks for a token: enter it above.");
+    throw new Error(token ? "The service does not accept this token: enter another one." : "This service requires a token: enter it above.");
   }
   const after = response.headers.get("Retry-After"), again = after ? `try again in ${after === "1" ? "a second" : `${after} seconds`}` : "try again later";
   const own = await response.json().then(body => body.error, () => "");
@@ -51,11 +51,11 @@ async function ask(path, options = {}) {
     413: "This photo is too large for the service: send a smaller one.",
     429: `Too many photos came from your address: ${again}.`,
     503: `The service is busy or still starting: ${again}.`,
-  }[response.status] || (response.status < 500 && own ? `${own[0].toUpperCase()}${own.slice(1)}.` : "The service failed: try again, and tell who runs it.");
+  }[response.status] || (response.status < 500 && own ? `${own[0].toUpperCase()}${own.slice(1)}.` : "The service failed: try again, and report it to the operator if it fails again.");
   throw new Error(sentence);
 }
 
-// Pictures are fetched, not linked, since an <img> cannot send a token.
+// Pictures are fetched because an <img> element cannot send a token.
 async function picture(image, path) {
   try {
     const url = URL.createObjectURL(await (await ask(path)).blob());
@@ -70,7 +70,7 @@ async function introduce() {
   about = await (await ask("v1/about")).json();
   get("token-form").hidden = true;
   problem("");
-  get("model").textContent = about.photos ? `${about.name} narrows it down, cell by cell, with ${number(about.photos, 0)} photos to compare.` : `${about.name} narrows it down, cell by cell.`;
+  get("model").textContent = about.photos ? `The model ${about.name} predicts it cell by cell and compares with ${number(about.photos, 0)} photos.` : `The model ${about.name} predicts it cell by cell.`;
   get("knows").textContent = about.knows;
   get("credit").textContent = about.credit;
   const list = get("examples").querySelector("ul");
@@ -100,7 +100,7 @@ async function predict(file, example = null) {
   get("photo").classList.add("busy");
   get("controls").hidden = get("answer").hidden = true;
   globe.mark({cells: [], circles: [], dots: [], lines: []});
-  caption("Looking at the photo …");
+  caption("Predicting …");
   if (matchMedia("(max-width: 62rem)").matches) get("stage").scrollIntoView({behavior: still.matches ? "auto" : "smooth", block: "center"});
   globe.fly({center: globe.center, radius: globe.whole}, still.matches ? 0 : 500);
   try {
@@ -110,7 +110,7 @@ async function predict(file, example = null) {
   } catch (error) {
     if (own !== asked) return;
     problem(error.message);
-    caption("Choose a photo, and watch the Earth shrink to a place.");
+    caption("Choose a photo to start.");
     get("photo").hidden = true;
   } finally {
     if (own === asked) get("photo").classList.remove("busy");
@@ -139,7 +139,7 @@ function show(found, example) {
   chosen = null;
   const spot = at(answer), place = near(spot);
   get("where").textContent = place || degrees(spot, 2);
-  get("sure").textContent = `Half of the probability is within ${distance(answer.radius_km)} of it, and 90 % within ${distance(answer.radius_90_km)}.`;
+  get("sure").textContent = `The photo was taken within ${distance(answer.radius_km)} of it with 50 % probability, and within ${distance(answer.radius_90_km)} with 90 %.`;
   get("off").hidden = get("truth").hidden = !truth;
   if (truth) get("off").textContent = `It was taken ${distance(kilometers(spot, truth))} from there${example.place ? `, near ${example.place}` : ""}.`;
   get("coordinates").textContent = spot.map(x => x.toFixed(6)).join(", ");
@@ -157,18 +157,18 @@ function show(found, example) {
   list("candidates", likely, (candidate, k) => {
     const button = bar(candidate.probability / most, made("span", {className: "name", textContent: `${k + 1}.`}),
       made("span", {textContent: near(at(candidate)) || degrees(at(candidate), 2)}), made("span", {textContent: percent(candidate.probability)}));
-    button.onclick = () => choose(button, at(candidate), `Candidate ${k + 1}: ${degrees(at(candidate))}, ${distance(kilometers(spot, at(candidate)))} from the answer.`);
+    button.onclick = () => choose(button, at(candidate), `Candidate ${k + 1}: ${degrees(at(candidate))}, ${distance(kilometers(spot, at(candidate)))} from the prediction.`);
     return button;
   });
   list("neighbors", answer.neighbors, (neighbor, k) => {
     const away = distance(kilometers(spot, at(neighbor)));
-    const button = made("button", {type: "button"}, made("b", {textContent: away}), made("span", {textContent: near(at(neighbor))}), made("span", {textContent: `similar ${neighbor.score.toFixed(2)}`}));
+    const button = made("button", {type: "button"}, made("b", {textContent: away}), made("span", {textContent: near(at(neighbor))}), made("span", {textContent: `similarity ${neighbor.score.toFixed(2)}`}));
     if (about?.thumbnails) {
-      const image = made("img", {alt: `Photo ${k + 1} that it looked at`});
+      const image = made("img", {alt: `Similar photo ${k + 1}`});
       button.prepend(image);
       picture(image, `v1/neighbors/${neighbor.row}/thumbnail?${about.version}`);
     }
-    button.onclick = () => choose(button, at(neighbor), `A similar photo: ${degrees(at(neighbor))}, ${away} from the answer.`);
+    button.onclick = () => choose(button, at(neighbor), `A similar photo: ${degrees(at(neighbor))}, ${away} from the prediction.`);
     return button;
   });
   get("level").max = answer.levels.length;
@@ -183,7 +183,7 @@ function list(id, items, make) {
 
 // --- The answer on the globe ---
 
-// Stops are the levels, and behind them the answer with all that is around it.
+// Stops are the levels, followed by the whole answer: circles, candidates and neighbors.
 function view(k) {
   const level = answer.levels[k];
   if (!level) return globe.view(at(answer), Math.max(2.6 * answer.radius_90_km, 4 * answer.radius_km, 5));
@@ -192,7 +192,7 @@ function view(k) {
 
 function said(k) {
   const level = answer.levels[k];
-  if (!level) return `${near(at(answer)) || degrees(at(answer), 2)}: half of the probability is within ${distance(answer.radius_km)}.`;
+  if (!level) return `${near(at(answer)) || degrees(at(answer), 2)}: 50 % probability within ${distance(answer.radius_km)}.`;
   return `${k ? `Level ${k}` : "Face"}: ${distance(level.edge_km)} wide, ${percent(level.probability)}.`;
 }
 
@@ -222,7 +222,7 @@ function current(element) {
   element?.setAttribute("aria-current", "true");
 }
 
-// Goes to a stop; says whether it arrived there.
+// Moves the globe to a stop. The result is false if somebody turned the globe meanwhile.
 function go(k) {
   stop = Math.max(0, Math.min(answer.levels.length, k));
   chosen = null;
@@ -266,7 +266,7 @@ function choose(button, spot, words) {
   globe.fly(globe.view(spot, Math.max(30, Math.min(4000, 3 * kilometers(spot, at(answer))))), still.matches ? 0 : 1.6 * MOVE_MS);
 }
 
-// --- What people do ---
+// --- Controls ---
 
 function paint(theme) {
   document.documentElement.dataset.theme = theme;
@@ -314,7 +314,7 @@ get("copy").onclick = async () => {
   try {
     await navigator.clipboard.writeText(get("coordinates").textContent);
     get("copy").textContent = "Copied";
-  } catch {  // not over plain HTTP, where a browser has no clipboard for pages
+  } catch {  // browsers offer no clipboard over plain HTTP
     getSelection().selectAllChildren(get("coordinates"));
     get("copy").textContent = "Selected";
   }

@@ -87,7 +87,7 @@ class Predictor(abc.ABC):
             raise ValueError("captured is given, but this model does not read when a photo was taken: leave it out")
         if captured is not None and len(captured) != len(photos):
             raise ValueError(
-                f"captured has {len(captured)} times for {len(photos)} photos: give one per photo, None if unknown"
+                f"captured has {len(captured)} times for {len(photos)} photos: give one per photo, or None"
             )
         times = np.array([_seconds(time) for time in captured or [None] * len(photos)])
         batches = (slice(first, first + self.batch_size) for first in range(0, len(photos), self.batch_size))

@@ -106,7 +106,7 @@ def with_noise(folder: epath.PathLike) -> tuple[dict[str, Program], Float[np.nda
     predict = settings.read(PredictSettings, config["predict"], "predict")
     if predict.beam:
         raise settings.SettingsError(
-            f"config.predict.beam is {predict.beam}, but this target can only sample: set it to 0 and make the export again"
+            f"config.predict.beam is {predict.beam}, but this target can only sample: set it to 0 and export again"
         )
     program = decoding(model, predict, noise=True)
     programs = {

@@ -20,7 +20,7 @@ class Candidate:
 
     probability: the model's probability of the candidate's level-20 cell (GeoCLIP: of this location among all in its
     gallery). log_probability: natural logarithm of `probability`. tempered_log_probability: log-probability under the
-    distribution that candidates are sampled from. count: number of times that it was drawn, greedy decoding included.
+    distribution that candidates are sampled from. count: number of draws, the greedy one included.
     tokens: tokens of its cell. A field is None if the method, for example a baseline, does not compute it.
     """
 

@@ -26,7 +26,7 @@ from geotoken_jax.predict.decode import PredictSettings
 
 
 class Program(NamedTuple):
-    """A function of arrays for b photos, with the model that it needs.
+    """A function of arrays for b photos, with its model.
 
     arguments: argument name -> shape and type for one photo; all photos share `noise`, which has its full shape. run:
     function of the model and of the arguments, in this order.
@@ -94,7 +94,7 @@ def decoding(model: GeoTokenModel, options: PredictSettings, *, noise: bool = Fa
 def with_noise(folder: epath.PathLike) -> tuple[dict[str, Program], Float[np.ndarray, "T K V"]]:
     """Returns the programs `align` and `geotoken` of an export for runtimes that take noise, and that noise.
 
-    The noise is number 0's, with which `GeoToken.load` draws. The model computes in float32, because such runtimes have
+    The noise is the one for number 0, as in `GeoToken.load`. The model computes in float32, because such runtimes have
     no bfloat16. Raises SettingsError if the export decodes by beam search, whose sorting has only been run in jax.
     """
     folder = epath.Path(folder)

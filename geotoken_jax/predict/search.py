@@ -38,7 +38,7 @@ class SearchResult(NamedTuple):
 
 
 class _State(NamedTuple):
-    """The search between two iterations: the E nodes expanded so far, with the log-probabilities of their children."""
+    """The search between two iterations: the E nodes expanded by then, with the log-probabilities of their children."""
 
     iteration: Int[Array, ""]
     cache: Cache

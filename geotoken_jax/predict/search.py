@@ -1,4 +1,4 @@
-"""Exact search of the model's distribution over places: the most probable cells, and the rest of the Earth in others.
+"""Exact search of the model's distribution: the most probable cells of a photo, in a partition of the Earth.
 
 The search is best-first over the tree of cells. A node is a prefix of tokens, with the model's probability of that
 prefix. No cell inside a node is more probable than the node. Leaves are therefore proven to be the most probable of all
@@ -25,10 +25,11 @@ _FACES = np.array([(0, 0), (0, 90), (90, 0), (0, 180), (0, -90), (-90, 0)], np.f
 class SearchResult(NamedTuple):
     """The F most probable cells per photo at the end of a search, most probable first.
 
-    All cells at the end partition the Earth, so the probabilities sum to 1, less the cells beyond the first F. tokens:
-    `depth` tokens of each cell, then zeros. depth: number of tokens: `length` for a leaf, fewer for a cell that was
-    left open, 0 for the whole Earth. log_probability: nats; -inf for padding if there are fewer than F cells. proven:
-    number of cells at the start that are leaves; no leaf after them is more probable.
+    A search ends with a partition of the Earth, so the probabilities sum to 1 unless there are more than F cells.
+
+    tokens: `depth` tokens of each cell, then zeros. depth: number of tokens; `length` for a leaf, fewer for a cell that
+    was left open, 0 for the whole Earth. log_probability: nats; -inf for padding if there are fewer than F cells.
+    proven: number P; the first P cells are leaves, and no other leaf is more probable.
     """
 
     tokens: Int[Array, "B F T"]
@@ -66,20 +67,22 @@ def search(
     Choose T only if the model is sure of its last tokens: if these are noise, no leaf stands out, and expansions run
     out among coarser cells. temperature: temperature of the distribution that is searched; log p / temperature is
     normalized again at each token. width: nodes expanded per photo and step, the most probable ones. expansions: nodes
-    expanded per photo at most, a multiple of width. capacity: F; results are shorter if there cannot be F cells.
+    expanded per photo at most, a multiple of width. capacity: F, cells returned per photo, or fewer if
+    the search cannot have as many.
 
     A finished photo stays unchanged until its whole batch is finished. All descendants of a node share its keys and
     values, so the cache has 2 * L * D * expansions numbers per photo: 2.6 MB in bfloat16 for the paper's model and 128
-    expansions, or 1.3 GB for 512 photos. The encoder memory adds 2.2 GB twice, and everything else 50 MB.
+    expansions, or 1.3 GB for 512 photos. Two copies of the encoder memory add 2.2 GB each, and everything else
+    50 MB.
 
     Raises ValueError if expansions is not a positive multiple of width, or if count is above capacity.
     """
     if expansions % width or not expansions:
         raise ValueError(
-            f"expansions is {expansions}: make it a positive multiple of width = {width} (config.predict.search)"
+            f"expansions is {expansions}: set config.predict.search.expansions to a positive multiple of width = {width}"
         )
     if capacity < count:
-        raise ValueError(f"count is {count}: make it at most {capacity}, the capacity (config.predict.search.leaves)")
+        raise ValueError(f"count is {count}: set config.predict.search.leaves to at most {capacity}, the capacity")
     length = length or model.settings.cells.length
     rules = _Rules(length, count, temperature, width, expansions)
     state = jax.lax.while_loop(
@@ -207,9 +210,9 @@ def _coarse(
     tokens: Int[np.ndarray, "B F T"], depth: Int[np.ndarray, "B F"], probability: Float[np.ndarray, "B F"],
     cells: CellScheme,
 ) -> tuple[Int[np.ndarray, "B n T"], Int[np.ndarray, "B n"], Float[np.ndarray, "B n"]]:  # fmt: skip
-    """Returns cells of level 2, or of the next level that ends a token, with the sum of the cells inside each.
+    """Returns cells of level 2, or of the next level that ends a token, with the probability inside each.
 
-    Larger cells are left out.
+    The probability is summed over the given cells; a given cell that is larger is left out.
     """
     d = 1 + -(-2 // cells.group)
     sizes = cells.vocab_sizes[:d]

@@ -83,7 +83,7 @@ def density(
     temperature: float,
     sigma_km: float,
 ) -> Float[np.ndarray, "... K"]:
-    """Returns the density of the neighbors at each of K points, in [0, 1]; it is 1 if all neighbors are at the point.
+    """Returns the density of the neighbors at each of K points, in [0, 1]; 1 if all weight is at the point.
 
     km: distance from each point to each neighbor. scores: similarities of the neighbors, -inf if missing. temperature,
     sigma_km: see VoteSettings. Source: Vo et al. 2017, section 3.
@@ -132,7 +132,7 @@ class Goal:
     def point(self, pool: Pool) -> Float[np.ndarray, "b 2"]:
         """Returns the point with the highest expected value, in degrees.
 
-        The search starts at the best of the candidates and the 32 most probable cells, and moves it for 10 steps.
+        It starts at the best of all candidates and centers of the 32 most probable cells, and is improved in 10 steps.
         """
         distribution = _searched(pool)
         starts = np.concatenate([pool.coordinates, distribution.coordinates[:, :_STARTS]], 1)
@@ -157,7 +157,7 @@ class Goal:
     def _weights(self, km: Float[np.ndarray, "b F"], distribution: PlaceDistribution) -> Float[np.ndarray, "b F"]:
         """Returns the weight of each cell in the mean that is the next point.
 
-        A point that is equal to its mean is a local optimum of the expected value.
+        At a point that is equal to this mean, the expected value is stationary.
         """
         if self.limit_km is None:
             mean = _mean_km(km, distribution.level)
@@ -170,8 +170,8 @@ def _share(
 ) -> Float[np.ndarray, "*shape"]:
     """Returns the share of a cell within limit_km of a point that is `km` from the cell's center.
 
-    A cell counts as a disc of the mean area of its level. If the point is outside the disc, the share grows linearly
-    from 0 to 1 while the circle around the point passes over the disc.
+    A cell counts as a disc of the mean area of its level. If the point is in the disc, the share is the ratio of the
+    areas, at most 1. Otherwise it grows linearly from 0 to 1 while the circle around the point passes over the disc.
     """
     radius = _radius_km(level)
     crossed = (limit_km - np.abs(km - radius)) / (2 * np.minimum(km, radius) + 1e-9)

@@ -78,7 +78,7 @@ class VerifierSettings:
 
 
 class AugmentedGallery:
-    """The image embeddings of all gallery photos, followed by the embeddings of their views, if there are any.
+    """The image embeddings of all gallery photos and, after them, of their views, if there are any.
 
     An image is a row of the augmented gallery: a gallery photo or a view of one. of [N, 1 + V]: images of each gallery
     photo, first the photo itself, which also pads photos with fewer than V views. owner [N + W]: gallery row of each
@@ -162,11 +162,10 @@ class CandidateFeatures:
     def densest(self, pool: Pool) -> tuple[Float[np.ndarray, "b 2"], ...]:
         """Returns two points per photo with the highest density of similar gallery photos, in degrees.
 
-        The first uses similarity by the comparator alone, the second by comparator and backbone.
-
-        The choice is among the locations of the photos that the comparator finds most similar, options.similar images.
-        Photos count by their similarity. If the pool's rules exclude all of them, the point is the most probable
-        candidate.
+        The first point uses similarity by the comparator alone, the second by comparator and backbone. A point is the
+        location of one of the gallery photos that the comparator finds most similar (options.similar images). In the
+        density each of these photos has a weight that grows with its similarity. If the pool's rules exclude all of
+        them, the point is the most probable candidate.
         """
         images = np.asarray(pool.query[:, 0], np.float32)
         query, owner = encode(self._comparator, images), self._augmented.owner
@@ -188,15 +187,15 @@ class CandidateFeatures:
             np.where(
                 left_out.all(1)[:, None],
                 most_probable,
-                at[np.arange(len(at)), np.where(left_out, -np.inf, density).argmax(1)],
+                at[np.arange(len(at)), np.where(left_out, -np.inf, score).argmax(1)],
             )
-            for density in (by_comparator, by_comparator + by_backbone)
+            for score in (by_comparator, by_comparator + by_backbone)
         )
 
     def search(
         self, queries: Float32[np.ndarray, "n D"], k: int
     ) -> tuple[Int32[np.ndarray, "n k"], Float32[np.ndarray, "n k"]]:
-        """Returns the k images most similar by the comparator, and their cosines, so that neighbors.find can be used."""
+        """Returns the k images most similar by the comparator, and their cosines, for neighbors.find."""
         return index.exact(self._keys, queries, k)
 
     def _features(self, pool: Pool) -> Float32[np.ndarray, "b K F"]:
@@ -286,7 +285,7 @@ def _neighbor_features(pool: Pool, options: VerifierSettings) -> list[Float[np.n
 
 
 class Verifier:
-    """A trained verifier with five selectors. Selectors of one kind compute a pool once for all."""
+    """A trained verifier, with five selectors that share the features of a pool."""
 
     def __init__(self, folder: epath.PathLike, options: VerifierSettings, gallery: Table, aligned: AlignModel):
         """folder: verifier/VARIANT, made by `geotoken learn` for this gallery."""

@@ -56,7 +56,7 @@ class Answerer:
     def of_vectors(
         self, index: Index, vectors: Float[np.ndarray, "b 3 C"], captured: Float[np.ndarray, " b"]
     ) -> tuple[list[Prediction], PlaceDistribution | None]:
-        """Returns the predictions and the distribution over places of b photos, whose neighbors are searched first.
+        """Returns the predictions and the distribution over places of b photos, given as vectors without neighbors.
 
         index: index of the gallery. vectors: image, location and text vector of each photo. captured: seconds since
         1970, NaN if unknown (see data.join.context).

@@ -102,7 +102,7 @@ def _present(value: Any) -> Any:
 
 
 def rounded(at: Float[np.ndarray, "2"]) -> tuple[float, float]:
-    """Returns a latitude and a longitude rounded to 7 digits, which is 1 cm."""
+    """Returns a latitude and a longitude rounded to 7 decimals, about 1 cm."""
     return round(float(at[0]), 7), round(float(at[1]), 7)
 
 

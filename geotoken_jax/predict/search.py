@@ -79,7 +79,7 @@ def search(
     """
     if expansions % width or not expansions:
         raise ValueError(
-            f"expansions is {expansions}: set config.predict.search.expansions to a positive multiple of {width} (width)"
+            f"expansions is {expansions}: set config.predict.search.expansions to a multiple of width, {width}, above 0"
         )
     if capacity < count:
         raise ValueError(f"count is {count}: set config.predict.search.leaves to at most {capacity}, the capacity")

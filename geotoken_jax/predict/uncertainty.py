@@ -168,7 +168,7 @@ def _blocks(b: int) -> list[slice]:
 
 
 class _Discs:
-    """Cells of b photos as discs, seen from one answer per photo. The last disc is the whole Earth, for the rest."""
+    """Cells of b photos as discs, at distances from one answer per photo. The last disc is the Earth, for the rest."""
 
     def __init__(self, distribution: "PlaceDistribution", at: Float[np.ndarray, "b 2"]):
         from geotoken_jax.geo.distance import EARTH_RADIUS_KM, great_circle_km

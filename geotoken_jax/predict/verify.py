@@ -160,12 +160,12 @@ class CandidateFeatures:
         )
 
     def densest(self, pool: Pool) -> tuple[Float[np.ndarray, "b 2"], ...]:
-        """Returns two points per photo with the highest density of similar gallery photos, in degrees.
+        """Returns the point with the highest density of similar gallery photos for each photo, in degrees, twice.
 
-        The first point uses similarity by the comparator alone, the second by comparator and backbone. A point is the
-        location of one of the gallery photos that the comparator finds most similar (options.similar images). In the
-        density each of these photos has a weight that grows with its similarity. If the pool's rules exclude all of
-        them, the point is the most probable candidate.
+        The first result uses similarity by the comparator alone, the second by comparator and backbone. The density is
+        a sum of Gaussians around the gallery photos of the `options.similar` images most similar by the comparator,
+        weighted by similarity; the point is the location of one of them. If the pool's rules exclude them all, the most
+        probable candidate is the point.
         """
         images = np.asarray(pool.query[:, 0], np.float32)
         query, owner = encode(self._comparator, images), self._augmented.owner

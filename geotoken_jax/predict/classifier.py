@@ -122,7 +122,7 @@ def _inputs(embeddings: Float[np.ndarray, "B 3 C"]) -> Float32[np.ndarray, "B D"
 
 
 class ClassifierTask:
-    """Training of p(cell | photo), a softmax over all cells, on batches that `batch` specifies."""
+    """Trains p(cell | photo), a softmax over all cells. `batch` specifies its batches."""
 
     def __init__(self, settings: ClassifierSettings, width: int, cells: int):
         """width: C, the length of one vector. cells: V, the number of cells."""

@@ -39,9 +39,9 @@ def mass_within(
     """Returns the probability within `km` of each answer, in [0, 1], which never decreases as `km` grows.
 
     at: answers, in degrees. km: distances [b, n], or an array that broadcasts to it.
-    A cell counts as a disc around its center with the mean area of its level. While the circle is inside the disc, its
-    share of the disc is the ratio of their areas. From then on the share grows linearly until the circle covers the
-    disc. Probability that is in no cell is spread evenly over the Earth.
+    A cell counts as a disc around its center with the mean area of its level. While the circle around the answer is
+    inside the disc, its share of the cell is the ratio of the areas. From then on the share grows linearly until the
+    circle covers the disc. Probability that is in no cell is spread evenly over the Earth.
     """
     km = np.broadcast_to(np.asarray(km, np.float64), (len(at), km.shape[-1]))
     mass = np.empty(km.shape)
@@ -168,7 +168,7 @@ def _blocks(b: int) -> list[slice]:
 
 
 class _Discs:
-    """Cells of b photos as discs, at distances from one answer per photo. The last disc is the Earth, for the rest."""
+    """Cells of b photos as discs, at distances from one answer per photo; the last disc is the whole Earth."""
 
     def __init__(self, distribution: "PlaceDistribution", at: Float[np.ndarray, "b 2"]):
         from geotoken_jax.geo.distance import EARTH_RADIUS_KM, great_circle_km

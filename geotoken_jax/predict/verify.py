@@ -195,7 +195,7 @@ class CandidateFeatures:
     def search(
         self, queries: Float32[np.ndarray, "n D"], k: int
     ) -> tuple[Int32[np.ndarray, "n k"], Float32[np.ndarray, "n k"]]:
-        """Returns the k images most similar by the comparator, and their cosines, for neighbors.find."""
+        """Returns the k images most similar by the comparator, and their cosines, as neighbors.find needs them."""
         return index.exact(self._keys, queries, k)
 
     def _features(self, pool: Pool) -> Float32[np.ndarray, "b K F"]:

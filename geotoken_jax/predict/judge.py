@@ -126,14 +126,14 @@ class _Sent(NamedTuple):
 class _Prompt(NamedTuple):
     """A prompt about one photo.
 
-    schema: JSON schema of the reply. answer: see JudgeSettings. places: coordinates in degrees of the candidates in the
-    prompt, which are numbered from 1.
+    schema: JSON schema of the reply. answer: see JudgeSettings. coordinates: coordinates of the candidates in the
+    prompt, in degrees; candidate 1 is first.
     """
 
     text: str
     schema: dict[str, Any]
     answer: str
-    places: Float[np.ndarray, "n 2"]
+    coordinates: Float[np.ndarray, "n 2"]
 
 
 class _Reply(NamedTuple):
@@ -402,9 +402,9 @@ def _place(reply: _Reply, prompt: _Prompt) -> tuple[list[float] | None, str]:
     except (TypeError, ValueError, OverflowError):
         return None, "broken JSON"
     if prompt.answer == "choose":
-        if numbers[0] not in range(1, 1 + len(prompt.places)):
+        if numbers[0] not in range(1, 1 + len(prompt.coordinates)):
             return None, "no such candidate"
-        return prompt.places[int(numbers[0]) - 1].tolist(), ""
+        return prompt.coordinates[int(numbers[0]) - 1].tolist(), ""
     latitude, longitude = numbers
     if not (abs(latitude) <= 90 and abs(longitude) <= 180):
         return None, "off the Earth"

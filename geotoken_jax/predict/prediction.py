@@ -40,7 +40,7 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class Neighbor:
-    """A gallery photo near to the photo in the index: its id, coordinates in degrees, score and gallery row.
+    """A neighbor of the photo in the gallery: its id, coordinates in degrees, score and gallery row.
 
     score: inner product of the index vectors, at most 3.
     """

@@ -278,7 +278,7 @@ def test_an_answer_may_be_a_point_of_its_own():
         ({"selectors": ("median",)}, "config.predict.selectors has 'median'"),
         (
             {"selectors": ("log_probability", "point_25_km"), "search": SearchSettings(0, 6, 8, 8)},
-            "raise config.predict.search.expansions",
+            "but config.predict.search.expansions is 0",
         ),
         ({"temperature": 0.0}, "above 0"),
         ({"top_p": 0.0}, "config.predict.top_p is 0.0"),

@@ -91,10 +91,10 @@ def test_a_broken_export_names_the_file(tmp_path: Path):
     bundle.check(tmp_path, everything=True)
     (tmp_path / "large.npy").write_bytes(b"others!")
     bundle.check(tmp_path, everything=False)
-    with pytest.raises(ValueError, match=r"large\.npy is not what SHA256SUMS says"):
+    with pytest.raises(ValueError, match=r"large\.npy does not match its sum in SHA256SUMS"):
         bundle.check(tmp_path, everything=True)
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"config\.json is not what"):
+    with pytest.raises(ValueError, match=r"config\.json does not match"):
         bundle.check(tmp_path, everything=False)
     (tmp_path / "large.npy").unlink()
     (tmp_path / "config.json").write_text("{}")
@@ -179,8 +179,8 @@ def test_a_backbone_travels_with_the_export_or_is_asked_for_by_name(tmp_path: Pa
         features.append(made.images(np.stack([made.prepare(photo) for photo in checkpoints.images()])))
     np.testing.assert_array_equal(*features)
     assert set(referred["sha256"]) == {p.name for p in (tmp_path / "export-True" / "backbone").iterdir()}
-    with pytest.raises(bundle.ExportError, match=r"does not hold its backbone org/tiny-clip: .* --backbone=DIR"):
+    with pytest.raises(bundle.ExportError, match=r"does not contain its backbone org/tiny-clip: .* --backbone=DIR"):
         bundle.backbone(folder, section, referred, None)
     (source / "model.safetensors").write_bytes(b"of another model")
-    with pytest.raises(bundle.ExportError, match=r"model\.safetensors is another file: the backbone of"):
+    with pytest.raises(bundle.ExportError, match=r"model\.safetensors does not match its SHA-256 sum"):
         bundle.backbone(folder, section, referred, source)

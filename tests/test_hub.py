@@ -86,13 +86,13 @@ def test_a_file_that_was_cut_short_is_noticed_and_fetched_again(server: hub.Hub,
     server.commit(NAME, files)
     server.objects[server.commits[NAME][-1][1][large]] = files[large][:-1]
     [refused] = run(server, tmp_path, ["located", NAME])
-    assert refused.startswith(f"refused: {NAME}: {large} is not what its SHA256SUMS says")
+    assert refused.startswith(f"refused: {NAME}: {large} does not match its sum in SHA256SUMS")
     server.commit(NAME, files)  # pushed again
     [found] = run(server, tmp_path, ["located", NAME])
     assert (Path(found) / large).read_bytes() == files[large]
     (Path(found) / large).resolve().write_bytes(b"numbers" * 99)  # here, in the cache
     refused, again = run(server, tmp_path, ["located", NAME], ["located", NAME])
-    assert refused.startswith(f"refused: {NAME}: {large} is not what") and again == found
+    assert refused.startswith(f"refused: {NAME}: {large} does not match") and again == found
     assert (Path(found) / large).read_bytes() == files[large]
 
 
@@ -102,7 +102,7 @@ def test_sums_that_name_files_outside_are_refused(server: hub.Hub, tmp_path: Pat
     for n, name in enumerate(("../../../../../../outside", str(outside))):
         server.commit(f"{NAME}{n}", {"SHA256SUMS": f"{'0' * 64}  {name}\n".encode()})
     for said in run(server, tmp_path / "home", ["located", f"{NAME}0"], ["located", f"{NAME}1"]):
-        assert said.startswith("refused: ") and "do not trust it" in said
+        assert said.startswith("refused: ") and "do not use this export" in said
     assert outside.read_text() == "mine"
 
 
@@ -114,12 +114,12 @@ def test_what_the_hub_refuses_is_said_in_one_sentence(server: hub.Hub, folder: P
     shutil.copytree(folder, damaged)
     (damaged / "config.json").write_text("[]")
     expected = {
-        ("located", "runs/demo"): "runs/demo is neither a folder here nor a model on the hub that you may see",
+        ("located", "runs/demo"): "runs/demo is neither a folder here nor a model on the hub that you may read",
         ("located", "someone/other"): "someone/other has no SHA256SUMS: it is not an export",
         ("located", "someone/other", "v9"): f"{server.url}/someone/other has no revision 'v9'",
         ("located", "someone/gated"): "someone/gated is gated: accept its terms at",
         ("push", str(folder), "no name"): "--push=no name is not a name on the hub: give ORG/NAME",
-        ("push", str(damaged), NAME): f"{damaged}/config.json is not what SHA256SUMS says",
+        ("push", str(damaged), NAME): f"{damaged}/config.json does not match its sum in SHA256SUMS",
     }
     said = run(server, tmp_path, *map(list, expected), token=hub.TOKEN)
     for line, sentence in zip(said, expected.values(), strict=True):

@@ -1,4 +1,4 @@
-"""Answers of a decoder and its selectors: what every selector chose, with calibrated radii."""
+"""Turns a decoder's pools into predictions: the choice of every selector, neighbors, cells and calibrated radii."""
 
 import dataclasses
 import math
@@ -21,16 +21,16 @@ from geotoken_jax.predict.prediction import Candidate, Cell, Prediction, coordin
 from geotoken_jax.predict.select import SELECTORS, Choice, Selector, SelectorInputs
 from geotoken_jax.predict.uncertainty import Calibration, fit
 
-#: Cells of a photo that an answer has, 5 KB of JSON.
+#: Cells per prediction at most, the most probable ones; 64 are 5 KB of JSON.
 _CELLS = 64
 
 
 class Answerer:
-    """Answers for batches of photos, with a decoder and the selectors that its settings name."""
+    """Predicts batches of photos with a decoder and the selectors that its settings name."""
 
-    def __init__(self, decoder: Decoder, parts: SelectorInputs):
+    def __init__(self, decoder: Decoder, inputs: SelectorInputs):
         self.decoder = decoder
-        self._selectors = {name: SELECTORS[name](parts) for name in decoder.settings.selectors}
+        self._selectors = {name: SELECTORS[name](inputs) for name in decoder.settings.selectors}
 
     def __call__(
         self,
@@ -41,35 +41,40 @@ class Answerer:
         others: Mapping[str, Selector] = MappingProxyType({}),
         exclude: Sequence[Exclusion] = (),
     ) -> tuple[list[Prediction], PlaceDistribution | None]:
-        """Returns the answers of b photos, without radii, and the model's distribution over places; see Decoder.
+        """Returns the predictions of b photos, without radii, and the model's distribution over places.
 
-        others: selectors of this batch alone, by name. exclude: see Pool.
+        batch, rows, scores, numbers: see Decoder. others: more selectors for this batch, by name. exclude: rules that
+        the neighbors were searched with (see Pool).
         """
         pool = self.decoder(batch, rows, scores, numbers)._replace(exclude=exclude)
         chosen = {name: select(pool) for name, select in {**self._selectors, **others}.items()}
-        found = answers(pool, chosen, self.decoder.settings.choice)
-        near = neighbors(self.decoder.gallery, rows, scores)
-        return [dataclasses.replace(a, neighbors=n) for a, n in zip(found, near, strict=True)], pool.distribution
+        predictions = answers(pool, chosen, self.decoder.settings.choice)
+        listed = neighbors(self.decoder.gallery, rows, scores)
+        predictions = [dataclasses.replace(p, neighbors=n) for p, n in zip(predictions, listed, strict=True)]
+        return predictions, pool.distribution
 
     def of_vectors(
         self, index: Index, vectors: Float[np.ndarray, "b 3 C"], captured: Float[np.ndarray, " b"]
     ) -> tuple[list[Prediction], PlaceDistribution | None]:
-        """Returns what a call does, for photos of which only the three vectors are known and when they were taken (see
-        data.join.context). An index of the gallery finds their neighbors."""
+        """Returns the predictions and the distribution over places of b photos, given as vectors without neighbors.
+
+        index: index of the gallery. vectors: image, location and text vector of each photo. captured: seconds since
+        1970, NaN if unknown (see data.join.context).
+        """
         rows, scores = find(index, index_vectors(vectors), self.decoder.neighbors)
         batch = {"query": vectors, **join.neighbors(self.decoder.gallery, rows, self.decoder.cells)}
         batch["context"] = join.context(captured, self.decoder.times)
-        # The samples of a photo are the same whichever others come with it.
+        # Every photo has number 0, so that its samples do not depend on the other photos of the batch.
         return self(batch, rows, scores, np.zeros(len(rows), np.int64))
 
 
 def answers(pool: Pool, chosen: Mapping[str, Choice], choice: str) -> list[Prediction]:
-    """Returns each photo's answer, without radii and neighbors.
+    """Returns the prediction for each photo of a pool, without radii and neighbors.
 
-    chosen: name of a selector -> its choices. choice: the selector whose choice is the answer. Equal candidates are
-    one, with their count.
+    Equal candidates are merged, and `count` is their number. chosen: selector name -> its choices. choice: name of the
+    selector whose choice is the answer.
     """
-    found = []
+    predictions = []
     for i, tokens in enumerate(pool.candidates.tokens):
         unique, first, inverse, counts = np.unique(
             tokens, axis=0, return_index=True, return_inverse=True, return_counts=True
@@ -86,43 +91,49 @@ def answers(pool: Pool, chosen: Mapping[str, Choice], choice: str) -> list[Predi
             )
             for j in order
         ]
-        place = np.argsort(order)[inverse.reshape(-1)]  # index in the pool -> index in the list
+        position = np.argsort(order)[inverse.reshape(-1)]  # index in the pool -> index in `listed`
         choices = {
-            name: int(place[index[i]]) if index.ndim == 1 else rounded(index[i]) for name, index in chosen.items()
+            name: int(position[index[i]]) if index.ndim == 1 else rounded(index[i]) for name, index in chosen.items()
         }
         best = choices[choice]
         at = (listed[best].latitude, listed[best].longitude) if isinstance(best, int) else best
         cells = _cells(pool.distribution, i) if pool.distribution else ()
-        found.append(Prediction(*at, math.nan, math.nan, {}, tuple(listed), cells, (), choice, choices))
-    return found
+        predictions.append(Prediction(*at, math.nan, math.nan, {}, tuple(listed), cells, (), choice, choices))
+    return predictions
 
 
 def with_radii(
-    answers: list[Prediction], places: PlaceDistribution | None, calibration: Calibration
+    predictions: list[Prediction], distribution: PlaceDistribution | None, calibration: Calibration
 ) -> list[Prediction]:
-    """Returns answers with their radii and `within`; unchanged if the model was not searched."""
-    if places is None:
-        return answers
-    at, found = coordinates(answers), []
-    for answer, radii, shares in zip(
-        answers, calibration.radius_km(places, at), calibration.within(places, at), strict=True
-    ):
-        half, most = (round(float(km), 3) for km in radii)
-        within = {km: round(float(p), 5) for km, p in zip(THRESHOLDS_KM, shares, strict=True)}
-        found.append(dataclasses.replace(answer, radius_km=half, radius_90_km=most, within=within))
-    return found
+    """Returns predictions with calibrated radii and `within`.
+
+    distribution: the model's distribution over places; if None, predictions are returned unchanged.
+    """
+    if distribution is None:
+        return predictions
+    at, updated = coordinates(predictions), []
+    radii, probabilities = calibration.radius_km(distribution, at), calibration.within(distribution, at)
+    for prediction, km, p in zip(predictions, radii, probabilities, strict=True):
+        radius, radius_90 = (round(float(value), 3) for value in km)
+        within = {limit: round(float(value), 5) for limit, value in zip(THRESHOLDS_KM, p, strict=True)}
+        updated.append(dataclasses.replace(prediction, radius_km=radius, radius_90_km=radius_90, within=within))
+    return updated
 
 
 def calibrate(
     answered: Sequence[tuple[list[Prediction], PlaceDistribution | None]], truth: Float[np.ndarray, "n 2"]
 ) -> Calibration:
-    """Returns what makes the radii of answers hold what they say. answered: of a whole split, in the truth's order."""
-    places = jax.tree.map(lambda *parts: np.concatenate(parts), *(places for _, places in answered))
-    return fit(places, np.concatenate([coordinates(answers) for answers, _ in answered]), truth)
+    """Returns the calibration of radii that fits a split's predictions to the truth.
+
+    answered: batches of predictions with their distributions. truth: coordinates of the same photos in the same order,
+    in degrees.
+    """
+    distribution = jax.tree.map(lambda *batches: np.concatenate(batches), *(batch for _, batch in answered))
+    return fit(distribution, np.concatenate([coordinates(predictions) for predictions, _ in answered]), truth)
 
 
-def _cells(places: PlaceDistribution, i: int) -> tuple[Cell, ...]:
-    """Returns the cells of a photo that have a probability."""
-    there = np.flatnonzero(places.probability[i] > 0)[:_CELLS]
-    columns = (places.level[i][there].tolist(), *places.coordinates[i][there].T.round(5).tolist())
-    return tuple(map(Cell, *columns, places.probability[i][there].round(6).tolist()))
+def _cells(distribution: PlaceDistribution, i: int) -> tuple[Cell, ...]:
+    """Returns the first 64 cells of photo i with a probability above 0."""
+    first = np.flatnonzero(distribution.probability[i] > 0)[:_CELLS]
+    columns = (distribution.level[i][first].tolist(), *distribution.coordinates[i][first].T.round(5).tolist())
+    return tuple(map(Cell, *columns, distribution.probability[i][first].round(6).tolist()))

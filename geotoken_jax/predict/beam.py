@@ -1,4 +1,4 @@
-"""Beam search, on a cache in which all beams of a photo share one tree of tokens."""
+"""Beam search over tokens. All beams of a photo share one cache, whose slots form a tree."""
 
 import jax
 import jax.numpy as jnp
@@ -9,22 +9,22 @@ from geotoken_jax.predict.sample import Candidates
 
 
 def search(model: GeoTokenModel, memory: Memory, width: int) -> Candidates:
-    """Returns the `width` best sequences a photo that a beam of that width finds, most probable first.
+    """Returns the `width` most probable token sequences per photo that beam search finds, most probable first.
 
-    A beam that two others go on from is not copied: both look at its slots.
+    When two beams continue the same beam, nothing is copied: both attend to its slots in the cache.
     """
     length = model.settings.cells.length
     batch = memory.lengths.shape[0]
     cache = model.start(memory, width, shared=length * width)
-    # At first all beams are the same: only the first may be extended.
+    # All beams are empty at first: without the -inf each would be extended to the same sequences.
     scores = jnp.where(jnp.arange(width) == 0, 0.0, -jnp.inf) * jnp.ones((batch, 1))
     tokens = jnp.zeros((batch, width, length), jnp.int32)
     seen = jnp.zeros((batch, width, length * width), bool)
 
     def step(carry: tuple, t: Array) -> tuple[tuple, None]:
         cache, seen, tokens, scores, previous = carry
-        own = t * width + jnp.arange(width)
-        seen = seen | (own[:, None] == jnp.arange(length * width))
+        slots = t * width + jnp.arange(width)
+        seen = seen | (slots[:, None] == jnp.arange(length * width))
         log_p, cache = model.step(cache, memory, t, previous, t * width, seen)
         v = log_p.shape[-1]
         scores, best = jax.lax.top_k((scores[..., None] + log_p).reshape(batch, -1), width)

@@ -1,4 +1,4 @@
-"""Whether the folder of an export is whole: its files against SHA256SUMS, which lies beside them."""
+"""Checks the files of an export against the SHA-256 sums in its file SHA256SUMS."""
 
 import hashlib
 import pathlib
@@ -7,70 +7,79 @@ from typing import Any
 
 from etils import epath
 
-#: Name of the file of `SHA-256  name` lines.
+#: Name of the file with one line `SHA-256  name` per file of the export.
 SUMS = "SHA256SUMS"
-#: Files that opening an export reads whole anyway; all others are memory-mapped, and may be many gigabytes.
-_READ = (".json", ".safetensors")
+#: Types of files that are read in full when an export is opened; all others are memory-mapped, up to many gigabytes.
+_READ_IN_FULL = (".json", ".safetensors")
+
+#: Advice at the end of messages about a bad file.
+_AGAIN = "copy the export again, or make it again with `geotoken export`"
 
 
 class ExportError(ValueError):
-    """The folder of an export cannot be used; the message names the file and the fix."""
+    """An export cannot be used; the message names the file and the fix."""
 
 
 def check(folder: epath.PathLike, everything: bool) -> None:
-    """Raises ExportError, naming the first, if a file of an export is missing or is not what it was.
+    """Raises ExportError, naming the first bad file, if a file of an export is missing or does not match its sum.
 
-    everything: every file's sum is compared (demo: 0.6 GB); else those of the parameters and settings alone.
+    everything: whether to compare the sum of every file (demo: 0.6 GB) or of parameters and settings alone.
     """
     folder = epath.Path(folder)
     for name, expected in sums(folder).items():
         file = folder / name
         if not file.exists():
-            raise ExportError(f"{folder} lacks {name}: the export is not whole, so copy it, or make it, again")
-        if (everything or file.suffix in _READ) and sha256(file) != expected:
-            raise ExportError(f"{file} is not what {SUMS} says: it is damaged or was changed, so copy the export again")
+            raise ExportError(f"{folder} lacks {name}, which is in its {SUMS}: {_AGAIN}")
+        if (everything or file.suffix in _READ_IN_FULL) and sha256(file) != expected:
+            raise ExportError(f"{file} does not match its sum in {SUMS}: it is damaged or was edited; {_AGAIN}")
 
 
 def sums(folder: epath.PathLike) -> dict[str, str]:
-    """Returns the SHA-256 of every file of an export, by name. Raises ExportError if it has no such list, or the list
-    names what is not in the folder's own tree."""
+    """Returns the SHA-256 of every file of an export, by name.
+
+    Raises ExportError if SHA256SUMS is missing or names a file outside the folder.
+    """
     folder = epath.Path(folder)
     if not (folder / SUMS).exists():
-        raise ExportError(f"{folder} has no {SUMS}: the export is not whole, so copy it, or make it, again")
-    found = {}
+        raise ExportError(f"{folder} has no {SUMS}: {_AGAIN}")
+    digests = {}
     for line in (folder / SUMS).read_text().splitlines():
         digest, _, name = line.partition("  ")
         path = pathlib.PurePosixPath(name)
         if not name or path.is_absolute() or ".." in path.parts:
-            raise ExportError(f"{folder / SUMS} has the line {line!r}, which no export of ours has: do not trust it")
-        found[name] = digest
-    return found
+            raise ExportError(
+                f"{folder / SUMS} has the line {line!r}, which names no file inside the folder: do not use this export"
+            )
+        digests[name] = digest
+    return digests
 
 
 def backbone(
     folder: epath.PathLike, section: Mapping[str, Any], referred: Mapping[str, Any] | None, given: epath.PathLike | None
 ) -> dict[str, Any]:
-    """Returns the settings of an export's backbone with the folder that its checkpoint is in.
+    """Returns the settings of an export's backbone, with the folder of its checkpoint filled in.
 
-    section: of config.json. referred: name and sums of a checkpoint that the export does not hold. given: its folder.
-    Raises ExportError if it is not given, or is another one.
+    section: the export's settings of the backbone. referred: name and SHA-256 sums of the published checkpoint, if the
+    backbone has one. given: folder of that checkpoint; if None, the copy in the export is used.
+    Raises ExportError if there is neither a folder nor a copy, or if the folder's files do not match the sums.
     """
     referred = referred or {}
-    held = section["huggingface"]["path"]
-    if section["backbone"] != "huggingface" or (held and given is None):
-        path = str(epath.Path(folder) / held) if held else ""
+    copy = section["huggingface"]["path"]
+    if section["backbone"] != "huggingface" or (copy and given is None):
+        path = str(epath.Path(folder) / copy) if copy else ""
         return {**section, "huggingface": {**section["huggingface"], "path": path}}
     if given is None:
         raise ExportError(
-            f"{folder} does not hold its backbone {referred.get('name')}: download that checkpoint and name its "
-            "folder, GeoToken.load(..., backbone=DIR) or --backbone=DIR"
+            f"{folder} does not contain its backbone {referred.get('name')}: download that checkpoint and give its "
+            "folder as GeoToken.load(..., backbone=DIR) or --backbone=DIR"
         )
     for name, expected in referred.get("sha256", {}).items():
         file = epath.Path(given) / name
         if not file.exists() or sha256(file) != expected:
             raise ExportError(
-                f"{file} is {'another file' if file.exists() else 'not there'}: the backbone of {folder} is "
-                f"{referred.get('name')}, as SHA-256 sums in its config.json say; download it again"
+                f"{file} {'does not match its SHA-256 sum' if file.exists() else 'is missing'}: "
+                f"{folder} requires the backbone {referred.get('name')}, with the sums in its config.json; download "
+                "that checkpoint again"
             )
     return {**section, "huggingface": {**section["huggingface"], "path": str(given)}}
 

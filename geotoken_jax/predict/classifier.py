@@ -1,4 +1,4 @@
-"""PlaNet's way to a coordinate (Weyand et al. 2016): a classifier over cells that hold about as many photos each."""
+"""Geolocation as classification (PlaNet, Weyand et al. 2016) over cells with roughly equal numbers of photos."""
 
 import dataclasses
 import math
@@ -17,14 +17,18 @@ from geotoken_jax.batch import Spec, spec
 from geotoken_jax.gallery.table import Table
 from geotoken_jax.geo.distance import from_unit_vectors, to_unit_vectors
 
-#: Photos classified at once: with 26,263 cells, PlaNet's, 27 MB of log-probabilities.
+#: Photos per batch; for the 26,263 cells of PlaNet their log-probabilities are 27 MB.
 _BATCH = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class ClassifierSettings:
-    """max_photos: of the gallery, in a cell; one that holds more is split into its four. min_photos: a cell that holds
-    fewer is dropped. hidden, dropout: width of the hidden layer, and rate on it. candidates: cells written down."""
+    """Settings of the baseline `classifier` (config.baselines.classifier).
+
+    max_photos: gallery photos per cell above which a cell is split into its four children. min_photos: gallery photos
+    per cell below which a cell is dropped. hidden: width of the hidden layer. dropout: dropout rate of the hidden
+    layer. candidates: cells per prediction, the most probable ones.
+    """
 
     max_photos: int
     min_photos: int
@@ -37,38 +41,45 @@ class Cells:
     """S2 cells of any level that do not overlap, numbered along the Hilbert curve."""
 
     def __init__(self, starts: Int64[np.ndarray, " V"], sizes: Int64[np.ndarray, " V"]):
-        """starts: first level-20 cell of each, as `_along` numbers them, ascending. sizes: how many it holds."""
+        """starts: number (see `_curve_index`) of the first level-20 cell in each cell, ascending. sizes: number of
+        level-20 cells in each cell."""
         self._starts, self._stops = starts, starts + sizes
 
     def __len__(self) -> int:
         return len(self._starts)
 
     def of(self, tokens: UInt8[np.ndarray, "n 21"]) -> Int32[np.ndarray, " n"]:
-        """Returns the number of the cell that each photo lies in, -1 for one in none; tokens as tables hold them."""
-        at = _along(tokens)
+        """Returns the number of the cell that contains each photo, -1 if no cell does.
+
+        tokens: level-20 tokens, as stored in tables.
+        """
+        at = _curve_index(tokens)
         cell = np.searchsorted(self._starts, at, side="right") - 1
         return np.where((cell >= 0) & (at < self._stops[cell]), cell, -1).astype(np.int32)
 
 
 def partition(tokens: UInt8[np.ndarray, "N 21"], max_photos: int, min_photos: int) -> Cells:
-    """Returns the cells of PlaNet's partition of the gallery: from the six faces down, those of too many photos are
-    split, and those of too few are dropped; a level-20 cell is never split."""
-    left = np.sort(_along(tokens))
+    """Returns the cells of PlaNet's partition of the gallery.
+
+    Starting from the six faces, cells with more than max_photos photos are split into their four children. Then cells
+    with fewer than min_photos are dropped. A level-20 cell is never split.
+    """
+    left = np.sort(_curve_index(tokens))
     starts, sizes = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for level in range(records.LEVEL + 1):
         size = 4 ** (records.LEVEL - level)
         cell, inverse, count = np.unique(left // size, return_inverse=True, return_counts=True)
         whole = (count <= max_photos) | (level == records.LEVEL)
-        kept = cell[whole & (count >= min_photos)]
-        starts.append(kept * size)
-        sizes.append(np.full(len(kept), size))
+        numbers = cell[whole & (count >= min_photos)]
+        starts.append(numbers * size)
+        sizes.append(np.full(len(numbers), size))
         left = left[~whole[inverse]]
     order = np.argsort(np.concatenate(starts))
     return Cells(np.concatenate(starts)[order], np.concatenate(sizes)[order])
 
 
-def _along(tokens: UInt8[np.ndarray, "n 21"]) -> Int64[np.ndarray, " n"]:
-    """Returns how many level-20 cells come before each photo's on the curve through all six faces."""
+def _curve_index(tokens: UInt8[np.ndarray, "n 21"]) -> Int64[np.ndarray, " n"]:
+    """Returns the number of each photo's level-20 cell along the Hilbert curve through all six faces, from 0."""
     at = np.zeros(len(tokens), np.int64)
     for k in range(1 + records.LEVEL):
         at = 4 * at + tokens[:, k]
@@ -76,15 +87,18 @@ def _along(tokens: UInt8[np.ndarray, "n 21"]) -> Int64[np.ndarray, " n"]:
 
 
 def centers(coordinates: Float[np.ndarray, "N 2"], cell: Int[np.ndarray, " N"], cells: int) -> Float[np.ndarray, "V 2"]:
-    """Returns the mean place, in degrees, of each cell's photos. cell: number of each photo's, -1 for none."""
-    held = cell >= 0
+    """Returns the mean location of each cell's photos, in degrees.
+
+    cell: number of each photo's cell, -1 if the photo is in none. cells: number of cells.
+    """
+    inside = cell >= 0
     sums = np.zeros((cells, 3))
-    np.add.at(sums, cell[held], to_unit_vectors(*coordinates[held].T))
+    np.add.at(sums, cell[inside], to_unit_vectors(*coordinates[inside].T))
     return np.stack(from_unit_vectors(sums), axis=-1)
 
 
 class Photos:
-    """Reads the photos of a table that lie in a cell: vectors [b, 3 C] float32, and cell [b] int32."""
+    """Reads the photos of a table that are in a cell, as vectors [b, 3 C] float32 and cell [b] int32."""
 
     def __init__(self, table: Table, cells: Cells):
         self._table = table
@@ -100,23 +114,26 @@ class Photos:
 
 
 def _inputs(embeddings: Float[np.ndarray, "B 3 C"]) -> Float32[np.ndarray, "B D"]:
-    """Returns each photo's three vectors in a row, each of length sqrt(C), as first weights expect them."""
+    """Returns each photo's three unit vectors, concatenated and multiplied by sqrt(C).
+
+    Their components are then about 1, the scale that initial weights are made for.
+    """
     return np.asarray(embeddings, np.float32).reshape(len(embeddings), -1) * math.sqrt(embeddings.shape[-1])
 
 
 class ClassifierTask:
-    """Learns p(cell | photo). `batch` specifies its batch."""
+    """Trains p(cell | photo), a softmax over all cells. `batch` specifies its batches."""
 
     def __init__(self, settings: ClassifierSettings, width: int, cells: int):
-        """width: C, of the vectors. cells: V."""
+        """width: C, the length of one vector. cells: V, the number of cells."""
         self._shape, self._dropout = (3 * width, settings.hidden, cells), settings.dropout
         self.flops = 6.0 * settings.hidden * (3 * width + cells)
 
     def batch(self, size: int) -> Spec:
         """Returns the specification of a batch of `size` photos.
 
-        vectors [B, 3 C] float32: the photo's three embeddings in a row. cell [B] int32: number of the photo's cell.
-        Evaluation adds valid [B] bool: False for examples that only fill the batch up.
+        vectors [B, 3 C] float32: the photo's three embeddings, concatenated. cell [B] int32: number of the photo's
+        cell. In evaluation also valid [B] bool: False for examples that only pad the batch.
         """
         return spec(size, vectors=((self._shape[0],), jnp.float32), cell=((), jnp.int32))
 
@@ -126,7 +143,7 @@ class ClassifierTask:
     def loss(
         self, model: Head, batch: Mapping[str, Array], key: jax.Array | None
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-        """Returns the cross-entropy in nats, and the share of photos whose most probable cell is theirs."""
+        """Returns the cross-entropy in nats, and the share of photos whose most probable cell is the true one."""
         logits = model(batch["vectors"], None if key is None else nnx.Rngs(dropout=key))
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["cell"])
         right = logits.argmax(-1) == batch["cell"]
@@ -135,11 +152,11 @@ class ClassifierTask:
 
 
 def rank(model: Head, photos: Table, k: int) -> tuple[Int32[np.ndarray, "n k"], Float32[np.ndarray, "n k"]]:
-    """Returns cells and log-probabilities of the k most probable cells of every photo of a table, best first."""
+    """Returns the k most probable cells of every photo of a table and their log-probabilities, best first."""
     run = nnx.jit(lambda model, x: jax.lax.top_k(jax.nn.log_softmax(model(x)), k))
     log_p, cells = [np.zeros((0, k), np.float32)], [np.zeros((0, k), np.int32)]
     for first in range(0, len(photos), _BATCH):
-        found = run(model, jnp.asarray(_inputs(photos.embeddings(slice(first, first + _BATCH)))))
-        for parts, part in zip((log_p, cells), found, strict=True):
-            parts.append(np.asarray(part))
+        best = run(model, jnp.asarray(_inputs(photos.embeddings(slice(first, first + _BATCH)))))
+        for batches, batch in zip((log_p, cells), best, strict=True):
+            batches.append(np.asarray(batch))
     return np.concatenate(cells), np.concatenate(log_p)

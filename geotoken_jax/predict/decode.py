@@ -1,4 +1,4 @@
-"""From embeddings to what answers are chosen from: the compiled decoder."""
+"""The compiled decoder: turns embeddings of photos and their neighbors into pools of candidates."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -21,16 +21,21 @@ from geotoken_jax.predict.sample import Candidates, sample
 from geotoken_jax.predict.select import SEARCHED, SELECTORS, VoteSettings
 from geotoken_jax.settings import Runtime, SettingsError
 
-#: Cells of a photo told one by one, and all that there may be: with 64 alone half of EarthView's photos would have more
-#: than half of their probability elsewhere.
-_CELLS, _ALL = 192, 4096
+#: Cells per photo that a distribution lists one by one. With 64, half of EarthView's photos would have more than half
+#: of their probability outside the list.
+_CELLS = 192
+#: Cells per photo that the search returns at most.
+_CAPACITY = 4096
 
 
 @dataclasses.dataclass(frozen=True)
 class SearchSettings:
-    """Exact search of the model's distribution over places. expansions: of cells, a photo at most; 0 for no search.
-    level: at which a cell is not divided any more, of a whole number of tokens. leaves: so many of those, the most
-    probable, end the search when they are proven. width: cells of a photo divided at once."""
+    """Settings of the exact search of the model's distribution over places (config.predict.search).
+
+    expansions: cells divided per photo at most, a multiple of width; 0 turns the search off. level: S2 level of leaves,
+    which are not divided further; a multiple of config.model.group. leaves: number of most probable leaves, at most
+    4096; the search ends once they are proven. width: cells divided per photo and step.
+    """
 
     expansions: int
     level: int
@@ -40,10 +45,14 @@ class SearchSettings:
 
 @dataclasses.dataclass(frozen=True)
 class PredictSettings:
-    """samples: drawn beside the greedy candidate. temperature, top_p: they are drawn with. beam: 0, or the width of the
-    beam search whose sequences are the candidates instead. search: of the model's own
-    distribution over places. selectors: that choose, by name. vote: of the neighbors, for `consensus`. choice: the
-    selector whose choice is the answer. batch_size: photos decoded at once. seed: of the samples."""
+    """Settings of decoding and of the choice among candidates (config.predict).
+
+    samples: number of candidates sampled in addition to the greedy one. temperature: temperature of the sampling, above
+    0. top_p: probability mass that samples are drawn from, in (0, 1]; 1 for all. beam: width of a beam search whose
+    sequences replace the samples; 0 turns it off. search: search of the model's distribution over places. selectors:
+    names of the selectors that choose. vote: weights of the neighbors for the selector `consensus`. choice: name of the
+    selector whose choice is the answer. batch_size: photos per batch. seed: seed of the samples.
+    """
 
     samples: int
     temperature: float
@@ -62,8 +71,8 @@ class PredictSettings:
                 raise ValueError(f"config.predict.selectors has {name!r}: choose among {', '.join(SELECTORS)}")
             if name in SEARCHED and not self.search.expansions:
                 raise ValueError(
-                    f"config.predict.selectors has {name!r}, which needs the model's distribution over places: raise "
-                    "config.predict.search.expansions, or leave it out"
+                    f"config.predict.selectors has {name!r}, but config.predict.search.expansions is 0: set expansions "
+                    f"to a positive multiple of config.predict.search.width, or remove {name!r}"
                 )
         if self.choice not in self.selectors:
             raise ValueError(
@@ -77,22 +86,24 @@ class PredictSettings:
 
 
 class Decoder:
-    """A model's candidates and places for batches of photos, compiled once for each of a few batch sizes."""
+    """Decodes batches of photos into pools; compiled once per batch size, and batch sizes are rounded up to a few."""
 
     def __init__(self, model: GeoTokenModel, settings: PredictSettings, gallery: Table):
-        """gallery: the table that the neighbors of every batch are rows of."""
+        """gallery: table of the gallery, in which the neighbors are rows."""
         self.settings, self.gallery, self.model = settings, gallery, model.settings
         self.cells: Scheme = model.settings.cells
         self.neighbors, self.times = model.settings.neighbors, model.settings.times
-        asked = settings.search
-        if asked.expansions and not isinstance(self.cells, CellScheme):
+        options = settings.search
+        if options.expansions and not isinstance(self.cells, CellScheme):
+            searched = [name for name in settings.selectors if name in SEARCHED]
             raise SettingsError(
-                f"config.model.scheme is {model.settings.scheme!r}, and places are searched among S2's cells: set "
-                "config.predict.search.expansions to 0, and leave selectors that need it out"
+                f"config.model.scheme is {model.settings.scheme!r}, but only S2 cells can be searched: set "
+                "config.predict.search.expansions to 0"
+                + (f" and remove {', '.join(searched)} from config.predict.selectors" if searched else "")
             )
-        if asked.expansions and (asked.level % self.cells.group or asked.level > self.cells.level):
+        if options.expansions and (options.level % self.cells.group or options.level > self.cells.level):
             raise SettingsError(
-                f"config.predict.search.level is {asked.level}: make it a multiple of config.model.group = "
+                f"config.predict.search.level is {options.level}: make it a multiple of config.model.group = "
                 f"{self.cells.group}, at most {self.cells.level}"
             )
         graph, self._state = nnx.split(model)
@@ -107,17 +118,17 @@ class Decoder:
                 drawn = beam.search(model, memory, settings.beam)
             else:
                 drawn = sample(model, memory, keys, settings.samples, settings.temperature, settings.top_p)
-            if not asked.expansions:
+            if not options.expansions:
                 return drawn, None
-            length = 1 + asked.level // self.cells.group
+            length = 1 + options.level // self.cells.group
             return drawn, search.search(
                 model,
                 memory,
-                asked.leaves,
+                options.leaves,
                 length=length,
-                width=asked.width,
-                expansions=asked.expansions,
-                capacity=_ALL,
+                width=options.width,
+                expansions=options.expansions,
+                capacity=_CAPACITY,
             )
 
         self._run = jax.jit(run)
@@ -129,17 +140,18 @@ class Decoder:
         scores: Float[np.ndarray, "b M"],
         numbers: Int[np.ndarray, " b"],
     ) -> Pool:
-        """Returns what the answers of b photos are chosen from.
+        """Returns the pool of b photos.
 
-        batch: see data.join. rows, scores: of the neighbors in it; -1 and anything where there is none. numbers: one a
-        photo, which with the seed decide its samples, whatever batch it is in.
+        batch: arrays that data.join makes. rows: gallery rows of the batch's neighbors, -1 if missing. scores: inner
+        products of photo and neighbor, ignored if the neighbor is missing. numbers: one per photo; a photo's samples
+        depend on its number and the seed alone, not on its batch.
         """
         b = len(numbers)
         size = min(1 << (b - 1).bit_length(), max(self.settings.batch_size, b))
         names = ("query", "neighbors", "neighbor_tokens", "neighbor_count", *(("context",) if self.times else ()))
         padded = {name: filled(batch[name], size) for name in names}
-        found = self._run(self._state, padded, jnp.asarray(filled(numbers, size), jnp.uint32))
-        drawn, searched = jax.tree.map(lambda part: np.asarray(part)[:b], found)
+        results = self._run(self._state, padded, jnp.asarray(filled(numbers, size), jnp.uint32))
+        drawn, searched = jax.tree.map(lambda values: np.asarray(values)[:b], results)
         distribution = None
         if searched and isinstance(self.cells, CellScheme):
             distribution = search.distribution(searched, self.cells, _CELLS)

@@ -1,6 +1,7 @@
-"""The Hugging Face hub: an export goes there as a model, and comes from there by that model's name.
+"""Upload of exports to the Hugging Face hub, and download by the model's name there.
 
-The token is huggingface_hub's own affair: HF_TOKEN, or what `hf auth login` has stored. Nothing here reads it.
+huggingface_hub finds the token itself, in HF_TOKEN or in the file that `hf auth login` writes. This module never reads
+the token.
 """
 
 import contextlib
@@ -16,14 +17,14 @@ from geotoken_jax import settings
 from geotoken_jax.predict import bundle
 from geotoken_jax.predict.bundle import SUMS, ExportError
 
-#: A name on the hub: of who owns the model, and of the model.
+#: Name of a model on the hub: OWNER/NAME.
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def located(model: epath.PathLike, revision: str | None = None) -> epath.Path:
-    """Returns the folder of an export: `model` itself where there is such a folder, else what the hub has of that name.
+    """Returns the folder of an export, downloaded from the hub if `model` is not a folder but a name like ORG/NAME.
 
-    revision: branch, tag or commit there. Raises ExportError, in one sentence, for what cannot be had.
+    revision: branch, tag or commit on the hub; the main branch if None. Raises ExportError if the download fails.
     """
     if epath.Path(model).exists() or not _NAME.fullmatch(str(model)):
         return epath.Path(model)
@@ -31,45 +32,48 @@ def located(model: epath.PathLike, revision: str | None = None) -> epath.Path:
 
 
 def download(name: str, revision: str | None = None) -> epath.Path:
-    """Returns the folder in huggingface_hub's cache that holds an export, every file as its SHA256SUMS says.
+    """Returns the folder of an export in huggingface_hub's cache; every file in it matches SHA256SUMS.
 
-    What is in the cache is not fetched again, and is found without a network. A damaged file is removed from it.
+    Files in the cache are not downloaded again and need no network. A damaged file is removed from the cache.
     """
     client = _client()
-    with _sentences(name, revision):
-        # Not hf_hub_download, which without a network tries for 24 s.
+    with _one_line_errors(name, revision):
+        # hf_hub_download would retry for 24 s when there is no network.
         commit = epath.Path(client.snapshot_download(name, revision=revision, allow_patterns=SUMS))
         if not (commit / SUMS).exists():
-            raise ExportError(f"{name} has no {SUMS}: it is not an export, which `geotoken export --push` brings there")
-        wanted = bundle.sums(commit)
-        # Of one commit, whatever is pushed meanwhile; and nothing that the sums do not know.
-        patterns = [SUMS, *(glob.escape(file) for file in wanted)]
+            raise ExportError(
+                f"{name} has no {SUMS}: it is not an export; name a model that was uploaded by `geotoken export --push`"
+            )
+        sums = bundle.sums(commit)
+        # The commit is fixed, so that a push in between does not mix two exports. Files without a sum are not fetched.
+        patterns = [SUMS, *(glob.escape(file) for file in sums)]
         folder = epath.Path(client.snapshot_download(name, revision=commit.name, allow_patterns=patterns))
-    for file, expected in wanted.items():
+    for file, expected in sums.items():
         path = folder / file
         if not path.exists():
-            raise ExportError(f"{name} lacks {file}, which its {SUMS} has: whoever pushed it should push it again")
+            raise ExportError(f"{name} lacks {file}, which is in its {SUMS}: ask its owner to push the export again")
         if bundle.sha256(path) != expected:
-            os.unlink(os.path.realpath(path))  # the cache holds it once, and links to it by commit
+            os.unlink(os.path.realpath(path))  # the stored file; `path` is only a link to it
             path.unlink(missing_ok=True)
             raise ExportError(
-                f"{name}: {file} is not what its {SUMS} says: it was cut short or changed, on the way or on the hub; "
-                "the same command downloads it again"
+                f"{name}: {file} does not match its sum in {SUMS}: it was damaged in transfer or changed on the hub; "
+                "run the same command again, which downloads it again"
             )
     return folder
 
 
 def push(folder: epath.PathLike, name: str) -> str:
-    """Brings a whole export to the hub, where the model is made if there is none, and returns its address.
+    """Uploads an export to the hub, creates the model there if needed, and returns its address.
 
-    What the hub has already is not sent again, so an interrupted push goes on. Raises ExportError.
+    Files that the hub already has are not sent again, so an interrupted push can be continued. Raises SettingsError if
+    `name` is not OWNER/NAME, ExportError if the export is damaged or the upload fails.
     """
     if not _NAME.fullmatch(name):
         raise settings.SettingsError(f"--push={name} is not a name on the hub: give ORG/NAME, as in --push=me/geotoken")
     bundle.check(folder, everything=True)
     client = _client()
     files = [SUMS, *bundle.sums(folder)]
-    with _sentences(name, None):
+    with _one_line_errors(name, None):
         url = client.create_repo(name, exist_ok=True)
         client.upload_folder(
             repo_id=url.repo_id,
@@ -84,17 +88,19 @@ def _client() -> Any:
     try:
         import huggingface_hub
     except ModuleNotFoundError:
-        raise settings.SettingsError("the hub is spoken to by huggingface_hub: pip install huggingface_hub") from None
+        raise settings.SettingsError(
+            "huggingface_hub is not installed, and the hub needs it: pip install huggingface_hub"
+        ) from None
     return huggingface_hub
 
 
 @contextlib.contextmanager
-def _sentences(name: str, revision: str | None) -> Iterator[None]:
-    """Says in one sentence what the hub or the network refuses."""
+def _one_line_errors(name: str, revision: str | None) -> Iterator[None]:
+    """Turns errors of the hub, the network and the disk into ExportErrors of one line, with advice."""
     from huggingface_hub import constants, errors
 
     page = f"{constants.ENDPOINT}/{name}"
-    broken: Any = errors.HfHubHTTPError.__bases__  # the HTTP client's errors, and the machine's
+    broken: Any = errors.HfHubHTTPError.__bases__  # the HTTP client's base error, and OSError
     login = "log in with `hf auth login`, or set HF_TOKEN to a token that may"
     try:
         yield
@@ -102,27 +108,27 @@ def _sentences(name: str, revision: str | None) -> Iterator[None]:
         raise ExportError(f"{name} is gated: accept its terms at {page}, and {login} read it") from None
     except errors.RepositoryNotFoundError:
         raise ExportError(
-            f"{name} is neither a folder here nor a model on the hub that you may see: name a folder that `geotoken "
+            f"{name} is neither a folder here nor a model on the hub that you may read: name a folder that `geotoken "
             f"export` made, or, if it is private, {login} read it"
         ) from None
     except errors.RevisionNotFoundError:
         raise ExportError(f"{page} has no revision {revision!r}: name a branch, a tag or a commit of it") from None
     except errors.LocalEntryNotFoundError:
         raise ExportError(
-            f"{constants.ENDPOINT} cannot be reached, and {name} is not in the cache whole: look at the network, and "
-            "whether HF_HUB_OFFLINE is set"
+            f"{constants.ENDPOINT} cannot be reached, and {name} is not in the cache in full: check the network, and "
+            "unset HF_HUB_OFFLINE if it is set"
         ) from None
     except errors.HFValidationError as error:
-        raise ExportError(f"{name} is not a name on the hub: {error}") from None
+        raise ExportError(f"{name} is not a valid name on the hub ({error}): give ORG/NAME") from None
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
         if status in (401, 403):
             raise ExportError(f"the hub refuses {name} ({status}): {login} write to it") from None
-        raise ExportError(f"the hub answers {status} about {name}: try again later") from None
-    except RuntimeError as error:  # one file of an upload
-        raise ExportError(f"{error} The same command goes on from there") from None
+        raise ExportError(f"the hub returned HTTP status {status} for {name}: try again later") from None
+    except RuntimeError as error:  # a file could not be uploaded
+        raise ExportError(f"{error} Run the same command again: files that were sent are not sent again") from None
     except broken as error:
         raise ExportError(
-            f"{name} could not be brought all the way ({error}): look at the network and the disk, and run the same "
+            f"the transfer of {name} failed ({error}): check the network and the free disk space, then run the same "
             "command again"
         ) from None

@@ -1,9 +1,8 @@
-"""A judge: a multimodal language model, behind any OpenAI-compatible endpoint, that looks at the photo itself.
+"""The judge: a multimodal language model behind an OpenAI-compatible endpoint, which chooses by the photo itself.
 
-It is shown the photo, the most probable candidates and where similar photos were taken, and either chooses a candidate
-or names a coordinate of its own (GeoToken's paper). Whatever it does not answer is answered by the
-candidate given as fallback, and counted under a reason. Every outcome is on record in a file of JSON lines as soon as
-it is known, so that no reply is paid for twice.
+The judge gets the photo, the most probable candidates and the coordinates of similar photos. It chooses a candidate or
+gives coordinates of its own (GeoToken's paper). Without a usable reply the fallback candidate is the answer, and the
+reason is counted. Each outcome is appended to a file of JSON lines at once, so that no reply is paid for twice.
 """
 
 import base64
@@ -31,29 +30,33 @@ from geotoken_jax.predict.pool import Pool
 from geotoken_jax.settings import Runtime, SettingsError, plain
 from geotoken_jax.workdir import StageError
 
-#: Kind of answer -> the numbers that its JSON has.
+#: Kind of answer -> keys of the numbers in its JSON object.
 _ANSWERS = {"choose": ("number",), "free": ("latitude", "longitude")}
-#: Photos in a row without a reply after which the endpoint is given up.
-_HOPELESS = 20
-#: Statuses that another attempt may mend; 529 is Anthropic's word for overloaded.
-_PASSING = (408, 425, 429, 500, 502, 503, 504, 529)
-#: What servers say to a `response_format` that they do not know; a 400 may have other causes too.
+#: Photos in a row without a reply after which the judge stops.
+_MAX_FAILURES = 20
+#: HTTP statuses after which a request is retried; 529 is Anthropic's status for an overloaded server.
+_RETRIED = (408, 425, 429, 500, 502, 503, 504, 529)
+#: Replies of servers that do not support `response_format`; a 400 may have other causes too.
 _REFUSED_FORMAT = ("HTTP 400", "HTTP 422")
-#: Longest wait between two attempts, whatever Retry-After says; the first retry of all is at once, without one.
+#: Longest wait before a retry, also if Retry-After is longer. Without Retry-After the first retry has no wait.
 _LONGEST_WAIT_S = 120
-#: A server that is there accepts within this, even while its model loads.
+#: Longest wait for a connection: a running server accepts one sooner, even while its model loads.
 _CONNECT_S = 10.0
 _JPEG_QUALITY = 90
 
 
 @dataclasses.dataclass(frozen=True)
 class JudgeSettings:
-    """base_url: of the endpoint, up to and with /v1; "" for no judge. model: its name there. splits: that are judged.
-    answer: "choose" one of the candidates, or "free", any coordinate. candidates: shown, the most probable ones. side:
-    longest of the photo that is sent, in pixels. options: further fields of the request, as the endpoint names them.
-    timeout_s: silence after which an attempt is given up. attempts: at a photo, the first included, where the endpoint
-    is busy, broken or not there. concurrent: requests at a time. price_in, price_out: of a million tokens read and
-    written. key_variable: name of the environment variable that holds the key, "" for an endpoint without one."""
+    """Settings of the judge (config.judge).
+
+    base_url: address of the endpoint, up to and including /v1; no judge if empty. model: the model's name at the
+    endpoint. splits: splits whose photos are judged. answer: "choose" for one of the candidates, "free" for any
+    coordinates. candidates: candidates in the prompt, the most probable ones. side: longest side of the photo that is
+    sent, in pixels. options: more fields of the request, under the endpoint's names. timeout_s: seconds without data
+    after which an attempt ends. attempts: attempts per request, including the first, if the endpoint is busy, broken or
+    unreachable. concurrent: requests at a time. price_in: price of a million input tokens. price_out: price of a
+    million output tokens. key_variable: name of the environment variable with the API key; no key is sent if empty.
+    """
 
     base_url: Runtime[str]
     model: str
@@ -75,28 +78,29 @@ class JudgeSettings:
                 raise ValueError(f"config.judge.{key} is {getattr(self, key)}: it must be above 0")
         if self.answer not in _ANSWERS:
             raise ValueError(f"config.judge.answer is {self.answer!r}: choose one of {', '.join(_ANSWERS)}")
-        # Neither message shows the value: it may be the key.
+        # Neither message shows the value, which may be or contain the key.
         if not re.fullmatch(r"[A-Z_][A-Z0-9_]*|", self.key_variable):
             raise ValueError(
-                "config.judge.key_variable is not the name of an environment variable, in capital letters: export the "
-                "key under such a name, and give that name here"
+                "config.judge.key_variable is not the name of an environment variable in capital letters: export the "
+                "key as a variable such as JUDGE_KEY, and set config.judge.key_variable to 'JUDGE_KEY'"
             )
         if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#@]*)?|", self.base_url):
             raise ValueError(
-                "config.judge.base_url must be like http://localhost:8000/v1, without a password or a query: export "
-                "the key, see config.judge.key_variable"
+                "config.judge.base_url must be like http://localhost:8000/v1, without a password or a query: if the "
+                "endpoint needs a key, export it as a variable and set config.judge.key_variable to the variable's name"
             )
         if self.base_url and not self.model:
-            raise ValueError("config.judge.model is '': name the model that the endpoint is to use")
+            raise ValueError("config.judge.model is '': set it to the model's name at the endpoint")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Outcome:
-    """What came of a photo, as its line in the file has it.
+    """The outcome of judging one photo, a line in the file.
 
-    place: degrees, None where the fallback answers; reason: why it does, "" otherwise. replied: the model said
-    something, which is not asked again. requests: sent, with retries. seconds: from the first request to the end.
-    tokens_in, tokens_out: None where the endpoint does not say. text: the model's words, or what went wrong.
+    place: coordinates in degrees; None if the fallback is the answer. reason: why the fallback is the answer, else "".
+    replied: whether the model replied; if so, the photo is not sent again. requests: requests sent, retries included.
+    seconds: time from the first request to the end of the last. tokens_in: input tokens. tokens_out: output tokens;
+    both are None if the endpoint does not report them. text: the model's reply, or the error.
     """
 
     id: str
@@ -112,24 +116,28 @@ class _Outcome:
 
 
 class _Sent(NamedTuple):
-    """A request's end. problem: why there is no body of a reply, "" if there is. body: or what is known of why."""
+    """Result of a request. problem: why it failed, "" if it did not. body: the response's body, or the error."""
 
     problem: str
     body: str
     retries: int
 
 
-class _Question(NamedTuple):
-    """What is asked of a photo. places: of the candidates as they are numbered from 1, in degrees."""
+class _Prompt(NamedTuple):
+    """A prompt about one photo.
+
+    schema: JSON schema of the reply. answer: see JudgeSettings. coordinates: coordinates of the candidates in the
+    prompt, in degrees; candidate 1 is first.
+    """
 
     text: str
     schema: dict[str, Any]
     answer: str
-    places: Float[np.ndarray, "n 2"]
+    coordinates: Float[np.ndarray, "n 2"]
 
 
 class _Reply(NamedTuple):
-    """A chat completion. cut_off: it reached its longest. tokens_in, tokens_out: None where it does not say."""
+    """A chat completion. cut_off: whether it ended at the limit of tokens. tokens_in, tokens_out: see _Outcome."""
 
     text: str
     refused: bool
@@ -139,12 +147,12 @@ class _Reply(NamedTuple):
 
 
 class Judge:
-    """The selector that asks; of one split, from any number of batches."""
+    """The selector that sends the photos of one split, in any number of batches, to the judge."""
 
     def __init__(self, settings: JudgeSettings, file: epath.Path):
-        """file: of JSON lines, where outcomes are kept; what an earlier start was answered is taken from there.
+        """file: JSON lines of outcomes. Replies that an earlier run wrote there are used again.
 
-        Raises SettingsError if the key is not in the environment.
+        Raises SettingsError if the environment has no key.
         """
         self._settings, self._file = settings, file
         self._key = _key(settings.key_variable)
@@ -154,8 +162,8 @@ class Judge:
             timeout=Timeout(connect=min(_CONNECT_S, settings.timeout_s), read=settings.timeout_s),
             retries=Retry(
                 settings.attempts - 1,
-                allowed_methods=None,  # any: a question may be asked twice
-                status_forcelist=_PASSING,
+                allowed_methods=None,  # all methods; urllib3's default leaves out POST
+                status_forcelist=_RETRIED,
                 raise_on_status=False,
                 backoff_factor=1.0,
                 backoff_jitter=1.0,
@@ -163,12 +171,12 @@ class Judge:
                 retry_after_max=_LONGEST_WAIT_S,
             ),
         )
-        self._schema = True  # the endpoint takes one, as far as is known
-        self._in_vain = 0  # photos in a row without a reply
+        self._schema = True  # whether requests have a schema; False once the endpoint rejects it
+        self._failures = 0  # photos in a row without a reply
         self._lock = threading.Lock()
         file.parent.mkdir(parents=True, exist_ok=True)
         lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-        if lines and not lines[-1].endswith("\n"):  # cut off while it was written
+        if lines and not lines[-1].endswith("\n"):  # an interrupted write; this photo is sent again
             workdir.write_bytes(file, "".join(lines[:-1]).encode())
             del lines[-1]
         self._outcomes = [_Outcome(**json.loads(line)) for line in lines]
@@ -177,22 +185,22 @@ class Judge:
     def __call__(
         self, ids: Sequence[str], photos: Sequence[bytes], pool: Pool, fallback: Int[np.ndarray, " b"]
     ) -> Int[np.ndarray, " b"] | Float[np.ndarray, "b 2"]:
-        """Returns of b photos the index of the candidate chosen or, of free answers, coordinates in degrees.
+        """Returns the index of the chosen candidate of each of b photos or, for free answers, coordinates in degrees.
 
-        photos: encoded files. fallback: index of the candidate that answers where the judge does not.
-        Raises StageError once 20 photos in a row got no reply: what was answered until then is kept.
+        photos: encoded image files. fallback: indices of the candidates that are the answers without a usable reply.
+        Raises StageError after 20 photos in a row without a reply; the replies before them are kept in the file.
         """
         workers = ThreadPoolExecutor(self._settings.concurrent)
         try:
-            asked = [workers.submit(self._outcome, ids[i], photos[i], pool, i) for i in range(len(ids))]
-            places = [future.result().place for future in asked]
+            futures = [workers.submit(self._outcome, ids[i], photos[i], pool, i) for i in range(len(ids))]
+            places = [future.result().place for future in futures]
         finally:
             workers.shutdown(cancel_futures=True)
         if self._settings.answer == "free":
-            found = pool.coordinates[np.arange(len(ids)), fallback]
+            coordinates = pool.coordinates[np.arange(len(ids)), fallback]
             for i, place in enumerate(places):
-                found[i] = place or found[i]
-            return found
+                coordinates[i] = place or coordinates[i]
+            return coordinates
         chosen = np.array(fallback)
         for i, place in enumerate(places):
             if place:
@@ -200,10 +208,10 @@ class Judge:
         return chosen
 
     def report(self) -> dict[str, Any]:
-        """Returns what came of all photos on record, as JSON has it, whichever start they were asked in.
+        """Returns counts, times and costs of all outcomes in the file, including earlier runs, for JSON.
 
-        seconds: of photos that got a reply, their retries and waits included. tokens, cost: of the replies that tell
-        their usage; without_usage: of the others, how many.
+        seconds: median and 95th percentile of the time for a reply, retries and waits included. tokens, cost: sums over
+        the replies that report usage. without_usage: number of replies that do not.
         """
         last = {outcome.id: outcome for outcome in self._outcomes}.values()
         replies = [outcome for outcome in self._outcomes if outcome.replied]
@@ -227,52 +235,52 @@ class Judge:
     def _outcome(self, photo_id: str, photo: bytes, pool: Pool, i: int) -> _Outcome:
         if photo_id in self._replied:
             return self._replied[photo_id]
-        if self._in_vain >= _HOPELESS:
-            raise self._hopeless()
-        outcome = self._ask(photo_id, photo, _question(pool, i, self._settings))
+        if self._failures >= _MAX_FAILURES:
+            raise self._unavailable()
+        outcome = self._judge(photo_id, photo, _prompt(pool, i, self._settings))
         with self._lock:
-            self._in_vain = 0 if outcome.replied else self._in_vain + 1
+            self._failures = 0 if outcome.replied else self._failures + 1
             self._outcomes.append(outcome)
             with self._file.open("a") as file:
                 file.write(json.dumps(dataclasses.asdict(outcome)) + "\n")
-        if self._in_vain >= _HOPELESS:
-            raise self._hopeless()
+        if self._failures >= _MAX_FAILURES:
+            raise self._unavailable()
         return outcome
 
-    def _hopeless(self) -> StageError:
+    def _unavailable(self) -> StageError:
         last = next(outcome for outcome in reversed(self._outcomes) if not outcome.replied)
-        said = " ".join(last.text.split())[:200]
+        text = " ".join(last.text.split())[:200]
         return StageError(
-            f"the judge at config.judge.base_url = {self._settings.base_url!r} gave no reply to {_HOPELESS} photos in "
-            f"a row, to the last because of {last.reason}{f' ({said})' if said else ''}: see to it, then run the same "
-            f"command again, which asks for what {self._file} does not hold"
+            f"config.judge.base_url is {self._settings.base_url!r}: the last {_MAX_FAILURES} photos got no reply from "
+            f"there (last problem: {last.reason}{f', {text}' if text else ''}); repair the endpoint or its settings, "
+            f"then run the same command again, which keeps the replies in {self._file}"
         )
 
-    def _ask(self, photo_id: str, photo: bytes, question: _Question) -> _Outcome:
+    def _judge(self, photo_id: str, photo: bytes, prompt: _Prompt) -> _Outcome:
         side = self._settings.side
         image = base64.b64encode(thumbnail(photo, side, _JPEG_QUALITY, side)).decode()
         content = [
-            {"type": "text", "text": question.text},
+            {"type": "text", "text": prompt.text},
             {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{image}"}},
         ]
-        # One message of the user: some models know no system's.
-        plainly = {
+        # A single user message, because some models accept no system message.
+        request = {
             "model": self._settings.model,
             "messages": [{"role": "user", "content": content}],
             **plain(self._settings.options),
         }
-        form = {"type": "json_schema", "json_schema": {"name": "place", "strict": True, "schema": question.schema}}
+        form = {"type": "json_schema", "json_schema": {"name": "place", "strict": True, "schema": prompt.schema}}
         start = time.monotonic()
         with_schema = self._schema
-        sent = [self._send({**plainly, "response_format": form} if with_schema else plainly)]
+        sent = [self._send({**request, "response_format": form} if with_schema else request)]
         if with_schema and sent[0].problem in _REFUSED_FORMAT:
-            sent.append(self._send(plainly))
-            if not sent[1].problem:  # so it was the schema
+            sent.append(self._send(request))
+            if not sent[1].problem:  # the schema was the cause
                 self._schema = False
         seconds = round(time.monotonic() - start, 4)
         problem, body, _ = sent[-1]
         reply = None if problem else _reply(body)
-        place, reason = _place(reply, question) if reply else (None, problem or "no chat completion")
+        place, reason = _place(reply, prompt) if reply else (None, problem or "no chat completion")
         retries = sum(s.retries for s in sent)
         return _Outcome(
             id=photo_id,
@@ -289,7 +297,7 @@ class Judge:
 
     def _send(self, body: dict[str, Any]) -> _Sent:
         url = f"{self._settings.base_url.rstrip('/')}/chat/completions"
-        try:  # without redirects: a photo goes where it is sent, and nowhere else
+        try:  # no redirects: the photo must not reach another server than base_url
             response = self._http.request("POST", url, json=body, redirect=False)
         except MaxRetryError as error:
             return _Sent(_problem(error.reason), self._without_key(str(error.reason)), self._settings.attempts - 1)
@@ -305,17 +313,17 @@ class Judge:
 
 def _key(variable: str) -> str:
     key = os.environ.get(variable, "").strip() if variable else ""
-    # A header of anything else would be an error that shows it.
+    # Any other character is invalid in a header, and the error about it would show the key.
     if variable and not re.fullmatch(r"[!-~]+", key):
         raise SettingsError(
-            f"config.judge.key_variable is {variable!r}, and the environment has no key of plain characters there: "
-            f"export {variable}, or set config.judge.key_variable to '' for an endpoint without a key"
+            f"config.judge.key_variable is {variable!r}, but that variable is unset or not plain ASCII: export "
+            f"{variable} with the key, or set config.judge.key_variable to '' for an endpoint without a key"
         )
     return key
 
 
-def _question(pool: Pool, i: int, settings: JudgeSettings) -> _Question:
-    """Returns what is asked of photo i, with its distinct candidates by falling log-probability."""
+def _prompt(pool: Pool, i: int, settings: JudgeSettings) -> _Prompt:
+    """Returns the prompt about photo i. It lists distinct candidates, most probable first."""
     log_p = pool.candidates.log_probability[i].astype(np.float64)
     best_first = np.argsort(-log_p, kind="stable")
     _, first = np.unique(pool.coordinates[i][best_first], axis=0, return_index=True)
@@ -327,7 +335,7 @@ def _question(pool: Pool, i: int, settings: JudgeSettings) -> _Question:
             zip(pool.coordinates[i][shown], weights / weights.sum(), strict=True), 1
         )
     ]
-    near = [
+    neighbors = [
         f"{latitude:.5f}, {longitude:.5f} ({score / 3:.2f})"  # the mean of three cosines
         for (latitude, longitude), score in zip(pool.neighbor_coordinates[i], pool.neighbor_scores[i], strict=True)
     ][: int(pool.neighbor_count[i])]
@@ -338,8 +346,8 @@ def _question(pool: Pool, i: int, settings: JudgeSettings) -> _Question:
         "A model of photos and places proposes (latitude, longitude in degrees; its probability among these):",
         *listed,
     ]
-    if near:
-        text += ["", "Of many photos, those most like this one were taken at (similarity, at most 1):", *near]
+    if neighbors:
+        text += ["", "Of many photos, those most like this one were taken at (similarity, at most 1):", *neighbors]
     text += ["", "Both may be wrong: trust what you see."]
     if settings.answer == "choose":
         properties = {"number": {"type": "integer", "enum": list(range(1, 1 + len(shown)))}}
@@ -356,24 +364,24 @@ def _question(pool: Pool, i: int, settings: JudgeSettings) -> _Question:
         "required": list(properties),
         "additionalProperties": False,
     }
-    return _Question("\n".join(text), schema, settings.answer, pool.coordinates[i][shown])
+    return _Prompt("\n".join(text), schema, settings.answer, pool.coordinates[i][shown])
 
 
 def _problem(cause: Exception | None) -> str:
     if isinstance(cause, ReadTimeoutError):
         return "timeout"
-    # A refused connection and an unknown host are kinds of ConnectTimeoutError to urllib3.
+    # In urllib3 a refused connection and an unknown host are subclasses of ConnectTimeoutError.
     return "no connection" if isinstance(cause, ConnectTimeoutError) else "broken connection"
 
 
 def _reply(body: str) -> _Reply | None:
-    """Returns the chat completion that a response's body is, whatever type it is said to be of; None if it is none."""
+    """Returns the chat completion in a response's body, whatever its content type; None if there is none."""
     try:
-        found = json.loads(body)
-        choice = found["choices"][0]
+        completion = json.loads(body)
+        choice = completion["choices"][0]
         message, finish = choice["message"], choice.get("finish_reason")
         refusal, text = message.get("refusal"), message.get("content")
-        usage = found.get("usage") or {}
+        usage = completion.get("usage") or {}
         tokens = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return None
@@ -382,21 +390,21 @@ def _reply(body: str) -> _Reply | None:
     return _Reply(str(refusal or text or ""), refused, finish == "length", tokens_in, tokens_out)
 
 
-def _place(reply: _Reply, question: _Question) -> tuple[list[float] | None, str]:
-    """Returns the place that a reply names, or None and the reason why it is no answer."""
-    found = None if reply.refused else _last_object(reply.text, _ANSWERS[question.answer])
-    if found is None:
+def _place(reply: _Reply, prompt: _Prompt) -> tuple[list[float] | None, str]:
+    """Returns the coordinates that a reply chooses and "", or None and the reason why it is unusable."""
+    values = None if reply.refused else _last_object(reply.text, _ANSWERS[prompt.answer])
+    if values is None:
         if reply.cut_off and not reply.refused:
             return None, "cut off"
         return None, "broken JSON" if "{" in reply.text and not reply.refused else "refusal"
     try:
-        numbers = [_number(value) for value in found]
+        numbers = [_number(value) for value in values]
     except (TypeError, ValueError, OverflowError):
         return None, "broken JSON"
-    if question.answer == "choose":
-        if numbers[0] not in range(1, 1 + len(question.places)):
+    if prompt.answer == "choose":
+        if numbers[0] not in range(1, 1 + len(prompt.coordinates)):
             return None, "no such candidate"
-        return question.places[int(numbers[0]) - 1].tolist(), ""
+        return prompt.coordinates[int(numbers[0]) - 1].tolist(), ""
     latitude, longitude = numbers
     if not (abs(latitude) <= 90 and abs(longitude) <= 180):
         return None, "off the Earth"
@@ -404,9 +412,11 @@ def _place(reply: _Reply, question: _Question) -> tuple[list[float] | None, str]
 
 
 def _last_object(text: str, names: Sequence[str]) -> list[Any] | None:
-    """Returns the values of the last JSON object in a text that has all the names: fences, and thoughts before it, do
-    not matter."""
-    found, at = None, text.find("{")
+    """Returns the values of `names` in the last JSON object that has them all; None if no object has.
+
+    A code fence around the object, and reasoning before it, do not matter.
+    """
+    values, at = None, text.find("{")
     while at >= 0:
         try:
             value, end = json.JSONDecoder().raw_decode(text, at)
@@ -414,12 +424,12 @@ def _last_object(text: str, names: Sequence[str]) -> list[Any] | None:
             end = at + 1
         else:
             if all(name in value for name in names):
-                found = [value[name] for name in names]
+                values = [value[name] for name in names]
         at = text.find("{", end)
-    return found
+    return values
 
 
 def _number(value: Any) -> float:
     if isinstance(value, bool):
-        raise TypeError("true is no number")
+        raise TypeError(f"{value} is not a number")
     return float(value)

@@ -1,4 +1,4 @@
-"""What selectors choose from: a photo's candidates, its neighbors, and the model's own distribution over places."""
+"""Pools, from which selectors choose: a photo's candidates, neighbors and the model's distribution over places."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,11 +11,11 @@ from geotoken_jax.predict.sample import Candidates
 
 
 class PlaceDistribution(NamedTuple):
-    """A distribution over the Earth, b photos at once: disjoint S2 cells, most probable first, and behind them coarser
-    ones with what is left in each.
+    """Distributions over the Earth of b photos: first disjoint S2 cells, most probable first, then coarser cells.
 
-    coordinates: of the cells' centers, in degrees. level: of each cell, -1 for the whole Earth. probability: 0 where a
-    photo has fewer than F; what they lack to 1 is elsewhere.
+    A coarser cell has the probability inside it that is in none of the first cells. coordinates: centers of the cells,
+    in degrees. level: S2 level of each cell, -1 for the whole Earth. probability: probability of each cell, 0 for
+    padding if a photo has fewer than F cells. If a photo's cells sum to less than 1, the rest is elsewhere.
     """
 
     coordinates: Float[np.ndarray, "b F 2"]
@@ -24,13 +24,14 @@ class PlaceDistribution(NamedTuple):
 
 
 class Pool(NamedTuple):
-    """Candidates of b photos, and what they may be chosen by.
+    """Candidates of b photos, with the data that selectors choose by.
 
-    coordinates: of the candidates, in degrees. query: the photo's own image, location and text vectors. neighbors,
-    neighbor_coordinates, neighbor_scores: the M gallery photos that the model saw, best first, with their inner
-    products (at most 3); neighbor_count of them are there. distribution: over places, None if the model was not
-    searched. exclude: rules on gallery photos that the neighbors were found by, for selectors that search the gallery
-    again. context: numbers of the photos' times, if the model reads them.
+    coordinates: coordinates of the candidates, in degrees. query: image, location and text vectors of the photo.
+    neighbors: the same vectors of the M gallery photos that the model read, best first. neighbor_coordinates: degrees.
+    neighbor_scores: inner products with the photo, at most 3. neighbor_count: number of neighbors before the padding.
+    distribution: distribution over places; None if the model was not searched. exclude: rules that kept gallery photos
+    out of the neighbors; selectors that search the gallery apply them too. context: capture times, encoded by
+    data.join.context; None if the model does not read them.
     """
 
     candidates: Candidates
@@ -46,8 +47,8 @@ class Pool(NamedTuple):
 
 
 def subset(pool: Pool, rows: Int[np.ndarray, " n"]) -> Pool:
-    """Returns the pool of some of its photos."""
+    """Returns the pool of the photos in `rows`."""
     import jax
 
-    exclude = [lambda queries, near, rule=rule: rule(rows[queries], near) for rule in pool.exclude]
+    exclude = [lambda queries, neighbors, rule=rule: rule(rows[queries], neighbors) for rule in pool.exclude]
     return jax.tree.map(lambda values: values[rows], pool._replace(exclude=()))._replace(exclude=exclude)

@@ -1,6 +1,6 @@
-"""A photo's answer: one type from the decoder to the file, the page, the service and the evaluator.
+"""The prediction for a photo: one type for the decoder, files, web page, service and evaluator.
 
-No jax is imported with this module.
+This module does not import jax.
 """
 
 import dataclasses
@@ -16,12 +16,12 @@ from geotoken_jax.gallery.table import Table
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A place that was considered: degrees.
+    """A candidate location of a photo, in degrees.
 
-    probability: the model's, of the level-20 cell around it (GeoCLIP's: of this place among those of its gallery).
-    log_probability: its logarithm. tempered_log_probability: under the distribution it was sampled from. count: how
-    often it was drawn, the greedy one among them. tokens: of its cell. A baseline's candidate lacks what its method
-    does not have.
+    probability: the model's probability of the candidate's level-20 cell (GeoCLIP: of this location among all in its
+    gallery). log_probability: natural logarithm of `probability`. tempered_log_probability: log-probability under the
+    distribution that candidates are sampled from. count: number of draws, the greedy one included.
+    tokens: tokens of its cell. A field is None if the method, for example a baseline, does not compute it.
     """
 
     latitude: float
@@ -34,14 +34,16 @@ class Candidate:
 
     @classmethod
     def of(cls, at: Float[np.ndarray, "2"], log_probability: float, **more: Any) -> "Candidate":
-        """Returns a candidate with rounded numbers. at: degrees. more: fields after log_probability."""
+        """Returns a candidate with rounded numbers. at: degrees. more: any fields after log_probability."""
         return cls(*rounded(at), float(f"{math.exp(log_probability):.6g}"), round(log_probability, 5), **more)
 
 
 @dataclasses.dataclass(frozen=True)
 class Neighbor:
-    """A gallery photo that was looked at: id, degrees, the inner product of the index vectors (at most 3), and its row
-    in the gallery."""
+    """A neighbor of the photo in the gallery: its id, coordinates in degrees, score and gallery row.
+
+    score: inner product of the index vectors, at most 3.
+    """
 
     id: str
     latitude: float
@@ -52,7 +54,7 @@ class Neighbor:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """An S2 cell that the photo may be from: its level, its center in degrees, and the model's probability of it."""
+    """An S2 cell: its level, its center in degrees, and the model's probability that the photo was taken in it."""
 
     level: int
     latitude: float
@@ -62,17 +64,18 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """Where a photo was taken: degrees.
+    """The answer to where a photo was taken, latitude and longitude in degrees, with its uncertainty.
 
-    radius_km, radius_90_km: of the circles around the answer that hold half and 90 % of the probability. within: the
-    probability that the answer is no farther off than 1, 25, 200, 750 and 2500 km. A model whose places were searched
-    has these calibrated on its validation photos; else they are shares of the samples (GeoCLIP's: of its gallery's
-    probability). A line of a work directory's predictions leaves those shares out, and radii are NaN.
+    radius_km: radius of the circle around the answer that contains the true location with a probability of 50 %.
+    radius_90_km: the same for 90 %. within: distance (1, 25, 200, 750 and 2500 km) -> probability that the answer is no
+    farther off. These numbers are calibrated on validation photos if the model's distribution was searched. Otherwise
+    GeoToken computes them from its samples, and GeoCLIP from the probabilities in its gallery; predictions/ in a work
+    directory then has no `within`, and radii are NaN.
 
-    candidates: distinct ones, the greedy one first, then by falling probability. cells: disjoint ones, most probable
-    first; what they lack to 1 is elsewhere. neighbors: best first. None of these where a model has none. choice: the
-    selector whose choice the answer is. choices: selector -> its choice, an index into candidates or a point in
-    degrees.
+    candidates: distinct candidates, the greedy one first, then by falling probability. cells: disjoint cells, most
+    probable first; if they sum to less than 1, the rest is elsewhere. neighbors: best first. All three are empty if the
+    model has none. choice: name of the selector whose choice is the answer. choices: selector name -> its choice, an
+    index into candidates or coordinates in degrees.
     """
 
     latitude: float
@@ -87,37 +90,38 @@ class Prediction:
     choices: dict[str, int | tuple[float, float]] = dataclasses.field(default_factory=dict)
 
     def plain(self) -> dict[str, Any]:
-        """Returns the fields for JSON. Those that are None or NaN are left out, in candidates too."""
+        """Returns the fields for JSON, without those that are None or NaN, in candidates too."""
         return _present(dataclasses.asdict(self))
 
 
 def _present(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _present(held) for key, held in value.items() if held is not None and held == held}
-    return [_present(held) for held in value] if isinstance(value, (list, tuple)) else value
+        # NaN is not equal to itself.
+        return {key: _present(item) for key, item in value.items() if item is not None and item == item}
+    return [_present(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def rounded(at: Float[np.ndarray, "2"]) -> tuple[float, float]:
-    """Returns a latitude and a longitude to 7 digits, a centimeter."""
+    """Returns a latitude and a longitude rounded to 7 decimals, about 1 cm."""
     return round(float(at[0]), 7), round(float(at[1]), 7)
 
 
 def coordinates(predictions: Sequence[Prediction]) -> Float[np.ndarray, "b 2"]:
-    """Returns the coordinates of answers, in degrees."""
+    """Returns the coordinates of predictions, in degrees."""
     return np.array([(one.latitude, one.longitude) for one in predictions]).reshape(-1, 2)
 
 
 def neighbors(
     gallery: Table, rows: Int[np.ndarray, "b M"], scores: Float[np.ndarray, "b M"]
 ) -> list[tuple[Neighbor, ...]]:
-    """Returns the Neighbors of each photo by their rows in the gallery; rows of -1 are left out."""
-    there = np.maximum(rows, 0)
-    ids, places = gallery.ids(there), gallery.coordinates(there).tolist()
+    """Returns the Neighbors of each photo from gallery rows and scores; rows of -1 are left out."""
+    present = np.maximum(rows, 0)
+    ids, points = gallery.ids(present), gallery.coordinates(present).tolist()
     return [
         tuple(
-            Neighbor(name.decode(), *place, score=round(float(score), 6), row=int(row))
-            for name, place, score, row in zip(*photo, strict=True)
+            Neighbor(name.decode(), *point, score=round(float(score), 6), row=int(row))
+            for name, point, score, row in zip(*photo, strict=True)
             if row >= 0
         )
-        for photo in zip(ids, places, scores, rows, strict=True)
+        for photo in zip(ids, points, scores, rows, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""A model in one object: photos in, coordinates with candidates and radius out."""
+"""A trained model as one object: photos in, predictions with candidates and radii out."""
 
 import abc
 import asyncio
@@ -34,11 +34,11 @@ from geotoken_jax.predict.verify import VerifierSettings
 
 
 class Predictor(abc.ABC):
-    """Answers for one photo, or for a list of them."""
+    """A model that predicts where one photo, or each photo of a list, was taken."""
 
-    #: Photos that are answered at once.
+    #: Photos per batch.
     batch_size: int
-    #: Whether it can be told when a photo was taken.
+    #: Whether the model reads capture times.
     reads_time = False
 
     @overload
@@ -48,12 +48,13 @@ class Predictor(abc.ABC):
     @overload
     def predict(self, photos: Any, captured: datetime | None = None) -> Prediction: ...
     def predict(self, photos: Any, captured: Any = None) -> Prediction | list[Prediction]:
-        """Returns where a photo was taken, or a list of answers for a list of photos.
+        """Returns the prediction for a photo, or a list of predictions for a list of photos.
 
-        A photo is a path, a PIL image, an array [height, width, 3] of uint8, or an encoded file's bytes. captured: when
-        it was taken, or a list of that, None where it is unknown; a datetime without a zone is taken to be UTC. EXIF
-        positions and times are not read. Raises ImageError, which names the photo, if one cannot be read; ValueError if
-        times are not one a photo, or the model does not read them (config.model.context).
+        photos: a photo or a list of photos; each is a path, a PIL image, an array [height, width, 3] of uint8, or the
+        bytes of an image file. Positions and times in EXIF are not read. captured: the photo's capture time, or a list
+        with one time per photo; None if unknown. A datetime without a zone is UTC.
+        Raises ImageError, with the photo's name, if a photo cannot be read. Raises ValueError if there is not one time
+        per photo, or if the model does not read times (config.model.context).
         """
         if not isinstance(photos, (list, tuple)):
             return self.predict([photos], None if captured is None else [captured])[0]
@@ -66,10 +67,10 @@ class Predictor(abc.ABC):
     @overload
     async def predict_async(self, photos: Any, captured: datetime | None = None) -> Prediction: ...
     async def predict_async(self, photos: Any, captured: Any = None) -> Prediction | list[Prediction]:
-        """Returns what `predict` does, while the event loop does other things.
+        """Returns the same as `predict`, without blocking the event loop.
 
-        The model has one thread, to which batches go in the order in which they are awaited; those of several lists
-        take turns. A list that is canceled gives up the batches that have not begun.
+        One thread runs all batches of a model, in the order in which they are awaited, so that calls with several
+        batches take turns. A canceled call drops the batches that have not begun.
         """
         if not isinstance(photos, (list, tuple)):
             return (await self.predict_async([photos], None if captured is None else [captured]))[0]
@@ -81,33 +82,36 @@ class Predictor(abc.ABC):
         return ThreadPoolExecutor(1, "predict")
 
     def _batches(self, photos: Sequence[Any], captured: Any) -> Iterator[tuple[Sequence[Any], np.ndarray]]:
-        """Returns photos and their seconds since 1970, NaN where unknown, batch by batch."""
+        """Returns batches of photos with their capture times in seconds since 1970, NaN if unknown."""
         if captured is not None and not self.reads_time:
-            raise ValueError("captured is given, and this model does not read when a photo was taken: leave it out")
+            raise ValueError("captured is given, but this model does not read when a photo was taken: leave it out")
         if captured is not None and len(captured) != len(photos):
-            raise ValueError(f"captured has {len(captured)} times for {len(photos)} photos: give each one, or None")
+            raise ValueError(
+                f"captured has {len(captured)} times for {len(photos)} photos: give one per photo, or None"
+            )
         times = np.array([_seconds(time) for time in captured or [None] * len(photos)])
-        parts = (slice(first, first + self.batch_size) for first in range(0, len(photos), self.batch_size))
-        return ((photos[part], times[part]) for part in parts)
+        batches = (slice(first, first + self.batch_size) for first in range(0, len(photos), self.batch_size))
+        return ((photos[batch], times[batch]) for batch in batches)
 
     @abc.abstractmethod
     def _predict(self, photos: Sequence[Any], captured: Float[np.ndarray, " b"]) -> list[Prediction]: ...
 
 
 def _seconds(time: datetime | None) -> float:
-    """Returns seconds since 1970; NaN for None."""
+    """Returns seconds since 1970, NaN if the time is None."""
     return np.nan if time is None else (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
 
 
 class GeoToken(Predictor):
-    """A trained model with its backbone and gallery, as `geotoken export` writes it."""
+    """A trained model with its backbone and gallery, read from an export."""
 
     def __init__(self, folder: epath.PathLike, verify: bool = False, backbone: epath.PathLike | None = None):
-        """verify: compare every file with SHA256SUMS, not parameters and settings alone. backbone: folder of the
-        checkpoint that an export refers to, where it does not hold it.
+        """Reads the export in a folder.
 
-        Raises FileNotFoundError if the folder is not an export, ValueError if a file is missing or damaged, or its
-        parts do not fit each other.
+        folder: folder that `geotoken export` made. verify: whether to compare the sums of all files, or of parameters
+        and settings alone. backbone: folder of the backbone's checkpoint; None if the export contains it.
+        Raises FileNotFoundError if the folder is not an export, ValueError if a file is missing or damaged, or if
+        settings and parameters do not match.
         """
         folder = epath.Path(folder)
         if not (folder / "config.json").exists():
@@ -123,15 +127,15 @@ class GeoToken(Predictor):
             folder / "geotoken.safetensors", lambda rngs: GeoTokenModel(model_settings, rngs)
         )
         options = settings.read(PredictSettings, config["predict"], "predict")
-        options = dataclasses.replace(options, selectors=(options.choice,))  # nobody sees what the others choose
+        options = dataclasses.replace(options, selectors=(options.choice,))  # the others would only cost time
         self._gallery = Table(folder / "gallery")
         decoder = Decoder(model, options, self._gallery)
         kinds = {"reward": RewardSettings, "verifier": VerifierSettings}
-        selectors = {n: settings.read(kinds[n], of, f"{n}.model") for n, of in config["learned"].items()}
-        learned = selector_loader(selectors, lambda name: folder / name, self._gallery, model, lambda: self._aligned)
-        self._answerer = Answerer(decoder, SelectorInputs(options.vote, lambda: self._aligned, learned))
-        calibrated = folder / "calibration.json"
-        self._calibration = Calibration.load(calibrated) if calibrated.exists() else UNCALIBRATED
+        sections = {n: settings.read(kinds[n], section, f"{n}.model") for n, section in config["learned"].items()}
+        trained = selector_loader(sections, lambda name: folder / name, self._gallery, model, lambda: self._aligned)
+        self._answerer = Answerer(decoder, SelectorInputs(options.vote, lambda: self._aligned, trained))
+        calibration = folder / "calibration.json"
+        self._calibration = Calibration.load(calibration) if calibration.exists() else UNCALIBRATED
         self.batch_size, self.reads_time = options.batch_size, model_settings.times > 0
         self._index = index.load(folder / "gallery" / "index", config["index"]["threads"])
 
@@ -143,35 +147,39 @@ class GeoToken(Predictor):
         revision: str | None = None,
         backbone: epath.PathLike | None = None,
     ) -> "GeoToken":
-        """Returns the model in a folder that `geotoken export` made, or that the Hugging Face hub has as ORG/NAME.
+        """Returns the model of an export.
 
-        revision: branch, tag or commit on the hub. verify, backbone: see GeoToken.
+        model: folder that `geotoken export` made, or name ORG/NAME of a model on the Hugging Face hub. revision:
+        branch, tag or commit on the hub; the main branch if None. verify, backbone: see GeoToken.
         """
         return cls(hub.located(model, revision), verify, backbone)
 
     def _predict(self, photos: Sequence[Any], captured: Float[np.ndarray, " b"]) -> list[Prediction]:
         prepared = np.stack([self._backbone.prepare(photo) for photo in photos])
         vectors = embeddings(self._aligned, self._backbone.images(prepared))
-        answers, places = self._answerer.of_vectors(self._index, vectors, captured)
-        if places is not None:
-            return with_radii(answers, places, self._calibration)
-        return [_by_samples(answer) for answer in answers]
+        predictions, distribution = self._answerer.of_vectors(self._index, vectors, captured)
+        if distribution is not None:
+            return with_radii(predictions, distribution, self._calibration)
+        return [_with_sample_radii(prediction) for prediction in predictions]
 
 
-def _by_samples(answer: Prediction) -> Prediction:
-    """Returns an answer with the radii and `within` that its samples give."""
-    places = np.array([(c.latitude, c.longitude) for c in answer.candidates])
-    at, counts = np.array([answer.latitude, answer.longitude]), np.array([c.count for c in answer.candidates])
-    half, most, within = spread(at, places, counts)
-    return dataclasses.replace(answer, radius_km=half, radius_90_km=most, within=within)
+def _with_sample_radii(prediction: Prediction) -> Prediction:
+    """Returns a prediction with radii and `within` from the shares of its samples."""
+    at, candidates = np.array([prediction.latitude, prediction.longitude]), prediction.candidates
+    points, counts = np.array([(c.latitude, c.longitude) for c in candidates]), np.array([c.count for c in candidates])
+    radius, radius_90, within = spread(at, points, counts)
+    return dataclasses.replace(prediction, radius_km=radius, radius_90_km=radius_90, within=within)
 
 
 def spread(
-    at: Float[np.ndarray, "2"], places: Float[np.ndarray, "n 2"], weights: Num[np.ndarray, " n"]
+    at: Float[np.ndarray, "2"], points: Float[np.ndarray, "n 2"], weights: Num[np.ndarray, " n"]
 ) -> tuple[float, float, dict[int, float]]:
-    """Returns Prediction's radius_km, radius_90_km and within of an answer, in degrees, by the weight of places."""
-    km = great_circle_km(*at, *places.T)
+    """Returns radius_km, radius_90_km and within of an answer from weighted points (see Prediction).
+
+    at: the answer, in degrees. points: degrees. weights: weight of each point, of any sum above 0.
+    """
+    km = great_circle_km(*at, *points.T)
     nearest_first = np.argsort(km, kind="stable")
     share = np.cumsum(weights[nearest_first]) / weights.sum()
-    half, most = (float(km[nearest_first[np.searchsorted(share, p - 1e-6)]]) for p in (0.5, 0.9))
-    return half, most, {limit: float(weights[km <= limit].sum() / weights.sum()) for limit in THRESHOLDS_KM}
+    radius, radius_90 = (float(km[nearest_first[np.searchsorted(share, p - 1e-6)]]) for p in (0.5, 0.9))
+    return radius, radius_90, {limit: float(weights[km <= limit].sum() / weights.sum()) for limit in THRESHOLDS_KM}

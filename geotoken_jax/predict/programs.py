@@ -1,5 +1,6 @@
-"""What an export answers with, as functions of arrays that any runtime may be given: features to vectors, and these
-with the neighbors' to candidates.
+"""The model as functions of arrays, to be converted for other runtimes.
+
+`embedding` maps image features to vectors; `decoding` maps the vectors of a photo and its neighbors to candidates.
 """
 
 import dataclasses
@@ -25,15 +26,18 @@ from geotoken_jax.predict.decode import PredictSettings
 
 
 class Program(NamedTuple):
-    """What is done with b photos. arguments: by name, the shape and type of each, of one photo; run: of the model and
-    them."""
+    """A function of arrays for b photos, with its model.
+
+    arguments: argument name -> shape and type for one photo; all photos share `noise`, which has its full shape. run:
+    function of the model and of the arguments, in this order.
+    """
 
     model: nnx.Module
     arguments: dict[str, jax.ShapeDtypeStruct]
     run: Callable[..., Any]
 
     def shapes(self) -> list[jax.ShapeDtypeStruct]:
-        """Returns the arguments' own for a number of photos that is left open."""
+        """Returns the arguments' shapes and types for a symbolic number of photos."""
         (b,) = export.symbolic_shape("b")
         return [
             jax.ShapeDtypeStruct(one.shape if name == "noise" else (b, *one.shape), one.dtype)
@@ -42,32 +46,34 @@ class Program(NamedTuple):
 
 
 def embedding(model: AlignModel, width: int) -> Program:
-    """Returns features [b, C] float32 -> vectors [b, 3, C] float32, not normalized."""
+    """Returns the program features [b, C] float32 -> vectors [b, 3, C] float32, not normalized."""
     features = jax.ShapeDtypeStruct((width,), jnp.float32)
     return Program(model, {"features": features}, lambda model, features: model.embed(features))
 
 
 def decoding(model: GeoTokenModel, options: PredictSettings, *, noise: bool = False) -> Program:
-    """Returns query, neighbors, neighbor_tokens, neighbor_count, numbers -> Candidates, as a dict of its names.
+    """Returns the program query, neighbors, neighbor_tokens, neighbor_count, numbers -> Candidates, as a dict.
 
-    The arguments are those of predict.decode.Decoder, bfloat16, int32 and, the last, uint32; where options ask for
-    samples they are those that Decoder draws. noise: for runtimes that know neither jax's random numbers nor bfloat16:
-    vectors are float32, the last argument is the noise of all photos' candidates [T, K, V] float32
-    (predict.sample.noise), and options ask for no beam. The model's attention must be "xla". Where it reads when a
-    photo was taken, that is unknown here.
+    The arguments are those of predict.decode.Decoder: vectors in bfloat16, tokens and counts in int32, numbers in
+    uint32. The samples are the same as the Decoder's samples. The model's attention must be "xla". A model that reads
+    capture times gets none.
+
+    noise: whether the program is for runtimes without bfloat16 and without jax's random numbers. If True, vectors are
+    float32, and numbers are replaced by the noise [T, K, V] float32 (predict.sample.noise) that all photos share;
+    options.beam must be 0.
     """
     s = model.settings
 
     def run(model: GeoTokenModel, query: Any, neighbors: Any, tokens: Any, count: Any, *last: Any) -> dict[str, Any]:
         memory = model.encode(query, Neighbors(neighbors, tokens, count))
         if options.beam:
-            found = beam.search(model, memory, options.beam)
+            candidates = beam.search(model, memory, options.beam)
         elif noise:
-            found = sample.draw(model, memory, lambda t: last[0][t], 1 + samples, *tempered, together=True)
+            candidates = sample.draw(model, memory, lambda t: last[0][t], 1 + samples, *tempered, shared_slots=True)
         else:
             keys = jax.vmap(lambda number: jax.random.fold_in(jax.random.key(options.seed), number))(last[0])
-            found = sample.sample(model, memory, keys, samples, *tempered)
-        return found._asdict()
+            candidates = sample.sample(model, memory, keys, samples, *tempered)
+        return candidates._asdict()
 
     samples, *tempered = options.samples, options.temperature, options.top_p
     vectors, kind = (3, s.backbone_width), jnp.float32 if noise else jnp.bfloat16
@@ -86,11 +92,10 @@ def decoding(model: GeoTokenModel, options: PredictSettings, *, noise: bool = Fa
 
 
 def with_noise(folder: epath.PathLike) -> tuple[dict[str, Program], Float[np.ndarray, "T K V"]]:
-    """Returns the programs `align` and `geotoken` of an export's folder, for a runtime that is given the noise, and the
-    noise of number 0, which `GeoToken.load` draws with.
+    """Returns the programs `align` and `geotoken` of an export for runtimes that take noise, and that noise.
 
-    Without bfloat16, a model whose products are in it is given float32 for them. Raises SettingsError where candidates
-    come from a beam, whose sorting nothing but jax has been given yet.
+    The noise is the one for number 0, as in `GeoToken.load`. The model computes in float32, because such runtimes have
+    no bfloat16. Raises SettingsError if the export decodes by beam search, whose sorting has only been run in jax.
     """
     folder = epath.Path(folder)
     config = json.loads((folder / "config.json").read_text())
@@ -101,14 +106,14 @@ def with_noise(folder: epath.PathLike) -> tuple[dict[str, Program], Float[np.nda
     predict = settings.read(PredictSettings, config["predict"], "predict")
     if predict.beam:
         raise settings.SettingsError(
-            f"config.predict.beam is {predict.beam}, and this target has candidates by sampling only: export with 0"
+            f"config.predict.beam is {predict.beam}, but this target can only sample: set it to 0 and export again"
         )
     program = decoding(model, predict, noise=True)
-    read = {
+    programs = {
         "align": embedding(checkpoint.read_module(folder / "align.safetensors", aligned.init), width),
         "geotoken": program,
     }
     key = jax.random.fold_in(jax.random.key(predict.seed), 0)
     length, candidates, vocabulary = program.arguments["noise"].shape
     drawn = [sample.noise(key[None], jnp.int32(t), candidates - 1, vocabulary)[0] for t in range(length)]
-    return read, np.stack(drawn)
+    return programs, np.stack(drawn)

@@ -1,4 +1,4 @@
-"""The reward head as a selector: the candidate whose last output of the decoder promises most (paper, section 3.5)."""
+"""The reward head as a selector: it scores candidates by the decoder's last output (paper, section 3.5)."""
 
 from typing import Any
 
@@ -17,12 +17,12 @@ from geotoken_jax.model.reward import RewardSettings, RewardTask
 from geotoken_jax.model.verifier import choose
 from geotoken_jax.predict.pool import Pool
 
-#: Photos at once, always, so that one shape is compiled.
+#: Photos per block, always the same number, so that one shape is compiled.
 _BATCH = 64
 
 
 class States:
-    """The decoder's last output for every candidate of a pool."""
+    """Computes the decoder's last output for every candidate of a pool."""
 
     def __init__(self, model: GeoTokenModel):
         self._cells = model.settings.cells
@@ -35,23 +35,23 @@ class States:
         self._run = jax.jit(run)
 
     def __call__(self, pool: Pool) -> Float32[np.ndarray, "b K D"]:
-        """Every candidate sees its own photo's neighbors, all of them."""
-        found = []
+        """Returns the last outputs. The decoder reads all neighbors of the candidate's photo."""
+        outputs = []
         for rows, n in blocks(np.arange(len(pool.query)), _BATCH):
-            near = np.moveaxis(pool.neighbor_coordinates[rows], -1, 0)
-            tokens = jnp.asarray(self._cells.encode(*near), jnp.int32)
+            latitude, longitude = np.moveaxis(pool.neighbor_coordinates[rows], -1, 0)
+            tokens = jnp.asarray(self._cells.encode(latitude, longitude), jnp.int32)
             neighbors = Neighbors(jnp.asarray(pool.neighbors[rows]), tokens, jnp.asarray(pool.neighbor_count[rows]))
             context = None if pool.context is None else pool.context[rows]
             states = self._run(self._state, pool.query[rows], neighbors, pool.candidates.tokens[rows], context)
-            found.append(np.asarray(states, np.float32)[:n])
-        return np.concatenate(found)
+            outputs.append(np.asarray(states, np.float32)[:n])
+        return np.concatenate(outputs)
 
 
 class Reward:
     """A trained reward head as a selector."""
 
     def __init__(self, folder: epath.PathLike, options: RewardSettings, model: GeoTokenModel):
-        """folder: what `learn.reward` made, reward/VARIANT."""
+        """folder: reward/VARIANT, made by `geotoken learn`."""
         task = RewardTask(options, model.settings.width)
         head = checkpoint.read_module(epath.Path(folder) / "parameters.safetensors", task.init)
         self._states = States(model)
@@ -59,5 +59,5 @@ class Reward:
         self._run = jax.jit(lambda state, states: choose(nnx.merge(graph, state)(states)))
 
     def __call__(self, pool: Pool) -> Int[np.ndarray, " b"]:
-        """Returns the index of the candidate with the most expected accuracy, over all thresholds alike."""
+        """Returns the index of the candidate with the highest expected accuracy, averaged over the thresholds."""
         return np.asarray(self._run(self._state, self._states(pool)))

@@ -1,4 +1,4 @@
-"""Candidates by greedy decoding and by sampling, on a cache that shares one memory among a photo's candidates."""
+"""Greedy decoding and sampling of candidates. All candidates of a photo share its encoder memory in the cache."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,8 +11,11 @@ from geotoken_jax.model.geotoken import GeoTokenModel, Memory
 
 
 class Candidates(NamedTuple):
-    """Decoded token sequences [B, K, T] with their log-probability, in nats, under the model itself and under the
-    distribution that they were sampled from: tempered, and cut to the nucleus."""
+    """Decoded token sequences with their log-probabilities in nats.
+
+    log_probability: under the model. tempered_log_probability: under the distribution that is sampled from, tempered
+    and cut to the nucleus.
+    """
 
     tokens: Int[Array, "B K T"]
     log_probability: Float[Array, "B K"]
@@ -20,7 +23,7 @@ class Candidates(NamedTuple):
 
 
 def greedy(model: GeoTokenModel, memory: Memory) -> Candidates:
-    """Returns one candidate a photo: the most probable token at each position in turn."""
+    """Returns one candidate per photo: the most probable token at each position in turn."""
     noise_free = jnp.zeros((memory.lengths.shape[0], 2), jnp.uint32)
     return sample(model, memory, jax.random.wrap_key_data(noise_free), 0, 1.0)
 
@@ -33,19 +36,22 @@ def sample(
     temperature: float,
     top_p: float = 1.0,
 ) -> Candidates:
-    """Returns 1 + samples candidates a photo: the greedy one first, then independent samples.
+    """Returns 1 + samples candidates per photo: the greedy one first, then independent samples.
 
-    keys: one a photo, so that a photo's candidates do not depend on the batch it is in. temperature: > 0. top_p: in
-    (0, 1]; of each token's tempered distribution the fewest values that hold so much are drawn from (nucleus sampling,
-    Holtzman et al. 2020, arXiv 1904.09751).
+    keys: one per photo, so that a photo's candidates do not depend on its batch. temperature: divisor of logits, above
+    0. top_p: probability mass in (0, 1]; each token is drawn from the fewest values that have this mass in the tempered
+    distribution (nucleus sampling, Holtzman et al. 2020, arXiv 1904.09751).
     """
     vocabulary = max(model.settings.cells.vocab_sizes)
     return draw(model, memory, lambda t: noise(keys, t, samples, vocabulary), 1 + samples, temperature, top_p)
 
 
 def noise(keys: Key[Array, " B"], t: Int[Array, ""], samples: int, vocabulary: int) -> Float[Array, "B K V"]:
-    """Returns what is added to the log-probabilities of token t, of which the largest is then taken: 0 for the first of
-    K = 1 + samples candidates, which is greedy, and Gumbel's for the others."""
+    """Returns the noise of token t for K = 1 + samples candidates.
+
+    A candidate's token is the largest sum of log-probability and noise. The noise is 0 for the first candidate, which
+    is greedy, and drawn from the Gumbel distribution for the others.
+    """
 
     def one(key: Array) -> Array:
         drawn = jax.random.gumbel(jax.random.fold_in(key, t), (samples, vocabulary))
@@ -61,21 +67,22 @@ def draw(
     candidates: int,
     temperature: float,
     top_p: float,
-    together: bool = False,
+    shared_slots: bool = False,
 ) -> Candidates:
-    """Returns what `sample` does, with noise that the caller makes, of token t, for K = candidates.
+    """Returns the same as `sample`, with noise from the caller.
 
-    together: candidates share their slots and look at their own, which takes K times the products, but no axis is as
-    long as a multiple of B.
+    noise: function that returns the noise of token t. candidates: K. shared_slots: whether a photo's candidates share
+    one set of cache slots, in which each attends to its own. This takes K times the products, but no axis of an array
+    then has the length B * K.
     """
     length = model.settings.cells.length
     slots = jnp.arange(length * candidates)
-    own = slots % candidates == jnp.arange(candidates)[:, None]
+    visible = slots % candidates == jnp.arange(candidates)[:, None]
 
     def step(carry: tuple, t: Array) -> tuple[tuple, tuple]:
         cache, previous = carry
-        place = (t * candidates, (own & (slots // candidates <= t))[None]) if together else ()
-        log_p, cache = model.step(cache, memory, t, previous, *place)
+        written = (t * candidates, (visible & (slots // candidates <= t))[None]) if shared_slots else ()
+        log_p, cache = model.step(cache, memory, t, previous, *written)
         tempered = jax.nn.log_softmax(log_p / temperature)
         if top_p < 1.0:
             tempered = nucleus(tempered, top_p)
@@ -83,15 +90,17 @@ def draw(
         taken = [jnp.take_along_axis(p, token[..., None], -1)[..., 0] for p in (log_p, tempered)]
         return (cache, token), (token, *taken)
 
-    cache = model.start(memory, candidates, length * candidates if together else None)
+    cache = model.start(memory, candidates, length * candidates if shared_slots else None)
     start = (cache, jnp.zeros((memory.lengths.shape[0], candidates), jnp.int32))
     _, (tokens, log_p, tempered) = jax.lax.scan(step, start, jnp.arange(length))
     return Candidates(jnp.moveaxis(tokens, 0, -1), log_p.sum(0), tempered.sum(0))
 
 
 def nucleus(log_p: Float[Array, "... V"], top_p: float) -> Float[Array, "... V"]:
-    """Returns log-probabilities of the fewest most probable values that hold top_p, made to sum to 1; -inf of the
-    others. Values as probable as the last of them stay with it."""
+    """Returns log-probabilities cut to the nucleus: the fewest most probable values with a mass of top_p or more.
+
+    They are normalized; all other values are -inf. Values as probable as the last one in the nucleus are in it too.
+    """
     falling = -jnp.sort(-log_p)
     p = jnp.exp(falling)
     last = jnp.where(jnp.cumsum(p, -1) - p < top_p, falling, jnp.inf).min(-1, keepdims=True)

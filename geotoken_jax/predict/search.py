@@ -1,8 +1,8 @@
-"""Exact search: the most probable cells of a photo, proven, and all the Earth around them as a partition.
+"""Exact search of the model's distribution: the most probable cells of a photo, in a partition of the Earth.
 
-Best first over the tree of cells. A node is a prefix of tokens; its probability is the model's own of that prefix, and
-no cell within it is more probable. So leaves are the most probable ones of all as soon as no node that is still open is
-as probable as they are.
+The search is best-first over the tree of cells. A node is a prefix of tokens, with the model's probability of that
+prefix. No cell inside a node is more probable than the node. Leaves are therefore proven to be the most probable of all
+once every open node is less probable than they are.
 """
 
 from typing import NamedTuple
@@ -16,19 +16,20 @@ from geotoken_jax.geo.cells import CellScheme
 from geotoken_jax.model.geotoken import Cache, GeoTokenModel, Memory
 from geotoken_jax.predict.pool import PlaceDistribution
 
-#: Coarse cells that stand for all that are not told one by one, a photo at most.
+#: Coarse cells per photo at most, which sum up the cells that a distribution does not list one by one.
 _COARSE = 64
-#: S2's faces, in degrees: the centers of its cells of level 0.
+#: Centers of the six faces of S2, its cells of level 0, in degrees.
 _FACES = np.array([(0, 0), (0, 90), (90, 0), (0, 180), (0, -90), (-90, 0)], np.float64)
 
 
 class SearchResult(NamedTuple):
-    """What was found of each photo: F disjoint cells, most probable first, with their log-probabilities in nats.
+    """The F most probable cells per photo at the end of a search, most probable first.
 
-    All that the search ends with is a partition of the Earth: the probabilities sum to 1, less those of the cells that
-    F has no room for. tokens: the first `depth` of them, then 0. depth: of a leaf T, or the `length` searched to; less
-    of a cell that was left open, 0 of the whole Earth. log_probability: -inf where there are fewer than F. proven: the
-    first so many are leaves, and no leaf that is not among them is more probable.
+    A search ends with a partition of the Earth, so the probabilities sum to 1 unless there are more than F cells.
+
+    tokens: `depth` tokens of each cell, then zeros. depth: number of tokens; `length` for a leaf, fewer for a cell that
+    was left open, 0 for the whole Earth. log_probability: nats; -inf for padding if there are fewer than F cells.
+    proven: number P; the first P cells are leaves, and no other leaf is more probable.
     """
 
     tokens: Int[Array, "B F T"]
@@ -38,15 +39,15 @@ class SearchResult(NamedTuple):
 
 
 class _State(NamedTuple):
-    """The search between two iterations: the E nodes expanded so far, and what is known of their children."""
+    """The search between two iterations: the E nodes expanded by then, with the log-probabilities of their children."""
 
     iteration: Int[Array, ""]
     cache: Cache
     tokens: Int[Array, "B E T"]
     depth: Int[Array, "B E"]
-    seen: Bool[Array, "B E E"]  # by each node: its ancestors and itself
+    seen: Bool[Array, "B E E"]  # slots that each node attends to: its ancestors and itself
     agree: Bool[Array, "B E M"]
-    children: Float[Array, "B E V"]  # log-probability; -inf of those that are expanded themselves
+    children: Float[Array, "B E V"]  # log-probability; -inf if the child is expanded itself
 
 
 def search(
@@ -60,24 +61,28 @@ def search(
     expansions: int = 128,
     capacity: int = 256,
 ) -> SearchResult:
-    """Returns the most probable cells once the `count` most probable leaves are proven, or after so many expansions.
+    """Returns the most probable cells once the `count` most probable leaves are proven, or expansions run out.
 
-    length: tokens at which a node is a leaf, None for all T; at group 2, 7 tokens are cells of level 12, 2 km. Whole
-    depth is for models that are sure of their last tokens: where these are noise no leaf stands out, and the budget
-    ends the search among coarser cells. temperature: of the distribution searched, log p / temperature renormalized at
-    each token. width: nodes of a photo expanded at once, the most probable. expansions: of a photo at most, a multiple
-    of width. capacity: F, and no more than the children that there may be.
+    length: number of tokens of a leaf; all T if None. At group 2, leaves of 7 tokens are cells of level 12, 2 km wide.
+    Choose T only if the model is sure of its last tokens: if these are noise, no leaf stands out, and expansions run
+    out among coarser cells. temperature: temperature of the distribution that is searched; log p / temperature is
+    normalized again at each token. width: nodes expanded per photo and step, the most probable ones. expansions: nodes
+    expanded per photo at most, a multiple of width. capacity: F, cells returned per photo, or fewer if
+    the search cannot have as many.
 
-    A photo that is done waits, unchanged, for the others of its batch. A node's keys and values are kept once, whoever
-    descends from it: 2 * L * D * expansions numbers a photo, of the paper's model at the default 2.6 MB in bfloat16,
-    1.3 GB for 512 photos, beside twice 2.2 GB of memory and 50 MB of everything else.
+    A finished photo stays unchanged until its whole batch is finished. All descendants of a node share its keys and
+    values, so the cache has 2 * L * D * expansions numbers per photo: 2.6 MB in bfloat16 for the paper's model and 128
+    expansions, or 1.3 GB for 512 photos. Two copies of the encoder memory add 2.2 GB each, and everything else
+    50 MB.
 
-    Raises ValueError if expansions is no multiple of width, or capacity is below count.
+    Raises ValueError if expansions is not a positive multiple of width, or if count is above capacity.
     """
     if expansions % width or not expansions:
-        raise ValueError(f"expansions is {expansions}, which is no multiple of width = {width}: make it one")
+        raise ValueError(
+            f"expansions is {expansions}: set config.predict.search.expansions to a multiple of width, {width}, above 0"
+        )
     if capacity < count:
-        raise ValueError(f"capacity is {capacity}: {count} leaves are asked for, so make it {count} or more")
+        raise ValueError(f"count is {count}: set config.predict.search.leaves to at most {capacity}, the capacity")
     length = length or model.settings.cells.length
     rules = _Rules(length, count, temperature, width, expansions)
     state = jax.lax.while_loop(
@@ -85,7 +90,7 @@ def search(
         lambda state: _expand(model, memory, rules, state),
         _start(model, memory, width, expansions),
     )
-    return _found(state, length, capacity)
+    return _result(state, length, capacity)
 
 
 class _Rules(NamedTuple):
@@ -99,16 +104,16 @@ class _Rules(NamedTuple):
 
 
 def _expand(model: GeoTokenModel, memory: Memory, rules: _Rules, state: _State) -> _State:
-    """Returns the state after each photo's most probable open nodes were divided."""
+    """Returns the state after each photo's most probable open nodes are expanded."""
     photos = jnp.arange(len(memory.lengths))[:, None]
     vocabulary, slot = state.children.shape[-1], state.iteration * rules.width
-    asked = _open(state, rules.length) & ~_done(state, rules.length, rules.count)[:, None, None]
-    log_p, chosen = jax.lax.top_k(jnp.where(asked, state.children, -jnp.inf).reshape(len(photos), -1), rules.width)
+    eligible = _open(state, rules.length) & ~_done(state, rules.length, rules.count)[:, None, None]
+    log_p, chosen = jax.lax.top_k(jnp.where(eligible, state.children, -jnp.inf).reshape(len(photos), -1), rules.width)
     valid = jnp.isfinite(log_p)
     parent, token = (jnp.where(valid, i, 0) for i in (chosen // vocabulary, chosen % vocabulary))
     depth = jnp.where(valid, state.depth[photos, parent] + 1, 0)
-    own = slot + jnp.arange(rules.width)
-    seen = state.seen[photos, parent] | (own[:, None] == jnp.arange(rules.expansions))
+    slots = slot + jnp.arange(rules.width)
+    seen = state.seen[photos, parent] | (slots[:, None] == jnp.arange(rules.expansions))
     cache = state.cache._replace(agree=state.agree[photos, parent])
     children, cache = model.step(cache, memory, depth, token, slot, seen)
     if rules.temperature != 1.0:
@@ -128,22 +133,22 @@ def _expand(model: GeoTokenModel, memory: Memory, rules: _Rules, state: _State) 
     )
 
 
-def _found(state: _State, length: int, capacity: int) -> SearchResult:
-    """Returns the most probable children of a finished search."""
+def _result(state: _State, length: int, capacity: int) -> SearchResult:
+    """Returns the most probable cells of a finished search."""
     photos = jnp.arange(len(state.children))[:, None]
     children = state.children.reshape(len(photos), -1)
-    log_p, place = jax.lax.top_k(children, min(capacity, children.shape[1]))
-    parent, token = place // state.children.shape[-1], place % state.children.shape[-1]
-    there = jnp.isfinite(log_p)
-    depth = jnp.where(there, state.depth[photos, parent] + 1, 0)
-    tokens = jnp.where(there[..., None], _tokens(state, parent, token, depth), 0)
-    # Of a leaf and an open node that are equals the node may come first, and the leaf is not said to be proven.
-    proven = jnp.cumprod((depth == length) & there, 1, dtype=jnp.int32).sum(1)
+    log_p, child = jax.lax.top_k(children, min(capacity, children.shape[1]))
+    parent, token = child // state.children.shape[-1], child % state.children.shape[-1]
+    valid = jnp.isfinite(log_p)
+    depth = jnp.where(valid, state.depth[photos, parent] + 1, 0)
+    tokens = jnp.where(valid[..., None], _tokens(state, parent, token, depth), 0)
+    # An open node may come before a leaf of the same probability; the leaf then does not count as proven.
+    proven = jnp.cumprod((depth == length) & valid, 1, dtype=jnp.int32).sum(1)
     return SearchResult(tokens, depth, log_p, proven)
 
 
 def _start(model: GeoTokenModel, memory: Memory, width: int, expansions: int) -> _State:
-    """Returns the state before anything is expanded: one child, at depth 0, which is the whole Earth."""
+    """Returns the state before any expansion. Its one child, at depth 0, is the whole Earth."""
     cells, batch = model.settings.cells, len(memory.lengths)
     cache = model.start(memory, width, shared=expansions)
     return _State(
@@ -162,7 +167,7 @@ def _open(state: _State, length: int) -> Bool[Array, "B E V"]:
 
 
 def _done(state: _State, length: int, count: int) -> Bool[Array, " B"]:
-    """Says where `count` leaves are more probable than all that is open, or nothing is."""
+    """Returns whether each photo's search is finished: `count` leaves beat every open node, or no node is open."""
     open_ = _open(state, length)
     best = jnp.where(open_, state.children, -jnp.inf).max((1, 2))
     proven = (~open_ & (state.children > best[:, None, None])).sum((1, 2))
@@ -170,26 +175,26 @@ def _done(state: _State, length: int, count: int) -> Bool[Array, " B"]:
 
 
 def _tokens(state: _State, parent: Array, token: Array, depth: Array) -> Int[Array, "B n T"]:
-    """Returns the tokens of nodes [B, n]: their parents', and their own at the end."""
+    """Returns the tokens of nodes [B, n]: the tokens of the parent, then the node's own token."""
     inherited = state.tokens[jnp.arange(len(parent))[:, None], parent]
     last = jnp.arange(inherited.shape[-1]) == depth[..., None] - 1
     return jnp.where(last, token[..., None], inherited)
 
 
-def distribution(found: SearchResult, cells: CellScheme, limit: int = 64) -> PlaceDistribution:
-    """Returns what was found as places: the centers of the `limit` most probable cells of each photo, best first, and
-    behind them what is left of the coarse cells that the others lie in, at most 64.
+def distribution(result: SearchResult, cells: CellScheme, limit: int = 64) -> PlaceDistribution:
+    """Returns the distribution over places of a search: each photo's `limit` most probable cells, then coarse cells.
 
-    A cell that was left open is told by its own center, level and probability, and not by a leaf within it: which of
-    its leaves is the most probable is not known, and no point of it is as probable as the cell.
+    The coarse cells, at most 64, sum up all other cells inside them. A cell that was left open has its own center,
+    level and probability. No leaf inside it takes its place: the search has not found the most probable leaf there, and
+    every leaf is less probable than the cell.
     """
-    probability = np.exp(np.asarray(found.log_probability, np.float64))
+    probability = np.exp(np.asarray(result.log_probability, np.float64))
     probability /= np.maximum(probability.sum(1, keepdims=True), 1.0)  # float32 may sum to 1 + 1e-6
-    tokens, depth = np.asarray(found.tokens), np.asarray(found.depth)
-    first = slice(None, limit), slice(limit, None)
-    kept, others = ((tokens[:, some], depth[:, some], probability[:, some]) for some in first)
-    parts = [kept, _coarse(*others, cells)] if others[0].shape[1] else [kept]
-    tokens, depth, probability = (np.concatenate(columns, 1) for columns in zip(*parts, strict=True))
+    tokens, depth = np.asarray(result.tokens), np.asarray(result.depth)
+    split = slice(None, limit), slice(limit, None)
+    listed, others = ((tokens[:, i], depth[:, i], probability[:, i]) for i in split)
+    groups = [listed, _coarse(*others, cells)] if others[0].shape[1] else [listed]
+    tokens, depth, probability = (np.concatenate(columns, 1) for columns in zip(*groups, strict=True))
     coordinates = np.zeros((*depth.shape, 2))
     for d in np.unique(depth[depth > 0]):
         here, level = depth == d, (d - 1) * cells.group
@@ -205,13 +210,16 @@ def _coarse(
     tokens: Int[np.ndarray, "B F T"], depth: Int[np.ndarray, "B F"], probability: Float[np.ndarray, "B F"],
     cells: CellScheme,
 ) -> tuple[Int[np.ndarray, "B n T"], Int[np.ndarray, "B n"], Float[np.ndarray, "B n"]]:  # fmt: skip
-    """Returns cells of level 2, or the next that tokens know, with the probability of all that lie in them."""
+    """Returns cells of level 2, or of the next level that ends a token, with the probability inside each.
+
+    The probability is summed over the given cells; a given cell that is larger is left out.
+    """
     d = 1 + -(-2 // cells.group)
     sizes = cells.vocab_sizes[:d]
     number = np.ravel_multi_index(tuple(np.moveaxis(tokens[..., :d], -1, 0)), sizes)
-    held = np.zeros((len(tokens), np.prod(sizes)))
-    np.add.at(held, (np.arange(len(tokens))[:, None], number), np.where(depth >= d, probability, 0))
-    best = np.argsort(-held, 1, kind="stable")[:, :_COARSE]
-    found = np.zeros((*best.shape, tokens.shape[-1]), tokens.dtype)
-    found[..., :d] = np.stack(np.unravel_index(best, sizes), -1)
-    return found, np.full(best.shape, d), np.take_along_axis(held, best, 1)
+    mass = np.zeros((len(tokens), np.prod(sizes)))
+    np.add.at(mass, (np.arange(len(tokens))[:, None], number), np.where(depth >= d, probability, 0))
+    best = np.argsort(-mass, 1, kind="stable")[:, :_COARSE]
+    coarse = np.zeros((*best.shape, tokens.shape[-1]), tokens.dtype)
+    coarse[..., :d] = np.stack(np.unravel_index(best, sizes), -1)
+    return coarse, np.full(best.shape, d), np.take_along_axis(mass, best, 1)

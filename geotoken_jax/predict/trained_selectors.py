@@ -1,4 +1,4 @@
-"""Trained selectors: what opens each by its name, from a work directory or from an export."""
+"""Loads trained selectors by name, from a work directory or an export."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -21,18 +21,20 @@ def selector_loader(
     model: GeoTokenModel,
     aligned: Callable[[], AlignModel],
 ) -> Callable[[str], Selector]:
-    """Returns what opens a trained selector by its name; selectors of one folder share their work.
+    """Returns a function that loads a trained selector by its name.
 
-    sections: name in TRAINED -> its model's settings. folder: -> where its parameters are.
+    All selectors of the verifier share one Verifier. sections: key of TRAINED -> settings of its model. folder:
+    function from a key of TRAINED to the folder with the parameters. model: decoder that the reward head reads.
+    aligned: function that returns the alignment model.
     """
 
     @functools.cache
     def verifier() -> Verifier:
         return Verifier(folder("verifier"), sections["verifier"], gallery, aligned())
 
-    def opened(name: str) -> Selector:
+    def load(name: str) -> Selector:
         if name in TRAINED["verifier"]:
             return verifier().selector(name)
         return Reward(folder("reward"), sections["reward"], model)
 
-    return opened
+    return load

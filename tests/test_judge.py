@@ -42,7 +42,7 @@ def pool(b: int) -> Pool:
         neighbor_coordinates=np.tile([[48.9, 2.3], [41.9, 12.5], [0.0, 0.0]], (b, 1, 1)),
         neighbor_scores=np.tile(np.array([2.7, 1.5, 0.0], np.float32), (b, 1)),
         neighbor_count=np.full(b, 2),
-        places=None,
+        distribution=None,
     )
 
 

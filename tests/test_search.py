@@ -10,7 +10,7 @@ from flax import nnx
 
 from geotoken_jax.geo.cells import CellScheme
 from geotoken_jax.predict import sample
-from geotoken_jax.predict.search import Found, places, search
+from geotoken_jax.predict.search import SearchResult, distribution, search
 from tests import fixtures
 
 PHOTOS = 3
@@ -51,7 +51,7 @@ def run(model, batch, count, options):
     return search(model, model.encode(batch["query"], fixtures.neighbors(batch)), count, **dict(options))
 
 
-def found(form, group, count, rows=slice(None), **options) -> Found:
+def found(form, group, count, rows=slice(None), **options) -> SearchResult:
     some = {name: value[rows] for name, value in batch(group).items()}
     return jax.tree.map(np.asarray, run(model(form, group), some, count, tuple(options.items())))
 
@@ -151,20 +151,20 @@ def test_places_are_centers_of_cells():
     log_p[1, 0] = 0.0  # nothing is known: the whole Earth
     tokens[2, :, 0], tokens[2, :, 1], tokens[2, :, 2] = 1, np.arange(70) // 16, np.arange(70) % 16
     depth[2], log_p[2] = 3, np.log(1 / 70)
-    found_places = places(Found(tokens, depth, log_p, np.zeros(3, np.int32)), scheme)
-    assert found_places.coordinates.shape == (3, 64 + 64, 2) and found_places.coordinates.dtype == np.float64
-    np.testing.assert_array_equal(found_places.level[0, :4], [6, 2, 0, 0])
-    np.testing.assert_array_equal(found_places.level[1, :2], [-1, 0])
-    np.testing.assert_allclose(found_places.probability.sum(1), [0.875, 1, 1], atol=1e-6)
-    np.testing.assert_allclose(found_places.probability[0, :4], [0.5, 0.25, 0.125, 0], atol=1e-7)
-    np.testing.assert_allclose(found_places.coordinates[0, 0], np.stack(scheme.decode(tokens[0, 0]), -1))
-    np.testing.assert_allclose(found_places.coordinates[0, 1], np.stack(CellScheme(2, 2).decode(tokens[0, 1, :2]), -1))
+    places = distribution(SearchResult(tokens, depth, log_p, np.zeros(3, np.int32)), scheme)
+    assert places.coordinates.shape == (3, 64 + 64, 2) and places.coordinates.dtype == np.float64
+    np.testing.assert_array_equal(places.level[0, :4], [6, 2, 0, 0])
+    np.testing.assert_array_equal(places.level[1, :2], [-1, 0])
+    np.testing.assert_allclose(places.probability.sum(1), [0.875, 1, 1], atol=1e-6)
+    np.testing.assert_allclose(places.probability[0, :4], [0.5, 0.25, 0.125, 0], atol=1e-7)
+    np.testing.assert_allclose(places.coordinates[0, 0], np.stack(scheme.decode(tokens[0, 0]), -1))
+    np.testing.assert_allclose(places.coordinates[0, 1], np.stack(CellScheme(2, 2).decode(tokens[0, 1, :2]), -1))
     # The last six of 70 are told by the cell of level 2 that they lie in.
-    assert found_places.level[2, 64] == 2 and np.isclose(found_places.probability[2, 64], 6 / 70)
-    np.testing.assert_allclose(found_places.coordinates[2, 64], np.stack(CellScheme(2, 2).decode(np.array([1, 4])), -1))
+    assert places.level[2, 64] == 2 and np.isclose(places.probability[2, 64], 6 / 70)
+    np.testing.assert_allclose(places.coordinates[2, 64], np.stack(CellScheme(2, 2).decode(np.array([1, 4])), -1))
     for face in range(6):
-        one = Found(np.full((1, 1, 4), face), np.ones((1, 1), int), np.zeros((1, 1)), np.zeros(1))
-        center = places(one, scheme).coordinates[0, 0]
+        one = SearchResult(np.full((1, 1, 4), face), np.ones((1, 1), int), np.zeros((1, 1)), np.zeros(1))
+        center = distribution(one, scheme).coordinates[0, 0]
         assert CellScheme(1, 1).encode(*center)[0] == face or abs(center[0]) == 90
         # Of the cells of level 20 around a face's middle, all four are on it.
         around = CellScheme().encode(

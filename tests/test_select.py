@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from geotoken_jax.geo.distance import EARTH_RADIUS_KM, geoscore, great_circle_km
+from geotoken_jax.geo.distance import EARTH_RADIUS_KM, geoscore, great_circle_km, pairwise_km
 from geotoken_jax.predict import select
 from geotoken_jax.predict.pool import PlaceDistribution, Pool
 from geotoken_jax.predict.sample import Candidates
@@ -60,7 +60,7 @@ def test_neighbors_agree_on_the_candidate_that_most_of_them_are_near():
 def test_two_neighbors_outvote_one_where_they_are_near_and_nearly_as_like(temperature, sigma_km, best):
     near = np.array([[10.0, 20], [50, 60], [50, 60.1]])  # the pair is 7.1 km apart
     scores = np.array([2.0, 1.97, 1.95])
-    found = select.density(near, near, scores, temperature, sigma_km)
+    found = select.density(pairwise_km(near, near), scores, temperature, sigma_km)
     weights = np.exp(scores / temperature - 2 / temperature)
     km = EARTH_RADIUS_KM * np.radians(0.1) * np.cos(np.radians(50))
     kernel = np.exp(-(km**2) / 2 / sigma_km**2)

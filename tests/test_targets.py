@@ -1,6 +1,5 @@
 """Targets of an export that need no converter, and what is said where one is needed."""
 
-import json
 import re
 from pathlib import Path
 

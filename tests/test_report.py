@@ -324,7 +324,7 @@ def test_a_reference_that_does_not_say_how_sure_it_is_gets_no_charts(made, confi
     assert "reliability and abstention" not in page
     metrics = json.loads((made / "report" / "metrics.json").read_text())
     assert metrics["splits"]["test"]["uncertainty"] is None
-    assert "how sure" not in table(metrics)
+    assert "uncertainty" not in table(metrics)
 
 
 def test_the_metrics_have_what_is_left_without_the_photos_that_the_gallery_knows(made, config):
@@ -334,7 +334,7 @@ def test_the_metrics_have_what_is_left_without_the_photos_that_the_gallery_knows
     assert (clean["photos"], clean["left_out"]) == (35, {"same id": 0, "near-duplicate": 1, "same author": 4})
     assert [m["variant"] for m in clean["methods"]] == ["top1_neighbor", "geotoken", "without_neighbor_tokens"]
     assert metrics["splits"]["validation"]["clean"]["photos"] == 40
-    assert "test: how sure GeoToken: greedy is" in table(metrics)
+    assert "test: stated uncertainty of GeoToken: greedy" in table(metrics)
 
 
 def test_a_chart_has_intervals_and_no_number_outside_of_it():

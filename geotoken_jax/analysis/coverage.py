@@ -132,9 +132,9 @@ def table(figures: Mapping[str, Any]) -> str:
     lines = [f"{split}: percent within 200 km, by distance to the nearest gallery photo"]
     names = [m["name"] for m in figures["distance"][split]["all"]["methods"]]
     lines += [f"  {'':16}{'photos':>8}  " + "  ".join(f"{name[:22]:>22}" for name in names)]
-    for found in figures["distance"][split]["bins"]:
-        within = [f"{100 * m['accuracy'][BIN_AT]['value']:22.1f}" for m in found["methods"]]
-        lines.append(f"  {found['name']:16}{found['photos']:8,}  " + "  ".join(within))
+    for counted in figures["distance"][split]["bins"]:
+        within = [f"{100 * m['accuracy'][BIN_AT]['value']:22.1f}" for m in counted["methods"]]
+        lines.append(f"  {counted['name']:16}{counted['photos']:8,}  " + "  ".join(within))
     lines += ["", f"{split}: percent within 2,500 km -> with the photos of their region left out of the gallery"]
     for region in masked["regions"]:
         pairs = (
@@ -185,16 +185,16 @@ def _regions(
     rows, km: row and distance of the nearest gallery photo.
     """
     named = [(regions.continent(names).encode(), regions.country(names["country"]).encode()) for names in truth.extra]
-    found = np.array(named, of_gallery.dtype)
-    unnamed = (found[:, 1] == regions.UNKNOWN.encode()) & (km <= NEAR_KM)
-    found[unnamed] = of_gallery[rows[unnamed]]
-    return found
+    assigned = np.array(named, of_gallery.dtype)
+    unnamed = (assigned[:, 1] == regions.UNKNOWN.encode()) & (km <= NEAR_KM)
+    assigned[unnamed] = of_gallery[rows[unnamed]]
+    return assigned
 
 
-def _count_unnamed(truth: CoordinateTable, found: Shaped[np.ndarray, "n 2"]) -> dict[str, int]:
+def _count_unnamed(truth: CoordinateTable, assigned: Shaped[np.ndarray, "n 2"]) -> dict[str, int]:
     """Returns how many photos without a country name got one from a gallery photo, and how many photos have none."""
     unnamed = np.array([not names["country"].strip() for names in truth.extra])
-    unknown = found[:, 1] == regions.UNKNOWN.encode()
+    unknown = assigned[:, 1] == regions.UNKNOWN.encode()
     return {"named": int((unnamed & ~unknown).sum()), "unknown": int(unknown.sum())}
 
 
@@ -213,7 +213,7 @@ def _density(
     cells, first, cell_of, counts = np.unique(ids, return_index=True, return_inverse=True, return_counts=True)
     densest = np.argsort(-counts, kind="stable")[:10]
     latitude, longitude = scheme.decode(scheme.tokens_of(cells[densest]))
-    found: dict[str, Any] = {
+    density: dict[str, Any] = {
         "level": level,
         "cells": len(cells),
         "of_cells": 6 * 4**level,
@@ -245,8 +245,8 @@ def _density(
             }
             for name, n, c in zip(names, photos, occupied, strict=True)
         ]
-        found[kind] = sorted(lists, key=lambda region: (-region["photos"], region["name"]))
-    return found
+        density[kind] = sorted(lists, key=lambda region: (-region["photos"], region["name"]))
+    return density
 
 
 def _by_distance(
@@ -257,8 +257,8 @@ def _by_distance(
     bins = []
     for i, name in enumerate(BINS):
         rows = np.flatnonzero(which == i)
-        found = audit.score(methods, truth, rows, scoring)["methods"] if len(rows) else []
-        bins.append({"name": name, "photos": len(rows), "share": round(len(rows) / len(km), 6), "methods": found})
+        scored = audit.score(methods, truth, rows, scoring)["methods"] if len(rows) else []
+        bins.append({"name": name, "photos": len(rows), "share": round(len(rows) / len(km), 6), "methods": scored})
     everything = audit.score(methods, truth, np.arange(len(km)), scoring)
     return {"median_km": round(float(np.median(km)), 6), "bins": bins, "all": everything}
 
@@ -277,7 +277,7 @@ def mask(
     Regions are all continents and the `countries` countries with the most photos of the split. row_of: row of each
     photo in the split's table; -1 if it has none. answer: function that answers from a subset of the gallery.
     """
-    found, both = [], [m for m in of.methods if m.variant in (TOP1, scoring.reference)]
+    scored, both = [], [m for m in of.methods if m.variant in (TOP1, scoring.reference)]
     without_continent = np.full((2, len(of.truth.ids), 2), np.nan)
     chosen = _masked_regions(of.regions, of_gallery, countries)
     for number, (column, name) in enumerate(track(chosen, "without a region", len(chosen), "regions")):
@@ -287,12 +287,12 @@ def mask(
         placed[:, rows] = answer(number, row_of[rows], kept)
         if column == 0:
             without_continent[:, rows] = placed[:, rows]
-        lost = _lost(both, placed, of.truth, np.flatnonzero(of.regions[:, column] == name), scoring)
+        lost = _masked_scores(both, placed, of.truth, np.flatnonzero(of.regions[:, column] == name), scoring)
         left_out = len(of_gallery) - len(kept)
-        found.append({"kind": _KINDS[column], "name": name.decode(), "gallery": left_out, **lost})
+        scored.append({"kind": _KINDS[column], "name": name.decode(), "gallery": left_out, **lost})
     rows = np.flatnonzero(np.isin(of.regions[:, 0], [name for column, name in chosen if column == 0]))
-    every = _lost(both, without_continent, of.truth, rows, scoring) if len(rows) else None
-    return {"split": split, "every_continent": every, "regions": found}
+    every = _masked_scores(both, without_continent, of.truth, rows, scoring) if len(rows) else None
+    return {"split": split, "every_continent": every, "regions": scored}
 
 
 def _masked_regions(
@@ -308,7 +308,7 @@ def _masked_regions(
     return chosen
 
 
-def _lost(
+def _masked_scores(
     methods: Sequence[Method],
     placed: Float[np.ndarray, "2 n 2"],
     truth: CoordinateTable,
@@ -319,15 +319,21 @@ def _lost(
 
     placed: coordinates without the region, of the first neighbor and of the decoder. Differences are paired.
     """
-    found = []
+    compared = []
     for method in methods:
-        again = placed[int(method.variant != TOP1)]
-        km = off_km(again, truth, scoring.earth)
-        masked = dataclasses.replace(method, variant="masked", coordinates=again, km=km)
+        without_region = placed[int(method.variant != TOP1)]
+        km = off_km(without_region, truth, scoring.earth)
+        masked = dataclasses.replace(method, variant="masked", coordinates=without_region, km=km)
         scores = audit.score([method, masked], truth, rows, scoring, reference=method.variant)
-        plain, without = (row["accuracy"] for row in scores["methods"])
-        lost = scores["differences"][0]["accuracy"]
-        found.append(
-            {"variant": method.variant, "name": method.name, "plain": plain, "masked": without, "difference": lost}
+        plain, masked_accuracy = (row["accuracy"] for row in scores["methods"])
+        difference = scores["differences"][0]["accuracy"]
+        compared.append(
+            {
+                "variant": method.variant,
+                "name": method.name,
+                "plain": plain,
+                "masked": masked_accuracy,
+                "difference": difference,
+            }
         )
-    return {"photos": len(rows), "methods": found}
+    return {"photos": len(rows), "methods": compared}

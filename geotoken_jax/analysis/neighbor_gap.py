@@ -47,12 +47,12 @@ class Near:
         return self.split in (views.OF, views.SPLIT)
 
 
-def figures(found: Sequence[Near], neighbors: Mapping[str, Any], scoring: EvaluateSettings) -> dict[str, Any]:
+def figures(samples: Sequence[Near], neighbors: Mapping[str, Any], scoring: EvaluateSettings) -> dict[str, Any]:
     """Returns the quality of the neighbors of every split, and the gaps between train photos and other splits.
 
     neighbors: settings of index.neighbors that the neighbors were searched with.
     """
-    splits = {near.split: split_figures(near, scoring) for near in found}
+    splits = {near.split: split_figures(near, scoring) for near in samples}
     return {
         "excluded": {name: neighbors[name] for name in ("exclude", "exclude_in_evaluation")},
         "neighbors": neighbors["count"],
@@ -61,16 +61,18 @@ def figures(found: Sequence[Near], neighbors: Mapping[str, Any], scoring: Evalua
     }
 
 
-def histograms(found: Sequence[Near], rank: int) -> tuple[Float[np.ndarray, "bins"], Float[np.ndarray, "splits bins"]]:
+def histograms(
+    samples: Sequence[Near], rank: int
+) -> tuple[Float[np.ndarray, "bins"], Float[np.ndarray, "splits bins"]]:
     """Returns histograms of the scores of the neighbors of one rank: bin centers, and the share of photos per bin.
 
     Shares are per split, of the photos that have such a neighbor. Both arrays are empty if no photo has one. rank: 0
     for the first neighbor.
     """
-    known = [near.scores[np.isfinite(near.scores[:, rank]), rank] for near in found]
+    known = [near.scores[np.isfinite(near.scores[:, rank]), rank] for near in samples]
     scores = np.concatenate(known)
     if not len(scores):
-        return np.empty(0), np.empty((len(found), 0))
+        return np.empty(0), np.empty((len(samples), 0))
     low, high = float(scores.min()), float(scores.max())
     edges = np.linspace(low, high if high > low else low + 1e-6, _SCORES + 1)
     shares = [np.histogram(of, edges)[0] / max(len(of), 1) for of in known]
@@ -88,20 +90,20 @@ def table(figures: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", *(verdict(gap) for gap in figures["gaps"])])
 
 
-def sample(split: str, own: Table, gallery: Table, rows_and_scores: tuple[np.ndarray, np.ndarray], seed: int) -> Near:
+def sample(split: str, table: Table, gallery: Table, rows_and_scores: tuple[np.ndarray, np.ndarray], seed: int) -> Near:
     """Returns the neighbors of all photos of a split, or of 100,000 random photos if the split has more.
 
-    own: table of the split. rows_and_scores: gallery rows and scores of the neighbors of all photos, from neighbors/.
+    table: table of the split. rows_and_scores: gallery rows and scores of the neighbors of all photos, from neighbors/.
     seed: seed of the random choice.
     """
-    n, rows = len(own), np.arange(len(own))
+    n, rows = len(table), np.arange(len(table))
     if n > _PHOTOS:
         rows = np.sort(np.random.default_rng(seed).choice(n, _PHOTOS, replace=False))
     neighbors, scores = (values[rows] for values in rows_and_scores)
-    coordinates = own.coordinates(rows)
+    coordinates = table.coordinates(rows)
     theirs = gallery.coordinates(np.maximum(neighbors, 0))
     km = np.asarray(distance.great_circle_km(*np.moveaxis(coordinates, -1, 0)[..., None], *np.moveaxis(theirs, -1, 0)))
-    ids, authors = ([name.decode() for name in column(rows).tolist()] for column in (own.ids, own.authors))
+    ids, authors = ([name.decode() for name in column(rows).tolist()] for column in (table.ids, table.authors))
     extra: list[dict[str, Any]] = [{"author": author} for author in authors]
     truth = CoordinateTable(split, ids, coordinates, np.zeros((len(rows), 0, 2)), False, extra)
     return Near(split, n, np.where(neighbors < 0, np.nan, km), scores, truth)
@@ -147,7 +149,7 @@ def gaps(splits: Mapping[str, Any]) -> list[dict[str, Any]]:
     if views.OF not in splits:
         return []
     train = splits[views.OF]["methods"][0]["accuracy"]
-    found = []
+    differences = []
     for split, of in splits.items():
         if of["trained_on"]:
             continue
@@ -159,8 +161,8 @@ def gaps(splits: Mapping[str, Any]) -> list[dict[str, Any]]:
             accuracy.append(
                 {"km": a["km"], **{k: round(v, 6) for k, v in (("value", value), ("low", low), ("high", high))}}
             )
-        found.append({"split": split, "accuracy": accuracy})
-    return found
+        differences.append({"split": split, "accuracy": accuracy})
+    return differences
 
 
 def verdict(gap: Mapping[str, Any]) -> str:

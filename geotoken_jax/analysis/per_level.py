@@ -163,11 +163,11 @@ def look(model: "GeoTokenModel", batch: Mapping[str, Any]) -> dict[str, Array]:
     }
 
 
-def see(compiled: Callable, cells: Scheme, batches: Iterable[Mapping[str, Any]], own: Table) -> Seen:
+def see(compiled: Callable, cells: Scheme, batches: Iterable[Mapping[str, Any]], table: Table) -> Seen:
     """Returns the decoder outputs of all photos of a split.
 
     compiled: compiled `look`, a function of a batch. batches: batches of data.pipeline.evaluation; their `valid` marks
-    the rows that are not padding. own: table of the split.
+    the rows that are not padding. table: table of the split.
     """
     parts = []
     for batch in batches:
@@ -175,8 +175,8 @@ def see(compiled: Callable, cells: Scheme, batches: Iterable[Mapping[str, Any]],
         valid = batch.pop("valid")
         parts.append({name: np.asarray(values)[valid] for name, values in compiled(batch).items()})
     outputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    clusters = bootstrap.clusters(*(column.astype(str).tolist() for column in (own.authors(), own.ids())))
-    return Seen(cells, **outputs, coordinates=own.coordinates(), clusters=clusters)
+    clusters = bootstrap.clusters(*(column.astype(str).tolist() for column in (table.authors(), table.ids())))
+    return Seen(cells, **outputs, coordinates=table.coordinates(), clusters=clusters)
 
 
 def s2_levels(cells: Scheme) -> Float[np.ndarray, "T"]:

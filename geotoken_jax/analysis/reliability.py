@@ -168,24 +168,24 @@ def _share(hits: Bool[np.ndarray, "n"]) -> dict[str, float]:
     }
 
 
-def lines(split: str, found: Mapping[str, Any]) -> list[str]:
-    """Returns lines of text, at most 100 columns wide, on the quality of stated uncertainty. found: see `figures`."""
-    known = {of["km"]: of for of in found["reliability"] if of}
+def lines(split: str, uncertainty: Mapping[str, Any]) -> list[str]:
+    """Returns the quality of stated uncertainty as lines of up to 100 columns. uncertainty: result of `figures`."""
+    known = {of["km"]: of for of in uncertainty["reliability"] if of}
     rows = {
         "predicted within, %": {km: f"{100 * of['predicted']:.1f}" for km, of in known.items()},
         "actually within, %": {km: f"{100 * of['observed']['value']:.1f}" for km, of in known.items()},
         "calibration error, points": {km: f"{100 * of['error']:.1f}" for km, of in known.items()},
     }
-    for curve in list(found["abstention"].values())[:1]:
+    for curve in list(uncertainty["abstention"].values())[:1]:
         half = next(row for row in curve if row["answered"] == 0.5)["accuracy"]
         rows["surest half: within, %"] = {
             km: f"{100 * value:.1f}" for km, value in zip(distance.THRESHOLDS_KM, half, strict=True)
         }
-    text = [f"{split}: stated uncertainty of {found['name'][:70]}", "-" * 100]
+    text = [f"{split}: stated uncertainty of {uncertainty['name'][:70]}", "-" * 100]
     for name, cells in rows.items():
         if cells:
             text.append(f"{name:26}" + "".join(f"{cells.get(km, ''):>11}" for km in distance.THRESHOLDS_KM))
-    for of in filter(None, found["radii"]):
+    for of in filter(None, uncertainty["radii"]):
         value, low, high = (100 * of["holds"][part] for part in ("value", "low", "high"))
         text.append(
             f"The {of['percent']} % radius contains the truth of {value:.1f} % ({low:.1f}-{high:.1f}) of "

@@ -113,7 +113,7 @@ def table(config: Config, workdir: Workdir) -> list[dict[str, Any]]:
     `compute`: floating-point operations of the whole training. `wall` and `cpu`: seconds of the run, including its
     predictions and tests.
     """
-    found = []
+    rows = []
     for number, one in enumerate(runs(config)):
         manifest = workdir.finished(f"geotoken/{one.label}")
         if manifest is None:
@@ -127,8 +127,8 @@ def table(config: Config, workdir: Workdir) -> list[dict[str, Any]]:
         row["loss"] = sum(value for name, value in best.items() if name.startswith("validation/loss_level_"))
         row["accuracy"] = [best[f"validation/within_{km}_km"] for km in THRESHOLDS_KM]
         seconds = workdir.path / FOLDER / "seconds" / f"{one.label}.json"
-        found.append(row | (json.loads(seconds.read_text()) if seconds.exists() else {}))
-    return found
+        rows.append(row | (json.loads(seconds.read_text()) if seconds.exists() else {}))
+    return rows
 
 
 def _validated(folder: epath.Path, step: int) -> dict[str, float]:
@@ -172,9 +172,9 @@ def frontier(config: Config, s: ScalingSettings, law: scaling_law.Law) -> list[d
     Sizes are the sizes of the study, photos are between its fewest and most, and the number of examples is interpolated
     between the study's values of config.scaling.photos. Equal points are returned once.
     """
-    seen = np.log(np.array(s.photos, float))
+    log_pairs = np.log(np.array(s.photos, float))
     photos = np.geomspace(s.photos[0][0], s.photos[-1][0], 200)
-    examples = np.exp(np.interp(np.log(photos), *seen.T))
+    examples = np.exp(np.interp(np.log(photos), *log_pairs.T))
     run_of_size = {run.size: run for run in runs(config) if run.axis in ("grid", "held out")}
     points = [
         {"compute": float(run.flops * n), "size": name, "photos": float(d), "loss": float(law(run.parameters, d))}
@@ -222,7 +222,7 @@ def by_candidates(
         counts = np.array([candidate["count"] for candidate in candidates])
         counts[0] -= 1  # the greedy candidate is not a sample
         drawn.append(np.concatenate([[0], rng.permutation(np.repeat(np.arange(len(counts)), counts))]))
-    found = []
+    results = []
     for k in s.candidates:
         chosen, nearest = [], []
         for candidates, order, at in zip(listed, drawn, truth, strict=True):
@@ -231,5 +231,5 @@ def by_candidates(
             chosen.append(places[np.argmax([c["log_probability"] for c in first])])
             nearest.append(places[np.argmin(great_circle_km(*places.T, *at))])
         row = {"candidates": k, "chosen": within(np.array(chosen), truth)}
-        found.append({**row, "nearest": within(np.array(nearest), truth)})
-    return found
+        results.append({**row, "nearest": within(np.array(nearest), truth)})
+    return results

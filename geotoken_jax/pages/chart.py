@@ -205,11 +205,11 @@ def _ticks(low: float, high: float) -> list[float]:
 def _decades(low: float, high: float) -> list[float]:
     """Returns the powers of ten in a range; if there are fewer than three, also their multiples by 2 and 5."""
     first, last = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
-    found = [
+    ticks = [
         m * 10.0**e for e in range(first, last + 1) for m in (1, 2, 5) if low * 0.999 <= m * 10.0**e <= high * 1.001
     ]
-    whole = [x for x in found if math.isclose(math.log10(x), round(math.log10(x)))]
-    return whole if len(whole) > 2 else found
+    whole = [x for x in ticks if math.isclose(math.log10(x), round(math.log10(x)))]
+    return whole if len(whole) > 2 else ticks
 
 
 def label(value: float) -> str:

@@ -93,15 +93,15 @@ def _density(density: Mapping[str, Any], maps: Maps) -> list[Piece | str]:
 
 
 def _nearest(figures: Mapping[str, Any]) -> list[Piece | str]:
-    found = figures["distance"]
+    by_split = figures["distance"]
     names = [*(f"to {km:,}" for km in distance.THRESHOLDS_KM), "beyond"]
     x_label = "distance to the nearest gallery photo, km"
-    shares = [np.array([100 * b["share"] for b in of["bins"]]) for of in found.values()]
-    of_splits = [Series(split, i, share) for i, (split, share) in enumerate(zip(found, shares, strict=True))]
+    shares = [np.array([100 * b["share"] for b in of["bins"]]) for of in by_split.values()]
+    of_splits = [Series(split, i, share) for i, (split, share) in enumerate(zip(by_split, shares, strict=True))]
     title = "Percent of each split's photos by distance to the nearest gallery photo"
     histogram = Chart("Photos", title, x_label, "percent of photos", of_splits, names)
     charts, groups = [], []
-    for split, of in found.items():
+    for split, of in by_split.items():
         methods = of["all"]["methods"]
         series = []
         for i, method in enumerate(methods):

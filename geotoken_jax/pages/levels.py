@@ -180,8 +180,8 @@ def _neighbors(figures: Mapping[str, Any]) -> list[Piece | str]:
         "<p>The GeoScore lost at each level, by the number of neighbors in the right cell of that level and in the "
         "cell that the answer chose. If no neighbor is in the right cell, the decoder has no evidence of the place. If "
         "more neighbors are in the chosen cell, most of the evidence is against the truth. If as many or more are in "
-        "the right cell, the decoder had the evidence and chose wrong. There are only six cells of level 0, so the table "
-        "also has the share of wrong answers that have a neighbor in the right cell if neighbors are taken from "
+        "the right cell, the decoder had the evidence and chose wrong. There are only six cells of level 0, so the "
+        "table also has the share of wrong answers that have a neighbor in the right cell if neighbors are taken from "
         "another, random photo.</p>",
         *(frame.verdict(per_level.cause_sentence(figures, split)) for split in figures["splits"]),
         Panels(lost),

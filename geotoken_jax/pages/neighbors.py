@@ -14,8 +14,8 @@ from geotoken_jax.pages.frame import Piece, Section
 from geotoken_jax.pages.table import THRESHOLDS, Group, Row, Table, interval, points
 
 
-def page(figures: Mapping[str, Any], found: Sequence[Near], source: frame.Source) -> str:
-    """Returns the page as HTML. figures: figures of the audit. found: neighbors of each split, in the same order."""
+def page(figures: Mapping[str, Any], samples: Sequence[Near], source: frame.Source) -> str:
+    """Returns the page as HTML. figures: figures of the audit. samples: neighbors of each split, in the same order."""
     tiles = []
     for split, of in figures["splits"].items():
         at = of["methods"][0]["accuracy"][AT]
@@ -40,7 +40,7 @@ def page(figures: Mapping[str, Any], found: Sequence[Near], source: frame.Source
     sections = [
         Section("quality", "Quality", "Distance of the neighbors from the photos", _quality(figures)),
         Section("ranks", "Ranks", "Distance by rank of the neighbor", _ranks(figures)),
-        Section("scores", "Scores", "Similarity scores of the neighbors", _scores(figures, found)),
+        Section("scores", "Scores", "Similarity scores of the neighbors", _scores(figures, samples)),
     ]
     return frame.audit_page("Neighbors of train photos and of new photos", headline, sections, source)
 
@@ -89,10 +89,10 @@ def _ranks(figures: Mapping[str, Any]) -> list[Piece | str]:
     ]
 
 
-def _scores(figures: Mapping[str, Any], found: Sequence[Near]) -> list[Piece | str]:
+def _scores(figures: Mapping[str, Any], samples: Sequence[Near]) -> list[Piece | str]:
     charts = []
     for name, rank in (("First neighbor", 0), ("Last neighbor", figures["neighbors"] - 1)):
-        scores, shares = neighbor_gap.histograms(found, rank)
+        scores, shares = neighbor_gap.histograms(samples, rank)
         if len(scores):
             title = f"Percent of the photos of each split by the score of their {name.lower()}"
             charts.append(Chart(name, title, "score", "percent of photos", _series(figures, 100 * shares, scores)))

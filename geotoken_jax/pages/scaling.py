@@ -50,18 +50,18 @@ def document(config: Config, workdir: Workdir) -> str:
 
     Raises StageError if they are missing.
     """
-    rows, found, s = *_read(workdir), scaling.study(config)
-    made = {"name": config.name, "cores": os.cpu_count(), "machine": platform.machine(), "date": date.today()}
+    rows, fitted, s = *_read(workdir), scaling.study(config)
+    header = {"name": config.name, "cores": os.cpu_count(), "machine": platform.machine(), "date": date.today()}
     sections = [
-        _HEAD.format(**made),
+        _HEAD.format(**header),
         _what_was_run(rows, s, config),
         "## Runs\n\n" + plain(*_runs_table(rows)).markdown(),
-        _law_section(found),
-        f"## A size that was not fitted\n\n{_forecast(found['forecast'])}\n",
-        _compute_section(rows, found, s),
+        _law_section(fitted),
+        f"## A size that was not fitted\n\n{_forecast(fitted['forecast'])}\n",
+        _compute_section(rows, fitted, s),
         _neighbors_section(rows, s),
-        _accuracy_section(found),
-        _tested_section(found["tested"]),
+        _accuracy_section(fitted),
+        _tested_section(fitted["tested"]),
         "## What does not transfer\n\n" + "\n".join(f"- {line}" for line in s.limits) + "\n",
     ]
     return "\n".join(section for section in sections if section)
@@ -72,18 +72,18 @@ def plot(config: Config, workdir: Workdir) -> epath.Path:
 
     Raises StageError if scaling/runs.json or scaling/fit.json is missing.
     """
-    rows, found, s = *_read(workdir), scaling.study(config)
+    rows, fitted, s = *_read(workdir), scaling.study(config)
     grid = [row for row in rows if row["axis"] in ("grid", "held out")]
     sections = [
-        Section("loss", "Loss", "Loss by number of photos and by size", _loss_charts(grid, found)),
+        Section("loss", "Loss", "Loss by number of photos and by size", _loss_charts(grid, fitted)),
         Section("compute", "Compute", "Loss by compute", [Panels([_compute_chart(rows, s)], ())]),
         Section("accuracy", "Accuracy", "Accuracy by loss", [Panels([_accuracy_chart(grid)], ())]),
     ]
-    if found["tested"]:
-        charts = Panels(_tested_charts(found["tested"]), ())
+    if fitted["tested"]:
+        charts = Panels(_tested_charts(fitted["tested"]), ())
         sections.append(Section("tested", "Test time", "Gallery and candidates at test time", [charts]))
     sections.append(Section("runs", "Runs", "All runs", [plain(*_runs_table(rows))]))
-    headline = f"<h1>Scaling</h1><p>{escape(summary(found))}</p>"
+    headline = f"<h1>Scaling</h1><p>{escape(summary(fitted))}</p>"
     file = workdir.path / scaling.FOLDER / "index.html"
     write_bytes(file, frame.page("GeoToken: scaling", headline, sections).encode())
     return file
@@ -93,13 +93,13 @@ def _read(workdir: Workdir) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     files = [workdir.path / scaling.FOLDER / name for name in (scaling.RUNS, scaling.FIT)]
     if not files[1].exists():
         raise StageError(f"{files[1]} is missing: run `geotoken scaling fit` with the same --workdir first")
-    rows, found = (json.loads(file.read_text()) for file in files)
-    return rows, found
+    rows, fitted = (json.loads(file.read_text()) for file in files)
+    return rows, fitted
 
 
 def _what_was_run(rows: Sequence[dict[str, Any]], s: ScalingSettings, config: Config) -> str:
     wall, cpu = (sum(row.get(name, 0.0) for row in rows) / 60 for name in ("wall", "cpu"))
-    examples = ", ".join(f"{seen:,} examples of {photos:,}" for photos, seen in s.photos)
+    examples = ", ".join(f"{count:,} examples of {photos:,}" for photos, count in s.photos)
     total = len(scaling.runs(config))
     undone = f" {total - len(rows)} of {total} runs are not complete." if len(rows) < total else ""
     return (
@@ -136,9 +136,9 @@ def _runs_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[st
     ]
 
 
-def _law_section(found: Mapping[str, Any]) -> str:
-    lines = [[name, _number(found["law"][key]["value"]), _range(found["law"][key])] for key, name in _LAW]
-    noise, spread = "", found["noise"]
+def _law_section(fitted: Mapping[str, Any]) -> str:
+    lines = [[name, _number(fitted["law"][key]["value"]), _range(fitted["law"][key])] for key, name in _LAW]
+    noise, spread = "", fitted["noise"]
     if spread is not None:
         noise = f" The loss of runs that differ only in the seed has a standard deviation of {spread:.3f} nats."
     return (
@@ -146,7 +146,7 @@ def _law_section(found: Mapping[str, Any]) -> str:
         "L-BFGS from 32 starts minimizes the Huber loss of logarithms. Intervals are percentiles 2.5 and 97.5 of a "
         "bootstrap over runs.\n\n"
         + plain(["", "value", "95 % interval"], lines).markdown()
-        + f"\nThe root mean square error of the fit over the grid is {found['error']:.3f} nats."
+        + f"\nThe root mean square error of the fit over the grid is {fitted['error']:.3f} nats."
         + f"{noise}\n"
     )
 
@@ -165,9 +165,9 @@ def _forecast(forecast: Mapping[str, Any] | None) -> str:
     )
 
 
-def _compute_section(rows: Sequence[dict[str, Any]], found: Mapping[str, Any], s: ScalingSettings) -> str:
+def _compute_section(rows: Sequence[dict[str, Any]], fitted: Mapping[str, Any], s: ScalingSettings) -> str:
     lines = [
-        [f"{p['compute'] / 1e9:,.0f}", p["size"], f"{p['photos']:,.0f}", f"{p['loss']:.3f}"] for p in found["frontier"]
+        [f"{p['compute'] / 1e9:,.0f}", p["size"], f"{p['photos']:,.0f}", f"{p['loss']:.3f}"] for p in fitted["frontier"]
     ]
     spent = {row["label"]: row for row in rows if row["axis"] == "compute"}
     measured = []
@@ -202,10 +202,10 @@ def _neighbors_section(rows: Sequence[dict[str, Any]], s: ScalingSettings) -> st
     )
 
 
-def _accuracy_section(found: Mapping[str, Any]) -> str:
+def _accuracy_section(fitted: Mapping[str, Any]) -> str:
     lines = [
         [f"{line['km']:,} km", f"{100 * line['a_nat_less']:+.1f}", f"{100 * line['explained']:.0f} %"]
-        for line in found["accuracy"]
+        for line in fitted["accuracy"]
     ]
     return (
         "## Accuracy by loss\n\nLinear fits over the runs of the grid: percentage points of accuracy of greedy answers "
@@ -244,9 +244,9 @@ def _tested_rows(tested: Mapping[str, Any]) -> tuple[list[list[str]], list[list[
     return by_gallery, lines("candidates", "candidates", {"chosen": "chosen", "nearest": "nearest"})
 
 
-def _loss_charts(grid: Sequence[dict[str, Any]], found: Mapping[str, Any]) -> list[Piece | str]:
+def _loss_charts(grid: Sequence[dict[str, Any]], fitted: Mapping[str, Any]) -> list[Piece | str]:
     least = min(row["loss"] for row in grid)
-    law = scaling.scaling_law.Law(**{name: part["value"] for name, part in found["law"].items()})
+    law = scaling.scaling_law.Law(**{name: part["value"] for name, part in fitted["law"].items()})
     charts = []
     for along, by in (("photos", "size"), ("parameters", "photos")):
         series = []
@@ -262,7 +262,7 @@ def _loss_charts(grid: Sequence[dict[str, Any]], found: Mapping[str, Any]) -> li
             series.append(_dots(f"{row['size']}, held out", 7, [row], along, least))
         caption, y_label = f"Loss by {along}; dashed: fitted law", "nats above the best run"
         charts.append(Chart(caption, f"Loss by {along}", along, y_label, series, log_x=True, legend=None))
-    forecast = f"<p>{escape(_forecast(found['forecast']))}</p>" if found["forecast"] else ""
+    forecast = f"<p>{escape(_forecast(fitted['forecast']))}</p>" if fitted["forecast"] else ""
     return [Panels(charts, ()), forecast]
 
 

@@ -141,7 +141,8 @@ def _share(hits: np.ndarray) -> float:
 
 
 def gaps(splits: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Returns the accuracy of the first neighbor of train photos minus that of each split that is not trained on.
+    """Returns the accuracy of the first neighbor on train photos minus its accuracy on each split that is not trained
+    on.
 
     The splits share no author, so they are independent. The interval of a difference therefore comes from the intervals
     of its two terms (Zou and Donner 2008). The result is empty if there is no train split.

@@ -31,9 +31,9 @@ BINS = 10
 _SURE = 0.95
 #: Neighbors of photos whose answer leaves the right cell, by the key of the GeoScore lost with such neighbors.
 CAUSES = {
-    "lost_not_held": "none in the right cell",
-    "lost_outvoted": "more in the chosen cell",
-    "lost_not_outvoted": "as many or more in the right cell",
+    "lost_not_held": "no neighbor in the right cell",
+    "lost_outvoted": "more neighbors in the chosen cell",
+    "lost_not_outvoted": "as many or more neighbors in the right cell",
 }
 
 
@@ -180,7 +180,8 @@ def see(compiled: Callable, cells: Scheme, batches: Iterable[Mapping[str, Any]],
 
 
 def s2_levels(cells: Scheme) -> Float[np.ndarray, "T"]:
-    """Returns the S2 level after each token: the level with as many cells as the tokens so far distinguish.
+    """Returns the S2 level after each token: the level whose number of cells equals the number that the tokens can
+    distinguish.
 
     Schemes other than S2 give levels that are no integers.
     """

@@ -213,7 +213,7 @@ def by_candidates(
 ) -> list[dict[str, Any]]:
     """Returns accuracy with K samples per photo, for each K of s.candidates.
 
-    `chosen`: accuracy of the most probable of the greedy candidate and K samples. `nearest`: accuracy of the one
+    `chosen`: accuracy of the most probable of the greedy candidate and K samples. `nearest`: accuracy of the candidate
     nearest to the truth. listed: candidates per photo from predictions/, in which equal samples are one candidate with
     a count; K samples are therefore drawn from the counts without replacement, with s.seed.
     """

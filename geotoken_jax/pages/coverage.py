@@ -55,7 +55,7 @@ def page(figures: Mapping[str, Any], maps: Maps, reference: str, source: frame.S
         Section("nearest", "Nearest photo", "Distance to the nearest gallery photo", _nearest(figures)),
         Section("masked", "Without a region", "Accuracy if the gallery lacks a region", _masked(masked, maps)),
     ]
-    return frame.audit_page("What the gallery covers", headline, sections, source)
+    return frame.audit_page("Coverage of the gallery", headline, sections, source)
 
 
 def _density(density: Mapping[str, Any], maps: Maps) -> list[Piece | str]:

@@ -83,7 +83,7 @@ def _calibration(figures: Mapping[str, Any]) -> list[Piece | str]:
             series.append(Series(split, color, np.array(y), np.array(x)))
         name = f"Level {of_level['level']:g}"
         title = f"{name}: percent right by confidence, one curve per split; dotted line: both are equal"
-        series.append(Series("equal", 7, np.array([0, 100]), np.array([0, 100]), style="dotted"))
+        series.append(Series("confidence equals accuracy", 7, np.array([0, 100]), np.array([0, 100]), style="dotted"))
         charts.append(Chart(name, title, "confidence, percent", "percent right", series))
 
     def cells(t: int, at: Mapping[str, Any]) -> list[Cell | str]:

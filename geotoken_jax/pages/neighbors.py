@@ -33,8 +33,8 @@ def page(figures: Mapping[str, Any], samples: Sequence[Near], source: frame.Sour
         "with other places or other kinds of pictures means that this split is harder, not that training is wrong.</p>"
     )
     headline = (
-        "<p>The decoder learns from the neighbors of train photos how much it can trust neighbors. If they are better "
-        "than the neighbors of new photos, the decoder learns to trust neighbors too much.</p>"
+        "<p>The decoder learns from the neighbors of train photos how much it can trust neighbors. If the neighbors of "
+        "train photos are better than the neighbors of new photos, the decoder learns to trust neighbors too much.</p>"
         f"{''.join(verdicts)}{advice}{frame.tiles(tiles)}"
     )
     sections = [

@@ -14,7 +14,7 @@ from geotoken_jax.geo import distance
 THRESHOLDS = tuple(f"{km:,}\N{NO-BREAK SPACE}km" for km in distance.THRESHOLDS_KM)
 #: Explanations of selectors (predict/select.py) for readers of a page; keys are `choice` of a method.
 _SELECTORS = {
-    "greedy": "greedy decoding: the most probable token at every step",
+    "greedy": "the most probable token at every step of decoding",
     "log_probability": "the candidate with the highest probability",
     "similarity": "the candidate whose location embedding is most similar to the photo's embedding",
     "consensus": "the candidate with the highest density of neighbors around it",
@@ -35,7 +35,7 @@ _SELECTORS = {
     "comparator",
     "point_likeness": "the place surrounded by the most similar gallery photos, candidate or not, by the trained "
     "comparator and the backbone",
-    "ideal": "bound: the candidate or neighbor nearest to the truth, which no selector can surpass",
+    "ideal": "the candidate or neighbor nearest to the truth, which no selector can surpass",
 }
 
 

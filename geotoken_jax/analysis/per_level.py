@@ -197,7 +197,7 @@ def cell_km(cells: Scheme) -> Float[np.ndarray, "T"]:
 
 
 def _votes(near: Int[np.ndarray, "n M T"], tokens: Int[np.ndarray, "n T"]) -> Int[np.ndarray, "n T"]:
-    """Returns the number of neighbors in the same cell as the photo, after each token. tokens: tokens of the photo."""
+    """Returns the number of neighbors in the cell of `tokens`, after each token."""
     return np.cumprod(near == tokens[:, None], axis=-1).sum(axis=1)
 
 

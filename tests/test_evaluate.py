@@ -77,27 +77,27 @@ def test_json_lines_and_csv_read_alike(tmp_path):
         ('{"id": "x", "latitude": NaN, "longitude": 2}', "line 1: latitude of 'x' is nan: give degrees from -90 to 90"),
         ("id,lat,lng\nx,1,190\n", "line 2: longitude of 'x' is '190': give degrees from -180 to 180"),
         ("id,lat,lng\nx,,2\n", "line 2: latitude of 'x' is ''"),
-        ("id,lat,lng\nParis, France,1,2\n", "line 2: more columns than the header"),
-        ('{"id": "x"\n', "line 1: .*write one JSON object a line"),
-        ('{"id": "x", "lat": 1, "lon": 2, "candidates": [[1, 2]]}', "line 1: candidates must be a list of objects"),
+        ("id,lat,lng\nParis, France,1,2\n", "line 2: the row has more columns than the header"),
+        ('{"id": "x"\n', "line 1: .*write one JSON object per line"),
+        ('{"id": "x", "lat": 1, "lon": 2, "candidates": [[1, 2]]}', "line 1: candidates or choices is malformed"),
         ('{"id": "x", "lat": 1, "lon": 2, "choices": {"a": [91, 2]}}', "line 1: .*a point .latitude, longitude"),
         ('{"id": "x", "lat": 1, "lon": 2, "within": {"25": 1.5}}', "line 1: within 25 km is 1.5: give .* from 0 to 1,"),
         ('{"id": "x", "lat": 1, "lon": 2, "within": 0.5}', "line 1: within is 0.5: write an object"),
-        ("id,lat,lng,radius_km\nx,1,2,-3\n", "line 2: radius_km is '-3': give a number from 0"),
+        ("id,lat,lng,radius_km\nx,1,2,-3\n", "line 2: radius_km is '-3': give a number that is 0 or more"),
         (
             '{"id": "x", "lat": 1, "lon": 2, "cells": [[20, 9, 0, 0.5]]}',
-            "line 1: cells must be a list of objects with level -1..30",
+            "line 1: cells is malformed: write a list of objects with level .-1 to 30.",
         ),
         (
             '{"id":"x","lat":1,"lon":2,"cells":[{"level":31,"latitude":9,"longitude":0,"probability":0.5}]}',
-            "line 1: cells must be a list of objects with level -1..30",
+            "line 1: cells is malformed: write a list of objects with level .-1 to 30.",
         ),
         (
             '{"id":"x","lat":1,"lon":2,"cells":[{"level":20,"latitude":91,"longitude":0,"probability":0.5}]}',
-            "line 1: cells must be a list of objects with level -1..30",
+            "line 1: cells is malformed: write a list of objects with level .-1 to 30.",
         ),
-        ('{"id": "x", "lat": 1, "lon": 2, "cells": [{"level": 3}]}', "line 1: cells must be a list of objects"),
-        ("id,lat,lng\n", "holds no points"),
+        ('{"id": "x", "lat": 1, "lon": 2, "cells": [{"level": 3}]}', "line 1: cells is malformed"),
+        ("id,lat,lng\n", "has no rows: write one row per photo"),
     ],
 )
 def test_a_file_that_cannot_be_scored_says_where_and_how_to_mend_it(tmp_path, text, message):
@@ -123,7 +123,7 @@ def test_a_photo_without_a_prediction_is_wrong_and_counted(tmp_path):
 
 def test_a_prediction_of_an_unknown_photo_is_refused(tmp_path):
     points = read_coordinates(write(tmp_path / "p.jsonl", [row("0", 0), row("who", 0)]))
-    with pytest.raises(TableError, match=r"p\.jsonl predicts 'who' \(one of 1\), which truth does not hold"):
+    with pytest.raises(TableError, match=r"p\.jsonl predicts 'who' \(one of 1\), which truth does not have"):
         methods_of(points, truth_of(1), "geotoken", "GeoToken")
 
 
@@ -220,7 +220,7 @@ def test_anybodys_files_are_compared_and_tabulated(tmp_path):
     assert "truth: 100 photos, 1 authors" in text
     (line,) = [line for line in lines if line.startswith("ours ")]
     assert line.split() == ["ours", "0.0", "100.0", "100.0", "100.0", "100.0", "5.0", "4,983"]
-    assert "truth: points above (+) or below (-) ours" in text
+    assert "truth: percentage points above (+) or below (-) ours" in text
     assert text.replace("\n", " ").strip().endswith("10 photos have no prediction and count as wrong")
     heads = next(line for line in lines if "2,500 km" in line)
     assert heads.index("2,500 km") + len("2,500 km") == line.rindex("100.0") + len("100.0")  # columns line up
@@ -403,9 +403,9 @@ def test_anybodys_columns_of_radius_and_probability_are_used(tmp_path):
         metrics = evaluate.compare_files([path], truth, options(str(path)))
         found.append(metrics["splits"]["truth"]["uncertainty"])
         text = evaluate.table(metrics)
-        assert "truth: how sure ours is" in text
-        assert "The radius of 50 % holds 50.0 % (23.7-76.3) of 10 photos; median 22.0 km" in text
-        assert "The radius of 90 % holds 77.8 %" in text
+        assert "truth: stated uncertainty of ours" in text
+        assert "The 50 % radius contains the truth of 50.0 % (23.7-76.3) of 10 photos; median 22.0 km" in text
+        assert "The 90 % radius contains the truth of 77.8 %" in text
         assert max(map(len, text.splitlines())) <= 100
     assert found[0] == found[1]
     assert json.loads(json.dumps(found[0])) == found[0]

@@ -10,7 +10,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 RANKS = {
     **dict.fromkeys(["__version__", "settings", "workdir", "records", "progress", "geo"], 0),
-    **dict.fromkeys(["sharding", "stack", "checkpoint", "chips", "hlo", "processes", "batch", "bootstrap"], 0),
+    **dict.fromkeys(["sharding", "stack", "checkpoint", "chips", "hlo", "processes", "batch", "bootstrap", "vectors"], 0),
     **dict.fromkeys(["backbone", "gallery"], 1),
     "preparation": 2,
     **dict.fromkeys(["data", "align", "model"], 3),
@@ -21,7 +21,7 @@ RANKS = {
     **dict.fromkeys(["export", "plan", "pages"], 8),
     "stages": 9,
     "serve": 10,
-    "path": 11,
+    "workdir_commands": 11,
     "commands": 12,
     "cli": 13,
     "__init__": 14,  # the public face

@@ -182,8 +182,8 @@ def test_the_page_is_whole_and_needs_nothing_else(made, config):
     assert page.count('class="card"') == 30
     # Of both splits accuracy, reliability at two thresholds, abstention, area; loss of one model.
     assert page.count('class="chart"') == 2 * (1 + 2 + 2 + 1) + 1
-    assert page.count("<details open>") == 4  # accuracy, differences, how sure, continents: each its first split
-    assert text.count("reliability and abstention") == 2
+    assert page.count("<details open>") == 4  # accuracy, differences, uncertainty, continents: each its first split
+    assert text.count("calibration, and accuracy of the most certain photos") == 2
     assert (
         "38 of 40 photos left" not in text and "35 of 40 photos left; left out: near-duplicate 1, same author 4" in text
     )
@@ -320,11 +320,11 @@ def test_a_reference_that_does_not_say_how_sure_it_is_gets_no_charts(made, confi
     other = config.changed(dict(evaluate=dict(reference="top1_neighbor")), "")
     report_stage.run(other, Workdir(made))
     page, checked = read(made)
-    assert "do not say how sure they are" in " ".join(checked.text)
-    assert "reliability and abstention" not in page
+    assert "state no uncertainty" in " ".join(checked.text)
+    assert "accuracy of the most certain photos" not in page
     metrics = json.loads((made / "report" / "metrics.json").read_text())
     assert metrics["splits"]["test"]["uncertainty"] is None
-    assert "how sure" not in table(metrics)
+    assert "uncertainty" not in table(metrics)
 
 
 def test_the_metrics_have_what_is_left_without_the_photos_that_the_gallery_knows(made, config):
@@ -334,7 +334,7 @@ def test_the_metrics_have_what_is_left_without_the_photos_that_the_gallery_knows
     assert (clean["photos"], clean["left_out"]) == (35, {"same id": 0, "near-duplicate": 1, "same author": 4})
     assert [m["variant"] for m in clean["methods"]] == ["top1_neighbor", "geotoken", "without_neighbor_tokens"]
     assert metrics["splits"]["validation"]["clean"]["photos"] == 40
-    assert "test: how sure GeoToken: greedy is" in table(metrics)
+    assert "test: stated uncertainty of GeoToken: greedy" in table(metrics)
 
 
 def test_a_chart_has_intervals_and_no_number_outside_of_it():

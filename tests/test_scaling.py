@@ -189,7 +189,7 @@ def test_a_study_is_resumed_run_by_run_and_the_forecast_comes_before_the_held_ou
 @pytest.mark.usefixtures("stages")
 def test_what_was_found_is_told(tmp_path):
     given, path = config(), Workdir(tmp_path)
-    with pytest.raises(workdir.StageError, match=r"fit.json is not there: run `geotoken scaling fit`"):
+    with pytest.raises(workdir.StageError, match=r"fit.json is missing: run `geotoken scaling fit`"):
         scaling_page.document(given, path)
     study_stage.run(given, path, None)
     found = study_stage.fit(given, path)

@@ -1,4 +1,4 @@
-"""What the audits share: their settings, and scores of some of the photos."""
+"""Functions that several audits share: scores of a subset of photos, and the methods that an audit compares."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -19,12 +19,15 @@ def score(
     options: EvaluateSettings,
     reference: str = "",
 ) -> dict[str, Any]:
-    """Returns the scores of some rows of the truth, one or more, as `evaluate.score` has them."""
+    """Returns the scores of a subset of the photos, in the form of `evaluate.score`.
+
+    rows: rows of `truth`, at least one. reference: variant to compare with; options.reference if empty.
+    """
     return evaluate.score_part(
         methods, truth, rows, dataclasses.replace(options, reference=reference or options.reference)
     )
 
 
 def answers(methods: Sequence[Method]) -> list[Method]:
-    """Returns what each set of predictions answers, without its other choices and bounds."""
+    """Returns the one method per file of predictions that is its answer, without other selectors and bounds."""
     return [method for method in methods if method.main]

@@ -1,4 +1,7 @@
-"""Coordinates by photo, read from anybody's files: the truth, and the methods that each file of predictions holds."""
+"""Readers of true and predicted coordinates from JSON lines and CSV, and the methods in a file of predictions.
+
+A method is one set of coordinates to score: the answer, the choice of another selector, or a bound.
+"""
 
 import csv
 import dataclasses
@@ -17,7 +20,7 @@ from geotoken_jax.analysis.claims import Claims, concatenate, pop_claims
 from geotoken_jax.artifacts import Workdir
 from geotoken_jax.geo import distance
 
-#: What a missing prediction is off by: half the Earth's circumference.
+#: Error of a missing prediction: half the Earth's circumference, 20,015 km.
 FARTHEST_KM = math.pi * distance.EARTH_RADIUS_KM
 
 #: Accepted names of the three columns, in lower case.
@@ -25,17 +28,17 @@ _COLUMNS = {"id": ("id", "img_id"), "latitude": ("latitude", "lat"), "longitude"
 
 
 class TableError(ValueError):
-    """A file of predicted cannot be scored; the message names the file, the line and the fix."""
+    """A file of coordinates cannot be scored; the message has the file, the line and the fix."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CoordinateTable:
-    """Coordinates by id, in degrees.
+    """Coordinates of n photos, true or predicted, latitude and longitude in degrees.
 
-    candidates: other places that were weighed, NaN where a photo has fewer than K (0 where nobody has any). generated:
-    they were, token by token. extra: the other columns of each row, names in lower case. ranked: candidates have
-    probabilities; those that are not generated are neighbors where they have none. claims: how sure each row is, None
-    where no row says.
+    source: path or name of the file, for messages. candidates: coordinates that the predictor chose among, padded with
+    NaN to the largest number K. generated: whether a decoder generated the candidates token by token. extra: all other
+    columns per photo, column names in lower case. ranked: whether candidates have probabilities; candidates that are
+    neither generated nor ranked are neighbors. claims: stated uncertainty per photo; None if the file has none.
     """
 
     source: str
@@ -50,11 +53,14 @@ class CoordinateTable:
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """One way to a coordinate, in the order of the truth's photos.
+    """One set of predicted coordinates to score, in the order of the truth.
 
-    choice: its name within the variant, "" where the file names none. main: the file's own choice. baseline: its
-    candidates are not generated. bound: knows the truth, so nothing can choose better. coordinates: NaN where there is
-    no prediction, and `km` is FARTHEST_KM. claims: how sure the main one is, where its file says.
+    variant: file or variant that the coordinates are from. choice: name of the selector; "" if the file has no names.
+    name: label in tables and charts. main: whether these coordinates are the answers of the file, and not the choices
+    of another selector. baseline: whether the candidates are not from a decoder. bound: whether the candidate nearest
+    to the truth is chosen, which no selector can surpass. coordinates: degrees, NaN for a missing prediction. km:
+    distance from the truth, FARTHEST_KM for a missing prediction. claims: stated uncertainty; None if the method is not
+    the main one or its file states none.
     """
 
     variant: str
@@ -69,49 +75,53 @@ class Method:
 
     @property
     def missing(self) -> int:
-        """The number of photos without a prediction."""
+        """Number of photos without a prediction."""
         return int(np.isnan(self.coordinates[:, 0]).sum())
 
 
 def read_coordinates(path: epath.PathLike) -> CoordinateTable:
-    """Reads JSON lines or CSV with a header: id, latitude, longitude (also lat, lon, lng, IMG_ID; any case), and more.
+    """Returns the coordinates in a file of JSON lines, or in a CSV file with a header.
 
-    What a row says of how sure it is: see claims.pop_claims.
+    Required columns, in any case: id (or img_id), latitude (or lat), longitude (or lon, lng). Optional are candidates,
+    choices, choice and the uncertainty columns of claims.pop_claims; other columns go to `extra`.
 
-    Raises TableError with file, line and fix on a missing column, a duplicate id, or a coordinate out of range.
+    Raises TableError if a column is missing, an id is repeated, or a value has another form or is out of range.
     """
     source = str(path)
     first_line, ids, coordinates, candidates, claims, extra = {}, [], [], [], [], []
     generated = ranked = False
     for line, row in _rows(epath.Path(path)):
-        where = f"{source}, line {line}"
-        taken = _take(row, where)
-        name = str(taken["id"]).strip()
+        location = f"{source}, line {line}"
+        required = _pop_required(row, location)
+        name = str(required["id"]).strip()
         if name in first_line:
-            raise TableError(f"{where}: id {name!r} is on line {first_line[name]} too: keep one row an id")
+            raise TableError(f"{location}: id {name!r} is on line {first_line[name]} too: keep one row per id")
         first_line[name] = line
         ids.append(name)
-        coordinates.append((_degrees(taken, "latitude", 90, where), _degrees(taken, "longitude", 180, where)))
-        # Only what is scored is kept: 30 candidates of 7,000 photos are 300 MB as dictionaries, and 3 MB as arrays.
+        coordinates.append(
+            (_degrees(required, "latitude", 90, location), _degrees(required, "longitude", 180, location))
+        )
+        # Only coordinates of candidates are stored: 30 per photo of 7,000 are 300 MB as dictionaries, 3 MB as arrays.
         row.pop("neighbors", None)
         try:
-            weighed = row.pop("candidates", ())
-            generated = generated or any("tokens" in c for c in weighed)
-            ranked = ranked or any("probability" in c for c in weighed)
-            candidates.append([(float(c["latitude"]), float(c["longitude"])) for c in weighed])
-            row["choices"] = {choice: _choice(made, candidates[-1]) for choice, made in row.get("choices", {}).items()}
+            listed = row.pop("candidates", ())
+            generated = generated or any("tokens" in c for c in listed)
+            ranked = ranked or any("probability" in c for c in listed)
+            candidates.append([(float(c["latitude"]), float(c["longitude"])) for c in listed])
+            row["choices"] = {name: _point(choice, candidates[-1]) for name, choice in row.get("choices", {}).items()}
         except (TypeError, KeyError, ValueError, AttributeError):
             raise TableError(
-                f"{where}: candidates must be a list of objects with latitude and longitude, and choices an object of "
-                "names and an index into candidates or a point [latitude, longitude]: mend them, or leave both out"
+                f"{location}: candidates or choices is malformed: write candidates as a list of objects with latitude "
+                "and longitude, and choices as an object that maps a selector's name to an index into candidates or "
+                "to a point [latitude, longitude], or leave both out"
             ) from None
         try:
             claims.append(pop_claims(row))
         except ValueError as error:
-            raise TableError(f"{where}: {error}") from None
+            raise TableError(f"{location}: {error}") from None
         extra.append(row)
     if not ids:
-        raise TableError(f"{path} holds no predicted: write one row a photo with id, latitude and longitude")
+        raise TableError(f"{path} has no rows: write one row per photo with id, latitude and longitude")
     return CoordinateTable(
         source, ids, np.array(coordinates), _padded(candidates), generated, extra, ranked, concatenate(claims)
     )
@@ -120,23 +130,24 @@ def read_coordinates(path: epath.PathLike) -> CoordinateTable:
 def methods_of(
     predicted: CoordinateTable, truth: CoordinateTable, variant: str, label: str, earth: str = "sphere"
 ) -> list[Method]:
-    """Returns the methods in one file of predictions: its own choice, its other choices, its best candidate (a bound).
+    """Returns the methods in one file of predictions: its answers, the choices of its other selectors, and a bound.
 
-    earth: of distance.EARTHS.
+    The bound chooses the candidate nearest to the truth; a file with at most one candidate per photo has none. variant:
+    name of the file or variant. label: name of the variant in tables. earth: key of distance.EARTHS.
 
-    Raises TableError if it predicts a photo that the truth does not hold.
+    Raises TableError if the file has a photo that the truth does not have, or a photo without a choice of a selector.
     """
     row_of = {name: row for row, name in enumerate(truth.ids)}
     unknown = [name for name in predicted.ids if name not in row_of]
     if unknown:
         raise TableError(
-            f"{predicted.source} predicts {unknown[0]!r} (one of {len(unknown)}), which {truth.source} does not hold:"
-            " score it against the photos it was made for, or remove the rows"
+            f"{predicted.source} predicts {unknown[0]!r} (one of {len(unknown)}), which {truth.source} does not have:"
+            " give the truth of the same photos, or remove these rows from the predictions"
         )
     rows = np.array([row_of[name] for name in predicted.ids])
     first = predicted.extra[0]
     candidates, count = predicted.candidates, predicted.candidates.shape[1]
-    each = np.arange(len(rows))
+    photos = np.arange(len(rows))
     baseline = not predicted.generated
     main = first.get("choice", "")
     chosen = {main: predicted.coordinates}
@@ -146,10 +157,10 @@ def methods_of(
     def method(choice: str, name: str, coordinates: Float[np.ndarray, "p 2"], bound: bool = False) -> Method:
         placed = np.full((len(truth.ids), 2), np.nan)
         placed[rows] = coordinates
-        own = not bound and choice == main
-        claims = predicted.claims.at(rows, len(truth.ids)) if own and predicted.claims else None
+        is_main = not bound and choice == main
+        claims = predicted.claims.at(rows, len(truth.ids)) if is_main and predicted.claims else None
         km = off_km(placed, truth, earth)
-        return Method(variant, choice, name, own, baseline, bound, placed, km, claims)
+        return Method(variant, choice, name, is_main, baseline, bound, placed, km, claims)
 
     named = len(chosen) > 1 or not baseline
     methods = [
@@ -157,28 +168,29 @@ def methods_of(
         for choice, coordinates in chosen.items()
     ]
     if count > 1:
-        here = truth.coordinates[rows, None]
-        off = distance.EARTHS[earth](candidates[..., 0], candidates[..., 1], here[..., 0], here[..., 1])
+        true = truth.coordinates[rows, None]
+        off = distance.EARTHS[earth](candidates[..., 0], candidates[..., 1], true[..., 0], true[..., 1])
         nearest = np.nan_to_num(off, nan=np.inf).argmin(axis=1)
-        most = f"up to {count}" if np.isnan(candidates).any() else str(count)  # samples that agree are one candidate
+        # Photos have different numbers of candidates, because equal samples are one candidate.
+        number = f"up to {count}" if np.isnan(candidates).any() else str(count)
         is_neighbors = baseline and not predicted.ranked
-        name = f"Best of {most} neighbors" if is_neighbors else f"{label}: ideal of {most} candidates"
-        methods.append(method("ideal", name, candidates[each, nearest], bound=True))
+        name = f"Best of {number} neighbors" if is_neighbors else f"{label}: ideal of {number} candidates"
+        methods.append(method("ideal", name, candidates[photos, nearest], bound=True))
     return methods
 
 
 def off_km(placed: Float[np.ndarray, "n 2"], truth: CoordinateTable, earth: str) -> Float[np.ndarray, "n"]:
-    """Returns how far from the truth each photo was placed; NaN is FARTHEST_KM off."""
+    """Returns the distance in km between prediction and truth per photo; FARTHEST_KM if the prediction is NaN."""
     return np.nan_to_num(distance.EARTHS[earth](*placed.T, *truth.coordinates.T), nan=FARTHEST_KM)
 
 
 def in_order(methods: Sequence[Method], reference: str) -> list[Method]:
-    """Returns the methods as tables show them: baselines, the reference, the others; bounds last."""
+    """Returns the methods in the order of tables: baselines, the reference variant, other variants, then bounds."""
     return sorted(methods, key=lambda m: (m.bound, not m.baseline, m.variant != reference))
 
 
 def read_truth(workdir: Workdir, split: str) -> CoordinateTable:
-    """Returns the truth of one split of photos/; `extra` holds the author and the place names."""
+    """Returns the true coordinates of a split of photos/; `extra` contains the author and the place names."""
     photos = workdir.photos(split)
     ids, coordinates, extra = [], [], []
     for row in range(len(photos)):
@@ -190,13 +202,16 @@ def read_truth(workdir: Workdir, split: str) -> CoordinateTable:
 
 
 def _rows(path: epath.Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields line number and columns, names in lower case, of JSON lines or CSV."""
+    """Yields the line number and the columns of each row of a JSON lines or CSV file; column names in lower case."""
     text = path.read_text().removeprefix("\ufeff")
     if not text.lstrip().startswith("{"):
         reader = csv.DictReader(io.StringIO(text))
         for row in reader:
             if None in row:
-                raise TableError(f"{path}, line {reader.line_num}: more columns than the header: quote its commas")
+                raise TableError(
+                    f"{path}, line {reader.line_num}: the row has more columns than the header: put values with commas "
+                    "in double quotes"
+                )
             yield reader.line_num, {name.strip().lower(): value for name, value in row.items()}
         return
     for line, data in enumerate(text.split("\n"), start=1):
@@ -205,30 +220,30 @@ def _rows(path: epath.Path) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             row = json.loads(data)
         except json.JSONDecodeError as error:
-            raise TableError(f"{path}, line {line}: {error}: write one JSON object a line") from None
+            raise TableError(f"{path}, line {line}: {error}: write one JSON object per line") from None
         if not isinstance(row, dict):
-            raise TableError(f"{path}, line {line}: {row!r} is not a JSON object: write one a line")
+            raise TableError(f"{path}, line {line}: {row!r} is not a JSON object: write one object per line")
         yield line, {name.strip().lower(): value for name, value in row.items()}
 
 
-def _take(row: dict[str, Any], where: str) -> dict[str, Any]:
-    """Removes id, latitude and longitude from the row, under any of their names, and returns them."""
-    found = {name: [column for column in accepted if column in row] for name, accepted in _COLUMNS.items()}
-    for name, columns in found.items():
+def _pop_required(row: dict[str, Any], location: str) -> dict[str, Any]:
+    """Removes id, latitude and longitude from the row, under any of their accepted names, and returns them."""
+    present = {name: [column for column in accepted if column in row] for name, accepted in _COLUMNS.items()}
+    for name, columns in present.items():
         if not columns:
             accepted = " or ".join(_COLUMNS[name])
-            raise TableError(f"{where}: no column {name} among {', '.join(row)}: name one {accepted}")
-    return {name: row.pop(columns[0]) for name, columns in found.items()}
+            raise TableError(f"{location}: no column {name} among {', '.join(row)}: name one {accepted}")
+    return {name: row.pop(columns[0]) for name, columns in present.items()}
 
 
-def _degrees(taken: Mapping[str, Any], name: str, limit: int, where: str) -> float:
+def _degrees(row: Mapping[str, Any], name: str, limit: int, location: str) -> float:
     try:
-        value = float(taken[name])
+        value = float(row[name])
     except (TypeError, ValueError):
         value = math.nan
     if not -limit <= value <= limit:
         raise TableError(
-            f"{where}: {name} of {taken['id']!r} is {taken[name]!r}: give degrees from -{limit} to {limit}, or "
+            f"{location}: {name} of {row['id']!r} is {row[name]!r}: give degrees from -{limit} to {limit}, or "
             "leave the photo out (it then counts as wrong)"
         )
     return value
@@ -242,23 +257,24 @@ def _padded(lists: Sequence[Sequence[tuple[float, float]]]) -> Float[np.ndarray,
     return coordinates
 
 
-def _choice(made: Any, weighed: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Returns the point that a choice is: its own, or the candidate whose index it is; NaN for none that is there."""
-    if not isinstance(made, Sequence):
-        return weighed[int(made)] if 0 <= int(made) < len(weighed) else (math.nan, math.nan)
-    latitude, longitude = (float(value) for value in made)
+def _point(choice: Any, candidates: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Returns the coordinates of a choice, which is a point or an index; NaN if no candidate has that index."""
+    if not isinstance(choice, Sequence):
+        return candidates[int(choice)] if 0 <= int(choice) < len(candidates) else (math.nan, math.nan)
+    latitude, longitude = (float(value) for value in choice)
     if not (abs(latitude) <= 90 and abs(longitude) <= 180):
-        raise ValueError(made)
+        raise ValueError(choice)
     return latitude, longitude
 
 
 def _chosen(predicted: CoordinateTable, choice: str) -> Float[np.ndarray, "n 2"]:
-    """Returns the point that a choice is for each photo."""
+    """Returns the coordinates that a selector chose per photo. Raises TableError if a photo has no such choice."""
     chosen = np.array([row["choices"].get(choice, (math.nan, math.nan)) for row in predicted.extra])
     wrong = np.flatnonzero(np.isnan(chosen[:, 0]))
     if wrong.size:
         name = predicted.ids[wrong[0]]
         raise TableError(
-            f"{predicted.source}: {name!r} has no candidate for the choice {choice!r}: give every photo one"
+            f"{predicted.source}: {name!r} has no candidate for the choice {choice!r}: add it to `choices` of every "
+            "photo, as an index into its candidates or as a point [latitude, longitude]"
         )
     return chosen

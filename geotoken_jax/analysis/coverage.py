@@ -1,4 +1,4 @@
-"""`geotoken audit coverage`: where the gallery has photos, and what it costs where it has none."""
+"""Figures of `geotoken audit coverage`: photos of the gallery by region, and accuracy if a region has none."""
 
 import dataclasses
 import itertools
@@ -19,35 +19,37 @@ from geotoken_jax.geo import distance
 from geotoken_jax.geo.cells import CellScheme
 from geotoken_jax.progress import track
 
-#: A photo that no source placed in a country is taken to be in that of the nearest gallery photo, up to so far.
+#: A photo without a country name counts to the country of the nearest gallery photo within this distance.
 NEAR_KM = 100.0
-#: Threshold of the charts, and of the map of what is lost without a region, whose photos cannot be placed closely.
+#: Thresholds of the accuracy charts and of the map of losses. Photos of a region that the gallery lacks cannot be
+#: placed closely, so the map uses 2,500 km.
 BIN_AT, LOST_AT = distance.THRESHOLDS_KM.index(200), distance.THRESHOLDS_KM.index(2500)
-#: Borders of the bands of the map of what is lost: percent of the photos placed that no longer are.
+#: Borders between the colors of the map of losses, in percent: the share of photos placed within 2,500 km that no
+#: longer are if the gallery lacks their region.
 LOST_BANDS = (20, 40, 60, 80, 95)
-#: Kinds of regions, in the order of the columns.
+#: Kinds of regions, in the order of the columns of SplitPhotos.regions.
 _KINDS = ("continent", "country")
-#: Distances to the nearest gallery photo.
+#: Names of the bins of distance to the nearest gallery photo.
 BINS = [
     "up to 1 km",
     *(f"{a:,}-{b:,} km" for a, b in itertools.pairwise(distance.THRESHOLDS_KM)),
     f"over {distance.THRESHOLDS_KM[-1]:,} km",
 ]
 
-
-#: Number of the region, rows of the split's table, gallery rows that may be neighbors -> coordinates of the first
-#: neighbor and of the decoder's answer, NaN for none.
+#: Function that answers from a subset of the gallery. Arguments: number of the region, rows of the split's table,
+#: gallery rows that may be neighbors. Returns the coordinates of the first neighbor and of the decoder's answer, NaN
+#: for none.
 Answer = Callable[[int, Int[np.ndarray, "m"], Int[np.ndarray, "k"]], Float[np.ndarray, "2 m 2"]]
 
 
 @dataclasses.dataclass(frozen=True)
 class SplitPhotos:
-    """The photos of a split.
+    """Photos of a split with their regions and the predictions for them.
 
     Attributes:
-        truth: coordinates, names and authors.
-        methods: what each set of predictions answers.
-        regions: continent and country, as UTF-8.
+        truth: coordinates, place names and authors.
+        methods: main method per file of predictions.
+        regions: continent and country per photo, as UTF-8.
         km: distance to the nearest gallery photo.
     """
 
@@ -59,12 +61,14 @@ class SplitPhotos:
 
 @dataclasses.dataclass(frozen=True)
 class Maps:
-    """What is drawn on the page's maps.
+    """Data of the page's maps.
 
     Attributes:
-        cells: S2 cells that have gallery photos, ascending, and counts: photos in each.
+        cells: ids of the S2 cells with gallery photos, ascending.
+        counts: gallery photos per cell.
         coordinates: degrees of the photos of the split whose regions are left out.
-        lost: `continent` and `country` -> the band of LOST_BANDS of each of these photos, -1 for none.
+        lost: index into the bands between LOST_BANDS per photo, by `continent` and `country`; -1 if the photo's region
+            is not left out.
     """
 
     cells: UInt64[np.ndarray, "m"]
@@ -76,8 +80,10 @@ class Maps:
 def split_photos(
     truth: CoordinateTable, methods: Sequence[Method], tree: KDTree, gallery: Table, of_gallery: np.ndarray
 ) -> SplitPhotos:
-    """Returns the photos of a split with their regions. tree: of the gallery's unit vectors. of_gallery: regions of
-    the gallery's photos."""
+    """Returns the photos of a split with their regions.
+
+    tree: unit vectors of the gallery's coordinates. of_gallery: continent and country per gallery photo.
+    """
     rows, km = _nearest(tree, gallery, truth)
     return SplitPhotos(truth, audit.answers(methods), _regions(truth, rows, km, of_gallery), km)
 
@@ -90,19 +96,23 @@ def figures(
     level: int,
     scoring: EvaluateSettings,
 ) -> dict[str, Any]:
-    """Returns counts by region and cell, accuracy by distance, and `masked`: figures of `mask`."""
+    """Returns the figures of the audit: photos by region and cell, accuracy by distance, and accuracy without a region.
+
+    of_gallery: continent and country per gallery photo. masked: result of `mask`. level: S2 level of the cells.
+    """
     regions = {name: of.regions for name, of in splits.items()}
     return {
         "gallery": len(gallery),
         "density": _density(gallery, of_gallery, regions, level),
-        "named_by_nearest": {name: _borrowed(of.truth, of.regions) for name, of in splits.items()},
+        "named_by_nearest": {name: _count_unnamed(of.truth, of.regions) for name, of in splits.items()},
         "distance": {name: _by_distance(of.km, of.methods, of.truth, scoring) for name, of in splits.items()},
         "masked": masked,
     }
 
 
 def maps(figures: Mapping[str, Any], gallery: Table, of: SplitPhotos, reference: str) -> Maps:
-    """Returns what is drawn. of: the split whose regions are left out. reference: the variant that loses."""
+    """Returns the data of the page's maps. of: photos of the split whose regions are left out. reference: variant whose
+    losses the map shows."""
     scheme = CellScheme(figures["density"]["level"], 1)
     cells, counts = np.unique(scheme.cell_ids(np.asarray(scheme.regroup(gallery.tokens()))), return_counts=True)
     lost = {kind: np.full(len(of.truth.ids), -1) for kind in _KINDS}
@@ -116,16 +126,16 @@ def maps(figures: Mapping[str, Any], gallery: Table, of: SplitPhotos, reference:
 
 
 def table(figures: Mapping[str, Any]) -> str:
-    """Returns the figures that matter most, as text."""
+    """Returns text tables: accuracy by distance to the nearest gallery photo, and with and without each region."""
     masked = figures["masked"]
     split = masked["split"]
     lines = [f"{split}: percent within 200 km, by distance to the nearest gallery photo"]
     names = [m["name"] for m in figures["distance"][split]["all"]["methods"]]
     lines += [f"  {'':16}{'photos':>8}  " + "  ".join(f"{name[:22]:>22}" for name in names)]
-    for found in figures["distance"][split]["bins"]:
-        within = [f"{100 * m['accuracy'][BIN_AT]['value']:22.1f}" for m in found["methods"]]
-        lines.append(f"  {found['name']:16}{found['photos']:8,}  " + "  ".join(within))
-    lines += ["", f"{split}: percent within 2,500 km, and without the gallery's photos of their region"]
+    for counted in figures["distance"][split]["bins"]:
+        within = [f"{100 * m['accuracy'][BIN_AT]['value']:22.1f}" for m in counted["methods"]]
+        lines.append(f"  {counted['name']:16}{counted['photos']:8,}  " + "  ".join(within))
+    lines += ["", f"{split}: percent within 2,500 km -> with the photos of their region left out of the gallery"]
     for region in masked["regions"]:
         pairs = (
             f"{m['name'][:22]} {100 * m['plain'][LOST_AT]['value']:.1f} -> {100 * m['masked'][LOST_AT]['value']:.1f}"
@@ -138,28 +148,28 @@ def table(figures: Mapping[str, Any]) -> str:
 def gallery_regions(photos: records.Photos, gallery: Table) -> Shaped[np.ndarray, "N 2"]:
     """Returns continent and country of every gallery photo, as UTF-8.
 
-    photos: records in the gallery's order, which also has those that `embed` dropped. Raises StageError if one of the
-    gallery's is missing.
+    photos: records in the order of the gallery; they include photos that `embed` dropped. Raises StageError if a
+    gallery photo is missing among them.
     """
-    found = np.zeros((len(gallery), 2), f"S{records.ID_BYTES}")
+    names = np.zeros((len(gallery), 2), f"S{records.ID_BYTES}")
     ids, row = gallery.ids(), 0
     for i in track(range(len(photos)), "places of the gallery", len(photos), "photos"):
         photo = photos[i]
         if row < len(gallery) and photo["id"].encode() == ids[row]:
-            found[row] = regions.continent(photo).encode(), regions.country(photo["country"]).encode()
+            names[row] = regions.continent(photo).encode(), regions.country(photo["country"]).encode()
             row += 1
     if row < len(gallery):
         raise workdir.StageError(
-            f"photos/ has no photo {bytes(ids[row]).decode()!r} at its place, which gallery/ has: prepare, embed and "
-            "index again in another --workdir"
+            f"photos/ has no photo {bytes(ids[row]).decode()!r} in the order of gallery/, which has one: run prepare, "
+            "embed and index again with another --workdir"
         )
-    return found
+    return names
 
 
 def _nearest(
     tree: KDTree, gallery: Table, truth: CoordinateTable
 ) -> tuple[Int[np.ndarray, "n"], Float[np.ndarray, "n"]]:
-    """Returns the row of each photo's nearest gallery photo on the ground, and its distance in km."""
+    """Returns the gallery row of the photo taken nearest to each photo, and the distance between them in km."""
     rows = np.asarray(tree.query(distance.to_unit_vectors(*truth.coordinates.T))[1])
     return rows, np.asarray(distance.great_circle_km(*truth.coordinates.T, *gallery.coordinates(rows).T))
 
@@ -170,17 +180,21 @@ def _regions(
     km: Float[np.ndarray, "n"],
     of_gallery: Shaped[np.ndarray, "N 2"],
 ) -> Shaped[np.ndarray, "n 2"]:
-    """Returns continent and country of each photo: by its names, else those of a gallery photo nearby."""
-    own = [(regions.continent(names).encode(), regions.country(names["country"]).encode()) for names in truth.extra]
-    found = np.array(own, of_gallery.dtype)
-    unnamed = (found[:, 1] == regions.UNKNOWN.encode()) & (km <= NEAR_KM)
-    found[unnamed] = of_gallery[rows[unnamed]]
-    return found
+    """Returns continent and country per photo, from its place names or else from a gallery photo within NEAR_KM.
+
+    rows, km: row and distance of the nearest gallery photo.
+    """
+    named = [(regions.continent(names).encode(), regions.country(names["country"]).encode()) for names in truth.extra]
+    assigned = np.array(named, of_gallery.dtype)
+    unnamed = (assigned[:, 1] == regions.UNKNOWN.encode()) & (km <= NEAR_KM)
+    assigned[unnamed] = of_gallery[rows[unnamed]]
+    return assigned
 
 
-def _borrowed(truth: CoordinateTable, found: Shaped[np.ndarray, "n 2"]) -> dict[str, int]:
+def _count_unnamed(truth: CoordinateTable, assigned: Shaped[np.ndarray, "n 2"]) -> dict[str, int]:
+    """Returns how many photos without a country name got one from a gallery photo, and how many photos have none."""
     unnamed = np.array([not names["country"].strip() for names in truth.extra])
-    unknown = found[:, 1] == regions.UNKNOWN.encode()
+    unknown = assigned[:, 1] == regions.UNKNOWN.encode()
     return {"named": int((unnamed & ~unknown).sum()), "unknown": int(unknown.sum())}
 
 
@@ -190,13 +204,16 @@ def _density(
     regions: Mapping[str, Shaped[np.ndarray, "n 2"]],
     level: int,
 ) -> dict[str, Any]:
-    """Counts photos by continent and country, the gallery's and each split's, and the gallery's by S2 cell."""
+    """Returns the number of photos per continent and country, of gallery and splits, and the fullest S2 cells.
+
+    regions: continent and country per photo, by split. level: S2 level of the cells.
+    """
     scheme = CellScheme(level, 1)
     ids = scheme.cell_ids(np.asarray(scheme.regroup(gallery.tokens())))
     cells, first, cell_of, counts = np.unique(ids, return_index=True, return_inverse=True, return_counts=True)
     densest = np.argsort(-counts, kind="stable")[:10]
     latitude, longitude = scheme.decode(scheme.tokens_of(cells[densest]))
-    found: dict[str, Any] = {
+    density: dict[str, Any] = {
         "level": level,
         "cells": len(cells),
         "of_cells": 6 * 4**level,
@@ -214,7 +231,7 @@ def _density(
     for column, kind in enumerate(("continents", "countries")):
         names, which, photos = np.unique(of_gallery[:, column], return_inverse=True, return_counts=True)
         occupied = np.bincount(np.unique(which * len(cells) + cell_of) // len(cells))
-        asked = {
+        by_split = {
             split: dict(zip(*np.unique(of[:, column], return_counts=True), strict=True))
             for split, of in regions.items()
         }
@@ -224,24 +241,24 @@ def _density(
                 "photos": int(n),
                 "share": round(n / len(gallery), 6),
                 "cells": int(c),
-                **{split: int(of.get(name, 0)) for split, of in asked.items()},
+                **{split: int(of.get(name, 0)) for split, of in by_split.items()},
             }
             for name, n, c in zip(names, photos, occupied, strict=True)
         ]
-        found[kind] = sorted(lists, key=lambda region: (-region["photos"], region["name"]))
-    return found
+        density[kind] = sorted(lists, key=lambda region: (-region["photos"], region["name"]))
+    return density
 
 
 def _by_distance(
     km: Float[np.ndarray, "n"], methods: Sequence[Method], truth: CoordinateTable, scoring: EvaluateSettings
 ) -> dict[str, Any]:
-    """Scores the photos of each of BINS. km: to the nearest gallery photo."""
+    """Returns scores per bin of BINS and over all bins. km: distance of each photo to the nearest gallery photo."""
     which = np.searchsorted(distance.THRESHOLDS_KM, km)
     bins = []
     for i, name in enumerate(BINS):
         rows = np.flatnonzero(which == i)
-        found = audit.score(methods, truth, rows, scoring)["methods"] if len(rows) else []
-        bins.append({"name": name, "photos": len(rows), "share": round(len(rows) / len(km), 6), "methods": found})
+        scored = audit.score(methods, truth, rows, scoring)["methods"] if len(rows) else []
+        bins.append({"name": name, "photos": len(rows), "share": round(len(rows) / len(km), 6), "methods": scored})
     everything = audit.score(methods, truth, np.arange(len(km)), scoring)
     return {"median_km": round(float(np.median(km)), 6), "bins": bins, "all": everything}
 
@@ -255,14 +272,14 @@ def mask(
     answer: Answer,
     scoring: EvaluateSettings,
 ) -> dict[str, Any]:
-    """Scores every photo again as it answers without the gallery's photos of its continent, then of its country.
+    """Returns scores of answers for a region's photos from a gallery without that region, by region.
 
-    row_of: each photo's row in the split's table, -1 for none. countries: number of countries that are
-    left out, those with most photos.
+    Regions are all continents and the `countries` countries with the most photos of the split. row_of: row of each
+    photo in the split's table; -1 if it has none. answer: function that answers from a subset of the gallery.
     """
-    found, both = [], [m for m in of.methods if m.variant in (TOP1, scoring.reference)]
+    scored, both = [], [m for m in of.methods if m.variant in (TOP1, scoring.reference)]
     without_continent = np.full((2, len(of.truth.ids), 2), np.nan)
-    chosen = _chosen(of.regions, of_gallery, countries)
+    chosen = _masked_regions(of.regions, of_gallery, countries)
     for number, (column, name) in enumerate(track(chosen, "without a region", len(chosen), "regions")):
         rows = np.flatnonzero((of.regions[:, column] == name) & (row_of >= 0))
         kept = np.flatnonzero(of_gallery[:, column] != name)
@@ -270,44 +287,53 @@ def mask(
         placed[:, rows] = answer(number, row_of[rows], kept)
         if column == 0:
             without_continent[:, rows] = placed[:, rows]
-        lost = _lost(both, placed, of.truth, np.flatnonzero(of.regions[:, column] == name), scoring)
+        lost = _masked_scores(both, placed, of.truth, np.flatnonzero(of.regions[:, column] == name), scoring)
         left_out = len(of_gallery) - len(kept)
-        found.append({"kind": _KINDS[column], "name": name.decode(), "gallery": left_out, **lost})
+        scored.append({"kind": _KINDS[column], "name": name.decode(), "gallery": left_out, **lost})
     rows = np.flatnonzero(np.isin(of.regions[:, 0], [name for column, name in chosen if column == 0]))
-    every = _lost(both, without_continent, of.truth, rows, scoring) if len(rows) else None
-    return {"split": split, "every_continent": every, "regions": found}
+    every = _masked_scores(both, without_continent, of.truth, rows, scoring) if len(rows) else None
+    return {"split": split, "every_continent": every, "regions": scored}
 
 
-def _chosen(
+def _masked_regions(
     of_photos: Shaped[np.ndarray, "n 2"], of_gallery: Shaped[np.ndarray, "N 2"], countries: int
 ) -> list[tuple[int, bytes]]:
-    """Returns the regions to leave out: column and name, those with most photos first."""
+    """Returns the regions to leave out, as column and name; continents, then countries, the largest first."""
     chosen = []
-    for column, most in enumerate((None, countries)):
+    for column, limit in enumerate((None, countries)):
         names, photos = np.unique(of_photos[:, column], return_counts=True)
         known = (names != regions.UNKNOWN.encode()) & np.isin(names, of_gallery[:, column])
         order = np.argsort(-photos[known], kind="stable")
-        chosen += [(column, bytes(name)) for name in names[known][order][:most]]
+        chosen += [(column, bytes(name)) for name in names[known][order][:limit]]
     return chosen
 
 
-def _lost(
+def _masked_scores(
     methods: Sequence[Method],
     placed: Float[np.ndarray, "2 n 2"],
     truth: CoordinateTable,
     rows: Int[np.ndarray, "m"],
     scoring: EvaluateSettings,
 ) -> dict[str, Any]:
-    """Scores both methods on some photos as they answered, as `placed` says, and the paired difference."""
-    found = []
+    """Returns accuracy of both methods on some photos with the whole gallery and without a region, and the difference.
+
+    placed: coordinates without the region, of the first neighbor and of the decoder. Differences are paired.
+    """
+    compared = []
     for method in methods:
-        again = placed[int(method.variant != TOP1)]
-        km = off_km(again, truth, scoring.earth)
-        masked = dataclasses.replace(method, variant="masked", coordinates=again, km=km)
+        without_region = placed[int(method.variant != TOP1)]
+        km = off_km(without_region, truth, scoring.earth)
+        masked = dataclasses.replace(method, variant="masked", coordinates=without_region, km=km)
         scores = audit.score([method, masked], truth, rows, scoring, reference=method.variant)
-        plain, without = (row["accuracy"] for row in scores["methods"])
-        lost = scores["differences"][0]["accuracy"]
-        found.append(
-            {"variant": method.variant, "name": method.name, "plain": plain, "masked": without, "difference": lost}
+        plain, masked_accuracy = (row["accuracy"] for row in scores["methods"])
+        difference = scores["differences"][0]["accuracy"]
+        compared.append(
+            {
+                "variant": method.variant,
+                "name": method.name,
+                "plain": plain,
+                "masked": masked_accuracy,
+                "difference": difference,
+            }
         )
-    return {"photos": len(rows), "methods": found}
+    return {"photos": len(rows), "methods": compared}

@@ -1,8 +1,8 @@
-"""Accuracy of predictions against the truth, from files alone, so that it scores anybody's predictions.
+"""Accuracy of predictions, computed from files of predictions and of true coordinates by any program.
 
-Every photo of the truth counts: one without a prediction is wrong at every threshold. Intervals are 95 % percentile
-bootstrap intervals over authors where authors are known, because photos of one author are not independent; every
-method sees the same resamples, so differences between methods are paired.
+Every photo of the truth counts: a photo without a prediction is wrong at every threshold. Intervals are 95 % percentile
+bootstrap intervals. Authors are resampled if they are known, because photos of one author are not independent. All
+methods use the same resamples, so differences between methods are paired.
 """
 
 import dataclasses
@@ -24,15 +24,19 @@ from geotoken_jax.geo import distance
 def compare_files(
     predictions: Sequence[epath.PathLike], truth: epath.PathLike, options: EvaluateSettings
 ) -> dict[str, Any]:
-    """Returns the metrics of files of predictions against a file of truth. A file's path is its variant's name."""
+    """Returns the metrics of files of predictions against a file of true coordinates.
+
+    The path of a file is the name of its variant. Raises TableError if a file cannot be scored, SettingsError if
+    options.compare names a method that no file has.
+    """
     points = read_coordinates(truth)
-    found = []
+    methods = []
     for path in map(str, predictions):
         label = options.labels.get(path, epath.Path(path).stem)
-        found += methods_of(read_coordinates(path), points, path, label, options.earth)
-    found, split = in_order(found, options.reference), epath.Path(truth).stem
-    _check_pairs({split: found}, options)
-    return _metrics({split: _score_split(found, points, options)}, options)
+        methods += methods_of(read_coordinates(path), points, path, label, options.earth)
+    methods, split = in_order(methods, options.reference), epath.Path(truth).stem
+    _check_pairs({split: methods}, options)
+    return _metrics({split: _score_split(methods, points, options)}, options)
 
 
 def score_splits(
@@ -41,9 +45,10 @@ def score_splits(
     known: Mapping[str, overlap.Leaks],
     options: EvaluateSettings,
 ) -> dict[str, Any]:
-    """Returns the metrics of every split. known: photos that the gallery knows, as `overlap.find` has them.
+    """Returns the metrics of every split. All mappings are by split.
 
-    Raises SettingsError if a pair to compare names a method that no split has.
+    known: photos that also are in the gallery in some form, from `overlap.find`. Raises SettingsError if
+    options.compare names a method that no split has.
     """
     _check_pairs(methods, options)
     scores = {}
@@ -54,20 +59,23 @@ def score_splits(
 
 
 def _check_pairs(methods: Mapping[str, Sequence[Method]], options: EvaluateSettings) -> None:
-    """Raises SettingsError if a pair to compare names a method that no split has."""
-    names = {name: None for found in methods.values() for name in _names(found)}
+    """Raises SettingsError if options.compare names a method that no split has."""
+    names = {name: None for listed in methods.values() for name in _names(listed)}
     for name in (name for pair in options.compare for name in pair):
         if name not in names:
-            raise settings.SettingsError(f"there is no method {name!r} to compare: use one of {', '.join(names)}")
+            raise settings.SettingsError(
+                f"there is no method {name!r} to compare: use one of {', '.join(names)} in --compare or "
+                "config.evaluate.compare"
+            )
 
 
 def _metrics(scores: Mapping[str, Any], options: EvaluateSettings) -> dict[str, Any]:
-    made = {name: getattr(options, name) for name in ("resamples", "seed", "earth", "strict")}
-    return {**made, "splits": scores}
+    shown = {name: getattr(options, name) for name in ("resamples", "seed", "earth", "strict")}
+    return {**shown, "splits": scores}
 
 
 def _score_split(methods: Sequence[Method], truth: CoordinateTable, options: EvaluateSettings) -> dict[str, Any]:
-    """Returns every number of one split that comes from predictions and truth alone."""
+    """Returns the metrics of one split that need neither gallery nor photos: scores, continents and uncertainty."""
     scores = score(
         methods, truth, options.reference, options.resamples, options.seed, options.strict, tuple(options.compare)
     )
@@ -79,43 +87,45 @@ def _score_split(methods: Sequence[Method], truth: CoordinateTable, options: Eva
 
 
 def _continents(methods: Sequence[Method], truth: CoordinateTable, options: EvaluateSettings) -> list[dict[str, Any]]:
-    """Scores each variant's own choice on the photos of each continent, those with most photos first."""
+    """Returns scores of the main methods per continent, most photos first; empty if no continent is known."""
     names = [
         regions.continent({key: str(row.get(key) or "") for key in ("country", "continent")}) for row in truth.extra
     ]
-    methods, found = [m for m in methods if m.main], []
+    methods, scores = [m for m in methods if m.main], []
     for name in sorted(set(names), key=lambda name: (-names.count(name), name)):
         rows = np.flatnonzero(np.array(names) == name)
-        found.append({"name": name, **score_part(methods, truth, rows, options)})
-    return found if len(found) > 1 or names[0] != regions.UNKNOWN else []
+        scores.append({"name": name, **score_part(methods, truth, rows, options)})
+    return scores if len(scores) > 1 or names[0] != regions.UNKNOWN else []
 
 
 def _clean(
     methods: Sequence[Method], truth: CoordinateTable, known: overlap.Leaks, options: EvaluateSettings
 ) -> dict[str, Any]:
-    """Scores each variant's own choice on the photos whose author and picture the gallery does not know; `methods` is
-    empty where no photo is left."""
+    """Returns scores of the main methods on photos that share no id, picture or author with a gallery photo.
+
+    `methods` is empty if no such photo is left.
+    """
     kinds = ("same id", "near-duplicate", "same author")
     rows = np.flatnonzero(~known.leaked(*kinds))
     left_out = {kind: int(known.leaked(kind).sum()) for kind in kinds}
-    own = [m for m in methods if m.main]
-    scores = score_part(own, truth, rows, options) if len(rows) else {"photos": 0, "methods": []}
+    main = [m for m in methods if m.main]
+    scores = score_part(main, truth, rows, options) if len(rows) else {"photos": 0, "methods": []}
     return {"left_out": left_out, **scores}
 
 
 def score_part(
     methods: Sequence[Method], truth: CoordinateTable, rows: Int[np.ndarray, "n"], options: EvaluateSettings
 ) -> dict[str, Any]:
-    """Returns the scores of the methods on some rows of the truth, one or more."""
-    part = dataclasses.replace(
+    """Returns the scores of the methods on a subset of the photos. rows: rows of `truth`, at least one."""
+    subset = dataclasses.replace(
         truth,
         ids=[truth.ids[row] for row in rows],
         coordinates=truth.coordinates[rows],
         candidates=truth.candidates[rows],
         extra=[truth.extra[row] for row in rows],
     )
-    seen = [dataclasses.replace(m, coordinates=m.coordinates[rows], km=m.km[rows], claims=None) for m in methods]
-    return score(seen, part, options.reference, options.resamples, options.seed, options.strict)
+    cut = [dataclasses.replace(m, coordinates=m.coordinates[rows], km=m.km[rows], claims=None) for m in methods]
+    return score(cut, subset, options.reference, options.resamples, options.seed, options.strict)
 
 
 def score(
@@ -127,12 +137,12 @@ def score(
     strict: bool = False,
     compare: Sequence[tuple[str, str]] = (),
 ) -> dict[str, Any]:
-    """Returns accuracies and differences of the methods, as JSON holds them. The arguments are as in EvaluateSettings.
+    """Returns accuracies of the methods and differences between them, ready for JSON.
 
-    Accuracies are fractions within each of THRESHOLDS_KM, with 95 % intervals. differences: each other method minus
-    the reference variant's own choice, with intervals and two-sided p-values of the same paired bootstrap (the
-    smallest that R resamples can show is 2 / (R + 1)). comparisons: the same of each pair of `compare` that is here,
-    first minus second.
+    Accuracies are fractions within each of THRESHOLDS_KM, with 95 % intervals. `differences` has every other method
+    minus the main method of the reference variant, with intervals and two-sided p-values of the paired bootstrap. The
+    smallest p-value that R resamples can show is 2 / (R + 1). `comparisons` has the same for each pair of `compare`
+    whose methods exist, first minus second. The last five arguments are fields of EvaluateSettings.
     """
     authors = [str(row.get("author") or "") for row in truth.extra]
     outcomes = np.stack([bootstrap.outcomes(method.km, strict) for method in methods], axis=1)
@@ -174,13 +184,13 @@ def score(
 
 
 def _names(methods: Sequence[Method]) -> dict[str, int]:
-    """Returns the index of each method by VARIANT:CHOICE, and of each variant's own choice by VARIANT too."""
+    """Returns the index of each method by VARIANT:CHOICE, and of each main method by VARIANT too."""
     names = {method.variant: i for i, method in enumerate(methods) if method.main}
     return names | {f"{method.variant}:{method.choice}": i for i, method in enumerate(methods) if method.choice}
 
 
 def table(metrics: Mapping[str, Any]) -> str:
-    """Returns the numbers as text of at most 100 columns: an interval stands below its value."""
+    """Returns the metrics as text of at most 100 columns, with each interval below its value."""
     limits = f"{'less than' if metrics['strict'] else 'within'} a distance on the {metrics['earth']}"
     lines = [f"Percent of photos {limits}; below it, the 95 % interval."]
     thresholds = [f"{km:,} km" for km in distance.THRESHOLDS_KM]
@@ -193,12 +203,15 @@ def table(metrics: Mapping[str, Any]) -> str:
             below = [f"{100 * a['low']:.1f}-{100 * a['high']:.1f}" for a in row["accuracy"]]
             tail = [f"{row['median_km']:,.1f}", f"{row['geoscore']['value']:,.0f}"]
             lines += _aligned(row["name"] + (" (bound)" if row["bound"] else ""), above + tail, below)
+        if any(row["bound"] for row in scores["methods"]):
+            lines += ["A bound uses the truth to take the best of the same candidates."]
         if scores["differences"]:
-            lines += ["", f"{split}: points above (+) or below (-) {scores['reference']}", "-" * 100]
+            lines += ["", f"{split}: percentage points above (+) or below (-) {scores['reference']}", "-" * 100]
         for row in scores["differences"]:
             lines += _difference(row["name"], row["accuracy"])
         for row in scores["comparisons"]:
-            lines += ["", *textwrap.wrap(f"{split}: points of {row['name']} above (+) or below (-)", 100), "-" * 100]
+            title = f"{split}: percentage points of {row['name']} above (+) or below (-)"
+            lines += ["", *textwrap.wrap(title, 100), "-" * 100]
             lines += _difference(row["against"], row["accuracy"])
         if scores["uncertainty"]:
             lines += ["", *reliability.lines(split, scores["uncertainty"])]
@@ -216,7 +229,10 @@ def _difference(name: str, accuracy: Sequence[Mapping[str, float]]) -> list[str]
 
 
 def _aligned(name: str, above: Sequence[str], below: Sequence[str], width: int = 11) -> list[str]:
-    """Returns a row of the table: the name, wrapped to 26 columns, beside cells in two lines."""
+    """Returns the lines of a table row: the name in 26 columns, and two lines of cells.
+
+    width: columns of each of the first five cells; the sixth is one column narrower, the seventh two.
+    """
     names = textwrap.wrap(name, 25) or [""]
     cells = ["".join(f"{cell:>{width - max(0, i - 4)}}" for i, cell in enumerate(row)) for row in (above, below)]
     height = max(len(names), 2 if below else 1)

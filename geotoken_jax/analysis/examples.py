@@ -1,4 +1,4 @@
-"""Photos to show: those placed best and worst, their neighbors, and the names of places near them."""
+"""Example photos of the report, and lookups of gallery photos and place names for them."""
 
 import dataclasses
 import math
@@ -13,21 +13,21 @@ from geotoken_jax.gallery.table import Table
 from geotoken_jax.geo import distance
 from geotoken_jax.records import Photos
 
-#: Photos of each kind.
+#: Photos per kind: best, median and worst.
 _SHOWN = 10
-#: A place is named by the nearest gallery photo within this distance.
+#: A place gets the name of the nearest gallery photo within this distance.
 _NEAR_KM = 100.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """The photos of a split that one method placed best, in the middle of its ranking, and worst.
+    """Photos of a split with the smallest, median and largest errors of one method.
 
     Attributes:
-        split: where the photos are from.
-        name: the method's.
-        kinds: `best`, `median` and `worst` -> records of photos/.
-        predictions: id -> row of the file of predictions.
+        split: name of the split.
+        name: name of the method.
+        kinds: records of photos/ by `best`, `median` and `worst`.
+        predictions: row of the file of predictions by photo id.
     """
 
     split: str
@@ -37,17 +37,20 @@ class Examples:
 
 
 def ranked(method: Method, count: int = _SHOWN) -> dict[str, Int[np.ndarray, "n"]]:
-    """Returns `best`, `median` and `worst` -> up to `count` rows of the photos that have a prediction."""
+    """Returns up to `count` rows of photos each for `best`, `median` and `worst`, by error of the method.
+
+    Photos without a prediction are not ranked.
+    """
     order = np.argsort(method.km, kind="stable")[: len(method.km) - method.missing]
     middle = max(0, (len(order) - count) // 2)
     return {"best": order[:count], "median": order[middle : middle + count], "worst": order[::-1][:count]}
 
 
 class Gallery:
-    """Photos of a split by id, and the name of the place of the nearest one."""
+    """Lookup of photos by id, and of place names by coordinates, in one split."""
 
     def __init__(self, photos: Photos, table: Table, wanted: Iterable[str] = ()):
-        """photos: the split's records. table: its gallery/ or queries/. wanted: ids of the photos to be asked for."""
+        """photos: records of the split. table: its table, gallery/ or queries/. wanted: ids that `photo` can return."""
         self._photos = photos
         self._ids = np.asarray(table.ids())
         self._vectors = distance.to_unit_vectors(*table.coordinates().T)
@@ -55,18 +58,22 @@ class Gallery:
         self._row = {bytes(self._ids[row]).decode(): int(row) for row in rows}
 
     def near(self, at: Float[np.ndarray, "2"]) -> str:
-        """Returns the place of the nearest photo, or "" if there is none within 100 km. at: degrees."""
-        similarity = self._vectors @ distance.to_unit_vectors(*at)
-        nearest = int(np.argmax(similarity))
-        near = similarity[nearest] >= math.cos(_NEAR_KM / distance.EARTH_RADIUS_KM)
-        return place_name(self._photo(nearest)) if near else ""
+        """Returns the place name of the nearest photo, or "" if no photo is within 100 km. at: degrees."""
+        cosine = self._vectors @ distance.to_unit_vectors(*at)
+        nearest = int(np.argmax(cosine))
+        is_near = cosine[nearest] >= math.cos(_NEAR_KM / distance.EARTH_RADIUS_KM)
+        return place_name(self._photo(nearest)) if is_near else ""
 
     def photo(self, name: str) -> Mapping[str, Any] | None:
-        """Returns the record of a photo, None for one that is not in the table."""
+        """Returns the record of a photo by id; None if the photo is not in the table or not in `wanted`."""
         return self._photo(self._row[name]) if name in self._row else None
 
     def _photo(self, row: int) -> Mapping[str, Any]:
-        """Returns the photo of a row; photos/ has the same order, and also the few photos that `embed` dropped."""
+        """Returns the record of a row of the table.
+
+        photos/ has the same order as the table, but also has the few photos that `embed` dropped. The search for the
+        id therefore starts at the same row.
+        """
         name = bytes(self._ids[row]).decode()
         while (photo := self._photos[row])["id"] != name:
             row += 1
@@ -74,5 +81,5 @@ class Gallery:
 
 
 def place_name(names: Mapping[str, Any]) -> str:
-    """Returns city and country, as far as they are known."""
+    """Returns "City, Country", or the one of them that is known, or ""."""
     return ", ".join(str(names[part]) for part in ("city", "country") if names.get(part))

@@ -1,4 +1,7 @@
-"""`geotoken audit leakage`: what the gallery already knows of the photos that are evaluated, and what that is worth."""
+"""Figures of `geotoken audit leakage`: evaluated photos that also are in the gallery, and accuracy without them.
+
+A leaked photo shares its id, image, coordinates or author with a photo of the gallery.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,21 +18,21 @@ from geotoken_jax.geo import distance
 
 #: Kinds of leaked photos, worst first.
 KINDS = ("same id", "near-duplicate", "same coordinates", "same author")
-#: Pairs per kind and split that are shown.
+#: Example pairs per kind and split.
 PAIRS = 5
-#: Of the cosine with the most similar gallery photo.
+#: Reported quantiles of the cosine with the most similar gallery photo.
 _QUANTILES = {"median": 0.5, "90 %": 0.9, "99 %": 0.99, "largest": 1.0}
-#: Threshold of the printed table.
+#: Index of the printed table's threshold, 25 km.
 _AT = distance.THRESHOLDS_KM.index(25)
 
 
 def table(figures: Mapping[str, Any]) -> str:
-    """Returns the figures that matter most, as text."""
+    """Returns text tables: leaked photos by kind, and accuracy with and without the leaked photos."""
     lines = [f"{'':16}{'photos':>8}" + "".join(f"{kind:>18}" for kind in KINDS) + f"{'clean':>8}"]
     for split, of in figures["splits"].items():
         kinds = "".join(f"{of['kinds'][kind]['photos']:18,}" for kind in KINDS)
         lines.append(f"{split[:15]:16}{of['photos']:8,}{kinds}{of['clean']:8,}")
-    lines += ["", "Percent within 25 km on all photos, and without the leaked ones"]
+    lines += ["", "Percent within 25 km: all photos -> without leaked photos"]
     for split, of in figures["splits"].items():
         for i, method in enumerate(of["accuracy"]["all"]["methods"]):
             clean = of["accuracy"]["clean"]
@@ -43,34 +46,44 @@ def table(figures: Mapping[str, Any]) -> str:
 def figures(
     truths: Mapping[str, CoordinateTable],
     methods: Mapping[str, Sequence[Method]],
-    found: Mapping[str, Leaks],
+    leaks: Mapping[str, Leaks],
     gallery: Table,
     above: float,
     scoring: EvaluateSettings,
 ) -> dict[str, Any]:
-    """Returns counts, pairs and scores of every split. found: of `overlap.find`, with this `above`."""
+    """Returns counts, example pairs and scores of every split. Mappings are by split.
+
+    leaks: result of `overlap.find`. above: cosine that `leaks` was found with.
+    """
     splits = {
-        split: _figures(truth, audit.answers(methods[split]), found[split], gallery, scoring)
+        split: _figures(truth, audit.answers(methods[split]), leaks[split], gallery, scoring)
         for split, truth in truths.items()
     }
     return {"cosine_above": above, "gallery": len(gallery), "splits": splits}
 
 
 def worst_kinds(
-    truths: Mapping[str, CoordinateTable], found: Mapping[str, Leaks]
+    truths: Mapping[str, CoordinateTable], leaks: Mapping[str, Leaks]
 ) -> dict[str, Float[np.ndarray, "n 2"]]:
-    """Returns coordinates of the photos of all splits by the worst kind they are, those of no kind under ""."""
+    """Returns the coordinates of the photos of all splits by their worst kind of leak; key "" for photos without one.
+
+    The order from worst to least is KINDS.
+    """
     coordinates = np.concatenate([truth.coordinates for truth in truths.values()])
     kind_of = np.full(len(coordinates), len(KINDS))
     for i, kind in reversed(list(enumerate(KINDS))):
-        kind_of[np.concatenate([found[split].leaked(kind) for split in truths])] = i
+        kind_of[np.concatenate([leaks[split].leaked(kind) for split in truths])] = i
     return {kind: coordinates[kind_of == i] for i, kind in enumerate([*KINDS, ""])}
 
 
 def _figures(
-    truth: CoordinateTable, methods: Sequence[Method], found: Leaks, gallery: Table, scoring: EvaluateSettings
+    truth: CoordinateTable, methods: Sequence[Method], leaks: Leaks, gallery: Table, scoring: EvaluateSettings
 ) -> dict[str, Any]:
-    """Counts and scores one split. accuracy: None where nothing is left out, or no photo is left."""
+    """Returns the figures of one split.
+
+    `accuracy` has scores of all photos, without each kind of leak, and of clean photos; None if a kind has no photos or
+    no photo is left.
+    """
 
     def scores(kept: Bool[np.ndarray, "n"]) -> dict[str, Any] | None:
         return audit.score(methods, truth, np.flatnonzero(kept), scoring) if kept.any() else None
@@ -78,19 +91,19 @@ def _figures(
     n = len(truth.ids)
     kinds = {
         kind: {
-            "photos": int(found.leaked(kind).sum()),
-            "share": round(float(found.leaked(kind).mean()), 6),
-            "pairs": _pairs(truth, found, kind, gallery),
+            "photos": int(leaks.leaked(kind).sum()),
+            "share": round(float(leaks.leaked(kind).mean()), 6),
+            "pairs": _pairs(truth, leaks, kind, gallery),
         }
         for kind in KINDS
     }
-    without = {kind: scores(~found.leaked(kind)) if kinds[kind]["photos"] else None for kind in KINDS}
+    without = {kind: scores(~leaks.leaked(kind)) if kinds[kind]["photos"] else None for kind in KINDS}
     return {
         "photos": n,
-        "clean": int((~found.leaked()).sum()),
+        "clean": int((~leaks.leaked()).sum()),
         "kinds": kinds,
-        "cosine_of_nearest": _quantiles(found.cosine),
-        "accuracy": {"all": scores(np.ones(n, bool)), "without": without, "clean": scores(~found.leaked())},
+        "cosine_of_nearest": _quantiles(leaks.cosine),
+        "accuracy": {"all": scores(np.ones(n, bool)), "without": without, "clean": scores(~leaks.leaked())},
     }
 
 
@@ -99,15 +112,15 @@ def _quantiles(cosine: Float32[np.ndarray, "n"]) -> dict[str, float]:
     return {name: round(float(np.quantile(known, q)), 6) if len(known) else 0.0 for name, q in _QUANTILES.items()}
 
 
-def _pairs(truth: CoordinateTable, found: Leaks, kind: str, gallery: Table) -> list[dict[str, Any]]:
-    """Returns some leaked photos with what they leak from: the most similar first, for near-duplicates."""
-    leaked = np.flatnonzero(found.leaked(kind))
+def _pairs(truth: CoordinateTable, leaks: Leaks, kind: str, gallery: Table) -> list[dict[str, Any]]:
+    """Returns up to PAIRS leaked photos with their gallery photos; near-duplicates by falling cosine."""
+    leaked = np.flatnonzero(leaks.leaked(kind))
     if kind == "near-duplicate":
-        leaked = leaked[np.argsort(-found.cosine[leaked], kind="stable")]
+        leaked = leaked[np.argsort(-leaks.cosine[leaked], kind="stable")]
     pairs = []
     for photo in leaked[:PAIRS].tolist():
-        row = int(found.rows[kind][photo])
+        row = int(leaks.rows[kind][photo])
         km = distance.great_circle_km(*truth.coordinates[photo], *gallery.coordinates(row))
         pair = {"photo": truth.ids[photo], "gallery": bytes(gallery.ids(row)).decode(), "km": round(float(km), 6)}
-        pairs.append(pair | ({"cosine": round(float(found.cosine[photo]), 6)} if kind == "near-duplicate" else {}))
+        pairs.append(pair | ({"cosine": round(float(leaks.cosine[photo]), 6)} if kind == "near-duplicate" else {}))
     return pairs

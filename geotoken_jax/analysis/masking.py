@@ -1,4 +1,7 @@
-"""What is answered without a region: its photos are asked about again, with none of the gallery's from there."""
+"""Answers from a subset of the gallery: neighbors are searched again, and the decoder answers with these neighbors.
+
+The audit of coverage leaves out the photos of a region; a scaling study reduces the gallery to a number of photos.
+"""
 
 import dataclasses
 from typing import Any
@@ -16,49 +19,50 @@ from geotoken_jax.predict.prediction import coordinates
 
 
 class MaskedGallery:
-    """Answers for photos of one split from a part of the gallery.
+    """Answers for photos of one split from subsets of the gallery.
 
-    Search is exact, over that part alone: of an index over all of it, the first thousands found for a photo may all be
-    of the region that is left out.
+    The search is exact and covers the subset only. An index over the whole gallery does not work here: its first
+    thousands of results for a photo may all be from the region that is left out.
     """
 
     def __init__(self, config: Config, workdir: Workdir, variant: str, split: str):
-        """variant: whose decoder answers, with the settings that its predictions were made with."""
-        own = config.variant(variant)
+        """variant: variant whose decoder answers, with the prediction settings that predictions/VARIANT stores."""
+        config = config.variant(variant)
         stored = workdir.manifest(f"predictions/{variant}").settings["predict"]
-        made_with = settings.restored(stored, own.predict, "predict")
-        made_with = dataclasses.replace(made_with, selectors=(made_with.choice,))
-        self._answerer = workdir.answerer(dataclasses.replace(own, predict=made_with), variant)
-        self._own, self._gallery = workdir.table(split), workdir.gallery
+        predict = settings.restored(stored, config.predict, "predict")
+        predict = dataclasses.replace(predict, selectors=(predict.choice,))
+        self._answerer = workdir.answerer(dataclasses.replace(config, predict=predict), variant)
+        self._queries, self._gallery = workdir.table(split), workdir.gallery
         self._excluded = workdir.exclusions(split)
 
     def __call__(self, rows: Int[np.ndarray, "n"], kept: Int[np.ndarray, "m"]) -> Float[np.ndarray, "2 n 2"]:
-        """Returns the coordinates of the first neighbor, NaN where there is none, and of the decoder's answer.
+        """Returns coordinates in degrees of the first neighbor, NaN if a photo has none, and of the decoder's answer.
 
-        rows: of the split's table. kept: gallery rows that may be neighbors.
+        rows: rows of the split's table. kept: gallery rows that may be neighbors.
         """
         hidden = np.ones(len(self._gallery), bool)
         hidden[kept] = False
         left_out = self._excluded(rows)
-        queries = index_vectors(self._own.embeddings(rows))
-        near, scores = neighbors.find(_Subset(self._gallery, kept), queries, self._answerer.decoder.neighbors, left_out)
+        queries = index_vectors(self._queries.embeddings(rows))
+        subset, count = _Subset(self._gallery, kept), self._answerer.decoder.neighbors
+        neighbor_rows, scores = neighbors.find(subset, queries, count, left_out)
         placed = np.full((2, len(rows), 2), np.nan)
-        some = near[:, 0] >= 0
-        placed[0, some] = self._gallery.coordinates(near[some, 0])
+        has_neighbor = neighbor_rows[:, 0] >= 0
+        placed[0, has_neighbor] = self._gallery.coordinates(neighbor_rows[has_neighbor, 0])
         decoder = self._answerer.decoder
         for first in range(0, len(rows), decoder.settings.batch_size):
             part = slice(first, first + decoder.settings.batch_size)
-            query = self._own.embeddings(rows[part])
-            batch = {"query": query, **join.neighbors(self._gallery, near[part], decoder.cells)}
-            # The row number decides a photo's samples, so they are those of predictions/.
+            query = self._queries.embeddings(rows[part])
+            batch = {"query": query, **join.neighbors(self._gallery, neighbor_rows[part], decoder.cells)}
             exclude = [*self._excluded(rows[part]), lambda queries, found: hidden[found]]
-            answers, _ = self._answerer(batch, near[part], scores[part], rows[part], exclude=exclude)
+            # Samples are drawn by row number, so a photo gets the random draws it had in predictions/.
+            answers, _ = self._answerer(batch, neighbor_rows[part], scores[part], rows[part], exclude=exclude)
             placed[1, part] = coordinates(answers)
         return placed
 
 
 class _Subset:
-    """Some rows of the gallery, searched exactly (index.Index); their vectors are made as they are read."""
+    """Exact index (gallery.index.Index) over some rows of the gallery; vectors are computed when they are read."""
 
     def __init__(self, gallery: Table, rows: Int[np.ndarray, "m"]):
         self._gallery, self._rows = gallery, rows

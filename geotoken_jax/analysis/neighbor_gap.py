@@ -1,4 +1,7 @@
-"""`geotoken audit neighbors`: whether the neighbors that the decoder trains on are better than those of new photos."""
+"""Figures of `geotoken audit neighbors`: neighbors of train photos compared with neighbors of new photos.
+
+If train photos have better neighbors, the decoder learns to trust neighbors more than is right for new photos.
+"""
 
 import dataclasses
 import math
@@ -15,9 +18,10 @@ from geotoken_jax.configuration import EvaluateSettings
 from geotoken_jax.gallery.table import Table
 from geotoken_jax.geo import distance
 
-#: Photos of a split that are looked at, drawn by chance: a bootstrap of 100,000 takes seconds, one of 4 million hours.
+#: Largest number of photos per split; larger splits are sampled. A bootstrap of 100,000 takes seconds, of 4 million
+#: hours.
 _PHOTOS = 100_000
-#: Threshold of the tiles and of the verdict.
+#: Index of the threshold of tiles and verdicts, 25 km.
 AT = distance.THRESHOLDS_KM.index(25)
 #: Bins of the histograms of scores.
 _SCORES = 30
@@ -25,9 +29,10 @@ _SCORES = 30
 
 @dataclasses.dataclass(frozen=True)
 class Near:
-    """The neighbors of some photos of a split, best first.
+    """Neighbors of n photos of a split, K per photo, most similar first.
 
-    km: of each from the photo, NaN where there is none. scores: -inf there. truth: the photos themselves.
+    photos: number of photos of the whole split. km: distance of each neighbor from the photo, NaN for a missing
+    neighbor. scores: inner products of index vectors, -inf for a missing neighbor. truth: the n photos.
     """
 
     split: str
@@ -38,13 +43,16 @@ class Near:
 
     @property
     def trained_on(self) -> bool:
-        """Says whether the decoder trains on this split."""
+        """Whether the decoder trains on this split."""
         return self.split in (views.OF, views.SPLIT)
 
 
-def figures(found: Sequence[Near], neighbors: Mapping[str, Any], scoring: EvaluateSettings) -> dict[str, Any]:
-    """Returns scores of every split's neighbors and the gaps. neighbors: the settings that they were found with."""
-    splits = {near.split: split_figures(near, scoring) for near in found}
+def figures(samples: Sequence[Near], neighbors: Mapping[str, Any], scoring: EvaluateSettings) -> dict[str, Any]:
+    """Returns the quality of the neighbors of every split, and the gaps between train photos and other splits.
+
+    neighbors: settings of index.neighbors that the neighbors were searched with.
+    """
+    splits = {near.split: split_figures(near, scoring) for near in samples}
     return {
         "excluded": {name: neighbors[name] for name in ("exclude", "exclude_in_evaluation")},
         "neighbors": neighbors["count"],
@@ -53,15 +61,18 @@ def figures(found: Sequence[Near], neighbors: Mapping[str, Any], scoring: Evalua
     }
 
 
-def histograms(found: Sequence[Near], rank: int) -> tuple[Float[np.ndarray, "bins"], Float[np.ndarray, "splits bins"]]:
-    """Returns scores of a rank's neighbors, as middles of bins, and the share of each split's photos in each bin.
+def histograms(
+    samples: Sequence[Near], rank: int
+) -> tuple[Float[np.ndarray, "bins"], Float[np.ndarray, "splits bins"]]:
+    """Returns histograms of the scores of the neighbors of one rank: bin centers, and the share of photos per bin.
 
-    Both are empty if no photo has a neighbor of that rank.
+    Shares are per split, of the photos that have such a neighbor. Both arrays are empty if no photo has one. rank: 0
+    for the first neighbor.
     """
-    known = [near.scores[np.isfinite(near.scores[:, rank]), rank] for near in found]
+    known = [near.scores[np.isfinite(near.scores[:, rank]), rank] for near in samples]
     scores = np.concatenate(known)
     if not len(scores):
-        return np.empty(0), np.empty((len(found), 0))
+        return np.empty(0), np.empty((len(samples), 0))
     low, high = float(scores.min()), float(scores.max())
     edges = np.linspace(low, high if high > low else low + 1e-6, _SCORES + 1)
     shares = [np.histogram(of, edges)[0] / max(len(of), 1) for of in known]
@@ -69,7 +80,7 @@ def histograms(found: Sequence[Near], rank: int) -> tuple[Float[np.ndarray, "bin
 
 
 def table(figures: Mapping[str, Any]) -> str:
-    """Returns the figures that matter most, as text."""
+    """Returns a text table of the share of photos with a near neighbor per threshold, and a verdict per split."""
     columns = [f"{km:,} km" for km in distance.THRESHOLDS_KM]
     lines = [f"{'':40}{'photos':>8}" + "".join(f"{column:>10}" for column in columns)]
     for split, of in figures["splits"].items():
@@ -79,26 +90,28 @@ def table(figures: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", *(verdict(gap) for gap in figures["gaps"])])
 
 
-def sample(split: str, own: Table, gallery: Table, rows_and_scores: tuple[np.ndarray, np.ndarray], seed: int) -> Near:
-    """Returns the neighbors of a split's photos, or of 100,000 of them that the seed draws.
+def sample(split: str, table: Table, gallery: Table, rows_and_scores: tuple[np.ndarray, np.ndarray], seed: int) -> Near:
+    """Returns the neighbors of all photos of a split, or of 100,000 random photos if the split has more.
 
-    own: the split's table. rows_and_scores: of all its photos' neighbors, as neighbors/ has them.
+    table: table of the split. rows_and_scores: gallery rows and scores of the neighbors of all photos, from neighbors/.
+    seed: seed of the random choice.
     """
-    n, rows = len(own), np.arange(len(own))
+    n, rows = len(table), np.arange(len(table))
     if n > _PHOTOS:
         rows = np.sort(np.random.default_rng(seed).choice(n, _PHOTOS, replace=False))
-    near, scores = (of[rows] for of in rows_and_scores)
-    coordinates = own.coordinates(rows)
-    there = gallery.coordinates(np.maximum(near, 0))
-    km = np.asarray(distance.great_circle_km(*np.moveaxis(coordinates, -1, 0)[..., None], *np.moveaxis(there, -1, 0)))
-    ids, authors = ([name.decode() for name in column(rows).tolist()] for column in (own.ids, own.authors))
+    neighbors, scores = (values[rows] for values in rows_and_scores)
+    coordinates = table.coordinates(rows)
+    theirs = gallery.coordinates(np.maximum(neighbors, 0))
+    km = np.asarray(distance.great_circle_km(*np.moveaxis(coordinates, -1, 0)[..., None], *np.moveaxis(theirs, -1, 0)))
+    ids, authors = ([name.decode() for name in column(rows).tolist()] for column in (table.ids, table.authors))
     extra: list[dict[str, Any]] = [{"author": author} for author in authors]
     truth = CoordinateTable(split, ids, coordinates, np.zeros((len(rows), 0, 2)), False, extra)
-    return Near(split, n, np.where(near < 0, np.nan, km), scores, truth)
+    return Near(split, n, np.where(neighbors < 0, np.nan, km), scores, truth)
 
 
 def split_figures(near: Near, scoring: EvaluateSettings) -> dict[str, Any]:
-    """Scores the first neighbor and the best of all, counts the missing, and follows accuracy over ranks."""
+    """Returns the figures of one split: accuracy of the first and of the nearest neighbor, counts of missing neighbors,
+    and the share of photos per rank whose neighbor is within each of THRESHOLDS_KM."""
     count = near.km.shape[1]
     off = np.nan_to_num(near.km, nan=FARTHEST_KM)
     kinds = {"Top-1": (off[:, 0], False), f"Best of {count}": (off.min(axis=1), True)}
@@ -128,14 +141,16 @@ def _share(hits: np.ndarray) -> float:
 
 
 def gaps(splits: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Compares the first neighbor of train photos with that of each split that is not trained on.
+    """Returns the accuracy of the first neighbor on train photos minus its accuracy on each split that is not trained
+    on.
 
-    The splits share no author, so the interval of the difference comes from those of its terms (Zou and Donner 2008).
+    The splits share no author, so they are independent. The interval of a difference therefore comes from the intervals
+    of its two terms (Zou and Donner 2008). The result is empty if there is no train split.
     """
     if views.OF not in splits:
         return []
     train = splits[views.OF]["methods"][0]["accuracy"]
-    found = []
+    differences = []
     for split, of in splits.items():
         if of["trained_on"]:
             continue
@@ -147,19 +162,19 @@ def gaps(splits: Mapping[str, Any]) -> list[dict[str, Any]]:
             accuracy.append(
                 {"km": a["km"], **{k: round(v, 6) for k, v in (("value", value), ("low", low), ("high", high))}}
             )
-        found.append({"split": split, "accuracy": accuracy})
-    return found
+        differences.append({"split": split, "accuracy": accuracy})
+    return differences
 
 
 def verdict(gap: Mapping[str, Any]) -> str:
-    """Returns the verdict on one split, in one sentence."""
+    """Returns one sentence that compares the neighbors of train photos with the neighbors of one split."""
     at = gap["accuracy"][AT]
     value, low, high = (100 * at[name] for name in ("value", "low", "high"))
     interval = f"{value:+.1f} points within {at['km']} km, 95 % interval {low:+.1f} to {high:+.1f}"
     if low > 0:
         return (
             f"{gap['split']}: the first neighbors of train photos are BETTER ({interval}), so the decoder learns to "
-            "trust neighbors more than it can on such photos."
+            "trust neighbors more than is right for these photos."
         )
     if high < 0:
         return f"{gap['split']}: the first neighbors of train photos are worse ({interval})."

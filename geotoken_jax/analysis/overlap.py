@@ -1,4 +1,4 @@
-"""Which evaluated photos the gallery already knows: by id, picture, place or author."""
+"""Search for leaked photos: evaluated photos that share id, image, coordinates or author with a gallery photo."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -16,39 +16,42 @@ from geotoken_jax.vectors import unit
 
 @dataclasses.dataclass(frozen=True)
 class Leaks:
-    """The gallery photo that each photo of a split leaks from, by kind: a row of the gallery, -1 for none.
+    """Gallery photos that share something with the n photos of a split.
 
-    cosine: of each photo's image embedding with the most similar one of the gallery; NaN where it has no embedding.
+    rows: gallery row per photo, -1 for none, by kind: "same id", "near-duplicate", "same coordinates", "same author".
+    cosine: cosine between the image embeddings of each photo and its most similar gallery photo; NaN if the photo has
+    no embedding.
     """
 
     rows: Mapping[str, Int[np.ndarray, "n"]]
     cosine: Float32[np.ndarray, "n"]
 
     def leaked(self, *kinds: str) -> Bool[np.ndarray, "n"]:
-        """Says which photos are leaked in one of these ways, or of all ways where none is named."""
+        """Returns whether each photo is leaked by at least one of these kinds; by any kind if none is given."""
         return np.any([self.rows[kind] >= 0 for kind in kinds or self.rows], axis=0)
 
 
 def find(workdir: Workdir, truths: Mapping[str, CoordinateTable], above: float) -> dict[str, Leaks]:
-    """Compares the photos of all splits with the whole gallery of a work directory, which is read once.
+    """Returns the leaks of every split from the whole gallery of a work directory. The gallery is read once.
 
-    truths: by split, with each photo's author in `extra`. above: see config.audit.leakage.
+    truths: photos by split, with authors in `extra`. above: cosine above which two photos are near-duplicates, see
+    config.audit.leakage.
     """
-    from geotoken_jax.gallery import index  # and jax with it
+    from geotoken_jax.gallery import index  # imports jax, which other functions of this module do not need
 
     gallery = workdir.gallery
     names = list(truths)
     ids = encoded([name for truth in truths.values() for name in truth.ids])
     authors = encoded([str(row["author"]) for truth in truths.values() for row in truth.extra])
     coordinates = np.concatenate([truth.coordinates for truth in truths.values()])
-    queries = np.zeros((len(ids), gallery.width), np.float32)  # a photo without an embedding is near nothing
+    queries = np.zeros((len(ids), gallery.width), np.float32)  # a photo without an embedding stays zero: cosine NaN
     starts = np.cumsum([0, *(len(truth.ids) for truth in truths.values())])
     for split, first in zip(names, starts, strict=False):
-        own = workdir.table(split)
-        row = match(encoded(truths[split].ids), own.ids())
-        has = np.flatnonzero(row >= 0)
-        queries[first + has] = unit(own.embeddings(row[has])[:, 0])
-    nearest, cosine = (found[:, 0] for found in index.exact(_Images(gallery), queries, 1))
+        table = workdir.table(split)
+        row = match(encoded(truths[split].ids), table.ids())
+        embedded = np.flatnonzero(row >= 0)
+        queries[first + embedded] = unit(table.embeddings(row[embedded])[:, 0])
+    nearest, cosine = (column[:, 0] for column in index.exact(_Images(gallery), queries, 1))
     cosine = np.where(queries.any(axis=1), cosine, np.nan)
     rows = {
         "same id": match(ids, gallery.ids()),
@@ -61,7 +64,7 @@ def find(workdir: Workdir, truths: Mapping[str, CoordinateTable], above: float) 
 
 
 def match(wanted: Shaped[np.ndarray, "n"], among: Shaped[np.ndarray, "m"]) -> Int[np.ndarray, "n"]:
-    """Returns the first row of `among` that equals each value, -1 where none does."""
+    """Returns the first row of `among` that equals each value of `wanted`; -1 if none does."""
     order = np.argsort(among, kind="stable")
     at = np.searchsorted(among, wanted, sorter=order)
     rows = order[np.minimum(at, len(order) - 1)] if len(order) else np.zeros(len(wanted), int)
@@ -69,12 +72,12 @@ def match(wanted: Shaped[np.ndarray, "n"], among: Shaped[np.ndarray, "m"]) -> In
 
 
 def encoded(ids: Sequence[str]) -> Shaped[np.ndarray, "n"]:
-    """Returns ids or authors as tables hold them."""
+    """Returns ids or authors as fixed-width bytes, the form that tables store."""
     return np.array([name.encode() for name in ids], f"S{records.ID_BYTES}")
 
 
 class _Images:
-    """The gallery's image embeddings as of length 1 (index.Vectors), made as they are read."""
+    """Image embeddings of the gallery, scaled to length 1 when they are read (gallery.index.Vectors)."""
 
     def __init__(self, gallery: Table):
         self._gallery = gallery
@@ -87,5 +90,5 @@ class _Images:
 
 
 def _complex(coordinates: np.ndarray) -> Shaped[np.ndarray, "n"]:
-    """Returns one number a coordinate, so that pairs are compared as wholes."""
+    """Returns latitude + i longitude, so that `match` compares both at once."""
     return coordinates[:, 0] + 1j * coordinates[:, 1]

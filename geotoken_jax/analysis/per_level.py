@@ -1,7 +1,7 @@
-"""`geotoken audit levels`: at which S2 level the reference's answers leave the right cell, how far off, and why.
+"""Figures of `geotoken audit levels`: the S2 level at which answers leave the right cell, their errors, and causes.
 
-A token is looked at twice: with the true tokens before it (teacher-forced), and as greedy decoding writes it. Up to its
-first wrong token a greedy answer has read the truth, so both agree there; what follows a wrong one cannot be right.
+Each token is evaluated twice: given the true tokens before it (teacher-forced), and in greedy decoding, given the
+decoder's own tokens. Both agree up to the first wrong token of the greedy answer, and no later cell can be right.
 """
 
 import dataclasses
@@ -24,25 +24,28 @@ from geotoken_jax.geo.cells import Scheme
 if TYPE_CHECKING:
     from geotoken_jax.model.geotoken import GeoTokenModel
 
-#: Bins of calibration, of equally many photos each: at fine levels nearly all confidences are under 0.2.
+#: Bins of the calibration curves. Bins have equally many photos, because at fine levels nearly all confidences are
+#: below 0.2.
 BINS = 10
-#: Share of resamples in which the bottleneck is to be the same level, or the page says that it may be another.
+#: The page mentions that the bottleneck may be another level if fewer than this share of resamples have the same level.
 _SURE = 0.95
-#: What the neighbors of photos that leave the right cell were, by the name of the GeoScore lost by such photos.
+#: Neighbors of photos whose answer leaves the right cell, by the key of the GeoScore lost with such neighbors.
 CAUSES = {
-    "lost_not_held": "none in the right cell",
-    "lost_outvoted": "more in the chosen cell",
-    "lost_not_outvoted": "as many or more in the right cell",
+    "lost_not_held": "no neighbor in the right cell",
+    "lost_outvoted": "more neighbors in the chosen cell",
+    "lost_not_outvoted": "as many or more neighbors in the right cell",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """What the decoder makes of the photos of a split, at each of their T tokens.
+    """Decoder outputs for the n photos of a split, at each of their T tokens.
 
-    tokens: the true ones. loss: of the true token, and entropy, in nats, confidence: the probability of `guess`, the
-    most probable token, all given the true tokens before. greedy: tokens decoded freely. near: the neighbors' tokens,
-    -1 for a missing one. coordinates: the true ones, degrees. clusters: the number of each photo's author.
+    Given the true tokens before (teacher-forced): loss of the true token and entropy, in nats; guess, the most probable
+    token; confidence, its probability. Given the decoder's own tokens: greedy.
+
+    cells: scheme of the tokens. tokens: true tokens. near: tokens of the M neighbors, -1 for a missing neighbor.
+    coordinates: true coordinates in degrees. clusters: number of each photo's author, for the bootstrap.
     """
 
     cells: Scheme
@@ -58,26 +61,32 @@ class Seen:
 
     @property
     def hit(self) -> Bool[np.ndarray, "n T"]:
-        """Says which tokens are the most probable ones, teacher-forced."""
+        """Whether the true token is the most probable token, teacher-forced."""
         return self.guess == self.tokens
 
     @property
     def right(self) -> Bool[np.ndarray, "n T"]:
-        """Says whether the greedy answer is still in the right cell after each token."""
+        """Whether the greedy answer is still in the right cell after each token."""
         return np.cumprod(self.greedy == self.tokens, axis=1).astype(bool)
 
     @property
     def right_before(self) -> Bool[np.ndarray, "n T"]:
-        """Says whether the greedy answer was in the right cell before each token."""
+        """Whether the greedy answer was in the right cell before each token."""
         return np.concatenate([np.ones((len(self.tokens), 1), bool), self.right[:, :-1]], axis=1)
 
     def km(self, earth: str) -> Float[np.ndarray, "n"]:
-        """Returns how far the greedy answer, the center of its cell, is from the truth. earth: of distance.EARTHS."""
+        """Returns the distance in km between the greedy answer, the center of its cell, and the truth.
+
+        earth: key of distance.EARTHS.
+        """
         return distance.EARTHS[earth](*self.cells.decode(self.greedy), *self.coordinates.T)
 
 
 def figures(name: str, variant: str, seen: Mapping[str, Seen], scoring: EvaluateSettings) -> dict[str, Any]:
-    """Returns what each split loses at each level. name: the variant's, that people read. seen: by split."""
+    """Returns the figures of the audit for every split and level.
+
+    name: label of the variant. seen: decoder outputs by split.
+    """
     cells = next(iter(seen.values())).cells
     return {
         "variant": variant,
@@ -91,11 +100,13 @@ def figures(name: str, variant: str, seen: Mapping[str, Seen], scoring: Evaluate
 
 
 def table(figures: Mapping[str, Any]) -> str:
-    """Returns the figures that matter most, as text."""
+    """Returns a text table of every level of every split, at most 100 columns wide, and sentences that sum it up."""
     lines = [
-        f"{figures['name']}, in percent. Teacher-forced: accuracy, loss (of the uniform's), calibration error.",
-        "Greedy: in the right cell; wrong for the first time, and of these: their share of the GeoScore",
-        "lost, those with a neighbor in the right cell, those nearer than a cell's width, the median km.",
+        f"{figures['name']}, in percent.",
+        "Given the true tokens before (teacher-forced): accuracy; loss, relative to a uniform guess; error",
+        "of calibration. Greedy answers: in the right cell; wrong at this level for the first time. Of the",
+        "photos in `wrong`: their share of the GeoScore lost; with a neighbor in the right cell; near, at",
+        "most a cell's width off; median error in km.",
     ]
     heads = ("accuracy", "loss", "error", "in cell", "wrong", "lost", "neighbor", "near", "km")
     names = ("accuracy", "of_uniform", "calibration_error", "right", "first_wrong", "lost", "held_wrong", "near")
@@ -105,17 +116,23 @@ def table(figures: Mapping[str, Any]) -> str:
             cells = [f"{100 * at[name]['value']:.1f}" if at[name] else "-" for name in names]
             cells += [formats.number(at["km_quartiles"][1]) if at["photos_wrong"] else "-"]
             lines.append(f"level {level['level']:<10g}" + "".join(f"{cell:>9}" for cell in cells))
-    lines += ["", "Level that most photos missed at each distance first left at, and their percent of all missed"]
+    lines += [
+        "",
+        "Of the photos not within a distance: the level at which most first left the right cell, and how many",
+    ]
+    lines += ["percent of these photos did"]
     lines += [f"{'':16}" + "".join(f"{limit:>10,} km" for limit in distance.THRESHOLDS_KM)]
     for split, of in figures["splits"].items():
         lines += [f"{split[:15]:16}" + "".join(_most(figures, of, f"missed_{at}") for at in distance.THRESHOLDS_KM)]
     lines += ["", "In parentheses: 95 % intervals."]
-    said = [f"\n{say(figures, split)}" for say in (bottleneck_sentence, cause_sentence) for split in figures["splits"]]
-    return "\n".join([*lines, *said])
+    sentences = [
+        f"\n{of(figures, split)}" for of in (bottleneck_sentence, cause_sentence) for split in figures["splits"]
+    ]
+    return "\n".join([*lines, *sentences])
 
 
 def _most(figures: Mapping[str, Any], of: Mapping[str, Any], key: str) -> str:
-    """Returns the level with the largest estimate, and that."""
+    """Returns the level with the largest estimate, and the estimate in percent, in 13 columns."""
     pairs = zip(of["levels"], figures["levels"], strict=True)
     known = [(at[key]["value"], level["level"]) for at, level in pairs if at[key]]
     if not known:
@@ -125,7 +142,7 @@ def _most(figures: Mapping[str, Any], of: Mapping[str, Any], key: str) -> str:
 
 
 def look(model: "GeoTokenModel", batch: Mapping[str, Any]) -> dict[str, Array]:
-    """Returns what Seen holds of photos, by name. batch: see data.join."""
+    """Returns the decoder outputs of a batch of photos, by the field names of Seen. batch: see data.join."""
     from geotoken_jax.model.loss import cross_entropy
     from geotoken_jax.model.memory import Neighbors
     from geotoken_jax.predict import sample
@@ -146,41 +163,49 @@ def look(model: "GeoTokenModel", batch: Mapping[str, Any]) -> dict[str, Array]:
     }
 
 
-def see(compiled: Callable, cells: Scheme, batches: Iterable[Mapping[str, Any]], own: Table) -> Seen:
-    """Returns what the decoder makes of every photo of a split.
+def see(compiled: Callable, cells: Scheme, batches: Iterable[Mapping[str, Any]], table: Table) -> Seen:
+    """Returns the decoder outputs of all photos of a split.
 
-    compiled: batch -> what `look` returns. batches: of data.pipeline.evaluation, whose `valid` leaves out the filling.
-    own: the split's table.
+    compiled: compiled `look`, a function of a batch. batches: batches of data.pipeline.evaluation; their `valid` marks
+    the rows that are not padding. table: table of the split.
     """
     parts = []
     for batch in batches:
         batch = dict(batch)
         valid = batch.pop("valid")
-        parts.append({name: np.asarray(of)[valid] for name, of in compiled(batch).items()})
-    found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    clusters = bootstrap.clusters(*(column.astype(str).tolist() for column in (own.authors(), own.ids())))
-    return Seen(cells, **found, coordinates=own.coordinates(), clusters=clusters)
+        parts.append({name: np.asarray(values)[valid] for name, values in compiled(batch).items()})
+    outputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    clusters = bootstrap.clusters(*(column.astype(str).tolist() for column in (table.authors(), table.ids())))
+    return Seen(cells, **outputs, coordinates=table.coordinates(), clusters=clusters)
 
 
 def s2_levels(cells: Scheme) -> Float[np.ndarray, "T"]:
-    """Returns the S2 level whose cells are as many as those that each token tells apart."""
+    """Returns the S2 level after each token: the level whose number of cells equals the number that the tokens can
+    distinguish.
+
+    Schemes other than S2 give levels that are no integers.
+    """
     return np.log2(np.cumprod(cells.vocab_sizes, dtype=np.float64) / 6) / 2
 
 
 def cell_km(cells: Scheme) -> Float[np.ndarray, "T"]:
-    """Returns the edge of a square of a cell's mean area, at each token: 9,220 km of a face, 9 m at level 20."""
+    """Returns the edge in km of a square with the mean area of a cell, after each token.
+
+    The edge of an S2 face is 9,220 km, of a cell of level 20 9 m.
+    """
     return math.sqrt(4 * math.pi / 6) * distance.EARTH_RADIUS_KM / 2 ** s2_levels(cells)
 
 
 def _votes(near: Int[np.ndarray, "n M T"], tokens: Int[np.ndarray, "n T"]) -> Int[np.ndarray, "n T"]:
-    """Returns how many neighbors are in a cell, as far as each of its tokens."""
+    """Returns the number of neighbors in the cell of `tokens`, after each token."""
     return np.cumprod(near == tokens[:, None], axis=-1).sum(axis=1)
 
 
 def _ratios(seen: Seen, scoring: EvaluateSettings) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Returns what is estimated at each token, as the sum of the first over the sum of the second: [n, T] each.
+    """Returns numerators and denominators, [n, T] each, of the estimates of every token.
 
-    By chance: what the neighbors of another photo, drawn with the seed, hold.
+    An estimate is the sum of its numerators over photos divided by the sum of its denominators. `held_wrong_by_chance`
+    takes the neighbors of another photo, from a permutation that the seed decides.
     """
     hit, right, before = seen.hit, seen.right, seen.right_before
     every, wrong = np.ones(hit.shape), before & ~right
@@ -217,7 +242,7 @@ def _ratios(seen: Seen, scoring: EvaluateSettings) -> dict[str, tuple[np.ndarray
 
 
 def split_figures(seen: Seen, scoring: EvaluateSettings) -> dict[str, Any]:
-    """Estimates everything of one split. None stands for the ratio of nothing."""
+    """Returns the figures of one split. An estimate is None if its denominator is zero."""
     ratios = _ratios(seen, scoring)
     sums = np.stack([part for pair in ratios.values() for part in pair], axis=1).astype(np.float64)
     drawn = bootstrap.resample(sums, seen.clusters, scoring.resamples, scoring.seed)
@@ -249,12 +274,12 @@ def split_figures(seen: Seen, scoring: EvaluateSettings) -> dict[str, Any]:
 def _estimate(value: float, samples: Float[np.ndarray, "R"]) -> dict[str, float] | None:
     if math.isnan(value):
         return None
-    low, high = np.nanpercentile(samples, (2.5, 97.5))  # a resample may hold none of a rare kind
+    low, high = np.nanpercentile(samples, (2.5, 97.5))  # NaN: a resample without any photo of a rare kind
     return {name: round(float(of), 6) for name, of in (("value", value), ("low", low), ("high", high))}
 
 
 def _reliability(confidence: Float[np.ndarray, "n"], hit: Bool[np.ndarray, "n"]) -> list[dict[str, Any]]:
-    """Returns mean confidence and accuracy of bins of equally many photos, least confident first."""
+    """Returns mean confidence and accuracy of BINS bins with equally many photos, least confident first."""
     bins = np.array_split(np.argsort(confidence, kind="stable"), min(BINS, len(hit)))
     return [
         {"photos": len(b), **{name: round(float(of[b].mean()), 6) for name, of in
@@ -264,7 +289,7 @@ def _reliability(confidence: Float[np.ndarray, "n"], hit: Bool[np.ndarray, "n"])
 
 
 def bottleneck_sentence(figures: Mapping[str, Any], split: str) -> str:
-    """Returns which level a split loses most at, in one sentence."""
+    """Returns one sentence on the bottleneck of a split: the level at which answers lose most of the GeoScore."""
     of = figures["splits"][split]
     at, level = of["levels"][of["bottleneck"]], figures["levels"][of["bottleneck"]]["level"]
     if not at["photos_wrong"]:
@@ -272,20 +297,20 @@ def bottleneck_sentence(figures: Mapping[str, Any], split: str) -> str:
     sure, first = of["bottleneck_in_resamples"], formats.percent(at["first_wrong"]["value"])
     doubt = f"; in {formats.percent(1 - sure)} of resamples another level loses more" if sure < _SURE else ""
     return (
-        f"{split}: level {level:g} is the bottleneck: the {first} of photos whose answer first "
-        f"leaves the right cell there, half of them more than {formats.km(at['km_quartiles'][1])} off, make up "
-        f"{formats.percent_interval(at['lost'])} of the GeoScore lost{doubt}."
+        f"{split}: level {level:g} is the bottleneck: the {first} of photos whose answer first leaves the right cell "
+        f"there account for {formats.percent_interval(at['lost'])} of the GeoScore lost, and half of them are more "
+        f"than {formats.km(at['km_quartiles'][1])} off{doubt}."
     )
 
 
 def cause_sentence(figures: Mapping[str, Any], split: str) -> str:
-    """Returns which causes a split's losses have, in one sentence."""
+    """Returns one sentence on the neighbors of photos whose answers lose GeoScore, with the share lost per CAUSES."""
     of = figures["splits"][split]
     if not of["all_levels"]["lost_outvoted"]:
         return f"{split}: no GeoScore is lost."
     none, outvoted, choosing = (formats.percent_interval(of["all_levels"][name]) for name in CAUSES)
     return (
-        f"{split}: of the GeoScore lost, {none} is for want of evidence (no neighbor was in the right cell), "
-        f"{outvoted} for want of a majority (more were in the cell chosen), {choosing} for want of choosing (as many "
-        "or more were in the right one)."
+        f"{split}: of the GeoScore lost, {none} is from photos with no neighbor in the right cell, {outvoted} from "
+        f"photos with more neighbors in the chosen cell than in the right one, and {choosing} from photos with at "
+        "least as many neighbors in the right cell."
     )

@@ -1,14 +1,14 @@
-"""Countries and continents, however a source spells them: by name in English, or by ISO 3166 code."""
+"""Countries and continents of photos, from English names in several spellings or ISO 3166 codes."""
 
 import functools
 import unicodedata
 from collections.abc import Mapping
 
-#: What a country or a continent is called that nobody named.
+#: Name of the country or continent of a photo whose source has none.
 UNKNOWN = "unknown"
 
-#: Continent -> ISO code and name of each of its countries, and after strokes other names in use. As GeoNames has them
-#: (Russia in Europe, Turkey and Georgia in Asia), which is what EarthView says.
+#: Countries by continent, each an ISO code and a name; further names follow after slashes. Names and continents are
+#: those that GeoNames has (Russia in Europe, Turkey and Georgia in Asia), because EarthView uses them.
 _COUNTRIES = {
     "Africa": """
         AO Angola; BF Burkina Faso; BI Burundi; BJ Benin; BW Botswana; CD Democratic Republic of the Congo/DR
@@ -68,29 +68,33 @@ _COUNTRIES = {
 
 
 def country(text: str) -> str:
-    """Returns a country by the name it has here; one that is not known as it is spelled, and UNKNOWN for no text."""
+    """Returns the country's name in this module. An unlisted country is returned as given, and UNKNOWN if empty."""
     return _known().get(_key(text), (text.strip(), ""))[0] or UNKNOWN
 
 
 def continent(names: Mapping[str, str]) -> str:
-    """Returns the continent of a photo with these place names: its country's, else the one it names, else UNKNOWN."""
+    """Returns a photo's continent: the continent of its country if listed, else its `continent`, else UNKNOWN.
+
+    names: place names with the keys `country` and `continent`.
+    """
     return _known().get(_key(names["country"]), ("", names["continent"].strip()))[1] or UNKNOWN
 
 
 @functools.cache
 def _known() -> dict[str, tuple[str, str]]:
-    found = {}
-    for where, listed in _COUNTRIES.items():
+    """Returns name and continent of every country, by the key of each of its spellings."""
+    known = {}
+    for continent, listed in _COUNTRIES.items():
         for entry in " ".join(listed.split()).split("; "):
             code, names = entry.split(" ", 1)
             name, *others = names.split("/")
-            found.update({_key(spelled): (name, where) for spelled in (code, name, *others)})
-    return found
+            known.update({_key(spelling): (name, continent) for spelling in (code, name, *others)})
+    return known
 
 
-@functools.lru_cache(maxsize=4096)  # the gallery's millions of photos have some hundred countries
+@functools.lru_cache(maxsize=4096)  # a gallery of millions of photos has about a hundred countries
 def _key(text: str) -> str:
-    """Returns what all spellings of a name have in common: no accents, capitals, marks, or article."""
+    """Returns a name without accents, capitals, punctuation and a leading "the", so that spellings are equal."""
     plain = unicodedata.normalize("NFKD", text)
     letters = "".join(c if c.isalnum() else " " for c in plain if not unicodedata.combining(c))
     return " ".join(letters.casefold().split()).removeprefix("the ")

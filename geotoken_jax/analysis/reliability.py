@@ -1,4 +1,4 @@
-"""Whether answers are as sure as they say: reliability, radii, abstention, and recall against the area searched."""
+"""Quality of stated uncertainty: calibration of probabilities and radii, abstention, and recall by searched area."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -13,27 +13,32 @@ from geotoken_jax.geo import distance
 from geotoken_jax.geo.cells import CellScheme
 from geotoken_jax.predict.uncertainty import MASSES
 
-#: Of predicted probabilities.
+#: Bins of predicted probability, of equal width.
 _BINS = 10
-#: Shares of the photos that are answered, the surest first.
+#: Shares of the photos that are answered, most certain first: 5 to 100 %.
 _ANSWERED = np.arange(1, 21) / 20
-#: Areas in square kilometers at which recall is written down; a city has some hundred, the Earth 510 million.
+#: Areas in square kilometers at which recall is reported; a city has some hundred, the Earth 510 million.
 _AREAS = 10.0 ** np.arange(9)
-#: Threshold whose probability says which photos are surest.
+#: Index of the threshold whose probability orders photos by certainty, 25 km.
 _SUREST = distance.THRESHOLDS_KM.index(25)
-#: Photos whose cells are compared with the truth at once: 64 cells of level 20 are 11 MB of tokens.
+#: Photos per block when cells are compared with the truth: with 64 cells of level 20 each, tokens are 11 MB.
 _BLOCK = 2048
 _EARTH_KM2 = 4 * math.pi * distance.EARTH_RADIUS_KM**2
 
 
 def figures(method: Method, truth: Float[np.ndarray, "n 2"], strict: bool) -> dict[str, Any] | None:
-    """Returns every number of how sure a method is, as JSON holds it; None where it says nothing.
+    """Returns the quality of a method's stated uncertainty, ready for JSON; None if the method states none.
 
-    truth: degrees. reliability: for each threshold, bins of predicted probability with the share that was within, and
-    the expected calibration error, which is their mean absolute difference, weighted by photos. radii: what share of
-    the truth each holds. abstention: accuracy and GeoScore of the surest photos; one without a prediction is the least
-    sure. area: the share of photos whose truth is in a searched area, in km2: of a circle around the answer, and of the
-    cells, those with most probability a km2 first. Intervals are Wilson's, of 95 %, and take photos as independent.
+    truth: true coordinates in degrees. The result has these keys:
+
+    - `reliability`: per threshold, bins of predicted probability with the observed share of photos within it, and the
+      expected calibration error: the mean absolute difference between both, weighted by photos.
+    - `radii`: the share of photos whose truth is within the stated radius of 50 % and of 90 %.
+    - `abstention`: accuracy and GeoScore of the most certain photos; photos without a prediction come last.
+    - `area`: the share of photos whose truth is in the searched area in km2, for a circle around the answer and for the
+      stated cells in the order of probability per km2.
+
+    Shares have 95 % Wilson intervals, which assume independent photos.
     """
     claims = method.claims
     if claims is None:
@@ -82,9 +87,10 @@ def _reliability(km: int, predicted: Float[np.ndarray, "n"], near: Bool[np.ndarr
 
 
 def calibration_error(bins: Iterable[tuple[int, float, float]]) -> float:
-    """Returns the mean distance of probabilities from what was observed, to 6 digits, of bins by their photos.
+    """Returns the expected calibration error, rounded to 6 digits.
 
-    bins: photos, mean probability and observed share of each.
+    The error is the mean over bins of |probability - observed share|, weighted by photos. bins: number of photos, mean
+    probability and observed share per bin.
     """
     photos, predicted, observed = zip(*bins, strict=True)
     off = sum(n * abs(p - share) for n, p, share in zip(photos, predicted, observed, strict=True))
@@ -100,7 +106,7 @@ def _radius(mass: int, radius: Float[np.ndarray, "n"], km: Float[np.ndarray, "n"
 
 
 def _orders(claims: Claims) -> dict[str, Float[np.ndarray, "n"]]:
-    """Returns what says how sure a photo is, by name; the surest is greatest."""
+    """Returns certainty scores per photo by name, larger if more certain; scores that the file lacks are left out."""
     orders = {
         f"probability within {distance.THRESHOLDS_KM[_SUREST]} km": claims.within[:, _SUREST],
         f"radius of {MASSES[0]} %": -claims.radius_km[:, 0],
@@ -126,30 +132,32 @@ def _abstention(
 def _searched_km2(
     method: Method, truth: Float[np.ndarray, "n 2"]
 ) -> tuple[Float[np.ndarray, "n"], Float[np.ndarray, "n"] | None]:
-    """Returns the area searched until the truth is found: by a growing circle, and by cells (None where nobody has
-    any; infinite where the truth is in none)."""
+    """Returns the area in km2 that is searched until the truth is found, by a growing circle and by cells.
+
+    Areas of cells are None if the method states no cells, and infinite for a photo whose truth is in none of its cells.
+    """
     circle = _EARTH_KM2 * np.sin(np.minimum(method.km / (2 * distance.EARTH_RADIUS_KM), math.pi / 2)) ** 2
     every = method.claims.cells if method.claims else np.empty((0, 0, 4))
     if not every.shape[1]:
         return circle, None
-    found = np.full(len(truth), np.inf)
+    by_cells = np.full(len(truth), np.inf)
     depth = max(1, int(np.nanmax(every[..., 0])))
     scheme = CellScheme(depth, 1)
     for first in range(0, len(truth), _BLOCK):
         level, *center, probability = np.moveaxis(every[first : first + _BLOCK], -1, 0)
-        own = np.asarray(scheme.encode(*truth[first : first + _BLOCK].T))[:, None]
-        common = np.cumprod(own == np.asarray(scheme.encode(*np.nan_to_num(center))), -1).sum(-1)
-        holds = common > level  # a cell of level n is told by 1 + n tokens, and the whole Earth, -1, by none
-        area = _EARTH_KM2 * np.where(level < 0, 1, 4.0**-level / 6)  # the mean of its level
+        true = np.asarray(scheme.encode(*truth[first : first + _BLOCK].T))[:, None]
+        common = np.cumprod(true == np.asarray(scheme.encode(*np.nan_to_num(center))), -1).sum(-1)
+        holds = common > level  # a cell of level n has 1 + n tokens; the whole Earth is level -1 and has none
+        area = _EARTH_KM2 * np.where(level < 0, 1, 4.0**-level / 6)  # mean area of the level's cells
         order = np.argsort(-probability / area, axis=1, kind="stable")
         holds, area = (np.take_along_axis(values, order, 1) for values in (holds, area))
         rows = np.flatnonzero(holds.any(1))
-        found[first + rows] = area.cumsum(1)[rows, holds[rows].argmax(1)]
-    return circle, found
+        by_cells[first + rows] = area.cumsum(1)[rows, holds[rows].argmax(1)]
+    return circle, by_cells
 
 
 def _share(hits: Bool[np.ndarray, "n"]) -> dict[str, float]:
-    """Returns a share with Wilson's interval of 95 %."""
+    """Returns the share of true values with its 95 % Wilson interval."""
     n, value, z = len(hits), float(hits.mean()), 1.959964
     middle = (value + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(value * (1 - value) / n + z * z / (4 * n * n)) / (1 + z * z / n)
@@ -160,27 +168,27 @@ def _share(hits: Bool[np.ndarray, "n"]) -> dict[str, float]:
     }
 
 
-def lines(split: str, found: Mapping[str, Any]) -> list[str]:
-    """Returns the figures that matter most, as text of at most 100 columns."""
-    known = {of["km"]: of for of in found["reliability"] if of}
+def lines(split: str, uncertainty: Mapping[str, Any]) -> list[str]:
+    """Returns the quality of stated uncertainty as lines of up to 100 columns. uncertainty: result of `figures`."""
+    known = {of["km"]: of for of in uncertainty["reliability"] if of}
     rows = {
-        "said to be within, %": {km: f"{100 * of['predicted']:.1f}" for km, of in known.items()},
-        "that were": {km: f"{100 * of['observed']['value']:.1f}" for km, of in known.items()},
+        "predicted within, %": {km: f"{100 * of['predicted']:.1f}" for km, of in known.items()},
+        "actually within, %": {km: f"{100 * of['observed']['value']:.1f}" for km, of in known.items()},
         "calibration error, points": {km: f"{100 * of['error']:.1f}" for km, of in known.items()},
     }
-    for curve in list(found["abstention"].values())[:1]:
+    for curve in list(uncertainty["abstention"].values())[:1]:
         half = next(row for row in curve if row["answered"] == 0.5)["accuracy"]
-        rows["within, % of surest half"] = {
+        rows["surest half: within, %"] = {
             km: f"{100 * value:.1f}" for km, value in zip(distance.THRESHOLDS_KM, half, strict=True)
         }
-    text = [f"{split}: how sure {found['name'][:70]} is", "-" * 100]
+    text = [f"{split}: stated uncertainty of {uncertainty['name'][:70]}", "-" * 100]
     for name, cells in rows.items():
         if cells:
             text.append(f"{name:26}" + "".join(f"{cells.get(km, ''):>11}" for km in distance.THRESHOLDS_KM))
-    for of in filter(None, found["radii"]):
+    for of in filter(None, uncertainty["radii"]):
         value, low, high = (100 * of["holds"][part] for part in ("value", "low", "high"))
         text.append(
-            f"The radius of {of['percent']} % holds {value:.1f} % ({low:.1f}-{high:.1f}) of {of['photos']:,} photos; "
-            f"median {of['median_km']:,.1f} km"
+            f"The {of['percent']} % radius contains the truth of {value:.1f} % ({low:.1f}-{high:.1f}) of "
+            f"{of['photos']:,} photos; median {of['median_km']:,.1f} km"
         )
     return text

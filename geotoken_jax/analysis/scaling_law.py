@@ -1,7 +1,8 @@
 """Loss as a function of model and data size, L(N, D) = E + A / N^alpha + B / D^beta, fitted to runs.
 
-Approach 3 of Hoffmann et al. 2022 (arXiv 2203.15556, section 3.3): the Huber loss of the logarithms is minimized by
-L-BFGS from many starts. Intervals are of the bootstrap over runs.
+N is the number of parameters, D the number of photos. The fit is approach 3 of Hoffmann et al. 2022 (arXiv 2203.15556,
+section 3.3): L-BFGS from several starts minimizes the Huber loss between logarithms of the losses. Intervals come from
+a bootstrap over runs.
 """
 
 import dataclasses
@@ -13,13 +14,13 @@ import numpy as np
 from jaxtyping import Float
 from scipy import optimize
 
-#: Of the logarithm of the loss, where Huber's loss turns from square to linear: 0.1 %, Hoffmann et al.'s.
+#: Error of the logarithm of the loss above which the Huber loss is linear: 0.1 %, as in Hoffmann et al.
 _HUBER = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
 class Law:
-    """L(N, D) in nats. E: the loss of an endless model on endless data."""
+    """Coefficients of L(N, D), in nats. E: loss in the limit of infinitely many parameters and photos."""
 
     E: float
     A: float
@@ -38,13 +39,13 @@ def fit(
     resamples: int,
     seed: int,
 ) -> tuple[Law, list[Law]]:
-    """Returns the law of the runs and those of bootstrap resamples of them.
+    """Returns the law fitted to n runs, and the laws fitted to bootstrap resamples of the runs.
 
-    E is at most the smallest loss, and no exponent is negative or above 4: few runs over a narrow range would be fitted
-    best by something else than a law. A resample's fit begins where the whole one's ended; one of fewer than six
-    different runs is drawn again.
+    E is at most the smallest loss, and exponents are in [0, 4]. Without these bounds, few runs over a narrow range give
+    coefficients that make no sense as a law. The fit of a resample starts at the solution for all runs. A resample with
+    fewer than six different runs is drawn again.
     """
-    # N and D in units of their geometric means, so that A and B are nats there and not astronomical.
+    # N and D are divided by their geometric means, so that A and B are a few nats in the fit and not astronomical.
     units = [float(np.exp(np.log(values).mean())) for values in (parameters, photos)]
     x, y, log_loss = np.log(parameters / units[0]), np.log(photos / units[1]), np.log(loss)
     _, best = min((_descend(start, x, y, log_loss) for start in _starts(log_loss)), key=lambda end: end[0])
@@ -57,7 +58,7 @@ def fit(
 
 
 def _starts(log_loss: Float[np.ndarray, "n"]) -> list[np.ndarray]:
-    """Returns starts: logarithms of A, B and E, and the exponents."""
+    """Returns 32 starts of the fit, each log A, log B, log E, alpha and beta."""
     spread = np.log(np.ptp(np.exp(log_loss)) + 1e-6)
     floors = log_loss.min() + np.log([0.8, 0.98])
     sizes = spread + np.array([-2.0, 0.0])
@@ -66,7 +67,7 @@ def _starts(log_loss: Float[np.ndarray, "n"]) -> list[np.ndarray]:
 
 
 def _descend(start: np.ndarray, x: np.ndarray, y: np.ndarray, log_loss: np.ndarray) -> tuple[float, np.ndarray]:
-    """Returns the smallest mean Huber loss that L-BFGS finds from a start, and where."""
+    """Returns the minimum of the mean Huber loss that L-BFGS reaches from a start, and its five parameters."""
 
     def value(p: np.ndarray) -> tuple[float, np.ndarray]:
         a, b, e, alpha, beta = p
@@ -80,8 +81,8 @@ def _descend(start: np.ndarray, x: np.ndarray, y: np.ndarray, log_loss: np.ndarr
         return huber.mean() / _HUBER**2, gradient.mean(1) / _HUBER**2
 
     bounds = [(None, None), (None, None), (None, log_loss.min()), (0.0, 4.0), (0.0, 4.0)]
-    found = optimize.minimize(value, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 200})
-    return float(found.fun), found.x
+    result = optimize.minimize(value, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 200})
+    return float(result.fun), result.x
 
 
 def _law(p: np.ndarray, units: Sequence[float]) -> Law:
@@ -90,9 +91,9 @@ def _law(p: np.ndarray, units: Sequence[float]) -> Law:
 
 
 def intervals(law: Law, resampled: Sequence[Law]) -> dict[str, dict[str, float]]:
-    """Returns each number of the law with percentiles 2.5 and 97.5 of the resampled ones."""
-    found = {}
+    """Returns each coefficient of the law with percentiles 2.5 and 97.5 of the resampled laws, by name."""
+    estimates = {}
     for name, value in dataclasses.asdict(law).items():
         low, high = np.percentile([getattr(other, name) for other in resampled], (2.5, 97.5))
-        found[name] = {"value": float(value), "low": float(low), "high": float(high)}
-    return found
+        estimates[name] = {"value": float(value), "low": float(low), "high": float(high)}
+    return estimates

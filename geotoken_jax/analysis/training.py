@@ -1,4 +1,4 @@
-"""Losses over the steps of a training run, from its metrics.jsonl."""
+"""Loss curves of a training run, from its metrics.jsonl."""
 
 import json
 import math
@@ -7,9 +7,10 @@ import numpy as np
 
 
 def curves(text: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Returns loss -> steps and finite values, up to about 500. A step that was run again counts once, as last run.
+    """Returns steps and finite values of each loss, by its name; up to 500 steps per loss.
 
-    text: JSON lines of metrics; half a line, which a killed run may leave, is skipped.
+    A step that was repeated after a restart has the last value. text: JSON lines of metrics; an incomplete line, which
+    a killed run may leave, is skipped.
     """
     values: dict[str, dict[int, float]] = {}
     for line in text.splitlines():
@@ -20,9 +21,9 @@ def curves(text: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         for key, value in row.items():
             if key.startswith(("train/loss", "validation/loss")) and math.isfinite(value):
                 values.setdefault(key, {})[row["step"]] = value
-    found = {}
+    curves = {}
     for key, by_step in values.items():
         steps = np.array(sorted(by_step))
         steps = steps[np.unique(np.linspace(0, len(steps) - 1, 500).round().astype(int))]
-        found[key] = steps, np.array([by_step[step] for step in steps.tolist()])
-    return found
+        curves[key] = steps, np.array([by_step[step] for step in steps.tolist()])
+    return curves

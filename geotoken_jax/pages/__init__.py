@@ -1,1 +1,1 @@
-"""Pages that open from disk and need nothing else, drawn from figures."""
+"""HTML pages of reports, audits and scaling studies. A page opens from disk and loads nothing else."""

@@ -1,4 +1,4 @@
-"""Charts as inline SVG: small, the same bytes every time, and colored by the page's style sheet in both themes."""
+"""Charts as inline SVG: small, deterministic, and colored by the page's style sheet for light and dark themes."""
 
 import dataclasses
 import math
@@ -9,28 +9,28 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-#: Size in SVG units, and the room for labels: left, top, right, bottom.
+#: Size in SVG units, and margins for labels: left, top, right, bottom.
 _WIDTH, _HEIGHT = 480, 320
 _LEFT, _TOP, _RIGHT, _BOTTOM = 62, 14, 22, 46
 _BOTTOM_Y = _HEIGHT - _BOTTOM
-#: An entry of a legend: name, number of the palette, style.
+#: Entry of a legend: name, color number of the palette, style.
 Key = tuple[str, int, str]
 
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """One curve, or one bar per group of its chart.
+    """Curve of a chart, or one bar per group of a bar chart.
 
     Attributes:
-        name: its entry in the legend.
-        color: number of the page's palette.
-        y: values; NaN draws no bar.
-        x: their places; None for bars.
-        low: lower ends of the intervals, and high: upper ends; a NaN draws none. A point of a curve that has one is
-            a dot.
+        name: label in the legend.
+        color: color number of the page's palette.
+        y: values; no bar is drawn for NaN.
+        x: x values of a curve; None if the series is bars.
+        low: lower ends of the intervals. A curve with intervals has a dot per point.
+        high: upper ends of the intervals. A bar with a NaN end has no interval.
         style: `solid`, `dashed`, `dotted` or `faint`.
-        notes: the text that a pointer shows at each dot.
-        listed: whether the legend has it.
+        notes: tooltip of each dot.
+        listed: whether the legend has an entry for the series.
     """
 
     name: str
@@ -46,17 +46,18 @@ class Series:
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """A chart of curves, or of bars from zero that are side by side in their groups.
+    """Chart of curves, or of groups of bars that start at zero.
 
     Attributes:
-        caption: the panel's heading.
-        title: description for those who cannot see it.
-        x_label, y_label: names of the axes.
-        series: curves, the last on top, or bars.
-        groups: names of the groups of bars; empty for curves.
-        log_x: decades instead of equal steps.
-        marks: x values with a vertical line.
-        legend: entries below the chart; None for those of its own series.
+        caption: heading of the panel.
+        title: description for screen readers.
+        x_label: name of the x axis.
+        y_label: name of the y axis.
+        series: curves, of which the last is drawn on top, or bars.
+        groups: names of the groups of bars; the series are curves if empty.
+        log_x: whether the x axis is logarithmic.
+        marks: x values of vertical lines.
+        legend: entries below the chart; the entries of the listed series if None, no legend if empty.
     """
 
     caption: str
@@ -70,17 +71,17 @@ class Chart:
     legend: Sequence[Key] | None = ()
 
     def entries(self) -> list[Key]:
-        """Returns the legend's entries of the listed series."""
+        """Returns the legend entries of the listed series."""
         return [(s.name, s.color, "wide" if self.groups else s.style) for s in self.series if s.listed]
 
     def svg(self) -> str:
-        """Returns the chart as <svg>."""
+        """Returns the chart as an <svg> element."""
         opening = f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(self.title)}">'
         drawn = _bars(self) if self.groups else _curves(self)
         return "".join([opening, *drawn, *_labels(self.x_label, self.y_label), "</svg>"])
 
     def html(self) -> str:
-        """Returns the chart in a panel with its caption."""
+        """Returns the HTML of a panel with caption, chart and legend."""
         keys = self.entries() if self.legend is None else self.legend
         drawn = self.svg() + (legend(keys) if keys else "")
         return f'<figure class="panel"><figcaption>{escape(self.caption)}</figcaption>{drawn}</figure>'
@@ -88,14 +89,17 @@ class Chart:
 
 @dataclasses.dataclass(frozen=True)
 class Panels:
-    """Charts side by side under one legend: that of all their series where it is None. small: more of them in a row."""
+    """Charts side by side under one legend.
+
+    legend: entries of the legend; the entries of all listed series if None. small: whether a row has more charts.
+    """
 
     charts: Sequence[Chart]
     legend: Sequence[Key] | None = None
     small: bool = False
 
     def html(self) -> str:
-        """Returns the legend and the charts as HTML."""
+        """Returns the HTML of the legend and the charts."""
         keys = [key for chart in self.charts for key in chart.entries()] if self.legend is None else self.legend
         drawn = "".join(chart.html() for chart in self.charts)
         look = "charts small" if self.small else "charts"
@@ -103,7 +107,7 @@ class Panels:
 
 
 def legend(keys: Iterable[Key]) -> str:
-    """Returns a legend as HTML."""
+    """Returns the HTML of a legend."""
     lines = (
         f'<li><svg viewBox="0 0 26 10" aria-hidden="true"><path class="c{color % 8} {style}" d="M0 5h26"/></svg>'
         f"{escape(name)}</li>"
@@ -172,7 +176,7 @@ def _tick(x: float, text: str) -> str:
 
 
 def _grid(ticks: Sequence[float], up: Callable[[float], Any]) -> list[str]:
-    """Returns the horizontal lines and their numbers. up: value -> SVG units."""
+    """Returns horizontal grid lines with their labels. up: function from a y value to SVG units."""
     return [
         f'<path class="grid" d="M{_LEFT} {up(y):.1f}H{_WIDTH - _RIGHT}"/>'
         f'<text x="{_LEFT - 7}" y="{up(y) + 4:.1f}" text-anchor="end">{label(y)}</text>'
@@ -190,7 +194,7 @@ def _labels(x_label: str, y_label: str) -> list[str]:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Returns about five round numbers that enclose the range."""
+    """Returns two to eight evenly spaced round numbers, whose first and last enclose the range."""
     rough = max(high - low, 1e-9) / 5
     power = 10 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
@@ -199,17 +203,17 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _decades(low: float, high: float) -> list[float]:
-    """Returns the powers of ten in a range, and where these are fewer than three their doubles and fives too."""
+    """Returns the powers of ten in a range; if there are fewer than three, also their multiples by 2 and 5."""
     first, last = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
-    found = [
+    ticks = [
         m * 10.0**e for e in range(first, last + 1) for m in (1, 2, 5) if low * 0.999 <= m * 10.0**e <= high * 1.001
     ]
-    whole = [x for x in found if math.isclose(math.log10(x), round(math.log10(x)))]
-    return whole if len(whole) > 2 else found
+    whole = [x for x in ticks if math.isclose(math.log10(x), round(math.log10(x)))]
+    return whole if len(whole) > 2 else ticks
 
 
 def label(value: float) -> str:
-    """Returns a tick's label: 0.5, 25, 10,000, 150k, 10M, 5e11."""
+    """Returns the short text of a number on an axis: 0.5, 25, 10,000, 150k, 10M, 5e11."""
     if abs(value) >= 1e9:
         return f"{value:.0e}".replace("e+", "e")
     if abs(value) > 10_000:

@@ -1,4 +1,4 @@
-"""The page of `geotoken audit coverage`."""
+"""Page of `geotoken audit coverage`: gallery photos by region, and accuracy if a region has none."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -17,47 +17,53 @@ from geotoken_jax.pages.chart import Chart, Panels, Series
 from geotoken_jax.pages.frame import Piece, Section
 from geotoken_jax.pages.table import THRESHOLDS, Cell, Group, Row, Table, interval, plain, sign
 
-#: Rows of a table of countries.
+#: Largest number of rows in a table of countries.
 _COUNTRIES = 25
 
 
 def page(figures: Mapping[str, Any], maps: Maps, reference: str, source: frame.Source) -> str:
-    """Returns the page. reference: the variant of the headline."""
+    """Returns the page as HTML. figures: figures of the audit. reference: variant of the headline."""
     density, masked = figures["density"], figures["masked"]
     split = masked["split"]
-    near = figures["distance"][split]
-    close = sum(found["share"] for found in near["bins"][:2])
+    nearest = figures["distance"][split]
+    within_25 = sum(b["share"] for b in nearest["bins"][:2])
     of_cells = f"{density['cells']:,} of {density['of_cells']:,} of level {density['level']}"
     tiles = [
         ("photos in the gallery", f"{figures['gallery']:,}", f"in {len(density['countries']):,} countries"),
-        ("cells with a photo", formats.percent(density["cells"] / density["of_cells"]), of_cells),
-        (f"{split} photos within 25 km of one", formats.percent(close), f"median {formats.km(near['median_km'])}"),
+        ("S2 cells with a gallery photo", formats.percent(density["cells"] / density["of_cells"]), of_cells),
+        (
+            f"{split} photos within 25 km of a gallery photo",
+            formats.percent(within_25),
+            f"median distance {formats.km(nearest['median_km'])}",
+        ),
     ]
     lead = ""
     if masked["every_continent"]:
         of = next(m for m in masked["every_continent"]["methods"] if m["variant"] == reference)
         before, after = (100 * of[name][LOST_AT]["value"] for name in ("plain", "masked"))
         lead = (
-            f'<p class="lead">Without the gallery\'s photos of its own continent, <b>{escape(of["name"])}</b> places '
-            f"{after:.1f} % of {escape(split)} within 2,500 km; with them, {before:.1f} %.</p>"
+            f'<p class="lead"><b>{escape(of["name"])}</b> places {before:.1f} % of the photos of {escape(split)} '
+            f"within 2,500 km. If the gallery has no photos of a photo's continent, it places {after:.1f} %.</p>"
         )
     headline = (
-        "<p>A photo is placed by the gallery photos it resembles: this page shows where there are any, how near the "
-        f"nearest one is, and what is lost where there are none.</p>{lead}{frame.tiles(tiles)}"
+        "<p>Predictions rely on similar photos in the gallery. This page shows the places of the gallery's photos, the "
+        "distance of evaluated photos to the nearest gallery photo, and the accuracy if the gallery has no photos of a "
+        f"region.</p>{lead}{frame.tiles(tiles)}"
     )
     sections = [
-        Section("density", "Density", "Where the gallery's photos are", _density(density, maps)),
+        Section("density", "Density", "Places of the gallery's photos", _density(density, maps)),
         Section("nearest", "Nearest photo", "Distance to the nearest gallery photo", _nearest(figures)),
-        Section("masked", "Without a region", "Without a whole region", _masked(masked, maps)),
+        Section("masked", "Without a region", "Accuracy if the gallery lacks a region", _masked(masked, maps)),
     ]
-    return frame.audit_page("What the gallery covers", headline, sections, source)
+    return frame.audit_page("Coverage of the gallery", headline, sections, source)
 
 
 def _density(density: Mapping[str, Any], maps: Maps) -> list[Piece | str]:
-    most = maps.counts.max()
-    # Powers of ten if the largest cell needs them, else about half as far apart.
-    steps = [1, 10, 100, 1_000, 10_000, 100_000, 1_000_000] if most >= 3_000 else [1, 3, 10, 30, 100, 300, 1_000]
-    steps = [step for step in steps if step <= most]
+    largest_count = maps.counts.max()
+    # Seven colors: powers of ten if a cell has 3,000 photos or more, else steps of about half a power.
+    steps = [1, 10, 100, 1_000, 10_000, 100_000, 1_000_000]
+    steps = steps if largest_count >= 3_000 else [1, 3, 10, 30, 100, 300, 1_000]
+    steps = [step for step in steps if step <= largest_count]
     shades = np.searchsorted(steps, maps.counts, side="right") - 1
     names = [f"{a:,}-{b - 1:,}" if b - a > 1 else f"{a:,}" for a, b in itertools.pairwise(steps)]
     names.append(f"{steps[-1]:,} and more")
@@ -76,25 +82,26 @@ def _density(density: Mapping[str, Any], maps: Maps) -> list[Piece | str]:
         for cell in density["largest_cells"]
     ]
     return [
-        f"<p>Photos in each S2 cell of level {density['level']}; a cell without color has none.</p>",
+        f"<p>Gallery photos per S2 cell of level {density['level']}. Cells without color have no photos. The table has "
+        "gallery photos, their share of the gallery, cells with a gallery photo, and photos of each split.</p>",
         worldmap.cell_map(scheme, maps.cells, shades, "Gallery photos in each S2 cell"),
         frame.color_key(("shade", f"background:{worldmap.SHADES[i]}", name) for i, name in enumerate(names)),
         Table(["Region", "Gallery", "Share", "Cells", *splits], groups),
-        "<h3>The fullest cells</h3>",
+        "<h3>Cells with the most photos</h3>",
         plain(["Center", "Country", "Cell", "Photos"], largest),
     ]
 
 
 def _nearest(figures: Mapping[str, Any]) -> list[Piece | str]:
-    found = figures["distance"]
+    by_split = figures["distance"]
     names = [*(f"to {km:,}" for km in distance.THRESHOLDS_KM), "beyond"]
     x_label = "distance to the nearest gallery photo, km"
-    shares = [np.array([100 * b["share"] for b in of["bins"]]) for of in found.values()]
-    of_splits = [Series(split, i, share) for i, (split, share) in enumerate(zip(found, shares, strict=True))]
+    shares = [np.array([100 * b["share"] for b in of["bins"]]) for of in by_split.values()]
+    of_splits = [Series(split, i, share) for i, (split, share) in enumerate(zip(by_split, shares, strict=True))]
     title = "Percent of each split's photos by distance to the nearest gallery photo"
     histogram = Chart("Photos", title, x_label, "percent of photos", of_splits, names)
     charts, groups = [], []
-    for split, of in found.items():
+    for split, of in by_split.items():
         methods = of["all"]["methods"]
         series = []
         for i, method in enumerate(methods):
@@ -110,19 +117,22 @@ def _nearest(figures: Mapping[str, Any]) -> list[Piece | str]:
         groups.append(Group(rows, split, f"median {formats.km(of['median_km'])}"))
     named, unknown = (sum(of[key] for of in figures["named_by_nearest"].values()) for key in ("named", "unknown"))
     return [
-        "<p>How far each photo is, on the ground, from the nearest photo of the gallery.</p>",
+        "<p>Distance on the ground between the place of each evaluated photo and the nearest place of a gallery "
+        "photo.</p>",
         Panels([histogram]),
-        "<h3>Accuracy against that distance</h3><p>Percent placed within 200 km of the truth; whiskers and small "
-        "figures are 95 % intervals. No bar: no photos. figures.json has the other thresholds.</p>",
+        "<h3>Accuracy by distance to the nearest gallery photo</h3><p>Percent of photos placed within 200 km of the "
+        "truth; whiskers and small figures are 95 % intervals. A bin without bar has no photos. figures.json has the "
+        "other thresholds.</p>",
         Panels(charts),
         Table(["Nearest gallery photo", "Photos", *(m["name"] for m in methods)], groups),
-        f"<p>Photos whose source names no country: {named:,} counted with that of the nearest gallery photo, up to "
-        f"{NEAR_KM:.0f} km away; {unknown:,} unknown, for want of one.</p>",
+        f"<p>Of the photos whose source names no country, {named:,} count to the country of the nearest gallery photo, "
+        f"which is up to {NEAR_KM:.0f} km away. The country of {unknown:,} photos is unknown, because no gallery photo "
+        "is that near.</p>",
     ]
 
 
 def _within(bins: Sequence[Mapping[str, Any]], method: int) -> list[Float[np.ndarray, "bins"]]:
-    """Returns value, low and high of one method's accuracy in each bin, in percent; NaN if it has no photos."""
+    """Returns accuracy and its interval's ends per bin, in percent, of one method; NaN for a bin without photos."""
     return [
         np.array([100 * b["methods"][method]["accuracy"][BIN_AT][part] if b["photos"] else np.nan for b in bins])
         for part in ("value", "low", "high")
@@ -132,7 +142,7 @@ def _within(bins: Sequence[Mapping[str, Any]], method: int) -> list[Float[np.nda
 def _masked(masked: Mapping[str, Any], maps: Maps) -> list[Piece | str]:
     split = masked["split"]
     if not masked["regions"]:
-        return [f"<p>No photo of {escape(split)} has a country or continent that the gallery has photos of.</p>"]
+        return [f"<p>The gallery has no photos of the countries and continents of {escape(split)}.</p>"]
     groups, drawn = [], []
     for kind in maps.lost:
         regions = [region for region in masked["regions"] if region["kind"] == kind]
@@ -140,19 +150,20 @@ def _masked(masked: Mapping[str, Any], maps: Maps) -> list[Piece | str]:
             regions.append({"name": "Each photo's own continent", "gallery": None, **masked["every_continent"]})
         for i, method in enumerate(regions[0]["methods"] if regions else []):
             rows = [_masked_row(region, region["methods"][i]) for region in regions]
-            groups.append(Group(rows, method["name"], f"{kind} left out, one at a time, for its photos of {split}"))
+            groups.append(Group(rows, method["name"], f"one {kind} left out at a time, accuracy on its {split} photos"))
         drawn.append(_lost_map(kind, maps))
     between = [f"{a}-{b}" for a, b in itertools.pairwise(LOST_BANDS)]
     bands = [f"under {LOST_BANDS[0]}", *between, f"over {LOST_BANDS[-1]}"]
-    lead = "Percent of those placed within 2,500 km that no longer are: "
+    lead = "Of the photos placed within 2,500 km, percent that no longer are without the region: "
     return [
-        f"<p>For the photos of {escape(split)} in a region, all photos of that region are taken out of the gallery, "
-        "neighbors are found again (exactly), and the first neighbor and the decoder answer again. In each cell: "
-        "percent within the distance without the region; below it with the region, and the points lost (&minus;) with "
-        "their 95 % interval. Color marks those whose interval excludes zero.</p>",
+        f"<p>The photos of {escape(split)} in a region are placed again after all photos of that region are removed "
+        "from the gallery: neighbors are searched again, exactly, and the first neighbor and the decoder give new "
+        "answers. A table cell has the percent of photos within the distance without the region. Below it are the "
+        "percent with the whole gallery, and the 95 % interval of the difference in percentage points. It is green or "
+        "red if the interval excludes zero.</p>",
         *drawn,
         frame.color_key(((f"band b{i}", "", name) for i, name in enumerate(bands)), lead),
-        Table(["Left out", "Photos", "Gallery", *THRESHOLDS], groups),
+        Table(["Region left out", "Photos", "Gallery photos", *THRESHOLDS], groups),
     ]
 
 
@@ -161,7 +172,7 @@ def _masked_row(region: Mapping[str, Any], method: Mapping[str, Any]) -> Row:
     cells: list[Cell | str] = [f"{region['photos']:,}", gallery]
     for before, after, lost in zip(method["plain"], method["masked"], method["difference"], strict=True):
         low, high = (formats.signed(100 * lost[part]) for part in ("low", "high"))
-        notes = [f"of {100 * before['value']:.1f}", f"{low} to {high}"]
+        notes = [f"with {100 * before['value']:.1f}", f"{low} to {high}"]
         cells.append(Cell(f"{100 * after['value']:.1f}", notes, sign=sign(lost)))
     return Row(region["name"], cells)
 
@@ -170,5 +181,5 @@ def _lost_map(kind: str, maps: Maps) -> str:
     band = maps.lost[kind]
     dots = {"rest": maps.coordinates[band < 0]}
     dots |= {f"b{i}": maps.coordinates[band == i] for i in range(len(LOST_BANDS) + 1)}
-    label = f"Photos, colored by what is lost when their {kind} is left out of the gallery"
+    label = f"Photos, colored by the loss of accuracy if the gallery lacks their {kind}"
     return f"<h3>{label}</h3>{worldmap.dot_map(dots, label)}"

@@ -1,6 +1,6 @@
-"""The frame and style sheet of all pages, and the pieces besides tables and charts that pages are made of.
+"""Frame of all pages, and small pieces of pages: tiles, verdicts, map keys and folded parts.
 
-A page opens from disk and needs nothing else. Text from data is escaped where it becomes HTML.
+A page is one HTML file that opens from disk and loads nothing else. Functions that build HTML escape text from data.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from geotoken_jax.workdir import Manifest
 
 
 class Piece(Protocol):
-    """A table, a chart, or a row of charts."""
+    """Part of a page: a table, a chart or a row of charts."""
 
     def html(self) -> str:
         """Returns the piece as HTML."""
@@ -26,7 +26,10 @@ class Piece(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """One section of a page. anchor: its id. name: in the navigation. pieces: its content; a string is HTML."""
+    """One section of a page.
+
+    anchor: id of the HTML element. name: label in the navigation. title: heading. pieces: content; strings are HTML.
+    """
 
     anchor: str
     name: str
@@ -36,14 +39,14 @@ class Section:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What the page was made from. manifests: by folder. resamples: of the bootstrap of its intervals."""
+    """Origin of a page. manifests: manifests of its inputs by folder. resamples: resamples of the bootstrap."""
 
     manifests: Mapping[str, Manifest]
     resamples: int
 
 
 def page(title: str, headline: str, sections: Sequence[Section]) -> str:
-    """Returns a page: headline, navigation, sections in order. headline: HTML."""
+    """Returns a page as HTML: headline, navigation and sections. title: text. headline: HTML."""
     links = (f'<a href="#{s.anchor}">{escape(s.name)}</a>' for s in sections)
     bodies = (f'<section id="{s.anchor}"><h2>{escape(s.title)}</h2>{join(s.pieces)}</section>' for s in sections)
     parts = {
@@ -57,28 +60,30 @@ def page(title: str, headline: str, sections: Sequence[Section]) -> str:
 
 
 def audit_page(title: str, headline: str, sections: Sequence[Section], source: Source) -> str:
-    """Returns the page of an audit; its last section has the manifests of the folders that it was made from."""
-    made = (
-        f"<p>{intervals(source.resamples)} A missing prediction counts as wrong. Every number of this page, and those "
-        "it leaves out, are in figures.json beside it. The folders it was made from:</p>"
+    """Returns the page of an audit, with a last section on intervals and on the folders that the figures come from."""
+    note = (
+        f"<p>{intervals(source.resamples)} A missing prediction counts as wrong. All figures of the audit, including "
+        "figures that this page does not show, are in figures.json in the same folder. The figures come from these "
+        "folders of the work directory:</p>"
     )
-    last = Section("made", "How it was made", "How it was made", [made, manifests(source.manifests)])
+    last = Section("made", "How it was made", "How it was made", [note, manifests(source.manifests)])
     return page(f"GeoToken: {title}", f"<h1>{escape(title)}</h1>{headline}", [*sections, last])
 
 
 def fill(template: str, parts: Mapping[str, str]) -> str:
-    """Returns a template of this folder with each {{name}} replaced by a part."""
+    """Returns a template file of this package with each {{name}} replaced by the part of that name."""
     text = epath.resource_path("geotoken_jax.pages").joinpath(template).read_text()
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], text)
 
 
 def join(pieces: Iterable[Piece | str]) -> str:
-    """Returns pieces as HTML, one after another."""
+    """Returns the HTML of all pieces, in order."""
     return "".join(piece if isinstance(piece, str) else piece.html() for piece in pieces)
 
 
 def folded(parts: Iterable[tuple[str, str, Sequence[Piece | str]]]) -> str:
-    """Returns parts that open and close by their name, of which the first is open: name, note, pieces."""
+    """Returns HTML of parts that a click on their name opens and closes; the first is open. parts: name, note,
+    pieces."""
     return "".join(
         f"<details{'' if number else ' open'}><summary><b>{escape(name)}</b> "
         f'<span class="muted">{escape(note)}</span></summary>{join(pieces)}</details>'
@@ -87,12 +92,12 @@ def folded(parts: Iterable[tuple[str, str, Sequence[Piece | str]]]) -> str:
 
 
 def hidden(name: str, *pieces: Piece | str) -> str:
-    """Returns pieces that open at a click on their name."""
+    """Returns HTML of pieces that are hidden until a click on `name`."""
     return f"<details><summary>{escape(name)}</summary>{join(pieces)}</details>"
 
 
 def tiles(items: Iterable[tuple[str, str, str]]) -> str:
-    """Returns large figures: name, figure, note."""
+    """Returns HTML of a row of tiles with one large figure each. items: name, figure, note."""
     listed = (
         f"<li><small>{escape(name)}</small><strong>{escape(figure)}</strong><small>{escape(note)}</small></li>"
         for name, figure, note in items
@@ -101,29 +106,29 @@ def tiles(items: Iterable[tuple[str, str, str]]) -> str:
 
 
 def verdict(text: str, warn: bool = False) -> str:
-    """Returns a sentence that sums up a figure. warn: in the color of what should not be so."""
+    """Returns HTML of a sentence that sums up figures. warn: use the color of a problem."""
     return f'<p class="verdict{" warn" if warn else ""}">{escape(text)}</p>'
 
 
 def color_key(items: Iterable[tuple[str, str, str]], lead: str = "") -> str:
-    """Returns the key of a map: class and style of a mark, and its name. lead: HTML before them."""
+    """Returns HTML of a map's key. items: CSS class and style of a mark, and its name. lead: HTML before the marks."""
     marks = (f'<span><i class="{look}" style="{style}"></i>{escape(name)}</span> ' for look, style, name in items)
     return f'<p class="key muted">{lead}{"".join(marks)}</p>'
 
 
-def manifests(found: Mapping[str, Manifest]) -> str:
-    """Returns the manifests of folders, each to be unfolded."""
+def manifests(by_folder: Mapping[str, Manifest]) -> str:
+    """Returns HTML of manifests, each hidden until a click on its folder."""
     parts = []
-    for name, manifest in found.items():
-        kept = {"settings": manifest.settings, "counts": manifest.counts, "dropped": manifest.dropped}
-        text = json.dumps({**kept, **manifest.facts}, indent=1, sort_keys=True, ensure_ascii=False)
+    for name, manifest in by_folder.items():
+        shown = {"settings": manifest.settings, "counts": manifest.counts, "dropped": manifest.dropped}
+        text = json.dumps({**shown, **manifest.facts}, indent=1, sort_keys=True, ensure_ascii=False)
         parts.append(hidden(f"{name}/", f"<pre>{escape(text, quote=False)}</pre>"))
     return "".join(parts)
 
 
 def intervals(resamples: int) -> str:
-    """Returns the sentence that says what the intervals are."""
+    """Returns one sentence on the method of the bootstrap intervals."""
     return (
-        f"Intervals: percentiles 2.5 and 97.5 of {resamples:,} bootstrap resamples of authors, or of photos where "
-        "authors are not known."
+        f"95 % intervals are percentiles 2.5 and 97.5 of {resamples:,} bootstrap resamples of authors, or of photos "
+        "whose author is unknown."
     )

@@ -1,4 +1,4 @@
-"""The page of `geotoken audit leakage`."""
+"""Page of `geotoken audit leakage`: evaluated photos that also are in the gallery, and accuracy without them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ from geotoken_jax.pages.frame import Piece, Section
 from geotoken_jax.pages.photos import thumbnail
 from geotoken_jax.pages.table import THRESHOLDS, Cell, Group, Row, Table, interval
 
-#: The color of each kind on the map.
+#: Color class of each kind of leak on the map.
 _COLORS = dict(zip(KINDS, ("b5", "b4", "b3", "b0"), strict=True))
 
 
@@ -25,10 +25,10 @@ def page(
     reference: str,
     source: frame.Source,
 ) -> str:
-    """Returns the page.
+    """Returns the page as HTML.
 
-    coordinates: of `leakage.worst_kinds`. photos: by split, and gallery: the pictures of the pairs. reference: the
-    variant whose rows stand out.
+    figures: figures of the audit. coordinates: result of `leakage.worst_kinds`. photos: lookup of the photos of the
+    pairs, by split. gallery: lookup of the gallery photos of the pairs. reference: variant whose rows are bold.
     """
     splits = figures["splits"]
     tiles = [
@@ -40,17 +40,17 @@ def page(
         for split, of in splits.items()
     ]
     headline = (
-        "<p>A photo whose author, place or picture is in the gallery too is easier than a new one. This page counts "
-        f"such photos of every evaluated split against the gallery's {figures['gallery']:,}, and scores the "
-        f"predictions with them left out.</p>{frame.tiles(tiles)}"
+        "<p>A photo is easier to place if the gallery has a photo with the same author, place or picture: it is "
+        f"leaked. This page compares every evaluated split with the {figures['gallery']:,} photos of the gallery, "
+        f"counts leaked photos, and reports accuracy without them.</p>{frame.tiles(tiles)}"
     )
     sections = [
-        Section("counts", "Counts", "How many are leaked", _counts(figures)),
-        Section("where", "Map", "Where they are", _map(coordinates)),
-        Section("accuracy", "Accuracy", "Accuracy with and without them", _accuracy(splits, reference)),
-        Section("pairs", "Pairs", "Some pairs", _pairs(splits, photos, gallery)),
+        Section("counts", "Counts", "Number of leaked photos", _counts(figures)),
+        Section("where", "Map", "Places of leaked photos", _map(coordinates)),
+        Section("accuracy", "Accuracy", "Accuracy with and without leaked photos", _accuracy(splits, reference)),
+        Section("pairs", "Pairs", "Examples of leaked photos", _pairs(splits, photos, gallery)),
     ]
-    return frame.audit_page("What leaks from the gallery", headline, sections, source)
+    return frame.audit_page("Photos leaked from the gallery", headline, sections, source)
 
 
 def _counts(figures: Mapping[str, Any]) -> list[Piece | str]:
@@ -64,9 +64,9 @@ def _counts(figures: Mapping[str, Any]) -> list[Piece | str]:
         rows.append(Row(split, cells))
     columns = ["Split", "Photos", *(kind.capitalize() for kind in KINDS), "Clean"]
     return [
-        "<p>Photos with a photo in the gallery of the same id, of the same author (where one is known), at exactly the "
-        "same coordinates, or with an image embedding whose cosine with theirs is above "
-        f"{figures['cosine_above']:g}. A photo may be leaked in several ways; a clean one is in none. The last columns "
+        "<p>A photo is leaked if a gallery photo has the same id, the same known author or exactly the same "
+        f"coordinates, or if the cosine between their image embeddings is above {figures['cosine_above']:g} "
+        "(near-duplicate). A photo may be leaked in several ways; a clean photo is leaked in none. The last columns "
         "are quantiles of the cosine with the most similar gallery photo.</p>",
         Table([*columns, *(f"Cosine, {name}" for name in quantiles)], [Group(rows)]),
     ]
@@ -74,9 +74,10 @@ def _counts(figures: Mapping[str, Any]) -> list[Piece | str]:
 
 def _map(coordinates: Mapping[str, np.ndarray]) -> list[Piece | str]:
     dots = {"rest": coordinates[""]} | {_COLORS[kind]: coordinates[kind] for kind in reversed(KINDS)}
-    label = "Leaked photos of all splits, by the worst way in which they are"
+    label = "Leaked photos of all splits, colored by kind of leak"
     return [
-        f"<p>{label}; small gray dots are clean.</p>",
+        f"<p>{label}. A photo with several kinds has the color of the first of them in the key. Small gray dots are "
+        "clean photos.</p>",
         worldmap.dot_map(dots, label),
         frame.color_key((f"band {color}", "", kind) for kind, color in _COLORS.items()),
     ]
@@ -88,7 +89,7 @@ def _accuracy(splits: Mapping[str, Any], reference: str) -> list[Piece | str]:
         sets = {"all photos": of["accuracy"]["all"]}
         sets |= {f"without {kind}": scores for kind, scores in of["accuracy"]["without"].items() if scores}
         if len(sets) > 2 and of["accuracy"]["clean"]:
-            sets["without any"] = of["accuracy"]["clean"]
+            sets["without all leaked photos"] = of["accuracy"]["clean"]
         for i, method in enumerate(of["accuracy"]["all"]["methods"]):
             look = "reference" if method["variant"] == reference else ""
             rows = [
@@ -97,8 +98,8 @@ def _accuracy(splits: Mapping[str, Any], reference: str) -> list[Piece | str]:
             ]
             groups.append(Group(rows, f"{split}: {method['name']}"))
     return [
-        "<p>Percent placed within a distance, on all photos and on those that are left without each kind of leaked "
-        "photo; kinds that a split has none of, or that leave none, are not listed.</p>",
+        "<p>Percent of photos placed within a distance of the truth, on all photos and without each kind of leaked "
+        "photo. A kind is not listed if a split has no such photos or no other photos.</p>",
         Table(["Photos", "Number", *THRESHOLDS], groups),
     ]
 
@@ -110,8 +111,8 @@ def _pairs(splits: Mapping[str, Any], photos: Mapping[str, Gallery], gallery: Ga
         for kind in KINDS:
             for pair in of["kinds"][kind]["pairs"]:
                 pictures = [
-                    Cell(html=thumbnail(held, pair[which]), notes=[pair[which]])
-                    for which, held in (("photo", photos[split]), ("gallery", gallery))
+                    Cell(html=thumbnail(lookup, pair[side]), notes=[pair[side]])
+                    for side, lookup in (("photo", photos[split]), ("gallery", gallery))
                 ]
                 cosine = f"{pair['cosine']:.3f}" if "cosine" in pair else ""
                 rows.append(Row(kind, [*pictures, formats.km(pair["km"]), cosine], "pairs"))
@@ -120,6 +121,7 @@ def _pairs(splits: Mapping[str, Any], photos: Mapping[str, Gallery], gallery: Ga
     if not groups:
         return ["<p>No photo is leaked.</p>"]
     return [
-        f"<p>Up to {PAIRS} of each kind and split; the most similar first, of near-duplicates.</p>",
-        Table(["Kind", "Photo", "Photo of the gallery", "Apart", "Cosine"], groups),
+        f"<p>Up to {PAIRS} leaked photos per kind and split, each with its gallery photo and the distance between "
+        "their places. Near-duplicates are the most similar.</p>",
+        Table(["Kind", "Photo", "Gallery photo", "Distance", "Cosine"], groups),
     ]

@@ -1,4 +1,4 @@
-"""The page of `geotoken audit levels`."""
+"""Page of `geotoken audit levels`: accuracy, calibration and errors of the decoder at every S2 level."""
 
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
@@ -10,35 +10,37 @@ from geotoken_jax.analysis import formats, per_level
 from geotoken_jax.analysis.per_level import BINS, CAUSES
 from geotoken_jax.geo import distance
 from geotoken_jax.pages import frame
-from geotoken_jax.pages.chart import Chart, Panels, Series
+from geotoken_jax.pages.chart import Chart, Key, Panels, Series
 from geotoken_jax.pages.frame import Piece, Section
 from geotoken_jax.pages.table import THRESHOLDS, Cell, Group, Row, Table, interval, points
 
-#: Confidence of the most confident bin, over the uniform's, from which a level's curves are more than a knot.
+#: A level has a calibration chart if the confidence of its most confident bin is at least this many times the uniform
+#: probability. The points of other levels are too close together for a curve.
 _SPREAD = 2
 
 
 def page(figures: Mapping[str, Any], source: frame.Source) -> str:
-    """Returns the page."""
+    """Returns the page as HTML. figures: figures of the audit."""
     tiles = []
     for split, of in figures["splits"].items():
         at = of["levels"][of["bottleneck"]]
-        note = f"{formats.percent(at['lost']['value'])} of the GeoScore lost" if at["lost"] else "nothing is lost"
+        note = f"{formats.percent(at['lost']['value'])} of the GeoScore lost" if at["lost"] else "no GeoScore is lost"
         tiles.append((f"{split}: bottleneck", f"level {figures['levels'][of['bottleneck']]['level']:g}", note))
     verdicts = "".join(frame.verdict(per_level.bottleneck_sentence(figures, split)) for split in figures["splits"])
     headline = (
-        f"<p>Each token of an answer narrows the cell down. This page follows <b>{escape(figures['name'])}</b> token "
-        "by token: how well it knows each level when all before is right, where greedy decoding first leaves the right "
-        f"cell, and what that costs.</p>{verdicts}{frame.tiles(tiles)}"
+        f"<p>Each token of an answer selects a smaller cell. This page shows for every token of "
+        f"<b>{escape(figures['name'])}</b> how accurate it is if all tokens before it are right, how often greedy "
+        "decoding first leaves the right cell there, and how much GeoScore is lost: 5,000 points per photo minus the "
+        f"score of its answer.</p>{verdicts}{frame.tiles(tiles)}"
     )
     sections = [
-        Section("forced", "Each level alone", "Each level alone", _forced(figures)),
-        Section("calibration", "Calibration", "Whether its confidence is right", _calibration(figures)),
-        Section("free", "Free-running", "One level after another", _free(figures)),
-        Section("first", "First mistake", "Where answers first leave the right cell", _first(figures)),
-        Section("neighbors", "Neighbors", "For want of evidence, or of choosing", _neighbors(figures)),
+        Section("forced", "Each level alone", "Accuracy of each level alone", _forced(figures)),
+        Section("calibration", "Calibration", "Calibration of the token probabilities", _calibration(figures)),
+        Section("free", "Greedy decoding", "Accuracy of greedy decoding", _free(figures)),
+        Section("first", "First mistake", "Level at which answers first leave the right cell", _first(figures)),
+        Section("neighbors", "Neighbors", "Neighbors of photos that leave the right cell", _neighbors(figures)),
     ]
-    return frame.audit_page("Level by level", headline, sections, source)
+    return frame.audit_page("Accuracy by S2 level", headline, sections, source)
 
 
 def _forced(figures: Mapping[str, Any]) -> list[Piece | str]:
@@ -53,34 +55,35 @@ def _forced(figures: Mapping[str, Any]) -> list[Piece | str]:
         ]
 
     return [
-        "<p>Teacher-forced: every token is asked for with the true ones before it. The loss is that of the true token; "
-        "at 100 % of the uniform's the model knows no more than how many cells there are. The entropy is what the "
-        "model expects to lose: where the loss is above it, it is too sure.</p>",
+        "<p>Teacher-forced: every token is predicted from the true tokens before it. The loss is minus the logarithm "
+        "of the probability of the true token. A loss of 100 % of a uniform guess means that the model has learned no "
+        "more than the number of cells. The entropy is the loss that the model itself expects: if the loss is larger, "
+        "the model is overconfident.</p>",
         Panels(
             [
                 _curves(figures, "Accuracy", "accuracy", "percent of photos", 100),
-                _curves(figures, "Loss, of the uniform's", "of_uniform", "percent", 100),
+                _curves(figures, "Loss, relative to a uniform guess", "of_uniform", "percent", 100),
                 _curves(figures, "Loss", "loss", "nats"),
                 _curves(figures, "Entropy", "entropy", "nats"),
             ]
         ),
-        _table(figures, ["Choices", "Accuracy", "Loss, nats", "Of the uniform's", "Entropy, nats"], cells),
+        _table(figures, ["Values", "Accuracy", "Loss, nats", "Loss, percent of uniform", "Entropy, nats"], cells),
     ]
 
 
 def _calibration(figures: Mapping[str, Any]) -> list[Piece | str]:
     charts = []
     for t, of_level in enumerate(figures["levels"]):
-        surest = max(of["levels"][t]["reliability"][-1]["confidence"] for of in figures["splits"].values())
-        if surest * of_level["choices"] < _SPREAD:
+        largest = max(of["levels"][t]["reliability"][-1]["confidence"] for of in figures["splits"].values())
+        if largest * of_level["choices"] < _SPREAD:
             continue
         series = []
         for color, (split, of) in enumerate(figures["splits"].items()):
             x, y = ([100 * b[name] for b in of["levels"][t]["reliability"]] for name in ("confidence", "accuracy"))
             series.append(Series(split, color, np.array(y), np.array(x)))
         name = f"Level {of_level['level']:g}"
-        title = f"{name}: percent right by confidence, one curve a split; dotted where they are equal"
-        series.append(Series("equal", 7, np.array([0, 100]), np.array([0, 100]), style="dotted"))
+        title = f"{name}: percent right by confidence, one curve per split; dotted line: both are equal"
+        series.append(Series("confidence equals accuracy", 7, np.array([0, 100]), np.array([0, 100]), style="dotted"))
         charts.append(Chart(name, title, "confidence, percent", "percent right", series))
 
     def cells(t: int, at: Mapping[str, Any]) -> list[Cell | str]:
@@ -89,20 +92,21 @@ def _calibration(figures: Mapping[str, Any]) -> list[Piece | str]:
         return [interval(at["accuracy"]), points(at["overconfidence"], colored=False), error]
 
     return [
-        "<p>Teacher-forced: how often the most probable token is the true one, against the probability it is given, in "
-        f"{BINS} bins of equally many photos a split. Over-confidence is mean confidence minus accuracy; the expected "
-        "calibration error is the mean distance of bins from the dotted line, which chance alone keeps above zero. "
-        f"Levels where no bin is surer than {_SPREAD} times the uniform are not drawn.</p>",
+        "<p>Teacher-forced: percent of photos whose most probable token is right, by the probability of that token "
+        f"(its confidence), in {BINS} bins per split with equally many photos. Overconfidence is mean confidence minus "
+        "accuracy. The calibration error is the mean distance of the bins from the dotted line; random variation alone "
+        f"keeps it above zero. Levels without a bin of at least {_SPREAD} times the uniform probability have no "
+        "chart.</p>",
         Panels(charts),
-        _table(figures, ["Accuracy", "Over-confidence, points", "Calibration error, points"], cells),
+        _table(figures, ["Accuracy", "Overconfidence, points", "Calibration error, points"], cells),
     ]
 
 
 def _free(figures: Mapping[str, Any]) -> list[Piece | str]:
     kinds = {
-        "accuracy_so_far": ("accuracy of those right so far", 2, "dashed"),
+        "accuracy_so_far": ("accuracy of greedy answers that are right so far", 2, "dashed"),
         "accuracy": ("teacher-forced accuracy", 0, "solid"),
-        "right": ("still in the right cell", 1, "solid"),
+        "right": ("greedy answers still in the right cell", 1, "solid"),
     }
 
     def cells(t: int, at: Mapping[str, Any]) -> list[Cell | str]:
@@ -111,18 +115,19 @@ def _free(figures: Mapping[str, Any]) -> list[Piece | str]:
         return [*shares, points(at["gap"], colored=False)]
 
     return [
-        "<p>Greedy decoding goes on from its own tokens. Among the photos that are right so far it has read the truth, "
-        "so it differs from teacher-forcing there only in which photos are left; what errors cost by adding up is the "
-        "gap between teacher-forced accuracy and the share still in the right cell.</p>",
+        "<p>Greedy decoding predicts every token from its own tokens before it. As long as an answer is right, these "
+        "are the true tokens, so the accuracy of answers that are right so far is teacher-forced accuracy on fewer "
+        "photos. The gap between teacher-forced accuracy and the share of answers still in the right cell is the cost "
+        "of accumulated errors.</p>",
         Panels(_split_curves(figures, kinds, "percent by S2 level, teacher-forced and greedy")),
-        _table(figures, ["Teacher-forced", "Of those right so far", "Still in the right cell", "Gap, points"], cells),
+        _table(figures, ["Teacher-forced", "Right so far", "Still in the right cell", "Gap, points"], cells),
     ]
 
 
 def _first(figures: Mapping[str, Any]) -> list[Piece | str]:
     charts = [
-        _bars(figures, "Photos whose first wrong token is there", "first_wrong", "percent of photos"),
-        _bars(figures, "GeoScore lost by them", "lost", "percent of all that is lost"),
+        _bars(figures, "Photos whose first wrong token is at the level", "first_wrong", "percent of photos"),
+        _bars(figures, "GeoScore that these photos lose", "lost", "percent of the GeoScore lost"),
     ]
 
     def cells(t: int, at: Mapping[str, Any]) -> list[Cell | str]:
@@ -135,13 +140,13 @@ def _first(figures: Mapping[str, Any]) -> list[Piece | str]:
         missed = [interval(at[f"missed_{km}"]) for km in distance.THRESHOLDS_KM]
         return [interval(at["first_wrong"]), off, mean, interval(at["lost"]), *missed, interval(at["near"])]
 
-    columns = ["First wrong", "Off by", "Points lost", "Of all lost", *(f"Missed {at}" for at in THRESHOLDS)]
+    columns = ["First wrong", "Error", "GeoScore lost", "Of all lost", *(f"Missed {at}" for at in THRESHOLDS)]
     return [
-        "<p>Each photo counts at the first level whose cell its greedy answer leaves: how many do, how far off they "
-        "end (median and quartiles), the GeoScore they lose on average, and what part they are of all GeoScore lost "
-        "and of all photos missed at each distance. The table's last column is the price of hard "
-        "borders: answers in another cell that are nevertheless no farther from the truth than a cell of that level is "
-        "wide.</p>",
+        "<p>Each photo counts at the first level at which its greedy answer is in another cell than the truth. The "
+        "table has the share of such photos, their error (median and quartiles), the GeoScore they lose on average, "
+        "their share of all GeoScore lost, and their share of all photos that are not within each distance. The last "
+        "column shows the effect of cell borders: the share of these photos whose answer is in another cell, but no "
+        "farther from the truth than the width of a cell.</p>",
         Panels(charts),
         _table(figures, [*columns, "Within a cell's width"], cells),
     ]
@@ -150,26 +155,34 @@ def _first(figures: Mapping[str, Any]) -> list[Piece | str]:
 def _neighbors(figures: Mapping[str, Any]) -> list[Piece | str]:
     known = {
         "held": ("a neighbor is in the right cell", 2, "solid"),
-        "accuracy_held": ("accuracy where one is", 0, "solid"),
-        "accuracy_not_held": ("accuracy where none is", 1, "solid"),
+        "accuracy_held": ("accuracy with such a neighbor", 0, "solid"),
+        "accuracy_not_held": ("accuracy without such a neighbor", 1, "solid"),
     }
     lost = []
     for split, of in figures["splits"].items():
         series = [_bar_series(of, key, name, color) for color, (key, name) in enumerate(CAUSES.items())]
-        title = f"{split}: percent of all GeoScore lost, by first wrong level and by where the neighbors were"
-        lost.append(Chart(split, title, "S2 level", "percent of all lost", series, _names(figures)))
+        title = f"{split}: percent of all GeoScore lost, by first wrong level and cells of the neighbors"
+        lost.append(Chart(split, title, "S2 level", "percent of the GeoScore lost", series, _names(figures)))
 
     def cells(t: int, at: Mapping[str, Any]) -> list[Cell | str]:
         del t
         return [interval(at[key]) for key in (*known, "held_wrong", "held_wrong_by_chance", *CAUSES)]
 
-    columns = ["A neighbor there", "Accuracy with", "Accuracy without", "First wrong: one there", "by chance"]
+    columns = [
+        "Neighbor in right cell",
+        "Accuracy with it",
+        "Accuracy without it",
+        "First wrong: neighbor in right cell",
+        "the same by chance",
+    ]
     title = "teacher-forced accuracy by S2 level, with and without a neighbor in the right cell"
     return [
-        "<p>How many of a photo's neighbors lie in the right cell as far as each level, and how many in the one that "
-        "the answer takes. Where none is in the right one, the decoder had to know the place itself; where more are in "
-        "the other, their number spoke against the truth; where as many or more were right, it chose badly. Six faces "
-        "are few: what another photo's neighbors would hold by chance is beside it.</p>",
+        "<p>The GeoScore lost at each level, by the number of neighbors in the right cell of that level and in the "
+        "cell that the answer chose. If no neighbor is in the right cell, the decoder has no evidence of the place. If "
+        "more neighbors are in the chosen cell, most of the evidence is against the truth. If as many or more are in "
+        "the right cell, the decoder had the evidence and chose wrong. There are only six cells of level 0, so the "
+        "table also has the share of wrong answers that have a neighbor in the right cell if neighbors are taken from "
+        "another, random photo.</p>",
         *(frame.verdict(per_level.cause_sentence(figures, split)) for split in figures["splits"]),
         Panels(lost),
         "<h3>Accuracy, teacher-forced</h3>",
@@ -179,7 +192,10 @@ def _neighbors(figures: Mapping[str, Any]) -> list[Piece | str]:
 
 
 def _table(figures: Mapping[str, Any], columns: Sequence[str], cells: Callable[[int, Any], list[Cell | str]]) -> str:
-    """Returns a row for each level of each split. cells: number of the token and its figures -> cells."""
+    """Returns a folded table with a row per level of each split.
+
+    columns: heads of the columns after the level. cells: function from the number of a token and its figures to cells.
+    """
     names = [f"{of['level']:g} ({formats.km(of['cell_km'])})" for of in figures["levels"]]
     groups = [
         Group([Row(names[t], cells(t, at)) for t, at in enumerate(of["levels"])], split, f"{of['photos']:,} photos")
@@ -194,31 +210,35 @@ def _curves(figures: Mapping[str, Any], caption: str, key: str, y_label: str, sc
         _series(figures, of, key, (split, color, "solid"), scale)
         for color, (split, of) in enumerate(figures["splits"].items())
     ]
-    return Chart(caption, f"{caption} by S2 level, one curve a split", "S2 level", y_label, series)
+    return Chart(caption, f"{caption} by S2 level, one curve per split", "S2 level", y_label, series)
 
 
-def _split_curves(figures: Mapping[str, Any], kinds: Mapping[str, tuple[str, int, str]], title: str) -> list[Chart]:
-    """Returns a chart per split with a curve of percent over levels per kind. kinds: key of figures -> legend."""
+def _split_curves(figures: Mapping[str, Any], kinds: Mapping[str, Key], title: str) -> list[Chart]:
+    """Returns a chart per split, each with one curve in percent over levels per kind.
+
+    kinds: legend entry of a curve by its key in the figures.
+    """
     return [
         Chart(
             split,
             f"{split}: {title}",
             "S2 level",
             "percent of photos",
-            [_series(figures, of, key, look, 100) for key, look in kinds.items()],
+            [_series(figures, of, key, entry, 100) for key, entry in kinds.items()],
         )
         for split, of in figures["splits"].items()
     ]
 
 
-def _series(
-    figures: Mapping[str, Any], of: Mapping[str, Any], key: str, look: tuple[str, int, str], scale: float
-) -> Series:
-    """Returns the curve of a split's estimate over levels, without those of nothing. look: name, color, style."""
+def _series(figures: Mapping[str, Any], of: Mapping[str, Any], key: str, entry: Key, scale: float) -> Series:
+    """Returns the curve of an estimate of a split over levels; levels without an estimate have no point.
+
+    of: figures of the split. entry: name, color and style.
+    """
     pairs = zip(figures["levels"], of["levels"], strict=True)
     known = [(level["level"], scale * at[key]["value"]) for level, at in pairs if at[key]]
     x, y = np.array(known).reshape(-1, 2).T
-    name, color, style = look
+    name, color, style = entry
     return Series(name, color, y, x, style=style)
 
 
@@ -229,7 +249,7 @@ def _bars(figures: Mapping[str, Any], caption: str, key: str, y_label: str) -> C
 
 
 def _bar_series(of: Mapping[str, Any], key: str, name: str, color: int) -> Series:
-    """Returns the bars of a split's estimate at each level, in percent; NaN for the ratio of nothing."""
+    """Returns bars of an estimate of a split at each level, in percent; NaN for a level without an estimate."""
     y, low, high = (
         np.array([100 * at[key][part] if at[key] else np.nan for at in of["levels"]])
         for part in ("value", "low", "high")

@@ -1,4 +1,4 @@
-"""Photos on pages: thumbnails, cards of single photos, and the map of many."""
+"""Photos on pages: thumbnails, cards of single photos, and a map of many photos."""
 
 import base64
 import json
@@ -18,25 +18,28 @@ from geotoken_jax.pages import frame, worldmap
 from geotoken_jax.pages.table import Cell, Group, Row, Table
 from geotoken_jax.records import Photos
 
-#: Photos on the map: up to 300 per split and 1,200 on all splits (2 KB each).
+#: Largest number of photos on the map, per split and of all splits; a photo has 2 KB.
 _MAP_SPLIT, _MAP_ALL = 300, 1200
-#: Neighbors and candidates on a photo's card.
+#: Largest number of neighbors and of candidates on a card.
 NEIGHBORS, _CANDIDATES = 6, 5
-#: Of JPEG, 1..95: a photo 64 pixels wide has 2 KB.
+#: JPEG quality, 1 to 95; a photo 64 pixels wide has 2 KB at 75.
 _QUALITY = 75
 
 
 def data_uri(image: bytes, side: int) -> str:
-    """Returns a photo as a data URI of JPEG, at most `side` pixels on its longer side; an empty one if it is broken."""
+    """Returns a photo as a data URI of a JPEG whose longer side has up to `side` pixels.
+
+    The URI is empty if the image cannot be decoded. image: bytes of an image file.
+    """
     try:
         small = preprocess.thumbnail(image, side, _QUALITY, side)
     except preprocess.ImageError:
-        return "data:,"  # `embed` could not read it either: the page shows the alternative text
+        return "data:,"  # the page shows the alternative text; `embed` dropped this photo for the same reason
     return f"data:image/jpeg;base64,{base64.b64encode(small).decode()}"
 
 
 def thumbnail(gallery: Gallery, name: str) -> str:
-    """Returns a photo as an HTML element; an empty square for a photo that is not in the gallery."""
+    """Returns a gallery photo as an HTML element, or an empty square if the gallery has no photo of that id."""
     photo = gallery.photo(name)
     if photo is None:
         return '<span class="none"></span>'
@@ -45,12 +48,13 @@ def thumbnail(gallery: Gallery, name: str) -> str:
 
 
 def cards(examples: Examples, gallery: Gallery) -> str:
-    """Returns a card per photo of the examples. gallery: names the places, and has the neighbors that are shown."""
+    """Returns HTML with a card per example photo. gallery: lookup of place names and of neighbors' pictures."""
     count = max(map(len, examples.kinds.values()))
     parts = [
-        f"<p>The {count} photos of {escape(examples.split)} that {escape(examples.name)} placed best, in the middle of "
-        "its ranking, and worst. Under each photo, the gallery photos that it resembles most, with their distance from "
-        "the truth, and the places that were weighed. Scroll sideways for more.</p>"
+        f"<p>The {count} photos of {escape(examples.split)} with the smallest, the median and the largest errors of "
+        f"{escape(examples.name)}. Below each photo are its neighbors, the most similar gallery photos, with their "
+        "distance from the truth, and its most probable candidates. A name in color after a candidate is the selector "
+        "that chose it. Scroll sideways for more.</p>"
         '<p class="key muted"><i style="background:#118a4b"></i>truth <i style="background:#c4174f"></i>prediction '
         '<i style="background:#e3a008"></i>other candidates <i style="background:#777"></i>neighbors</p>'
     ]
@@ -64,7 +68,8 @@ def cards(examples: Examples, gallery: Gallery) -> str:
 def _card(photo: Mapping[str, Any], row: Mapping[str, Any], gallery: Gallery) -> str:
     truth, guess = np.asarray(photo["coordinates"]), np.array([row["latitude"], row["longitude"]])
     neighbors, candidates = row.get("neighbors", []), row.get("candidates", [])
-    place, near = place_name(photo), gallery.near(guess)
+    place, guessed_place = place_name(photo), gallery.near(guess)
+    near = f", near {escape(guessed_place)}" if guessed_place else ""
     points = {
         "neighbor": _coordinates(neighbors),
         "candidate": _coordinates(candidates),
@@ -77,11 +82,13 @@ def _card(photo: Mapping[str, Any], row: Mapping[str, Any], gallery: Gallery) ->
         f"<li>{thumbnail(gallery, n['id'])}<small>{formats.number(_off(n, truth))}</small></li>"
         for n in neighbors[:NEIGHBORS]
     )
-    strip = f'<h5>Neighbors, and their km from the truth</h5><ul class="strip">{strip}</ul>' if strip else ""
+    strip = (
+        f'<h5>Neighbors, and their distance from the truth in km</h5><ul class="strip">{strip}</ul>' if strip else ""
+    )
     return (
         f'<article class="card"><header><h4>{escape(place or "Place not named")}</h4>'
         f"<b>{formats.km(float(distance.great_circle_km(*truth, *guess)))} off</b></header>"
-        f'<p class="at">{_degrees(truth)} &rarr; {_degrees(guess)}{f", near {escape(near)}" if near else ""}<br>'
+        f'<p class="at">{_degrees(truth)} &rarr; {_degrees(guess)}{near}<br>'
         f"id {escape(photo['id'])}</p>"
         f'<div class="pair"><img alt="Photo taken at {escape(place) or _degrees(truth)}" '
         f'src="{data_uri(photo["image"], 256)}">{small}</div>{strip}{candidate_table(row, truth, gallery)}</article>'
@@ -89,11 +96,15 @@ def _card(photo: Mapping[str, Any], row: Mapping[str, Any], gallery: Gallery) ->
 
 
 def candidate_table(row: Mapping[str, Any], truth: Float[np.ndarray, "2"], gallery: Gallery) -> str:
-    """Returns the most probable places among a model's candidates; "" for a row that gives no probabilities."""
+    """Returns an HTML table of the most probable candidates of a photo; "" if its candidates have no probabilities.
+
+    row: line of the file of predictions. truth: degrees. gallery: lookup of place names.
+    """
     candidates = row.get("candidates", [])
     if not candidates or "probability" not in candidates[0]:
         return ""
-    places = {(c["latitude"], c["longitude"]): c["probability"] for c in candidates}  # others' samples repeat
+    # Keyed by place, because files of other programs may list equal samples several times.
+    places = {(c["latitude"], c["longitude"]): c["probability"] for c in candidates}
     chosen_by: dict[tuple[float, float], list[str]] = {}
     for choice, k in row.get("choices", {}).items():
         chosen = (candidates[k]["latitude"], candidates[k]["longitude"]) if isinstance(k, int) else tuple(k)
@@ -107,7 +118,7 @@ def candidate_table(row: Mapping[str, Any], truth: Float[np.ndarray, "2"], galle
         off = formats.km(float(distance.great_circle_km(*at, *truth)))
         name = Cell(gallery.near(at) or _degrees(at), title=_degrees(at), html=names)
         rows.append(Row(name, [off, Cell(html=meter)]))
-    heading = f"<h5>Likeliest {len(rows)} of {len(places)} places, and their probability</h5>"
+    heading = f"<h5>{len(rows)} of {len(places)} candidates: distance from the truth, probability</h5>"
     return heading + Table((), [Group(rows)]).html()
 
 
@@ -118,9 +129,10 @@ def photo_map(
     reference: str,
     seed: int,
 ) -> str:
-    """Returns the map of photos drawn by chance, with its data as JSON that is safe inside `<script>`.
+    """Returns HTML of the map of a random sample of photos. Its data is JSON that is safe inside `<script>`.
 
-    truths, methods, photos: by split. reference: the variant that is shown first. seed: of the draw.
+    truths, methods, photos: true coordinates, methods and records by split. reference: variant that the map shows
+    first. seed: seed of the sample.
     """
     names = {m.variant: m.name for split in methods.values() for m in split if m.main}
     splits = {}

@@ -1,4 +1,4 @@
-"""report/index.html: how well the predictions are, on every split."""
+"""Page of `geotoken evaluate`, report/index.html: accuracy and uncertainty of all predictions on every split."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -14,28 +14,31 @@ from geotoken_jax.geo import distance
 from geotoken_jax.pages import frame, photos, uncertainty
 from geotoken_jax.pages.chart import Chart, Panels, Series
 from geotoken_jax.pages.frame import Piece, Section
-from geotoken_jax.pages.table import THRESHOLDS, Cell, Group, Row, Table, interval, points
+from geotoken_jax.pages.table import THRESHOLDS, Cell, Group, Row, Table, explanation, interval, method, points
 from geotoken_jax.records import Photos
 from geotoken_jax.workdir import Manifest
 
+#: Loss curves of models: name of the model, and steps and values by name of the loss.
 Losses = Sequence[tuple[str, Mapping[str, tuple[np.ndarray, np.ndarray]]]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What the report shows.
+    """Contents of the report.
 
     Attributes:
-        name: the configuration's.
-        reference: the variant that the others are compared with.
-        seed: of the photos that are drawn for the map.
-        metrics: what report/metrics.json has.
-        truths, methods: by split, in the order to show.
-        photos: split -> records of photos/.
-        examples: photos that the reference placed best and worst, None if it has no predictions of the split.
-        gallery: places and pictures of the neighbors of the examples.
-        losses: name of each model, and its loss -> steps and values.
-        manifests: folder of the work directory -> its manifest.
+        name: name of the configuration.
+        reference: variant that the others are compared with.
+        seed: seed of the choice of photos on the map.
+        metrics: contents of report/metrics.json.
+        truths: true coordinates by split, in the order of the page.
+        methods: methods by split, in the order of the page.
+        photos: records of photos/ by split.
+        examples: photos with the smallest, median and largest errors of the reference; None if the reference has no
+            predictions for the split.
+        gallery: lookup of place names and of neighbors' pictures.
+        losses: loss curves of the trained models.
+        manifests: manifests by folder of the work directory.
     """
 
     name: str
@@ -52,22 +55,22 @@ class Report:
 
 
 def page(report: Report) -> str:
-    """Returns the page."""
+    """Returns the page as HTML."""
     splits, reference = report.metrics["splits"], report.reference
     sure = {split: scores["uncertainty"] for split, scores in splits.items()}
     drawn = photos.photo_map(report.truths, report.methods, report.photos, reference, report.seed)
-    nobody = f"<p>{escape(reference)} has no predictions for {escape(first_split(report.truths))}.</p>"
-    shown = photos.cards(report.examples, report.gallery) if report.examples else nobody
+    no_examples = f"<p>{escape(reference)} has no predictions for {escape(first_split(report.truths))}.</p>"
+    shown = photos.cards(report.examples, report.gallery) if report.examples else no_examples
     sections = [
-        Section("world-map", "Map", "On the map", [drawn]),
+        Section("world-map", "Map", "True and predicted places", [drawn]),
         Section("accuracy", "Accuracy", "Accuracy", _accuracy(report.metrics, reference)),
-        Section("differences", "Differences", "Differences", _differences(splits)),
-        Section("distance", "Distance", "Accuracy against distance", _distance(report.methods, reference)),
-        Section("sure", "How sure", "How sure it is", uncertainty.reliability(sure)),
-        Section("area", "Area", "How much must be searched", uncertainty.area(sure)),
-        Section("continents", "Continents", "By continent", _continents(splits, reference)),
-        Section("clean", "New photos", "Without photos that the gallery knows", _clean(report.metrics, reference)),
-        Section("photos", "Photos", "Best, median and worst", [shown]),
+        Section("differences", "Differences", "Differences between methods", _differences(splits)),
+        Section("distance", "Distance", "Accuracy at every distance", _distance(report.methods, reference)),
+        Section("sure", "Uncertainty", "Stated uncertainty", uncertainty.reliability(sure)),
+        Section("area", "Area", "Area to search until the place is found", uncertainty.area(sure)),
+        Section("continents", "Continents", "Accuracy by continent", _continents(splits, reference)),
+        Section("clean", "New photos", "Accuracy without leaked photos", _clean(report.metrics, reference)),
+        Section("photos", "Photos", "Photos with the smallest, median and largest errors", [shown]),
         Section("training", "Training", "Training", _training(report.losses)),
         Section("made", "How it was made", "How it was made", [_made(report)]),
     ]
@@ -75,33 +78,33 @@ def page(report: Report) -> str:
 
 
 def first_split(truths: Mapping[str, CoordinateTable]) -> str:
-    """Returns the split of the headline and of the photos that are shown one by one: `test` if it is there."""
+    """Returns the split of the headline and of the example photos: `test` if it exists, else the first."""
     return "test" if "test" in truths else next(iter(truths))
 
 
 def _headline(report: Report) -> str:
     split = first_split(report.truths)
     scores = report.metrics["splits"][split]
-    own = (m for m in scores["methods"] if m["main"] and m["variant"] == report.reference)
-    main = next(own, scores["methods"][0])
+    of_reference = (m for m in scores["methods"] if m["main"] and m["variant"] == report.reference)
+    main = next(of_reference, scores["methods"][0])
     rivals = [m for m in scores["methods"] if m["baseline"] and m["main"] and m is not main]
     rival = max(rivals, key=lambda m: m["accuracy"][1]["value"], default=None)  # the best within 25 km
     city = main["accuracy"][1]
-    tick = f"; the tick on each bar is {escape(rival['name'])}" if rival else ""
-    made = report.manifests["photos"]
-    source = made.settings.get("photos", {}).get("source", "")
+    tick = f" The tick on each bar shows {escape(rival['name'])}, the best baseline." if rival else ""
+    manifest = report.manifests["photos"]
+    source = manifest.settings.get("photos", {}).get("source", "")
     facts = {
         "Configuration": report.name,
-        "Photos": f"{source} " + ", ".join(f"{part} {count:,}" for part, count in made.counts.items()),
+        "Photos": f"{source} " + ", ".join(f"{part} {count:,}" for part, count in manifest.counts.items()),
         "Median error": f"{formats.km(main['median_km'])} on {split}",
         "Seeds": ", ".join(f"{part} {seed}" for part, seed in _seeds(report).items()),
     }
     return (
         "<h1>A photo goes in, a place on Earth comes out</h1>"
-        "<p>GeoToken looks at a photo and at the places of photos like it, and writes down where it was taken as a "
-        "sequence of ever smaller cells of the globe. This page shows how well it does.</p>"
-        f'<p class="lead">On the {scores["photos"]:,} photos of <b>{escape(split)}</b>, <b>{escape(main["name"])}</b> '
-        f"named a place within {city['km']} km of the true one for {100 * city['value']:.1f} % of them{tick}.</p>"
+        "<p>GeoToken compares a photo with similar photos of known places, and predicts where it was taken as a "
+        "sequence of ever smaller cells of the globe. This page shows how accurate the predictions are.</p>"
+        f'<p class="lead"><b>{escape(main["name"])}</b> places {100 * city["value"]:.1f} % of the '
+        f"{scores['photos']:,} photos of <b>{escape(split)}</b> within {city['km']} km of the truth.{tick}</p>"
         f'<ul class="tiles">{_bars(main, rival)}</ul><dl class="facts">'
         + "".join(f"<div><dt>{fact}</dt><dd>{escape(value.strip())}</dd></div>" for fact, value in facts.items())
         + "</dl>"
@@ -109,7 +112,7 @@ def _headline(report: Report) -> str:
 
 
 def _bars(main: Mapping[str, Any], rival: Mapping[str, Any] | None) -> str:
-    """Returns a tile per threshold, with a bar on which a tick is the rival."""
+    """Returns a tile per threshold, with a bar for the main method and a tick for the rival."""
     tiles = []
     for i, a in enumerate(main["accuracy"]):
         tick = versus = ""
@@ -128,7 +131,7 @@ def _bars(main: Mapping[str, Any], rival: Mapping[str, Any] | None) -> str:
 
 
 def _seeds(report: Report) -> dict[str, int]:
-    """Returns the seeds on the way to the reference's predictions, by folder."""
+    """Returns the seeds of the stages that the predictions of the reference depend on, by folder."""
 
     def find(value: Any) -> int | None:
         if not isinstance(value, Mapping):
@@ -138,15 +141,15 @@ def _seeds(report: Report) -> dict[str, int]:
         return next(filter(lambda seed: seed is not None, map(find, value.values())), None)
 
     folders = ["photos", "align", f"geotoken/{report.reference}", f"predictions/{report.reference}"]
-    found = {f.split("/")[0]: find(report.manifests[f].settings) for f in folders if f in report.manifests}
-    return {folder: seed for folder, seed in found.items() if seed is not None}
+    seeds = {f.split("/")[0]: find(report.manifests[f].settings) for f in folders if f in report.manifests}
+    return {folder: seed for folder, seed in seeds.items() if seed is not None}
 
 
 def _accuracy(metrics: Mapping[str, Any], reference: str) -> list[Piece | str]:
     parts, notes = [], []
     for split, scores in metrics["splits"].items():
-        honest = [m for m in scores["methods"] if not m["bound"]]
-        best = [max(m["accuracy"][i]["value"] for m in honest) for i in range(len(THRESHOLDS))]
+        no_bounds = [m for m in scores["methods"] if not m["bound"]]
+        best = [max(m["accuracy"][i]["value"] for m in no_bounds) for i in range(len(THRESHOLDS))]
         rows = []
         for m in scores["methods"]:
             cells: list[Cell | str] = [
@@ -155,7 +158,7 @@ def _accuracy(metrics: Mapping[str, Any], reference: str) -> list[Piece | str]:
             ]
             cells += [f"{m['median_km']:,.1f}", f"{m['mean_km']['value']:,.0f}", interval(m["geoscore"], ",.0f", 1)]
             look = "bound" if m["bound"] else _look(m, reference) if m["main"] else ""
-            rows.append(Row(m["name"] + (" (bound)" if m["bound"] else ""), cells, look))
+            rows.append(Row(method(m["name"] + (" (bound)" if m["bound"] else ""), m["choice"]), cells, look))
             if m["missing"]:
                 missing = f"{split}: {m['name']} has no prediction for {m['missing']:,} photos; they count as wrong."
                 notes.append(f"<p>{escape(missing)}</p>")
@@ -163,22 +166,37 @@ def _accuracy(metrics: Mapping[str, Any], reference: str) -> list[Piece | str]:
         parts.append((split, _size(scores), [Table(columns, [Group(rows)])]))
     return [
         f"<p>Percent of photos placed {'less than' if metrics['strict'] else 'within'} a distance of the truth, on the "
-        f"{metrics['earth']}, with 95 % bootstrap intervals, resampled by "
-        "author where authors are known. The best choice of each column is bold. A bound knows the truth: it shows "
-        "what a perfect choice among the same candidates would reach.</p>",
+        f"{metrics['earth']}, with 95 % bootstrap intervals. The best value of each accuracy column is bold. A bound "
+        "uses the truth to take the best of the same candidates, so it is the limit of every choice among them. "
+        "GeoScore is the mean score of the game GeoGuessr: 5,000 at the right place, 2,559 at 1,000 km.</p>",
         frame.folded(parts),
+        _explanations(metrics["splits"]),
         *notes,
     ]
 
 
-def _look(method: Mapping[str, Any], reference: str) -> str:
-    return "reference" if method["variant"] == reference else ""
+def _explanations(splits: Mapping[str, Any]) -> str:
+    """Returns a folded list that explains the selectors in the names of methods; "" if there are none to explain."""
+    choices = dict.fromkeys(m["choice"] for scores in splits.values() for m in scores["methods"])
+    items = [
+        f"<li><b>{escape(choice.replace('_', ' '))}</b>: {escape(explanation(choice))}</li>"
+        for choice in choices
+        if explanation(choice)
+    ]
+    return (
+        frame.hidden("How each selector in the names chooses its answer", f"<ul>{''.join(items)}</ul>") if items else ""
+    )
+
+
+def _look(m: Mapping[str, Any], reference: str) -> str:
+    """Returns the CSS class of a method's row."""
+    return "reference" if m["variant"] == reference else ""
 
 
 def _differences(splits: Mapping[str, Any]) -> list[Piece | str]:
     parts, pairs = [], []
     for split, scores in splits.items():
-        rows = [Row(m["name"], [*map(points, m["accuracy"])]) for m in scores["differences"]]
+        rows = [Row(method(m["name"], m["choice"]), [*map(points, m["accuracy"])]) for m in scores["differences"]]
         if rows:
             parts.append((split, _size(scores), [Table(["Method", *THRESHOLDS], [Group(rows)])]))
         compared = [
@@ -188,13 +206,14 @@ def _differences(splits: Mapping[str, Any]) -> list[Piece | str]:
         if compared:
             pairs.append(Group(compared, split, _size(scores)))
     if not parts:
-        return ["<p>There is nothing to compare the reference with.</p>"]
+        return ["<p>There is no other method to compare the reference with.</p>"]
     reference = next(scores["reference"] for scores in splits.values() if scores["reference"])
     return [
-        f"<p>Points above (+) or below (&minus;) <b>{escape(reference)}</b>, over the same resamples of the same "
-        "photos. Color marks the differences whose 95 % interval excludes zero.</p>",
+        f"<p>Accuracy in percentage points above (+) or below (&minus;) <b>{escape(reference)}</b>, from the same "
+        "bootstrap resamples of the same photos. A difference whose 95 % interval excludes zero is green or red. Point "
+        "at a difference for its p-value.</p>",
         frame.folded(parts),
-        *(["<h3>Other pairs</h3>", Table(["Pair", *THRESHOLDS], pairs)] if pairs else []),
+        *(["<h3>Other pairs of methods</h3>", Table(["Pair", *THRESHOLDS], pairs)] if pairs else []),
     ]
 
 
@@ -202,21 +221,21 @@ def _continents(splits: Mapping[str, Any], reference: str) -> list[Piece | str]:
     parts = []
     for split, scores in splits.items():
         groups = []
-        for i, method in enumerate(scores["continents"][0]["methods"] if scores["continents"] else ()):
+        for i, main in enumerate(scores["continents"][0]["methods"] if scores["continents"] else ()):
             rows = []
-            for part in scores["continents"]:
-                m = part["methods"][i]
-                cells = [f"{part['photos']:,}", *map(interval, m["accuracy"]), f"{m['geoscore']['value']:,.0f}"]
-                rows.append(Row(part["name"], cells, _look(method, reference)))
-            groups.append(Group(rows, method["name"]))
+            for continent in scores["continents"]:
+                m = continent["methods"][i]
+                cells = [f"{continent['photos']:,}", *map(interval, m["accuracy"]), f"{m['geoscore']['value']:,.0f}"]
+                rows.append(Row(continent["name"], cells, _look(main, reference)))
+            groups.append(Group(rows, main["name"]))
         if groups:
             table = Table(["Continent", "Photos", *THRESHOLDS, "GeoScore"], groups)
             parts.append((split, _size(scores), [table]))
     if not parts:
-        return ["<p>No photo here has a country or a continent.</p>"]
+        return ["<p>The source of these photos names no countries or continents.</p>"]
     return [
-        "<p>Percent of the photos of each continent that were placed within a distance. A photo whose source names no "
-        "country counts as unknown.</p>",
+        "<p>Percent of the photos of each continent placed within a distance of the truth. A photo whose source names "
+        "neither country nor continent counts as unknown.</p>",
         frame.folded(parts),
     ]
 
@@ -231,15 +250,16 @@ def _clean(metrics: Mapping[str, Any], reference: str) -> list[Piece | str]:
             notes.append(f"<p>{escape(split)}: {left}.</p>")
             continue
         rows = []
-        for method in clean["methods"]:
-            pairs = zip(method["accuracy"], every[method["variant"]]["accuracy"], strict=True)
-            cells = [Cell(f"{100 * a['value']:.1f}", [f"of all {100 * b['value']:.1f}"]) for a, b in pairs]
-            rows.append(Row(method["name"], cells, _look(method, reference)))
+        for m in clean["methods"]:
+            pairs = zip(m["accuracy"], every[m["variant"]]["accuracy"], strict=True)
+            cells = [Cell(f"{100 * a['value']:.1f}", [f"all {100 * b['value']:.1f}"]) for a, b in pairs]
+            rows.append(Row(method(m["name"], m["choice"]), cells, _look(m, reference)))
         groups.append(Group(rows, split, left))
     return [
-        "<p>A photo is easier if the gallery has another by its author, or one that looks the same. Here are the "
-        "photos left without those that share id or author with a gallery photo, or whose image embedding has a cosine "
-        f"above {metrics['cosine_above']:g} with one; below each figure, that of all photos.</p>",
+        "<p>A photo is easier to place if the gallery has a photo by the same author or a nearly equal picture. Such "
+        "leaked photos are left out here: photos that share their id or author with a gallery photo, or whose image "
+        f"embedding has a cosine above {metrics['cosine_above']:g} with the embedding of a gallery photo. Figures are "
+        "percent of photos placed within a distance of the truth; small figures are the same on all photos.</p>",
         *([Table(["Method", *THRESHOLDS], groups)] if groups else []),
         *notes,
     ]
@@ -251,37 +271,38 @@ def _size(scores: Mapping[str, Any]) -> str:
 
 
 def _distance(methods: Mapping[str, Sequence[Method]], reference: str) -> list[Piece | str]:
-    """Returns a chart per split, a color per variant; of the bounds, only those of the baselines and the reference."""
+    """Returns a chart per split with a color per variant. Bounds are drawn for baselines and the reference only."""
     drawn = {
-        split: [m for m in found if not m.bound or m.baseline or m.variant == reference]
-        for split, found in methods.items()
+        split: [m for m in listed if not m.bound or m.baseline or m.variant == reference]
+        for split, listed in methods.items()
     }
-    variants = {m.variant for found in drawn.values() for m in found}
+    variants = {m.variant for listed in drawn.values() for m in listed}
     ordered = sorted(variants, key=lambda variant: (variant != reference, variant))
     grid = np.geomspace(0.1, 20_000, 160)
     charts = []
-    for split, found in drawn.items():
+    for split, listed in drawn.items():
         series = []
-        for m in found:
+        for m in listed:
             within = 100 * np.searchsorted(np.sort(m.km), grid, side="right") / len(m.km)
             style = "dashed" if m.bound else "solid" if m.main else "dotted"
             name = m.name + (" (bound)" if m.bound else "")
             series.append(Series(name, ordered.index(m.variant), within, grid, style=style))
-        title = f"Percent of the photos of {split} within a distance, one curve a method"
+        title = f"Percent of the photos of {split} within a distance, one curve per method"
         x_label = "distance from the truth, km"
         series.reverse()
         marks = distance.THRESHOLDS_KM
         charts.append(Chart(split, title, x_label, "percent of photos", series, log_x=True, marks=marks))
     keys = [key for chart in charts for key in chart.entries()[::-1]]  # the reference is drawn last, over the others
     return [
-        "<p>How many photos are within a distance of the truth, at every distance; the dotted lines are the "
-        "thresholds of the table.</p>",
+        "<p>Percent of photos placed within a distance of the truth, for every distance. Dotted vertical lines are the "
+        "thresholds of the tables. Solid curves are answers, dotted curves are choices of other selectors, and dashed "
+        "curves are bounds.</p>",
         Panels(charts, list(dict.fromkeys(keys))),
     ]
 
 
 def _training(losses: Losses) -> list[Piece | str]:
-    """Returns a chart per model of train/loss* and validation/loss*; the parts of a loss are faint."""
+    """Returns a chart per model of train/loss* and validation/loss*; the terms of a loss are faint."""
     charts = []
     for name, curves in losses:
         ordered = sorted(curves.items(), key=lambda item: item[0].endswith("/loss"))
@@ -292,16 +313,16 @@ def _training(losses: Losses) -> list[Piece | str]:
         title = f"Loss of {name} on train and validation photos over training steps"
         charts.append(Chart(name, title, "step", "loss", series))
     if not charts:
-        return ["<p>No model here kept its training metrics.</p>"]
-    keys = [("train", 0, "solid"), ("validation", 1, "solid"), ("parts of either loss", 7, "faint")]
+        return ["<p>No model of this work directory has training metrics.</p>"]
+    keys = [("train", 0, "solid"), ("validation", 1, "solid"), ("terms of either loss", 7, "faint")]
     return ["<p>Loss over training steps.</p>", Panels(charts, keys)]
 
 
 def _made(report: Report) -> str:
     return (
-        "<p>Each folder of the work directory, with the settings it was made with, what it holds, and what was "
-        f"dropped on the way.</p>{frame.manifests(report.manifests)}"
+        "<p>Each folder of the work directory, with its settings, the number of its entries, and the number of photos "
+        f"that were dropped.</p>{frame.manifests(report.manifests)}"
         "<p>A missing prediction counts as wrong at every threshold, and as half the Earth's circumference in medians "
-        f"and means. {frame.intervals(report.metrics['resamples'])} Every number of this page is in metrics.json "
-        "beside it.</p>"
+        f"and means. {frame.intervals(report.metrics['resamples'])} All figures of this page are in metrics.json in "
+        "the same folder.</p>"
     )

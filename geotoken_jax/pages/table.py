@@ -1,6 +1,6 @@
-"""The tables of all pages: columns, groups of rows, and cells that are a number over its interval.
+"""Tables of all pages: columns, groups of rows, and cells with a number above its interval.
 
-Text is plain and is escaped here; `Cell.html` alone is HTML.
+All text is escaped when a table is drawn, except `Cell.html`, which is HTML.
 """
 
 import dataclasses
@@ -10,21 +10,46 @@ from html import escape
 from geotoken_jax.analysis import formats
 from geotoken_jax.geo import distance
 
-#: The columns of distance.THRESHOLDS_KM.
+#: Column heads for distance.THRESHOLDS_KM.
 THRESHOLDS = tuple(f"{km:,}\N{NO-BREAK SPACE}km" for km in distance.THRESHOLDS_KM)
+#: Explanations of selectors (predict/select.py) for readers of a page; keys are `choice` of a method.
+_SELECTORS = {
+    "greedy": "the most probable token at every step of decoding",
+    "log_probability": "the candidate with the highest probability",
+    "similarity": "the candidate whose location embedding is most similar to the photo's embedding",
+    "consensus": "the candidate with the highest density of neighbors around it",
+    **{
+        f"{kind}_{goal}": f"the {place} with the highest expected {name} under the decoder's distribution over places"
+        for kind, place in (("expected", "candidate"), ("point", "point on Earth, candidate or not,"))
+        for goal, name in (
+            *((f"{km}_km", f"accuracy within {km:,} km") for km in distance.THRESHOLDS_KM),
+            ("geoscore", "GeoScore"),
+        )
+    },
+    "reward": "the candidate that the trained reward head rates highest",
+    "verifier": "the candidate with the highest expected accuracy over all thresholds, by the trained verifier",
+    "comparator": "the candidate surrounded by the most similar gallery photos, by the trained comparator",
+    "likeness": "the candidate surrounded by the most similar gallery photos, by the trained comparator and the "
+    "backbone",
+    "point_comparator": "the place surrounded by the most similar gallery photos, candidate or not, by the trained "
+    "comparator",
+    "point_likeness": "the place surrounded by the most similar gallery photos, candidate or not, by the trained "
+    "comparator and the backbone",
+    "ideal": "the candidate or neighbor nearest to the truth, which no selector can surpass",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One cell.
+    """Cell of a table.
 
     Attributes:
-        text: the number or the word.
-        notes: small lines below it.
-        look: class of the cell in the style sheet; `best` is bold.
-        sign: color of the text, `up` or `down`.
-        title: note that a pointer shows.
-        html: picture or gauge after the text.
+        text: number or word.
+        notes: small lines below the text.
+        look: CSS class of the cell; `best` is bold.
+        sign: color of the text, `up` for green or `down` for red; the usual color if empty.
+        title: tooltip.
+        html: HTML after the text, such as a picture or a gauge.
     """
 
     text: str = ""
@@ -35,14 +60,14 @@ class Cell:
     html: str = ""
 
     def inner_html(self) -> str:
-        """Returns the content of the cell's element."""
+        """Returns the content of the cell as HTML."""
         text = f'<span class="{self.sign}">{escape(self.text)}</span>' if self.sign else escape(self.text)
         return text + self.html + "".join(f"<small>{escape(note)}</small>" for note in self.notes)
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A name and its cells. look: `reference`, `bound` or `pairs` of the style sheet."""
+    """Row of a table: a name and cells. look: CSS class of the row, `reference`, `bound` or `pairs`."""
 
     name: Cell | str
     cells: Sequence[Cell | str]
@@ -51,7 +76,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Rows under a line with their name and a note; without a name there is no line."""
+    """Rows below a line with the name of the group and a note; no line if the name is empty."""
 
     rows: Sequence[Row]
     name: str = ""
@@ -60,32 +85,48 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A table that scrolls sideways on a narrow page. No columns: no head."""
+    """Table that scrolls sideways on a narrow page. It has no head if `columns` is empty."""
 
     columns: Sequence[str]
     groups: Sequence[Group]
 
     def html(self) -> str:
-        """Returns the table as HTML."""
+        """Returns the HTML of the table."""
         head = "".join(f'<th scope="col">{escape(column)}</th>' for column in self.columns)
         head = f"<thead><tr>{head}</tr></thead>" if head else ""
         bodies = "".join(_group(group, len(self.columns)) for group in self.groups)
         return f'<div class="scroll" tabindex="0" role="region" aria-label="Table"><table>{head}{bodies}</table></div>'
 
     def markdown(self) -> str:
-        """Returns the rows of all groups as a Markdown table; numbers are on the right."""
+        """Returns the rows of all groups as a Markdown table, all columns but the first aligned right."""
         rule = "|---|" + "---:|" * (len(self.columns) - 1)
         lines = [[_text(cell) for cell in (row.name, *row.cells)] for group in self.groups for row in group.rows]
         return "\n".join([_line(self.columns), rule, *map(_line, lines)]) + "\n"
 
 
 def plain(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
-    """Returns a table of text; the first cell of each line is its name."""
+    """Returns a table of text in one group. lines: cells of each row; the first is the row's name."""
     return Table(columns, [Group([Row(name, cells) for name, *cells in lines])])
 
 
+def explanation(choice: str) -> str:
+    """Returns how a selector chooses an answer, in plain words; "" for a name that is not a selector of this package.
+
+    choice: name of the selector, with underscores.
+    """
+    return _SELECTORS.get(choice, "")
+
+
+def method(name: str, choice: str) -> Cell:
+    """Returns a cell with the name of a method, and the explanation of its selector as a tooltip."""
+    return Cell(name, title=explanation(choice))
+
+
 def interval(estimate: Mapping[str, float] | None, form: str = ".1f", scale: float = 100, look: str = "") -> Cell:
-    """Returns an estimate over its interval; a dash for None. form: of `format`. scale: 100 for percent."""
+    """Returns a cell with an estimate above its interval; a dash if the estimate is None.
+
+    form: format of the numbers. scale: factor on the numbers, 100 for percent. look: CSS class of the cell.
+    """
     if not estimate:
         return Cell("\N{EN DASH}")
     value, low, high = (format(scale * estimate[name], form) for name in ("value", "low", "high"))
@@ -93,14 +134,17 @@ def interval(estimate: Mapping[str, float] | None, form: str = ".1f", scale: flo
 
 
 def points(estimate: Mapping[str, float], colored: bool = True) -> Cell:
-    """Returns a difference of shares, in points, over its interval. colored: where its interval excludes zero."""
+    """Returns a cell with a difference of shares above its interval, in percentage points, and the p-value as tooltip.
+
+    colored: whether a difference whose interval excludes zero is green or red.
+    """
     value, low, high = (formats.signed(100 * estimate[name]) for name in ("value", "low", "high"))
     title = f"p = {estimate['p']:.4f}" if "p" in estimate else ""
     return Cell(value, [f"{low} to {high}"], "", sign(estimate) if colored else "", title)
 
 
 def sign(estimate: Mapping[str, float]) -> str:
-    """Returns `up` or `down` if the interval of a difference excludes zero, else nothing."""
+    """Returns `up` or `down` if the interval of a difference excludes zero, else ""."""
     return "up" if estimate["low"] > 0 else "down" if estimate["high"] < 0 else ""
 
 

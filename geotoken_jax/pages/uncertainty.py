@@ -1,4 +1,4 @@
-"""The report's sections on uncertainty: reliability, radii, abstention, and recall against the area searched."""
+"""Sections of the report on uncertainty: calibration of probabilities and radii, abstention, and area to search."""
 
 from collections.abc import Mapping
 from html import escape
@@ -16,55 +16,60 @@ from geotoken_jax.predict.uncertainty import MASSES
 
 
 def reliability(splits: Mapping[str, Any]) -> list[Piece | str]:
-    """Returns the section on reliability and abstention. splits: figures of analysis.reliability, or None."""
-    known = {split: found for split, found in splits.items() if found}
+    """Returns the section on calibration and abstention.
+
+    splits: figures of analysis.reliability by split; None for a split without stated uncertainty.
+    """
+    known = {split: figures for split, figures in splits.items() if figures}
     if not known:
-        return ["<p>The predictions of the reference do not say how sure they are.</p>"]
+        return ["<p>The predictions of the reference state no uncertainty.</p>"]
     name = next(iter(known.values()))["name"]
     lead = (
-        f"<p>How sure <b>{escape(name)}</b> says it is, against what came true. Its radii should hold "
-        f"{' and '.join(map(str, MASSES))} % of the photos, and of those it gives 70 % for a distance, 70 % should be "
-        "within it: dots on the diagonal. The calibration error is their mean distance from it, in points. Bars and "
-        "small figures are 95 % intervals, photos taken as independent.</p>"
+        f"<p>Uncertainty that <b>{escape(name)}</b> states, compared with its errors. The truth should be within the "
+        f"stated radii for {' and '.join(map(str, MASSES))} % of photos. Of photos with a stated probability of 70 % "
+        "to be within a distance, 70 % should be within it: such dots are on the diagonal. The calibration error is "
+        "the mean distance of the dots from the diagonal, in percentage points. Bars and small figures are 95 % "
+        "intervals, which assume independent photos.</p>"
     )
-    drawn = []
-    for split, found in known.items():
-        diagrams = [_diagram(split, of) for of in found["reliability"] if of]
-        pieces = ["<h3>Reliability</h3>", Panels(diagrams, (), small=True)] if diagrams else []
-        drawn.append((split, "reliability and abstention", [*pieces, *_abstention(split, found["abstention"])]))
-    return [lead, _summary(known), frame.folded(drawn)]
+    parts = []
+    for split, figures in known.items():
+        diagrams = [_diagram(split, of) for of in figures["reliability"] if of]
+        pieces = ["<h3>Stated and observed probability</h3>", Panels(diagrams, (), small=True)] if diagrams else []
+        note = "calibration, and accuracy of the most certain photos"
+        parts.append((split, note, [*pieces, *_abstention(split, figures["abstention"])]))
+    return [lead, _summary(known), frame.folded(parts)]
 
 
 def _summary(known: Mapping[str, Any]) -> Table:
     columns = ["Split"]
     for mass in MASSES:
-        columns += [f"{mass}\N{NO-BREAK SPACE}% radius holds", "its median"]
+        columns += [f"percent within {mass}\N{NO-BREAK SPACE}% radius", "median radius"]
     rows = []
-    for split, found in known.items():
+    for split, figures in known.items():
         cells: list[Cell | str] = []
-        for of in found["radii"]:
+        for of in figures["radii"]:
             cells += [interval(of["holds"]), formats.km(of["median_km"])] if of else ["", ""]
-        cells += [f"{100 * of['error']:.1f}" if of else "" for of in found["reliability"]]
+        cells += [f"{100 * of['error']:.1f}" if of else "" for of in figures["reliability"]]
         rows.append(Row(split, cells))
-    return Table([*columns, *(f"error at {km}" for km in THRESHOLDS)], [Group(rows)])
+    return Table([*columns, *(f"calibration error, {km}" for km in THRESHOLDS)], [Group(rows)])
 
 
 def _diagram(split: str, of: Mapping[str, Any]) -> Chart:
     predicted = np.array([100 * b["predicted"] for b in of["bins"]])
     value, low, high = (np.array([100 * b["observed"][part] for b in of["bins"]]) for part in ("value", "low", "high"))
     notes = [
-        f"{b['photos']:,} photos: said {x:.1f} %, was {y:.1f} %"
+        f"{b['photos']:,} photos: stated {x:.1f} %, observed {y:.1f} %"
         for b, x, y in zip(of["bins"], predicted, value, strict=True)
     ]
     whole = np.array([0.0, 100.0])
     return Chart(
         f"Within {of['km']:,} km: error {100 * of['error']:.1f} points",
-        f"Percent of photos of {split} within {of['km']:,} km, against the percent that was predicted",
-        "percent predicted",
-        "percent that were",
+        f"Observed percent of photos of {split} within {of['km']:,} km, by stated percent",
+        "stated percent",
+        "observed percent",
         [
-            Series("as sure as it says", 7, whole, whole, style="dashed"),
-            Series("what came true", 0, value, predicted, low, high, notes=notes),
+            Series("stated equals observed", 7, whole, whole, style="dashed"),
+            Series("observed", 0, value, predicted, low, high, notes=notes),
         ],
     )
 
@@ -77,41 +82,44 @@ def _abstention(split: str, curves: Mapping[str, Any]) -> list[Piece | str]:
     answered = np.array([100 * row["answered"] for row in curves[first]])
     within = [Series(f"{km:,} km", i, 100 * accuracy[:, i], answered) for i, km in enumerate(distance.THRESHOLDS_KM)]
     scores = [
-        Series(f"GeoScore by {name}", i, np.array([row["geoscore"] for row in curve]), answered)
+        Series(f"ordered by {name}", i, np.array([row["geoscore"] for row in curve]), answered)
         for i, (name, curve) in enumerate(curves.items())
     ]
-    x_label = "percent answered, the surest first"
-    title = f"Percent of the answered photos of {split} within a distance, against the percent answered"
-    of_scores = f"GeoScore of the answered photos of {split} against the percent answered"
+    x_label = "percent of photos answered, most certain first"
+    title = f"Percent of the answered photos of {split} within a distance, by percent of photos answered"
+    of_scores = f"GeoScore of the answered photos of {split}, by percent of photos answered"
     panels = [
-        Chart(f"Accuracy, surest by {first}", title, x_label, "percent within", within, legend=None),
-        Chart("GeoScore, surest by either", of_scores, x_label, "GeoScore", scores, legend=None),
+        Chart(f"Accuracy, ordered by {first}", title, x_label, "percent within", within, legend=None),
+        Chart("GeoScore", of_scores, x_label, "GeoScore", scores, legend=None),
     ]
-    return ["<h3>Leaving out the least sure</h3>", Panels(panels, ())]
+    return ["<h3>Accuracy if the least certain photos are not answered</h3>", Panels(panels, ())]
 
 
 def area(splits: Mapping[str, Any]) -> list[Piece | str]:
-    """Returns the section on recall against area. splits: figures of analysis.reliability, or None."""
+    """Returns the section on the area that is searched until the place is found.
+
+    splits: figures of analysis.reliability by split; None for a split without stated uncertainty.
+    """
     charts, rows, areas = [], [], []
-    for split, found in splits.items():
-        if not found:
+    for split, figures in splits.items():
+        if not figures:
             continue
-        areas = [of["km2"] for of in found["area"]]
+        areas = [of["km2"] for of in figures["area"]]
         kinds = {"circle around the answer": "circle", "most probable cells": "cells"}
-        kinds = {name: key for name, key in kinds.items() if found["area"][0][key] is not None}
-        curves = {name: np.array([100 * of[key] for of in found["area"]]) for name, key in kinds.items()}
-        title = f"Percent of the photos of {split} that were taken in the area searched, against its size"
+        kinds = {name: key for name, key in kinds.items() if figures["area"][0][key] is not None}
+        curves = {name: np.array([100 * of[key] for of in figures["area"]]) for name, key in kinds.items()}
+        title = f"Percent of the photos of {split} that were taken in the searched area, by its size"
         series = [Series(name, i, curve, np.array(areas)) for i, (name, curve) in enumerate(curves.items())]
-        x_label = "area searched, square kilometers"
+        x_label = "searched area, square kilometers"
         charts.append(Chart(split, title, x_label, "percent of photos", series, log_x=True))
         rows += [Row(f"{split}: {name}", [f"{y:.1f}" for y in curve]) for name, curve in curves.items()]
     if not charts:
-        return ["<p>The predictions of the reference say nothing of where else to search.</p>"]
-    columns = ["Percent found in", *(f"{label(of)}\N{NO-BREAK SPACE}km\N{SUPERSCRIPT TWO}" for of in areas)]
+        return ["<p>The predictions of the reference state no uncertainty, so there is no order of search.</p>"]
+    columns = ["Percent found within", *(f"{label(of)}\N{NO-BREAK SPACE}km\N{SUPERSCRIPT TWO}" for of in areas)]
     return [
-        "<p>How much of the Earth must be searched until the place is found: by a circle that grows around the answer, "
-        "or cell by cell of the model's own distribution, those with the most probability a square kilometer first; "
-        "where its curve ends, the truth is in none of the cells listed.</p>",
+        "<p>Percent of photos whose place is found after an area of the Earth is searched. One search is a circle that "
+        "grows around the answer. The other takes the cells of the model's distribution in the order of their "
+        "probability per square kilometer; its curve ends below 100 % if the truth is in none of the stated cells.</p>",
         Panels(charts),
-        frame.hidden("In figures", Table(columns, [Group(rows)])),
+        frame.hidden("Figures of the charts", Table(columns, [Group(rows)])),
     ]

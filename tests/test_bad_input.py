@@ -205,18 +205,18 @@ TABLES: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "has no column id"),
     "semicolons": ((HEADER + GOOD).replace(b",", b";"), "separated by ';': save it separated by commas"),
     "tabs": ((HEADER + GOOD).replace(b",", b"\t"), r"separated by '\\t'"),
-    "a missing column": (b"id,latitude,lon\n" + GOOD, "has no column longitude: its header must name it"),
+    "a missing column": (b"id,latitude,lon\n" + GOOD, "has no column longitude: add it or rename one"),
     "no header": (GOOD + BAD, "has no column id"),
     "a column twice": (b"id,latitude,longitude,latitude\n" + GOOD, "more than one column latitude"),
     "a quote left open": (HEADER + b'"' + GOOD + BAD + GOOD, "a quote in line 2 that does not close there"),
     "a quote that the next row closes": (HEADER + GOOD + b'"' + BAD + b'"' + GOOD, "a quote in line 3"),
-    "a quote open in the header": (b'"' + HEADER + GOOD, "mend line 1"),
+    "a quote open in the header": (b'"' + HEADER + GOOD, "fix line 1"),
     "UTF-16": ((HEADER + GOOD).decode().encode("utf-16"), "is not UTF-8 text"),
     "a JPEG": (PHOTO, "is not UTF-8 text"),
     "a line without an end": (HEADER + b"x" * (2 << 20), "has a line 2 of 1,048,576 characters or more"),
     "swapped columns": (
         HEADER + b"good.jpg,139.7,35.7,me\n" + BAD,
-        r"swapped: 1 of 2 rows, that of 'good.jpg' in line 2 \(latitude 139.7\) first",
+        r"swapped: 1 of 2 rows .* \(the first: 'good.jpg' in line 2, latitude 139.7\)",
     ),
 }
 

@@ -163,10 +163,10 @@ def test_without_traps_nothing_is_dropped_and_validation_may_be_empty(small, tmp
         (lambda data: (data / "mp-16-images01").unlink(), "has mp-16-images02 but no mp-16-images01"),
         (lambda data: (data / "mp-16-images00").unlink(), "has mp-16-images01 but no mp-16-images00"),
         (lambda data: [part.unlink() for part in data.glob("mp*")], "has no mp-16-images00: set config.photos"),
-        (lambda data: shorten(data / "mp-16-images01", 7), "cannot be read on from .*mp-16-images0[12] at byte"),
-        (lambda data: shorten(data / "mp-16-images01", 7 * 512), "cannot be read on from .*mp-16-images0[12] at byte"),
-        (lambda data: (data / "mp-16-images01").write_bytes(bytes(100_000)), "cannot be read on from .*-images01 at"),
-        (lambda data: (data / "mp-16-images00").write_bytes(b"x" * 9999), "cannot be read on from .*00 at byte 0"),
+        (lambda data: shorten(data / "mp-16-images01", 7), "cannot be read from .*mp-16-images0[12] at byte"),
+        (lambda data: shorten(data / "mp-16-images01", 7 * 512), "cannot be read from .*mp-16-images0[12] at byte"),
+        (lambda data: (data / "mp-16-images01").write_bytes(bytes(100_000)), "cannot be read from .*-images01 at"),
+        (lambda data: (data / "mp-16-images00").write_bytes(b"x" * 9999), "cannot be read from .*00 at byte 0"),
         (lambda data: (data / mp16.CSV).unlink(), "filtered.csv does not exist: set config.photos.mp16_pro.metadata"),
     ],
 )  # fmt: skip
@@ -301,8 +301,8 @@ def header(**values):
     ("data", "message"),
     [
         (header(size=-1024) + bytes(4096), "negative size"),  # would be read for ever
-        (header(type=b"L", size=1 << 40) + bytes(4096), "asks for 1,099,511,627,776 bytes"),  # would be taken in
-        (header(type=b"x", size=512) + b"99 path=b\n".ljust(512, b"\0"), "cannot be read on"),
+        (header(type=b"L", size=1 << 40) + bytes(4096), "a header for 1,099,511,627,776 bytes"),  # would be taken in
+        (header(type=b"x", size=512) + b"99 path=b\n".ljust(512, b"\0"), "cannot be read"),
         (header() + bytes(512) + header() + bytes(1024), "no header there"),  # an end in the middle
         (header() + b"x" * 512, "no header there"),
     ],

@@ -216,7 +216,7 @@ def test_a_runner_without_beam_is_an_error_that_says_how_to_get_it(tmp_path, mon
 def test_shards_that_other_machines_wrote_elsewhere_are_missed(tmp_path, monkeypatch):
     monkeypatch.setattr(photos, "run_tasks", lambda *_: None)
     stage = workdir.begin(tmp_path, "photos", {"photos": {"source": "sample"}}, inputs=())
-    with pytest.raises(workdir.StageError, match=r"not all are in .*photos: every machine must have this folder"):
+    with pytest.raises(workdir.StageError, match=r"not all are in .*photos: mount this folder, and the folder"):
         photos.make(stage, Sample(), 1, 0.0, BeamSettings("FlinkRunner", ()))
 
 

@@ -213,7 +213,7 @@ def test_im2gps3k_is_one_test_split(tmp_path):
 
 def test_im2gps3k_with_swapped_headers_is_refused_with_the_rows_that_prove_it(tmp_path):
     changes, _ = _im2gps3k(tmp_path, IM2GPS3K.replace("LAT,LON", "LON,LAT"))
-    with pytest.raises(StageError, match=r"swapped: 20 of 40 rows, that of 'tokyo0\S* in line 3 \(LAT 139.69\) first"):
+    with pytest.raises(StageError, match=r"swapped: 20 of 40 rows .*\(the first: 'tokyo0\S* in line 3, LAT 139.69\)"):
         prepare(tmp_path / "w", "im2gps3k", **changes)
 
 

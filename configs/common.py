@@ -285,8 +285,8 @@ def _evaluate() -> dict[str, Any]:
         labels=dict(
             top1_neighbor="Top-1 neighbor",
             knn="kNN vote",
-            geoclip="GeoCLIP's way",
-            classifier="Classifier of cells",
+            geoclip="GeoCLIP retrieval",
+            classifier="Cell classifier",
             geotoken="GeoToken",
         ),
     )

@@ -48,8 +48,8 @@ def get_config() -> ConfigDict:
         dtype="float32",
         remat="none",
     )
-    # Photos are about a kilometer from their place, so tokens after level 12 are noise: a loss of 2.78 nats, which is
-    # that of a guess (log 16 = 2.77). With the paper's weight of 1.0 the model memorizes this noise.
+    # Photos are about a kilometer from their place, so tokens after level 12 are noise: their loss is 2.78 nats, and
+    # a uniform guess has log 16 = 2.77. With the paper's weight of 1.0 the model memorizes this noise.
     config.loss.last_weight = 0.1
     config.train.update(batch_size=256, examples=150_000, evaluate_every=98, log_every=14)
     config.train.optimizer.update(learning_rate=1e-3, schedule="cosine", warmup=0.05, weight_decay=0.01, clip=1.0)
@@ -65,11 +65,11 @@ def get_config() -> ConfigDict:
     config.evaluate.labels = dict(
         top1_neighbor="Top-1 neighbor",
         knn="kNN vote",
-        geoclip="GeoCLIP's way",
-        classifier="Classifier of cells",
+        geoclip="GeoCLIP retrieval",
+        classifier="Cell classifier",
         geotoken="GeoToken",
         without_neighbor_tokens="GeoToken without neighbor tokens",
-        paper="GeoToken, the paper's form, 12,800 examples",
+        paper="GeoToken, the paper's architecture, 12,800 examples",
     )
     return config
 

@@ -65,7 +65,7 @@ SIZE: dict[str, dict[str, dict[str, Any]]] = {
     name: dict(model=_model(width), train=_train(width)) for name, width in _WIDTHS.items()
 }
 
-#: Architecture of all sizes. It is the demo's, which reaches a lower loss than the paper's (docs/settings.md).
+#: Architecture of all sizes: the demo's architecture, because it has a lower loss than the paper's (docs/settings.md).
 FORM: dict[str, Any] = dict(
     norm="pre",
     activation="gelu",

@@ -60,7 +60,7 @@ def _polygons(topology: Any, name: str) -> Iterator[list[list[int]]]:
 
 
 def _rings(land: Any) -> Iterator[Float[np.ndarray, "n 2"]]:
-    """Yields rings with land on their left, reversed from TopoJSON's. Longitudes are continuous beyond 180."""
+    """Yields rings with land on their left; in TopoJSON land is on the right. Longitudes are continuous beyond 180."""
     arcs = _arcs(land)
     for polygon in _polygons(land, "land"):
         for ring in polygon:

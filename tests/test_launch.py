@@ -330,7 +330,7 @@ def test_two_processes_go_on_after_a_preemption_as_if_there_had_been_none(tmp_pa
     children = Path(f"/proc/{script.pid}/task/{script.pid}/children").read_text().split()
     os.kill(int(children[1]), signal.SIGTERM)
     code, output = finish(script)
-    assert code == 0 and output.count("begins again") == 1 and "is saved at step" in output, output
+    assert code == 0 and output.count("starts again") == 1 and "is saved at step" in output, output
     np.testing.assert_array_equal(losses(tmp_path), unbroken)
 
 
@@ -342,7 +342,7 @@ def test_four_processes_end_with_75_when_the_script_is_asked_and_go_on(tmp_path:
         if expected:
             script.terminate()
         code, output = finish(script)
-        assert code == expected and "begins again" not in output, output
+        assert code == expected and "starts again" not in output, output
     np.testing.assert_allclose(losses(tmp_path), unbroken, rtol=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""The interface of a source of photos. A source yields photos, and a reason for each photo that it drops."""
+"""The interface of a source of photos. A source yields photos, and a named reason for each dropped photo."""
 
 import dataclasses
 import math

@@ -53,8 +53,8 @@ class Osv5m:
     def read(self, split: str, shard: int) -> Iterator[Photo | Drop]:
         """Yields one zip's photos in the order of the zip, after the drops for repeated images and ids.
 
-        Reads all rows of the split's CSV but stores only this zip's: 40 MB for 50,000 photos, instead of 4 GB per
-        process for all of OSV-5M. Shard 0 also yields a drop for each row without an image in any zip. Raises
+        Reads all rows of the split's CSV but stores only the rows of this zip: 40 MB for 50,000 photos, instead of 4 GB
+        per process for all of OSV-5M. Shard 0 also yields a drop for each row without an image in any zip. Raises
         SettingsError if the CSV does not exist.
         """
         zips = self._zips(split)

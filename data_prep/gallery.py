@@ -32,19 +32,19 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
         )
     queries = workdir.begin(config, "queries", (), ["features", "align"])
     gallery = workdir.begin(config, "gallery", ["index.search"], ["features", "align"])
-    made = [queries.manifest, gallery.manifest]
+    manifests = [queries.manifest, gallery.manifest]
     splits = workdir.manifest("features").counts
-    aligned = None if all(made) else workdir.aligned(config.align.model)
+    aligned = None if all(manifests) else workdir.aligned(config.align.model)
     if aligned and not queries.manifest:
         others = {split: n for split, n in splits.items() if split != GALLERY}
         for split in others:
             _table(workdir.features(split), queries.path / split, split, aligned)
-        made[0] = queries.finish(others)
+        manifests[0] = queries.finish(others)
     if aligned and not gallery.manifest:
         _table(workdir.features(GALLERY), gallery.path, GALLERY, aligned)
         built = index.build(IndexVectors(Table(gallery.path)), config.index.search, gallery.path / "index")
-        made[1] = gallery.finish({GALLERY: splits[GALLERY]}, index=built.facts)
-    return [manifest for manifest in made if manifest]
+        manifests[1] = gallery.finish({GALLERY: splits[GALLERY]}, index=built.facts)
+    return [manifest for manifest in manifests if manifest]
 
 
 def _table(features: Records, folder: epath.Path, split: str, aligned: AlignModel) -> None:

@@ -203,9 +203,10 @@ def _plan(settings: EarthViewSettings) -> dict[str, _Shots]:
         )
     gallery, rest = draw[: settings.places], draw[settings.places :]
     points = _unit_vectors(gazetteer.latitude, gazetteer.longitude)
-    # Each photo is up to _EDGE_KM from its place, so two photos can be 2 * _EDGE_KM nearer than their places.
-    apart = 2 * math.sin((UNSEEN_KM + 2 * _EDGE_KM) / _EARTH_KM / 2)
-    unseen = rest[KDTree(points[gallery]).query(points[rest])[0] > apart]
+    # Each photo is up to _EDGE_KM from its place, so two photos can be 2 * _EDGE_KM nearer than their places. The
+    # distance is a chord of the unit sphere, which KDTree measures.
+    min_chord = 2 * math.sin((UNSEEN_KM + 2 * _EDGE_KM) / _EARTH_KM / 2)
+    unseen = rest[KDTree(points[gallery]).query(points[rest])[0] > min_chord]
 
     plan = {}
     for stream, split in enumerate(SPLITS, 1):
@@ -221,9 +222,9 @@ def _plan(settings: EarthViewSettings) -> dict[str, _Shots]:
             )
         # Authors of train, validation and test are drawn from one distribution. Without its author's other photos, a
         # photo of train has a near neighbor as often as a new photo, so training resembles prediction.
-        among = np.unique(plan["train"].place) if split == "test_shift" else gallery
-        weight = gazetteer.weight[among]
-        drawn = unseen[:authors] if split == "test_unseen" else rng.choice(among, authors, p=weight / weight.sum())
+        places = np.unique(plan["train"].place) if split == "test_shift" else gallery
+        weight = gazetteer.weight[places]
+        drawn = unseen[:authors] if split == "test_unseen" else rng.choice(places, authors, p=weight / weight.sum())
         # Shuffled, so that any subset represents the whole split. The last author gets the remaining photos.
         author = rng.permutation(np.repeat(np.arange(authors), sizes[:authors])[:count])
         place = drawn[author]

@@ -82,9 +82,9 @@ class MP16Pro:
     def read(self, split: str, shard: int) -> Iterator[Photo | Drop]:
         """Yields the members of one shard in the order of the tar, then its share of the rows without a member."""
         survey, n = self._survey, self.settings.photos_per_shard
-        chosen = np.flatnonzero(survey.held == (split == "validation"))[shard * n : (shard + 1) * n]
+        members = np.flatnonzero(survey.held == (split == "validation"))[shard * n : (shard + 1) * n]
         with self._parts as parts, self._rows.open("rb") as rows:
-            for member in chosen:
+            for member in members:
                 info = tar_parts.member(parts, int(survey.member[member]))
                 if reason := REASONS[survey.fate[member]]:
                     yield Drop(info.name, reason)
@@ -273,7 +273,7 @@ def _fault(info: tarfile.TarInfo, length: int) -> str:
 
 
 def _index_rows(path: epath.Path, saved: epath.Path, settings: MP16ProSettings) -> tuple[np.ndarray, ...]:
-    """Writes each row of the CSV as a line of JSON. Returns the rows' offsets, keys, and whether in `validation`."""
+    """Writes each row of the CSV as a line of JSON. Returns each row's offset and key, and whether it is in validation."""
     offset, key, held = array("q"), array("Q"), array("B")
     limit = settings.validation * 2**64
     with saved.open("wb") as file:
@@ -290,7 +290,7 @@ def _index_rows(path: epath.Path, saved: epath.Path, settings: MP16ProSettings) 
 
 
 def _stem(name: str) -> str:
-    """Returns the form of a name in which a row's id equals its member's file name: `_` for `/`, without `.jpg`."""
+    """Returns a name with `_` for `/` and without `.jpg`: a row's id and its member's file name then are equal."""
     return name.replace("/", "_").removesuffix(".jpg")
 
 

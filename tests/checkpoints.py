@@ -1,4 +1,4 @@
-"""Tiny checkpoint folders of CLIP and SigLIP 2 as Hugging Face publishes them; parameters are drawn from a seed."""
+"""Makes tiny checkpoint folders of CLIP and SigLIP 2 in Hugging Face's layout, with random parameters from a seed."""
 
 import json
 import pathlib

@@ -1,4 +1,4 @@
-"""A test session of its own: eight CPU devices, an empty home folder, and a temporary working directory per test."""
+"""Gives tests eight CPU devices, an empty home folder per session, and a temporary working directory per test."""
 
 import os
 import shutil
@@ -12,12 +12,12 @@ from absl import flags
 from tests import isolation
 
 ROOT = Path(__file__).parents[1]
-#: Files that take more than half a minute of a CPU, the longest first.
+#: Test files that take more than half a minute of a CPU, the longest first.
 LONGEST = ("test_end_to_end", "test_pod", "test_killed")
 _before = pytest.StashKey[dict[str, int]]()
 _session = pytest.StashKey[Path]()
 
-# grain reads absl flags, which nothing parses here.
+# grain reads absl flags, which nothing parses in tests.
 flags.FLAGS.mark_as_parsed()
 
 

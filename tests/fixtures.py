@@ -1,4 +1,4 @@
-"""A tiny decoder in each of its forms, and batches for it."""
+"""A tiny decoder in each architecture, and batches for it."""
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ def model(form: str, **changes) -> GeoTokenModel:
     s = settings(form, **changes)
     graph, state = nnx.split(nnx.eval_shape(lambda: GeoTokenModel(s, nnx.Rngs(0))))
     rng = np.random.default_rng(1)
-    scale = {"scale": (1.0, 0.2), "kernel": (0.0, 0.4)}  # of norms and of linear layers; of anything else (0, 0.5)
+    scale = {"scale": (1.0, 0.2), "kernel": (0.0, 0.4)}  # of norms and linear layers; others have (0, 0.5)
 
     def values(path, variable):
         mean, deviation = scale.get(path[-1], (0.0, 0.5))

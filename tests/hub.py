@@ -1,7 +1,7 @@
-"""A stand-in for the Hugging Face hub: its API, as far as pushing and loading a model asks for it, over one folder.
+"""A stand-in for the Hugging Face hub over one folder. It has the part of the API that pushing and loading a model use.
 
-It speaks to the real huggingface_hub, which HF_ENDPOINT sends here. Files of 100 bytes or more go the way of large
-files (LFS). Who has TOKEN may write; anybody may read what is not in `gated`.
+The real huggingface_hub connects to it by HF_ENDPOINT. Files of 100 bytes or more are uploaded as large files (LFS).
+Only requests with TOKEN may write; all may read what is not in `gated`.
 """
 
 import base64

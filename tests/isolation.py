@@ -1,4 +1,4 @@
-"""Keeps a test session apart from the machine: its environment, its home folder, and a look at what it leaves behind.
+"""Isolates a test session from the machine's environment and home folder, and finds files that it leaves behind.
 
 conftest.py uses it; it imports nothing that reads the environment.
 """
@@ -6,12 +6,12 @@ conftest.py uses it; it imports nothing that reads the environment.
 import os
 from pathlib import Path
 
-#: Variables that programs used here read settings, credentials or folders from.
+#: Prefixes of variables from which programs read settings, credentials or folders.
 PREFIXES = (
     "AWS_", "CLOUDSDK_", "FSSPEC_", "GCSFS_", "GEOTOKEN_", "GOOGLE_", "HF_", "HUGGINGFACE_", "HYPOTHESIS_", "JAX_",
     "LIBTPU_", "SLURM_", "TF_", "TFDS_", "TPU_", "TRANSFORMERS_", "WANDB_", "XDG_", "XLA_",
 )  # fmt: skip
-#: Folders of the repository that tools write to while tests run: no test has business there.
+#: Folders of the repository that tools write to during a session; tests must not use them.
 TOOLS = {
     ".git", ".venv", ".torch", ".beam", ".tools", ".onnx", ".tensorflow", ".tpu", ".pytest_cache", ".ruff_cache",
     "__pycache__", "site", "build", "dist",

@@ -1,4 +1,4 @@
-"""One training run as a process of its own, for tests that start several or kill it: python -m tests.pod JSON."""
+"""Runs one training in a process, for tests that start several or kill one: python -m tests.pod JSON."""
 
 import json
 import os
@@ -113,7 +113,7 @@ def sequence(folder: Path, *names: str) -> np.ndarray:
     return np.array([[line[name] for name in names] for line in found])
 
 
-#: What the sequence of steps is compared by: `batch` says which photos, in which order.
+#: Logged values by which runs are compared. `batch` identifies the photos and their order.
 LOSSES = ("train/loss", "train/batch", "train/gradient_norm")
 
 

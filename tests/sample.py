@@ -1,4 +1,4 @@
-"""A small set of photos, and the stages that make features of it."""
+"""A small set of photos, and the stages that compute features of it."""
 
 import dataclasses
 import io

@@ -1,4 +1,4 @@
-"""Bad input, of which every kind ends as a drop with its reason or as one clear error, and touches nothing else."""
+"""Bad input: each kind ends as a drop with its reason or as one clear error, and changes nothing else."""
 
 import dataclasses
 import io
@@ -21,7 +21,7 @@ from geotoken_jax import records, workdir
 from tests.test_sources import exif, jpeg, write_files
 
 KEPT = "kept"
-#: The columns of every CSV here, and a row whose longitude is beyond 90: columns are not swapped.
+#: The header of every CSV here, and a row whose longitude is beyond 90, so columns do not count as swapped.
 HEADER, GOOD = b"id,latitude,longitude,author\n", b"good.jpg,35.7,139.7,me\n"
 
 
@@ -152,7 +152,7 @@ def test_coordinates(tmp_path, kind):
     text, expected = NUMBERS[kind]
     table = HEADER + GOOD + f"bad.jpg,{text},me\n".encode()
     source = a_folder(tmp_path, {"bad.jpg": jpeg()}, table)
-    if expected != "malformed row":  # whose id is not known, so its image has no row either
+    if expected != "malformed row":  # such a row has no id, so its image also counts as one without metadata
         return check(tmp_path, source, expected)
     assert make(tmp_path, source).dropped == {expected: 1, "no metadata": 1}
 

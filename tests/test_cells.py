@@ -32,7 +32,7 @@ def coordinates():
     polar = np.degrees(np.arctan(np.cos(np.radians((along + 45) % 90 - 45))))  # where |z| is the larger of |x|, |y|
     edges += [*zip(polar, along, strict=True), *zip(-polar, along, strict=True)]
     edges = np.array(edges, np.float64)
-    steps = [edges]  # and the next numbers on either side
+    steps = [edges]  # and the next numbers on both sides
     for axis, to in itertools.product((0, 1), (-np.inf, np.inf)):
         beside = edges.copy()
         beside[:, axis] = np.nextafter(beside[:, axis], to)

@@ -1,4 +1,4 @@
-"""Experiments: what a run makes anew and what it takes over, and the table that compares runs."""
+"""Experiments: which stages a run makes or reuses, and the table that compares runs."""
 
 import json
 
@@ -117,7 +117,7 @@ def test_only_what_differs_is_made_again(tmp_path, stages):
     assert "within a distance on the sphere" in (shown := evaluate.table(results)) and "masked, faster" in shown
     made.clear()
     assert experiments.run(given, Workdir(tmp_path), "one") == results and made == []
-    # What it started from is as it was.
+    # The stage that the run started from is unchanged.
     assert json.loads((tmp_path / "tokens" / "manifest.json").read_text())["settings"] == {"data": {"seed": 0}}
 
 

@@ -1,6 +1,6 @@
-"""GeoCLIP's weights in our modules: the published formula on random ones, the way back bit for bit, and safe files.
+"""GeoCLIP's weights in our modules: the published formula with random weights, an exact export, and safe loading.
 
-tests/interop/test_geoclip.py has the trained weights, which are in a wheel of 40 MB.
+tests/interop/test_geoclip.py tests the trained weights, which are in a wheel of 40 MB.
 """
 
 import collections

@@ -1,4 +1,4 @@
-"""The judge against a server of the test's own: one that answers well, badly, slowly, or not at all."""
+"""The judge against a test server that answers well, badly, slowly or not at all."""
 
 import base64
 import io
@@ -25,7 +25,7 @@ SECTION = dict(
     base_url="", model="looker", splits=("test",), answer="choose", candidates=3, side=48, options=dict(),
     timeout_s=5.0, attempts=2, concurrent=4, price_in=2.0, price_out=10.0, key_variable="",
 )  # fmt: skip
-#: Candidates of every photo. The first two are one; by falling log-probability they are listed as 3, 0, 2, 4.
+#: Candidates of every photo. The first two are equal. In order of falling log-probability the list is 3, 0, 2, 4.
 COORDINATES = np.array([[10.0, 20.0], [10.0, 20.0], [-33.5, 151.25], [48.85837, 2.29448], [70.0, -150.0]])
 LOG_P = np.array([-2.0, -2.0, -4.0, -1.0, -9.0], np.float32)
 LISTED = [3, 0, 2, 4]
@@ -107,7 +107,7 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(data)
         except BrokenPipeError:
-            pass  # whoever asked has gone
+            pass  # the client has closed the connection
 
     def log_message(self, *args):
         pass
@@ -338,12 +338,12 @@ def test_a_400_for_another_reason_leaves_the_schema_in_use(serve, file):
 
 
 def test_answers_are_in_the_order_of_photos_however_they_come(serve, file):
-    meet = threading.Barrier(4, timeout=10)  # four requests at a time, or none is answered
+    meet = threading.Barrier(4, timeout=10)  # passes only if four requests run at the same time
 
     def behave(body, n):
         meet.wait()
         number = number_in(body)
-        time.sleep(0.02 * (3 - number % 4))  # the first is the last
+        time.sleep(0.02 * (3 - number % 4))  # the first request is answered last
         return says(json.dumps({"number": 1 + number % 3}))
 
     server = serve(behave)
@@ -357,7 +357,7 @@ def test_a_second_start_asks_only_for_what_got_no_reply(serve, file):
     judge = Judge(options(first.url), file)
     assert ask(judge, 4).tolist() == [0, 4, 4, 2]
     with file.open("a") as f:
-        f.write('{"id": "photo-4", "pla')  # the crash
+        f.write('{"id": "photo-4", "pla')  # a line cut short by a crash
     second = serve(lambda body, n: says('{"number": 1}'))
     judge = Judge(options(second.url), file)
     assert ask(judge, 5).tolist() == [0, 4, 3, 2, 3]
@@ -392,7 +392,7 @@ def test_a_hopeless_endpoint_ends_in_one_sentence_and_answers_are_kept(serve, no
     message = str(raised.value)
     assert "HTTP 404" in message and "not today" in message and server.url in message and str(file) in message
     assert "\n" not in message and message.count(". ") == 0
-    assert 23 <= len(server.bodies) <= 27  # in flight when the twentieth failed
+    assert 23 <= len(server.bodies) <= 27  # requests in flight when the twentieth failed still count
     asked = len(server.bodies)
     with pytest.raises(StageError):
         ask(judge, 1, first=30)

@@ -1,4 +1,4 @@
-"""The scripts and manifests of launch/: what they name is there, and those that can run here do."""
+"""The scripts and manifests of launch/: files and keys that they name exist, and scripts that can run here work."""
 
 import contextlib
 import os
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
 MANIFESTS = sorted(LAUNCH.glob("*.yaml"))
-#: Steps of the training that scripts are given here, and after how many it is broken off.
+#: Steps of the training that scripts run here, and steps after which it is interrupted.
 STEPS, BROKEN = 40, 3
 
 
@@ -151,7 +151,7 @@ def arguments(manifest: Path) -> list[list[str]]:
     return [c["args"] for job in jobs(manifest) for c in job["spec"]["template"]["spec"]["containers"]]
 
 
-#: What a JobSet has around its Jobs, of what is used here: from v1alpha2 of config/components/crd/bases in
+#: Schema of the parts of a JobSet around its Jobs that are used here, from v1alpha2 of config/components/crd/bases in
 #: github.com/kubernetes-sigs/jobset (0.10 or later).
 JOBSET = {
     "apiVersion": {"const": "jobset.x-k8s.io/v1alpha2"},
@@ -210,7 +210,7 @@ def test_a_jobset_knows_its_coordinator_and_what_to_do_after_75(manifest: Path):
     assert int(variables["JAX_NUM_PROCESSES"]) == job["spec"]["completions"] == job["spec"]["parallelism"]
     codes = job["spec"]["podFailurePolicy"]["rules"][0]["onExitCodes"]
     assert (codes["values"], codes["containerName"]) == ([cli.REFUSED, cli.PREEMPTED], container["name"])
-    # What Kubernetes says of a Job that such a rule ends, which the JobSet's rules go by.
+    # Kubernetes's message about a Job that such a rule ends. The JobSet's rules match this message.
     says = "Container geotoken for pod default/geotoken-workers-0-0-x failed with exit code {} matching FailJob rule"
     refused, other = document["spec"]["failurePolicy"]["rules"]
     (pattern,) = refused["onJobFailureMessagePatterns"]
@@ -291,7 +291,7 @@ def test_what_xpk_starts_hears_that_it_is_to_end(tmp_path: Path):
     (tmp_path / "train").write_text(f"trap 'exit {cli.PREEMPTED}' TERM\necho begun\nsleep 60 & wait $!\n")
     script = start(LAUNCH / "xpk.sh", "bash", f"{tmp_path}/train", PATH=path, **variables)
     assert script.stdout and script.stdout.readline() == "begun\n"
-    script.terminate()  # xpk.sh has become xpk
+    script.terminate()  # xpk.sh was replaced by xpk
     assert script.wait(30) == cli.PREEMPTED
 
 

@@ -107,7 +107,7 @@ def test_an_author_is_in_one_split_and_the_seed_says_in_which(whole):
     share = len(first["validation"]) / sum(map(len, first.values()))
     assert 0.1 < share < 0.3
     assert first["validation"] != other["validation"]
-    assert len([author for author in first["validation"] if "/" in author]) > 5  # those whose author is not known
+    assert len([author for author in first["validation"] if "/" in author]) > 5  # photos without an author
 
 
 def test_shards_follow_the_tar_and_read_each_photo_once(whole, monkeypatch):
@@ -300,10 +300,10 @@ def header(**values):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (header(size=-1024) + bytes(4096), "negative size"),  # would be read for ever
-        (header(type=b"L", size=1 << 40) + bytes(4096), "a header for 1,099,511,627,776 bytes"),  # would be taken in
+        (header(size=-1024) + bytes(4096), "negative size"),  # would cause an endless loop
+        (header(type=b"L", size=1 << 40) + bytes(4096), "a header for 1,099,511,627,776 bytes"),  # would fill memory
         (header(type=b"x", size=512) + b"99 path=b\n".ljust(512, b"\0"), "cannot be read"),
-        (header() + bytes(512) + header() + bytes(1024), "no header there"),  # an end in the middle
+        (header() + bytes(512) + header() + bytes(1024), "no header there"),  # an end marker in the middle
         (header() + b"x" * 512, "no header there"),
     ],
 )
@@ -366,7 +366,7 @@ def test_parts_read_side_by_side_give_the_members_of_the_whole(tmp_path, size):
             info, data = entry(f"in/{n}.jpg", rng.bytes(700))
             tar.addfile(info, io.BytesIO(data))
     entries = [entry("a", type=tarfile.DIRTYPE), entry("a/b", type=tarfile.DIRTYPE)]
-    for n in range(12):  # headers of several blocks, and data that look like members
+    for n in range(12):  # headers of several blocks, and data that resemble members
         data = inner.getvalue() if n % 2 else rng.bytes(rng.integers(0, 9000))
         entries.append(entry(f"a/{'é' * 40 * n}/{n}.jpg", data))
     write_set(tmp_path / "data", entries, [("0.jpg", "", 1, 2, "France")])

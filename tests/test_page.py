@@ -1,4 +1,4 @@
-"""The page's part of the service: how answers narrow, the pictures of an export, and who may see what."""
+"""The page of the service: widening of predictions by level, thumbnails of an export, and access."""
 
 import contextlib
 import dataclasses
@@ -39,7 +39,7 @@ def prediction(at=(48.8501, 2.3499), within=(0.1, 0.4, 0.6, 0.7, 0.8), radii=(80
 
 
 def test_a_level_is_as_probable_as_the_distances_around_the_answer_say():
-    # In the middle of a cell, which then holds about what a circle of its area does.
+    # At the center of a cell, where the cell and a circle of equal area have nearly equal probability.
     at = tuple(float(x) for x in CellScheme(12, 1).decode(CellScheme(12, 1).encode(48.85, 2.35)))
     found = levels.with_levels(prediction(at)).levels
     round_km = found[12].edge_km / np.pi**0.5
@@ -87,7 +87,7 @@ def test_thumbnails_are_those_of_the_gallerys_photos_and_go_on_where_they_stoppe
     exif.get_ifd(0x8825).update({1: "N", 2: (77.0, 7.0, 7.0)})
     photos = [taken(n) for n in range(12)]
     photos[3]["image"], photos[5]["image"] = photo(30, 80, exif=exif), b"broken"
-    ids = np.array([f"photo/{n}".encode() for n in range(12) if n not in (0, 7)])  # which `embed` dropped
+    ids = np.array([f"photo/{n}".encode() for n in range(12) if n not in (0, 7)])  # photos that `embed` dropped
     folder = epath.Path(tmp_path)
 
     save = records.save_array

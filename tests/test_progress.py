@@ -1,4 +1,4 @@
-"""Progress in a log (no terminal): plain lines with rate and time left, and one at the end."""
+"""Progress in a log without a terminal: plain lines with rate and time left, and one line at the end."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Wire formats: numbers come back exactly, and what is torn, missing or misshapen is refused."""
+"""Record formats: numbers are read back exactly, and damaged, missing or wrongly shaped data are errors."""
 
 import pickle
 

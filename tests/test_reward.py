@@ -1,4 +1,4 @@
-"""The reward head: the states it reads against the decoder's own, what it learns, and its choice of a pool."""
+"""The reward head: its states against the decoder's, its training, and its choice from a pool."""
 
 import jax
 import jax.numpy as jnp

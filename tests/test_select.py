@@ -1,4 +1,4 @@
-"""Selectors: which candidate, or which point, each takes from a pool that is made up by hand."""
+"""Selectors: which candidate or point each chooses from a pool made by hand."""
 
 import numpy as np
 import pytest
@@ -51,7 +51,7 @@ def test_greedy_is_the_first_and_log_probability_the_tempered_best():
 def test_neighbors_agree_on_the_candidate_that_most_of_them_are_near():
     near = [[(0, 0), (50, 60), (50, 60.1)]] * 2
     given = pool([[(0, 0), (50, 60)]] * 2, near=near, scores=[[2.0, 1.98, 1.97], [2.0, 1.98, -np.inf]])
-    assert chosen("consensus", given) == [1, 0]  # the second photo has two neighbors, and the first is nearer
+    assert chosen("consensus", given) == [1, 0]  # the second photo has two neighbors, the first of which is nearer
     nobody = pool([[(0, 0), (50, 60)]], near=near[:1], scores=[[-np.inf] * 3])
     assert chosen("consensus", nobody) == [0]
 

@@ -1,4 +1,4 @@
-"""Training: resumed or on other devices it is the same training, and what it leaves behind is right."""
+"""Training: the same result after a restart or on other devices, and the files that it writes."""
 
 import dataclasses
 import json
@@ -114,7 +114,7 @@ def test_a_resumed_run_is_the_same_run_bit_for_bit(tmp_path, whole, stop):
         train(tmp_path, stop)
     assert not (tmp_path / "parameters.safetensors").exists()
     assert lines(tmp_path)[-1]["step"] == stop
-    assert train(tmp_path, 2) == result  # two batches are enough from the checkpoint of step 2
+    assert train(tmp_path, 2) == result  # two batches are enough after the checkpoint of step 2
     assert lines(tmp_path) == lines(folder)
     found, expected = parameters(tmp_path), parameters(folder)
     assert found.keys() == expected.keys() == {"linear/kernel", "linear/bias", "factor"}
@@ -240,7 +240,7 @@ def test_a_run_asked_to_end_saves_and_goes_on_where_it_was(tmp_path):
     with pytest.raises(loop.Preempted, match="saved at step 3"):
         train(tmp_path / "ended", 3, make_input=Terminated, **options)
     assert signal.getsignal(signal.SIGTERM) is before
-    train(tmp_path / "ended", 5, **options)  # not one batch is read again
+    train(tmp_path / "ended", 5, **options)  # no batch is read twice
     assert lines(tmp_path / "ended") == lines(tmp_path / "whole")
     for name, value in parameters(tmp_path / "whole").items():
         np.testing.assert_array_equal(parameters(tmp_path / "ended")[name], value)
@@ -307,7 +307,7 @@ def test_weight_decay_spares_vectors_and_clipping_bounds_the_gradient():
     updates, _ = optimizer.update(zeros, optimizer.init(params), params)
     np.testing.assert_allclose(updates["matrix"], -0.1 * 0.5, rtol=1e-6)
     assert not updates["vector"].any() and not updates["layers"]["scale"].any()
-    # After a clipped gradient Adam's first moment is a tenth of the clipped one.
+    # After a clipped gradient, Adam's first moment is a tenth of that gradient.
     clipped = make_optimizer(dataclasses.replace(options, clip=1.0), lambda _: 0.1)
     _, state = clipped.update(jax.tree.map(lambda p: 100 * p, params), clipped.init(params), params)
     adam = next(part for part in jax.tree.leaves(state, is_leaf=_is_adam) if _is_adam(part))

@@ -273,7 +273,7 @@ def _fault(info: tarfile.TarInfo, length: int) -> str:
 
 
 def _index_rows(path: epath.Path, saved: epath.Path, settings: MP16ProSettings) -> tuple[np.ndarray, ...]:
-    """Writes each row of the CSV as a line of JSON. Returns for each row: offset, key, whether it is in `validation`."""
+    """Writes each row of the CSV as a line of JSON. Returns for each row: offset, key, and whether in `validation`."""
     offset, key, held = array("q"), array("Q"), array("B")
     limit = settings.validation * 2**64
     with saved.open("wb") as file:

@@ -109,7 +109,7 @@ def test_a_fusion_that_slices_reads_the_slice():
 
 
 def test_products_written_as_convolutions():
-    # A product of 6 matrices [5, 7] x [7, 3] in a program for a TPU is a convolution with the batch as a dilated window,
+    # A product of 6 matrices [5, 7] x [7, 3] in a program for a TPU is a convolution with the batch as dilated window,
     # in which all but one position is padding.
     line = (
         "  %c = f32[6,5,3]{2,1,0} convolution(%l, %r), window={size=6 stride=5 pad=0_0 lhs_dilate=6}, "

@@ -110,7 +110,7 @@ def test_what_remains_is_a_partition_with_the_probabilities_of_its_leaves(form):
 
 def test_leaves_of_a_length_and_of_a_temperature():
     tokens = everything("ours", 1, 0.7)[..., :3]
-    each = tokens.sum(-1)[:, ::4]  # sums over the last token, which distinguishes four leaves of one cell
+    each = tokens.sum(-1)[:, ::4]  # four leaves of one cell differ in the last token only
     some = found("ours", 1, 96, length=3, temperature=0.7, **WHOLE)
     np.testing.assert_array_equal(some.proven, 96)
     assert (some.depth[:, :96] == 3).all() and (some.tokens[..., 3] == 0).all()

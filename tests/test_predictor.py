@@ -1,4 +1,4 @@
-"""One photo, lists and an event loop, on a test model that predicts coordinates from the photo's pixels."""
+"""One photo, lists and an event loop, on a test model that takes numbers as photos and returns them as latitudes."""
 
 import asyncio
 import pydoc

@@ -1,4 +1,4 @@
-"""The service, with a test model that predicts from the photo's gray value."""
+"""The service, with a test model that returns half of a photo's gray value as latitude."""
 
 import asyncio
 import base64

@@ -35,7 +35,7 @@ class Hub(http.server.ThreadingHTTPServer):
         self.fetched: list[str] = []
 
     def commit(self, model: str, files: dict[str, bytes]) -> None:
-        """Adds a commit with these files in place of those of their names."""
+        """Adds a commit with these files, which replace files of the same names."""
         tree = dict(self.commits[model][-1][1]) if self.commits.get(model) else {}
         for name, data in files.items():
             tree[name] = hashlib.sha256(data).hexdigest()
@@ -43,7 +43,7 @@ class Hub(http.server.ThreadingHTTPServer):
         self.commits.setdefault(model, []).append((f"{len(self.commits.get(model, [])) + 1:040x}", tree))
 
     def environment(self, home: Path, token: str | None = None) -> dict[str, str]:
-        """Returns the environment of a process that takes this for the hub. home: with its cache."""
+        """Returns the environment of a process that uses this hub. home: folder of its cache."""
         found = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
         found |= {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "JAX_PLATFORMS": "cpu"}
         return found | ({"HF_TOKEN": token} if token else {})

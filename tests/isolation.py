@@ -19,7 +19,7 @@ TOOLS = {
 
 
 def xla_flags(devices: int) -> str:
-    """Returns XLA_FLAGS of a process with so many CPU devices, which compiles fast and waits long for others."""
+    """Returns XLA_FLAGS for a number of CPU devices, with fast compilation and long timeouts."""
     # Tests compile far longer than they run. Without LLVM's optimizations a gradient takes 2.9 s instead of 6.4 s, and
     # without the emitters of fusions in MLIR a run of tests/pod.py takes 37 s of CPU instead of 52 s.
     # Eight devices that meet on two busy cores may be minutes apart, and XLA ends the process after 40 s of waiting.
@@ -62,5 +62,5 @@ def listing(root: Path) -> dict[str, int]:
 
 
 def changes(before: dict[str, int], after: dict[str, int]) -> list[str]:
-    """Returns the paths that one listing has and the other has not, or has with another time, sorted."""
+    """Returns the sorted paths that are in only one listing, or have another time."""
     return sorted({name for name, _ in before.items() ^ after.items()})

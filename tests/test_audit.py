@@ -71,7 +71,7 @@ def world():
 
 
 def images():
-    """Returns split -> embeddings [n, 3, C] of the photos that have any: all but the second of train."""
+    """Returns split -> embeddings [n, 3, C] of its photos with features: all but the second photo of train."""
     rng = np.random.default_rng(1)
     kinds = rng.normal(size=(3, 3, fixtures.C))
     found = {
@@ -156,7 +156,7 @@ def made(tmp_path_factory, config):
 
 
 class Nested(html.parser.HTMLParser):
-    """Reads a page as a browser does: elements must nest, ids be there once, and nothing be fetched."""
+    """Reads a page as a browser does. Elements must nest, ids must be unique, and nothing may be fetched."""
 
     def __init__(self, page):
         super().__init__()

@@ -26,7 +26,7 @@ HEADER, GOOD = b"id,latitude,longitude,author\n", b"good.jpg,35.7,139.7,me\n"
 
 
 def make(path: Path, source: Source) -> workdir.Manifest:
-    """Runs the stage, and asserts that it leaves everything else alone whether it ends well or not."""
+    """Runs the stage, and asserts that it changes no other file, whether it succeeds or not."""
     before = everything_but_work(path)
     stage = workdir.begin(path / "work", "photos", {"photos": {}}, inputs=())
     try:
@@ -44,7 +44,7 @@ def everything_but_work(path: Path) -> dict[Path, bytes]:
 
 
 def a_folder(path: Path, files: dict[str, bytes], table: bytes | None) -> Folder:
-    """A folder with files beside it that nothing may read or change."""
+    """A folder with files beside it that the stage must not read or change."""
     write_files(path, {"x.jpg": jpeg("blue"), "data/x.jpg": jpeg("blue")})
     write_files(path / "data" / "in", {"good.jpg": jpeg(exif=exif(1, 2)), **files})
     if table is not None:
@@ -54,7 +54,7 @@ def a_folder(path: Path, files: dict[str, bytes], table: bytes | None) -> Folder
 
 
 def check(path: Path, source: Source, expected: str, good: int = 1) -> None:
-    """Asserts that beside the good photos one more is KEPT, or dropped for the expected reason."""
+    """Asserts that the good photos are accepted, and that one more is KEPT, or dropped for the expected reason."""
     manifest = make(path, source)
     assert manifest.dropped == ({} if expected == KEPT else {expected: 1})
     assert sum(manifest.counts.values()) == good + (expected == KEPT)
@@ -282,7 +282,7 @@ def test_exif(tmp_path, kind):
 
 @dataclasses.dataclass(frozen=True)
 class Zip:
-    """A member beside a good one, and what is done to the bytes of the whole."""
+    """A zip member beside a good one, and the damage done to the bytes of the zip."""
 
     expected: str
     member: str = "00/2.jpg"
@@ -292,7 +292,7 @@ class Zip:
 
 
 def directory(at: int, value: bytes) -> Callable[[bytes], bytes]:
-    """Returns what overwrites bytes of the last entry of a zip's directory."""
+    """Returns a function that overwrites bytes of the last entry in a zip's directory."""
 
     def harm(data: bytes) -> bytes:
         start = data.rindex(b"PK\x01\x02") + at

@@ -64,7 +64,7 @@ def config():
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory, config):
-    """A work directory up to neighbors/, with predictions of the variant that the others are compared with."""
+    """A work directory up to neighbors/, with predictions of the reference variant."""
     path = tmp_path_factory.mktemp("world")
     photos.make(workdir.begin(path, "photos", {"photos": {"source": "sample"}}, ()), Source(), 1, 0.0)
     rng = np.random.default_rng(0)
@@ -105,7 +105,7 @@ def path(tmp_path_factory, config):
 
 
 def answered(config, path, name, split="test"):
-    """Returns the lines of a baseline, which is made if it is not there."""
+    """Returns the lines of a baseline's predictions, which are made if they do not exist."""
     baselines.run(config, Workdir(path), name)
     return [json.loads(line) for line in (path / "predictions" / name / f"{split}.jsonl").read_text().splitlines()]
 
@@ -116,7 +116,7 @@ def off(lines):
 
 
 def check(lines, k):
-    """Holds lines to the form of predictions/: candidates best first, the first of them the answer."""
+    """Asserts the form of predictions/: candidates are sorted best first, and the first is the prediction."""
     for line in lines:
         log_p = [c["log_probability"] for c in line["candidates"]]
         assert log_p == sorted(log_p, reverse=True) and 0 < np.exp(log_p).sum() < 1.001 and len(log_p) <= k

@@ -21,7 +21,7 @@ def named(scheme):
 
 @functools.cache
 def coordinates():
-    """20,000 uniform on the sphere, then what lies on edges: poles, date line, equator, faces' edges and corners."""
+    """20,000 points uniform on the sphere, then points at poles, date line, equator, and faces' edges and corners."""
     rng = np.random.default_rng(0)
     latitude, longitude = np.degrees(np.arcsin(rng.uniform(-1, 1, 20_000))), rng.uniform(-180, 180, 20_000)
     edges = list(itertools.product((-90, -45, -0.0, 0, 45, 90), np.arange(-180, 181, 15)))

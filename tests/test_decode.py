@@ -30,7 +30,7 @@ SETTINGS = PredictSettings(
 
 
 class Gallery:
-    """Where neighbors are, by row."""
+    """Coordinates of neighbors, by row."""
 
     def coordinates(self, rows):
         return np.stack([rows, 2 * rows], -1).astype(np.float64)
@@ -58,7 +58,7 @@ def candidates(decoder):
 
 
 def teacher_forced(model, tokens, temperature=1.0):
-    """Returns log-probabilities [B, T, V] of one candidate a photo."""
+    """Returns log-probabilities [B, T, V] of one candidate per photo."""
     log_p = fixtures.forward(model, {**fixtures.batch(), "tokens": tokens})
     return np.asarray(jax.nn.log_softmax(log_p / temperature))
 
@@ -85,7 +85,7 @@ def test_candidates_are_drawn_with_the_times_of_their_photos():
 
 
 class Clock(Predictor):
-    """Answers with the times that it was told."""
+    """Returns the times that it gets as predictions."""
 
     batch_size, reads_time = 2, True
 
@@ -222,7 +222,7 @@ def test_a_beam_may_make_the_candidates(model):
 
 
 def made_up():
-    """Two photos, four candidates, the greedy one first; the second photo has one candidate twice."""
+    """Two photos, four candidates each, the greedy one first; the second photo has one candidate twice."""
     cells = CellScheme(4, 2)
     tokens = np.array([[[0, 1, 2], [5, 0, 0], [3, 3, 3], [1, 15, 7]], [[2, 2, 2], [4, 1, 0], [2, 2, 2], [4, 1, 0]]])
     log_p = np.array([[-3.0, -1.0, -9.0, -2.0], [-4.0, -1.5, -4.0, -1.5]], np.float32)

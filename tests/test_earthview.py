@@ -23,7 +23,7 @@ def photos():
 
 
 def _kilometers(a, b):
-    """Great-circle distances of all pairs, by the haversine: apart from the module's own way."""
+    """Great-circle distances of all pairs by the haversine formula, independent of the module."""
     a, b = np.radians(a)[:, None], np.radians(b)[None]
     h = np.sin((a - b)[..., 0] / 2) ** 2 + np.cos(a[..., 0]) * np.cos(b[..., 0]) * np.sin((a - b)[..., 1] / 2) ** 2
     return 2 * 6371.0088 * np.arcsin(np.sqrt(h))
@@ -125,7 +125,7 @@ def test_too_few_photos_or_places_is_an_error_that_names_the_key(key, change):
 
 
 def _globe(height):
-    """A map whose color is the place on the sphere: continuous everywhere, also at the date line and the poles."""
+    """A map whose color is the position on the sphere: continuous everywhere, also at the date line and the poles."""
     latitude = np.radians(90 - (np.arange(height) + 0.5) / height * 180)[:, None]
     longitude = np.radians((np.arange(2 * height) + 0.5) / height * 180 - 180)[None]
     x, y = np.cos(latitude) * np.cos(longitude), np.cos(latitude) * np.sin(longitude)
@@ -161,7 +161,7 @@ def test_every_pixel_of_a_crop_shows_its_own_coordinate(latitude, longitude):
 
 
 def test_films_show_the_same_extent():
-    """Land and sea lie alike on all three maps, which differ in pixels a degree and in color."""
+    """All three maps have land and sea at the same coordinates. They differ in pixels per degree and in color."""
     for latitude, longitude in [(41, 29), (38, 15), (55.7, 12.6)]:
         sea = []
         for film in earthview.FILMS:
@@ -187,7 +187,7 @@ def test_scatter_is_kilometers_at_any_latitude():
 
 
 def test_films_are_the_maps_of_the_earth():
-    """Known land and sea, on both sides of both zero meridians, are where the coordinates say."""
+    """Known land and sea, on both sides of both zero meridians, are at the right coordinates."""
     film = earthview._film("bmng")
     assert film.shape == (2700, 5400, 3)
     for latitude, longitude, is_sea in [

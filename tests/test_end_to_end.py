@@ -99,7 +99,7 @@ def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bytes(workdir: Pa
 
 
 def test_a_language_model_may_choose_too(workdir: Path, tmp_path: Path):
-    """One that takes the second candidate it is shown."""
+    """A judge that chooses the second candidate in its list."""
     for folder in ("photos", "queries", "gallery", "neighbors", "tokens", "align", "geotoken", "pools", "verifier"):
         (tmp_path / folder).symlink_to(workdir / folder)
     server = test_judge.Server(lambda body, n: test_judge.says('{"number": 2}'))

@@ -293,7 +293,7 @@ def test_continents_are_scored_apart(tmp_path):
 
 
 def sure(n, seed=0, exaggerated=1.0):
-    """A method that is within 25 km as often as it says, or whose odds are as they say to a power."""
+    """A method with calibrated probabilities within 25 km, or whose true odds are the stated odds to a power."""
     rng = np.random.default_rng(seed)
     p = rng.uniform(0, 1, n)
     true = p**exaggerated / (p**exaggerated + (1 - p) ** exaggerated)

@@ -15,7 +15,7 @@ PLACES = np.array([(10.0, 10.0), (20.0, 20.0), (30.0, 30.0)])
 
 
 class Photos:
-    """Three photos by three authors, where records.Photos would read them from files."""
+    """Three photos by three authors, in place of records.Photos, which would read files."""
 
     def __init__(self, folder, split):
         del folder, split
@@ -46,7 +46,7 @@ def config(**experiments):
 
 @pytest.fixture
 def stages(monkeypatch):
-    """Stages that write little; `made` lists what they made, as folders of runs."""
+    """Stages that write small files. `made` lists the folders that they made."""
     monkeypatch.setattr(records, "Photos", Photos)
     made = []
 

@@ -104,7 +104,7 @@ def test_a_broken_export_names_the_file(tmp_path: Path):
 
 @pytest.fixture
 def gallery(tmp_path: Path) -> Path:
-    """A table of 300 photos in two shards, whose vectors have rows of very different lengths."""
+    """A table of 300 photos in two shards, whose vectors have very different lengths."""
     rng = np.random.default_rng(0)
     for shard, n in enumerate((200, 100)):
         vectors = rng.normal(size=(n, 3, 32)) * 10.0 ** rng.integers(-3, 3, (n, 3, 1))

@@ -37,7 +37,7 @@ DAY_S = 86_400.0
 
 
 def die(folder: Path) -> None:
-    """Kills this process, once the first checkpoint is whole."""
+    """Kills this process after the first checkpoint is complete."""
     while not (folder / "checkpoints" / str(SAVED)).exists():
         time.sleep(0.01)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -48,7 +48,7 @@ FAULTS: dict[str, Callable[[Path], object]] = {"killed": die, "hung": lambda fol
 
 
 class Struck(Stopping):
-    """A training input that takes its time; events: what happens before a batch, by its number from 1."""
+    """A training input with a delay per batch. events: number of a batch, from 1 -> function called before it."""
 
     def __init__(self, batches, events: dict[int, Callable[[], object]], delay_s: float = 0.0):
         super().__init__(batches, 0)
@@ -63,13 +63,13 @@ class Struck(Stopping):
 
 
 def hurry() -> None:
-    """Shortens the time that this process may stand still: by now all is compiled."""
+    """Shortens the time that this process may stand still, since all programs are compiled."""
     assert processes._watch
     processes._watch.settings = processes.WatchSettings(connect_s=300.0, stalled_s=STALLED_S)
 
 
 def train(folder: Path, mesh: tuple[int, int, int] = (-1, 1, 1), make_input=lambda x: x) -> None:
-    """Fits test_train's line, in as many processes as there are."""
+    """Trains the linear model of test_train, in any number of processes."""
     options = loop.TrainSettings(
         batch_size=8, accumulate=1, examples=8 * STEPS, evaluate_every=SAVED, log_every=1, seed=0, ema=0.0,
         max_skipped=0, profile=(0, 0), wandb="", optimizer=OPTIMIZER,
@@ -83,7 +83,7 @@ def train(folder: Path, mesh: tuple[int, int, int] = (-1, 1, 1), make_input=lamb
 
 
 def main() -> None:
-    """Runs with the options of the command line: the fault is the second process's, and so is a clock a day ahead."""
+    """Runs with the options of the command line. The second process has the fault, or a clock that is a day ahead."""
     options = json.loads(sys.argv[1])
     folder = Path(options["folder"])
     events: dict[int, Callable[[], object]] = {STRUCK - 1: hurry} if options["fault"] == "hung" else {}
@@ -109,7 +109,7 @@ def cleared(running: list[subprocess.Popen]) -> Iterator[list[subprocess.Popen]]
 
 
 def two(folder: Path, fault: str, delay_s: float = 0.0) -> contextlib.AbstractContextManager[list[subprocess.Popen]]:
-    """Starts a run in two processes, the second of which something happens to."""
+    """Starts a run in two processes, of which the second has a fault."""
     return cleared(pod.start(2, 2, "tests.test_faults", folder=folder, fault=fault, delay_s=delay_s))
 
 
@@ -125,7 +125,7 @@ def losses(folder: Path) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory) -> np.ndarray:
-    """The losses of a run that nothing happens to, in one process."""
+    """The losses of a run without faults, in one process."""
     folder = tmp_path_factory.mktemp("unbroken")
     train(folder)
     return losses(folder)
@@ -133,7 +133,7 @@ def unbroken(tmp_path_factory) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory) -> tuple[Path, int, str]:
-    """A run of two whose second is killed: its folder, and how the first ended."""
+    """A run in two processes whose second is killed: its folder, and the first one's exit status and output."""
     folder = tmp_path_factory.mktemp("broken")
     with two(folder, "killed") as (first, second):
         assert ended(second)[0] == -signal.SIGKILL
@@ -210,7 +210,7 @@ def test_processes_that_do_not_find_each_other_end_in_one_sentence(port, i):
 
 
 def test_a_lost_first_process_ends_the_others(port):
-    """By JAX, whose service was there: no code of ours runs any more."""
+    """JAX ends them, because the first process ran its service. None of our code runs after that."""
     code = "import threading; from geotoken_jax import processes; processes.start(); print('met', flush=True)\n"
     with cleared([alone(i, port, code + "threading.Event().wait()") for i in (0, 1)]) as running:
         for process in running:

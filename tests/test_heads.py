@@ -156,7 +156,7 @@ KEY = jax.random.key(0)
 
 
 def photos(rows):
-    """A batch of photos that are told apart by their latitude, a tenth of a degree a row."""
+    """A batch of photos with different latitudes, a tenth of a degree per row."""
     image, text = np.random.default_rng(0).normal(size=(2, 40, 24)).astype(np.float32)[:, rows]
     return {"image": image, "text": text, "coordinates": np.stack([rows / 10, rows * 0], 1).astype(np.float32)}
 

@@ -52,7 +52,7 @@ def server() -> Iterator[hub.Hub]:
 
 
 def run(server: hub.Hub, home: Path, *calls: list[str], token: str | None = None, **more: str) -> list[str]:
-    """Returns what calls of functions of geotoken_jax.predict.hub return, or say, in a process of their own."""
+    """Returns the results or messages of functions of geotoken_jax.predict.hub, called in another process."""
     environment = server.environment(home, token) | more
     done = subprocess.run(
         [sys.executable, "-c", RUN, json.dumps(calls)], env=environment, capture_output=True, text=True, timeout=300

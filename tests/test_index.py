@@ -112,7 +112,7 @@ def test_shards_searched_exactly_are_the_whole(tmp_path):
 
 
 class Recorded:
-    """Vectors that remember which slices were asked for, and break off at one of them."""
+    """Vectors that record which slices are read, and fail at one of them."""
 
     def __init__(self, values, last=None):
         self.values, self.last, self.asked = values, last, []

@@ -32,7 +32,7 @@ LISTED = [3, 0, 2, 4]
 
 
 def pool(b: int) -> Pool:
-    """The neighbors of a photo are three, of which the last is but filling."""
+    """A photo has three neighbors, of which the last is padding."""
     log_p = np.tile(LOG_P, (b, 1))
     return Pool(
         candidates=Candidates(np.zeros((b, 5, 4), np.int32), log_p, log_p),
@@ -47,7 +47,7 @@ def pool(b: int) -> Pool:
 
 
 def photo(number: int) -> bytes:
-    """A gray photo whose shade is its number, with everything in its file that must not travel."""
+    """A gray photo whose gray value is its number. Its file contains metadata that must not be sent."""
     image, exif, file = Image.new("RGB", (96, 64), (8 * number,) * 3), Image.Exif(), io.BytesIO()
     exif[0x010E] = "SECRET-PLACE"
     exif.get_ifd(0x8825)[1] = "N"
@@ -66,7 +66,7 @@ def image_in(body: dict) -> Image.Image:
 
 
 def says(text, finish="stop", **message):
-    """Returns what a server answers: status, headers, body."""
+    """Returns a server's response: status, headers, body."""
     choice = {"message": {"role": "assistant", "content": text, **message}, "finish_reason": finish}
     body = {"choices": [choice], "usage": {"prompt_tokens": 1000, "completion_tokens": 10}}
     return 200, {"Content-Type": "application/json"}, json.dumps(body).encode()
@@ -77,7 +77,7 @@ def refuses(status, **headers):
 
 
 class Server(ThreadingHTTPServer):
-    """Answers as `behave(body, n)` says, n counting requests; None: it hangs up amid the answer."""
+    """Responds with behave(body, n), where n counts requests. For None it closes the connection amid a response."""
 
     daemon_threads = True
     request_queue_size = 64
@@ -115,7 +115,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def serve():
-    """Returns a function that starts a server; all of them are ended."""
+    """Returns a function that starts a server. All servers are stopped at the end."""
     servers = []
 
     def start(behave):
@@ -132,7 +132,7 @@ def serve():
 
 @pytest.fixture
 def nowhere():
-    """An address where nobody listens."""
+    """An address without a server."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         yield f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
@@ -143,7 +143,7 @@ def options(url: str, **changes) -> JudgeSettings:
 
 
 def ask(judge: Judge, b: int, first: int = 0):
-    """Asks for b photos; where the judge does not answer, candidate 4 does."""
+    """Returns the judge's choices for b photos, or candidate 4 if the judge fails."""
     numbers = range(first, first + b)
     return judge([f"photo-{n}" for n in numbers], [photo(n) for n in numbers], pool(b), np.full(b, 4))
 

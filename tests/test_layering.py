@@ -50,7 +50,7 @@ def imports(tree: ast.AST, in_functions: bool = True) -> list[str]:
 
 
 def allowed(unit: str, other: str) -> bool:
-    """Says whether a part of geotoken_jax may import another."""
+    """Returns whether a part of geotoken_jax may import another."""
     if unit == "train" and other in ("data", "align", "model"):  # the training loop gets its task as an argument
         return False
     return unit == other or RANKS.get(other, 99) < RANKS[unit] or RANKS.get(other) == RANKS[unit] == 0

@@ -147,7 +147,7 @@ def test_without_neighbor_tokens_they_are_ignored():
 
 
 def gate(form, bias):
-    """Returns a model whose copy head's gate stands open or shut, whatever the decoder's state."""
+    """Returns a model whose copy head's gate is constant, open or closed by the bias."""
     model = fixtures.model(form)
     model.copy.gate.kernel[...] = jnp.zeros_like(model.copy.gate.kernel[...])
     model.copy.gate.bias[...] = jnp.full_like(model.copy.gate.bias[...], bias)

@@ -23,7 +23,7 @@ PART = 333_333
 
 
 class Poison:
-    """Unpickled, it leaves a file."""
+    """Writes a file if it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -33,7 +33,7 @@ class Poison:
 
 
 def prepare(config, path):
-    """Returns the manifest of photos/, which is made from config.photos in a work directory."""
+    """Makes photos/ from config.photos in a work directory and returns its manifest."""
     return photos.run(configuration.read(config), Workdir(path))[0]
 
 
@@ -50,7 +50,7 @@ def config(folder, workers=1, **changes):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A data set of 1,000 photos with every trap: its folder, ledger, work directory and manifest."""
+    """A data set of 1,000 photos with every kind of fault: its folder, ledger, work directory and manifest."""
     path = tmp_path_factory.mktemp("mp16")
     ledger = mp16.generate(path / "data", 1000, PART)
     (path / "data" / "metadata" / "tar_index.pkl").write_bytes(pickle.dumps(Poison(path / "poisoned")))
@@ -61,7 +61,7 @@ def whole(tmp_path_factory):
 
 @pytest.fixture
 def small(tmp_path):
-    """A data set of 60 photos without traps: its folder."""
+    """A data set of 60 photos without faults: its folder."""
     mp16.generate(tmp_path / "data", 60, 100_000, trapped=False)
     return tmp_path / "data"
 
@@ -72,7 +72,7 @@ def source(data, work, **changes):
 
 
 def taken(made):
-    """Returns split -> what is read of it, in order."""
+    """Returns split -> photos and drops in the order in which they are read."""
     return {
         split: [item for n in range(shards) for item in made.read(split, n)] for split, shards in made.splits.items()
     }

@@ -115,7 +115,7 @@ def test_exclusions_that_cannot_be_are_refused(changes, message):
 
 
 def test_a_split_is_excluded_from_as_it_is_used(tmp_path):
-    """Train photos lose their author's others and evaluation photos their near ones, each only as it is told."""
+    """Excludes other photos of an author for train photos, and photos nearby for evaluation, each by its setting."""
     rng = np.random.default_rng(0)
     config: Any = tiny.get_config()
     config.index.neighbors.count = 35

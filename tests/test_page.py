@@ -147,7 +147,7 @@ def test_examples_come_from_all_continents_and_are_right_as_often_as_the_test_sp
 
 @pytest.fixture(scope="module")
 def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what the page shows of an export."""
+    """An export with the parts that the page shows."""
     folder = tmp_path_factory.mktemp("export")
     photos = [taken(n) for n in range(6)]
     pictures.write_thumbnails(photos, np.array([p["id"].encode() for p in photos]), 32, epath.Path(folder))

@@ -42,7 +42,7 @@ def config():
 
 
 def seen():
-    """Tokens after the first wrong one are the true ones again, which must not count."""
+    """After the first wrong token, tokens equal the true ones again; these must not count as right."""
     greedy = np.array([[0, 1, 2, 3], [1, 5, 6, 7], [2, 8, 9, 10], [3, 11, 12, 13]])
     tokens = greedy.copy()
     for photo, t in enumerate(LEAVE):

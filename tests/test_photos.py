@@ -34,7 +34,7 @@ def _jpeg(color):
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """A source of solid colors at random coordinates; `extra` are more of the first test shard."""
+    """A source of solid colors at random coordinates. extra: additional photos of the first test shard."""
 
     per_shard: int = 10
     extra: tuple = ()
@@ -227,7 +227,7 @@ def test_a_shard_whose_photos_are_all_dropped_is_empty_and_readable(tmp_path):
 
 
 def prepare(config, path):
-    """Returns the manifest of photos/, which is made from config.photos in a work directory."""
+    """Makes photos/ from config.photos in a work directory and returns its manifest."""
     return photos.run(configuration.read(config), Workdir(path))[0]
 
 

@@ -83,7 +83,7 @@ def test_evaluation_covers_every_row_once(n, processes):
 
 @pytest.fixture
 def gallery(tmp_path):
-    """Nine rows, whose embeddings are their number, and whose tokens are their number's base-4 digits."""
+    """Nine rows. A row's embeddings are its number, and its tokens are the base-4 digits of its number."""
     tokens = np.zeros((9, 21), np.uint8)
     tokens[:, 0], tokens[:, 19], tokens[:, 20] = np.arange(9) % 6, np.arange(9) // 4, np.arange(9) % 4
     columns = {
@@ -168,7 +168,7 @@ def test_a_time_is_the_same_every_year_and_half_a_year_away_the_other_season():
 
 
 class Subset:
-    """Some rows, each its own number times a factor."""
+    """Some rows; the values of a row are its number times a factor."""
 
     def __init__(self, n, factor):
         self._n, self._factor = n, factor

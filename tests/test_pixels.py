@@ -42,7 +42,7 @@ def published(folder, kind):
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Photos of different places that can all be read."""
+    """Readable photos of different places."""
 
     name = "sample"
     provenance = UNKNOWN
@@ -99,7 +99,7 @@ def train(path, folder, clip, mesh=(1, 1, 1), **pixels):
 
 
 def run(path, config):
-    """Runs the stage on one device; returns the folders that it made."""
+    """Runs the stage on one device. Returns the folders that were made."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(align, "make_mesh", lambda settings: make_mesh(1, 1, 1))
         workdir = Workdir(path)

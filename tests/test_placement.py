@@ -51,7 +51,7 @@ def rows():
 
 
 def seen(where, gallery, cells, rows, mesh):
-    """Returns the bits of what the model sees, and what lies on the devices."""
+    """Returns the bits of the embeddings, the tokens, and the arrays that stay on the devices."""
     settings = placement.GallerySettings(where)
     resident = placement.resident(gallery, cells, settings, mesh)
     batch = join.neighbor_rows(rows) if settings.on_device else join.neighbors(gallery, rows, cells)

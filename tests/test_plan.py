@@ -136,7 +136,7 @@ def test_groups(text, size):
 
 
 def test_the_program_of_a_real_scan():
-    """The parser against this machine's compiler, which knows the turns and may unroll none of them."""
+    """Compares the parser with this machine's compiler, which has known trip counts and may unroll all loops."""
 
     def layers(x, w):
         return jax.lax.scan(lambda x, w: (jax.numpy.tanh(x @ w), None), x, w)[0]
@@ -149,7 +149,7 @@ def test_the_program_of_a_real_scan():
 
 
 def workload(rows=1000, **changes):
-    """The paper's configuration made tiny; changes: section -> keys."""
+    """The paper's configuration in a tiny size. changes: section -> keys."""
     config = common.get_config()
     config.model.update(
         level=6, width=16, heads=2, feed_forward=32, encoder_layers=2, decoder_layers=2, neighbors=3, backbone_width=8
@@ -220,7 +220,7 @@ def test_a_plan_that_fits_and_its_table():
 
 
 def test_a_compiled_plan_its_table_and_the_document(monkeypatch):
-    """With this machine's compiler in the place of a TPU's."""
+    """Uses this machine's compiler instead of a TPU's compiler."""
     monkeypatch.setattr(plan, "_devices", lambda where: jax.devices()[: where.size])
     monkeypatch.setattr(plan, "_QUICK", None)
     monkeypatch.setattr(plan, "DOCUMENTED", ("v5e:2x4",))

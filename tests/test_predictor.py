@@ -16,7 +16,7 @@ from geotoken_jax.predict.predictor import Predictor
 
 
 class Echo(Predictor):
-    """Answers number n with latitude n, once it may; what is no number is no photo."""
+    """Predicts latitude n for the number n, after it is released. Anything but a number is an invalid photo."""
 
     batch_size = 3
 

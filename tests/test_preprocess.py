@@ -24,7 +24,7 @@ def encoded(image, form="PNG", **options):
 
 
 def png_header(width, height):
-    """A PNG that says it is this large, and holds no pixels."""
+    """A PNG whose header has this size, without pixels."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return (
         b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)) + b"\0\0\0\0IDAT"

@@ -36,7 +36,7 @@ def jpeg(color, side=32):
 
 
 class Source:
-    """Solid colors near 40 places; one id and city that must be escaped, one photo that cannot be read."""
+    """Solid colors near 40 places. One id and one city must be escaped, and one photo cannot be read."""
 
     name = "sample"
     provenance = UNKNOWN

@@ -40,13 +40,13 @@ def make(name, level=20, group=2):
 
 @functools.cache
 def coordinates():
-    """What S2 is tested with, and the point farthest from any city."""
+    """The coordinates that S2 is tested with, and the point farthest from any city."""
     latitude, longitude = test_cells.coordinates()
     return np.append(latitude, -85.07594), np.append(longitude, 140.98957)
 
 
 def radius_km(name, level):
-    """The farthest from a cell's center that is in the cell."""
+    """Largest distance from a cell's center to a point of the cell, in km."""
     if name == "h3":
         cells = next(n for n in (2 + 120 * 7**r for r in range(16)) if n >= 6 * 4**level)
         return 0.75 * math.sqrt(4 * math.pi / cells) * EARTH_RADIUS_KM  # a regular hexagon has 0.62
@@ -133,7 +133,7 @@ def test_the_grid_has_the_cells_of_s2_by_their_place_on_the_face():
 
 
 def halved(latitude, longitude, level):
-    """The quads of a latitude and a longitude, by taking halves."""
+    """Quads of latitude and longitude, computed by repeated halving."""
     longitude = -180 if longitude == 180 else longitude
     south, west = (0 if latitude >= 0 else -90), math.floor(longitude / 90) * 90
     found, side = [4 * (south == 0) + west // 90 + 2], 90

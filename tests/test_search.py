@@ -57,7 +57,7 @@ def found(form, group, count, rows=slice(None), **options) -> Found:
 
 
 def holds(cell, depth, group):
-    """Says which of all leaves [384] are in a cell."""
+    """Returns which of all leaves [384] are in a cell."""
     return (leaves(group)[:, :depth] == cell[:depth]).all(1)
 
 

@@ -45,7 +45,7 @@ SECRET = "SECRET-PLACE"
 
 
 class Shade:
-    """A model that answers with the shade of a photo as its latitude, once it may."""
+    """A model that predicts a photo's gray value as latitude, after it is released."""
 
     batch_size = 8
 
@@ -96,7 +96,7 @@ def wait(until: Any) -> None:
 
 
 def photo(shade: int = 100, side: int = 32, **options: Any) -> bytes:
-    """A gray JPEG; its answer has half its shade as latitude."""
+    """A gray JPEG. Its prediction has half its gray value as latitude."""
     file = io.BytesIO()
     Image.new("RGB", (side, side), (shade,) * 3).save(file, "JPEG", quality=95, **options)
     return file.getvalue()
@@ -118,7 +118,7 @@ def many(*photos: bytes) -> list[tuple[str, tuple[str, bytes]]]:
 
 
 def says(response: Any, status: int) -> str:
-    """Returns the sentence of a refusal, which tells nothing of this machine."""
+    """Returns the message of a refusal, and asserts that it contains nothing about this machine."""
     assert response.status_code == status, response.text
     assert set(response.json()) == {"error"}
     sentence = response.json()["error"]
@@ -175,7 +175,7 @@ def test_geojson_has_everything_as_points():
 
 
 def header(width: int, height: int) -> bytes:
-    """A PNG that says it is so large."""
+    """A PNG whose header has this size."""
     chunk = b"IHDR" + width.to_bytes(4, "big") + height.to_bytes(4, "big") + b"\x08\x02\x00\x00\x00"
     return (
         b"\x89PNG\r\n\x1a\n"

@@ -62,7 +62,7 @@ def write_files(path: Path, files: dict[str, bytes]) -> str:
 
 
 def prepare(path: Path, source: str, max_dropped=0.0, /, **changes):
-    """Runs the stage on a source; returns its manifest, and split -> id -> photo."""
+    """Runs the stage on a source. Returns its manifest, and split -> id -> photo."""
     config = common.get_config()
     config.photos.update(source=source, workers=1, max_dropped=max_dropped)
     config.photos[source].update(changes)
@@ -114,7 +114,7 @@ def test_a_folder_without_a_csv_takes_coordinates_from_exif_in_sorted_order(tmp_
 
 
 def taken(rows) -> dict[str, str]:
-    """When photos were taken; an empty text where that is unknown."""
+    """Returns id -> time of a photo as text, empty if it is unknown."""
     times = {name: float(row["captured"]) for name, row in rows.items()}
     return {n: "" if math.isnan(t) else datetime.fromtimestamp(t, UTC).isoformat()[:19] for n, t in times.items()}
 

@@ -63,7 +63,7 @@ def test_pytorch_writes_the_published_names(tmp_path: Path):
 
 
 def test_standalone_answers_as_the_package(made):
-    """Any number of photos, some of whose neighbors are missing: the same tokens, log-probabilities within 1e-4."""
+    """Batches of any size, with missing neighbors: the same tokens, and log-probabilities within 1e-4."""
     folder, features = made
     model = standalone.Model(folder)
     wanted = tiny_export.answers(folder, features[:11])

@@ -29,7 +29,7 @@ def mass(places, at, *km):
 
 
 def around(latitude, longitude, km, rng):
-    """Returns points evenly spread over a disc around each place."""
+    """Returns points uniformly distributed over a disc around each place."""
     angle, bearing = np.asarray(km) / distance.EARTH_RADIUS_KM, rng.uniform(0, 2 * np.pi, len(latitude))
     away = np.arccos(1 - rng.random(len(latitude)) * (1 - np.cos(angle)))
     lat = np.radians(latitude)

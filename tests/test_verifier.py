@@ -35,7 +35,7 @@ CELLS = CellScheme(level=20, group=1)
 
 
 def photos(n, seed, views_of=None):
-    """Columns of a table. Of their three vectors only a part of the image, small beside the rest, tells the place."""
+    """Columns of a table. Of the three vectors, only a few dimensions of the image depend on the place, weakly."""
     rng = np.random.default_rng(seed)
     place = np.arange(n) % 6 if views_of is None else np.repeat(np.arange(views_of) % 6, n // views_of)
     vectors = rng.normal(size=(n, 3, C))
@@ -74,7 +74,7 @@ def config():
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory, config):
-    """A work directory up to geotoken/: a decoder, and a retrieval, of random numbers."""
+    """A work directory up to geotoken/, with a random decoder and random retrieval."""
     path = tmp_path_factory.mktemp("world")
     write_shard(path / "gallery", 0, 1, photos(N, 0))
     write_shard(path / "queries" / "train_views", 0, 1, photos(2 * N, 1, views_of=N))
@@ -96,7 +96,7 @@ def path(tmp_path_factory, config):
 
 
 def trainer(monkeypatch):
-    """Returns a list that names what is trained, as it is."""
+    """Returns a list to which the name of each training is added."""
     calls, fit = [], training.fit
 
     def listed(task, config, where, splits, folder, what):
@@ -197,7 +197,7 @@ def test_learn_makes_what_chooses_and_goes_on_where_it_was(config, path, monkeyp
 
 
 def test_the_verifier_finds_the_place_that_retrieval_did_not(config, path, tmp_path):
-    """Pools of all six places; who chooses by chance is right once in six."""
+    """Pools of all six places; a random choice is right once in six."""
     for folder in ("align", "gallery", "queries", "neighbors", "tokens", "geotoken"):
         (tmp_path / folder).symlink_to(path / folder)
     rng = np.random.default_rng(3)

@@ -54,7 +54,7 @@ def test_each_key_changes_the_photo():
 
 
 def test_a_crop_keeps_scale_and_lies_anywhere_inside():
-    """On a ramp of x and y a pixel says where it is from."""
+    """On a ramp of x and y, a pixel's color is its position."""
     x, y = np.meshgrid(np.arange(100), np.arange(80))
     ramp = Image.fromarray(np.stack([x, y, y], -1).astype(np.uint8))
     found = made(dataclasses.replace(STILL, crop=0.5), ramp, range(200))

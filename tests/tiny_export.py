@@ -28,7 +28,7 @@ OURS = dict(
 
 
 def write(folder: Path, model: dict | None = None, predict: dict | None = None) -> np.ndarray:
-    """Writes the folder, and returns features [PHOTOS, WIDTH] of photos that may be asked for."""
+    """Writes the folder, and returns features [PHOTOS, WIDTH] of photos to predict."""
     config = common.get_config()
     config.model.update(
         backbone_width=WIDTH, width=16, heads=2, encoder_layers=2, decoder_layers=2, feed_forward=16, neighbors=3,
@@ -84,7 +84,7 @@ def answers(folder: Path, features: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def compare(told: list[dict], wanted: dict[str, np.ndarray], within: float = 1e-4) -> None:
-    """Asserts that answers of standalone.py are the package's: tokens, coordinates, log-probabilities."""
+    """Asserts that predictions of standalone.py equal the package's in tokens, coordinates and log-probabilities."""
     tokens = np.array([[c["tokens"] for c in answer["candidates"]] for answer in told])
     np.testing.assert_array_equal(tokens, wanted["tokens"])
     at = [[(c["latitude"], c["longitude"]) for c in answer["candidates"]] for answer in told]

@@ -1,6 +1,6 @@
-"""The only home of defaults: the paper's configuration on MP16-Pro; every other file says what it changes and why.
+"""All defaults: the settings that the paper used on MP16-Pro. Every other configuration changes some of them.
 
-A section is read by the module that its comment names, as a frozen dataclass whose docstring explains the keys.
+The comment at a section names the module that reads it. A frozen dataclass there explains the keys.
 """
 
 from typing import Any
@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """Returns GeoToken as published (arXiv 2511.01082), on EarthView's photos until a source is chosen."""
+    """Returns GeoToken as published (arXiv 2511.01082), with EarthView as the source of photos."""
     config = ConfigDict()
     config.name = "common"
     config.mesh = dict(data=-1, fsdp=1, tensor=1)  # geotoken_jax/sharding.py
@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
     # geotoken_jax/model/reward.py
     config.reward = dict(model=dict(hidden=2048, dropout=0.1), train=_train_selector())
     config.verifier = _verifier()
-    # Name -> the sections and keys that it changes; `train`, `learn` and `predict` make each of them.
+    # Name -> sections and keys that the variant changes. `train`, `learn` and `predict` run for each variant.
     config.variants = dict(geotoken=dict())
     config.predict = _predict()
     config.judge = _judge()
@@ -42,7 +42,7 @@ def get_config() -> ConfigDict:
 
 
 def _train(batch_size: int, examples: int, evaluate_every: int, optimizer: dict[str, Any]) -> dict[str, Any]:
-    """Returns how something is trained (geotoken_jax/train/loop.py). optimizer: see geotoken_jax/train/optimizer.py."""
+    """Returns settings of a training (geotoken_jax/train/loop.py). optimizer: see geotoken_jax/train/optimizer.py."""
     return dict(
         batch_size=batch_size,
         accumulate=1,
@@ -59,7 +59,7 @@ def _train(batch_size: int, examples: int, evaluate_every: int, optimizer: dict[
 
 
 def _published(learning_rate: float, decay: float) -> dict[str, Any]:
-    """Returns AdamW as the paper and G3 use it. decay: factor on the learning rate after each epoch."""
+    """Returns AdamW's settings in the paper and in G3. decay: factor on the learning rate after each epoch."""
     return dict(
         learning_rate=learning_rate,
         schedule="exponential",
@@ -72,7 +72,7 @@ def _published(learning_rate: float, decay: float) -> dict[str, Any]:
 
 
 def _cosine(learning_rate: float, warmup: float, weight_decay: float) -> dict[str, Any]:
-    """Returns AdamW with warm-up, then a cosine to zero, and gradients clipped to a norm of 1."""
+    """Returns AdamW's settings with warm-up, cosine decay to zero, and gradients clipped to a norm of 1."""
     return dict(
         learning_rate=learning_rate,
         schedule="cosine",
@@ -85,12 +85,12 @@ def _cosine(learning_rate: float, warmup: float, weight_decay: float) -> dict[st
 
 
 def _train_selector() -> dict[str, Any]:
-    """Returns how a network that chooses among candidates is trained."""
+    """Returns settings of the training of a selector's network."""
     return _train(512, 10_000_000, 2_000, _cosine(2e-3, 0.1, 0.05))
 
 
 def _photos() -> dict[str, Any]:
-    """Returns where photos come from (geotoken_jax/preparation.py)."""
+    """Returns the source of photos and the settings of each source (geotoken_jax/preparation.py)."""
     return dict(
         source="earthview",
         workers=2,
@@ -111,7 +111,7 @@ def _photos() -> dict[str, Any]:
             metadata="metadata/MP16_Pro_filtered.csv",
             seed=0,
             validation=0.01,
-            photos_per_shard=10_000,  # 0.8 GB
+            photos_per_shard=10_000,  # shards of 0.8 GB
             placeholder=dict(hashes=(), distance=4, identical=100),
         ),
         folder=dict(path="", csv="", train=0.9, validation=0.05, test=0.05, photos_per_shard=2_000),
@@ -122,7 +122,7 @@ def _photos() -> dict[str, Any]:
 
 
 def _embed() -> dict[str, Any]:
-    """Returns the frozen backbone and its views of photos (geotoken_jax/preparation.py)."""
+    """Returns settings of the frozen backbone and of further views of training photos (geotoken_jax/preparation.py)."""
     return dict(
         backbone="thumbnail",
         threads=2,
@@ -135,7 +135,7 @@ def _embed() -> dict[str, Any]:
 
 
 def _align() -> dict[str, Any]:
-    """Returns the alignment model and how it is trained."""
+    """Returns settings of the alignment model and its training."""
     return dict(
         model=dict(  # geotoken_jax/align/heads.py
             hidden=768,
@@ -152,7 +152,7 @@ def _align() -> dict[str, Any]:
 
 
 def _index() -> dict[str, Any]:
-    """Returns which neighbors are recorded, and how they are found."""
+    """Returns settings of the recorded neighbors and of the search for them."""
     return dict(
         neighbors=dict(
             count=20,
@@ -174,8 +174,8 @@ def _index() -> dict[str, Any]:
 
 
 def _model() -> dict[str, Any]:
-    """Returns the decoder (geotoken_jax/model/geotoken.py)."""
-    return dict(  # geotoken_jax/model/geotoken.py
+    """Returns settings of the decoder (geotoken_jax/model/geotoken.py)."""
+    return dict(
         scheme="s2",
         level=20,
         group=2,
@@ -206,15 +206,15 @@ def _model() -> dict[str, Any]:
 
 
 def _verifier() -> dict[str, Any]:
-    """Returns the verifier (geotoken_jax/predict/verify.py) and how its networks are trained."""
+    """Returns settings of the verifier (geotoken_jax/predict/verify.py) and of its networks' training."""
     return dict(
         model=dict(
             near=64,
             similar=64,
             widths_km=(3, 10, 30, 100, 300),
-            width_km=100.0,  # on EarthView's validation photos 30 is as good, 10 and 300 less so
-            point_km=60.0,  # of 30, 60 and 100 the best on EarthView's validation photos
-            sharpness=40.0,  # on EarthView's validation photos 30 and 50 are as good
+            width_km=100.0,  # on EarthView's validation photos 30 is as good as 100; 10 and 300 are worse
+            point_km=60.0,  # on EarthView's validation photos the best of 30, 60 and 100
+            sharpness=40.0,  # on EarthView's validation photos 30 and 50 are as good as 40
             floor=8.0,
             temperature=0.05,
             comparator=dict(hidden=2048, width=256, dropout=0.1, noise=0.8, same_within_km=20.0),
@@ -226,8 +226,8 @@ def _verifier() -> dict[str, Any]:
 
 
 def _predict() -> dict[str, Any]:
-    """Returns how photos are answered (geotoken_jax/predict/decode.py)."""
-    return dict(  # geotoken_jax/predict/decode.py
+    """Returns settings of prediction: candidates and the choice among them (geotoken_jax/predict/decode.py)."""
+    return dict(
         samples=30,
         temperature=0.7,
         top_p=1.0,
@@ -242,9 +242,9 @@ def _predict() -> dict[str, Any]:
 
 
 def _judge() -> dict[str, Any]:
-    """Returns the language model that may choose too (geotoken_jax/predict/judge.py)."""
-    return dict(  # geotoken_jax/predict/judge.py
-        base_url="",  # none: nobody is asked
+    """Returns settings of the judge, a multimodal language model that selects (geotoken_jax/predict/judge.py)."""
+    return dict(
+        base_url="",  # empty: there is no judge
         model="",
         splits=("test",),
         answer="choose",
@@ -261,11 +261,12 @@ def _judge() -> dict[str, Any]:
 
 
 def _baselines() -> dict[str, Any]:
-    """Returns the baselines (geotoken_jax/stages/baselines.py) and how the classifier is trained."""
+    """Returns settings of the baselines (geotoken_jax/stages/baselines.py) and of the classifier's training."""
     return dict(
-        knn=dict(neighbors=20, temperature=0.05, sigma_km=25.0),  # a city; the temperature is the demo's
+        # The temperature is the best one for the demo. The radius is the size of a city.
+        knn=dict(neighbors=20, temperature=0.05, sigma_km=25.0),
         geoclip=dict(candidates=20),
-        # The fine one of three partitions of MP-16 (Mueller-Budack et al. 2018), which has 12,893 cells.
+        # The fine partition of MP-16 of the three in Mueller-Budack et al. 2018, with 12,893 cells.
         classifier=dict(max_photos=1_000, min_photos=50, hidden=1024, dropout=0.0, candidates=20),
         # 10 epochs of the 4.12 M usable photos.
         train=_train(2048, 41_200_000, 2_000, _cosine(1e-3, 0.05, 0.01)),
@@ -273,30 +274,30 @@ def _baselines() -> dict[str, Any]:
 
 
 def _evaluate() -> dict[str, Any]:
-    """Returns how predictions are scored (geotoken_jax/analysis/evaluate.py)."""
-    return dict(  # geotoken_jax/analysis/evaluate.py
+    """Returns settings of the evaluation (geotoken_jax/analysis/evaluate.py)."""
+    return dict(
         resamples=2_000,
         seed=0,
         reference="geotoken",
-        compare=(),  # pairs, as in (("geotoken:log_probability", "knn"),)
+        compare=(),  # pairs, such as (("geotoken:log_probability", "knn"),)
         earth="sphere",
         strict=False,
         labels=dict(
             top1_neighbor="Top-1 neighbor",
             knn="kNN vote",
-            geoclip="GeoCLIP's way",
-            classifier="Classifier of cells",
+            geoclip="GeoCLIP retrieval",
+            classifier="Cell classifier",
             geotoken="GeoToken",
         ),
     )
 
 
 def _export() -> dict[str, Any]:
-    """Returns what an export holds (geotoken_jax/stages/export.py)."""
+    """Returns settings of the export (geotoken_jax/stages/export.py)."""
     return dict(
         gallery="bfloat16",
         weights=True,
-        # Photos of people may not be wanted on a page, so that there are none until they are asked for.
+        # Gallery photos may show people, so an export has no thumbnails and no examples by default.
         thumbnails=0,
         examples=0,
     )

@@ -1,10 +1,13 @@
-"""EarthView on two CPU cores in some minutes: the whole path, with the ablation and the paper's form beside it.
+"""The demo: all stages on EarthView in some minutes on two CPU cores, with an ablation and the paper's architecture.
 
-What each setting of the model is worth is in docs/settings.md. Also tried, one run each, by validation loss before
-there were views: 20 neighbors 1.673 against 1.694 with 10; products of projections as further similarities 1.722
-against 1.694; dropout of 0.3 on embeddings 1.670 against 1.673, so not worth a key. Without views the model learns the
-training photos by heart past 100,000 examples; with two of each validation loss still falls at 150,000 (1.655 against
-1.679).
+docs/settings.md has the effect of each setting of the model. Other settings were tried in one run each, before views
+were added; these are validation losses:
+- neighbors: 1.673 with 20, 1.694 with 10.
+- products of projections as additional similarities: 1.722 with, 1.694 without.
+- dropout of embeddings: 1.670 with 0.3, 1.673 without. This gain is too small for a setting of its own.
+
+Without views the model overfits after 100,000 examples. With two views of each photo the validation loss falls up to
+150,000 examples, from 1.679 to 1.655.
 """
 
 from typing import Any
@@ -19,13 +22,14 @@ def get_config() -> ConfigDict:
     config: Any = common.get_config()
     config.name = "demo"
     config.embed.views.count = 2
-    config.embed.threads = 1  # on photos this small two wait for each other: 1.0 ms a view against 0.5
-    # A location encoder that two cores train in seconds; 3e-5 is for a pod's 41 million examples. From the second
-    # epoch the heads begin to know the training photos by heart, and the decoder would trust them too much.
+    config.embed.threads = 1  # on such small photos two threads block each other: 1.0 ms per view, against 0.5 ms
+    # Two cores train this location encoder in seconds. The paper's rate, 3e-5, is for 41 million examples. From the
+    # second epoch the heads overfit: training photos then have better neighbors than new photos, and the decoder would
+    # rely on neighbors too much.
     config.align.model.location.update(fourier=64, hidden=128, out=128)
     config.align.train.update(batch_size=512, examples=48_000, evaluate_every=31, log_every=10)
     config.align.train.optimizer.update(learning_rate=1e-3, schedule="cosine", warmup=0.1, weight_decay=1e-4)
-    # A photo's author took others around the same place on the same film: a new photo has no such neighbors.
+    # The other photos of an author show the same place on the same map. A new photo has no such neighbors.
     config.index.neighbors.exclude.author = True
     config.model.update(
         width=96,
@@ -44,41 +48,41 @@ def get_config() -> ConfigDict:
         dtype="float32",
         remat="none",
     )
-    # Photos lie a kilometer from their place, so tokens past level 12 are noise (2.78 of log 16 = 2.77 nats): with the
-    # paper's 1.0 the model learns them by heart instead of the map.
+    # Photos are about a kilometer from their place, so tokens after level 12 are noise: their loss is 2.78 nats, and
+    # a uniform guess has log 16 = 2.77. With the paper's weight of 1.0 the model memorizes this noise.
     config.loss.last_weight = 0.1
     config.train.update(batch_size=256, examples=150_000, evaluate_every=98, log_every=14)
     config.train.optimizer.update(learning_rate=1e-3, schedule="cosine", warmup=0.05, weight_decay=0.01, clip=1.0)
-    _choose(config)
-    # Of 42 pairs with temperatures 0.01..0.1 and sigmas 5..1500 km, the best GeoScore on validation: 2,712, where the
-    # first neighbor alone has 2,695.
+    _set_selectors(config)
+    # The best of 42 pairs (temperature 0.01..0.1, sigma 5..1500 km) by GeoScore on validation: 2,712. The first
+    # neighbor alone has 2,695.
     config.baselines.knn.update(temperature=0.05, sigma_km=800.0)
-    # 1,421 cells, and a minute and a half of training.
+    # Gives 1,421 cells. Training takes a minute and a half.
     config.baselines.classifier.update(max_photos=50, min_photos=5, hidden=512, dropout=0.5)
     config.baselines.train.update(batch_size=512, examples=720_000, evaluate_every=282, log_every=25)
     config.variants = _variants()
-    config.export.update(thumbnails=64, examples=12)  # nobody is on a view from above
+    config.export.update(thumbnails=64, examples=12)  # no person can be seen on a map
     config.evaluate.labels = dict(
         top1_neighbor="Top-1 neighbor",
         knn="kNN vote",
-        geoclip="GeoCLIP's way",
-        classifier="Classifier of cells",
+        geoclip="GeoCLIP retrieval",
+        classifier="Cell classifier",
         geotoken="GeoToken",
         without_neighbor_tokens="GeoToken without neighbor tokens",
-        paper="GeoToken, the paper's form, 12,800 examples",
+        paper="GeoToken, the paper's architecture, 12,800 examples",
     )
     return config
 
 
 def _variants() -> dict[str, Any]:
-    """Returns GeoToken, GeoToken without neighbor tokens, and the paper's form of it."""
-    greedy_alone = dict(samples=0, choice="greedy", selectors=("greedy",), search=dict(expansions=0))
+    """Returns GeoToken, an ablation without neighbor tokens, and the paper's architecture."""
+    greedy_only = dict(samples=0, choice="greedy", selectors=("greedy",), search=dict(expansions=0))
     return dict(
         geotoken=dict(),
         without_neighbor_tokens=dict(
-            model=dict(neighbor_tokens=False, copy_head=False), train=dict(examples=100_000), predict=greedy_alone
+            model=dict(neighbor_tokens=False, copy_head=False), train=dict(examples=100_000), predict=greedy_only
         ),
-        # A twelfth of the examples: the full memory is 6 times the work of the compact one.
+        # A twelfth of the examples, because the full memory takes 6 times the computation of the compact one.
         paper=dict(
             model=dict(
                 norm="post",
@@ -89,17 +93,17 @@ def _variants() -> dict[str, Any]:
                 copy_head=False,
                 similarities=False,
                 neighbors=15,
-                dropout=0.0,  # so few examples are not learned by heart, and random numbers cost a CPU half its time
+                dropout=0.0,  # 12,800 examples are too few to overfit, and dropout takes half of a CPU's time
             ),
             loss=dict(last_weight=1.0),
             train=dict(batch_size=64, examples=12_800, evaluate_every=40, optimizer=dict(learning_rate=3e-4)),
-            predict=greedy_alone,
+            predict=greedy_only,
         ),
     )
 
 
-def _choose(config: Any) -> None:
-    """Sets what chooses among candidates, and how long two cores train it."""
+def _set_selectors(config: Any) -> None:
+    """Sets the selectors, and trainings of them that suit two cores."""
     config.predict.selectors = (*config.predict.selectors, "point_likeness")
     config.predict.choice = "point_likeness"
     config.pools.photos = 3_000

@@ -1,7 +1,8 @@
-"""The experiments that the paper leaves open, on the demo's data: `geotoken experiment NAME` (stages/experiments.py).
+"""Experiments on questions that the paper leaves open, with the demo's data (stages/experiments.py).
 
-Those that train see 30,000 examples a run, a fifth of the demo's: a minute each on two cores. What a table says is
-in its `note`, written after it was made.
+Run one with `geotoken experiment NAME`. An experiment that trains uses 30,000 examples per run, a fifth as many as the
+demo, which takes a minute on two cores. Each `note` interprets the experiment's table and was written after the table
+was made.
 """
 
 from typing import Any
@@ -30,13 +31,13 @@ def get_config() -> ConfigDict:
         *(f"point_{goal}" for goal in goals),
         *("point_comparator", "point_likeness"),
     )
-    experiments = {**_chosen(config), **_read(), **_learned()}
-    config.experiments = {name: {"note": "", "splits": _BOTH, **what} for name, what in experiments.items()}
+    experiments = {**_prediction(config), **_architecture(), **_training()}
+    config.experiments = {name: {"note": "", "splits": _BOTH, **fields} for name, fields in experiments.items()}
     return config
 
 
-def _chosen(config: Any) -> dict[str, Any]:
-    """Experiments with the demo's own decoder: how candidates are made and chosen."""
+def _prediction(config: Any) -> dict[str, Any]:
+    """Returns experiments on candidates and the choice among them. They use the demo's trained decoder."""
 
     def sampled(temperature: float, samples: int) -> dict:
         return dict(predict=dict(temperature=temperature, samples=samples, choice="log_probability", **_ALONE))
@@ -47,35 +48,35 @@ def _chosen(config: Any) -> dict[str, Any]:
     temperatures, sizes = (0.2, 0.4, 0.7, 1.0, 1.4), (1, 10, 100)
     return dict(
         greedy_sanity=dict(
-            question="Is greedy decoding as good as the choice among 30 samples, and is either better than the first "
-            "neighbor's place?",
-            note="Greedy and the most probable of 31 are the same to within half a point, and both are above the first"
-            " neighbor by 1.4 points at 25 km and 4.3 at 200 km (README). What the pool holds is far above: 49 "
-            "and 64 %.",
+            question="Is greedy decoding as good as the choice among 30 samples, and is either better than the "
+            "coordinates of the first neighbor?",
+            note="Greedy decoding and the most probable of 31 candidates differ by less than half a point. Both are "
+            "above the first neighbor, by 1.4 points at 25 km and 4.3 at 200 km (README). The best candidate of the "
+            "pool is far above both, with 49 and 64 %.",
             runs=(("greedy", dict(predict=_GREEDY)), ("30 samples", sampled(0.7, 30))),
             choices=("", "ideal"),
         ),
         selection=dict(
-            question="One pool of 30 samples and the greedy candidate: which selector finds the best of them?",
-            note="Half of the gap between log-probability and the ideal is closed by `point_likeness` alone: 91 and 79"
-            " % of it at 25 and 200 km on test, 92 and 61 % on test_shift. It does not choose in the pool: it "
-            "looks at the whole gallery and answers with the place around which photos are most alike. Among the "
-            "candidates the comparator is best on test (40 and 49 %) and likeness on test_shift (23 and 23 %); "
-            "the verifier, which reads all there is as features, is no better than the comparator on test and "
-            "helps little on the other map; the reward head is worse than greedy. Expected accuracy under the "
-            "model's own distribution gains where its goal is coarse (2,500 km: +2.2 and +0.2) and costs "
-            "everywhere else: the model is too unsure of what it gets right. test and test_shift were looked at "
-            "while these were made; on a draw of EarthView that was not (seed 1), `point_likeness` closed all of "
-            "the gap on test, and 114 and 83 % on test_shift.",
+            question="The pool has 30 samples and the greedy candidate: which selector finds the best of them?",
+            note="Only `point_likeness` closes at least half of the gap between log-probability and the ideal choice: "
+            "91 and 79 % of it at 25 and 200 km on test, 92 and 61 % on test_shift. It does not choose from the pool: "
+            "it scores points with the whole gallery and predicts the point around which photos are most similar to "
+            "the query. Among selectors that choose from the pool, the comparator is best on test (40 and 49 %) and "
+            "likeness is best on test_shift (23 and 23 %). The verifier, which reads all features, is no better than "
+            "the comparator on test and gains little on test_shift. The reward head is worse than greedy decoding. "
+            "Expected accuracy under the decoder's distribution gains for a coarse goal (2,500 km: +2.2 and +0.2) and "
+            "loses for all others, because the decoder is underconfident. test and test_shift were in use while the "
+            "selectors were developed. On another draw of EarthView, which was not (seed 1), `point_likeness` closed "
+            "all of the gap on test, and 114 and 83 % of it on test_shift.",
             runs=(("pool", dict(predict=dict(choice="log_probability"))),),
             choices=("", "ideal", *config.predict.selectors),
         ),
         temperature=dict(
-            question="How do temperature and the number of samples change the choice by log-probability, and what the "
-            "pool holds?",
-            note="What is chosen hardly changes. A low temperature and many samples gain a little (T = 0.4, K = 100: "
-            "+0.7 at 25 km). What the pool holds grows with K at every temperature, most at 0.7 for small "
-            "distances and at 1.4 for large ones: samples are worth what the selector can make of them.",
+            question="How do temperature and the number of samples K change the choice by log-probability, and the "
+            "best candidate of the pool?",
+            note="The chosen candidate hardly changes. A low temperature and many samples gain a little (T = 0.4, "
+            "K = 100: +0.7 at 25 km). The best candidate of the pool improves with K at every temperature, most at 0.7 "
+            "for small distances and at 1.4 for large ones. So more samples help only with a better selector.",
             runs=tuple(
                 (f"T = {temperature}, K = {k}", sampled(temperature, k)) for temperature in temperatures for k in sizes
             ),
@@ -83,17 +84,18 @@ def _chosen(config: Any) -> dict[str, Any]:
             splits=("test",),
         ),
         beam=dict(
-            question="Does a wider beam find better places, or only more probable ones?",
-            note="Two are better than one at small distances (+0.9 at 25 km); from four on the answer gets worse at "
-            "200 km and beyond, as what is more probable to the last token is no better a place. The pool of a "
-            "beam holds less than that of samples: of 30, 44.9 against 48.9 % within 25 km.",
+            question="Does a wider beam find better candidates, or only more probable ones?",
+            note="A beam of two is better than greedy decoding at small distances (+0.9 at 25 km). From a width of "
+            "four on, predictions get worse at 200 km and beyond: a candidate with a higher probability of all its "
+            "tokens is not nearer to the photo. The best of 30 candidates from a beam is within 25 km for 44.9 % of "
+            "photos, and the best of 30 samples for 48.9 %.",
             runs=(("greedy", dict(predict=_GREEDY)), *((f"beam of {n}", beam(n)) for n in (2, 4, 8, 16, 30))),
             choices=("", "ideal"),
         ),
     )
 
 
-#: One selector, and no search of the distribution, which it does not need.
+#: Predicts with one selector, and without the search of the distribution, which this selector does not use.
 _ALONE = dict(selectors=("log_probability",), search=dict(expansions=0))
 
 
@@ -108,7 +110,7 @@ def _model(**changes: Any) -> dict:
     return dict(model=changes)
 
 
-#: More neighbors than the demo records.
+#: Records 30 neighbors per photo; the demo records 20.
 _RECORDED = dict(index=dict(neighbors=dict(count=30)))
 
 
@@ -116,14 +118,14 @@ def _masked(km: float) -> dict:
     return dict(index=dict(neighbors=dict(exclude_in_evaluation=dict(within_km=km))))
 
 
-def _read() -> dict[str, Any]:
-    """Experiments that train a decoder a run: what it reads and writes."""
+def _architecture() -> dict[str, Any]:
+    """Returns experiments on the decoder's inputs and outputs. They train one decoder per run."""
     return dict(
         neighbors_removed=dict(
-            question="What do a neighbor's tokens, its embeddings, or both give?",
-            note="The neighbors' tokens are nearly everything here: without them the answer is within 200 km for 2 % "
-            "of the photos, with their embeddings or without (the head that copies tokens goes with them). The "
-            "embeddings, and the similarities that come of them, are worth 2 points at 200 km.",
+            question="How much do the neighbors' tokens and embeddings contribute?",
+            note="The neighbors' tokens contribute nearly everything here. Without them, and without the copy head, "
+            "which needs them, the prediction is within 200 km for 2 % of the photos, whether embeddings are present "
+            "or not. The neighbors' embeddings, with the similarities computed from them, add 2 points at 200 km.",
             runs=_runs(
                 ("all", {}),
                 ("without neighbor tokens", _model(neighbor_tokens=False, copy_head=False)),
@@ -133,23 +135,23 @@ def _read() -> dict[str, Any]:
             choices=("",),
         ),
         group=dict(
-            question="How many quads should one token hold?",
-            note="Larger tokens are a little better after so few examples: 4 quads gain 0.9 points at 200 km on test, "
-            "5 quads 1.9 on test_shift. Their first token is a finer cell, so the face, where most answers go "
-            "wrong (docs/audits.md), is not decided alone.",
+            question="How many quads should one token contain?",
+            note="Larger tokens are a little better after 30,000 examples: 4 quads gain 0.9 points at 200 km on test, "
+            "5 quads gain 1.9 on test_shift. Most wrong predictions have a wrong cube face (docs/audits.md). With "
+            "larger tokens the first token is a finer cell, so the face is not decided alone.",
             runs=_runs(*((f"group {n}", _model(group=n)) for n in (2, 1, 4, 5))),
             choices=("",),
         ),
         level=dict(
-            question="Do finer cells help or hurt the coarse ones?",
-            note="Finer cells cost nothing that could be measured, and bring nothing past level 14: a photo lies a "
-            "kilometer from its place. Level 10, 8 km wide, cannot answer within 1 km.",
+            question="Do finer cells improve or worsen the prediction of coarse cells?",
+            note="Finer cells have no measurable cost, and no gain after level 14, because a photo is about a "
+            "kilometer from its place. Cells of level 10 are 8 km wide, too coarse for a prediction within 1 km.",
             runs=_runs(*((f"level {n}", _model(level=n)) for n in (20, 14, 10))),
             choices=("",),
         ),
         neighbors=dict(
             question="How many neighbors are worth reading?",
-            note="After so few examples only 20 and 30 neighbors let the decoder be more than its first neighbor.",
+            note="After 30,000 examples the decoder is better than its first neighbor only with 20 or 30 neighbors.",
             runs=_runs(
                 *(
                     (f"{n} neighbors", {**_RECORDED, **_model(neighbors=n, copy_head=n > 0)})
@@ -161,13 +163,13 @@ def _read() -> dict[str, Any]:
     )
 
 
-def _learned() -> dict[str, Any]:
-    """Experiments that train a decoder a run: what it is told of its errors, its neighbors and its cells."""
+def _training() -> dict[str, Any]:
+    """Returns experiments on loss, missing neighbors, capture time and cells. They train one decoder per run."""
     return dict(
         weights=dict(
             question="Is the weighted loss better than the plain one?",
-            note="Weights that fall to a tenth are 1.0 points at 200 km above the paper's, these 0.4 above none on "
-            "test; on test_shift nothing is beyond its interval.",
+            note="On test at 200 km, weights that fall to 0.1 are 1.0 points above the paper's weights, which are 0.4 "
+            "points above equal weights. On test_shift no difference is outside its interval.",
             runs=_runs(
                 ("2.0 to 0.1", {}),
                 ("2.0 to 1.0, the paper's", dict(loss=dict(last_weight=1.0))),
@@ -176,11 +178,11 @@ def _learned() -> dict[str, Any]:
             choices=("",),
         ),
         retrieval_failure=dict(
-            question="What is left where the gallery has nothing within 25, 200 or 750 km of a photo, and does it help "
-            "to hide a part of the neighbors in training?",
-            note="Without anything within 25 km, 20 % are still within 200 km; without anything within 200 km the "
-            "decoder is lost. Hiding three in ten neighbors in training costs 1.5 points and does not help "
-            "against that.",
+            question="How good are predictions if the gallery has no photo within 25, 200 or 750 km, and does it help "
+            "to hide some of the neighbors in training?",
+            note="Without gallery photos within 25 km, 20 % of predictions are still within 200 km. Without gallery "
+            "photos within 200 km the decoder fails. Hiding three in ten neighbors in training costs 1.5 points and "
+            "does not prevent the failure.",
             runs=tuple(
                 run
                 for rate in (0.0, 0.3)
@@ -195,8 +197,8 @@ def _learned() -> dict[str, Any]:
             choices=("",),
         ),
         context=dict(
-            question="Does it help to know when a photo was taken: the time of year, when one hemisphere has summer "
-            "and the other winter, or the hour too, which with the light tells the longitude?",
+            question="Does the time of capture help? The time of year separates the hemispheres by season, and the "
+            "hour and the light together give the longitude. Is either better than no time?",
             runs=_runs(
                 ("no time", {}),
                 ("time of year", _model(context="season")),
@@ -205,9 +207,9 @@ def _learned() -> dict[str, Any]:
             choices=("",),
         ),
         cells=dict(
-            question="Does it matter how the Earth is cut into tokens?",
-            note="S2, its quads without Hilbert order, latitude and longitude, and H3 are alike. Names of places first"
-            " are worse on test by 2.2 points at 25 km.",
+            question="Does the scheme that divides the Earth into cells matter?",
+            note="S2, S2 without Hilbert order, latitude and longitude, and H3 are equally good. Tokens that start "
+            "with country and city are 2.2 points worse on test at 25 km.",
             runs=_runs(
                 ("S2", {}),
                 ("S2 without Hilbert order", _model(scheme="s2_grid")),

@@ -1,19 +1,26 @@
-"""Sizes of the decoder from 0.005 M to 1 B parameters, by one rule for its shape and one for how it trains.
+"""Decoder sizes from 5,000 to 1 billion parameters. One rule sets the shape, another sets batch size and learning rate.
 
-`--config=configs/ladder.py:52M` is one of SIZE on MP16-Pro. A size's name counts the weights of encoder and decoder
-layers, as scaling laws do (Kaplan et al. 2020, arXiv 2001.08361); token tables, output and the projection of features
-come on top. Those under 0.3 M are for studies on a few cores (configs/scaling.py); past 1.5 M nothing was trained yet.
+`--config=configs/ladder.py:52M` selects one of SIZE, on MP16-Pro. The name counts the weights of encoder and decoder
+layers, as in scaling laws (Kaplan et al. 2020, arXiv 2001.08361). It does not count token tables, output and the
+projection of features. Sizes under 0.3 M are for studies on a few cores (configs/scaling.py). Sizes over 1.5 M have not
+been trained yet.
 
-Shape. Depth is width / 51.2, the paper's 10 layers of 512: loss depends on a model's size and hardly on its shape
-(Kaplan et al., section 3.1), so one proportion serves. Heads are 64 wide, the paper's, and at least four, the demo's:
-with fewer the smallest could not look at several neighbors at once. The feed-forward is twice the width, the paper's.
+Shape. Depth is width / 51.2, as in the paper (10 layers, width 512). One ratio is enough, because loss depends on a
+model's size and hardly on its shape (Kaplan et al., section 3.1). Heads are 64 wide, as in the paper. There are at
+least four, as in the demo: with fewer, the smallest models could not attend to several neighbors at once. The
+feed-forward width is twice the width, as in the paper.
 
-Training. Of AdamW's best settings DeepSeek LLM (Bi et al. 2024, arXiv 2401.02954, section 3.1) found that, with
-compute C, the batch grows as C^0.327 and the learning rate falls as C^-0.125. Along the frontier C goes with the square
-of the size, and the size here with the cube of the width: so the batch goes with width^2 and the rate with width^-0.75.
-Both start from what was measured on EarthView, the validation loss after 24,000 examples: at width 128 and a rate of
-8e-4, 12.07 nats a photo in batches of 64 and 12.25 in batches of 128; in the latter 12.13 at a rate of 2e-3. At width
-32 and in batches of 64, 12.18 at 1.5e-3 and 12.12 at 3e-3.
+Training. DeepSeek LLM (Bi et al. 2024, arXiv 2401.02954, section 3.1) found that with compute C, AdamW's best batch
+size grows as C^0.327 and its best learning rate falls as C^-0.125. On the compute-optimal frontier C grows with the
+square of the size, and the size here grows with the cube of the width. So the batch size grows with width^2 and the
+learning rate with width^-0.75. Both rules are anchored in these validation losses on EarthView after 24,000 examples:
+
+width  batch size  learning rate  nats per photo
+  128          64           8e-4           12.07
+  128         128           8e-4           12.25
+  128         128           2e-3           12.13
+   32          64         1.5e-3           12.18
+   32          64           3e-3           12.12
 """
 
 from typing import Any
@@ -22,7 +29,8 @@ from ml_collections import ConfigDict
 
 from configs import mp16_pro
 
-#: Name -> width; the name is 20 * depth * width^2: of 8 in an encoder's layer and 12 in a decoder's.
+#: Name -> width. The name is the number of weights, 20 * depth * width^2: 8 * width^2 in each encoder layer and
+#: 12 * width^2 in each decoder layer.
 _WIDTHS = {
     "5K": 16,
     "20K": 32,
@@ -47,17 +55,17 @@ def _model(width: int) -> dict[str, Any]:
 
 
 def _train(width: int) -> dict[str, Any]:
-    # Rounded down to a power of two, which divides over any mesh; never so few that a step is all overhead.
+    # A power of two, rounded down, divides over any mesh. With less than 64 a step is mostly overhead.
     batch = max(64, 1 << ((width * width // 256).bit_length() - 1))
     return dict(batch_size=batch, optimizer=dict(learning_rate=2e-3 * (width / 96) ** -0.75))
 
 
-#: Name -> the keys of config.model and config.train that make the size.
+#: Name -> the keys that the size sets in config.model and config.train.
 SIZE: dict[str, dict[str, dict[str, Any]]] = {
     name: dict(model=_model(width), train=_train(width)) for name, width in _WIDTHS.items()
 }
 
-#: The form of every size: the demo's, which trains better than the paper's (docs/settings.md).
+#: Architecture of all sizes: the demo's architecture, because it has a lower loss than the paper's (docs/settings.md).
 FORM: dict[str, Any] = dict(
     norm="pre",
     activation="gelu",
@@ -72,7 +80,7 @@ FORM: dict[str, Any] = dict(
 def get_config(size: str = "52M") -> ConfigDict:
     """Returns the paper's configuration on MP16-Pro with a decoder of one of SIZE."""
     if size not in SIZE:
-        raise ValueError(f"configs/ladder.py has no size {size!r}: choose one of {', '.join(SIZE)}")
+        raise ValueError(f"--config=configs/ladder.py:{size} names an unknown size: use one of {', '.join(SIZE)}")
     config: Any = mp16_pro.get_config()
     config.name = "ladder"
     config.model.update(FORM)

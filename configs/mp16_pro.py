@@ -1,6 +1,7 @@
-"""The paper's configuration on MP16-Pro, where it was downloaded: `--config.photos.mp16_pro.folder=DIR`.
+"""The paper's configuration on MP16-Pro. Set the folder of the download: `--config.photos.mp16_pro.folder=DIR`.
 
-The paper's features are CLIP ViT-L/14's: `--config.embed.huggingface.path=clip-vit-large-patch14`.
+For the paper's features, from CLIP ViT-L/14, add `--config.embed.huggingface.path=clip-vit-large-patch14`, the folder
+of the downloaded checkpoint.
 """
 
 from typing import Any
@@ -15,7 +16,7 @@ def get_config() -> ConfigDict:
     config: Any = common.get_config()
     config.name = "mp16_pro"
     config.photos.source = "mp16_pro"
-    # 4.12 of 4.65 million are left by G3's filter: it drops 11.5 %, and a broken download far more than 15 %.
+    # G3's filter leaves 4.12 of 4.65 million photos, so it drops 11.5 %. A broken download drops far more than 15 %.
     config.photos.max_dropped = 0.15
     config.embed.backbone = "huggingface"
     config.embed.threads = 16

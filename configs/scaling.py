@@ -1,7 +1,8 @@
-"""How loss falls with size, data, neighbors and gallery, on the demo's data: `geotoken scaling` (analysis/scaling.py).
+"""The scaling study on the demo's data: loss against size, data, neighbors and gallery (analysis/scaling.py).
 
-Cells end at level 12 (2 km) and every token counts the same: past it tokens are noise here, and a loss that is half
-noise would hardly move. Ten neighbors and no dropout: a run costs a quarter of the demo's, so that all fit in an hour.
+Run it with `geotoken scaling`. Cells end at level 12 (2 km) and all tokens have the same weight, because tokens after
+level 12 are noise in this data and would hide the changes of the loss. With ten neighbors and no dropout a run takes a
+quarter of the demo's time, so all runs fit in an hour.
 """
 
 from typing import Any
@@ -11,45 +12,44 @@ from ml_collections import ConfigDict
 from configs import demo, ladder
 
 _NOTE = (
-    "EarthView's photos, 16 x 16 pixels as features; the demo's decoder with ten neighbors, no dropout and tokens "
-    "to level 12 (2 km), where every token counts the same. What was changed on the way: examples and averaging "
-    "were set after a first run, 5K was added after a fit of the first 15 runs put a at its bound, the reference "
-    "was 369K before it was 82K, and a second budget, 20 neighbors and a held-out run on all photos were given up "
-    "for time; the forecast came after all of that, and was not touched again."
+    "The data are EarthView's photos, with 16 x 16 pixels as features. The model is the demo's decoder with ten "
+    "neighbors, no dropout and tokens to level 12 (2 km), all with the same weight in the loss. The study was changed "
+    "several times before the forecast: examples and averaging were set after a first run; size 5K was added because "
+    "the fit of the first 15 runs put the exponent a at its bound; the reference was first 369K, then 82K; a second "
+    "budget, 20 neighbors and a held-out run on all photos were omitted for lack of time. After the forecast nothing "
+    "was changed."
 )
 
 _LIMITS = (
-    "The photos are satellite tiles seen as 16 x 16 pixels, 32,000 of them. MP16-Pro has 4.1 million photos taken "
-    "by people, seen by a CLIP tower; what a photo tells of its place, and so E, B and b, is another matter "
-    "there.",
-    "The data is saturated: the first neighbor of nearly half of the photos lies within 200 km, and of the others "
-    "the decoder learns little. So a larger size brings hundredths of a nat, no more than another seed does, and "
-    "the exponent a is not determined: its interval reaches both bounds that the fit has, 0 and 4. To "
-    "say that a size will do as the largest before it does forecasts the held-out run better than the law.",
-    "At 2,000 and 5,000 photos the larger models are worse, as they know them by heart sooner; a law that adds a "
-    "term of size and one of data cannot say so.",
-    "Sizes span 5,000 to 1.5 million weights, at most a thirtieth of the paper's. At one to three layers a "
-    "model's shape and learning rate matter as much as its size; nothing here says that the law holds for 52 "
-    "million.",
-    "Compute is not 6 N D: most of it goes into reading neighbors and projecting features, which N does not "
-    "count. The frontier is of these features, this number of neighbors and this many passes over the data.",
-    "At equal compute the smallest size wins where the largest has 68 steps: with more compute than this study "
-    "spends the order is another.",
-    "A run is one seed, its best moment is chosen on the photos that give its loss, and each size had one "
-    "learning rate, from a rule with two points checked.",
-    "The gallery is cut down at test time only, for a decoder that was trained with all of it.",
-    "What should transfer is the procedure: the same commands with another configuration, an array job, and a "
-    "forecast that is written down before it is paid for.",
+    "The data are 32,000 map tiles with 16 x 16 pixels as features. MP16-Pro has 4.1 million photos by people, with "
+    "features from CLIP. Those photos give other evidence of their place, so E, B and b will differ.",
+    "The data are saturated: nearly half of the photos have their first neighbor within 200 km, and the decoder "
+    "learns little from the others. So a larger size lowers the loss by hundredths of a nat, no more than another "
+    "seed does. The exponent a is not determined: its interval reaches both bounds of the fit, 0 and 4. The loss of "
+    "the next smaller size is a better forecast for the held-out run than the law.",
+    "With 2,000 and 5,000 photos the larger models are worse, because they overfit sooner. A law that is the sum of "
+    "a size term and a data term cannot express this.",
+    "Sizes are 5,000 to 1.5 million weights, at most a thirtieth of the paper's model. With one to three layers, "
+    "shape and learning rate matter as much as size. Nothing shows that the law holds for 52 million weights.",
+    "Compute is not 6 N D: most of it is for reading neighbors and projecting features, which N does not "
+    "count. The frontier holds only for these features, this number of neighbors and this number of epochs.",
+    "At equal compute the smallest size has the lowest loss, but the largest gets only 68 steps. With more compute "
+    "than in this study the order will differ.",
+    "Each run has one seed, its best step is chosen on the same photos that give its loss, and each size has one "
+    "learning rate, from a rule that was checked at two sizes.",
+    "The gallery is reduced only at test time, for a decoder that was trained with the whole gallery.",
+    "The procedure should transfer: the same commands with another configuration, an array job, and a forecast that "
+    "is written down before the last run is paid for.",
 )
 
 
 def get_config() -> ConfigDict:
-    """Returns the demo's configuration with the study."""
+    """Returns the demo's configuration with the scaling study."""
     config: Any = demo.get_config()
     config.name = "scaling"
     config.model.update(level=12, neighbors=10, dropout=0.0)
-    # Parameters averaged over about 50 steps: else the best of a run would be where its learning rate is low, not where
-    # it begins to know its photos by heart.
+    # Averages parameters over about 50 steps. Without it the lowest loss of a run would come at the end, when the
+    # learning rate is low, and not before the run begins to overfit.
     config.train.ema = 0.98
     config.loss.update(first_weight=1.0, last_weight=1.0)
     others = set(config.variants) - {"geotoken"}
@@ -61,8 +61,8 @@ def get_config() -> ConfigDict:
         sizes=tuple((name, ladder.SIZE[name]) for name in ("5K", "20K", "46K", "82K", "369K", "655K", "1536K")),
         held_out="1536K",
         held_out_photos=12_800,
-        # Twice the examples for 2.5 times the photos: of 24,000 examples of 2,000 photos the smallest size was best
-        # after 12,000, and knew them by heart from there on.
+        # (photos, examples): twice the examples for 2.5 times the photos. With 2,000 photos the smallest size had its
+        # lowest loss after 12,000 of 24,000 examples, then overfitted.
         photos=((2_000, 12_000), (5_000, 24_000), (12_800, 48_000), (32_000, 96_000)),
         validations=8,
         reference="82K",

@@ -1,4 +1,4 @@
-"""Apache Beam as the engine of `prepare` where one machine is not enough; the extra `beam` brings it."""
+"""Runs the tasks of `prepare` on several machines with Apache Beam, which the extra `beam` installs."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,12 +8,12 @@ from geotoken_jax.settings import SettingsError
 from geotoken_jax.workdir import StageError
 
 
-def run_tasks(do: Callable[[Any], Any], tasks: Sequence[Any], settings: BeamSettings) -> None:
-    """Does every task, each in a process and on a machine of the runner's choice, perhaps more than once.
+def run_tasks(function: Callable[[Any], Any], tasks: Sequence[Any], settings: BeamSettings) -> None:
+    """Calls a function once per task, on machines that the Beam runner chooses. The runner may repeat a task.
 
-    do: a function of a module that every machine can import. tasks: values that can be pickled.
+    function: a function of a module that every machine can import. tasks: arguments of the function, picklable.
 
-    Raises SettingsError without Apache Beam, StageError if a task fails or the runner does.
+    Raises SettingsError if Apache Beam is not installed, StageError if a task or the runner fails.
     """
     try:
         import apache_beam as beam
@@ -21,13 +21,16 @@ def run_tasks(do: Callable[[Any], Any], tasks: Sequence[Any], settings: BeamSett
     except ModuleNotFoundError:
         raise SettingsError(
             f"config.photos.beam.runner is {settings.runner!r}, which needs Apache Beam: install the extra `beam` "
-            "(`pip install -e '.[beam]'`), or leave the runner empty for processes of this machine"
+            "(`pip install -e '.[beam]'`), or set the runner to '' to use processes on this machine"
         ) from None
     options = PipelineOptions([f"--runner={settings.runner}", *settings.options])
     try:
         with beam.Pipeline(options=options) as pipeline:
-            # Without Reshuffle a runner may take all tasks for one bundle, and do them one after the other.
-            _ = pipeline | beam.Create(list(tasks)) | beam.Reshuffle() | beam.Map(do)
-    except Exception as error:  # each runner has errors of its own, a worker's with its traceback in the lines before
+            # Without Reshuffle a runner may put all tasks in one bundle and run them one after another.
+            _ = pipeline | beam.Create(list(tasks)) | beam.Reshuffle() | beam.Map(function)
+    except Exception as error:  # each runner has its own types of error; a worker's traceback precedes its message
         last = (str(error) or repr(error)).strip().splitlines()[-1]
-        raise StageError(f"config.photos.beam.runner {settings.runner} did not make all shards: {last}") from error
+        raise StageError(
+            f"config.photos.beam.runner {settings.runner} did not make all shards; fix the cause and run the same "
+            f"command again, which makes only the missing shards: {last}"
+        ) from error

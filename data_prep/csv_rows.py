@@ -1,7 +1,7 @@
-"""Rows of a source's CSV as photos without their images: every source reads its CSV here, a row at a time, strictly.
+"""Reads a source's CSV row by row and checks it strictly. A row becomes a photo whose image is not yet read.
 
-What is wrong with one row drops it for a named reason; what is wrong with the file, so that no row of it can be
-trusted, is refused in one sentence that says how to mend it.
+An error in one row drops that row and counts the reason. An error in the file, after which no row can be trusted,
+raises StageError with the fix.
 """
 
 import csv
@@ -17,10 +17,11 @@ from typing import Any
 from data_prep.sources import Drop, Photo
 from geotoken_jax.workdir import StageError
 
-#: A line longer than this is no line of a CSV. The widest known, YFCC's with its descriptions, are under 0.2 MB.
+#: Characters above which a line cannot be a row of a CSV. The longest known rows, YFCC's with descriptions, are under
+#: 0.2 MB.
 _LONGEST_LINE = 1 << 20
-#: Share of the rows with |latitude| > 90 from which on they prove swapped columns rather than slips: of photos from all
-#: over the world about 0.3 have |longitude| > 90.
+#: Share of rows with |latitude| > 90 above which the columns are swapped. Below it, the rows are typing errors. In
+#: photos from all over the world the share of rows with |longitude| > 90 is about 0.3.
 _SWAPPED = 0.05
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(nan|inf(inity)?)", re.ASCII | re.IGNORECASE)
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
@@ -30,14 +31,16 @@ _UNDECODED = re.compile("[\udc80-\udcff]")
 def read_rows(
     path: Path, columns: Mapping[str, str | int], optional: Mapping[str, str] = MappingProxyType({})
 ) -> Iterator[Photo | Drop]:
-    """Yields each row as a photo whose image is empty, or as a drop, in the file's order; 180,000 rows a second.
+    """Yields each row in the file's order, as a photo with an empty image or as a drop. Reads 180,000 rows per second.
 
-    columns: field of Photo -> name of its column, wherever that stands; id, latitude and longitude are among them.
-    Numbers instead of names, from 0, are for a file separated by tabs, without a header or quotes. optional: the same
-    for columns that the file may lack. A photo without an author is its own author. captured is read by `seconds`.
+    columns: field of Photo -> name of its column, at any position; id, latitude and longitude are required. Numbers
+    instead of names are positions from 0, for a file separated by tabs, without a header or quotes. optional: field of
+    Photo -> name of a column that the file may lack. A photo without an author gets its id as author. `captured` is
+    parsed by `seconds`.
 
-    Raises StageError if the file is not UTF-8 text, has other columns or another delimiter, leaves a quote open, or has
-    latitude and longitude swapped; the last is known at its end, so all rows must be read before one is used.
+    Raises StageError if the file is not UTF-8 text, lacks a column, has another delimiter, leaves a quote open, or has
+    latitude and longitude swapped. Swapped columns are detected at the end of the file only, so read all rows before
+    using any.
     """
     numbers = {field: column for field, column in columns.items() if isinstance(column, int)}
     swaps = _Swaps(path, str(columns["latitude"]), str(columns["longitude"]))
@@ -45,17 +48,17 @@ def read_rows(
         text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
         form: dict[str, Any] = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if numbers else {}
         reader = csv.reader(_lines(path, text), strict=True, **form)
-        places, width = (numbers, 0) if numbers else _find(path, reader, columns, optional)
+        positions, width = (numbers, 0) if numbers else _read_header(path, reader, columns, optional)
         for line, cells in _cells(path, reader, width):
             width = width or len(cells)
-            if len(cells) != width or width <= max(places.values()):
+            if len(cells) != width or width <= max(positions.values()):
                 yield Drop(f"{path.name}, line {line}", "malformed row")
                 continue
-            values = {field: cells[place].strip() for field, place in places.items()}
+            values = {field: cells[position].strip() for field, position in positions.items()}
             row = _photo(values) if values["id"] else Drop(f"{path.name}, line {line}", "empty id")
             swaps.add(row, line)
             yield row
-    swaps.refuse()
+    swaps.check()
 
 
 def _lines(path: Path, text: io.TextIOWrapper) -> Iterator[str]:
@@ -63,14 +66,18 @@ def _lines(path: Path, text: io.TextIOWrapper) -> Iterator[str]:
     while line := text.readline(_LONGEST_LINE):
         n += 1
         if len(line) == _LONGEST_LINE:
-            raise StageError(f"{path} has a line {n} of {_LONGEST_LINE:,} characters or more: it is no CSV")
+            raise StageError(
+                f"{path} has a line {n} of {_LONGEST_LINE:,} characters or more, so it is not a CSV: save the table as "
+                "a CSV with one row per line"
+            )
         yield line
 
 
 def _cells(path: Path, reader, width: int) -> Iterator[tuple[int, list[str]]]:
-    """Yields each row's line and cells, none where it cannot be split; empty lines are skipped.
+    """Yields the line number and the cells of each row, no cells if the row cannot be parsed. Skips empty lines.
 
-    One quote too many swallows lines until the next quote, so a row of several lines must have its width of cells.
+    Raises StageError for a row over several lines that does not have `width` cells: an unpaired quote has swallowed the
+    lines up to the next quote.
     """
     while True:
         line = reader.line_num + 1
@@ -84,34 +91,34 @@ def _cells(path: Path, reader, width: int) -> Iterator[tuple[int, list[str]]]:
             if not cells:
                 continue
         if reader.line_num > line and len(cells) != width:
-            raise StageError(f"{path} has a quote in line {line} that does not close there: mend or remove that line")
+            raise StageError(f"{path} has a quote in line {line} that does not close there: fix or remove that line")
         yield line, cells
 
 
-def _find(path: Path, reader, columns: Mapping, optional: Mapping) -> tuple[dict[str, int], int]:
-    """Returns field -> place of its column, and the number of columns, from the header."""
+def _read_header(path: Path, reader, columns: Mapping, optional: Mapping) -> tuple[dict[str, int], int]:
+    """Returns field -> position of its column, and the number of columns."""
     try:
         header = [cell.strip() for cell in next(reader, [])]
     except csv.Error as error:
-        raise StageError(f"{path} has a header that cannot be read ({error}): mend line 1") from None
+        raise StageError(f"{path} has a header that cannot be read ({error}): fix line 1") from None
     line = ",".join(header)
     if _UNDECODED.search(line) or "\0" in line:
         raise StageError(f"{path} is not UTF-8 text: save it as a CSV in UTF-8")
     missing = [column for column in columns.values() if column not in header]
     if missing:
-        other = next((sign for sign in ",;\t|" if all(c in _split(line, sign) for c in columns.values())), None)
+        other = next((char for char in ",;\t|" if all(c in _split(line, char) for c in columns.values())), None)
         if other and other != ",":
             raise StageError(f"{path} is separated by {other!r}: save it separated by commas")
-        raise StageError(f"{path} has no column {missing[0]}: its header must name it; it has {line[:200]!r}")
-    wanted = {**columns, **{field: column for field, column in optional.items() if column in header}}
-    twice = [column for column in wanted.values() if header.count(column) > 1]
-    if twice:
-        raise StageError(f"{path} has more than one column {twice[0]}: remove or rename all but one")
-    return {field: header.index(column) for field, column in wanted.items()}, len(header)
+        raise StageError(f"{path} has no column {missing[0]}: add it or rename one; the header is {line[:200]!r}")
+    present = {**columns, **{field: column for field, column in optional.items() if column in header}}
+    repeated = [column for column in present.values() if header.count(column) > 1]
+    if repeated:
+        raise StageError(f"{path} has more than one column {repeated[0]}: remove or rename all but one")
+    return {field: header.index(column) for field, column in present.items()}, len(header)
 
 
-def _split(line: str, sign: str) -> list[str]:
-    return [cell.strip(' "') for cell in line.split(sign)]
+def _split(line: str, delimiter: str) -> list[str]:
+    return [cell.strip(' "') for cell in line.split(delimiter)]
 
 
 def _photo(values: dict[str, str]) -> Photo | Drop:
@@ -123,7 +130,7 @@ def _photo(values: dict[str, str]) -> Photo | Drop:
     coordinates = values.pop("latitude"), values.pop("longitude")
     if not all(coordinates):
         return Drop(name, "no coordinates")
-    if not all(map(_NUMBER.fullmatch, coordinates)):  # float() also takes 1_0, and digits of any script
+    if not all(map(_NUMBER.fullmatch, coordinates)):  # float() alone would accept 1_0 and digits of any script
         return Drop(name, "coordinates not a number")
     values["author"] = values.get("author") or name
     captured = seconds(values.pop("captured", ""))
@@ -132,9 +139,9 @@ def _photo(values: dict[str, str]) -> Photo | Drop:
 
 
 def seconds(text: str) -> float:
-    """Returns a time in seconds since 1970: a number of them, or ISO 8601, which without an offset is taken to be UTC.
+    """Returns a time in seconds since 1970: NaN for an empty text, infinity for a text that is not a time.
 
-    NaN for an empty text, infinity for one that is no time.
+    text: number of seconds since 1970, or ISO 8601, which is read as UTC if it has no offset.
     """
     if not text:
         return math.nan
@@ -148,7 +155,7 @@ def seconds(text: str) -> float:
 
 
 class _Swaps:
-    """Rows that prove latitude and longitude swapped: |latitude| > 90 in many, |longitude| > 90 in none."""
+    """Detects swapped columns: |latitude| > 90 in a share of rows above _SWAPPED, and |longitude| > 90 in none."""
 
     def __init__(self, path: Path, latitude: str, longitude: str):
         self.path, self.latitude, self.longitude = path, latitude, longitude
@@ -163,11 +170,12 @@ class _Swaps:
         self.disproved |= abs(row.longitude) > 90
         if 90 < abs(row.latitude) <= 180:
             self.beyond += 1
-            self.first = self.first or f"that of {row.id!r} in line {line} ({self.latitude} {row.latitude}) first"
+            self.first = self.first or f"{row.id!r} in line {line}, {self.latitude} {row.latitude}"
 
-    def refuse(self) -> None:
+    def check(self) -> None:
         if not self.disproved and self.beyond > _SWAPPED * self.rows:
             raise StageError(
-                f"{self.path} has {self.latitude} and {self.longitude} swapped: {self.beyond} of {self.rows} rows, "
-                f"{self.first}, have a latitude beyond 90 and none a longitude: exchange the two"
+                f"{self.path} has {self.latitude} and {self.longitude} swapped: {self.beyond} of {self.rows} rows have "
+                f"a latitude beyond 90 (the first: {self.first}), and none has a longitude beyond 90: exchange the two "
+                "columns"
             )

@@ -1,8 +1,8 @@
-"""The stage `embed`: photos in, records of frozen features out; after it nothing needs pixels.
+"""The stage `embed`: computes the frozen backbone's features of all photos, and stores them as records.
 
-Decoding threads stay ahead of the accelerator, past the ends of shards, so that it waits for no photo. Several
-processes share the shards out among them by number, and need not run at one time: whichever makes the last shard
-completes the folder.
+Decoding threads run ahead of the accelerator, across the ends of shards, so that the accelerator never waits for a
+photo. Several processes divide the shards by number and need not run at the same time. The process that makes the last
+missing shard completes the folder.
 """
 
 import collections
@@ -26,25 +26,25 @@ from geotoken_jax.preparation import EmbedSettings
 from geotoken_jax.progress import Progress
 from geotoken_jax.workdir import Manifest, write_json
 
-#: Photos a shard: also what an interrupted run does again.
+#: Photos per shard. An interrupted run repeats its unfinished shard, so up to this many photos.
 _SHARD = 4096
 _BATCH = 256
-#: Batches on the accelerator at a time: one is computed while another is sent there and a third comes back.
+#: Batches on the accelerator at a time: one is computed while another is transferred.
 _ON_DEVICE = 2
 
 Item = TypeVar("Item")
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
 def run(config: Config, workdir: Workdir) -> list[Manifest]:
-    """Makes features/ from photos/, shard by shard; returns no manifest while other processes have shards to make.
+    """Makes features/ from photos/, shard by shard. Returns no manifest while other processes have shards to make.
 
-    An unreadable photo is dropped and counted. Further views of the photos that are trained on are a split of their
-    own, all those of a photo in a row.
+    An unreadable photo is dropped and counted. Further views of the training photos are a separate split, in which all
+    views of a photo are consecutive.
     """
     options = config.embed
-    seen = options.views if options.views.count else {"count": 0}
-    made_with = {"embed": settings.plain({**backbone.made_with(options), "views": settings.result(seen)})}
+    view_options = options.views if options.views.count else {"count": 0}
+    made_with = {"embed": settings.plain({**backbone.made_with(options), "views": settings.result(view_options)})}
     stage = workdir.begin(config, "features", (), ["photos"], made_with)
     if stage.manifest:
         return [stage.manifest]
@@ -52,13 +52,13 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
     viewed = {views.SPLIT: splits[views.OF]} if options.views.count else {}
     (stage.path / "ledgers").mkdir(exist_ok=True)
     shards = [shard for split, photos in (splits | viewed).items() for shard in _shards(stage.path, split, photos)]
-    own = shards[processes.index() :: processes.count()]
-    missing = [shard for shard in own if not shard.whole]
-    done = sum(len(shard.rows) for shard in own if shard.whole)
-    with Progress("embed", sum(len(shard.rows) for shard in own), "photos", done) as progress:
+    assigned = shards[processes.index() :: processes.count()]
+    missing = [shard for shard in assigned if not shard.complete]
+    done = sum(len(shard.rows) for shard in assigned if shard.complete)
+    with Progress("embed", sum(len(shard.rows) for shard in assigned), "photos", done) as progress:
         if missing:
-            _make(missing, options, workdir, progress)
-    if not all(shard.whole for shard in shards):
+            _write_shards(missing, options, workdir, progress)
+    if not all(shard.complete for shard in shards):
         return []
     counts, dropped, width = dict.fromkeys(splits | viewed, 0), 0, 0
     for shard in shards:
@@ -71,7 +71,7 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
 
 @dataclasses.dataclass(frozen=True)
 class _Shard:
-    """One file to make. rows: of its photos in their split of photos/."""
+    """A file of features/. rows: rows of its photos in their split of photos/."""
 
     split: str
     rows: range
@@ -79,11 +79,11 @@ class _Shard:
 
     @property
     def ledger(self) -> epath.Path:
-        """Says how many records the file has, how wide they are and what failed; it is written last."""
+        """JSON file of the number of records, the width of features and the failures. It is written last."""
         return self.file.parent / "ledgers" / f"{self.file.name}.json"
 
     @property
-    def whole(self) -> bool:
+    def complete(self) -> bool:
         return self.ledger.exists() and self.file.exists()
 
 
@@ -97,7 +97,11 @@ def _shards(folder: epath.Path, split: str, photos: int) -> list[_Shard]:
 
 @dataclasses.dataclass
 class _Batch:
-    """Photos of a shard on their way. prepared: [n * copies, h, w, 3], None once they are images [n * copies, C]."""
+    """Photos of a shard while they are encoded. copies: 1, or the number of views per photo.
+
+    prepared: pixels [n * copies, h, w, 3]; None after they are encoded, or if no photo could be decoded.
+    images: features [n * copies, C]; None before.
+    """
 
     shard: _Shard
     photos: list[dict[str, Any]]
@@ -106,25 +110,28 @@ class _Batch:
     images: np.ndarray | None = None
 
 
-def _make(shards: list[_Shard], options: EmbedSettings, workdir: Workdir, progress: Progress) -> None:
-    """Writes shards. Photos are decoded in one pool of threads and embedded in another; texts, here."""
+def _write_shards(shards: list[_Shard], options: EmbedSettings, workdir: Workdir, progress: Progress) -> None:
+    """Writes shards. One pool of threads decodes photos, a second one encodes images, and this thread encodes texts."""
     tower = backbone.make(options)
     layout = records.feature_layout(tower.width)
-    sources = {shard.split: workdir.photos(_of(shard.split)) for shard in shards}
-    looks = {split: _views(tower, options.views) if split == views.SPLIT else _itself(tower) for split in sources}
+    sources = {shard.split: workdir.photos(_photo_split(shard.split)) for shard in shards}
+    prepare = {
+        split: _prepare_views(tower, options.views) if split == views.SPLIT else _prepare_photo(tower)
+        for split in sources
+    }
     texts = _Texts(tower)
 
     def decode(part: tuple[_Shard, int]) -> _Batch:
         shard, first = part
-        batch, seen = _Batch(shard, [], [], None), []
+        batch, pixels = _Batch(shard, [], [], None), []
         for row in range(first, min(first + _BATCH, shard.rows.stop)):
             photo = sources[shard.split][row]
             try:
-                seen.append(looks[shard.split](photo.pop("image"), row))
+                pixels.append(prepare[shard.split](photo.pop("image"), row))
                 batch.photos.append(photo)
             except ImageError as error:
                 batch.failures.append({"id": photo["id"], "reason": str(error)})
-        batch.prepared = np.concatenate(seen) if seen else None
+        batch.prepared = np.concatenate(pixels) if pixels else None
         return batch
 
     def embed(batch: _Batch) -> _Batch:
@@ -134,7 +141,7 @@ def _make(shards: list[_Shard], options: EmbedSettings, workdir: Workdir, progre
 
     def encoded(batches: Iterable[_Batch], ledger: dict[str, Any]) -> Iterator[bytes]:
         for batch in batches:
-            rows = _rows(batch, texts, layout)
+            rows = _encode(batch, texts, layout)
             ledger["failures"] += batch.failures
             ledger["records"] += len(rows)
             progress.add(len(batch.photos) + len(batch.failures))
@@ -147,14 +154,14 @@ def _make(shards: list[_Shard], options: EmbedSettings, workdir: Workdir, progre
     ):
         decoded = _ahead(decoders, decode, parts, options.threads + _ON_DEVICE)
         batches = _ahead(devices, embed, decoded, _ON_DEVICE + 1)
-        for shard, of_shard in itertools.groupby(batches, key=lambda batch: batch.shard):
+        for shard, shard_batches in itertools.groupby(batches, key=lambda batch: batch.shard):
             ledger: dict[str, Any] = {"records": 0, "width": tower.width, "failures": []}
-            records.write_shard(shard.file, encoded(of_shard, ledger))
+            records.write_shard(shard.file, encoded(shard_batches, ledger))
             write_json(shard.ledger, ledger)
 
 
-def _rows(batch: _Batch, texts: "_Texts", layout: records.Layout) -> list[bytes]:
-    """Returns a batch's records: as many of a photo, one after the other, as there are images of it."""
+def _encode(batch: _Batch, texts: "_Texts", layout: records.Layout) -> list[bytes]:
+    """Returns a batch's records, one per image. The records of a photo's views are consecutive."""
     if batch.images is None:
         return []
     photos = batch.photos
@@ -162,54 +169,55 @@ def _rows(batch: _Batch, texts: "_Texts", layout: records.Layout) -> list[bytes]
     columns |= {name: np.array([photo[name] for photo in photos]) for name in ("coordinates", "tokens")}
     columns["captured"] = np.array([photo.get("captured", math.nan) for photo in photos])
     columns["text"] = texts([place_text(photo["city"], photo["state"], photo["country"]) for photo in photos])
-    each = {name: np.repeat(values, len(batch.images) // len(photos), axis=0) for name, values in columns.items()}
-    return layout.encode({**each, "image": batch.images})
+    copies = len(batch.images) // len(photos)
+    repeated = {name: np.repeat(values, copies, axis=0) for name, values in columns.items()}
+    return layout.encode({**repeated, "image": batch.images})
 
 
 class _Texts:
-    """Features of texts, each distinct one computed once: places are far fewer than photos."""
+    """Encodes texts, each distinct text once: there are far fewer places than photos."""
 
     def __init__(self, tower: backbone.Backbone):
-        self._tower, self._known = tower, {}
+        self._tower, self._cache = tower, {}
 
     def __call__(self, texts: list[str]) -> np.ndarray:
-        new = list(dict.fromkeys(text for text in texts if text not in self._known))
+        new = list(dict.fromkeys(text for text in texts if text not in self._cache))
         if new:
-            self._known.update(zip(new, self._tower.texts(new), strict=True))
-        return np.stack([self._known[text] for text in texts])
+            self._cache.update(zip(new, self._tower.texts(new), strict=True))
+        return np.stack([self._cache[text] for text in texts])
 
 
 def _ahead(
-    pool: concurrent.futures.Executor, function: Callable[[Item], Made], items: Iterable[Item], most: int
-) -> Iterator[Made]:
-    """Yields function(item) of the items in their order, `most` of them under way or waiting at a time."""
-    begun: collections.deque[concurrent.futures.Future[Made]] = collections.deque()
+    pool: concurrent.futures.Executor, function: Callable[[Item], Result], items: Iterable[Item], limit: int
+) -> Iterator[Result]:
+    """Yields function(item) in the order of the items. Up to `limit` results are in progress or waiting at a time."""
+    pending: collections.deque[concurrent.futures.Future[Result]] = collections.deque()
     try:
         for item in items:
-            if len(begun) == most:
-                yield begun.popleft().result()
-            begun.append(pool.submit(function, item))
-        while begun:
-            yield begun.popleft().result()
+            if len(pending) == limit:
+                yield pending.popleft().result()
+            pending.append(pool.submit(function, item))
+        while pending:
+            yield pending.popleft().result()
     finally:
-        for future in begun:
+        for future in pending:
             future.cancel()
 
 
-#: Encoded file, row of its photo -> what is seen of the photo, prepared [n, h, w, 3]; n is the same for all photos.
-_Look = Callable[[bytes, int], np.ndarray]
+#: (encoded image, row of the photo) -> pixels for the backbone [n, h, w, 3]; n is the same for all photos.
+_Prepare = Callable[[bytes, int], np.ndarray]
 
 
-def _of(split: str) -> str:
+def _photo_split(split: str) -> str:
     """Returns the split of photos/ that a split of features/ is made from."""
     return views.OF if split == views.SPLIT else split
 
 
-def _itself(tower: backbone.Backbone) -> _Look:
+def _prepare_photo(tower: backbone.Backbone) -> _Prepare:
     return lambda image, row: tower.prepare(image)[None]
 
 
-def _views(tower: backbone.Backbone, options: views.ViewsSettings) -> _Look:
+def _prepare_views(tower: backbone.Backbone, options: views.ViewsSettings) -> _Prepare:
     side = math.ceil(tower.min_side / options.crop)
     return lambda image, row: np.stack(
         [tower.prepare(view) for view in views.views(open_image(image, side), row, options)]

@@ -1,4 +1,4 @@
-"""The first part of the stage `index`: the three vectors of every photo, as tables, and the index over the gallery."""
+"""First step of the stage `index`: tables with three embeddings per photo, and the search index over the gallery."""
 
 import contextlib
 
@@ -18,34 +18,38 @@ _SHARD, _BATCH = 1 << 20, 4096
 
 
 def run(config: Config, workdir: Workdir) -> list[Manifest]:
-    """Makes queries/SPLIT/ (tables of all splits but the gallery's), then gallery/ with its index, from features/ and
-    the trained heads. Raises IndexQualityError if the index misses too many neighbors."""
+    """Makes gallery/, the gallery's table and index, and queries/SPLIT/, a table for each other split.
+
+    Reads features/ and align/. Raises StageError if `align` has trained the backbone, because features/ are then
+    outdated, and IndexQualityError if the index misses too many neighbors.
+    """
     if workdir.manifest("align").settings["align"]["pixels"]["tower"] == "trained":
         folder = workdir.path
         raise StageError(
-            f"{folder}/align has trained the backbone, and {folder}/features are still of the one before: use another "
-            f"--workdir, with --config.embed.huggingface.path={folder}/align/backbone, to embed and align there"
+            f"{folder}/align has trained the backbone, but {folder}/features are from the backbone before training: "
+            f"embed and align in another --workdir, with --config.embed.huggingface.path={folder}/align/backbone and "
+            "--config.align.pixels.tower=cached"
         )
     queries = workdir.begin(config, "queries", (), ["features", "align"])
     gallery = workdir.begin(config, "gallery", ["index.search"], ["features", "align"])
-    made = [queries.manifest, gallery.manifest]
+    manifests = [queries.manifest, gallery.manifest]
     splits = workdir.manifest("features").counts
-    aligned = None if all(made) else workdir.aligned(config.align.model)
+    aligned = None if all(manifests) else workdir.aligned(config.align.model)
     if aligned and not queries.manifest:
         others = {split: n for split, n in splits.items() if split != GALLERY}
         for split in others:
             _table(workdir.features(split), queries.path / split, split, aligned)
-        made[0] = queries.finish(others)
+        manifests[0] = queries.finish(others)
     if aligned and not gallery.manifest:
         _table(workdir.features(GALLERY), gallery.path, GALLERY, aligned)
         built = index.build(IndexVectors(Table(gallery.path)), config.index.search, gallery.path / "index")
-        made[1] = gallery.finish({GALLERY: splits[GALLERY]}, index=built.facts)
-    return [manifest for manifest in made if manifest]
+        manifests[1] = gallery.finish({GALLERY: splits[GALLERY]}, index=built.facts)
+    return [manifest for manifest in manifests if manifest]
 
 
 def _table(features: Records, folder: epath.Path, split: str, aligned: AlignModel) -> None:
     with contextlib.suppress(FileNotFoundError):
-        if len(Table(folder)):  # whole, of a run that was interrupted later
+        if len(Table(folder)):  # complete, from a run that was interrupted later
             return
     shards = max(1, -(-len(features) // _SHARD))
     for shard in range(shards):

@@ -1,4 +1,4 @@
-"""What a photo's file says of itself: whether it can be decoded, and where and when it was taken."""
+"""Checks that a photo's file can be decoded, and reads its coordinates and time from EXIF."""
 
 import io
 import math
@@ -9,9 +9,9 @@ from PIL import ExifTags, Image
 from data_prep.csv_rows import seconds
 from geotoken_jax.backbone import preprocess
 
-#: Largest file that is read: no photo of MAX_PIXELS needs more than its pixels do (300 MB).
+#: Bytes of the largest file that is read: the uncompressed pixels of a photo of MAX_PIXELS (300 MB).
 MAX_BYTES = 3 * preprocess.MAX_PIXELS
-#: What ImageError says -> the reason that is counted.
+#: Words in the message of an ImageError -> reason under which the drop is counted.
 _REASONS = {
     "is damaged": "damaged image",
     "is empty": "empty image",
@@ -24,16 +24,16 @@ _SIGNS = {"N": 1, "E": 1, "S": -1, "W": -1}
 
 
 def fault(image: bytes) -> str:
-    """Returns why an encoded image cannot be taken in, or an empty string. It is decoded, a large JPEG at an eighth."""
+    """Returns the reason to drop an encoded image, empty if it can be decoded. A large JPEG is decoded at 1/8 size."""
     try:
         preprocess.open_image(image, min_side=1)
     except preprocess.ImageError as error:
-        return next(reason for said, reason in _REASONS.items() if said in str(error))
+        return next(reason for words, reason in _REASONS.items() if words in str(error))
     return ""
 
 
 def gps(image: bytes) -> tuple[float, float] | None:
-    """Returns latitude and longitude in degrees from an image's EXIF, or None where it has none that can be read."""
+    """Returns latitude and longitude in degrees from an image's EXIF, or None if EXIF has no valid position."""
     try:
         tags = _exif(image, ExifTags.IFD.GPSInfo)
         return (
@@ -45,17 +45,17 @@ def gps(image: bytes) -> tuple[float, float] | None:
 
 
 def captured(image: bytes) -> float:
-    """Returns when a photo was taken by its EXIF, as Photo.captured; NaN where it does not say, infinity for nonsense.
+    """Returns the time in an image's EXIF, in seconds since 1970: NaN if there is none, infinity if it is invalid.
 
-    A camera's clock without an offset, as most write it, is taken to be UTC: to make it UTC by the photo's place would
-    tell a model the place.
+    Most cameras write local time without an offset. Such a time is read as UTC: a correction by the time zone of the
+    photo's place would reveal the place to a model.
     """
     try:
         tags = _exif(image, ExifTags.IFD.Exif)
         text, offset = (_text(tags.get(tag, "")) for tag in (_ORIGINAL, _OFFSET))
-    except Exception:  # see gps
+    except Exception:  # a damaged header makes Pillow raise nearly anything
         return math.nan
-    if not text.strip(": "):  # how a camera without a clock writes it
+    if not text.strip(": "):  # from a camera whose clock is not set
         return math.nan
     return seconds(text[:10].replace(":", "-") + text[10:19] + offset)
 
@@ -70,11 +70,14 @@ def _text(value: Any) -> str:
 
 
 def _degrees(values: Any, reference: Any, allowed: str) -> float:
-    """values: degrees, minutes and seconds, the last may be missing; 0/0 is how a camera without a fix writes them."""
+    """Returns a coordinate in degrees. Raises ValueError for 0/0, which a camera without a GPS fix writes.
+
+    values: degrees, minutes and seconds; minutes and seconds may be missing.
+    """
     sign = _text(reference).upper()
     parts = [float(value) for value in values]
     if sign not in allowed or not 1 <= len(parts) <= 3 or not all(0 <= part < math.inf for part in parts):
         raise ValueError("no position")
     if any(part > 60 for part in parts[1:]):
-        raise ValueError("no sexagesimal number")
+        raise ValueError("minutes or seconds above 60")
     return _SIGNS[sign] * sum(part / 60**n for n, part in enumerate(parts))

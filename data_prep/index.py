@@ -1,4 +1,4 @@
-"""The stage `index`: gallery, neighbors and token records, one after the other."""
+"""The stage `index`: makes the gallery, then neighbors, then token records."""
 
 from data_prep import gallery, neighbors, tokens
 from geotoken_jax.artifacts import Workdir
@@ -8,4 +8,4 @@ from geotoken_jax.workdir import Manifest
 
 def run(config: Config, workdir: Workdir) -> list[Manifest]:
     """Makes queries/, gallery/, neighbors/ and tokens/ from features/ and align/."""
-    return [made for stage in (gallery, neighbors, tokens) for made in stage.run(config, workdir)]
+    return [manifest for step in (gallery, neighbors, tokens) for manifest in step.run(config, workdir)]

@@ -1,4 +1,4 @@
-"""The second part of the stage `index`: for every photo of every split, the rows of its nearest gallery photos."""
+"""Second step of the stage `index`: the nearest gallery photos of every photo in every split."""
 
 import numpy as np
 
@@ -18,8 +18,8 @@ _BATCH = 8192
 def run(config: Config, workdir: Workdir) -> list[Manifest]:
     """Makes neighbors/SPLIT.rows.npy [n, K] int32 and neighbors/SPLIT.scores.npy [n, K] float32, best first.
 
-    A photo is never its own neighbor, nor a neighbor of its views, by id. Where fewer than K are left, rows are -1 and
-    scores -inf; the manifest's `fewer` counts these photos.
+    Excludes gallery photos with the photo's own id, which for a view is the id of the original. If fewer than K
+    neighbors are left, the other rows are -1 and their scores -inf; the manifest's `fewer` counts such photos.
     """
     options = config.index.neighbors
     stage = workdir.begin(config, "neighbors", ["index.neighbors"], ["gallery", "queries"])
@@ -27,7 +27,7 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
         return [stage.manifest]
     searcher, gallery = workdir.index(config.index.search.threads), workdir.gallery
     splits = workdir.manifest("features").counts
-    of_gallery = {name: getattr(gallery, name)() for name in ("ids", "authors", "coordinates")}
+    gallery_columns = {name: getattr(gallery, name)() for name in ("ids", "authors", "coordinates")}
     fewer = {}
     with Progress("neighbors", sum(splits.values()), "photos") as progress:
         for split in splits:
@@ -35,14 +35,14 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
             rows_file, scores_file = (workdir.neighbors_file(split, name) for name in ("rows", "scores"))
             exclude = options.exclude if split in (views.OF, views.SPLIT) else options.exclude_in_evaluation
             if not scores_file.exists():
-                found = []
+                results = []
                 for first in range(0, len(table), _BATCH):
                     part = slice(first, first + _BATCH)
                     vectors = index_vectors(table.embeddings(part))
-                    left_out = rules(exclude, table, part, of_gallery, lambda some: gallery.embeddings(some)[:, 0])
-                    found.append(find(searcher, vectors, options.count, left_out))
+                    excluded = rules(exclude, table, part, gallery_columns, lambda rows: gallery.embeddings(rows)[:, 0])
+                    results.append(find(searcher, vectors, options.count, excluded))
                     progress.add(len(vectors))
-                rows, scores = (np.concatenate(parts) for parts in zip(*found, strict=True))
+                rows, scores = (np.concatenate(parts) for parts in zip(*results, strict=True))
                 records.save_array(rows_file, rows)
                 records.save_array(scores_file, scores)
             else:

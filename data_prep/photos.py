@@ -1,9 +1,9 @@
-"""The stage `prepare`: photos of a source, checked, with their tokens, as a TFDS data set in photos/.
+"""The stage `prepare`: checks a source's photos, computes their tokens, and stores both as a TFDS data set in photos/.
 
-Processes write shards independently of each other, on this machine or, by Apache Beam, on several that share the work
-directory. A shard is done when its ledger is there, which is written last, so an interrupted run makes only what is
-missing and ends in the same bytes, whichever engine each run has. Ids and authors are never used as paths or
-parts of them: an id like `../../x` is just a name.
+Processes write shards independently, on this machine or, with Apache Beam, on several machines that share the work
+directory. Each shard's ledger is written last and marks the shard as complete, so a run after an interruption makes
+only the missing shards. The result has the same bytes for either engine. Ids and authors are never used in paths, so an
+id such as `../../x` does no harm.
 """
 
 import concurrent.futures
@@ -42,7 +42,7 @@ from geotoken_jax.progress import Progress
 from geotoken_jax.settings import SettingsError
 from geotoken_jax.workdir import Manifest, Stage, StageError, write_bytes, write_json
 
-#: Name of a source, and of its section of config.photos -> the source.
+#: Name of a source, which is also the name of its section in config.photos -> class of the source.
 SOURCES = {
     "earthview": EarthView,
     "folder": Folder,
@@ -51,33 +51,37 @@ SOURCES = {
     "osv5m": Osv5m,
     "mp16_pro": MP16Pro,
 }
-#: Photos whose tokens are computed together.
+#: Photos per computation of tokens.
 _BATCH = 256
-#: What a number of seconds must reach to be a time, that of March 1973: below are zeros, years, dates and days.
+#: Earliest plausible time in seconds since 1970, in March 1973. Lower numbers are zeros, years, dates or days.
 _EARLIEST = 1e8
-#: Folder of the shards that Beam has begun.
+#: Folder of the shards that Beam's workers are writing.
 _ATTEMPTS = "attempts"
 
 
 def run(config: Config, workdir: Workdir) -> list[Manifest]:
     """Makes photos/ from config.photos.
 
-    Raises SettingsError for an unknown source, StageError if too many photos are dropped or two have one id.
+    Raises SettingsError for an unknown source, StageError if too many photos are dropped or an id is in two shards.
     """
     photos = config.photos
     if photos.source not in SOURCES:
         raise SettingsError(f"config.photos.source is {photos.source!r}: use one of {', '.join(SOURCES)}")
-    chosen = getattr(photos, photos.source)
-    # Other sources are not read.
+    settings = getattr(photos, photos.source)
+    # A change in the section of another source does not make photos/ outdated.
     stage = workdir.begin(config, "photos", ["photos.source", f"photos.{photos.source}"], inputs=())
     kind = SOURCES[photos.source]
-    # MP16-Pro is surveyed once; what was found is kept beside the shards that are cut by it.
-    source = MP16Pro(chosen, str(stage.path)) if kind is MP16Pro else kind(chosen)
+    # MP16-Pro also needs the stage's folder, in which it stores an index of its files.
+    source = MP16Pro(settings, str(stage.path)) if kind is MP16Pro else kind(settings)
     return [make(stage, source, photos.workers, photos.max_dropped, photos.beam)]
 
 
 def make(stage: Stage, source: Source, workers: int, max_dropped: float, beam: BeamSettings | None = None) -> Manifest:
-    """Fills a stage's folder from a source unless it is complete; see PhotosSettings for the arguments."""
+    """Fills a stage's folder from a source and returns its manifest. Returns a complete folder's manifest at once.
+
+    workers, max_dropped, beam: as in PhotosSettings; if beam is None, only processes on this machine are used.
+    Raises StageError if too many photos are dropped, or two shards contain the same id.
+    """
     if stage.manifest:
         return stage.manifest
     tasks = [_Task(str(stage.path), source, split, n) for split, shards in source.splits.items() for n in range(shards)]
@@ -85,17 +89,17 @@ def make(stage: Stage, source: Source, workers: int, max_dropped: float, beam: B
     missing = [task for task in tasks if not (task.ledger.exists() and task.shard_path.exists())]
     with Progress("photos", len(tasks), "shard", done=len(tasks) - len(missing)) as progress:
         if beam and beam.runner and missing:
-            run_tasks(_make_apart, missing, beam)
+            run_tasks(_make_attempt, missing, beam)
             progress.add(len(missing))
             if not all(task.ledger.exists() for task in missing):
                 raise StageError(
-                    f"{beam.runner} has made all shards, but not all are in {stage.path}: every machine must have this "
-                    "folder, and the photos', under the same full path"
+                    f"{beam.runner} has made all shards, but not all are in {stage.path}: mount this folder, and the "
+                    "folder of the source's photos, under the same full path on every machine"
                 )
         else:
             for photos in _run_all(missing, workers):
-                progress.add(note=f"{photos:,} photos in the last")
-    if (stage.path / _ATTEMPTS).exists():  # those that were killed
+                progress.add(note=f"{photos:,} photos in the last shard")
+    if (stage.path / _ATTEMPTS).exists():  # from workers that were killed
         (stage.path / _ATTEMPTS).rmtree()
 
     ledgers: dict[str, list[dict[str, Any]]] = {split: [] for split in source.splits}
@@ -111,17 +115,20 @@ def make(stage: Stage, source: Source, workers: int, max_dropped: float, beam: B
     if share > max_dropped:
         raise StageError(
             f"{share:.1%} of the photos were dropped ({dict(dropped)}), more than config.photos.max_dropped = "
-            f"{max_dropped}: look at {stage.path / 'dropped.jsonl'}, then mend the source or raise the limit"
+            f"{max_dropped}: read {stage.path / 'dropped.jsonl'}, then fix the source or raise the limit"
         )
     _refuse_repeated(tasks)
-    _describe(stage.path, source.name, ledgers)
+    _write_metadata(stage.path, source.name, ledgers)
     times = {name: sum(ledger[name] for ledger in every) for name in ("captured", "nonsense_times")}
     return stage.finish(counts, dropped, provenance=dataclasses.asdict(source.provenance), **times)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Task:
-    """One shard to make. ids: of its photos, in order; ledger: its counts and drops, written last of the three."""
+    """A shard to make, with the paths of three files: records, ids in the order of the records, and the ledger.
+
+    The ledger has the shard's counts and drops, and is written last.
+    """
 
     folder: str
     source: Source
@@ -157,9 +164,9 @@ def _run_all(tasks: list[_Task], workers: int) -> Iterator[int]:
 
 
 def _end_with_parent() -> None:
-    """Ends this process when its parent is killed: two runs must never write one shard at a time.
+    """Makes this process end when its parent is killed, so that two runs never write the same shard at the same time.
 
-    An interrupt from the keyboard is the parent's to handle: it lets begun shards end and cancels the others.
+    Ignores an interrupt from the keyboard, which the parent handles: it finishes running shards and cancels the others.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -171,26 +178,26 @@ def _end_with_parent() -> None:
 
 
 def _make_shard(task: _Task) -> int:
-    """Writes the shard, its ids and its ledger; returns the number of photos."""
+    """Writes a shard, its ids and its ledger. Returns the number of photos."""
     ids: dict[str, None] = {}
     dropped: list[tuple[str, str]] = []
     sizes: list[int] = []
     times = {"captured": 0, "nonsense_times": 0}
 
-    def kept() -> Iterator[Photo]:
+    def accepted() -> Iterator[Photo]:
         for item in task.source.read(task.split, task.shard):
             reason = item.reason if isinstance(item, Drop) else fault(item) or ("repeated id" if item.id in ids else "")
             if isinstance(item, Drop) or reason:
                 dropped.append((item.id.encode(errors="backslashreplace").decode(), reason))
             else:
                 ids[item.id] = None
-                known = plausible(item.captured)
-                times["captured"] += known
-                times["nonsense_times"] += not (known or math.isnan(item.captured))
-                yield item if known else dataclasses.replace(item, captured=math.nan)
+                valid = plausible(item.captured)
+                times["captured"] += valid
+                times["nonsense_times"] += not (valid or math.isnan(item.captured))
+                yield item if valid else dataclasses.replace(item, captured=math.nan)
 
     def encoded() -> Iterator[bytes]:
-        for record in encode(kept()):
+        for record in encode(accepted()):
             sizes.append(len(record))
             yield record
 
@@ -200,26 +207,31 @@ def _make_shard(task: _Task) -> int:
     return n
 
 
-def _make_apart(task: _Task) -> None:
-    """Makes the shard in a folder of its own and moves it from there, the ledger last.
+def _make_attempt(task: _Task) -> None:
+    """Writes a shard in a new folder, then moves its files into place, the ledger last.
 
-    A runner may do a task again while it takes a first attempt's machine for lost: two writers of one file.
+    A Beam runner may repeat a task because it believes that the first machine is lost. In one folder, both attempts
+    would write the same file.
     """
     folder = epath.Path(task.folder) / _ATTEMPTS / uuid.uuid4().hex
     (folder / "ledgers").mkdir(parents=True)
     attempt = dataclasses.replace(task, folder=str(folder))
     _make_shard(attempt)
-    for one, other in ((attempt.shard_path, task.shard_path), (attempt.ids, task.ids), (attempt.ledger, task.ledger)):
-        one.replace(other)
+    for source, target in (
+        (attempt.shard_path, task.shard_path),
+        (attempt.ids, task.ids),
+        (attempt.ledger, task.ledger),
+    ):
+        source.replace(target)
     folder.rmtree()
 
 
 def fault(photo: Photo) -> str:
-    """Returns why a photo cannot be taken in, or an empty string."""
+    """Returns the reason to drop a photo, empty if there is none."""
     coordinates = photo.latitude, photo.longitude
     if not photo.id:
         return "empty id"
-    if not photo.id.isprintable():  # control characters, and what UTF-8 cannot encode
+    if not photo.id.isprintable():  # has control characters, or surrogates, which UTF-8 cannot encode
         return "unprintable id"
     if len(photo.id.encode()) > records.ID_BYTES:
         return "long id"
@@ -233,12 +245,12 @@ def fault(photo: Photo) -> str:
 
 
 def plausible(captured: float) -> bool:
-    """Says whether a number of seconds since 1970 can be when a photo was taken: from March 1973 to a day from now."""
-    return _EARLIEST <= captured <= time.time() + 86_400  # a clock without an offset may be 14 hours ahead
+    """Returns whether a time in seconds since 1970 is from March 1973 to one day from now."""
+    return _EARLIEST <= captured <= time.time() + 86_400  # local time without an offset is up to 14 hours ahead of UTC
 
 
 def encode(photos: Iterable[Photo]) -> Iterator[bytes]:
-    """Yields photos' records, in the form of `records.photo_features`."""
+    """Yields one record per photo, in the form of `records.photo_features`."""
     from tensorflow_datasets.core.example_serializer import ExampleSerializer  # 0.3 s: see `records.photo_features`
 
     features = records.photo_features()
@@ -248,11 +260,11 @@ def encode(photos: Iterable[Photo]) -> Iterator[bytes]:
     while batch := list(itertools.islice(photos, _BATCH)):
         coordinates = np.array([(photo.latitude, photo.longitude) for photo in batch], np.float64)
         tokens = np.asarray(scheme.encode(coordinates[:, 0], coordinates[:, 1])).astype(np.uint8)
-        for photo, where, cells in zip(batch, coordinates, tokens, strict=True):
+        for photo, position, cells in zip(batch, coordinates, tokens, strict=True):
             text = {name: getattr(photo, name) for name in ("id", "author", *records.PLACE_FIELDS)}
-            numbers = {"coordinates": where, "tokens": cells, "captured": np.float64(photo.captured)}
+            numbers = {"coordinates": position, "tokens": cells, "captured": np.float64(photo.captured)}
             row = features.encode_example({**text, "image": photo.image, **numbers})
-            # An example is a protobuf map, whose order differs between processes unless it is asked not to.
+            # By default the order of a protobuf map differs between processes, so shards would have different bytes.
             yield serializer.get_tf_example(row).SerializeToString(deterministic=True)
 
 
@@ -262,28 +274,28 @@ def _refuse_repeated(tasks: list[_Task]) -> None:
     if len(names) < len(ids):
         repeated = names[counts > 1]
         raise StageError(
-            f"{len(repeated)} ids are in more than one shard, {repeated[0].decode()!r} first: a photo must be in one "
-            "split, once; mend the source"
+            f"{len(repeated)} ids are in more than one shard, such as {repeated[0].decode()!r}: remove the repeated "
+            "photos from the source"
         )
 
 
-def _describe(folder: epath.Path, name: str, ledgers: dict[str, list[dict[str, Any]]]) -> None:
-    """Writes TFDS's metadata: from here on `tfds.builder_from_directory(folder)` reads the data set.
+def _write_metadata(folder: epath.Path, name: str, ledgers: dict[str, list[dict[str, Any]]]) -> None:
+    """Writes TFDS's metadata, with which `tfds.builder_from_directory(folder)` reads the data set.
 
-    name: of the data set. ledgers: split -> ledger of each of its shards.
+    name: name of the data set. ledgers: split -> ledger of each shard.
     """
     import tensorflow_datasets as tfds
 
     split_infos = []
-    for split, of_split in ledgers.items():
+    for split, split_ledgers in ledgers.items():
         template = tfds.core.ShardedFileTemplate(
             data_dir=folder, dataset_name=name, split=split, filetype_suffix="array_record"
         )
         split_infos.append(
             tfds.core.SplitInfo(
                 name=split,
-                shard_lengths=[ledger["photos"] for ledger in of_split],
-                num_bytes=sum(ledger["bytes"] for ledger in of_split),
+                shard_lengths=[ledger["photos"] for ledger in split_ledgers],
+                num_bytes=sum(ledger["bytes"] for ledger in split_ledgers),
                 filename_template=template,
             )
         )
@@ -293,5 +305,5 @@ def _describe(folder: epath.Path, name: str, ledgers: dict[str, list[dict[str, A
         split_infos=split_infos,
         filename_template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
         description=f"Photos of {name} with their coordinates, place names and level-20 S2 tokens.",
-        check_data=False,  # its check is by tf.data, and there is no TensorFlow here
+        check_data=False,  # the check needs TensorFlow, which is not installed
     )

@@ -1,4 +1,4 @@
-"""Pictures that stand for a photo that is gone, such as Flickr's "no longer available"."""
+"""Detects placeholders: images that replace a deleted photo, such as Flickr's "no longer available"."""
 
 import collections
 import hashlib
@@ -13,32 +13,37 @@ from geotoken_jax.preparation import PlaceholderSettings
 
 
 def looks_like(image: bytes, known: PlaceholderSettings) -> bool:
-    """Says whether an encoded image looks like a known placeholder; one that cannot be decoded does not."""
+    """Returns whether the difference hash of an encoded image is within `known.distance` bits of one of `known.hashes`.
+
+    Returns False if the image cannot be decoded. Decodes nothing if there are no hashes.
+    """
     if not known.hashes:
         return False
     try:
-        found = dhash(image)
+        image_hash = dhash(image)
     except ImageError:
         return False
-    return any((found ^ int(value, 16)).bit_count() <= known.distance for value in known.hashes)
+    return any((image_hash ^ int(value, 16)).bit_count() <= known.distance for value in known.hashes)
 
 
 def dhash(image: bytes) -> int:
-    """Returns the difference hash of an encoded image: 64 bits, whether each pixel of a 9 x 8 gray thumbnail is darker
-    than the one to its right, from the top left on, the highest bit first. Raises ImageError if it cannot be decoded.
+    """Returns the difference hash of an encoded image, of 64 bits. Raises ImageError if it cannot be decoded.
+
+    A bit is 1 if a pixel of the 9 x 8 gray thumbnail is darker than its right neighbor. The highest bit is for the top
+    left pixel; the others follow row by row.
     """
-    # 72 pixels suffice to shrink from, so a large JPEG is decoded at 1/8 of its size.
+    # Sides of 72 pixels are enough for the thumbnail, and let a large JPEG be decoded at 1/8 of its size.
     gray = open_image(image, min_side=72).convert("L").resize((9, 8), Image.Resampling.BOX)
     pixels = np.asarray(gray)
     return int.from_bytes(np.packbits(pixels[:, :-1] < pixels[:, 1:]).tobytes())
 
 
 def identical(sizes: Int[np.ndarray, " n"], read: Callable[[int], bytes], limit: int) -> Bool[np.ndarray, " n"]:
-    """Says which files have the same bytes as more than `limit - 1` others.
+    """Returns a mask of the files whose bytes occur in more than `limit` files.
 
-    sizes: of the files, in bytes. read: returns a file by its number. Only files whose size more than `limit` of them
-    have are read, size by size: of 4 million photos of 5 to 300 KB a size has 14 on average, so that with a limit of
-    100 hardly more than the placeholders themselves are.
+    sizes: file sizes in bytes. read: returns the bytes of a file, given its number. A file is read only if more than
+    `limit` files have its size. Among 4 million photos of 5 to 300 KB, 14 have the same size on average, so a limit of
+    100 reads hardly any file but placeholders.
     """
     same = np.zeros(len(sizes), bool)
     order = np.argsort(sizes, kind="stable")
@@ -46,6 +51,6 @@ def identical(sizes: Int[np.ndarray, " n"], read: Callable[[int], bytes], limit:
     for start, count in zip(first[counts > limit], counts[counts > limit], strict=True):
         group = order[start : start + count]
         digests = [hashlib.sha256(read(int(n))).digest() for n in group]
-        among = collections.Counter(digests)
-        same[group] = [among[digest] > limit for digest in digests]
+        occurrences = collections.Counter(digests)
+        same[group] = [occurrences[digest] > limit for digest in digests]
     return same

@@ -1,4 +1,4 @@
-"""One tar in parts, read in place: the parts in order are the tar, and a member or a header may lie across two."""
+"""Reads one tar that is split into parts, without joining them. A member or a header may span two parts."""
 
 import bisect
 import itertools
@@ -10,14 +10,14 @@ from etils import epath
 
 from geotoken_jax.workdir import StageError
 
-#: Most bytes read at a time. A header's own length field must not decide how much memory is taken.
+#: Most bytes per read, so that the length field of a damaged header cannot use up the memory.
 MAX_READ = 1 << 26
-#: Zeros after the last member; GNU tar writes up to 20 blocks of them.
+#: Most bytes of zeros that may follow the last member; GNU tar writes up to 20 blocks (10 KiB).
 _MAX_END = 1 << 20
 
 
 class Parts:
-    """Files laid end to end, as one file to read (`read`, `seek`, `tell`); each is opened when it is first reached."""
+    """The parts as one file with `read`, `seek` and `tell`. Each part is opened when it is first read."""
 
     def __init__(self, paths: Sequence[epath.Path]):
         self.paths = list(paths)
@@ -46,9 +46,12 @@ class Parts:
         return self._position
 
     def read(self, length: int) -> bytes:
-        """Returns up to `length` bytes, fewer at the end only. Raises StageError if they are more than MAX_READ."""
+        """Returns `length` bytes, fewer at the end of the last part. Raises StageError if `length` exceeds MAX_READ."""
         if length > MAX_READ:
-            raise StageError(f"{self.where(self._position)} asks for {length:,} bytes: the tar is damaged there")
+            raise StageError(
+                f"{self.where(self._position)} has a header for {length:,} bytes, which is not possible: the tar is "
+                "damaged there; download this part again"
+            )
         end = min(self._position + length, self.length)
         pieces = []
         while self._position < end:
@@ -59,13 +62,16 @@ class Parts:
             file.seek(self._position - self._starts[part])
             piece = file.read(min(end, self._starts[part + 1]) - self._position)
             if not piece:
-                raise StageError(f"{self.where(self._position)} is gone: the file changed while it was read")
+                raise StageError(
+                    f"{self.where(self._position)} is missing, because the file became shorter while it was read: "
+                    "restore the file and run the same command again"
+                )
             pieces.append(piece)
             self._position += len(piece)
         return b"".join(pieces)
 
     def where(self, position: int) -> str:
-        """Returns the place that a position is at, for messages."""
+        """Returns the path of the part and the byte in it for a position, as text for messages."""
         part = self._part(min(position, self.length - 1))
         return f"{self.paths[part]} at byte {position - self._starts[part]:,}"
 
@@ -74,9 +80,9 @@ class Parts:
 
 
 def find_header(parts: Parts, start: int, end: int) -> int:
-    """Returns the first place in [start, end) where a header seems to be, by its checksum; `end` if there is none.
+    """Returns the first position in [start, end) of a block with a header's checksum, or `end` if there is none.
 
-    It may be the second header of a member that has more, or lie in the data of one: see `members`.
+    The block is not always the first header of a member: it can be a second header, or part of a member's data.
     """
     position = -(-start // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
     parts.seek(position)
@@ -91,11 +97,11 @@ def find_header(parts: Parts, start: int, end: int) -> int:
 
 
 def members(parts: Parts, start: int = 0) -> Iterator[tarfile.TarInfo]:
-    """Yields the members of a tar in order, reading their headers alone (ustar, GNU and pax).
+    """Yields the members of a tar in order. Reads only headers (ustar, GNU and pax).
 
-    start: where the first header is. From a member that a whole reading has, all the others follow as they do there.
-    The last may be cut short: then its data end after the parts do. Raises StageError where something else than a
-    header follows a member: the tar is damaged, or a part is missing or of a wrong size.
+    start: position of a header. If it is the first header of a member, the members are the same as in a read from 0.
+    If the tar is cut short, the last member's data end beyond the last part. Raises StageError if no header follows a
+    member: the tar is damaged, or a part is missing or has a wrong size.
     """
     offset = start
     try:
@@ -104,7 +110,7 @@ def members(parts: Parts, start: int = 0) -> Iterator[tarfile.TarInfo]:
             if tar.offset <= offset:
                 raise tarfile.ReadError("a member of negative size")
             offset = tar.offset
-            tar.members.clear()  # tarfile keeps every one, 1 KB each  # pyright: ignore[reportAttributeAccessIssue]
+            tar.members.clear()  # tarfile stores each member, 1 KB  # pyright: ignore[reportAttributeAccessIssue]
             yield info
     except (tarfile.TarError, ValueError, LookupError, RecursionError) as error:
         if offset <= parts.length:  # else the last member is cut short
@@ -112,7 +118,7 @@ def members(parts: Parts, start: int = 0) -> Iterator[tarfile.TarInfo]:
         return
     parts.seek(offset)
     rest = parts.length - offset
-    # A header cut short is like a member cut short: what is before it is whole.
+    # A header cut short at the end is no error, like a member cut short: all members before are complete.
     if rest >= tarfile.BLOCKSIZE and (rest > _MAX_END or parts.read(rest).strip(b"\0")):
         raise _damaged(parts, offset, "no header there")
 
@@ -126,7 +132,7 @@ def member(parts: Parts, offset: int) -> tarfile.TarInfo:
 
 
 def data(parts: Parts, info: tarfile.TarInfo) -> bytes:
-    """Returns the data of a member, of MAX_READ bytes at most."""
+    """Returns a member's data. Raises StageError if it has more than MAX_READ bytes."""
     parts.seek(info.offset_data)
     return parts.read(info.size)
 
@@ -138,6 +144,6 @@ def _open(parts: Parts, offset: int) -> tarfile.TarFile:
 
 def _damaged(parts: Parts, offset: int, why: str) -> StageError:
     return StageError(
-        f"the tar cannot be read on from {parts.where(offset)} ({why}): this part, or one before it, is damaged or "
-        "not whole; get it again and compare its size with the distributor's"
+        f"the tar cannot be read from {parts.where(offset)} on ({why}): this part or one before it is damaged or "
+        "incomplete; compare their sizes with the distributor's and download the wrong one again"
     )

@@ -1,4 +1,4 @@
-"""The last part of the stage `index`: records of what the decoder reads of each photo, joined by row numbers."""
+"""Last step of the stage `index`: one record per photo for training the decoder."""
 
 import numpy as np
 
@@ -11,13 +11,16 @@ _SHARD = 1 << 20
 
 
 def run(config: Config, workdir: Workdir) -> list[Manifest]:
-    """Makes tokens/: one fixed-layout record a photo (records.token_layout), in the order of its split's table."""
+    """Makes tokens/: one record per photo (records.token_layout), in the order of its split's table.
+
+    A record contains the photo's row, its tokens and the gallery rows of its neighbors.
+    """
     stage = workdir.begin(config, "tokens", (), ["neighbors"])
     if stage.manifest:
         return [stage.manifest]
     neighbors = workdir.manifest("neighbors")
-    kept = neighbors.settings["index"]["neighbors"]["count"]
-    layout = records.token_layout(kept)
+    count = neighbors.settings["index"]["neighbors"]["count"]
+    layout = records.token_layout(count)
     for split, photos in neighbors.counts.items():
         table = workdir.table(split)
         rows, _ = workdir.neighbors(split)
@@ -30,4 +33,4 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
                 "neighbors": rows[part],
             }
             records.write_shard(records.shard_path(stage.path, split, shard, shards), layout.encode(columns))
-    return [stage.finish(neighbors.counts, neighbors=kept)]
+    return [stage.finish(neighbors.counts, neighbors=count)]

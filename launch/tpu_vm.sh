@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# A slice of spot TPU VMs: NAME=... ZONE=... TYPE=... IMAGE=... NFS=host:/share launch/tpu_vm.sh COMMAND...
-# Asks for the slice, runs COMMAND on all its workers, and does both again where the slice is taken away (RESTARTS
-# times). It stays when COMMAND has ended: gcloud compute tpus queued-resources delete NAME --zone=ZONE --force
+# Runs COMMAND on a slice of spot TPU VMs:
+# NAME=... ZONE=... TYPE=... IMAGE=... NFS=host:/share launch/tpu_vm.sh COMMAND...
+# Requests the slice and runs COMMAND on all its workers. If the slice is taken away, it does both again, up to RESTARTS
+# times (100 by default). The slice remains after COMMAND. To delete it:
+# gcloud compute tpus queued-resources delete NAME --zone=ZONE --force
 set -uo pipefail
 slice=(gcloud compute tpus queued-resources)
 state() { "${slice[@]}" describe "$NAME" --zone="$ZONE" --format='value(state.state)' 2>/dev/null; }
@@ -13,7 +15,7 @@ for ((i = 0; i <= ${RESTARTS:-100}; i++)); do
       --runtime-version="${RUNTIME:-v2-alpha-tpuv5-lite}" --spot || exit
     until now=$(state) && [[ $now == ACTIVE ]]; do
       sleep "${POLL:-60}"
-      [[ $now != @(FAILED|SUSPENDED) ]] || continue 2 # taken away before it was there
+      [[ $now != @(FAILED|SUSPENDED) ]] || continue 2 # taken away before it became active
     done
   fi
   gcloud compute tpus tpu-vm ssh "$NAME" --zone="$ZONE" --worker=all \
@@ -21,7 +23,7 @@ for ((i = 0; i <= ${RESTARTS:-100}; i++)); do
     tee /dev/stderr | grep 'tpu_worker.sh: ended with 2$' >/dev/null
   codes=("${PIPESTATUS[@]}")
   ((codes[0])) || exit 0
-  ((codes[2])) || exit 2 # refused: gcloud's own status does not say which one the command had
-  echo "launch/tpu_vm.sh: goes on where it was" >&2
+  ((codes[2])) || exit 2 # refused; read from the output, because gcloud does not return the command's status
+  echo "launch/tpu_vm.sh: starts again" >&2
 done
 exit 1

@@ -1,4 +1,4 @@
-"""Tiny checkpoint folders of CLIP and SigLIP 2 as Hugging Face publishes them; parameters are drawn from a seed."""
+"""Makes tiny checkpoint folders of CLIP and SigLIP 2 in Hugging Face's layout, with random parameters from a seed."""
 
 import json
 import pathlib
@@ -51,7 +51,7 @@ def images():
 
 
 def write(folder: pathlib.Path, kind: str, shapes: dict[str, list[int]]) -> pathlib.Path:
-    """Writes a whole folder; shapes: of its tensors."""
+    """Writes a checkpoint folder. shapes: name -> shape of each tensor."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIGS[kind]))
     (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSORS[kind]))
@@ -72,7 +72,7 @@ def parameters(shapes):
 
 
 def _clip_tokenizer(folder):
-    """Bytes as letters, no merges, in the two files that older checkpoints have."""
+    """Writes a vocabulary of bytes as letters, without merges, in the two files of older checkpoints."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = [chr(code) for code in plain] + [chr(256 + n) for n in range(256 - len(plain))]
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
@@ -82,7 +82,7 @@ def _clip_tokenizer(folder):
 
 
 def _gemma_tokenizer(folder):
-    """Lower-case letters, other characters as bytes."""
+    """Writes a vocabulary of lower-case letters, with other characters as bytes."""
     marks = ["<pad>", "<eos>", "<bos>", "<unk>"]
     tokens = [*marks, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdefghijklmnopqrstuvwxyz"]
     model = tokenizers.models.BPE(

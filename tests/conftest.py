@@ -1,4 +1,4 @@
-"""A test session of its own: eight CPU devices, an empty home folder, and a temporary working directory per test."""
+"""Gives tests eight CPU devices, an empty home folder per session, and a temporary working directory per test."""
 
 import os
 import shutil
@@ -12,12 +12,12 @@ from absl import flags
 from tests import isolation
 
 ROOT = Path(__file__).parents[1]
-#: Files that take more than half a minute of a CPU, the longest first.
+#: Test files that take more than half a minute of a CPU, the longest first.
 LONGEST = ("test_end_to_end", "test_pod", "test_killed")
 _before = pytest.StashKey[dict[str, int]]()
 _session = pytest.StashKey[Path]()
 
-# grain reads absl flags, which nothing parses here.
+# grain reads absl flags, which nothing parses in tests.
 flags.FLAGS.mark_as_parsed()
 
 
@@ -38,7 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts the files that take longest first: one of them alone at the end would leave a worker idle."""
+    """Puts the slowest test files first: as the last one, a slow file would run while the other worker is idle."""
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
@@ -68,7 +68,7 @@ def _away_from_the_repository(tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 @pytest.fixture(autouse=True)
 def _own_folder_and_environment(tmp_path: Path) -> Iterator[None]:
-    """Runs a test in its temporary folder, and takes back what it changes in the environment."""
+    """Runs a test in its temporary folder, and undoes its changes of the environment."""
     folder, environment = os.getcwd(), dict(os.environ)
     os.chdir(tmp_path)
     yield

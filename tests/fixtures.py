@@ -1,4 +1,4 @@
-"""A tiny decoder in each of its forms, and batches for it."""
+"""A tiny decoder in each architecture, and batches for it."""
 
 import jax
 import jax.numpy as jnp
@@ -38,11 +38,11 @@ def settings(form: str, **changes) -> ModelSettings:
 
 
 def model(form: str, **changes) -> GeoTokenModel:
-    """Returns a model with random parameters far from their beginnings, so that every part of it matters."""
+    """Returns a model with random parameters far from their initial values, so that every part affects the output."""
     s = settings(form, **changes)
     graph, state = nnx.split(nnx.eval_shape(lambda: GeoTokenModel(s, nnx.Rngs(0))))
     rng = np.random.default_rng(1)
-    scale = {"scale": (1.0, 0.2), "kernel": (0.0, 0.4)}  # of norms and of linear layers; of anything else (0, 0.5)
+    scale = {"scale": (1.0, 0.2), "kernel": (0.0, 0.4)}  # of norms and linear layers; others have (0, 0.5)
 
     def values(path, variable):
         mean, deviation = scale.get(path[-1], (0.0, 0.5))
@@ -52,7 +52,7 @@ def model(form: str, **changes) -> GeoTokenModel:
 
 
 def task(s: ModelSettings, where: str = "host", mesh=None) -> GeoTokenTask:
-    """Returns the task with the paper's weights, and the gallery where it is said to be."""
+    """Returns the task with the paper's loss weights. where: placement of the gallery."""
     return GeoTokenTask(s, LossSettings(2.0, 1.0), placement.lookup(placement.GallerySettings(where), mesh))
 
 

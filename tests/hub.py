@@ -1,7 +1,7 @@
-"""A stand-in for the Hugging Face hub: its API, as far as pushing and loading a model asks for it, over one folder.
+"""A stand-in for the Hugging Face hub over one folder. It has the part of the API that pushing and loading a model use.
 
-It speaks to the real huggingface_hub, which HF_ENDPOINT sends here. Files of 100 bytes or more go the way of large
-files (LFS). Who has TOKEN may write; anybody may read what is not in `gated`.
+The real huggingface_hub connects to it by HF_ENDPOINT. Files of 100 bytes or more are uploaded as large files (LFS).
+Only requests with TOKEN may write; all may read what is not in `gated`.
 """
 
 import base64
@@ -35,7 +35,7 @@ class Hub(http.server.ThreadingHTTPServer):
         self.fetched: list[str] = []
 
     def commit(self, model: str, files: dict[str, bytes]) -> None:
-        """Adds a commit with these files in place of those of their names."""
+        """Adds a commit with these files, which replace files of the same names."""
         tree = dict(self.commits[model][-1][1]) if self.commits.get(model) else {}
         for name, data in files.items():
             tree[name] = hashlib.sha256(data).hexdigest()
@@ -43,7 +43,7 @@ class Hub(http.server.ThreadingHTTPServer):
         self.commits.setdefault(model, []).append((f"{len(self.commits.get(model, [])) + 1:040x}", tree))
 
     def environment(self, home: Path, token: str | None = None) -> dict[str, str]:
-        """Returns the environment of a process that takes this for the hub. home: with its cache."""
+        """Returns the environment of a process that uses this hub. home: folder of its cache."""
         found = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
         found |= {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "JAX_PLATFORMS": "cpu"}
         return found | ({"HF_TOKEN": token} if token else {})

@@ -1,4 +1,4 @@
-"""Keeps a test session apart from the machine: its environment, its home folder, and a look at what it leaves behind.
+"""Isolates a test session from the machine's environment and home folder, and finds files that it leaves behind.
 
 conftest.py uses it; it imports nothing that reads the environment.
 """
@@ -6,12 +6,12 @@ conftest.py uses it; it imports nothing that reads the environment.
 import os
 from pathlib import Path
 
-#: Variables that programs used here read settings, credentials or folders from.
+#: Prefixes of variables from which programs read settings, credentials or folders.
 PREFIXES = (
     "AWS_", "CLOUDSDK_", "FSSPEC_", "GCSFS_", "GEOTOKEN_", "GOOGLE_", "HF_", "HUGGINGFACE_", "HYPOTHESIS_", "JAX_",
     "LIBTPU_", "SLURM_", "TF_", "TFDS_", "TPU_", "TRANSFORMERS_", "WANDB_", "XDG_", "XLA_",
 )  # fmt: skip
-#: Folders of the repository that tools write to while tests run: no test has business there.
+#: Folders of the repository that tools write to during a session; tests must not use them.
 TOOLS = {
     ".git", ".venv", ".torch", ".beam", ".tools", ".onnx", ".tensorflow", ".tpu", ".pytest_cache", ".ruff_cache",
     "__pycache__", "site", "build", "dist",
@@ -19,7 +19,7 @@ TOOLS = {
 
 
 def xla_flags(devices: int) -> str:
-    """Returns XLA_FLAGS of a process with so many CPU devices, which compiles fast and waits long for others."""
+    """Returns XLA_FLAGS for a number of CPU devices, with fast compilation and long timeouts."""
     # Tests compile far longer than they run. Without LLVM's optimizations a gradient takes 2.9 s instead of 6.4 s, and
     # without the emitters of fusions in MLIR a run of tests/pod.py takes 37 s of CPU instead of 52 s.
     # Eight devices that meet on two busy cores may be minutes apart, and XLA ends the process after 40 s of waiting.
@@ -62,5 +62,5 @@ def listing(root: Path) -> dict[str, int]:
 
 
 def changes(before: dict[str, int], after: dict[str, int]) -> list[str]:
-    """Returns the paths that one listing has and the other has not, or has with another time, sorted."""
+    """Returns the sorted paths that are in only one listing, or have another time."""
     return sorted({name for name, _ in before.items() ^ after.items()})

@@ -1,4 +1,4 @@
-"""One training run as a process of its own, for tests that start several or kill it: python -m tests.pod JSON."""
+"""Runs one training in a process, for tests that start several or kill one: python -m tests.pod JSON."""
 
 import json
 import os
@@ -59,7 +59,7 @@ class Read:
 
 
 class Marked(GeoTokenTask):
-    """Says in the metrics which photos a batch had, and in which order."""
+    """Logs a number that identifies a batch's photos and their order."""
 
     def loss(self, model, batch, key):
         loss, found = super().loss(model, batch, key)
@@ -70,7 +70,7 @@ class Marked(GeoTokenTask):
 def run(
     folder: Path, mesh: tuple[int, int, int], where: str, steps: int, *, accumulate: int = 1, evaluate_every: int = 5
 ) -> loop.Result:
-    """Trains a tiny decoder with dropout on the mesh, in `folder`; where: the gallery lies."""
+    """Trains a tiny decoder with dropout on the mesh, in `folder`. where: placement of the gallery."""
     model = fixtures.settings("ours", decoder_layers=1, dropout=0.1)
     gallery_settings = placement.GallerySettings(where)
     options = loop.TrainSettings(
@@ -98,7 +98,7 @@ def run(
 
 
 def lines(folder: Path) -> list[dict]:
-    """Returns the whole lines of metrics."""
+    """Returns the complete lines of metrics."""
     return [
         json.loads(line)
         for line in (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -113,12 +113,12 @@ def sequence(folder: Path, *names: str) -> np.ndarray:
     return np.array([[line[name] for name in names] for line in found])
 
 
-#: What the sequence of steps is compared by: `batch` says which photos, in which order.
+#: Logged values by which runs are compared. `batch` identifies the photos and their order.
 LOSSES = ("train/loss", "train/batch", "train/gradient_norm")
 
 
 def start(processes: int, devices: int = 8, module: str = "tests.pod", **options) -> list[subprocess.Popen]:
-    """Starts a run over so many processes with so many devices in all; module: what reads the options."""
+    """Starts a run in a number of processes that share the devices. module: program that reads the options."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"

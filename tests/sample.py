@@ -1,4 +1,4 @@
-"""A small set of photos, and the stages that make features of it."""
+"""A small set of photos, and the stages that compute features of it."""
 
 import dataclasses
 import io
@@ -39,7 +39,7 @@ class Sample:
 
 
 def prepared(path: Path) -> Path:
-    """Makes photos/ as of somebody else: one of them is none, and nobody looked."""
+    """Makes photos/ without checking images, so that one unreadable photo is in it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(images, "fault", lambda image: "")
         photos.make(workdir.begin(path, "photos", {}, inputs=()), Sample(), workers=1, max_dropped=0.0)

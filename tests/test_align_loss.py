@@ -1,4 +1,4 @@
-"""The contrastive losses: against the formula written out, on one device and on many, and who is whose negative."""
+"""The contrastive losses: against the written-out formula, on one device and on several; the choice of negatives."""
 
 import functools
 
@@ -72,7 +72,7 @@ def test_photos_of_one_target_are_no_negatives_of_each_other():
     b = B.at[2].set(B[0])
     a = A.at[2].set(A[0])
     loss, _ = info_nce(a, b, key=APART.at[2].set(APART[0]))
-    # Rows 0 and 2 see each seven others less their twin; any other row sees both.
+    # Rows 0 and 2 have seven others minus each other as negatives; any other row has both as negatives.
     unit = lambda x: x / jnp.linalg.norm(x, axis=1, keepdims=True)  # noqa: E731
     logits = np.asarray(jnp.exp(SCALE) * unit(a) @ unit(b).T, float)
     logits[0, 2] = logits[2, 0] = -np.inf
@@ -148,7 +148,7 @@ def test_in_chunks_on_any_mesh_it_is_the_plain_loss(sizes, chunk, with_queue, ki
     found = graded(functools.partial(align_loss.ours, chunk=chunk), kind, with_queue, mesh_of(*sizes))
     wanted = plainly(kind, with_queue)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-        # InfoNCE knows no bias, and the plain gradient by it is the sum of what should cancel.
+        # InfoNCE does not depend on the bias, so its gradient is a sum of terms that cancel up to rounding.
         np.testing.assert_allclose(one, other, rtol=2e-5, atol=1e-6)
     assert np.any(found[1][2]) == with_queue
 

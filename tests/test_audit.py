@@ -1,4 +1,4 @@
-"""The audits on a small world: three countries, photos that resemble their country's, and a leak of each kind."""
+"""The audits on a small synthetic world: three countries with similar photos each, and one leak of each kind."""
 
 import html.parser
 import json
@@ -24,11 +24,11 @@ from geotoken_jax.predict import decode
 from geotoken_jax.stages import audit, baselines, predict
 from tests import fixtures
 
-#: Country -> continent, and the place around which its photos are.
+#: Country -> continent, and the center of its photos.
 WORLD = {"Japan": ("Asia", 35, 139), "France": ("Europe", 47, 2), "Brazil": ("South America", -10, -50)}
 NASTY = "</script><b>x"
 SPLITS = {"train": 20, "validation": 4, "test": 4}
-#: Photos of test, by what they share with which gallery photo (its row).
+#: Property that a test photo shares with a gallery photo -> row of the test photo, row of the gallery photo.
 SHARED = {"author": (0, 5), "coordinates": (1, 7), "image": (2, 25), "id": (3, 9)}
 
 
@@ -71,7 +71,7 @@ def world():
 
 
 def images():
-    """Returns split -> embeddings [n, 3, C] of the photos that have any: all but the second of train."""
+    """Returns split -> embeddings [n, 3, C] of its photos with features: all but the second photo of train."""
     rng = np.random.default_rng(1)
     kinds = rng.normal(size=(3, 3, fixtures.C))
     found = {
@@ -156,7 +156,7 @@ def made(tmp_path_factory, config):
 
 
 class Nested(html.parser.HTMLParser):
-    """Reads a page as a browser does: elements must nest, ids be there once, and nothing be fetched."""
+    """Reads a page as a browser does. Elements must nest, ids must be unique, and nothing may be fetched."""
 
     def __init__(self, page):
         super().__init__()
@@ -220,7 +220,7 @@ def test_the_gallery_is_counted_where_it_is_although_photos_has_one_more(figures
         continent: 4 for continent, _, _ in WORLD.values()
     }
     assert density["largest_cells"][0]["photos"] <= 20 and density["cells"] >= 3
-    # France's photos name no country: a gallery photo nearby does.
+    # France's photos have no country name: the nearest gallery photo provides it.
     assert figures["coverage"]["named_by_nearest"] == {
         "test": {"named": 4, "unknown": 0},
         "validation": {"named": 0, "unknown": 0},
@@ -235,7 +235,7 @@ def test_photos_are_counted_by_their_distance_to_the_gallery(made, figures):
     assert [b["photos"] for b in found["bins"][:3]] == [(km <= 1).sum(), ((km > 1) & (km <= 25)).sum(), (km > 25).sum()]
     assert found["bins"][0]["photos"] >= 1  # the one at a gallery photo's coordinates
     top1 = next(m for m in found["bins"][1]["methods"] if m["variant"] == "top1_neighbor")
-    assert top1["accuracy"][3]["value"] > 0.8  # neighbors are of the same country
+    assert top1["accuracy"][3]["value"] > 0.8  # neighbors are in the same country
 
 
 def test_without_its_region_a_photo_finds_no_neighbor_there(made, figures):
@@ -263,7 +263,7 @@ def test_nothing_left_out_gives_the_answers_of_predictions(made, masked, monkeyp
 
     monkeypatch.setattr(decode.Decoder, "__call__", decoder)
     placed = masked(rows, np.arange(59))
-    assert numbers == rows.tolist()  # which decide a photo's samples
+    assert numbers == rows.tolist()  # the numbers seed a photo's samples
     for variant, coordinates in zip(("top1_neighbor", "geotoken"), placed, strict=True):
         lines = [json.loads(line) for line in (made / f"predictions/{variant}/test.jsonl").read_text().splitlines()]
         wanted = [(lines[row]["latitude"], lines[row]["longitude"]) for row in rows]

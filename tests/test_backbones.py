@@ -1,4 +1,4 @@
-"""A checkpoint folder as a backbone: transformers' features, the same in any batch and on any mesh; what is refused."""
+"""A checkpoint folder as a backbone: features equal those of transformers, in any batch and on any mesh; errors."""
 
 import concurrent.futures
 import json

@@ -1,4 +1,4 @@
-"""Bad input, of which every kind ends as a drop with its reason or as one clear error, and touches nothing else."""
+"""Bad input: each kind ends as a drop with its reason or as one clear error, and changes nothing else."""
 
 import dataclasses
 import io
@@ -21,12 +21,12 @@ from geotoken_jax import records, workdir
 from tests.test_sources import exif, jpeg, write_files
 
 KEPT = "kept"
-#: The columns of every CSV here, and a row whose longitude is beyond 90: columns are not swapped.
+#: The header of every CSV here, and a row whose longitude is beyond 90, so columns do not count as swapped.
 HEADER, GOOD = b"id,latitude,longitude,author\n", b"good.jpg,35.7,139.7,me\n"
 
 
 def make(path: Path, source: Source) -> workdir.Manifest:
-    """Runs the stage, and asserts that it leaves everything else alone whether it ends well or not."""
+    """Runs the stage, and asserts that it changes no other file, whether it succeeds or not."""
     before = everything_but_work(path)
     stage = workdir.begin(path / "work", "photos", {"photos": {}}, inputs=())
     try:
@@ -44,7 +44,7 @@ def everything_but_work(path: Path) -> dict[Path, bytes]:
 
 
 def a_folder(path: Path, files: dict[str, bytes], table: bytes | None) -> Folder:
-    """A folder with files beside it that nothing may read or change."""
+    """A folder with files beside it that the stage must not read or change."""
     write_files(path, {"x.jpg": jpeg("blue"), "data/x.jpg": jpeg("blue")})
     write_files(path / "data" / "in", {"good.jpg": jpeg(exif=exif(1, 2)), **files})
     if table is not None:
@@ -54,7 +54,7 @@ def a_folder(path: Path, files: dict[str, bytes], table: bytes | None) -> Folder
 
 
 def check(path: Path, source: Source, expected: str, good: int = 1) -> None:
-    """Asserts that beside the good photos one more is KEPT, or dropped for the expected reason."""
+    """Asserts that the good photos are accepted, and that one more is KEPT, or dropped for the expected reason."""
     manifest = make(path, source)
     assert manifest.dropped == ({} if expected == KEPT else {expected: 1})
     assert sum(manifest.counts.values()) == good + (expected == KEPT)
@@ -152,7 +152,7 @@ def test_coordinates(tmp_path, kind):
     text, expected = NUMBERS[kind]
     table = HEADER + GOOD + f"bad.jpg,{text},me\n".encode()
     source = a_folder(tmp_path, {"bad.jpg": jpeg()}, table)
-    if expected != "malformed row":  # whose id is not known, so its image has no row either
+    if expected != "malformed row":  # such a row has no id, so its image also counts as one without metadata
         return check(tmp_path, source, expected)
     assert make(tmp_path, source).dropped == {expected: 1, "no metadata": 1}
 
@@ -205,18 +205,18 @@ TABLES: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "has no column id"),
     "semicolons": ((HEADER + GOOD).replace(b",", b";"), "separated by ';': save it separated by commas"),
     "tabs": ((HEADER + GOOD).replace(b",", b"\t"), r"separated by '\\t'"),
-    "a missing column": (b"id,latitude,lon\n" + GOOD, "has no column longitude: its header must name it"),
+    "a missing column": (b"id,latitude,lon\n" + GOOD, "has no column longitude: add it or rename one"),
     "no header": (GOOD + BAD, "has no column id"),
     "a column twice": (b"id,latitude,longitude,latitude\n" + GOOD, "more than one column latitude"),
     "a quote left open": (HEADER + b'"' + GOOD + BAD + GOOD, "a quote in line 2 that does not close there"),
     "a quote that the next row closes": (HEADER + GOOD + b'"' + BAD + b'"' + GOOD, "a quote in line 3"),
-    "a quote open in the header": (b'"' + HEADER + GOOD, "mend line 1"),
+    "a quote open in the header": (b'"' + HEADER + GOOD, "fix line 1"),
     "UTF-16": ((HEADER + GOOD).decode().encode("utf-16"), "is not UTF-8 text"),
     "a JPEG": (PHOTO, "is not UTF-8 text"),
     "a line without an end": (HEADER + b"x" * (2 << 20), "has a line 2 of 1,048,576 characters or more"),
     "swapped columns": (
         HEADER + b"good.jpg,139.7,35.7,me\n" + BAD,
-        r"swapped: 1 of 2 rows, that of 'good.jpg' in line 2 \(latitude 139.7\) first",
+        r"swapped: 1 of 2 rows .* \(the first: 'good.jpg' in line 2, latitude 139.7\)",
     ),
 }
 
@@ -282,7 +282,7 @@ def test_exif(tmp_path, kind):
 
 @dataclasses.dataclass(frozen=True)
 class Zip:
-    """A member beside a good one, and what is done to the bytes of the whole."""
+    """A zip member beside a good one, and the damage done to the bytes of the zip."""
 
     expected: str
     member: str = "00/2.jpg"
@@ -292,7 +292,7 @@ class Zip:
 
 
 def directory(at: int, value: bytes) -> Callable[[bytes], bytes]:
-    """Returns what overwrites bytes of the last entry of a zip's directory."""
+    """Returns a function that overwrites bytes of the last entry in a zip's directory."""
 
     def harm(data: bytes) -> bytes:
         start = data.rindex(b"PK\x01\x02") + at

@@ -1,4 +1,4 @@
-"""Baselines on a small world: six places, whose photos look alike; each answer beside its formula written out."""
+"""Baselines on a small world of six places with similar photos each: predictions against the written-out formula."""
 
 import io
 import json
@@ -64,7 +64,7 @@ def config():
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory, config):
-    """A work directory up to neighbors/, with predictions of the variant that the others are compared with."""
+    """A work directory up to neighbors/, with predictions of the reference variant."""
     path = tmp_path_factory.mktemp("world")
     photos.make(workdir.begin(path, "photos", {"photos": {"source": "sample"}}, ()), Source(), 1, 0.0)
     rng = np.random.default_rng(0)
@@ -105,7 +105,7 @@ def path(tmp_path_factory, config):
 
 
 def answered(config, path, name, split="test"):
-    """Returns the lines of a baseline, which is made if it is not there."""
+    """Returns the lines of a baseline's predictions, which are made if they do not exist."""
     baselines.run(config, Workdir(path), name)
     return [json.loads(line) for line in (path / "predictions" / name / f"{split}.jsonl").read_text().splitlines()]
 
@@ -116,7 +116,7 @@ def off(lines):
 
 
 def check(lines, k):
-    """Holds lines to the form of predictions/: candidates best first, the first of them the answer."""
+    """Asserts the form of predictions/: candidates are sorted best first, and the first is the prediction."""
     for line in lines:
         log_p = [c["log_probability"] for c in line["candidates"]]
         assert log_p == sorted(log_p, reverse=True) and 0 < np.exp(log_p).sum() < 1.001 and len(log_p) <= k
@@ -181,16 +181,16 @@ def test_cells_are_split_until_they_hold_few_enough():
     cell = cells.of(tokens)
     counts = np.bincount(cell[cell >= 0], minlength=len(cells))
     same = [i for i in range(len(cells)) if len(np.unique(tokens[cell == i], axis=0)) == 1]
-    assert counts.min() >= 4 and counts.max() == 40 and np.delete(counts, same).max() <= 20  # 40 photos of one place
+    assert counts.min() >= 4 and counts.max() == 40 and np.delete(counts, same).max() <= 20  # one place has 40 photos
     for i in range(len(cells)):
         inside = tokens[cell == i]
-        # As coarse as can be: a cell that holds the whole of it and of its sister is too full.
+        # Cells are as coarse as possible: a cell that contains this one and its siblings has more than 20 photos.
         level = next(k for k in range(21, 0, -1) if (inside[:, :k] == inside[0, :k]).all())
         start, size = cells._starts[i], cells._stops[i] - cells._starts[i]
         depth = 20 - round(np.log(size) / np.log(4))
         assert depth <= level - 1 and start % size == 0
         assert (tokens[:, :depth] == inside[0, :depth]).all(1).sum() > 20 or depth == 0
-        # And all of its photos are its own.
+        # No other cell has photos inside this one.
         assert (tokens[:, : depth + 1] == inside[0, : depth + 1]).all(1).sum() == counts[i]
     out = tokens[cell < 0]
     assert 0 < len(out) < 100
@@ -209,7 +209,7 @@ def test_the_classifier_learns_and_is_made_once(config, path):
     assert len(lines) == 30 and (off(lines) < 25).mean() > 0.9
     manifest = workdir.read_manifest(path, "predictions/classifier")
     assert manifest.facts["cells"] == 6 and manifest.dropped == {"in a cell of fewer than min_photos": 0}
-    # Of how it runs, not of what comes out.
+    # wandb changes no result, so predictions are reused.
     changed = config.changed(dict(baselines=dict(train=dict(wandb="elsewhere"))), "")
     kept = Workdir(path)
     assert baselines.run(changed, kept, "classifier") == [manifest] and not kept.made

@@ -1,4 +1,4 @@
-"""Each network's batch: its loss takes what its specification says, and readers give it."""
+"""Batches of each network: the loss takes the batch that its specification describes, and readers yield it."""
 
 import jax
 import jax.numpy as jnp

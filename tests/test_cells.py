@@ -21,7 +21,7 @@ def named(scheme):
 
 @functools.cache
 def coordinates():
-    """20,000 uniform on the sphere, then what lies on edges: poles, date line, equator, faces' edges and corners."""
+    """20,000 points uniform on the sphere, then points at poles, date line, equator, and faces' edges and corners."""
     rng = np.random.default_rng(0)
     latitude, longitude = np.degrees(np.arcsin(rng.uniform(-1, 1, 20_000))), rng.uniform(-180, 180, 20_000)
     edges = list(itertools.product((-90, -45, -0.0, 0, 45, 90), np.arange(-180, 181, 15)))
@@ -32,7 +32,7 @@ def coordinates():
     polar = np.degrees(np.arctan(np.cos(np.radians((along + 45) % 90 - 45))))  # where |z| is the larger of |x|, |y|
     edges += [*zip(polar, along, strict=True), *zip(-polar, along, strict=True)]
     edges = np.array(edges, np.float64)
-    steps = [edges]  # and the next numbers on either side
+    steps = [edges]  # and the next numbers on both sides
     for axis, to in itertools.product((0, 1), (-np.inf, np.inf)):
         beside = edges.copy()
         beside[:, axis] = np.nextafter(beside[:, axis], to)

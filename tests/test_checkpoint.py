@@ -1,4 +1,4 @@
-"""Checkpoints: what is kept, restored on another mesh, passed over when torn; and the parameters' own file."""
+"""Checkpoints: which ones stay, restoring on another mesh, skipping damaged ones, and the file of parameters."""
 
 import logging
 import resource
@@ -85,7 +85,7 @@ def test_a_torn_checkpoint_is_passed_over_and_replaced(folder, caplog, tear):
             step, found, position = checkpoints.restore_last(abstract(state()))
         assert (step, position) == (4, {"input": {"next": 4}}) and found["params"]["a"][0, 0] == 4
         assert f"checkpoint 6 in {folder} cannot be read" in caplog.text
-        checkpoints.save(6, state(60), {"input": {"next": 6}}, 0.5)  # as training comes by again
+        checkpoints.save(6, state(60), {"input": {"next": 6}}, 0.5)  # as when training reaches step 6 again
     with Checkpoints(folder) as checkpoints:
         assert checkpoints.restore_last(abstract(state()))[1]["params"]["a"][0, 0] == 60
         assert checkpoints.best == 6
@@ -121,7 +121,7 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(folder):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     with Checkpoints(folder) as checkpoints:
-        assert checkpoints.steps == [4, 6]  # 2 went when 6 came
+        assert checkpoints.steps == [4, 6]  # 2 was deleted when 6 was written
         assert checkpoints.restore_last(abstract(state()))[0] == 6
 
 

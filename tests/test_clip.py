@@ -1,4 +1,4 @@
-"""What is CLIP's own: where a text's end is, the older files' forms, its tokens."""
+"""Parts that only CLIP has: the position of a text's end, older formats of files, and tokens."""
 
 import json
 import pathlib
@@ -62,7 +62,7 @@ def test_an_old_second_section_is_the_one_that_is_meant():
 def test_tokens_end_in_their_mark_and_fill_the_length(folder):
     tokens = Tokenizer(folder, 12, "clip")
     np.testing.assert_array_equal(tokens(checkpoints.TEXTS), GOLDEN["clip/ids"])
-    assert tokens(["a" * 200])[0, -1] == 513  # cut as published: the end is kept
+    assert tokens(["a" * 200])[0, -1] == 513  # truncated as published: the end token stays
     assert tokens([]).shape == (0, 12)
     np.testing.assert_array_equal(tokens(["e\u0301  B"]), tokens(["\u00e9 b"]))
 

@@ -1,4 +1,4 @@
-"""Every configuration is read by its modules without an error, in each of its variants; the paper's has its size."""
+"""Every configuration and each of its variants is read without an error; the paper's model has the published size."""
 
 import importlib
 import pathlib
@@ -31,7 +31,7 @@ def test_every_section_of_every_variant_is_read(name):
         changed = config.variant(variant)
         assert changed.train.steps > 0 and changed.align.train.steps > 0
         assert max(changed.model.neighbors, changed.baselines.knn.neighbors) <= changed.index.neighbors.count
-        assert changed.model.cells.level <= 20  # what features/ hold
+        assert changed.model.cells.level <= 20  # the level of tokens in features/
         for options in (changed.train, changed.align.train, changed.baselines.train):
             assert np.isfinite(float(make_schedule(options.optimizer, options.steps, 10)(options.steps)))
 
@@ -41,7 +41,7 @@ def test_a_key_that_nothing_reads_is_refused_wherever_it_is(name):
     def sections(of, where=""):
         yield where, of
         for key, value in of.items():
-            # Of these any key may be there: names, and fields of a request.
+            # These sections may have any key: names, and fields of a request.
             if isinstance(value, ConfigDict) and key not in ("variants", "experiments", "labels", "options"):
                 yield from sections(value, f"{where}.{key}")
 

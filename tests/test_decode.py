@@ -1,4 +1,4 @@
-"""Decoding: greedy, sampled and beam candidates against the teacher-forced model, and a photo's answer as JSON."""
+"""Decoding: greedy, sampled and beam candidates against the teacher-forced model, and a photo's prediction as JSON."""
 
 import dataclasses
 import itertools
@@ -30,7 +30,7 @@ SETTINGS = PredictSettings(
 
 
 class Gallery:
-    """Where neighbors are, by row."""
+    """Coordinates of neighbors, by row."""
 
     def coordinates(self, rows):
         return np.stack([rows, 2 * rows], -1).astype(np.float64)
@@ -58,7 +58,7 @@ def candidates(decoder):
 
 
 def teacher_forced(model, tokens, temperature=1.0):
-    """Returns log-probabilities [B, T, V] of one candidate a photo."""
+    """Returns log-probabilities [B, T, V] of one candidate per photo."""
     log_p = fixtures.forward(model, {**fixtures.batch(), "tokens": tokens})
     return np.asarray(jax.nn.log_softmax(log_p / temperature))
 
@@ -85,7 +85,7 @@ def test_candidates_are_drawn_with_the_times_of_their_photos():
 
 
 class Clock(Predictor):
-    """Answers with the times that it was told."""
+    """Returns the times that it gets as predictions."""
 
     batch_size, reads_time = 2, True
 
@@ -151,7 +151,7 @@ def test_log_probability_is_that_of_what_was_drawn_from(model, top_p):
         untempered, p = teacher_forced(model, tokens), np.exp(teacher_forced(model, tokens, temperature))
         falling = -np.sort(-p)
         held = np.cumsum(falling, -1)
-        fewest = 1 + (held < top_p - 1e-6).sum(-1)  # the fewest that hold top_p
+        fewest = 1 + (held < top_p - 1e-6).sum(-1)  # the smallest number of tokens with a total probability of top_p
         last = np.take_along_axis(falling, np.minimum(fewest, p.shape[-1])[..., None] - 1, -1)
         kept = np.where(p >= last, p, 0)
         outside += (p[kept == 0] > 0).sum()
@@ -207,7 +207,7 @@ def test_a_pool_says_where_everything_is(model, decoder):
     pool = decoded(decoder, fixtures.batch(), np.arange(4))
     np.testing.assert_allclose(np.stack(decoder.cells.decode(pool.candidates.tokens), -1), pool.coordinates)
     np.testing.assert_array_equal(pool.neighbor_coordinates[:, :, 1], 2 * np.arange(fixtures.M) * np.ones((4, 1)))
-    # The most probable of 24,576 cells, or of those that were not divided into them, and what is left as coarse ones.
+    # All cells together: the most probable of 24,576, and coarser cells that were not divided.
     assert (pool.distribution.probability.sum(1) > 0.999).all() and (
         pool.distribution.probability.sum(1) < 1 + 1e-5
     ).all()
@@ -222,7 +222,7 @@ def test_a_beam_may_make_the_candidates(model):
 
 
 def made_up():
-    """Two photos, four candidates, the greedy one first; the second photo has one candidate twice."""
+    """Two photos, four candidates each, the greedy one first; the second photo has one candidate twice."""
     cells = CellScheme(4, 2)
     tokens = np.array([[[0, 1, 2], [5, 0, 0], [3, 3, 3], [1, 15, 7]], [[2, 2, 2], [4, 1, 0], [2, 2, 2], [4, 1, 0]]])
     log_p = np.array([[-3.0, -1.0, -9.0, -2.0], [-4.0, -1.5, -4.0, -1.5]], np.float32)
@@ -250,7 +250,7 @@ def test_answers_merge_and_order_candidates():
     assert [c.count for c in one.candidates] == [1] * 4 and [c.count for c in two.candidates] == [2, 2]
     assert [c.log_probability for c in two.candidates] == [-4.0, -1.5]
     assert [c.probability for c in two.candidates] == [0.0183156, 0.22313]
-    # Photo 0's best under the tempered distribution is [1, 15, 7], third in the list though last in the pool.
+    # Photo 0's most probable candidate at the temperature is [1, 15, 7], third in the list, last in the pool.
     assert one.choices == {"greedy": 0, "log_probability": 2, "point": (1.5, 2.5)}
     assert two.choices == {"greedy": 0, "log_probability": 1, "point": (-3.0, 170.0)}
     assert one.cells == (Cell(3, 1.0, 1.0, 0.5), Cell(3, 1.0, 1.0, 0.25)) and two.cells == (Cell(3, 1.0, 1.0, 0.75),)

@@ -23,7 +23,7 @@ def photos():
 
 
 def _kilometers(a, b):
-    """Great-circle distances of all pairs, by the haversine: apart from the module's own way."""
+    """Great-circle distances of all pairs by the haversine formula, independent of the module."""
     a, b = np.radians(a)[:, None], np.radians(b)[None]
     h = np.sin((a - b)[..., 0] / 2) ** 2 + np.cos(a[..., 0]) * np.cos(b[..., 0]) * np.sin((a - b)[..., 1] / 2) ** 2
     return 2 * 6371.0088 * np.arcsin(np.sqrt(h))
@@ -65,7 +65,7 @@ def test_train_and_test_authors_visit_places_alike_and_test_shift_those_of_train
     assert max(len(np.unique(plan[split].place)) for split in ("train", "test")) < 500
     assert set(plan["test_shift"].place) <= set(plan["train"].place)
     train, test = (plan[split] for split in ("train", "test"))
-    # Leaving its own author out, a train photo's place is known to others as often as a test photo's is.
+    # Without the own author, train has other authors at a photo's place as often for a train photo as for a test photo.
     authors_at = {place: len(set(train.author[train.place == place])) for place in np.unique(train.place)}
     known_to_train = np.mean([authors_at[place] > 1 for place in train.place])
     known_to_test = np.mean([place in authors_at for place in test.place])
@@ -125,7 +125,7 @@ def test_too_few_photos_or_places_is_an_error_that_names_the_key(key, change):
 
 
 def _globe(height):
-    """A map whose color is the place on the sphere: continuous everywhere, also at the date line and the poles."""
+    """A map whose color is the position on the sphere: continuous everywhere, also at the date line and the poles."""
     latitude = np.radians(90 - (np.arange(height) + 0.5) / height * 180)[:, None]
     longitude = np.radians((np.arange(2 * height) + 0.5) / height * 180 - 180)[None]
     x, y = np.cos(latitude) * np.cos(longitude), np.cos(latitude) * np.sin(longitude)
@@ -150,25 +150,25 @@ def _globe(height):
 def test_every_pixel_of_a_crop_shows_its_own_coordinate(latitude, longitude):
     crop = np.asarray(earthview.render(_globe(180), latitude, longitude, 1.5, 15.0), float)
     right, down = np.meshgrid(np.arange(64) - 31.5, np.arange(64) - 31.5)
-    turn, step = np.radians(15), 1 / 1.5  # degrees a pixel
+    turn, step = np.radians(15), 1 / 1.5  # degrees per pixel
     a = np.radians(latitude - step * (down * np.cos(turn) + right * np.sin(turn)))
     b = np.radians(longitude + step * (right * np.cos(turn) - down * np.sin(turn)))
-    # Past a pole, where a > 90 degrees, its cosine is negative: the same formula is then right at longitude + 180.
+    # Past a pole a > 90 degrees, so cos(a) < 0 and the same formula is right for longitude + 180.
     truth = 127.5 + 127 * np.stack([np.cos(a) * np.cos(b), np.cos(a) * np.sin(b), np.sin(a)], -1)
     np.testing.assert_allclose(
         crop + 0.5, truth, atol=1.6
-    )  # Pillow rounds down; a step of color is 1, a pixel of the map 2.2
+    )  # Pillow rounds down; one step of color is 1, one pixel of the map is 2.2
 
 
 def test_films_show_the_same_extent():
-    """Land and sea lie alike on all three maps, which differ in pixels a degree and in color."""
+    """All three maps have land and sea at the same coordinates. They differ in pixels per degree and in color."""
     for latitude, longitude in [(41, 29), (38, 15), (55.7, 12.6)]:
         sea = []
         for film in earthview.FILMS:
             jpeg = earthview.Look(film, 1.0, 0.0, (1.0, 1.0, 1.0), 1.0, 95).photograph(latitude, longitude)
             red, _, blue = np.moveaxis(np.asarray(Image.open(io.BytesIO(jpeg)), float), -1, 0)
             sea.append((blue - red).ravel())
-        assert np.corrcoef(sea)[0, 1:].min() > 0.6  # 0.3 where one map's crop is twice as wide
+        assert np.corrcoef(sea)[0, 1:].min() > 0.6  # it is 0.3 if one map's crop is twice as wide
 
 
 def test_scatter_is_kilometers_at_any_latitude():
@@ -187,7 +187,7 @@ def test_scatter_is_kilometers_at_any_latitude():
 
 
 def test_films_are_the_maps_of_the_earth():
-    """Known land and sea, on both sides of both zero meridians, are where the coordinates say."""
+    """Known land and sea, on both sides of both zero meridians, are at the right coordinates."""
     film = earthview._film("bmng")
     assert film.shape == (2700, 5400, 3)
     for latitude, longitude, is_sea in [

@@ -1,4 +1,4 @@
-"""The stage `embed`: shards of several processes, what an interruption leaves, and texts computed once."""
+"""The stage `embed`: shards of several processes, runs after an interruption, and texts encoded once."""
 
 import concurrent.futures
 import shutil
@@ -20,13 +20,13 @@ def prepared(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
     monkeypatch.setattr(embed, "_BATCH", 4)
-    monkeypatch.setattr(embed, "_SHARD", 8)  # five of `train`, one of `validation`
+    monkeypatch.setattr(embed, "_SHARD", 8)  # five photos of `train`, one of `validation`
 
 
 def run(path, process=0, processes=1):
     with pytest.MonkeyPatch.context() as patch:
         if processes > 1:
-            patch.setenv("JAX_COORDINATOR_ADDRESS", "nobody:1")  # never spoken to
+            patch.setenv("JAX_COORDINATOR_ADDRESS", "nobody:1")  # no process connects to it
             patch.setenv("JAX_NUM_PROCESSES", str(processes))
             patch.setenv("JAX_PROCESS_ID", str(process))
         return [made.counts for made in embed.run(configuration.read(tiny.get_config()), Workdir(path))]

@@ -1,4 +1,4 @@
-"""The whole path on a tiny EarthView: made once, made again, broken off and gone on with, and used."""
+"""All stages on a tiny EarthView: run, repeated, interrupted and resumed; then the export is used."""
 
 import dataclasses
 import io
@@ -23,7 +23,7 @@ from geotoken_jax.serve import app, batching, limits
 from tests import hub, test_judge
 
 CONFIG = str(Path(__file__).with_name("tiny.py"))
-#: What a run leaves for others; event files and metrics also hold times.
+#: Files that later stages use; event files and metrics also contain times.
 RESULTS = ("*/manifest.json", "*/*/manifest.json", "*/*.safetensors", "*/*/*.safetensors", "predictions/*/*.jsonl",
            "photos/*array_record*", "features/*array_record*", "tokens/*array_record*", "gallery/*.npy",
            "neighbors/*.npy", "report/metrics.json", "export/SHA256SUMS")  # fmt: skip
@@ -61,7 +61,7 @@ def test_every_folder_of_the_path_is_there(workdir: Path):
     lines = [json.loads(line) for line in (workdir / "predictions/geotoken/test.jsonl").read_text().splitlines()]
     assert [line["id"] for line in lines] == [records.Photos(workdir / "photos", "test")[i]["id"] for i in range(40)]
     assert sum(c["count"] for c in lines[0]["candidates"]) == 6  # the greedy one and 5 samples
-    assert (workdir / "queries/train_views").exists()  # which training alone reads
+    assert (workdir / "queries/train_views").exists()  # read by training only
     assert not list(workdir.glob("predictions/*/train*"))
 
 
@@ -99,7 +99,7 @@ def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bytes(workdir: Pa
 
 
 def test_a_language_model_may_choose_too(workdir: Path, tmp_path: Path):
-    """One that takes the second candidate it is shown."""
+    """A judge that chooses the second candidate in its list."""
     for folder in ("photos", "queries", "gallery", "neighbors", "tokens", "align", "geotoken", "pools", "verifier"):
         (tmp_path / folder).symlink_to(workdir / folder)
     server = test_judge.Server(lambda body, n: test_judge.says('{"number": 2}'))
@@ -115,7 +115,7 @@ def test_a_language_model_may_choose_too(workdir: Path, tmp_path: Path):
     for line, without in zip(lines, map(json.loads, unasked), strict=True):
         order = np.argsort([-c["log_probability"] for c in line["candidates"]], kind="stable")
         assert line["choices"].pop("judge") == order[min(1, len(order) - 1)]
-        assert line == without  # and the answer, its radii and all else stay
+        assert line == without  # all other fields, such as prediction and radii, are unchanged
     report = json.loads((tmp_path / "predictions/geotoken/judge/test.json").read_text())
     assert report["photos"] == len(lines) and len(server.bodies) == report["requests"]
     validation = (tmp_path / "predictions/geotoken/validation.jsonl").read_text().splitlines()
@@ -143,7 +143,7 @@ def test_changed_settings_are_refused_by_name(workdir: Path, capsys: pytest.Capt
 def test_other_settings_than_a_trained_parts_own_are_refused(workdir, capsys, verb, key, made_with, asked):
     before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*")}
     change = [f"--config.{key}={asked}"]
-    if key == "model.scheme":  # these cells are not searched, which would be refused first
+    if key == "model.scheme":  # exact search does not support these cells, and its error would come first
         change += ["--config.predict.search.expansions=0", "--config.predict.selectors=('greedy','reward')",
                    "--config.predict.choice=greedy"]  # fmt: skip
     assert geotoken(*verb, f"--config={CONFIG}", f"--workdir={workdir}", *change) == cli.REFUSED
@@ -186,7 +186,7 @@ def test_the_exported_model_answers_as_the_work_directory_did(workdir: Path):
     for answer, line, near in zip(answers, lines, scores, strict=False):
         assert (answer.latitude, answer.longitude) == (line["latitude"], line["longitude"])
         np.testing.assert_allclose([n.score for n in answer.neighbors], near[:4], atol=1e-5)
-        # Neighbors of one score, such as two photos by one author, may come in either order.
+        # Neighbors with equal scores, such as two photos of one author, can be in any order.
         assert sorted(n.id for n in answer.neighbors) == sorted(n["id"] for n in line["neighbors"])
 
 
@@ -233,12 +233,12 @@ def test_one_photo_in_any_form_gives_one_answer(workdir: Path, photo: bytes, tmp
     forms = [str(tmp_path / "a.jpg"), tmp_path / "a.jpg", photo, image, np.asarray(image.convert("RGB"))]
     answers = [model.predict(form) for form in forms]
     assert answers[0] == answers[1] == answers[2]
-    assert answers[3] == answers[4]  # decoded at full size by the caller: a file is decoded at what a thumbnail needs
+    assert answers[3] == answers[4]  # decoded by the caller at full size; a file is decoded at thumbnail size
     for answer in model.predict([forms[0], forms[1]]):
         assert (answer.latitude, answer.longitude) == (answers[0].latitude, answers[0].longitude)
         assert [n.id for n in answer.neighbors] == [n.id for n in answers[0].neighbors]
     first = answers[0]
-    probabilities = [c.probability for c in first.candidates[1:]]  # behind the greedy one
+    probabilities = [c.probability for c in first.candidates[1:]]  # after the greedy one
     assert probabilities == sorted(probabilities, reverse=True) and 0 < sum(probabilities) <= 1.0001
     assert first.radius_km >= 0 and abs(first.latitude) <= 90
 

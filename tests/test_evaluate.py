@@ -179,7 +179,7 @@ def test_intervals_are_those_of_the_theory_and_authors_widen_them():
     expected = 1.96 * math.sqrt(0.3 * 0.7 / n)
     assert half_width(alone) == pytest.approx(expected, rel=0.1)
     authors = [f"author {i // group}" for i in range(n)]
-    same = np.where(np.arange(n) // group % 10 < 3, 5.0, 9000.0)  # all photos of an author alike
+    same = np.where(np.arange(n) // group % 10 < 3, 5.0, 9000.0)  # all photos of an author have the same distance
     scored = score([method(same)], truth_of(n, authors))
     assert scored["authors"] == n // group
     assert half_width(scored["methods"][0]) == pytest.approx(expected * math.sqrt(group), rel=0.1)
@@ -191,7 +191,7 @@ def test_differences_are_paired():
     better[300:320] = 5.0  # 2 points, on 20 photos
     scored = score([method(km), method(better, "better"), method(km, "same")], truth_of(1000))
     reference, other, _ = scored["methods"]
-    assert reference["accuracy"][1]["high"] > other["accuracy"][1]["low"]  # apart, they could be equal
+    assert reference["accuracy"][1]["high"] > other["accuracy"][1]["low"]  # the two separate intervals overlap
     difference, none = (d["accuracy"][1] for d in scored["differences"])
     assert difference["value"] == 0.02
     assert 0.01 < difference["low"] < 0.02 < difference["high"] < 0.03
@@ -224,7 +224,7 @@ def test_anybodys_files_are_compared_and_tabulated(tmp_path):
     assert "truth: percentage points above (+) or below (-) ours" in text
     assert text.replace("\n", " ").strip().endswith("10 photos have no prediction and count as wrong")
     heads = next(line for line in lines if "2,500 km" in line)
-    assert heads.index("2,500 km") + len("2,500 km") == line.rindex("100.0") + len("100.0")  # columns line up
+    assert heads.index("2,500 km") + len("2,500 km") == line.rindex("100.0") + len("100.0")  # columns are aligned
 
 
 def test_a_strict_threshold_is_outside_of_itself(tmp_path):
@@ -294,7 +294,7 @@ def test_continents_are_scored_apart(tmp_path):
 
 
 def sure(n, seed=0, exaggerated=1.0):
-    """A method that is within 25 km as often as it says, or whose odds are as they say to a power."""
+    """A method with calibrated probabilities within 25 km, or whose true odds are the stated odds to a power."""
     rng = np.random.default_rng(seed)
     p = rng.uniform(0, 1, n)
     true = p**exaggerated / (p**exaggerated + (1 - p) ** exaggerated)
@@ -309,7 +309,7 @@ def test_reliability_of_one_that_says_what_is_true_and_of_one_that_exaggerates()
     honest, boastful = (
         reliability.figures(sure(20_000, 0, power), np.zeros((20_000, 2)), False) for power in (1.0, 0.3)
     )
-    assert honest["reliability"][0] is None  # nothing is said of 1 km
+    assert honest["reliability"][0] is None  # no probability is stated within 1 km
     of = honest["reliability"][1]
     assert (of["km"], of["photos"], len(of["bins"])) == (25, 20_000, 10)
     assert of["error"] < 0.02 < 0.1 < boastful["reliability"][1]["error"]
@@ -331,7 +331,7 @@ def test_the_share_that_radii_hold_has_wilsons_interval():
     assert half["holds"]["high"] - half["holds"]["low"] == pytest.approx(
         2 * 1.96 * np.sqrt(share * (1 - share) / 400), rel=0.02
     )
-    assert most["holds"]["low"] == pytest.approx(400 / (400 + 1.96**2), abs=1e-4)  # not 1: it was 400 of 400
+    assert most["holds"]["low"] == pytest.approx(400 / (400 + 1.96**2), abs=1e-4)  # below 1, although it was 400 of 400
 
 
 def test_abstention_keeps_the_surest_and_ends_at_everything():
@@ -369,11 +369,11 @@ def test_recall_against_area_of_circles_and_of_cells(tmp_path):
     beside = np.asarray(scheme.encode(10.0, 20.0)) ^ ([0] * 10 + [1])  # of the same parent
     sibling = [10, *(float(x) for x in scheme.decode(beside))]
     cells = [
-        [[*center(10), 0.5], [*far, 0.3]],  # 81 km2, at once
-        [[*sibling, 0.6], [*center(10), 0.3]],  # after another one
-        [[0, 0, 0, 0.7], [*center(10), 0.3]],  # the small cell has more probability a km2 than its face
-        [[*far, 0.6], [-1, 0, 0, 0.4]],  # the whole Earth, past any area asked for
-        [[*far, 0.6]],  # nowhere
+        [[*center(10), 0.5], [*far, 0.3]],  # 81 km2, with the first cell
+        [[*sibling, 0.6], [*center(10), 0.3]],  # with the second cell
+        [[0, 0, 0, 0.7], [*center(10), 0.3]],  # the small cell has a higher probability per km2 than its face
+        [[*far, 0.6], [-1, 0, 0, 0.4]],  # the cell is the whole Earth, larger than any requested area
+        [[*far, 0.6]],  # never
     ]
     listed = [[dataclasses.asdict(Cell(*cell)) for cell in some] for some in cells]
     rows = [row(str(n), 10 + 10 * KM, 20, cells=some) for n, some in enumerate(listed)]

@@ -1,4 +1,4 @@
-"""Experiments: what a run makes anew and what it takes over, and the table that compares runs."""
+"""Experiments: which stages a run makes or reuses, and the table that compares runs."""
 
 import json
 
@@ -15,7 +15,7 @@ PLACES = np.array([(10.0, 10.0), (20.0, 20.0), (30.0, 30.0)])
 
 
 class Photos:
-    """Three photos by three authors, where records.Photos would read them from files."""
+    """Three photos by three authors, in place of records.Photos, which would read files."""
 
     def __init__(self, folder, split):
         del folder, split
@@ -46,7 +46,7 @@ def config(**experiments):
 
 @pytest.fixture
 def stages(monkeypatch):
-    """Stages that write little; `made` lists what they made, as folders of runs."""
+    """Stages that write small files. `made` lists the folders that they made."""
     monkeypatch.setattr(records, "Photos", Photos)
     made = []
 
@@ -117,7 +117,7 @@ def test_only_what_differs_is_made_again(tmp_path, stages):
     assert "within a distance on the sphere" in (shown := evaluate.table(results)) and "masked, faster" in shown
     made.clear()
     assert experiments.run(given, Workdir(tmp_path), "one") == results and made == []
-    # What it started from is as it was.
+    # The stage that the run started from is unchanged.
     assert json.loads((tmp_path / "tokens" / "manifest.json").read_text())["settings"] == {"data": {"seed": 0}}
 
 

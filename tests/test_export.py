@@ -1,4 +1,4 @@
-"""Exported programs run without the package, parts of an export keep what they hold, and a broken one says so."""
+"""Exports: programs run without the package, files keep their contents, and a damaged export is an error."""
 
 import dataclasses
 import json
@@ -57,7 +57,7 @@ def test_a_program_runs_without_the_package(tmp_path: Path):
     location = LocationSettings(projection="mercator", sigmas=(1.0,), fourier=4, hidden=4, out=4)
     model = AlignModel(AlignSettings(8, 0.0, 0.0, location), 6, rngs=nnx.Rngs(0))
     program = stablehlo.embedding(model, 6)
-    assert b".py" not in program  # nor the folders of who made it
+    assert b".py" not in program  # nor paths of the machine that made it
     (tmp_path / "align.stablehlo").write_bytes(program)
     (tmp_path / "standalone.py").write_bytes(Path(standalone.__file__).read_bytes())
     checkpoint.write_parameters(tmp_path / "align.safetensors", nnx.to_pure_dict(nnx.state(model)))
@@ -66,7 +66,7 @@ def test_a_program_runs_without_the_package(tmp_path: Path):
     subprocess.run([sys.executable, "-I", "-c", RUN, str(tmp_path)], check=True, timeout=300)
     found = np.load(tmp_path / "found.npy")
     found /= np.linalg.norm(found, axis=-1, keepdims=True)
-    np.testing.assert_allclose(found, embeddings(model, features).astype(np.float32), atol=0.02)  # bfloat16's
+    np.testing.assert_allclose(found, embeddings(model, features).astype(np.float32), atol=0.02)  # bfloat16's precision
 
 
 def test_a_program_of_a_model_that_reads_times_takes_them_as_unknown():
@@ -104,7 +104,7 @@ def test_a_broken_export_names_the_file(tmp_path: Path):
 
 @pytest.fixture
 def gallery(tmp_path: Path) -> Path:
-    """A table of 300 photos in two shards, whose vectors have rows of very different lengths."""
+    """A table of 300 photos in two shards, whose vectors have very different lengths."""
     rng = np.random.default_rng(0)
     for shard, n in enumerate((200, 100)):
         vectors = rng.normal(size=(n, 3, 32)) * 10.0 ** rng.integers(-3, 3, (n, 3, 1))
@@ -128,10 +128,10 @@ def test_an_int8_gallery_is_half_as_large_and_reads_as_before(gallery: Path):
     assert found.dtype == ml_dtypes.bfloat16 and found.shape == (2, 2, 3, 32)
     was, now = before[rows].astype(np.float32), found.astype(np.float32)
     scale = np.abs(was).max(-1, keepdims=True) / 127
-    # Half a step, and what bfloat16 rounds off of the sum.
+    # Half a quantization step, and the rounding of the sum to bfloat16.
     assert (np.abs(now - was) <= 0.501 * scale + np.abs(now) / 256).all()
     np.testing.assert_array_equal(after.embeddings(), after.embeddings(np.arange(300)))
-    assert sum(f.stat().st_size for f in gallery.glob("[es]*-*")) < 0.65 * size  # headers weigh here
+    assert sum(f.stat().st_size for f in gallery.glob("[es]*-*")) < 0.65 * size  # a small file has a large header
     alone = object.__new__(standalone.Model)
     alone._columns = {name: standalone._shards(gallery, name) for name in ("embeddings", "scales")}
     alone._starts = np.array([0, 200, 300])

@@ -1,6 +1,6 @@
-"""What goes wrong on a pod: noticed in time, said in a sentence, left with a status that says whether to start again.
+"""Faults on a pod: each is detected in time, reported in one sentence, and ends with the right exit status.
 
-As a program it is one process of a run that something happens to: python -m tests.test_faults JSON.
+As a program it is one process of a run with a fault: python -m tests.test_faults JSON.
 """
 
 import contextlib
@@ -29,26 +29,26 @@ from geotoken_jax.workdir import StageError
 from tests import pod
 from tests.test_train import OPTIMIZER, Interrupted, LineTask, Stopping, read
 
-#: Steps of a run here, the one that something happens before, and every how many a checkpoint is written.
+#: Steps of a run, the step before which the fault happens, and steps between checkpoints.
 STEPS, STRUCK, SAVED = 12, 7, 4
-#: Seconds that training may stand still once all is compiled; a test waits for as long.
+#: Seconds without progress after which training ends, once all is compiled; a test waits this long.
 STALLED_S = 5.0
 DAY_S = 86_400.0
 
 
 def die(folder: Path) -> None:
-    """Kills this process, once the first checkpoint is whole."""
+    """Kills this process after the first checkpoint is complete."""
     while not (folder / "checkpoints" / str(SAVED)).exists():
         time.sleep(0.01)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-#: What happens to the second process of the run in a folder.
+#: Faults of a run's second process: name -> function of the folder.
 FAULTS: dict[str, Callable[[Path], object]] = {"killed": die, "hung": lambda folder: threading.Event().wait()}
 
 
 class Struck(Stopping):
-    """A training input that takes its time; events: what happens before a batch, by its number from 1."""
+    """A training input with a delay per batch. events: number of a batch, from 1 -> function called before it."""
 
     def __init__(self, batches, events: dict[int, Callable[[], object]], delay_s: float = 0.0):
         super().__init__(batches, 0)
@@ -63,13 +63,13 @@ class Struck(Stopping):
 
 
 def hurry() -> None:
-    """Shortens the time that this process may stand still: by now all is compiled."""
+    """Shortens the time that this process may stand still, since all programs are compiled."""
     assert processes._watch
     processes._watch.settings = processes.WatchSettings(connect_s=300.0, stalled_s=STALLED_S)
 
 
 def train(folder: Path, mesh: tuple[int, int, int] = (-1, 1, 1), make_input=lambda x: x) -> None:
-    """Fits test_train's line, in as many processes as there are."""
+    """Trains the linear model of test_train, in any number of processes."""
     options = loop.TrainSettings(
         batch_size=8, accumulate=1, examples=8 * STEPS, evaluate_every=SAVED, log_every=1, seed=0, ema=0.0,
         max_skipped=0, profile=(0, 0), wandb="", optimizer=OPTIMIZER,
@@ -83,7 +83,7 @@ def train(folder: Path, mesh: tuple[int, int, int] = (-1, 1, 1), make_input=lamb
 
 
 def main() -> None:
-    """Runs with the options of the command line: the fault is the second process's, and so is a clock a day ahead."""
+    """Runs with the options of the command line. The second process has the fault, or a clock that is a day ahead."""
     options = json.loads(sys.argv[1])
     folder = Path(options["folder"])
     events: dict[int, Callable[[], object]] = {STRUCK - 1: hurry} if options["fault"] == "hung" else {}
@@ -109,7 +109,7 @@ def cleared(running: list[subprocess.Popen]) -> Iterator[list[subprocess.Popen]]
 
 
 def two(folder: Path, fault: str, delay_s: float = 0.0) -> contextlib.AbstractContextManager[list[subprocess.Popen]]:
-    """Starts a run in two processes, the second of which something happens to."""
+    """Starts a run in two processes, of which the second has a fault."""
     return cleared(pod.start(2, 2, "tests.test_faults", folder=folder, fault=fault, delay_s=delay_s))
 
 
@@ -125,7 +125,7 @@ def losses(folder: Path) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory) -> np.ndarray:
-    """The losses of a run that nothing happens to, in one process."""
+    """The losses of a run without faults, in one process."""
     folder = tmp_path_factory.mktemp("unbroken")
     train(folder)
     return losses(folder)
@@ -133,13 +133,13 @@ def unbroken(tmp_path_factory) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory) -> tuple[Path, int, str]:
-    """A run of two whose second is killed: its folder, and how the first ended."""
+    """A run in two processes whose second is killed: its folder, and the first one's exit status and output."""
     folder = tmp_path_factory.mktemp("broken")
     with two(folder, "killed") as (first, second):
         assert ended(second)[0] == -signal.SIGKILL
         began = time.monotonic()
         code, output = ended(first)
-        assert time.monotonic() - began < 60  # JAX alone: SIGABRT, after 100 s
+        assert time.monotonic() - began < 60  # JAX by itself would end with SIGABRT after 100 s
     return folder, code, output
 
 
@@ -155,8 +155,8 @@ def test_clocks_that_are_days_apart_and_a_clock_that_is_set_back_change_nothing(
     assert SAVED <= len(before) < STEPS
     np.testing.assert_allclose(before, unbroken[: len(before)], rtol=1e-5)
     true = time.time
-    monkeypatch.setattr(time, "time", lambda: true() - 2 * DAY_S)  # the checkpoint is of the day after tomorrow
-    # One process, other devices, and no batch is read again.
+    monkeypatch.setattr(time, "time", lambda: true() - 2 * DAY_S)  # the checkpoint is two days ahead of the clock
+    # Resumes in one process on other devices, and reads no batch twice.
     train(folder, make_input=lambda batches: Stopping(batches, STEPS - SAVED))
     found = losses(folder)
     assert len(found) == STEPS
@@ -171,13 +171,13 @@ def test_a_slow_worker_is_named_and_one_that_hangs_ends_all_with_where_it_was(tm
         assert code == processes.RESTART, output
         assert re.search(rf"process {i} of 2 has .*, {where}; the same command goes on", output), output
     assert f"has stood still for {STALLED_S:g} s" in outputs[second][1]
-    assert "in __next__" in outputs[second][1]  # the stack
+    assert "in __next__" in outputs[second][1]  # the stack traces
     slow = [line for line in pod.lines(tmp_path) if "slowest_process" in line][1:]  # the first step compiles
     assert len(slow) > 3 and {line["slowest_process"] for line in slow} == {1}
     assert all(0 <= line["input_wait"] < line["slowest_input_wait"] <= 1 for line in slow)
 
 
-#: One of two processes, which waits for the other for 2 s.
+#: The first of two processes; it waits 2 s for the second, which never starts.
 ALONE = """
 from geotoken_jax import processes
 with processes.watched(processes.WatchSettings(connect_s=2.0, stalled_s=300.0)):
@@ -210,7 +210,7 @@ def test_processes_that_do_not_find_each_other_end_in_one_sentence(port, i):
 
 
 def test_a_lost_first_process_ends_the_others(port):
-    """By JAX, whose service was there: no code of ours runs any more."""
+    """JAX ends them, because the first process ran its service. None of our code runs after that."""
     code = "import threading; from geotoken_jax import processes; processes.start(); print('met', flush=True)\n"
     with cleared([alone(i, port, code + "threading.Event().wait()") for i in (0, 1)]) as running:
         for process in running:
@@ -232,7 +232,7 @@ def test_a_full_disk_is_one_sentence_and_room_is_all_it_needs(tmp_path, unbroken
     sentence = rf"{tmp_path} cannot be written to \(No space left on device\): free some space there, and run the same"
     with pytest.raises(StageError, match=sentence):
         train(tmp_path, make_input=lambda batches: Struck(batches, {STRUCK: fill}))
-    assert StageError in cli._refusals()  # status 2: a restart would find the disk as full
+    assert StageError in cli._refusals()  # so it ends with status 2: a restart would find the disk full again
     kept.rename(file)
     train(tmp_path)
     np.testing.assert_allclose(losses(tmp_path), unbroken, rtol=1e-5)
@@ -240,7 +240,7 @@ def test_a_full_disk_is_one_sentence_and_room_is_all_it_needs(tmp_path, unbroken
 
 def test_a_job_shrinks_to_half_its_devices_and_grows_again(tmp_path, unbroken):
     for mesh in ((8, 1, 1), (2, 2, 1)):
-        with pytest.raises(Interrupted):  # one step past a checkpoint
+        with pytest.raises(Interrupted):  # one step after a checkpoint
             train(tmp_path, mesh, lambda batches: Stopping(batches, SAVED + 1))
     train(tmp_path, (4, 2, 1), lambda batches: Stopping(batches, STEPS - 2 * SAVED))
     found = losses(tmp_path)

@@ -1,4 +1,4 @@
-"""Counted operations against the compiler's own count."""
+"""Counted operations against the compiler's count."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from geotoken_jax.model.geotoken import GeoTokenModel
 from geotoken_jax.model.memory import Neighbors
 from tests import fixtures
 
-# Wide enough that what is no product is 1 to 1.5 %; one layer, because the compiler counts a loop's body once.
+# Wide enough that operations other than products are 1 to 1.5 %. One layer: the compiler counts a loop's body once.
 SIZES = dict(
     level=8, backbone_width=192, width=192, heads=2, feed_forward=288, neighbors=6, encoder_layers=1, decoder_layers=1
 )

@@ -1,6 +1,6 @@
-"""GeoCLIP's weights in our modules: the published formula on random ones, the way back bit for bit, and safe files.
+"""GeoCLIP's weights in our modules: the published formula with random weights, an exact export, and safe loading.
 
-tests/interop/test_geoclip.py has the trained weights, which are in a wheel of 40 MB.
+tests/interop/test_geoclip.py tests the trained weights, which are in a wheel of 40 MB.
 """
 
 import collections
@@ -88,7 +88,7 @@ def test_has_the_published_models_form(weights):
 
 
 def pth(tensors) -> bytes:
-    """Returns what torch.save writes of a dict of tensors, or of one."""
+    """Returns the bytes that torch.save writes for a dict of tensors, or for one tensor."""
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as file:
 
@@ -114,7 +114,7 @@ class Storage:
 
 
 class FloatStorage:
-    """Goes by torch's name."""
+    """Has the name of torch's class in pickles."""
 
 
 class Tensor:
@@ -128,7 +128,7 @@ class Tensor:
 
 
 def _rebuild_tensor_v2(*_):
-    """Goes by torch's name."""
+    """Has the name of torch's function in pickles."""
 
 
 FloatStorage.__module__, _rebuild_tensor_v2.__module__ = "torch", "torch._utils"
@@ -136,7 +136,7 @@ FloatStorage.__module__, _rebuild_tensor_v2.__module__ = "torch", "torch._utils"
 
 @pytest.fixture
 def as_torch(monkeypatch):
-    """Lets the pickler find what goes by torch's names."""
+    """Makes these classes available to the pickler under torch's names."""
     for name, member in (("torch", FloatStorage), ("torch._utils", _rebuild_tensor_v2)):
         monkeypatch.setitem(sys.modules, name, type(sys)(name))
         setattr(sys.modules[name], member.__name__, member)
@@ -203,7 +203,7 @@ def test_a_check_past_the_tolerance_exits_with_1(monkeypatch, wheel, weights, tm
 
 
 class Trap:
-    """Leaves a file behind where it is unpickled."""
+    """Writes a file if it is unpickled."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -270,7 +270,7 @@ def test_what_cannot_be_begun_with_is_refused(wheel, tmp_path):
 
 
 def clip_of(folder: pathlib.Path, width: int, kind: str = "clip") -> pathlib.Path:
-    """Writes a tiny checkpoint folder whose embeddings are of this width."""
+    """Writes a tiny checkpoint folder whose embeddings have this width."""
     with np.load(pathlib.Path(__file__).parent / "golden" / "backbones.npz") as golden:
         shapes = json.loads(str(golden[f"{kind}/shapes"]))
     projections = ("visual_projection.weight", "text_projection.weight")
@@ -283,7 +283,7 @@ def clip_of(folder: pathlib.Path, width: int, kind: str = "clip") -> pathlib.Pat
 
 @pytest.fixture
 def published(folder, weights):
-    """GeoCLIP's files with a gallery of 40 places; two of them lie close together."""
+    """GeoCLIP's files with a gallery of 40 places, of which two are close to each other."""
     at = np.random.default_rng(2).uniform((-80, -180), (80, 180), (40, 2))
     at[7] = at[3] + [0.1, 0.1]
     weights["logit_scale"][...] = 1.5

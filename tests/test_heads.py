@@ -1,4 +1,4 @@
-"""The alignment model and its task: form, dropout by argument, what the losses keep, and that a few steps align."""
+"""The alignment model and its task: architecture, dropout by argument, state of the losses, and a short training."""
 
 from typing import Any
 
@@ -156,7 +156,7 @@ KEY = jax.random.key(0)
 
 
 def photos(rows):
-    """A batch of photos that are told apart by their latitude, a tenth of a degree a row."""
+    """A batch of photos with different latitudes, a tenth of a degree per row."""
     image, text = np.random.default_rng(0).normal(size=(2, 40, 24)).astype(np.float32)[:, rows]
     return {"image": image, "text": text, "coordinates": np.stack([rows / 10, rows * 0], 1).astype(np.float32)}
 
@@ -186,7 +186,7 @@ def test_a_queue_holds_the_last_photos_and_is_resumed_bit_for_bit(tmp_path, queu
 
 def test_photos_of_the_past_are_negatives(queued):
     state, _ = run(queued, queued.init(KEY), (0,))
-    empty = jax.tree.map(jnp.copy, state)  # a step takes its state's memory
+    empty = jax.tree.map(jnp.copy, state)  # a copy, because a step reuses the memory of its state
     empty["constants"]["queue"] *= jnp.nan
     (_, alone), (_, beside) = run(queued, empty, (1,)), run(queued, state, (1,))
     assert float(beside["location_loss"]) > float(alone["location_loss"]) + 0.01

@@ -1,4 +1,4 @@
-"""An export goes to the hub and comes back from there: the real client, a stand-in for the hub."""
+"""An export is pushed to the hub and loaded from it, with the real client and a stand-in for the hub."""
 
 import json
 import shutil
@@ -52,7 +52,7 @@ def server() -> Iterator[hub.Hub]:
 
 
 def run(server: hub.Hub, home: Path, *calls: list[str], token: str | None = None, **more: str) -> list[str]:
-    """Returns what calls of functions of geotoken_jax.predict.hub return, or say, in a process of their own."""
+    """Returns the results or messages of functions of geotoken_jax.predict.hub, called in another process."""
     environment = server.environment(home, token) | more
     done = subprocess.run(
         [sys.executable, "-c", RUN, json.dumps(calls)], env=environment, capture_output=True, text=True, timeout=300
@@ -66,10 +66,10 @@ def test_a_pushed_export_comes_back_by_its_name(server: hub.Hub, folder: Path, t
     push = ["push", str(folder), NAME]
     [refused] = run(server, tmp_path / "writer", push)
     assert refused.startswith("refused: the hub refuses someone/geotoken (401): log in with")
-    # What is there is not sent again.
+    # A second push uploads no file again.
     assert run(server, tmp_path / "writer", push, push, token=hub.TOKEN) == [f"{server.url}/{NAME}"] * 2
     assert len(server.puts) == len(set(server.puts)) == 3
-    assert set(server.commits[NAME][-1][1]) == {*FILES, "SHA256SUMS"}  # and not the manifest
+    assert set(server.commits[NAME][-1][1]) == {*FILES, "SHA256SUMS"}  # the manifest is not uploaded
     first = server.commits[NAME][1][0]
     server.commit(NAME, {"of others.bin": b"x" * 500})
     found, at_first = run(server, tmp_path / "reader", ["located", NAME], ["located", NAME, first])
@@ -77,7 +77,7 @@ def test_a_pushed_export_comes_back_by_its_name(server: hub.Hub, folder: Path, t
         **FILES, "SHA256SUMS": (folder / "SHA256SUMS").read_bytes(),
     }  # fmt: skip
     assert "of others.bin" not in server.fetched and Path(at_first).name == first != Path(found).name
-    # Without a network, from the cache.
+    # Loads from the cache without a network.
     assert run(server, tmp_path / "reader", ["located", NAME], HF_ENDPOINT="http://127.0.0.1:9") == [found]
 
 
@@ -90,7 +90,7 @@ def test_a_file_that_was_cut_short_is_noticed_and_fetched_again(server: hub.Hub,
     server.commit(NAME, files)  # pushed again
     [found] = run(server, tmp_path, ["located", NAME])
     assert (Path(found) / large).read_bytes() == files[large]
-    (Path(found) / large).resolve().write_bytes(b"numbers" * 99)  # here, in the cache
+    (Path(found) / large).resolve().write_bytes(b"numbers" * 99)  # damages the file in the local cache
     refused, again = run(server, tmp_path, ["located", NAME], ["located", NAME])
     assert refused.startswith(f"refused: {NAME}: {large} does not match") and again == found
     assert (Path(found) / large).read_bytes() == files[large]
@@ -134,4 +134,4 @@ def test_a_folder_that_is_there_wins(tmp_path: Path):
 
     (tmp_path / "runs" / "demo").mkdir(parents=True)
     assert located("runs/demo").resolve() == tmp_path / "runs" / "demo"
-    assert str(located("no/such/folder")) == "no/such/folder"  # not a name on the hub either
+    assert str(located("no/such/folder")) == "no/such/folder"  # not a valid name on the hub either

@@ -1,4 +1,4 @@
-"""Search: exact against numpy, ScaNN against exact, shards against the whole, and an index not good enough."""
+"""Search: exact against numpy, ScaNN against exact, shards against the whole gallery, and an index below its recall."""
 
 import dataclasses
 import shutil
@@ -63,7 +63,7 @@ def test_scann_reaches_the_recall_by_searching_more_leaves(searched):
     found, scores = built.search(x[::10], 15)
     wanted, exactly = index.exact(x, x[::10], 15)
     assert index.recall(found, wanted) > 0.98
-    np.testing.assert_allclose(scores[:, 0], exactly[:, 0], atol=2e-3)  # they are scored again in bfloat16
+    np.testing.assert_allclose(scores[:, 0], exactly[:, 0], atol=2e-3)  # they are computed again in bfloat16
 
 
 def test_results_are_in_order_of_score_then_row(searched):
@@ -80,7 +80,7 @@ def test_opening_an_index_says_nothing(searched, capfd):
 
 def test_scann_built_again_in_another_process_finds_the_same(tmp_path, monkeypatch):
     pytest.importorskip("scann")
-    # Samples, which are the same too: of 667 rows in each of three shards.
+    # The training samples are the same too: 667 rows in each of three shards.
     code = """if True:
         import sys
         from geotoken_jax.gallery import index
@@ -112,7 +112,7 @@ def test_shards_searched_exactly_are_the_whole(tmp_path):
 
 
 class Recorded:
-    """Vectors that remember which slices were asked for, and break off at one of them."""
+    """Vectors that record which slices are read, and fail at one of them."""
 
     def __init__(self, values, last=None):
         self.values, self.last, self.asked = values, last, []
@@ -138,7 +138,7 @@ def test_an_interrupted_build_goes_on_at_the_missing_shard(kind, tmp_path):
     with pytest.raises(FileNotFoundError):
         index.load(tmp_path / "broken", threads=1)
     half = tmp_path / "broken" / "00001-of-00003" / "index.json"
-    half.unlink()  # as if it had been broken off while this shard was written
+    half.unlink()  # as after an interruption while this shard was written
     resumed = Recorded(x)
     built = index.build(resumed, settings, tmp_path / "broken")
     assert resumed.asked[:2] == [(667, 1334), (1334, 2001)]
@@ -170,7 +170,7 @@ def test_missing_results_are_marked(searched):
     x, built, _ = searched
     rows, scores = built.search(x[:3], 2500)
     assert (rows[:, 2000:] == -1).all() and np.isneginf(scores[rows == -1]).all()
-    assert all(sorted(row[row >= 0]) == list(range(2000)) for row in rows)  # all there are, from however many leaves
+    assert all(sorted(row[row >= 0]) == list(range(2000)) for row in rows)  # all rows, from however many leaves
 
 
 def test_a_bad_index_is_an_error(tmp_path):

@@ -1,4 +1,4 @@
-"""Tests see nothing of the machine they run on, and a session that leaves something in the repository fails."""
+"""Tests do not see the machine's environment, and a session that leaves files in the repository fails."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ import pytest
 from tests import isolation
 
 ROOT = Path(__file__).parents[1]
-#: Tests of another repository: what they find there, and one that writes where it may not.
+#: Tests for another repository: one checks its environment, one writes where it must not.
 TESTS = """
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The judge against a server of the test's own: one that answers well, badly, slowly, or not at all."""
+"""The judge against a test server that answers well, badly, slowly or not at all."""
 
 import base64
 import io
@@ -25,14 +25,14 @@ SECTION = dict(
     base_url="", model="looker", splits=("test",), answer="choose", candidates=3, side=48, options=dict(),
     timeout_s=5.0, attempts=2, concurrent=4, price_in=2.0, price_out=10.0, key_variable="",
 )  # fmt: skip
-#: Candidates of every photo. The first two are one; by falling log-probability they are listed as 3, 0, 2, 4.
+#: Candidates of every photo. The first two are equal. In order of falling log-probability the list is 3, 0, 2, 4.
 COORDINATES = np.array([[10.0, 20.0], [10.0, 20.0], [-33.5, 151.25], [48.85837, 2.29448], [70.0, -150.0]])
 LOG_P = np.array([-2.0, -2.0, -4.0, -1.0, -9.0], np.float32)
 LISTED = [3, 0, 2, 4]
 
 
 def pool(b: int) -> Pool:
-    """The neighbors of a photo are three, of which the last is but filling."""
+    """A photo has three neighbors, of which the last is padding."""
     log_p = np.tile(LOG_P, (b, 1))
     return Pool(
         candidates=Candidates(np.zeros((b, 5, 4), np.int32), log_p, log_p),
@@ -47,7 +47,7 @@ def pool(b: int) -> Pool:
 
 
 def photo(number: int) -> bytes:
-    """A gray photo whose shade is its number, with everything in its file that must not travel."""
+    """A gray photo whose gray value is its number. Its file contains metadata that must not be sent."""
     image, exif, file = Image.new("RGB", (96, 64), (8 * number,) * 3), Image.Exif(), io.BytesIO()
     exif[0x010E] = "SECRET-PLACE"
     exif.get_ifd(0x8825)[1] = "N"
@@ -66,7 +66,7 @@ def image_in(body: dict) -> Image.Image:
 
 
 def says(text, finish="stop", **message):
-    """Returns what a server answers: status, headers, body."""
+    """Returns a server's response: status, headers, body."""
     choice = {"message": {"role": "assistant", "content": text, **message}, "finish_reason": finish}
     body = {"choices": [choice], "usage": {"prompt_tokens": 1000, "completion_tokens": 10}}
     return 200, {"Content-Type": "application/json"}, json.dumps(body).encode()
@@ -77,7 +77,7 @@ def refuses(status, **headers):
 
 
 class Server(ThreadingHTTPServer):
-    """Answers as `behave(body, n)` says, n counting requests; None: it hangs up amid the answer."""
+    """Responds with behave(body, n), where n counts requests. For None it closes the connection amid a response."""
 
     daemon_threads = True
     request_queue_size = 64
@@ -107,7 +107,7 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(data)
         except BrokenPipeError:
-            pass  # whoever asked has gone
+            pass  # the client has closed the connection
 
     def log_message(self, *args):
         pass
@@ -115,7 +115,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def serve():
-    """Returns a function that starts a server; all of them are ended."""
+    """Returns a function that starts a server. All servers are stopped at the end."""
     servers = []
 
     def start(behave):
@@ -132,7 +132,7 @@ def serve():
 
 @pytest.fixture
 def nowhere():
-    """An address where nobody listens."""
+    """An address without a server."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         yield f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
@@ -143,7 +143,7 @@ def options(url: str, **changes) -> JudgeSettings:
 
 
 def ask(judge: Judge, b: int, first: int = 0):
-    """Asks for b photos; where the judge does not answer, candidate 4 does."""
+    """Returns the judge's choices for b photos, or candidate 4 if the judge fails."""
     numbers = range(first, first + b)
     return judge([f"photo-{n}" for n in numbers], [photo(n) for n in numbers], pool(b), np.full(b, 4))
 
@@ -338,12 +338,12 @@ def test_a_400_for_another_reason_leaves_the_schema_in_use(serve, file):
 
 
 def test_answers_are_in_the_order_of_photos_however_they_come(serve, file):
-    meet = threading.Barrier(4, timeout=10)  # four requests at a time, or none is answered
+    meet = threading.Barrier(4, timeout=10)  # passes only if four requests run at the same time
 
     def behave(body, n):
         meet.wait()
         number = number_in(body)
-        time.sleep(0.02 * (3 - number % 4))  # the first is the last
+        time.sleep(0.02 * (3 - number % 4))  # the first request is answered last
         return says(json.dumps({"number": 1 + number % 3}))
 
     server = serve(behave)
@@ -357,7 +357,7 @@ def test_a_second_start_asks_only_for_what_got_no_reply(serve, file):
     judge = Judge(options(first.url), file)
     assert ask(judge, 4).tolist() == [0, 4, 4, 2]
     with file.open("a") as f:
-        f.write('{"id": "photo-4", "pla')  # the crash
+        f.write('{"id": "photo-4", "pla')  # a line cut short by a crash
     second = serve(lambda body, n: says('{"number": 1}'))
     judge = Judge(options(second.url), file)
     assert ask(judge, 5).tolist() == [0, 4, 3, 2, 3]
@@ -392,7 +392,7 @@ def test_a_hopeless_endpoint_ends_in_one_sentence_and_answers_are_kept(serve, no
     message = str(raised.value)
     assert "HTTP 404" in message and "not today" in message and server.url in message and str(file) in message
     assert "\n" not in message and message.count(". ") == 0
-    assert 23 <= len(server.bodies) <= 27  # in flight when the twentieth failed
+    assert 23 <= len(server.bodies) <= 27  # requests in flight when the twentieth failed still count
     asked = len(server.bodies)
     with pytest.raises(StageError):
         ask(judge, 1, first=30)

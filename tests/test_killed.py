@@ -1,4 +1,4 @@
-"""Training that is killed at any moment, again and again."""
+"""Training that is killed at random moments, again and again."""
 
 import os
 import random
@@ -24,7 +24,7 @@ def test_it_ends_as_an_unbroken_run_to_the_bit(tmp_path, kills):
         while process.poll() is None and (not file.exists() or file.stat().st_mtime_ns == before):
             assert time.monotonic() - began < 120
             time.sleep(0.01)
-        time.sleep(rng.uniform(0.0, 0.5))  # about the time of 6 steps, two of them with a checkpoint
+        time.sleep(rng.uniform(0.0, 0.5))  # about the duration of 6 steps, two of them with a checkpoint
         if process.poll() is not None:
             break
         os.killpg(process.pid, signal.SIGKILL)

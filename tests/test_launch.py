@@ -1,4 +1,4 @@
-"""The scripts and manifests of launch/: what they name is there, and those that can run here do."""
+"""The scripts and manifests of launch/: files and keys that they name exist, and scripts that can run here work."""
 
 import contextlib
 import os
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
 MANIFESTS = sorted(LAUNCH.glob("*.yaml"))
-#: Steps of the training that scripts are given here, and after how many it is broken off.
+#: Steps of the training that scripts run here, and steps after which it is interrupted.
 STEPS, BROKEN = 40, 3
 
 
@@ -61,7 +61,7 @@ def train(folder: str, pause: str) -> None:
 
 
 def start(*command: str | Path, **environment: str) -> subprocess.Popen:
-    """Starts a command in the repository, with one CPU device a process and nothing kept of what is compiled."""
+    """Starts a command in the repository, with one CPU device per process and no cache of compiled programs."""
     own = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_", "SLURM_", "TPU_"))}
     own |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | environment
     return subprocess.Popen(command, cwd=ROOT, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -77,7 +77,7 @@ def training(folder: Path, pause: float = 0.0) -> list[str]:
 
 
 def wait_for_steps(folder: Path, steps: int) -> None:
-    """Returns when so many steps have been logged in all, over all restarts."""
+    """Waits until a number of steps has been logged in total, over all restarts."""
     file, began = folder / "metrics.jsonl", time.monotonic()
     while not file.exists() or len(pod.lines(folder)) < steps:
         assert time.monotonic() - began < 240
@@ -92,7 +92,7 @@ def losses(folder: Path) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
-    """The losses of two processes that nothing interrupts."""
+    """The losses of two processes without an interruption."""
     folder = tmp_path_factory.mktemp("unbroken")
     code, output = finish(start(LAUNCH / "processes.sh", "2", *training(folder)))
     assert code == 0, output
@@ -139,7 +139,7 @@ def rendered(manifest: Path) -> list[dict]:
 
 
 def jobs(manifest: Path) -> list[dict]:
-    """Returns the Jobs of a manifest, those that a JobSet makes among them."""
+    """Returns the Jobs of a manifest, including the Jobs of a JobSet."""
     found = []
     for document in rendered(manifest):
         parts = document["spec"].get("replicatedJobs", [{"template": document}])
@@ -151,7 +151,7 @@ def arguments(manifest: Path) -> list[list[str]]:
     return [c["args"] for job in jobs(manifest) for c in job["spec"]["template"]["spec"]["containers"]]
 
 
-#: What a JobSet has around its Jobs, of what is used here: from v1alpha2 of config/components/crd/bases in
+#: Schema of the parts of a JobSet around its Jobs that are used here, from v1alpha2 of config/components/crd/bases in
 #: github.com/kubernetes-sigs/jobset (0.10 or later).
 JOBSET = {
     "apiVersion": {"const": "jobset.x-k8s.io/v1alpha2"},
@@ -181,7 +181,7 @@ JOBSET = {
 
 
 def schema(short: dict | list) -> dict:
-    """Returns the JSON schema of which JOBSET is short: every key is one that is known."""
+    """Returns the JSON schema for the short form in JOBSET, which allows no other keys."""
     if isinstance(short, list):
         return {"type": "array", "items": schema(short[0])}
     if short.keys() & {"const", "enum", "type"}:
@@ -210,7 +210,7 @@ def test_a_jobset_knows_its_coordinator_and_what_to_do_after_75(manifest: Path):
     assert int(variables["JAX_NUM_PROCESSES"]) == job["spec"]["completions"] == job["spec"]["parallelism"]
     codes = job["spec"]["podFailurePolicy"]["rules"][0]["onExitCodes"]
     assert (codes["values"], codes["containerName"]) == ([cli.REFUSED, cli.PREEMPTED], container["name"])
-    # What Kubernetes says of a Job that such a rule ends, which the JobSet's rules go by.
+    # Kubernetes's message about a Job that such a rule ends. The JobSet's rules match this message.
     says = "Container geotoken for pod default/geotoken-workers-0-0-x failed with exit code {} matching FailJob rule"
     refused, other = document["spec"]["failurePolicy"]["rules"]
     (pattern,) = refused["onJobFailureMessagePatterns"]
@@ -240,7 +240,7 @@ def test_the_environment_says_which_process_of_how_many_this_is(variables: dict[
 
 
 def stubs(folder: Path, **texts: str) -> str:
-    """Puts programs of these names first, which run in `folder`; returns the PATH."""
+    """Puts programs of these names first in PATH, to be run in `folder`. Returns the PATH."""
     for name, text in texts.items():
         (folder / name).write_text(f"#!/usr/bin/env bash\ncd {folder}\n{text}\n")
         (folder / name).chmod(0o755)
@@ -249,7 +249,7 @@ def stubs(folder: Path, **texts: str) -> str:
 
 @pytest.mark.parametrize("status", [0, cli.REFUSED])
 def test_a_slice_that_is_taken_away_is_asked_for_again(tmp_path: Path, status: int):
-    """By a `gcloud` that refuses the first slice, takes the second away, and runs a worker's script in the third."""
+    """Uses a `gcloud` that refuses the first slice, takes the second away, and runs a worker's script in the third."""
     path = stubs(
         tmp_path,
         gcloud="""echo "$4" >>calls
@@ -276,7 +276,7 @@ def test_a_slice_that_is_taken_away_is_asked_for_again(tmp_path: Path, status: i
 
 
 def test_what_xpk_starts_hears_that_it_is_to_end(tmp_path: Path):
-    """By an `xpk` that starts a command as its containers do (1.16.0), in a shell that hands SIGTERM on to one more."""
+    """Uses an `xpk` that starts a command as in its containers (1.16.0), in a shell that passes SIGTERM on."""
     path = stubs(
         tmp_path,
         xpk=f"""cd {ROOT}
@@ -291,12 +291,12 @@ def test_what_xpk_starts_hears_that_it_is_to_end(tmp_path: Path):
     (tmp_path / "train").write_text(f"trap 'exit {cli.PREEMPTED}' TERM\necho begun\nsleep 60 & wait $!\n")
     script = start(LAUNCH / "xpk.sh", "bash", f"{tmp_path}/train", PATH=path, **variables)
     assert script.stdout and script.stdout.readline() == "begun\n"
-    script.terminate()  # xpk.sh has become xpk
+    script.terminate()  # xpk.sh was replaced by xpk
     assert script.wait(30) == cli.PREEMPTED
 
 
 def test_jaxlib_knows_every_flag_of_the_environment():
-    """The flags of a GPU too: one list serves all of XLA, and an unknown one aborts."""
+    """Includes the flags for GPUs: all builds of XLA share one list, and an unknown flag aborts."""
     program = "import os, jax; jax.devices(); print(os.environ['XLA_FLAGS'], os.environ['JAX_COMPILATION_CACHE_DIR'])"
     kept = {"ACCELERATOR": "cuda", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
     code, output = finish(start(LAUNCH / "run.sh", sys.executable, "-c", program, **kept))
@@ -324,13 +324,13 @@ def test_processes_end_with_the_first_failure(tmp_path: Path, restarts: str, ask
 
 
 def test_two_processes_go_on_after_a_preemption_as_if_there_had_been_none(tmp_path: Path, unbroken: np.ndarray):
-    """One of them is told to end, as by a cloud that takes its host away."""
+    """One of them gets SIGTERM, as on a host that is taken away."""
     script = start(LAUNCH / "processes.sh", "2", *training(tmp_path, 0.3), RESTARTS="1")
     wait_for_steps(tmp_path, BROKEN)
     children = Path(f"/proc/{script.pid}/task/{script.pid}/children").read_text().split()
     os.kill(int(children[1]), signal.SIGTERM)
     code, output = finish(script)
-    assert code == 0 and output.count("begins again") == 1 and "is saved at step" in output, output
+    assert code == 0 and output.count("starts again") == 1 and "is saved at step" in output, output
     np.testing.assert_array_equal(losses(tmp_path), unbroken)
 
 
@@ -342,7 +342,7 @@ def test_four_processes_end_with_75_when_the_script_is_asked_and_go_on(tmp_path:
         if expected:
             script.terminate()
         code, output = finish(script)
-        assert code == expected and "begins again" not in output, output
+        assert code == expected and "starts again" not in output, output
     np.testing.assert_allclose(losses(tmp_path), unbroken, rtol=1e-4)
 
 
@@ -376,7 +376,7 @@ PartitionName=high Nodes=ALL PriorityTier=2 PreemptMode=OFF State=UP
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A cluster of one node, of this user, where a job of the partition `high` preempts one of `low`."""
+    """A cluster of one node for this user, in which jobs of the partition `high` preempt jobs of `low`."""
     if not all(shutil.which(name) for name in ("sbatch", "slurmctld", "slurmd", "munged", "mungekey")):
         pytest.skip("SLURM is not installed (apt-get install slurm-wlm munge)")
     folder = tmp_path_factory.mktemp("slurm")
@@ -424,7 +424,7 @@ def submit(slurm: dict[str, str], *arguments: str) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("tasks", [2, 4])
 def test_slurm_requeues_a_preempted_job_which_goes_on(tmp_path, slurm, unbroken, tasks):
-    """Of two tasks by the signal that comes before the time is up, of four by a job of more importance."""
+    """Two tasks get the signal before the time limit; four tasks are preempted by a job of higher priority."""
     folder, log = tmp_path / "run", tmp_path / "log"
     job = submit(
         slurm, "--nodes=1", f"--ntasks-per-node={tasks}", "--cpus-per-task=1", "--gres=none", f"--output={log}",

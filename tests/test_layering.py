@@ -1,4 +1,4 @@
-"""Who may import whom: the ranks of the house, read from the source of every module."""
+"""Which modules may import which: ranks of modules, checked in the source of each module."""
 
 import ast
 import pathlib
@@ -26,7 +26,7 @@ RANKS = {
     "workdir_commands": 11,
     "commands": 12,
     "cli": 13,
-    "__init__": 14,  # the public face
+    "__init__": 14,  # the public API
 }
 
 
@@ -52,8 +52,8 @@ def imports(tree: ast.AST, in_functions: bool = True) -> list[str]:
 
 
 def allowed(unit: str, other: str) -> bool:
-    """Says whether a part of geotoken_jax may import another."""
-    if unit == "train" and other in ("data", "align", "model"):  # the loop is handed its task
+    """Returns whether a part of geotoken_jax may import another."""
+    if unit == "train" and other in ("data", "align", "model"):  # the training loop gets its task as an argument
         return False
     return unit == other or RANKS.get(other, 99) < RANKS[unit] or RANKS.get(other) == RANKS[unit] == 0
 

@@ -1,4 +1,4 @@
-"""Gated feed-forward, normalized attention logits, and which kernel computes attention."""
+"""Gated feed-forward, normalized attention logits, and the choice of the attention kernel."""
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ def test_normalized_queries_and_keys_bound_the_logits_whatever_the_input():
         for found, length in ((q, 3.0), (k, 1.0)):
             mean_square = (np.asarray(found, np.float32) ** 2).mean(-1)
             np.testing.assert_allclose(np.sqrt(mean_square), length, rtol=1e-2)
-    assert np.abs(np.asarray(v, np.float32)).max() > 100  # values keep their size
+    assert np.abs(np.asarray(v, np.float32)).max() > 100  # values are not normalized
 
 
 def test_gated_and_normalized_on_a_mesh_is_what_it_is_on_one_device():
@@ -59,7 +59,7 @@ def test_gated_and_normalized_on_a_mesh_is_what_it_is_on_one_device():
         params = jax.tree.map(jax.device_put, nnx.to_pure_dict(state), sharding.shardings(state, mesh))
         nnx.replace_by_pure_dict(state, params)
         found.append(gradients(state, *jax.device_put((x, memory, lengths), sharding.batch_sharding(mesh))))
-    for kernel, split in (("gate", (8, 12)), ("up", (8, 12)), ("down", (12, 8))):  # of 16 x 24, over fsdp and tensor
+    for kernel, split in (("gate", (8, 12)), ("up", (8, 12)), ("down", (12, 8))):  # 16 x 24, over fsdp and tensor
         assert params["feed_forward"][kernel]["kernel"].addressable_shards[0].data.shape == split
     for one, eight in zip(*(jax.tree.leaves(part) for part in found), strict=True):
         assert np.any(one)

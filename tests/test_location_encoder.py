@@ -1,4 +1,4 @@
-"""The location encoder: its projections against pyproj and by symmetry, what is trained, and precision."""
+"""The location encoder: projections against pyproj and by symmetry, trained parameters, and precision."""
 
 import jax
 import jax.numpy as jnp

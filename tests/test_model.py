@@ -1,4 +1,4 @@
-"""The decoder in all its forms: what it may see, and that every way to compute it agrees."""
+"""The decoder in all its architectures: which inputs each output depends on, and equal results of all computations."""
 
 import dataclasses
 
@@ -61,7 +61,7 @@ def test_a_token_never_changes_what_came_before_it(form):
 @EVERY_FORM
 def test_no_gradient_flows_from_the_future(form):
     model, batch = fixtures.model(form), fixtures.batch()
-    # No neighbor has the photo's token anywhere: in a tied table the photo's rows are then its own.
+    # No neighbor contains the photo's tokens, so with a tied table only the photo itself uses their rows.
     sizes = np.array(model.settings.cells.vocab_sizes)
     batch["neighbor_tokens"] = ((batch["tokens"] + 5) % sizes)[:, None].repeat(fixtures.M, 1)
     one = {name: value[:1] for name, value in batch.items()}
@@ -100,7 +100,7 @@ def test_photos_and_candidates_do_not_see_each_other(form):
     order = np.array([2, 0, 3, 1])
     moved = {name: value[order] for name, value in batch.items()}
     close(fixtures.forward(model, moved), fixtures.forward(model, batch)[order])
-    # The second candidate changes, and the first one's numbers stay.
+    # Another second candidate does not change the first one's logits.
     others = {**batch, "tokens": batch["tokens"][[0, 2, 2, 3]]}
     close(fixtures.stepwise(model, others)[0, 0], fixtures.stepwise(model, batch)[0, 0])
 
@@ -134,7 +134,7 @@ def test_hidden_neighbors_are_as_if_they_had_not_been_found():
     assert left.count[0] == 0 and 2.8 < left.count[1:].mean() < 3.2
     for row, n in enumerate(left.count[:50]):
         order = np.asarray(left.tokens[row, :n, 0])
-        assert (np.diff(order) > 0).all() and (order < 4).all()  # in their order, and real ones
+        assert (np.diff(order) > 0).all() and (order < 4).all()  # in the original order, without padding
         np.testing.assert_array_equal(left.embeddings[row, :n, 0, 0], 10.0 * order)
 
 
@@ -147,7 +147,7 @@ def test_without_neighbor_tokens_they_are_ignored():
 
 
 def gate(form, bias):
-    """Returns a model whose copy head's gate stands open or shut, whatever the decoder's state."""
+    """Returns a model whose copy head's gate is constant, open or closed by the bias."""
     model = fixtures.model(form)
     model.copy.gate.kernel[...] = jnp.zeros_like(model.copy.gate.kernel[...])
     model.copy.gate.bias[...] = jnp.full_like(model.copy.gate.bias[...], bias)
@@ -158,13 +158,13 @@ def gate(form, bias):
 def test_with_an_open_gate_the_next_tokens_of_agreeing_neighbors_come_out(form):
     batch = fixtures.batch()
     found = np.exp(fixtures.forward(gate(form, 40.0), batch))
-    # Photo 0 has three neighbors; at position t those from t - 1 on still agree with its first t tokens.
+    # Photo 0 has three neighbors. At position t, neighbors from t - 1 on agree with its first t tokens.
     for t in range(4):
         agreeing = batch["neighbor_tokens"][0, max(t - 1, 0) :, t]
         assert set(np.flatnonzero(found[0, t] > 1e-9)) == set(agreeing)
         if len(set(agreeing)) == 1:
             assert found[0, t, agreeing[0]] == pytest.approx(1, abs=1e-6)
-    # Position 1: neighbor 0 says another token than the others; the weights are those of the copy head's attention.
+    # At position 1, neighbor 0 has another token than the others; the weights are the copy head's attention.
     assert 0 < found[0, 1, batch["neighbor_tokens"][0, 0, 1]] < 1
 
 
@@ -173,8 +173,8 @@ def test_where_no_neighbor_agrees_it_is_the_plain_softmax(form):
     batch = fixtures.batch()
     wide, shut = fixtures.forward(gate(form, 40.0), batch), fixtures.forward(gate(form, -1e4), batch)
     assert batch["neighbor_count"][3] == 0
-    np.testing.assert_array_equal(wide[3], shut[3])  # no neighbors at all
-    np.testing.assert_array_equal(wide[2, 2:], shut[2, 2:])  # one, which agrees with the first token and no more
+    np.testing.assert_array_equal(wide[3], shut[3])  # the photo has no neighbors
+    np.testing.assert_array_equal(wide[2, 2:], shut[2, 2:])  # its one neighbor agrees only with the first token
     assert np.abs(np.exp(wide[2, :2]) - np.exp(shut[2, :2])).max(-1).min() > 1e-2
 
 
@@ -193,7 +193,7 @@ def test_dropout_is_by_key():
 
 def test_gradients_are_finite_and_the_same_whatever_is_kept():
     batch, found = fixtures.batch(), []
-    assert 0 in batch["neighbor_count"]  # a photo with whom no neighbor agrees
+    assert 0 in batch["neighbor_count"]  # a photo without an agreeing neighbor
     for remat in ("none", "dots", "full"):
         model = fixtures.model("ours", decoder_layers=1, remat=remat)
         task = fixtures.task(model.settings)
@@ -270,7 +270,7 @@ def test_a_model_without_times_is_the_one_that_it_was():
 def test_where_the_place_depends_on_the_season_it_is_learned_from_the_season_alone(context, least, most):
     rng, n = np.random.default_rng(0), 256
     times = rng.uniform(1e9, 1.7e9, n)
-    north = join.context(times, 3)[:, 2] < 0  # where it is summer
+    north = join.context(times, 3)[:, 2] < 0  # the hemisphere that has summer
     tokens = np.where(north[:, None], [2, 3, 1, 0], [5, 0, 2, 3])
     s = fixtures.settings("compact", decoder_layers=1, context=context)
     batch = {**fixtures.batch(n), "tokens": tokens.astype(np.int32), "neighbor_count": np.zeros(n, np.int32)}
@@ -291,7 +291,7 @@ def test_where_the_place_depends_on_the_season_it_is_learned_from_the_season_alo
     unseen = {name: values[n // 2 :] for name, values in batch.items()}
     right = np.asarray(fixtures.forward(model, unseen)).argmax(-1) == unseen["tokens"]
     assert least <= right.all(-1).mean() <= most
-    # A tenth of the photos have learned without their time: with none told, it is unsure and says so.
+    # A tenth of the training photos had no time, so without a time the model predicts with low confidence.
     unknown = fixtures.forward(model, {name: values for name, values in unseen.items() if name != "context"})
     assert 0.3 < float(np.exp(np.asarray(unknown))[:, 0].max(-1).mean()) < 0.8
 

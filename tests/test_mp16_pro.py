@@ -23,7 +23,7 @@ PART = 333_333
 
 
 class Poison:
-    """Unpickled, it leaves a file."""
+    """Writes a file if it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -33,7 +33,7 @@ class Poison:
 
 
 def prepare(config, path):
-    """Returns the manifest of photos/, which is made from config.photos in a work directory."""
+    """Makes photos/ from config.photos in a work directory and returns its manifest."""
     return photos.run(configuration.read(config), Workdir(path))[0]
 
 
@@ -50,7 +50,7 @@ def config(folder, workers=1, **changes):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A data set of 1,000 photos with every trap: its folder, ledger, work directory and manifest."""
+    """A data set of 1,000 photos with every kind of fault: its folder, ledger, work directory and manifest."""
     path = tmp_path_factory.mktemp("mp16")
     ledger = mp16.generate(path / "data", 1000, PART)
     (path / "data" / "metadata" / "tar_index.pkl").write_bytes(pickle.dumps(Poison(path / "poisoned")))
@@ -61,7 +61,7 @@ def whole(tmp_path_factory):
 
 @pytest.fixture
 def small(tmp_path):
-    """A data set of 60 photos without traps: its folder."""
+    """A data set of 60 photos without faults: its folder."""
     mp16.generate(tmp_path / "data", 60, 100_000, trapped=False)
     return tmp_path / "data"
 
@@ -72,7 +72,7 @@ def source(data, work, **changes):
 
 
 def taken(made):
-    """Returns split -> what is read of it, in order."""
+    """Returns split -> photos and drops in the order in which they are read."""
     return {
         split: [item for n in range(shards) for item in made.read(split, n)] for split, shards in made.splits.items()
     }
@@ -107,7 +107,7 @@ def test_an_author_is_in_one_split_and_the_seed_says_in_which(whole):
     share = len(first["validation"]) / sum(map(len, first.values()))
     assert 0.1 < share < 0.3
     assert first["validation"] != other["validation"]
-    assert len([author for author in first["validation"] if "/" in author]) > 5  # those whose author is not known
+    assert len([author for author in first["validation"] if "/" in author]) > 5  # photos without an author
 
 
 def test_shards_follow_the_tar_and_read_each_photo_once(whole, monkeypatch):
@@ -162,11 +162,11 @@ def test_without_traps_nothing_is_dropped_and_validation_may_be_empty(small, tmp
     [
         (lambda data: (data / "mp-16-images01").unlink(), "has mp-16-images02 but no mp-16-images01"),
         (lambda data: (data / "mp-16-images00").unlink(), "has mp-16-images01 but no mp-16-images00"),
-        (lambda data: [part.unlink() for part in data.glob("mp*")], "has no mp-16-images00: set config.photos"),
-        (lambda data: shorten(data / "mp-16-images01", 7), "cannot be read on from .*mp-16-images0[12] at byte"),
-        (lambda data: shorten(data / "mp-16-images01", 7 * 512), "cannot be read on from .*mp-16-images0[12] at byte"),
-        (lambda data: (data / "mp-16-images01").write_bytes(bytes(100_000)), "cannot be read on from .*-images01 at"),
-        (lambda data: (data / "mp-16-images00").write_bytes(b"x" * 9999), "cannot be read on from .*00 at byte 0"),
+        (lambda data: [part.unlink() for part in data.glob("mp*")], "folder is .*has no mp-16-images00: set it to"),
+        (lambda data: shorten(data / "mp-16-images01", 7), "cannot be read from .*mp-16-images0[12] at byte"),
+        (lambda data: shorten(data / "mp-16-images01", 7 * 512), "cannot be read from .*mp-16-images0[12] at byte"),
+        (lambda data: (data / "mp-16-images01").write_bytes(bytes(100_000)), "cannot be read from .*-images01 at"),
+        (lambda data: (data / "mp-16-images00").write_bytes(b"x" * 9999), "cannot be read from .*00 at byte 0"),
         (lambda data: (data / mp16.CSV).unlink(), "filtered.csv does not exist: set config.photos.mp16_pro.metadata"),
     ],
 )  # fmt: skip
@@ -300,10 +300,10 @@ def header(**values):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (header(size=-1024) + bytes(4096), "negative size"),  # would be read for ever
-        (header(type=b"L", size=1 << 40) + bytes(4096), "asks for 1,099,511,627,776 bytes"),  # would be taken in
-        (header(type=b"x", size=512) + b"99 path=b\n".ljust(512, b"\0"), "cannot be read on"),
-        (header() + bytes(512) + header() + bytes(1024), "no header there"),  # an end in the middle
+        (header(size=-1024) + bytes(4096), "negative size"),  # would cause an endless loop
+        (header(type=b"L", size=1 << 40) + bytes(4096), "a header for 1,099,511,627,776 bytes"),  # would fill memory
+        (header(type=b"x", size=512) + b"99 path=b\n".ljust(512, b"\0"), "cannot be read"),
+        (header() + bytes(512) + header() + bytes(1024), "no header there"),  # an end marker in the middle
         (header() + b"x" * 512, "no header there"),
     ],
 )
@@ -366,7 +366,7 @@ def test_parts_read_side_by_side_give_the_members_of_the_whole(tmp_path, size):
             info, data = entry(f"in/{n}.jpg", rng.bytes(700))
             tar.addfile(info, io.BytesIO(data))
     entries = [entry("a", type=tarfile.DIRTYPE), entry("a/b", type=tarfile.DIRTYPE)]
-    for n in range(12):  # headers of several blocks, and data that look like members
+    for n in range(12):  # headers of several blocks, and data that resemble members
         data = inner.getvalue() if n % 2 else rng.bytes(rng.integers(0, 9000))
         entries.append(entry(f"a/{'é' * 40 * n}/{n}.jpg", data))
     write_set(tmp_path / "data", entries, [("0.jpg", "", 1, 2, "France")])

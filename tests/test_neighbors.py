@@ -1,4 +1,4 @@
-"""Neighbors: a photo is never its own, whatever rank it has, and the rules leave out what they say and no more."""
+"""Neighbors: a photo is never its own neighbor at any rank, and rules exclude exactly the photos that they describe."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def gallery():
     x = np.random.default_rng(0).normal(size=(200, 16)).astype(np.float32)
     x /= np.linalg.norm(x, axis=1, keepdims=True)
     x[100:150] = x[0]  # fifty duplicates of one photo
-    x[150:160] = 1.01 * x[1]  # which outrank photo 1 itself
+    x[150:160] = 1.01 * x[1]  # duplicates of photo 1 that outrank it
     return x
 
 
@@ -40,7 +40,7 @@ def test_a_photo_is_never_its_own_neighbor(gallery):
         assert rows.shape == scores.shape == (200, k)
         assert not (rows == np.arange(200)[:, None]).any()
         assert (rows >= 0).all() and (np.diff(scores, axis=1) <= 0).all()
-    # Its duplicates are: photo 1 was not at rank 0, and dropping rank 0 would have kept it.
+    # Photo 1 is not at rank 0, so only an exclusion by id removes it and keeps its duplicates.
     rows, _ = neighbors.find(index.Exact(gallery), gallery[1:2], 15, [exclude.SameId(IDS[1:2], IDS)])
     assert rows[0, :10].tolist() == list(range(150, 160))
 
@@ -58,7 +58,7 @@ def test_an_author_is_excluded_past_the_first_margin(gallery):
     assert (rows >= 0).all()
     same = authors[rows] == authors[:, None]
     assert not same[authors != b""].any()
-    assert same[authors == b""].any()  # nobody's name is no author
+    assert same[authors == b""].any()  # photos without an author do not count as one author
 
 
 def test_fewer_than_k_left_are_marked(gallery):
@@ -71,7 +71,7 @@ def test_fewer_than_k_left_are_marked(gallery):
 
 def test_a_near_duplicate_is_excluded_and_others_stay(gallery, monkeypatch):
     monkeypatch.setattr(exclude, "_PAIRS", 33)
-    images = gallery * np.linspace(1, 2, 200, dtype=np.float32)[:, None]  # lengths do not matter
+    images = gallery * np.linspace(1, 2, 200, dtype=np.float32)[:, None]  # lengths of vectors do not matter
     rule = exclude.NearDuplicate(images, lambda rows: images[rows], 0.6)
     rows, _ = neighbors.find(index.Exact(gallery), gallery, 15, [exclude.SameId(IDS, IDS), rule])
     cosines = np.einsum("nd,nkd->nk", images, images[rows])
@@ -115,7 +115,7 @@ def test_exclusions_that_cannot_be_are_refused(changes, message):
 
 
 def test_a_split_is_excluded_from_as_it_is_used(tmp_path):
-    """Train photos lose their author's others and evaluation photos their near ones, each only as it is told."""
+    """Excludes other photos of an author for train photos, and photos nearby for evaluation, each by its setting."""
     rng = np.random.default_rng(0)
     config: Any = tiny.get_config()
     config.index.neighbors.count = 35

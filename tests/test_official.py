@@ -1,4 +1,4 @@
-"""The published weights in our model: the golden file's numbers, and the way back bit for bit, in each form of file."""
+"""The published weights in our model: logits of the golden file, and an exact export in each file format."""
 
 import pathlib
 import re
@@ -93,7 +93,7 @@ def test_our_weights_go_out_and_in_bit_for_bit(group):
     assert official.settings_of(weights, heads=3, neighbors=2) == s
     back = official.from_state_dict(s, weights)
 
-    def used(model):  # our face's head is as wide as the others', and published files have nothing for the rest
+    def used(model):  # our face head is as wide as the other heads; published files lack the extra rows
         params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
         real = np.arange(max(s.cells.vocab_sizes)) < np.array(s.cells.vocab_sizes)[:, None]
         return {**params, "head": params["head"] * real[:, None], "head_bias": params["head_bias"] * real}
@@ -111,7 +111,7 @@ def test_weights_pass_through_files_and_our_own_bit_for_bit(monkeypatch, capsys,
     assert run(monkeypatch, "export", ours, back) == 0
     read = {name: value for name, value in weights.items() if not name.startswith(official.UNUSED)}
     assert_same(official.read_weights(back), read)
-    # What the stages read is the model that the state dict makes.
+    # The stages read the same model that the state dict describes.
     model = checkpoint.read_module(ours, lambda rngs: GeoTokenModel(settings, rngs))
     assert_same(official.to_state_dict(model), read)
 
@@ -141,7 +141,7 @@ def test_a_narrower_tensor_is_refused_too(settings, weights):
         name = f"encoder.layers.0.{name}.weight"
         with pytest.raises(ValueError, match=re.escape(f"{name} has the wrong shape")):
             official.from_state_dict(settings, {**weights, name: weights[name][..., :8]})
-    name = "output_layers.3.bias"  # level 3 has 16 tokens; only the face has 6
+    name = "output_layers.3.bias"  # heads of level 3 have 16 tokens; only the face head has 6
     with pytest.raises(ValueError, match=re.escape(f"{name} has the wrong shape")):
         official.from_state_dict(settings, {**weights, name: weights[name][:6]})
 

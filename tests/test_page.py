@@ -1,4 +1,4 @@
-"""The page's part of the service: how answers narrow, the pictures of an export, and who may see what."""
+"""The page of the service: widening of predictions by level, thumbnails of an export, and access."""
 
 import contextlib
 import dataclasses
@@ -39,7 +39,7 @@ def prediction(at=(48.8501, 2.3499), within=(0.1, 0.4, 0.6, 0.7, 0.8), radii=(80
 
 
 def test_a_level_is_as_probable_as_the_distances_around_the_answer_say():
-    # In the middle of a cell, which then holds about what a circle of its area does.
+    # At the center of a cell, where the cell and a circle of equal area have nearly equal probability.
     at = tuple(float(x) for x in CellScheme(12, 1).decode(CellScheme(12, 1).encode(48.85, 2.35)))
     found = levels.with_levels(prediction(at)).levels
     round_km = found[12].edge_km / np.pi**0.5
@@ -87,7 +87,7 @@ def test_thumbnails_are_those_of_the_gallerys_photos_and_go_on_where_they_stoppe
     exif.get_ifd(0x8825).update({1: "N", 2: (77.0, 7.0, 7.0)})
     photos = [taken(n) for n in range(12)]
     photos[3]["image"], photos[5]["image"] = photo(30, 80, exif=exif), b"broken"
-    ids = np.array([f"photo/{n}".encode() for n in range(12) if n not in (0, 7)])  # which `embed` dropped
+    ids = np.array([f"photo/{n}".encode() for n in range(12) if n not in (0, 7)])  # photos that `embed` dropped
     folder = epath.Path(tmp_path)
 
     save = records.save_array
@@ -147,7 +147,7 @@ def test_examples_come_from_all_continents_and_are_right_as_often_as_the_test_sp
 
 @pytest.fixture(scope="module")
 def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what the page shows of an export."""
+    """An export with the parts that the page shows."""
     folder = tmp_path_factory.mktemp("export")
     photos = [taken(n) for n in range(6)]
     pictures.write_thumbnails(photos, np.array([p["id"].encode() for p in photos]), 32, epath.Path(folder))

@@ -1,4 +1,4 @@
-"""The audit of levels: hand-computed cases, the model's own numbers, and a work directory that is small enough."""
+"""The audit of levels: cases computed by hand, the model's own logits, and a small work directory."""
 
 import dataclasses
 import json
@@ -21,13 +21,13 @@ from geotoken_jax.stages import audit
 from tests import fixtures
 
 look = nnx.jit(per_level.look)
-#: Kilometers of a degree of latitude.
+#: Kilometers per degree of latitude.
 DEGREE = math.pi * 6371 / 180
-#: Levels 0, 2, 4 and 6, whose cells are 9,220, 2,305, 576 and 144 km wide.
+#: Levels 0, 2, 4 and 6, with cells 9,220, 2,305, 576 and 144 km wide.
 CELLS = fixtures.CELLS
-#: The greedy answers of four photos: the first two leave the right cell at level 2, the third at level 6.
+#: First wrong token of four photos' greedy candidates: level 2 for two photos, level 6 for the third.
 LEAVE = (1, 1, 3, None)
-#: Degrees between them and the truth.
+#: Degrees between greedy candidates and the truth.
 OFF = (10, 30, 1, 0)
 
 
@@ -42,7 +42,7 @@ def config():
 
 
 def seen():
-    """Tokens after the first wrong one are the true ones again, which must not count."""
+    """After the first wrong token, tokens equal the true ones again; these must not count as right."""
     greedy = np.array([[0, 1, 2, 3], [1, 5, 6, 7], [2, 8, 9, 10], [3, 11, 12, 13]])
     tokens = greedy.copy()
     for photo, t in enumerate(LEAVE):
@@ -52,7 +52,7 @@ def seen():
     towards = np.where(latitude > 0, -1, 1)
     nobody = np.full(4, -1)
     near = [
-        [greedy[0], nobody, nobody],  # where it went, and none where it should have gone
+        [greedy[0], nobody, nobody],  # a neighbor at the prediction, and none at the truth
         [greedy[1], greedy[1], tokens[1]],
         [tokens[2], greedy[2], nobody],
         [nobody, nobody, nobody],
@@ -77,7 +77,7 @@ def test_a_photo_counts_at_the_first_level_that_it_leaves(figures):
     assert values(figures, "first_wrong") == [0, 0.5, 0, 0.25]
     assert values(figures, "right") == [1, 0.5, 0.5, 0.25]
     assert values(figures, "accuracy_so_far") == [1, 0.5, 1, 0.5]
-    assert values(figures, "gap") == [0, 0.5, 0.5, -0.25]  # teacher-forced: right at all levels but the last
+    assert values(figures, "gap") == [0, 0.5, 0.5, -0.25]  # teacher-forced tokens are right at all levels but the last
 
 
 def test_distances_are_those_of_the_photos_that_left_there(figures):
@@ -85,7 +85,7 @@ def test_distances_are_those_of_the_photos_that_left_there(figures):
     assert quartiles[0] is None and quartiles[2] is None
     np.testing.assert_allclose(quartiles[1], [15 * DEGREE, 20 * DEGREE, 25 * DEGREE], rtol=1e-6)
     np.testing.assert_allclose(quartiles[3], [DEGREE] * 3, rtol=1e-6)
-    # Ten degrees are less than a cell of level 2 is wide, 30 are more; one is less than one of level 6 is.
+    # 10 degrees are less than a cell of level 2, and 30 are more; 1 degree is less than a cell of level 6.
     assert values(figures, "near") == [None, 0.5, None, 1]
     assert values(figures, "missed_750") == [0, 1, 0, 0]
     assert values(figures, "missed_25") == pytest.approx([0, 2 / 3, 0, 1 / 3], abs=1e-6)
@@ -114,7 +114,7 @@ def test_the_page_says_which_level_it_is_in_one_sentence(figures):
     levels = [{"level": level} for level in (0, 2, 4, 6)]
     said = per_level.bottleneck_sentence({"levels": levels, "splits": {"test": figures}}, "test")
     assert said.startswith("test: level 2 is the bottleneck: the 50.0 % of photos")
-    assert "more than 2,224 km off" in said and "of resamples" in said  # four photos prove little
+    assert "more than 2,224 km off" in said and "of resamples" in said  # four photos are too few for a result
 
 
 def test_nothing_wrong_is_nothing_lost(config):
@@ -150,7 +150,7 @@ def test_it_sees_what_the_model_says(form):
     p = np.exp(log_p)
     entropy = -np.sum(p * np.log(np.where(p > 0, p, 1)), -1)
     np.testing.assert_allclose(found["entropy"], entropy, rtol=1e-4)
-    # Read again as if they were true, the decoder's own tokens are its most probable ones.
+    # With its greedy tokens as the truth, the decoder's most probable tokens are these tokens.
     again = fixtures.forward(model, {**batch, "tokens": found["greedy"]})
     np.testing.assert_array_equal(again.argmax(-1), found["greedy"])
     missing = np.arange(fixtures.M) >= batch["neighbor_count"][:, None]
@@ -159,7 +159,7 @@ def test_it_sees_what_the_model_says(form):
 
 def test_both_ways_agree_up_to_the_first_wrong_token():
     model, batch = fixtures.model("compact"), fixtures.batch()
-    # Half of the photos as the model would have them, up to a last token.
+    # For half of the photos, the truth equals the greedy candidate in all tokens but the last.
     batch["tokens"][:2, :3] = look(model, batch)["greedy"][:2, :3]
     found = look(model, batch)
     forced, free = (np.cumprod(found[name] == batch["tokens"], 1) for name in ("guess", "greedy"))
@@ -204,7 +204,7 @@ def test_every_photo_of_every_split_is_seen_once(made, config):
     test = found["test"]
     assert np.isfinite(test.loss).all() and test.clusters[1] == test.clusters[2] and len(set(test.clusters)) == 4
     np.testing.assert_array_equal(test.tokens, CELLS.encode(*test.coordinates.T))
-    # The last batch is filled up with the first photo: ask about the fifth in other company.
+    # The last batch is padded with the first photo: compute the fifth in another batch.
     tokens = records.Records(made / "tokens", "test", records.token_layout(fixtures.M))
     read = Tokens(tokens, Table(made / "queries" / "test"), Table(made / "gallery"), CELLS, fixtures.M)
     for name, of in look(fixtures.model("compact"), read(np.array([1, 0, 4, 2]))).items():

@@ -34,7 +34,7 @@ def _jpeg(color):
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """A source of solid colors at random coordinates; `extra` are more of the first test shard."""
+    """A source of solid colors at random coordinates. extra: additional photos of the first test shard."""
 
     per_shard: int = 10
     extra: tuple = ()
@@ -216,7 +216,7 @@ def test_a_runner_without_beam_is_an_error_that_says_how_to_get_it(tmp_path, mon
 def test_shards_that_other_machines_wrote_elsewhere_are_missed(tmp_path, monkeypatch):
     monkeypatch.setattr(photos, "run_tasks", lambda *_: None)
     stage = workdir.begin(tmp_path, "photos", {"photos": {"source": "sample"}}, inputs=())
-    with pytest.raises(workdir.StageError, match=r"not all are in .*photos: every machine must have this folder"):
+    with pytest.raises(workdir.StageError, match=r"not all are in .*photos: mount this folder, and the folder"):
         photos.make(stage, Sample(), 1, 0.0, BeamSettings("FlinkRunner", ()))
 
 
@@ -227,7 +227,7 @@ def test_a_shard_whose_photos_are_all_dropped_is_empty_and_readable(tmp_path):
 
 
 def prepare(config, path):
-    """Returns the manifest of photos/, which is made from config.photos in a work directory."""
+    """Makes photos/ from config.photos in a work directory and returns its manifest."""
     return photos.run(configuration.read(config), Workdir(path))[0]
 
 

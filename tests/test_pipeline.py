@@ -1,4 +1,4 @@
-"""Batches: each row once an epoch, the same on any number of processes, and resumable; and rows joined with tables."""
+"""Batches: each row once per epoch, the same for any number of processes, resumable; and rows joined with tables."""
 
 from datetime import UTC, datetime
 
@@ -83,7 +83,7 @@ def test_evaluation_covers_every_row_once(n, processes):
 
 @pytest.fixture
 def gallery(tmp_path):
-    """Nine rows, whose embeddings are their number, and whose tokens are their number's base-4 digits."""
+    """Nine rows. A row's embeddings are its number, and its tokens are the base-4 digits of its number."""
     tokens = np.zeros((9, 21), np.uint8)
     tokens[:, 0], tokens[:, 19], tokens[:, 20] = np.arange(9) % 6, np.arange(9) // 4, np.arange(9) % 4
     columns = {
@@ -134,7 +134,7 @@ def test_token_records_are_joined_by_row(tmp_path, gallery):
             n: (x.shape, x.dtype) for n, x in spec.items()
         }
     assert set(timed) == {*light, "context"} and timed["context"].dtype == np.float32
-    # In the middle of the year, and three quarters into the day; then a photo of which nothing is known.
+    # The middle of the year at three quarters of the day; the second photo has no time.
     expected = [[1, 0, -1, -1, 0], [0, 0, 0, 0, 0], [1, 0, -1, -1, 0]]
     np.testing.assert_allclose(timed["context"], expected, atol=0.03)
     assert light["neighbor_rows"].dtype == np.int32 and set(light) == set(found) - {"neighbors", "neighbor_tokens"} | {
@@ -162,13 +162,13 @@ def test_features_come_as_float32(tmp_path):
 def test_a_time_is_the_same_every_year_and_half_a_year_away_the_other_season():
     days = [datetime(year, month, 5, 6, tzinfo=UTC) for year in (1999, 2024) for month in (1, 7)]
     found = join.context(np.array([day.timestamp() for day in days] + [np.nan]), 3)
-    np.testing.assert_allclose(found[:2], found[2:4], atol=0.03)  # a leap day is 0.017
+    np.testing.assert_allclose(found[:2], found[2:4], atol=0.03)  # a leap day changes it by 0.017
     np.testing.assert_allclose(found[0, 1:], -found[1, 1:], atol=0.03)
     assert found[:, 0].tolist() == [1, 1, 1, 1, 0] and not found[4].any()
 
 
 class Subset:
-    """Some rows, each its own number times a factor."""
+    """Some rows; the values of a row are its number times a factor."""
 
     def __init__(self, n, factor):
         self._n, self._factor = n, factor

@@ -1,5 +1,5 @@
-"""Alignment from pixels: the same as from features where nothing moves, the same again where it was broken off, on any
-mesh; what it leaves of the tower; what is refused."""
+"""Alignment from pixels: equal to alignment from features for a frozen tower, equal after an interruption and on any
+mesh; the tower that it writes; errors."""
 
 import dataclasses
 import io
@@ -42,7 +42,7 @@ def published(folder, kind):
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Photos of different places that can all be read."""
+    """Readable photos of different places."""
 
     name = "sample"
     provenance = UNKNOWN
@@ -99,7 +99,7 @@ def train(path, folder, clip, mesh=(1, 1, 1), **pixels):
 
 
 def run(path, config):
-    """Runs the stage on one device; returns the folders that it made."""
+    """Runs the stage on one device. Returns the folders that were made."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(align, "make_mesh", lambda settings: make_mesh(1, 1, 1))
         workdir = Workdir(path)
@@ -129,14 +129,14 @@ def first_loss(path, clip, **pixels):
 
 def test_without_augmentation_a_frozen_tower_trains_as_features_do(path, clip):
     cached = first_loss(path, clip)
-    assert first_loss(path, clip, tower="frozen", augment=False) == pytest.approx(cached, rel=2e-3)  # bfloat16 there
+    assert first_loss(path, clip, tower="frozen", augment=False) == pytest.approx(cached, rel=2e-3)  # in bfloat16
     assert abs(first_loss(path, clip, tower="frozen", augment=True) / cached - 1) > 4e-3
 
 
 def test_a_frozen_tower_stays_and_a_trained_one_learns_more(path, clip, trained, tmp_path):
     task, frozen = train(path, tmp_path, clip, tower="frozen")
     found = lines(trained / "align")
-    assert losses(found)[0] == pytest.approx(losses(frozen)[0], rel=1e-6)  # it begins as published
+    assert losses(found)[0] == pytest.approx(losses(frozen)[0], rel=1e-6)  # both start from the published tower
     assert losses(found)[-1] < losses(frozen)[-1] < losses(frozen)[0]
     task.write_tower(tmp_path)
     assert not (tmp_path / "backbone").exists()
@@ -220,7 +220,7 @@ def test_the_backbone_left_behind_embeds_as_training_did(trained, clip):
     assert found.keys() == new.keys() and len(changed) > 30
     assert {name.split(".")[0] for name in changed} == {"vision_model", "visual_projection"}
     facts = workdir.read_manifest(trained, "align").facts
-    # Where gradients agree, one of Adam's steps is as long as the rate.
+    # If gradients agree, a step of Adam is as long as the learning rate.
     rates = losses(lines(trained / "align"), "learning_rate")[: facts["best_step"]]
     longest = max(np.abs(new[name] - found[name]).max() for name in found)
     assert longest == pytest.approx(TRAINED["learning_rate"] * rates.sum(), rel=0.3)
@@ -237,7 +237,7 @@ def test_the_backbone_left_behind_embeds_as_training_did(trained, clip):
 
 def test_after_training_the_tower_the_path_goes_on_in_another_folder(trained, clip):
     config = make_config(clip, **TRAINED)
-    assert run(trained, config) == set()  # it is kept
+    assert run(trained, config) == set()  # the stage is complete, so nothing runs
     with pytest.raises(workdir.StageError, match=r"has trained the backbone.*huggingface\.path=.*align/backbone"):
         gallery.run(typed(config), Workdir(trained))
     with pytest.raises(workdir.StageError, match=r"made with config\.align\.pixels"):

@@ -1,4 +1,4 @@
-"""The gallery on the host, on each device and split over them: the model sees the same numbers."""
+"""The gallery on the host, on each device and sharded over devices: the model gets the same numbers."""
 
 import jax
 import ml_dtypes
@@ -12,7 +12,7 @@ from geotoken_jax.gallery import placement, table
 from geotoken_jax.geo.cells import CellScheme
 from tests import fixtures
 
-N, B, M = 21, 16, 3  # 21 rows on 8 devices: the last three shards are part or all filling
+N, B, M = 21, 16, 3  # 21 rows on 8 devices: the last three shards are partly or fully padding
 C = fixtures.C
 MESHES = [(8, 1, 1), (2, 2, 2), (1, 4, 2)]
 EVERY_CELLS = pytest.mark.parametrize("cells", [CellScheme(20, 1), CellScheme(20, 5), CellScheme(18, 9)], ids=repr)
@@ -51,7 +51,7 @@ def rows():
 
 
 def seen(where, gallery, cells, rows, mesh):
-    """Returns the bits of what the model sees, and what lies on the devices."""
+    """Returns the bits of the embeddings, the tokens, and the arrays that stay on the devices."""
     settings = placement.GallerySettings(where)
     resident = placement.resident(gallery, cells, settings, mesh)
     batch = join.neighbor_rows(rows) if settings.on_device else join.neighbors(gallery, rows, cells)
@@ -79,7 +79,7 @@ def test_slices_of_any_size_give_the_same_bits(gallery, rows, monkeypatch):
     mesh, cells = make_mesh((2, 2, 2)), CellScheme(20, 2)
     photo = 2 * M * 3 * C
     found = []
-    for photos, turns in ((0, 4), (1, 4), (2, 2), (3, 2), (4, 1)):  # of the 4 that each of 4 parts of the batch has
+    for photos, turns in ((0, 4), (1, 4), (2, 2), (3, 2), (4, 1)):  # each of 4 shards of the batch has 4 photos
         monkeypatch.setattr(placement, "SLICE_BYTES", photos * 4 * photo)
         batch = {
             **join.neighbor_rows(rows),

@@ -1,4 +1,4 @@
-"""Planning: what compiled programs are read to do, and what is counted against what is really there."""
+"""Planning: costs read from compiled programs, and counts against measured sizes."""
 
 import dataclasses
 import functools
@@ -103,14 +103,14 @@ def test_gathers_and_scatters_are_told_from_reductions():
 def test_a_fusion_that_slices_reads_the_slice():
     program = hlo.Program(PROGRAM)
     body = program.computations["inner.body"]
-    # The layer's 8 x 8 of the ten; what it is put in, S(1), is on the chip, and so is the turn's number's space.
+    # Reads the layer's 8 x 8 slice of ten. The output, in S(1), and the loop counter's space are on the chip.
     assert program._traffic(body["w"], body) == 2 * 8 * 8 + 4
     assert program._traffic(body["y"], body) == 2 * (4 * 8 + 4 * 8)
 
 
 def test_products_written_as_convolutions():
-    # A product of 6 matrices [5, 7] x [7, 3], as a TPU writes it: the batch is a window over holes, and all but one
-    # place of each window is one.
+    # A product of 6 matrices [5, 7] x [7, 3] in a program for a TPU is a convolution with the batch as dilated window,
+    # in which all but one position is padding.
     line = (
         "  %c = f32[6,5,3]{2,1,0} convolution(%l, %r), window={size=6 stride=5 pad=0_0 lhs_dilate=6}, "
         "dim_labels=0bf_0io->0bf"
@@ -136,7 +136,7 @@ def test_groups(text, size):
 
 
 def test_the_program_of_a_real_scan():
-    """The parser against this machine's compiler, which knows the turns and may unroll none of them."""
+    """Compares the parser with this machine's compiler, which has known trip counts and may unroll all loops."""
 
     def layers(x, w):
         return jax.lax.scan(lambda x, w: (jax.numpy.tanh(x @ w), None), x, w)[0]
@@ -145,11 +145,11 @@ def test_the_program_of_a_real_scan():
     text = jax.jit(layers).lower(*shapes).compile().as_text()
     found = costs(text)
     assert found.endless == 0
-    assert found.flops in (0, 5 * 2 * 16 * 32 * 32)  # 0: a library call, which says nothing of itself
+    assert found.flops in (0, 5 * 2 * 16 * 32 * 32)  # 0 for a library call, whose operations are not in the text
 
 
 def workload(rows=1000, **changes):
-    """The paper's configuration made tiny; changes: section -> keys."""
+    """The paper's configuration in a tiny size. changes: section -> keys."""
     config = common.get_config()
     config.model.update(
         level=6, width=16, heads=2, feed_forward=32, encoder_layers=2, decoder_layers=2, neighbors=3, backbone_width=8
@@ -157,14 +157,14 @@ def workload(rows=1000, **changes):
     config.train.batch_size = 32
     for section, keys in changes.items():
         config[section].update(keys)
-    jax.devices()  # with all the devices that the tests have
+    jax.devices()  # first starts JAX with all devices of the tests
     return plan.read(configuration.read(config), rows)
 
 
 def test_chips_are_what_they_are_sold_as():
     for chip in chips.CHIPS.values():
         assert 1e14 < chip.flops < 3e15 and 16 * 2**30 <= chip.memory <= 288 * 2**30
-        # Between 100 and 600 operations a byte, and memory faster than links.
+        # Between 100 and 600 operations per byte, and memory faster than links.
         assert 100 < chip.flops / chip.bandwidth < 600 and chip.bandwidth > chip.links
 
 
@@ -200,7 +200,7 @@ def test_activations_shrink_with_what_is_kept_and_with_parts():
 
 def test_gradients_are_reduced_and_products_made_again():
     step = plan._Step(workload(), jax.devices())
-    # In float32 here, and in bfloat16 where products of it are compiled for a TPU.
+    # Gradients are in float32 here; a program for a TPU has those of products in bfloat16.
     assert 2 <= compiled("none")["payload"]["all-reduce"] / step.parameters < 6
     assert compiled("full")["flops"] >= compiled("none")["flops"]
 
@@ -220,7 +220,7 @@ def test_a_plan_that_fits_and_its_table():
 
 
 def test_a_compiled_plan_its_table_and_the_document(monkeypatch):
-    """With this machine's compiler in the place of a TPU's."""
+    """Uses this machine's compiler instead of a TPU's compiler."""
     monkeypatch.setattr(plan, "_devices", lambda where: jax.devices()[: where.size])
     monkeypatch.setattr(plan, "_QUICK", None)
     monkeypatch.setattr(plan, "DOCUMENTED", ("v5e:2x4",))
@@ -251,7 +251,7 @@ def test_a_step_that_the_compiler_refuses_has_its_memory_and_advice(monkeypatch)
 
 
 def test_what_does_not_fit_is_told_what_would():
-    # 200 million photos of 52 bytes: 10 GB on each device, and a chip of 8 GiB.
+    # 200 million photos of 52 bytes are 10 GB per device, and the chip has 8 GiB.
     small = dataclasses.replace(chips.CHIPS["a100"], memory=8 * 2**30)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(chips.CHIPS, "a100", small)
@@ -296,6 +296,6 @@ def test_a_pod_that_is_not_here_is_compiled_for():
     found = plan.run(workload(model=one), plan.topology("v5e:2x2"), quick=True)
     assert found["method"] == "compiled at least effort" and found["fits"]
     assert found["flops"]["executed"] == pytest.approx(found["flops"]["model"], rel=0.1)
-    # Gradients of products are summed in bfloat16, of norms and token tables in float32.
+    # Gradients of products are summed in bfloat16; gradients of norms and token tables in float32.
     assert 2 < found["collectives"]["all-reduce"]["payload"] / found["parameters"] < 4
     assert np.isfinite(list(found["bytes"].values())).all()

@@ -26,7 +26,7 @@ def assert_same(folder: Path, expected: Path) -> None:
 
 @pytest.mark.parametrize(
     "mesh, where",
-    [((8, 1, 1), "host"), ((2, 2, 2), "replicated"), ((1, 4, 2), "sharded")],  # test_placement.py has the other six
+    [((8, 1, 1), "host"), ((2, 2, 2), "replicated"), ((1, 4, 2), "sharded")],  # the other six are in test_placement.py
     ids=str,
 )
 def test_eight_devices_train_as_one_wherever_the_gallery_lies(tmp_path, one_device, mesh, where):
@@ -35,7 +35,7 @@ def test_eight_devices_train_as_one_wherever_the_gallery_lies(tmp_path, one_devi
 
 
 def test_a_batch_in_parts_trains_as_the_whole(tmp_path):
-    """Without dropout: with it the parts draw other numbers than the whole."""
+    """Without dropout, because a shard's random numbers differ from those of the whole batch."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layers, "dropout", lambda x, rate, key: x)
         for name, accumulate, mesh in (("whole", 1, (1, 1, 1)), ("parts", 4, (2, 1, 1))):
@@ -47,8 +47,8 @@ def test_a_batch_in_parts_trains_as_the_whole(tmp_path):
 
 
 def test_two_processes_train_as_one_and_one_goes_on_alone(tmp_path, one_device):
-    """On another mesh, with the gallery elsewhere."""
+    """On another mesh, with another placement of the gallery."""
     pod.finish(pod.start(2, folder=tmp_path, mesh=(2, 2, 2), where="sharded", steps=10))
-    pod.run(tmp_path, (8, 1, 1), "host", STEPS)  # which another test here has compiled
+    pod.run(tmp_path, (8, 1, 1), "host", STEPS)  # already compiled by another test in this file
     found, expected = pod.sequence(tmp_path, *pod.LOSSES), pod.sequence(one_device, *pod.LOSSES)
     np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-5)

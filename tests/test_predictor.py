@@ -1,4 +1,4 @@
-"""One photo, lists and an event loop, on a model of the test's own, which answers a photo with itself."""
+"""One photo, lists and an event loop, on a test model that takes numbers as photos and returns them as latitudes."""
 
 import asyncio
 import pydoc
@@ -16,7 +16,7 @@ from geotoken_jax.predict.predictor import Predictor
 
 
 class Echo(Predictor):
-    """Answers number n with latitude n, once it may; what is no number is no photo."""
+    """Predicts latitude n for the number n, after it is released. Anything but a number is an invalid photo."""
 
     batch_size = 3
 
@@ -59,7 +59,7 @@ def test_several_awaits_at_once_each_get_their_own_answers():
     assert [latitudes(answer) for answer in answers] == [list(range(10 * k, 10 * k + 7)) for k in range(5)]
     assert alone.latitude == 99 and nothing == []
     assert len(model.threads) == 1 and threading.get_ident() not in model.threads
-    # One photo does not wait for the whole of five lists: it comes after their first batches.
+    # One photo does not wait for all batches of five lists: it follows their first batches.
     assert model.batches.index([99]) == 5
 
 

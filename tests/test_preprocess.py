@@ -1,4 +1,4 @@
-"""Photos as people have them: every form is read alike, every bad one is refused in one sentence."""
+"""Photos in all file formats: each is read the same way, and each bad one raises an error of one sentence."""
 
 import io
 import struct
@@ -24,7 +24,7 @@ def encoded(image, form="PNG", **options):
 
 
 def png_header(width, height):
-    """A PNG that says it is this large, and holds no pixels."""
+    """A PNG whose header has this size, without pixels."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return (
         b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)) + b"\0\0\0\0IDAT"
@@ -69,7 +69,7 @@ def test_orientation_6_is_a_quarter_turn_to_the_right():
     exif[0x0112] = 6
     image = preprocess.open_image(encoded(Image.fromarray(RED_LEFT), "PNG", exif=exif))
     assert image.size == (40, 60)
-    np.testing.assert_array_equal(np.asarray(image)[5, 20], RED_LEFT[20, 5])  # what was left is on top
+    np.testing.assert_array_equal(np.asarray(image)[5, 20], RED_LEFT[20, 5])  # left becomes top
 
 
 def test_lays_alpha_over_white():
@@ -147,7 +147,7 @@ def test_names_a_place():
     assert preprocess.place_text("", "", "") == ""
 
 
-#: What published CLIP and SigLIP 2 checkpoints have, at another size.
+#: Settings of published CLIP and SigLIP 2 checkpoints, at another size.
 CLIP = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}, "resample": 3}
 CLIP |= {"image_mean": [0.5, 0.25, 0.75], "image_std": [0.25, 0.5, 1.0]}
 SIGLIP = {"size": {"height": 16, "width": 16}, "resample": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
@@ -160,7 +160,7 @@ def noise(width, height):
 def test_clip_sees_the_center_of_a_photo_and_siglip_all_of_it():
     photo = noise(41, 20)
     clip, siglip = (preprocess.Processor.read(config, 16) for config in (CLIP, SIGLIP))
-    whole = np.asarray(photo.resize((32, 16), Image.Resampling.BICUBIC))  # 32.8 is cut, as published
+    whole = np.asarray(photo.resize((32, 16), Image.Resampling.BICUBIC))  # 32.8 is rounded down, as published
     np.testing.assert_array_equal(clip.fit(photo), whole[:, 8:24])
     np.testing.assert_array_equal(siglip.fit(photo), np.asarray(photo.resize((16, 16), Image.Resampling.BILINEAR)))
 
@@ -181,7 +181,7 @@ def test_a_photo_of_any_shape_fills_its_square(config, size, monkeypatch):
     plain = processor.fit(Image.new("RGB", size, (200, 30, 40)))
     assert plain.shape == (16, 16, 3) and (plain == (200, 30, 40)).all()
     found = processor.fit(noise(*size)).astype(int)
-    monkeypatch.setattr(preprocess, "MAX_PIXELS", 0)  # so that the part that is seen is made alone
+    monkeypatch.setattr(preprocess, "MAX_PIXELS", 0)  # resizes only the visible part
     assert np.abs(processor.fit(noise(*size)) - found).mean() < 1
 
 
@@ -190,7 +190,7 @@ def test_gray_and_transparent_photos_are_seen_as_rgb():
     gray = processor.fit(preprocess.open_image(Image.new("L", (20, 20), 90)))
     assert (gray == 90).all() and gray.shape == (16, 16, 3)
     clear = processor.fit(preprocess.open_image(Image.new("RGBA", (20, 20), (0, 0, 0, 0))))
-    assert (clear == 255).all()  # over white, as transformers has it since its version 5
+    assert (clear == 255).all()  # over white, as in transformers since version 5
 
 
 def test_older_forms_of_a_processors_settings_are_read():

@@ -1,4 +1,4 @@
-"""Progress in a log (no terminal): plain lines with rate and time left, and one at the end."""
+"""Progress in a log without a terminal: plain lines with rate and time left, and one line at the end."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from geotoken_jax import progress
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Seconds that pass only when told."""
+    """A clock that moves only if it is set."""
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     return now

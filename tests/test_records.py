@@ -1,4 +1,4 @@
-"""Wire formats: numbers come back exactly, and what is torn, missing or misshapen is refused."""
+"""Record formats: numbers are read back exactly, and damaged, missing or wrongly shaped data are errors."""
 
 import pickle
 
@@ -13,7 +13,7 @@ RNG = np.random.default_rng(0)
 
 
 def columns(layout, n):
-    """Random values of every field: all bit patterns of numbers, and text with no zeros in it."""
+    """Random values of every field: all bit patterns of numbers, and text without zero bytes."""
     found = {}
     for field in layout.fields:
         shape = (n, *field.shape)

@@ -36,7 +36,7 @@ def jpeg(color, side=32):
 
 
 class Source:
-    """Solid colors near 40 places; one id and city that must be escaped, one photo that cannot be read."""
+    """Solid colors near 40 places. One id and one city must be escaped, and one photo cannot be read."""
 
     name = "sample"
     provenance = UNKNOWN
@@ -83,7 +83,7 @@ def made(tmp_path, monkeypatch):
 
     Photo 0 of test has the embedding of a gallery photo, photos 4 to 7 an author of the gallery.
     """
-    monkeypatch.setattr(images, "fault", lambda image: "")  # the report must bear a set that nobody looked through
+    monkeypatch.setattr(images, "fault", lambda image: "")  # the report must also work with unchecked images
     photos.make(workdir.begin(tmp_path, "photos", {"photos": {"source": "sample"}}, ()), Source(), 1, 0.0)
     whole = {split: [p for p in Source().read(split, 0) if p.image != b"broken"] for split in Source.splits}
     train = whole["train"]
@@ -120,7 +120,7 @@ def made(tmp_path, monkeypatch):
                     row |= {"within": {"25": 0.3, "750": 0.5 + n / 100}, "radius_km": 100.0 + n}
                     row |= {"radius_90_km": 9000, "cells": [_cell(10, at, 0.6), _cell(-1, (0, 0), 0.4)]}
                 lines.append(json.dumps(row))
-            (stage.path / f"{split}.jsonl").write_text("\n".join(lines[:-1]) + "\n")  # the last photo is missing
+            (stage.path / f"{split}.jsonl").write_text("\n".join(lines[:-1]) + "\n")  # the last photo has no prediction
         stage.finish({"test": 39})
     metrics = tmp_path / "geotoken" / "geotoken" / "metrics.jsonl"
     metrics.parent.mkdir(parents=True)
@@ -175,12 +175,12 @@ def test_the_page_is_whole_and_needs_nothing_else(made, config):
     assert str(made) not in page
     assert "{{" not in page
     text = " ".join(checked.text)
-    assert "Without <neighbors>" in text  # escaped, so it arrives as text
+    assert "Without <neighbors>" in text  # escaped, so that it is shown as text
     assert NASTY in text and NASTY not in page
     assert page.count("</script>") == 2
     assert "no prediction for 1 photos" in text
     assert page.count('class="card"') == 30
-    # Of both splits accuracy, reliability at two thresholds, abstention, area; loss of one model.
+    # For both splits: accuracy, reliability at two thresholds, abstention, area; and the loss of one model.
     assert page.count('class="chart"') == 2 * (1 + 2 + 2 + 1) + 1
     assert page.count("<details open>") == 4  # accuracy, differences, uncertainty, continents: each its first split
     assert text.count("calibration, and accuracy of the most certain photos") == 2
@@ -188,7 +188,7 @@ def test_the_page_is_whole_and_needs_nothing_else(made, config):
         "38 of 40 photos left" not in text and "35 of 40 photos left; left out: near-duplicate 1, same author 4" in text
     )
     assert "Top-1 neighbor, against Without <neighbors>: greedy" in text
-    assert text.count("Asia") == 2 * 3  # a row of every variant, of both splits
+    assert text.count("Asia") == 2 * 3  # a row per variant and split
 
 
 def page_data(checked):
@@ -270,7 +270,7 @@ def test_a_place_that_was_sampled_twice_is_listed_once(made):
         return {"latitude": latitude, "longitude": 0.0, "probability": math.exp(log_probability)}
 
     row = {"candidates": [candidate(1, -2.0), candidate(5, -1.0), candidate(1, -2.0)]}
-    row["choices"] = {"greedy": 2, "point": [5.5, 0.0]}  # a point is among no candidates
+    row["choices"] = {"greedy": 2, "point": [5.5, 0.0]}  # the point is not one of the candidates
     drawn = candidate_table(row, np.zeros(2), evaluate.gallery(Workdir(made), []))
     assert re.findall(r"([\d.]+) %|<b>(\w+)", drawn) == [("36.8", ""), ("", "greedy"), ("13.5", "")]
 
@@ -344,7 +344,7 @@ def test_a_chart_has_intervals_and_no_number_outside_of_it():
     assert drawn.count('class="whisker"') == drawn.count(' at" d=') == 3
     assert "&lt;a&gt;" in drawn and "<a>" not in drawn
     across = [float(at) for at in re.findall(r'<text x="([\d.]+)" y="291', drawn)]
-    assert len(across) == 4 and min(across) >= 62 and max(across) <= 458  # 20, 40, 60, 80
+    assert len(across) == 4 and min(across) >= 62 and max(across) <= 458  # labels 20, 40, 60, 80
     labels = ["0.5", "25", "1,000", "150k", "100M", "3e11"]
     assert [chart.label(value) for value in (0.5, 25, 1000, 150_000, 1e8, 3e11)] == labels
 

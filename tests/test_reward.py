@@ -1,4 +1,4 @@
-"""The reward head: the states it reads against the decoder's own, what it learns, and its choice of a pool."""
+"""The reward head: its states against the decoder's, its training, and its choice from a pool."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ OPTIONS = RewardSettings(hidden=16, dropout=0.1)
 
 
 def pool(n=3, k=2):
-    """Pools of candidates that are the photo's own tokens and others, with neighbors where their tokens say."""
+    """Pools whose candidates are the photo's tokens and tokens of other photos. Neighbors have matching coordinates."""
     batch = fixtures.batch(n)
     tokens = np.stack([np.roll(batch["tokens"], i, 0) for i in range(k)], 1)
     near = np.stack(fixtures.CELLS.decode(batch["neighbor_tokens"]), -1)

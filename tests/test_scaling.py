@@ -1,4 +1,4 @@
-"""Scaling studies: the law that is fitted, the runs and their data, a forecast that comes first, and what is told."""
+"""Scaling studies: the fitted law, the runs and their data, the forecast before the last run, and the document."""
 
 import dataclasses
 import json
@@ -125,7 +125,7 @@ def stages(monkeypatch):
         made.append(f"predictions/{label}")
         file = path.answers(label, "test")
         file.parent.mkdir(parents=True, exist_ok=True)
-        # The greedy candidate is right and was never drawn; what was, five times, is more probable.
+        # The greedy candidate is right but was never sampled. The other one, sampled five times, is more probable.
         places = [(20.0, 20.0, -2.0, 1), (0.0, 0.0, -1.0, 5)]
         names = ("latitude", "longitude", "log_probability", "count")
         line = json.dumps({"candidates": [dict(zip(names, place, strict=True)) for place in places]})
@@ -172,10 +172,10 @@ def test_a_study_is_resumed_run_by_run_and_the_forecast_comes_before_the_held_ou
     with pytest.raises(workdir.StageError, match="has 1 complete grid runs"):
         study_stage.fit(given, path)
     study_stage.run(given, path, None)
-    assert len(made) == last + 2 and made[-1] == "1536K_12800"  # each once, and the predictions
+    assert len(made) == last + 2 and made[-1] == "1536K_12800"  # each run once, and its predictions
     forecast = json.loads((tmp_path / "scaling" / "forecast.json").read_text())
     assert forecast["loss"] == pytest.approx(LAW(1_536_000, 12_800), rel=1e-4) and len(forecast["grid"]) == 24
-    # A smaller gallery lies in a larger one.
+    # A smaller gallery is a subset of a larger one.
     assert [len(kept) for kept in sizes] == [500, 2_000, 8_000, 32_000] and set(sizes[0]) < set(sizes[1])
     made.clear()
     do["predict"] = lambda *_: []

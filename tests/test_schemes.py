@@ -1,4 +1,4 @@
-"""Cells other than S2's: each against its own definition, and all of them as what the decoder writes."""
+"""Cells other than S2: each scheme against its definition, and each as the decoder's output."""
 
 import dataclasses
 import functools
@@ -40,13 +40,13 @@ def make(name, level=20, group=2):
 
 @functools.cache
 def coordinates():
-    """What S2 is tested with, and the point farthest from any city."""
+    """The coordinates that S2 is tested with, and the point farthest from any city."""
     latitude, longitude = test_cells.coordinates()
     return np.append(latitude, -85.07594), np.append(longitude, 140.98957)
 
 
 def radius_km(name, level):
-    """The farthest from a cell's center that is in the cell."""
+    """Largest distance from a cell's center to a point of the cell, in km."""
     if name == "h3":
         cells = next(n for n in (2 + 120 * 7**r for r in range(16)) if n >= 6 * 4**level)
         return 0.75 * math.sqrt(4 * math.pi / cells) * EARTH_RADIUS_KM  # a regular hexagon has 0.62
@@ -65,7 +65,7 @@ def test_a_cells_center_is_near_all_that_is_in_it(name, level, group):
     km = great_circle_km(*coordinates(), *center)
     assert 0.8 * radius_km(name, level) < km.max() <= radius_km(name, level) * (1 + 1e-9)
     again = scheme.encode(*center)
-    if name == "places":  # the center of a cell between two cities may be the other one's
+    if name == "places":  # the center of a cell between two cities may belong to the other city
         assert great_circle_km(*center, *scheme.decode(again)).max() <= radius_km(name, level)
     else:
         np.testing.assert_array_equal(again, tokens)
@@ -79,7 +79,7 @@ def test_every_value_of_a_vocabulary_is_used(name):
         east, _, up = np.moveaxis(schemes._cities().axes, 1, 0)
         latitude, longitude = np.degrees(np.arcsin(up[:, 2])), np.degrees(np.arctan2(-east[:, 0], east[:, 1]))
     tokens = scheme.encode(latitude, longitude)
-    reached = slice(0, 2 if name == "places" else None)  # all the offsets here are nothing
+    reached = slice(0, 2 if name == "places" else None)  # all points are city centers, so offsets are 0
     np.testing.assert_array_equal(tokens.max(0)[reached] + 1, scheme.vocab_sizes[reached])
     assert scheme.length == len(scheme.vocab_sizes)
 
@@ -101,11 +101,11 @@ def test_what_shares_tokens_is_near(name):
     other = np.clip(one[0] + step[0], -90, 90), (one[1] + step[1] + 180) % 360 - 180
     same = np.cumprod(scheme.encode(*one) == scheme.encode(*other), 1).astype(bool)
     km = great_circle_km(*one, *other)
-    before = 2 if name == "places" else 1  # tokens before the first digits
+    before = 2 if name == "places" else 1  # number of tokens before the first digits
     for t in range(before - 1, scheme.length):
         digits = min(2 * (t + 1 - before), 13 if name == "h3" else 20)
-        level = math.log2(20 * 7**digits) / 2 if name == "h3" else digits  # of S2, with as many cells
-        spread = 1.3 if name == "h3" else 1.0  # a hexagon's descendants reach past it
+        level = math.log2(20 * 7**digits) / 2 if name == "h3" else digits  # the S2 level with as many cells
+        spread = 1.3 if name == "h3" else 1.0  # descendants of a hexagon extend beyond it
         assert same[:, t].sum() > 30
         assert km[same[:, t]].max() <= 2 * spread * radius_km(name, level)
 
@@ -133,7 +133,7 @@ def test_the_grid_has_the_cells_of_s2_by_their_place_on_the_face():
 
 
 def halved(latitude, longitude, level):
-    """The quads of a latitude and a longitude, by taking halves."""
+    """Quads of latitude and longitude, computed by repeated halving."""
     longitude = -180 if longitude == 180 else longitude
     south, west = (0 if latitude >= 0 else -90), math.floor(longitude / 90) * 90
     found, side = [4 * (south == 0) + west // 90 + 2], 90
@@ -150,7 +150,7 @@ def test_latitude_and_longitude_are_halved():
     for row in [*some, *np.flatnonzero(np.abs(coordinates()[1]) == 180)[::9]]:
         point = [float(values[row]) for values in coordinates()]
         tokens, center = halved(*point, 9)
-        if not any(0 < abs(x - round(x)) < 1e-11 for x in np.array(point) / side):  # adding 90 or 180 rounds it
+        if not any(0 < abs(x - round(x)) < 1e-11 for x in np.array(point) / side):  # else rounded by adding 90 or 180
             assert scheme.encode(*point).tolist() == tokens, point
             np.testing.assert_allclose(scheme.decode(np.array(tokens)), center, rtol=0, atol=1e-12)
     np.testing.assert_array_equal(scheme.encode(51.5, 180.0), scheme.encode(51.5, -180.0))
@@ -200,7 +200,7 @@ def test_places_are_offsets_from_the_nearest_city():
     km = np.asarray(great_circle_km(latitude[:, None], longitude[:, None], *where))
     nearest = km.argmin(1)
     np.testing.assert_array_equal(tokens[:, :2], np.stack([cities.country[nearest], cities.number[nearest]], -1))
-    # The first quad says on which side of the city the point is.
+    # The first quad contains the side of the city on which the point is.
     east = (longitude - where[1][nearest] + 180) % 360 - 180
     np.testing.assert_array_equal(tokens[:, 2] & 1, east > 0)
     center = scheme.decode(tokens)
@@ -237,7 +237,7 @@ def test_photos_and_neighbors_have_the_tokens_of_their_coordinates(name, tmp_pat
     table.write_shard(tmp_path, 0, 1, {**columns, "ids": np.arange(n).astype("S"), "authors": np.full(n, b"")})
     layout = records.token_layout(3)
     photos, near = rng.permutation(n), rng.integers(-1, n, (n, 3))
-    near = -np.sort(-near, 1).astype(np.int32)  # missing ones last
+    near = -np.sort(-near, 1).astype(np.int32)  # missing neighbors last
     found = dict(row=photos, tokens=stored[photos], neighbors=near)
     records.write_shard(records.shard_path(tmp_path, "train", 0, 1), layout.encode(found))
     gallery, expected = table.Table(tmp_path), scheme.encode(*where.T)
@@ -296,7 +296,7 @@ def test_a_model_learns_and_writes_any_cells(name):
     assert losses[0] > 1 and losses[-1] < 0.3 * losses[0]
     assert (candidates < cells.vocab_sizes).all()
     assert np.isfinite(cells.decode(candidates)).all()
-    assert (candidates[:, 0] == batch["tokens"]).all(-1).mean() >= 0.75  # learned by heart
+    assert (candidates[:, 0] == batch["tokens"]).all(-1).mean() >= 0.75  # the model has memorized them
 
 
 def config(**changes):

@@ -1,4 +1,4 @@
-"""Exact search against trying everything, on trees small enough for that."""
+"""Exact search against enumeration, on trees that are small enough for it."""
 
 import functools
 import itertools
@@ -14,7 +14,7 @@ from geotoken_jax.predict.search import SearchResult, distribution, search
 from tests import fixtures
 
 PHOTOS = 3
-#: 127 nodes of the level-3 tree in groups of 1 are no leaves; the first 8 slots hold one, the face's next 8 six.
+#: The level-3 tree has 127 inner nodes in groups of 1. The first 8 slots contain the root, the next 8 the six faces.
 WHOLE = dict(expansions=160, capacity=400)
 SHORT = dict(expansions=48, capacity=400)
 
@@ -57,7 +57,7 @@ def found(form, group, count, rows=slice(None), **options) -> SearchResult:
 
 
 def holds(cell, depth, group):
-    """Says which of all leaves [384] are in a cell."""
+    """Returns which of all leaves [384] are in a cell."""
     return (leaves(group)[:, :depth] == cell[:depth]).all(1)
 
 
@@ -83,7 +83,7 @@ def test_what_is_called_proven_is_so_and_nothing_else_is_left_out(options):
         assert (depth[:n] == 4).all()
         for cell, value in zip(some.tokens[photo, :n], log_p, strict=False):
             assert np.isclose(each[photo][holds(cell, 4, 1)], value, atol=1e-4).all()
-        # After them stands a node that is open: what could still be more probable, or the last of all.
+        # The next slot is an open node, which may still contain a more probable leaf, or there is none.
         assert n == len(log_p) or depth[n] < 4
     assert (some.proven >= 16).all() if options["expansions"] == 48 else (some.proven < 16).any()
     assert (some.proven > 0).any()
@@ -110,7 +110,7 @@ def test_what_remains_is_a_partition_with_the_probabilities_of_its_leaves(form):
 
 def test_leaves_of_a_length_and_of_a_temperature():
     tokens = everything("ours", 1, 0.7)[..., :3]
-    each = tokens.sum(-1)[:, ::4]  # the last token tells four leaves of one cell apart
+    each = tokens.sum(-1)[:, ::4]  # four leaves of one cell differ in the last token only
     some = found("ours", 1, 96, length=3, temperature=0.7, **WHOLE)
     np.testing.assert_array_equal(some.proven, 96)
     assert (some.depth[:, :96] == 3).all() and (some.tokens[..., 3] == 0).all()
@@ -148,7 +148,7 @@ def test_places_are_centers_of_cells():
     depth, log_p = np.zeros((3, 70), np.int32), np.full((3, 70), -np.inf, np.float32)
     tokens[0, :3] = [[2, 5, 9, 1], [4, 7, 0, 0], [3, 0, 0, 0]]
     depth[0, :3], log_p[0, :3] = [4, 2, 1], np.log([0.5, 0.25, 0.125])
-    log_p[1, 0] = 0.0  # nothing is known: the whole Earth
+    log_p[1, 0] = 0.0  # no information: the whole Earth
     tokens[2, :, 0], tokens[2, :, 1], tokens[2, :, 2] = 1, np.arange(70) // 16, np.arange(70) % 16
     depth[2], log_p[2] = 3, np.log(1 / 70)
     places = distribution(SearchResult(tokens, depth, log_p, np.zeros(3, np.int32)), scheme)
@@ -159,14 +159,14 @@ def test_places_are_centers_of_cells():
     np.testing.assert_allclose(places.probability[0, :4], [0.5, 0.25, 0.125, 0], atol=1e-7)
     np.testing.assert_allclose(places.coordinates[0, 0], np.stack(scheme.decode(tokens[0, 0]), -1))
     np.testing.assert_allclose(places.coordinates[0, 1], np.stack(CellScheme(2, 2).decode(tokens[0, 1, :2]), -1))
-    # The last six of 70 are told by the cell of level 2 that they lie in.
+    # The last six of 70 cells are reported as one cell of level 2 that contains them.
     assert places.level[2, 64] == 2 and np.isclose(places.probability[2, 64], 6 / 70)
     np.testing.assert_allclose(places.coordinates[2, 64], np.stack(CellScheme(2, 2).decode(np.array([1, 4])), -1))
     for face in range(6):
         one = SearchResult(np.full((1, 1, 4), face), np.ones((1, 1), int), np.zeros((1, 1)), np.zeros(1))
         center = distribution(one, scheme).coordinates[0, 0]
         assert CellScheme(1, 1).encode(*center)[0] == face or abs(center[0]) == 90
-        # Of the cells of level 20 around a face's middle, all four are on it.
+        # The four cells of level 20 around a face's center are all on that face.
         around = CellScheme().encode(
             np.clip(center[0] + [1e-3, -1e-3], -90, 90), center[1] + 1e-3 - 360 * (center[1] == 180)
         )

@@ -1,4 +1,4 @@
-"""Selectors: which candidate, or which point, each takes from a pool that is made up by hand."""
+"""Selectors: which candidate or point each chooses from a pool made by hand."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ PARTS = SelectorInputs(VoteSettings(0.05, 25.0), lambda: None, lambda name: None
 
 
 def places(*photos, level=20):
-    """Returns the places of photos given as lists of latitude, longitude, probability; cells are points."""
+    """Returns the distribution of photos given as lists of (latitude, longitude, probability); cells are points."""
     table = np.zeros((len(photos), max(map(len, photos)), 3))
     for row, listed in zip(table, photos, strict=True):
         row[: len(listed)] = listed
@@ -51,7 +51,7 @@ def test_greedy_is_the_first_and_log_probability_the_tempered_best():
 def test_neighbors_agree_on_the_candidate_that_most_of_them_are_near():
     near = [[(0, 0), (50, 60), (50, 60.1)]] * 2
     given = pool([[(0, 0), (50, 60)]] * 2, near=near, scores=[[2.0, 1.98, 1.97], [2.0, 1.98, -np.inf]])
-    assert chosen("consensus", given) == [1, 0]  # the second photo has two neighbors, and the first is nearer
+    assert chosen("consensus", given) == [1, 0]  # the second photo has two neighbors, the first of which is nearer
     nobody = pool([[(0, 0), (50, 60)]], near=near[:1], scores=[[-np.inf] * 3])
     assert chosen("consensus", nobody) == [0]
 
@@ -70,7 +70,7 @@ def test_two_neighbors_outvote_one_where_they_are_near_and_nearly_as_like(temper
 
 
 def test_the_threshold_decides_what_is_expected_of_a_candidate():
-    """One likely place far off, against three less likely ones 111 km apart."""
+    """One probable place far away, and three less probable ones 111 km apart."""
     searched = places([(10, 10, 0.4), (0, 100, 0.2), (0, 101, 0.2), (0, 102, 0.2)])
     given = pool([[(10, 10), (0, 100), (0, 101), (0, 102.5)]], searched)
     assert chosen("expected_25_km", given) == [0]
@@ -107,7 +107,7 @@ def test_no_point_of_a_grid_is_worth_more():
 
 
 def test_a_large_cell_is_shared_out_over_its_area():
-    """A level-3 cell, as large as a disc of 650 km, with the answer in its center."""
+    """A level-3 cell, as large as a disc of 650 km, with the prediction at its center."""
     searched = places([(20, 20, 1.0)], level=3)
     at = np.array([[(20.0, 20.0)]])
     radius = 2 * EARTH_RADIUS_KM * np.arcsin(np.sqrt(4.0**-3 / 6))

@@ -1,4 +1,4 @@
-"""The service with a model of the test's own, which answers a photo with its shade."""
+"""The service, with a test model that returns half of a photo's gray value as latitude."""
 
 import asyncio
 import base64
@@ -45,7 +45,7 @@ SECRET = "SECRET-PLACE"
 
 
 class Shade:
-    """A model that answers with the shade of a photo as its latitude, once it may."""
+    """A model that predicts a photo's gray value as latitude, after it is released."""
 
     batch_size = 8
 
@@ -96,7 +96,7 @@ def wait(until: Any) -> None:
 
 
 def photo(shade: int = 100, side: int = 32, **options: Any) -> bytes:
-    """A gray JPEG; its answer has half its shade as latitude."""
+    """A gray JPEG. Its prediction has half its gray value as latitude."""
     file = io.BytesIO()
     Image.new("RGB", (side, side), (shade,) * 3).save(file, "JPEG", quality=95, **options)
     return file.getvalue()
@@ -118,7 +118,7 @@ def many(*photos: bytes) -> list[tuple[str, tuple[str, bytes]]]:
 
 
 def says(response: Any, status: int) -> str:
-    """Returns the sentence of a refusal, which tells nothing of this machine."""
+    """Returns the message of a refusal, and asserts that it contains nothing about this machine."""
     assert response.status_code == status, response.text
     assert set(response.json()) == {"error"}
     sentence = response.json()["error"]
@@ -175,7 +175,7 @@ def test_geojson_has_everything_as_points():
 
 
 def header(width: int, height: int) -> bytes:
-    """A PNG that says it is so large."""
+    """A PNG whose header has this size."""
     chunk = b"IHDR" + width.to_bytes(4, "big") + height.to_bytes(4, "big") + b"\x08\x02\x00\x00\x00"
     return (
         b"\x89PNG\r\n\x1a\n"
@@ -329,7 +329,7 @@ def test_what_waits_when_the_model_is_free_is_one_batch():
         model.free.clear()
         shades = [np.full((4, 4, 3), 2 * n, np.uint8) for n in range(1, 12)]
         first = asyncio.create_task(batcher(shades[0]))
-        await asyncio.sleep(0.2)  # it is with the model, which is held
+        await asyncio.sleep(0.2)  # this batch is in the model, which waits
         rest = [asyncio.create_task(batcher(shade)) for shade in shades[1:]]
         gone = asyncio.create_task(batcher(shades[0]))
         await asyncio.sleep(0)
@@ -340,7 +340,7 @@ def test_what_waits_when_the_model_is_free_is_one_batch():
         return model.batches, [prediction.latitude for prediction in found]
 
     batches, latitudes = asyncio.run(answered())
-    assert batches == [1, 8, 2]  # of the sizes that are compiled, and without the one that nobody waits for
+    assert batches == [1, 8, 2]  # sizes that are compiled; the canceled request is not in a batch
     assert latitudes == list(range(1, 12))
 
 
@@ -384,14 +384,14 @@ def test_photos_a_minute_are_counted_by_address():
     rate.take("1.2.3.5", 60)
     rate.take("2001:db8::1", 60)
     with pytest.raises(limits.Refused):
-        rate.take("2001:db8::ffff:2", 1)  # of the same network
+        rate.take("2001:db8::ffff:2", 1)  # an address of the same network
     now[0] = 5.0
     rate.take("1.2.3.4", 5)
     clients = [f"10.0.{n // 256}.{n % 256}" for n in range(20_000)]
     for client in clients:
         rate.take(client, 60)
     with pytest.raises(limits.Refused):
-        rate.take(clients[10_000], 1)  # the last 10,000 are remembered
+        rate.take(clients[10_000], 1)  # only the last 10,000 clients are remembered
     rate.take(clients[9_999], 60)
 
 

@@ -1,4 +1,4 @@
-"""Configuration sections read as dataclasses: what is refused, and that the message names the key."""
+"""Configuration sections read as dataclasses: which values are errors, and that the message names the key."""
 
 import dataclasses
 

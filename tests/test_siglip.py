@@ -1,4 +1,4 @@
-"""What is SigLIP 2's own: texts in lower case that fill their length, one space for both towers."""
+"""Parts that only SigLIP 2 has: lower-case texts padded to full length, and one embedding space for both towers."""
 
 import json
 import pathlib
@@ -24,7 +24,7 @@ def folder(tmp_path):
 def test_tokens_are_of_lower_case_and_fill_the_length(folder):
     tokens = Tokenizer(folder, 12, "siglip")
     found = tokens(checkpoints.TEXTS)
-    np.testing.assert_array_equal(found, GOLDEN["siglip/ids"])  # made of the texts in lower case
+    np.testing.assert_array_equal(found, GOLDEN["siglip/ids"])  # computed from lower-case texts
     assert (found[:, -1] == [1, 0, 1, 1]).all() and found[1].tolist() == [261, 1, *[0] * 10]
 
 

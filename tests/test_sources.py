@@ -1,4 +1,4 @@
-"""Sources read their data sets in the layouts that these are distributed in, generated here."""
+"""Sources read data sets in the layouts of their distributors, generated here."""
 
 import csv
 import io
@@ -62,7 +62,7 @@ def write_files(path: Path, files: dict[str, bytes]) -> str:
 
 
 def prepare(path: Path, source: str, max_dropped=0.0, /, **changes):
-    """Runs the stage on a source; returns its manifest, and split -> id -> photo."""
+    """Runs the stage on a source. Returns its manifest, and split -> id -> photo."""
     config = common.get_config()
     config.photos.update(source=source, workers=1, max_dropped=max_dropped)
     config.photos[source].update(changes)
@@ -96,7 +96,7 @@ def test_a_folder_with_a_csv_keeps_its_columns_in_any_order_and_tells_what_is_mi
     assert manifest.counts == {"test": 4} and manifest.dropped == {"no image": 1, "no metadata": 1}
     assert dropped(tmp_path / "w") == {"gone.jpg": "no image", "a/extra.JPG": "no metadata"}
     assert where(found["test"]) == {f"a/{name}.jpg": place for name, place in PLACES.items()}
-    assert list(found["test"]) == list(files)  # in the CSV's order
+    assert list(found["test"]) == list(files)  # in the order of the CSV
     row = found["test"]["a/lima.jpg"]
     assert (row["author"], row["country"], row["city"]) == ("me", "Ōmi, „x“", "")
     assert row["image"] == files["a/lima.jpg"]
@@ -114,7 +114,7 @@ def test_a_folder_without_a_csv_takes_coordinates_from_exif_in_sorted_order(tmp_
 
 
 def taken(rows) -> dict[str, str]:
-    """When photos were taken; an empty text where that is unknown."""
+    """Returns id -> time of a photo as text, empty if it is unknown."""
     times = {name: float(row["captured"]) for name, row in rows.items()}
     return {n: "" if math.isnan(t) else datetime.fromtimestamp(t, UTC).isoformat()[:19] for n, t in times.items()}
 
@@ -153,14 +153,14 @@ def test_a_csv_may_say_when_photos_were_taken(tmp_path):
         "2019-07-14": "2019-07-14T00:00:00",
         "1563107405": "2019-07-14T12:30:05",
         "1563107405.5": "2019-07-14T12:30:05",
-        **dict.fromkeys(["", "nan"], ""),  # which say nothing; the others say nonsense
+        **dict.fromkeys(["", "nan"], ""),  # no time; the others are nonsense
         **dict.fromkeys(["2019", "14.7.2019", "0", "1563107405000", "20190714", "0001-01-01T00:00:00+14:00"], ""),
     }
     rows = [[f"{n}.jpg", text, 1, 2] for n, text in enumerate(texts)]
     table = write_csv(tmp_path / "t.csv", ["id", "captured", "latitude", "longitude"], rows)
     path = write_files(tmp_path / "in", {f"{n}.jpg": timed("2011:01:01 00:00:00") for n in range(len(rows))})
     manifest, found = prepare(tmp_path / "w", "folder", **{**ONE_SPLIT, "path": path, "csv": table})
-    assert list(taken(found["test"]).values()) == list(texts.values())  # EXIF is not asked
+    assert list(taken(found["test"]).values()) == list(texts.values())  # EXIF is not read
     assert manifest.facts | {"captured": 6, "nonsense_times": 6} == manifest.facts
 
 
@@ -213,7 +213,7 @@ def test_im2gps3k_is_one_test_split(tmp_path):
 
 def test_im2gps3k_with_swapped_headers_is_refused_with_the_rows_that_prove_it(tmp_path):
     changes, _ = _im2gps3k(tmp_path, IM2GPS3K.replace("LAT,LON", "LON,LAT"))
-    with pytest.raises(StageError, match=r"swapped: 20 of 40 rows, that of 'tokyo0\S* in line 3 \(LAT 139.69\) first"):
+    with pytest.raises(StageError, match=r"swapped: 20 of 40 rows .*\(the first: 'tokyo0\S* in line 3, LAT 139.69\)"):
         prepare(tmp_path / "w", "im2gps3k", **changes)
 
 
@@ -221,7 +221,7 @@ def test_im2gps3k_with_swapped_headers_is_refused_with_the_rows_that_prove_it(tm
 def test_yfcc_is_read_in_each_of_its_forms(tmp_path, form):
     places = {str(6985418911 + n): place for n, place in enumerate(PLACES.values())}
     path = write_files(tmp_path / "in", {f"{name}.jpg": jpeg() for name in places})
-    if form == "info.txt":  # unbalanced quotes are text there
+    if form == "info.txt":  # in this file unbalanced quotes are text
         rows = [[n, name, "", "", "", "", "", "", 'a "title', "", "", "", lon, lat, 16, "", ""]
                 for n, (name, (lat, lon)) in enumerate(places.items())]  # fmt: skip
         (tmp_path / "info.txt").write_text("".join("\t".join(map(str, row)) + "\n" for row in rows))
@@ -288,7 +288,7 @@ def test_rows_stream(tmp_path):
     tracemalloc.start()
     rows = csv_rows.read_rows(table, {name: name for name in ("id", "latitude", "longitude")})
     assert sum(isinstance(row, Photo) for row in rows) == 30_000
-    assert tracemalloc.get_traced_memory()[1] < 200_000  # bytes; the file has 330,000, the photos 20 MB
+    assert tracemalloc.get_traced_memory()[1] < 200_000  # bytes; the file has 330,000, all photos take 20 MB
     tracemalloc.stop()
 
 

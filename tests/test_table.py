@@ -1,4 +1,4 @@
-"""The gallery's table: shards read as one, and what is refused."""
+"""The gallery's table: shards read as one table, and errors."""
 
 import pickle
 

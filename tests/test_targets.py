@@ -1,4 +1,4 @@
-"""Targets of an export that need no converter, and what is said where one is needed."""
+"""Targets of an export that need no converter, and the message if a converter is needed."""
 
 import re
 from pathlib import Path
@@ -62,7 +62,7 @@ def test_pytorch_writes_the_published_names(tmp_path: Path):
 
 
 def test_standalone_answers_as_the_package(made):
-    """Any number of photos, some of whose neighbors are missing: the same tokens, log-probabilities within 1e-4."""
+    """Batches of any size, with missing neighbors: the same tokens, and log-probabilities within 1e-4."""
     folder, features = made
     model = standalone.Model(folder)
     wanted = tiny_export.answers(folder, features[:11])
@@ -79,7 +79,7 @@ def test_rounding_is_that_of_bfloat16():
     import ml_dtypes
 
     values = np.random.default_rng(0).normal(size=10_000).astype(np.float32)
-    values[:3] = 1 + 2**-8, 1 + 3 * 2**-8, -0.0  # as near to one as to the other
+    values[:3] = 1 + 2**-8, 1 + 3 * 2**-8, -0.0  # halfway between two values of bfloat16
     np.testing.assert_array_equal(
         standalone._rounded(values).view(np.uint32),
         values.astype(ml_dtypes.bfloat16).astype(np.float32).view(np.uint32),

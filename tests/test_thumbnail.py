@@ -1,4 +1,4 @@
-"""The backbone without weights: the same place looks alike through another camera, the same name reads alike."""
+"""The backbone without weights: similar features for one place from two cameras, and for the same name."""
 
 import io
 import subprocess
@@ -32,7 +32,7 @@ def test_images_are_rows_of_length_one(backbone):
     assert features.shape == (3, backbone.width) == (3, 768) and features.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, atol=1e-6)
     assert embedded(backbone, []).shape == (0, 768)
-    assert embedded(backbone, [Image.new("RGB", (20, 20), "red")]).any() == np.False_  # nothing to see: zeros, not NaN
+    assert embedded(backbone, [Image.new("RGB", (20, 20), "red")]).any() == np.False_  # a uniform image: zeros, not NaN
 
 
 def test_exposure_color_cast_and_jpeg_hardly_matter(backbone):
@@ -51,7 +51,7 @@ def test_exposure_color_cast_and_jpeg_hardly_matter(backbone):
 def test_takes_the_central_square(backbone):
     scene = places(1)[0]
     square = embedded(backbone, [scene.crop((16, 0, 80, 64))])
-    np.testing.assert_allclose(embedded(backbone, [scene]), square, atol=3e-3)  # the filter sees past its edges
+    np.testing.assert_allclose(embedded(backbone, [scene]), square, atol=3e-3)  # the filter reads beyond the edges
     assert np.abs(embedded(backbone, [scene.crop((0, 0, 64, 64))]) - square).max() > 0.05
 
 

@@ -1,4 +1,4 @@
-"""Training: resumed or on other devices it is the same training, and what it leaves behind is right."""
+"""Training: the same result after a restart or on other devices, and the files that it writes."""
 
 import dataclasses
 import json
@@ -74,7 +74,7 @@ class Interrupted(Exception):
 
 
 class Stopping:
-    """A training input that fails after so many batches."""
+    """A training input that fails after a number of batches."""
 
     def __init__(self, batches, n):
         self.batches, self.n = batches, n
@@ -91,7 +91,7 @@ TIMES = ("examples_per_second", "input_wait", "seconds_left", "tflops_per_second
 
 
 def lines(folder):
-    """Returns the lines of metrics without those that are times."""
+    """Returns the lines of metrics without their times."""
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in TIMES} for line in found]
 
@@ -114,7 +114,7 @@ def test_a_resumed_run_is_the_same_run_bit_for_bit(tmp_path, whole, stop):
         train(tmp_path, stop)
     assert not (tmp_path / "parameters.safetensors").exists()
     assert lines(tmp_path)[-1]["step"] == stop
-    assert train(tmp_path, 2) == result  # two batches are enough from the checkpoint of step 2
+    assert train(tmp_path, 2) == result  # two batches are enough after the checkpoint of step 2
     assert lines(tmp_path) == lines(folder)
     found, expected = parameters(tmp_path), parameters(folder)
     assert found.keys() == expected.keys() == {"linear/kernel", "linear/bias", "factor"}
@@ -156,7 +156,7 @@ def test_validation_is_a_mean_over_valid_photos_without_dropout(whole):
 
 def test_the_parameters_written_are_the_best_steps(tmp_path):
     class Worse(LineTask):
-        """Its validation loss grows with the distance that the parameters go, so the first checkpoint is the best."""
+        """Its validation loss grows as training proceeds, so the first checkpoint is the best."""
 
         def loss(self, model, batch, key):
             loss, found = super().loss(model, batch, key)
@@ -198,7 +198,7 @@ def test_a_moving_average_of_the_parameters_is_validated_and_kept(tmp_path):
 
 
 class Spoiled(Stopping):
-    """A training input whose batches are not numbers from one step to another."""
+    """A training input whose batches are NaN from one step to another."""
 
     def __init__(self, batches, n, first, last):
         super().__init__(batches, n)
@@ -224,7 +224,7 @@ def test_training_stops_when_steps_keep_failing(tmp_path):
 
 
 class Terminated(Stopping):
-    """A training input during whose n-th batch the process is asked to end."""
+    """A training input that raises SIGTERM during its n-th batch."""
 
     def __next__(self):
         self.n -= 1
@@ -240,7 +240,7 @@ def test_a_run_asked_to_end_saves_and_goes_on_where_it_was(tmp_path):
     with pytest.raises(loop.Preempted, match="saved at step 3"):
         train(tmp_path / "ended", 3, make_input=Terminated, **options)
     assert signal.getsignal(signal.SIGTERM) is before
-    train(tmp_path / "ended", 5, **options)  # not one batch is read again
+    train(tmp_path / "ended", 5, **options)  # no batch is read twice
     assert lines(tmp_path / "ended") == lines(tmp_path / "whole")
     for name, value in parameters(tmp_path / "whole").items():
         np.testing.assert_array_equal(parameters(tmp_path / "ended")[name], value)
@@ -284,7 +284,7 @@ def test_parameters_and_moments_are_created_split_over_the_mesh():
 
 @pytest.mark.parametrize("form", ["ours", "paper"])
 def test_each_device_works_on_its_own_photos(form):
-    """Where parameters are split over devices, activations could be too, and every device have all photos."""
+    """If parameters are sharded, the compiler could shard activations and replicate photos on all devices instead."""
     mesh = sharding.make_mesh(sharding.MeshSettings(1, 4, 2))
     trainer = Trainer(fixtures.task(fixtures.settings(form), mesh=mesh), make_optimizer(OPTIMIZER, lambda _: 0.1), mesh)
     batch = {
@@ -307,7 +307,7 @@ def test_weight_decay_spares_vectors_and_clipping_bounds_the_gradient():
     updates, _ = optimizer.update(zeros, optimizer.init(params), params)
     np.testing.assert_allclose(updates["matrix"], -0.1 * 0.5, rtol=1e-6)
     assert not updates["vector"].any() and not updates["layers"]["scale"].any()
-    # After a clipped gradient Adam's first moment is a tenth of the clipped one.
+    # After a clipped gradient, Adam's first moment is a tenth of that gradient.
     clipped = make_optimizer(dataclasses.replace(options, clip=1.0), lambda _: 0.1)
     _, state = clipped.update(jax.tree.map(lambda p: 100 * p, params), clipped.init(params), params)
     adam = next(part for part in jax.tree.leaves(state, is_leaf=_is_adam) if _is_adam(part))

@@ -1,4 +1,4 @@
-"""How sure an answer is, against what is true of samples drawn from the places themselves."""
+"""Radii and probabilities of a prediction, against samples drawn from its distribution."""
 
 import subprocess
 import sys
@@ -29,7 +29,7 @@ def mass(places, at, *km):
 
 
 def around(latitude, longitude, km, rng):
-    """Returns points evenly spread over a disc around each place."""
+    """Returns points uniformly distributed over a disc around each place."""
     angle, bearing = np.asarray(km) / distance.EARTH_RADIUS_KM, rng.uniform(0, 2 * np.pi, len(latitude))
     away = np.arccos(1 - rng.random(len(latitude)) * (1 - np.cos(angle)))
     lat = np.radians(latitude)
@@ -55,7 +55,7 @@ def test_the_mass_is_the_share_of_a_disc_that_a_circle_holds(level, away):
     off = distance.great_circle_km(*at, *points)
     grid = np.linspace(0, away + 1.5 * disc_km(level), 60)
     found, drawn = mass(places, at, *grid), (off[:, None] <= grid).mean(0)
-    # The even rise is up to 0.13 from a disc's own; a jump where the edge starts would be 0.5.
+    # The linear rise differs by up to 0.13 from the exact mass of a disc; a jump at the edge would differ by 0.5.
     np.testing.assert_allclose(found, drawn, atol=0.14)
     np.testing.assert_allclose(found[[0, -1]], [0, 1], atol=1e-6)
     if not away:
@@ -68,7 +68,7 @@ def test_what_the_cells_lack_is_spread_over_the_earth():
     cap = (1 - np.cos(2500 / distance.EARTH_RADIUS_KM)) / 2
     assert mass(places, (0, 0), 0.02, 2500, FARTHEST) == pytest.approx([0.25, 0.25 + 0.75 * cap, 1], abs=1e-6)
     assert mass(places, (45, 90), 2500) == pytest.approx([0.75 * cap])
-    everything = cells([-1, 12, 34, 1.0])  # the whole Earth as a cell: where its center is said to be is nothing
+    everything = cells([-1, 12, 34, 1.0])  # the cell is the whole Earth, so its stated center has no effect
     most = (1 - np.cos(15_000 / distance.EARTH_RADIUS_KM)) / 2
     assert mass(everything, (-60, 10), 2500, 15_000) == pytest.approx([cap, most])
 
@@ -85,15 +85,15 @@ def places_at_random(b, rng, held):
 @pytest.mark.parametrize("held", [0.0, 1e-3, 0.4, 1.0])
 def test_the_radius_is_the_inverse_of_the_mass(held):
     rng = np.random.default_rng(1)
-    places, at = places_at_random(1500, rng, np.full(1500, held))  # more than are worked on at once
+    places, at = places_at_random(1500, rng, np.full(1500, held))  # more than one block of the computation
     masses = np.array([0.0, 0.1, 0.5, 0.9, 1.0])
     radius = uncertainty.radius_km(places, at, masses)
     assert (np.diff(radius, axis=1) >= 0).all() and (radius <= FARTHEST).all()
     assert (radius[:, 0] == 0).all()
     back = uncertainty.mass_within(places, at, radius)
     less = uncertainty.mass_within(places, at, np.maximum(radius - 1e-3, 0))
-    assert (back[:, 1:] >= masses[1:] - 1e-9).all()  # so much is held,
-    assert (less[:, 1:] <= masses[1:] + 1e-9).all()  # and a meter less holds less
+    assert (back[:, 1:] >= masses[1:] - 1e-9).all()  # the radius contains the mass,
+    assert (less[:, 1:] <= masses[1:] + 1e-9).all()  # and a radius one meter smaller contains less
     alone = uncertainty.radius_km(PlaceDistribution(*(part[7:8] for part in places)), at[7:8], masses)
     np.testing.assert_allclose(alone[0], radius[7])
 

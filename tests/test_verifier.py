@@ -1,4 +1,4 @@
-"""The verifier: its parts one by one, then all that `learn` makes in a small world whose retrieval knows nothing."""
+"""The verifier: its parts one by one, then all that `learn` trains, in a small world without useful retrieval."""
 
 import dataclasses
 
@@ -26,7 +26,7 @@ from geotoken_jax.predict.sample import Candidates
 from geotoken_jax.stages import selectors, training
 from tests import fixtures
 
-#: Settings of the verifier that tests leave as they are.
+#: Settings of the verifier that tests do not change.
 FIXED = ("widths_km", "width_km", "point_km", "sharpness", "floor", "temperature")
 C, M, N = fixtures.C, fixtures.M, 240
 PLACES = np.array([[60.0, 10], [-30, 25], [35, 139], [-12, -77], [48, 2], [64, -21]])
@@ -35,7 +35,7 @@ CELLS = CellScheme(level=20, group=1)
 
 
 def photos(n, seed, views_of=None):
-    """Columns of a table. Of their three vectors only a part of the image, small beside the rest, tells the place."""
+    """Columns of a table. Of the three vectors, only a few dimensions of the image depend on the place, weakly."""
     rng = np.random.default_rng(seed)
     place = np.arange(n) % 6 if views_of is None else np.repeat(np.arange(views_of) % 6, n // views_of)
     vectors = rng.normal(size=(n, 3, C))
@@ -74,7 +74,7 @@ def config():
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory, config):
-    """A work directory up to geotoken/: a decoder, and a retrieval, of random numbers."""
+    """A work directory up to geotoken/, with a random decoder and random retrieval."""
     path = tmp_path_factory.mktemp("world")
     write_shard(path / "gallery", 0, 1, photos(N, 0))
     write_shard(path / "queries" / "train_views", 0, 1, photos(2 * N, 1, views_of=N))
@@ -96,12 +96,12 @@ def path(tmp_path_factory, config):
 
 
 def trainer(monkeypatch):
-    """Returns a list that names what is trained, as it is."""
+    """Returns a list to which the name of each training is added."""
     calls, fit = [], training.fit
 
     def listed(task, config, where, splits, folder, what):
         calls.append(what)
-        if what == "comparator":  # on none of the photos that have pools
+        if what == "comparator":  # splits share no photos with pools
             assert not set(splits[0]._rows) & set(splits[1]._rows)
         return fit(task, config, where, splits, folder, what)
 
@@ -161,7 +161,7 @@ def test_photos_of_one_place_are_no_negatives_of_each_other():
     batch = {"image": x[0], "other": x[1]}
     assert float(task.loss(model, {**batch, "place": here}, None)[0]) == 0.0
     both = task.loss(model, {**batch, "place": apart}, None)[0]
-    # The last photo shows the first's place: were it not there, the first three would lose the same but for it.
+    # The last photo shows the first photo's place. If it is not valid, it must not change the loss of the others.
     valid = jnp.array([True, True, True, False])
     assert 0 < task.loss(model, {**batch, "place": apart, "valid": valid}, None)[0] != both
     moved = task.loss(
@@ -197,7 +197,7 @@ def test_learn_makes_what_chooses_and_goes_on_where_it_was(config, path, monkeyp
 
 
 def test_the_verifier_finds_the_place_that_retrieval_did_not(config, path, tmp_path):
-    """Pools of all six places; who chooses by chance is right once in six."""
+    """Pools of all six places; a random choice is right once in six."""
     for folder in ("align", "gallery", "queries", "neighbors", "tokens", "geotoken"):
         (tmp_path / folder).symlink_to(path / folder)
     rng = np.random.default_rng(3)
@@ -235,7 +235,7 @@ def test_the_verifier_finds_the_place_that_retrieval_did_not(config, path, tmp_p
     for name, places in verifier.points(found).items():
         assert (great_circle_km(*places.T, *columns["coordinates"].T) < 25).mean() > 0.6, name
         assert set(map(tuple, places)) <= set(map(tuple, gallery.coordinates())), name
-    elsewhere = found._replace(coordinates=np.zeros((60, 6, 2)))  # none of the candidates is anywhere near
+    elsewhere = found._replace(coordinates=np.zeros((60, 6, 2)))  # all candidates are far from the photo
     np.testing.assert_array_equal(
         verifier.selector("point_likeness")(elsewhere), verifier.points(found)["point_likeness"]
     )
@@ -265,7 +265,7 @@ def test_the_photos_of_an_author_do_not_speak_for_him(config, path, tmp_path):
     )  # fmt: skip
     seen, hidden = evidence(found), evidence(found._replace(exclude=Workdir(path).exclusions("train")(rows)))
     assert np.isfinite(seen).all() and np.isfinite(hidden).all()
-    # Its own look is the most alike there is, by the backbone's embedding: 1. And it is nearest.
+    # Unless excluded, the photo itself is its nearest and most similar neighbor: a similarity of 1 by the backbone.
     best, nearest = 15, -1
     np.testing.assert_allclose(seen[:, 0, best], 1.0, atol=1e-2)
     assert (hidden[:, 0, best] < 0.99).all() and (hidden[:, 0, nearest] > seen[:, 0, nearest]).all()

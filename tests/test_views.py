@@ -1,4 +1,4 @@
-"""Further views of photos: the same whenever they are made, unlike the photo, and a split that is trained on alone."""
+"""Further views of photos: reproducible, different from the photo, and stored as a split for training only."""
 
 import dataclasses
 import io
@@ -54,7 +54,7 @@ def test_each_key_changes_the_photo():
 
 
 def test_a_crop_keeps_scale_and_lies_anywhere_inside():
-    """On a ramp of x and y a pixel says where it is from."""
+    """On a ramp of x and y, a pixel's color is its position."""
     x, y = np.meshgrid(np.arange(100), np.arange(80))
     ramp = Image.fromarray(np.stack([x, y, y], -1).astype(np.uint8))
     found = made(dataclasses.replace(STILL, crop=0.5), ramp, range(200))
@@ -71,7 +71,7 @@ def test_a_turned_photo_is_turned_about_its_crop_and_mirrored_at_the_borders():
     photo = np.asarray(scene()).astype(int)
     assert views._inside(np.arange(-3, 7), 4).tolist() == [2, 1, 0, 0, 1, 2, 3, 3, 2, 1]
     white = made(turned, Image.new("RGB", (40, 30), "white"))
-    assert all((v == 255).all() for v in white)  # nothing comes from outside the photo
+    assert all((v == 255).all() for v in white)  # no pixel comes from outside the photo
     for v in made(turned):
         np.testing.assert_allclose(v[23:25, 31:33].mean((0, 1)), photo[23:25, 31:33].mean((0, 1)), atol=6)
 
@@ -118,7 +118,7 @@ def test_views_are_a_split_beside_the_others(prepared: Path, tmp_path: Path, mon
     assert manifest.counts == {"train": 39, "validation": 5}
     manifest = workdir.read_manifest(two, "features")
     assert manifest.counts == {"train": 39, "validation": 5, "train_views": 78}
-    assert manifest.dropped == {"unreadable image": 1}  # once, not with each of its views
+    assert manifest.dropped == {"unreadable image": 1}  # counted once, not per view
     train, some, more = features(two, "train")[:], features(one, "train_views")[:], features(two, "train_views")[:]
     for name in ("id", "author", "coordinates", "tokens", "text"):
         np.testing.assert_array_equal(more[name], np.repeat(train[name], 2, axis=0))

@@ -1,4 +1,4 @@
-"""Stages: what is kept, continued and refused, and that nothing is ever half written."""
+"""Stages: which folders are reused, resumed or refused, and that no file is ever half written."""
 
 import dataclasses
 import json
@@ -54,7 +54,7 @@ def test_another_input_is_refused(tmp_path, complete):
 
 @pytest.mark.parametrize("folder, verb", [("photos", "prepare"), ("queries", "index"), ("geotoken/paper", "train")])
 def test_a_missing_input_names_its_verb(tmp_path, folder, verb):
-    workdir.begin(tmp_path, folder, {}, [])  # begun, and not complete
+    workdir.begin(tmp_path, folder, {}, [])  # begun but not complete
     with pytest.raises(workdir.StageError, match=rf"{folder} is not complete: run `geotoken {verb}`"):
         workdir.begin(tmp_path, "export", {}, [folder])
     assert not (tmp_path / "export").exists()

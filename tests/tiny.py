@@ -1,4 +1,4 @@
-"""A configuration of the whole path that takes seconds, as a file that `--config` can name."""
+"""A configuration of all stages that takes seconds, as a file for `--config`."""
 
 from ml_collections import ConfigDict
 
@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
         backbone_width=48, width=16, heads=2, encoder_layers=1, decoder_layers=1, feed_forward=16, neighbors=4, group=4
     )
     config.train.update(batch_size=32, examples=640, evaluate_every=5, log_every=5)
-    del config.variants.without_neighbor_tokens  # a model more, by the way of the paper's form
+    del config.variants.without_neighbor_tokens  # one model less to train; the paper's variant stays
     config.variants.paper.model.neighbors = 4
     config.variants.paper.train.update(batch_size=32, examples=320, evaluate_every=5)
     config.predict.update(samples=5, batch_size=32)

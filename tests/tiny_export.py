@@ -1,4 +1,4 @@
-"""A folder like those that `geotoken export` makes, in seconds: random weights and 40 made-up photos."""
+"""Makes a folder like those of `geotoken export` in seconds, with random weights and 40 synthetic photos."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ from geotoken_jax.model.geotoken import GeoTokenModel, ModelSettings
 from geotoken_jax.predict.decode import Decoder, PredictSettings
 
 WIDTH, PHOTOS = 12, 40
-#: What differs from the paper's form, beside sizes, in a model like the demo's.
+#: Settings of the demo that differ from the paper's architecture, apart from sizes.
 OURS = dict(
     norm="pre", activation="gelu", positions="factored", memory="compact", tie_tokens=True, copy_head=True,
     similarities=True,
@@ -28,7 +28,7 @@ OURS = dict(
 
 
 def write(folder: Path, model: dict | None = None, predict: dict | None = None) -> np.ndarray:
-    """Writes the folder, and returns features [PHOTOS, WIDTH] of photos that may be asked for."""
+    """Writes the folder, and returns features [PHOTOS, WIDTH] of photos to predict."""
     config = common.get_config()
     config.model.update(
         backbone_width=WIDTH, width=16, heads=2, encoder_layers=2, decoder_layers=2, feed_forward=16, neighbors=3,
@@ -45,7 +45,7 @@ def write(folder: Path, model: dict | None = None, predict: dict | None = None) 
     aligned = AlignModel(settings.read(AlignSettings, read["align"], "align"), WIDTH, rngs=nnx.Rngs(0))
     options = settings.read(ModelSettings, read["model"], "model")
     decoder = GeoTokenModel(options, nnx.Rngs(1))
-    decoder.head[...] *= 4  # else all tokens are as probable
+    decoder.head[...] *= 4  # without this all tokens have nearly equal probability
     workdir.write_json(epath.Path(folder) / "config.json", settings.plain(read))
     checkpoint.write_parameters(folder / "align.safetensors", nnx.to_pure_dict(nnx.state(aligned)))
     checkpoint.write_parameters(folder / "geotoken.safetensors", nnx.to_pure_dict(nnx.state(decoder)))
@@ -84,7 +84,7 @@ def answers(folder: Path, features: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def compare(told: list[dict], wanted: dict[str, np.ndarray], within: float = 1e-4) -> None:
-    """Asserts that answers of standalone.py are the package's: tokens, coordinates, log-probabilities."""
+    """Asserts that predictions of standalone.py equal the package's in tokens, coordinates and log-probabilities."""
     tokens = np.array([[c["tokens"] for c in answer["candidates"]] for answer in told])
     np.testing.assert_array_equal(tokens, wanted["tokens"])
     at = [[(c["latitude"], c["longitude"]) for c in answer["candidates"]] for answer in told]

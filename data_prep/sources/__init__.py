@@ -1,4 +1,4 @@
-"""Where photos come from: each source yields photos, and a counted reason for every one that it drops."""
+"""The interface of a source of photos. A source yields photos, and a named reason for each dropped photo."""
 
 import dataclasses
 import math
@@ -8,10 +8,11 @@ from typing import Protocol
 
 @dataclasses.dataclass(frozen=True)
 class Photo:
-    """One photo as the path takes it in. Empty text where a name is unknown; degrees; image: the encoded file.
+    """A photo with its metadata.
 
-    captured: when it was taken, in seconds since 1970, UTC as far as that is known; NaN where nothing is said of it.
-    What cannot be a time (photos.plausible) is counted as nonsense and becomes NaN.
+    image: bytes of the encoded file. latitude, longitude: degrees. city, state, country, continent: names, empty if
+    unknown. captured: time in seconds since 1970, in UTC if the time zone is known; NaN if the time is unknown. A time
+    that cannot be true (photos.plausible) is counted as nonsense and becomes NaN.
     """
 
     id: str
@@ -28,7 +29,7 @@ class Photo:
 
 @dataclasses.dataclass(frozen=True)
 class Drop:
-    """A photo that is not taken in, and why: `reason` is a short name that is counted."""
+    """A photo that is left out. reason: short name under which such photos are counted."""
 
     id: str
     reason: str
@@ -36,10 +37,10 @@ class Drop:
 
 @dataclasses.dataclass(frozen=True)
 class Provenance:
-    """Where a data set is from, and on what terms: what a model card must say of it.
+    """Origin and terms of a data set, which a model card must state.
 
-    license: of what is made of the data, as the Hugging Face hub names licenses ("other" and "unknown" are names too).
-    origin, terms, citation: sentences; the last may be empty.
+    license: license of a model made from the data, by its name on the Hugging Face hub, which may be "other" or
+    "unknown". origin, terms: sentences. citation: sentences, may be empty.
     """
 
     license: str
@@ -48,22 +49,22 @@ class Provenance:
     citation: str = ""
 
 
-#: Of a folder of somebody's own: only they know.
+#: Provenance of a user's own folder, which only the user can describe.
 UNKNOWN = Provenance(
     "unknown",
-    "A folder of photos that whoever trained this has not described.",
-    "Not stated: say here under what license the photos are before you give this away.",
+    "A folder of photos that the person who trained this model has not described.",
+    "Not stated: write the license of the photos here before you publish this model.",
 )
-#: Of sets of photos that were gathered on Flickr.
+#: Terms of photos from Flickr.
 FLICKR = "Each photo belongs to the Flickr user who took it and is under the license that this user chose."
 
 
 class Source(Protocol):
-    """A set of photos, cut into shards that can be read apart from each other and in any order."""
+    """A set of photos in shards, which can be read independently and in any order."""
 
     @property
     def name(self) -> str:
-        """Of the data set."""
+        """Name of the data set."""
         ...
 
     @property
@@ -73,9 +74,9 @@ class Source(Protocol):
 
     @property
     def provenance(self) -> Provenance:
-        """Where it is from."""
+        """Origin and terms of the photos."""
         ...
 
     def read(self, split: str, shard: int) -> Iterator[Photo | Drop]:
-        """Yields one shard's photos in an order of its own that never changes."""
+        """Yields one shard's photos and drops, always in the same order."""
         ...

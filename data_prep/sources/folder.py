@@ -1,7 +1,7 @@
-"""Any folder of photos: where and when they were taken is in a CSV, or in their EXIF.
+"""A user's folder of photos. Coordinates and times are in a CSV, or in the photos' EXIF.
 
-A photo's id is its path in the folder, with `/`. Files are found by walking the folder, never by making a path from an
-id, so nothing outside of it is read; symbolic links in it are not followed.
+A photo's id is its path relative to the folder, with `/`. Files are found by walking the folder, and no path is ever
+made from an id, so nothing outside the folder is read. Symbolic links are not followed.
 """
 
 import abc
@@ -27,9 +27,10 @@ _OPTIONAL = {name: name for name in ("author", "city", "state", "country", "cont
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """What a source has: split -> each photo, its image not yet read, with its file; or a drop, with none.
+    """All photos of a source.
 
-    exif: take coordinates and time from the image.
+    photos: split -> pairs of a photo, whose image is not yet read, and the path of its file; or of a drop and "".
+    exif: whether coordinates and time are read from the image.
     """
 
     photos: Mapping[str, list[tuple[Photo | Drop, str]]]
@@ -49,17 +50,17 @@ class Listing:
 
 
 class Listed(abc.ABC):
-    """A source of photos (`data_prep.sources.Source`) that first lists all of them, once a process."""
+    """A source of photos (`data_prep.sources.Source`) that lists all of them first, once per process."""
 
     provenance: Provenance
 
     @abc.abstractmethod
     def listing(self) -> Listing:
-        """Returns what there is. Raises SettingsError if the folder or the table is not there."""
+        """Returns all photos of the source. Raises SettingsError if the folder or the table does not exist."""
 
     @property
     def splits(self) -> Mapping[str, int]:
-        """Split -> number of shards; raises as `listing` does."""
+        """Split -> number of shards. Raises the errors of `listing`."""
         return _listing(self).splits
 
     def read(self, split: str, shard: int) -> Iterator[Photo | Drop]:
@@ -74,7 +75,10 @@ def _listing(source: Listed) -> Listing:
 
 @dataclasses.dataclass(frozen=True)
 class Folder(Listed):
-    """The folder: photos of a CSV in its order, others in that of their ids. No author is in two splits."""
+    """The folder as a source. No author is in two splits.
+
+    Photos are in the order of the CSV, or sorted by id if there is no CSV.
+    """
 
     settings: FolderSettings
     name = "folder"
@@ -95,12 +99,13 @@ class Folder(Listed):
 
 
 def walk(path: str, key: str) -> dict[str, str]:
-    """Returns each file's path in the folder, with `/`, and its real path, sorted; a symbolic link's is empty.
+    """Returns relative path -> path of each file in a folder and its subfolders, sorted. A symbolic link has path "".
 
-    key: of config.photos, for the message. Raises SettingsError if there is no such folder, StageError if it is empty.
+    key: key in config.photos that names the folder, for messages. Raises SettingsError if the folder does not exist,
+    StageError if it is empty.
     """
     if not path or not Path(path).is_dir():
-        raise SettingsError(f"config.photos.{key} is {path!r}, which is no folder: name the one that holds the photos")
+        raise SettingsError(f"config.photos.{key} is {path!r}, which is not a folder: set it to the photos' folder")
     files = {}
     pending = [(path, "")]
     while pending:
@@ -112,35 +117,39 @@ def walk(path: str, key: str) -> dict[str, str]:
                 elif entry.is_symlink() or entry.is_file():  # neither sockets nor pipes
                     files[prefix + entry.name] = "" if entry.is_symlink() else entry.path
     if not files:
-        raise StageError(f"{path} holds no files: config.photos.{key} must name the folder of the photos")
+        raise StageError(f"config.photos.{key} is {path!r}, which has no files: set it to the photos' folder")
     return dict(sorted(files.items()))
 
 
 def existing_file(path: str, key: str) -> Path:
-    """Returns the path of a file. key: of config.photos, for the message. Raises SettingsError if there is none."""
+    """Returns the path of a table, or raises SettingsError if it does not exist.
+
+    key: key in config.photos that names the table, for the message.
+    """
     if not path or not Path(path).is_file():
-        raise SettingsError(f"config.photos.{key} is {path!r}, which is no file: name the photos' table")
+        raise SettingsError(f"config.photos.{key} is {path!r}, which is not a file: set it to the photos' table")
     return Path(path)
 
 
 def pair(
     rows: Iterable[Photo | Drop], files: Mapping[str, str], file_name: Callable[[str], str]
 ) -> Iterator[tuple[Photo | Drop, str]]:
-    """Yields each row with its photo's file, or as a drop; then a drop for each photo's file without a row.
+    """Yields each row with the path of its file, or as a drop with "". Then yields a drop per image file without a row.
 
-    files: as `walk` returns them. file_name: id -> key of files, which the id is only compared with.
+    files: relative path -> path, from `walk`. file_name: function that returns the key in `files` for an id. The key is
+    only compared, never opened.
     """
-    seen, wanted = set(), set()
+    ids, requested = set(), set()
     for row in rows:
         name = file_name(row.id)
-        wanted.add(name)
+        requested.add(name)
         if isinstance(row, Photo):
-            reason = "repeated id" if row.id in seen else _missing(name, files)
-            seen.add(row.id)
+            reason = "repeated id" if row.id in ids else _missing(name, files)
+            ids.add(row.id)
             row = Drop(row.id, reason) if reason else row
         yield row, "" if isinstance(row, Drop) else files[name]
     for name in files:
-        if name not in wanted and name.lower().endswith(ENDINGS):
+        if name not in requested and name.lower().endswith(ENDINGS):
             yield Drop(name, "no metadata"), ""
 
 
@@ -152,14 +161,17 @@ def _missing(name: str, files: Mapping[str, str]) -> str:
 
 
 def split_of(author: str, shares: Mapping[str, float]) -> str:
-    """Returns the split that an author's photos belong to: the author's hash, over split -> share (together 1)."""
+    """Returns the split of all photos of an author, chosen by a hash of the author.
+
+    shares: split -> share of authors; the sum is 1.
+    """
     digest = hashlib.sha256(author.encode(errors="surrogateescape")).digest()
     rest = int.from_bytes(digest[:8]) / 2**64
     for split, share in shares.items():
         if rest < share:
             return split
         rest -= share
-    return max(shares, key=lambda split: shares[split])  # shares may sum to a hair under 1
+    return max(shares, key=lambda split: shares[split])  # rounding can make the sum slightly less than 1
 
 
 def _load(photo: Photo, file: str, exif: bool) -> Photo | Drop:
@@ -171,8 +183,9 @@ def _load(photo: Photo, file: str, exif: bool) -> Photo | Drop:
         return Drop(photo.id, "unreadable file")
     if not exif:
         return dataclasses.replace(photo, image=image)
-    where = images.gps(image)
-    if where is None:
+    coordinates = images.gps(image)
+    if coordinates is None:
         return Drop(photo.id, images.fault(image) or "no GPS")
+    latitude, longitude = coordinates
     captured = images.captured(image)
-    return dataclasses.replace(photo, image=image, latitude=where[0], longitude=where[1], captured=captured)
+    return dataclasses.replace(photo, image=image, latitude=latitude, longitude=longitude, captured=captured)

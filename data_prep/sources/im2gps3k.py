@@ -1,6 +1,6 @@
-"""IM2GPS3K: the benchmark of 2,997 Flickr photos, as its CSV of scene labels and the folder of its images.
+"""IM2GPS3K, a benchmark of 2,997 Flickr photos, read from its CSV of scene labels and the images' folder.
 
-In an older copy of the CSV the names LAT and LON are exchanged: it is refused, with the rows that prove it.
+An older copy of the CSV has the names LAT and LON exchanged. It raises StageError, with a row as proof.
 """
 
 import dataclasses
@@ -15,12 +15,12 @@ _COLUMNS = {"id": "IMG_ID", "author": "AUTHOR", "latitude": "LAT", "longitude": 
 
 @dataclasses.dataclass(frozen=True)
 class Im2gps3k(Listed):
-    """The benchmark, all of it in `test`, in the CSV's order."""
+    """The benchmark as a source. All photos are in `test`, in the order of the CSV."""
 
     settings: Im2gps3kSettings
     name = "im2gps3k"
     provenance = Provenance(
-        "other", "IM2GPS3K: 2,997 photos of Flickr.", FLICKR, "Vo, Jacobs and Hays 2017, Revisiting IM2GPS, ICCV."
+        "other", "IM2GPS3K: 2,997 Flickr photos.", FLICKR, "Vo, Jacobs and Hays 2017, Revisiting IM2GPS, ICCV."
     )
 
     def listing(self) -> Listing:

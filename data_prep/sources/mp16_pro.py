@@ -1,10 +1,11 @@
-"""MP16-Pro: 4.7 million Flickr photos with place names, read where they were downloaded.
+"""MP16-Pro: 4.7 million Flickr photos with place names, read from the files as they were downloaded.
 
-The parts `mp-16-images00` ... in order are one tar; a CSV has a row a photo. A survey reads every row, and every header
-once, of all parts side by side, and keeps in the stage's folder what it found: the rows (0.2 KB each), and as flat
-arrays where each member and its row are and why it is dropped, if it is. It takes about 100 bytes of memory a photo.
-From then on photos are read by their offsets, each once. Filter: G3 (arXiv 2405.14702), as published: a country,
-`.jpg`, larger than 5,120 bytes.
+The parts `mp-16-images00` ... in order are one tar; a CSV has one row per photo. A survey first reads each row and each
+tar header once, with all parts in parallel. It stores the rows (0.2 KB each) and an index in the stage's folder: for
+each member of the tar, the offsets of member and row and the reason to drop it, as flat arrays. It takes about 100
+bytes of memory per photo. After the survey, each photo is read once, by its offset.
+
+The filter is the one that G3 published (arXiv 2405.14702): a country, `.jpg`, more than 5,120 bytes.
 """
 
 import concurrent.futures
@@ -36,24 +37,24 @@ PARTS = "mp-16-images"
 COLUMNS = {"id": "IMG_ID", "author": "AUTHOR", "latitude": "LAT", "longitude": "LON"}
 _PLACES = {name: name for name in records.PLACE_FIELDS}
 _FIELDS = (*COLUMNS, *_PLACES)
-#: Photos of this many bytes or fewer are dropped (G3).
+#: Photos of up to this number of bytes are dropped, as in G3.
 SMALL = 5120
-#: Why the survey drops a member; the first is of those that it keeps.
+#: Reasons for which the survey drops a member; the empty one is for members that stay.
 REASONS = (
     *("", "not a file", "not .jpg", "truncated", "small file", "too large"),  # known from its header
     *("no metadata", "repeated id", "identical bytes"),
 )
-#: Of a member in the survey's making; _FOLDER in place of a reason's number.
+#: A member of the tar during the survey. key: hash of the name. fate: index in REASONS, or _FOLDER.
 _MEMBER = np.dtype([("offset", "i8"), ("size", "i8"), ("key", "u8"), ("fate", "u1")])
 _FOLDER = 255
 
 
 @dataclasses.dataclass(frozen=True)
 class MP16Pro:
-    """The data set as a source of photos (`data_prep.sources.Source`). work: folder that keeps the survey.
+    """The data set as a source of photos (`data_prep.sources.Source`). work: folder in which the survey is stored.
 
-    An author is in one split; a photo without an author is judged by its id. Members without metadata, and rows without
-    a member, are dropped in shards of `train`. Shards are runs of their split's members, in the order of the tar.
+    No author is in two splits; the author of a photo without one is its id. A shard contains consecutive members of its
+    split, in the order of the tar. Members without metadata and rows without a member are drops in shards of `train`.
     """
 
     settings: MP16ProSettings
@@ -61,14 +62,14 @@ class MP16Pro:
     name = "mp16_pro"
     provenance = Provenance(
         "other",
-        "MP16-Pro: the photos of Flickr in MP-16, a part of YFCC100M, with the names of their places.",
-        f"Academic use only, as whoever is given MP16-Pro agrees to. {FLICKR}",
+        "MP16-Pro: the Flickr photos of MP-16, a subset of YFCC100M, with the names of their places.",
+        f"Academic use only: everyone who receives MP16-Pro agrees to this. {FLICKR}",
         "Jia et al. 2024, G3, arXiv 2405.14702. Larson et al. 2017, The Benchmarking Initiative for Multimedia "
         "Evaluation, IEEE MultiMedia 24. Thomee et al. 2016, YFCC100M, CACM 59(2).",
     )
 
     def __reduce__(self):
-        return type(self), (self.settings, self.work)  # without the survey: other processes map its arrays
+        return type(self), (self.settings, self.work)  # without the survey, whose arrays each process maps from disk
 
     @property
     def splits(self) -> Mapping[str, int]:
@@ -81,21 +82,21 @@ class MP16Pro:
     def read(self, split: str, shard: int) -> Iterator[Photo | Drop]:
         """Yields the members of one shard in the order of the tar, then its share of the rows without a member."""
         survey, n = self._survey, self.settings.photos_per_shard
-        chosen = np.flatnonzero(survey.held == (split == "validation"))[shard * n : (shard + 1) * n]
+        members = np.flatnonzero(survey.held == (split == "validation"))[shard * n : (shard + 1) * n]
         with self._parts as parts, self._rows.open("rb") as rows:
-            for member in chosen:
+            for member in members:
                 info = tar_parts.member(parts, int(survey.member[member]))
                 if reason := REASONS[survey.fate[member]]:
                     yield Drop(info.name, reason)
                 else:
-                    yield self._judge(parts, info, _row(rows, survey.row[member]))
+                    yield self._load(parts, info, _row(rows, survey.row[member]))
             spare = slice(shard, None, self.splits["train"]) if split == "train" else slice(0)
             for offset, repeated in zip(survey.spare[spare], survey.repeated[spare], strict=True):
                 row = _row(rows, offset)
                 yield row if isinstance(row, Drop) else Drop(row.id, "repeated id" if repeated else "no image")
 
-    def _judge(self, parts: tar_parts.Parts, info: tarfile.TarInfo, row: Photo | Drop) -> Photo | Drop:
-        if _stem(row.id) != _stem(info.name.rpartition("/")[2]):  # two names of one hash
+    def _load(self, parts: tar_parts.Parts, info: tarfile.TarInfo, row: Photo | Drop) -> Photo | Drop:
+        if _stem(row.id) != _stem(info.name.rpartition("/")[2]):  # two names with the same hash
             return Drop(info.name, "no metadata")
         if isinstance(row, Drop):
             return row
@@ -109,21 +110,25 @@ class MP16Pro:
     @property
     def _parts(self) -> tar_parts.Parts:
         folder = epath.Path(self.settings.folder)
-        found = sorted(folder.glob(f"{PARTS}[0-9][0-9]")) if self.settings.folder else []
-        if not found:
-            raise StageError(f"{folder} has no {PARTS}00: set config.photos.mp16_pro.folder to where the parts are")
-        for n, path in enumerate(found):
+        paths = sorted(folder.glob(f"{PARTS}[0-9][0-9]")) if self.settings.folder else []
+        if not paths:
+            raise StageError(
+                f"config.photos.mp16_pro.folder is {self.settings.folder!r}, which has no {PARTS}00: set it to the "
+                "folder of the tar's parts"
+            )
+        for n, path in enumerate(paths):
             if path.name != f"{PARTS}{n:02d}":
-                raise StageError(
-                    f"{folder} has {path.name} but no {PARTS}{n:02d}: get all parts, for together they are one tar"
-                )
-        return tar_parts.Parts(found)
+                raise StageError(f"{folder} has {path.name} but no {PARTS}{n:02d}: download the missing part there")
+        return tar_parts.Parts(paths)
 
     @property
     def _metadata(self) -> epath.Path:
         path = epath.Path(self.settings.folder) / self.settings.metadata
         if not path.exists():
-            raise StageError(f"{path} does not exist: set config.photos.mp16_pro.metadata to the CSV of the photos")
+            raise StageError(
+                f"{path} does not exist: set config.photos.mp16_pro.metadata to the CSV, relative to "
+                "config.photos.mp16_pro.folder"
+            )
         return path
 
     @property
@@ -132,7 +137,7 @@ class MP16Pro:
 
     @functools.cached_property
     def _survey(self) -> "Survey":
-        """Opens the survey of these very files, or makes it."""
+        """The survey, which is made first if it does not exist. Raises StageError if the files have changed since."""
         parts, metadata, folder = self._parts, self._metadata, self._rows.parent
         files = {path.name: length for path, length in zip(parts.paths, parts.lengths, strict=True)}
         files[metadata.name] = metadata.stat().length
@@ -140,25 +145,28 @@ class MP16Pro:
         if not done.exists():
             folder.mkdir(parents=True, exist_ok=True)
             with parts:
-                survey = _survey(parts, _index_rows(metadata, self._rows, self.settings), self.settings)
+                survey = _make_survey(parts, _index_rows(metadata, self._rows, self.settings), self.settings)
             for name, values in dataclasses.asdict(survey).items():
                 records.save_array(folder / f"{name}.npy", values)
             workdir.write_json(done, files)
-        found = json.loads(done.read_text())
-        for name in sorted(found.keys() | files.keys()):
-            if found.get(name) != files.get(name):
+        surveyed = json.loads(done.read_text())
+        for name in sorted(surveyed.keys() | files.keys()):
+            if surveyed.get(name) != files.get(name):
                 raise StageError(
-                    f"{name} has {files.get(name, 'no')} bytes, but had {found.get(name, 'no')} when {self.work} was "
-                    "begun: bring the file back, or remove that folder to make it from the files as they are"
+                    f"{name} has {files.get(name, 'no')} bytes, but had {surveyed.get(name, 'no')} when {self.work} "
+                    "was begun: restore the file, or remove that folder and prepare again from the files as they are"
                 )
         return Survey(*(records.open_array(folder / f"{field.name}.npy") for field in dataclasses.fields(Survey)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
-    """What is where. member: byte of the tar where its headers begin. row: byte of rows.jsonl where its row does, -1 if
-    it has none. fate: number of one of REASONS. held: whether it is of `validation`. spare: bytes of the rows that no
-    member has; repeated: whether an earlier row has the same id."""
+    """An index of the tar's members and of the rows in rows.jsonl.
+
+    member: offset in the tar of each member's first header. row: offset of its row, -1 if there is none. fate: index of
+    its reason in REASONS. held: whether it is in `validation`. spare: offset of each row without a member. repeated:
+    whether an earlier row has the same id, for each row in spare.
+    """
 
     member: Int[np.ndarray, " members"]
     row: Int[np.ndarray, " members"]
@@ -168,17 +176,18 @@ class Survey:
     repeated: Bool[np.ndarray, " spare"]
 
 
-def _survey(parts: tar_parts.Parts, rows: tuple[np.ndarray, ...], settings: MP16ProSettings) -> Survey:
+def _make_survey(parts: tar_parts.Parts, rows: tuple[np.ndarray, ...], settings: MP16ProSettings) -> Survey:
+    """Returns the survey. rows: result of `_index_rows`."""
     row_offset, row_key, row_held = rows
     members = _index_members(parts)
     offset, size, member_key, fate = (np.array(members[name]) for name in ("offset", "size", "key", "fate"))
-    keys, first = np.unique(row_key, return_index=True)  # the first of rows with one id stands for them
-    near = np.minimum(np.searchsorted(keys, member_key), len(keys) - 1)
-    row = np.where(keys[near] == member_key, first[near], -1)
-    once = np.zeros(len(row), bool)
-    once[np.unique(row, return_index=True)[1]] = True
+    keys, first = np.unique(row_key, return_index=True)  # of rows with the same id, the first is used
+    position = np.minimum(np.searchsorted(keys, member_key), len(keys) - 1)
+    row = np.where(keys[position] == member_key, first[position], -1)
+    first_of_row = np.zeros(len(row), bool)
+    first_of_row[np.unique(row, return_index=True)[1]] = True
     fate[(fate == 0) & (row < 0)] = REASONS.index("no metadata")
-    fate[(fate == 0) & ~once] = REASONS.index("repeated id")
+    fate[(fate == 0) & ~first_of_row] = REASONS.index("repeated id")
 
     kept = np.flatnonzero(fate == 0)
 
@@ -189,22 +198,23 @@ def _survey(parts: tar_parts.Parts, rows: tuple[np.ndarray, ...], settings: MP16
     taken, earliest = np.zeros(len(row_key), bool), np.zeros(len(row_key), bool)
     taken[row[row >= 0]] = True
     earliest[first] = True
-    found = row >= 0
+    has_row = row >= 0
     return Survey(
         member=offset,
-        row=np.where(found, row_offset[row], -1),
+        row=np.where(has_row, row_offset[row], -1),
         fate=fate,
-        held=found & row_held[row],
+        held=has_row & row_held[row],
         spare=row_offset[~taken],
         repeated=~earliest[~taken],
     )
 
 
 def _index_members(parts: tar_parts.Parts) -> np.ndarray:
-    """Returns a row of _MEMBER for each member that is no folder.
+    """Returns a row of _MEMBER for each member that is not a folder.
 
-    The parts are read side by side, for a disk makes a reader of headers wait: each from the first place that looks
-    like a header, and once more from the true one where the part before does not lead to a member found so.
+    The parts are read in parallel, because most of the time is spent on waiting for the disk. Each part is read from
+    its first block that looks like a header. If the members of the part before do not lead to one of these members, the
+    part is read again from its true first header.
     """
     starts = [0, *itertools.accumulate(parts.lengths)]
     pieces, position, ended = [], 0, threading.Event()
@@ -212,7 +222,7 @@ def _index_members(parts: tar_parts.Parts) -> np.ndarray:
         guesses = pool.map(functools.partial(_guess_members, parts.paths, ended), starts[:-1], starts[1:])
         try:
             for (start, end), piece in zip(itertools.pairwise(starts), guesses, strict=True):
-                if position <= end:  # else a member lies over all of this part, or the tar has ended
+                if position <= end:  # else one member covers all of this part, or the tar has ended
                     if position not in piece["offset"]:
                         piece = _read_members(parts, ended, position, end)
                     piece = piece[piece["offset"] >= position]
@@ -221,13 +231,13 @@ def _index_members(parts: tar_parts.Parts) -> np.ndarray:
                     position = last if last >= end else parts.length + 1
                 progress.add(end - start)
         finally:
-            ended.set()  # after an error, or an interrupt from the keyboard, nobody waits for the other parts
+            ended.set()  # stops the threads of the other parts after an error or a keyboard interrupt
     members = np.concatenate(pieces)
     return members[members["fate"] != _FOLDER]
 
 
 def _guess_members(paths: Sequence[epath.Path], ended: threading.Event, start: int, end: int) -> np.ndarray:
-    """Returns what seem to be the members of a part, and the one after it; none if they make no tar."""
+    """Returns `_read_members` from the part's first block that looks like a header; no rows if that is not a header."""
     with tar_parts.Parts(paths) as parts:
         try:
             return _read_members(parts, ended, tar_parts.find_header(parts, start, end), end)
@@ -236,7 +246,7 @@ def _guess_members(paths: Sequence[epath.Path], ended: threading.Event, start: i
 
 
 def _read_members(parts: tar_parts.Parts, ended: threading.Event, start: int, end: int) -> np.ndarray:
-    """Returns a row for each member from the header at `start` on, up to the first whose header is not before `end`."""
+    """Returns a row of _MEMBER for each member from the header at `start` to the first one at or after `end`."""
     offset, size, key, fate = array("q"), array("q"), array("Q"), array("B")
     for info in tar_parts.members(parts, start):
         offset.append(info.offset)
@@ -263,7 +273,7 @@ def _fault(info: tarfile.TarInfo, length: int) -> str:
 
 
 def _index_rows(path: epath.Path, saved: epath.Path, settings: MP16ProSettings) -> tuple[np.ndarray, ...]:
-    """Writes each row of the CSV as a line of JSON; returns its offset, its key, and whether it is held out."""
+    """Writes each row of the CSV as a line of JSON. Returns for each row: offset, key, and whether in `validation`."""
     offset, key, held = array("q"), array("Q"), array("B")
     limit = settings.validation * 2**64
     with saved.open("wb") as file:
@@ -275,17 +285,17 @@ def _index_rows(path: epath.Path, saved: epath.Path, settings: MP16ProSettings) 
             values = (row.id, row.reason) if isinstance(row, Drop) else [getattr(row, field) for field in _FIELDS]
             file.write(json.dumps(values).encode() + b"\n")
     if not offset:
-        raise StageError(f"{path} has a header and no rows: get it again")
+        raise StageError(f"{path} has a header and no rows: download it again")
     return np.asarray(offset), np.asarray(key), np.asarray(held).astype(bool)
 
 
 def _stem(name: str) -> str:
-    """Returns what the id of a row and the name of its member, without its folders, have in common."""
+    """Returns a name with `_` for `/` and without `.jpg`: a row's id and its member's file name then are equal."""
     return name.replace("/", "_").removesuffix(".jpg")
 
 
 def _key(text: str, seed: int = 0) -> int:
-    """Returns a hash of 64 bits: of 4.7 million names two are the same with a chance of 1 to 1.7 million."""
+    """Returns a 64-bit hash. The chance that any two of 4.7 million names have the same hash is 1 in 1.7 million."""
     digest = hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=8, key=seed.to_bytes(8, signed=True))
     return int.from_bytes(digest.digest())
 

@@ -1,6 +1,6 @@
 """OpenStreetView-5M: street-level photos in zip shards, `images/{train,test}/NN.zip`, with `train.csv` and `test.csv`.
 
-The zips are read in place, a member at a time; a member's name is only compared, never used as a path.
+The zips are read without unpacking them to disk, one member at a time. A member's name is never used as a path.
 """
 
 import dataclasses
@@ -12,14 +12,13 @@ from pathlib import Path
 from data_prep import images
 from data_prep.csv_rows import read_rows
 from data_prep.sources import Drop, Photo, Provenance
-from data_prep.sources.folder import existing_file
 from geotoken_jax.preparation import Osv5mSettings
 from geotoken_jax.settings import SettingsError
 from geotoken_jax.workdir import StageError
 
 SPLITS = ("train", "test")
 _COLUMNS = {"id": "id", "author": "creator_id", "latitude": "latitude", "longitude": "longitude"}
-#: Text as it stands: the country "NA" is Namibia.
+#: Field of Photo -> column that the CSV may lack. Cells stay text: the country "NA" is Namibia, not a missing value.
 _OPTIONAL = {"city": "city", "state": "region", "country": "country", "captured": "captured_at"}
 _ENCRYPTED = 0x1
 
@@ -32,27 +31,31 @@ class Osv5m:
     name = "osv5m"
     provenance = Provenance(
         "cc-by-sa-4.0",
-        "OpenStreetView-5M: street-level images of Mapillary.",
-        "CC BY-SA 4.0: name the data set and Mapillary, and share what is made of it alike.",
+        "OpenStreetView-5M: street-level images from Mapillary.",
+        "CC BY-SA 4.0: credit the data set and Mapillary, and share what you make from it under the same license.",
         "Astruc et al. 2024, OpenStreetView-5M: The Many Roads to Global Visual Geolocation, CVPR.",
     )
 
     @property
     def splits(self) -> Mapping[str, int]:
-        """Split -> number of shards; a split that was not downloaded is left out. Raises SettingsError for no zips."""
+        """Split -> number of shards; a split that was not downloaded is left out.
+
+        Raises SettingsError if there are no zips.
+        """
         splits = {split: len(self._zips(split)) for split in SPLITS}
         if not any(splits.values()):
             raise SettingsError(
                 f"config.photos.osv5m.path is {self.settings.path!r}, which has no images/train/*.zip or "
-                "images/test/*.zip: name the folder that holds images/"
+                "images/test/*.zip: set it to the folder that contains images/"
             )
         return {split: zips for split, zips in splits.items() if zips}
 
     def read(self, split: str, shard: int) -> Iterator[Photo | Drop]:
-        """Yields one zip's photos in its order, after the drops that its rows bring.
+        """Yields one zip's photos in the order of the zip, after the drops for repeated images and ids.
 
-        All of the split's CSV passes by, and this zip's rows stay: for 50,000 photos 40 MB, where all of OSV-5M would
-        need 4 GB in every process. A row without an image is told by the first shard, from the names in all zips.
+        Reads all rows of the split's CSV but stores only the rows of this zip: 40 MB for 50,000 photos, instead of 4 GB
+        per process for all of OSV-5M. Shard 0 also yields a drop for each row without an image in any zip. Raises
+        SettingsError if the CSV does not exist.
         """
         zips = self._zips(split)
         with _open(zips[shard]) as archive:
@@ -63,7 +66,11 @@ class Osv5m:
                 members.setdefault(_id(info), info)
             elsewhere = {name for path in zips[1:] for name in _names(path)} if shard == 0 else set()
             rows: dict[str, Photo | Drop] = {}
-            table = existing_file(str(Path(self.settings.path) / f"{split}.csv"), f"osv5m.path's {split}.csv")
+            table = Path(self.settings.path) / f"{split}.csv"
+            if not table.is_file():
+                raise SettingsError(
+                    f"config.photos.osv5m.path is {self.settings.path!r}, which has no {split}.csv: download it there"
+                )
             for row in read_rows(table, _COLUMNS, _OPTIONAL):
                 if row.id in rows:
                     yield Drop(row.id, "repeated id")
@@ -98,11 +105,11 @@ def _id(info: zipfile.ZipInfo) -> str:
 def _load(photo: Photo, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Photo | Drop:
     if info.flag_bits & _ENCRYPTED:
         return Drop(photo.id, "encrypted zip member")
-    if info.file_size > images.MAX_BYTES:  # no more than this is ever unpacked
+    if info.file_size > images.MAX_BYTES:  # zipfile never unpacks more than file_size
         return Drop(photo.id, "too large")
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         return Drop(photo.id, "damaged zip member")
     try:
-        return dataclasses.replace(photo, image=archive.read(info), captured=photo.captured / 1000)  # of milliseconds
+        return dataclasses.replace(photo, image=archive.read(info), captured=photo.captured / 1000)  # milliseconds
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError):
         return Drop(photo.id, "damaged zip member")

@@ -1,6 +1,6 @@
-"""YFCC4K and YFCC26k: benchmarks of 4,536 and 25,600 Flickr photos, as their table and the folder of their images.
+"""YFCC4K and YFCC26k, benchmarks of 4,536 and 25,600 Flickr photos, read from their table and the images' folder.
 
-YFCC4K's table is a CSV, or the original `info.txt`: separated by tabs, without quotes or a header.
+The table is a CSV. For YFCC4K it may be the original `info.txt`, separated by tabs, without quotes or a header.
 """
 
 import dataclasses
@@ -12,22 +12,22 @@ from geotoken_jax.preparation import YfccSettings
 
 _COLUMNS = {"id": "IMG_ID", "latitude": "LAT", "longitude": "LON"}
 _AUTHOR = {"author": "OwnerNSID"}
-#: Columns of info.txt, from 0.
+#: Field of Photo -> position of its column in info.txt, from 0.
 _INFO = {"id": 1, "longitude": 12, "latitude": 13}
 
 
 @dataclasses.dataclass(frozen=True)
 class Yfcc(Listed):
-    """The benchmark, all of it in `test`, in the table's order."""
+    """One of the two benchmarks as a source. All photos are in `test`, in the order of the table."""
 
     settings: YfccSettings
     provenance = Provenance(
-        "other", "YFCC4K or YFCC26k: photos of Flickr in YFCC100M.", FLICKR, "Thomee et al. 2016, YFCC100M, CACM 59(2)."
+        "other", "YFCC4K or YFCC26k: Flickr photos in YFCC100M.", FLICKR, "Thomee et al. 2016, YFCC100M, CACM 59(2)."
     )
 
     @property
     def name(self) -> str:
-        """Of the data set."""
+        """Name of the data set, yfcc4k or yfcc26k."""
         return self.settings.name
 
     def listing(self) -> Listing:

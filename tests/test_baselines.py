@@ -214,9 +214,7 @@ def test_the_classifier_learns_and_is_made_once(config, path):
     kept = Workdir(path)
     assert baselines.run(changed, kept, "classifier") == [manifest] and not kept.made
     changed = config.changed(dict(baselines=dict(classifier=dict(hidden=17))), "")
-    with pytest.raises(
-        workdir.StageError, match=r"baselines\.classifier\.hidden is 17, but .* was made with 16"
-    ):
+    with pytest.raises(workdir.StageError, match=r"baselines\.classifier\.hidden is 17, but .* was made with 16"):
         answered(changed, path, "classifier")
 
 

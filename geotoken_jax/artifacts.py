@@ -1,4 +1,4 @@
-"""Opens the contents of a work directory as typed objects. Folder and file names appear only here and in workdir.py.
+"""Opens the contents of a work directory as typed objects, so that other modules need no names of files.
 
 Trained models are built from the settings in their own manifests. `Workdir.begin` raises an error if the configuration
 differs from the settings of any folder that a stage reads, directly or through other folders.
@@ -270,8 +270,8 @@ class Workdir:
     def save_pools(self, variant: str, rows: np.ndarray, parts: Sequence[tuple[np.ndarray, ...]]) -> None:
         """Writes pools/VARIANT, the candidates of train photos.
 
-        rows: gallery rows of the photos, [n]. parts: batches of tokens, log-probabilities, log-probabilities at the
-        sampling temperature, and the decoder's states.
+        rows: gallery rows of the photos, [n]. parts: batches of tokens, log-probabilities, log-probabilities under the
+        sampling distribution, and the decoder's states.
         """
         folder = self.path / "pools" / variant
         for name, values in zip(_POOL, zip(*parts, strict=True), strict=True):

@@ -5,7 +5,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Peak rates of a chip.
+    """Peak rates and memory of a chip.
 
     kinds: prefixes of JAX's `device_kind`. flops: floating-point operations per second, bf16 products with f32 sums.
     memory: bytes. bandwidth: bytes of memory traffic per second. links: bytes per second from and to other chips, the

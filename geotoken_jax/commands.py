@@ -167,7 +167,10 @@ def _serve(options: argparse.Namespace, config: Any) -> int:
 def _plan(options: argparse.Namespace, config: Any) -> int:
     """Prints the plan of one topology, or docs/scale.md with --document."""
     if config is None or not (options.topology or options.document):
-        raise settings.SettingsError("give --config=FILE and --topology=CHIP:SHAPE, as in --topology=v5e:16x16")
+        raise settings.SettingsError(
+            "--config=FILE or --topology=CHIP:SHAPE is missing: add it, as in "
+            "`geotoken plan --config=configs/common.py --topology=v5e:16x16`"
+        )
     from geotoken_jax import plan
 
     workload = plan.read(config, options.gallery or plan.GALLERY)

@@ -99,7 +99,7 @@ def topology(name: str) -> Topology:
 
 
 def run(workload: Workload, pod: Topology, quick: bool = False) -> dict[str, Any]:
-    """Returns the plan as JSON values. All figures are per chip and step, sizes in bytes.
+    """Returns the plan as JSON values. Sizes are in bytes; all costs are per chip and step.
 
     quick: compile with minimal effort (see _QUICK).
 

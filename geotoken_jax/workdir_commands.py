@@ -37,8 +37,7 @@ def _stages(stages: Sequence[Stage]) -> Callable[[argparse.Namespace, Config | N
     def run(options: argparse.Namespace, config: Config | None) -> None:
         if config is None or options.workdir is None:
             raise SettingsError(
-                f"`geotoken {options.verb}` needs a configuration and a work directory: add --config=FILE and "
-                f"--workdir=DIR, as in `{_EXAMPLE.format(options.verb)}`"
+                f"--config=FILE or --workdir=DIR is missing: add it, as in `{_EXAMPLE.format(options.verb)}`"
             )
         if processes.count() > 1 and options.verb not in _DISTRIBUTED + _SHARDED:
             raise SettingsError(
@@ -139,7 +138,7 @@ def _experiment(options: argparse.Namespace, config: Config | None) -> None:
     """Makes an experiment's runs and prints its tables; with --document, prints docs/experiments.md."""
     if config is None or options.workdir is None or not (options.experiment or options.document):
         raise SettingsError(
-            "`geotoken experiment` needs a name, --config=FILE and --workdir=DIR: add them, as in "
+            "NAME, --config=FILE or --workdir=DIR is missing: add it, as in "
             "`geotoken experiment beam --config=configs/experiments.py --workdir=runs/demo`"
         )
     folder = Workdir(options.workdir)
@@ -153,7 +152,7 @@ def _scaling(options: argparse.Namespace, config: Config | None) -> None:
     """Trains runs of config.scaling, fits the scaling law to finished runs, or plots the results."""
     if config is None or options.workdir is None or config.scaling is None:
         raise SettingsError(
-            "`geotoken scaling` needs a configuration with a section `scaling` and a work directory: add them, as in "
+            "--config=FILE with a section `scaling`, or --workdir=DIR, is missing: add it, as in "
             "`geotoken scaling run --config=configs/scaling.py --workdir=runs/demo`"
         )
     folder = Workdir(options.workdir)

@@ -82,7 +82,7 @@ class LatLonScheme(_Digits):
 
     @property
     def vocab_sizes(self) -> tuple[int, ...]:
-        """Number of values of each of the T tokens."""
+        """Vocabulary size of each of the T token positions."""
         return (8, *self._sizes)
 
     def _tokens(self, latitude: Any, longitude: Any, xp: ModuleType) -> list[Any]:
@@ -104,8 +104,8 @@ class H3Scheme(_Digits):
     with cells of 44 square meters (S2: 77) and centers within 5 m of every coordinate in the cell.
 
     Seven hexagons do not cover their parent exactly, so a point in a cell may be just outside the parent cell that its
-    first tokens name. Twelve base cells are pentagons, which have no cells whose first digit other than 0 is 1; tokens
-    of such a cell are decoded as the middle of the pentagon.
+    first tokens name. Twelve base cells are pentagons, in which no cell has 1 as its first digit above 0. Tokens of
+    such a cell are decoded as the middle of the pentagon.
 
     Needs the library h3, which computes on the host only (`traceable` is False).
     """
@@ -134,7 +134,7 @@ class H3Scheme(_Digits):
 
     @property
     def vocab_sizes(self) -> tuple[int, ...]:
-        """Number of values of each of the T tokens."""
+        """Vocabulary size of each of the T token positions."""
         return (122, *self._sizes)
 
     @property
@@ -181,7 +181,7 @@ class PlacesScheme(_Digits):
 
     @property
     def vocab_sizes(self) -> tuple[int, ...]:
-        """Number of values of each of the T tokens."""
+        """Vocabulary size of each of the T token positions."""
         counts = _cities().count
         return (len(counts), int(counts.max()), *self._sizes)
 

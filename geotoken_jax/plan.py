@@ -391,27 +391,34 @@ def document(workload: Workload, command: str, quick: bool = False) -> str:
 
 _INTRODUCTION = """# Scale
 
-Memory, compute and lower limits of the time of one train step in the paper's configuration, per chip. Made on {date}
-with
+This page shows the memory and time that one training step of the paper's configuration needs per chip, for people who
+choose hardware. Made on {date} with
 
 ```
 {command}
 ```
 
-The real train step was compiled for the absent TPUs (no TPU was available), and the compiled program was analyzed, the
-body of each loop counted as often as it runs. Compiling "with minimal effort" (`--quick`) is 3 to 6 times faster than
-with full effort; memory is within 10 %, but memory traffic is up to 2.7 times higher. GPUs are not here, because XLA
-compiles for a GPU only on a machine that has one. `geotoken plan --topology=h100:8` reports the bytes that stay on a
-chip and the model's compute. If `config.gallery.placement` puts the gallery of {rows:,} photos on the devices, each
-photo takes 4.7 KB; with `host` the gallery takes no device memory.
+**Method.** For TPUs, the real training step was compiled for the pod, without having any TPU, and the compiled program
+was analyzed; the body of a loop counts as often as it runs. Compiling "with minimal effort" (`--quick`) is 3 to 6 times
+faster. Its memory is within 10 % of the result with the compiler's full effort; its memory traffic is up to 2.7 times
+as high.
 
-The rows compute, memory and links are the times that floating-point operations, memory traffic and messages between
-chips would take alone at the maker's peak rates. Examples/s and days follow from the longest of the three, named in the
-row "bound by". They show which of the three to improve, and not the speed that a run will reach. Compute and messages
-are exact counts, so their times are lower limits: no kernel reaches the peak (790 of 989 TFLOP/s for a large bf16
-product on an H100), and messages are assumed to use all links at once, in rings. Memory traffic is an estimate: all
-operands and results of the compiled program that are in the chip's main memory (HBM). Executed compute exceeds model
-compute if rematerialization repeats operations. A column without memory traffic is a step that did not fit.
+**GPUs are not in the tables**, because XLA compiles for a GPU only if there is one. `geotoken plan --topology=h100:8`
+prints the bytes that stay on a chip and the model's compute.
+
+**Memory** is per chip. A gallery of {rows:,} photos takes 4.7 KB per photo if `config.gallery.placement` puts it on
+the devices, and nothing if it is `host`.
+
+**Time.** The three times are the least that compute, memory traffic and links take, each alone, at the manufacturer's
+peak rates. The row "bound by" names the longest of them; examples/s and days follow from it. Use it to decide which of
+the three to improve, not to predict the speed of a run.
+
+- Compute and the bytes sent over links are counted exactly, so their times are lower limits. No kernel reaches the peak
+  (790 of 989 TFLOP/s for a large bf16 product on an H100). All links are assumed to be used at once, by rings.
+- Memory traffic is an estimate: operands and results in the compiled program that are stored in HBM, not in on-chip
+  memory.
+- Executed compute exceeds model compute because rematerialization computes some products twice.
+- If a column has no values from the program, the compiler refused the step for its memory.
 """
 
 

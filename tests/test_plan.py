@@ -231,7 +231,7 @@ def test_a_compiled_plan_its_table_and_the_document(monkeypatch):
     printed = plan.table(found)
     assert "executed compute" in printed and "all-reduce" in printed and "compiled" in printed
     page = plan.document(workload(), "geotoken plan --document")
-    assert "| v5e:2x4 |" in page and "| all-reduce, MB |" in page and "GPUs are not here" in page
+    assert "| v5e:2x4 |" in page and "| all-reduce, MB |" in page and "GPUs are not in the tables" in page
 
 
 def test_a_step_that_the_compiler_refuses_has_its_memory_and_advice(monkeypatch):

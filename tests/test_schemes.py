@@ -128,7 +128,7 @@ def test_the_grid_has_the_cells_of_s2_by_their_place_on_the_face():
             face,
             *(4 * high + low for high, low in zip(bits[::2], bits[1::2], strict=True)),
         ]
-    with pytest.raises(ValueError, match="16 at place 3"):
+    with pytest.raises(ValueError, match="16 at position 3"):
         grid.cell_ids(np.array([[0, 1, 2, 16, *[0] * 7]]))
 
 

@@ -1,4 +1,4 @@
-"""Where was this photo taken? Coordinates with an honest uncertainty, by predicting S2 cells token by token.
+"""Predicts where a photo was taken, with an uncertainty, as a sequence of tokens that name an S2 cell.
 
     from geotoken_jax import GeoToken
 
@@ -6,8 +6,8 @@
     p = model.predict("photo.jpg")  # a path, PIL image, array, bytes, or a list of them
     p.latitude, p.longitude, p.radius_km, p.candidates
 
-`predict_async` is the same for an event loop. `Prediction` says what is in an answer. `CellScheme` turns coordinates
-into tokens and back.
+`predict_async` is `predict` for an event loop. `Prediction` documents the fields of a result. `CellScheme` converts
+coordinates to tokens and back.
 """
 
 import importlib
@@ -29,12 +29,12 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    # On first use, so that `import geotoken_jax` takes milliseconds and not JAX's second.
+    # Imported on first use, so that `import geotoken_jax` takes milliseconds; importing JAX takes a second.
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:
-    # So that help() and completion find what is not there yet.
+    # Lists the lazily imported names for help() and completion.
     return sorted({*globals(), *__all__})

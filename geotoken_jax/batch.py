@@ -1,4 +1,4 @@
-"""Specifications of batches (name -> shape and type), made-up batches that follow them, and rows in blocks."""
+"""Batch specifications (name -> shape and type), random batches for tests and benchmarks, and blocks of equal size."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -6,19 +6,19 @@ from typing import Any
 import jax
 import numpy as np
 
-#: Array name -> its shape and type; the first axis is the batch's.
+#: Array name -> shape and type; the first axis is the batch axis.
 Spec = dict[str, jax.ShapeDtypeStruct]
 
 
 def spec(size: int, **arrays: tuple[tuple[int, ...], Any]) -> Spec:
-    """Returns the specification of a batch of `size` examples. arrays: shape and type of one example's."""
+    """Returns the specification of a batch of `size` examples. arrays: shape and type of each array of one example."""
     return {name: jax.ShapeDtypeStruct((size, *shape), dtype) for name, (shape, dtype) in arrays.items()}
 
 
 def fake(spec: Spec, seed: int = 0, below: Mapping[str, Any] | None = None) -> dict[str, np.ndarray]:
-    """Returns random arrays that follow a specification: normal numbers, or integers.
+    """Returns random arrays of a specification: standard normal numbers, or integers from 0.
 
-    below: name -> smallest integer that is too large, a number or an array that broadcasts; 2 for names not in it.
+    below: name -> exclusive upper limit of the integers, a number or an array that broadcasts; 2 if a name is missing.
     """
     rng, bounds = np.random.default_rng(seed), below or {}
 
@@ -31,14 +31,14 @@ def fake(spec: Spec, seed: int = 0, below: Mapping[str, Any] | None = None) -> d
 
 
 def filled(rows: np.ndarray, size: int) -> np.ndarray:
-    """Returns `size` rows: these, and the first of them again. So few shapes are compiled."""
+    """Returns `rows` padded to `size` with copies of the first row, so that compiled functions see fewer shapes."""
     return np.concatenate([rows, np.repeat(rows[:1], size - len(rows), 0)]) if len(rows) < size else rows
 
 
 def blocks(rows: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Yields blocks of `size` rows, and how many of them are there: the last block is filled up.
+    """Yields blocks of `size` rows and the number of real rows in each; the last block is padded (see `filled`).
 
-    A compiled function then sees one shape, and a row's result does not depend on how many others there are.
+    So a function is compiled for one shape only, and a row's result does not depend on the number of other rows.
     """
     for first in range(0, len(rows), size):
         block = rows[first : first + size]

@@ -1,6 +1,6 @@
-"""Outcomes of located photos, and their 95 % intervals by a bootstrap over authors.
+"""Computes scores of predictions and their 95 % intervals, by a bootstrap over authors.
 
-Photos of one author are not independent, so authors are drawn, not photos.
+Photos of one author are not independent, so authors are resampled, not photos.
 """
 
 import math
@@ -14,13 +14,16 @@ from geotoken_jax.geo import distance
 
 
 def outcomes(km: Float[np.ndarray, "n"], strict: bool) -> Float[np.ndarray, "n 7"]:
-    """Returns what is averaged over photos: within each of the five thresholds, GeoScore, kilometers."""
-    near = distance.within(km[:, None], strict)
-    return np.concatenate([near, distance.geoscore(km)[:, None], km[:, None]], axis=1, dtype=np.float64)
+    """Returns seven scores per photo: hit (1) or miss (0) at each of five thresholds, GeoScore and distance in km.
+
+    strict: see distance.within.
+    """
+    hits = distance.within(km[:, None], strict)
+    return np.concatenate([hits, distance.geoscore(km)[:, None], km[:, None]], axis=1, dtype=np.float64)
 
 
 def clusters(authors: Sequence[str], ids: Sequence[str]) -> Int[np.ndarray, "n"]:
-    """Returns the number of each photo's author; a photo whose author is unknown (empty) is alone."""
+    """Returns each photo's author as an index; a photo without an author (empty) is an author of its own."""
     names = [author or f"\0{name}" for author, name in zip(authors, ids, strict=True)]
     return np.unique(names, return_inverse=True)[1]
 
@@ -28,14 +31,17 @@ def clusters(authors: Sequence[str], ids: Sequence[str]) -> Int[np.ndarray, "n"]
 def resample(
     outcomes: Float[np.ndarray, "n methods x"], clusters: Int[np.ndarray, "n"], resamples: int, seed: int
 ) -> Float[np.ndarray, "R methods x"]:
-    """Returns the mean outcomes of R resamples of the clusters, drawn with replacement."""
+    """Returns the mean outcomes of R resamples, each drawn from the clusters with replacement.
+
+    clusters: index of each photo's author, from `clusters`. resamples: R. seed: random seed.
+    """
     n, *shape = outcomes.shape
     count = clusters.max() + 1
     sums = np.zeros((count, math.prod(shape) + 1))
     np.add.at(sums, clusters, np.concatenate([outcomes.reshape(n, -1), np.ones((n, 1))], axis=1))
     rng = np.random.default_rng(seed)
     totals = np.empty((resamples, sums.shape[1]))
-    for start in range(0, resamples, 100):  # 100 at a time: at 26,000 photos the counts are 21 MB, not 420
+    for start in range(0, resamples, 100):  # 100 at a time need 21 MB for the counts of 26,000 photos, instead of 420
         stop = min(start + 100, resamples)
         drawn = [np.bincount(rng.integers(count, size=count), minlength=count) for _ in range(start, stop)]
         totals[start:stop] = np.stack(drawn).astype(np.float64) @ sums
@@ -43,7 +49,10 @@ def resample(
 
 
 def estimates(value: Float[np.ndarray, "7"], samples: Float[np.ndarray, "R 7"], p: bool = False) -> dict[str, Any]:
-    """Returns estimates with 95 % intervals of each outcome, and p-values (against zero) where asked for."""
+    """Returns each outcome's estimate with its 95 % interval.
+
+    p: whether to add two-sided p-values of the hypothesis that an outcome is 0.
+    """
     low, high = np.percentile(samples, (2.5, 97.5), axis=0)
     tail = 1 + np.minimum((samples <= 0).sum(axis=0), (samples >= 0).sum(axis=0))
     p_value = np.minimum(1.0, 2 * tail / (len(samples) + 1))
@@ -57,5 +66,6 @@ def estimates(value: Float[np.ndarray, "7"], samples: Float[np.ndarray, "R 7"], 
 
 
 def rounded(value: Any) -> float:
-    """Rounds off what depends on the order of a sum, so that equal inputs give equal files."""
+    """Returns a number rounded to 6 digits. Later digits depend on the order of sums, and files would differ by
+    them."""
     return round(float(value), 6)

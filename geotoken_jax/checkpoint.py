@@ -1,7 +1,7 @@
-"""Checkpoints: one step is parameters, optimizer, input position and validation loss, saved and restored as one.
+"""Saves and restores checkpoints: parameters, optimizer state, input position and validation loss of a step.
 
-Orbax's v1 interface stands behind this module alone. A save is asynchronous and appears in one step when it is whole;
-a checkpoint can be restored on any mesh and any number of processes.
+Only this module uses Orbax (its v1 interface). Saves are asynchronous and atomic. A checkpoint can be restored on any
+mesh and any number of processes.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from orbax.checkpoint import v1 as ocp
 
 from geotoken_jax import processes, workdir
 
-#: What Orbax raises of files that are torn.
+#: Errors that Orbax raises for incomplete or damaged files.
 _UNREADABLE = (OSError, ValueError, KeyError)
 M = TypeVar("M", bound=nnx.Module)
 
@@ -31,37 +31,38 @@ class CheckpointError(RuntimeError):
 
 
 class Checkpoints:
-    """The checkpoints of one folder: the last `keep` and the best by validation loss stay."""
+    """The checkpoints in a folder. The last `keep` and the one with the smallest validation loss are kept."""
 
     def __init__(self, folder: epath.PathLike, keep: int = 2):
         self._keep = keep
-        absolute = workdir.local(folder).resolve()  # Orbax takes no other
+        absolute = workdir.local(folder).resolve()  # Orbax accepts only absolute paths
         self._orbax = ocp.training.Checkpointer(absolute, preservation_policy=self)
-        # Not Orbax's metrics: it reads them all to begin with, and a torn file there would bar every other checkpoint.
+        # Losses are not stored as Orbax metrics: Orbax reads all metrics at the start, and one damaged file would make
+        # every checkpoint unreadable.
         self._losses: dict[int, float | None] = {}
         for step in self.steps:
             try:
                 self._losses[step] = self._orbax.load_checkpointables(step, {"progress": None})["progress"]["loss"]
             except _UNREADABLE as error:
-                self._pass_over(step, error)
+                self._warn_skipped(step, error)
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, trace):
         if processes.is_loss(error):
-            return  # a save that is under way would wait for the process that is gone
+            return  # close() would wait for a save that the lost process cannot finish
         with self._saving():
             self._orbax.close()
 
     @property
     def steps(self) -> list[int]:
-        """All whole checkpoints, oldest first."""
+        """Steps of all complete checkpoints, oldest first."""
         return sorted(checkpoint.step for checkpoint in self._orbax.checkpoints)
 
     @property
     def best(self) -> int:
-        """The step with the smallest validation loss. Raises FileNotFoundError if there is none."""
+        """Step with the smallest validation loss. Raises FileNotFoundError if no checkpoint has a finite loss."""
         best = self._best_of(self.steps)
         if best is None:
             raise FileNotFoundError(
@@ -74,28 +75,35 @@ class Checkpoints:
         return min(validated, key=validated.__getitem__, default=None)
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """What Orbax asks of its preservation policy after each save; checkpoints: the one just saved comes last."""
+        """Returns for each checkpoint whether to keep it. Orbax calls this after each save, as a preservation policy.
+
+        checkpoints: all checkpoints; the last one was just saved.
+        """
         steps = [checkpoint.step for checkpoint in checkpoints]
-        kept = {*steps[-self._keep :], self._best_of(steps)}
-        return [step in kept for step in steps]
+        preserved = {*steps[-self._keep :], self._best_of(steps)}
+        return [step in preserved for step in steps]
 
     def loss(self, step: int) -> float:
-        """The validation loss saved with a step. Raises KeyError if there was none."""
+        """Returns the validation loss of a step. Raises KeyError if the step was not validated."""
         loss = self._losses[step]
         if loss is None:
             raise KeyError(step)
         return loss
 
     def save(self, step: int, state: Any, position: dict[str, Any], loss: float | None) -> None:
-        """Begins to save; returns when `state` may be changed. A checkpoint of that step that is there is replaced.
+        """Starts to save a checkpoint, and returns as soon as `state` may be changed.
 
-        state: pytree of dicts and arrays. position: of the input, JSON. loss: on validation, smaller is better; None
-        for a step that was not validated. Raises CheckpointError if this save, or the one before, cannot be written.
+        An existing checkpoint of the same step is replaced.
+
+        state: pytree of dicts and arrays. position: position of the input, as JSON values. loss: validation loss,
+        smaller is better; None if the step was not validated.
+
+        Raises CheckpointError if this checkpoint or the one before cannot be written.
         """
         self._losses[step] = loss
         checkpointables = {"state": state, "progress": {"position": position, "loss": loss}}
         with self._saving():
-            # force: Orbax leaves out a step while it is saving another, and one before a torn step still there.
+            # Without force Orbax skips a step while it saves another one, or if a damaged later step exists.
             self._orbax.save_checkpointables_async(step, checkpointables, overwrite=True, force=True)
 
     @contextlib.contextmanager
@@ -104,48 +112,48 @@ class Checkpoints:
             yield
         except (OSError, ValueError, RuntimeError) as error:  # tensorstore's errors are ValueErrors
             if isinstance(error, jax.errors.JaxRuntimeError) or processes.is_loss(error):
-                raise  # of a step, or of a process that is gone: not of the disk
-            cause = str(error.__cause__ or error).split(": ")[-1]  # before it stands where, file by file
+                raise  # the train step or another process failed, not the disk
+            cause = str(error.__cause__ or error).split(": ")[-1]  # the parts before it are names of files
             raise CheckpointError(
-                f"a checkpoint cannot be written to {self._orbax.directory} ({cause}): those before it are whole; "
-                "make room there, and the same command goes on from the last of them"
+                f"a checkpoint cannot be written to {self._orbax.directory} ({cause}): free disk space there and run "
+                "the same command again; it continues from the last complete checkpoint"
             ) from error
 
     def restore(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
-        """Returns state and input position of one step. abstract: ShapeDtypeStructs, sharded as the result is to be."""
-        found = self._orbax.load_checkpointables(step, {"state": abstract, "progress": None})
-        return found["state"], found["progress"]["position"]
+        """Returns state and input position of a step. abstract: ShapeDtypeStructs with the shardings of the result."""
+        stored = self._orbax.load_checkpointables(step, {"state": abstract, "progress": None})
+        return stored["state"], stored["progress"]["position"]
 
     def restore_last(self, abstract: Any) -> tuple[int, Any, dict[str, Any]] | None:
-        """Returns step, state and input position of the newest checkpoint that can be read, or None if there is none.
+        """Returns step, state and input position of the newest readable checkpoint, or None if there are none.
 
-        One that cannot be read is passed over for the one before it, which is said in the log. Raises the newest one's
-        error where none can be read: then it is not the files but `abstract` that is likely to be wrong.
+        Logs a warning for each newer checkpoint that cannot be read. If no checkpoint can be read, raises the error of
+        the newest one; then `abstract` is likely wrong, not the files.
         """
         errors = []
         for step in reversed(self.steps):
             try:
                 return step, *self.restore(step, abstract)
             except _UNREADABLE as error:
-                self._pass_over(step, error)
+                self._warn_skipped(step, error)
                 errors.append(error)
         if errors:
             raise errors[0]
         return None
 
-    def _pass_over(self, step: int, error: Exception) -> None:
-        # Orbax wraps whatever happens, an interrupt too, in its own KeyError.
+    def _warn_skipped(self, step: int, error: Exception) -> None:
+        # Orbax wraps every exception in its own KeyError, even KeyboardInterrupt.
         cause = error.__cause__ or error
         if not isinstance(cause, Exception):
             raise error
-        what = f"checkpoint {step} in {self._orbax.directory} cannot be read"
-        logging.warning("%s (%s): it is passed over", what, textwrap.shorten(str(cause), 200))
+        problem = f"checkpoint {step} in {self._orbax.directory} cannot be read"
+        logging.warning("%s (%s): skipping it", problem, textwrap.shorten(str(cause), 200))
 
 
 def write_parameters(path: epath.PathLike, *states: Any) -> None:
-    """Writes pure dicts of arrays as one safetensors file, names joined by "/", whole or not at all.
+    """Writes nested dicts of arrays as one safetensors file, atomically. Names of parameters are keys joined by "/".
 
-    The arrays may lie over several processes: then all of them call this, and the first one writes.
+    If arrays are sharded over several processes, all processes must call this; process 0 writes.
     """
     flat = {"/".join(map(str, key)): _whole(value) for state in states for key, value in _flatten(state)}
     if jax.process_index() == 0:
@@ -159,17 +167,22 @@ def _whole(value: Any) -> np.ndarray:
 
 
 def read_module(path: epath.PathLike, make: Callable[[nnx.Rngs], M]) -> M:
-    """Returns the module that `make` describes with the parameters of a file that `write_parameters` wrote.
+    """Returns a module with the parameters in a file of `write_parameters`.
 
-    Raises ValueError naming a missing, extra or misshapen parameter.
+    make: function that builds the module.
+
+    Raises ValueError with the name of the first parameter that is missing, extra or of another shape.
     """
     stored = safetensors.numpy.load(epath.Path(path).read_bytes())
     graph, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
     flat = {"/".join(map(str, key)): variable for key, variable in nnx.to_flat_state(state)}
-    odd = sorted(flat.keys() ^ stored.keys())
-    odd += [name for name in flat.keys() & stored.keys() if flat[name].shape != stored[name].shape]
-    if odd:
-        raise ValueError(f"{path} does not fit this configuration: {odd[0]} is missing, extra or of another shape")
+    wrong = sorted(flat.keys() ^ stored.keys())
+    wrong += [name for name in flat.keys() & stored.keys() if flat[name].shape != stored[name].shape]
+    if wrong:
+        raise ValueError(
+            f"{path} does not fit this configuration: {wrong[0]} is missing, extra or of another shape; use the "
+            "configuration that the model was trained with"
+        )
     filled = [
         (key, variable.replace(jnp.asarray(stored["/".join(map(str, key))])))
         for key, variable in nnx.to_flat_state(state)

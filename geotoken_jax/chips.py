@@ -1,12 +1,16 @@
-"""What accelerators can do at most, as their makers publish it: the one table that rooflines and utilization use."""
+"""Peak rates and memory of accelerators, as published by their makers. Rooflines and utilization use this table."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """kinds: beginnings of JAX's `device_kind`. flops: bf16 products with f32 sums, a second. memory: bytes.
-    bandwidth: bytes of memory a second. links: bytes a second to and from other chips, both ways together."""
+    """Peak rates and memory of a chip.
+
+    kinds: prefixes of JAX's `device_kind`. flops: floating-point operations per second, bf16 products with f32 sums.
+    memory: bytes. bandwidth: bytes of memory traffic per second. links: bytes per second from and to other chips, the
+    sum of both directions.
+    """
 
     kinds: tuple[str, ...]
     flops: float
@@ -15,7 +19,7 @@ class Chip:
     links: float
 
 
-#: Name -> chip. TPUs: cloud.google.com/tpu/docs (v4, v5e, v5p, v6e); GPUs: NVIDIA's data sheets, dense.
+#: Name -> chip. TPUs: cloud.google.com/tpu/docs (v4, v5e, v5p, v6e). GPUs: NVIDIA's data sheets, without sparsity.
 CHIPS = {
     "v4": Chip(("TPU v4",), 275e12, 32 * 2**30, 1228e9, 600e9),
     "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197e12, 16 * 2**30, 819e9, 400e9),
@@ -28,8 +32,8 @@ CHIPS = {
 
 
 def find(device_kind: str) -> Chip | None:
-    """Returns the chip that JAX calls so, or None."""
-    for chip in CHIPS.values():  # v5e stands before v5p, whose kind begins its own
+    """Returns the chip of a JAX `device_kind`, or None if it is not in CHIPS."""
+    for chip in CHIPS.values():  # v5e must come before v5p, because "TPU v5" is a prefix of "TPU v5 lite"
         if device_kind.startswith(chip.kinds):
             return chip
     return None

@@ -1,5 +1,5 @@
-"""What each verb of `geotoken` does. A verb imports what it needs itself: an environment that converts an export lacks
-most of what training needs."""
+"""Runs the verbs of `geotoken`. Each verb imports its modules itself, since an environment that only converts exports
+lacks most packages that training needs."""
 
 import argparse
 import json
@@ -15,7 +15,7 @@ from geotoken_jax.serve import limits
 
 
 def run(options: argparse.Namespace, config: Any) -> int:
-    """Runs a verb; returns the exit status. config: a Config, None without --config."""
+    """Runs a verb and returns the exit status. config: the Config; None without --config."""
     return _VERBS.get(options.verb, _on_workdir)(options, config)
 
 
@@ -28,7 +28,7 @@ def _on_workdir(options: argparse.Namespace, config: Any) -> int:
 
 
 def _quiet() -> None:
-    """Leaves the warnings of the libraries below, and hides their notes."""
+    """Hides absl's info messages, and the info messages and warnings of TensorFlow's C++ code."""
     import logging
 
     logging.getLogger("absl").setLevel(logging.WARNING)
@@ -36,17 +36,19 @@ def _quiet() -> None:
 
 
 def _export(options: argparse.Namespace, config: Any) -> int:
-    """Makes export/, then each --target in it, and brings it to the hub with --push; a complete one needs no --config,
-    and with --from no work directory."""
+    """Makes export/, converts it for each --target, and uploads it to the hub with --push.
+
+    If export/ is complete, --config is not needed; with --from, neither is a work directory.
+    """
     further = options.target or options.push
     if options.source is None and (config is not None or not further):
         _on_workdir(options, config)
     if options.source is None and options.workdir is None:
-        raise settings.SettingsError("--target and --push need --workdir=DIR, which holds export/, or --from=EXPORT")
+        raise settings.SettingsError("--target and --push need an export: add --workdir=DIR or --from=EXPORT")
     if options.source is None:
         workdir.read_manifest(options.workdir, "export")
     elif not further:
-        raise settings.SettingsError(f"--from goes with --push or --target: add --target={'|'.join(targets.TARGETS)}")
+        raise settings.SettingsError(f"--from needs --push=ORG/NAME or --target={'|'.join(targets.TARGETS)}: add one")
     folder = Path(options.source or Path(options.workdir) / "export")
     for name in options.target:
         _quiet()
@@ -59,15 +61,19 @@ def _export(options: argparse.Namespace, config: Any) -> int:
 
 
 def _predict(options: argparse.Namespace, config: Any) -> int:
-    """Answers for photos with --model or --method, or for a work directory's splits without."""
+    """Predicts photos with --model or --method, or the splits of a work directory without."""
     if options.model is None and options.method is None:
         if options.photos:
-            raise settings.SettingsError("photos need a model: add --model=DIR, a folder that `geotoken export` made")
+            raise settings.SettingsError(
+                "no model for the photos: add --model=DIR, a folder that `geotoken export` made"
+            )
         return _on_workdir(options, config)
     from geotoken_jax.backbone.preprocess import ImageError
 
     if not options.photos:
-        raise settings.SettingsError("name at least one photo, or a folder of photos")
+        raise settings.SettingsError(
+            "no photos to predict: name a photo or a folder, as in `geotoken predict --model=DIR photo.jpg`"
+        )
     _quiet()
     failed = False
     model = _predictor(options)
@@ -88,15 +94,15 @@ def _predict(options: argparse.Namespace, config: Any) -> int:
 
 
 def _predictor(options: argparse.Namespace) -> Any:
-    """Returns the model that answers: an exported one, or GeoCLIP as published."""
+    """Returns the predictor: an exported model with --model, or GeoCLIP as published with --method=geoclip."""
     if options.method is None:
         from geotoken_jax.predict.predictor import GeoToken
 
         return GeoToken.load(options.model, revision=options.revision, backbone=options.backbone)
     if options.model or not (options.clip and options.geoclip):
         raise settings.SettingsError(
-            "--method=geoclip answers with --clip=DIR, a checkpoint of CLIP ViT-L/14, and --geoclip=FILE, the wheel "
-            "that `pip download --no-deps geoclip` fetches, and without --model"
+            "--method=geoclip needs --clip=DIR, a checkpoint of CLIP ViT-L/14, and --geoclip=FILE, the wheel that "
+            "`pip download --no-deps geoclip` downloads: add both, and leave out --model"
         )
     from geotoken_jax.interop import geoclip
 
@@ -104,15 +110,15 @@ def _predictor(options: argparse.Namespace) -> Any:
 
 
 def _expand(photos: Sequence[str]) -> list[str]:
-    """Returns the files named, and the photos in the folders named, in order."""
+    """Returns the given files in order, with each folder replaced by the photos in it, sorted by path."""
     from geotoken_jax.backbone.preprocess import ENDINGS
 
-    found = []
+    files = []
     for photo in photos:
         path = Path(photo)
         inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in ENDINGS) if path.is_dir() else [path]
-        found += [str(p) for p in inside]
-    return found
+        files += [str(p) for p in inside]
+    return files
 
 
 def _evaluate(options: argparse.Namespace, config: Any) -> int:
@@ -120,12 +126,12 @@ def _evaluate(options: argparse.Namespace, config: Any) -> int:
     if not options.predictions:
         if options.compare or options.ellipsoid or options.strict:
             raise settings.SettingsError(
-                "--compare, --ellipsoid and --strict go with --predictions: for a work directory set "
-                "config.evaluate.compare, earth and strict"
+                "--compare, --ellipsoid and --strict need --predictions=FILE: for a work directory set "
+                "config.evaluate.compare, config.evaluate.earth and config.evaluate.strict instead"
             )
         return _on_workdir(options, config)
     if not options.truth:
-        raise settings.SettingsError("--predictions needs --truth=FILE, of id, latitude, longitude")
+        raise settings.SettingsError("--predictions needs --truth=FILE: add a file with id, latitude and longitude")
     from geotoken_jax.analysis import evaluate
     from geotoken_jax.configuration import EvaluateSettings
 
@@ -143,7 +149,7 @@ def _evaluate(options: argparse.Namespace, config: Any) -> int:
 
 
 def _serve(options: argparse.Namespace, config: Any) -> int:
-    """Serves until it is told to end."""
+    """Serves an exported model over HTTP until SIGTERM or SIGINT; returns the exit status."""
     del config
     chosen = limits.ServeSettings(**{name: getattr(options, name) for name in settings.names(limits.ServeSettings)})
     _quiet()
@@ -159,9 +165,12 @@ def _serve(options: argparse.Namespace, config: Any) -> int:
 
 
 def _plan(options: argparse.Namespace, config: Any) -> int:
-    """Plans one topology, or all those of the document."""
+    """Prints the plan of one topology, or docs/scale.md with --document."""
     if config is None or not (options.topology or options.document):
-        raise settings.SettingsError("give --config=FILE and --topology=CHIP:SHAPE, as in --topology=v5e:16x16")
+        raise settings.SettingsError(
+            "--config=FILE or --topology=CHIP:SHAPE is missing: add it, as in "
+            "`geotoken plan --config=configs/common.py --topology=v5e:16x16`"
+        )
     from geotoken_jax import plan
 
     workload = plan.read(config, options.gallery or plan.GALLERY)
@@ -169,14 +178,14 @@ def _plan(options: argparse.Namespace, config: Any) -> int:
         command = f"geotoken plan --document {'--quick ' * options.quick}--config={options.config}"
         print(plan.document(workload, command, options.quick), end="")
         return 0
-    found = plan.run(workload, plan.topology(options.topology), options.quick)
-    print(plan.table(found))
+    result = plan.run(workload, plan.topology(options.topology), options.quick)
+    print(plan.table(result))
     if options.output:
-        Path(options.output).write_text(json.dumps(found, indent=1) + "\n")
+        Path(options.output).write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
 
-#: Verbs that do not need a work directory -> what each does.
+#: Verb that does not need a work directory -> its function.
 _VERBS: dict[str, Callable[[argparse.Namespace, Any], int]] = {
     "predict": _predict,
     "evaluate": _evaluate,

@@ -1,7 +1,7 @@
-"""The whole configuration as one tree of frozen dataclasses: the one list of its sections.
+"""The configuration as one tree of frozen dataclasses.
 
-`configs/*.py` are inert; the command line reads one of them once, with `read`, and from there on functions take the
-section that they need. Networks declare their settings beside them, stages here.
+The command line reads one file of `configs/` with `read`; functions then receive only the sections that they need. The
+settings of a network are declared in the module of the network, the settings of stages here.
 """
 
 import dataclasses
@@ -32,20 +32,22 @@ from geotoken_jax.train.loop import TrainSettings
 
 @dataclasses.dataclass(frozen=True)
 class PoolsSettings:
-    """photos: that have pools made of them, of authors drawn at random. seed: of that draw."""
+    """config.pools. photos: number of train photos with pools; their authors are drawn at random. seed: random seed of
+    that draw."""
 
     photos: int
     seed: int
 
     def __post_init__(self):
         if self.photos < 20:
-            raise ValueError(f"config.pools.photos is {self.photos}: make it at least 20")
+            raise ValueError(f"config.pools.photos is {self.photos}: use 20 or more")
 
 
 @dataclasses.dataclass(frozen=True)
 class KnnSettings:
-    """neighbors: of each photo, at most so many as are on record. temperature: of their weights, which are
-    exp(similarity / temperature); similarities lie in [-3, 3]. sigma_km: of the Gaussian around each."""
+    """config.baselines.knn. neighbors: number of neighbors per photo; no more than are stored are used. temperature:
+    softness of the neighbors' weights, exp(similarity / temperature), with similarities in [-3, 3]. sigma_km: standard
+    deviation of the Gaussian around each neighbor."""
 
     neighbors: int
     temperature: float
@@ -54,30 +56,33 @@ class KnnSettings:
     def __post_init__(self):
         for key in ("neighbors", "temperature", "sigma_km"):
             if getattr(self, key) <= 0:
-                raise ValueError(f"config.baselines.knn.{key} is {getattr(self, key)}: it must be above 0")
+                raise ValueError(f"config.baselines.knn.{key} is {getattr(self, key)}: use a number above 0")
 
 
 @dataclasses.dataclass(frozen=True)
 class GeoClipSettings:
-    """candidates: places of the gallery that are written down, best first."""
+    """config.baselines.geoclip. candidates: number of gallery coordinates stored per photo, best first."""
 
     candidates: int
 
 
 @dataclasses.dataclass(frozen=True)
 class InitSettings:
-    """location: GeoCLIP's wheel, or what else `read_weights` takes, whose capsules the location encoder begins with; ""
-    for random ones."""
+    """config.align.init. location: file of GeoCLIP's weights, such as its wheel (see interop.geoclip.read_weights),
+    which initialize the location encoder's capsules; if empty, the capsules are initialized at random."""
 
     location: str
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportSettings:
-    """config.export. gallery: numbers of its vectors, bfloat16 or int8, which costs what the model card says. weights:
-    the checkpoint of a Hugging Face backbone is copied in; else it is referred to, and needed again to answer.
-    thumbnails: pixels of the longest side of the gallery photos that the service's page shows beside an answer, 0 for
-    none. examples: photos of `test` to try there, 0 for none."""
+    """config.export.
+
+    gallery: number type of the gallery's vectors, bfloat16 or int8; the model card reports the accuracy that int8
+    costs. weights: whether the export contains the checkpoint of a Hugging Face backbone; if False, the export needs
+    the checkpoint's folder to predict. thumbnails: longest side, in pixels, of the gallery photos on the service's
+    page; 0 exports no photos. examples: number of `test` photos to try on that page, 0 or more.
+    """
 
     gallery: str
     weights: bool
@@ -86,7 +91,7 @@ class ExportSettings:
 
     def __post_init__(self):
         if self.gallery not in ("bfloat16", "int8"):
-            raise ValueError(f"config.export.gallery is {self.gallery!r}: it must be 'bfloat16' or 'int8'")
+            raise ValueError(f"config.export.gallery is {self.gallery!r}: use 'bfloat16' or 'int8'")
         for name in ("thumbnails", "examples"):
             if getattr(self, name) < 0:
                 raise ValueError(f"config.export.{name} is {getattr(self, name)}: use 0 for none, or more")
@@ -94,10 +99,13 @@ class ExportSettings:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateSettings:
-    """config.evaluate. resamples: of the bootstrap. reference: the variant that the others are compared with. compare:
-    further pairs of methods to compare, each by its variant, or by VARIANT:CHOICE. labels: variant -> the name that
-    people read. earth: what distances are taken on, `sphere` or `ellipsoid`. strict: a threshold's own distance is
-    outside of it."""
+    """config.evaluate.
+
+    resamples: number of bootstrap resamples. seed: random seed of the bootstrap. reference: variant that all others are
+    compared with. compare: further pairs of methods to compare, each method as VARIANT or VARIANT:CHOICE. labels:
+    variant -> name in tables. earth: shape on which distances are computed, `sphere` or `ellipsoid`. strict: whether a
+    distance must be below a threshold (<) instead of at most the threshold (<=).
+    """
 
     resamples: int
     seed: int
@@ -112,20 +120,25 @@ class EvaluateSettings:
             raise ValueError(f"config.evaluate.earth is {self.earth!r}: use {' or '.join(distance.EARTHS)}")
         for pair in self.compare:
             if isinstance(pair, str) or len(pair) != 2:
-                raise ValueError(f'config.evaluate.compare has {pair!r}: give pairs, as in (("geotoken", "knn"),)')
+                raise ValueError(f'config.evaluate.compare has {pair!r}: use pairs, as in (("geotoken", "knn"),)')
 
 
 @dataclasses.dataclass(frozen=True)
 class OverlapSettings:
-    """config.audit.leakage. cosine_above: of two photos' image embeddings, past which they are near-duplicates."""
+    """config.audit.leakage. cosine_above: cosine of two photos' image embeddings above which the photos count as
+    near-duplicates."""
 
     cosine_above: float
 
 
 @dataclasses.dataclass(frozen=True)
 class CoverageSettings:
-    """level: of the S2 cells whose photos are counted. split: whose photos answer again without their region.
-    countries: how many are left out, those with most photos of `split`; continents all are."""
+    """config.audit.coverage.
+
+    level: level of the S2 cells in which gallery photos are counted. split: split whose photos are predicted again,
+    each without the gallery photos of its region. countries: number of countries treated as regions, those with most
+    photos of `split`; all continents are regions too.
+    """
 
     level: int
     split: str
@@ -133,12 +146,12 @@ class CoverageSettings:
 
     def __post_init__(self):
         if not 1 <= self.level <= records.LEVEL:
-            raise ValueError(f"config.audit.coverage.level is {self.level}: use one of 1..{records.LEVEL}")
+            raise ValueError(f"config.audit.coverage.level is {self.level}: use 1..{records.LEVEL}")
 
 
 @dataclasses.dataclass(frozen=True)
 class AuditSettings:
-    """config.audit: a section for each audit that has settings."""
+    """config.audit, with a section per audit that has settings."""
 
     coverage: CoverageSettings
     leakage: OverlapSettings
@@ -146,11 +159,14 @@ class AuditSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """question: that it answers. note: what its table says, written by who has read it. runs: the name of each, the
-    sections and keys that it changes and, where it trains nothing, the name of the run before it whose trained parts
-    it takes, and whose changes its own are added to; the first is what the others are compared with. choices: of each
-    run that the table shows: names of selectors, "" for the run's own, "ideal" for the bound. splits: that are
-    scored."""
+    """config.experiments.NAME.
+
+    question: question that the experiment answers. note: conclusion from its table, added by hand after the runs. runs:
+    tuples of a run's name and its changes (nested sections and keys). A third item, if there is one, names an earlier
+    run whose trained models are used; then nothing is trained, and the changes are added to those of the earlier run.
+    The first run is compared with all others. choices: rows of the table per run: names of selectors, "" for the run's
+    config.predict.choice, "ideal" for the best candidate. splits: splits that are scored.
+    """
 
     question: str
     note: str
@@ -161,15 +177,20 @@ class Experiment:
 
 @dataclasses.dataclass(frozen=True)
 class ScalingSettings:
-    """sizes: name, and the sections and keys that make it, smallest first. held_out: the one that is not fitted, and
-    held_out_photos: of `photos`, which it is trained on. photos: so many are trained on, fewest first, and so many
-    examples of them are seen, until the loss falls no longer. validations: of a run, of which the best counts.
-    reference: the size at which all that follows is varied. neighbors: beside the configuration's. seeds: beside the
-    configuration's, at the fewest photos. budgets: floating-point operations of training, each spent on every size but
-    the held-out one. gallery: photos in it at test time, a smaller one in each larger. candidates: of a photo at test
-    time, up to config.predict.samples. split: that is tested. resamples, seed: of the bootstrap over runs, and of the
-    choice among gallery and candidates. note, limits: what the document says of the study and, line by line, of what
-    does not transfer from it, by who has read it."""
+    """config.scaling.
+
+    sizes: pairs of a model's name and its changes (nested sections and keys), smallest model first. held_out: size left
+    out of the fit, for a forecast. held_out_photos: number of photos that the held-out size is trained on, one of
+    `photos`. photos: pairs of a number of train photos and the number of examples until the loss stops falling, fewest
+    photos first. validations: number of validations per run; the best one counts. reference: size at which neighbors,
+    seeds, gallery and candidates are varied. neighbors: further numbers of neighbors. seeds: further seeds, run at the
+    fewest photos. budgets: floating-point operations of a training; every size except the held-out one is trained with
+    each budget. gallery: numbers of gallery photos at test time; each gallery contains the smaller ones. candidates:
+    numbers of candidates per photo at test time, up to config.predict.samples. split: split that is tested. resamples:
+    number of bootstrap resamples over runs. seed: random seed of the bootstrap and of the choice of gallery photos and
+    candidates. note: remarks on the study, printed in docs/scaling.md and written by hand after the runs. limits: list
+    of conclusions that may not transfer to other data, printed there too.
+    """
 
     sizes: tuple[tuple[str, Any], ...]
     held_out: str
@@ -192,16 +213,18 @@ class ScalingSettings:
         for key in ("held_out", "reference"):
             if getattr(self, key) not in dict(self.sizes):
                 raise ValueError(
-                    f"config.scaling.{key} is {getattr(self, key)!r}: choose one of config.scaling.sizes, which are "
+                    f"config.scaling.{key} is {getattr(self, key)!r}: choose a name in config.scaling.sizes: "
                     f"{', '.join(dict(self.sizes))}"
                 )
         if self.held_out_photos not in dict(self.photos):
             raise ValueError(
-                f"config.scaling.held_out_photos is {self.held_out_photos}: choose one of config.scaling.photos, which "
-                f"are {', '.join(map(str, dict(self.photos)))}"
+                f"config.scaling.held_out_photos is {self.held_out_photos}: choose a number of photos in "
+                f"config.scaling.photos: {', '.join(map(str, dict(self.photos)))}"
             )
         if self.reference == self.held_out:
-            raise ValueError(f"config.scaling.reference is the held-out size, {self.held_out}: choose another")
+            raise ValueError(
+                f"config.scaling.reference is {self.reference!r}: choose another size than config.scaling.held_out"
+            )
 
     @property
     def fitted(self) -> list[str]:
@@ -229,7 +252,7 @@ class RewardSection:
 
 @dataclasses.dataclass(frozen=True)
 class VerifierSection:
-    """config.verifier: its comparator is trained first, then its scorer."""
+    """config.verifier. The comparator is trained first, then the scorer."""
 
     model: VerifierSettings
     train_comparator: TrainSettings
@@ -238,7 +261,7 @@ class VerifierSection:
 
 @dataclasses.dataclass(frozen=True)
 class BaselinesSection:
-    """config.baselines. train: of the classifier."""
+    """config.baselines. train: training of the classifier."""
 
     knn: KnnSettings
     geoclip: GeoClipSettings
@@ -250,8 +273,8 @@ class BaselinesSection:
 class Config:
     """A whole configuration.
 
-    name: of its file. variants: name -> sections and keys that it changes. experiments: name -> Experiment. scaling:
-    None where the configuration has no study.
+    name: name of its file. variants: name -> changes (nested sections and keys). experiments: name -> Experiment.
+    scaling: settings of the scaling study; None if the configuration has no study.
     """
 
     name: str
@@ -280,42 +303,45 @@ class Config:
     scaling: ScalingSettings | None
 
     def variant(self, name: str) -> "Config":
-        """Returns the configuration with the changes of a variant made. Raises SettingsError if there is none."""
+        """Returns the configuration with a variant's changes applied. Raises SettingsError if the name is unknown."""
         if name not in self.variants:
             raise settings.SettingsError(f"config.variants has no {name!r}: choose one of {', '.join(self.variants)}")
         return self.changed(self.variants[name], f"variants.{name}")
 
-    def changed(self, changes: Mapping[str, Any], where: str) -> "Config":
-        """Returns the configuration with changes (sections and keys, nested) made; where: they stand in it."""
-        return settings.changed(self, changes, where)
+    def changed(self, changes: Mapping[str, Any], place: str) -> "Config":
+        """Returns the configuration with changes applied; see `settings.changed`."""
+        return settings.changed(self, changes, place)
 
-    def at(self, place: str) -> Any:
-        """Returns the section or key at a dotted place."""
-        return functools.reduce(getattr, place.split("."), self)
+    def at(self, key: str) -> Any:
+        """Returns the section or the value of a dotted key, such as `model.width`."""
+        return functools.reduce(getattr, key.split("."), self)
 
     def select(self, *keys: str) -> dict[str, Any]:
-        """Returns sections and keys, each by its dotted place, as a manifest records them: without runtime fields."""
-        found: dict[str, Any] = {}
+        """Returns the sections and values of dotted keys as nested JSON values, without runtime fields.
+
+        Manifests store settings in this form.
+        """
+        selected: dict[str, Any] = {}
         for key in keys:
             *parents, last = key.split(".")
-            section = found
+            section = selected
             for parent in parents:
                 section = section.setdefault(parent, {})
             section[last] = settings.result(self.at(key))
-        return found
+        return selected
 
 
 def read(config: ConfigDict) -> Config:
-    """Returns a configuration file's ConfigDict as a Config, every variant of it tried.
+    """Returns the Config of a configuration file's ConfigDict. The changes of all variants are checked too.
 
-    Raises SettingsError naming the first key that is missing, unread, of another type, or refused by its reader.
+    Raises SettingsError with the first key that is missing, unknown, of a wrong type or out of range.
     """
     sections = config.copy_and_resolve_references().to_dict()
     experiments = {
         name: settings.read(Experiment, section, f"experiments.{name}")
         for name, section in sections.pop("experiments", {}).items()
     }
-    found = settings.read(Config, {"scaling": None, **sections, "experiments": experiments}, "")
-    for name in found.variants:
-        found.variant(name)
-    return found
+    result = settings.read(Config, {"scaling": None, **sections, "experiments": experiments}, "")
+    for name in result.variants:
+        result.variant(name)
+    return result

@@ -1,7 +1,7 @@
-"""Counts in the text of a compiled XLA program: products, memory traffic and collectives, loops multiplied out.
+"""Counts floating-point operations, memory traffic and collectives in the text of a compiled XLA program.
 
-XLA's own cost analysis counts the body of a loop once, however often it runs: a step that scans ten layers looks a
-tenth of its cost there.
+The body of a loop counts as often as it runs. XLA's own cost analysis counts it once, so that a step that scans ten
+layers seems to cost a tenth of its real cost.
 """
 
 import dataclasses
@@ -12,11 +12,12 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2}  # of the others the name tells: f32, u8, f8e4m3fn, c64
+#: Bytes per number of types whose name does not contain the number of bits, as f32, u8, f8e4m3fn and c64 do.
+_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2}
 _ARRAY = re.compile(r"\b(pred|bf16|[sufc]\d+\w*)\[([\d,<=]*)\](\{[^}]*\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|branch_computations)=(\{[^}]*\}|%[\w.\-]+)")
-#: Instructions that move nothing themselves; what a loop or a call does is counted where it is done.
+#: Instructions without memory traffic. Loops and calls are counted in the computations that they run.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
     "while", "call", "conditional", "opt-barrier",
@@ -25,7 +26,11 @@ _FREE = {
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a computation. type: its result's, an array or a tuple of arrays. rest: all after the operands."""
+    """One line of a computation.
+
+    type: type of the result, an array or a tuple of arrays. inside: text between the parentheses. rest: text after the
+    operands. root: whether the computation returns this result.
+    """
 
     name: str
     type: str
@@ -37,18 +42,22 @@ class Instruction:
 
     @property
     def called(self) -> list[str]:
-        """Computations that run as part of this one; not those that a reduction or a sort applies to two numbers."""
+        """Names of the computations that this instruction runs, without the scalar ones of reductions and sorts."""
         if self.opcode.endswith(("-done", "-update")) or self.opcode in COLLECTIVES:
             return []
         runs = ("fusion", "call", "while", "conditional", "async-start")
-        return [n for found in _CALLED.findall(self.rest) for n in _NAME.findall(found)] if self.opcode in runs else []
+        return [n for match in _CALLED.findall(self.rest) for n in _NAME.findall(match)] if self.opcode in runs else []
 
 
 @dataclasses.dataclass
 class Costs:
-    """Of one device's run of the program. flops: of products. traffic: bytes read from and written to memory.
-    payload: kind of collective -> bytes of the whole array that it works on, as one device sees it. sent: kind -> bytes
-    that a device sends, if by rings. endless: loops whose number of turns is not told, counted as one."""
+    """Costs of a program on one device.
+
+    flops: floating-point operations of dots and convolutions. traffic: bytes read from and written to memory. payload:
+    kind of collective -> bytes of the whole array, as one device sees it. sent: kind of collective -> bytes that a
+    device sends if the collective runs in rings. endless: number of loops with an unknown number of iterations, which
+    count as one iteration.
+    """
 
     flops: float = 0.0
     traffic: float = 0.0
@@ -72,17 +81,17 @@ class Program:
                 name = line.removeprefix("ENTRY ").lstrip("%").split(" ")[0].split("(")[0]
                 current = self.computations[name] = {}
                 self.entry = name if line.startswith("ENTRY") else self.entry
-            elif found := _instruction(line):
-                current[found.name] = found
+            elif instruction := _instruction(line):
+                current[instruction.name] = instruction
 
     def costs(self, turns: bool = True) -> Costs:
-        """Returns the costs of the entry computation. turns: False counts every loop once, as XLA does."""
+        """Returns the costs of the entry computation. turns: whether loops count per iteration; if False, once each."""
         total = Costs()
         self._add(total, self.entry, 1.0, turns, top=True)
         return total
 
     def _add(self, total: Costs, computation: str, times: float, turns: bool, top: bool) -> None:
-        """top: the computation's arrays lie in memory, not in a fusion."""
+        """Adds a computation's costs to `total`. top: whether its arrays are in memory, and not inside a fusion."""
         instructions = self.computations[computation]
         for instruction in instructions.values():
             if instruction.opcode in ("dot", "convolution"):
@@ -92,16 +101,19 @@ class Program:
                 self._add_collective(total, kind, instruction, instructions, times)
             if top and instruction.opcode not in _FREE:
                 total.traffic += times * self._traffic(instruction, instructions)
-            again = times
+            runs = times
             if instruction.opcode == "while":
-                n = self._turns(instruction)
+                n = self._iterations(instruction)
                 total.endless += n is None
-                again = times * (n or 1) if turns else times
+                runs = times * (n or 1) if turns else times
             for name in instruction.called:
-                self._add(total, name, again, turns, top and instruction.opcode != "fusion")
+                self._add(total, name, runs, turns, top and instruction.opcode != "fusion")
 
-    def _turns(self, loop: Instruction) -> int | None:
-        """What the compiler knows, or else the constant that the condition compares a counter from 0 with."""
+    def _iterations(self, loop: Instruction) -> int | None:
+        """Returns a loop's number of iterations, or None if it is unknown.
+
+        It is the compiler's trip count if there is one, else the constant that a counter from 0 is compared with.
+        """
         if known := re.search(r'"known_trip_count":\{"n":"?(\d+)', loop.rest):
             return int(known[1])
         condition = self.computations[re.search(r"condition=%?([\w.\-]+)", loop.rest)[1]]  # pyright: ignore
@@ -120,7 +132,7 @@ class Program:
         payload = times * sum(_bytes(instructions[o].type) for o in instruction.operands)
         if kind == "all-gather":
             payload *= n
-        # TPUs' compiler writes a reduce-scatter as a fusion of the sum and of each device's slice of it.
+        # The TPU compiler writes a reduce-scatter as an all-reduce of which each device takes a slice.
         users = [i for i in instructions.values() if instruction.name in i.operands]
         if kind == "all-reduce" and users and all(i.opcode == "dynamic-slice" for i in users):
             kind = "reduce-scatter"
@@ -130,7 +142,7 @@ class Program:
 
     def _traffic(self, instruction: Instruction, instructions: dict[str, Instruction]) -> float:
         if instruction.opcode.endswith("-start"):
-            return 0.0  # counted when it is done
+            return 0.0  # counted at the matching -done
         if instruction.opcode.endswith("-done"):
             source = instructions[instructions[instruction.operands[0]].operands[0]]
             moved = _bytes(instruction.type)
@@ -145,7 +157,8 @@ class Program:
         return _memory_bytes(instruction.type) + sum(_memory_bytes(o.type) for o in operands)
 
     def _fusion_traffic(self, fusion: Instruction, types: list[str]) -> float:
-        """A fusion that slices an operand reads the slice alone; one that updates a slice in place writes no more."""
+        """Returns a fusion's memory traffic. Of an operand that is sliced or updated in place, only the slice
+        counts."""
         body = self.computations[fusion.called[0]]
         users = defaultdict(list)
         for i in body.values():
@@ -178,10 +191,10 @@ class Program:
 
 
 def _instruction(line: str) -> Instruction | None:
-    found = re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line)
-    if not found:
+    head = re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line)
+    if not head:
         return None
-    at = found.end()
+    at = head.end()
     end = _closing(line, at) if line[at] == "(" else line.index(" ", at)
     opcode = re.match(r"\s*([\w\-]+)\(", line[end:])
     if not opcode:
@@ -190,12 +203,12 @@ def _instruction(line: str) -> Instruction | None:
     closed = _closing(line, opened)
     inside = line[opened + 1 : closed - 1]
     return Instruction(
-        found[2], line[at:end], opcode[1], tuple(_NAME.findall(inside)), inside, line[closed:], bool(found[1])
+        head[2], line[at:end], opcode[1], tuple(_NAME.findall(inside)), inside, line[closed:], bool(head[1])
     )
 
 
 def _closing(line: str, start: int) -> int:
-    """Returns the place after the bracket that closes the one at `start`."""
+    """Returns the index after the bracket that closes the one at `start`."""
     depth = 0
     for at in range(start, len(line)):
         depth += (line[at] == "(") - (line[at] == ")")
@@ -205,7 +218,7 @@ def _closing(line: str, start: int) -> int:
 
 
 def _arrays(kind: str) -> Iterator[tuple[float, str]]:
-    """Yields the bytes and the layout of each array of a type."""
+    """Yields bytes and layout of each array in a type."""
     for name, sizes, layout in _ARRAY.findall(kind):
         width = _BYTES.get(name) or int(re.search(r"\d+", name)[0]) / 8  # pyright: ignore[reportOptionalSubscript]
         yield width * math.prod(_sizes(sizes)), layout
@@ -224,7 +237,7 @@ def _bytes(kind: str) -> float:
 
 
 def _memory_bytes(kind: str) -> float:
-    """A TPU's layouts name other memories than its HBM: S(1) is on the chip."""
+    """Returns a type's bytes in main memory (HBM). Layouts of TPUs mark on-chip memory, for example S(1)."""
     return sum(size for size, layout in _arrays(kind) if not re.search(r"S\([1-9]", layout))
 
 
@@ -233,7 +246,7 @@ def _off_chip(kind: str) -> bool:
 
 
 def _product(i: Instruction, instructions: dict[str, Instruction]) -> float:
-    """Returns 2 x the multiplications of a dot or a convolution."""
+    """Returns the floating-point operations of a dot or a convolution: two per multiplication."""
     out, (left, right) = _shape(i.type), (_shape(instructions[o].type) for o in i.operands)
     if i.opcode == "dot":
         contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.rest)
@@ -243,7 +256,7 @@ def _product(i: Instruction, instructions: dict[str, Instruction]) -> float:
     fixed = out[result.index("b")] * out[result.index("f")] * right[kernel.index("i")]
     window = dict(re.findall(r"(\w+)=([\dx_\-]+)", (re.search(r"window=\{([^}]*)\}", i.rest) or ["", ""])[1]))
     spatial = sum(c.isdigit() for c in kernel)
-    places = 1
+    taps = 1
     for d in range(spatial):
         size, stride, dilate_left, dilate_right = (
             int(window[key].split("x")[d]) if key in window else 1
@@ -251,19 +264,21 @@ def _product(i: Instruction, instructions: dict[str, Instruction]) -> float:
         )
         low = int(window["pad"].split("x")[d].split("_")[0]) if "pad" in window else 0
         base = left[labels[1].index(str(d))]  # pyright: ignore[reportOptionalSubscript]
-        places *= _places(out[result.index(str(d))], size, stride, low, dilate_left, dilate_right, base)
-    return 2.0 * fixed * places
+        taps *= _taps(out[result.index(str(d))], size, stride, low, dilate_left, dilate_right, base)
+    return 2.0 * fixed * taps
 
 
-def _places(out: int, size: int, stride: int, low: int, dilate_left: int, dilate_right: int, base: int) -> int:
-    """Returns how often a window meets a number that is there: TPUs write batched products as dilated convolutions,
-    most of whose windows lie over holes."""
+def _taps(out: int, size: int, stride: int, low: int, dilate_left: int, dilate_right: int, base: int) -> int:
+    """Returns the number of multiplications of a one-dimensional convolution, without those by padding or holes.
+
+    The TPU compiler writes batched matrix products as dilated convolutions, whose windows cover mostly holes.
+    """
     at = (o * stride + k * dilate_right - low for o, k in itertools.product(range(out), range(size)))
     return sum(a % dilate_left == 0 and 0 <= a < base * dilate_left for a in at)
 
 
 def _group(rest: str, devices: int) -> int:
-    """Returns how many devices take part together, from any of the forms in which XLA writes replica groups."""
+    """Returns the number of devices per replica group, from any of XLA's notations for replica groups."""
     if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", rest):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))

@@ -1,8 +1,8 @@
-"""Costs of training on a pod that is not here: memory, products, collectives and the time that they bound.
+"""Plans training on a pod without having it: memory, compute, collectives and a lower limit of the step's time.
 
-For a TPU the real train step is compiled for the absent chips and its program is read. XLA compiles for a GPU only on
-a machine that has one, so a GPU's plan holds what the shapes alone say: the bytes that stay on a chip, and the model's
-products. Nothing is allocated either way.
+For TPUs the real train step is compiled for the absent chips, and the compiled program is analyzed. XLA compiles for a
+GPU only on a machine that has one, so the plan of a GPU contains only figures that follow from array shapes: the bytes
+that stay on a chip, and the model's floating-point operations. No array is allocated in either case.
 """
 
 import contextlib
@@ -31,21 +31,22 @@ from geotoken_jax.train.loop import TrainSettings
 from geotoken_jax.train.optimizer import make_optimizer, make_schedule
 from geotoken_jax.train.step import Trainer
 
-#: Usable photos of MP16-Pro: the paper's gallery.
+#: Number of photos in the paper's gallery: the usable ones of MP16-Pro.
 GALLERY = 4_120_000
-#: What `document` plans: the paper's configuration at both groups, on these.
+#: Topologies in docs/scale.md.
 DOCUMENTED = ("v5e:4x4", "v5e:16x16", "v6e:8x8", "v5p:4x4x4")
-#: Of a chip's memory, where the compiler does not say: the rest goes to its runtime and to fragmentation.
+#: Usable share of a chip's memory if the compiler does not report it: runtime and fragmentation take the rest.
 _USABLE = 0.9
-#: What libtpu wants to be told of a machine that is not there.
+#: Chip -> value of TPU_ACCELERATOR_TYPE, which libtpu needs to compile for an absent machine.
 _ACCELERATORS = {"v4": "v4-8", "v5e": "v5litepod-16", "v5p": "v5p-8", "v6e": "v6e-8"}
 #: "Used 17.79G of 15.75G hbm", or "the total memory required ... (17.79G) exceeds available HBM (15.75G)".
 _OUT_OF_MEMORY = re.compile(r"([\d.]+)([KMG])\)? (?:of|exceeds available HBM) \(?([\d.]+)([KMG])")
-#: Ask no metadata server, and let several processes compile at once.
+#: Environment for libtpu: query no metadata server, and let several processes compile at once.
 _ABSENT = {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-#: The compiler's least effort: 3 to 6 times sooner, memory within 10 % and traffic up to 2.7 times that of its full.
+#: Compiler options for minimal effort. Compared with full effort it is 3 to 6 times faster; memory is within 10 %, but
+#: memory traffic is up to 2.7 times higher.
 _QUICK: Any = {"exec_time_optimization_effort": -1.0}
-#: The plan of a GPU beyond the bytes that stay on it and the model's products.
+#: Costs of a GPU's plan, whose step is not compiled.
 _NOT_COMPILED: dict[str, Any] = {
     "method": "not compiled, which needs a GPU: activations, memory traffic and collectives are left out",
     "memory": {},
@@ -54,7 +55,7 @@ _NOT_COMPILED: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """What is trained and how it is laid out; rows: photos of the gallery."""
+    """Settings that determine the costs of a train step. rows: number of gallery photos."""
 
     model: ModelSettings
     loss: LossSettings
@@ -66,7 +67,8 @@ class Workload:
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """chip: a key of chips.CHIPS. shape: chips along each axis of the network."""
+    """Chips of a pod. name: CHIP:SHAPE, such as v5e:16x16. chip: key of chips.CHIPS. shape: number of chips along each
+    axis of the network."""
 
     name: str
     chip: str
@@ -82,43 +84,45 @@ class Topology:
 
 
 def read(config: Config, rows: int = GALLERY) -> Workload:
-    """Returns the workload of a configuration. rows: photos in the gallery."""
+    """Returns the workload of a configuration. rows: number of gallery photos."""
     names = [field.name for field in dataclasses.fields(Workload) if field.name != "rows"]
     return Workload(**{name: getattr(config, name) for name in names}, rows=rows)
 
 
 def topology(name: str) -> Topology:
-    """Returns what "v5e:16x16" or "h100:8" means. Raises SettingsError."""
+    """Returns the topology named CHIP:SHAPE, such as "v5e:16x16" or "h100:8". Raises SettingsError if it is wrong."""
     chip, _, shape = name.partition(":")
     if chip not in chips.CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
         known = ", ".join(chips.CHIPS)
-        raise SettingsError(f"--topology={name} is not known: write CHIP:SHAPE as in v5e:16x16 or h100:8, of {known}")
+        raise SettingsError(f"--topology={name} is unknown: use CHIP:SHAPE, as in v5e:16x16 or h100:8; chips: {known}")
     return Topology(name, chip, tuple(map(int, shape.split("x"))))
 
 
-def run(workload: Workload, where: Topology, quick: bool = False) -> dict[str, Any]:
-    """Returns the plan, as JSON holds it; all sizes in bytes and of one chip and one step.
+def run(workload: Workload, pod: Topology, quick: bool = False) -> dict[str, Any]:
+    """Returns the plan as JSON values. Sizes are in bytes; all costs are per chip and step.
 
-    quick: compile at the compiler's least effort. Raises SettingsError for what the mesh cannot hold.
+    quick: compile with minimal effort (see _QUICK).
+
+    Raises SettingsError if the mesh does not fit the devices, the batch or a parameter.
     """
-    chip = chips.CHIPS[where.chip]
-    step = _Step(workload, _devices(where))
-    found = _costs(step, where, quick)
-    memory = {**step.resident_bytes(), **found["memory"]}
+    chip = chips.CHIPS[pod.chip]
+    step = _Step(workload, _devices(pod))
+    costs = _costs(step, pod, quick)
+    memory = {**step.resident_bytes(), **costs["memory"]}
     total = sum(memory.values())
-    usable = found.get("usable", chip.memory * _USABLE)
+    usable = costs.get("usable", chip.memory * _USABLE)
     photos = workload.train.batch_size
-    products = {"model": flops.per_example(workload.model) * photos / where.size}
-    seconds = {"compute": found.get("flops", products["model"]) / chip.flops}
-    if "flops" in found:
-        products["executed"] = found["flops"]
-        seconds["memory"] = found["traffic"] / chip.bandwidth
-        seconds["links"] = sum(found["sent"].values()) / (chip.links / 2)  # half of them lead away
+    compute = {"model": flops.per_example(workload.model) * photos / pod.size}
+    seconds = {"compute": costs.get("flops", compute["model"]) / chip.flops}
+    if "flops" in costs:
+        compute["executed"] = costs["flops"]
+        seconds["memory"] = costs["traffic"] / chip.bandwidth
+        seconds["links"] = sum(costs["sent"].values()) / (chip.links / 2)  # half of the bandwidth is for sending
     bound = max(seconds, key=lambda name: seconds[name])
     rate = photos / seconds[bound]
     plan = {
-        "topology": where.name,
-        "chips": where.size,
+        "topology": pod.name,
+        "chips": pod.size,
         "mesh": dict(step.mesh.shape),
         "batch_size": photos,
         "accumulate": workload.train.accumulate,
@@ -126,46 +130,45 @@ def run(workload: Workload, where: Topology, quick: bool = False) -> dict[str, A
         "remat": workload.model.remat,
         "gallery": {"placement": workload.gallery.placement, "rows": workload.rows},
         "parameters": step.parameters,
-        "method": found["method"],
+        "method": costs["method"],
         "bytes": {**memory, "total": total, "usable": usable, "chip": chip.memory},
-        "fits": total <= usable and not found.get("refused", False),
-        "flops": products,
-        **_traffic(found),
+        "fits": total <= usable and not costs.get("refused", False),
+        "flops": compute,
+        **_traffic(costs),
         "seconds": {**seconds, "bound": bound},
         "examples_per_second": rate,
         "days": workload.train.examples / rate / 86_400,
     }
     if not plan["fits"]:
-        plan["advice"] = advice(workload, where)
+        plan["advice"] = advice(workload, pod)
     return plan
 
 
-def _costs(step: "_Step", where: Topology, quick: bool) -> dict[str, Any]:
-    return _compiled(step, quick) if where.compiled else _NOT_COMPILED
+def _costs(step: "_Step", pod: Topology, quick: bool) -> dict[str, Any]:
+    return _compiled(step, quick) if pod.compiled else _NOT_COMPILED
 
 
-def _traffic(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the memory traffic and collectives of a plan; nothing if there is no compiled program."""
-    if "flops" not in found:
+def _traffic(costs: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the memory traffic and collectives of a plan; an empty dict if there is no compiled program."""
+    if "flops" not in costs:
         return {}
-    payload = found["payload"]
-    collectives = {kind: {"payload": payload[kind], "sent": n} for kind, n in found["sent"].items()}
-    return {"traffic": found["traffic"], "collectives": collectives}
+    payload = costs["payload"]
+    collectives = {kind: {"payload": payload[kind], "sent": n} for kind, n in costs["sent"].items()}
+    return {"traffic": costs["traffic"], "collectives": collectives}
 
 
 class _Step:
-    """The train step on a mesh, with everything it is called with as shapes."""
+    """The train step on a mesh, with the shapes and shardings of its arguments."""
 
     def __init__(self, workload: Workload, devices: Sequence[Any]):
         self.workload = workload
         self.mesh: Mesh = sharding.make_mesh(workload.mesh, devices)
         train, model = workload.train, workload.model
-        ways = math.prod(self.mesh.shape[axis] for axis in sharding.RULES["batch"])
-        if train.batch_size % (train.accumulate * ways):
+        shards = math.prod(self.mesh.shape[axis] for axis in sharding.RULES["batch"])
+        if train.batch_size % (train.accumulate * shards):
             raise SettingsError(
-                f"config.train.batch_size = {train.batch_size} in config.train.accumulate = {train.accumulate} parts "
-                f"does not divide over data x fsdp = {ways} devices: choose a multiple of "
-                f"{train.accumulate * ways}"
+                f"config.train.batch_size is {train.batch_size}: choose a multiple of {train.accumulate * shards}, "
+                f"which is config.train.accumulate = {train.accumulate} times data x fsdp = {shards} devices"
             )
         schedule = make_schedule(train.optimizer, train.steps, max(1, workload.rows // train.batch_size))
         task = GeoTokenTask(model, workload.loss, placement.lookup(workload.gallery, self.mesh))
@@ -182,17 +185,17 @@ class _Step:
         )
 
     def _batch(self) -> Spec:
-        """What data.join reads, as the loop puts it on the mesh."""
-        found = batch.spec(self.workload.model, self.workload.train.batch_size, self.workload.gallery.on_device)
-        lies = self.trainer.batch_sharding
-        return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lies) for name, x in found.items()}
+        """Returns the shapes of a batch that data.join reads, with its sharding in training."""
+        arrays = batch.spec(self.workload.model, self.workload.train.batch_size, self.workload.gallery.on_device)
+        layout = self.trainer.batch_sharding
+        return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout) for name, x in arrays.items()}
 
     @property
     def parameters(self) -> int:
         return sum(p.size for p in jax.tree.leaves(self.trainer.abstract["params"]))
 
     def resident_bytes(self) -> dict[str, int]:
-        """Returns what lies on a chip between two steps, and the batch."""
+        """Returns the bytes per chip that stay allocated between two steps, and those of a batch."""
         state = self.trainer.abstract
         parameters = [state["params"], state["constants"], state.get("ema")]
         return {
@@ -204,43 +207,44 @@ class _Step:
 
 
 def bytes_a_chip(tree: Any) -> int:
-    """Returns the bytes of one device's shards of arrays, or of ShapeDtypeStructs with shardings."""
+    """Returns the number of bytes on one device. tree: sharded arrays or ShapeDtypeStructs with shardings."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
-def _devices(where: Topology) -> Sequence[Any]:
-    """Returns the absent TPUs, as libtpu describes them, or CPU devices that stand in for GPUs' number."""
+def _devices(pod: Topology) -> Sequence[Any]:
+    """Returns libtpu's descriptions of absent TPUs, or as many CPU devices as the pod has GPUs."""
     jax.config.update("jax_platforms", "cpu")
-    if not where.compiled:
-        return _stand_ins(where.size)
+    if not pod.compiled:
+        return _cpu_devices(pod.size)
     try:
         import libtpu  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise SettingsError(
-            f"--topology={where.name} needs the TPU compiler: install it with pip install 'geotoken-jax[tpu]'"
+            f"--topology={pod.name} needs the TPU compiler: install it with pip install 'geotoken-jax[tpu]'"
         ) from None
     from jax.experimental import topologies
 
-    os.environ.update(_ABSENT, TPU_ACCELERATOR_TYPE=_ACCELERATORS[where.chip])
-    cores = {"chip_config_name": "megacore"} if where.chip == "v4" else {}  # or each of its two is a device
+    os.environ.update(_ABSENT, TPU_ACCELERATOR_TYPE=_ACCELERATORS[pod.chip])
+    # Without megacore each of a v4 chip's two cores would be a device.
+    cores = {"chip_config_name": "megacore"} if pod.chip == "v4" else {}
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=where.name, **cores).devices
+        return topologies.get_topology_desc(platform="tpu", topology_name=pod.name, **cores).devices
     except jax.errors.JaxRuntimeError as error:
-        raise SettingsError(f"--topology={where.name} is no shape of {where.chip}: {error}") from None
+        raise SettingsError(f"--topology={pod.name} is not a shape of {pod.chip}, choose another: {error}") from None
 
 
-def _stand_ins(n: int) -> Sequence[Any]:
-    with contextlib.suppress(RuntimeError):  # JAX has begun: it has the devices that it has
+def _cpu_devices(n: int) -> Sequence[Any]:
+    with contextlib.suppress(RuntimeError):  # JAX is initialized, and its number of devices cannot change
         jax.config.update("jax_num_cpu_devices", n)
     if len(jax.devices("cpu")) < n:
-        raise SettingsError(f"counting for {n} GPUs has to come before any other use of JAX: start it alone")
+        raise SettingsError(f"JAX is in use already: plan for {n} GPUs in a process of its own, with `geotoken plan`")
     return jax.devices("cpu")[:n]
 
 
 def _compiled(step: _Step, quick: bool) -> dict[str, Any]:
-    """Returns what the compiler makes of the step: its memory, and what its program does."""
-    kept = bytes_a_chip(step.arguments)
+    """Returns the costs of the compiled step: memory and, if it fits, compute, memory traffic and collectives."""
+    resident = bytes_a_chip(step.arguments)
     try:
         program: Any = step.trainer.step.lower(*step.arguments).compile(compiler_options=_QUICK if quick else None)
     except jax.errors.JaxRuntimeError as error:
@@ -248,21 +252,21 @@ def _compiled(step: _Step, quick: bool) -> dict[str, Any]:
         if not used:
             raise
         unit = {"K": 2**10, "M": 2**20, "G": 2**30}
-        taken, usable = (float(used[i]) * unit[used[i + 1]] for i in (1, 3))
+        needed, usable = (float(used[i]) * unit[used[i + 1]] for i in (1, 3))
         return {
-            "method": "compiled, and refused: memory is as the compiler says, and there is no program to read",
-            "memory": {"activations and temporaries": max(0, int(taken) - kept)},
+            "method": "compiler out of memory: its error reports the memory, and there is no program to analyze",
+            "memory": {"activations and temporaries": max(0, int(needed) - resident)},
             "usable": usable,
             "refused": True,
         }
     memory = program.memory_analysis()
-    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    allocated = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     costs = hlo.Program(program.as_text()).costs()
     return {
-        "method": "compiled at least effort" if quick else "compiled",
+        "method": "compiled with minimal effort" if quick else "compiled",
         "memory": {
             "activations and temporaries": memory.temp_size_in_bytes,
-            "program and padding": memory.generated_code_size_in_bytes + max(0, held - kept),
+            "program and padding": memory.generated_code_size_in_bytes + max(0, allocated - resident),
         },
         "flops": costs.flops,
         "traffic": costs.traffic,
@@ -271,38 +275,37 @@ def _compiled(step: _Step, quick: bool) -> dict[str, Any]:
     }
 
 
-def advice(workload: Workload, where: Topology) -> list[dict[str, Any]]:
-    """Returns the settings that were tried for one that does not fit, each with its bytes; the last one fits.
+def advice(workload: Workload, pod: Topology) -> list[dict[str, Any]]:
+    """Returns the changes of settings that were tried on a step that does not fit, until one of them makes it fit.
 
-    Each is compiled at least effort for a TPU; for a GPU the bytes are those that stay on it.
-
-    One change at a time, what costs least speed first; then, where none is enough, one after another together. If all
-    of them are not enough, the last one does not fit either.
+    First each change is tried alone, the change that costs least speed first. Then the first two changes are tried at
+    once, the first three and so on. If no change is enough, the last one does not fit either. For TPUs each changed
+    step is compiled with minimal effort. For GPUs its bytes are only those that stay allocated between steps.
     """
-    devices = _devices(where)
-    usable = chips.CHIPS[where.chip].memory * _USABLE
-    changes = list(_changes(workload, where.size))
+    devices = _devices(pod)
+    usable = chips.CHIPS[pod.chip].memory * _USABLE
+    changes = list(_changes(workload, pod.size))
     tried: list[dict[str, Any]] = []
-    for together in [[c] for c in changes] + [changes[:n] for n in range(2, len(changes) + 1)]:
+    for combination in [[c] for c in changes] + [changes[:n] for n in range(2, len(changes) + 1)]:
         try:
-            step = _Step(_changed(workload, together), devices)
+            step = _Step(_changed(workload, combination), devices)
         except SettingsError:
             continue
-        found = _costs(step, where, quick=True)
-        total = sum(step.resident_bytes().values()) + sum(found["memory"].values())
-        fits = total <= usable and not found.get("refused", False)
-        tried.append({"change": _spelled(together), "bytes": total, "fits": fits})
+        costs = _costs(step, pod, quick=True)
+        total = sum(step.resident_bytes().values()) + sum(costs["memory"].values())
+        fits = total <= usable and not costs.get("refused", False)
+        tried.append({"change": _spelled(combination), "bytes": total, "fits": fits})
         if tried[-1]["fits"]:
             break
     return tried
 
 
-#: A section of the workload, and what becomes of its keys.
+#: Name of a section of the workload, and new values of its keys.
 _Change = tuple[str, Mapping[str, Any]]
 
 
 def _changes(workload: Workload, size: int) -> Iterator[_Change]:
-    """Yields what makes a step smaller, what costs least speed first."""
+    """Yields changes that make a step need less memory, the change that costs least speed first."""
     if workload.gallery.placement == "replicated":
         yield "gallery", {"placement": "sharded"}
     if workload.model.remat == "none":
@@ -331,7 +334,7 @@ def _spelled(changes: Sequence[_Change]) -> str:
 
 
 def table(plan: Mapping[str, Any]) -> str:
-    """Returns a plan for the eye."""
+    """Returns a plan as text for the terminal."""
     sizes, seconds = plan["bytes"], plan["seconds"]
     mesh = " x ".join(f"{axis} {n}" for axis, n in plan["mesh"].items())
     lines = [
@@ -339,15 +342,15 @@ def table(plan: Mapping[str, Any]) -> str:
         f"batch {plan['batch_size']:,} in {plan['accumulate']}, group {plan['group']}, remat {plan['remat']}, "
         f"{plan['parameters']:,} parameters, gallery {plan['gallery']['placement']}",
         "",
-        "memory a chip",
+        "memory per chip",
         *(f"  {name:30}{size / 2**30:10.3f} GiB" for name, size in sizes.items()),
         f"  {'it fits' if plan['fits'] else 'it does not fit'}",
         "",
-        "a step, a chip",
-        f"  {'products of the model':30}{plan['flops']['model'] / 1e12:10.3f} TFLOP",
+        "per step and chip",
+        f"  {'model compute':30}{plan['flops']['model'] / 1e12:10.3f} TFLOP",
         *_program_lines(plan),
         "",
-        "time a step, at the peak rates",
+        "time per step, at peak rates",
         *(f"  {name:30}{1e3 * seconds[name]:10.3f} ms" for name in seconds if name != "bound"),
         f"  bound by {seconds['bound']}: {plan['examples_per_second']:,.0f} examples/s, {plan['days']:.3g} days in all",
     ]
@@ -361,11 +364,11 @@ def table(plan: Mapping[str, Any]) -> str:
 
 
 def _program_lines(plan: Mapping[str, Any]) -> list[str]:
-    """Returns the table's lines on the compiled program; none if there is none."""
+    """Returns the table's lines on the compiled program; an empty list if the step was not compiled."""
     if "traffic" not in plan:
         return []
     return [
-        f"  {'products executed':30}{plan['flops']['executed'] / 1e12:10.3f} TFLOP",
+        f"  {'executed compute':30}{plan['flops']['executed'] / 1e12:10.3f} TFLOP",
         f"  {'memory traffic':30}{plan['traffic'] / 1e9:10.3f} GB",
         *(
             f"  {kind:30}{n['payload'] / 1e6:10.1f} MB, {n['sent'] / 1e6:,.1f} MB sent"
@@ -375,7 +378,10 @@ def _program_lines(plan: Mapping[str, Any]) -> list[str]:
 
 
 def document(workload: Workload, command: str, quick: bool = False) -> str:
-    """Returns docs/scale.md: the configuration at both groups on each of DOCUMENTED. command: what made it."""
+    """Returns the text of docs/scale.md: plans with group 2 and group 1 on each topology of DOCUMENTED.
+
+    command: command line that made the document.
+    """
     parts = [_INTRODUCTION.format(command=command, date=datetime.date.today(), rows=workload.rows)]
     for group in (2, 1):
         plans = [run(_changed(workload, [("model", {"group": group})]), topology(name), quick) for name in DOCUMENTED]
@@ -385,26 +391,34 @@ def document(workload: Workload, command: str, quick: bool = False) -> str:
 
 _INTRODUCTION = """# Scale
 
-What one step of the paper's configuration asks of a chip, and the time that this bounds. Made on {date} with
+This page shows the memory and time that one training step of the paper's configuration needs per chip, for people who
+choose hardware. Made on {date} with
 
 ```
 {command}
 ```
 
-TPU columns: the real train step was compiled for the absent pod (no TPU was at hand), and its program read: loops
-multiplied out. "At least effort" (`--quick`) is 3 to 6 times sooner: memory within 10 % of what the compiler's full
-effort finds, but up to 2.7 times the traffic. GPUs are not here: XLA compiles for one only where there is one, and
-`geotoken plan --topology=h100:8` gives the bytes that stay on a chip and the model's products. Memory is of one chip;
-a gallery of {rows:,} photos takes 4.7 KB each where `config.gallery.placement` puts it on the devices, and nothing
-where it says `host`.
+**Method.** For TPUs, the real training step was compiled for the pod, without having any TPU, and the compiled program
+was analyzed; the body of a loop counts as often as it runs. Compiling "with minimal effort" (`--quick`) is 3 to 6 times
+faster. Its memory is within 10 % of the result with the compiler's full effort; its memory traffic is up to 2.7 times
+as high.
 
-How to read it: the three times are what products, memory traffic and links would take alone at the maker's peak
-rates; the longest of them, which the row "bound by" names, gives examples/s and days. It tells which of the three to
-work on, not what a run will reach. Products and links are exact, so their times are lower limits; no kernel reaches the
-peak (790 of 989 TFLOP/s for a large bf16 product on an H100), and links are taken to be used all at once, by rings.
-Traffic is an estimate: of the compiled program the operands and results that lie outside the chip's own memory.
-Executed products exceed the model's where rematerialization makes some a second time. A column without figures of the
-program is a step that the compiler refused for its memory.
+**GPUs are not in the tables**, because XLA compiles for a GPU only if there is one. `geotoken plan --topology=h100:8`
+prints the bytes that stay on a chip and the model's compute.
+
+**Memory** is per chip. A gallery of {rows:,} photos takes 4.7 KB per photo if `config.gallery.placement` puts it on
+the devices, and nothing if it is `host`.
+
+**Time.** The three times are the least that compute, memory traffic and links take, each alone, at the manufacturer's
+peak rates. The row "bound by" names the longest of them; examples/s and days follow from it. Use it to decide which of
+the three to improve, not to predict the speed of a run.
+
+- Compute and the bytes sent over links are counted exactly, so their times are lower limits. No kernel reaches the peak
+  (790 of 989 TFLOP/s for a large bf16 product on an H100). All links are assumed to be used at once, by rings.
+- Memory traffic is an estimate: operands and results in the compiled program that are stored in HBM, not in on-chip
+  memory.
+- Executed compute exceeds model compute because rematerialization computes some products twice.
+- If a column has no values from the program, the compiler refused the step for its memory.
 """
 
 
@@ -427,8 +441,8 @@ def _markdown(plans: Sequence[Mapping[str, Any]]) -> str:
             row("method", [p["method"] for p in plans]),
             *(row(f"{name}, GiB", gib(name)) for name in sizes),
             row("fits", ["yes" if p["fits"] else "no" for p in plans]),
-            row("products of the model, TFLOP", [f"{p['flops']['model'] / 1e12:.2f}" for p in plans]),
-            row("products executed, TFLOP", known(lambda p: f"{p['flops']['executed'] / 1e12:.2f}")),
+            row("model compute, TFLOP", [f"{p['flops']['model'] / 1e12:.2f}" for p in plans]),
+            row("executed compute, TFLOP", known(lambda p: f"{p['flops']['executed'] / 1e12:.2f}")),
             row("memory traffic, GB", known(lambda p: f"{p['traffic'] / 1e9:.1f}")),
             *(
                 row(

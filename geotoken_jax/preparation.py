@@ -1,6 +1,6 @@
-"""Settings of data preparation, config.photos, config.embed and config.index: what data_prep/ reads.
+"""Settings of data preparation: config.photos, config.embed and config.index.
 
-They are declared here and not in data_prep/, because the installed package reads whole configurations without it.
+They are not declared in data_prep/, because the installed package lacks that folder but reads whole configurations.
 """
 
 import dataclasses
@@ -16,8 +16,12 @@ from geotoken_jax.settings import Runtime
 
 @dataclasses.dataclass(frozen=True)
 class BeamSettings:
-    """runner: of the pipeline (DirectRunner, FlinkRunner, SparkRunner, DataflowRunner); "" is no Beam: `workers`
-    processes of this machine. options: of the pipeline, handed on as they are, such as `--flink_master=host:8081`."""
+    """config.photos.beam.
+
+    runner: Beam runner (DirectRunner, FlinkRunner, SparkRunner or DataflowRunner); if empty, config.photos.workers
+    processes of this machine instead of Beam. options: options of the Beam pipeline, such as
+    `--flink_master=host:8081`.
+    """
 
     runner: str
     options: tuple[str, ...]
@@ -25,9 +29,12 @@ class BeamSettings:
 
 @dataclasses.dataclass(frozen=True)
 class PlaceholderSettings:
-    """hashes: of known placeholders, as `dhash` makes them, in 16 hexadecimal digits; none: no photo is decoded.
-    distance: bits in which a placeholder may differ from its hash. identical: photos that may have the same bytes;
-    where more do, all of them are placeholders."""
+    """config.photos.mp16_pro.placeholder: images that sites show in place of removed photos, and that are dropped.
+
+    hashes: hashes of known placeholders from `dhash`, 16 hexadecimal digits each; if empty, no photo is decoded for
+    this check. distance: number of bits in which a placeholder may differ from its hash. identical: number of photos
+    that may have the same bytes; if more have, all of them are placeholders.
+    """
 
     hashes: tuple[str, ...]
     distance: int
@@ -37,7 +44,7 @@ class PlaceholderSettings:
         for value in self.hashes:
             if not re.fullmatch("[0-9a-f]{16}", str(value)):
                 raise ValueError(
-                    f"config.photos.mp16_pro.placeholder.hashes has {value!r}: write each as 16 of the digits 0-9a-f"
+                    f"config.photos.mp16_pro.placeholder.hashes has {value!r}: write each hash as 16 digits of 0-9a-f"
                 )
         if not 0 <= self.distance < 64:
             raise ValueError(f"config.photos.mp16_pro.placeholder.distance is {self.distance}: use 0 to 63 bits")
@@ -47,8 +54,12 @@ class PlaceholderSettings:
 
 @dataclasses.dataclass(frozen=True)
 class EarthViewSettings:
-    """seed: decides everything. places: GeoNames places that authors visit, from those of 1,000 inhabitants or more.
-    train ... test_shift: photos of each split. photos_per_shard: at most; the last shard has the rest."""
+    """config.photos.earthview.
+
+    seed: random seed of the whole data set. places: number of GeoNames places with 1,000 inhabitants or more that
+    authors visit. train, validation, test, test_unseen, test_shift: number of photos per split. photos_per_shard:
+    photos per shard; the last shard may have fewer.
+    """
 
     seed: int
     places: int
@@ -62,10 +73,13 @@ class EarthViewSettings:
 
 @dataclasses.dataclass(frozen=True)
 class FolderSettings:
-    """path: the folder; subfolders are part of it. csv: file of id, latitude and longitude, and author, city, state,
-    country, continent and captured (csv_rows.seconds) where it has them; empty takes coordinates and time from EXIF.
-    train, validation, test: shares of authors, 0-1; all of test makes a benchmark. photos_per_shard: at most; the last
-    shard has the rest."""
+    """config.photos.folder.
+
+    path: folder of photos, with subfolders. csv: file with id, latitude and longitude and, if available, author, city,
+    state, country, continent and captured (times as read by csv_rows.seconds); if empty, coordinates and time come from
+    EXIF. train, validation, test: shares of authors, 0-1; a benchmark has test=1. photos_per_shard: photos per shard;
+    the last shard may have fewer.
+    """
 
     path: str
     csv: str
@@ -76,7 +90,10 @@ class FolderSettings:
 
     def __post_init__(self):
         if min(self.shares.values()) < 0 or not math.isclose(sum(self.shares.values()), 1):
-            raise ValueError(f"config.photos.folder has shares {self.shares}: none below 0, together 1")
+            raise ValueError(
+                f"config.photos.folder has the shares {self.shares}: set train, validation and test to 0 or more, with "
+                "a sum of 1"
+            )
 
     @property
     def shares(self) -> dict[str, float]:
@@ -86,7 +103,8 @@ class FolderSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Im2gps3kSettings:
-    """path: folder of the images, named IMG_ID. csv: im2gps3k_places365.csv. photos_per_shard: at most."""
+    """config.photos.im2gps3k. path: folder of the images, named IMG_ID. csv: path of im2gps3k_places365.csv.
+    photos_per_shard: photos per shard; the last shard may have fewer."""
 
     path: str
     csv: str
@@ -95,9 +113,12 @@ class Im2gps3kSettings:
 
 @dataclasses.dataclass(frozen=True)
 class MP16ProSettings:
-    """folder: with the parts. metadata: path of the CSV, from that folder. seed: of the choice of authors. validation:
-    share of authors, 0-1, held out as that split. photos_per_shard: members of a shard, at most; some of them may be
-    dropped."""
+    """config.photos.mp16_pro.
+
+    folder: folder of the downloaded parts. metadata: path of the CSV, relative to `folder`. seed: random seed of the
+    split of authors. validation: share of authors held out as the validation split, 0 to below 1. photos_per_shard:
+    images per shard before any are dropped; the last shard may have fewer.
+    """
 
     folder: str
     metadata: str
@@ -115,15 +136,15 @@ class MP16ProSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Osv5mSettings:
-    """path: folder that holds images/, train.csv and test.csv, as downloaded."""
+    """config.photos.osv5m. path: folder of the download, with images/, train.csv and test.csv."""
 
     path: str
 
 
 @dataclasses.dataclass(frozen=True)
 class YfccSettings:
-    """name: of the data set, yfcc4k or yfcc26k. path: folder of the images, named ID.jpg. table: the CSV, or info.txt.
-    photos_per_shard: at most."""
+    """config.photos.yfcc. name: yfcc4k or yfcc26k. path: folder of the images, named ID.jpg. table: path of the CSV or
+    info.txt. photos_per_shard: photos per shard; the last shard may have fewer."""
 
     name: str
     path: str
@@ -137,8 +158,12 @@ class YfccSettings:
 
 @dataclasses.dataclass(frozen=True)
 class PhotosSettings:
-    """source: name of the section that is read. workers: processes; 1 is this one. beam: the engine instead of them.
-    max_dropped: share of photos, 0-1, above which dropping them is an error. Each source has its section."""
+    """config.photos, with a section per source.
+
+    source: name of the source's section. workers: number of processes; 1 works in the current process. beam: settings
+    of Apache Beam, which can replace the processes. max_dropped: share of dropped photos, 0-1, above which `prepare`
+    fails.
+    """
 
     source: str
     workers: Runtime[int]
@@ -154,7 +179,8 @@ class PhotosSettings:
 
 @dataclasses.dataclass(frozen=True)
 class EmbedSettings(BackboneSettings):
-    """threads: that decode photos. views: further ones of each photo that is trained on."""
+    """config.embed. threads: number of threads that decode photos. views: augmented views of train photos. The other
+    keys: see BackboneSettings."""
 
     threads: Runtime[int]
     views: ViewsSettings
@@ -162,8 +188,12 @@ class EmbedSettings(BackboneSettings):
 
 @dataclasses.dataclass(frozen=True)
 class NeighborsSettings:
-    """count: kept of each photo. exclude: of photos that are trained on (an author's other photos of a place are far
-    easier to find than a stranger's, and a new photo has none). exclude_in_evaluation: of all others."""
+    """config.index.neighbors.
+
+    count: number of neighbors stored per photo. exclude: rules that exclude neighbors of train photos. The gallery
+    contains other photos of the same author and place, which are much easier to find than the neighbors of a new photo.
+    exclude_in_evaluation: rules for the photos of all other splits.
+    """
 
     count: int
     exclude: ExcludeSettings
@@ -172,7 +202,7 @@ class NeighborsSettings:
 
 @dataclasses.dataclass(frozen=True)
 class IndexSection:
-    """config.index. neighbors: which are recorded. search: how the gallery is searched."""
+    """config.index. neighbors: number of stored neighbors, and exclusion rules. search: settings of the index."""
 
     neighbors: NeighborsSettings
     search: IndexSettings

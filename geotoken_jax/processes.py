@@ -1,7 +1,7 @@
-"""Several processes that train as one: who they are, how they wait for each other, and how each leaves without them.
+"""Connects several processes for one training, and ends each process if the others are lost or make no progress.
 
-A launcher gives every process JAX_COORDINATOR_ADDRESS (host:port of the first), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
-Without them a process is alone, and JAX is not even imported.
+A launcher sets JAX_COORDINATOR_ADDRESS (host:port of the first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID for every
+process. Without these variables there is one process, and this module does not import JAX.
 """
 
 import contextlib
@@ -18,19 +18,19 @@ from typing import Any, NoReturn
 from geotoken_jax.settings import SettingsError
 
 _ADDRESS, _COUNT, _INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
-#: Exit status of what goes on when the same command is started again (sysexits' EX_TEMPFAIL).
+#: Exit status of a process that continues when the same command is run again (EX_TEMPFAIL of sysexits.h).
 RESTART = 75
-#: Seconds that the first process stays once it has failed: JAX aborts (SIGABRT) those that are left without it, and
-#: until then they may have noticed themselves.
+#: Seconds that the first process waits before it ends after an error. When it ends, JAX aborts all others (SIGABRT);
+#: the wait lets them end by themselves, with a message.
 _LINGER_S = 3.0
-#: How an error of XLA begins where it can come of another process's end; others are this process's own.
+#: Beginnings of XLA errors that the end of another process can cause. All other errors come from this process.
 _LOSSES = ("UNAVAILABLE", "UNKNOWN", "INTERNAL", "ABORTED", "CANCELLED", "DEADLINE_EXCEEDED")
 
 
 @dataclasses.dataclass(frozen=True)
 class WatchSettings:
-    """connect_s: seconds that the processes have to find each other. stalled_s: seconds that one may stand still in a
-    step, a read, a batch of validation or a checkpoint: more than compiling a step takes."""
+    """config.watch. connect_s: seconds until all processes must be connected. stalled_s: seconds that a step, a read, a
+    batch of validation or a checkpoint may take; use more than compiling a step takes."""
 
     connect_s: float
     stalled_s: float
@@ -38,46 +38,49 @@ class WatchSettings:
     def __post_init__(self):
         for name, seconds in dataclasses.asdict(self).items():
             if not 1 <= seconds < 1e6:
-                raise SettingsError(f"config.watch.{name} is {seconds}: it is seconds, from 1 to a million")
+                raise SettingsError(f"config.watch.{name} is {seconds}: use 1 to 1,000,000 seconds")
 
 
 class _Watch(threading.Thread):
-    """Ends the process, with RESTART, once nothing has been heard of it for too long.
+    """Ends the process with RESTART if it has reported no progress for too long.
 
-    It counts seconds that it has waited itself: nobody's clock matters, and a process that was stopped as a whole
-    (Ctrl-Z) and goes on is not taken for one that hangs.
+    The thread counts the seconds that it waits. So the clock may be changed, and a process that is suspended (Ctrl-Z)
+    and continued does not count as hanging.
     """
 
     def __init__(self, settings: WatchSettings):
         super().__init__(name="watch", daemon=True)
         self.settings = settings
         self.over = threading.Event()
-        self.hear("starting")
+        self.report("starting")
 
-    def hear(self, doing: str, meeting: bool = False) -> None:
-        self.doing = doing
-        self._heard = (doing, meeting)  # another object each time, and set in one step
+    def report(self, activity: str, connecting: bool = False) -> None:
+        self.activity = activity
+        self._last_report = (activity, connecting)  # a new object each time, so that `run` notices every report
 
     def run(self) -> None:
-        heard, quiet_s, limit_s = None, 0, 1.0
-        while quiet_s < limit_s:
+        report, waited_s, limit_s = None, 0, 1.0
+        while waited_s < limit_s:
             if self.over.wait(1.0):
                 return
-            quiet_s += 1
-            if heard is not self._heard:
-                heard, quiet_s = self._heard, 0
-                limit_s = self.settings.connect_s if heard[1] else self.settings.stalled_s
-        if heard and heard[1]:
-            _end(RESTART, f"was {self.doing} for {limit_s:g} s: see that all run and reach that address")
+            waited_s += 1
+            if report is not self._last_report:
+                report, waited_s = self._last_report, 0
+                limit_s = self.settings.connect_s if report[1] else self.settings.stalled_s
+        if report and report[1]:
+            _end(
+                RESTART,
+                f"was {self.activity} for {limit_s:g} s: check that all processes run and can reach that address",
+            )
         faulthandler.dump_traceback(file=sys.__stderr__ or 2)
-        _end(RESTART, f"has stood still for {limit_s:g} s, {self.doing}")
+        _end(RESTART, f"has made no progress for {limit_s:g} s, {self.activity}")
 
 
 _watch: _Watch | None = None
 
 
 def count() -> int:
-    """Returns how many processes there are. Raises SettingsError if the environment names them in part, or wrongly."""
+    """Returns the number of processes. Raises SettingsError if an environment variable is missing or wrong."""
     if _ADDRESS not in os.environ:
         return 1
     values = {name: os.environ.get(name, "") for name in (_COUNT, _INDEX)}
@@ -86,21 +89,24 @@ def count() -> int:
         wrong = _INDEX
     if wrong:
         raise SettingsError(
-            f"{_ADDRESS} is set and {wrong} is {values[wrong]!r}: set {_COUNT} to the number of processes and {_INDEX} "
-            "to 0, 1, ... in each of them, or unset them all"
+            f"{_ADDRESS} is set, but {wrong} is {values[wrong]!r}: set {_COUNT} to the number of processes and "
+            f"{_INDEX} to 0, 1, ... in each of them, or unset all three"
         )
     return int(values[_COUNT])
 
 
 def index() -> int:
-    """Returns this process's number; the first one writes what only one may write."""
+    """Returns the number of this process, from 0. Process 0 writes all files that are not sharded."""
     return int(os.environ[_INDEX]) if count() > 1 else 0
 
 
 @contextlib.contextmanager
 def watched(settings: WatchSettings) -> Iterator[None]:
-    """Ends this process with RESTART where it stands still inside. Goes around `start`: one of several processes is
-    watched to its very end, where all of them meet once more."""
+    """Watches this process: if it makes no progress inside the context, it ends with RESTART.
+
+    Enter the context before calling `start`. If there are several processes, the watch continues after the context,
+    because at exit JAX waits for all of them.
+    """
     global _watch
     _watch = _Watch(settings)
     _watch.start()
@@ -112,17 +118,17 @@ def watched(settings: WatchSettings) -> Iterator[None]:
             _watch = None
 
 
-def alive(doing: str) -> None:
-    """Says what this process does next, of all that may hang, such as "in step 12"."""
+def alive(activity: str) -> None:
+    """Reports progress to the watch. activity: next thing that may hang, such as "in step 12", for messages."""
     if _watch:
-        _watch.hear(doing)
+        _watch.report(activity)
 
 
 def start() -> None:
-    """Connects the processes; must come before JAX looks for devices.
+    """Connects the processes. Call it before JAX initializes its devices.
 
-    From here on an error that nobody catches ends this process at once: JAX would first wait for the others, which wait
-    for this one. Where the error can come of another process's end, the status is RESTART.
+    Afterwards an uncaught error ends this process at once, because JAX would wait for the other processes while they
+    wait for this one. If the end of another process can have caused the error, the exit status is RESTART.
     """
     if count() == 1:
         return
@@ -130,28 +136,28 @@ def start() -> None:
 
     if jax.distributed.is_initialized():
         return
-    sys.excepthook = _leave_by
+    sys.excepthook = _exit_on_error
     limits: Any = {}
     if _watch:
-        _watch.hear(f"looking for the others at {os.environ[_ADDRESS]}", meeting=True)
-        # At the end of its own limits JAX aborts, with a stack of C++ and no status of ours: ours come first.
+        _watch.report(f"connecting to the other processes at {os.environ[_ADDRESS]}", connecting=True)
+        # After its own time limits JAX aborts with a C++ stack and another status, so they must be longer than ours.
         connect, heartbeat = (int(2 * s) + 60 for s in (_watch.settings.connect_s, _watch.settings.stalled_s))
         limits = {"initialization_timeout": connect, "heartbeat_timeout_seconds": heartbeat}
     jax.distributed.initialize(os.environ[_ADDRESS], count(), index(), **limits)
     alive("starting")
 
 
-def wait(where: str) -> None:
-    """Returns when all processes have come to the same place."""
+def wait(name: str) -> None:
+    """Waits until all processes have called this function with the same name."""
     if count() > 1:
         from jax.experimental import multihost_utils
 
-        alive(f"waiting for the others: {where}")
-        multihost_utils.sync_global_devices(where)
+        alive(f"waiting for the other processes: {name}")
+        multihost_utils.sync_global_devices(name)
 
 
 def is_loss(error: BaseException | None) -> bool:
-    """Says whether an error, or what it came of, can come of another process's end."""
+    """Returns whether the end of another process can have caused an error, directly or as the cause of its cause."""
     if count() == 1:
         return False
     import jax
@@ -164,23 +170,23 @@ def is_loss(error: BaseException | None) -> bool:
 
 
 def leave(status: int) -> NoReturn:
-    """Ends this process because it has failed; where there are others, at once, for they wait for it in vain."""
+    """Ends this process after an error. If there are other processes, it ends at once, without Python's cleanup."""
     if count() == 1:
         sys.exit(status)
     _end(status)
 
 
-def _leave_by(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def _exit_on_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     sys.__excepthook__(kind, error, trace)
     if is_loss(error):
-        _end(RESTART, f"has lost the others, {_watch.doing if _watch else 'at work'}")
+        _end(RESTART, f"has lost the other processes, {_watch.activity if _watch else 'after the start'}")
     _end(1)
 
 
-def _end(status: int, why: str = "") -> NoReturn:
+def _end(status: int, reason: str = "") -> NoReturn:
     try:
-        if why:
-            print(f"process {index()} of {count()} {why}; the same command goes on", file=sys.stderr)
+        if reason:
+            print(f"process {index()} of {count()} {reason}; run the same command again to continue", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         if count() > 1 and index() == 0:

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar with rate and time left on a terminal, a plain line now and then in a log."""
+"""Shows the progress of long work: a bar with rate and time left on a terminal, a line every 15 s in a log."""
 
 import sys
 import time
@@ -8,35 +8,36 @@ from typing import TypeVar
 import tqdm
 
 T = TypeVar("T")
-#: Seconds between two plain lines.
+#: Seconds between two lines in a log.
 LOG_EVERY = 15.0
 
 
-def track(items: Iterable[T], what: str, total: int | None = None, unit: str = "it", step: int = 1) -> Iterator[T]:
-    """Yields the items, showing how many of `total` are done; one item counts `step` units."""
-    with Progress(what, total, unit) as progress:
+def track(items: Iterable[T], label: str, total: int | None = None, unit: str = "it", step: int = 1) -> Iterator[T]:
+    """Yields the items and shows the progress. total: number of units, unknown if None. step: units per item."""
+    with Progress(label, total, unit) as progress:
         for item in items:
             yield item
             progress.add(step)
 
 
 class Progress:
-    """Counts up to `total` units of `what`; `note` shows beside the rate (a loss, a reason).
+    """A progress bar on a terminal, and lines in a log.
 
-    shown: False where another process shows the same.
+    label: name of the work. total: number of units, unknown if None. done: units done before. shown: whether to print
+    anything; use False if another process shows the same progress.
     """
 
-    def __init__(self, what: str, total: int | None, unit: str = "it", done: int = 0, shown: bool = True):
+    def __init__(self, label: str, total: int | None, unit: str = "it", done: int = 0, shown: bool = True):
         self._bar = tqdm.tqdm(
             total=total,
-            desc=what,
+            desc=label,
             unit=unit,
             unit_scale=True,
             initial=done,
             disable=not (shown and sys.stderr.isatty()),
             leave=False,
         )
-        self._what, self._total, self._unit, self._shown = what, total, unit, shown
+        self._label, self._total, self._unit, self._shown = label, total, unit, shown
         self._first, self._done = done, done
         self._began = self._last = time.monotonic()
 
@@ -47,9 +48,10 @@ class Progress:
         self._bar.close()
         if self._shown and not any(error):
             seconds = time.monotonic() - self._began
-            print(f"{self._what}: {self._done:,} {self._unit} in {seconds:.0f} s", file=sys.stderr)
+            print(f"{self._label}: {self._done:,} {self._unit} in {seconds:.0f} s", file=sys.stderr)
 
     def add(self, n: int = 1, note: str = "") -> None:
+        """Counts n more units. note: text shown after the rate, such as a loss."""
         self._done += n
         self._bar.update(n)
         if note:
@@ -61,6 +63,6 @@ class Progress:
             left = f", {(self._total - self._done) / rate:.0f} s left" if self._total and rate else ""
             total = f" of {self._total:,}" if self._total else ""
             print(
-                f"{self._what}: {self._done:,}{total} {self._unit}, {rate:,.0f}/s{left} {note}".rstrip(),
+                f"{self._label}: {self._done:,}{total} {self._unit}, {rate:,.0f}/s{left} {note}".rstrip(),
                 file=sys.stderr,
             )

@@ -1,8 +1,8 @@
-"""The wire formats between stages: the only place that knows bytes.
+"""Reads and writes the file formats of stages' results.
 
-photos/ is a TFDS data set of ArrayRecord shards; features/ and tokens/ are ArrayRecord shards of fixed-layout records;
-gallery/, queries/ and neighbors/ are flat arrays (.npy), memory-mapped. Shards are written beside and renamed, so a
-shard that exists is whole. TensorFlow is never imported.
+photos/ is a TFDS data set of ArrayRecord shards. features/ and tokens/ are ArrayRecord shards of fixed-layout records.
+gallery/, queries/ and neighbors/ are memory-mapped arrays (.npy). Files are written to a temporary name and then
+renamed, so an existing shard is complete. TensorFlow is never imported.
 """
 
 import dataclasses
@@ -14,18 +14,19 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
-#: Level of the S2 tokens on record, each of one quad; a CellScheme takes what it needs of them.
+#: Level of the stored S2 tokens, which have group 1. A CellScheme regroups them.
 LEVEL = 20
-#: Longest id and author, in UTF-8 bytes, that fixed-layout records hold. Longer ones are dropped by `prepare`.
+#: Size of the fields for id and author in fixed-layout records, in UTF-8 bytes. `prepare` drops photos with longer
+#: ones.
 ID_BYTES = 64
 
-#: One record a group: global shuffling reads single records (a group of 256 is 6-7 times slower at that).
+#: One record per group, because global shuffling reads single records; with groups of 256 this is 6-7 times slower.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """One column of a fixed-layout record: numpy type name (or bfloat16, or S64) and shape within the record."""
+    """One field of a fixed-layout record. dtype: name of a numpy type, or bfloat16. shape: shape within the record."""
 
     name: str
     dtype: str
@@ -34,7 +35,7 @@ class Field:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Fixed-layout records: every record has the same fields at the same offsets, little-endian, unpadded."""
+    """Layout of records that all have the same fields at the same offsets, little-endian and without padding."""
 
     fields: tuple[Field, ...]
 
@@ -44,7 +45,7 @@ class Layout:
         return np.dtype(stored)
 
     def encode(self, columns: Mapping[str, np.ndarray]) -> list[bytes]:
-        """Returns one record a row. columns: field name -> array [n, *shape]. Raises ValueError on a wrong shape."""
+        """Returns one record per row. columns: field name -> array [n, *shape]. Raises ValueError on a wrong shape."""
         n = len(next(iter(columns.values())))
         rows = np.zeros(n, self._numpy)
         for field in self.fields:
@@ -62,8 +63,8 @@ class Layout:
         dtype = self._numpy
         if any(len(record) != dtype.itemsize for record in data):
             raise ValueError(
-                f"a record of {len(data[0])} bytes where the layout has {dtype.itemsize}: it is torn, or of another "
-                "version; make its folder again"
+                f"a record has {len(data[0])} bytes, but the layout has {dtype.itemsize}: the file is damaged or of "
+                "another version, so remove its folder and run its stage again"
             )
         rows = np.frombuffer(b"".join(data), dtype)
         columns = {}
@@ -74,10 +75,10 @@ class Layout:
 
 
 def feature_layout(width: int) -> Layout:
-    """Records of features/: what everything after `embed` needs of a photo, its pixels left behind.
+    """Returns the layout of features/, the records that all stages after `embed` read instead of pixels.
 
-    width: C, of the backbone's image and text features. tokens: level-20 S2 tokens, group 1. captured: when the photo
-    was taken, in seconds since 1970, NaN where that is not known.
+    width: C, the width of image and text features. The field tokens has level-20 S2 tokens of group 1. The field
+    captured is the time at which the photo was taken, in seconds since 1970, NaN if unknown.
     """
     return Layout(
         (
@@ -93,10 +94,10 @@ def feature_layout(width: int) -> Layout:
 
 
 def token_layout(neighbors: int) -> Layout:
-    """Records of tokens/: the decoder's training set.
+    """Returns the layout of tokens/, the decoder's training set.
 
-    row: of the photo in its split's table. tokens: level-20 S2 tokens, group 1. neighbors: gallery rows, best first,
-    -1 where there are fewer.
+    neighbors: number of neighbors per record. The field row is the photo's row in its split's table. The field tokens
+    has level-20 S2 tokens of group 1. The field neighbors has gallery rows, best first, -1 for missing neighbors.
     """
     return Layout(
         (
@@ -108,26 +109,25 @@ def token_layout(neighbors: int) -> Layout:
 
 
 def shard_path(folder: epath.Path, stem: str, shard: int, shards: int) -> epath.Path:
-    """Returns `folder/stem.array_record-00003-of-00016`, the name TFDS gives shard 3 of 16."""
+    """Returns the path of a shard, named as in TFDS: `folder/stem.array_record-00003-of-00016` for shard 3 of 16."""
     return folder / f"{stem}.array_record-{shard:05d}-of-{shards:05d}"
 
 
 def shard_paths(folder: epath.PathLike, stem: str) -> list[epath.Path]:
-    """Returns all shards of one stem, in order. Raises FileNotFoundError unless every one is there."""
+    """Returns the paths of all shards of a stem, in order. Raises FileNotFoundError if one is missing."""
     folder = epath.Path(folder)
-    found = sorted(folder.glob(f"{stem}.array_record-?????-of-?????"))
-    wanted = int(found[0].name[-5:]) if found else 0
-    if not found or len(found) != wanted:
-        raise FileNotFoundError(
-            f"{folder} has {len(found)} of {wanted or 'no'} shards of {stem}: make the folder again"
-        )
-    return found
+    paths = sorted(folder.glob(f"{stem}.array_record-?????-of-?????"))
+    count = int(paths[0].name[-5:]) if paths else 0
+    if not paths or len(paths) != count:
+        number = f"{len(paths)} of {count}" if paths else "no"
+        raise FileNotFoundError(f"{folder} has {number} shards of {stem}: remove the folder and run its stage again")
+    return paths
 
 
 def write_shard(path: epath.Path, data: Iterable[bytes], options: str = _WRITER_OPTIONS) -> int:
-    """Writes one ArrayRecord shard, whole or not at all; returns the number of records."""
-    beside = path.parent / f".{path.name}.partial"
-    writer = ArrayRecordWriter(str(beside), options)
+    """Writes one ArrayRecord shard atomically, and returns the number of records."""
+    temporary = path.parent / f".{path.name}.partial"
+    writer = ArrayRecordWriter(str(temporary), options)
     n = 0
     try:
         for record in data:
@@ -135,17 +135,18 @@ def write_shard(path: epath.Path, data: Iterable[bytes], options: str = _WRITER_
             n += 1
     except BaseException:
         writer.close()
-        beside.unlink()
+        temporary.unlink()
         raise
     writer.close()
-    beside.replace(path)
+    temporary.replace(path)
     return n
 
 
 class Records:
-    """Random access to all shards of one stem: `records[rows]` is a dict of arrays, in the order asked for.
+    """Random access to the records in all shards of a stem.
 
-    Picklable: files are opened on first use, in whichever process that is.
+    `records[rows]` is a dict of arrays in the order of `rows`. Instances can be pickled: each process opens the files
+    on first use.
     """
 
     def __init__(self, folder: epath.PathLike, stem: str, layout: Layout):
@@ -159,7 +160,7 @@ class Records:
     @property
     def _open(self) -> Any:
         if self._source is None:
-            # grain is heavy to import, and most readers of this module want no records.
+            # Imported here because grain is slow to import, and most users of this module do not read records.
             from grain.sources import ArrayRecordDataSource
 
             self._source = ArrayRecordDataSource(self.paths)
@@ -175,24 +176,27 @@ class Records:
 
 
 def save_array(path: epath.PathLike, values: np.ndarray) -> None:
-    """Writes one flat array (.npy), whole or not at all. bfloat16 keeps its two bytes a number."""
+    """Writes an array as .npy atomically. bfloat16 is stored as uint16, because .npy has no name for it."""
     path = epath.Path(path)
-    beside = path.parent / f".{path.name}.partial"
-    with beside.open("wb") as f:
+    temporary = path.parent / f".{path.name}.partial"
+    with temporary.open("wb") as f:
         np.save(f, values.view(np.uint16) if values.dtype == ml_dtypes.bfloat16 else values)
-    beside.replace(path)
+    temporary.replace(path)
 
 
 def open_array(path: epath.PathLike, dtype: Any = None) -> np.ndarray:
-    """Memory-maps a flat array (.npy). dtype: what the stored numbers are, where .npy has no name for it (bfloat16)."""
+    """Returns a memory-mapped array (.npy). dtype: type to view the numbers as (bfloat16); the stored type if None."""
     values = np.load(path, mmap_mode="r", allow_pickle=False)
     return values if dtype is None else values.view(dtype)
 
 
 def photo_features() -> Any:
-    """Returns the TFDS features of photos/: coordinates as 8-byte floats (TFDS would store a float64 Scalar as float32,
-    an error of up to 0.85 m)."""
-    import tensorflow_datasets as tfds  # 0.3 s: only `prepare` and readers of pixels pay it
+    """Returns the TFDS features of photos/.
+
+    Coordinates are stored as 8-byte floats: TFDS would store a float64 Scalar as float32, with an error of up to 0.85
+    m.
+    """
+    import tensorflow_datasets as tfds  # imported here because the import takes 0.3 s, and few callers need it
 
     text = tfds.features.Text
     return tfds.features.FeaturesDict(
@@ -212,11 +216,11 @@ PLACE_FIELDS = ("city", "state", "country", "continent")
 
 
 class Photos:
-    """Random access to one split of photos/, in the order of its shards: `photos[i]` is a dict.
+    """Random access to the photos of a split, in the order of the shards. `photos[i]` is a dict.
 
-    id, author, city, state, country, continent: str. image: the encoded file's bytes. coordinates: float64 [2],
-    latitude and longitude in degrees. tokens: uint8 [21]. captured: float64, seconds since 1970, NaN where that is not
-    known; photos/ of earlier versions have none.
+    id, author, city, state, country, continent: strings. image: bytes of the encoded file. coordinates: float64 [2],
+    latitude and longitude in degrees. tokens: uint8 [21], level-20 S2 tokens of group 1. captured: float64, seconds
+    since 1970, NaN if unknown; missing in photos/ of earlier versions.
     """
 
     def __init__(self, folder: epath.PathLike, split: str):

@@ -1,8 +1,8 @@
-"""Sections of a configuration as frozen dataclasses without defaults.
+"""Reads sections of a configuration as frozen dataclasses without defaults.
 
-`configs/common.py` is the only home of defaults, so a section and the dataclass that reads it must have exactly the
-same keys: a missing or an unknown one is an error that names it. Each field says whether results depend on it: those
-of type `Runtime` may differ from one start of a stage to the next.
+All defaults are in `configs/common.py`. A section and its dataclass must have exactly the same keys; a missing or
+unknown key raises an error that names the key. Results do not depend on fields of type `Runtime`, which may change from
+one start of a stage to the next.
 """
 
 import dataclasses
@@ -13,63 +13,61 @@ from typing import Annotated, Any, TypeVar
 
 S = TypeVar("S")
 _RUNTIME = "runtime"
-#: The type of a field that changes how a stage runs and not its result, as in `threads: Runtime[int]`. A manifest does
-#: not record it, so a folder is kept whatever it is.
+#: Type of a field that changes how a stage runs but not its result, as in `threads: Runtime[int]`. Manifests do not
+#: store such fields, so a complete folder stays valid when they change.
 Runtime = Annotated[S, _RUNTIME]
 
 
 class SettingsError(ValueError):
-    """A configuration section does not have the keys or the types that its reader needs."""
+    """A setting is missing, unknown, of a wrong type or out of range."""
 
 
-def read(kind: type[S], section: Any, where: str) -> S:
-    """Returns the section as a `kind`.
+def read(kind: type[S], section: Any, place: str) -> S:
+    """Returns a section of the configuration as an instance of `kind`.
 
-    kind: a frozen dataclass without defaults; fields may be dataclasses themselves.
-    section: a ConfigDict or mapping with exactly the fields' names.
-    where: the section's dotted place in the configuration, for messages.
+    kind: frozen dataclass without defaults; its fields may be such dataclasses too. section: ConfigDict or mapping with
+    exactly the names of the fields as keys. place: dotted key of the section, for messages.
 
-    Raises SettingsError naming the key, its value and the fix.
+    Raises SettingsError with the key, its value and the fix.
     """
-    if not hasattr(section, "keys"):
-        raise SettingsError(f"config.{where} must be a section, not {section!r}")
     fields = {field.name: field for field in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
+    if not hasattr(section, "keys"):
+        raise SettingsError(f"config.{place} is {section!r}: it must be a section with the keys {', '.join(fields)}")
     hints = typing.get_type_hints(kind)
     missing = [name for name in fields if name not in section]
     unknown = [name for name in section if name not in fields]
     if missing:
         raise SettingsError(
-            f"config.{_place(where, missing[0])} is missing: start from configs/common.py, which sets it"
+            f"config.{_join(place, missing[0])} is missing: set it, or start from configs/common.py, which sets it"
         )
     if unknown:
         known = ", ".join(sorted(fields))
-        raise SettingsError(
-            f"config.{_place(where, unknown[0])} is not read by anything: remove it, or use one of {known}"
-        )
-    values = {name: _value(hints[name], section[name], _place(where, name)) for name in fields}
+        raise SettingsError(f"config.{_join(place, unknown[0])} is not a known key: remove it, or use one of {known}")
+    values = {name: _value(hints[name], section[name], _join(place, name)) for name in fields}
     try:
         return kind(**values)
-    except ValueError as error:  # of __post_init__
-        raise SettingsError(_said(error, where)) from None
+    except ValueError as error:  # raised by __post_init__
+        raise SettingsError(_message(error, place)) from None
 
 
-def _said(error: ValueError, where: str) -> str:
-    """Returns what a section refuses, with the whole place of the key that its message begins with."""
-    said = str(error)
-    return said if isinstance(error, SettingsError) or said.startswith("config.") else f"config.{_place(where, said)}"
+def _message(error: ValueError, place: str) -> str:
+    """Returns the message of a section's error. A message that begins with a bare key gets the key's dotted place."""
+    message = str(error)
+    complete = isinstance(error, SettingsError) or message.startswith("config.")
+    return message if complete else f"config.{_join(place, message)}"
 
 
-def _place(where: str, key: str) -> str:
-    return f"{where}.{key}" if where else key
+def _join(place: str, key: str) -> str:
+    return f"{place}.{key}" if place else key
 
 
-def _value(hint: Any, value: Any, where: str) -> Any:
+def _value(hint: Any, value: Any, place: str) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return value if isinstance(value, hint) else read(hint, value, where)
+        return value if isinstance(value, hint) else read(hint, value, place)
     origin = typing.get_origin(hint)
-    if origin is types.UnionType:  # what may be absent
+    if origin is types.UnionType:  # an optional field: T | None
         kind = next(kind for kind in typing.get_args(hint) if kind is not type(None))
-        return None if value is None else _value(kind, value, where)
+        return None if value is None else _value(kind, value, place)
     if origin is tuple:
         return tuple(value)
     if origin is dict or origin is Mapping:
@@ -77,69 +75,71 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(hint, type) and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):
-        raise SettingsError(f"config.{where} is {value!r}: it must be of type {hint.__name__}")
+        raise SettingsError(f"config.{place} is {value!r}: it must be of type {hint.__name__}")
     return value
 
 
 def result(section: Any) -> Any:
-    """Returns what JSON holds of a section's fields that results depend on: all but those of type `Runtime`."""
+    """Returns a section as JSON values, without fields of type `Runtime`, on which results do not depend."""
     if not dataclasses.is_dataclass(section) or isinstance(section, type):
         return plain(section)
-    return {name: result(getattr(section, name)) for name, runs in _fields(type(section)).items() if not runs}
+    return {name: result(getattr(section, name)) for name, runtime in _fields(type(section)).items() if not runtime}
 
 
 def _fields(kind: type) -> dict[str, bool]:
-    """Returns name of a field -> whether it is of type `Runtime`."""
+    """Returns field name -> whether the field is of type `Runtime`."""
     hints = typing.get_type_hints(kind, include_extras=True)
     return {name: _RUNTIME in getattr(hints[name], "__metadata__", ()) for name in names(kind)}
 
 
-def restored(stored: Mapping[str, Any], asked: S, where: str) -> S:
-    """Returns the settings that an artifact was made with.
+def restored(stored: Mapping[str, Any], requested: S, place: str) -> S:
+    """Returns the settings that a folder was made with, with the runtime fields of `requested`.
 
-    stored: the section in the artifact's manifest, as `result` gave it. asked: the section of the command line's
-    configuration, from which the runtime fields are taken. where: the section's dotted place.
+    stored: section in the folder's manifest, as `result` returned it. requested: the same section of the current
+    configuration. place: dotted key of the section.
 
-    Raises SettingsError naming a key that the manifest lacks.
+    Raises SettingsError with the key if the manifest lacks one.
     """
-    return read(type(asked), _with_runtime(stored, asked), where)
+    return read(type(requested), _with_runtime(stored, requested), place)
 
 
-def _with_runtime(stored: Mapping[str, Any], asked: Any) -> dict[str, Any]:
-    found = dict(stored)
-    for name, runs in _fields(type(asked)).items():
-        value = getattr(asked, name)
-        if runs:
-            found[name] = plain(value)
-        elif dataclasses.is_dataclass(value) and isinstance(found.get(name), Mapping):
-            found[name] = _with_runtime(found[name], value)
-    return found
+def _with_runtime(stored: Mapping[str, Any], requested: Any) -> dict[str, Any]:
+    values = dict(stored)
+    for name, runtime in _fields(type(requested)).items():
+        value = getattr(requested, name)
+        if runtime:
+            values[name] = plain(value)
+        elif dataclasses.is_dataclass(value) and isinstance(values.get(name), Mapping):
+            values[name] = _with_runtime(values[name], value)
+    return values
 
 
-def changed(section: S, changes: Mapping[str, Any], where: str) -> S:
-    """Returns a section, or a whole configuration, with changes (sections and keys, nested) made.
+def changed(section: S, changes: Mapping[str, Any], place: str) -> S:
+    """Returns a section, or a whole configuration, with changes applied.
 
-    where: the dotted place that the changes stand in. Raises SettingsError naming a key that there is not, or a value
-    that its reader refuses.
+    changes: nested sections and keys with their new values. place: dotted key under which the configuration has the
+    changes, such as variants.NAME, for messages.
+
+    Raises SettingsError if a key is unknown or a value is not allowed.
     """
     hints = typing.get_type_hints(type(section))
     values = {}
     for key, value in changes.items():
         if key not in hints:
-            raise SettingsError(f"config.{where}.{key} changes what is not there: use one of {', '.join(hints)}")
+            raise SettingsError(f"config.{place}.{key} is not a known key: use one of {', '.join(hints)}")
         old = getattr(section, key)
         if dataclasses.is_dataclass(old) and hasattr(value, "items"):
-            values[key] = changed(old, value, f"{where}.{key}")
+            values[key] = changed(old, value, f"{place}.{key}")
         else:
-            values[key] = _value(hints[key], value, f"{where}.{key}")
+            values[key] = _value(hints[key], value, f"{place}.{key}")
     try:
         return dataclasses.replace(section, **values)  # pyright: ignore[reportArgumentType]
-    except ValueError as error:  # of __post_init__
-        raise SettingsError(_said(error, where)) from None
+    except ValueError as error:  # raised by __post_init__
+        raise SettingsError(_message(error, place)) from None
 
 
 def plain(section: Any) -> Any:
-    """Returns a section, dataclass or nested container as what JSON holds: dicts, lists, strings, numbers."""
+    """Returns a section, dataclass or nested container as JSON values: dicts, lists, strings and numbers."""
     if hasattr(section, "to_dict"):
         section = section.to_dict()
     if dataclasses.is_dataclass(section) and not isinstance(section, type):
@@ -152,5 +152,5 @@ def plain(section: Any) -> Any:
 
 
 def names(kind: type) -> list[str]:
-    """Returns the keys that a section read as `kind` has."""
+    """Returns the keys of a section that `kind` reads."""
     return [field.name for field in dataclasses.fields(kind)]

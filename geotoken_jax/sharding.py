@@ -1,7 +1,8 @@
-"""The mesh, and the one table from logical axes of arrays to its axes.
+"""Makes the mesh, and shards arrays by a table from logical axis names to mesh axes.
 
-Modules name what an axis is (embed, mlp, heads, vocab, layers, batch); only this table says over which mesh axes it is
-split. Mesh axes: data (replicas), fsdp (replicas that share out parameters and optimizer), tensor (one product split).
+Modules give the axes of their arrays logical names (embed, mlp, heads, vocab, layers, batch). RULES alone maps these
+names to mesh axes: data (replicas), fsdp (replicas that shard parameters and optimizer state) and tensor (devices that
+share matrix products).
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from geotoken_jax.settings import SettingsError
 
-#: Logical axis -> mesh axes. An axis that is not here, or None, is not split.
+#: Logical axis -> mesh axes; None if the axis is not split.
 RULES: dict[str, Any] = {
     "batch": ("data", "fsdp"),
     "embed": "fsdp",
@@ -25,13 +26,13 @@ RULES: dict[str, Any] = {
     "layers": None,
 }
 
-# Variables carry logical names and get their sharding when a whole state is made on a mesh, in `shardings`.
+# Variables have logical names only; `shardings` maps the names of a whole state to a mesh.
 nnx.use_eager_sharding(False)
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshSettings:
-    """Sizes of the mesh axes; one of them may be -1: all devices that are left."""
+    """config.mesh: sizes of the mesh axes. One size may be -1, for all remaining devices."""
 
     data: int
     fsdp: int
@@ -39,15 +40,16 @@ class MeshSettings:
 
 
 def make_mesh(settings: MeshSettings, devices: Any = None) -> Mesh:
-    """Returns the mesh over all devices. Raises SettingsError if their number does not divide as asked."""
+    """Returns a mesh over devices; over all devices if None. Raises SettingsError if the sizes do not fit them."""
     devices = jax.devices() if devices is None else devices
     sizes = dataclasses.asdict(settings)
     open_axes = [name for name, size in sizes.items() if size == -1]
     known = int(np.prod([size for size in sizes.values() if size != -1]))
-    asked = ", ".join(f"{name}={size}" for name, size in sizes.items())
+    requested = ", ".join(f"{name}={size}" for name, size in sizes.items())
     if known < 1 or len(open_axes) > 1 or len(devices) % known or (not open_axes and known != len(devices)):
         raise SettingsError(
-            f"config.mesh ({asked}) does not fit {len(devices)} devices: the product must be that number"
+            f"config.mesh ({requested}) does not fit {len(devices)} devices: set the sizes so that their product is "
+            f"{len(devices)}; one of them may be -1, for all remaining devices"
         )
     if open_axes:
         sizes[open_axes[0]] = len(devices) // known
@@ -55,14 +57,15 @@ def make_mesh(settings: MeshSettings, devices: Any = None) -> Mesh:
 
 
 def spec(*logical: str | None) -> PartitionSpec:
-    """Returns the partition of an array whose axes have these logical names."""
+    """Returns the PartitionSpec of an array. logical: logical name of each axis; None if the axis is not split."""
     return PartitionSpec(*(RULES[name] if name else None for name in logical))
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
-    """Returns x, laid over the mesh by the logical names of its first axes; x itself where no mesh is in use.
+    """Returns x, sharded by the logical names of its first axes; unchanged if no mesh is in use.
 
-    Without it XLA may split activations as it does the parameters they meet, and every device then works on all photos.
+    Without this constraint XLA may split activations in the same way as parameters, so that every device computes on
+    all photos.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return x
@@ -70,32 +73,33 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Returns how a batch lies on the mesh: split by its first axis."""
+    """Returns the sharding of a batch, split along its first axis."""
     return NamedSharding(mesh, spec("batch"))
 
 
 def shardings(state: Any, mesh: Mesh) -> Any:
-    """Returns a pure dict of NamedShardings for an (abstract) nnx.State, by the logical names its Variables carry.
+    """Returns nested dicts of NamedShardings for an (abstract) nnx.State, from the logical names of its Variables.
 
-    Raises SettingsError naming the parameter if a split axis does not divide.
+    Raises SettingsError with the parameter's name if an axis does not divide over its mesh axes.
     """
     flat = {}
     for path, variable in nnx.to_flat_state(state):
         names = variable.get_metadata().get("out_sharding") or ()
         partition = spec(*names)
         for size, axes in zip(variable.shape, partition, strict=False):
-            ways = int(np.prod([mesh.shape[axis] for axis in ([axes] if isinstance(axes, str) else axes or [])]))
-            if size % ways:
+            shards = int(np.prod([mesh.shape[axis] for axis in ([axes] if isinstance(axes, str) else axes or [])]))
+            if size % shards:
                 name = "/".join(map(str, path))
                 raise SettingsError(
-                    f"{name}: axis of {size} does not divide over {axes} = {ways}: choose another mesh or width"
+                    f"{name}: axis of {size} does not divide over {axes} = {shards} of config.mesh: choose another "
+                    "config.mesh, or another width of the model"
                 )
         flat[path] = NamedSharding(mesh, partition)
     return traverse_util.unflatten_dict(flat)
 
 
 def parameter(key: jax.Array, initializer: Any, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
-    """Returns a float32 parameter whose axes have these logical names."""
+    """Returns a float32 parameter. axes: logical name of each axis."""
     return nnx.Param(initializer(key, shape, jnp.float32), out_sharding=axes)
 
 
@@ -109,7 +113,7 @@ def linear(
     dtype: Any = jnp.float32,
     param_dtype: Any = jnp.float32,
 ) -> nnx.Linear:
-    """Returns a linear layer [..., d_in] -> [..., d_out] whose kernel axes have these logical names."""
+    """Returns a linear layer [..., d_in] -> [..., d_out]. axes: logical names of the kernel's axes."""
     return nnx.Linear(
         d_in,
         d_out,

@@ -1,4 +1,4 @@
-"""Layers of one kind stacked, a leading axis of every parameter, and scanned: compiled once, however many there are."""
+"""Stacks equal layers along a leading axis of every parameter and scans them, so that one layer is compiled."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ REMAT: dict[str, Any] = {
 
 
 def make(layer: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -> nnx.Module:
-    """Returns `layers` modules as one, every parameter with a leading axis for the layer."""
+    """Returns a stack of `layers` modules: one module whose parameters have a leading axis for the layer."""
 
     @nnx.split_rngs(splits=layers)
     @nnx.vmap(in_axes=(0,), out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
@@ -25,7 +25,10 @@ def make(layer: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -
 
 
 def scan(stacked: nnx.Module, body: Callable, carry: Any, xs: Any, remat: str = "none") -> tuple[Any, Any]:
-    """Runs `body(layer, carry, x) -> (carry, y)` through a stack; xs and ys have a leading axis for the layer."""
+    """Runs `body(layer, carry, x) -> (carry, y)` for each layer of a stack; returns the last carry and all ys.
+
+    xs and ys have a leading axis for the layer. remat: key of REMAT, the activations that are stored for gradients.
+    """
     graph, state = nnx.split(stacked)
 
     def step(carry: Any, layer_and_x: Any) -> tuple[Any, Any]:

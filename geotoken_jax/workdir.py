@@ -1,9 +1,9 @@
-"""Stages: each verb makes one folder of the work directory, and the folder is complete when its manifest is there.
+"""Manifests of a work directory's folders, by which a stage finds out if a folder is complete and fits its settings.
 
-A stage writes `begun.json` first and `manifest.json` last, each in one step (written beside, then renamed). Both hold
-the settings and the hashes of the input manifests, so a folder made from other settings or other inputs is noticed
-before anything is mixed. Nothing in a manifest depends on the clock or the machine: two runs of one configuration
-have equal manifests, interrupted or not.
+A stage writes `begun.json` first and `manifest.json` last, each atomically (to a temporary file, then renamed); the
+manifest marks the folder as complete. Both files contain the settings and the hashes of the input manifests, so that
+results of different settings or inputs are never mixed. A manifest depends on neither time nor machine: two runs of one
+configuration have equal manifests, interrupted or not.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from etils import epath
 
 from geotoken_jax import processes, settings
 
-#: Folder of the work directory -> the verb that makes it, in the order of the path.
+#: Folder of the work directory -> the verb that makes it, in the order in which the verbs run.
 PATH = {
     "photos": "prepare",
     "features": "embed",
@@ -38,11 +38,11 @@ PATH = {
 
 
 class StageError(RuntimeError):
-    """A stage cannot run here: an input is missing, or the folder belongs to other settings or inputs."""
+    """A stage cannot run: an input is missing, or the folder was made with other settings or inputs."""
 
 
 class OtherSettingsError(StageError):
-    """A folder, `path`, belongs to other settings or inputs."""
+    """The folder `path` was made with other settings or inputs."""
 
     def __init__(self, message: str, path: epath.Path):
         super().__init__(message)
@@ -51,10 +51,11 @@ class OtherSettingsError(StageError):
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a complete folder says of itself.
+    """Contents of a complete folder's `manifest.json`.
 
-    folder: its name in the work directory. settings: the configuration it was made with. inputs: input folder -> the
-    SHA-256 of its manifest. counts: what it holds. dropped: reason -> how many. facts: anything else worth keeping.
+    folder: name in the work directory. settings: sections of the configuration that the folder was made with. inputs:
+    input folder -> SHA-256 of the input's manifest. counts: number of records, per split or kind. dropped: reason ->
+    number of dropped photos. facts: other results of the stage, such as the width of features.
     """
 
     folder: str
@@ -67,7 +68,10 @@ class Manifest:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A folder that is to be made, or has been: then `manifest` is not None and there is nothing to do."""
+    """A folder opened for its stage. If `manifest` is not None the folder is complete and the stage has nothing to do.
+
+    path: the folder. settings, inputs: see Manifest.
+    """
 
     path: epath.Path
     folder: str
@@ -76,7 +80,7 @@ class Stage:
     manifest: Manifest | None
 
     def finish(self, counts: Mapping[str, Any], dropped: Mapping[str, int] | None = None, **facts: Any) -> Manifest:
-        """Writes the manifest: from here on the folder is complete."""
+        """Writes the manifest, which marks the folder as complete, and returns it. The arguments: see Manifest."""
         manifest = Manifest(
             self.folder, self.settings, self.inputs, dict(counts), dict(dropped or {}), settings.plain(facts)
         )
@@ -86,45 +90,45 @@ class Stage:
 
 
 def begin(workdir: epath.PathLike, folder: str, config: Mapping[str, Any], inputs: Sequence[str]) -> Stage:
-    """Opens the folder `folder` for its stage.
+    """Opens a folder for its stage; if the folder is new, makes it and writes `begun.json`.
 
-    config: section name -> section (ConfigDict, dataclass or mapping) that the folder depends on.
-    inputs: folders of the work directory that the stage reads; all must be complete.
+    config: section name -> section (ConfigDict, dataclass or mapping) that the folder depends on. inputs: folders of
+    the work directory that the stage reads; all must be complete.
 
-    Raises StageError if an input is missing, or if the folder holds something made otherwise.
+    Raises StageError if an input is missing, or if the folder was begun or made with other settings or inputs.
     """
     workdir = local(workdir)
-    wanted = {"settings": settings.plain(config), "inputs": {name: digest(workdir, name) for name in inputs}}
+    requested = {"settings": settings.plain(config), "inputs": {name: digest(workdir, name) for name in inputs}}
     path = workdir / folder
     manifest = path / "manifest.json"
     begun = path / "begun.json"
     if manifest.exists():
-        found = json.loads(manifest.read_text())
-        _refuse_other(path, found, wanted)
-        return Stage(path, folder, **wanted, manifest=Manifest(**found))
+        stored = json.loads(manifest.read_text())
+        _check_same(path, stored, requested)
+        return Stage(path, folder, **requested, manifest=Manifest(**stored))
     if begun.exists():
-        _refuse_other(path, json.loads(begun.read_text()), wanted)
+        _check_same(path, json.loads(begun.read_text()), requested)
     else:
         path.mkdir(parents=True, exist_ok=True)
-        write_json(begun, wanted)
-    return Stage(path, folder, **wanted, manifest=None)
+        write_json(begun, requested)
+    return Stage(path, folder, **requested, manifest=None)
 
 
 def local(path: epath.PathLike) -> epath.Path:
     """Returns the path of a folder on this machine. Raises StageError for a URL, also for s3:/bucket/run.
 
-    The message leaves out the rest of the URL, which may hold a key.
+    The message contains only the URL's scheme, because the rest may contain a password.
     """
     if url := re.match("([A-Za-z][A-Za-z0-9+.-]+):/", str(path)):
         raise StageError(
-            f"--workdir is a URL ({url[1]}://...), and stages read and write local files only: mount the bucket and "
-            "name the mounted folder, or work on a local disk and copy (docs/launch.md)"
+            f"--workdir is a URL ({url[1]}://...), but stages read and write local files only: mount the bucket and "
+            "use the mounted folder, or use a local folder and copy it afterwards (docs/launch.md)"
         )
     return epath.Path(path)
 
 
 def read_manifest(workdir: epath.PathLike, folder: str) -> Manifest:
-    """Returns the manifest of a complete folder. Raises StageError if it is not complete."""
+    """Returns the manifest of a folder. Raises StageError if the folder is not complete."""
     path = epath.Path(workdir) / folder / "manifest.json"
     if not path.exists():
         verb = PATH.get(folder.split("/")[0], folder)
@@ -133,55 +137,60 @@ def read_manifest(workdir: epath.PathLike, folder: str) -> Manifest:
 
 
 def digest(workdir: epath.PathLike, folder: str) -> str:
-    """Returns the SHA-256 of a complete folder's manifest. Raises StageError if it is not complete."""
+    """Returns the SHA-256 of a folder's manifest. Raises StageError if the folder is not complete."""
     read_manifest(workdir, folder)
     return hashlib.sha256((epath.Path(workdir) / folder / "manifest.json").read_bytes()).hexdigest()
 
 
 def write_json(path: epath.Path, value: Any) -> None:
-    """Writes JSON so that `path` is either absent, the old file or the whole new one."""
+    """Writes a JSON file atomically: after a crash `path` is absent, the old file or the whole new file."""
     write_bytes(path, (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
 
 
 def write_bytes(path: epath.Path, data: bytes) -> None:
-    """Writes a file so that `path` is either absent, the old file or the whole new one."""
-    beside = path.parent / f".{path.name}.{processes.index()}.partial"  # several processes may write one file
-    beside.write_bytes(data)
-    beside.replace(path)
+    """Writes a file atomically: after a crash `path` is absent, the old file or the whole new file."""
+    # The name contains the process, because several processes may write the same file.
+    temporary = path.parent / f".{path.name}.{processes.index()}.partial"
+    temporary.write_bytes(data)
+    temporary.replace(path)
 
 
-def first_other(made_with: Mapping[str, Any], asked: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
-    """Returns the dotted place, the value made with and the value asked for of the first setting that differs.
+def first_other(stored: Mapping[str, Any], requested: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """Returns the first setting that differs: its dotted key, its stored value and its requested value.
 
-    made_with: settings of a manifest. asked: what is wanted now; a key of `made_with` that it lacks is not compared.
+    Only keys in both are compared. Returns None if they are equal.
+
+    stored: settings in a manifest. requested: settings of the current configuration.
     """
-    for key in sorted(made_with.keys() & asked.keys()):
-        old, new = made_with[key], asked[key]
+    for key in sorted(stored.keys() & requested.keys()):
+        old, new = stored[key], requested[key]
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            if found := first_other(old, new):
-                return f"{key}.{found[0]}", *found[1:]
+            if difference := first_other(old, new):
+                return f"{key}.{difference[0]}", *difference[1:]
         elif old != new:
             return key, old, new
     return None
 
 
-def _refuse_other(path: epath.Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def _check_same(path: epath.Path, stored: Mapping[str, Any], requested: Mapping[str, Any]) -> None:
     for part in ("settings", "inputs"):
-        difference = _first_difference(found[part], wanted[part], "")
+        difference = _first_difference(stored[part], requested[part], "")
         if difference is None:
             continue
         key, old, new = difference
-        what = f"config.{key} = {old!r}, not {new!r}" if part == "settings" else f"another {key}/"
-        raise OtherSettingsError(
-            f"{path} was made with {what}: use another --workdir, or remove {path} to make it again", path
+        problem = (
+            f"config.{key} is {new!r}, but {path} was made with {old!r}"
+            if part == "settings"
+            else f"{path} was made with another {key}/"
         )
+        raise OtherSettingsError(f"{problem}: use another --workdir, or remove {path} to make it again", path)
 
 
-def _first_difference(old: Any, new: Any, where: str) -> tuple[str, Any, Any] | None:
+def _first_difference(old: Any, new: Any, place: str) -> tuple[str, Any, Any] | None:
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
-            found = _first_difference(old.get(key), new.get(key), f"{where}.{key}" if where else key)
-            if found:
-                return found
+            difference = _first_difference(old.get(key), new.get(key), f"{place}.{key}" if place else key)
+            if difference:
+                return difference
         return None
-    return None if old == new else (where, old, new)
+    return None if old == new else (place, old, new)

@@ -1,4 +1,4 @@
-"""What the verbs of `geotoken` do with a work directory: the stages of the path, audits, experiments and studies."""
+"""Runs the verbs of `geotoken` that need a work directory: stages, audits, experiments and scaling studies."""
 
 import argparse
 import contextlib
@@ -27,20 +27,24 @@ from geotoken_jax.stages import (
 )
 from geotoken_jax.workdir import Manifest, StageError
 
-#: Configuration, work directory and variants -> the manifests of the folders that were made, or kept.
+#: Function from configuration, work directory and variants to the manifests of the folders that the stage made or kept.
 Stage = Callable[[Config, Workdir, Sequence[str]], Iterable[Manifest]]
 
 
 def _stages(stages: Sequence[Stage]) -> Callable[[argparse.Namespace, Config | None], None]:
-    """Returns what runs stages one after the other, and prints a line for each folder that they made or kept."""
+    """Returns a verb's function, which runs the stages in order and prints a line per folder, made or kept."""
 
     def run(options: argparse.Namespace, config: Config | None) -> None:
         if config is None or options.workdir is None:
-            raise SettingsError(f"give --config=FILE and --workdir=DIR, as in `{_EXAMPLE.format(options.verb)}`")
-        if processes.count() > 1 and options.verb not in _TOGETHER + _APART:
-            raise SettingsError(f"`geotoken {options.verb}` is the work of one process: start it alone")
+            raise SettingsError(
+                f"--config=FILE or --workdir=DIR is missing: add it, as in `{_EXAMPLE.format(options.verb)}`"
+            )
+        if processes.count() > 1 and options.verb not in _DISTRIBUTED + _SHARDED:
+            raise SettingsError(
+                f"`geotoken {options.verb}` runs in one process only: start it once, without JAX_COORDINATOR_ADDRESS"
+            )
         with contextlib.ExitStack() as stack:
-            if options.verb in _TOGETHER:
+            if options.verb in _DISTRIBUTED:
                 stack.enter_context(processes.watched(config.watch))
                 processes.start()
             for stage in stages:
@@ -51,8 +55,8 @@ def _stages(stages: Sequence[Stage]) -> Callable[[argparse.Namespace, Config | N
     return run
 
 
-#: Verbs that several processes run as one, and those that each runs on its share of the shards.
-_TOGETHER, _APART = ("align", "train"), ("embed",)
+#: Verbs for which several processes are connected, and verbs for which each process works on its own shards.
+_DISTRIBUTED, _SHARDED = ("align", "train"), ("embed",)
 _EXAMPLE = "geotoken {} --config=configs/demo.py --workdir=runs/demo"
 
 
@@ -63,17 +67,17 @@ def _report(manifest: Manifest, made: bool) -> None:
 
 
 def _once(run: Callable[[Config, Workdir], list[Manifest]]) -> Stage:
-    """Returns a stage that does not depend on the variant."""
+    """Returns a stage that runs once for all variants."""
     return lambda config, folder, variants: run(config, folder)
 
 
 def _each(run: Callable[[Config, Workdir, str], list[Manifest]]) -> Stage:
-    """Returns a stage that runs for each variant."""
+    """Returns a stage that runs once per variant."""
     return lambda config, folder, variants: (made for variant in variants for made in run(config, folder, variant))
 
 
 def _preparation(module: str) -> Stage:
-    """Returns a stage that lives in data_prep: it is found by name, because only a clone has it."""
+    """Returns a stage of data_prep. It is imported when it runs, because the installed package has no data_prep."""
 
     def run(config: Config, folder: Workdir, variants: Sequence[str]) -> Iterable[Manifest]:
         try:
@@ -81,13 +85,16 @@ def _preparation(module: str) -> Stage:
         except ModuleNotFoundError as error:
             if error.name and error.name.split(".")[0] == "data_prep":
                 raise StageError(
-                    "preparing data needs a clone of the repository: the package has no data_prep"
+                    "the installed package has no data_prep/: clone the repository and run this command there"
                 ) from None
             raise
-        found = stage.run(config, folder)
-        if not found:
-            print("made this process's shards; whoever makes the last completes the folder", flush=True)
-        return found
+        manifests = stage.run(config, folder)
+        if not manifests:
+            print(
+                "made the shards of this process; the process that makes the last shard completes the folder",
+                flush=True,
+            )
+        return manifests
 
     return run
 
@@ -105,7 +112,7 @@ def _evaluate_all(config: Config, folder: Workdir, variants: Sequence[str]) -> I
 
 
 def _evaluate(options: argparse.Namespace, config: Config | None) -> None:
-    """Scores a work directory, where each --method answers first."""
+    """Scores a work directory. The baselines in --method predict first."""
 
     def answer(config: Config, folder: Workdir, variants: Sequence[str]) -> Iterable[Manifest]:
         for name in options.method:
@@ -115,7 +122,7 @@ def _evaluate(options: argparse.Namespace, config: Config | None) -> None:
 
 
 def _audit(options: argparse.Namespace, config: Config | None) -> None:
-    """Makes one audit of a work directory, and prints what matters most of it."""
+    """Makes one audit of a work directory, and prints its table."""
 
     def run(config: Config, folder: Workdir, variants: Sequence[str]) -> Iterable[Manifest]:
         yield from audit.run(config, folder, options.audit)
@@ -128,10 +135,10 @@ def _audit(options: argparse.Namespace, config: Config | None) -> None:
 
 
 def _experiment(options: argparse.Namespace, config: Config | None) -> None:
-    """Makes one experiment's runs and prints its tables, or prints the page of all that are there."""
+    """Makes an experiment's runs and prints its tables; with --document, prints docs/experiments.md."""
     if config is None or options.workdir is None or not (options.experiment or options.document):
         raise SettingsError(
-            "give a NAME, --config=FILE and --workdir=DIR, as in "
+            "NAME, --config=FILE or --workdir=DIR is missing: add it, as in "
             "`geotoken experiment beam --config=configs/experiments.py --workdir=runs/demo`"
         )
     folder = Workdir(options.workdir)
@@ -142,10 +149,10 @@ def _experiment(options: argparse.Namespace, config: Config | None) -> None:
 
 
 def _scaling(options: argparse.Namespace, config: Config | None) -> None:
-    """Trains the runs of config.scaling, one or all; fits the law to those that are there; or draws the page."""
+    """Trains runs of config.scaling, fits the scaling law to finished runs, or plots the results."""
     if config is None or options.workdir is None or config.scaling is None:
         raise SettingsError(
-            "give --config=FILE with a section `scaling` and --workdir=DIR, as in "
+            "--config=FILE with a section `scaling`, or --workdir=DIR, is missing: add it, as in "
             "`geotoken scaling run --config=configs/scaling.py --workdir=runs/demo`"
         )
     folder = Workdir(options.workdir)
@@ -160,7 +167,7 @@ def _scaling(options: argparse.Namespace, config: Config | None) -> None:
         print(f"open {scaling_page.plot(config, folder)}")
 
 
-#: The path, in its order: verb -> what it runs for a work directory.
+#: Verb -> its stage, in the order in which `geotoken all` runs them.
 _PATH: dict[str, Stage] = {
     "prepare": _preparation("photos"),
     "embed": _preparation("embed"),
@@ -172,7 +179,7 @@ _PATH: dict[str, Stage] = {
     "evaluate": _evaluate_all,
     "export": _once(export.run),
 }
-#: Verb -> what it does with a work directory.
+#: Verb that needs a work directory -> its function.
 VERBS: dict[str, Callable[[argparse.Namespace, Config | None], None]] = {
     **{verb: _stages([stage]) for verb, stage in _PATH.items()},
     "all": _stages(list(_PATH.values())),

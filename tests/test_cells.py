@@ -133,10 +133,10 @@ def test_marks_what_is_no_coordinate_or_cell_under_jit():
 def test_refuses_what_is_no_cell():
     scheme = CellScheme(20, 2)
     tokens = scheme.encode(1, 2)
-    for wrong, message in ((tokens[:-1], "11 in the last"), (tokens - 7, r"at place 0, where they are 0\.\.5")):
+    for wrong, message in ((tokens[:-1], "11 in the last"), (tokens - 7, r"at position 0, which takes 0\.\.5")):
         with pytest.raises(ValueError, match=message):
             scheme.decode(wrong)
-    with pytest.raises(ValueError, match=r"first 16 at place 10, where they are 0\.\.15"):
+    with pytest.raises(ValueError, match=r"first is 16 at position 10, which takes 0\.\.15"):
         scheme.cell_ids(np.array([[0] * 11, [0] * 10 + [16]]))
     with pytest.raises(ValueError, match="1 cell_ids are coarser than level 20"):
         scheme.tokens_of([s2sphere.CellId.from_lat_lng(s2sphere.LatLng.from_degrees(1, 2)).parent(19).id()])
@@ -173,7 +173,7 @@ def test_regroups_stored_tokens(scheme, array):
 
 
 def test_refuses_to_regroup_past_the_stored_level():
-    with pytest.raises(ValueError, match="quads go down to level 20, and level is 24: use a level up to 20"):
+    with pytest.raises(ValueError, match=r"level is 24, but stored tokens end at level 20: use 1\.\.20"):
         CellScheme(24, 2).regroup(np.zeros((3, 21), np.uint8))
 
 

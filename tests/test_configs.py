@@ -52,7 +52,7 @@ def test_a_key_that_nothing_reads_is_refused_wherever_it_is(name):
         for key in filter(None, where.split(".")):
             section = section[key]
         section.odd = 1
-        with pytest.raises(settings.SettingsError, match=re.escape(f"config{where}.odd is not read by anything")):
+        with pytest.raises(settings.SettingsError, match=re.escape(f"config{where}.odd is not a known key")):
             configuration.read(config)
     config = configuration.read(found)
     assert config.evaluate.reference in config.variants

@@ -126,7 +126,8 @@ def test_changed_settings_are_refused_by_name(workdir: Path, capsys: pytest.Capt
     changed = ["--config.model.width=32"]
     assert geotoken("train", f"--config={CONFIG}", f"--workdir={workdir}", *changed) == cli.REFUSED
     error = capsys.readouterr().err
-    assert "config.model.width = 16, not 32" in error and error.count("\n") == 1
+    assert "config.model.width is 32, but " in error and "was made with 16: use another --workdir" in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize("verb", [["predict"], ["learn"], ["export"], ["audit", "levels"]])
@@ -148,7 +149,7 @@ def test_other_settings_than_a_trained_parts_own_are_refused(workdir, capsys, ve
                    "--config.predict.choice=greedy"]  # fmt: skip
     assert geotoken(*verb, f"--config={CONFIG}", f"--workdir={workdir}", *change) == cli.REFUSED
     error = capsys.readouterr().err
-    assert f"config.{key} is {asked!r}, and " in error and f"was made with {made_with!r}: leave config.{key}" in error
+    assert f"config.{key} is {asked!r}, but " in error and f"was made with {made_with!r}: set config.{key} to" in error
     assert error.count("\n") == 1
     assert before == {p: p.stat().st_mtime_ns for p in workdir.rglob("*")}
 
@@ -289,7 +290,7 @@ def test_json_lines_of_photos(workdir: Path, photo: bytes, tmp_path: Path, capsy
     [
         (["train", "--workdir=x"], "--config=FILE"),
         (["train", f"--config={CONFIG}"], "--workdir=DIR"),
-        (["train", "--config=nowhere.py", "--workdir=x"], "nowhere.py is not there"),
+        (["train", "--config=nowhere.py", "--workdir=x"], "nowhere.py does not exist"),
         (["embed", f"--config={CONFIG}", "--workdir={empty}"], "run `geotoken prepare`"),
         (["train", f"--config={CONFIG}", "--workdir=x", "--config.model.widht=3"], "config.model.widht"),
         (["train", f"--config={CONFIG}", "--workdir=x", "--variant=other"], "choose one of geotoken"),

@@ -261,7 +261,7 @@ def test_a_pair_that_nobody_has_is_named(tmp_path):
     truth, ours = (write(tmp_path / name, [row("a", 0)]) for name in ("t.jsonl", "ours.jsonl"))
     with pytest.raises(SettingsError, match=r"there is no method 'knn' to compare: use one of .*ours\.jsonl"):
         evaluate.compare_files([ours], truth, options(str(ours), compare=((str(ours), "knn"),)))
-    with pytest.raises(ValueError, match="compare has 'knn': give pairs"):
+    with pytest.raises(ValueError, match="compare has 'knn': use pairs"):
         options(compare=("knn",))
 
 

@@ -146,7 +146,7 @@ def broken(tmp_path_factory) -> tuple[Path, int, str]:
 def test_a_lost_worker_ends_the_others_to_be_started_again(broken):
     _, code, output = broken
     assert code == processes.RESTART, output
-    assert f"process 0 of 2 has lost the others, in step {STRUCK}; the same command goes on" in output
+    assert f"process 0 of 2 has lost the other processes, in step {STRUCK}; run the same command again to" in output
 
 
 def test_clocks_that_are_days_apart_and_a_clock_that_is_set_back_change_nothing(broken, unbroken, monkeypatch):
@@ -169,9 +169,9 @@ def test_a_slow_worker_is_named_and_one_that_hangs_ends_all_with_where_it_was(tm
     for i, process, where in ((0, first, f"in step {STRUCK}"), (1, second, f"reading the photos of step {STRUCK}")):
         code, output = outputs[process]
         assert code == processes.RESTART, output
-        assert re.search(rf"process {i} of 2 has .*, {where}; the same command goes on", output), output
-    assert f"has stood still for {STALLED_S:g} s" in outputs[second][1]
-    assert "in __next__" in outputs[second][1]  # the stack traces
+        assert re.search(rf"process {i} of 2 has .*, {where}; run the same command again", output), output
+    assert f"has made no progress for {STALLED_S:g} s" in outputs[second][1]
+    assert "in __next__" in outputs[second][1]  # the stack
     slow = [line for line in pod.lines(tmp_path) if "slowest_process" in line][1:]  # the first step compiles
     assert len(slow) > 3 and {line["slowest_process"] for line in slow} == {1}
     assert all(0 <= line["input_wait"] < line["slowest_input_wait"] <= 1 for line in slow)
@@ -204,8 +204,8 @@ def test_processes_that_do_not_find_each_other_end_in_one_sentence(port, i):
         code, output = ended(process)
     assert code == processes.RESTART, output
     assert output == (
-        f"process {i} of 2 was looking for the others at 127.0.0.1:{port} for 2 s: see that all run and reach that "
-        "address; the same command goes on\n"
+        f"process {i} of 2 was connecting to the other processes at 127.0.0.1:{port} for 2 s: check that all processes "
+        "run and can reach that address; run the same command again to continue\n"
     )
 
 

@@ -345,7 +345,7 @@ def test_only_files_of_a_common_size_are_read_to_find_identical_ones():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"placeholder": {"hashes": ("12",)}}, "placeholder.hashes has '12': write each as 16 of"),
+        ({"placeholder": {"hashes": ("12",)}}, "placeholder.hashes has '12': write each hash as 16 digits"),
         ({"placeholder": {"distance": 64}}, "placeholder.distance is 64: use 0 to 63"),
         ({"placeholder": {"identical": 0}}, "placeholder.identical is 0: use 1 or more"),
         ({"validation": 1.0}, "validation is 1.0: use a share"),

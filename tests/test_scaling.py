@@ -215,7 +215,7 @@ def test_what_was_found_is_told(tmp_path):
 
 def test_the_command_names_what_it_lacks(tmp_path, capsys):
     for options, message in (
-        ([f"--config={CONFIGS}/demo.py", f"--workdir={tmp_path}"], "give --config=FILE with a section `scaling`"),
+        ([f"--config={CONFIGS}/demo.py", f"--workdir={tmp_path}"], "--config=FILE with a section `scaling`"),
         ([f"--config={CONFIGS}/scaling.py", f"--workdir={tmp_path}", "--index=99"], "0 to 35"),
     ):
         with pytest.raises(SystemExit) as stopped:

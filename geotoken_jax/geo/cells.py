@@ -1,4 +1,7 @@
-"""S2 cells as token sequences, vectorized: the numbers are those of the s2sphere library (quadratic projection)."""
+"""Converts coordinates to S2 cells as token sequences and back, vectorized.
+
+Cells equal those of the s2sphere library (quadratic projection).
+"""
 
 import abc
 import dataclasses
@@ -16,66 +19,66 @@ from jaxtyping import Float, Int, Int32, UInt8, UInt64
 Array = np.ndarray | jax.Array
 
 MAX_LEVEL = 30
-#: A token is an int32, and 4^16 is past it.
+#: Quads per token, at most: tokens are int32, and 4^16 values do not fit.
 MAX_GROUP = 15
 
-#: Coordinates at once: float64 temporaries of 128 kB stay in a core's second-level cache, and numpy's overhead, half
-#: a microsecond for each of a hundred operations, is small. Blocks of 4096 take 40 % longer.
+#: Coordinates per block. Its float64 temporaries of 128 kB stay in a core's second-level cache. Blocks of 4096 take
+#: 40 % longer, because numpy spends half a microsecond of overhead on each of a hundred operations.
 _BLOCK = 16000
-#: Distance to a cell's edge, in units of a face's side (0..1), under which `_place` is not trusted. Its largest error
+#: `_fast_face_ij` is not trusted closer than this to a cell's edge, in units of a face's side (0..1). Its largest error
 #: over three million random coordinates is 4.4e-16.
 _MARGIN = 2e-14
-#: Levels of the Hilbert curve that one table lookup takes at most: 6 are a table of 64 KB.
+#: Levels of the Hilbert curve per table lookup, at most: a table for 6 levels takes 64 KB.
 _MAX_LOOKUP = 6
 
 #: Hilbert curve: (orientation, position) -> 2 * i + j, and the change of orientation at a position. Orientation is
-#: 1 where i and j are swapped plus 2 where both are inverted; a face starts at face & 1.
+#: 1 if i and j are swapped, plus 2 if both are inverted; a face starts with orientation face & 1.
 _POSITION_TO_IJ = np.array([[0, 1, 3, 2], [0, 2, 3, 1], [3, 2, 0, 1], [3, 1, 0, 2]])
 _POSITION_TO_TURN = np.array([1, 0, 0, 3])
 
 
 @dataclasses.dataclass(frozen=True)
 class Scheme(abc.ABC):
-    """Coordinates to tokens and back, by cells within cells: what the decoder, its data and its answers know of them.
+    """Base class: converts coordinates to the tokens of nested cells and back.
 
-    level: as fine as S2's cells of that level, 1..30. group: digits a token. Tokens are [..., T], coarse to fine, each
-    position with a vocabulary of its own.
+    Tokens are [..., T], coarse to fine; each of the T positions has its own vocabulary. jax arrays and tracers give jax
+    arrays, anything else gives numpy arrays. jax arrays are always converted in float64, so float32 input loses only
+    its own rounding (up to 0.85 m in longitude).
 
-    Arrays in, arrays out: jax arrays or tracers give jax arrays, anything else numpy. Work on jax arrays is done in
-    float64 whatever the default, so float32 costs its own rounding (up to 0.85 m in longitude) and no more.
+    level: S2 level with cells of the same size, 1..30. group: digits per token.
 
-    Raises ValueError for a level or a group out of range.
+    Raises ValueError if level or group is out of range.
     """
 
     level: int = 20
     group: int = 2
 
-    #: Whether encode and decode can be compiled. Where they cannot, they give numpy and take no tracers.
+    #: Whether encode and decode can be compiled. If not, they return numpy arrays and accept no tracers.
     traceable: ClassVar[bool] = True
 
     def __post_init__(self):
         if not 1 <= self.level <= MAX_LEVEL:
-            raise ValueError(f"level is {self.level}: use one of 1..{MAX_LEVEL}")
+            raise ValueError(f"level is {self.level}: use 1..{MAX_LEVEL}")
 
     @property
     @abc.abstractmethod
     def vocab_sizes(self) -> tuple[int, ...]:
-        """Number of values of each of the T tokens."""
+        """Vocabulary size of each of the T token positions."""
 
     @property
     def length(self) -> int:
-        """T, tokens a cell."""
+        """T, the number of tokens per cell."""
         return len(self.vocab_sizes)
 
     def encode(
         self, latitude: float | Float[Array, "..."], longitude: float | Float[Array, "..."]
     ) -> Int32[Array, "... T"]:
-        """Returns the tokens of the cells that hold the coordinates.
+        """Returns the tokens of the cells that contain the coordinates.
 
         latitude: degrees in [-90, 90]. longitude: degrees in [-180, 180], broadcast against latitude.
 
-        Raises ValueError on values outside of these, NaN among them. Inside a jax transformation values cannot be
-        looked at: there such a coordinate gets tokens of -1.
+        Raises ValueError if a value is NaN or out of range. Inside a jax transformation values cannot be checked, so
+        such a coordinate gets tokens of -1.
         """
         _check_degrees("latitude", latitude, 90)
         _check_degrees("longitude", longitude, 180)
@@ -92,10 +95,12 @@ class Scheme(abc.ABC):
         return tokens.reshape(*shape, self.length)
 
     def decode(self, tokens: Int[Array, "... T"]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-        """Returns latitude and longitude of the cells' centers, in degrees: float64, or jax's default float.
+        """Returns latitude and longitude of the cells' centers, in degrees.
 
-        Raises ValueError on tokens that are not of this scheme. Inside a jax transformation values cannot be looked
-        at: there such a cell gets NaN.
+        Both are float64 in numpy, and jax's default float type in jax.
+
+        Raises ValueError if a token is out of range. Inside a jax transformation values cannot be checked, so such a
+        cell gets NaN.
         """
         self._check_tokens(tokens)
         if self.traceable and _is_jax(tokens):
@@ -113,16 +118,18 @@ class Scheme(abc.ABC):
     def of_stored(
         self, quads: UInt8[np.ndarray, "... Q"], coordinates: Float[np.ndarray, "... 2"]
     ) -> Int32[np.ndarray, "... T"]:
-        """Returns the tokens of what is stored of photos: their S2 tokens of group 1, and latitude and longitude.
+        """Returns this scheme's tokens of photos in a data set, which stores S2 tokens and coordinates.
 
-        Schemes of S2's cells read the former, which are those of the latter, and the others encode the latter.
+        Schemes of S2 cells regroup the stored tokens. The others encode the coordinates.
+
+        quads: S2 tokens of group 1. coordinates: latitude and longitude in degrees.
         """
         del quads
         return np.asarray(self.encode(coordinates[..., 0], coordinates[..., 1]))
 
     @abc.abstractmethod
     def _tokens(self, latitude: Any, longitude: Any, xp: ModuleType) -> Sequence[Any]:
-        """Returns T columns of tokens from float64 coordinates in range, of one dimension where xp is numpy."""
+        """Returns T columns of tokens. The coordinates are float64, in range, and one-dimensional if xp is numpy."""
 
     @abc.abstractmethod
     def _center(self, columns: Sequence[Any], xp: ModuleType) -> tuple[Any, Any]:
@@ -143,7 +150,7 @@ class Scheme(abc.ABC):
 
     def _check_tokens(self, tokens: Any) -> None:
         if tokens.shape[-1:] != (self.length,):
-            raise ValueError(f"tokens have shape {tokens.shape}: {self} has {self.length} in the last dimension")
+            raise ValueError(f"tokens have shape {tokens.shape}: {self} needs {self.length} in the last dimension")
         if isinstance(tokens, jax.core.Tracer):
             return
         values = np.asarray(tokens).reshape(-1, self.length)
@@ -151,21 +158,24 @@ class Scheme(abc.ABC):
         if wrong.any():
             row, k = np.argwhere(wrong)[0]
             raise ValueError(
-                f"tokens has {wrong.sum()} values that {self} does not have, "
-                f"the first {values[row, k]} at place {k}, where they are 0..{self.vocab_sizes[k] - 1}"
+                f"tokens has {wrong.sum()} values out of range for {self}: the first is {values[row, k]} at position "
+                f"{k}, which takes 0..{self.vocab_sizes[k] - 1}"
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class CellScheme(Scheme):
-    """Coordinates to tokens and back: the face (0..5), then each `group` quads of the Hilbert path as one token.
+    """Converts coordinates to the tokens of S2 cells and back.
 
-    level: of the cell, 1..30; level 20 has an edge of about 8.8 m. group: quads a token, a divisor of level up to 15;
-    the first quad is the most significant. T = 1 + level / group.
+    The first token is the face (0..5). Each further token is `group` quads of the Hilbert path, the first quad most
+    significant. T = 1 + level / group.
 
-    Of a million random coordinates, 3 % are in another level-20 cell after they are rounded to float32, and none of the
-    rounded ones is in another on jax than in numpy (at level 30 one is: compiled float64 arithmetic may differ in the
-    last bit). float64 centers are within 1e-12 degrees of s2sphere.
+    level: level of the cells, 1..30; a cell of level 20 has an edge of about 8.8 m. group: quads per token, a divisor
+    of level up to 15.
+
+    Rounding a million random coordinates to float32 moved 3 % of them to another level-20 cell. On the rounded
+    coordinates jax and numpy agreed on every level-20 cell and on all but one level-30 cell, since compiled float64
+    arithmetic may differ in the last bit. float64 centers are within 1e-12 degrees of s2sphere.
     """
 
     def __post_init__(self):
@@ -176,11 +186,11 @@ class CellScheme(Scheme):
 
     @property
     def vocab_sizes(self) -> tuple[int, ...]:
-        """Number of values of each of the T tokens."""
+        """Vocabulary size of each of the T token positions."""
         return (6, *(self.level // self.group) * (4**self.group,))
 
     def cell_ids(self, tokens: Int[np.ndarray, "... T"]) -> UInt64[np.ndarray, "..."]:
-        """Returns S2 cell ids. Raises ValueError on tokens that are not of this scheme."""
+        """Returns S2 cell ids. Raises ValueError if a token is out of range."""
         self._check_tokens(tokens)
         columns = np.moveaxis(np.asarray(tokens).astype(np.uint64), -1, 0)
         ids = columns[0]
@@ -189,29 +199,31 @@ class CellScheme(Scheme):
         return (ids << np.uint64(1) | np.uint64(1)) << np.uint64(2 * (MAX_LEVEL - self.level))
 
     def tokens_of(self, cell_ids: UInt64[np.ndarray, "..."]) -> Int32[np.ndarray, "... T"]:
-        """Returns the tokens of S2 cells; of cells finer than `level`, those of the parent at that level.
+        """Returns the tokens of S2 cells. A cell finer than `level` gets the tokens of its parent at `level`.
 
-        Raises ValueError on a coarser cell and on a number that is no cell's id.
+        Raises ValueError if a cell is coarser than `level` or a number is not an S2 cell id.
         """
         ids = np.asarray(cell_ids, np.uint64)
         lowest = ids & (~ids + np.uint64(1))  # a cell of level n ends in a one and 2 * (30 - n) zeros
         invalid = (ids >> np.uint64(61) > 5) | (lowest & np.uint64(0x5555555555555555) == 0)
         coarse = lowest > np.uint64(1 << 2 * (MAX_LEVEL - self.level))
-        for wrong, what in ((invalid, "no S2 cell id"), (coarse, f"coarser than level {self.level}")):
+        for wrong, problem in ((invalid, "no S2 cell id"), (coarse, f"coarser than level {self.level}")):
             if wrong.any():
-                raise ValueError(f"{wrong.sum()} cell_ids are {what}, the first {int(ids[wrong][0]):#018x}")
+                raise ValueError(f"{wrong.sum()} cell_ids are {problem}, the first {int(ids[wrong][0]):#018x}")
         shifts = np.array([61, *range(61 - 2 * self.group, 60 - 2 * self.level, -2 * self.group)], np.uint64)
         masks = np.array([7] + [4**self.group - 1] * (self.length - 1), np.uint64)
         return (ids[..., None] >> shifts & masks).astype(np.int32)
 
     def regroup(self, quads: UInt8[Array, "... Q"]) -> Int32[Array, "... T"]:
-        """Returns this scheme's tokens from stored ones of group 1 (records.py: level 20, Q = 21), cut at `level`.
+        """Returns this scheme's tokens from stored tokens of group 1, cut at `level`.
 
-        Raises ValueError if the stored ones end above `level`.
+        quads: tokens of group 1; data sets store level 20, so Q = 21 (records.py).
+
+        Raises ValueError if the stored tokens are coarser than `level`.
         """
         if quads.shape[-1] <= self.level:
             stored = quads.shape[-1] - 1
-            raise ValueError(f"quads go down to level {stored}, and level is {self.level}: use a level up to {stored}")
+            raise ValueError(f"level is {self.level}, but stored tokens end at level {stored}: use 1..{stored}")
         xp = jnp if _is_jax(quads) else np
         columns = [quads[..., k].astype(np.int32) for k in range(1 + self.level)]
         return xp.stack([columns[0], *_resplit(columns[1:], 1, self.group)], -1)
@@ -219,34 +231,37 @@ class CellScheme(Scheme):
     def of_stored(
         self, quads: UInt8[np.ndarray, "... Q"], coordinates: Float[np.ndarray, "... 2"]
     ) -> Int32[np.ndarray, "... T"]:
-        """Returns the tokens of what is stored of photos, by `regroup`."""
+        """Returns this scheme's tokens of photos in a data set, regrouped from the stored S2 tokens."""
         del coordinates
         return np.asarray(self.regroup(quads))
 
     def quads(self, tokens: Int[Array, "... T"]) -> UInt8[Array, "... Q"]:
-        """Returns the tokens of group 1, Q = 1 + level: the reverse of `regroup`."""
+        """Returns tokens of group 1, Q = 1 + level: the inverse of `regroup`."""
         xp = jnp if _is_jax(tokens) else np
         columns = [tokens[..., k] for k in range(self.length)]
         return xp.stack([columns[0], *_resplit(columns[1:], self.group, 1)], -1).astype(np.uint8)
 
     @property
     def _lookup(self) -> int:
-        """Quads that one table lookup turns: a multiple or a divisor of group."""
+        """Quads per table lookup: a multiple or a divisor of `group`."""
         return max(n for n in range(1, _MAX_LOOKUP + 1) if n % self.group == 0 or self.group % n == 0)
 
     @property
     def _depth(self) -> int:
-        """The level, up to a whole number of lookups: quads past `level` are dropped."""
+        """`level` rounded up to a whole number of lookups; the quads past `level` are dropped."""
         return self.level + -self.level % self._lookup
 
     def _tokens(self, latitude: Any, longitude: Any, xp: ModuleType) -> list[Any]:
         if xp is np:
-            return self._columns(*_place(latitude, longitude, self._depth), np)
+            return self._columns(*_fast_face_ij(latitude, longitude, self._depth), np)
         face, i, j = _face_ij(latitude, longitude, self._depth, xp)
         return self._columns(face, face & 1, i, j, xp)
 
     def _columns(self, face, orientation, i, j, xp: ModuleType) -> list[Any]:
-        """Returns T columns of tokens from a face, the curve's orientation on it, and i and j of `_depth` bits."""
+        """Returns T columns of tokens.
+
+        face: 0..5. orientation: the curve's orientation on the face. i, j: coordinates on the face, `_depth` bits each.
+        """
         n = self._lookup
         table, side = xp.asarray(_tables(n)[0]), (1 << n) - 1
         state, chunks = orientation << 2 * n, []
@@ -273,54 +288,56 @@ class CellScheme(Scheme):
 
 @dataclasses.dataclass(frozen=True)
 class GridScheme(CellScheme):
-    """S2 cells without the Hilbert order: a quad is 2 * i + j, a bit each of the place along the face's own axes.
+    """Converts coordinates to tokens of S2 cells without the Hilbert order, and back.
 
-    The cells of every level are those of CellScheme, and so are level, group, ids and `quads`.
+    A quad is 2 * i + j: one bit each of the position along the face's two axes. Cells, level, group, ids and `quads`
+    are the same as in CellScheme.
     """
 
     def cell_ids(self, tokens: Int[np.ndarray, "... T"]) -> UInt64[np.ndarray, "..."]:
-        """Returns S2 cell ids. Raises ValueError on tokens that are not of this scheme."""
+        """Returns S2 cell ids. Raises ValueError if a token is out of range."""
         self._check_tokens(tokens)
-        return super().cell_ids(self._turned(tokens, _TO_POSITION))
+        return super().cell_ids(self._translate(tokens, _TO_POSITION))
 
     def tokens_of(self, cell_ids: UInt64[np.ndarray, "..."]) -> Int32[np.ndarray, "... T"]:
-        """Returns the tokens of S2 cells, as CellScheme.tokens_of does."""
-        return self._turned(super().tokens_of(cell_ids), _TO_IJ)
+        """Returns the tokens of S2 cells; see CellScheme.tokens_of."""
+        return self._translate(super().tokens_of(cell_ids), _TO_IJ)
 
     def regroup(self, quads: UInt8[Array, "... Q"]) -> Int32[Array, "... T"]:
-        """Returns this scheme's tokens from stored ones of group 1, as CellScheme.regroup does."""
-        return self._turned(super().regroup(quads), _TO_IJ)
+        """Returns this scheme's tokens from stored tokens of group 1; see CellScheme.regroup."""
+        return self._translate(super().regroup(quads), _TO_IJ)
 
     def quads(self, tokens: Int[Array, "... T"]) -> UInt8[Array, "... Q"]:
-        """Returns the tokens of CellScheme in group 1: the reverse of `regroup`."""
-        return super().quads(self._turned(tokens, _TO_POSITION))
+        """Returns CellScheme's tokens of group 1: the inverse of `regroup`."""
+        return super().quads(self._translate(tokens, _TO_POSITION))
 
     def _tokens(self, latitude: Any, longitude: Any, xp: ModuleType) -> list[Any]:
-        return self._turn(super()._tokens(latitude, longitude, xp), _TO_IJ, xp)
+        return self._translate_columns(super()._tokens(latitude, longitude, xp), _TO_IJ, xp)
 
     def _center(self, columns: Sequence[Any], xp: ModuleType) -> tuple[Any, Any]:
-        return super()._center(self._turn(columns, _TO_POSITION, xp), xp)
+        return super()._center(self._translate_columns(columns, _TO_POSITION, xp), xp)
 
-    def _turned(self, tokens: Any, table: np.ndarray) -> Any:
+    def _translate(self, tokens: Any, table: np.ndarray) -> Any:
         xp = jnp if _is_jax(tokens) else np
-        return xp.stack(self._turn([tokens[..., k] for k in range(self.length)], table, xp), -1)
+        return xp.stack(self._translate_columns([tokens[..., k] for k in range(self.length)], table, xp), -1)
 
-    def _turn(self, columns: Sequence[Any], table: np.ndarray, xp: ModuleType) -> list[Any]:
-        """Returns columns of tokens with each quad replaced by what `table`, of `_tables(1)`, has for it."""
+    def _translate_columns(self, columns: Sequence[Any], table: np.ndarray, xp: ModuleType) -> list[Any]:
+        """Returns columns of tokens with each quad translated by a table of `_tables(1)`."""
         face, *groups = columns
-        turned, state = [], (face & 1) << 2
+        translated, state = [], (face & 1) << 2
         for quad in _resplit(groups, self.group, 1):
             entry = xp.take(xp.asarray(table), state | quad, mode="wrap")
-            turned.append(entry & 3)
+            translated.append(entry & 3)
             state = entry & 12
-        return [face, *_resplit(turned, 1, self.group)]
+        return [face, *_resplit(translated, 1, self.group)]
 
 
 def corners(quads: Int[np.ndarray, "... Q"]) -> Float[np.ndarray, "... 4 2"]:
-    """Returns latitude and longitude, in degrees, of the corners of S2 cells, counterclockwise.
+    """Returns latitude and longitude, in degrees, of the four corners of S2 cells, counterclockwise.
 
-    quads: tokens of CellScheme at group 1, the face and then a quad each; Q = 1 + level, and a face alone is level 0.
-    Edges of cells are arcs of great circles.
+    The edges between the corners are arcs of great circles.
+
+    quads: CellScheme's tokens of group 1, the face and then the quads; Q = 1 + level, and a face alone is level 0.
     """
     face = quads[..., 0].astype(np.int64)
     state, i, j = face & 1, np.zeros_like(face), np.zeros_like(face)
@@ -340,7 +357,7 @@ def _check_degrees(name: str, values: Any, limit: float) -> None:
     if isinstance(values, jax.core.Tracer):
         return
     values = np.asarray(values)
-    # A NaN is the least and the greatest of the numbers that it is among, and fails both comparisons.
+    # If any value is NaN, so are min() and max(), and both comparisons fail.
     if values.size == 0 or (values.min() >= -limit and values.max() <= limit):
         return
     wrong = values[~(np.abs(values) <= limit)]
@@ -351,9 +368,10 @@ def _check_degrees(name: str, values: Any, limit: float) -> None:
 
 @functools.cache
 def _tables(n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns n levels of the Hilbert curve at once: [orientation, i, j] -> [orientation, position], and the reverse.
+    """Returns lookup tables for n levels of the Hilbert curve: from i and j to the position, and the inverse.
 
-    The brackets are bit fields of 2, n and n bits, and of 2 and 2n bits.
+    The first maps (orientation, i, j), packed into 2 + n + n bits, to (new orientation, position) in 2 + 2n bits. The
+    second maps (orientation, position) to (new orientation, i, j).
     """
     start, position = np.divmod(np.arange(4 << 2 * n), 1 << 2 * n)
     state, i, j = start, 0, 0
@@ -367,17 +385,17 @@ def _tables(n: int) -> tuple[np.ndarray, np.ndarray]:
     return to_position, (state << 2 * n | i << n | j).astype(np.int32)
 
 
-#: A quad of the curve from one of the grid, and the reverse.
+#: Tables from a quad of the grid (GridScheme) to a quad of the curve (CellScheme), and the inverse.
 _TO_POSITION, _TO_IJ = _tables(1)
 
 
-def _resplit(columns: Sequence[Any], have: int, want: int) -> list[Any]:
-    """Returns columns of `want` quads from columns of `have`, where one number divides the other."""
-    if have >= want:
-        shifts = range(2 * (have - want), -1, -2 * want)
-        return [column >> shift & (4**want - 1) for column in columns for shift in shifts]
-    runs = [columns[k : k + want // have] for k in range(0, len(columns), want // have)]
-    return [functools.reduce(lambda high, low: high << 2 * have | low, run) for run in runs]
+def _resplit(columns: Sequence[Any], old: int, new: int) -> list[Any]:
+    """Returns columns of `new` quads each, from columns of `old` quads each; one number must divide the other."""
+    if old >= new:
+        shifts = range(2 * (old - new), -1, -2 * new)
+        return [column >> shift & (4**new - 1) for column in columns for shift in shifts]
+    runs = [columns[k : k + new // old] for k in range(0, len(columns), new // old)]
+    return [functools.reduce(lambda high, low: high << 2 * old | low, run) for run in runs]
 
 
 def _uv_to_st(u, xp: ModuleType):
@@ -390,7 +408,7 @@ def _st_to_uv(s, xp: ModuleType):
 
 
 def _degrees(face, s, t, xp: ModuleType) -> tuple[Any, Any]:
-    """Returns latitude and longitude of places on faces, 0..1 along both axes."""
+    """Returns latitude and longitude, in degrees, of points on faces. s, t: position along a face's axes, 0..1."""
     u, v = (_st_to_uv(k, xp) for k in (s, t))
     one = xp.ones_like(u)
     x = xp.choose(face, [one, -u, -u, -one, v, v], mode="clip")
@@ -400,7 +418,10 @@ def _degrees(face, s, t, xp: ModuleType) -> tuple[Any, Any]:
 
 
 def _face_ij(latitude, longitude, level: int, xp: ModuleType) -> tuple[Any, Any, Any]:
-    """Returns face, i and j of the cell at `level`, by s2sphere's operations in s2sphere's order: equal to the bit."""
+    """Returns face, i and j of the cell at `level`.
+
+    The operations and their order are the same as in s2sphere, so that results are equal to the last bit.
+    """
     phi, theta = xp.radians(latitude), xp.radians(longitude)
     x, y, z = xp.cos(theta) * xp.cos(phi), xp.sin(theta) * xp.cos(phi), xp.sin(phi)
     ax, ay, az = xp.abs(x), xp.abs(y), xp.abs(z)
@@ -413,8 +434,9 @@ def _face_ij(latitude, longitude, level: int, xp: ModuleType) -> tuple[Any, Any,
     return axis + 3 * far.astype(np.int32), i >> (MAX_LEVEL - level), j >> (MAX_LEVEL - level)
 
 
-#: What turns `_place`'s frame into a face's: [south * 8 + polar * 4 + quarter] -> face, whether u and v are swapped,
-#: whether a is inverted, whether b is; in bits 0-2, 3 (the curve's orientation), 4 and 5.
+#: Maps the frame of `_fast_face_ij`, south * 8 + polar * 4 + quarter, to a face's frame: the face in bits 0-2, the
+#: curve's orientation in bit 3 (which depends on whether u and v are swapped), whether a is inverted in bit 4, and
+#: whether b is inverted in bit 5.
 _FRAMES = np.array(
     [
         face + 8 * (face & 1 ^ swapped) + 16 * inverts_a + 32 * inverts_b
@@ -429,20 +451,20 @@ _FRAMES = np.array(
 )
 
 
-def _place(latitude, longitude, level: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Returns face, the curve's orientation on it, i and j: those of `_face_ij`, at a sixth of its time.
+def _fast_face_ij(latitude, longitude, level: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Returns face, the curve's orientation on the face, i and j, six times faster than `_face_ij`.
 
-    math.cos and math.sin, which s2sphere calls, cost 40 ns a coordinate, more than all the rest. Here are two tangents
-    instead, and where the cell's edge is nearer than their error (78 in a million at level 30, and everything that lies
-    on an edge of a face), `_face_ij` is asked.
+    `_face_ij` spends most of its time on sines and cosines, 40 ns per coordinate. Two tangents replace them here.
+    Points closer to a cell's edge than _MARGIN (78 in a million at level 30, and all points on an edge of a face) are
+    converted by `_face_ij`, so that both functions give equal cells.
     """
-    # From here on the frame is turned by quarters so that the longitude is in [-45, 45]: a is the tangent of the
-    # longitude, b the height over it, and past the edge of a polar face (b > 1) both are seen from the pole.
+    # The frame is turned by quarters, so that the longitude is in [-45, 45]. Then a is the tangent of the longitude and
+    # b the height above it; on a polar face (|b| > 1) both are taken as seen from the pole.
     quarter = np.rint(longitude * (1 / 90))
     a = np.tan((longitude - 90 * quarter) * (np.pi / 180))
     b = np.tan(latitude * (np.pi / 180)) * np.sqrt(a * a + 1)
     polar = np.abs(b) > 1
-    with np.errstate(divide="ignore"):  # the equator, where b is 0
+    with np.errstate(divide="ignore"):  # b is 0 on the equator
         b = np.where(polar, 1 / b, b)
     a = np.where(polar, a * b, a)
     south = latitude < 0
@@ -450,7 +472,7 @@ def _place(latitude, longitude, level: int) -> tuple[np.ndarray, np.ndarray, np.
     half, side = 2.0 ** (level - 1), (1 << level) - 1
     doubtful, ij = False, []
     for w, inverted in ((a, 4), (b, 5)):
-        # s, in cells, is `half` at the face's middle; its distance from there has the sign of w.
+        # s is in cells: `half` at the face's middle, more if w is positive and less if w is negative.
         s = np.abs(w)
         s *= 3 * half * half
         s += half * half

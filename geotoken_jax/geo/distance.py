@@ -1,4 +1,4 @@
-"""Distances on the Earth, taken as a sphere or as an ellipsoid, and the scores made from them."""
+"""Computes distances on the Earth, as a sphere or an ellipsoid, and the scores made from them."""
 
 from types import ModuleType
 
@@ -11,9 +11,9 @@ Array = np.ndarray | jax.Array
 
 #: Mean radius of the Earth.
 EARTH_RADIUS_KM = 6371.0
-#: Street, city, region, country, continent: the radii at which accuracy is reported (Im2GPS).
+#: Radii at which accuracy is reported: street, city, region, country, continent (Im2GPS).
 THRESHOLDS_KM = (1, 25, 200, 750, 2500)
-#: Distance over which a GeoGuessr score falls by a factor of e, on its world map.
+#: Distance over which a GeoGuessr score falls by a factor of e, on GeoGuessr's world map.
 _GEOSCORE_KM = 1492.7
 
 
@@ -25,16 +25,16 @@ def great_circle_km(
 ) -> Float[Array, "..."]:
     """Returns great-circle distances in km (haversine); the four arguments, in degrees, are broadcast.
 
-    numpy works in float64, jax in the type it is given. Equal points are exactly 0 apart, and antipodes half the
-    circumference to 1 mm (float32: 2 m).
+    numpy computes in float64, jax in the type of its input. The distance of equal points is exactly 0. The distance of
+    antipodes is half the circumference to 1 mm (float32: 2 m).
     """
     xp, (lat1, lon1, lat2, lon2) = _arrays(lat1, lon1, lat2, lon2)
     cosines = xp.cos(xp.radians(lat1)) * xp.cos(xp.radians(lat2))
     east = xp.radians(lon2 - lon1) / 2
-    # The haversines of the distance and of what it lacks to the antipode: each is exact where the other is not.
-    near = xp.sin(xp.radians(lat2 - lat1) / 2) ** 2 + cosines * xp.sin(east) ** 2
-    far = xp.sin(xp.radians(lat2 + lat1) / 2) ** 2 + cosines * xp.cos(east) ** 2
-    return 2 * EARTH_RADIUS_KM * xp.arctan2(xp.sqrt(near), xp.sqrt(far))
+    # The haversine is precise for short distances, and the haversine of the distance to the antipode for long ones.
+    haversine = xp.sin(xp.radians(lat2 - lat1) / 2) ** 2 + cosines * xp.sin(east) ** 2
+    to_antipode = xp.sin(xp.radians(lat2 + lat1) / 2) ** 2 + cosines * xp.cos(east) ** 2
+    return 2 * EARTH_RADIUS_KM * xp.arctan2(xp.sqrt(haversine), xp.sqrt(to_antipode))
 
 
 def ellipsoid_km(
@@ -43,57 +43,60 @@ def ellipsoid_km(
     lat2: float | Float[np.ndarray, "..."],
     lon2: float | Float[np.ndarray, "..."],
 ) -> Float[np.ndarray, "..."]:
-    """Returns lengths in km of geodesics on the WGS84 ellipsoid; the four arguments, in degrees, are broadcast.
+    """Returns geodesic distances in km on the WGS84 ellipsoid; the four arguments, in degrees, are broadcast.
 
-    By PROJ, to 15 nanometers (Karney 2013), at 2 microseconds a pair; up to 0.6 % from great_circle_km. NaN gives NaN.
+    PROJ computes them to 15 nanometers (Karney 2013), in 2 microseconds per pair. They differ from great_circle_km by
+    up to 0.6 %. NaN gives NaN.
     """
-    from pyproj import Geod  # only where it is asked for: 0.1 s
+    from pyproj import Geod  # imported here because the import takes 0.1 s
 
     lon1, lat1, lon2, lat2 = np.broadcast_arrays(*(np.asarray(v, np.float64) for v in (lon1, lat1, lon2, lat2)))
     shape = lat1.shape
-    if lat1.size == 1:  # which pyproj takes for a number, and numpy soon will not
+    if lat1.size == 1:  # pyproj converts arrays of one element to numbers, which numpy deprecates unless they are 0-d
         lon1, lat1, lon2, lat2 = (v.reshape(()) for v in (lon1, lat1, lon2, lat2))
     return np.asarray(Geod(ellps="WGS84").inv(lon1, lat1, lon2, lat2)[2]).reshape(shape) / 1000
 
 
-#: What the Earth is taken to be -> distances in km from coordinates in degrees.
+#: Shape of the Earth (`config.evaluate.earth`) -> function from coordinates in degrees to distances in km.
 EARTHS = {"sphere": great_circle_km, "ellipsoid": ellipsoid_km}
 
 
 def within(km: Float[np.ndarray, "n 1"], strict: bool = False) -> Bool[np.ndarray, "n 5"]:
-    """Says whether distances are within each of THRESHOLDS_KM, or below where `strict`."""
+    """Returns for each distance whether it is at most each of THRESHOLDS_KM, or below it if `strict`."""
     return km < np.array(THRESHOLDS_KM) if strict else km <= np.array(THRESHOLDS_KM)
 
 
 def geoscore(km: float | Float[Array, "..."]) -> Float[Array, "..."]:
-    """Returns GeoGuessr points of answers that are `km` off: 5000 * exp(-km / 1492.7), in 0..5000."""
+    """Returns the GeoGuessr score of answers that are `km` off: 5000 * exp(-km / 1492.7), in 0..5000."""
     xp, (km,) = _arrays(km)
     return 5000 * xp.exp(-km / _GEOSCORE_KM)
 
 
 def to_unit_vectors(lat: float | Float[Array, "..."], lon: float | Float[Array, "..."]) -> Float[Array, "... 3"]:
-    """Returns x (to 0 N 0 E), y (to 0 N 90 E) and z (to the north pole) of coordinates in degrees."""
+    """Returns unit vectors of coordinates in degrees: x points to 0 N 0 E, y to 0 N 90 E and z to the north pole."""
     xp, (lat, lon) = _arrays(lat, lon)
     phi, theta = xp.broadcast_arrays(xp.radians(lat), xp.radians(lon))
     return xp.stack([xp.cos(phi) * xp.cos(theta), xp.cos(phi) * xp.sin(theta), xp.sin(phi)], -1)
 
 
 def from_unit_vectors(vectors: Float[Array, "... 3"]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """Returns latitude and longitude in degrees of vectors of any length but 0: a mean of unit vectors will do."""
+    """Returns latitude and longitude, in degrees, of vectors of any length but 0, such as a mean of unit vectors."""
     xp, (vectors,) = _arrays(vectors)
     x, y, z = vectors[..., 0], vectors[..., 1], vectors[..., 2]
     return xp.degrees(xp.arctan2(z, xp.hypot(x, y))), xp.degrees(xp.arctan2(y, x))
 
 
 def pairwise_km(a: Float[np.ndarray, "... n 2"], b: Float[np.ndarray, "... m 2"]) -> Float[np.ndarray, "... n m"]:
-    """Returns the distances of all pairs of places, in degrees, to 0.1 m, by one product: haversines cost ten times as
-    much."""
+    """Returns the distances in km of all pairs of coordinates, in degrees, to 0.1 m.
+
+    One matrix product takes a tenth of the time of haversines.
+    """
     a, b = (np.asarray(to_unit_vectors(x[..., 0], x[..., 1])) for x in (a, b))
     return EARTH_RADIUS_KM * np.arccos(np.clip(a @ np.swapaxes(b, -1, -2), -1, 1))
 
 
 def _arrays(*values) -> tuple[ModuleType, list]:
-    """Returns jax.numpy and jax arrays where one of the values is a jax array, else numpy and float64 arrays."""
+    """Returns jax.numpy and jax arrays if any value is a jax array, else numpy and float64 arrays."""
     if any(isinstance(value, jax.Array) for value in values):
         return jnp, [jnp.asarray(value) for value in values]
     return np, [np.asarray(value, np.float64) for value in values]

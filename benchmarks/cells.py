@@ -102,7 +102,7 @@ def check(n: int) -> dict:
     report: dict = {"coordinates": n}
     for level in (20, 30):
         scheme = CellScheme(level, 2)
-        wanted = scheme.tokens_of(leaves)
+        wanted = scheme.from_cell_ids(leaves)
         with jax.enable_x64(True):
             double = scheme.encode(jnp.asarray(latitude), jnp.asarray(longitude))
         rounded = scheme.encode(jnp.asarray(single[0]), jnp.asarray(single[1]))

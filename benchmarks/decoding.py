@@ -70,7 +70,7 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
         config.dtype = "float32"
     settings = read(ModelSettings, config, "model")
     model = nnx.jit(lambda: GeoTokenModel(settings, nnx.Rngs(0)))()
-    batch = contract.fake(settings, options.batch)
+    batch = contract.random_batch(settings, options.batch)
     keys = jax.random.split(jax.random.key(0), options.batch)
     graph, state = nnx.split(model)
 
@@ -129,7 +129,7 @@ def searches(options: argparse.Namespace) -> dict[str, Any]:
             config.dtype = "float32"
         settings = read(ModelSettings, config, "model")
         model = nnx.jit(lambda: GeoTokenModel(settings, nnx.Rngs(0)))()
-        batch = contract.fake(settings, options.batch)
+        batch = contract.random_batch(settings, options.batch)
     names = ("neighbors", "neighbor_tokens", "neighbor_count")
     neighbors = Neighbors(*(jax.numpy.asarray(batch[name]) for name in names))
     memory = nnx.jit(lambda m, q, n: m.encode(q, n))(model, batch["query"], neighbors)

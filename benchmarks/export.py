@@ -24,7 +24,7 @@ from geotoken_jax import records, workdir
 from geotoken_jax.align.heads import embeddings
 from geotoken_jax.data.join import neighbors
 from geotoken_jax.gallery import index
-from geotoken_jax.gallery.neighbors import find
+from geotoken_jax.gallery.neighbors import search_neighbors
 from geotoken_jax.gallery.table import Table, index_vectors
 from geotoken_jax.interop.targets import TARGETS
 from geotoken_jax.predict import bundle, predictor
@@ -72,7 +72,7 @@ def ours(folder: Path, features: np.ndarray) -> dict[str, np.ndarray]:
         pool = decoder(batch, rows[part], scores[part], np.zeros(len(rows[part]), np.int64))
         parts.append({**pool.candidates._asdict(), "coordinates": pool.coordinates})
     arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    approximate, _ = find(model._index, queries, decoder.neighbors)
+    approximate, _ = search_neighbors(model._index, queries, decoder.neighbors)
     return {**arrays, "rows": rows, "scann_rows": approximate, "ids": gallery.ids(rows)}
 
 

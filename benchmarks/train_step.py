@@ -97,7 +97,7 @@ def measure(config: Any, folder: epath.Path, photos: int, steps: int) -> dict[st
     tokens = records.Records(folder / "tokens", "train", layout)
     source = Tokens(tokens, table, None if gallery.on_device else table, model.cells, model.neighbors)
     batches = pipeline.training(photos, source, options.batch_size, options.seed)
-    resident = placement.resident(table, model.cells, gallery, mesh)
+    resident = placement.device_arrays(table, model.cells, gallery, mesh)
     key = jax.random.key(options.seed)
     state = trainer.init(key)
     took, waited = [], []

@@ -44,12 +44,14 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
     """
     options = config.embed
     view_options = options.views if options.views.count else {"count": 0}
-    made_with = {"embed": settings.plain({**backbone.made_with(options), "views": settings.result(view_options)})}
+    made_with = {
+        "embed": settings.plain({**backbone.feature_settings(options), "views": settings.result(view_options)})
+    }
     stage = workdir.begin(config, "features", (), ["photos"], made_with)
     if stage.manifest:
         return [stage.manifest]
     splits = workdir.manifest("photos").counts
-    viewed = {views.SPLIT: splits[views.OF]} if options.views.count else {}
+    viewed = {views.VIEWS_SPLIT: splits[views.SOURCE_SPLIT]} if options.views.count else {}
     (stage.path / "ledgers").mkdir(exist_ok=True)
     shards = [shard for split, photos in (splits | viewed).items() for shard in _shards(stage.path, split, photos)]
     assigned = shards[processes.index() :: processes.count()]
@@ -116,7 +118,7 @@ def _write_shards(shards: list[_Shard], options: EmbedSettings, workdir: Workdir
     layout = records.feature_layout(tower.width)
     sources = {shard.split: workdir.photos(_photo_split(shard.split)) for shard in shards}
     prepare = {
-        split: _prepare_views(tower, options.views) if split == views.SPLIT else _prepare_photo(tower)
+        split: _prepare_views(tower, options.views) if split == views.VIEWS_SPLIT else _prepare_photo(tower)
         for split in sources
     }
     texts = _Texts(tower)
@@ -210,7 +212,7 @@ _Prepare = Callable[[bytes, int], np.ndarray]
 
 def _photo_split(split: str) -> str:
     """Returns the split of photos/ that a split of features/ is made from."""
-    return views.OF if split == views.SPLIT else split
+    return views.SOURCE_SPLIT if split == views.VIEWS_SPLIT else split
 
 
 def _prepare_photo(tower: backbone.Backbone) -> _Prepare:

@@ -34,7 +34,7 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
     gallery = workdir.begin(config, "gallery", ["index.search"], ["features", "align"])
     manifests = [queries.manifest, gallery.manifest]
     splits = workdir.manifest("features").counts
-    aligned = None if all(manifests) else workdir.aligned(config.align.model)
+    aligned = None if all(manifests) else workdir.align_model(config.align.model)
     if aligned and not queries.manifest:
         others = {split: n for split, n in splits.items() if split != GALLERY}
         for split in others:

@@ -23,7 +23,7 @@ _ORIGINAL, _OFFSET = ExifTags.Base.DateTimeOriginal, ExifTags.Base.OffsetTimeOri
 _SIGNS = {"N": 1, "E": 1, "S": -1, "W": -1}
 
 
-def fault(image: bytes) -> str:
+def drop_reason(image: bytes) -> str:
     """Returns the reason to drop an encoded image, empty if it can be decoded. A large JPEG is decoded at 1/8 size."""
     try:
         preprocess.open_image(image, min_side=1)

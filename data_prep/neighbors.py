@@ -6,8 +6,8 @@ from geotoken_jax import records
 from geotoken_jax.artifacts import Workdir
 from geotoken_jax.backbone import views
 from geotoken_jax.configuration import Config
-from geotoken_jax.gallery.exclude import rules
-from geotoken_jax.gallery.neighbors import find
+from geotoken_jax.gallery.exclude import exclusions
+from geotoken_jax.gallery.neighbors import search_neighbors
 from geotoken_jax.gallery.table import index_vectors
 from geotoken_jax.progress import Progress
 from geotoken_jax.workdir import Manifest
@@ -33,14 +33,18 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
         for split in splits:
             table = workdir.table(split)
             rows_file, scores_file = (workdir.neighbors_file(split, name) for name in ("rows", "scores"))
-            exclude = options.exclude if split in (views.OF, views.SPLIT) else options.exclude_in_evaluation
+            exclude = (
+                options.exclude if split in (views.SOURCE_SPLIT, views.VIEWS_SPLIT) else options.exclude_in_evaluation
+            )
             if not scores_file.exists():
                 results = []
                 for first in range(0, len(table), _BATCH):
                     part = slice(first, first + _BATCH)
                     vectors = index_vectors(table.embeddings(part))
-                    excluded = rules(exclude, table, part, gallery_columns, lambda rows: gallery.embeddings(rows)[:, 0])
-                    results.append(find(searcher, vectors, options.count, excluded))
+                    excluded = exclusions(
+                        exclude, table, part, gallery_columns, lambda rows: gallery.embeddings(rows)[:, 0]
+                    )
+                    results.append(search_neighbors(searcher, vectors, options.count, excluded))
                     progress.add(len(vectors))
                 rows, scores = (np.concatenate(parts) for parts in zip(*results, strict=True))
                 records.save_array(rows_file, rows)

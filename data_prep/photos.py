@@ -186,7 +186,11 @@ def _make_shard(task: _Task) -> int:
 
     def accepted() -> Iterator[Photo]:
         for item in task.source.read(task.split, task.shard):
-            reason = item.reason if isinstance(item, Drop) else fault(item) or ("repeated id" if item.id in ids else "")
+            reason = (
+                item.reason
+                if isinstance(item, Drop)
+                else drop_reason(item) or ("repeated id" if item.id in ids else "")
+            )
             if isinstance(item, Drop) or reason:
                 dropped.append((item.id.encode(errors="backslashreplace").decode(), reason))
             else:
@@ -226,7 +230,7 @@ def _make_attempt(task: _Task) -> None:
     folder.rmtree()
 
 
-def fault(photo: Photo) -> str:
+def drop_reason(photo: Photo) -> str:
     """Returns the reason to drop a photo, empty if there is none."""
     coordinates = photo.latitude, photo.longitude
     if not photo.id:
@@ -241,7 +245,7 @@ def fault(photo: Photo) -> str:
         return "coordinates not finite"
     if abs(photo.latitude) > 90 or abs(photo.longitude) > 180:
         return "coordinates out of range"
-    return images.fault(photo.image)
+    return images.drop_reason(photo.image)
 
 
 def plausible(captured: float) -> bool:

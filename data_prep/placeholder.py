@@ -12,7 +12,7 @@ from geotoken_jax.backbone.preprocess import ImageError, open_image
 from geotoken_jax.preparation import PlaceholderSettings
 
 
-def looks_like(image: bytes, known: PlaceholderSettings) -> bool:
+def is_placeholder(image: bytes, known: PlaceholderSettings) -> bool:
     """Returns whether the difference hash of an encoded image is within `known.distance` bits of one of `known.hashes`.
 
     Returns False if the image cannot be decoded. Decodes nothing if there are no hashes.
@@ -38,7 +38,7 @@ def dhash(image: bytes) -> int:
     return int.from_bytes(np.packbits(pixels[:, :-1] < pixels[:, 1:]).tobytes())
 
 
-def identical(sizes: Int[np.ndarray, " n"], read: Callable[[int], bytes], limit: int) -> Bool[np.ndarray, " n"]:
+def repeated_files(sizes: Int[np.ndarray, " n"], read: Callable[[int], bytes], limit: int) -> Bool[np.ndarray, " n"]:
     """Returns a mask of the files whose bytes occur in more than `limit` files.
 
     sizes: file sizes in bytes. read: returns the bytes of a file, given its number. A file is read only if more than

@@ -53,7 +53,7 @@ class Demo:
         self.gallery = made.gallery
         self.rows, self.scores = made.neighbors("test")
         self.truth = read_truth(made, "test")
-        self.lines = [json.loads(line) for line in made.answers("geotoken", "test").open()]
+        self.lines = [json.loads(line) for line in made.predictions_file("geotoken", "test").open()]
         self.row = self.example()
         self.line, self.at = self.lines[self.row], self.truth.coordinates[self.row]
 
@@ -301,8 +301,8 @@ def choosing(demo: Demo, c: dict[str, str]) -> Any:
         xlabel="km from the truth", ylabel="probability of its cell", title="one photo's candidates", xlim=(1, 20_000)
     )
     left.margins(y=0.2)
-    points = read_coordinates(demo.workdir.answers("geotoken", "test"))
-    first = read_coordinates(demo.workdir.answers(TOP1, "test"))
+    points = read_coordinates(demo.workdir.predictions_file("geotoken", "test"))
+    first = read_coordinates(demo.workdir.predictions_file(TOP1, "test"))
     methods = methods_of(points, demo.truth, "geotoken", "GeoToken")
     methods += [m for m in methods_of(first, demo.truth, "top1", "first neighbor") if not m.bound][:1]
     rows = [(100 * float((m.km <= 25).mean()), m) for m in methods]
@@ -330,7 +330,7 @@ def uncertainty(demo: Demo, c: dict[str, str]) -> Any:
     left.plot((0, 1), (0, 1), color=c["pale"], linewidth=1, linestyle="--")
     for n, (split, color) in enumerate(zip(splits, colors, strict=True)):
         truth = read_truth(demo.workdir, split)
-        points = read_coordinates(demo.workdir.answers("geotoken", split))
+        points = read_coordinates(demo.workdir.predictions_file("geotoken", split))
         own = next(m for m in methods_of(points, truth, "geotoken", "GeoToken") if m.main)
         found: Any = reliability.figures(own, truth.coordinates, strict=False)
         bins = [b for b in next(r for r in found["reliability"] if r["km"] == 25)["bins"] if b["photos"] >= 20]

@@ -22,7 +22,7 @@ from geotoken_jax.backbone import views
 from geotoken_jax.configuration import Config
 from geotoken_jax.data.join import Features, Tokens
 from geotoken_jax.gallery import index
-from geotoken_jax.gallery.exclude import ExcludeSettings, Exclusion, rules
+from geotoken_jax.gallery.exclude import ExcludeSettings, Exclusion, exclusions
 from geotoken_jax.gallery.table import Table
 from geotoken_jax.model.geotoken import GeoTokenModel, ModelSettings
 from geotoken_jax.predict.answer import Answerer
@@ -35,7 +35,7 @@ from geotoken_jax.predict.uncertainty import UNCALIBRATED, Calibration
 from geotoken_jax.workdir import Manifest, Stage, StageError
 
 #: Split whose photos make up the gallery. Photos of other splits are queries.
-GALLERY = views.OF
+GALLERY = views.SOURCE_SPLIT
 #: Name of the baseline that predicts the coordinates of the first neighbor.
 TOP1 = "top1_neighbor"
 #: Split on which predictions are calibrated.
@@ -98,7 +98,7 @@ class Workdir:
                 self._check_folder(folder, manifest, _variant_config(config, folder))
 
     def _check_folder(self, folder: str, manifest: Manifest, config: Config) -> None:
-        if difference := workdir.first_other(manifest.settings, settings.result(config)):
+        if difference := workdir.first_difference(manifest.settings, settings.result(config)):
             key, stored, requested = difference
             raise workdir.OtherSettingsError(
                 f"config.{key} is {requested!r}, but {self.path / folder} was made with {stored!r}: set config.{key} "
@@ -114,7 +114,7 @@ class Workdir:
         """Returns the manifest of a folder, or None if the folder is not complete."""
         return self.manifest(folder) if (self.path / folder / "manifest.json").exists() else None
 
-    def complete(self) -> list[str]:
+    def complete_folders(self) -> list[str]:
         """Returns the names of all complete folders, top-level folders before their subfolders."""
         folders = [
             file.parent for pattern in ("*", "*/*") for file in sorted(self.path.glob(f"{pattern}/manifest.json"))
@@ -144,7 +144,7 @@ class Workdir:
     def check_backbone(self, options: backbone.BackboneSettings) -> None:
         """Raises StageError if features/ was made with another backbone or another checkpoint than `options` has."""
         stored = self.manifest("features").settings["embed"]
-        if {**stored, **settings.plain(backbone.made_with(options))} != stored:
+        if {**stored, **settings.plain(backbone.feature_settings(options))} != stored:
             raise StageError(
                 f"config.embed has another backbone than {self.path / 'features'} was made with: set "
                 f"config.embed.backbone to {stored['backbone']!r} and config.embed.huggingface.path to the same "
@@ -168,12 +168,12 @@ class Workdir:
     def training_splits(self) -> list[str]:
         """Splits that training reads: the train photos and, if there are any, their augmented views."""
         counts = (self.finished("tokens") or self.manifest("features")).counts
-        return [split for split in (views.OF, views.SPLIT) if split in counts]
+        return [split for split in (views.SOURCE_SPLIT, views.VIEWS_SPLIT) if split in counts]
 
     @property
     def query_counts(self) -> dict[str, int]:
         """Number of photos per split that is predicted: all splits except those that training reads."""
-        return {split: n for split, n in self.manifest("queries").counts.items() if split != views.SPLIT}
+        return {split: n for split, n in self.manifest("queries").counts.items() if split != views.VIEWS_SPLIT}
 
     # Neighbors and token records
 
@@ -199,12 +199,12 @@ class Workdir:
 
         neighbors/ was made with the same rules.
         """
-        key = "exclude" if split in (views.OF, views.SPLIT) else "exclude_in_evaluation"
+        key = "exclude" if split in (views.SOURCE_SPLIT, views.VIEWS_SPLIT) else "exclude_in_evaluation"
         section = self.manifest("neighbors").settings["index"]["neighbors"][key]
         exclude = settings.read(ExcludeSettings, section, f"index.neighbors.{key}")
         queries, gallery = self.table(split), self.gallery
         columns = {name: getattr(gallery, name)() for name in ("ids", "authors", "coordinates")}
-        return lambda rows: rules(exclude, queries, rows, columns, lambda some: gallery.embeddings(some)[:, 0])
+        return lambda rows: exclusions(exclude, queries, rows, columns, lambda some: gallery.embeddings(some)[:, 0])
 
     def tokens(self, split: str, model: ModelSettings, gallery: Table | None) -> Tokens:
         """Returns the reader of a split's training examples for the decoder.
@@ -220,7 +220,7 @@ class Workdir:
 
     # Trained models
 
-    def aligned(self, requested: AlignSettings) -> AlignModel:
+    def align_model(self, requested: AlignSettings) -> AlignModel:
         """Returns the trained alignment model. requested: config.align.model, for the runtime fields."""
         task = AlignTask(self.aligned_settings(requested), self.width)
         return checkpoint.read_module(self.path / "align" / "parameters.safetensors", task.init)
@@ -246,7 +246,7 @@ class Workdir:
             name: settings.restored(
                 self.manifest(f"{name}/{variant}").settings[name]["model"], sections[name], f"{name}.model"
             )
-            for name in needed(config.predict)
+            for name in selector_folders(config.predict)
         }
 
     def answerer(self, config: Config, variant: str, exported: epath.Path | None = None) -> Answerer:
@@ -257,7 +257,7 @@ class Workdir:
         """
         gallery = Table(exported / "gallery") if exported else self.gallery
         model = self.decoder(variant, config.model)
-        aligned = functools.cache(lambda: self.aligned(config.align.model))
+        aligned = functools.cache(lambda: self.align_model(config.align.model))
 
         def folder(name: str) -> epath.Path:
             return exported / name if exported else self.path / name / variant
@@ -290,7 +290,7 @@ class Workdir:
         folder = self.path / "pools" / variant
         tokens, log_p, tempered, states = (records.open_array(folder / f"{name}.npy") for name in _POOL)
         options, rows = self.model_settings(variant, requested), self.pool_rows(variant)
-        neighbors, scores = (part[rows] for part in self.neighbors(views.OF, options.neighbors))
+        neighbors, scores = (part[rows] for part in self.neighbors(views.SOURCE_SPLIT, options.neighbors))
         pool = Pool(
             Candidates(tokens, log_p, tempered),  # pyright: ignore[reportArgumentType]
             np.stack(options.cells.decode(tokens), -1),
@@ -305,7 +305,7 @@ class Workdir:
 
     # Predictions, report and export
 
-    def answers(self, name: str, split: str) -> epath.Path:
+    def predictions_file(self, name: str, split: str) -> epath.Path:
         """Returns the path of the predictions of a variant or baseline for a split."""
         return self.path / "predictions" / name / f"{split}.jsonl"
 
@@ -342,6 +342,6 @@ def _variant_config(config: Config, folder: str) -> Config:
     return config.variant(name) if name in config.variants else config
 
 
-def needed(options: PredictSettings) -> list[str]:
+def selector_folders(options: PredictSettings) -> list[str]:
     """Returns the folders of the trained selectors that config.predict.selectors needs."""
     return [name for name, selectors in TRAINED.items() if set(selectors) & set(options.selectors)]

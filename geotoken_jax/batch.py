@@ -15,7 +15,7 @@ def spec(size: int, **arrays: tuple[tuple[int, ...], Any]) -> Spec:
     return {name: jax.ShapeDtypeStruct((size, *shape), dtype) for name, (shape, dtype) in arrays.items()}
 
 
-def fake(spec: Spec, seed: int = 0, below: Mapping[str, Any] | None = None) -> dict[str, np.ndarray]:
+def random_batch(spec: Spec, seed: int = 0, below: Mapping[str, Any] | None = None) -> dict[str, np.ndarray]:
     """Returns random arrays of a specification: standard normal numbers, or integers from 0.
 
     below: name -> exclusive upper limit of the integers, a number or an array that broadcasts; 2 if a name is missing.
@@ -30,7 +30,7 @@ def fake(spec: Spec, seed: int = 0, below: Mapping[str, Any] | None = None) -> d
     return {name: draw(name, array) for name, array in spec.items()}
 
 
-def filled(rows: np.ndarray, size: int) -> np.ndarray:
+def padded(rows: np.ndarray, size: int) -> np.ndarray:
     """Returns `rows` padded to `size` with copies of the first row, so that compiled functions see fewer shapes."""
     return np.concatenate([rows, np.repeat(rows[:1], size - len(rows), 0)]) if len(rows) < size else rows
 
@@ -42,4 +42,4 @@ def blocks(rows: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, int]]:
     """
     for first in range(0, len(rows), size):
         block = rows[first : first + size]
-        yield filled(block, size), len(block)
+        yield padded(block, size), len(block)

@@ -50,7 +50,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind, error, trace):
-        if processes.is_loss(error):
+        if processes.is_process_loss(error):
             return  # close() would wait for a save that the lost process cannot finish
         with self._saving():
             self._orbax.close()
@@ -111,7 +111,7 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:  # tensorstore's errors are ValueErrors
-            if isinstance(error, jax.errors.JaxRuntimeError) or processes.is_loss(error):
+            if isinstance(error, jax.errors.JaxRuntimeError) or processes.is_process_loss(error):
                 raise  # the train step or another process failed, not the disk
             cause = str(error.__cause__ or error).split(": ")[-1]  # the parts before it are names of files
             raise CheckpointError(

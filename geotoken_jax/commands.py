@@ -106,7 +106,7 @@ def _predictor(options: argparse.Namespace) -> Any:
         )
     from geotoken_jax.interop import geoclip
 
-    return geoclip.Locator(options.clip, options.geoclip)
+    return geoclip.GeoCLIPPredictor(options.clip, options.geoclip)
 
 
 def _expand(photos: Sequence[str]) -> list[str]:
@@ -160,7 +160,7 @@ def _serve(options: argparse.Namespace, config: Any) -> int:
         raise settings.SettingsError(
             f"`geotoken serve` needs {error.name}: pip install 'geotoken-jax[serve]'"
         ) from None
-    folder = hub.located(options.model, options.revision)
+    folder = hub.resolve(options.model, options.revision)
     return app.run(batching.ServedGeoToken(folder, options.backbone), chosen, folder)
 
 

@@ -55,15 +55,15 @@ class Costs:
 
     flops: floating-point operations of dots and convolutions. traffic: bytes read from and written to memory. payload:
     kind of collective -> bytes of the whole array, as one device sees it. sent: kind of collective -> bytes that a
-    device sends if the collective runs in rings. endless: number of loops with an unknown number of iterations, which
-    count as one iteration.
+    device sends if the collective runs in rings. unknown_loops: number of loops with an unknown number of iterations,
+    which count as one iteration.
     """
 
     flops: float = 0.0
     traffic: float = 0.0
     payload: dict[str, float] = dataclasses.field(default_factory=lambda: defaultdict(float))
     sent: dict[str, float] = dataclasses.field(default_factory=lambda: defaultdict(float))
-    endless: int = 0
+    unknown_loops: int = 0
 
 
 class Program:
@@ -104,7 +104,7 @@ class Program:
             runs = times
             if instruction.opcode == "while":
                 n = self._iterations(instruction)
-                total.endless += n is None
+                total.unknown_loops += n is None
                 runs = times * (n or 1) if turns else times
             for name in instruction.called:
                 self._add(total, name, runs, turns, top and instruction.opcode != "fusion")

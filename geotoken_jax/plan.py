@@ -199,14 +199,14 @@ class _Step:
         state = self.trainer.abstract
         parameters = [state["params"], state["constants"], state.get("ema")]
         return {
-            "parameters": bytes_a_chip(parameters),
-            "optimizer": bytes_a_chip(state["optimizer"]),
-            "gallery": bytes_a_chip(self.gallery),
-            "batch": bytes_a_chip(self.arguments[1]),
+            "parameters": bytes_per_chip(parameters),
+            "optimizer": bytes_per_chip(state["optimizer"]),
+            "gallery": bytes_per_chip(self.gallery),
+            "batch": bytes_per_chip(self.arguments[1]),
         }
 
 
-def bytes_a_chip(tree: Any) -> int:
+def bytes_per_chip(tree: Any) -> int:
     """Returns the number of bytes on one device. tree: sharded arrays or ShapeDtypeStructs with shardings."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
@@ -244,7 +244,7 @@ def _cpu_devices(n: int) -> Sequence[Any]:
 
 def _compiled(step: _Step, quick: bool) -> dict[str, Any]:
     """Returns the costs of the compiled step: memory and, if it fits, compute, memory traffic and collectives."""
-    resident = bytes_a_chip(step.arguments)
+    resident = bytes_per_chip(step.arguments)
     try:
         program: Any = step.trainer.step.lower(*step.arguments).compile(compiler_options=_QUICK if quick else None)
     except jax.errors.JaxRuntimeError as error:

@@ -118,7 +118,7 @@ def watched(settings: WatchSettings) -> Iterator[None]:
             _watch = None
 
 
-def alive(activity: str) -> None:
+def report_progress(activity: str) -> None:
     """Reports progress to the watch. activity: next thing that may hang, such as "in step 12", for messages."""
     if _watch:
         _watch.report(activity)
@@ -144,7 +144,7 @@ def start() -> None:
         connect, heartbeat = (int(2 * s) + 60 for s in (_watch.settings.connect_s, _watch.settings.stalled_s))
         limits = {"initialization_timeout": connect, "heartbeat_timeout_seconds": heartbeat}
     jax.distributed.initialize(os.environ[_ADDRESS], count(), index(), **limits)
-    alive("starting")
+    report_progress("starting")
 
 
 def wait(name: str) -> None:
@@ -152,11 +152,11 @@ def wait(name: str) -> None:
     if count() > 1:
         from jax.experimental import multihost_utils
 
-        alive(f"waiting for the other processes: {name}")
+        report_progress(f"waiting for the other processes: {name}")
         multihost_utils.sync_global_devices(name)
 
 
-def is_loss(error: BaseException | None) -> bool:
+def is_process_loss(error: BaseException | None) -> bool:
     """Returns whether the end of another process can have caused an error, directly or as the cause of its cause."""
     if count() == 1:
         return False
@@ -178,7 +178,7 @@ def leave(status: int) -> NoReturn:
 
 def _exit_on_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     sys.__excepthook__(kind, error, trace)
-    if is_loss(error):
+    if is_process_loss(error):
         _end(RESTART, f"has lost the other processes, {_watch.activity if _watch else 'after the start'}")
     _end(1)
 

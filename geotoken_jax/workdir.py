@@ -155,7 +155,7 @@ def write_bytes(path: epath.Path, data: bytes) -> None:
     temporary.replace(path)
 
 
-def first_other(stored: Mapping[str, Any], requested: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+def first_difference(stored: Mapping[str, Any], requested: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
     """Returns the first setting that differs: its dotted key, its stored value and its requested value.
 
     Only keys in both are compared. Returns None if they are equal.
@@ -165,7 +165,7 @@ def first_other(stored: Mapping[str, Any], requested: Mapping[str, Any]) -> tupl
     for key in sorted(stored.keys() & requested.keys()):
         old, new = stored[key], requested[key]
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            if difference := first_other(old, new):
+            if difference := first_difference(old, new):
                 return f"{key}.{difference[0]}", *difference[1:]
         elif old != new:
             return key, old, new

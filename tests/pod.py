@@ -91,7 +91,7 @@ def run(
                 pipeline.training(N, read, BATCH, 0, *here),
                 lambda: pipeline.evaluation(N, read, BATCH, *here),
                 N,
-                placement.resident(gallery, model.cells, gallery_settings, devices),
+                placement.device_arrays(gallery, model.cells, gallery_settings, devices),
             ),
             "train",
         )

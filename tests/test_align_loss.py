@@ -97,7 +97,7 @@ def test_places_nearer_than_a_distance_are_within_its_reach():
     places = np.concatenate([rng.uniform([-90, -180], [90, 180], (50, 2)), rng.normal([60, 180], 0.1, (50, 2))])
     places[:, 0] = places[:, 0].clip(-90, 90)
     places = places.astype(np.float32)
-    key = np.asarray(contrast.places(jnp.asarray(places)), float)
+    key = np.asarray(contrast.place_keys(jnp.asarray(places)), float)
     apart = np.linalg.norm(key[:, None] - key, axis=-1)
     km = np.asarray(great_circle_km(*places.T[:, :, None], *places.T[:, None]))
     for limit in (0.0, 5.0, 25.0, 2500.0):

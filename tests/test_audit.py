@@ -141,7 +141,9 @@ def made(tmp_path_factory, config):
     for split in counts:
         own = gallery if split == "train" else Table(path / "queries" / split)
         rules = [SameId(own.ids(), gallery.ids())]
-        rows, scores = neighbors.find(index.Exact(vectors), index_vectors(own.embeddings()), fixtures.M, rules)
+        rows, scores = neighbors.search_neighbors(
+            index.Exact(vectors), index_vectors(own.embeddings()), fixtures.M, rules
+        )
         records.save_array(stage.path / f"{split}.rows.npy", rows)
         records.save_array(stage.path / f"{split}.scores.npy", scores)
     stage.finish(counts, fewer={})
@@ -318,7 +320,7 @@ def near(split, km, seed=0, n=600):
     ids = [str(i) for i in range(n)]
     truth = neighbor_gap.CoordinateTable(split, ids, np.zeros((n, 2)), np.zeros((n, 0, 2)), False, extra)
     off = np.where(rng.random((n, 3)) < km, 5.0, 3000.0)
-    return neighbor_gap.Near(split, n, off, np.ones((n, 3)), truth)
+    return neighbor_gap.NeighborSample(split, n, off, np.ones((n, 3)), truth)
 
 
 @pytest.mark.parametrize(("train", "said"), [(0.8, "BETTER"), (0.54, "as good"), (0.2, "are worse")])

@@ -60,7 +60,7 @@ def check(path: Path, source: Source, expected: str, good: int = 1) -> None:
     assert sum(manifest.counts.values()) == good + (expected == KEPT)
     for split, count in manifest.counts.items():
         rows = records.Photos(path / "work" / "photos", split)
-        assert all(images.fault(rows[n]["image"]) == "" for n in range(count))
+        assert all(images.drop_reason(rows[n]["image"]) == "" for n in range(count))
 
 
 def encode(mode: str, form: str, size=(8, 8), **options) -> bytes:

@@ -154,7 +154,7 @@ def test_the_galleries_coordinates_are_chosen_among_by_softmax(config, path):
     wanted = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     found = [[c["log_probability"] for c in line["candidates"]] for line in lines]
     np.testing.assert_allclose(found, -np.sort(-wanted, 1)[:, :20], atol=0.2)  # bfloat16, times a scale of 54
-    stored = encodings.open(path / "predictions" / "geoclip" / "encoded.npy").astype(float)
+    stored = encodings.open_encodings(path / "predictions" / "geoclip" / "encoded.npy").astype(float)
     logits = float(np.exp(aligned.location_scale[...])) * photos @ stored.T
     wanted = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     np.testing.assert_allclose(found, -np.sort(-wanted, 1)[:, :20], atol=1e-4)

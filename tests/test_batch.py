@@ -42,7 +42,7 @@ def test_a_loss_takes_the_batch_that_is_specified(name: str, evaluation: bool):
     task, spec = TASKS[name]()
     read = set()
 
-    class Seen(dict):
+    class DecoderOutputs(dict):
         def __getitem__(self, key):
             read.add(key)
             return super().__getitem__(key)
@@ -55,7 +55,7 @@ def test_a_loss_takes_the_batch_that_is_specified(name: str, evaluation: bool):
         spec = {**spec, "valid": jax.ShapeDtypeStruct((N,), bool)}
 
     def loss(values: dict, key: jax.Array | None) -> jax.Array:
-        return task.loss(task.init(nnx.Rngs(0)), Seen(values), key)[0]
+        return task.loss(task.init(nnx.Rngs(0)), DecoderOutputs(values), key)[0]
 
     key = None if evaluation else jax.random.key(0)
     found = jax.eval_shape(lambda values: loss(values, key), spec)
@@ -64,15 +64,15 @@ def test_a_loss_takes_the_batch_that_is_specified(name: str, evaluation: bool):
 
 
 def test_fakes_follow_the_specification():
-    found = decoder.fake(TIMED, N, seed=1)
+    found = decoder.random_batch(TIMED, N, seed=1)
     assert {name: (x.shape, x.dtype) for name, x in found.items()} == {
         name: (x.shape, x.dtype) for name, x in decoder.spec(TIMED, N).items()
     }
     sizes = np.array(TIMED.cells.vocab_sizes)
     assert (found["tokens"] < sizes).all() and (found["neighbor_tokens"] < sizes).all()
     assert (found["neighbor_count"] == TIMED.neighbors).all()
-    np.testing.assert_array_equal(found["query"], decoder.fake(TIMED, N, seed=1)["query"])
-    assert (batch.fake(batch.spec(50, cell=((), jnp.int32)), below={"cell": 3})["cell"] < 3).all()
+    np.testing.assert_array_equal(found["query"], decoder.random_batch(TIMED, N, seed=1)["query"])
+    assert (batch.random_batch(batch.spec(50, cell=((), jnp.int32)), below={"cell": 3})["cell"] < 3).all()
 
 
 def test_neighbors_on_the_devices_are_rows():

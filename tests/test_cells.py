@@ -60,7 +60,7 @@ def test_equals_s2sphere(scheme):
     ids = s2_ids(scheme.level)
     assert ids[7] == leaves()[7].parent(scheme.level).id()
     np.testing.assert_array_equal(scheme.cell_ids(tokens), ids)
-    np.testing.assert_array_equal(scheme.tokens_of(ids), tokens)
+    np.testing.assert_array_equal(scheme.from_cell_ids(ids), tokens)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=named)
@@ -94,7 +94,7 @@ def test_shapes(shape):
     tokens = scheme.encode(latitude, longitude)
     assert tokens.shape == (*shape, 6)
     assert [values.shape for values in scheme.decode(tokens)] == [shape, shape]
-    assert scheme.tokens_of(scheme.cell_ids(tokens)).shape == tokens.shape
+    assert scheme.from_cell_ids(scheme.cell_ids(tokens)).shape == tokens.shape
     assert scheme.encode(jnp.asarray(latitude), jnp.asarray(longitude)).shape == tokens.shape
     assert scheme.quads(tokens).shape == (*shape, 21)
 
@@ -139,10 +139,10 @@ def test_refuses_what_is_no_cell():
     with pytest.raises(ValueError, match=r"first is 16 at position 10, which takes 0\.\.15"):
         scheme.cell_ids(np.array([[0] * 11, [0] * 10 + [16]]))
     with pytest.raises(ValueError, match="1 cell_ids are coarser than level 20"):
-        scheme.tokens_of([s2sphere.CellId.from_lat_lng(s2sphere.LatLng.from_degrees(1, 2)).parent(19).id()])
+        scheme.from_cell_ids([s2sphere.CellId.from_lat_lng(s2sphere.LatLng.from_degrees(1, 2)).parent(19).id()])
     for number in (0, 2, 7 << 61 | 1):
         with pytest.raises(ValueError, match="no S2 cell id"):
-            scheme.tokens_of(np.array([number], np.uint64))
+            scheme.from_cell_ids(np.array([number], np.uint64))
 
 
 @pytest.mark.parametrize(

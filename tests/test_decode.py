@@ -13,7 +13,7 @@ from flax import nnx
 
 from geotoken_jax.geo.cells import CellScheme
 from geotoken_jax.predict import beam, decode, sample
-from geotoken_jax.predict.answer import answers
+from geotoken_jax.predict.answer import pool_predictions
 from geotoken_jax.predict.decode import Decoder, PredictSettings, SearchSettings
 from geotoken_jax.predict.pool import PlaceDistribution, Pool
 from geotoken_jax.predict.prediction import Cell
@@ -241,7 +241,7 @@ def made_up():
 
 
 def test_answers_merge_and_order_candidates():
-    found = answers(*made_up(), "log_probability")
+    found = pool_predictions(*made_up(), "log_probability")
     plain = [json.loads(json.dumps(answer.plain())) for answer in found]
     assert "radius_km" not in plain[0] and plain[0]["candidates"][0]["tokens"] == [0, 1, 2]
     one, two = found
@@ -258,7 +258,7 @@ def test_answers_merge_and_order_candidates():
 
 @pytest.mark.parametrize("choice", ["greedy", "log_probability"])
 def test_an_answer_lies_where_its_chosen_candidate_does(choice):
-    for answer in answers(*made_up(), choice):
+    for answer in pool_predictions(*made_up(), choice):
         chosen = answer.candidates[answer.choices[choice]]
         latitude, longitude = CellScheme(4, 2).decode(np.array(chosen.tokens))
         assert answer.choice == choice
@@ -267,7 +267,7 @@ def test_an_answer_lies_where_its_chosen_candidate_does(choice):
 
 
 def test_an_answer_may_be_a_point_of_its_own():
-    found = answers(*made_up(), "point")
+    found = pool_predictions(*made_up(), "point")
     assert [(answer.latitude, answer.longitude) for answer in found] == [(1.5, 2.5), (-3.0, 170.0)]
 
 

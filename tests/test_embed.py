@@ -125,7 +125,7 @@ def test_the_settings_of_a_tower_that_do_not_change_features_may_change(tmp_path
 
     def made_with(folder, dtype="float32", batch_size=8):
         chosen = backbone.HuggingFaceSettings(str(folder), dtype, batch_size)
-        return backbone.made_with(backbone.BackboneSettings("huggingface", None, chosen))
+        return backbone.feature_settings(backbone.BackboneSettings("huggingface", None, chosen))
 
     first = made_with(tmp_path)
     moved = shutil.copytree(tmp_path, tmp_path.parent / f"{tmp_path.name}-moved")

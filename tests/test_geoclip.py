@@ -296,7 +296,7 @@ def test_answers_as_published_without_any_training(published, weights, tmp_path)
     folder, at = published
     clip = clip_of(tmp_path / "clip", WIDTH)
     photos = checkpoints.images()
-    locator = geoclip.Locator(clip, folder)
+    locator = geoclip.GeoCLIPPredictor(clip, folder)
     locator.batch_size = 2
     answers = locator.predict(photos)
     tower = HuggingFace(HuggingFaceSettings(str(clip), "float32", 4))

@@ -62,7 +62,7 @@ def test_whitened_features_vary_alike_in_all_directions_and_do_so_once_read_agai
         new.whitening.fit(image, 1e-4)
 
     trainer = make_trainer(whiten=1e-4, start=start)
-    checkpoint.write_parameters(tmp_path / "parameters.safetensors", *trainer.kept(trainer.init(KEY)))
+    checkpoint.write_parameters(tmp_path / "parameters.safetensors", *trainer.exported(trainer.init(KEY)))
     read = checkpoint.read_module(tmp_path / "parameters.safetensors", AlignTask(settings(whiten=1e-4), 24).init)
     assert read.whitening
     np.testing.assert_array_equal(read.whitening.matrix[...], model.whitening.matrix[...])
@@ -144,7 +144,7 @@ def test_what_the_losses_alone_need_is_not_kept(tmp_path):
     trainer = make_trainer(kind="sigmoid", queue=8)
     state = trainer.init(jax.random.key(0))
     assert {"text_bias", "location_bias"} < state["params"].keys() and "queue" in state["constants"]
-    checkpoint.write_parameters(tmp_path / "parameters.safetensors", *trainer.kept(state))
+    checkpoint.write_parameters(tmp_path / "parameters.safetensors", *trainer.exported(state))
     model = checkpoint.read_module(tmp_path / "parameters.safetensors", AlignTask(settings(), 24).init)
     np.testing.assert_array_equal(model.text_scale[...], state["params"]["text_scale"])
     np.testing.assert_array_equal(

@@ -318,12 +318,12 @@ def test_the_hash_of_a_placeholder_survives_another_size_and_quality():
     with Image.open(io.BytesIO(gone)) as image:
         file = io.BytesIO()
         image.resize((300, 300), Image.Resampling.BICUBIC).save(file, "JPEG", quality=40)
-    assert placeholder.looks_like(file.getvalue(), known)
+    assert placeholder.is_placeholder(file.getvalue(), known)
     photo = np.random.default_rng(0).integers(0, 256, (50, 50), np.uint8)
     file = io.BytesIO()
     Image.fromarray(photo).save(file, "JPEG")
-    assert not placeholder.looks_like(file.getvalue(), known)
-    assert not placeholder.looks_like(b"no image", known)
+    assert not placeholder.is_placeholder(file.getvalue(), known)
+    assert not placeholder.is_placeholder(b"no image", known)
 
 
 def test_a_hash_is_one_bit_a_step_from_the_top_left():
@@ -337,7 +337,9 @@ def test_a_hash_is_one_bit_a_step_from_the_top_left():
 def test_only_files_of_a_common_size_are_read_to_find_identical_ones():
     files = [b"aa", b"b", b"aa", b"cc", b"aa", b"cc", b"eee"]
     read = []
-    same = placeholder.identical(np.array([len(f) for f in files]), lambda n: (read.append(n), files[n])[1], limit=2)
+    same = placeholder.repeated_files(
+        np.array([len(f) for f in files]), lambda n: (read.append(n), files[n])[1], limit=2
+    )
     assert same.tolist() == [True, False, True, False, True, False, False]
     assert read == [0, 2, 3, 4, 5]
 

@@ -29,32 +29,32 @@ IDS = np.array([f"photo-{i}".encode() for i in range(200)], "S64")
 
 def test_without_exclusion_neighbors_are_the_index(gallery):
     for found, wanted in zip(
-        neighbors.find(index.Exact(gallery), gallery, 5), index.exact(gallery, gallery, 5), strict=True
+        neighbors.search_neighbors(index.Exact(gallery), gallery, 5), index.exact(gallery, gallery, 5), strict=True
     ):
         np.testing.assert_array_equal(found, wanted)
 
 
 def test_a_photo_is_never_its_own_neighbor(gallery):
     for k in (1, 15, 60):
-        rows, scores = neighbors.find(index.Exact(gallery), gallery, k, [exclude.SameId(IDS, IDS)])
+        rows, scores = neighbors.search_neighbors(index.Exact(gallery), gallery, k, [exclude.SameId(IDS, IDS)])
         assert rows.shape == scores.shape == (200, k)
         assert not (rows == np.arange(200)[:, None]).any()
         assert (rows >= 0).all() and (np.diff(scores, axis=1) <= 0).all()
     # Photo 1 is not at rank 0, so only an exclusion by id removes it and keeps its duplicates.
-    rows, _ = neighbors.find(index.Exact(gallery), gallery[1:2], 15, [exclude.SameId(IDS[1:2], IDS)])
+    rows, _ = neighbors.search_neighbors(index.Exact(gallery), gallery[1:2], 15, [exclude.SameId(IDS[1:2], IDS)])
     assert rows[0, :10].tolist() == list(range(150, 160))
 
 
 def test_queries_are_numbered_apart_from_the_gallery(gallery):
     order = np.random.default_rng(1).permutation(200)
-    rows, _ = neighbors.find(index.Exact(gallery), gallery[order], 5, [exclude.SameId(IDS[order], IDS)])
+    rows, _ = neighbors.search_neighbors(index.Exact(gallery), gallery[order], 5, [exclude.SameId(IDS[order], IDS)])
     assert not (rows == order[:, None]).any()
 
 
 def test_an_author_is_excluded_past_the_first_margin(gallery):
     authors = np.array([b"album"] * 1 + [b""] * 99 + [b"album"] * 50 + [b"other"] * 50, "S64")
     rules = [exclude.SameId(IDS, IDS), exclude.SameAuthor(authors, authors)]
-    rows, _ = neighbors.find(index.Exact(gallery), gallery, 15, rules)
+    rows, _ = neighbors.search_neighbors(index.Exact(gallery), gallery, 15, rules)
     assert (rows >= 0).all()
     same = authors[rows] == authors[:, None]
     assert not same[authors != b""].any()
@@ -63,7 +63,7 @@ def test_an_author_is_excluded_past_the_first_margin(gallery):
 
 def test_fewer_than_k_left_are_marked(gallery):
     authors = np.array([b"one"] * 197 + [b"two"] * 3)
-    rows, scores = neighbors.find(index.Exact(gallery), gallery, 5, [exclude.SameAuthor(authors, authors)])
+    rows, scores = neighbors.search_neighbors(index.Exact(gallery), gallery, 5, [exclude.SameAuthor(authors, authors)])
     assert ((rows[:197] >= 0).sum(1) == 3).all() and (rows[:197, 3:] == -1).all()
     assert np.isneginf(scores[:197, 3:]).all() and np.isfinite(scores[:197, :3]).all()
     assert (np.sort(rows[:197, :3]) == [197, 198, 199]).all()
@@ -73,12 +73,12 @@ def test_a_near_duplicate_is_excluded_and_others_stay(gallery, monkeypatch):
     monkeypatch.setattr(exclude, "_PAIRS", 33)
     images = gallery * np.linspace(1, 2, 200, dtype=np.float32)[:, None]  # lengths of vectors do not matter
     rule = exclude.NearDuplicate(images, lambda rows: images[rows], 0.6)
-    rows, _ = neighbors.find(index.Exact(gallery), gallery, 15, [exclude.SameId(IDS, IDS), rule])
+    rows, _ = neighbors.search_neighbors(index.Exact(gallery), gallery, 15, [exclude.SameId(IDS, IDS), rule])
     cosines = np.einsum("nd,nkd->nk", images, images[rows])
     cosines /= np.linalg.norm(images, axis=1)[:, None] * np.linalg.norm(images[rows], axis=2)
     assert (rows >= 0).all() and (cosines <= 0.6).all() and (cosines > 0.4).any()
     assert not np.isin(rows[0], range(100, 150)).any()
-    wanted, _ = neighbors.find(index.Exact(gallery), gallery, 199, [exclude.SameId(IDS, IDS)])
+    wanted, _ = neighbors.search_neighbors(index.Exact(gallery), gallery, 199, [exclude.SameId(IDS, IDS)])
     kept = [r for r in wanted[7] if r >= 0 and gallery[7] @ gallery[r] / np.linalg.norm(gallery[r]) <= 0.6]
     assert rows[7].tolist() == kept[:15]
 
@@ -86,7 +86,7 @@ def test_a_near_duplicate_is_excluded_and_others_stay(gallery, monkeypatch):
 def test_photos_within_a_distance_are_excluded_past_the_date_line(gallery):
     coordinates = np.stack([np.zeros(200), (np.linspace(170, 190, 200) + 180) % 360 - 180], axis=1)
     rule = exclude.Within(coordinates, coordinates, 500.0)
-    rows, _ = neighbors.find(index.Exact(gallery), gallery, 15, [rule])
+    rows, _ = neighbors.search_neighbors(index.Exact(gallery), gallery, 15, [rule])
     apart = 20 / 199 * np.abs(rows - np.arange(200)[:, None]) * 111.19
     assert (rows >= 0).all() and (apart >= 500).all() and (apart < 520).any()
 
@@ -99,7 +99,7 @@ def test_rules_add_up_and_whoever_is_left_with_few_gets_a_mask(gallery):
         exclude.SameAuthor(authors, authors),
         exclude.Within(coordinates, coordinates, 1000.0),
     ]
-    rows, scores = neighbors.find(index.Exact(gallery), gallery, 60, rules)
+    rows, scores = neighbors.search_neighbors(index.Exact(gallery), gallery, 60, rules)
     assert ((rows >= 0).sum(1) == 50).all() and (rows[:, 50:] == -1).all() and np.isneginf(scores[:, 50:]).all()
     own = np.arange(200)[:, None]
     assert ((rows[:, :50] < 100) != (own < 100)).all() and (rows[:, :50] % 2 != own % 2).all()

@@ -20,7 +20,7 @@ from geotoken_jax.geo.cells import CellScheme
 from geotoken_jax.stages import audit
 from tests import fixtures
 
-look = nnx.jit(per_level.look)
+look = nnx.jit(per_level.decoder_outputs)
 #: Kilometers per degree of latitude.
 DEGREE = math.pi * 6371 / 180
 #: Levels 0, 2, 4 and 6, with cells 9,220, 2,305, 576 and 144 km wide.
@@ -58,7 +58,7 @@ def seen():
         [nobody, nobody, nobody],
     ]
     confidence = np.tile(np.array([[0.9], [0.8], [0.3], [0.2]]), 4)
-    return per_level.Seen(
+    return per_level.DecoderOutputs(
         CELLS, tokens, np.full((4, 4), math.log(4)), np.ones((4, 4)), confidence, tokens * [1, 1, 1, -1], greedy,
         np.array(near), np.stack([latitude + towards * OFF, longitude], -1), np.arange(4),
     )  # fmt: skip
@@ -120,7 +120,7 @@ def test_the_page_says_which_level_it_is_in_one_sentence(figures):
 def test_nothing_wrong_is_nothing_lost(config):
     of = seen()
     right = CELLS.decode(of.tokens)
-    perfect = per_level.Seen(**{**vars(of), "greedy": of.tokens, "coordinates": np.stack(right, -1)})
+    perfect = per_level.DecoderOutputs(**{**vars(of), "greedy": of.tokens, "coordinates": np.stack(right, -1)})
     found = {"levels": [{"level": 0}] * 4, "splits": {"test": per_level.split_figures(perfect, config.evaluate)}}
     assert "every greedy answer" in per_level.bottleneck_sentence(found, "test")
     assert "no GeoScore is lost" in per_level.cause_sentence(found, "test")
@@ -199,7 +199,7 @@ def made(tmp_path_factory, config):
 
 
 def test_every_photo_of_every_split_is_seen_once(made, config):
-    found = audit.see(config, Workdir(made), "geotoken")
+    found = audit.split_outputs(config, Workdir(made), "geotoken")
     assert {split: len(of.tokens) for split, of in found.items()} == {"test": 6, "validation": 3}
     test = found["test"]
     assert np.isfinite(test.loss).all() and test.clusters[1] == test.clusters[2] and len(set(test.clusters)) == 4

@@ -53,7 +53,7 @@ def rows():
 def seen(where, gallery, cells, rows, mesh):
     """Returns the bits of the embeddings, the tokens, and the arrays that stay on the devices."""
     settings = placement.GallerySettings(where)
-    resident = placement.resident(gallery, cells, settings, mesh)
+    resident = placement.device_arrays(gallery, cells, settings, mesh)
     batch = join.neighbor_rows(rows) if settings.on_device else join.neighbors(gallery, rows, cells)
     find = jax.jit(placement.lookup(settings, mesh))
     embeddings, tokens = find({**jax.device_put(batch, sharding.batch_sharding(mesh)), **resident})
@@ -101,7 +101,7 @@ def test_a_device_holds_its_part_and_tokens_of_the_smallest_type(gallery, where,
         (CellScheme(20, 5), np.uint16),
         (CellScheme(20, 10), np.uint32),
     ):
-        found = placement.resident(gallery, cells, settings, mesh)
+        found = placement.device_arrays(gallery, cells, settings, mesh)
         expected = placement.layout(N, C, cells, settings, mesh)
         assert {name: (a.shape, a.dtype, a.sharding) for name, a in found.items()} == {
             name: (a.shape, a.dtype, a.sharding) for name, a in expected.items()
@@ -109,7 +109,7 @@ def test_a_device_holds_its_part_and_tokens_of_the_smallest_type(gallery, where,
         assert found["gallery_tokens"].dtype == token
         for name, shape in (("gallery_embeddings", (each, 3 * C)), ("gallery_tokens", (each, cells.length))):
             assert [part.data.shape for part in found[name].addressable_shards] == [shape] * 8
-    assert placement.resident(gallery, cells, placement.GallerySettings("host"), mesh) == {}
+    assert placement.device_arrays(gallery, cells, placement.GallerySettings("host"), mesh) == {}
 
 
 def test_the_table_is_read_once_and_never_whole_where_it_is_sharded(gallery, monkeypatch):
@@ -117,7 +117,7 @@ def test_the_table_is_read_once_and_never_whole_where_it_is_sharded(gallery, mon
     monkeypatch.setattr(table.Table, "embeddings", lambda self, rows: read.append(rows) or embeddings(self, rows))
     for where, expected in (("sharded", [(3 * i, min(3 * i + 3, N)) for i in range(8)]), ("replicated", [(0, N)])):
         read.clear()
-        placement.resident(gallery, CellScheme(20, 2), placement.GallerySettings(where), make_mesh((2, 2, 2)))
+        placement.device_arrays(gallery, CellScheme(20, 2), placement.GallerySettings(where), make_mesh((2, 2, 2)))
         assert [(part.start, part.stop) for part in read] == expected
 
 
@@ -139,7 +139,7 @@ def test_the_loss_is_the_same(gallery, rows):
         near = join.neighbor_rows(rows) if settings.on_device else join.neighbors(gallery, rows, s.cells)
         split = {"query": batch["query"], "tokens": batch["tokens"], **near}
         inputs = jax.device_put(split, sharding.batch_sharding(mesh))
-        inputs |= placement.resident(gallery, s.cells, settings, mesh)
+        inputs |= placement.device_arrays(gallery, s.cells, settings, mesh)
         found.append(nnx.jit(fixtures.task(s, where, mesh).loss)(model, inputs, None))
     for other in found[1:]:
         for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(found[0]), strict=True):

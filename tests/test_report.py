@@ -261,8 +261,8 @@ def test_neighbors_are_found_although_the_gallery_lacks_a_photo(made):
     assert thumbnail(gallery, "train-38") != thumbnail(gallery, "train-0")
     assert "<img" not in thumbnail(gallery, "train-3")
     assert data_uri(train[38].image, 72) in thumbnail(gallery, "train-38")
-    assert gallery.near(np.array([train[20].latitude, train[20].longitude])) == f"{NASTY}, Japan"
-    assert gallery.near(np.array([-85.0, 0.0])) == ""
+    assert gallery.place_near(np.array([train[20].latitude, train[20].longitude])) == f"{NASTY}, Japan"
+    assert gallery.place_near(np.array([-85.0, 0.0])) == ""
 
 
 def test_a_place_that_was_sampled_twice_is_listed_once(made):

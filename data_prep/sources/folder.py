@@ -49,7 +49,7 @@ class Listing:
             yield row if isinstance(row, Drop) else _load(row, file, self.exif)
 
 
-class Listed(abc.ABC):
+class ListedSource(abc.ABC):
     """A source of photos (`data_prep.sources.Source`) that lists all of them first, once per process."""
 
     provenance: Provenance
@@ -69,12 +69,12 @@ class Listed(abc.ABC):
 
 
 @functools.lru_cache(maxsize=1)
-def _listing(source: Listed) -> Listing:
+def _listing(source: ListedSource) -> Listing:
     return source.listing()
 
 
 @dataclasses.dataclass(frozen=True)
-class Folder(Listed):
+class Folder(ListedSource):
     """The folder as a source. No author is in two splits.
 
     Photos are in the order of the CSV, or sorted by id if there is no CSV.
@@ -185,7 +185,7 @@ def _load(photo: Photo, file: str, exif: bool) -> Photo | Drop:
         return dataclasses.replace(photo, image=image)
     coordinates = images.gps(image)
     if coordinates is None:
-        return Drop(photo.id, images.fault(image) or "no GPS")
+        return Drop(photo.id, images.drop_reason(image) or "no GPS")
     latitude, longitude = coordinates
     captured = images.captured(image)
     return dataclasses.replace(photo, image=image, latitude=latitude, longitude=longitude, captured=captured)

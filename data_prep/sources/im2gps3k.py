@@ -7,14 +7,14 @@ import dataclasses
 
 from data_prep.csv_rows import read_rows
 from data_prep.sources import FLICKR, Provenance
-from data_prep.sources.folder import Listed, Listing, existing_file, pair, walk
+from data_prep.sources.folder import ListedSource, Listing, existing_file, pair, walk
 from geotoken_jax.preparation import Im2gps3kSettings
 
 _COLUMNS = {"id": "IMG_ID", "author": "AUTHOR", "latitude": "LAT", "longitude": "LON"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Im2gps3k(Listed):
+class Im2gps3k(ListedSource):
     """The benchmark as a source. All photos are in `test`, in the order of the CSV."""
 
     settings: Im2gps3kSettings

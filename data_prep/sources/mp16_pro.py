@@ -25,7 +25,7 @@ from etils import epath
 from jaxtyping import Bool, Int, UInt8
 
 from data_prep import csv_rows, tar_parts
-from data_prep.placeholder import identical, looks_like
+from data_prep.placeholder import is_placeholder, repeated_files
 from data_prep.sources import FLICKR, Drop, Photo, Provenance
 from geotoken_jax import records, workdir
 from geotoken_jax.preparation import MP16ProSettings
@@ -103,7 +103,7 @@ class MP16Pro:
         if not row.country:
             return Drop(row.id, "no country")
         image = tar_parts.data(parts, info)
-        if looks_like(image, self.settings.placeholder):
+        if is_placeholder(image, self.settings.placeholder):
             return Drop(row.id, "placeholder")
         return dataclasses.replace(row, image=image)
 
@@ -194,7 +194,7 @@ def _make_survey(parts: tar_parts.Parts, rows: tuple[np.ndarray, ...], settings:
     def read(n: int) -> bytes:
         return tar_parts.data(parts, tar_parts.member(parts, int(offset[kept[n]])))
 
-    fate[kept[identical(size[kept], read, settings.placeholder.identical)]] = REASONS.index("identical bytes")
+    fate[kept[repeated_files(size[kept], read, settings.placeholder.identical)]] = REASONS.index("identical bytes")
     taken, earliest = np.zeros(len(row_key), bool), np.zeros(len(row_key), bool)
     taken[row[row >= 0]] = True
     earliest[first] = True

@@ -7,7 +7,7 @@ import dataclasses
 
 from data_prep.csv_rows import read_rows
 from data_prep.sources import FLICKR, Provenance
-from data_prep.sources.folder import Listed, Listing, existing_file, pair, walk
+from data_prep.sources.folder import ListedSource, Listing, existing_file, pair, walk
 from geotoken_jax.preparation import YfccSettings
 
 _COLUMNS = {"id": "IMG_ID", "latitude": "LAT", "longitude": "LON"}
@@ -17,7 +17,7 @@ _INFO = {"id": 1, "longitude": 12, "latitude": 13}
 
 
 @dataclasses.dataclass(frozen=True)
-class Yfcc(Listed):
+class Yfcc(ListedSource):
     """One of the two benchmarks as a source. All photos are in `test`, in the order of the table."""
 
     settings: YfccSettings

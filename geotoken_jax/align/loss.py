@@ -112,7 +112,7 @@ def sigmoid(
     return _mean(jax.nn.softplus(-positives) + total, targets), _mean(positives >= maximum, targets)
 
 
-def fingerprint(x: Float[Array, "B C"]) -> Float[Array, "B 4"]:
+def text_keys(x: Float[Array, "B C"]) -> Float[Array, "B 4"]:
     """Returns a key per row, equal for equal rows: a hash of 64 bits, as four 16-bit integers in float32."""
     bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0, x.astype(jnp.float32)), jnp.uint32)  # -0.0 equals 0.0
     # XOR with a random number per position, so that the order of values counts, and MurmurHash3's finalizer, so that
@@ -124,7 +124,7 @@ def fingerprint(x: Float[Array, "B C"]) -> Float[Array, "B 4"]:
     return jnp.concatenate([sums >> 16, sums & 0xFFFF]).T.astype(jnp.float32)
 
 
-def places(coordinates: Float[Array, "B 2"]) -> Float[Array, "B 3"]:
+def place_keys(coordinates: Float[Array, "B 2"]) -> Float[Array, "B 3"]:
     """Returns keys of coordinates in degrees: points on the unit sphere, accurate to 1 m."""
     return jnp.asarray(to_unit_vectors(*jnp.moveaxis(coordinates, -1, 0)))
 

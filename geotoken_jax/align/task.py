@@ -82,16 +82,16 @@ class AlignTask:
         image, text, coordinates = batch["image"], batch["text"], batch["coordinates"]
         valid = batch.get("valid", jnp.ones(len(image), bool))
         has_text = valid & (text != 0).any(axis=1)
-        texts = Targets(model.text(text, rngs), contrast.fingerprint(text), has_text)
+        texts = Targets(model.text(text, rngs), contrast.text_keys(text), has_text)
         text_loss, text_accuracy = self._contrast(model, "text", model.image_to_text(image, rngs), texts)
-        places = Targets(model.location(coordinates), contrast.places(coordinates), valid)
+        places = Targets(model.location(coordinates), contrast.place_keys(coordinates), valid)
         queue = None
         if self._loss.queue and key is not None:
             past = model.queue[...]
             model.queue[...] = jnp.concatenate([coordinates, past])[: self._loss.queue]
             known = jnp.isfinite(past).all(axis=1)
             past = jnp.where(known[:, None], past, 0)
-            queue = Targets(model.location(past), contrast.places(past), known)
+            queue = Targets(model.location(past), contrast.place_keys(past), known)
         location_loss, location_accuracy = self._contrast(
             model, "location", model.image_to_location(image, rngs), places,
             reach=contrast.reach(self._loss.same_within_km), queue=queue,

@@ -23,11 +23,11 @@ def score(
 
     rows: rows of `truth`, at least one. reference: variant to compare with; options.reference if empty.
     """
-    return evaluate.score_part(
+    return evaluate.score_subset(
         methods, truth, rows, dataclasses.replace(options, reference=reference or options.reference)
     )
 
 
-def answers(methods: Sequence[Method]) -> list[Method]:
+def main_methods(methods: Sequence[Method]) -> list[Method]:
     """Returns the one method per file of predictions that is its answer, without other selectors and bounds."""
     return [method for method in methods if method.main]

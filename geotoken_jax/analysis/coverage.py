@@ -85,7 +85,7 @@ def split_photos(
     tree: unit vectors of the gallery's coordinates. of_gallery: continent and country per gallery photo.
     """
     rows, km = _nearest(tree, gallery, truth)
-    return SplitPhotos(truth, audit.answers(methods), _regions(truth, rows, km, of_gallery), km)
+    return SplitPhotos(truth, audit.main_methods(methods), _regions(truth, rows, km, of_gallery), km)
 
 
 def figures(
@@ -98,7 +98,8 @@ def figures(
 ) -> dict[str, Any]:
     """Returns the figures of the audit: photos by region and cell, accuracy by distance, and accuracy without a region.
 
-    of_gallery: continent and country per gallery photo. masked: result of `mask`. level: S2 level of the cells.
+    of_gallery: continent and country per gallery photo. masked: result of `score_without_regions`. level: S2 level of
+    the cells.
     """
     regions = {name: of.regions for name, of in splits.items()}
     return {
@@ -212,7 +213,7 @@ def _density(
     ids = scheme.cell_ids(np.asarray(scheme.regroup(gallery.tokens())))
     cells, first, cell_of, counts = np.unique(ids, return_index=True, return_inverse=True, return_counts=True)
     densest = np.argsort(-counts, kind="stable")[:10]
-    latitude, longitude = scheme.decode(scheme.tokens_of(cells[densest]))
+    latitude, longitude = scheme.decode(scheme.from_cell_ids(cells[densest]))
     density: dict[str, Any] = {
         "level": level,
         "cells": len(cells),
@@ -263,7 +264,7 @@ def _by_distance(
     return {"median_km": round(float(np.median(km)), 6), "bins": bins, "all": everything}
 
 
-def mask(
+def score_without_regions(
     split: str,
     of: SplitPhotos,
     of_gallery: Shaped[np.ndarray, "N 2"],

@@ -94,7 +94,7 @@ def _continents(methods: Sequence[Method], truth: CoordinateTable, options: Eval
     methods, scores = [m for m in methods if m.main], []
     for name in sorted(set(names), key=lambda name: (-names.count(name), name)):
         rows = np.flatnonzero(np.array(names) == name)
-        scores.append({"name": name, **score_part(methods, truth, rows, options)})
+        scores.append({"name": name, **score_subset(methods, truth, rows, options)})
     return scores if len(scores) > 1 or names[0] != regions.UNKNOWN else []
 
 
@@ -109,11 +109,11 @@ def _clean(
     rows = np.flatnonzero(~known.leaked(*kinds))
     left_out = {kind: int(known.leaked(kind).sum()) for kind in kinds}
     main = [m for m in methods if m.main]
-    scores = score_part(main, truth, rows, options) if len(rows) else {"photos": 0, "methods": []}
+    scores = score_subset(main, truth, rows, options) if len(rows) else {"photos": 0, "methods": []}
     return {"left_out": left_out, **scores}
 
 
-def score_part(
+def score_subset(
     methods: Sequence[Method], truth: CoordinateTable, rows: Int[np.ndarray, "n"], options: EvaluateSettings
 ) -> dict[str, Any]:
     """Returns the scores of the methods on a subset of the photos. rows: rows of `truth`, at least one."""

@@ -46,7 +46,7 @@ def ranked(method: Method, count: int = _SHOWN) -> dict[str, Int[np.ndarray, "n"
     return {"best": order[:count], "median": order[middle : middle + count], "worst": order[::-1][:count]}
 
 
-class Gallery:
+class PhotoLookup:
     """Lookup of photos by id, and of place names by coordinates, in one split."""
 
     def __init__(self, photos: Photos, table: Table, wanted: Iterable[str] = ()):
@@ -57,7 +57,7 @@ class Gallery:
         rows = np.flatnonzero(np.isin(self._ids, np.array([name.encode() for name in wanted], self._ids.dtype)))
         self._row = {bytes(self._ids[row]).decode(): int(row) for row in rows}
 
-    def near(self, at: Float[np.ndarray, "2"]) -> str:
+    def place_near(self, at: Float[np.ndarray, "2"]) -> str:
         """Returns the place name of the nearest photo, or "" if no photo is within 100 km. at: degrees."""
         cosine = self._vectors @ distance.to_unit_vectors(*at)
         nearest = int(np.argmax(cosine))

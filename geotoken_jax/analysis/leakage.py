@@ -56,7 +56,7 @@ def figures(
     leaks: result of `overlap.find`. above: cosine that `leaks` was found with.
     """
     splits = {
-        split: _figures(truth, audit.answers(methods[split]), leaks[split], gallery, scoring)
+        split: _figures(truth, audit.main_methods(methods[split]), leaks[split], gallery, scoring)
         for split, truth in truths.items()
     }
     return {"cosine_above": above, "gallery": len(gallery), "splits": splits}

@@ -45,7 +45,7 @@ class MaskedGallery:
         left_out = self._excluded(rows)
         queries = index_vectors(self._queries.embeddings(rows))
         subset, count = _Subset(self._gallery, kept), self._answerer.decoder.neighbors
-        neighbor_rows, scores = neighbors.find(subset, queries, count, left_out)
+        neighbor_rows, scores = neighbors.search_neighbors(subset, queries, count, left_out)
         placed = np.full((2, len(rows), 2), np.nan)
         has_neighbor = neighbor_rows[:, 0] >= 0
         placed[0, has_neighbor] = self._gallery.coordinates(neighbor_rows[has_neighbor, 0])

@@ -28,7 +28,7 @@ _SCORES = 30
 
 
 @dataclasses.dataclass(frozen=True)
-class Near:
+class NeighborSample:
     """Neighbors of n photos of a split, K per photo, most similar first.
 
     photos: number of photos of the whole split. km: distance of each neighbor from the photo, NaN for a missing
@@ -44,10 +44,12 @@ class Near:
     @property
     def trained_on(self) -> bool:
         """Whether the decoder trains on this split."""
-        return self.split in (views.OF, views.SPLIT)
+        return self.split in (views.SOURCE_SPLIT, views.VIEWS_SPLIT)
 
 
-def figures(samples: Sequence[Near], neighbors: Mapping[str, Any], scoring: EvaluateSettings) -> dict[str, Any]:
+def figures(
+    samples: Sequence[NeighborSample], neighbors: Mapping[str, Any], scoring: EvaluateSettings
+) -> dict[str, Any]:
     """Returns the quality of the neighbors of every split, and the gaps between train photos and other splits.
 
     neighbors: settings of index.neighbors that the neighbors were searched with.
@@ -62,7 +64,7 @@ def figures(samples: Sequence[Near], neighbors: Mapping[str, Any], scoring: Eval
 
 
 def histograms(
-    samples: Sequence[Near], rank: int
+    samples: Sequence[NeighborSample], rank: int
 ) -> tuple[Float[np.ndarray, "bins"], Float[np.ndarray, "splits bins"]]:
     """Returns histograms of the scores of the neighbors of one rank: bin centers, and the share of photos per bin.
 
@@ -90,7 +92,9 @@ def table(figures: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", *(verdict(gap) for gap in figures["gaps"])])
 
 
-def sample(split: str, table: Table, gallery: Table, rows_and_scores: tuple[np.ndarray, np.ndarray], seed: int) -> Near:
+def sample(
+    split: str, table: Table, gallery: Table, rows_and_scores: tuple[np.ndarray, np.ndarray], seed: int
+) -> NeighborSample:
     """Returns the neighbors of all photos of a split, or of 100,000 random photos if the split has more.
 
     table: table of the split. rows_and_scores: gallery rows and scores of the neighbors of all photos, from neighbors/.
@@ -106,10 +110,10 @@ def sample(split: str, table: Table, gallery: Table, rows_and_scores: tuple[np.n
     ids, authors = ([name.decode() for name in column(rows).tolist()] for column in (table.ids, table.authors))
     extra: list[dict[str, Any]] = [{"author": author} for author in authors]
     truth = CoordinateTable(split, ids, coordinates, np.zeros((len(rows), 0, 2)), False, extra)
-    return Near(split, n, np.where(neighbors < 0, np.nan, km), scores, truth)
+    return NeighborSample(split, n, np.where(neighbors < 0, np.nan, km), scores, truth)
 
 
-def split_figures(near: Near, scoring: EvaluateSettings) -> dict[str, Any]:
+def split_figures(near: NeighborSample, scoring: EvaluateSettings) -> dict[str, Any]:
     """Returns the figures of one split: accuracy of the first and of the nearest neighbor, counts of missing neighbors,
     and the share of photos per rank whose neighbor is within each of THRESHOLDS_KM."""
     count = near.km.shape[1]
@@ -147,9 +151,9 @@ def gaps(splits: Mapping[str, Any]) -> list[dict[str, Any]]:
     The splits share no author, so they are independent. The interval of a difference therefore comes from the intervals
     of its two terms (Zou and Donner 2008). The result is empty if there is no train split.
     """
-    if views.OF not in splits:
+    if views.SOURCE_SPLIT not in splits:
         return []
-    train = splits[views.OF]["methods"][0]["accuracy"]
+    train = splits[views.SOURCE_SPLIT]["methods"][0]["accuracy"]
     differences = []
     for split, of in splits.items():
         if of["trained_on"]:

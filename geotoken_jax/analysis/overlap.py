@@ -31,7 +31,7 @@ class Leaks:
         return np.any([self.rows[kind] >= 0 for kind in kinds or self.rows], axis=0)
 
 
-def find(workdir: Workdir, truths: Mapping[str, CoordinateTable], above: float) -> dict[str, Leaks]:
+def find_leaks(workdir: Workdir, truths: Mapping[str, CoordinateTable], above: float) -> dict[str, Leaks]:
     """Returns the leaks of every split from the whole gallery of a work directory. The gallery is read once.
 
     truths: photos by split, with authors in `extra`. above: cosine above which two photos are near-duplicates, see

@@ -38,7 +38,7 @@ CAUSES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Seen:
+class DecoderOutputs:
     """Decoder outputs for the n photos of a split, at each of their T tokens.
 
     Given the true tokens before (teacher-forced): loss of the true token and entropy, in nats; guess, the most probable
@@ -82,7 +82,7 @@ class Seen:
         return distance.EARTHS[earth](*self.cells.decode(self.greedy), *self.coordinates.T)
 
 
-def figures(name: str, variant: str, seen: Mapping[str, Seen], scoring: EvaluateSettings) -> dict[str, Any]:
+def figures(name: str, variant: str, seen: Mapping[str, DecoderOutputs], scoring: EvaluateSettings) -> dict[str, Any]:
     """Returns the figures of the audit for every split and level.
 
     name: label of the variant. seen: decoder outputs by split.
@@ -141,8 +141,8 @@ def _most(figures: Mapping[str, Any], of: Mapping[str, Any], key: str) -> str:
     return f"{level:>6g}{100 * value:>7.1f}"
 
 
-def look(model: "GeoTokenModel", batch: Mapping[str, Any]) -> dict[str, Array]:
-    """Returns the decoder outputs of a batch of photos, by the field names of Seen. batch: see data.join."""
+def decoder_outputs(model: "GeoTokenModel", batch: Mapping[str, Any]) -> dict[str, Array]:
+    """Returns the decoder outputs of a batch of photos, by the field names of DecoderOutputs. batch: see data.join."""
     from geotoken_jax.model.loss import cross_entropy
     from geotoken_jax.model.memory import Neighbors
     from geotoken_jax.predict import sample
@@ -163,7 +163,9 @@ def look(model: "GeoTokenModel", batch: Mapping[str, Any]) -> dict[str, Array]:
     }
 
 
-def see(compiled: Callable, cells: Scheme, batches: Iterable[Mapping[str, Any]], table: Table) -> Seen:
+def split_outputs(
+    compiled: Callable, cells: Scheme, batches: Iterable[Mapping[str, Any]], table: Table
+) -> DecoderOutputs:
     """Returns the decoder outputs of all photos of a split.
 
     compiled: compiled `look`, a function of a batch. batches: batches of data.pipeline.evaluation; their `valid` marks
@@ -176,7 +178,7 @@ def see(compiled: Callable, cells: Scheme, batches: Iterable[Mapping[str, Any]],
         parts.append({name: np.asarray(values)[valid] for name, values in compiled(batch).items()})
     outputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     clusters = bootstrap.clusters(*(column.astype(str).tolist() for column in (table.authors(), table.ids())))
-    return Seen(cells, **outputs, coordinates=table.coordinates(), clusters=clusters)
+    return DecoderOutputs(cells, **outputs, coordinates=table.coordinates(), clusters=clusters)
 
 
 def s2_levels(cells: Scheme) -> Float[np.ndarray, "T"]:
@@ -201,7 +203,7 @@ def _votes(near: Int[np.ndarray, "n M T"], tokens: Int[np.ndarray, "n T"]) -> In
     return np.cumprod(near == tokens[:, None], axis=-1).sum(axis=1)
 
 
-def _ratios(seen: Seen, scoring: EvaluateSettings) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def _ratios(seen: DecoderOutputs, scoring: EvaluateSettings) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Returns numerators and denominators, [n, T] each, of the estimates of every token.
 
     An estimate is the sum of its numerators over photos divided by the sum of its denominators. `held_wrong_by_chance`
@@ -241,7 +243,7 @@ def _ratios(seen: Seen, scoring: EvaluateSettings) -> dict[str, tuple[np.ndarray
     }
 
 
-def split_figures(seen: Seen, scoring: EvaluateSettings) -> dict[str, Any]:
+def split_figures(seen: DecoderOutputs, scoring: EvaluateSettings) -> dict[str, Any]:
     """Returns the figures of one split. An estimate is None if its denominator is zero."""
     ratios = _ratios(seen, scoring)
     sums = np.stack([part for pair in ratios.values() for part in pair], axis=1).astype(np.float64)

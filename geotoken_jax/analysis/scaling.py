@@ -56,7 +56,7 @@ def layer_parameters(s: ModelSettings) -> int:
 
 def runs(config: Config) -> list[Run]:
     """Returns all runs of config.scaling in the order of their numbers; the held-out run is the last."""
-    s = study(config)
+    s = scaling_settings(config)
     (fewest, few_examples), (most, examples) = s.photos[0], s.photos[-1]
     plan = [
         _run(config, s, f"{size}_{photos}", "grid", size, photos, seen)
@@ -85,7 +85,7 @@ def spent_on(size: str, budget: float) -> str:
     return f"{size}_{budget:g}".replace("+", "")
 
 
-def study(config: Config) -> ScalingSettings:
+def scaling_settings(config: Config) -> ScalingSettings:
     """Returns config.scaling. Raises SettingsError if the configuration has no such section."""
     if config.scaling is None:
         raise SettingsError(f"configs/{config.name}.py has no section `scaling`: use --config=configs/scaling.py")
@@ -150,7 +150,7 @@ def noise(rows: list[dict[str, Any]], s: ScalingSettings) -> float | None:
     return float(np.std(losses, ddof=1)) if len(losses) > 1 else None
 
 
-def miss(rows: list[dict[str, Any]], folder: epath.Path, s: ScalingSettings) -> dict[str, Any] | None:
+def forecast_error(rows: list[dict[str, Any]], folder: epath.Path, s: ScalingSettings) -> dict[str, Any] | None:
     """Returns the stored forecast with the measured loss and two values to compare with.
 
     The result is None until the held-out run is complete and the forecast is stored. `measured`: loss of the held-out

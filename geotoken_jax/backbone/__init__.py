@@ -50,7 +50,7 @@ class Backbone(Protocol):
         ...
 
 
-def made_with(settings: BackboneSettings) -> dict[str, Any]:
+def feature_settings(settings: BackboneSettings) -> dict[str, Any]:
     """Returns the settings that features depend on: not the checkpoint's path and the batch size, but its fingerprint.
 
     Raises SettingsError if there is no checkpoint.

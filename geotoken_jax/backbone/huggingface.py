@@ -18,7 +18,6 @@ from geotoken_jax.backbone.clip import Clip
 from geotoken_jax.backbone.settings import HuggingFaceSettings
 from geotoken_jax.backbone.siglip import Siglip
 from geotoken_jax.backbone.tokenizer import Tokenizer
-from geotoken_jax.batch import filled
 from geotoken_jax.settings import SettingsError
 
 #: Supported values of model_type in config.json.
@@ -115,7 +114,7 @@ class HuggingFace:
             # Rows per device are padded to a power of two: one photo costs little, and few shapes are compiled.
             padded = self._batch_devices * 2 ** math.ceil(math.log2(math.ceil(len(part) / self._batch_devices)))
             size = batch_rows or min(most, padded)
-            batches.append((compiled(filled(part, size)), len(part)))
+            batches.append((compiled(padded(part, size)), len(part)))
         features = [np.asarray(batch)[:n] for batch, n in batches]
         return np.concatenate([np.zeros((0, self.width), np.float32), *features])
 

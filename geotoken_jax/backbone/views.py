@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 #: The split whose photos have views, and the split that contains these views.
-OF, SPLIT = "train", "train_views"
+SOURCE_SPLIT, VIEWS_SPLIT = "train", "train_views"
 _TONES = np.linspace(0, 1, 256)
 
 

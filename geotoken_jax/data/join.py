@@ -67,7 +67,7 @@ class Tokens:
             # The photo's embeddings always come from the host. They are 4.6 KB per photo, a 15th of the size of
             # 15 neighbors, and the table on the devices contains photos of the gallery's split only.
             "query": self._own.embeddings(records["row"]),
-            "tokens": self._cells.of_stored(records["tokens"], self._own.coordinates(records["row"])),
+            "tokens": self._cells.from_stored(records["tokens"], self._own.coordinates(records["row"])),
             **(neighbor_rows(best) if self._gallery is None else neighbors(self._gallery, best, self._cells)),
             **({"context": context(self._own.captured(records["row"]), self._times)} if self._times else {}),
         }
@@ -111,7 +111,7 @@ class Subset:
         return self._whole(self._rows[rows])
 
 
-def chosen(ids: Sequence[np.ndarray], settings: DataSettings) -> Int[np.ndarray, "n"]:
+def choose_rows(ids: Sequence[np.ndarray], settings: DataSettings) -> Int[np.ndarray, "n"]:
     """Returns the rows, ascending, of a random choice of photos and their views, as rows of a Concatenation.
 
     ids: ids of the photos of each split. Photos are chosen from the first split. The others contain views, which have
@@ -147,7 +147,7 @@ def neighbors(gallery: Table, rows: np.ndarray, cells: Scheme) -> dict[str, np.n
     present = np.where(rows < 0, 0, rows)
     return {
         "neighbors": gallery.embeddings(present),
-        "neighbor_tokens": cells.of_stored(gallery.tokens(present), gallery.coordinates(present)),
+        "neighbor_tokens": cells.from_stored(gallery.tokens(present), gallery.coordinates(present)),
         "neighbor_count": _count(rows),
     }
 

@@ -189,7 +189,7 @@ def write_examples(workdir: Workdir, variant: str, count: int, folder: epath.Pat
     Continents take turns. The share of examples with a correct prediction equals the share among the photos that they
     are drawn from, so the page does not flatter the model. Without predictions for `test` there are no examples.
     """
-    predicted = workdir.answers(variant, "test")
+    predicted = workdir.predictions_file(variant, "test")
     if not predicted.exists():
         return []
     with predicted.open() as file:

@@ -67,7 +67,7 @@ def cost(config: Config, workdir: Workdir, variant: str, folder: epath.Path) -> 
         rows = [slice(first, first + size) for first in range(0, len(queries), size)]
         kind = "int8" if exported else "bfloat16"
         predicted = [
-            coordinates(answerer.of_vectors(searched, queries.embeddings(part), queries.captured(part))[0])
+            coordinates(answerer.from_vectors(searched, queries.embeddings(part), queries.captured(part))[0])
             for part in track(rows, f"predict with {kind}", len(rows), "batches")
         ]
         predicted, truth = np.concatenate(predicted), queries.coordinates()

@@ -59,11 +59,11 @@ def save(path: epath.Path, blocks: Iterable[Float32[np.ndarray, "n E"]], n: int,
     partial.replace(path)
 
 
-def open(path: epath.Path) -> Vectors:
+def open_encodings(path: epath.Path) -> Vectors:
     """Returns the vectors stored by `save` or `quantize`, memory-mapped."""
     values = records.open_array(path)
     if values.dtype == np.int8:
-        return int8.Quantized(values, records.open_array(_scales(path)))
+        return int8.Int8Vectors(values, records.open_array(_scales(path)))
     return values.view(ml_dtypes.bfloat16)
 
 

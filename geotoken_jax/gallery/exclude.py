@@ -114,7 +114,7 @@ class Within:
         return np.asarray(km) < self._km
 
 
-def rules(
+def exclusions(
     exclude: ExcludeSettings,
     queries: Table,
     rows: slice | Int[np.ndarray, "n"],

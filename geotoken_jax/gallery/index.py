@@ -327,7 +327,7 @@ def _open(part: epath.Path, threads: int) -> Exact | Scann:
     if facts["kind"] == "exact":
         vectors = records.open_array(part / "vectors.npy")
         if vectors.dtype == np.int8:
-            return Exact(int8.Quantized(vectors, records.open_array(part / "scales.npy")))
+            return Exact(int8.Int8Vectors(vectors, records.open_array(part / "scales.npy")))
         return Exact(vectors)
     scann = _import_scann()
     if (part / "scann_docids.pkl").exists():  # ScaNN would unpickle it, and so run any code in it

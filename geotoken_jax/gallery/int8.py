@@ -40,7 +40,7 @@ def write(vectors: Float[Any, "N *n C"], path: epath.Path, scales: epath.Path) -
     partial.replace(path)
 
 
-class Quantized:
+class Int8Vectors:
     """Int8 vectors [N, D] as a geotoken_jax.gallery.index.Vectors: rows are restored to float32 when they are read."""
 
     def __init__(self, values: Int8[np.ndarray, "N D"], scale: Float32[np.ndarray, " N"]):

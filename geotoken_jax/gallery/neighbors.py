@@ -12,7 +12,7 @@ from geotoken_jax.gallery.index import Index
 _MARGIN, _LARGEST_MARGIN = 8, 2048
 
 
-def find(
+def search_neighbors(
     index: Index, query_vectors: Float32[np.ndarray, "n D"], k: int, exclude: Sequence[Exclusion] = ()
 ) -> tuple[Int32[np.ndarray, "n k"], Float32[np.ndarray, "n k"]]:
     """Returns gallery rows and scores of each query's k nearest neighbors, best first.

@@ -72,14 +72,14 @@ def layout(n: int, width: int, cells: Scheme, settings: GallerySettings, mesh: M
     }
 
 
-def resident(table: Table, cells: Scheme, settings: GallerySettings, mesh: Mesh) -> dict[str, jax.Array]:
+def device_arrays(table: Table, cells: Scheme, settings: GallerySettings, mesh: Mesh) -> dict[str, jax.Array]:
     """Returns the gallery's arrays on the devices, as `layout` describes them; none if placement is "host".
 
     They stay there over all steps. Each process reads only the rows of its local devices.
     """
     read = {
         "gallery_embeddings": lambda rows: table.embeddings(rows).reshape(-1, 3 * table.width),
-        "gallery_tokens": lambda rows: cells.of_stored(table.tokens(rows), table.coordinates(rows)),
+        "gallery_tokens": lambda rows: cells.from_stored(table.tokens(rows), table.coordinates(rows)),
     }
     target = layout(len(table), table.width, cells, settings, mesh)
     return {name: _put(read[name], len(table), wanted) for name, wanted in target.items()}

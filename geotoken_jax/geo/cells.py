@@ -115,7 +115,7 @@ class Scheme(abc.ABC):
             latitude[rows], longitude[rows] = self._center(columns, np)
         return latitude.reshape(tokens.shape[:-1]), longitude.reshape(tokens.shape[:-1])
 
-    def of_stored(
+    def from_stored(
         self, quads: UInt8[np.ndarray, "... Q"], coordinates: Float[np.ndarray, "... 2"]
     ) -> Int32[np.ndarray, "... T"]:
         """Returns this scheme's tokens of photos in a data set, which stores S2 tokens and coordinates.
@@ -198,7 +198,7 @@ class CellScheme(Scheme):
             ids = ids << np.uint64(2 * self.group) | column
         return (ids << np.uint64(1) | np.uint64(1)) << np.uint64(2 * (MAX_LEVEL - self.level))
 
-    def tokens_of(self, cell_ids: UInt64[np.ndarray, "..."]) -> Int32[np.ndarray, "... T"]:
+    def from_cell_ids(self, cell_ids: UInt64[np.ndarray, "..."]) -> Int32[np.ndarray, "... T"]:
         """Returns the tokens of S2 cells. A cell finer than `level` gets the tokens of its parent at `level`.
 
         Raises ValueError if a cell is coarser than `level` or a number is not an S2 cell id.
@@ -228,7 +228,7 @@ class CellScheme(Scheme):
         columns = [quads[..., k].astype(np.int32) for k in range(1 + self.level)]
         return xp.stack([columns[0], *_resplit(columns[1:], 1, self.group)], -1)
 
-    def of_stored(
+    def from_stored(
         self, quads: UInt8[np.ndarray, "... Q"], coordinates: Float[np.ndarray, "... 2"]
     ) -> Int32[np.ndarray, "... T"]:
         """Returns this scheme's tokens of photos in a data set, regrouped from the stored S2 tokens."""
@@ -299,9 +299,9 @@ class GridScheme(CellScheme):
         self._check_tokens(tokens)
         return super().cell_ids(self._translate(tokens, _TO_POSITION))
 
-    def tokens_of(self, cell_ids: UInt64[np.ndarray, "..."]) -> Int32[np.ndarray, "... T"]:
-        """Returns the tokens of S2 cells; see CellScheme.tokens_of."""
-        return self._translate(super().tokens_of(cell_ids), _TO_IJ)
+    def from_cell_ids(self, cell_ids: UInt64[np.ndarray, "..."]) -> Int32[np.ndarray, "... T"]:
+        """Returns the tokens of S2 cells; see CellScheme.from_cell_ids."""
+        return self._translate(super().from_cell_ids(cell_ids), _TO_IJ)
 
     def regroup(self, quads: UInt8[Array, "... Q"]) -> Int32[Array, "... T"]:
         """Returns this scheme's tokens from stored tokens of group 1; see CellScheme.regroup."""

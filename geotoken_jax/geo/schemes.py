@@ -159,7 +159,7 @@ class H3Scheme(_Digits):
         return centers[:, 0], centers[:, 1]
 
 
-class PlacesScheme(_Digits):
+class CityScheme(_Digits):
     """Converts coordinates to the country and number of the nearest city and an offset from the city, and back.
 
     The first token is the country, in the order of ISO codes. The second is the city's number in its country, from the
@@ -214,7 +214,7 @@ SCHEMES: Mapping[str, type[Scheme]] = {
     "s2_grid": GridScheme,
     "latlon": LatLonScheme,
     "h3": H3Scheme,
-    "places": PlacesScheme,
+    "places": CityScheme,
 }
 
 

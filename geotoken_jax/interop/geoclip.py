@@ -8,8 +8,8 @@
 
 WEIGHTS is the wheel that `pip download --no-deps geoclip` fetches, a folder with the wheel's `.pth` files, or a state
 dict of the whole published model as a `.pth`, `.safetensors` or `.npz` file. Only a `.pth` state dict needs torch; the
-wheel's `.pth` files do not. No code of the wheel is run, and only tensors are unpickled. `Locator` runs the encoders
-for `geotoken predict --method=geoclip`.
+wheel's `.pth` files do not. No code of the wheel is run, and only tensors are unpickled. `GeoCLIPPredictor` runs the
+encoders for `geotoken predict --method=geoclip`.
 """
 
 import argparse
@@ -103,7 +103,7 @@ def to_state_dict(model: GeoCLIP) -> dict[str, np.ndarray]:
     return {name: np.array(_transposed(name, np.asarray(variable[...])), order="C") for name, variable in variables}
 
 
-class Locator(Predictor):
+class GeoCLIPPredictor(Predictor):
     """GeoCLIP as published: ranks the 100,000 coordinates of its gallery by a softmax over their scores for a photo."""
 
     batch_size = 32

@@ -34,8 +34,8 @@ def spec(model: ModelSettings, size: int, on_device: bool = False) -> batch.Spec
     )
 
 
-def fake(model: ModelSettings, size: int, seed: int = 0) -> dict[str, np.ndarray]:
+def random_batch(model: ModelSettings, size: int, seed: int = 0) -> dict[str, np.ndarray]:
     """Returns a batch of random photos, each with all M neighbors."""
     sizes = np.array(model.cells.vocab_sizes)
-    arrays = batch.fake(spec(model, size), seed, {"tokens": sizes, "neighbor_tokens": sizes})
+    arrays = batch.random_batch(spec(model, size), seed, {"tokens": sizes, "neighbor_tokens": sizes})
     return {**arrays, "neighbor_count": np.full(size, model.neighbors, np.int32)}

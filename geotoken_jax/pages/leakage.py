@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from geotoken_jax.analysis import formats
-from geotoken_jax.analysis.examples import Gallery
+from geotoken_jax.analysis.examples import PhotoLookup
 from geotoken_jax.analysis.leakage import KINDS, PAIRS
 from geotoken_jax.pages import frame, worldmap
 from geotoken_jax.pages.frame import Piece, Section
@@ -20,8 +20,8 @@ _COLORS = dict(zip(KINDS, ("b5", "b4", "b3", "b0"), strict=True))
 def page(
     figures: Mapping[str, Any],
     coordinates: Mapping[str, np.ndarray],
-    photos: Mapping[str, Gallery],
-    gallery: Gallery,
+    photos: Mapping[str, PhotoLookup],
+    gallery: PhotoLookup,
     reference: str,
     source: frame.Source,
 ) -> str:
@@ -104,7 +104,7 @@ def _accuracy(splits: Mapping[str, Any], reference: str) -> list[Piece | str]:
     ]
 
 
-def _pairs(splits: Mapping[str, Any], photos: Mapping[str, Gallery], gallery: Gallery) -> list[Piece | str]:
+def _pairs(splits: Mapping[str, Any], photos: Mapping[str, PhotoLookup], gallery: PhotoLookup) -> list[Piece | str]:
     groups = []
     for split, of in splits.items():
         rows = []
@@ -123,5 +123,5 @@ def _pairs(splits: Mapping[str, Any], photos: Mapping[str, Gallery], gallery: Ga
     return [
         f"<p>Up to {PAIRS} leaked photos per kind and split, each with its gallery photo and the distance between "
         "their places. Near-duplicates are the most similar.</p>",
-        Table(["Kind", "Photo", "Gallery photo", "Distance", "Cosine"], groups),
+        Table(["Kind", "Photo", "PhotoLookup photo", "Distance", "Cosine"], groups),
     ]

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from geotoken_jax.analysis import formats, neighbor_gap
-from geotoken_jax.analysis.neighbor_gap import AT, Near
+from geotoken_jax.analysis.neighbor_gap import AT, NeighborSample
 from geotoken_jax.geo import distance
 from geotoken_jax.pages import frame
 from geotoken_jax.pages.chart import Chart, Panels, Series
@@ -14,7 +14,7 @@ from geotoken_jax.pages.frame import Piece, Section
 from geotoken_jax.pages.table import THRESHOLDS, Group, Row, Table, interval, points
 
 
-def page(figures: Mapping[str, Any], samples: Sequence[Near], source: frame.Source) -> str:
+def page(figures: Mapping[str, Any], samples: Sequence[NeighborSample], source: frame.Source) -> str:
     """Returns the page as HTML. figures: figures of the audit. samples: neighbors of each split, in the same order."""
     tiles = []
     for split, of in figures["splits"].items():
@@ -89,7 +89,7 @@ def _ranks(figures: Mapping[str, Any]) -> list[Piece | str]:
     ]
 
 
-def _scores(figures: Mapping[str, Any], samples: Sequence[Near]) -> list[Piece | str]:
+def _scores(figures: Mapping[str, Any], samples: Sequence[NeighborSample]) -> list[Piece | str]:
     charts = []
     for name, rank in (("First neighbor", 0), ("Last neighbor", figures["neighbors"] - 1)):
         scores, shares = neighbor_gap.histograms(samples, rank)

@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from geotoken_jax.analysis import formats
 from geotoken_jax.analysis.coordinates import CoordinateTable, Method
-from geotoken_jax.analysis.examples import Examples, Gallery, place_name
+from geotoken_jax.analysis.examples import Examples, PhotoLookup, place_name
 from geotoken_jax.backbone import preprocess
 from geotoken_jax.geo import distance
 from geotoken_jax.pages import frame, worldmap
@@ -38,7 +38,7 @@ def data_uri(image: bytes, side: int) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(small).decode()}"
 
 
-def thumbnail(gallery: Gallery, name: str) -> str:
+def thumbnail(gallery: PhotoLookup, name: str) -> str:
     """Returns a gallery photo as an HTML element, or an empty square if the gallery has no photo of that id."""
     photo = gallery.photo(name)
     if photo is None:
@@ -47,7 +47,7 @@ def thumbnail(gallery: Gallery, name: str) -> str:
     return f'<img alt="{place}" title="{place}" src="{data_uri(photo["image"], 72)}">'
 
 
-def cards(examples: Examples, gallery: Gallery) -> str:
+def cards(examples: Examples, gallery: PhotoLookup) -> str:
     """Returns HTML with a card per example photo. gallery: lookup of place names and of neighbors' pictures."""
     count = max(map(len, examples.kinds.values()))
     parts = [
@@ -65,10 +65,10 @@ def cards(examples: Examples, gallery: Gallery) -> str:
     return "".join(parts)
 
 
-def _card(photo: Mapping[str, Any], row: Mapping[str, Any], gallery: Gallery) -> str:
+def _card(photo: Mapping[str, Any], row: Mapping[str, Any], gallery: PhotoLookup) -> str:
     truth, guess = np.asarray(photo["coordinates"]), np.array([row["latitude"], row["longitude"]])
     neighbors, candidates = row.get("neighbors", []), row.get("candidates", [])
-    place, guessed_place = place_name(photo), gallery.near(guess)
+    place, guessed_place = place_name(photo), gallery.place_near(guess)
     near = f", near {escape(guessed_place)}" if guessed_place else ""
     points = {
         "neighbor": _coordinates(neighbors),
@@ -95,7 +95,7 @@ def _card(photo: Mapping[str, Any], row: Mapping[str, Any], gallery: Gallery) ->
     )
 
 
-def candidate_table(row: Mapping[str, Any], truth: Float[np.ndarray, "2"], gallery: Gallery) -> str:
+def candidate_table(row: Mapping[str, Any], truth: Float[np.ndarray, "2"], gallery: PhotoLookup) -> str:
     """Returns an HTML table of the most probable candidates of a photo; "" if its candidates have no probabilities.
 
     row: line of the file of predictions. truth: degrees. gallery: lookup of place names.
@@ -116,7 +116,7 @@ def candidate_table(row: Mapping[str, Any], truth: Float[np.ndarray, "2"], galle
         meter = f'<meter value="{probability:.6f}" aria-label="probability"></meter> '
         meter += escape(formats.percent(probability))
         off = formats.km(float(distance.great_circle_km(*at, *truth)))
-        name = Cell(gallery.near(at) or _degrees(at), title=_degrees(at), html=names)
+        name = Cell(gallery.place_near(at) or _degrees(at), title=_degrees(at), html=names)
         rows.append(Row(name, [off, Cell(html=meter)]))
     heading = f"<h5>{len(rows)} of {len(places)} candidates: distance from the truth, probability</h5>"
     return heading + Table((), [Group(rows)]).html()

@@ -9,7 +9,7 @@ import numpy as np
 
 from geotoken_jax.analysis import formats
 from geotoken_jax.analysis.coordinates import CoordinateTable, Method
-from geotoken_jax.analysis.examples import Examples, Gallery
+from geotoken_jax.analysis.examples import Examples, PhotoLookup
 from geotoken_jax.geo import distance
 from geotoken_jax.pages import frame, photos, uncertainty
 from geotoken_jax.pages.chart import Chart, Panels, Series
@@ -49,7 +49,7 @@ class Report:
     methods: Mapping[str, Sequence[Method]]
     photos: Mapping[str, Photos]
     examples: Examples | None
-    gallery: Gallery
+    gallery: PhotoLookup
     losses: Losses
     manifests: Mapping[str, Manifest]
 

@@ -50,7 +50,7 @@ def document(config: Config, workdir: Workdir) -> str:
 
     Raises StageError if they are missing.
     """
-    rows, fitted, s = *_read(workdir), scaling.study(config)
+    rows, fitted, s = *_read(workdir), scaling.scaling_settings(config)
     header = {"name": config.name, "cores": os.cpu_count(), "machine": platform.machine(), "date": date.today()}
     sections = [
         _HEAD.format(**header),
@@ -72,7 +72,7 @@ def plot(config: Config, workdir: Workdir) -> epath.Path:
 
     Raises StageError if scaling/runs.json or scaling/fit.json is missing.
     """
-    rows, fitted, s = *_read(workdir), scaling.study(config)
+    rows, fitted, s = *_read(workdir), scaling.scaling_settings(config)
     grid = [row for row in rows if row["axis"] in ("grid", "held out")]
     sections = [
         Section("loss", "Loss", "Loss by number of photos and by size", _loss_charts(grid, fitted)),

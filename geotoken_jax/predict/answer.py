@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from geotoken_jax.data import join
 from geotoken_jax.gallery.exclude import Exclusion
 from geotoken_jax.gallery.index import Index
-from geotoken_jax.gallery.neighbors import find
+from geotoken_jax.gallery.neighbors import search_neighbors
 from geotoken_jax.gallery.table import index_vectors
 from geotoken_jax.geo.distance import THRESHOLDS_KM
 from geotoken_jax.predict.decode import Decoder
@@ -48,12 +48,12 @@ class Answerer:
         """
         pool = self.decoder(batch, rows, scores, numbers)._replace(exclude=exclude)
         chosen = {name: select(pool) for name, select in {**self._selectors, **others}.items()}
-        predictions = answers(pool, chosen, self.decoder.settings.choice)
+        predictions = pool_predictions(pool, chosen, self.decoder.settings.choice)
         listed = neighbors(self.decoder.gallery, rows, scores)
         predictions = [dataclasses.replace(p, neighbors=n) for p, n in zip(predictions, listed, strict=True)]
         return predictions, pool.distribution
 
-    def of_vectors(
+    def from_vectors(
         self, index: Index, vectors: Float[np.ndarray, "b 3 C"], captured: Float[np.ndarray, " b"]
     ) -> tuple[list[Prediction], PlaceDistribution | None]:
         """Returns the predictions and the distribution over places of b photos, given as vectors without neighbors.
@@ -61,14 +61,14 @@ class Answerer:
         index: index of the gallery. vectors: image, location and text vector of each photo. captured: seconds since
         1970, NaN if unknown (see data.join.context).
         """
-        rows, scores = find(index, index_vectors(vectors), self.decoder.neighbors)
+        rows, scores = search_neighbors(index, index_vectors(vectors), self.decoder.neighbors)
         batch = {"query": vectors, **join.neighbors(self.decoder.gallery, rows, self.decoder.cells)}
         batch["context"] = join.context(captured, self.decoder.times)
         # Every photo has number 0, so that its samples do not depend on the other photos of the batch.
         return self(batch, rows, scores, np.zeros(len(rows), np.int64))
 
 
-def answers(pool: Pool, chosen: Mapping[str, Choice], choice: str) -> list[Prediction]:
+def pool_predictions(pool: Pool, chosen: Mapping[str, Choice], choice: str) -> list[Prediction]:
     """Returns the prediction for each photo of a pool, without radii and neighbors.
 
     Equal candidates are merged, and `count` is their number. chosen: selector name -> its choices. choice: name of the

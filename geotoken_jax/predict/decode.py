@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float, Int
 
-from geotoken_jax.batch import filled
+from geotoken_jax.batch import padded
 from geotoken_jax.gallery.table import Table
 from geotoken_jax.geo.cells import CellScheme, Scheme
 from geotoken_jax.model.geotoken import GeoTokenModel
@@ -149,8 +149,8 @@ class Decoder:
         b = len(numbers)
         size = min(1 << (b - 1).bit_length(), max(self.settings.batch_size, b))
         names = ("query", "neighbors", "neighbor_tokens", "neighbor_count", *(("context",) if self.times else ()))
-        padded = {name: filled(batch[name], size) for name in names}
-        results = self._run(self._state, padded, jnp.asarray(filled(numbers, size), jnp.uint32))
+        arguments = {name: padded(batch[name], size) for name in names}
+        results = self._run(self._state, arguments, jnp.asarray(padded(numbers, size), jnp.uint32))
         drawn, searched = jax.tree.map(lambda values: np.asarray(values)[:b], results)
         distribution = None
         if searched and isinstance(self.cells, CellScheme):

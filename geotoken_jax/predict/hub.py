@@ -21,7 +21,7 @@ from geotoken_jax.predict.bundle import SUMS, ExportError
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def located(model: epath.PathLike, revision: str | None = None) -> epath.Path:
+def resolve(model: epath.PathLike, revision: str | None = None) -> epath.Path:
     """Returns the folder of an export, downloaded from the hub if `model` is not a folder but a name like ORG/NAME.
 
     revision: branch, tag or commit on the hub; the main branch if None. Raises ExportError if the download fails.

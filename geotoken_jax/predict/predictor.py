@@ -152,12 +152,12 @@ class GeoToken(Predictor):
         model: folder that `geotoken export` made, or name ORG/NAME of a model on the Hugging Face hub. revision:
         branch, tag or commit on the hub; the main branch if None. verify, backbone: see GeoToken.
         """
-        return cls(hub.located(model, revision), verify, backbone)
+        return cls(hub.resolve(model, revision), verify, backbone)
 
     def _predict(self, photos: Sequence[Any], captured: Float[np.ndarray, " b"]) -> list[Prediction]:
         prepared = np.stack([self._backbone.prepare(photo) for photo in photos])
         vectors = embeddings(self._aligned, self._backbone.images(prepared))
-        predictions, distribution = self._answerer.of_vectors(self._index, vectors, captured)
+        predictions, distribution = self._answerer.from_vectors(self._index, vectors, captured)
         if distribution is not None:
             return with_radii(predictions, distribution, self._calibration)
         return [_with_sample_radii(prediction) for prediction in predictions]

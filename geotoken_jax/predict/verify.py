@@ -170,7 +170,7 @@ class CandidateFeatures:
         images = np.asarray(pool.query[:, 0], np.float32)
         query, owner = encode(self._comparator, images), self._augmented.owner
         exclude = [lambda queries, rows, rule=rule: rule(queries, owner[rows]) for rule in pool.exclude]
-        similar = neighbors.find(self, query, min(self._options.similar, len(owner)), exclude)[0]
+        similar = neighbors.search_neighbors(self, query, min(self._options.similar, len(owner)), exclude)[0]
         rows = np.sort(np.where(similar < 0, len(self._coordinates), owner[similar]), 1)
         # Missing rows, and further images of a photo that is already there.
         left_out = (rows == len(self._coordinates)) | np.pad(rows[:, 1:] == rows[:, :-1], ((0, 0), (1, 0)))
@@ -292,7 +292,7 @@ class Verifier:
         folder = epath.Path(folder)
         task = ComparatorTask(options.comparator, np.zeros(gallery.width, np.float32))
         comparator = checkpoint.read_module(folder / "comparator" / "parameters.safetensors", task.init)
-        augmented, keys = open_augmented_gallery(folder, gallery), encodings.open(folder / "keys.npy")
+        augmented, keys = open_augmented_gallery(folder, gallery), encodings.open_encodings(folder / "keys.npy")
         if len(keys) != len(augmented):
             raise ValueError(
                 f"{folder / 'keys.npy'} has {len(keys):,} rows, but the gallery and its views have {len(augmented):,}: "
@@ -335,7 +335,9 @@ class Verifier:
 
 def open_augmented_gallery(folder: epath.Path, gallery: Table) -> AugmentedGallery:
     """Returns the gallery with the views that `geotoken learn` stored in a folder verifier/VARIANT."""
-    return AugmentedGallery(gallery, encodings.open(folder / "views.npy"), records.open_array(folder / "owner.npy"))
+    return AugmentedGallery(
+        gallery, encodings.open_encodings(folder / "views.npy"), records.open_array(folder / "owner.npy")
+    )
 
 
 def _cached(function: Callable[[Pool], dict[str, Any]]) -> Callable[[Pool], dict[str, Any]]:

@@ -28,7 +28,7 @@ from geotoken_jax.serve.answers import GEOJSON, GEOJSON_SCHEMA, Answers, Failure
 from geotoken_jax.serve.batching import Batcher, Model
 from geotoken_jax.serve.levels import LeveledPrediction, with_levels
 from geotoken_jax.serve.limits import Capacity, Rate, Refused, ServeSettings, retry_after
-from geotoken_jax.serve.metrics import Counted, Metrics
+from geotoken_jax.serve.metrics import Metrics, RequestMetrics
 
 Format = Literal["json", "geojson", "levels"]
 
@@ -147,7 +147,7 @@ def make(
     _add_state(app, service, guard)
     site.add(app, export, guard)
     paths = {path for route in app.routes if isinstance(path := getattr(route, "path", None), str)}
-    app.add_middleware(Counted, metrics=service.metrics, paths=paths)
+    app.add_middleware(RequestMetrics, metrics=service.metrics, paths=paths)
     return app
 
 

@@ -18,7 +18,7 @@ _RINGS, _POINTS = 96, 48
 
 
 @dataclasses.dataclass(frozen=True)
-class Quarter:
+class LevelCell:
     """A cell of a level.
 
     corners: latitude and longitude in degrees, counterclockwise. Edges are great-circle arcs. probability: probability
@@ -41,7 +41,7 @@ class Level:
     level: int
     edge_km: float
     probability: float
-    cells: tuple[Quarter, ...]
+    cells: tuple[LevelCell, ...]
     chosen: int
 
 
@@ -109,6 +109,6 @@ def _level(cell: Int[np.ndarray, " Q"], paths: Int[np.ndarray, "n 21"], mass: Fl
     siblings[:, -1] = np.arange(len(siblings))
     vertices, chosen = corners(siblings), cell[-1]
     order = np.argsort(-probability, kind="stable")
-    cells = tuple(Quarter(tuple(map(tuple, vertices[k].round(6).tolist())), float(probability[k])) for k in order)
+    cells = tuple(LevelCell(tuple(map(tuple, vertices[k].round(6).tolist())), float(probability[k])) for k in order)
     edge_km = float(np.mean(great_circle_km(*vertices[chosen].T, *np.roll(vertices[chosen], -1, 0).T)))
     return Level(level, edge_km, float(probability[chosen]), cells, int(np.flatnonzero(order == chosen)[0]))

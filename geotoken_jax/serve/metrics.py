@@ -43,7 +43,7 @@ class Metrics:
         self.batch_seconds.observe(seconds)
 
 
-class Counted:
+class RequestMetrics:
     """ASGI middleware that counts requests by path. Unknown paths count as `other`, so clients cannot add labels."""
 
     def __init__(self, app: Any, metrics: Metrics, paths: Collection[str]):

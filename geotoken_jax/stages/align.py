@@ -83,7 +83,7 @@ def _aligner_from_pixels(
     """
     workdir.check_backbone(config.embed)
     photos, features = workdir.manifest("photos"), workdir.manifest("features")
-    for split in (views.OF, VALIDATION):
+    for split in (views.SOURCE_SPLIT, VALIDATION):
         if features.counts[split] != photos.counts[split]:
             raise StageError(
                 f"{workdir.path / 'features'} has {features.counts[split]:,} of the {photos.counts[split]:,} photos of "
@@ -98,4 +98,4 @@ def _aligner_from_pixels(
         return Pixels(pairs, source, task.tower, config.embed.threads, augmentation, config.align.train.seed)
 
     augmentation = config.embed.views if config.align.pixels.augment else None
-    return task, [read(views.OF, augmentation), read(VALIDATION, None)], {"tower": task.tower.parameters}
+    return task, [read(views.SOURCE_SPLIT, augmentation), read(VALIDATION, None)], {"tower": task.tower.parameters}

@@ -67,7 +67,9 @@ def _coverage(config: Config, workdir: Workdir) -> Manifest:
     }
     row_of = overlap.match(overlap.encoded(truths[split].ids), workdir.table(split).ids())
     answer = _masked(config, stage, workdir, scoring.reference, split)
-    masked = coverage.mask(split, by_split[split], regions, row_of, options.coverage.countries, answer, scoring)
+    masked = coverage.score_without_regions(
+        split, by_split[split], regions, row_of, options.coverage.countries, answer, scoring
+    )
     figures = coverage.figures(by_split, gallery, regions, masked, options.coverage.level, scoring)
     maps = coverage.maps(figures, gallery, by_split[split], scoring.reference)
     page = coverage_page.page(figures, maps, scoring.reference, _source(stage, workdir, scoring.resamples))
@@ -99,7 +101,7 @@ def _leakage(config: Config, workdir: Workdir) -> Manifest:
     if stage.manifest:
         return stage.manifest
     truths, methods = evaluate.read_predictions(workdir, scoring)
-    overlaps = overlap.find(workdir, truths, above)
+    overlaps = overlap.find_leaks(workdir, truths, above)
     figures = leakage.figures(truths, methods, overlaps, workdir.gallery, above, scoring)
     pairs = {
         split: [pair for kind in values["kinds"].values() for pair in kind["pairs"]]
@@ -123,7 +125,8 @@ def _neighbors(config: Config, workdir: Workdir) -> Manifest:
     manifest, gallery = workdir.manifest("neighbors"), workdir.gallery
     # Display order: training splits, validation, then the other splits by name.
     order = sorted(
-        manifest.counts, key=lambda split: (split not in (views.OF, views.SPLIT), split != "validation", split)
+        manifest.counts,
+        key=lambda split: (split not in (views.SOURCE_SPLIT, views.VIEWS_SPLIT), split != "validation", split),
     )
     samples = []
     for split in order:
@@ -141,13 +144,13 @@ def _levels(config: Config, workdir: Workdir) -> Manifest:
     stage = workdir.begin(config, "audit/levels", ["name", "evaluate"], inputs)
     if stage.manifest:
         return stage.manifest
-    seen = see(config.variant(variant), workdir, variant)
+    seen = split_outputs(config.variant(variant), workdir, variant)
     figures = per_level.figures(scoring.labels.get(variant, variant), variant, seen, scoring)
     page = levels_page.page(figures, _source(stage, workdir, scoring.resamples))
     return _finish(stage, figures, page, {split: len(values.tokens) for split, values in seen.items()})
 
 
-def see(config: Config, workdir: Workdir, variant: str) -> dict[str, per_level.Seen]:
+def split_outputs(config: Config, workdir: Workdir, variant: str) -> dict[str, per_level.DecoderOutputs]:
     """Returns the decoder's tokens and losses on all photos of the evaluated splits, by split.
 
     Splits whose names begin with "test" come first.
@@ -155,7 +158,7 @@ def see(config: Config, workdir: Workdir, variant: str) -> dict[str, per_level.S
     config: configuration with the variant's changes applied. variant: name of the decoder's folder.
     """
     model = workdir.decoder(variant, config.model)
-    compiled, options, photos = nnx.jit(per_level.look), model.settings, workdir.query_counts
+    compiled, options, photos = nnx.jit(per_level.decoder_outputs), model.settings, workdir.query_counts
     seen = {}
     with Progress("audit levels", sum(photos.values()), "photos") as progress:
 
@@ -167,7 +170,7 @@ def see(config: Config, workdir: Workdir, variant: str) -> dict[str, per_level.S
         for split in sorted(photos, key=lambda name: (not name.startswith("test"), name)):
             table, read = workdir.table(split), workdir.tokens(split, options, workdir.gallery)
             batches = counted(pipeline.evaluation(len(table), read, config.predict.batch_size))
-            seen[split] = per_level.see(lambda batch: compiled(model, batch), options.cells, batches, table)
+            seen[split] = per_level.split_outputs(lambda batch: compiled(model, batch), options.cells, batches, table)
     return seen
 
 

@@ -57,7 +57,7 @@ def run(config: Config, workdir: Workdir, name: str) -> list[Manifest]:
     counts = workdir.query_counts
     with Progress(f"predict {name}", sum(counts.values()), "photos") as progress:
         for split, photos in counts.items():
-            file = workdir.answers(name, split)
+            file = workdir.predictions_file(name, split)
             if not file.exists():
                 write(file, answer(split))
             progress.add(photos)
@@ -106,13 +106,13 @@ def _geoclip(config: Config, workdir: Workdir, folder: epath.Path) -> tuple[Answ
     are stored in encoded.npy.
     """
     options, gallery = config.baselines.geoclip, workdir.gallery
-    aligned = workdir.aligned(config.align.model)
+    aligned = workdir.align_model(config.align.model)
     coordinates = gallery.coordinates()
     file = folder / "encoded.npy"
     if not file.exists():
         blocks = encodings.encoder(aligned.location, lambda model, block: model(block))(coordinates)
         encodings.save(file, blocks, len(gallery), gallery.width)
-    encoded = encodings.open(file)
+    encoded = encodings.open_encodings(file)
     scale = float(jnp.exp(aligned.location_scale[...]))
 
     def answer(split: str) -> Iterator[tuple[bytes, Prediction]]:
@@ -135,7 +135,11 @@ def _classifier(config: Config, workdir: Workdir, folder: epath.Path) -> tuple[A
             "photos: lower it"
         )
     task = classifier.ClassifierTask(options, gallery.width, len(cells))
-    names = [split for split in (views.OF, views.SPLIT) if split in (views.OF, *workdir.manifest("queries").counts)]
+    names = [
+        split
+        for split in (views.SOURCE_SPLIT, views.VIEWS_SPLIT)
+        if split in (views.SOURCE_SPLIT, *workdir.manifest("queries").counts)
+    ]
     train, validation = (
         [classifier.Photos(workdir.table(split), cells) for split in splits] for splits in (names, [VALIDATION])
     )

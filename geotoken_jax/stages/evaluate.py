@@ -38,7 +38,7 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
         return [stage.manifest]
     options, above = config.evaluate, config.audit.leakage.cosine_above
     truths, methods = read_predictions(workdir, options)
-    overlaps = overlap.find(workdir, truths, above)
+    overlaps = overlap.find_leaks(workdir, truths, above)
     metrics = evaluate.score_splits(truths, methods, overlaps, options) | {"cosine_above": above}
     write_json(stage.path / "metrics.json", metrics)
     page = report_page.page(_report(workdir, config.name, metrics, truths, methods, options))
@@ -70,19 +70,19 @@ def read_predictions(
         truth = truths[split] = read_truth(workdir, split)
         listed = []
         for variant in workdir.predicted_variants():
-            if (file := workdir.answers(variant, split)).exists():
+            if (file := workdir.predictions_file(variant, split)).exists():
                 points = read_coordinates(file)
                 listed += methods_of(points, truth, variant, options.labels.get(variant, variant), options.earth)
         methods[split] = in_order(listed, options.reference)
     return truths, methods
 
 
-def gallery(workdir: Workdir, wanted: Sequence[str], split: str = GALLERY) -> examples.Gallery:
+def gallery(workdir: Workdir, wanted: Sequence[str], split: str = GALLERY) -> examples.PhotoLookup:
     """Returns photos for display, by id.
 
     wanted: ids of these photos. split: split that contains them, by default the gallery.
     """
-    return examples.Gallery(workdir.photos(split), workdir.table(split), wanted)
+    return examples.PhotoLookup(workdir.photos(split), workdir.table(split), wanted)
 
 
 def _report(
@@ -98,7 +98,7 @@ def _report(
     shown = _examples(workdir, split, photos[split], methods[split], options.reference)
     rows = shown.predictions.values() if shown else ()
     neighbors = [n["id"] for row in rows for n in row.get("neighbors", ())[:NEIGHBORS]]
-    folders = [folder for folder in workdir.complete() if folder.split("/")[0] not in ("report", "audit")]
+    folders = [folder for folder in workdir.complete_folders() if folder.split("/")[0] not in ("report", "audit")]
     return report_page.Report(
         name=name,
         reference=options.reference,
@@ -122,7 +122,7 @@ def _examples(
         return None
     kinds = {kind: [photos[int(row)] for row in rows] for kind, rows in examples.ranked(method).items()}
     wanted = {photo["id"] for shown in kinds.values() for photo in shown}
-    lines = workdir.answers(reference, split).read_text().split("\n")
+    lines = workdir.predictions_file(reference, split).read_text().split("\n")
     rows = (json.loads(line) for line in lines if line.strip())
     return Examples(split, method.name, kinds, {row["id"]: row for row in rows if row["id"] in wanted})
 

@@ -113,7 +113,7 @@ def _score(
     truth = read_truth(runs[first], split)
     methods = []
     for label, place in runs.items():
-        points = read_coordinates(place.answers(options.reference, split))
+        points = read_coordinates(place.predictions_file(options.reference, split))
         for method in methods_of(points, truth, label, label, options.earth):
             if method.choice in experiment.choices or (method.main and "" in experiment.choices):
                 methods.append(method)

@@ -7,7 +7,7 @@ from typing import Any
 from etils import epath
 
 from geotoken_jax import backbone, settings
-from geotoken_jax.artifacts import Workdir, needed
+from geotoken_jax.artifacts import Workdir, selector_folders
 from geotoken_jax.backbone import checkpoint as published
 from geotoken_jax.configuration import Config
 from geotoken_jax.export import card, pictures, quantized, stablehlo
@@ -26,7 +26,11 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
     """
     variant = config.evaluate.reference
     variant_config = config.variant(variant)
-    trained = ["align", f"geotoken/{variant}", *(f"{name}/{variant}" for name in needed(variant_config.predict))]
+    trained = [
+        "align",
+        f"geotoken/{variant}",
+        *(f"{name}/{variant}" for name in selector_folders(variant_config.predict)),
+    ]
     inputs = [*trained, "photos", "gallery", "report"]
     stage = workdir.begin(config, "export", (), inputs, variant_config.select("predict", "export"))
     if stage.manifest:

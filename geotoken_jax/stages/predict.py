@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 
 from geotoken_jax import records
-from geotoken_jax.artifacts import VALIDATION, Workdir, needed
+from geotoken_jax.artifacts import VALIDATION, Workdir, selector_folders
 from geotoken_jax.configuration import Config
 from geotoken_jax.data import pipeline
 from geotoken_jax.gallery.table import Table
@@ -31,7 +31,11 @@ def run(config: Config, workdir: Workdir, variant: str) -> list[Manifest]:
     """
     variant_config, folder = config.variant(variant), f"predictions/{variant}"
     keys = ["predict", "judge"] if variant_config.judge.base_url else ["predict"]
-    inputs = ["tokens", f"geotoken/{variant}", *(f"{name}/{variant}" for name in needed(variant_config.predict))]
+    inputs = [
+        "tokens",
+        f"geotoken/{variant}",
+        *(f"{name}/{variant}" for name in selector_folders(variant_config.predict)),
+    ]
     stage = workdir.begin(config, folder, keys, inputs)
     if stage.manifest:
         return [stage.manifest]
@@ -40,7 +44,7 @@ def run(config: Config, workdir: Workdir, variant: str) -> list[Manifest]:
     judges = _judges(variant_config, stage.path, counts)
     with Progress(f"predict {variant}", sum(counts.values()), "photos") as progress:
         for split in sorted(counts, key=lambda name: name != VALIDATION):
-            file = workdir.answers(variant, split)
+            file = workdir.predictions_file(variant, split)
             if file.exists():
                 progress.add(counts[split])
                 continue

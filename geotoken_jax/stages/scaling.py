@@ -25,7 +25,7 @@ def run(config: Config, workdir: Workdir, index: int | None) -> None:
     index: number of the run; all runs if None. Raises SettingsError if there is no such run, and StageError if the
     held-out run is requested before the grid is complete.
     """
-    plan, s = scaling.runs(config), scaling.study(config)
+    plan, s = scaling.runs(config), scaling.scaling_settings(config)
     if index is not None and not 0 <= index < len(plan):
         raise SettingsError(f"--index is {index}: choose a run of config.scaling, 0 to {len(plan) - 1}")
     for one in plan if index is None else [plan[index]]:
@@ -64,7 +64,7 @@ def _forecast(config: Config, workdir: Workdir, one: scaling.Run) -> None:
             f"{file} is missing, but {workdir.path / 'geotoken' / one.label} is complete, and a forecast must precede "
             "its measurement: remove that folder and run `geotoken scaling run` again"
         )
-    rows, s = [row for row in scaling.table(config, workdir) if row["axis"] == "grid"], scaling.study(config)
+    rows, s = [row for row in scaling.table(config, workdir) if row["axis"] == "grid"], scaling.scaling_settings(config)
     missing = {run.label for run in scaling.runs(config) if run.axis == "grid"} - {row["label"] for row in rows}
     if missing:
         raise StageError(
@@ -86,7 +86,7 @@ def fit(config: Config, workdir: Workdir) -> dict[str, Any]:
     loss, and the results of scaling/tested.json. Raises StageError if the grid has fewer than 6 complete runs: the law
     has five parameters.
     """
-    rows, s, folder = scaling.table(config, workdir), scaling.study(config), workdir.path / FOLDER
+    rows, s, folder = scaling.table(config, workdir), scaling.scaling_settings(config), workdir.path / FOLDER
     grid = [row for row in rows if row["axis"] == "grid"]
     if len(grid) < 6:
         raise StageError(
@@ -101,7 +101,7 @@ def fit(config: Config, workdir: Workdir) -> dict[str, Any]:
         "noise": scaling.noise(rows, s),
         "frontier": scaling.frontier(config, s, law),
         "accuracy": scaling.accuracy_against_loss(grid),
-        "forecast": scaling.miss(rows, folder, s),
+        "forecast": scaling.forecast_error(rows, folder, s),
         "tested": json.loads((folder / TESTED).read_text()) if (folder / TESTED).exists() else None,
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -122,7 +122,7 @@ def _test(one: scaling.Run, workdir: Workdir, s: ScalingSettings) -> None:
     for n in s.gallery:
         first, decoder = (scaling.within(predicted, truth) for predicted in masked(every, np.sort(order[:n])))
         galleries.append({"photos": n, "first_neighbor": first, "decoder": decoder})
-    lines = workdir.answers(one.label, s.split).read_text().splitlines()
+    lines = workdir.predictions_file(one.label, s.split).read_text().splitlines()
     candidates = scaling.by_candidates([json.loads(line)["candidates"] for line in lines], truth, s)
     write_json(
         file,

@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 
 from geotoken_jax import checkpoint, records
-from geotoken_jax.artifacts import Workdir, needed
+from geotoken_jax.artifacts import Workdir, selector_folders
 from geotoken_jax.backbone import views
 from geotoken_jax.configuration import Config
 from geotoken_jax.data.join import context, neighbors
@@ -45,7 +45,7 @@ def run(config: Config, workdir: Workdir, variant: str) -> list[Manifest]:
 
     An interrupted folder is completed.
     """
-    wanted = needed(config.variant(variant).predict)
+    wanted = selector_folders(config.variant(variant).predict)
     makers = {"reward": reward, "verifier": verifier}
     manifests = [pools(config, workdir, variant)] if wanted else []
     return manifests + [makers[name](config, workdir, variant) for name in wanted]
@@ -62,8 +62,8 @@ def pools(config: Config, workdir: Workdir, variant: str) -> Manifest:
     unsearched = dataclasses.replace(variant_config.predict.search, expansions=0)
     options = dataclasses.replace(variant_config.predict, search=unsearched, selectors=("greedy",), choice="greedy")
     decoder = Decoder(model, options, gallery)
-    rows = of_authors(gallery.authors(), variant_config.pools.photos, variant_config.pools.seed)
-    neighbor_rows, scores = workdir.neighbors(views.OF, decoder.neighbors)
+    rows = rows_by_author(gallery.authors(), variant_config.pools.photos, variant_config.pools.seed)
+    neighbor_rows, scores = workdir.neighbors(views.SOURCE_SPLIT, decoder.neighbors)
     states, size, saved = States(model), options.batch_size, []
     with Progress(f"pools {variant}", len(rows), "photos") as progress:
         for first in range(0, len(rows), size):
@@ -107,11 +107,11 @@ def verifier(config: Config, workdir: Workdir, variant: str) -> Manifest:
     comparator = _comparator(variant_config, folder, augmented, workdir.gallery, rows)
     _, pool = workdir.pools(variant, variant_config.model)
     if not (folder / "features.npy").exists():
-        aligned, keys = workdir.aligned(variant_config.align.model), encodings.open(folder / "keys.npy")
+        aligned, keys = workdir.align_model(variant_config.align.model), encodings.open_encodings(folder / "keys.npy")
         featurize = verify.CandidateFeatures(
             variant_config.verifier.model, comparator, keys, augmented, workdir.gallery, aligned
         )
-        features = featurize(pool._replace(exclude=workdir.exclusions(views.OF)(rows)))
+        features = featurize(pool._replace(exclude=workdir.exclusions(views.SOURCE_SPLIT)(rows)))
         records.save_array(folder / "moments.npy", np.stack([features.mean((0, 1)), features.std((0, 1))]))
         records.save_array(folder / "features.npy", features)
     task = ScorerTask(variant_config.verifier.model.scorer, np.load(folder / "moments.npy"))
@@ -145,7 +145,7 @@ def _comparator(
     return comparator
 
 
-def of_authors(authors: np.ndarray, photos: int, seed: int) -> np.ndarray:
+def rows_by_author(authors: np.ndarray, photos: int, seed: int) -> np.ndarray:
     """Returns the rows of all photos by randomly drawn authors, grouped by author.
 
     Authors are drawn until `photos` is reached, or half of all photos if that is less. A photo without an author counts
@@ -223,8 +223,8 @@ def save_views(folder: epath.Path, workdir: Workdir) -> None:
     """
     gallery = workdir.gallery
     owner, blocks = np.zeros(0, np.int64), iter(())
-    if views.SPLIT in workdir.manifest("queries").counts:
-        table, ids = workdir.table(views.SPLIT), gallery.ids()
+    if views.VIEWS_SPLIT in workdir.manifest("queries").counts:
+        table, ids = workdir.table(views.VIEWS_SPLIT), gallery.ids()
         order = np.argsort(ids)
         owner = order[np.minimum(np.searchsorted(ids, table.ids(), sorter=order), len(ids) - 1)]
         present = np.flatnonzero(ids[owner] == table.ids())  # the gallery may lack a photo

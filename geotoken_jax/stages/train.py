@@ -5,7 +5,7 @@ from typing import Any
 from geotoken_jax import records
 from geotoken_jax.artifacts import VALIDATION, Workdir
 from geotoken_jax.configuration import Config
-from geotoken_jax.data.join import Concatenation, Subset, chosen
+from geotoken_jax.data.join import Concatenation, Subset, choose_rows
 from geotoken_jax.gallery import placement
 from geotoken_jax.model.task import GeoTokenTask
 from geotoken_jax.predict import sample
@@ -70,7 +70,7 @@ def decoder(config: Config, workdir: Workdir, mesh: Any) -> tuple[Any, list, dic
     host, names = None if options.on_device else gallery, workdir.training_splits
     train = Concatenation([workdir.tokens(split, model, host) for split in names])
     if config.data.photos:
-        train = Subset(train, chosen([workdir.table(split).ids() for split in names], config.data))
+        train = Subset(train, choose_rows([workdir.table(split).ids() for split in names], config.data))
     splits = [train, workdir.tokens(VALIDATION, model, host)]
     task = GeoTokenTask(model, config.loss, placement.lookup(options, mesh), sample.greedy)
-    return task, splits, placement.resident(gallery, model.cells, options, mesh)
+    return task, splits, placement.device_arrays(gallery, model.cells, options, mesh)

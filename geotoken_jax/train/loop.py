@@ -124,11 +124,11 @@ def run(task: Task, settings: TrainSettings, mesh: Mesh, folder: epath.PathLike,
             profile = _Profile(settings.profile, folder / "profile")
             while step < settings.steps:
                 profile.before(step + 1)
-                processes.alive(f"reading the photos of step {step + 1}")
+                processes.report_progress(f"reading the photos of step {step + 1}")
                 waiting = time.monotonic()
                 batch = _on_mesh(next(data.batches), trainer)
                 log.waited(time.monotonic() - waiting)
-                processes.alive(f"in step {step + 1}")
+                processes.report_progress(f"in step {step + 1}")
                 state, values = trainer.step(state, batch, key, data.resident)
                 step += 1
                 log.add(values)
@@ -142,13 +142,13 @@ def run(task: Task, settings: TrainSettings, mesh: Mesh, folder: epath.PathLike,
                 validated = step % settings.evaluate_every == 0 or last
                 if validated or preempted:
                     loss = _validate(trainer, step, state, data, writer) if validated else None
-                    processes.alive(f"saving step {step}")
+                    processes.report_progress(f"saving step {step}")
                     checkpoints.save(step, state, {"input": data.batches.get_state(), "window": log.window()}, loss)
                     log.pause()
                 if preempted:
                     raise Preempted(f"{name} was interrupted, and is saved at step {step}: run the same command again")
         data.batches.close()
-        processes.alive("writing the last checkpoint")
+        processes.report_progress("writing the last checkpoint")
     with _full_disk_as_stage_error(folder):
         return _finish(folder, trainer)
 
@@ -170,7 +170,7 @@ def _restore(
     checkpoints: Checkpoints, trainer: Trainer, key: jax.Array, batches: TrainingInput
 ) -> tuple[int, State, list[dict[str, float]]]:
     """Returns the step to continue from, its state, and the metrics of the steps since the last line of metrics."""
-    processes.alive("restoring a checkpoint")
+    processes.report_progress("restoring a checkpoint")
     restored = checkpoints.restore_last(trainer.abstract)
     if restored is None:
         return 0, trainer.init(key), []
@@ -189,9 +189,9 @@ def _validate(trainer: Trainer, step: int, state: State, data: Data, writer: met
 def _finish(folder: epath.Path, trainer: Trainer) -> Result:
     with Checkpoints(folder / "checkpoints") as checkpoints:
         best = checkpoints.best
-        processes.alive(f"writing the parameters of step {best}")
+        processes.report_progress(f"writing the parameters of step {best}")
         state, _ = checkpoints.restore(best, trainer.abstract)
-        checkpoint.write_parameters(folder / "parameters.safetensors", *trainer.kept(state))
+        checkpoint.write_parameters(folder / "parameters.safetensors", *trainer.exported(state))
         return Result(best, checkpoints.loss(best), sum(p.size for p in jax.tree.leaves(state["params"])))
 
 
@@ -200,7 +200,7 @@ def evaluate(trainer: Trainer, state: State, batches: Iterable[Batch], resident:
     sums: dict[str, Any] = {}
     count = 0
     for batch in batches:
-        processes.alive("validating")
+        processes.report_progress("validating")
         batch_sums, n = trainer.evaluate(state, _on_mesh(batch, trainer), resident)
         sums = {name: sums.get(name, 0) + value for name, value in batch_sums.items()}
         count += n

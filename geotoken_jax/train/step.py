@@ -127,7 +127,7 @@ class Trainer:
         """Returns the parameters to use: the moving average, or without one the parameters."""
         return state.get("ema", state["params"])
 
-    def kept(self, state: State) -> list[Any]:
+    def exported(self, state: State) -> list[Any]:
         """Returns the parameters to use and the constants, both without variables that only training needs."""
         kept = []
         for variables, values in zip(self._variables, (self.averaged(state), state["constants"]), strict=True):

@@ -65,7 +65,7 @@ def test_the_published_model_answers_without_training(weights, tmp_path):
             (tmp_path / file).write_bytes(wheel.read(f"geoclip/model/weights/{file}"))
         lines = wheel.read("geoclip/model/gps_gallery/coordinates_100K.csv").splitlines(keepends=True)
     (tmp_path / "coordinates_100K.csv").write_bytes(b"".join(lines[:3001]))
-    locator = geoclip.Locator(clip_of(tmp_path / "clip", 768), tmp_path)
+    locator = geoclip.GeoCLIPPredictor(clip_of(tmp_path / "clip", 768), tmp_path)
     photo = checkpoints.images()[0]
     answer = locator.predict(photo)
     features = locator._clip.images(locator._clip.prepare(photo)[None]).astype(float)

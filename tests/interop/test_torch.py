@@ -178,7 +178,7 @@ def test_the_published_code_reads_what_export_writes_and_answers_alike(tmp_path)
     ours = tiny_export.answers(tmp_path, features)
     gallery = Table(tmp_path / "gallery")
     near = torch.tensor(gallery.embeddings(ours["rows"]).astype(np.float32))
-    tokens = torch.tensor(CellScheme(20, 4).of_stored(gallery.tokens(ours["rows"]), None))
+    tokens = torch.tensor(CellScheme(20, 4).from_stored(gallery.tokens(ours["rows"]), None))
     with torch.no_grad():
         memory = model.encode(torch.tensor(ours["query"].astype(np.float32)), near, tokens)
         found, log_p = torch_reference.search(model, memory, 1)

@@ -146,30 +146,41 @@ def document(lines: list[dict[str, Any]]) -> str:
 
 _INTRODUCTION = """# What alignment is worth on EarthView
 
-This page compares two ways to find the neighbors of a photo in the gallery of `train`, by exact search: with the index
-vector (unit vectors of image features, location head and text head), and with the image features alone. `25 km @5` is
-the percentage of photos for which one of the 5 nearest neighbors was taken within 25 km. The brackets contain 95 %
-intervals, a paired bootstrap over authors. For the features alone they are intervals of the percentage; for an aligned
-index they are intervals of the difference from the features alone.
+This page shows how much alignment improves the neighbors of a photo, for people who choose its settings.
 
-Each row is one run of the demo's alignment with `config.align.model.whiten` 3, 96,000 examples instead of 48,000, and
-the change that the row names. The row "not whitened, 48,000 examples" is the demo itself. `test_shift` shows places of
-`train` on a map from which there is no training photo.
+**What is compared.** Neighbors by the index vector (image features, location head and text head, each of length 1)
+against neighbors by the image features alone. Queries are all photos of a split, the gallery is `train`, and search is
+exact.
 
-Selection: about twenty settings were compared on `validation`, and on the same places rendered from the map of
-`test_shift` in other styles. No photos of `test` or `test_shift` were used, but the map of `test_shift` was. The gain
-may be smaller on a map that took no part in the selection. The figures of `validation` were used for the selection.
+**How to read the tables.** `25 km @5` is the percentage of photos with at least one of the 5 nearest neighbors taken
+within 25 km. In brackets is a 95 % interval from a bootstrap over authors: for the features alone, of the value; for an
+aligned index, of the paired difference to the features alone.
 
-Results: without whitening, alignment gains most on the maps of its training photos and loses on the other map, and more
-so with more examples. With whitening, InfoNCE gains on both with each of three seeds. Within 25 km the intervals are
-above zero for 5 and 15 neighbors on both; for the first neighbor they are above zero on `test` with two of three seeds,
-and on `test_shift` with none. The sigmoid loss gains on `test` and is no better than the features on `test_shift`. The
-differences between projections, queue lengths and values of `same_within_km` are smaller than the intervals.
+**Settings.** Every row is one run of the demo's alignment with `config.align.model.whiten` at 3, 96,000 examples
+instead of 48,000, and the change that the row names. The row "not whitened, 48,000 examples" is the demo's setting.
+`test_shift` shows places of `train` on a map without training photos.
 
-The demo does not use whitening. With whitening (`geotoken all --config=configs/demo.py --config.align.model.whiten=3
---config.align.train.examples=96000 --config.align.train.evaluate_every=187`, one run) the decoder places 29.9 %
-of `test_shift` within 25 km instead of 26.2 %. On `test` it places 2.0/38.5/51.1/55.9/63.1 % within 1/25/200/750/2500
-km instead of 2.2/39.8/51.4/55.3/62.2 %, and its gain over the first neighbor at 25 km falls from 1.8 points to 0.4.
+**How the settings were chosen.** About twenty trainings were compared on `validation`, and on its places rendered from
+the map of `test_shift` in other styles. So the photos of `test` and `test_shift` were not used, but that map was: on an
+unseen map the gain may be smaller. The results on `validation` are those that the choice was based on.
+
+**Results.**
+
+- Not whitened, alignment gains most on the maps it was trained on and loses on the other, the more so with more
+  examples.
+- Whitened, InfoNCE gains on both, with each of three seeds. Within 25 km the intervals are above zero at 5 and 15
+  neighbors on both; at the first neighbor, on `test` with two of three seeds and on `test_shift` with none.
+- The sigmoid loss gains on `test`; on `test_shift` it is no better than the features.
+- The differences between projections, queue and `same_within_km` are smaller than the intervals.
+
+**The demo does not use whitening.** With it, in one run, the decoder has 29.9 % of `test_shift` within 25 km instead of
+26.2. On `test` it has 2.0/38.5/51.1/55.9/63.1 % within 1/25/200/750/2500 km instead of 2.2/39.8/51.4/55.3/62.2: its
+gain over the first neighbor at 25 km falls from 1.8 points to 0.4. That run was
+
+```
+geotoken all --config=configs/demo.py --workdir=DIR --config.align.model.whiten=3 \\
+    --config.align.train.examples=96000 --config.align.train.evaluate_every=187
+```
 
 Printed by `python -m benchmarks.align` on {date}, two x86-64 cores.
 """

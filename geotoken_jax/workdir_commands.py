@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import importlib
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -21,11 +20,12 @@ from geotoken_jax.stages import (
     experiments,
     export,
     predict,
+    preparation,
     scaling,
     selectors,
     train,
 )
-from geotoken_jax.workdir import Manifest, StageError
+from geotoken_jax.workdir import Manifest
 
 #: Function from configuration, work directory and variants to the manifests of the folders that the stage made or kept.
 Stage = Callable[[Config, Workdir, Sequence[str]], Iterable[Manifest]]
@@ -77,18 +77,10 @@ def _each(run: Callable[[Config, Workdir, str], list[Manifest]]) -> Stage:
 
 
 def _preparation(module: str) -> Stage:
-    """Returns a stage of data_prep. It is imported when it runs, because the installed package has no data_prep."""
+    """Returns a stage of data_prep."""
 
     def run(config: Config, folder: Workdir, variants: Sequence[str]) -> Iterable[Manifest]:
-        try:
-            stage = importlib.import_module(f"data_prep.{module}")
-        except ModuleNotFoundError as error:
-            if error.name and error.name.split(".")[0] == "data_prep":
-                raise StageError(
-                    "the installed package has no data_prep/: clone the repository and run this command there"
-                ) from None
-            raise
-        manifests = stage.run(config, folder)
+        manifests = preparation.run(module, config, folder)
         if not manifests:
             print(
                 "made the shards of this process; the process that makes the last shard completes the folder",

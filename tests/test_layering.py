@@ -90,8 +90,8 @@ def test_a_module_of_the_library_imports_from_lower_ranks_only(module):
         assert package != "geotoken_jax" or allowed(unit, rest.split(".")[0]), f"{unit} imports {name}"
     strings = [node.value for node in ast.walk(LIBRARY[module]) if isinstance(node, ast.Constant)]
     named = [text for text in strings if isinstance(text, str) and text.split(".")[0] in ("data_prep", "configs")]
-    may_name = unit in ("workdir_commands", "stages")
-    assert may_name or not named, f"only workdir_commands and stages import {named[0]} by name"
+    may_name = unit == "stages"
+    assert may_name or not named, f"only stages import {named[0]} by name"
 
 
 @pytest.mark.parametrize("module", CONFIGS)

@@ -103,8 +103,7 @@ def _card(
     reference: Mapping[str, Any] | None,
     cost: Any,
 ) -> str:
-    trained, photos = workdir.manifest(f"geotoken/{variant}"), workdir.manifest("photos")
-    metrics = workdir.metrics()
+    trained, photos, metrics = workdir.manifest(f"geotoken/{variant}"), workdir.manifest("photos"), workdir.metrics()
     label, scores = config.evaluate.labels.get(variant, variant), _main_scores(metrics, variant)
     standalone = _STANDALONE if (folder / "standalone.py").exists() else ""
     tower = "none, the model reads thumbnails of the photos"

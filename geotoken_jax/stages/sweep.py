@@ -4,25 +4,18 @@ Each run of an experiment has its own work directory; the runs of a scaling stud
 on a run's changed settings are links into another work directory, so only the other folders are made.
 """
 
-import importlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from geotoken_jax.artifacts import Workdir
 from geotoken_jax.configuration import Config
-from geotoken_jax.stages import predict, selectors, train
-from geotoken_jax.workdir import Manifest, OtherSettingsError, StageError
+from geotoken_jax.stages import predict, preparation, selectors, train
+from geotoken_jax.workdir import Manifest, OtherSettingsError
 
 
 def _index(config: Config, workdir: Workdir, variant: str) -> list[Manifest]:
     del variant
-    try:
-        index = importlib.import_module("data_prep.index")  # the installed package lacks data_prep
-    except ModuleNotFoundError:
-        raise StageError(
-            "the installed package has no data_prep: run this command from a clone of the repository"
-        ) from None
-    return index.run(config, workdir)
+    return preparation.run("index", config, workdir)
 
 
 #: CLI verb -> stage function.

@@ -38,9 +38,9 @@ def read_rows(
     Photo -> name of a column that the file may lack. A photo without an author gets its id as author. `captured` is
     parsed by `seconds`.
 
-    Raises StageError if the file is not UTF-8 text, lacks a column, has another delimiter, leaves a quote open, or has
-    latitude and longitude swapped. Swapped columns are detected at the end of the file only, so read all rows before
-    using any.
+    Raises StageError if the header is not UTF-8, lacks or repeats a column or has another delimiter, if a line has
+    1,048,576 characters or more, if a quote stays open, or if latitude and longitude are swapped. Swapped columns are
+    detected at the end of the file only, so read all rows before using any.
     """
     numbers = {field: column for field, column in columns.items() if isinstance(column, int)}
     swaps = _Swaps(path, str(columns["latitude"]), str(columns["longitude"]))

@@ -36,7 +36,7 @@ def padded(rows: np.ndarray, size: int) -> np.ndarray:
 
 
 def blocks(rows: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Yields blocks of `size` rows and the number of real rows in each; the last block is padded (see `filled`).
+    """Yields blocks of `size` rows and the number of real rows in each; the last block is padded (see `padded`).
 
     So a function is compiled for one shape only, and a row's result does not depend on the number of other rows.
     """

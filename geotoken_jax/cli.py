@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_studies(verbs: Any) -> None:
     verb = verbs.add_parser("experiment", help=_EXPERIMENT, description=_EXPERIMENT, epilog=_EPILOG)
     verb.add_argument("experiment", nargs="?", metavar="NAME", help="one of config.experiments")
-    verb.add_argument("--config", help="configuration file (default: configs/experiments.py)")
+    verb.add_argument("--config", help="configuration file, such as configs/experiments.py")
     verb.add_argument("--workdir", help="work directory to start from, such as runs/demo")
     verb.add_argument("--document", action="store_true", help="print docs/experiments.md instead, from finished runs")
     verb = verbs.add_parser("scaling", help=_SCALING, description=_SCALING, epilog=_EPILOG)
@@ -168,6 +168,11 @@ def _config(options: argparse.Namespace, rest: list[str]) -> Any:
     """Returns the Config with the command line's changes, or None without --config."""
     if options.config is None:
         if rest:
+            if rest[0].startswith("--config."):
+                raise settings.SettingsError(
+                    f"{rest[0]} changes a configuration, but --config=FILE is missing: add it, as in "
+                    "--config=configs/demo.py"
+                )
             raise settings.SettingsError(f"{rest[0]} is not an option: see `geotoken {options.verb} --help`")
         return None
     from absl import flags

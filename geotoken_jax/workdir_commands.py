@@ -104,7 +104,7 @@ def _evaluate_all(config: Config, folder: Workdir, variants: Sequence[str]) -> I
 
 
 def _evaluate(options: argparse.Namespace, config: Config | None) -> None:
-    """Scores a work directory. The baselines in --method predict first."""
+    """Scores a work directory, after each baseline named by --method has made its predictions."""
 
     def answer(config: Config, folder: Workdir, variants: Sequence[str]) -> Iterable[Manifest]:
         for name in options.method:
@@ -129,8 +129,9 @@ def _audit(options: argparse.Namespace, config: Config | None) -> None:
 def _experiment(options: argparse.Namespace, config: Config | None) -> None:
     """Makes an experiment's runs and prints its tables; with --document, prints docs/experiments.md."""
     if config is None or options.workdir is None or not (options.experiment or options.document):
+        missing = "--config=FILE" if config is None else "--workdir=DIR" if options.workdir is None else "NAME"
         raise SettingsError(
-            "NAME, --config=FILE or --workdir=DIR is missing: add it, as in "
+            f"{missing} is missing: add it, as in "
             "`geotoken experiment beam --config=configs/experiments.py --workdir=runs/demo`"
         )
     folder = Workdir(options.workdir)
@@ -143,8 +144,9 @@ def _experiment(options: argparse.Namespace, config: Config | None) -> None:
 def _scaling(options: argparse.Namespace, config: Config | None) -> None:
     """Trains runs of config.scaling, fits the scaling law to finished runs, or plots the results."""
     if config is None or options.workdir is None or config.scaling is None:
+        missing = "--workdir=DIR" if config and config.scaling else "--config=FILE with a section `scaling`"
         raise SettingsError(
-            "--config=FILE with a section `scaling`, or --workdir=DIR, is missing: add it, as in "
+            f"{missing} is missing: add it, as in "
             "`geotoken scaling run --config=configs/scaling.py --workdir=runs/demo`"
         )
     folder = Workdir(options.workdir)

@@ -26,7 +26,12 @@ def assert_same(folder: Path, expected: Path) -> None:
 
 @pytest.mark.parametrize(
     "mesh, where",
-    [((8, 1, 1), "host"), ((2, 2, 2), "replicated"), ((1, 4, 2), "sharded")],  # the other six are in test_placement.py
+    [
+        # tests/test_placement.py has the other six of nine.
+        ((2, 2, 2), "replicated"),
+        pytest.param((8, 1, 1), "host", marks=pytest.mark.slow),
+        pytest.param((1, 4, 2), "sharded", marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_eight_devices_train_as_one_wherever_the_gallery_lies(tmp_path, one_device, mesh, where):

@@ -52,5 +52,5 @@ def test_what_config_leaves_out_is_as_published():
 def test_towers_without_a_common_space_are_refused():
     config = checkpoints.CONFIGS["siglip"]
     config = {**config, "text_config": {**config["text_config"], "projection_size": 8}}
-    with pytest.raises(SettingsError, match="text features have width 8 and photo features width 16"):
+    with pytest.raises(SettingsError, match="text features of width 8 and photo features of width 16"):
         Siglip(config, jnp.dtype("float32"), nnx.Rngs(0))

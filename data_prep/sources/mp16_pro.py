@@ -137,7 +137,8 @@ class MP16Pro:
 
     @functools.cached_property
     def _survey(self) -> "Survey":
-        """The survey, which is made first if it does not exist. Raises StageError if the files have changed since."""
+        """The survey, which is made first if it does not exist. Raises StageError if a file was added or
+        removed since then, or has another size."""
         parts, metadata, folder = self._parts, self._metadata, self._rows.parent
         files = {path.name: length for path, length in zip(parts.paths, parts.lengths, strict=True)}
         files[metadata.name] = metadata.stat().length

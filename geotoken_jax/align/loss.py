@@ -173,7 +173,8 @@ def _mean(values: Array, targets: Targets) -> Float[Array, ""]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sums(options: _Options, x: Array, biases: Array, floor: Array, targets: Targets, queue: Targets) -> Any:
-    """Returns the sums over the negatives of photos and of targets. The maxima in them have no gradient."""
+    """Returns the _Sums of photos and the _Sums of targets. Only totals have a gradient: the maxima cancel in the
+    loss."""
     return _on_devices(functools.partial(_forward, options), x, biases, floor, targets, queue)
 
 

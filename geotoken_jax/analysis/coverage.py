@@ -36,9 +36,9 @@ BINS = [
     f"over {distance.THRESHOLDS_KM[-1]:,} km",
 ]
 
-#: Function that answers from a subset of the gallery. Arguments: number of the region, rows of the split's table,
-#: gallery rows that may be neighbors. Returns the coordinates of the first neighbor and of the decoder's answer, NaN
-#: for none.
+#: Function that predicts photos of a split with neighbors from a part of the gallery only. Arguments: index of the
+#: region that is left out, rows of the photos in the split's table, gallery rows that may be neighbors. Returns the
+#: coordinates of the first neighbor and of the decoder's answer, NaN if there is none.
 Answer = Callable[[int, Int[np.ndarray, "m"], Int[np.ndarray, "k"]], Float[np.ndarray, "2 m 2"]]
 
 

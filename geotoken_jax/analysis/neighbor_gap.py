@@ -21,7 +21,7 @@ from geotoken_jax.geo import distance
 #: Largest number of photos per split; larger splits are sampled. A bootstrap of 100,000 takes seconds, of 4 million
 #: hours.
 _PHOTOS = 100_000
-#: Index of the threshold of tiles and verdicts, 25 km.
+#: Index of 25 km in THRESHOLDS_KM: the page and the printed verdicts compare the accuracy within it.
 AT = distance.THRESHOLDS_KM.index(25)
 #: Bins of the histograms of scores.
 _SCORES = 30

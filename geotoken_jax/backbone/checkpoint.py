@@ -123,15 +123,15 @@ def _published(path: tuple[str, ...], shape: tuple[int, ...]) -> Iterator[tuple[
         yield name.replace(".layers.", f".layers.{i}."), i
 
 
-def _transposed(last: Any, tensor: np.ndarray, window: tuple[int, ...]) -> np.ndarray:
-    """Returns a kernel with its axes in the other format's order; other tensors as they are.
+def _transposed(last: Any, tensor: np.ndarray, order: tuple[int, ...]) -> np.ndarray:
+    """Returns a kernel with its axes reordered between torch's layout and flax's; other tensors as they are.
 
-    In torch the axis of outputs is first, and the window of a convolution is last. window: order of a convolution's
-    axes. last: last part of the parameter's name.
+    In torch the output axis is first, and the two window axes of a convolution are last. order: new order of a
+    convolution's four axes. last: last part of the parameter's name.
     """
     if last != "kernel":
         return tensor
-    return tensor.transpose(window) if tensor.ndim == 4 else tensor.T
+    return tensor.transpose(order) if tensor.ndim == 4 else tensor.T
 
 
 def _read(folder: pathlib.Path, tensors: dict[str, Any], path: tuple[str, ...], shape: tuple[int, ...]) -> np.ndarray:

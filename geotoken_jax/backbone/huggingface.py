@@ -127,7 +127,7 @@ class ImageTower:
     """
 
     def __init__(self, backbone: HuggingFace, remat: str):
-        """remat: activations that a backward pass keeps per layer, a key of stack.REMAT."""
+        """remat: activations of each layer that are kept for the backward pass, a key of stack.REMAT."""
         tower: Any = nnx.merge(*nnx.split(backbone.model))
         for name in ("text_model", "text_projection", "logit_scale", "logit_bias"):
             if hasattr(tower, name):

@@ -115,8 +115,8 @@ class Siglip(nnx.Module):
         texts = self.text_shape.projection_size or self.text_shape.hidden_size
         if texts != self.width:
             raise SettingsError(
-                f"config.json: text features have width {texts} and photo features width {self.width}: "
-                "choose a checkpoint whose towers have the same width"
+                f"config.json of config.embed.huggingface.path has text features of width {texts} and photo features "
+                f"of width {self.width}: choose a checkpoint whose towers have the same width"
             )
         self.vision_model = ImageTower(self.image_shape, dtype, rngs)
         self.text_model = TextTower(self.text_shape, dtype, rngs)

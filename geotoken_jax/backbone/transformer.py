@@ -143,7 +143,7 @@ class Encoder(nnx.Module):
 
     def __init__(self, shape: Shape, dtype: Any, rngs: nnx.Rngs):
         self.layers = stack.make(lambda r: Layer(shape, dtype, r), shape.num_hidden_layers, rngs)
-        #: Activations that a backward pass keeps per layer, a key of stack.REMAT. Training sets it.
+        #: Activations of each layer that are kept for the backward pass, a key of stack.REMAT.
         self.remat = "none"
 
     def __call__(self, x: Float[Array, "B T D"], causal: bool = False) -> Float[Array, "B T D"]:

@@ -125,8 +125,8 @@ def build(vectors: Vectors, settings: IndexSettings, folder: epath.PathLike) -> 
             kind = Scann
         except ImportError as error:
             print(
-                f"ScaNN is not available ({error}): search is exact instead, slower and with full recall; to use "
-                "ScaNN, install the package scann (Linux only) and build the index again",
+                f"ScaNN is not available ({error}): {folder} gets an exact index instead, slower and with full recall. "
+                "To use ScaNN, install the package scann (Linux only) and run `geotoken index` in another --workdir",
                 file=sys.stderr,
             )
     shards = max(1, -(-len(vectors) // settings.shard_rows))

@@ -458,8 +458,9 @@ def _fast_face_ij(latitude, longitude, level: int) -> tuple[np.ndarray, np.ndarr
     Points closer to a cell's edge than _MARGIN (78 in a million at level 30, and all points on an edge of a face) are
     converted by `_face_ij`, so that both functions give equal cells.
     """
-    # The frame is turned by quarters, so that the longitude is in [-45, 45]. Then a is the tangent of the longitude and
-    # b the height above it; on a polar face (|b| > 1) both are taken as seen from the pole.
+    # Quarter turns about the axis bring the longitude into [-45, 45], onto one side of the cube. There a, the tangent
+    # of the longitude, is the horizontal coordinate, and b the vertical one, both in [-1, 1]. If |b| > 1, the point is
+    # on a polar face, and its coordinates on that face replace a and b.
     quarter = np.rint(longitude * (1 / 90))
     a = np.tan((longitude - 90 * quarter) * (np.pi / 180))
     b = np.tan(latitude * (np.pi / 180)) * np.sqrt(a * a + 1)

@@ -11,7 +11,7 @@ from geotoken_jax.predict.sample import Candidates
 def search(model: GeoTokenModel, memory: Memory, width: int) -> Candidates:
     """Returns the `width` most probable token sequences per photo that beam search finds, most probable first.
 
-    When two beams continue the same beam, nothing is copied: both attend to its slots in the cache.
+    When two beams continue the same beam, no keys and values are copied: both attend to its slots in the cache.
     """
     length = model.settings.cells.length
     batch = memory.lengths.shape[0]

@@ -108,8 +108,8 @@ def _one_line_errors(name: str, revision: str | None) -> Iterator[None]:
         raise ExportError(f"{name} is gated: accept its terms at {page}, and {login} read it") from None
     except errors.RepositoryNotFoundError:
         raise ExportError(
-            f"{name} is neither a folder here nor a model on the hub that you may read: name a folder that `geotoken "
-            f"export` made, or, if it is private, {login} read it"
+            f"{name} is neither a folder here nor a model on the hub that you may read: check the name; if the model "
+            f"is private, {login} read it"
         ) from None
     except errors.RevisionNotFoundError:
         raise ExportError(f"{page} has no revision {revision!r}: name a branch, a tag or a commit of it") from None
@@ -123,7 +123,7 @@ def _one_line_errors(name: str, revision: str | None) -> Iterator[None]:
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
         if status in (401, 403):
-            raise ExportError(f"the hub refuses {name} ({status}): {login} write to it") from None
+            raise ExportError(f"the hub refuses {name} ({status}): {login} use it") from None
         raise ExportError(f"the hub returned HTTP status {status} for {name}: try again later") from None
     except RuntimeError as error:  # a file could not be uploaded
         raise ExportError(f"{error} Run the same command again: files that were sent are not sent again") from None

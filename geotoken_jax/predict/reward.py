@@ -35,7 +35,7 @@ class States:
         self._run = jax.jit(run)
 
     def __call__(self, pool: Pool) -> Float32[np.ndarray, "b K D"]:
-        """Returns the last outputs. The decoder reads all neighbors of the candidate's photo."""
+        """Returns the decoder's last output for every candidate, with all neighbors of the photo in memory."""
         outputs = []
         for rows, n in blocks(np.arange(len(pool.query)), _BATCH):
             latitude, longitude = np.moveaxis(pool.neighbor_coordinates[rows], -1, 0)

@@ -96,7 +96,8 @@ def density(
 
 
 def similarity(aligned: Any) -> Selector:
-    """Returns a selector of the candidate whose encoded location best matches the photo's location vector (G3)."""
+    """Returns a selector of the candidate whose encoded location is most similar to the photo's location vector, as in
+    G3 (Jia et al. 2024)."""
     from geotoken_jax.gallery import encodings
 
     encode = encodings.encoder(aligned.location, lambda model, block: model(block))

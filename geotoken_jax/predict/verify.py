@@ -35,6 +35,7 @@ from geotoken_jax.model.verifier import (
 )
 from geotoken_jax.predict.pool import Pool, subset
 from geotoken_jax.predict.select import Selector, density, log_probability
+from geotoken_jax.settings import SettingsError
 from geotoken_jax.vectors import unit
 
 #: Photos per batch; with 31 candidates and 64 gallery photos near each, they make 0.5 million pairs.
@@ -294,9 +295,10 @@ class Verifier:
         comparator = checkpoint.read_module(folder / "comparator" / "parameters.safetensors", task.init)
         augmented, keys = open_augmented_gallery(folder, gallery), encodings.open_encodings(folder / "keys.npy")
         if len(keys) != len(augmented):
-            raise ValueError(
+            raise SettingsError(
                 f"{folder / 'keys.npy'} has {len(keys):,} rows, but the gallery and its views have {len(augmented):,}: "
-                f"the verifier belongs to another gallery; delete {folder} and run `geotoken learn`, or export again"
+                f"the verifier was trained for another gallery. In a work directory, remove {folder} and run `geotoken "
+                "learn`; in an export, export again"
             )
         self._options = options
         self._features = CandidateFeatures(options, comparator, keys, augmented, gallery, aligned)

@@ -25,7 +25,8 @@ from geotoken_jax.stages import sweep
 from geotoken_jax.stages.train import check_context
 from geotoken_jax.workdir import write_json
 
-#: Folders that a run may share with the base work directory. Those in _TRAINED have a subfolder per variant.
+#: Folders that a run links to instead of making them: those in _SHARED from the base work directory, and the variant's
+#: subfolder of those in _TRAINED from the base, or from the run whose trained models it reuses.
 _SHARED = ("photos", "features", "align", "gallery", "queries", "neighbors", "tokens")
 _TRAINED = ("geotoken", "pools", "reward", "verifier")
 

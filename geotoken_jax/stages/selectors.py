@@ -178,10 +178,11 @@ class _Pairs:
         return self.vary(rows, rows)
 
     def vary(self, rows: np.ndarray, examples: np.ndarray) -> dict[str, np.ndarray]:
-        """Returns random pairs: a photo with another photo of its place, or with another view of itself.
+        """Returns random pairs of images: one of a photo, and one of another photo of its place or of the photo itself
+        (the same image if the photo has no views).
 
-        Called for each batch (see data.pipeline.Varying). examples: numbers of the training examples. The first number
-        seeds the draws.
+        Called for each batch (see data.pipeline.Varying). rows: rows of this reader. examples: position of each row in
+        the order of training. The first position seeds the draws.
         """
         rng = np.random.default_rng([self._seed, int(examples[0])])
         neighbors, km = self._nearest(self._coordinates[rows], _PAIR_NEIGHBORS)

@@ -51,10 +51,12 @@ def check_context(config: Config, workdir: Workdir) -> None:
 
 
 def decoder(config: Config, workdir: Workdir, mesh: Any) -> tuple[Any, list, dict[str, Any]]:
-    """Returns the decoder's task, readers of the training and validation photos, and the gallery arrays on the mesh.
+    """Returns the decoder's task, readers of the training and validation photos, and the gallery arrays on the mesh
+    (none if config.gallery.placement is "host").
 
     config: configuration with the variant's changes applied. Raises SettingsError if config.model.neighbors exceeds the
-    recorded neighbors, or if config.model.level exceeds the level of the stored cells, 20.
+    recorded neighbors, if config.model.level exceeds the level of the stored cells, 20, or if config.data.photos
+    exceeds the photos.
     """
     model, options, gallery = config.model, config.gallery, workdir.gallery
     if workdir.neighbor_count < model.neighbors:

@@ -1,5 +1,6 @@
 """Functions shared by all stages that train: they open the folder, run the training loop and write the manifest."""
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -61,12 +62,11 @@ def fit(
             len(train),
             dict(resident or {}),
         )
-    except SettingsError as error:
-        raise SettingsError(f"config.{section}.{error}") from None
-    try:
         return loop.run(task, options, mesh, folder, data, label)
-    except loop.Diverged as error:
-        raise loop.Diverged(f"config.{section}.{error}") from None
+    except (SettingsError, loop.Diverged) as error:
+        # Modules below do not know their section: a message that begins with the name of a setting gets its place.
+        setting = str(error).split()[0] in {field.name for field in dataclasses.fields(options)}
+        raise (type(error)(f"config.{section}.{error}") if setting else error) from None
 
 
 def finish(

@@ -85,9 +85,10 @@ class Result:
 class Data:
     """Training and validation data.
 
-    batches: training input at its first batch. validation: function that returns the batches of one pass over the
-    validation split, with `valid` [b]. photos: number of photos of the training split, with which the schedule counts
-    epochs. resident: arrays that stay on the mesh; may be empty.
+    batches: training input, before its first batch; `run` sets its position if training resumes. validation: function
+    that returns the batches of one pass over the validation split, each with `valid` [b], False for padding. photos:
+    number of training photos, from which the schedule computes the length of an epoch. resident: arrays that stay on
+    the mesh; may be empty.
     """
 
     batches: TrainingInput

@@ -70,7 +70,7 @@ def _wandb_run(project: str, name: str, folder: epath.Path) -> Any:
         import wandb
     except ModuleNotFoundError:
         raise SettingsError(
-            f"config.train.wandb is {project!r}, but wandb is not installed: run pip install 'geotoken-jax[wandb]'"
+            f"wandb is {project!r}, but wandb is not installed: run pip install 'geotoken-jax[wandb]'"
         ) from None
     identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
     return wandb.init(project=project, name=name, id=identity, resume="allow", dir=str(folder))

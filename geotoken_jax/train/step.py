@@ -124,11 +124,12 @@ class Trainer:
         )
 
     def averaged(self, state: State) -> Any:
-        """Returns the parameters to use: the moving average, or without one the parameters."""
+        """Returns the parameters to evaluate and export: their moving average, or the last ones if there is none."""
         return state.get("ema", state["params"])
 
     def exported(self, state: State) -> list[Any]:
-        """Returns the parameters to use and the constants, both without variables that only training needs."""
+        """Returns the parameters to export and the variables that are not trained, without those that only training
+        needs."""
         kept = []
         for variables, values in zip(self._variables, (self.averaged(state), state["constants"]), strict=True):
             flat: Any = traverse_util.flatten_dict(values)
@@ -167,7 +168,12 @@ class Trainer:
     def _gradient(
         self, state: State, batch: Mapping[str, jax.Array], key: jax.Array, resident: Resident
     ) -> tuple[Any, Metrics, Any]:
-        """Returns the constants after a batch, its metrics with the loss, and its gradient. Works part by part."""
+        """Returns the variables that are not trained, as the batch leaves them, the batch's loss and metrics, and its
+        gradient.
+
+        If the batch is accumulated, its parts are processed one after another. All results but the variables are means
+        over the parts.
+        """
 
         def part_gradient(
             constants: Any, part: Mapping[str, jax.Array], key: jax.Array

@@ -49,7 +49,7 @@ class PlaceholderSettings:
         if not 0 <= self.distance < 64:
             raise ValueError(f"config.photos.mp16_pro.placeholder.distance is {self.distance}: use 0 to 63 bits")
         if self.identical < 1:
-            raise ValueError(f"config.photos.mp16_pro.placeholder.repeated_files is {self.identical}: use 1 or more")
+            raise ValueError(f"config.photos.mp16_pro.placeholder.identical is {self.identical}: use 1 or more")
 
 
 @dataclasses.dataclass(frozen=True)

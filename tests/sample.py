@@ -41,7 +41,7 @@ class Sample:
 def prepared(path: Path) -> Path:
     """Makes photos/ without checking images, so that one unreadable photo is in it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(images, "fault", lambda image: "")
+        patch.setattr(images, "drop_reason", lambda image: "")
         photos.make(workdir.begin(path, "photos", {}, inputs=()), Sample(), workers=1, max_dropped=0.0)
     return path
 

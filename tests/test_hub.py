@@ -72,26 +72,26 @@ def test_a_pushed_export_comes_back_by_its_name(server: hub.Hub, folder: Path, t
     assert set(server.commits[NAME][-1][1]) == {*FILES, "SHA256SUMS"}  # the manifest is not uploaded
     first = server.commits[NAME][1][0]
     server.commit(NAME, {"of others.bin": b"x" * 500})
-    found, at_first = run(server, tmp_path / "reader", ["located", NAME], ["located", NAME, first])
+    found, at_first = run(server, tmp_path / "reader", ["resolve", NAME], ["resolve", NAME, first])
     assert {str(p.relative_to(found)): p.read_bytes() for p in Path(found).rglob("*") if p.is_file()} == {
         **FILES, "SHA256SUMS": (folder / "SHA256SUMS").read_bytes(),
     }  # fmt: skip
     assert "of others.bin" not in server.fetched and Path(at_first).name == first != Path(found).name
     # Loads from the cache without a network.
-    assert run(server, tmp_path / "reader", ["located", NAME], HF_ENDPOINT="http://127.0.0.1:9") == [found]
+    assert run(server, tmp_path / "reader", ["resolve", NAME], HF_ENDPOINT="http://127.0.0.1:9") == [found]
 
 
 def test_a_file_that_was_cut_short_is_noticed_and_fetched_again(server: hub.Hub, folder: Path, tmp_path: Path):
     files, large = {name: (folder / name).read_bytes() for name in (*FILES, "SHA256SUMS")}, list(FILES)[-1]
     server.commit(NAME, files)
     server.objects[server.commits[NAME][-1][1][large]] = files[large][:-1]
-    [refused] = run(server, tmp_path, ["located", NAME])
+    [refused] = run(server, tmp_path, ["resolve", NAME])
     assert refused.startswith(f"refused: {NAME}: {large} does not match its sum in SHA256SUMS")
     server.commit(NAME, files)  # pushed again
-    [found] = run(server, tmp_path, ["located", NAME])
+    [found] = run(server, tmp_path, ["resolve", NAME])
     assert (Path(found) / large).read_bytes() == files[large]
     (Path(found) / large).resolve().write_bytes(b"numbers" * 99)  # damages the file in the local cache
-    refused, again = run(server, tmp_path, ["located", NAME], ["located", NAME])
+    refused, again = run(server, tmp_path, ["resolve", NAME], ["resolve", NAME])
     assert refused.startswith(f"refused: {NAME}: {large} does not match") and again == found
     assert (Path(found) / large).read_bytes() == files[large]
 
@@ -101,7 +101,7 @@ def test_sums_that_name_files_outside_are_refused(server: hub.Hub, tmp_path: Pat
     outside.write_text("mine")
     for n, name in enumerate(("../../../../../../outside", str(outside))):
         server.commit(f"{NAME}{n}", {"SHA256SUMS": f"{'0' * 64}  {name}\n".encode()})
-    for said in run(server, tmp_path / "home", ["located", f"{NAME}0"], ["located", f"{NAME}1"]):
+    for said in run(server, tmp_path / "home", ["resolve", f"{NAME}0"], ["resolve", f"{NAME}1"]):
         assert said.startswith("refused: ") and "do not use this export" in said
     assert outside.read_text() == "mine"
 
@@ -114,10 +114,10 @@ def test_what_the_hub_refuses_is_said_in_one_sentence(server: hub.Hub, folder: P
     shutil.copytree(folder, damaged)
     (damaged / "config.json").write_text("[]")
     expected = {
-        ("located", "runs/demo"): "runs/demo is neither a folder here nor a model on the hub that you may read",
-        ("located", "someone/other"): "someone/other has no SHA256SUMS: it is not an export",
-        ("located", "someone/other", "v9"): f"{server.url}/someone/other has no revision 'v9'",
-        ("located", "someone/gated"): "someone/gated is gated: accept its terms at",
+        ("resolve", "runs/demo"): "runs/demo is neither a folder here nor a model on the hub that you may read",
+        ("resolve", "someone/other"): "someone/other has no SHA256SUMS: it is not an export",
+        ("resolve", "someone/other", "v9"): f"{server.url}/someone/other has no revision 'v9'",
+        ("resolve", "someone/gated"): "someone/gated is gated: accept its terms at",
         ("push", str(folder), "no name"): "--push=no name is not a name on the hub: give ORG/NAME",
         ("push", str(damaged), NAME): f"{damaged}/config.json does not match its sum in SHA256SUMS",
     }
@@ -125,13 +125,13 @@ def test_what_the_hub_refuses_is_said_in_one_sentence(server: hub.Hub, folder: P
     for line, sentence in zip(said, expected.values(), strict=True):
         assert line.startswith(f"refused: {sentence}")
     assert NAME not in server.commits
-    [nowhere] = run(server, tmp_path, ["located", NAME], HF_ENDPOINT="http://127.0.0.1:9")
+    [nowhere] = run(server, tmp_path, ["resolve", NAME], HF_ENDPOINT="http://127.0.0.1:9")
     assert nowhere.startswith("refused: http://127.0.0.1:9 cannot be reached, and someone/geotoken is not in the cache")
 
 
 def test_a_folder_that_is_there_wins(tmp_path: Path):
-    from geotoken_jax.predict.hub import located
+    from geotoken_jax.predict.hub import resolve
 
     (tmp_path / "runs" / "demo").mkdir(parents=True)
-    assert located("runs/demo").resolve() == tmp_path / "runs" / "demo"
-    assert str(located("no/such/folder")) == "no/such/folder"  # not a valid name on the hub either
+    assert resolve("runs/demo").resolve() == tmp_path / "runs" / "demo"
+    assert str(resolve("no/such/folder")) == "no/such/folder"  # not a valid name on the hub either

@@ -83,7 +83,7 @@ def made(tmp_path, monkeypatch):
 
     Photo 0 of test has the embedding of a gallery photo, photos 4 to 7 an author of the gallery.
     """
-    monkeypatch.setattr(images, "fault", lambda image: "")  # the report must also work with unchecked images
+    monkeypatch.setattr(images, "drop_reason", lambda image: "")  # the report must also work with unchecked images
     photos.make(workdir.begin(tmp_path, "photos", {"photos": {"source": "sample"}}, ()), Source(), 1, 0.0)
     whole = {split: [p for p in Source().read(split, 0) if p.image != b"broken"] for split in Source.splits}
     train = whole["train"]

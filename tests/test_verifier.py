@@ -184,7 +184,7 @@ def test_learn_makes_what_chooses_and_goes_on_where_it_was(config, path, monkeyp
     calls = trainer(monkeypatch)
     first = selectors.run(config, Workdir(path), "geotoken")
     assert [m.folder for m in first] == ["pools/geotoken", "reward/geotoken", "verifier/geotoken"]
-    assert calls == ["reward geotoken", "comparator", "judge geotoken"]
+    assert calls == ["reward geotoken", "comparator", "scorer geotoken"]
     assert selectors.run(config, Workdir(path), "geotoken") == first and len(calls) == 3
     rows = np.load(path / "pools" / "geotoken" / "rows.npy")
     authors = Table(path / "gallery").authors()
@@ -219,7 +219,7 @@ def test_the_verifier_finds_the_place_that_retrieval_did_not(config, path, tmp_p
     selectors.run(config, Workdir(tmp_path), "geotoken")
 
     columns, gallery = photos(60, 7), Table(tmp_path / "gallery")
-    aligned = Workdir(tmp_path).aligned(config.align.model)
+    aligned = Workdir(tmp_path).align_model(config.align.model)
     verifier = verify.Verifier(tmp_path / "verifier" / "geotoken", config.verifier.model, gallery, aligned)
     scores = rng.normal(size=(60, 6))
     near = rng.integers(0, N, (60, M))
@@ -248,7 +248,7 @@ def test_the_verifier_finds_the_place_that_retrieval_did_not(config, path, tmp_p
 
 def test_the_photos_of_an_author_do_not_speak_for_him(config, path, tmp_path):
     gallery = Table(path / "gallery")
-    aligned = Workdir(path).aligned(config.align.model)
+    aligned = Workdir(path).align_model(config.align.model)
     selectors.save_views(tmp_path, Workdir(path))
     looks = verify.open_augmented_gallery(tmp_path, gallery)
     task = ComparatorTask(ComparatorSettings(8, 4, 0.0, 0.0, 5.0), np.zeros(C))

@@ -112,8 +112,8 @@ class HuggingFace:
         for first in range(0, len(rows), most):
             part = rows[first : first + most]
             # Rows per device are padded to a power of two: one photo costs little, and few shapes are compiled.
-            padded = self._batch_devices * 2 ** math.ceil(math.log2(math.ceil(len(part) / self._batch_devices)))
-            size = batch_rows or min(most, padded)
+            rounded = self._batch_devices * 2 ** math.ceil(math.log2(math.ceil(len(part) / self._batch_devices)))
+            size = batch_rows or min(most, rounded)
             batches.append((compiled(padded(part, size)), len(part)))
         features = [np.asarray(batch)[:n] for batch, n in batches]
         return np.concatenate([np.zeros((0, self.width), np.float32), *features])

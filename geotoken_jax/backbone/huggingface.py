@@ -18,6 +18,7 @@ from geotoken_jax.backbone.clip import Clip
 from geotoken_jax.backbone.settings import HuggingFaceSettings
 from geotoken_jax.backbone.siglip import Siglip
 from geotoken_jax.backbone.tokenizer import Tokenizer
+from geotoken_jax.batch import padded
 from geotoken_jax.settings import SettingsError
 
 #: Supported values of model_type in config.json.

@@ -1,8 +1,8 @@
-"""The encoder-decoder: it reads a photo and its neighbors, and writes a cell's tokens from coarse to fine (paper, section
-3).
+"""The encoder-decoder: it reads a photo and its neighbors, and writes a cell's tokens from coarse to fine.
 
-GeoTokenModel is both the published model and ours; ModelSettings choose between them. Each token position has its own
-vocabulary (S2: 6 for the face, then 4^group per token). The logits of tokens outside it are -inf.
+It is described in section 3 of the paper. GeoTokenModel is both the published model and ours; ModelSettings choose
+between them. Each token position has its own vocabulary (S2: 6 faces at the first, then 4^group cells at each other).
+The logits of tokens outside it are -inf.
 """
 
 import dataclasses
@@ -81,7 +81,7 @@ class ModelSettings(layers.LayerSettings):
 
     @property
     def times(self) -> int:
-        """Number of values that describe a photo's capture time to the model (data.join.context); 0 if it reads none."""
+        """Number of values of a photo's capture time that the model reads (data.join.context); 0 if it reads none."""
         return CONTEXTS[self.context]
 
     @property

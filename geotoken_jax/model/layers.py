@@ -1,9 +1,9 @@
 """Transformer layers of the encoder and the decoder.
 
 The published layers are post-norm with ReLU. Ours are pre-norm with a gated activation and normalized queries and keys.
-Parameters are float32. Matrix products are computed in LayerSettings.dtype, softmax and norms in float32. A `key` is the
-random key for dropout; if it is None, there is no dropout. The layers of the encoder, and of the decoder, are stacked
-(geotoken_jax/stack.py) and scanned.
+Parameters are float32. Matrix products are computed in LayerSettings.dtype, softmax and norms in float32. A `key` is
+the random key for dropout; if it is None, there is no dropout. The layers of the encoder, and of the decoder, are
+stacked (geotoken_jax/stack.py) and scanned.
 """
 
 import dataclasses
@@ -132,10 +132,12 @@ def choose_kernel(requested: str, keys: int) -> Literal["xla", "cudnn"]:
     """
     if requested == "cudnn" and jax.default_backend() != "gpu":
         raise SettingsError(
-            f"config.model.attention is 'cudnn', which needs a GPU, but JAX uses a {jax.default_backend()}: set it to 'xla'"
+            f"config.model.attention is 'cudnn', which needs a GPU, but JAX uses a {jax.default_backend()}: set it to "
+            "'xla'"
         )
     # cuDNN refused the decoder's sequences of 11 and 21 tokens ("Unsupported sequence length"), and accepted 214 keys,
-    # the length of the paper's memory at group 2. Fewer than 64 keys do not fill a tile of its kernels, and take little memory.
+    # the length of the paper's memory at group 2. Fewer than 64 keys do not fill a tile of its kernels, and take little
+    # memory.
     return "cudnn" if requested == "cudnn" and keys >= 64 else "xla"
 
 

@@ -1,8 +1,8 @@
 """Experiments on questions that the paper leaves open, with the demo's data (stages/experiments.py).
 
 Run one with `geotoken experiment NAME`. An experiment that trains uses 30,000 examples per run, a fifth as many as the
-demo, which takes a minute on two cores. Each `note` interprets the experiment's table and was written after the table
-was made.
+demo, and takes a minute per run on two cores. Each `note` interprets the experiment's table and was written after the
+table was made.
 """
 
 from typing import Any
@@ -11,10 +11,11 @@ from ml_collections import ConfigDict
 
 from configs import demo
 
+#: Splits that experiments score by default.
 _BOTH = ("test", "test_shift")
 _GREEDY = dict(samples=0, choice="greedy", selectors=("greedy",), search=dict(expansions=0))
 
-
+#: Methods whose labels are kept from the demo; its other variants are not part of the experiments.
 _SHOWN = ("top1_neighbor", "knn", "geoclip", "classifier", "geotoken")
 
 
@@ -37,7 +38,7 @@ def get_config() -> ConfigDict:
 
 
 def _prediction(config: Any) -> dict[str, Any]:
-    """Returns experiments on candidates and the choice among them. They use the demo's trained decoder."""
+    """Returns experiments on candidates and the choice among them. They train no decoder: they use the demo's."""
 
     def sampled(temperature: float, samples: int) -> dict:
         return dict(predict=dict(temperature=temperature, samples=samples, choice="log_probability", **_ALONE))
@@ -99,6 +100,7 @@ def _prediction(config: Any) -> dict[str, Any]:
 _ALONE = dict(selectors=("log_probability",), search=dict(expansions=0))
 
 
+#: Changes that all runs with training have in common.
 _SHORT = dict(predict=_GREEDY, train=dict(examples=30_000))
 
 
@@ -110,7 +112,7 @@ def _model(**changes: Any) -> dict:
     return dict(model=changes)
 
 
-#: Records 30 neighbors per photo; the demo records 20.
+#: Stores 30 neighbors per photo; the demo stores 20.
 _RECORDED = dict(index=dict(neighbors=dict(count=30)))
 
 

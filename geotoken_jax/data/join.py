@@ -48,9 +48,9 @@ class Tokens:
     neighbors: M, number of recorded neighbors to read, best first.
     times: number of values of `context` to read; no context if 0.
 
-    A call returns query [b, 3, C] bfloat16, tokens [b, T] int32 and neighbor_count [b] int32. With a gallery also neighbors
-    [b, M, 3, C] bfloat16 and neighbor_tokens [b, M, T] int32; without one, neighbor_rows [b, M] int32. With times also
-    context [b, times] float32.
+    A call returns query [b, 3, C] bfloat16, tokens [b, T] int32 and neighbor_count [b] int32. If `gallery` is given, it
+    also returns neighbors [b, M, 3, C] bfloat16 and neighbor_tokens [b, M, T] int32, else neighbor_rows [b, M] int32.
+    If `times` is above 0, it also returns context [b, times] float32.
     """
 
     def __init__(

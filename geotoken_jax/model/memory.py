@@ -38,7 +38,7 @@ class Neighbors(NamedTuple):
 def drop(neighbors: Neighbors, rate: float, key: jax.Array | None) -> Neighbors:
     """Returns the neighbors that are left if each is removed with probability `rate`; all of them if key is None.
 
-    The remaining neighbors move up into the gaps, and `count` is reduced. So training includes photos with few neighbors.
+    The remaining neighbors move up, and `count` is their number. So training includes photos with few neighbors.
     """
     if key is None or rate == 0.0:
         return neighbors

@@ -22,9 +22,9 @@ from geotoken_jax.vectors import unit
 
 @dataclasses.dataclass(frozen=True)
 class ComparatorSettings:
-    """hidden: width of the hidden layer. width: width of the output vector. dropout: dropout rate of the image embedding.
-    noise: largest share of another photo's embedding that training adds to an embedding. same_within_km: largest
-    distance between photos that count as photos of the same place."""
+    """hidden: width of the hidden layer. width: width of the output vector. dropout: dropout rate of the image
+    embedding. noise: largest share of another photo's embedding that training adds to an embedding. same_within_km:
+    largest distance between photos that count as photos of the same place."""
 
     hidden: int
     width: int
@@ -34,7 +34,7 @@ class ComparatorSettings:
 
 
 class Measured(nnx.Variable):
-    """A statistic of the training data. It is saved with the weights, but is no nnx.Param, so no optimizer changes it."""
+    """A statistic of the training data. It is saved with the weights. No optimizer changes it: it is no nnx.Param."""
 
 
 class Comparator(nnx.Module):

@@ -27,7 +27,7 @@ class OptimizerSettings:
 
 
 def make_schedule(settings: OptimizerSettings, steps: int, steps_per_epoch: int) -> optax.Schedule:
-    """Returns the function step -> learning rate. steps: number of training steps."""
+    """Returns a function from step to learning rate. steps: number of training steps."""
     warm = round(settings.warmup * steps)
     if settings.schedule == "cosine":
         return optax.warmup_cosine_decay_schedule(
@@ -39,7 +39,7 @@ def make_schedule(settings: OptimizerSettings, steps: int, steps_per_epoch: int)
 
 
 def make_optimizer(settings: OptimizerSettings, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Returns AdamW, with clipping if `settings.clip` > 0. Biases, norms and vectors have no weight decay, as usual."""
+    """Returns AdamW, with clipping if `settings.clip` > 0. Only matrices have weight decay: no biases, scales, vectors."""
 
     def matrices(params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(_is_matrix, params)

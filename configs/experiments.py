@@ -53,7 +53,7 @@ def _prediction(config: Any) -> dict[str, Any]:
             "coordinates of the first neighbor?",
             note="Greedy decoding and the most probable of 31 candidates differ by less than half a point. Both are "
             "above the first neighbor, by 1.4 points at 25 km and 4.3 at 200 km (README). The best candidate of the "
-            "pool is far above both, with 49 and 64 %.",
+            "pool is far above both, with 49 % within 25 km and 64 % within 200 km.",
             runs=(("greedy", dict(predict=_GREEDY)), ("30 samples", sampled(0.7, 30))),
             choices=("", "ideal"),
         ),
@@ -139,8 +139,8 @@ def _architecture() -> dict[str, Any]:
         group=dict(
             question="How many quads should one token contain?",
             note="Larger tokens are a little better after 30,000 examples: 4 quads gain 0.9 points at 200 km on test, "
-            "5 quads gain 1.9 on test_shift. Most wrong predictions have a wrong cube face (docs/audits.md). With "
-            "larger tokens the first token is a finer cell, so the face is not decided alone.",
+            "5 quads gain 1.9 on test_shift. Most wrong predictions have a wrong cube face (docs/audits.md), which is "
+            "the first token with every group.",
             runs=_runs(*((f"group {n}", _model(group=n)) for n in (2, 1, 4, 5))),
             choices=("",),
         ),

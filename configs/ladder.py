@@ -1,9 +1,9 @@
 """Decoder sizes from 5,000 to 1 billion weights. One rule sets the shape, another sets batch size and learning rate.
 
-`--config=configs/ladder.py:52M` selects one of SIZE, on MP16-Pro. A size is named after the number of weights in encoder
-and decoder layers, as in scaling laws (Kaplan et al. 2020, arXiv 2001.08361). Token tables, the output layer and the
-projections of features are not counted. Sizes up to 1.5 M are for studies on a few cores (configs/scaling.py). Larger
-sizes have not been trained yet.
+`--config=configs/ladder.py:52M` selects one of SIZE, on MP16-Pro. A size is named after the number of weights in
+encoder and decoder layers, as in scaling laws (Kaplan et al. 2020, arXiv 2001.08361). Token tables, the output layer
+and the projections of features are not counted. Sizes up to 1.5 M are for studies on a few cores (configs/scaling.py).
+Larger sizes have not been trained yet.
 
 Shape. Depth is width / 51.2, as in the paper (10 layers, width 512). One ratio is enough, because loss depends on a
 model's size and hardly on its shape (Kaplan et al., section 3.1). Heads are 64 wide, as in the paper. There are at

@@ -75,7 +75,7 @@ class TrainSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """best_step: step with the smallest validation loss. best_loss: that loss. parameters: number of trained parameters."""
+    """best_step: step with the smallest validation loss. best_loss: that loss. parameters: number of parameters."""
 
     best_step: int
     best_loss: float
@@ -334,14 +334,15 @@ class _Log:
         if in_a_row > self._settings.max_skipped:
             raise Diverged(
                 f"max_skipped is {self._settings.max_skipped}, and the last {in_a_row} steps until {step} had a loss "
-                "or a gradient that was not finite: lower optimizer.learning_rate, or if optimizer.clip is 0, set it to 1.0"
+                "or a gradient that was not finite: lower optimizer.learning_rate, or set optimizer.clip to 1.0 if it "
+                "is 0"
             )
 
 
 def _slowest(input_wait: float) -> dict[str, float]:
-    """Returns the index and the share of waiting of the process that waits longest for its batches and delays all others.
+    """Returns the process that waits longest for its batches, which delays all others, and its share of waiting.
 
-    input_wait: share of the time that this process waited for its batches.
+    input_wait: share of time that the calling process waited for its batches.
     """
     waits = np.asarray(multihost_utils.process_allgather(np.float32(input_wait)))
     return {"slowest_process": int(waits.argmax()), "slowest_input_wait": float(waits.max())}

@@ -39,7 +39,7 @@ def make_schedule(settings: OptimizerSettings, steps: int, steps_per_epoch: int)
 
 
 def make_optimizer(settings: OptimizerSettings, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Returns AdamW, with clipping if `settings.clip` > 0. Only matrices have weight decay: no biases, scales, vectors."""
+    """Returns AdamW, with clipping if `settings.clip` > 0. Biases, scales and other vectors have no weight decay."""
 
     def matrices(params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(_is_matrix, params)

@@ -17,8 +17,8 @@ from geotoken_jax.settings import SettingsError
 #: model that the optimizer changes, of type nnx.Param. constants: all other variables of the model, such as statistics
 #: of the training data or a queue of earlier photos. The optimizer does not change them, but the loss may, and the next
 #: step reads the changed values. optimizer: optax's state. skipped: number of steps that had no effect because their
-#: loss or gradient was not finite. skipped_in_a_row: number of such steps since the last finite one. ema: moving average
-#: of params, only if it is used.
+#: loss or gradient was not finite. skipped_in_a_row: number of such steps since the last finite one. ema: moving
+#: average of params, only if it is used.
 State = dict[str, Any]
 #: Metrics by name, each a mean over a batch.
 Metrics = dict[str, jax.Array]
@@ -201,7 +201,8 @@ class Trainer:
                 f"devices: set batch_size to a multiple of {n * devices}"
             )
 
-        # A part has every n-th row. With consecutive rows a part would be on a few devices, and rows would have to move.
+        # A part has every n-th row, so that each device already has its share of every part. With consecutive rows, a
+        # part would be on a few devices.
         def cut(x: jax.Array) -> jax.Array:
             return sharding.constrain(x.reshape(size // n, n, *x.shape[1:]).swapaxes(0, 1), None, "batch")
 

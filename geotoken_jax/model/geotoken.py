@@ -1,7 +1,7 @@
 """The encoder-decoder: it reads a photo and its neighbors, and writes a cell's tokens from coarse to fine.
 
 It is described in section 3 of the paper. GeoTokenModel is both the published model and ours; ModelSettings choose
-between them. Each token position has its own vocabulary (S2: 6 faces at the first, then 4^group cells at each other).
+between them. Each token position has its own vocabulary (S2: 6 faces at the first, 4^group cells at each later one).
 The logits of tokens outside it are -inf.
 """
 
@@ -360,7 +360,7 @@ class GeoTokenModel(nnx.Module):
             logits = x @ head[t]
         else:
             # Multiplies with the heads of all positions, 176 columns at group 2. To gather the right head instead would
-            # copy 8,192 numbers for each of the Q.
+            # copy 8,192 numbers for each of the Q outputs.
             logits = jnp.take_along_axis(jnp.einsum("bqd,tdv->bqtv", x, head), t[..., None, None], 2)[:, :, 0]
         logits = jnp.where(self._vocab_mask()[t], logits.astype(jnp.float32) + self.head_bias[...][t], -jnp.inf)
         if memory.copy_keys is None:

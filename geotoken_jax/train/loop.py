@@ -159,9 +159,9 @@ def run(task: Task, settings: TrainSettings, mesh: Mesh, folder: epath.PathLike,
 
 @contextlib.contextmanager
 def _full_disk_as_stage_error(folder: epath.Path) -> Iterator[None]:
-    """Raises StageError in place of the error of a full disk; other errors pass.
+    """Raises StageError in place of an OSError that a full disk causes; other errors pass.
 
-    Launch scripts restart training after other errors, but not after a StageError: the disk would still be full.
+    After StageError the command exits with 2, and launch scripts do not restart it: the disk would still be full.
     """
     try:
         yield
@@ -295,7 +295,7 @@ class _Log:
         self._waited += seconds
 
     def pause(self) -> None:
-        """Excludes the time from now until the next batch is requested from the time in which speed is measured."""
+        """Begins a pause, which lasts until the next batch is requested and does not count as training time."""
         self._pause_from = time.monotonic()
 
     def add(self, values: Metrics) -> None:

@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
     config: Any = common.get_config()
     config.name = "demo"
     config.embed.views.count = 2
-    config.embed.threads = 1  # on such small photos two threads block each other: 1.0 ms per view, one needs 0.5 ms
+    config.embed.threads = 1  # one thread takes 0.5 ms per view of such small photos; two block each other and take 1.0
     # Two cores train this location encoder in seconds. The paper's rate, 3e-5, is for 41 million examples. From the
     # second epoch the heads overfit: training photos then have better neighbors than new photos, and the decoder would
     # rely on neighbors too much.

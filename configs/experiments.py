@@ -100,7 +100,7 @@ def _prediction(config: Any) -> dict[str, Any]:
 _ALONE = dict(selectors=("log_probability",), search=dict(expansions=0))
 
 
-#: Changes that all runs with training have in common.
+#: Changes in all runs of the experiments that train.
 _SHORT = dict(predict=_GREEDY, train=dict(examples=30_000))
 
 

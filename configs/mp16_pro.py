@@ -1,6 +1,6 @@
 """The paper's configuration on MP16-Pro. Two folders must be set:
 
-- `--config.photos.mp16_pro.folder=DIR`, the folder of the downloaded photos.
+- `--config.photos.mp16_pro.folder=DIR`, the folder of the downloaded data set.
 - `--config.embed.huggingface.path=DIR`, the folder of the downloaded backbone. The paper's backbone is CLIP ViT-L/14,
   `clip-vit-large-patch14`.
 """

@@ -25,10 +25,10 @@ class Preparing(Protocol):
 class Pixels:
     """Reads features/, with pixels from photos/ as `image` [b, h, w, 3] uint8. The other arrays are as in Features.
 
-    features, photos: readers whose equal rows are the same photo. tower: backbone that prepares the photos. threads:
-    number of threads that decode. views: settings of the random views that replace the photos in training; if None,
-    training reads the photos themselves. seed: random seed of the views. The random numbers of a view depend only on
-    the seed and on the example's index in training.
+    features, photos: readers in which a row number means the same photo. tower: backbone that prepares the photos.
+    threads: number of threads that decode. views: settings of the random views that replace the photos in training; if
+    None, training reads the photos themselves. seed: random seed of the views. The random numbers of a view depend only
+    on the seed and on the example's index in training.
     """
 
     def __init__(

@@ -8,7 +8,7 @@ def per_example(s: ModelSettings) -> float:
     """Returns the operations of one example's matrix products, forward and backward, with all M neighbors present.
 
     A product of [m, k] and [k, n] counts as 2 m k n, and the backward pass as twice the forward pass. Causal attention
-    counts as if it had no mask. Only matrix products count, and without their recomputation by remat "dots" or "full".
+    counts as if it had no mask. No other operations count, nor does recomputation by remat "dots" or "full".
     """
     d, m, t = s.width, s.neighbors, s.cells.length
     memory = s.memory_form.length

@@ -4,7 +4,7 @@ Full form (paper, section 3.3): [CLS, image, location, text] of the photo, then 
 each neighbor; 4 + M (3 + T) positions. Compact form: one position per neighbor, the sum of its vectors; 4 + M positions
 (at M = 15 and group 2, 19 instead of 214). If the model reads when the photo was taken, one position for the time comes
 before the neighbors. Neighbors come best first and padding last, so the number of positions before the padding is all
-that attention needs to mask it.
+that attention needs to mask the padding.
 """
 
 import dataclasses
@@ -173,7 +173,7 @@ class MemoryBuilder(nnx.Module):
         return x, self.form.head + neighbors.count * body.shape[2]
 
     def first_positions(self, m: int, length: int) -> np.ndarray:
-        """Returns the index in the sequence of each neighbor's first position, its image, as [M]. m: M. length: S."""
+        """Returns the index [M] in the sequence of the first position of each neighbor. m: M. length: S."""
         head = self.form.head
         return head + np.arange(m) * ((length - head) // max(m, 1))
 

@@ -58,8 +58,9 @@ class GeoTokenTask:
         """Returns the weighted loss and the metrics, losses in nats.
 
         The metrics are the loss of each token (loss_level_0, ...) and `exact`, the share of photos whose tokens are all
-        the most probable ones, each given the true tokens before it. In evaluation (key is None), if distances are
-        measured, they include the shares of photos decoded within each of THRESHOLDS_KM and the mean distance in km.
+        the most probable ones, each given the true tokens before it. If distances are measured in evaluation (key is
+        None), the metrics also include the shares of photos decoded within each of THRESHOLDS_KM and the mean distance
+        in km.
         """
         neighbors = Neighbors(*self._lookup(batch), batch["neighbor_count"])
         context = batch.get("context")

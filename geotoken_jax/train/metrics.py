@@ -18,11 +18,11 @@ _MESSAGES: Any = event_pb2
 
 
 class Writer:
-    """Writes metrics to `metrics.jsonl` and TensorBoard's event files in one folder, and optionally to Weights & Biases.
+    """Writes metrics to `metrics.jsonl` and TensorBoard's event files in one folder, and to Weights & Biases if used.
 
     step: step from which training starts or continues. Lines of later steps are removed from `metrics.jsonl` first;
-    an interrupted run wrote them after its last checkpoint. wandb: project of Weights & Biases; if empty, nothing
-    is written there. name: name of the run there. shown: False if another process writes, so that this one does nothing.
+    an interrupted run wrote them after its last checkpoint. wandb: project of Weights & Biases; if empty, nothing is
+    written there. name: name of the run there. shown: False if another process writes, so that this one does nothing.
     """
 
     def __init__(self, folder: epath.PathLike, step: int, wandb: str = "", name: str = "", shown: bool = True):

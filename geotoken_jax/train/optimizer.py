@@ -9,8 +9,9 @@ import optax
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerSettings:
-    """learning_rate: highest learning rate. schedule: "cosine" (falls to zero at the end) or "exponential" (times
-    `decay` after each epoch, as published). warmup: share of all steps in which the rate rises linearly, 0-1.
+    """learning_rate: highest learning rate. schedule: "cosine" (falls to zero at the end) or "exponential" (is
+    multiplied by `decay` after each epoch, as published). warmup: share of all steps in which the rate rises linearly,
+    0-1.
     weight_decay, b2: arguments of AdamW. clip: largest global norm of the gradient; no clipping if 0."""
 
     learning_rate: float

@@ -1,6 +1,7 @@
-"""All defaults: the settings that the paper used on MP16-Pro. Every other configuration changes some of them.
+"""All defaults: the paper's settings on MP16-Pro, but with EarthView's photos and thumbnails as image features.
 
-The comment at a section names the module that reads it. A frozen dataclass there explains the keys.
+Every other configuration changes some of them. The comment or docstring at a section names the module in which a frozen
+dataclass explains the section's keys.
 """
 
 from typing import Any
@@ -9,7 +10,7 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """Returns GeoToken as published (arXiv 2511.01082), with EarthView as the source of photos."""
+    """Returns GeoToken as published (arXiv 2511.01082), with EarthView's photos and the backbone `thumbnail`."""
     config = ConfigDict()
     config.name = "common"
     config.mesh = dict(data=-1, fsdp=1, tensor=1)  # geotoken_jax/sharding.py
@@ -22,13 +23,14 @@ def get_config() -> ConfigDict:
     config.data = dict(photos=0, seed=0)  # geotoken_jax/data/join.py
     config.model = _model()
     config.loss = dict(first_weight=2.0, last_weight=1.0)  # geotoken_jax/model/task.py
-    # 50 epochs of the 4.12 M usable photos.
+    # 50 epochs of MP16-Pro's 4.12 M usable photos.
     config.train = _train(2048, 206_000_000, 2_000, _published(5e-5, 0.9))
     config.pools = dict(photos=50_000, seed=0)  # geotoken_jax/configuration.py
     # geotoken_jax/model/reward.py
     config.reward = dict(model=dict(hidden=2048, dropout=0.1), train=_train_selector())
     config.verifier = _verifier()
-    # Name -> sections and keys that the variant changes. `train`, `learn` and `predict` run for each variant.
+    # Name of a variant of the decoder -> sections and keys that it changes. The commands `geotoken train`, `learn` and
+    # `predict` run once per variant.
     config.variants = dict(geotoken=dict())
     config.predict = _predict()
     config.judge = _judge()
@@ -42,7 +44,7 @@ def get_config() -> ConfigDict:
 
 
 def _train(batch_size: int, examples: int, evaluate_every: int, optimizer: dict[str, Any]) -> dict[str, Any]:
-    """Returns settings of a training (geotoken_jax/train/loop.py). optimizer: see geotoken_jax/train/optimizer.py."""
+    """Returns settings of one training (geotoken_jax/train/loop.py). optimizer: see geotoken_jax/train/optimizer.py."""
     return dict(
         batch_size=batch_size,
         accumulate=1,
@@ -59,7 +61,7 @@ def _train(batch_size: int, examples: int, evaluate_every: int, optimizer: dict[
 
 
 def _published(learning_rate: float, decay: float) -> dict[str, Any]:
-    """Returns AdamW's settings in the paper and in G3. decay: factor on the learning rate after each epoch."""
+    """Returns AdamW's settings as published. decay: factor on the learning rate after each epoch."""
     return dict(
         learning_rate=learning_rate,
         schedule="exponential",
@@ -146,13 +148,13 @@ def _align() -> dict[str, Any]:
         loss=dict(kind="info_nce", chunk=1024, queue=0, same_within_km=0.0),  # geotoken_jax/align/loss.py
         init=dict(location=""),  # geotoken_jax/interop/geoclip.py
         pixels=dict(tower="cached", augment=True, learning_rate=0.1, remat="dots"),  # geotoken_jax/align/pixels.py
-        # 10 epochs of the 4.12 M usable photos.
+        # 10 epochs of MP16-Pro's 4.12 M usable photos.
         train=_train(256, 41_200_000, 4_000, _published(3e-5, 0.87)),
     )
 
 
 def _index() -> dict[str, Any]:
-    """Returns settings of the recorded neighbors and of the search for them."""
+    """Returns settings of the stored neighbors (geotoken_jax/preparation.py) and of the search for them."""
     return dict(
         neighbors=dict(
             count=20,
@@ -263,12 +265,12 @@ def _judge() -> dict[str, Any]:
 def _baselines() -> dict[str, Any]:
     """Returns settings of the baselines (geotoken_jax/stages/baselines.py) and of the classifier's training."""
     return dict(
-        # The temperature is the best one for the demo. The radius is the size of a city.
+        # The temperature is the best one for the demo. sigma_km is about the size of a city.
         knn=dict(neighbors=20, temperature=0.05, sigma_km=25.0),
         geoclip=dict(candidates=20),
-        # The fine partition of MP-16 of the three in Mueller-Budack et al. 2018, with 12,893 cells.
+        # As in the finest of the three partitions of MP-16 by Mueller-Budack et al. 2018, which has 12,893 cells.
         classifier=dict(max_photos=1_000, min_photos=50, hidden=1024, dropout=0.0, candidates=20),
-        # 10 epochs of the 4.12 M usable photos.
+        # 10 epochs of MP16-Pro's 4.12 M usable photos.
         train=_train(2048, 41_200_000, 2_000, _cosine(1e-3, 0.05, 0.01)),
     )
 
@@ -279,7 +281,7 @@ def _evaluate() -> dict[str, Any]:
         resamples=2_000,
         seed=0,
         reference="geotoken",
-        compare=(),  # pairs, such as (("geotoken:log_probability", "knn"),)
+        compare=(),  # pairs of methods, such as (("geotoken:log_probability", "knn"),)
         earth="sphere",
         strict=False,
         labels=dict(

@@ -1,9 +1,9 @@
 """The demo: all stages on EarthView in some minutes on two CPU cores, with an ablation and the paper's architecture.
 
-docs/settings.md has the effect of each setting of the model. Other settings were tried in one run each, before views
-were added; these are validation losses:
+docs/settings.md has the effect of each setting of the model. Further settings were tried in one run each, before views
+of the training photos were added. Their validation losses:
 - neighbors: 1.673 with 20, 1.694 with 10.
-- products of projections as additional similarities: 1.722 with, 1.694 without.
+- products of the projected embeddings as additional similarities: 1.722 with them, 1.694 without.
 - dropout of embeddings: 1.670 with 0.3, 1.673 without. This gain is too small for a setting of its own.
 
 Without views the model overfits after 100,000 examples. With two views of each photo the validation loss falls up to
@@ -22,14 +22,14 @@ def get_config() -> ConfigDict:
     config: Any = common.get_config()
     config.name = "demo"
     config.embed.views.count = 2
-    config.embed.threads = 1  # on such small photos two threads block each other: 1.0 ms per view, against 0.5 ms
+    config.embed.threads = 1  # one thread takes 0.5 ms per view of such small photos; two block each other and take 1.0
     # Two cores train this location encoder in seconds. The paper's rate, 3e-5, is for 41 million examples. From the
     # second epoch the heads overfit: training photos then have better neighbors than new photos, and the decoder would
     # rely on neighbors too much.
     config.align.model.location.update(fourier=64, hidden=128, out=128)
     config.align.train.update(batch_size=512, examples=48_000, evaluate_every=31, log_every=10)
     config.align.train.optimizer.update(learning_rate=1e-3, schedule="cosine", warmup=0.1, weight_decay=1e-4)
-    # The other photos of an author show the same place on the same map. A new photo has no such neighbors.
+    # In EarthView the other photos of an author show the same place on the same map. A new photo has no such neighbors.
     config.index.neighbors.exclude.author = True
     config.model.update(
         width=96,
@@ -48,8 +48,8 @@ def get_config() -> ConfigDict:
         dtype="float32",
         remat="none",
     )
-    # Photos are about a kilometer from their place, so tokens after level 12 are noise: their loss is 2.78 nats, and
-    # a uniform guess has log 16 = 2.77. With the paper's weight of 1.0 the model memorizes this noise.
+    # Photos are about a kilometer from their place, so tokens after level 12 are noise: each has a loss of 2.78 nats,
+    # and a uniform guess has log 16 = 2.77. With the paper's weight of 1.0 the model memorizes this noise.
     config.loss.last_weight = 0.1
     config.train.update(batch_size=256, examples=150_000, evaluate_every=98, log_every=14)
     config.train.optimizer.update(learning_rate=1e-3, schedule="cosine", warmup=0.05, weight_decay=0.01, clip=1.0)
@@ -103,7 +103,7 @@ def _variants() -> dict[str, Any]:
 
 
 def _set_selectors(config: Any) -> None:
-    """Sets the selectors, and trainings of them that suit two cores."""
+    """Sets which selectors are used, and shortens their training for two cores."""
     config.predict.selectors = (*config.predict.selectors, "point_likeness")
     config.predict.choice = "point_likeness"
     config.pools.photos = 3_000

@@ -1,8 +1,8 @@
 """Experiments on questions that the paper leaves open, with the demo's data (stages/experiments.py).
 
 Run one with `geotoken experiment NAME`. An experiment that trains uses 30,000 examples per run, a fifth as many as the
-demo, which takes a minute on two cores. Each `note` interprets the experiment's table and was written after the table
-was made.
+demo, and takes a minute per run on two cores. Each `note` interprets the experiment's table and was written after the
+table was made.
 """
 
 from typing import Any
@@ -11,10 +11,11 @@ from ml_collections import ConfigDict
 
 from configs import demo
 
+#: Splits that experiments score by default.
 _BOTH = ("test", "test_shift")
 _GREEDY = dict(samples=0, choice="greedy", selectors=("greedy",), search=dict(expansions=0))
 
-
+#: Methods whose labels are kept from the demo; its other variants are not part of the experiments.
 _SHOWN = ("top1_neighbor", "knn", "geoclip", "classifier", "geotoken")
 
 
@@ -37,7 +38,7 @@ def get_config() -> ConfigDict:
 
 
 def _prediction(config: Any) -> dict[str, Any]:
-    """Returns experiments on candidates and the choice among them. They use the demo's trained decoder."""
+    """Returns experiments on candidates and the choice among them. They train no decoder: they use the demo's."""
 
     def sampled(temperature: float, samples: int) -> dict:
         return dict(predict=dict(temperature=temperature, samples=samples, choice="log_probability", **_ALONE))
@@ -52,7 +53,7 @@ def _prediction(config: Any) -> dict[str, Any]:
             "coordinates of the first neighbor?",
             note="Greedy decoding and the most probable of 31 candidates differ by less than half a point. Both are "
             "above the first neighbor, by 1.4 points at 25 km and 4.3 at 200 km (README). The best candidate of the "
-            "pool is far above both, with 49 and 64 %.",
+            "pool is far above both, with 49 % within 25 km and 64 % within 200 km.",
             runs=(("greedy", dict(predict=_GREEDY)), ("30 samples", sampled(0.7, 30))),
             choices=("", "ideal"),
         ),
@@ -99,6 +100,7 @@ def _prediction(config: Any) -> dict[str, Any]:
 _ALONE = dict(selectors=("log_probability",), search=dict(expansions=0))
 
 
+#: Changes in all runs of the experiments that train.
 _SHORT = dict(predict=_GREEDY, train=dict(examples=30_000))
 
 
@@ -110,7 +112,7 @@ def _model(**changes: Any) -> dict:
     return dict(model=changes)
 
 
-#: Records 30 neighbors per photo; the demo records 20.
+#: Stores 30 neighbors per photo; the demo stores 20.
 _RECORDED = dict(index=dict(neighbors=dict(count=30)))
 
 
@@ -137,8 +139,8 @@ def _architecture() -> dict[str, Any]:
         group=dict(
             question="How many quads should one token contain?",
             note="Larger tokens are a little better after 30,000 examples: 4 quads gain 0.9 points at 200 km on test, "
-            "5 quads gain 1.9 on test_shift. Most wrong predictions have a wrong cube face (docs/audits.md). With "
-            "larger tokens the first token is a finer cell, so the face is not decided alone.",
+            "5 quads gain 1.9 on test_shift. Most wrong predictions have a wrong cube face (docs/audits.md), which is "
+            "the first token with every group.",
             runs=_runs(*((f"group {n}", _model(group=n)) for n in (2, 1, 4, 5))),
             choices=("",),
         ),

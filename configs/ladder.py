@@ -1,9 +1,9 @@
-"""Decoder sizes from 5,000 to 1 billion parameters. One rule sets the shape, another sets batch size and learning rate.
+"""Decoder sizes from 5,000 to 1 billion weights. One rule sets the shape, another sets batch size and learning rate.
 
-`--config=configs/ladder.py:52M` selects one of SIZE, on MP16-Pro. The name counts the weights of encoder and decoder
-layers, as in scaling laws (Kaplan et al. 2020, arXiv 2001.08361). It does not count token tables, output and the
-projection of features. Sizes under 0.3 M are for studies on a few cores (configs/scaling.py). Sizes over 1.5 M have not
-been trained yet.
+`--config=configs/ladder.py:52M` selects one of SIZE, on MP16-Pro. A size is named after the number of weights in
+encoder and decoder layers, as in scaling laws (Kaplan et al. 2020, arXiv 2001.08361). Token tables, the output layer
+and the projections of features are not counted. Sizes up to 1.5 M are for studies on a few cores (configs/scaling.py).
+Larger sizes have not been trained yet.
 
 Shape. Depth is width / 51.2, as in the paper (10 layers, width 512). One ratio is enough, because loss depends on a
 model's size and hardly on its shape (Kaplan et al., section 3.1). Heads are 64 wide, as in the paper. There are at
@@ -55,7 +55,8 @@ def _model(width: int) -> dict[str, Any]:
 
 
 def _train(width: int) -> dict[str, Any]:
-    # A power of two, rounded down, divides over any mesh. With less than 64 a step is mostly overhead.
+    # width^2 / 256, rounded down to a power of two, which divides over a mesh of 2^k devices. A step with fewer than 64
+    # photos is mostly overhead.
     batch = max(64, 1 << ((width * width // 256).bit_length() - 1))
     return dict(batch_size=batch, optimizer=dict(learning_rate=2e-3 * (width / 96) ** -0.75))
 
@@ -78,7 +79,7 @@ FORM: dict[str, Any] = dict(
 
 
 def get_config(size: str = "52M") -> ConfigDict:
-    """Returns the paper's configuration on MP16-Pro with a decoder of one of SIZE."""
+    """Returns the configuration on MP16-Pro with a decoder of the given size, the form FORM, and a cosine schedule."""
     if size not in SIZE:
         raise ValueError(f"--config=configs/ladder.py:{size} names an unknown size: use one of {', '.join(SIZE)}")
     config: Any = mp16_pro.get_config()

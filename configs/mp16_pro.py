@@ -1,7 +1,8 @@
-"""The paper's configuration on MP16-Pro. Set the folder of the download: `--config.photos.mp16_pro.folder=DIR`.
+"""The paper's configuration on MP16-Pro. Two folders must be set:
 
-For the paper's features, from CLIP ViT-L/14, add `--config.embed.huggingface.path=clip-vit-large-patch14`, the folder
-of the downloaded checkpoint.
+- `--config.photos.mp16_pro.folder=DIR`, the folder of the downloaded data set.
+- `--config.embed.huggingface.path=DIR`, the folder of the downloaded backbone. The paper's backbone is CLIP ViT-L/14,
+  `clip-vit-large-patch14`.
 """
 
 from typing import Any
@@ -12,7 +13,7 @@ from configs import common
 
 
 def get_config() -> ConfigDict:
-    """Returns the paper's configuration with MP16-Pro's photos."""
+    """Returns the paper's configuration with MP16-Pro's photos and a backbone from Hugging Face."""
     config: Any = common.get_config()
     config.name = "mp16_pro"
     config.photos.source = "mp16_pro"

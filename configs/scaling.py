@@ -48,8 +48,8 @@ def get_config() -> ConfigDict:
     config: Any = demo.get_config()
     config.name = "scaling"
     config.model.update(level=12, neighbors=10, dropout=0.0)
-    # Averages parameters over about 50 steps. Without it the lowest loss of a run would come at the end, when the
-    # learning rate is low, and not before the run begins to overfit.
+    # Averages parameters over about 50 steps. Without the average the lowest loss of a run would come at the end, when
+    # the learning rate is low, and not when the run begins to overfit.
     config.train.ema = 0.98
     config.loss.update(first_weight=1.0, last_weight=1.0)
     others = set(config.variants) - {"geotoken"}

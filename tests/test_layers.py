@@ -68,7 +68,9 @@ def test_gated_and_normalized_on_a_mesh_is_what_it_is_on_one_device():
 
 def test_cudnn_without_a_gpu_is_refused_in_one_sentence(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    with pytest.raises(settings.SettingsError, match=r"'cudnn', which a tpu does not have: set it to 'xla'"):
+    with pytest.raises(
+        settings.SettingsError, match=r"'cudnn', which needs a GPU, but JAX uses a tpu: set it to 'xla'"
+    ):
         layers.choose_kernel("cudnn", 214)
     assert layers.choose_kernel("xla", 214) == "xla"
     model = fixtures.model("ours", attention="cudnn", dtype="bfloat16")

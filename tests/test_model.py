@@ -311,10 +311,13 @@ def test_sinusoidal_positions():
         ({"remat": "some"}, "config.model.remat is 'some'"),
         ({"activation": "swish"}, "config.model.activation is 'swish': choose one of relu, gelu, swiglu, geglu"),
         ({"attention": "flash"}, "config.model.attention is 'flash': choose one of xla, cudnn"),
-        ({"attention": "cudnn"}, "config.model.attention is 'cudnn', which needs .* not float32 and 8"),
+        (
+            {"attention": "cudnn"},
+            "config.model.attention is 'cudnn', which needs .* dtype is float32 and width / heads is 8",
+        ),
         (
             {"attention": "cudnn", "dtype": "bfloat16", "heads": 4},
-            "not bfloat16 and 4: change dtype or heads, or set attention to 'xla'",
+            "dtype is bfloat16 and width / heads is 4: change dtype or heads, or set attention to 'xla'",
         ),
         ({"memory": "half"}, "config.model.memory is 'half'"),
         ({"context": "weather"}, "config.model.context is 'weather': choose one of none, season, time"),

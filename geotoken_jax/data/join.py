@@ -11,21 +11,23 @@ from geotoken_jax.geo.cells import Scheme
 from geotoken_jax.records import Records
 from geotoken_jax.settings import SettingsError
 
-#: Seconds in a mean calendar year, which is off by at most two days for dates from 1970 to 2100, and in a day.
+#: Seconds in a mean calendar year, and in a day. The mean year puts the time of year at most two days wrong for dates
+#: from 1970 to 2100.
 _PERIODS = 365.2425 * 86_400, 86_400
 
 
 @dataclasses.dataclass(frozen=True)
 class DataSettings:
-    """photos: number of photos that the decoder is trained on, with their views; all photos if 0. A smaller choice is
-    part of every larger one. Neighbors still come from the whole gallery. seed: seed of the random choice."""
+    """photos: number of photos that the decoder is trained on, with their views; all photos if 0. Neighbors still come
+    from the whole gallery. seed: seed of the random choice of photos. With the same seed, a smaller choice is part of
+    every larger one."""
 
     photos: int
     seed: int
 
 
 class Features:
-    """Reads features/ for alignment: image and text [b, C] float32, coordinates [b, 2] float32 in degrees."""
+    """Reads rows of features/ for alignment: image and text [b, C] float32, coordinates [b, 2] float32 in degrees."""
 
     def __init__(self, records: Records):
         self._records = records
@@ -39,16 +41,16 @@ class Features:
 
 
 class Tokens:
-    """Reads tokens/ for the decoder and joins photo and neighbors by row.
+    """Reads rows of tokens/ for the decoder, joined with the embeddings of the photos and their neighbors.
 
     own: table of the photos themselves. For the split that the gallery is built from, this is the gallery.
     gallery: table of the neighbors; None if the table is on the devices (gallery/placement.py).
     neighbors: M, number of recorded neighbors to read, best first.
     times: number of values of `context` to read; no context if 0.
 
-    Returns query [b, 3, C] bfloat16, tokens [b, T] int32 and neighbor_count [b] int32. With a gallery also neighbors
-    [b, M, 3, C] bfloat16 and neighbor_tokens [b, M, T] int32; without one, neighbor_rows [b, M] int32. With times also
-    context [b, times] float32.
+    A call returns query [b, 3, C] bfloat16, tokens [b, T] int32 and neighbor_count [b] int32. If `gallery` is given, it
+    also returns neighbors [b, M, 3, C] bfloat16 and neighbor_tokens [b, M, T] int32, else neighbor_rows [b, M] int32.
+    If `times` is above 0, it also returns context [b, times] float32.
     """
 
     def __init__(
@@ -64,8 +66,8 @@ class Tokens:
         records = self._records[rows]
         best = records["neighbors"][:, : self._neighbors]
         return {
-            # The photo's embeddings always come from the host. They are 4.6 KB per photo, a 15th of the size of
-            # 15 neighbors, and the table on the devices contains photos of the gallery's split only.
+            # The photo's own embeddings always come from the host. They are 4.6 KB, a 15th of the embeddings of 15
+            # neighbors, and the table on the devices contains photos of the gallery's split only.
             "query": self._own.embeddings(records["row"]),
             "tokens": self._cells.from_stored(records["tokens"], self._own.coordinates(records["row"])),
             **(neighbor_rows(best) if self._gallery is None else neighbors(self._gallery, best, self._cells)),
@@ -112,10 +114,12 @@ class Subset:
 
 
 def choose_rows(ids: Sequence[np.ndarray], settings: DataSettings) -> Int[np.ndarray, "n"]:
-    """Returns the rows, ascending, of a random choice of photos and their views, as rows of a Concatenation.
+    """Returns the rows, ascending, of a random choice of photos and their views in a Concatenation of splits.
 
-    ids: ids of the photos of each split. Photos are chosen from the first split. The others contain views, which have
-    the ids of their photos. Raises SettingsError if the first split has fewer photos than settings.photos.
+    ids: ids of each split. The photos are chosen from the first split. The other splits contain views, which have the
+    ids of their photos.
+
+    Raises SettingsError unless settings.photos is between 1 and the size of the first split.
     """
     photos, *_ = ids
     if not 0 < settings.photos <= len(photos):
@@ -127,9 +131,9 @@ def choose_rows(ids: Sequence[np.ndarray], settings: DataSettings) -> Int[np.nda
 
 
 def context(captured: Float[np.ndarray, " b"], times: int) -> Float[np.ndarray, "b times"]:
-    """Returns the first `times` values that describe when a photo was taken, float32; all 0 if that is unknown.
+    """Returns the first `times` of five values that describe when a photo was taken, float32; all 0 if that is unknown.
 
-    The values are 1 (the time is known), sine and cosine of the time of year, sine and cosine of the time of day.
+    The five values are 1 (the time is known), sine and cosine of the time of year, sine and cosine of the time of day.
     captured: seconds since 1970, UTC; NaN if unknown.
     """
     year, day = (2 * np.pi * (captured / period % 1) for period in _PERIODS)
@@ -138,12 +142,18 @@ def context(captured: Float[np.ndarray, " b"], times: int) -> Float[np.ndarray, 
 
 
 def neighbor_rows(rows: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns the gallery rows [b, M] for the devices to look up, with their number. Missing rows are -1 and last."""
+    """Returns the gallery rows [b, M] that the devices look up, and the number of neighbors per photo.
+
+    rows: gallery rows of the neighbors; missing ones are -1 and come last.
+    """
     return {"neighbor_rows": rows.astype(np.int32), "neighbor_count": _count(rows)}
 
 
 def neighbors(gallery: Table, rows: np.ndarray, cells: Scheme) -> dict[str, np.ndarray]:
-    """Returns embeddings and tokens of gallery rows [b, M], with their number. Missing rows are -1 and last."""
+    """Returns embeddings and tokens of gallery rows [b, M], and the number of neighbors per photo.
+
+    rows: gallery rows of the neighbors; missing ones are -1 and come last.
+    """
     present = np.where(rows < 0, 0, rows)
     return {
         "neighbors": gallery.embeddings(present),

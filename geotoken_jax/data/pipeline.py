@@ -1,8 +1,8 @@
 """Batches for the train loop: rows are shuffled and cut into global batches, and each process reads its part.
 
 Shuffling and batching move row numbers only, and a batch is read in one call. Grain would read one record at a time,
-which is 4-5 times slower (google/grain#688). The sequence of global batches depends on the seed alone, not on the
-number of processes. The position in it is one number, which is valid for any number of processes.
+which is 4-5 times slower (google/grain#688). The sequence of global batches depends on the number of rows, the batch
+size and the seed, but not on the number of processes. So a position in the sequence is valid for any number of them.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ import numpy as np
 
 from geotoken_jax.settings import SettingsError
 
-#: Row numbers [b] -> named arrays [b, ...].
+#: Function from row numbers [b] to named arrays [b, ...].
 Read = Callable[[np.ndarray], dict[str, np.ndarray]]
 
 
@@ -22,7 +22,10 @@ class Varying(Protocol):
     """A reader that in training returns different data each time it reads a row, such as random views of a photo."""
 
     def vary(self, rows: np.ndarray, examples: np.ndarray) -> dict[str, np.ndarray]:
-        """Returns the rows as varied for these examples. examples [b]: number of each row in the order of training."""
+        """Returns the data of the rows, varied per example.
+
+        examples [b]: index of each row in the sequence of all training examples, in which rows repeat.
+        """
         ...
 
 
@@ -45,8 +48,10 @@ def training(
 ) -> grain.DatasetIterator:
     """Returns an endless iterator over shuffled batches. Each epoch has every row once, in a new order.
 
-    `get_state` and `set_state` of the iterator read and set its position. batch_size: rows per batch, over all
-    processes. Raises SettingsError if processes does not divide batch_size, or batch_size is larger than n.
+    `get_state` and `set_state` of the iterator read and set its position. n: number of rows. batch_size: rows per
+    batch, over all processes. process: index of this process, which gets its part of each batch.
+
+    Raises SettingsError if processes does not divide batch_size, or batch_size is larger than n.
     """
     if batch_size % processes:
         raise SettingsError(f"batch_size is {batch_size}: make it a multiple of {processes}, the number of processes")
@@ -60,7 +65,11 @@ def training(
 def evaluation(
     n: int, read: Read, batch_size: int, process: int = 0, processes: int = 1
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yields every row once, in order, in batches of equal size. `valid` [b] is False for padding of the last one."""
+    """Yields batches of equal size with every row once, in order; of each batch, this process's part.
+
+    `valid` [b] is False for rows that only pad the last batch. n: number of rows. batch_size: rows per batch, over all
+    processes; a multiple of `processes`.
+    """
     size = batch_size // processes
     for first in range(0, n, batch_size):
         rows = np.arange(first + process * size, first + (process + 1) * size)

@@ -25,9 +25,10 @@ class Preparing(Protocol):
 class Pixels:
     """Reads features/, with pixels from photos/ as `image` [b, h, w, 3] uint8. The other arrays are as in Features.
 
-    features, photos: readers of the same photos, row by row. threads: number of threads that decode. views: settings
-    of the random views that replace photos in training; the photos themselves if None. A view depends on the seed and
-    the example's number alone.
+    features, photos: readers in which a row number means the same photo. tower: backbone that prepares the photos.
+    threads: number of threads that decode. views: settings of the random views that replace the photos in training; if
+    None, training reads the photos themselves. seed: random seed of the views. The random numbers of a view depend only
+    on the seed and on the example's index in training.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class Pixels:
         return self._read(self._photo, rows)
 
     def vary(self, rows: np.ndarray, examples: np.ndarray) -> dict[str, np.ndarray]:
-        """Returns the rows with a random view of each photo (pipeline.Varying)."""
+        """Returns the rows with a random view of each photo, or the photos themselves without settings of views."""
         return self._read(self._view, rows, examples) if self._views else self(rows)
 
     def _read(self, image: Callable[..., np.ndarray], rows: np.ndarray, *examples: np.ndarray) -> dict[str, np.ndarray]:

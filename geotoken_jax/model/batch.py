@@ -1,4 +1,4 @@
-"""The decoder's batches, which `data.join.Tokens` reads and `model.task.GeoTokenTask` trains on."""
+"""The decoder's batches: `data.join.Tokens` reads them, and `model.task.GeoTokenTask` trains on them."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +15,8 @@ def spec(model: ModelSettings, size: int, on_device: bool = False) -> batch.Spec
     If the gallery is on the host: neighbors [B, M, 3, C] bfloat16 and neighbor_tokens [B, M, T] int32.
     If it is on the devices (on_device): neighbor_rows [B, M] int32, gallery rows, -1 if missing.
     If the model reads when a photo was taken: context [B, times] float32.
-    In evaluation: valid [B] bool, False for examples that only pad the batch.
+    Batches of evaluation also have valid [B] bool, which is not in the specification: False for examples that only pad
+    the batch.
     """
     m, t, c = model.neighbors, model.cells.length, model.backbone_width
     neighbors = (
@@ -35,7 +36,7 @@ def spec(model: ModelSettings, size: int, on_device: bool = False) -> batch.Spec
 
 
 def random_batch(model: ModelSettings, size: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """Returns a batch of random photos, each with all M neighbors."""
+    """Returns a batch of `size` random photos, each with all M neighbors, for a gallery on the host."""
     sizes = np.array(model.cells.vocab_sizes)
     arrays = batch.random_batch(spec(model, size), seed, {"tokens": sizes, "neighbor_tokens": sizes})
     return {**arrays, "neighbor_count": np.full(size, model.neighbors, np.int32)}

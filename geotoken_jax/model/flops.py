@@ -8,13 +8,14 @@ def per_example(s: ModelSettings) -> float:
     """Returns the operations of one example's matrix products, forward and backward, with all M neighbors present.
 
     A product of [m, k] and [k, n] counts as 2 m k n, and the backward pass as twice the forward pass. Causal attention
-    counts as if it had no mask. Recomputation by remat "dots" or "full" is not counted, nor is anything but products.
+    counts as if it had no mask. No other operations count, nor does recomputation by remat "dots" or "full".
     """
     d, m, t = s.width, s.neighbors, s.cells.length
     memory = s.memory_form.length
     feed_forward = (3 if s.activation in GATED else 2) * d * s.feed_forward
     projections = 3 * (1 + m) * (s.backbone_width * d + d * d)
-    # Queries, keys, values and output are d x d each; scores and their product with values are S x S x d each.
+    # Multiplications: queries, keys, values and output take d x d each per position. Scores, and their product with
+    # the values, take S x S x d each, with S positions.
     encoder = memory * (4 * d * d + feed_forward) + 2 * memory * memory * d
     decoder = t * (4 * d * d + feed_forward) + 2 * t * t * d
     decoder += (2 * t + 2 * memory) * d * d + 2 * t * memory * d

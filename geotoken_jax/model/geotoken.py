@@ -1,8 +1,8 @@
-"""The encoder-decoder: it reads a photo and its neighbors, and writes S2 tokens from coarse to fine (paper, section 3).
+"""The encoder-decoder: it reads a photo and its neighbors, and writes a cell's tokens from coarse to fine.
 
-One class is both the published model and ours. The settings choose norm, activation, positions, tied token tables, full
-or compact memory, and the copy head. Each position has its own vocabulary (S2: 6 faces, then up to 4^group cells); the
-logits of all other tokens are -inf.
+It is described in section 3 of the paper. GeoTokenModel is both the published model and ours; ModelSettings choose
+between them. Each token position has its own vocabulary (S2: 6 faces at the first, 4^group cells at each later one).
+The logits of tokens outside it are -inf.
 """
 
 import dataclasses
@@ -20,7 +20,8 @@ from geotoken_jax.geo.schemes import SCHEMES
 from geotoken_jax.model import layers
 from geotoken_jax.model.memory import CONTEXTS, MemoryBuilder, MemoryForm, Neighbors, drop, sinusoidal
 
-#: Share of training photos whose time is hidden. Users seldom give a time, but all photos of a data set may have one.
+#: Share of training photos whose capture time is hidden, so that the model also predicts well without one. Users seldom
+#: give a time, but all photos of a data set may have one.
 _TIMELESS = 0.1
 _NEVER = -1e30  # log-probability of an impossible token; finite, so that its gradient is 0 and not NaN
 
@@ -29,15 +30,15 @@ _NEVER = -1e30  # log-probability of an impossible token; finite, so that its gr
 class ModelSettings(layers.LayerSettings):
     """Settings of the whole model, added to the settings of its layers (LayerSettings).
 
-    scheme: name of the cell scheme in geo.schemes.SCHEMES. level: S2 level as fine as its cells.
+    scheme: name of the cell scheme in geo.schemes.SCHEMES. level: S2 level with cells of the scheme's cell size.
     group: digits per token. backbone_width: C, width of the backbone's embeddings.
     neighbors: M, number of neighbors per photo. memory: "full" or "compact" (model/memory.py).
-    positions: "factored" or "sinusoidal".
-    tie_tokens: whether neighbors and decoder share one token table. copy_head: whether CopyHead is used.
-    neighbor_tokens, neighbor_embeddings: False hides the neighbors' tokens or embeddings (ablation).
+    positions: "factored" or "sinusoidal" (MemoryForm).
+    tie_tokens: whether neighbors and decoder share one table of token embeddings. copy_head: whether the model has a
+    CopyHead. neighbor_tokens, neighbor_embeddings: False hides the neighbors' tokens or embeddings (ablation).
     neighbor_dropout: share of neighbors hidden at random in training. similarities: whether the memory contains the
-    cosines of photo and neighbors. context: time of the photo that the model reads: "none", "season" (time of year) or
-    "time" (time of year and time of day, UTC).
+    cosines of photo and neighbors. context: part of the capture time that the model reads: "none", "season" (time of
+    year) or "time" (time of year and time of day, UTC).
     """
 
     scheme: str
@@ -71,7 +72,7 @@ class ModelSettings(layers.LayerSettings):
         if self.copy_head and not self.neighbor_tokens:
             raise ValueError(
                 "config.model.copy_head is True, but there is nothing to copy since config.model.neighbor_tokens is "
-                "False: set copy_head to False too"
+                "False: set copy_head to False, or neighbor_tokens to True"
             )
 
     @property
@@ -80,12 +81,12 @@ class ModelSettings(layers.LayerSettings):
 
     @property
     def times(self) -> int:
-        """Number of values that the model reads of a photo's time."""
+        """Number of values of a photo's capture time that the model reads (data.join.context); 0 if it reads none."""
         return CONTEXTS[self.context]
 
     @property
     def memory_form(self) -> MemoryForm:
-        """The parts of the memory sequence and its length."""
+        """The layout of the memory sequence."""
         return MemoryForm(
             self.neighbors, self.cells.length, self.memory, self.positions, self.neighbor_tokens,
             self.neighbor_embeddings, self.similarities, self.times,
@@ -95,8 +96,9 @@ class ModelSettings(layers.LayerSettings):
 class Memory(NamedTuple):
     """The encoded photos and neighbors, as the decoder reads them.
 
-    keys_values: keys and values of the memory for each decoder layer. lengths: number of real positions among the S.
-    copy_keys: keys of the copy head; None if the model has no copy head. neighbors: the neighbors themselves.
+    keys_values: keys and values of the S memory positions for each decoder layer. lengths: number of positions before
+    the padding, per photo. copy_keys: keys of the copy head; None if the model has no copy head. neighbors: the
+    neighbors that were encoded.
     """
 
     keys_values: tuple[Float[Array, "L B S H d"], Float[Array, "L B S H d"]]
@@ -108,9 +110,9 @@ class Memory(NamedTuple):
 class Cache(NamedTuple):
     """The state of decoding K candidates per photo.
 
-    past: keys and values of the decoded tokens, in E slots. If each candidate has its own slots, one per token, G is
-    B * K. If the candidates of a photo share slots, as nodes of a tree, G is B.
-    agree: whether a neighbor has the candidate's tokens at all decoded positions.
+    past: keys and values of the tokens decoded so far, in G groups of E slots. Each candidate has its own group, with
+    one slot per token (G = B * K), or all candidates of a photo share one group (G = B).
+    agree: whether a neighbor has the candidate's tokens at all decoded positions; False for padding.
     memory: keys and values of the memory, laid out head by head. Decoding does not change them.
     """
 
@@ -120,10 +122,11 @@ class Cache(NamedTuple):
 
 
 class CopyHead(nnx.Module):
-    """Mixes the decoder's distribution with the next tokens of the neighbors that agree with all previous tokens.
+    """Mixes the decoder's distribution of the next token with the distribution of that token among the neighbors.
 
-    The decoder's state attends over the encoded images of the agreeing neighbors. A learned gate weights the two
-    distributions. If no neighbor agrees, the gate is closed.
+    Only agreeing neighbors count, which have the same tokens at all earlier positions. The decoder's state attends over
+    their encoded images, and the attention weights are the neighbors' distribution. A learned gate weights the two
+    distributions. If no neighbor agrees, the gate is closed, and the result is the decoder's distribution.
     """
 
     def __init__(self, settings: ModelSettings, rngs: nnx.Rngs):
@@ -142,7 +145,8 @@ class CopyHead(nnx.Module):
     ) -> Float[Array, "B Q V"]:
         """Returns log-probabilities. Q is the number of positions (training) or candidates (decoding).
 
-        tokens: token of each neighbor at the position to predict. agree: whether the neighbor has the true or decoded
+        logits, states: output of the decoder, after and before its head. keys: Memory.copy_keys. tokens: token of each
+        neighbor at the position to predict. agree: whether the neighbor has the true tokens (training) or the decoded
         tokens at all positions before.
         """
         scores = jnp.einsum("bqd,bmd->bqm", self.query(states), keys).astype(jnp.float32) / np.sqrt(keys.shape[-1])
@@ -151,8 +155,8 @@ class CopyHead(nnx.Module):
         gate = jnp.where(agree.any(-1, keepdims=True), self.gate(states).astype(jnp.float32), _NEVER)
         log_copied = jnp.where(copied > 0, jnp.log(jnp.where(copied > 0, copied, 1.0)), _NEVER)
         written = jax.nn.log_sigmoid(-gate) + jax.nn.log_softmax(logits)
-        # Beyond the vocabulary `written` is -inf, which would put a NaN into the gradient. The clamp removes the
-        # -inf, and the last line restores it.
+        # For tokens outside the position's vocabulary `written` is -inf, which would put a NaN into the gradient. The
+        # maximum removes the -inf, and the last line restores it.
         mixed = jnp.logaddexp(jnp.maximum(written, _NEVER), jax.nn.log_sigmoid(gate) + log_copied)
         return jnp.where(jnp.isfinite(logits), mixed, -jnp.inf)
 
@@ -202,7 +206,8 @@ class GeoTokenModel(nnx.Module):
     ) -> Float[Array, "B T V"]:
         """Returns the log-probabilities of each position's token, given the true tokens before it.
 
-        key: source of dropout and of hidden neighbors and times; None in evaluation. context: see `encode`.
+        key: random key for dropout and for hiding neighbors and times. If it is None, as in evaluation, nothing is
+        dropped or hidden. context: see `encode`.
         """
         s = self.settings
         if s.times and context is not None and key is not None:
@@ -261,7 +266,7 @@ class GeoTokenModel(nnx.Module):
         key: jax.Array | None = None,
         context: Float[Array, "B times"] | None = None,
     ) -> tuple[Float[Array, "B S D"], Int[Array, " B"]]:
-        """Returns the encoder's output and the number of its real positions. Arguments: see `encode`."""
+        """Returns the encoder's output and the number of its positions before the padding. Arguments: see `encode`."""
         s = self.settings
         embed_key, layers_key = layers.split(key, 2)
         embedded = None
@@ -291,8 +296,8 @@ class GeoTokenModel(nnx.Module):
         past = jnp.zeros((s.decoder_layers, groups, s.heads, slots, s.width // s.heads), jnp.dtype(s.dtype))
         real = self._real(memory.neighbors)[:, None]
         agree = jnp.broadcast_to(real, (b, candidates, real.shape[-1]))
-        # Without the barrier XLA transposes the inputs of these keys and values instead, and again at every step (a
-        # small model, 30 samples with their encoding, CPU: 24 ms against 16 ms).
+        # Without the barrier XLA transposes the inputs of these keys and values instead, and does so at every step. (A
+        # small model on a CPU encodes a photo and draws 30 samples in 24 ms without the barrier, in 16 ms with it.)
         by_head = jax.lax.optimization_barrier(tuple(part.swapaxes(2, 3) for part in memory.keys_values))
         return Cache((past, past), agree, by_head)
 
@@ -305,11 +310,12 @@ class GeoTokenModel(nnx.Module):
         slot: Int[Array, ""] | None = None,
         seen: Bool[Array, "B K E"] | None = None,
     ) -> tuple[Float[Array, "B K V"], Cache]:
-        """Returns the log-probabilities of token t, and the updated cache. previous: token t - 1; ignored at t = 0.
+        """Returns the log-probabilities of the token at position t, and the updated cache.
 
-        The other arguments are for candidates that share slots. t: one position per candidate, or one for all.
-        slot: slot of the first candidate; the others take the slots after it. seen: slots that each candidate attends
-        to, including its own.
+        t: one position for all candidates; with shared slots it may also be one per candidate. previous: token at
+        t - 1 of each candidate; ignored at t = 0. slot, seen: required if candidates share slots, else None. slot: slot
+        that is written for the first candidate; the other candidates take the slots after it. seen: slots that each
+        candidate attends to, including its own.
         """
         s = self.settings
         before = jnp.maximum(t - 1, 0)
@@ -340,7 +346,11 @@ class GeoTokenModel(nnx.Module):
         return log_p, cache._replace(past=past, agree=agree)
 
     def _log_probabilities(self, x: Array, t: Any, memory: Memory, tokens: Any, agree: Any) -> Array:
-        """t: position of the states x [B, Q, D]: slice(None) if they are all T, one number, or one per state [B, Q]."""
+        """Returns the log-probabilities of the tokens at positions t, from the decoder's output x [B, Q, D].
+
+        t: slice(None) if Q is all T positions, one position for all Q, or one position for each [B, Q]. tokens, agree:
+        see CopyHead; not used without a copy head.
+        """
         if self.settings.norm == "pre":
             x = self.decoder_norm(x).astype(x.dtype)
         head = self.head[...].astype(x.dtype)
@@ -348,7 +358,9 @@ class GeoTokenModel(nnx.Module):
             logits = jnp.einsum("btd,tdv->btv", x, head)
         elif t.ndim == 0:
             logits = x @ head[t]
-        else:  # all positions' heads are 176 columns at group 2; gathering one head per state would copy 8,192 numbers
+        else:
+            # Multiplies with the heads of all positions, 176 columns at group 2. To gather the right head instead would
+            # copy 8,192 numbers for each of the Q outputs.
             logits = jnp.take_along_axis(jnp.einsum("bqd,tdv->bqtv", x, head), t[..., None, None], 2)[:, :, 0]
         logits = jnp.where(self._vocab_mask()[t], logits.astype(jnp.float32) + self.head_bias[...][t], -jnp.inf)
         if memory.copy_keys is None:
@@ -371,7 +383,10 @@ class GeoTokenModel(nnx.Module):
         return jnp.arange(neighbors.tokens.shape[1]) < neighbors.count[:, None]
 
     def states(self, memory: Memory, tokens: Int[Array, "B K T"]) -> Float[Array, "B K D"]:
-        """Returns the decoder's last output for each candidate. Its input is all tokens but the last."""
+        """Returns the decoder's output at the last position, before the head, for each candidate.
+
+        At that position the decoder has read all tokens of the candidate but the last.
+        """
         s = self.settings
 
         def last_state(tokens: Int[Array, "B T"]) -> Float[Array, "B D"]:

@@ -1,8 +1,9 @@
 """Transformer layers of the encoder and the decoder.
 
 The published layers are post-norm with ReLU. Ours are pre-norm with a gated activation and normalized queries and keys.
-Parameters are float32. Products are computed in the settings' dtype, softmax and norms in float32. If a key is None,
-there is no dropout. The layers of the encoder, and of the decoder, are stacked (geotoken_jax/stack.py) and scanned.
+Parameters are float32. Matrix products are computed in LayerSettings.dtype, softmax and norms in float32. A `key` is
+the random key for dropout; if it is None, there is no dropout. The layers of the encoder, and of the decoder, are
+stacked (geotoken_jax/stack.py) and scanned.
 """
 
 import dataclasses
@@ -24,10 +25,11 @@ class LayerSettings:
     """Settings of one transformer layer.
 
     norm: "pre" or "post". dtype: type in which matrix products are computed.
-    activation: "relu", "gelu", or a gated one: "swiglu" or "geglu" multiplies SiLU or GELU of one product with another.
+    activation: "relu", "gelu", or a gated one (see GATED): "swiglu" with SiLU, "geglu" with GELU.
     qk_norm: whether to scale queries and keys to length sqrt(d) before their product, which bounds attention logits.
-    attention: "xla", or "cudnn" for fused kernels on GPUs, with a 16-bit dtype; short sequences use "xla" then too.
-    remat: values of a layer kept for the backward pass: "none" keeps all, "dots" the products, "full" only its input.
+    attention: "xla", or "cudnn" for fused kernels, which need a GPU and a 16-bit dtype; even with "cudnn", fewer than
+    64 keys use "xla". remat: values of a layer that are kept for the backward pass, which computes the others again:
+    "none" keeps all values, "dots" the products with parameters, "full" only the layer's input.
     """
 
     width: int
@@ -57,8 +59,9 @@ class LayerSettings:
         head = self.width // self.heads
         if self.attention == "cudnn" and (self.dtype not in ("bfloat16", "float16") or head % 8 or head > 128):
             raise ValueError(
-                "config.model.attention is 'cudnn', which needs dtype bfloat16 or float16 and width / heads in 8, 16, "
-                f"... 128, not {self.dtype} and {head}: change dtype or heads, or set attention to 'xla'"
+                "config.model.attention is 'cudnn', which needs dtype bfloat16 or float16, and width / heads in 8, "
+                f"16, ... 128, but dtype is {self.dtype} and width / heads is {head}: change dtype or heads, or set "
+                "attention to 'xla'"
             )
 
 
@@ -68,19 +71,19 @@ ACTIVATIONS: dict[str, Callable] = {
     "swiglu": jax.nn.silu,
     "geglu": jax.nn.gelu,
 }
-#: Activations that gate a second product (Shazeer 2020, arXiv 2002.05202).
+#: Activations of gated layers: activation(x W) * (x V), with a second matrix V (Shazeer 2020, arXiv 2002.05202).
 GATED = ("swiglu", "geglu")
 
 
 def dropout(x: Array, rate: float, key: jax.Array | None) -> Array:
-    """Returns x with numbers zeroed with probability `rate`, the rest divided by 1 - rate; or x if key is None."""
+    """Returns x with each number set to 0 with probability `rate` or else divided by 1 - rate; x if key is None."""
     if key is None or rate == 0.0:
         return x
     return jnp.where(jax.random.bernoulli(key, 1.0 - rate, x.shape), x / (1.0 - rate), 0).astype(x.dtype)
 
 
 def split(key: jax.Array | None, n: int) -> Any:
-    """Returns n keys split from `key`, or n times None if it is None."""
+    """Returns a list of n keys split from `key`, or a list of n None if `key` is None."""
     return [None] * n if key is None else list(jax.random.split(key, n))
 
 
@@ -95,7 +98,9 @@ def attention(
 ) -> Float[Array, "B T H d"]:
     """Returns softmax attention. Query t attends to the keys s < lengths, and if causal, only to keys s <= t.
 
-    kernel: "xla" or "cudnn". Masks are passed as lengths: the fused kernels refuse a mask tensor, or break on it.
+    kernel: "xla" or "cudnn" (see `choose_kernel`). lengths: number of keys per example; all S keys if None. There is no
+    mask argument, because the fused kernels refuse a mask tensor, or break on it.
+
     Raises SettingsError for "cudnn" without a GPU.
     """
     kernel = choose_kernel(kernel, k.shape[1])
@@ -108,11 +113,12 @@ def attention_by_head(
     v: Float[Array, "B H S d"],
     seen: Bool[Array, "#B #H #Q S"],
 ) -> Float[Array, "B H Q d"]:
-    """Returns softmax attention of a few queries to keys and values laid out head by head; for decoding.
+    """Returns softmax attention of a few queries to keys and values laid out head by head, for decoding.
 
-    The products read this layout directly. The layout of `attention`, [B, S, H, d], would be transposed at every step
-    (paper's shape, 31 candidates, CPU, per layer: 3.2 ms against 1.5 ms for the memory, 2.1 ms against 0.2 ms for the
-    tokens). config.model.attention has no effect on it.
+    seen: keys that each query attends to. The products read this layout directly. The layout of `attention`,
+    [B, S, H, d], would be transposed at every step. With the paper's shape and 31 candidates on a CPU, a layer attends
+    to the memory in 1.5 ms (3.2 ms with transposition), and to the tokens in 0.2 ms (2.1 ms). config.model.attention
+    has no effect here.
     """
     logits = jnp.einsum("bhqd,bhsd->bhqs", q, k, preferred_element_type=jnp.float32) / np.sqrt(q.shape[-1])
     weights = jax.nn.softmax(jnp.where(seen, logits, -1e30)).astype(v.dtype)
@@ -126,10 +132,12 @@ def choose_kernel(requested: str, keys: int) -> Literal["xla", "cudnn"]:
     """
     if requested == "cudnn" and jax.default_backend() != "gpu":
         raise SettingsError(
-            f"config.model.attention is 'cudnn', which a {jax.default_backend()} does not have: set it to 'xla'"
+            f"config.model.attention is 'cudnn', which needs a GPU, but JAX uses a {jax.default_backend()}: set it to "
+            "'xla'"
         )
     # cuDNN refused the decoder's sequences of 11 and 21 tokens ("Unsupported sequence length"), and accepted 214 keys,
-    # the length of the memory at group 2. Fewer than 64 keys do not fill a tile of its kernels, and take little memory.
+    # the length of the paper's memory at group 2. Fewer than 64 keys do not fill a tile of its kernels, and take little
+    # memory.
     return "cudnn" if requested == "cudnn" and keys >= 64 else "xla"
 
 
@@ -174,7 +182,7 @@ class Attention(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """Two linear layers with the activation between them; a gated activation adds a third, parallel to the first."""
+    """Two linear layers with the activation between them; a gated activation (see GATED) adds a third linear layer."""
 
     def __init__(self, settings: LayerSettings, rngs: nnx.Rngs):
         d, f, dtype = settings.width, settings.feed_forward, jnp.dtype(settings.dtype)
@@ -191,7 +199,10 @@ class FeedForward(nnx.Module):
 
 
 class _Layer(nnx.Module):
-    """Base of both kinds of layer: residual connections with a norm before ("pre") or after ("post") each sublayer."""
+    """Base class of EncoderLayer and DecoderLayer: sublayers with residual connections and norms.
+
+    The norm is applied to a sublayer's input ("pre"), or to the sum of its input and output ("post").
+    """
 
     def __init__(self, settings: LayerSettings, norms: int, rngs: nnx.Rngs):
         self.settings = settings
@@ -266,11 +277,10 @@ class DecoderLayer(_Layer):
     ) -> tuple[Float[Array, "B K D"], tuple[Float[Array, "L G H E d"], Float[Array, "L G H E d"]]]:
         """Returns the output for one token of each of K candidates per photo, and `past` with that token added.
 
-        past: keys and values of all layers and all tokens before; passed whole, so that XLA updates it in place.
-        G is B * K if each candidate has its own slots, or B if the K candidates of a photo share slots.
-        number: index of this layer. slot: first of the Q = B * K / G consecutive slots that are written per group.
-        seen: slots that each candidate attends to, including its own. memory: keys and values of the encoder's output.
-        real: whether a position of the memory is real.
+        past: keys and values of all layers for the tokens before, in G groups of E slots (see geotoken.Cache). All
+        layers are passed, so that XLA updates the array in place. number: index of this layer. slot: first of the
+        Q = B * K / G consecutive slots that are written in each group. seen: slots that each candidate attends to,
+        including its own. memory: keys and values of the encoder's output. real: False for padding of the memory.
         """
         groups, heads, _, d = past[0].shape[1:]
 

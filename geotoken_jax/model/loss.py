@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Int
 
 
 def level_weights(length: int, first: float, last: float) -> Float[np.ndarray, " T"]:
-    """Returns the weight of each position, linear from `first` (the face; paper: 2.0) to `last` (paper: 1.0)."""
+    """Returns the loss weight of each token, linear from `first` (paper: 2.0) to `last` (paper: 1.0)."""
     return np.linspace(first, last, length, dtype=np.float32)
 
 
@@ -16,5 +16,5 @@ def cross_entropy(log_probabilities: Float[Array, "B T V"], tokens: Int[Array, "
 
 
 def weighted(losses: Float[Array, "B T"], weights: Float[np.ndarray, " T"]) -> Float[Array, " B"]:
-    """Returns the weighted mean loss of each photo: the sum of w_t CE_t over the sum of w_t."""
+    """Returns the weighted mean loss of each photo: the sum of w_t CE_t divided by the sum of w_t."""
     return losses @ jnp.asarray(weights / weights.sum())

@@ -3,7 +3,8 @@
 Full form (paper, section 3.3): [CLS, image, location, text] of the photo, then [image, location, text, S2 tokens] of
 each neighbor; 4 + M (3 + T) positions. Compact form: one position per neighbor, the sum of its vectors; 4 + M positions
 (at M = 15 and group 2, 19 instead of 214). If the model reads when the photo was taken, one position for the time comes
-before the neighbors. Neighbors come best first and padding last, so the number of real positions serves as the mask.
+before the neighbors. Neighbors come best first and padding last, so the number of positions before the padding is all
+that attention needs to mask the padding.
 """
 
 import dataclasses
@@ -17,9 +18,9 @@ from jaxtyping import Array, Float, Int
 
 from geotoken_jax import sharding
 
-#: Kinds of position; "factored" positions have a learned vector for each.
+#: Kinds of memory position. If config.model.positions is "factored", each kind has a learned vector.
 KINDS = ("cls", "image", "location", "text", "token")
-#: config.model.context -> number of values that the model reads of a photo's time (data.join.context).
+#: config.model.context -> number of values of a photo's capture time that the model reads (data.join.context).
 CONTEXTS = {"none": 0, "season": 3, "time": 5}
 
 
@@ -37,7 +38,7 @@ class Neighbors(NamedTuple):
 def drop(neighbors: Neighbors, rate: float, key: jax.Array | None) -> Neighbors:
     """Returns the neighbors that are left if each is removed with probability `rate`; all of them if key is None.
 
-    The others move up. Training then includes photos that have few neighbors nearby.
+    The remaining neighbors move up, and `count` is their number. So training includes photos with few neighbors.
     """
     if key is None or rate == 0.0:
         return neighbors
@@ -71,14 +72,15 @@ class Projections(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class MemoryForm:
-    """The parts of the memory sequence.
+    """The layout of the memory sequence.
 
     neighbors: M, number of neighbors. tokens: T, number of S2 tokens per neighbor. form: "full" or "compact".
     positions: "sinusoidal" (one index for the whole sequence, as published) or "factored" (learned vectors for the
     neighbor's rank and for the kind of position; GeoTokenModel adds a vector for the level of a token).
     neighbor_tokens, neighbor_embeddings: False leaves out the neighbors' tokens or embeddings (ablation).
-    similarities: whether to add the cosines between the three vectors of neighbor and photo, which the projections
-    to D lose. times: number of values read of the photo's time; if 0, there is no position for the time.
+    similarities: whether to add to each neighbor's vectors a vector made from the cosines between its three embeddings
+    and the photo's, which the projections to D lose; no effect without neighbor_embeddings. times: number of values of
+    the photo's capture time; if 0, there is no position for the time.
     """
 
     neighbors: int
@@ -112,8 +114,8 @@ class MemoryBuilder(nnx.Module):
     def __init__(self, form: MemoryForm, backbone_width: int, width: int, dtype: str, rngs: nnx.Rngs):
         normal = nnx.initializers.normal(0.02)
         self.projections = Projections(backbone_width, width, dtype, rngs)
-        # The vectors that are added to every photo are small, and each device keeps a whole copy. To split their
-        # gradient, XLA would first gather the gradients of all photos.
+        # The vectors that all photos share are small, so each device keeps a whole copy. To split their gradient, XLA
+        # would first gather the gradients of all photos.
         self.cls = sharding.parameter(rngs.params(), normal, (width,), (None,))
         self.factored = form.positions == "factored"
         if self.factored:
@@ -134,10 +136,10 @@ class MemoryBuilder(nnx.Module):
         token_embeddings: Float[Array, "B M T D"] | None,
         context: Float[Array, "B times"] | None = None,
     ) -> tuple[Float[Array, "B S D"], Int[Array, " B"]]:
-        """Returns the sequence and the number of its real positions.
+        """Returns the sequence and the number of its positions before the padding, per photo.
 
-        token_embeddings: embeddings of neighbors.tokens. context: values of the photos' times; all times count as
-        unknown if None.
+        token_embeddings: embeddings of neighbors.tokens; None if the sequence has no tokens. context: values of the
+        photos' capture times; if None, all times count as unknown.
         """
         b, m = neighbors.tokens.shape[:2]
         photo = self.projections(query)
@@ -171,13 +173,13 @@ class MemoryBuilder(nnx.Module):
         return x, self.form.head + neighbors.count * body.shape[2]
 
     def first_positions(self, m: int, length: int) -> np.ndarray:
-        """Returns the index [M] of each neighbor's first position, its image. m: M. length: S."""
+        """Returns the index [M] in the sequence of the first position of each neighbor. m: M. length: S."""
         head = self.form.head
         return head + np.arange(m) * ((length - head) // max(m, 1))
 
 
 def cosines(query: Float[Array, "B 3 C"], neighbors: Float[Array, "B M 3 C"]) -> Float[Array, "B M 3"]:
-    """Returns the cosines of image, location and text embedding between each photo and its neighbors."""
+    """Returns three cosines per photo and neighbor: between their image, location and text embeddings."""
     a, b = query.astype(jnp.float32), neighbors.astype(jnp.float32)
     products = jnp.einsum("bec,bmec->bme", a, b)
     squares = jnp.sum(a * a, -1)[:, None] * jnp.sum(b * b, -1)

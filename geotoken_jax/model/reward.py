@@ -1,7 +1,8 @@
-"""The reward head: it reads the decoder's last output for a candidate and predicts its distance (paper, section 3.5).
+"""The reward head: it predicts how near a candidate is to the truth (paper, section 3.5).
 
-The paper's head has two classes, within 200 km of the truth or not, and each candidate is decoded from another slice of
-the neighbors. Our head has one output per threshold, five in all, and all candidates read all the photo's neighbors.
+It reads the decoder's output at the candidate's last position. The paper's head has two classes, within 200 km of the
+truth or not, and each candidate is decoded from a different slice of the neighbors. Our head has one output per
+threshold, five in all, and each candidate is decoded from all neighbors of the photo.
 """
 
 import dataclasses
@@ -27,7 +28,10 @@ class RewardSettings:
 
 
 class RewardHead(nnx.Module):
-    """Maps the decoder's last output for a candidate to its logits of being within each of THRESHOLDS_KM."""
+    """Maps the decoder's states of candidates to their logits of being within each of THRESHOLDS_KM of the truth.
+
+    A state is the decoder's output at the candidate's last position (GeoTokenModel.states).
+    """
 
     def __init__(self, settings: RewardSettings, width: int, *, rngs: nnx.Rngs):
         """width: D, width of the decoder."""
@@ -42,7 +46,7 @@ class RewardHead(nnx.Module):
 
 
 class RewardTask:
-    """Trains the reward head to choose candidates near the truth. `batch` specifies its batch."""
+    """Trains the reward head to choose candidates near the truth. The method `batch` specifies its batches."""
 
     def __init__(self, settings: RewardSettings, width: int):
         self.settings, self._width = settings, width
@@ -51,8 +55,9 @@ class RewardTask:
     def batch(self, size: int, candidates: int) -> Spec:
         """Returns the specification of a batch of `size` photos.
 
-        states [B, K, D] float32: decoder's last output for each candidate. km [B, K] float32: distance of each
-        candidate from the photo. In evaluation, valid [B] bool: False for examples that only pad the batch.
+        states [B, K, D] float32: the decoder's state of each candidate. km [B, K] float32: distance of each candidate
+        from the photo's true place. Batches of evaluation also have valid [B] bool, which is not in the specification:
+        False for examples that only pad the batch.
         """
         return spec(size, states=((candidates, self._width), jnp.float32), km=((candidates,), jnp.float32))
 
@@ -62,6 +67,6 @@ class RewardTask:
     def loss(
         self, model: RewardHead, batch: Mapping[str, Array], key: jax.Array | None
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-        """Returns the loss and metrics of `listwise`. key: source of dropout; no dropout if None."""
+        """Returns the loss and metrics of `verifier.listwise`. key: source of dropout; no dropout if None."""
         rngs = None if key is None else nnx.Rngs(dropout=key)
         return listwise(model(batch["states"], rngs), batch["km"], batch.get("valid"))

@@ -18,9 +18,10 @@ from geotoken_jax.model.memory import Neighbors
 
 @dataclasses.dataclass(frozen=True)
 class LossSettings:
-    """first_weight: weight of the first token, the face. last_weight: weight of the last token.
+    """Weights of the tokens in the loss.
 
-    The weights of the tokens between are linear. 2.0 and 1.0 in the paper; equal weights make a plain loss.
+    first_weight: weight of the first token, 2.0 in the paper. last_weight: weight of the last token, 1.0 in the paper.
+    In between, weights change linearly. Equal weights give the plain mean over tokens.
     """
 
     first_weight: float
@@ -28,7 +29,7 @@ class LossSettings:
 
 
 class GeoTokenTask:
-    """Trains p(tokens | photo, neighbors). model/batch.py specifies its batch."""
+    """Trains p(tokens | photo, neighbors). model/batch.py specifies its batches."""
 
     def __init__(
         self,
@@ -39,9 +40,10 @@ class GeoTokenTask:
     ):
         """Makes the task.
 
-        lookup: reads the neighbors' embeddings and tokens from a batch and the gallery (gallery/placement.py).
-        decode: returns `tokens` [B, K, T], best first, from which evaluation measures distances. Distances are left
-        out if decode is None, or if the model's cells cannot be decoded in a compiled step (Scheme.traceable).
+        lookup: function that reads the neighbors' embeddings and tokens from a batch and the gallery
+        (gallery/placement.py). decode: function that returns an object with `tokens` [B, K, T], the candidates of each
+        photo, best first. Evaluation measures the distance of the best one. It measures no distances if decode is None,
+        or if the model's cells cannot be decoded in a compiled step (Scheme.traceable).
         """
         self.model, self.settings, self._lookup = model, settings, lookup
         self._decode = decode if model.cells.traceable else None
@@ -53,10 +55,12 @@ class GeoTokenTask:
     def loss(
         self, model: GeoTokenModel, batch: Mapping[str, Array], key: jax.Array | None
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-        """Returns the weighted loss and the metrics: the loss per level, and the share of photos with all tokens right.
+        """Returns the weighted loss and the metrics, losses in nats.
 
-        Losses are in nats. In evaluation (key is None) the metrics include the shares of photos decoded within each of
-        THRESHOLDS_KM, and the mean distance in km.
+        The metrics are the loss of each token (loss_level_0, ...) and `exact`, the share of photos whose tokens are all
+        the most probable ones, each given the true tokens before it. If distances are measured in evaluation (key is
+        None), the metrics also include the shares of photos decoded within each of THRESHOLDS_KM and the mean distance
+        in km.
         """
         neighbors = Neighbors(*self._lookup(batch), batch["neighbor_count"])
         context = batch.get("context")

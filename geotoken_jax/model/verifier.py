@@ -1,7 +1,7 @@
-"""The verifier: it estimates how far a candidate is from the truth, from the gallery photos around the candidate.
+"""The networks of the verifier, which scores candidates by the gallery photos around them (predict/verify.py).
 
-A comparator is trained to recognize photos of the same place, whichever camera took them. A scorer then reads how
-similar the photo is to the gallery photos around each candidate, with other features (predict/verify.py makes them).
+The comparator is trained to recognize photos of the same place, whichever camera took them. The scorer reads features
+of each candidate, such as the comparator's similarity of the photo to the gallery photos around the candidate.
 """
 
 import dataclasses
@@ -22,9 +22,9 @@ from geotoken_jax.vectors import unit
 
 @dataclasses.dataclass(frozen=True)
 class ComparatorSettings:
-    """hidden: width of the hidden layer. width: width of the output vector. dropout: rate on the image embedding.
-    noise: largest share of another photo's embedding that training adds to an embedding. same_within_km: largest
-    distance between photos that count as photos of the same place."""
+    """hidden: width of the hidden layer. width: width of the output vector. dropout: dropout rate of the image
+    embedding. noise: largest share of another photo's embedding that training adds to an embedding. same_within_km:
+    largest distance between photos that count as photos of the same place."""
 
     hidden: int
     width: int
@@ -34,7 +34,7 @@ class ComparatorSettings:
 
 
 class Measured(nnx.Variable):
-    """A statistic of the training data. It is saved with the weights, but no optimizer changes it: no nnx.Param."""
+    """A statistic of the training data. It is saved with the weights. No optimizer changes it: it is no nnx.Param."""
 
 
 class Comparator(nnx.Module):
@@ -47,11 +47,11 @@ class Comparator(nnx.Module):
         self.hidden = sharding.linear(c, settings.hidden, ("embed", "mlp"), rngs=rngs)
         self.output = sharding.linear(settings.hidden, settings.width, ("mlp", "embed"), rngs=rngs)
         self.dropout = nnx.Dropout(settings.dropout)
-        self.scale = nnx.Param(jnp.float32(np.log(10)))  # logarithm of the factor on cosines
+        self.scale = nnx.Param(jnp.float32(np.log(10)))  # logarithm of the factor on cosines in the loss
 
     def __call__(self, image: Float[Array, "B C"], rngs: nnx.Rngs | None = None) -> Float[Array, "B D"]:
         """rngs: source of dropout; no dropout if None."""
-        # The factor brings columns to about 1, as the initial weights expect.
+        # The factor brings the values of each column to a size of about 1, as the initial weights expect.
         x = (unit(image) - self.mean[...]) * np.sqrt(image.shape[-1])
         x = self.dropout(x, deterministic=rngs is None, rngs=rngs)
         return unit(self.output(jax.nn.gelu(self.hidden(x))))
@@ -60,7 +60,7 @@ class Comparator(nnx.Module):
 class ComparatorTask:
     """Trains the comparator with symmetric InfoNCE over the batch (van den Oord et al. 2018).
 
-    `batch` specifies its batch.
+    The method `batch` specifies its batches.
     """
 
     def __init__(self, settings: ComparatorSettings, mean: Float[np.ndarray, " C"]):
@@ -71,7 +71,8 @@ class ComparatorTask:
         """Returns the specification of a batch of `size` photos.
 
         image, other [B, C] float32: embeddings of two photos of the same place. place [B, 3] float32: unit vector of
-        the place. In evaluation, valid [B] bool: False for examples that only pad the batch.
+        the place. Batches of evaluation also have valid [B] bool, which is not in the specification: False for examples
+        that only pad the batch.
         """
         features = ((len(self._mean),), jnp.float32)
         return spec(size, image=features, other=features, place=((3,), jnp.float32))
@@ -82,12 +83,13 @@ class ComparatorTask:
     def loss(
         self, model: Comparator, batch: Mapping[str, Array], key: jax.Array | None
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-        """Returns the loss in nats, and the share of photos that are most similar to their own `other`.
+        """Returns the loss in nats, and `accuracy`: the share of photos that are most similar to their own `other`.
 
-        In training (key is given) a random share of another photo is added to each photo. Without this noise the
-        comparator relies on fine detail, which photos of another style lack. Share of EarthView's validation photos
-        whose nearest photo is within 25 km, with and without the noise in training: 33 % and 24 % if 0.7 of another
-        photo is added to them, 50.6 % and 51.3 % if nothing is.
+        In training (key is given) a random share of another photo's embedding is added to each `image`. Without this
+        noise the comparator relies on fine detail, which photos of another style lack. The noise was measured by the
+        share of EarthView's validation photos whose most similar photo is within 25 km. If 0.7 of another photo is
+        added to the validation photos, the share is 33 % after training with noise and 24 % after training without.
+        For unchanged validation photos it is 50.6 % and 51.3 %.
         """
         image, rngs = unit(batch["image"]), None
         if key is not None:
@@ -113,7 +115,7 @@ class ScorerSettings:
 
 
 class Scorer(nnx.Module):
-    """Maps the features of candidates to their logits of being within each of THRESHOLDS_KM."""
+    """Maps the features of candidates to their logits of being within each of THRESHOLDS_KM of the truth."""
 
     def __init__(self, settings: ScorerSettings, moments: Float[np.ndarray, "2 F"], *, rngs: nnx.Rngs):
         """moments: mean and standard deviation of each feature."""
@@ -137,7 +139,7 @@ class Scorer(nnx.Module):
 
 
 class ScorerTask:
-    """Trains the scorer to choose candidates near the truth. `batch` specifies its batch."""
+    """Trains the scorer to choose candidates near the truth. The method `batch` specifies its batches."""
 
     def __init__(self, settings: ScorerSettings, moments: Float[np.ndarray, "2 F"]):
         self.settings, self._moments = settings, moments
@@ -147,7 +149,8 @@ class ScorerTask:
         """Returns the specification of a batch of `size` photos.
 
         features [B, K, F] float32: features of each candidate. km [B, K] float32: distance of each candidate from the
-        photo. In evaluation, valid [B] bool: False for examples that only pad the batch.
+        photo's true place. Batches of evaluation also have valid [B] bool, which is not in the specification: False for
+        examples that only pad the batch.
         """
         features = (candidates, self._moments.shape[-1])
         return spec(size, features=(features, jnp.float32), km=((candidates,), jnp.float32))
@@ -168,10 +171,12 @@ def listwise(
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Returns the loss of choosing from pools, in nats, and the share of photos whose choice is within each threshold.
 
-    The loss is 0.9 times a listwise loss plus 0.1 times a pointwise loss, each a mean over the thresholds.
-    The listwise loss is minus the log of the probability, by a softmax over the pool, that a candidate within the
-    threshold is chosen; 0 if the pool has none. The pointwise loss is the binary cross-entropy of each candidate, with
-    which the logits can also be read as log-odds. valid [B]: False leaves a photo out; no photo is left out if None.
+    A pool is the K candidates of one photo. The loss is 0.9 times a listwise loss plus 0.1 times a pointwise loss, each
+    a mean over THRESHOLDS_KM. The listwise loss is minus the log of the probability, by a softmax over the pool, that a
+    candidate within the threshold is chosen; 0 if the pool has none. The pointwise loss is the mean binary
+    cross-entropy of the candidates. Because of it the logits can also be read as log-odds.
+
+    km: distance of each candidate from the truth. valid [B]: False leaves a photo out; if None, no photo is left out.
     """
     within = km[..., None] <= jnp.asarray(THRESHOLDS_KM, jnp.float32)
     log_p = jax.nn.log_softmax(logits, 1)

@@ -48,12 +48,13 @@ class TrainingInput(Protocol):
 @dataclasses.dataclass(frozen=True)
 class TrainSettings:
     """batch_size: photos per step, over all devices. accumulate: number of parts of a batch processed one after
-    another, for batches that do not fit into memory. examples: number of photos to train on, repetitions included.
-    evaluate_every: steps between two validations, each with a checkpoint. log_every: steps between two lines of
-    metrics. seed: seed of parameters, order and dropout. ema: decay of the moving average of the parameters, which is
-    then validated and saved; no average if 0. max_skipped: largest number of steps in a row to skip because loss or
-    gradient is not finite. profile: first and last step of a trace for TensorBoard; no trace if (0, 0). wandb: project
-    of Weights & Biases to write to; none if empty. optimizer: see OptimizerSettings."""
+    another, for batches that do not fit into memory. examples: number of photos to train on; a photo counts each time
+    it is read. evaluate_every: steps between two validations, each with a checkpoint; the last step has both too.
+    log_every: steps between two lines of metrics. seed: seed of the initial parameters, the order of photos and
+    dropout. ema: decay of the moving average of the parameters, which replaces them in validation and export; no
+    average if 0. max_skipped: largest number of steps in a row that may have a loss or gradient that is not finite;
+    after more, training ends with Diverged. profile: first and last step of a trace for TensorBoard; no trace if
+    (0, 0). wandb: project of Weights & Biases to write to; none if empty. optimizer: see OptimizerSettings."""
 
     batch_size: int
     accumulate: Runtime[int]
@@ -74,7 +75,7 @@ class TrainSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """best_step: step with the smallest validation loss. best_loss: that loss. parameters: size of the model."""
+    """best_step: step with the smallest validation loss. best_loss: that loss. parameters: number of parameters."""
 
     best_step: int
     best_loss: float
@@ -85,10 +86,10 @@ class Result:
 class Data:
     """Training and validation data.
 
-    batches: training input, before its first batch; `run` sets its position if training resumes. validation: function
-    that returns the batches of one pass over the validation split, each with `valid` [b], False for padding. photos:
-    number of training photos, from which the schedule computes the length of an epoch. resident: arrays that stay on
-    the mesh; may be empty.
+    batches: training input, at its start; `run` sets its position if training resumes. validation: function that
+    returns the batches of one pass over the validation split, each with `valid` [b], False for padding. photos: number
+    of training photos, which is the length of an epoch in the learning-rate schedule. resident: arrays that stay on the
+    devices over all steps; may be empty.
     """
 
     batches: TrainingInput
@@ -100,9 +101,11 @@ class Data:
 def run(task: Task, settings: TrainSettings, mesh: Mesh, folder: epath.PathLike, data: Data, name: str) -> Result:
     """Trains the task on `settings.examples` photos, continuing from the newest checkpoint in `folder` if there is one.
 
-    Writes the parameters of the best step to `folder`/parameters.safetensors, and their names and shapes to
-    parameters.txt. name: name shown in progress, messages and Weights & Biases.
-    Raises Preempted, Diverged, and StageError if the disk is full.
+    Writes to `folder`: checkpoints, metrics, parameters.txt with the names and shapes of the parameters, and at the end
+    parameters.safetensors with the parameters of the best step. name: name shown in progress, messages and Weights &
+    Biases.
+
+    Raises Preempted after SIGTERM, Diverged if too many steps in a row are not finite, StageError if the disk is full.
     """
     schedule = make_schedule(settings.optimizer, settings.steps, max(1, data.photos // settings.batch_size))
     optimizer = make_optimizer(settings.optimizer, schedule)
@@ -156,7 +159,10 @@ def run(task: Task, settings: TrainSettings, mesh: Mesh, folder: epath.PathLike,
 
 @contextlib.contextmanager
 def _full_disk_as_stage_error(folder: epath.Path) -> Iterator[None]:
-    """Raises StageError with advice if the disk is full. Other errors lead to a restart, which would not help here."""
+    """Raises StageError in place of an OSError that a full disk causes; other errors pass.
+
+    After StageError the command exits with 2, and launch scripts do not restart it: the disk would still be full.
+    """
     try:
         yield
     except OSError as error:
@@ -170,7 +176,10 @@ def _full_disk_as_stage_error(folder: epath.Path) -> Iterator[None]:
 def _restore(
     checkpoints: Checkpoints, trainer: Trainer, key: jax.Array, batches: TrainingInput
 ) -> tuple[int, State, list[dict[str, float]]]:
-    """Returns the step to continue from, its state, and the metrics of the steps since the last line of metrics."""
+    """Returns the step to continue from, its state, and the metrics of the steps since the last line of metrics.
+
+    Also sets the position of `batches`. Without a checkpoint, returns step 0 with the initial state.
+    """
     processes.report_progress("restoring a checkpoint")
     restored = checkpoints.restore_last(trainer.abstract)
     if restored is None:
@@ -197,7 +206,7 @@ def _finish(folder: epath.Path, trainer: Trainer) -> Result:
 
 
 def evaluate(trainer: Trainer, state: State, batches: Iterable[Batch], resident: Resident) -> dict[str, float]:
-    """Returns the means of the task's loss and metrics over all valid photos."""
+    """Returns the means of the task's loss and metrics over all valid photos of the batches."""
     sums: dict[str, Any] = {}
     count = 0
     for batch in batches:
@@ -239,7 +248,7 @@ class _Preemption:
 
 
 class _Profile:
-    """Writes a trace of the first to the last of `steps` to `folder`."""
+    """Writes a profiler trace of training steps to `folder`. steps: first and last step of the trace."""
 
     def __init__(self, steps: tuple[int, int], folder: epath.Path):
         self._first, self._last = steps
@@ -260,7 +269,7 @@ class _Profile:
 class _Log:
     """Collects the metrics of each step on the device, and writes lines with their means and the training speed.
 
-    window: metrics of the steps since the last line, from before an interruption.
+    window: metrics of the steps since the last line, restored from a checkpoint; empty in a new training.
     """
 
     def __init__(
@@ -286,14 +295,14 @@ class _Log:
         self._waited += seconds
 
     def pause(self) -> None:
-        """Leaves the time from now until the next batch is requested out of the training time."""
+        """Begins a pause, which lasts until the next batch is requested and does not count as training time."""
         self._pause_from = time.monotonic()
 
     def add(self, values: Metrics) -> None:
         self._gathered.append(values)
 
     def window(self) -> list[dict[str, float]]:
-        """Returns the metrics of each step since the last line."""
+        """Returns the metrics of each step since the last written line."""
         return self._restored + jax.tree.map(float, jax.device_get(self._gathered))
 
     def write(self, step: int, state: State, learning_rate: float) -> dict[str, float]:
@@ -325,11 +334,15 @@ class _Log:
         if in_a_row > self._settings.max_skipped:
             raise Diverged(
                 f"max_skipped is {self._settings.max_skipped}, and the last {in_a_row} steps until {step} had a loss "
-                "or a gradient that was not finite: lower optimizer.learning_rate, or set optimizer.clip to 1.0"
+                "or a gradient that was not finite: lower optimizer.learning_rate, or set optimizer.clip to 1.0 if it "
+                "is 0"
             )
 
 
 def _slowest(input_wait: float) -> dict[str, float]:
-    """Returns the process that waits the longest for its photos, which delays all others, and its share of waiting."""
+    """Returns the process that waits longest for its batches, which delays all others, and its share of waiting.
+
+    input_wait: share of time that the calling process waited for its batches.
+    """
     waits = np.asarray(multihost_utils.process_allgather(np.float32(input_wait)))
     return {"slowest_process": int(waits.argmax()), "slowest_input_wait": float(waits.max())}

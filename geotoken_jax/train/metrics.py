@@ -12,16 +12,17 @@ from tensorboardX.proto import event_pb2
 
 from geotoken_jax.settings import SettingsError
 
-#: Of type Any because the module generates its classes on import, which type checkers cannot see.
+#: TensorBoard's event messages. The type is Any because the module generates its classes on import, which type checkers
+#: cannot see.
 _MESSAGES: Any = event_pb2
 
 
 class Writer:
-    """Appends to `metrics.jsonl` and to event files in one folder.
+    """Writes metrics to `metrics.jsonl` and TensorBoard's event files in one folder, and to Weights & Biases if used.
 
-    Lines after `step`, from a run that was interrupted after its last checkpoint, are removed first.
-    wandb: project of Weights & Biases to write to; none if empty. name: name of the run there. shown: False if another
-    process writes, so that this one does nothing.
+    step: step from which training starts or continues. Lines of later steps are removed from `metrics.jsonl` first;
+    an interrupted run wrote them after its last checkpoint. wandb: project of Weights & Biases; if empty, nothing is
+    written there. name: name of the run there. shown: False if another process writes, so that this one does nothing.
     """
 
     def __init__(self, folder: epath.PathLike, step: int, wandb: str = "", name: str = "", shown: bool = True):
@@ -49,7 +50,7 @@ class Writer:
                 self._wandb.finish(exit_code=int(any(error)))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes one line. values: metric, such as train/loss, -> value."""
+        """Writes the metrics of one step. values: name of a metric, such as train/loss -> value."""
         if not self._shown:
             return
         with self._path.open("a") as f:
@@ -70,12 +71,13 @@ def _wandb_run(project: str, name: str, folder: epath.Path) -> Any:
         import wandb
     except ModuleNotFoundError:
         raise SettingsError(
-            f"wandb is {project!r}, but wandb is not installed: run pip install 'geotoken-jax[wandb]'"
+            f"wandb is {project!r}, but the package wandb is not installed: run pip install 'geotoken-jax[wandb]', or "
+            "set the key to ''"
         ) from None
     identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
     return wandb.init(project=project, name=name, id=identity, resume="allow", dir=str(folder))
 
 
 def _whole_lines(path: epath.Path) -> list[str]:
-    """Returns the lines of the file, without a last line that was only partly written."""
+    """Returns the lines of the file, without a last line that was only partly written; none if there is no file."""
     return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.exists() else []

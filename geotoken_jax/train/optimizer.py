@@ -9,8 +9,9 @@ import optax
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerSettings:
-    """learning_rate: highest learning rate. schedule: "cosine" (falls to zero at the end) or "exponential" (times
-    `decay` after each epoch, as published). warmup: share of all steps in which the rate rises linearly, 0-1.
+    """learning_rate: highest learning rate. schedule: "cosine" (falls to zero at the end) or "exponential" (is
+    multiplied by `decay` after each epoch, as published). warmup: share of all steps in which the rate rises linearly,
+    0-1.
     weight_decay, b2: arguments of AdamW. clip: largest global norm of the gradient; no clipping if 0."""
 
     learning_rate: float
@@ -27,7 +28,7 @@ class OptimizerSettings:
 
 
 def make_schedule(settings: OptimizerSettings, steps: int, steps_per_epoch: int) -> optax.Schedule:
-    """Returns the function step -> learning rate. steps: number of training steps."""
+    """Returns a function from step to learning rate. steps: number of training steps."""
     warm = round(settings.warmup * steps)
     if settings.schedule == "cosine":
         return optax.warmup_cosine_decay_schedule(
@@ -39,7 +40,7 @@ def make_schedule(settings: OptimizerSettings, steps: int, steps_per_epoch: int)
 
 
 def make_optimizer(settings: OptimizerSettings, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Returns AdamW, with clipping if `settings.clip` > 0. Biases, norms and vectors have no weight decay, as usual."""
+    """Returns AdamW, with clipping if `settings.clip` > 0. Biases, scales and other vectors have no weight decay."""
 
     def matrices(params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(_is_matrix, params)

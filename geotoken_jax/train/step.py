@@ -1,4 +1,4 @@
-"""The training step and its state, which is created sharded and updated in place. The same code serves any mesh."""
+"""The training step and the state that it updates in place, split over the devices of any mesh."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -13,10 +13,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from geotoken_jax import sharding
 from geotoken_jax.settings import SettingsError
 
-#: Dicts of arrays and optax's containers. step: number of steps done. params: variables that the optimizer changes.
-#: constants: all other variables; the loss may write to them, and the next step reads them. optimizer: optax's state.
-#: skipped, skipped_in_a_row: numbers of steps that had no effect because they were not finite. ema: moving average of
-#: params, only if it is used.
+#: State of a training, a dict of arrays and optax's containers. step: number of steps done. params: variables of the
+#: model that the optimizer changes, of type nnx.Param. constants: all other variables of the model, such as statistics
+#: of the training data or a queue of earlier photos. The optimizer does not change them, but the loss may, and the next
+#: step reads the changed values. optimizer: optax's state. skipped: number of steps that had no effect because their
+#: loss or gradient was not finite. skipped_in_a_row: number of such steps since the last finite one. ema: moving
+#: average of params, only if it is used.
 State = dict[str, Any]
 #: Metrics by name, each a mean over a batch.
 Metrics = dict[str, jax.Array]
@@ -33,21 +35,21 @@ class Task(Protocol):
     def init(self, rngs: nnx.Rngs) -> nnx.Module:
         """Returns the model with its initial parameters.
 
-        Variables that are needed in training only have `training_only=True` in their metadata.
+        Variables that only training needs have `training_only=True` in their metadata, and are not exported.
         """
         ...
 
     def loss(self, model: Any, batch: Mapping[str, jax.Array], key: jax.Array | None) -> tuple[jax.Array, Metrics]:
         """Returns the loss and further metrics, each a mean over the photos of the batch, or over its `valid` photos.
 
-        batch: arrays of the batch and the resident arrays. key: source of dropout; None in evaluation, in which there
-        is no dropout, and changes of the model's variables are dropped.
+        batch: arrays of the batch and the resident arrays. key: random key for dropout. It is None in evaluation, in
+        which there is no dropout, and changes of the model's variables are discarded.
         """
         ...
 
 
 class Trainer:
-    """Compiles a task with an optimizer for a mesh: functions `init`, `step` and `evaluate`.
+    """Compiled functions `init`, `step` and `evaluate` of a task with an optimizer, on a mesh.
 
     accumulate: number of parts of a batch that are processed one after another; their gradients are averaged. ema:
     decay of the moving average of the parameters, which `evaluate` and `averaged` then use; no average if 0.
@@ -110,7 +112,10 @@ class Trainer:
         }
 
     def describe(self) -> str:
-        """Returns a table of all parameters: name, shape, partition and size. The last row has the total size."""
+        """Returns a table of all parameters: name, shape, mesh axes that split it, and size.
+
+        The last row has the shape of the mesh and the total size.
+        """
         params: Any = traverse_util.flatten_dict(self.abstract["params"])
         rows = [
             ("/".join(map(str, name)), str(p.shape), str(tuple(p.sharding.spec)), f"{p.size:,}")
@@ -124,12 +129,11 @@ class Trainer:
         )
 
     def averaged(self, state: State) -> Any:
-        """Returns the parameters to evaluate and export: their moving average, or the last ones if there is none."""
+        """Returns the parameters to evaluate and export: their moving average if there is one, else the newest ones."""
         return state.get("ema", state["params"])
 
     def exported(self, state: State) -> list[Any]:
-        """Returns the parameters to export and the variables that are not trained, without those that only training
-        needs."""
+        """Returns what an export contains: parameters and constants, without the variables that only training needs."""
         kept = []
         for variables, values in zip(self._variables, (self.averaged(state), state["constants"]), strict=True):
             flat: Any = traverse_util.flatten_dict(values)
@@ -168,11 +172,10 @@ class Trainer:
     def _gradient(
         self, state: State, batch: Mapping[str, jax.Array], key: jax.Array, resident: Resident
     ) -> tuple[Any, Metrics, Any]:
-        """Returns the variables that are not trained, as the batch leaves them, the batch's loss and metrics, and its
-        gradient.
+        """Returns the state's constants after the batch, the batch's metrics with its loss, and the gradient.
 
-        If the batch is accumulated, its parts are processed one after another. All results but the variables are means
-        over the parts.
+        If the batch is processed in parts, each part reads the constants that the part before it has left, and metrics
+        and gradient are means over the parts.
         """
 
         def part_gradient(
@@ -198,7 +201,8 @@ class Trainer:
                 f"devices: set batch_size to a multiple of {n * devices}"
             )
 
-        # A part has every n-th row rather than consecutive rows: each device then has its share of all parts already.
+        # A part has every n-th row, so that each device already has its share of every part. With consecutive rows, a
+        # part would be on a few devices.
         def cut(x: jax.Array) -> jax.Array:
             return sharding.constrain(x.reshape(size // n, n, *x.shape[1:]).swapaxes(0, 1), None, "batch")
 

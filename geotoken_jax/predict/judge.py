@@ -1,8 +1,9 @@
-"""The judge: a multimodal language model behind an OpenAI-compatible endpoint, which chooses by the photo itself.
+"""The judge: a multimodal language model that looks at the photo itself, behind an OpenAI-compatible endpoint.
 
-The judge gets the photo, the most probable candidates and the coordinates of similar photos. It chooses a candidate or
-gives coordinates of its own (GeoToken's paper). Without a usable reply the fallback candidate is the answer, and the
-reason is counted. Each outcome is appended to a file of JSON lines at once, so that no reply is paid for twice.
+The judge gets the photo, the most probable candidates and the coordinates of similar photos. Depending on
+config.judge.answer it chooses a candidate or gives coordinates of its own (GeoToken's paper). Without a usable reply
+the fallback, a candidate that the caller names, is the answer, and the reason is counted. Each outcome is appended to a
+file of JSON lines at once, so that no reply is paid for twice.
 """
 
 import base64
@@ -30,15 +31,16 @@ from geotoken_jax.predict.pool import Pool
 from geotoken_jax.settings import Runtime, SettingsError, plain
 from geotoken_jax.workdir import StageError
 
-#: Kind of answer -> keys of the numbers in its JSON object.
+#: config.judge.answer -> keys of the numbers in the JSON object that the model is asked for.
 _ANSWERS = {"choose": ("number",), "free": ("latitude", "longitude")}
-#: Photos in a row without a reply after which the judge stops.
+#: Number of photos in a row without a reply after which `Judge` raises StageError.
 _MAX_FAILURES = 20
 #: HTTP statuses after which a request is retried; 529 is Anthropic's status for an overloaded server.
 _RETRIED = (408, 425, 429, 500, 502, 503, 504, 529)
-#: Replies of servers that do not support `response_format`; a 400 may have other causes too.
+#: Errors of servers that do not support `response_format`; either may have other causes too.
 _REFUSED_FORMAT = ("HTTP 400", "HTTP 422")
-#: Longest wait before a retry, also if Retry-After is longer. Without Retry-After the first retry has no wait.
+#: Longest wait before a retry, also if the response's header Retry-After asks for more. Without this header the first
+#: retry follows at once.
 _LONGEST_WAIT_S = 120
 #: Longest wait for a connection: a running server accepts one sooner, even while its model loads.
 _CONNECT_S = 10.0
@@ -51,11 +53,12 @@ class JudgeSettings:
 
     base_url: address of the endpoint, up to and including /v1; no judge if empty. model: the model's name at the
     endpoint. splits: splits whose photos are judged. answer: "choose" for one of the candidates, "free" for any
-    coordinates. candidates: candidates in the prompt, the most probable ones. side: longest side of the photo that is
-    sent, in pixels. options: more fields of the request, under the endpoint's names. timeout_s: seconds without data
-    after which an attempt ends. attempts: attempts per request, including the first, if the endpoint is busy, broken or
-    unreachable. concurrent: requests at a time. price_in: price of a million input tokens. price_out: price of a
-    million output tokens. key_variable: name of the environment variable with the API key; no key is sent if empty.
+    coordinates. candidates: largest number of candidates in the prompt; the most probable ones are listed. side:
+    longest side of the photo that is sent, in pixels. options: more fields of the request, under the endpoint's names.
+    timeout_s: seconds without data after which an attempt ends. attempts: largest number of attempts per request,
+    including the first, if the endpoint is busy, broken or unreachable. concurrent: requests at a time. price_in: price
+    of a million input tokens. price_out: price of a million output tokens. key_variable: name of the environment
+    variable with the API key; no key is sent if empty.
     """
 
     base_url: Runtime[str]
@@ -95,12 +98,13 @@ class JudgeSettings:
 
 @dataclasses.dataclass(frozen=True)
 class _Outcome:
-    """The outcome of judging one photo, a line in the file.
+    """The outcome of judging one photo, a line of the file of outcomes.
 
     place: coordinates in degrees; None if the fallback is the answer. reason: why the fallback is the answer, else "".
-    replied: whether the model replied; if so, the photo is not sent again. requests: requests sent, retries included.
-    seconds: time from the first request to the end of the last. tokens_in: input tokens. tokens_out: output tokens;
-    both are None if the endpoint does not report them. text: the model's reply, or the error.
+    replied: whether the model replied; if so, the photo is not sent again. requests: number of requests sent, retries
+    included. retries: number of retries. seconds: time from the first request to the end of the last. tokens_in: number
+    of input tokens; None if the endpoint does not report it. tokens_out: the same for output tokens. text: the model's
+    reply, or the error.
     """
 
     id: str
@@ -116,7 +120,8 @@ class _Outcome:
 
 
 class _Sent(NamedTuple):
-    """Result of a request. problem: why it failed, "" if it did not. body: the response's body, or the error."""
+    """Result of a request. problem: why it failed, "" if it did not. body: the response's body; without a response, the
+    error. retries: number of retries."""
 
     problem: str
     body: str
@@ -137,7 +142,8 @@ class _Prompt(NamedTuple):
 
 
 class _Reply(NamedTuple):
-    """A chat completion. cut_off: whether it ended at the limit of tokens. tokens_in, tokens_out: see _Outcome."""
+    """A chat completion. refused: whether the model or a content filter refused to reply. cut_off: whether the reply
+    ended at the limit of tokens. tokens_in, tokens_out: see _Outcome."""
 
     text: str
     refused: bool
@@ -147,12 +153,12 @@ class _Reply(NamedTuple):
 
 
 class Judge:
-    """The selector that sends the photos of one split, in any number of batches, to the judge."""
+    """A selector that asks a multimodal model about the photos of one split, in any number of batches."""
 
     def __init__(self, settings: JudgeSettings, file: epath.Path):
-        """file: JSON lines of outcomes. Replies that an earlier run wrote there are used again.
+        """file: JSON lines of outcomes, created if missing. Replies that an earlier run wrote there are used again.
 
-        Raises SettingsError if the environment has no key.
+        Raises SettingsError if config.judge.key_variable names a variable that is unset or is not a valid key.
         """
         self._settings, self._file = settings, file
         self._key = _key(settings.key_variable)
@@ -171,12 +177,12 @@ class Judge:
                 retry_after_max=_LONGEST_WAIT_S,
             ),
         )
-        self._schema = True  # whether requests have a schema; False once the endpoint rejects it
+        self._schema = True  # whether requests contain a JSON schema; False once the endpoint rejects it
         self._failures = 0  # photos in a row without a reply
         self._lock = threading.Lock()
         file.parent.mkdir(parents=True, exist_ok=True)
         lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-        if lines and not lines[-1].endswith("\n"):  # an interrupted write; this photo is sent again
+        if lines and not lines[-1].endswith("\n"):  # the last write was interrupted; its photo is sent again
             workdir.write_bytes(file, "".join(lines[:-1]).encode())
             del lines[-1]
         self._outcomes = [_Outcome(**json.loads(line)) for line in lines]
@@ -185,10 +191,10 @@ class Judge:
     def __call__(
         self, ids: Sequence[str], photos: Sequence[bytes], pool: Pool, fallback: Int[np.ndarray, " b"]
     ) -> Int[np.ndarray, " b"] | Float[np.ndarray, "b 2"]:
-        """Returns the index of the chosen candidate of each of b photos or, for free answers, coordinates in degrees.
+        """Returns a choice for each of b photos: a candidate's index or, if answers are "free", coordinates in degrees.
 
-        photos: encoded image files. fallback: indices of the candidates that are the answers without a usable reply.
-        Raises StageError after 20 photos in a row without a reply; the replies before them are kept in the file.
+        photos: encoded image files. fallback: index of the candidate that is chosen for each photo without a usable
+        reply. Raises StageError after 20 photos in a row without a reply; earlier replies are kept in the file.
         """
         workers = ThreadPoolExecutor(self._settings.concurrent)
         try:
@@ -210,8 +216,9 @@ class Judge:
     def report(self) -> dict[str, Any]:
         """Returns counts, times and costs of all outcomes in the file, including earlier runs, for JSON.
 
-        seconds: median and 95th percentile of the time for a reply, retries and waits included. tokens, cost: sums over
-        the replies that report usage. without_usage: number of replies that do not.
+        answered: number of photos with a usable reply. fallbacks: reason -> number of photos whose answer is the
+        fallback. seconds: median and 95th percentile of the time for a reply, retries and waits included. tokens, cost:
+        sums of the reported usage. without_usage: number of replies whose usage is not reported in full.
         """
         last = {outcome.id: outcome for outcome in self._outcomes}.values()
         replies = [outcome for outcome in self._outcomes if outcome.replied]
@@ -275,7 +282,7 @@ class Judge:
         sent = [self._send({**request, "response_format": form} if with_schema else request)]
         if with_schema and sent[0].problem in _REFUSED_FORMAT:
             sent.append(self._send(request))
-            if not sent[1].problem:  # the schema was the cause
+            if not sent[1].problem:  # the schema was the cause of the error
                 self._schema = False
         seconds = round(time.monotonic() - start, 4)
         problem, body, _ = sent[-1]
@@ -316,8 +323,9 @@ def _key(variable: str) -> str:
     # Any other character is invalid in a header, and the error about it would show the key.
     if variable and not re.fullmatch(r"[!-~]+", key):
         raise SettingsError(
-            f"config.judge.key_variable is {variable!r}, but that variable is unset or not plain ASCII: export "
-            f"{variable} with the key, or set config.judge.key_variable to '' for an endpoint without a key"
+            f"config.judge.key_variable is {variable!r}, but that variable is unset, empty, or not plain ASCII "
+            f"without spaces: export {variable} with the key, or set config.judge.key_variable to '' for an endpoint "
+            "that needs no key"
         )
     return key
 
@@ -391,7 +399,7 @@ def _reply(body: str) -> _Reply | None:
 
 
 def _place(reply: _Reply, prompt: _Prompt) -> tuple[list[float] | None, str]:
-    """Returns the coordinates that a reply chooses and "", or None and the reason why it is unusable."""
+    """Returns the coordinates that a reply chooses and "", or None and the reason why the reply is unusable."""
     values = None if reply.refused else _last_object(reply.text, _ANSWERS[prompt.answer])
     if values is None:
         if reply.cut_off and not reply.refused:

@@ -1,8 +1,9 @@
 """Exact search of the model's distribution: the most probable cells of a photo, in a partition of the Earth.
 
-The search is best-first over the tree of cells. A node is a prefix of tokens, with the model's probability of that
-prefix. No cell inside a node is more probable than the node. Leaves are therefore proven to be the most probable of all
-once every open node is less probable than they are.
+The search is best-first over the tree of cells. A node is a cell, given by a prefix of tokens, with the model's probability
+of that prefix. A leaf is a node with the full number of tokens; an open node is one that could be divided further. No
+cell inside a node is more probable than the node. Leaves are therefore proven to be the most probable of all once every
+open node is less probable than they are.
 """
 
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from geotoken_jax.geo.cells import CellScheme
 from geotoken_jax.model.geotoken import Cache, GeoTokenModel, Memory
 from geotoken_jax.predict.pool import PlaceDistribution
 
-#: Coarse cells per photo at most, which sum up the cells that a distribution does not list one by one.
+#: Largest number of coarse cells per photo; they sum up the cells that a distribution does not list one by one.
 _COARSE = 64
 #: Centers of the six faces of S2, its cells of level 0, in degrees.
 _FACES = np.array([(0, 0), (0, 90), (90, 0), (0, 180), (0, -90), (-90, 0)], np.float64)
@@ -27,9 +28,10 @@ class SearchResult(NamedTuple):
 
     A search ends with a partition of the Earth, so the probabilities sum to 1 unless there are more than F cells.
 
-    tokens: `depth` tokens of each cell, then zeros. depth: number of tokens; `length` for a leaf, fewer for a cell that
-    was left open, 0 for the whole Earth. log_probability: nats; -inf for padding if there are fewer than F cells.
-    proven: number P; the first P cells are leaves, and no other leaf is more probable.
+    tokens: `depth` tokens of each cell, then zeros. depth: number of a cell's tokens; for a leaf, the `length` given to
+    `search`; less for a cell that was left open, 0 for the whole Earth. log_probability: nats; -inf for padding if
+    there are fewer than F cells. proven: the count P of proven cells; the first P cells are leaves, and no other leaf is
+    more probable.
     """
 
     tokens: Int[Array, "B F T"]
@@ -46,8 +48,8 @@ class _State(NamedTuple):
     tokens: Int[Array, "B E T"]
     depth: Int[Array, "B E"]
     seen: Bool[Array, "B E E"]  # slots that each node attends to: its ancestors and itself
-    agree: Bool[Array, "B E M"]
-    children: Float[Array, "B E V"]  # log-probability; -inf if the child is expanded itself
+    agree: Bool[Array, "B E M"]  # see Cache
+    children: Float[Array, "B E V"]  # log-probability; -inf if the child is expanded too
 
 
 def search(
@@ -66,14 +68,14 @@ def search(
     length: number of tokens of a leaf; all T if None. At group 2, leaves of 7 tokens are cells of level 12, 2 km wide.
     Choose T only if the model is sure of its last tokens: if these are noise, no leaf stands out, and expansions run
     out among coarser cells. temperature: temperature of the distribution that is searched; log p / temperature is
-    normalized again at each token. width: nodes expanded per photo and step, the most probable ones. expansions: nodes
-    expanded per photo at most, a multiple of width. capacity: F, cells returned per photo, or fewer if
-    the search cannot have as many.
+    normalized again at each token. width: number of nodes expanded per photo and step, the most probable ones.
+    expansions: largest number of nodes expanded per photo, a multiple of width. capacity: F, number of cells returned
+    per photo; fewer if `expansions` nodes have fewer children.
 
     A finished photo stays unchanged until its whole batch is finished. All descendants of a node share its keys and
-    values, so the cache has 2 * L * D * expansions numbers per photo: 2.6 MB in bfloat16 for the paper's model and 128
-    expansions, or 1.3 GB for 512 photos. Two copies of the encoder memory add 2.2 GB each, and everything else
-    50 MB.
+    values, so the cache has 2 * decoder layers * decoder width * expansions numbers per photo: 2.6 MB in bfloat16 for
+    the paper's model and 128 expansions, or 1.3 GB for 512 photos. For 512 photos, two copies of the encoder memory add
+    2.2 GB each, and everything else adds 50 MB.
 
     Raises ValueError if expansions is not a positive multiple of width, or if count is above capacity.
     """
@@ -94,7 +96,7 @@ def search(
 
 
 class _Rules(NamedTuple):
-    """Arguments of `search`."""
+    """Arguments of `search` that are the same in every iteration."""
 
     length: int
     count: int
@@ -167,7 +169,10 @@ def _open(state: _State, length: int) -> Bool[Array, "B E V"]:
 
 
 def _done(state: _State, length: int, count: int) -> Bool[Array, " B"]:
-    """Returns whether each photo's search is finished: `count` leaves beat every open node, or no node is open."""
+    """Returns whether each photo's search is finished.
+
+    It is if `count` leaves are more probable than every open node, or if no node is open.
+    """
     open_ = _open(state, length)
     best = jnp.where(open_, state.children, -jnp.inf).max((1, 2))
     proven = (~open_ & (state.children > best[:, None, None])).sum((1, 2))
@@ -182,11 +187,11 @@ def _tokens(state: _State, parent: Array, token: Array, depth: Array) -> Int[Arr
 
 
 def distribution(result: SearchResult, cells: CellScheme, limit: int = 64) -> PlaceDistribution:
-    """Returns the distribution over places of a search: each photo's `limit` most probable cells, then coarse cells.
+    """Returns the result of a search as a distribution over places: the `limit` most probable cells, then coarse cells.
 
-    The coarse cells, at most 64, sum up all other cells inside them. A cell that was left open has its own center,
-    level and probability. No leaf inside it takes its place: the search has not found the most probable leaf there, and
-    every leaf is less probable than the cell.
+    The coarse cells, at most 64 per photo, sum up all other cells inside them. A cell that was left open has its own
+    center, level and probability. No leaf inside such a cell takes its place: the search has not found the most
+    probable leaf there, and no leaf there is more probable than the cell.
     """
     probability = np.exp(np.asarray(result.log_probability, np.float64))
     probability /= np.maximum(probability.sum(1, keepdims=True), 1.0)  # float32 may sum to 1 + 1e-6
@@ -212,7 +217,8 @@ def _coarse(
 ) -> tuple[Int[np.ndarray, "B n T"], Int[np.ndarray, "B n"], Float[np.ndarray, "B n"]]:  # fmt: skip
     """Returns cells of level 2, or of the next level that ends a token, with the probability inside each.
 
-    The probability is summed over the given cells; a given cell that is larger is left out.
+    The probability is summed over the given cells. A given cell that is larger is left out. The coarse cells are the 64
+    most probable ones, or all if there are fewer.
     """
     d = 1 + -(-2 // cells.group)
     sizes = cells.vocab_sizes[:d]

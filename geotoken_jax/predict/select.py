@@ -1,4 +1,4 @@
-"""Selectors: each chooses the answers for the photos of a pool, among the candidates or from all points on Earth."""
+"""Selectors: each chooses an answer for every photo of a pool, one of its candidates or any point on Earth."""
 
 import dataclasses
 from collections.abc import Callable
@@ -19,18 +19,18 @@ TRAINED = {
     "reward": ("reward",),
     "verifier": ("verifier", "comparator", "likeness", "point_comparator", "point_likeness"),
 }
-#: Steps by which a point is improved; none of 2,000 photos of EarthView gained from an eleventh.
+#: Number of steps in which `Goal.point` improves a point; none of 2,000 photos of EarthView gained from an eleventh.
 _STEPS = 10
 _HALF_AROUND_KM = np.pi * distance.EARTH_RADIUS_KM
-#: Most probable cells whose centers are starting points, in addition to the candidates.
+#: Number of cells, the most probable ones, whose centers `Goal.point` may start at, as it may at the candidates.
 _STARTS = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class VoteSettings:
-    """Settings of a vote of the neighbors.
+    """Settings of a vote of the neighbors, for `density`.
 
-    temperature: temperature of the weights exp(similarity / temperature); similarities are in [-3, 3]. sigma_km:
+    temperature: temperature of the neighbors' weights exp(score / temperature); scores are in [-3, 3]. sigma_km:
     standard deviation of the Gaussian around each neighbor.
     """
 
@@ -46,8 +46,8 @@ class VoteSettings:
 class SelectorInputs(NamedTuple):
     """Inputs of the functions that make selectors, from a work directory or an export.
 
-    vote: settings of the vote. aligned: function that returns the alignment model. trained: function that returns a
-    trained selector by its name.
+    vote: settings of the selector `consensus`. aligned: function that returns the alignment model. trained: function
+    from a name in TRAINED to that selector.
     """
 
     vote: VoteSettings
@@ -56,7 +56,7 @@ class SelectorInputs(NamedTuple):
 
 
 def greedy(pool: Pool) -> Int[np.ndarray, " b"]:
-    """Returns the index of the greedy candidate, which comes first in the pool."""
+    """Returns the index of the greedy candidate, 0; with config.predict.beam, the first is the most probable beam."""
     return np.zeros(len(pool.coordinates), np.int64)
 
 
@@ -85,7 +85,7 @@ def density(
 ) -> Float[np.ndarray, "... K"]:
     """Returns the density of the neighbors at each of K points, in [0, 1]; 1 if all weight is at the point.
 
-    km: distance from each point to each neighbor. scores: similarities of the neighbors, -inf if missing. temperature,
+    km: distance from each point to each neighbor. scores: scores of the neighbors, -inf if missing. temperature,
     sigma_km: see VoteSettings. Source: Vo et al. 2017, section 3.
     """
     best = np.max(scores, -1, keepdims=True, initial=-3.0)
@@ -111,10 +111,11 @@ def similarity(aligned: Any) -> Selector:
 
 
 class Goal:
-    """Value of an answer by its distance from the truth, and its expectation under the model's distribution.
+    """The value of an answer by its distance from the truth, and choices that maximize its expectation.
 
-    This is minimum Bayes risk on the sphere. It does not choose the most probable cell but the point with the most
-    probability around it.
+    The expectation is under the model's distribution over places, so this is minimum Bayes risk on the sphere. The
+    choice is not the most probable cell but a candidate (`candidate`) or any point (`point`) with much probability
+    around it.
     """
 
     def __init__(self, limit_km: float | None):
@@ -131,9 +132,10 @@ class Goal:
         return np.argmax(self.expected(pool.coordinates, _searched(pool)), axis=1)
 
     def point(self, pool: Pool) -> Float[np.ndarray, "b 2"]:
-        """Returns the point with the highest expected value, in degrees.
+        """Returns the point with the highest expected value that a local search finds, in degrees.
 
-        It starts at the best of all candidates and centers of the 32 most probable cells, and is improved in 10 steps.
+        The search starts at the best point among all candidates and the centers of the 32 most probable cells, takes 10
+        steps, and returns the best point that it has seen.
         """
         distribution = _searched(pool)
         starts = np.concatenate([pool.coordinates, distribution.coordinates[:, :_STARTS]], 1)
@@ -156,9 +158,10 @@ class Goal:
         return _share(km, distribution.level[:, None], self.limit_km)
 
     def _weights(self, km: Float[np.ndarray, "b F"], distribution: PlaceDistribution) -> Float[np.ndarray, "b F"]:
-        """Returns the weight of each cell in the mean that is the next point.
+        """Returns the factor of each cell, besides its probability, in the mean of centers that is the next point.
 
-        At a point that is equal to this mean, the expected value is stationary.
+        If limit_km is None, the expected value is stationary at a point that is equal to this mean. With a limit, the
+        mean is a heuristic, which may also lower the value; `point` keeps the best point that it has seen.
         """
         if self.limit_km is None:
             mean = _mean_km(km, distribution.level)
@@ -171,8 +174,9 @@ def _share(
 ) -> Float[np.ndarray, "*shape"]:
     """Returns the share of a cell within limit_km of a point that is `km` from the cell's center.
 
-    A cell counts as a disc of the mean area of its level. If the point is in the disc, the share is the ratio of the
-    areas, at most 1. Otherwise it grows linearly from 0 to 1 while the circle around the point passes over the disc.
+    A cell counts as a disc of the mean area of its level. If the point is in the disc, the share is the area of the
+    circle of radius limit_km around the point, divided by the disc's area, at most 1. Otherwise it grows linearly from 0
+    to 1 while the circle, growing, passes over the disc.
     """
     radius = _radius_km(level)
     crossed = (limit_km - np.abs(km - radius)) / (2 * np.minimum(km, radius) + 1e-9)

@@ -1,7 +1,7 @@
 """Uncertainty of an answer: probability within a distance, radius for a probability, and calibration of both.
 
-All of it comes from the model's distribution over places by one function, the mass (probability) in a circle around
-the answer. This module does not import jax until a function needs it.
+Everything is computed with one function: the mass (probability) of the model's distribution over places in a circle
+around the answer. This module does not import jax until a function needs it.
 """
 
 import dataclasses
@@ -18,14 +18,14 @@ from geotoken_jax import workdir
 if TYPE_CHECKING:
     from geotoken_jax.predict.pool import PlaceDistribution
 
-#: Probabilities, in percent, whose radii are reported.
+#: Probabilities, in percent, for which predictions have a radius.
 MASSES = (50, 90)
 #: Smallest probability outside all cells. Without it the radius of a model that is sure of one cell could not leave the
 #: cell, even if the truth often does.
 _ELSEWHERE = 1e-6
-#: Quantiles that a calibration stores; MASSES must be among them.
+#: Probabilities whose quantiles a calibration stores (Calibration.levels); MASSES must be among them.
 _KNOTS = np.linspace(0, 1, 21)
-#: Bounds of `temperature` and `elsewhere` in the fit.
+#: Bounds of Calibration.temperature and Calibration.elsewhere in `fit`.
 _BOUNDS = ((0.2, 5.0), (1e-3, 1e4))
 #: Bisection steps from half the Earth's circumference to a radius that is exact to 1 micrometer.
 _HALVINGS = 45
@@ -36,12 +36,13 @@ _BLOCK = 1024
 def mass_within(
     distribution: "PlaceDistribution", at: Float[np.ndarray, "b 2"], km: Float[np.ndarray, "b n"]
 ) -> Float[np.ndarray, "b n"]:
-    """Returns the probability within `km` of each answer, in [0, 1], which never decreases as `km` grows.
+    """Returns the probability in the circles of radius `km` around each answer, in [0, 1].
 
-    at: answers, in degrees. km: distances [b, n], or an array that broadcasts to it.
-    A cell counts as a disc around its center with the mean area of its level. While the circle around the answer is
-    inside the disc, its share of the cell is the ratio of the areas. From then on the share grows linearly until the
-    circle covers the disc. Probability that is in no cell is spread evenly over the Earth.
+    A larger circle never has a smaller probability. at: answers, in degrees. km: radii [b, n], or an array that
+    broadcasts to this shape.
+    A cell counts as a disc around its center with the mean area of its level. While the circle is inside the disc, it
+    contains a share of the cell's probability that is the ratio of their areas. As the circle grows further, this share
+    grows linearly until the circle covers the disc. Probability that is in no cell is spread evenly over the Earth.
     """
     km = np.broadcast_to(np.asarray(km, np.float64), (len(at), km.shape[-1]))
     mass = np.empty(km.shape)
@@ -54,9 +55,10 @@ def mass_within(
 def radius_km(
     distribution: "PlaceDistribution", at: Float[np.ndarray, "b 2"], mass: Float[np.ndarray, "n"]
 ) -> Float[np.ndarray, "b n"]:
-    """Returns the smallest distance in km from each answer that contains each mass, the inverse of `mass_within`.
+    """Returns the radius in km of the smallest circle around each answer that contains each mass.
 
-    at: answers, in degrees. mass: probabilities in [0, 1]. Half the Earth's circumference contains a mass of 1.
+    This is the inverse of `mass_within`. at: answers, in degrees. mass: probabilities in [0, 1]. No radius is above
+    half the Earth's circumference, within which the mass is 1.
     """
     from geotoken_jax.geo.distance import EARTH_RADIUS_KM  # imports jax
 
@@ -76,11 +78,11 @@ def radius_km(
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """Correction of the probabilities within a distance, valid for photos like the ones used in the fit.
+    """Correction of the probability that the truth is within a distance, valid for photos like the ones in the fit.
 
     temperature: the cells' relative probabilities are raised to 1 / temperature. elsewhere: factor on the odds that the
-    photo is in none of the cells. levels: quantiles of the mass within the truth's distance, one for each of _KNOTS;
-    linear interpolation between them maps a mass to a probability and back (Kuleshov et al. 2018, algorithm 1). photos:
+    photo is in none of the cells. levels: quantiles of the model's mass in the circle that reaches from the
+    answer to the truth, one for each of _KNOTS; linear interpolation between them maps a mass to a probability and back (Kuleshov et al. 2018, algorithm 1). photos:
     number of photos in the fit.
     """
 
@@ -112,7 +114,7 @@ class Calibration:
         return cls(fields["temperature"], fields["elsewhere"], tuple(fields["levels"]), fields["photos"])
 
     def _adjusted(self, distribution: "PlaceDistribution") -> "PlaceDistribution":
-        """Returns the distribution after `temperature` and `elsewhere` are applied to it."""
+        """Returns the distribution with `temperature` and `elsewhere` applied."""
         inside = np.clip(distribution.probability.sum(1, keepdims=True), 0, 1 - _ELSEWHERE)
         inside = inside / (inside + self.elsewhere * (1 - inside))
         most = np.maximum(distribution.probability.max(1, keepdims=True, initial=0), 1e-300)
@@ -129,9 +131,10 @@ def fit(
 ) -> Calibration:
     """Returns the calibration fitted to answers and the truth, both in degrees; UNCALIBRATED if there are no answers.
 
-    `levels` are quantiles, over the photos, of the mass within the truth's distance. If the model's probabilities are
-    right, these masses are uniform in [0, 1]. Otherwise their quantiles show how often each mass contains the truth. Of
-    n masses the k-th smallest is the quantile k / (n + 1).
+    Each photo has a mass: the model's probability in the circle around the answer that reaches to the truth. `levels`
+    are quantiles of the photos' masses. If the model's probabilities are right, the masses are uniform in [0, 1].
+    Otherwise the quantiles show how often a circle with a given mass contains the truth. Of n masses the k-th smallest
+    is the quantile k / (n + 1).
 
     `temperature` and `elsewhere` minimize the log loss of the calibrated probabilities that the truth is within each of
     THRESHOLDS_KM. The log loss is a proper score: only better probabilities lower it.
@@ -168,7 +171,10 @@ def _blocks(b: int) -> list[slice]:
 
 
 class _Discs:
-    """Cells of b photos as discs, at distances from one answer per photo; the last disc is the whole Earth."""
+    """Cells of b photos as discs, at distances from one answer per photo.
+
+    The last disc is the whole Earth, with the probability that is in none of the cells.
+    """
 
     def __init__(self, distribution: "PlaceDistribution", at: Float[np.ndarray, "b 2"]):
         from geotoken_jax.geo.distance import EARTH_RADIUS_KM, great_circle_km
@@ -188,7 +194,7 @@ class _Discs:
         self._inner = np.abs(away - radius)
         self._outer = np.minimum(away + radius, np.pi * EARTH_RADIUS_KM)
         self._inside = away < radius
-        # Share of the disc in the circle that touches the disc's edge from inside.
+        # Share of the disc that is in the circle around the answer when this touches the disc's edge from inside.
         self._edge = np.where(self._inside, self._caps(self._inner), 0.0)
 
     def within(self, km: Float[np.ndarray, "b n"]) -> Float[np.ndarray, "b n"]:

@@ -1,8 +1,9 @@
 """The trained verifier: features of every candidate of a pool, and the selectors that choose by them.
 
 The verifier compares a photo with the gallery photos that were taken nearest to each candidate. Retrieval returns few
-of them, so their similarity to the photo, by the trained comparator and by the backbone, is new information. Two
-selectors do not need candidates: they choose the point in the gallery with the highest density of similar photos.
+of these gallery photos. Their similarity to the photo, by the trained comparator and by the backbone, is therefore new
+information. Two selectors choose not a candidate but the location of a gallery photo: the one with the highest density
+of similar photos around it.
 """
 
 import dataclasses
@@ -50,13 +51,14 @@ _BLOCK = 256
 class VerifierSettings:
     """Settings of the verifier's features and selectors (config.verifier.model).
 
-    near: number of gallery photos nearest to a candidate that the photo is compared with. similar: number of most
-    similar images of the augmented gallery whose locations may be chosen. widths_km: standard deviations of the
-    Gaussians that weight gallery photos by their distance from a candidate. width_km: element of widths_km that the
-    selectors `comparator` and `likeness` use. point_km: standard deviation of the Gaussian in the density of similar
-    photos. sharpness: factor on cosines before the exponential. floor: largest difference in nats between a candidate
-    and the best of its pool; larger ones are clipped. temperature: temperature of the retrieval scores, as in
-    config.baselines.knn. comparator: settings of the comparator. scorer: settings of the scorer.
+    near: number of gallery photos per candidate, the nearest ones, that the photo is compared with. similar: number of
+    images of the augmented gallery, the ones most similar to the photo, whose locations may be chosen. widths_km:
+    standard deviations of the Gaussians that weight gallery photos by their distance from a candidate. width_km:
+    element of widths_km that the selectors `comparator` and `likeness` use. point_km: standard deviation of the
+    Gaussian in the density of similar photos. sharpness: s in the weight exp(s * cosine) of a similar photo. floor:
+    largest difference, in nats, between a candidate's feature and the best of its pool; larger ones are clipped.
+    temperature: temperature of the weights exp(score / temperature) of the photo's neighbors. comparator: settings of
+    the comparator. scorer: settings of the scorer.
     """
 
     near: int
@@ -79,15 +81,15 @@ class VerifierSettings:
 
 
 class AugmentedGallery:
-    """The image embeddings of all gallery photos and, after them, of their views, if there are any.
+    """The image embeddings of all N gallery photos and, after them, of their W augmented views, if there are any.
 
     An image is a row of the augmented gallery: a gallery photo or a view of one. of [N, 1 + V]: images of each gallery
-    photo, first the photo itself, which also pads photos with fewer than V views. owner [N + W]: gallery row of each
-    image.
+    photo, first the photo itself, then its views; V is the largest number of views of a photo. A photo with fewer is
+    padded with itself. owner [N + W]: gallery row of each image.
     """
 
     def __init__(self, gallery: Table, views: Vectors, owner: Int[np.ndarray, " W"]):
-        """views [W, C]: image embeddings of views, W >= 0. owner: gallery row of the photo of each view."""
+        """views [W, C]: image embeddings of views, W >= 0. owner: gallery row of the photo that each view shows."""
         photos = np.arange(len(gallery))
         self.owner = np.concatenate([photos, owner])
         order = np.argsort(owner, kind="stable")
@@ -139,7 +141,7 @@ def _encode(graph: nnx.GraphDef, state: nnx.State, images: np.ndarray) -> jax.Ar
 
 
 class CandidateFeatures:
-    """Computes the features of a pool's candidates, and the points in the gallery with the most similar photos."""
+    """Computes the features of a pool's candidates, and where in the gallery the photos most similar to a photo are."""
 
     def __init__(
         self, options: VerifierSettings, comparator: Comparator, keys: Vectors, augmented: AugmentedGallery,
@@ -161,19 +163,20 @@ class CandidateFeatures:
         )
 
     def densest(self, pool: Pool) -> tuple[Float[np.ndarray, "b 2"], ...]:
-        """Returns the point with the highest density of similar gallery photos for each photo, in degrees, twice.
+        """Returns two points for each photo, in degrees, where the density of similar gallery photos is highest.
 
-        The first result uses similarity by the comparator alone, the second by comparator and backbone. The density is
-        a sum of Gaussians around the gallery photos of the `options.similar` images most similar by the comparator,
-        weighted by similarity; the point is the location of one of them. If the pool's rules exclude them all, the most
-        probable candidate is the point.
+        The density is a sum of Gaussians around gallery photos, weighted by similarity to the photo. The gallery photos
+        are the owners of the `options.similar` images most similar by the comparator, and the point is the location of
+        one of them. The density of the first point uses similarity by the comparator; for the second point, it is
+        multiplied by the density by the backbone. If the pool's rules exclude all gallery photos, the location of the
+        most probable candidate is returned.
         """
         images = np.asarray(pool.query[:, 0], np.float32)
         query, owner = encode(self._comparator, images), self._augmented.owner
         exclude = [lambda queries, rows, rule=rule: rule(queries, owner[rows]) for rule in pool.exclude]
         similar = neighbors.search_neighbors(self, query, min(self._options.similar, len(owner)), exclude)[0]
         rows = np.sort(np.where(similar < 0, len(self._coordinates), owner[similar]), 1)
-        # Missing rows, and further images of a photo that is already there.
+        # Missing neighbors, and further images of a gallery photo that is already in `rows`.
         left_out = (rows == len(self._coordinates)) | np.pad(rows[:, 1:] == rows[:, :-1], ((0, 0), (1, 0)))
         rows = np.minimum(rows, len(self._coordinates) - 1)
         at = self._coordinates[rows]
@@ -196,7 +199,7 @@ class CandidateFeatures:
     def search(
         self, queries: Float32[np.ndarray, "n D"], k: int
     ) -> tuple[Int32[np.ndarray, "n k"], Float32[np.ndarray, "n k"]]:
-        """Returns the k images most similar by the comparator, and their cosines, as neighbors.find needs them."""
+        """Returns the k images most similar by the comparator, and their cosines. `search_neighbors` calls it."""
         return index.exact(self._keys, queries, k)
 
     def _features(self, pool: Pool) -> Float32[np.ndarray, "b K F"]:
@@ -218,9 +221,9 @@ class CandidateFeatures:
     def _cosines(
         self, images: Float32[np.ndarray, "b C"], query: Float32[np.ndarray, "b D"], rows: Int[np.ndarray, "b n"]
     ) -> Iterator[Float32[np.ndarray, "b n"]]:
-        """Yields the cosines of each photo with its gallery rows, by the comparator, then by the backbone.
+        """Yields two arrays, the cosines of each photo with its gallery rows by the comparator, then by the backbone.
 
-        Of the images of a gallery photo the most similar one counts. Each image is read once for all photos.
+        The cosine of a gallery photo is the highest of all its images. Each image is read once for all photos.
         """
         photos, position = np.unique(rows, return_inverse=True)
         stored, column = np.unique(self._augmented.of[photos], return_inverse=True)
@@ -243,9 +246,10 @@ def _similarity_features(
 ) -> list[Float[np.ndarray, "b K"]]:
     """Returns features of the similarity of a photo to the n gallery photos nearest to each candidate.
 
-    First comes a sum over the gallery photos, weighted by distance, for each of widths_km; then the highest cosine
-    within 25 and 200 km. These are in nats relative to the best candidate of the pool, and at least -floor. Last is the
-    pool's highest cosine within 200 km. km: distances from the candidate, inf for an excluded photo.
+    First come, for each of widths_km, the logarithm of the sum of the gallery photos' similarities, weighted by their
+    distance; then the highest cosine within 25 km, and within 200 km, of the candidate, times `sharpness`. All these
+    are differences in nats from the best candidate of the pool, and at least -floor. The last feature is the highest
+    cosine within 200 km of any candidate. km: distances from the candidate, inf for an excluded gallery photo.
     """
     weights = np.exp(options.sharpness * (cosines - 1))
     features = [np.log((weights * np.exp(-0.5 * (km / w) ** 2)).sum(-1) + 1e-30) for w in options.widths_km]
@@ -258,8 +262,9 @@ def _similarity_features(
 def _pool_features(pool: Pool, floor: float) -> list[Float[np.ndarray, "b K"]]:
     """Returns log-probabilities, their differences from the pool's best, and shares of candidates near each candidate.
 
-    Log-probabilities are tempered, then plain; a difference is at least -floor. A share counts the pool's candidates
-    within a threshold. It is the candidate's expected accuracy if the truth were drawn from the pool.
+    The tempered log-probability and its difference come first, then the untempered ones; a difference is at least
+    -floor. For each of THRESHOLDS_KM, the share counts the pool's candidates within that distance. It is the
+    candidate's expected accuracy if the truth were drawn from the pool.
     """
     features = []
     for log_p in (pool.candidates.tempered_log_probability, pool.candidates.log_probability):
@@ -270,10 +275,10 @@ def _pool_features(pool: Pool, floor: float) -> list[Float[np.ndarray, "b K"]]:
 
 
 def _neighbor_features(pool: Pool, options: VerifierSettings) -> list[Float[np.ndarray, "b K"]]:
-    """Returns features of the neighbors at each candidate.
+    """Returns features of each candidate from the photo's neighbors.
 
-    They are the density of the neighbors for each of widths_km, the score of the best neighbor, and log(1 + km) for the
-    distance of the nearest.
+    They are the density of the neighbors at the candidate for each of widths_km, the score of the best neighbor, and
+    log(1 + km) for the candidate's distance from the nearest neighbor.
     """
     present = np.arange(pool.neighbor_scores.shape[1]) < pool.neighbor_count[:, None]
     scores = np.where(present, pool.neighbor_scores, -np.inf)
@@ -286,10 +291,13 @@ def _neighbor_features(pool: Pool, options: VerifierSettings) -> list[Float[np.n
 
 
 class Verifier:
-    """A trained verifier, with five selectors that share the features of a pool."""
+    """A trained verifier with its five selectors: three choose a candidate, two choose a point in the gallery."""
 
     def __init__(self, folder: epath.PathLike, options: VerifierSettings, gallery: Table, aligned: AlignModel):
-        """folder: verifier/VARIANT, made by `geotoken learn` for this gallery."""
+        """folder: verifier/VARIANT of a work directory, or verifier/ of an export, with a verifier for this gallery.
+
+        Raises SettingsError if the verifier was trained for a gallery with another number of photos.
+        """
         folder = epath.Path(folder)
         task = ComparatorTask(options.comparator, np.zeros(gallery.width, np.float32))
         comparator = checkpoint.read_module(folder / "comparator" / "parameters.safetensors", task.init)
@@ -316,11 +324,11 @@ class Verifier:
         return np.asarray(jax.nn.sigmoid(self._scorer(jnp.asarray(self._features(pool)))))
 
     def choices(self, pool: Pool) -> dict[str, Int[np.ndarray, " b"]]:
-        """Returns the indices of the candidates that three selectors choose, by name.
+        """Returns name -> indices of the chosen candidates, for each of the three selectors in CANDIDATE_CHOICES.
 
-        `verifier` chooses the highest expected accuracy by the scorer, averaged over the thresholds. `comparator`
-        chooses the candidate with the most similar photos near it, by the comparator. `likeness` adds the similarity by
-        the backbone, which separates places less well but depends less on the kind of photo.
+        `verifier` chooses the highest expected accuracy by the scorer, averaged over THRESHOLDS_KM. `comparator`
+        chooses the candidate near which gallery photos are most similar to the photo, by the comparator. `likeness`
+        adds the similarity by the backbone, which separates places less well but depends less on the kind of photo.
         """
         features = self._features(pool)
         widths = self._options.widths_km
@@ -331,7 +339,7 @@ class Verifier:
         return dict(zip(CANDIDATE_CHOICES, indices, strict=True))
 
     def points(self, pool: Pool) -> dict[str, Float[np.ndarray, "b 2"]]:
-        """Returns the coordinates in degrees that the selectors in GALLERY_CHOICES choose, by name."""
+        """Returns name -> chosen coordinates in degrees, for each of the two selectors in GALLERY_CHOICES."""
         return dict(zip(GALLERY_CHOICES, self._features.densest(pool), strict=True))
 
 

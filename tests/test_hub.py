@@ -118,7 +118,7 @@ def test_what_the_hub_refuses_is_said_in_one_sentence(server: hub.Hub, folder: P
         ("resolve", "someone/other"): "someone/other has no SHA256SUMS: it is not an export",
         ("resolve", "someone/other", "v9"): f"{server.url}/someone/other has no revision 'v9'",
         ("resolve", "someone/gated"): "someone/gated is gated: accept its terms at",
-        ("push", str(folder), "no name"): "--push=no name is not a name on the hub: give ORG/NAME",
+        ("push", str(folder), "no name"): "--push=no name is not of the form ORG/NAME",
         ("push", str(damaged), NAME): f"{damaged}/config.json does not match its sum in SHA256SUMS",
     }
     said = run(server, tmp_path, *map(list, expected), token=hub.TOKEN)

@@ -21,12 +21,12 @@ from geotoken_jax.predict.prediction import Candidate, Cell, Prediction, coordin
 from geotoken_jax.predict.select import SELECTORS, Choice, Selector, SelectorInputs
 from geotoken_jax.predict.uncertainty import Calibration, fit
 
-#: Cells per prediction at most, the most probable ones; 64 are 5 KB of JSON.
+#: Largest number of cells in a prediction; 64 are 5 KB of JSON.
 _CELLS = 64
 
 
 class Answerer:
-    """Predicts batches of photos with a decoder and the selectors that its settings name."""
+    """Predicts batches of photos with a decoder and the selectors named in the decoder's settings."""
 
     def __init__(self, decoder: Decoder, inputs: SelectorInputs):
         self.decoder = decoder
@@ -43,8 +43,8 @@ class Answerer:
     ) -> tuple[list[Prediction], PlaceDistribution | None]:
         """Returns the predictions of b photos, without radii, and the model's distribution over places.
 
-        batch, rows, scores, numbers: see Decoder. others: more selectors for this batch, by name. exclude: rules that
-        the neighbors were searched with (see Pool).
+        The distribution is None if the model is not searched. batch, rows, scores, numbers: see Decoder.__call__.
+        others: more selectors for this batch, by name. exclude: rules that the neighbors were searched with (see Pool).
         """
         pool = self.decoder(batch, rows, scores, numbers)._replace(exclude=exclude)
         chosen = {name: select(pool) for name, select in {**self._selectors, **others}.items()}
@@ -56,7 +56,7 @@ class Answerer:
     def from_vectors(
         self, index: Index, vectors: Float[np.ndarray, "b 3 C"], captured: Float[np.ndarray, " b"]
     ) -> tuple[list[Prediction], PlaceDistribution | None]:
-        """Returns the predictions and the distribution over places of b photos, given as vectors without neighbors.
+        """Returns the same as a call, for b photos whose neighbors this method searches in the gallery.
 
         index: index of the gallery. vectors: image, location and text vector of each photo. captured: seconds since
         1970, NaN if unknown (see data.join.context).
@@ -64,15 +64,15 @@ class Answerer:
         rows, scores = search_neighbors(index, index_vectors(vectors), self.decoder.neighbors)
         batch = {"query": vectors, **join.neighbors(self.decoder.gallery, rows, self.decoder.cells)}
         batch["context"] = join.context(captured, self.decoder.times)
-        # Every photo has number 0, so that its samples do not depend on the other photos of the batch.
+        # Every photo has number 0, so that its samples do not depend on its position in the batch.
         return self(batch, rows, scores, np.zeros(len(rows), np.int64))
 
 
 def pool_predictions(pool: Pool, chosen: Mapping[str, Choice], choice: str) -> list[Prediction]:
     """Returns the prediction for each photo of a pool, without radii and neighbors.
 
-    Equal candidates are merged, and `count` is their number. chosen: selector name -> its choices. choice: name of the
-    selector whose choice is the answer.
+    Candidates with equal tokens are merged into one, whose `count` is how many there were. chosen: selector name -> its
+    choices for the pool's photos. choice: name of the selector whose choice is the answer.
     """
     predictions = []
     for i, tokens in enumerate(pool.candidates.tokens):
@@ -91,7 +91,7 @@ def pool_predictions(pool: Pool, chosen: Mapping[str, Choice], choice: str) -> l
             )
             for j in order
         ]
-        position = np.argsort(order)[inverse.reshape(-1)]  # index in the pool -> index in `listed`
+        position = np.argsort(order)[inverse.reshape(-1)]  # candidate's index in the pool -> its index in `listed`
         choices = {
             name: int(position[index[i]]) if index.ndim == 1 else rounded(index[i]) for name, index in chosen.items()
         }
@@ -125,15 +125,15 @@ def calibrate(
 ) -> Calibration:
     """Returns the calibration of radii that fits a split's predictions to the truth.
 
-    answered: batches of predictions with their distributions. truth: coordinates of the same photos in the same order,
-    in degrees.
+    answered: batches of predictions with their distributions, none of which is None. truth: true coordinates of the same
+    photos in the same order, in degrees.
     """
     distribution = jax.tree.map(lambda *batches: np.concatenate(batches), *(batch for _, batch in answered))
     return fit(distribution, np.concatenate([coordinates(predictions) for predictions, _ in answered]), truth)
 
 
 def _cells(distribution: PlaceDistribution, i: int) -> tuple[Cell, ...]:
-    """Returns the first 64 cells of photo i with a probability above 0."""
+    """Returns the first cells of photo i in the distribution, at most 64, all with a probability above 0."""
     first = np.flatnonzero(distribution.probability[i] > 0)[:_CELLS]
     columns = (distribution.level[i][first].tolist(), *distribution.coordinates[i][first].T.round(5).tolist())
     return tuple(map(Cell, *columns, distribution.probability[i][first].round(6).tolist()))

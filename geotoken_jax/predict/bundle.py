@@ -9,7 +9,7 @@ from etils import epath
 
 #: Name of the file with one line `SHA-256  name` per file of the export.
 SUMS = "SHA256SUMS"
-#: Types of files that are read in full when an export is opened; all others are memory-mapped, up to many gigabytes.
+#: Types of files that are read in full when an export is opened; others are memory-mapped and may have many gigabytes.
 _READ_IN_FULL = (".json", ".safetensors")
 
 #: Advice at the end of messages about a bad file.
@@ -23,7 +23,8 @@ class ExportError(ValueError):
 def check(folder: epath.PathLike, everything: bool) -> None:
     """Raises ExportError, naming the first bad file, if a file of an export is missing or does not match its sum.
 
-    everything: whether to compare the sum of every file (demo: 0.6 GB) or of parameters and settings alone.
+    everything: if True, the sum of every file is compared (demo: 0.6 GB); if False, only the sums of parameters and
+    settings.
     """
     folder = epath.Path(folder)
     for name, expected in sums(folder).items():
@@ -59,9 +60,11 @@ def backbone(
 ) -> dict[str, Any]:
     """Returns the settings of an export's backbone, with the folder of its checkpoint filled in.
 
-    section: the export's settings of the backbone. referred: name and SHA-256 sums of the published checkpoint, if the
-    backbone has one. given: folder of that checkpoint; if None, the copy in the export is used.
-    Raises ExportError if there is neither a folder nor a copy, or if the folder's files do not match the sums.
+    section: the export's settings of the backbone. referred: name and SHA-256 sums of the backbone's
+    checkpoint; None if the backbone has no checkpoint. given: folder of that checkpoint; if None, the copy in the
+    export is used. A backbone without a checkpoint needs neither.
+    Raises ExportError if there is neither a folder nor a copy, or if a file in the folder is missing or does not match
+    its sum.
     """
     referred = referred or {}
     copy = section["huggingface"]["path"]
@@ -78,8 +81,8 @@ def backbone(
         if not file.exists() or sha256(file) != expected:
             raise ExportError(
                 f"{file} {'does not match its SHA-256 sum' if file.exists() else 'is missing'}: "
-                f"{folder} requires the backbone {referred.get('name')}, with the sums in its config.json; download "
-                "that checkpoint again"
+                f"{folder} requires the backbone {referred.get('name')}, with the sums in {folder}/config.json; "
+                "download that checkpoint again"
             )
     return {**section, "huggingface": {**section["huggingface"], "path": str(given)}}
 

@@ -25,9 +25,9 @@ _BATCH = 256
 class ClassifierSettings:
     """Settings of the baseline `classifier` (config.baselines.classifier).
 
-    max_photos: gallery photos per cell above which a cell is split into its four children. min_photos: gallery photos
-    per cell below which a cell is dropped. hidden: width of the hidden layer. dropout: dropout rate of the hidden
-    layer. candidates: cells per prediction, the most probable ones.
+    max_photos: largest number of gallery photos in a cell; a cell with more is split into its four children.
+    min_photos: smallest number of gallery photos in a cell; a cell with fewer is dropped. hidden: width of the hidden
+    layer. dropout: dropout rate of the hidden layer. candidates: number of cells per prediction, the most probable ones.
     """
 
     max_photos: int
@@ -38,18 +38,18 @@ class ClassifierSettings:
 
 
 class Cells:
-    """S2 cells of any level that do not overlap, numbered along the Hilbert curve."""
+    """S2 cells of any level that do not overlap, in the order of the Hilbert curve; a cell's index is its position."""
 
     def __init__(self, starts: Int64[np.ndarray, " V"], sizes: Int64[np.ndarray, " V"]):
-        """starts: number (see `_curve_index`) of the first level-20 cell in each cell, ascending. sizes: number of
-        level-20 cells in each cell."""
+        """starts: index on the curve (see `_curve_index`) of the first level-20 cell in each cell, ascending. sizes: how
+        many level-20 cells are in each cell."""
         self._starts, self._stops = starts, starts + sizes
 
     def __len__(self) -> int:
         return len(self._starts)
 
     def of(self, tokens: UInt8[np.ndarray, "n 21"]) -> Int32[np.ndarray, " n"]:
-        """Returns the number of the cell that contains each photo, -1 if no cell does.
+        """Returns the index of the cell that contains each photo, -1 if no cell does.
 
         tokens: level-20 tokens, as stored in tables.
         """
@@ -59,9 +59,9 @@ class Cells:
 
 
 def partition(tokens: UInt8[np.ndarray, "N 21"], max_photos: int, min_photos: int) -> Cells:
-    """Returns the cells of PlaNet's partition of the gallery.
+    """Returns the cells into which PlaNet's partition divides the gallery.
 
-    Starting from the six faces, cells with more than max_photos photos are split into their four children. Then cells
+    tokens: level-20 tokens of the gallery photos, as stored in tables. Starting from the six faces, cells with more than max_photos photos are split into their four children. Then cells
     with fewer than min_photos are dropped. A level-20 cell is never split.
     """
     left = np.sort(_curve_index(tokens))
@@ -79,7 +79,7 @@ def partition(tokens: UInt8[np.ndarray, "N 21"], max_photos: int, min_photos: in
 
 
 def _curve_index(tokens: UInt8[np.ndarray, "n 21"]) -> Int64[np.ndarray, " n"]:
-    """Returns the number of each photo's level-20 cell along the Hilbert curve through all six faces, from 0."""
+    """Returns the index, from 0, of each photo's level-20 cell on the Hilbert curve through all six faces."""
     at = np.zeros(len(tokens), np.int64)
     for k in range(1 + records.LEVEL):
         at = 4 * at + tokens[:, k]
@@ -89,7 +89,7 @@ def _curve_index(tokens: UInt8[np.ndarray, "n 21"]) -> Int64[np.ndarray, " n"]:
 def centers(coordinates: Float[np.ndarray, "N 2"], cell: Int[np.ndarray, " N"], cells: int) -> Float[np.ndarray, "V 2"]:
     """Returns the mean location of each cell's photos, in degrees.
 
-    cell: number of each photo's cell, -1 if the photo is in none. cells: number of cells.
+    cell: index of each photo's cell, -1 if the photo is in none. cells: V, the number of cells.
     """
     inside = cell >= 0
     sums = np.zeros((cells, 3))
@@ -98,7 +98,10 @@ def centers(coordinates: Float[np.ndarray, "N 2"], cell: Int[np.ndarray, " N"], 
 
 
 class Photos:
-    """Reads the photos of a table that are in a cell, as vectors [b, 3 C] float32 and cell [b] int32."""
+    """Reads the photos of a table that any of the cells contains, as a dict of `vectors` and `cell`.
+
+    vectors [b, 3 C] float32: see `_inputs`. cell [b] int32: index of each photo's cell.
+    """
 
     def __init__(self, table: Table, cells: Cells):
         self._table = table
@@ -132,8 +135,8 @@ class ClassifierTask:
     def batch(self, size: int) -> Spec:
         """Returns the specification of a batch of `size` photos.
 
-        vectors [B, 3 C] float32: the photo's three embeddings, concatenated. cell [B] int32: number of the photo's
-        cell. In evaluation also valid [B] bool: False for examples that only pad the batch.
+        vectors [B, 3 C] float32: the photo's three embeddings, as `_inputs` returns them. cell [B] int32: index of the
+        photo's cell. In evaluation also valid [B] bool: False for examples that only pad the batch.
         """
         return spec(size, vectors=((self._shape[0],), jnp.float32), cell=((), jnp.int32))
 
@@ -143,7 +146,10 @@ class ClassifierTask:
     def loss(
         self, model: Head, batch: Mapping[str, Array], key: jax.Array | None
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-        """Returns the cross-entropy in nats, and the share of photos whose most probable cell is the true one."""
+        """Returns the mean cross-entropy in nats, and `accuracy`: the share of photos whose most probable cell is true.
+
+        key: source of dropout; no dropout if None.
+        """
         logits = model(batch["vectors"], None if key is None else nnx.Rngs(dropout=key))
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["cell"])
         right = logits.argmax(-1) == batch["cell"]

@@ -21,10 +21,10 @@ from geotoken_jax.predict.sample import Candidates, sample
 from geotoken_jax.predict.select import SEARCHED, SELECTORS, VoteSettings
 from geotoken_jax.settings import Runtime, SettingsError
 
-#: Cells per photo that a distribution lists one by one. With 64, half of EarthView's photos would have more than half
-#: of their probability outside the list.
+#: Number of cells per photo that a distribution lists one by one. With 64, half of EarthView's photos would have more
+#: than half of their probability outside the list.
 _CELLS = 192
-#: Cells per photo that the search returns at most.
+#: Largest number of cells per photo that the search returns.
 _CAPACITY = 4096
 
 
@@ -32,9 +32,10 @@ _CAPACITY = 4096
 class SearchSettings:
     """Settings of the exact search of the model's distribution over places (config.predict.search).
 
-    expansions: cells divided per photo at most, a multiple of width; 0 turns the search off. level: S2 level of leaves,
-    which are not divided further; a multiple of config.model.group. leaves: number of most probable leaves, at most
-    4096; the search ends once they are proven. width: cells divided per photo and step.
+    expansions: largest number of cells divided per photo, a multiple of width; 0 turns the search off. level: S2 level
+    of leaves, the cells that are not divided; a multiple of config.model.group. leaves: N, at most 4096; a photo's
+    search ends once it is proven which N leaves are the most probable, or when expansions run out. width: number of
+    cells divided per photo and step.
     """
 
     expansions: int
@@ -48,10 +49,11 @@ class PredictSettings:
     """Settings of decoding and of the choice among candidates (config.predict).
 
     samples: number of candidates sampled in addition to the greedy one. temperature: temperature of the sampling, above
-    0. top_p: probability mass that samples are drawn from, in (0, 1]; 1 for all. beam: width of a beam search whose
-    sequences replace the samples; 0 turns it off. search: search of the model's distribution over places. selectors:
-    names of the selectors that choose. vote: weights of the neighbors for the selector `consensus`. choice: name of the
-    selector whose choice is the answer. batch_size: photos per batch. seed: seed of the samples.
+    0. top_p: probability mass, in (0, 1], of the most probable tokens that samples are drawn from; 1 for all tokens. beam:
+    width of a beam search whose sequences replace the greedy candidate and the samples; 0 turns it off. search: settings
+    of the search of the model's distribution over places. selectors: names of the selectors whose choices are part of
+    predictions. vote: settings of the selector `consensus`. choice: name of the selector whose choice is the answer.
+    batch_size: photos per batch. seed: seed of the samples.
     """
 
     samples: int
@@ -86,7 +88,10 @@ class PredictSettings:
 
 
 class Decoder:
-    """Decodes batches of photos into pools; compiled once per batch size, and batch sizes are rounded up to a few."""
+    """Decodes batches of photos into pools.
+
+    Batches are padded to the next power of two, at most settings.batch_size, so that few batch sizes are compiled.
+    """
 
     def __init__(self, model: GeoTokenModel, settings: PredictSettings, gallery: Table):
         """gallery: table of the gallery, in which the neighbors are rows."""
@@ -142,9 +147,10 @@ class Decoder:
     ) -> Pool:
         """Returns the pool of b photos.
 
-        batch: arrays that data.join makes. rows: gallery rows of the batch's neighbors, -1 if missing. scores: inner
-        products of photo and neighbor, ignored if the neighbor is missing. numbers: one per photo; a photo's samples
-        depend on its number and the seed alone, not on its batch.
+        batch: arrays `query`, `neighbors`, `neighbor_tokens`, `neighbor_count` and, if the model reads capture times,
+        `context`, as data.join makes them. rows: gallery rows of the photos' neighbors, -1 if missing. scores: inner
+        products of the index vectors of photo and neighbor, ignored if the neighbor is missing. numbers: a number per
+        photo; with the seed, it decides the random draws for the photo, which do not depend on the rest of the batch.
         """
         b = len(numbers)
         size = min(1 << (b - 1).bit_length(), max(self.settings.batch_size, b))

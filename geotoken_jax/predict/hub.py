@@ -17,12 +17,12 @@ from geotoken_jax import settings
 from geotoken_jax.predict import bundle
 from geotoken_jax.predict.bundle import SUMS, ExportError
 
-#: Name of a model on the hub: OWNER/NAME.
+#: Name of a model on the hub: ORG/NAME, where ORG is an organization or a user.
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def resolve(model: epath.PathLike, revision: str | None = None) -> epath.Path:
-    """Returns the folder of an export, downloaded from the hub if `model` is not a folder but a name like ORG/NAME.
+    """Returns the folder of an export, downloaded from the hub if `model` is a name ORG/NAME and no path that exists.
 
     revision: branch, tag or commit on the hub; the main branch if None. Raises ExportError if the download fails.
     """
@@ -34,7 +34,8 @@ def resolve(model: epath.PathLike, revision: str | None = None) -> epath.Path:
 def download(name: str, revision: str | None = None) -> epath.Path:
     """Returns the folder of an export in huggingface_hub's cache; every file in it matches SHA256SUMS.
 
-    Files in the cache are not downloaded again and need no network. A damaged file is removed from the cache.
+    Files in the cache are not downloaded again and need no network. Raises ExportError if the download fails, or if a
+    file is damaged; the damaged file is removed from the cache.
     """
     client = _client()
     with _one_line_errors(name, revision):
@@ -45,7 +46,8 @@ def download(name: str, revision: str | None = None) -> epath.Path:
                 f"{name} has no {SUMS}: it is not an export; name a model that was uploaded by `geotoken export --push`"
             )
         sums = bundle.sums(commit)
-        # The commit is fixed, so that a push in between does not mix two exports. Files without a sum are not fetched.
+        # The commit is fixed: without it, a push between the two downloads would mix two exports. Files without a sum
+        # are not downloaded.
         patterns = [SUMS, *(glob.escape(file) for file in sums)]
         folder = epath.Path(client.snapshot_download(name, revision=commit.name, allow_patterns=patterns))
     for file, expected in sums.items():
@@ -66,10 +68,10 @@ def push(folder: epath.PathLike, name: str) -> str:
     """Uploads an export to the hub, creates the model there if needed, and returns its address.
 
     Files that the hub already has are not sent again, so an interrupted push can be continued. Raises SettingsError if
-    `name` is not OWNER/NAME, ExportError if the export is damaged or the upload fails.
+    `name` is not ORG/NAME, ExportError if the export is damaged or the upload fails.
     """
     if not _NAME.fullmatch(name):
-        raise settings.SettingsError(f"--push={name} is not a name on the hub: give ORG/NAME, as in --push=me/geotoken")
+        raise settings.SettingsError(f"--push={name} is not of the form ORG/NAME: write it as in --push=me/geotoken")
     bundle.check(folder, everything=True)
     client = _client()
     files = [SUMS, *bundle.sums(folder)]
@@ -100,7 +102,7 @@ def _one_line_errors(name: str, revision: str | None) -> Iterator[None]:
     from huggingface_hub import constants, errors
 
     page = f"{constants.ENDPOINT}/{name}"
-    broken: Any = errors.HfHubHTTPError.__bases__  # the HTTP client's base error, and OSError
+    broken: Any = errors.HfHubHTTPError.__bases__  # OSError, and the base class of the HTTP client's errors
     login = "log in with `hf auth login`, or set HF_TOKEN to a token that may"
     try:
         yield
@@ -119,11 +121,11 @@ def _one_line_errors(name: str, revision: str | None) -> Iterator[None]:
             "unset HF_HUB_OFFLINE if it is set"
         ) from None
     except errors.HFValidationError as error:
-        raise ExportError(f"{name} is not a valid name on the hub ({error}): give ORG/NAME") from None
+        raise ExportError(f"{name} breaks the hub's rules for names ({error}): correct the name") from None
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
         if status in (401, 403):
-            raise ExportError(f"the hub refuses {name} ({status}): {login} use it") from None
+            raise ExportError(f"the hub refuses {name} ({status}): {login} read it or, to push, write it") from None
         raise ExportError(f"the hub returned HTTP status {status} for {name}: try again later") from None
     except RuntimeError as error:  # a file could not be uploaded
         raise ExportError(f"{error} Run the same command again: files that were sent are not sent again") from None

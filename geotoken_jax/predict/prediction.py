@@ -1,4 +1,4 @@
-"""The prediction for a photo: one type for the decoder, files, web page, service and evaluator.
+"""The prediction for a photo: one type for the decoder, prediction files, web page, service and evaluator.
 
 This module does not import jax.
 """
@@ -18,10 +18,11 @@ from geotoken_jax.gallery.table import Table
 class Candidate:
     """A candidate location of a photo, in degrees.
 
-    probability: the model's probability of the candidate's level-20 cell (GeoCLIP: of this location among all in its
-    gallery). log_probability: natural logarithm of `probability`. tempered_log_probability: log-probability under the
-    distribution that candidates are sampled from. count: number of draws, the greedy one included.
-    tokens: tokens of its cell. A field is None if the method, for example a baseline, does not compute it.
+    probability: the model's probability of the candidate's cell (GeoCLIP: of this location among all in its gallery).
+    log_probability: natural logarithm of `probability`. tempered_log_probability: log-probability under the
+    distribution that candidates are sampled from. count: how often the candidate was decoded, once greedily and
+    otherwise by sampling. tokens: tokens of the candidate's cell. A field is None if the method, for example a
+    baseline, does not compute it.
     """
 
     latitude: float
@@ -34,15 +35,15 @@ class Candidate:
 
     @classmethod
     def of(cls, at: Float[np.ndarray, "2"], log_probability: float, **more: Any) -> "Candidate":
-        """Returns a candidate with rounded numbers. at: degrees. more: any fields after log_probability."""
+        """Returns a candidate with rounded numbers. at: coordinates in degrees. more: fields after log_probability."""
         return cls(*rounded(at), float(f"{math.exp(log_probability):.6g}"), round(log_probability, 5), **more)
 
 
 @dataclasses.dataclass(frozen=True)
 class Neighbor:
-    """A neighbor of the photo in the gallery: its id, coordinates in degrees, score and gallery row.
+    """A gallery photo that is a neighbor of the photo: its id, coordinates in degrees, score and gallery row.
 
-    score: inner product of the index vectors, at most 3.
+    score: inner product of the two photos' index vectors, at most 3.
     """
 
     id: str
@@ -67,15 +68,17 @@ class Prediction:
     """The answer to where a photo was taken, latitude and longitude in degrees, with its uncertainty.
 
     radius_km: radius of the circle around the answer that contains the true location with a probability of 50 %.
-    radius_90_km: the same for 90 %. within: distance (1, 25, 200, 750 and 2500 km) -> probability that the answer is no
-    farther off. These numbers are calibrated on validation photos if the model's distribution was searched. Otherwise
-    GeoToken computes them from its samples, and GeoCLIP from the probabilities in its gallery; predictions/ in a work
-    directory then has no `within`, and radii are NaN.
+    radius_90_km: the same for 90 %. within: distance (1, 25, 200, 750 and 2500 km) -> probability that the true
+    location is no farther from the answer.
 
-    candidates: distinct candidates, the greedy one first, then by falling probability. cells: disjoint cells, most
-    probable first; if they sum to less than 1, the rest is elsewhere. neighbors: best first. All three are empty if the
-    model has none. choice: name of the selector whose choice is the answer. choices: selector name -> its choice, an
-    index into candidates or coordinates in degrees.
+    If the model's distribution was searched, the radii and `within` come from it, calibrated on the validation photos
+    if there are any. Otherwise `GeoToken.predict` computes them from its samples, and GeoCLIP from the probabilities in
+    its gallery; in predictions/ of a work directory the radii are NaN and `within` is empty.
+
+    candidates: distinct candidates, the greedy one first, then by falling probability. cells: the most probable cells,
+    disjoint; if their probabilities sum to less than 1, the rest is elsewhere. neighbors: the photo's neighbors in the
+    gallery, best first. Each of the three is empty if the method has none. choice: name of the selector whose choice is
+    the answer. choices: selector name -> its choice, an index into `candidates` or coordinates in degrees.
     """
 
     latitude: float
@@ -90,7 +93,7 @@ class Prediction:
     choices: dict[str, int | tuple[float, float]] = dataclasses.field(default_factory=dict)
 
     def plain(self) -> dict[str, Any]:
-        """Returns the fields for JSON, without those that are None or NaN, in candidates too."""
+        """Returns the fields for JSON. Fields that are None or NaN are left out, also in candidates."""
         return _present(dataclasses.asdict(self))
 
 
@@ -114,7 +117,7 @@ def coordinates(predictions: Sequence[Prediction]) -> Float[np.ndarray, "b 2"]:
 def neighbors(
     gallery: Table, rows: Int[np.ndarray, "b M"], scores: Float[np.ndarray, "b M"]
 ) -> list[tuple[Neighbor, ...]]:
-    """Returns the Neighbors of each photo from gallery rows and scores; rows of -1 are left out."""
+    """Returns each photo's neighbors, given by their gallery rows and scores; rows of -1 are left out."""
     present = np.maximum(rows, 0)
     ids, points = gallery.ids(present), gallery.coordinates(present).tolist()
     return [

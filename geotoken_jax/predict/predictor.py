@@ -53,8 +53,8 @@ class Predictor(abc.ABC):
         photos: a photo or a list of photos; each is a path, a PIL image, an array [height, width, 3] of uint8, or the
         bytes of an image file. Positions and times in EXIF are not read. captured: the photo's capture time, or a list
         with one time per photo; None if unknown. A datetime without a zone is UTC.
-        Raises ImageError, with the photo's name, if a photo cannot be read. Raises ValueError if there is not one time
-        per photo, or if the model does not read times (config.model.context).
+        Raises ImageError, with the photo's name, if a photo cannot be read. Raises ValueError if `captured` is given
+        and has another length than photos, or is given to a model that does not read times (config.model.context).
         """
         if not isinstance(photos, (list, tuple)):
             return self.predict([photos], None if captured is None else [captured])[0]
@@ -87,7 +87,7 @@ class Predictor(abc.ABC):
             raise ValueError("captured is given, but this model does not read when a photo was taken: leave it out")
         if captured is not None and len(captured) != len(photos):
             raise ValueError(
-                f"captured has {len(captured)} times for {len(photos)} photos: give one per photo, or None"
+                f"captured has {len(captured)} times for {len(photos)} photos: give one per photo, None if unknown"
             )
         times = np.array([_seconds(time) for time in captured or [None] * len(photos)])
         batches = (slice(first, first + self.batch_size) for first in range(0, len(photos), self.batch_size))
@@ -108,10 +108,10 @@ class GeoToken(Predictor):
     def __init__(self, folder: epath.PathLike, verify: bool = False, backbone: epath.PathLike | None = None):
         """Reads the export in a folder.
 
-        folder: folder that `geotoken export` made. verify: whether to compare the sums of all files, or of parameters
-        and settings alone. backbone: folder of the backbone's checkpoint; None if the export contains it.
-        Raises FileNotFoundError if the folder is not an export, ValueError if a file is missing or damaged, or if
-        settings and parameters do not match.
+        folder: folder that `geotoken export` made. verify: if True, every file's SHA-256 sum is checked; if False, only
+        the sums of parameters and settings. backbone: folder of the backbone's checkpoint; None if the export contains
+        it. Raises FileNotFoundError if the folder is not an export. Raises ValueError if a file of the export or of the
+        checkpoint is missing or damaged, or if settings and parameters do not match.
         """
         folder = epath.Path(folder)
         if not (folder / "config.json").exists():
@@ -164,7 +164,7 @@ class GeoToken(Predictor):
 
 
 def _with_sample_radii(prediction: Prediction) -> Prediction:
-    """Returns a prediction with radii and `within` from the shares of its samples."""
+    """Returns a prediction with radii and `within` filled in, from the shares of samples at its candidates."""
     at, candidates = np.array([prediction.latitude, prediction.longitude]), prediction.candidates
     points, counts = np.array([(c.latitude, c.longitude) for c in candidates]), np.array([c.count for c in candidates])
     radius, radius_90, within = spread(at, points, counts)
@@ -174,9 +174,10 @@ def _with_sample_radii(prediction: Prediction) -> Prediction:
 def spread(
     at: Float[np.ndarray, "2"], points: Float[np.ndarray, "n 2"], weights: Num[np.ndarray, " n"]
 ) -> tuple[float, float, dict[int, float]]:
-    """Returns radius_km, radius_90_km and within of an answer from weighted points (see Prediction).
+    """Returns the fields `radius_km`, `radius_90_km` and `within` of Prediction for an answer, from weighted points.
 
-    at: the answer, in degrees. points: degrees. weights: weight of each point, of any sum above 0.
+    at: the answer, in degrees. points: points in degrees at which the truth may be. weights: weight of each point; the
+    sum need not be 1.
     """
     km = great_circle_km(*at, *points.T)
     nearest_first = np.argsort(km, kind="stable")

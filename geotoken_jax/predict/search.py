@@ -1,9 +1,9 @@
 """Exact search of the model's distribution: the most probable cells of a photo, in a partition of the Earth.
 
-The search is best-first over the tree of cells. A node is a cell, given by a prefix of tokens, with the model's probability
-of that prefix. A leaf is a node with the full number of tokens; an open node is one that could be divided further. No
-cell inside a node is more probable than the node. Leaves are therefore proven to be the most probable of all once every
-open node is less probable than they are.
+The search is best-first over the tree of cells. A node is a cell, given by a prefix of tokens, with the model's
+probability of that prefix. A leaf is a node with the full number of tokens. An open node is neither a leaf nor expanded
+into its children yet. No cell inside a node is more probable than the node. Leaves are therefore proven to be the most
+probable of all once every open node is less probable than they are.
 """
 
 from typing import NamedTuple
@@ -30,7 +30,7 @@ class SearchResult(NamedTuple):
 
     tokens: `depth` tokens of each cell, then zeros. depth: number of a cell's tokens; for a leaf, the `length` given to
     `search`; less for a cell that was left open, 0 for the whole Earth. log_probability: nats; -inf for padding if
-    there are fewer than F cells. proven: the count P of proven cells; the first P cells are leaves, and no other leaf is
+    there are fewer than F cells. proven: the count P of proven leaves; they are the first P cells, and no other leaf is
     more probable.
     """
 

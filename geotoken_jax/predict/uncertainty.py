@@ -81,9 +81,9 @@ class Calibration:
     """Correction of the probability that the truth is within a distance, valid for photos like the ones in the fit.
 
     temperature: the cells' relative probabilities are raised to 1 / temperature. elsewhere: factor on the odds that the
-    photo is in none of the cells. levels: quantiles of the model's mass in the circle that reaches from the
-    answer to the truth, one for each of _KNOTS; linear interpolation between them maps a mass to a probability and back (Kuleshov et al. 2018, algorithm 1). photos:
-    number of photos in the fit.
+    photo is in none of the cells. levels: quantiles, one for each of _KNOTS, of the model's mass in the circle
+    that reaches from the answer to the truth. Linear interpolation between them maps a mass to a probability and back
+    (Kuleshov et al. 2018, algorithm 1). photos: number of photos in the fit.
     """
 
     temperature: float

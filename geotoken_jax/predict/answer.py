@@ -125,8 +125,8 @@ def calibrate(
 ) -> Calibration:
     """Returns the calibration of radii that fits a split's predictions to the truth.
 
-    answered: batches of predictions with their distributions, none of which is None. truth: true coordinates of the same
-    photos in the same order, in degrees.
+    answered: batches of predictions with their distributions, none of which is None. truth: true coordinates of the
+    same photos in the same order, in degrees.
     """
     distribution = jax.tree.map(lambda *batches: np.concatenate(batches), *(batch for _, batch in answered))
     return fit(distribution, np.concatenate([coordinates(predictions) for predictions, _ in answered]), truth)

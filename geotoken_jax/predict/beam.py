@@ -11,12 +11,13 @@ from geotoken_jax.predict.sample import Candidates
 def search(model: GeoTokenModel, memory: Memory, width: int) -> Candidates:
     """Returns the `width` most probable token sequences per photo that beam search finds, most probable first.
 
-    When two beams continue the same beam, no keys and values are copied: both attend to its slots in the cache.
+    When two beams continue the same beam, no keys and values are copied: both attend to that beam's slots in the cache.
+    Nothing is tempered, so both log-probabilities of a candidate are equal.
     """
     length = model.settings.cells.length
     batch = memory.lengths.shape[0]
     cache = model.start(memory, width, shared=length * width)
-    # All beams are empty at first: without the -inf each would be extended to the same sequences.
+    # All beams are empty at first: without the -inf, every beam would become the same sequence.
     scores = jnp.where(jnp.arange(width) == 0, 0.0, -jnp.inf) * jnp.ones((batch, 1))
     tokens = jnp.zeros((batch, width, length), jnp.int32)
     seen = jnp.zeros((batch, width, length * width), bool)

@@ -27,7 +27,7 @@ class ClassifierSettings:
 
     max_photos: largest number of gallery photos in a cell; a cell with more is split into its four children.
     min_photos: smallest number of gallery photos in a cell; a cell with fewer is dropped. hidden: width of the hidden
-    layer. dropout: dropout rate of the hidden layer. candidates: number of cells per prediction, the most probable ones.
+    layer. dropout: dropout rate of the hidden layer. candidates: number of most probable cells in a prediction.
     """
 
     max_photos: int
@@ -38,11 +38,11 @@ class ClassifierSettings:
 
 
 class Cells:
-    """S2 cells of any level that do not overlap, in the order of the Hilbert curve; a cell's index is its position."""
+    """S2 cells of any level that do not overlap, indexed in the order of the Hilbert curve."""
 
     def __init__(self, starts: Int64[np.ndarray, " V"], sizes: Int64[np.ndarray, " V"]):
-        """starts: index on the curve (see `_curve_index`) of the first level-20 cell in each cell, ascending. sizes: how
-        many level-20 cells are in each cell."""
+        """starts: index on the curve (see `_curve_index`) of the first level-20 cell in each cell, ascending. sizes:
+        count of level-20 cells in each cell."""
         self._starts, self._stops = starts, starts + sizes
 
     def __len__(self) -> int:
@@ -61,7 +61,8 @@ class Cells:
 def partition(tokens: UInt8[np.ndarray, "N 21"], max_photos: int, min_photos: int) -> Cells:
     """Returns the cells into which PlaNet's partition divides the gallery.
 
-    tokens: level-20 tokens of the gallery photos, as stored in tables. Starting from the six faces, cells with more than max_photos photos are split into their four children. Then cells
+    tokens: level-20 tokens of the gallery photos, as stored in tables.
+    Starting from the six faces, cells with more than max_photos photos are split into their four children. Then cells
     with fewer than min_photos are dropped. A level-20 cell is never split.
     """
     left = np.sort(_curve_index(tokens))

@@ -49,11 +49,11 @@ class PredictSettings:
     """Settings of decoding and of the choice among candidates (config.predict).
 
     samples: number of candidates sampled in addition to the greedy one. temperature: temperature of the sampling, above
-    0. top_p: probability mass, in (0, 1], of the most probable tokens that samples are drawn from; 1 for all tokens. beam:
-    width of a beam search whose sequences replace the greedy candidate and the samples; 0 turns it off. search: settings
-    of the search of the model's distribution over places. selectors: names of the selectors whose choices are part of
-    predictions. vote: settings of the selector `consensus`. choice: name of the selector whose choice is the answer.
-    batch_size: photos per batch. seed: seed of the samples.
+    0. top_p: probability mass, in (0, 1], of the most probable tokens that samples are drawn from; 1 for all tokens.
+    beam: width of a beam search whose sequences replace the greedy candidate and the samples; 0 turns it off. search:
+    settings of the search of the model's distribution over places. selectors: names of the selectors whose choices are
+    part of predictions. vote: settings of the selector `consensus`. choice: name of the selector whose choice is the
+    answer. batch_size: photos per batch. seed: seed of the samples.
     """
 
     samples: int

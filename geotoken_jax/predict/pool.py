@@ -1,4 +1,4 @@
-"""Pools, from which selectors choose: a photo's candidates, neighbors and the model's distribution over places."""
+"""Pools, from which selectors choose: photos' candidates, neighbors and the model's distributions over places."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,9 +13,10 @@ from geotoken_jax.predict.sample import Candidates
 class PlaceDistribution(NamedTuple):
     """Distributions over the Earth of b photos: first disjoint S2 cells, most probable first, then coarser cells.
 
-    A coarser cell has the probability inside it that is in none of the first cells. coordinates: centers of the cells,
-    in degrees. level: S2 level of each cell, -1 for the whole Earth. probability: probability of each cell, 0 for
-    padding if a photo has fewer than F cells. If a photo's cells sum to less than 1, the rest is elsewhere.
+    The first cells are listed one by one. The probability of a coarser cell is the part inside it that is in no listed
+    cell. coordinates: centers of the cells, in degrees. level: S2 level of each cell, -1 for the whole Earth.
+    probability: probability of each cell, 0 for padding if a photo has fewer than F cells. If the probabilities of a
+    photo's cells sum to less than 1, the rest is elsewhere.
     """
 
     coordinates: Float[np.ndarray, "b F 2"]
@@ -27,11 +28,12 @@ class Pool(NamedTuple):
     """Candidates of b photos, with the data that selectors choose by.
 
     coordinates: coordinates of the candidates, in degrees. query: image, location and text vectors of the photo.
-    neighbors: the same vectors of the M gallery photos that the model read, best first. neighbor_coordinates: degrees.
-    neighbor_scores: inner products with the photo, at most 3. neighbor_count: number of neighbors before the padding.
-    distribution: distribution over places; None if the model was not searched. exclude: rules that kept gallery photos
-    out of the neighbors; selectors that search the gallery apply them too. context: capture times, encoded by
-    data.join.context; None if the model does not read them.
+    neighbors: the same vectors of the M gallery photos that the model read, best first. neighbor_coordinates:
+    coordinates of the neighbors, in degrees. neighbor_scores: inner products of the index vectors of photo and
+    neighbor, at most 3. neighbor_count: number of neighbors of each photo; the remaining rows are padding.
+    distribution: the model's distributions over places; None if the model was not searched. exclude: rules that
+    kept gallery photos out of the neighbors; selectors that search the gallery apply them too. context: capture times,
+    encoded by data.join.context; None if the model does not read them.
     """
 
     candidates: Candidates
@@ -47,7 +49,7 @@ class Pool(NamedTuple):
 
 
 def subset(pool: Pool, rows: Int[np.ndarray, " n"]) -> Pool:
-    """Returns the pool of the photos in `rows`."""
+    """Returns the pool of some of a pool's photos. rows: indices of these photos."""
     import jax
 
     exclude = [lambda queries, neighbors, rule=rule: rule(rows[queries], neighbors) for rule in pool.exclude]

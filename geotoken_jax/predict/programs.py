@@ -1,6 +1,7 @@
 """The model as functions of arrays, to be converted for other runtimes.
 
-`embedding` maps image features to vectors; `decoding` maps the vectors of a photo and its neighbors to candidates.
+The program from `embedding` maps image features to vectors. The program from `decoding` maps the vectors of a photo and
+of its neighbors to candidates.
 """
 
 import dataclasses
@@ -28,8 +29,8 @@ from geotoken_jax.predict.decode import PredictSettings
 class Program(NamedTuple):
     """A function of arrays for b photos, with its model.
 
-    arguments: argument name -> shape and type for one photo; all photos share `noise`, which has its full shape. run:
-    function of the model and of the arguments, in this order.
+    arguments: argument name -> shape and type for one photo; `noise`, which all photos share, has its full shape. run:
+    function of the model, then of the arguments in the order of `arguments`.
     """
 
     model: nnx.Module
@@ -46,21 +47,24 @@ class Program(NamedTuple):
 
 
 def embedding(model: AlignModel, width: int) -> Program:
-    """Returns the program features [b, C] float32 -> vectors [b, 3, C] float32, not normalized."""
+    """Returns the program that maps features [b, C] to vectors [b, 3, C], both float32. Vectors are not normalized.
+
+    width: C.
+    """
     features = jax.ShapeDtypeStruct((width,), jnp.float32)
     return Program(model, {"features": features}, lambda model, features: model.embed(features))
 
 
 def decoding(model: GeoTokenModel, options: PredictSettings, *, noise: bool = False) -> Program:
-    """Returns the program query, neighbors, neighbor_tokens, neighbor_count, numbers -> Candidates, as a dict.
+    """Returns the program that maps query, neighbors, neighbor_tokens, neighbor_count and numbers to candidates.
 
     The arguments are those of predict.decode.Decoder: vectors in bfloat16, tokens and counts in int32, numbers in
-    uint32. The samples are the same as the Decoder's samples. The model's attention must be "xla". A model that reads
-    capture times gets none.
+    uint32. The result is a dict with the fields of Candidates; the samples are the same as the Decoder's samples. The
+    model's attention must be "xla". To a model that reads capture times, all times are unknown.
 
     noise: whether the program is for runtimes without bfloat16 and without jax's random numbers. If True, vectors are
-    float32, and numbers are replaced by the noise [T, K, V] float32 (predict.sample.noise) that all photos share;
-    options.beam must be 0.
+    float32, and the argument `numbers` is replaced by `noise` [T, K, V] float32 (see predict.sample.noise), which all
+    photos share; options.beam must be 0.
     """
     s = model.settings
 
@@ -92,10 +96,10 @@ def decoding(model: GeoTokenModel, options: PredictSettings, *, noise: bool = Fa
 
 
 def with_noise(folder: epath.PathLike) -> tuple[dict[str, Program], Float[np.ndarray, "T K V"]]:
-    """Returns the programs `align` and `geotoken` of an export for runtimes that take noise, and that noise.
+    """Returns an export's programs `align` and `geotoken` for runtimes without random numbers, and the noise to pass.
 
-    The noise is the one for number 0, as in `GeoToken.load`. The model computes in float32, because such runtimes have
-    no bfloat16. Raises SettingsError if the export decodes by beam search, whose sorting has only been run in jax.
+    The noise is drawn for number 0, as in GeoToken.predict. The model computes in float32, because such runtimes have no
+    bfloat16. Raises SettingsError if the export decodes by beam search, whose sorting has only been run in jax.
     """
     folder = epath.Path(folder)
     config = json.loads((folder / "config.json").read_text())

@@ -1,4 +1,7 @@
-"""The reward head as a selector: it scores candidates by the decoder's last output (paper, section 3.5)."""
+"""The reward head as a selector: it scores candidates by the decoder's output at the last position.
+
+Source: section 3.5 of the paper.
+"""
 
 from typing import Any
 
@@ -22,7 +25,7 @@ _BATCH = 64
 
 
 class States:
-    """Computes the decoder's last output for every candidate of a pool."""
+    """Computes the decoder's output at the last position for every candidate of a pool."""
 
     def __init__(self, model: GeoTokenModel):
         self._cells = model.settings.cells
@@ -35,7 +38,7 @@ class States:
         self._run = jax.jit(run)
 
     def __call__(self, pool: Pool) -> Float32[np.ndarray, "b K D"]:
-        """Returns the decoder's last output for every candidate, with all neighbors of the photo in memory."""
+        """Returns the decoder's output at the last position for every candidate, given all neighbors of the photo."""
         outputs = []
         for rows, n in blocks(np.arange(len(pool.query)), _BATCH):
             latitude, longitude = np.moveaxis(pool.neighbor_coordinates[rows], -1, 0)
@@ -51,7 +54,7 @@ class Reward:
     """A trained reward head as a selector."""
 
     def __init__(self, folder: epath.PathLike, options: RewardSettings, model: GeoTokenModel):
-        """folder: reward/VARIANT, made by `geotoken learn`."""
+        """folder: reward/VARIANT of a work directory, or reward/ of an export. model: decoder that the head reads."""
         task = RewardTask(options, model.settings.width)
         head = checkpoint.read_module(epath.Path(folder) / "parameters.safetensors", task.init)
         self._states = States(model)
@@ -59,5 +62,5 @@ class Reward:
         self._run = jax.jit(lambda state, states: choose(nnx.merge(graph, state)(states)))
 
     def __call__(self, pool: Pool) -> Int[np.ndarray, " b"]:
-        """Returns the index of the candidate with the highest expected accuracy, averaged over the thresholds."""
+        """Returns the index of the candidate with the highest expected accuracy, averaged over THRESHOLDS_KM."""
         return np.asarray(self._run(self._state, self._states(pool)))

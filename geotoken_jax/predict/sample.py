@@ -13,8 +13,8 @@ from geotoken_jax.model.geotoken import GeoTokenModel, Memory
 class Candidates(NamedTuple):
     """Decoded token sequences with their log-probabilities in nats.
 
-    log_probability: under the model. tempered_log_probability: under the distribution that is sampled from, tempered
-    and cut to the nucleus.
+    log_probability: log-probability under the model. tempered_log_probability: log-probability under the distribution
+    that is sampled from, which is tempered and cut to the nucleus.
     """
 
     tokens: Int[Array, "B K T"]
@@ -38,19 +38,19 @@ def sample(
 ) -> Candidates:
     """Returns 1 + samples candidates per photo: the greedy one first, then independent samples.
 
-    keys: one per photo, so that a photo's candidates do not depend on its batch. temperature: divisor of logits, above
-    0. top_p: probability mass in (0, 1]; each token is drawn from the fewest values that have this mass in the tempered
-    distribution (nucleus sampling, Holtzman et al. 2020, arXiv 1904.09751).
+    keys: a key per photo, so that a photo's candidates do not depend on its batch. temperature: divisor of logits,
+    above 0. top_p: probability mass in (0, 1]; each token is drawn from the fewest values that have this mass in the
+    tempered distribution (nucleus sampling, Holtzman et al. 2020, arXiv 1904.09751).
     """
     vocabulary = max(model.settings.cells.vocab_sizes)
     return draw(model, memory, lambda t: noise(keys, t, samples, vocabulary), 1 + samples, temperature, top_p)
 
 
 def noise(keys: Key[Array, " B"], t: Int[Array, ""], samples: int, vocabulary: int) -> Float[Array, "B K V"]:
-    """Returns the noise of token t for K = 1 + samples candidates.
+    """Returns the noise at position t of the tokens, for K = 1 + samples candidates.
 
-    A candidate's token is the largest sum of log-probability and noise. The noise is 0 for the first candidate, which
-    is greedy, and drawn from the Gumbel distribution for the others.
+    A candidate's token is the one with the largest sum of log-probability and noise. The noise is 0 for the first
+    candidate, which is greedy, and drawn from the Gumbel distribution for the others.
     """
 
     def one(key: Array) -> Array:
@@ -71,9 +71,9 @@ def draw(
 ) -> Candidates:
     """Returns the same as `sample`, with noise from the caller.
 
-    noise: function that returns the noise of token t. candidates: K. shared_slots: whether a photo's candidates share
-    one set of cache slots, in which each attends to its own. This takes K times the products, but no axis of an array
-    then has the length B * K.
+    noise: function that returns the noise at position t. candidates: K. shared_slots: whether a photo's candidates
+    share one set of cache slots, in which each candidate attends to its own slots. If True, attention to the slots
+    takes K times as many multiplications, but no array has an axis of length B * K.
     """
     length = model.settings.cells.length
     slots = jnp.arange(length * candidates)
@@ -99,7 +99,8 @@ def draw(
 def nucleus(log_p: Float[Array, "... V"], top_p: float) -> Float[Array, "... V"]:
     """Returns log-probabilities cut to the nucleus: the fewest most probable values with a mass of top_p or more.
 
-    They are normalized; all other values are -inf. Values as probable as the last one in the nucleus are in it too.
+    The nucleus is normalized; all other values are -inf. Values as probable as the last one in the nucleus are in it
+    too.
     """
     falling = -jnp.sort(-log_p)
     p = jnp.exp(falling)

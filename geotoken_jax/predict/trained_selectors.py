@@ -23,9 +23,9 @@ def selector_loader(
 ) -> Callable[[str], Selector]:
     """Returns a function that loads a trained selector by its name.
 
-    All selectors of the verifier share one Verifier. sections: key of TRAINED -> settings of its model. folder:
-    function from a key of TRAINED to the folder with the parameters. model: decoder that the reward head reads.
-    aligned: function that returns the alignment model.
+    All selectors of the verifier share one Verifier. sections: key of TRAINED -> settings of that trained model.
+    folder: function from a key of TRAINED to the folder with that model's parameters. model: decoder whose outputs the
+    reward head reads. aligned: function that returns the alignment model.
     """
 
     @functools.cache

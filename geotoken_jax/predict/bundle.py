@@ -60,9 +60,9 @@ def backbone(
 ) -> dict[str, Any]:
     """Returns the settings of an export's backbone, with the folder of its checkpoint filled in.
 
-    section: the export's settings of the backbone. referred: name and SHA-256 sums of the backbone's
-    checkpoint; None if the backbone has no checkpoint. given: folder of that checkpoint; if None, the copy in the
-    export is used. A backbone without a checkpoint needs neither.
+    section: the export's settings of the backbone. referred: name and SHA-256 sums of the backbone's checkpoint; None
+    if the backbone has no checkpoint. given: folder of that checkpoint; if None, the copy in the export is used. For a
+    backbone without a checkpoint, `given` is ignored.
     Raises ExportError if there is neither a folder nor a copy, or if a file in the folder is missing or does not match
     its sum.
     """

@@ -147,8 +147,9 @@ class ClassifierTask:
     def loss(
         self, model: Head, batch: Mapping[str, Array], key: jax.Array | None
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-        """Returns the mean cross-entropy in nats, and `accuracy`: the share of photos whose most probable cell is true.
+        """Returns the mean cross-entropy in nats, and a dict with the accuracy.
 
+        The accuracy is the share of photos whose most probable cell is the true one.
         key: source of dropout; no dropout if None.
         """
         logits = model(batch["vectors"], None if key is None else nnx.Rngs(dropout=key))

@@ -2,7 +2,7 @@
 
 The judge gets the photo, the most probable candidates and the coordinates of similar photos. Depending on
 config.judge.answer it chooses a candidate or gives coordinates of its own (GeoToken's paper). Without a usable reply
-the fallback, a candidate that the caller names, is the answer, and the reason is counted. Each outcome is appended to a
+a fallback, the candidate that the caller names, is the answer, and the reason is counted. Each outcome is appended to a
 file of JSON lines at once, so that no reply is paid for twice.
 """
 
@@ -100,11 +100,11 @@ class JudgeSettings:
 class _Outcome:
     """The outcome of judging one photo, a line of the file of outcomes.
 
-    place: coordinates in degrees; None if the fallback is the answer. reason: why the fallback is the answer, else "".
-    replied: whether the model replied; if so, the photo is not sent again. requests: number of requests sent, retries
-    included. retries: number of retries. seconds: time from the first request to the end of the last. tokens_in: number
-    of input tokens; None if the endpoint does not report it. tokens_out: the same for output tokens. text: the model's
-    reply, or the error.
+    place: coordinates in degrees; None if the fallback is the answer. reason: why the fallback is the answer; "" if it
+    is not. replied: whether the model replied; if so, the photo is not sent again. requests: number of requests sent,
+    retries included. retries: number of retries. seconds: time from the first request to the end of the last.
+    tokens_in: number of input tokens; None if the endpoint does not report it. tokens_out: the same for output tokens.
+    text: the model's reply, or the error.
     """
 
     id: str
@@ -158,7 +158,7 @@ class Judge:
     def __init__(self, settings: JudgeSettings, file: epath.Path):
         """file: JSON lines of outcomes, created if missing. Replies that an earlier run wrote there are used again.
 
-        Raises SettingsError if config.judge.key_variable names a variable that is unset or is not a valid key.
+        Raises SettingsError if config.judge.key_variable names a variable that is unset or contains no valid key.
         """
         self._settings, self._file = settings, file
         self._key = _key(settings.key_variable)
@@ -191,8 +191,9 @@ class Judge:
     def __call__(
         self, ids: Sequence[str], photos: Sequence[bytes], pool: Pool, fallback: Int[np.ndarray, " b"]
     ) -> Int[np.ndarray, " b"] | Float[np.ndarray, "b 2"]:
-        """Returns a choice for each of b photos: a candidate's index or, if answers are "free", coordinates in degrees.
+        """Returns the choice for each of b photos.
 
+        If config.judge.answer is "choose", it is the index of a candidate; if "free", coordinates in degrees.
         photos: encoded image files. fallback: index of the candidate that is chosen for each photo without a usable
         reply. Raises StageError after 20 photos in a row without a reply; earlier replies are kept in the file.
         """

@@ -20,9 +20,8 @@ class Candidate:
 
     probability: the model's probability of the candidate's cell (GeoCLIP: of this location among all in its gallery).
     log_probability: natural logarithm of `probability`. tempered_log_probability: log-probability under the
-    distribution that candidates are sampled from. count: how often the candidate was decoded, once greedily and
-    otherwise by sampling. tokens: tokens of the candidate's cell. A field is None if the method, for example a
-    baseline, does not compute it.
+    distribution that candidates are sampled from. count: how often the candidate was decoded, greedily or by sampling.
+    tokens: tokens of the candidate's cell. A field is None if the method, for example a baseline, does not compute it.
     """
 
     latitude: float

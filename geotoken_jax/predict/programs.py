@@ -98,8 +98,8 @@ def decoding(model: GeoTokenModel, options: PredictSettings, *, noise: bool = Fa
 def with_noise(folder: epath.PathLike) -> tuple[dict[str, Program], Float[np.ndarray, "T K V"]]:
     """Returns an export's programs `align` and `geotoken` for runtimes without random numbers, and the noise to pass.
 
-    The noise is drawn for number 0, as in GeoToken.predict. The model computes in float32, because such runtimes have no
-    bfloat16. Raises SettingsError if the export decodes by beam search, whose sorting has only been run in jax.
+    The noise is drawn for number 0, as in GeoToken.predict. The model computes in float32, because such runtimes have
+    no bfloat16. Raises SettingsError if the export decodes by beam search, whose sorting has only been run in jax.
     """
     folder = epath.Path(folder)
     config = json.loads((folder / "config.json").read_text())

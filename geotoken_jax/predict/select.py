@@ -175,8 +175,8 @@ def _share(
     """Returns the share of a cell within limit_km of a point that is `km` from the cell's center.
 
     A cell counts as a disc of the mean area of its level. If the point is in the disc, the share is the area of the
-    circle of radius limit_km around the point, divided by the disc's area, at most 1. Otherwise it grows linearly from
-    0 to 1 while the growing circle passes over the disc.
+    circle of radius limit_km around the point, divided by the disc's area, at most 1. Otherwise the share grows
+    linearly from 0 to 1 while the growing circle passes over the disc.
     """
     radius = _radius_km(level)
     crossed = (limit_km - np.abs(km - radius)) / (2 * np.minimum(km, radius) + 1e-9)

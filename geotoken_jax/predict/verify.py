@@ -141,7 +141,7 @@ def _encode(graph: nnx.GraphDef, state: nnx.State, images: np.ndarray) -> jax.Ar
 
 
 class CandidateFeatures:
-    """Computes the features of a pool's candidates, and where in the gallery the photos most similar to a photo are."""
+    """Computes the features of a pool's candidates, and the points in the gallery where similar photos are dense."""
 
     def __init__(
         self, options: VerifierSettings, comparator: Comparator, keys: Vectors, augmented: AugmentedGallery,
@@ -163,13 +163,13 @@ class CandidateFeatures:
         )
 
     def densest(self, pool: Pool) -> tuple[Float[np.ndarray, "b 2"], ...]:
-        """Returns two points for each photo, in degrees, where the density of similar gallery photos is highest.
+        """Returns two arrays of points, one per photo, where the density of similar gallery photos is highest.
 
         The density is a sum of Gaussians around gallery photos, weighted by similarity to the photo. The gallery photos
         are the owners of the `options.similar` images most similar by the comparator, and the point is the location of
-        one of them. The density of the first point uses similarity by the comparator; for the second point, it is
-        multiplied by the density by the backbone. If the pool's rules exclude all gallery photos, the location of the
-        most probable candidate is returned.
+        one of them. In the first array, similarity is by the comparator. In the second, the density by the comparator
+        is multiplied by the density by the backbone. If the pool's rules exclude all gallery photos, the point is the
+        location of the most probable candidate. Points are in degrees.
         """
         images = np.asarray(pool.query[:, 0], np.float32)
         query, owner = encode(self._comparator, images), self._augmented.owner

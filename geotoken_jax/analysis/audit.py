@@ -29,6 +29,5 @@ def score(
 
 
 def main_methods(methods: Sequence[Method]) -> list[Method]:
-    """Returns the main method of each file of predictions: its answers, not the choices of other selectors or
-    bounds."""
+    """Returns the main method of each file of predictions: its answers, without other selectors and bounds."""
     return [method for method in methods if method.main]

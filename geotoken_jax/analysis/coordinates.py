@@ -138,8 +138,7 @@ def methods_of(
     The bound chooses the candidate nearest to the truth. A file with at most one candidate per photo has no bound.
     variant: name of the file or variant. label: name of the variant in tables. earth: key of distance.EARTHS.
 
-    Raises TableError if the file has a photo that the truth does not have, or if a photo lacks the choice of a
-    selector.
+    Raises TableError if the file has a photo that the truth does not have, or if a photo lacks a selector's choice.
     """
     row_of = {name: row for row, name in enumerate(truth.ids)}
     unknown = [name for name in predicted.ids if name not in row_of]

@@ -133,8 +133,7 @@ def maps(figures: Mapping[str, Any], gallery: Table, of: SplitPhotos, reference:
 
 
 def table(figures: Mapping[str, Any]) -> str:
-    """Returns text tables: accuracy by distance to the nearest gallery photo, and accuracy with and without each
-    region."""
+    """Returns text tables: accuracy by distance to the nearest gallery photo, and with and without each region."""
     masked = figures["masked"]
     split = masked["split"]
     lines = [f"{split}: percent within 200 km, by distance to the nearest gallery photo"]

@@ -24,6 +24,5 @@ def percent_interval(estimate: Mapping[str, float]) -> str:
 
 
 def signed(value: float) -> str:
-    """Returns a number with one decimal and a sign, the Unicode minus if negative; 0.0 if the absolute value is below
-    0.05."""
+    """Returns a number with one decimal and a sign, a Unicode minus if negative; 0.0 below 0.05 either way."""
     return "0.0" if abs(value) < 0.05 else f"{value:+.1f}".replace("-", "\N{MINUS SIGN}")

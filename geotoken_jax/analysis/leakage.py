@@ -1,5 +1,4 @@
-"""Numbers that `geotoken audit leakage` reports: evaluated photos that also are in the gallery, and accuracy without
-them.
+"""Numbers that `geotoken audit leakage` reports: leaked photos per kind, and accuracy without them.
 
 A leaked photo shares its id, image, coordinates or author with a photo of the gallery.
 """

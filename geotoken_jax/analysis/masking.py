@@ -63,7 +63,7 @@ class MaskedGallery:
 
 
 class _Subset:
-    """Index (gallery.index.Index) with exact search over some rows of the gallery; vectors are computed when they are
+    """Index with exact search over some rows of the gallery, a gallery.index.Index; computes vectors when they are
     read."""
 
     def __init__(self, gallery: Table, rows: Int[np.ndarray, "m"]):

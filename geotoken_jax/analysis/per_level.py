@@ -111,8 +111,7 @@ def figures(name: str, variant: str, seen: Mapping[str, DecoderOutputs], scoring
 
 
 def table(figures: Mapping[str, Any]) -> str:
-    """Returns a text table with a row per level of each split, at most 100 columns wide, and sentences that sum it
-    up."""
+    """Returns a text table of every level of each split, at most 100 columns wide, and sentences that sum it up."""
     lines = [
         f"{figures['name']}, in percent.",
         "Given the true tokens before (teacher-forced): accuracy; loss, relative to a uniform guess; error",
@@ -222,7 +221,7 @@ def _ratios(seen: DecoderOutputs, scoring: EvaluateSettings) -> dict[str, tuple[
     """Returns numerators and denominators, [n, T] each, of the estimates of every token.
 
     An estimate is the sum of its numerators over photos divided by the sum of its denominators. `held_wrong_by_chance`
-    takes the neighbors of another photo; a random permutation of the photos, with scoring.seed, decides of which.
+    takes the neighbors of another photo; a random permutation of the photos, with scoring.seed, decides which.
     """
     hit, right, before = seen.hit, seen.right, seen.right_before
     every, wrong = np.ones(hit.shape), before & ~right

@@ -68,8 +68,7 @@ _COUNTRIES = {
 
 
 def country(text: str) -> str:
-    """Returns the name that this module uses for a country; the text itself if it is not listed, UNKNOWN if it is
-    empty."""
+    """Returns the name that this module lists for a country; an unlisted text unchanged; UNKNOWN if empty."""
     return _known().get(_key(text), (text.strip(), ""))[0] or UNKNOWN
 
 
@@ -95,8 +94,7 @@ def _known() -> dict[str, tuple[str, str]]:
 
 @functools.lru_cache(maxsize=4096)  # a gallery of millions of photos has about a hundred countries
 def _key(text: str) -> str:
-    """Returns a name without accents, capitals, punctuation and a leading "the", so that spellings of a country compare
-    as equal."""
+    """Returns a name without accents, capitals, punctuation and a leading "the", so that its spellings become equal."""
     plain = unicodedata.normalize("NFKD", text)
     letters = "".join(c if c.isalnum() else " " for c in plain if not unicodedata.combining(c))
     return " ".join(letters.casefold().split()).removeprefix("the ")

@@ -32,10 +32,10 @@ def figures(method: Method, truth: Float[np.ndarray, "n 2"], strict: bool) -> di
     truth: true coordinates in degrees. The result has these keys:
 
     - `reliability`: per threshold, bins of predicted probability with the observed share of photos within the
-    threshold, and the expected calibration error: the mean absolute difference between both, weighted by photos. -
-    `radii`: the share of photos whose truth is within the stated radius, for the 50 % radius and the 90 % radius. -
-    `abstention`: accuracy and GeoScore of the most certain photos; photos without a prediction come last. - `area`: the
-    share of photos whose truth is in the searched area in km2, for a circle around the answer and for the
+      threshold, and the expected calibration error: the mean absolute difference between both, weighted by photos.
+    - `radii`: the share of photos whose truth is within the stated radius, for the 50 % radius and the 90 % radius.
+    - `abstention`: accuracy and GeoScore of the most certain photos; photos without stated certainty come last.
+    - `area`: the share of photos whose truth is in the searched area in km2, for a circle around the answer and for the
       stated cells in the order of probability per km2.
 
     Shares in `reliability` and `radii` have 95 % Wilson intervals, which assume independent photos.

@@ -1,5 +1,4 @@
-"""Training runs of a scaling study, and what their losses show. Runs differ in size, photos, neighbors, seed or
-compute.
+"""Training runs of a scaling study, which differ in size, photos, neighbors, seed or compute, and their results.
 
 Each run is a variant of the work directory, so `train` makes and resumes it like any other variant. Runs are numbered,
 so that SLURM_ARRAY_TASK_ID can select one. The last run trains the held-out size, whose loss is forecast and stored
@@ -206,8 +205,7 @@ def accuracy_against_loss(grid: list[dict[str, Any]]) -> list[dict[str, float]]:
 
 
 def within(coordinates: Float[np.ndarray, "n 2"], truth: Float[np.ndarray, "n 2"]) -> list[float]:
-    """Returns the share of photos within each of THRESHOLDS_KM of the truth; a photo whose prediction is NaN is a
-    miss."""
+    """Returns the share of photos within each of THRESHOLDS_KM of the truth; a prediction that is NaN is a miss."""
     km = great_circle_km(*coordinates.T, *truth.T)
     return [float(np.mean(km <= limit)) for limit in THRESHOLDS_KM]
 

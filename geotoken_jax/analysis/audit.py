@@ -29,5 +29,5 @@ def score(
 
 
 def main_methods(methods: Sequence[Method]) -> list[Method]:
-    """Returns the one method per file of predictions that is its answer, without other selectors and bounds."""
+    """Returns the main method of each file of predictions: its answers, without other selectors and bounds."""
     return [method for method in methods if method.main]

@@ -1,4 +1,4 @@
-"""Uncertainty columns of prediction files: probabilities within distances, radii and cells."""
+"""Uncertainty columns of prediction files: radii, cells, and the probability within each distance."""
 
 import dataclasses
 import math
@@ -29,7 +29,7 @@ class Claims:
     cells: Float[np.ndarray, "n F 4"]
 
     def at(self, rows: np.ndarray, n: int) -> "Claims":
-        """Returns claims of n photos: these ones at `rows`, NaN elsewhere."""
+        """Returns claims of n photos: these claims at `rows`, NaN elsewhere."""
         expanded = []
         for values in (self.within, self.radius_km, self.cells):
             expanded.append(np.full((n, *values.shape[1:]), np.nan))
@@ -80,7 +80,7 @@ def _number(value: Any, name: str, maximum: float) -> float:
 
 
 def concatenate(claims: Sequence[Claims]) -> Claims | None:
-    """Returns claims of single photos as one Claims; None if no photo has any."""
+    """Returns claims of single photos as one Claims; None if no photo states any uncertainty."""
     cells = np.full((len(claims), max(claim.cells.shape[1] for claim in claims), 4), np.nan)
     for n, claim in enumerate(claims):
         cells[n, : claim.cells.shape[1]] = claim.cells[0]

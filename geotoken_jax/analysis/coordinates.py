@@ -1,6 +1,6 @@
 """Readers of true and predicted coordinates from JSON lines and CSV, and the methods in a file of predictions.
 
-A method is one set of coordinates to score: the answer, the choice of another selector, or a bound.
+A method is one set of coordinates to score: the answers of a file, the choices of another selector, or a bound.
 """
 
 import csv
@@ -23,7 +23,7 @@ from geotoken_jax.geo import distance
 #: Error of a missing prediction: half the Earth's circumference, 20,015 km.
 FARTHEST_KM = math.pi * distance.EARTH_RADIUS_KM
 
-#: Accepted names of the three columns, in lower case.
+#: Accepted names of each of the three required columns, in lower case.
 _COLUMNS = {"id": ("id", "img_id"), "latitude": ("latitude", "lat"), "longitude": ("longitude", "lon", "lng")}
 
 
@@ -36,9 +36,10 @@ class CoordinateTable:
     """Coordinates of n photos, true or predicted, latitude and longitude in degrees.
 
     source: path or name of the file, for messages. candidates: coordinates that the predictor chose among, padded with
-    NaN to the largest number K. generated: whether a decoder generated the candidates token by token. extra: all other
-    columns per photo, column names in lower case. ranked: whether candidates have probabilities; candidates that are
-    neither generated nor ranked are neighbors. claims: stated uncertainty per photo; None if the file has none.
+    NaN to K, the largest number per photo. generated: whether a decoder generated the candidates token by token. extra:
+    all other columns per photo, column names in lower case. ranked: whether candidates have probabilities; candidates
+    that are neither generated nor ranked are neighbors. claims: stated uncertainty per photo; None if the file has
+    none.
     """
 
     source: str
@@ -55,12 +56,12 @@ class CoordinateTable:
 class Method:
     """One set of predicted coordinates to score, in the order of the truth.
 
-    variant: file or variant that the coordinates are from. choice: name of the selector; "" if the file has no names.
-    name: label in tables and charts. main: whether these coordinates are the answers of the file, and not the choices
-    of another selector. baseline: whether the candidates are not from a decoder. bound: whether the candidate nearest
-    to the truth is chosen, which no selector can surpass. coordinates: degrees, NaN for a missing prediction. km:
-    distance from the truth, FARTHEST_KM for a missing prediction. claims: stated uncertainty; None if the method is not
-    the main one or its file states none.
+    variant: path of the file, or name of the variant, that predicted the coordinates. choice: name of the selector; ""
+    if the file has no names. name: label in tables and charts. main: whether these coordinates are the answers of the
+    file, and not the choices of another selector. baseline: whether the candidates are not from a decoder. bound:
+    whether the candidate nearest to the truth is chosen, which no selector can surpass. coordinates: degrees, NaN for a
+    missing prediction. km: distance from the truth, FARTHEST_KM for a missing prediction. claims: stated uncertainty;
+    None if the method is not the main one or its file states none.
     """
 
     variant: str
@@ -85,7 +86,8 @@ def read_coordinates(path: epath.PathLike) -> CoordinateTable:
     Required columns, in any case: id (or img_id), latitude (or lat), longitude (or lon, lng). Optional are candidates,
     choices, choice and the uncertainty columns of claims.pop_claims; other columns go to `extra`.
 
-    Raises TableError if a column is missing, an id is repeated, or a value has another form or is out of range.
+    Raises TableError if the file has no rows, a required column is missing, an id is repeated, or a row or a value has
+    another form or is out of range.
     """
     source = str(path)
     first_line, ids, coordinates, candidates, claims, extra = {}, [], [], [], [], []
@@ -101,7 +103,8 @@ def read_coordinates(path: epath.PathLike) -> CoordinateTable:
         coordinates.append(
             (_degrees(required, "latitude", 90, location), _degrees(required, "longitude", 180, location))
         )
-        # Only coordinates of candidates are stored: 30 per photo of 7,000 are 300 MB as dictionaries, 3 MB as arrays.
+        # Of candidates only coordinates are kept: 30 for each of 7,000 photos take 3 MB as an array, 300 MB as
+        # dictionaries.
         row.pop("neighbors", None)
         try:
             listed = row.pop("candidates", ())
@@ -132,10 +135,10 @@ def methods_of(
 ) -> list[Method]:
     """Returns the methods in one file of predictions: its answers, the choices of its other selectors, and a bound.
 
-    The bound chooses the candidate nearest to the truth; a file with at most one candidate per photo has none. variant:
-    name of the file or variant. label: name of the variant in tables. earth: key of distance.EARTHS.
+    The bound chooses the candidate nearest to the truth. A file with at most one candidate per photo has no bound.
+    variant: name of the file or variant. label: name of the variant in tables. earth: key of distance.EARTHS.
 
-    Raises TableError if the file has a photo that the truth does not have, or a photo without a choice of a selector.
+    Raises TableError if the file has a photo that the truth does not have, or if a photo lacks a selector's choice.
     """
     row_of = {name: row for row, name in enumerate(truth.ids)}
     unknown = [name for name in predicted.ids if name not in row_of]
@@ -244,7 +247,7 @@ def _degrees(row: Mapping[str, Any], name: str, limit: int, location: str) -> fl
     if not -limit <= value <= limit:
         raise TableError(
             f"{location}: {name} of {row['id']!r} is {row[name]!r}: give degrees from -{limit} to {limit}, or "
-            "leave the photo out (it then counts as wrong)"
+            "remove the row (a photo without a prediction counts as wrong)"
         )
     return value
 

@@ -1,4 +1,4 @@
-"""Figures of `geotoken audit coverage`: photos of the gallery by region, and accuracy if a region has none."""
+"""Numbers that `geotoken audit coverage` reports: gallery photos per region, and accuracy if a region has none."""
 
 import dataclasses
 import itertools
@@ -19,13 +19,13 @@ from geotoken_jax.geo import distance
 from geotoken_jax.geo.cells import CellScheme
 from geotoken_jax.progress import track
 
-#: A photo without a country name counts to the country of the nearest gallery photo within this distance.
+#: A photo without a country name gets the country of the nearest gallery photo, if that photo is within this distance.
 NEAR_KM = 100.0
-#: Thresholds of the accuracy charts and of the map of losses. Photos of a region that the gallery lacks cannot be
-#: placed closely, so the map uses 2,500 km.
+#: Indices into THRESHOLDS_KM: of the charts by distance to the nearest gallery photo, and of the map of losses. Photos
+#: of a region that the gallery lacks cannot be placed closely, so the map uses 2,500 km.
 BIN_AT, LOST_AT = distance.THRESHOLDS_KM.index(200), distance.THRESHOLDS_KM.index(2500)
-#: Borders between the colors of the map of losses, in percent: the share of photos placed within 2,500 km that no
-#: longer are if the gallery lacks their region.
+#: Borders between the colors of the map of losses, in percent. The loss of a region is the relative fall of the share
+#: of its photos placed within 2,500 km if the gallery lacks the region.
 LOST_BANDS = (20, 40, 60, 80, 95)
 #: Kinds of regions, in the order of the columns of SplitPhotos.regions.
 _KINDS = ("continent", "country")
@@ -36,9 +36,10 @@ BINS = [
     f"over {distance.THRESHOLDS_KM[-1]:,} km",
 ]
 
-#: Function that predicts photos of a split with neighbors from a part of the gallery only. Arguments: index of the
-#: region that is left out, rows of the photos in the split's table, gallery rows that may be neighbors. Returns the
-#: coordinates of the first neighbor and of the decoder's answer, NaN if there is none.
+#: Function that predicts photos of a split with neighbors from a subset of the gallery. Arguments: index of the
+#: left-out region in the list of regions to leave out, rows of the photos in the split's table, gallery rows that may
+#: be neighbors. Returns two sets of coordinates in degrees: first neighbors, NaN for a photo without neighbors, and
+#: answers of the decoder.
 Answer = Callable[[int, Int[np.ndarray, "m"], Int[np.ndarray, "k"]], Float[np.ndarray, "2 m 2"]]
 
 
@@ -48,9 +49,9 @@ class SplitPhotos:
 
     Attributes:
         truth: coordinates, place names and authors.
-        methods: main method per file of predictions.
+        methods: main method of each file of predictions, see audit.main_methods.
         regions: continent and country per photo, as UTF-8.
-        km: distance to the nearest gallery photo.
+        km: distance from each photo to the nearest gallery photo.
     """
 
     truth: CoordinateTable
@@ -66,9 +67,9 @@ class Maps:
     Attributes:
         cells: ids of the S2 cells with gallery photos, ascending.
         counts: gallery photos per cell.
-        coordinates: degrees of the photos of the split whose regions are left out.
-        lost: index into the bands between LOST_BANDS per photo, by `continent` and `country`; -1 if the photo's region
-            is not left out.
+        coordinates: true coordinates, in degrees, of the split's photos that are placed again without their region.
+        lost: for the keys `continent` and `country`, the band of each photo's loss: 0 below the first of LOST_BANDS, up
+            to len(LOST_BANDS) above the last; -1 if the photo's region is not left out.
     """
 
     cells: UInt64[np.ndarray, "m"]
@@ -80,9 +81,10 @@ class Maps:
 def split_photos(
     truth: CoordinateTable, methods: Sequence[Method], tree: KDTree, gallery: Table, of_gallery: np.ndarray
 ) -> SplitPhotos:
-    """Returns the photos of a split with their regions.
+    """Returns the photos of a split with their regions, main methods and distances to the gallery.
 
-    tree: unit vectors of the gallery's coordinates. of_gallery: continent and country per gallery photo.
+    tree: search tree of the gallery's coordinates, as unit vectors. of_gallery: continent and country per gallery
+    photo.
     """
     rows, km = _nearest(tree, gallery, truth)
     return SplitPhotos(truth, audit.main_methods(methods), _regions(truth, rows, km, of_gallery), km)
@@ -96,7 +98,8 @@ def figures(
     level: int,
     scoring: EvaluateSettings,
 ) -> dict[str, Any]:
-    """Returns the figures of the audit: photos by region and cell, accuracy by distance, and accuracy without a region.
+    """Returns the contents of figures.json: photos per region and cell, accuracy by distance to the nearest gallery
+    photo, and accuracy without a region.
 
     of_gallery: continent and country per gallery photo. masked: result of `score_without_regions`. level: S2 level of
     the cells.
@@ -112,8 +115,11 @@ def figures(
 
 
 def maps(figures: Mapping[str, Any], gallery: Table, of: SplitPhotos, reference: str) -> Maps:
-    """Returns the data of the page's maps. of: photos of the split whose regions are left out. reference: variant whose
-    losses the map shows."""
+    """Returns the data of the page's maps.
+
+    figures: result of `figures`. of: photos that are placed again without their region. reference: variant whose losses
+    the map shows.
+    """
     scheme = CellScheme(figures["density"]["level"], 1)
     cells, counts = np.unique(scheme.cell_ids(np.asarray(scheme.regroup(gallery.tokens()))), return_counts=True)
     lost = {kind: np.full(len(of.truth.ids), -1) for kind in _KINDS}
@@ -150,7 +156,7 @@ def gallery_regions(photos: records.Photos, gallery: Table) -> Shaped[np.ndarray
     """Returns continent and country of every gallery photo, as UTF-8.
 
     photos: records in the order of the gallery; they include photos that `embed` dropped. Raises StageError if a
-    gallery photo is missing among them.
+    gallery photo is missing among them or has another place in their order.
     """
     names = np.zeros((len(gallery), 2), f"S{records.ID_BYTES}")
     ids, row = gallery.ids(), 0
@@ -161,7 +167,7 @@ def gallery_regions(photos: records.Photos, gallery: Table) -> Shaped[np.ndarray
             row += 1
     if row < len(gallery):
         raise workdir.StageError(
-            f"photos/ has no photo {bytes(ids[row]).decode()!r} in the order of gallery/, which has one: run prepare, "
+            f"gallery/ has photo {bytes(ids[row]).decode()!r}, but photos/ lacks it or has another order: run prepare, "
             "embed and index again with another --workdir"
         )
     return names
@@ -181,9 +187,10 @@ def _regions(
     km: Float[np.ndarray, "n"],
     of_gallery: Shaped[np.ndarray, "N 2"],
 ) -> Shaped[np.ndarray, "n 2"]:
-    """Returns continent and country per photo, from its place names or else from a gallery photo within NEAR_KM.
+    """Returns continent and country per photo, as UTF-8, from its place names.
 
-    rows, km: row and distance of the nearest gallery photo.
+    A photo without a country name has both from the nearest gallery photo, if that photo is within NEAR_KM. rows, km:
+    row and distance of the gallery photo nearest to each photo. of_gallery: continent and country per gallery photo.
     """
     named = [(regions.continent(names).encode(), regions.country(names["country"]).encode()) for names in truth.extra]
     assigned = np.array(named, of_gallery.dtype)
@@ -193,7 +200,8 @@ def _regions(
 
 
 def _count_unnamed(truth: CoordinateTable, assigned: Shaped[np.ndarray, "n 2"]) -> dict[str, int]:
-    """Returns how many photos without a country name got one from a gallery photo, and how many photos have none."""
+    """Returns two counts: photos without a country name that got one from a gallery photo, and photos whose country is
+    still unknown."""
     unnamed = np.array([not names["country"].strip() for names in truth.extra])
     unknown = assigned[:, 1] == regions.UNKNOWN.encode()
     return {"named": int((unnamed & ~unknown).sum()), "unknown": int(unknown.sum())}
@@ -205,9 +213,10 @@ def _density(
     regions: Mapping[str, Shaped[np.ndarray, "n 2"]],
     level: int,
 ) -> dict[str, Any]:
-    """Returns the number of photos per continent and country, of gallery and splits, and the fullest S2 cells.
+    """Returns photos per continent and country, in the gallery and in each split, and the S2 cells with most photos.
 
-    regions: continent and country per photo, by split. level: S2 level of the cells.
+    of_gallery: continent and country per gallery photo. regions: continent and country per photo, by split. level: S2
+    level of the cells.
     """
     scheme = CellScheme(level, 1)
     ids = scheme.cell_ids(np.asarray(scheme.regroup(gallery.tokens())))
@@ -253,7 +262,10 @@ def _density(
 def _by_distance(
     km: Float[np.ndarray, "n"], methods: Sequence[Method], truth: CoordinateTable, scoring: EvaluateSettings
 ) -> dict[str, Any]:
-    """Returns scores per bin of BINS and over all bins. km: distance of each photo to the nearest gallery photo."""
+    """Returns the scores of the photos in each bin of BINS and of all photos, and the median distance.
+
+    km: distance from each photo to the nearest gallery photo.
+    """
     which = np.searchsorted(distance.THRESHOLDS_KM, km)
     bins = []
     for i, name in enumerate(BINS):
@@ -273,10 +285,12 @@ def score_without_regions(
     answer: Answer,
     scoring: EvaluateSettings,
 ) -> dict[str, Any]:
-    """Returns scores of answers for a region's photos from a gallery without that region, by region.
+    """Returns, per region, the scores of the region's photos with the whole gallery and without that region.
 
-    Regions are all continents and the `countries` countries with the most photos of the split. row_of: row of each
-    photo in the split's table; -1 if it has none. answer: function that answers from a subset of the gallery.
+    Regions are all continents, and up to `countries` countries, those with the most photos of the split. Regions that
+    the gallery lacks anyway are left out of the list. `every_continent` has the scores of all photos, each without its
+    own continent; None if there is no continent. of: photos of the split. of_gallery: continent and country per gallery
+    photo. row_of: row of each photo in the split's table; -1 if the table lacks the photo. answer: see Answer.
     """
     scored, both = [], [m for m in of.methods if m.variant in (TOP1, scoring.reference)]
     without_continent = np.full((2, len(of.truth.ids), 2), np.nan)
@@ -299,7 +313,11 @@ def score_without_regions(
 def _masked_regions(
     of_photos: Shaped[np.ndarray, "n 2"], of_gallery: Shaped[np.ndarray, "N 2"], countries: int
 ) -> list[tuple[int, bytes]]:
-    """Returns the regions to leave out, as column and name; continents, then countries, the largest first."""
+    """Returns the regions to leave out: continents, then up to `countries` countries, each in the order of falling
+    photos of the split.
+
+    A region is a pair of its kind, as an index into _KINDS, and its name. Regions without gallery photos are skipped.
+    """
     chosen = []
     for column, limit in enumerate((None, countries)):
         names, photos = np.unique(of_photos[:, column], return_counts=True)
@@ -316,9 +334,10 @@ def _masked_scores(
     rows: Int[np.ndarray, "m"],
     scoring: EvaluateSettings,
 ) -> dict[str, Any]:
-    """Returns accuracy of both methods on some photos with the whole gallery and without a region, and the difference.
+    """Returns the accuracy of each method with the whole gallery (`plain`) and without a region (`masked`).
 
-    placed: coordinates without the region, of the first neighbor and of the decoder. Differences are paired.
+    `difference` is the paired difference of both. methods: first neighbor (TOP1) and reference variant. placed:
+    coordinates predicted without the region, by the first neighbor and by the decoder. rows: photos that are scored.
     """
     compared = []
     for method in methods:

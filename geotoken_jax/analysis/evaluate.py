@@ -47,7 +47,7 @@ def score_splits(
 ) -> dict[str, Any]:
     """Returns the metrics of every split. All mappings are by split.
 
-    known: photos that also are in the gallery in some form, from `overlap.find`. Raises SettingsError if
+    known: leaked photos, from `overlap.find_leaks`. Raises SettingsError if
     options.compare names a method that no split has.
     """
     _check_pairs(methods, options)
@@ -101,7 +101,7 @@ def _continents(methods: Sequence[Method], truth: CoordinateTable, options: Eval
 def _clean(
     methods: Sequence[Method], truth: CoordinateTable, known: overlap.Leaks, options: EvaluateSettings
 ) -> dict[str, Any]:
-    """Returns scores of the main methods on photos that share no id, picture or author with a gallery photo.
+    """Returns scores of the main methods on photos that have no id, near-duplicate or author in the gallery.
 
     `methods` is empty if no such photo is left.
     """
@@ -140,9 +140,9 @@ def score(
     """Returns accuracies of the methods and differences between them, ready for JSON.
 
     Accuracies are fractions within each of THRESHOLDS_KM, with 95 % intervals. `differences` has every other method
-    minus the main method of the reference variant, with intervals and two-sided p-values of the paired bootstrap. The
-    smallest p-value that R resamples can show is 2 / (R + 1). `comparisons` has the same for each pair of `compare`
-    whose methods exist, first minus second. The last five arguments are fields of EvaluateSettings.
+    that is not a bound, minus the main method of the reference variant, with intervals and two-sided p-values of the
+    paired bootstrap. The smallest p-value that R resamples can show is 2 / (R + 1). `comparisons` has the same for each
+    pair of `compare` whose methods exist, first minus second. The last five arguments are fields of EvaluateSettings.
     """
     authors = [str(row.get("author") or "") for row in truth.extra]
     outcomes = np.stack([bootstrap.outcomes(method.km, strict) for method in methods], axis=1)

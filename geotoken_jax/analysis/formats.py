@@ -9,7 +9,7 @@ def km(value: float) -> str:
 
 
 def number(value: float) -> str:
-    """Returns one decimal below 100, else an integer with commas: 12.3, 1,234."""
+    """Returns a number with one decimal below 100, else an integer with commas: 12.3, 1,234."""
     return f"{float(value):.1f}" if value < 100 else f"{float(value):,.0f}"
 
 
@@ -24,5 +24,5 @@ def percent_interval(estimate: Mapping[str, float]) -> str:
 
 
 def signed(value: float) -> str:
-    """Returns one decimal with a sign, the Unicode minus if negative; 0.0 if the absolute value is below 0.05."""
+    """Returns a number with one decimal and a sign, a Unicode minus if negative; 0.0 below 0.05 either way."""
     return "0.0" if abs(value) < 0.05 else f"{value:+.1f}".replace("-", "\N{MINUS SIGN}")

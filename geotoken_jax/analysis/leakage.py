@@ -1,4 +1,4 @@
-"""Figures of `geotoken audit leakage`: evaluated photos that also are in the gallery, and accuracy without them.
+"""Numbers that `geotoken audit leakage` reports: leaked photos per kind, and accuracy without them.
 
 A leaked photo shares its id, image, coordinates or author with a photo of the gallery.
 """
@@ -51,9 +51,9 @@ def figures(
     above: float,
     scoring: EvaluateSettings,
 ) -> dict[str, Any]:
-    """Returns counts, example pairs and scores of every split. Mappings are by split.
+    """Returns the contents of figures.json: counts, example pairs and scores of every split. Mappings are by split.
 
-    leaks: result of `overlap.find`. above: cosine that `leaks` was found with.
+    leaks: result of `overlap.find_leaks`. above: cosine that `leaks` was found with.
     """
     splits = {
         split: _figures(truth, audit.main_methods(methods[split]), leaks[split], gallery, scoring)
@@ -79,10 +79,10 @@ def worst_kinds(
 def _figures(
     truth: CoordinateTable, methods: Sequence[Method], leaks: Leaks, gallery: Table, scoring: EvaluateSettings
 ) -> dict[str, Any]:
-    """Returns the figures of one split.
+    """Returns the entry of one split in figures.json.
 
-    `accuracy` has scores of all photos, without each kind of leak, and of clean photos; None if a kind has no photos or
-    no photo is left.
+    `accuracy` has scores of all photos, of the photos without each kind of leak, and of clean photos. Scores are None
+    if no photo has that kind of leak, or if no photo is left.
     """
 
     def scores(kept: Bool[np.ndarray, "n"]) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""Answers from a subset of the gallery: neighbors are searched again, and the decoder answers with these neighbors.
+"""Predictions from a subset of the gallery: neighbors are searched again in it, and the decoder predicts from them.
 
 The audit of coverage leaves out the photos of a region; a scaling study reduces the gallery to a number of photos.
 """
@@ -19,14 +19,15 @@ from geotoken_jax.predict.prediction import coordinates
 
 
 class MaskedGallery:
-    """Answers for photos of one split from subsets of the gallery.
+    """Predicts photos of one split with neighbors from subsets of the gallery.
 
     The search is exact and covers the subset only. An index over the whole gallery does not work here: its first
     thousands of results for a photo may all be from the region that is left out.
     """
 
     def __init__(self, config: Config, workdir: Workdir, variant: str, split: str):
-        """variant: variant whose decoder answers, with the prediction settings that predictions/VARIANT stores."""
+        """variant: name of the decoder. Prediction settings are those stored with predictions/VARIANT, not those of
+        config."""
         config = config.variant(variant)
         stored = workdir.manifest(f"predictions/{variant}").settings["predict"]
         predict = settings.restored(stored, config.predict, "predict")
@@ -36,7 +37,7 @@ class MaskedGallery:
         self._excluded = workdir.exclusions(split)
 
     def __call__(self, rows: Int[np.ndarray, "n"], kept: Int[np.ndarray, "m"]) -> Float[np.ndarray, "2 n 2"]:
-        """Returns coordinates in degrees of the first neighbor, NaN if a photo has none, and of the decoder's answer.
+        """Returns two sets of coordinates in degrees: first neighbors, NaN for a photo without neighbors, and answers.
 
         rows: rows of the split's table. kept: gallery rows that may be neighbors.
         """
@@ -62,7 +63,8 @@ class MaskedGallery:
 
 
 class _Subset:
-    """Exact index (gallery.index.Index) over some rows of the gallery; vectors are computed when they are read."""
+    """Index with exact search over some rows of the gallery, a gallery.index.Index; computes vectors when they are
+    read."""
 
     def __init__(self, gallery: Table, rows: Int[np.ndarray, "m"]):
         self._gallery, self._rows = gallery, rows

@@ -1,4 +1,4 @@
-"""Figures of `geotoken audit neighbors`: neighbors of train photos compared with neighbors of new photos.
+"""Numbers that `geotoken audit neighbors` reports: neighbors of train photos compared with neighbors of new photos.
 
 If train photos have better neighbors, the decoder learns to trust neighbors more than is right for new photos.
 """
@@ -18,12 +18,12 @@ from geotoken_jax.configuration import EvaluateSettings
 from geotoken_jax.gallery.table import Table
 from geotoken_jax.geo import distance
 
-#: Largest number of photos per split; larger splits are sampled. A bootstrap of 100,000 takes seconds, of 4 million
-#: hours.
+#: Largest number of photos per split; larger splits are sampled. A bootstrap over 100,000 photos takes seconds, over 4
+#: million photos hours.
 _PHOTOS = 100_000
 #: Index of 25 km in THRESHOLDS_KM: the page and the printed verdicts compare the accuracy within it.
 AT = distance.THRESHOLDS_KM.index(25)
-#: Bins of the histograms of scores.
+#: Number of bins of the histograms of scores.
 _SCORES = 30
 
 
@@ -32,7 +32,8 @@ class NeighborSample:
     """Neighbors of n photos of a split, K per photo, most similar first.
 
     photos: number of photos of the whole split. km: distance of each neighbor from the photo, NaN for a missing
-    neighbor. scores: inner products of index vectors, -inf for a missing neighbor. truth: the n photos.
+    neighbor. scores: inner products of index vectors, -inf for a missing neighbor. truth: coordinates and authors of
+    the n photos.
     """
 
     split: str
@@ -50,7 +51,8 @@ class NeighborSample:
 def figures(
     samples: Sequence[NeighborSample], neighbors: Mapping[str, Any], scoring: EvaluateSettings
 ) -> dict[str, Any]:
-    """Returns the quality of the neighbors of every split, and the gaps between train photos and other splits.
+    """Returns the contents of figures.json: quality of the neighbors of every split, and gaps between train photos and
+    other splits.
 
     neighbors: settings of index.neighbors that the neighbors were searched with.
     """
@@ -82,7 +84,8 @@ def histograms(
 
 
 def table(figures: Mapping[str, Any]) -> str:
-    """Returns a text table of the share of photos with a near neighbor per threshold, and a verdict per split."""
+    """Returns a text table of the percent of photos whose first, and whose nearest, neighbor is within each threshold,
+    and a verdict per split that is not trained on."""
     columns = [f"{km:,} km" for km in distance.THRESHOLDS_KM]
     lines = [f"{'':40}{'photos':>8}" + "".join(f"{column:>10}" for column in columns)]
     for split, of in figures["splits"].items():
@@ -114,8 +117,8 @@ def sample(
 
 
 def split_figures(near: NeighborSample, scoring: EvaluateSettings) -> dict[str, Any]:
-    """Returns the figures of one split: accuracy of the first and of the nearest neighbor, counts of missing neighbors,
-    and the share of photos per rank whose neighbor is within each of THRESHOLDS_KM."""
+    """Returns the entry of one split in figures.json: accuracy of the first and of the nearest neighbor, counts of
+    missing neighbors, and the share of photos per rank whose neighbor is within each of THRESHOLDS_KM."""
     count = near.km.shape[1]
     off = np.nan_to_num(near.km, nan=FARTHEST_KM)
     kinds = {"Top-1": (off[:, 0], False), f"Best of {count}": (off.min(axis=1), True)}
@@ -145,8 +148,10 @@ def _share(hits: np.ndarray) -> float:
 
 
 def gaps(splits: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Returns the accuracy of the first neighbor on train photos minus its accuracy on each split that is not trained
-    on.
+    """Returns one gap per split that is not trained on: the accuracy of the first neighbor on train photos, minus its
+    accuracy on the split.
+
+    splits: entries of `figures`, by split.
 
     The splits share no author, so they are independent. The interval of a difference therefore comes from the intervals
     of its two terms (Zou and Donner 2008). The result is empty if there is no train split.

@@ -32,10 +32,10 @@ class Leaks:
 
 
 def find_leaks(workdir: Workdir, truths: Mapping[str, CoordinateTable], above: float) -> dict[str, Leaks]:
-    """Returns the leaks of every split from the whole gallery of a work directory. The gallery is read once.
+    """Returns the leaked photos of every split, by comparison with the whole gallery. The gallery is read once.
 
     truths: photos by split, with authors in `extra`. above: cosine above which two photos are near-duplicates, see
-    config.audit.leakage.
+    config.audit.leakage.cosine_above.
     """
     from geotoken_jax.gallery import index  # imports jax, which other functions of this module do not need
 

@@ -1,7 +1,8 @@
-"""Figures of `geotoken audit levels`: the S2 level at which answers leave the right cell, their errors, and causes.
+"""Numbers that `geotoken audit levels` reports: the S2 level at which answers leave the right cell, errors and causes.
 
 Each token is evaluated twice: given the true tokens before it (teacher-forced), and in greedy decoding, given the
-decoder's own tokens. Both agree up to the first wrong token of the greedy answer, and no later cell can be right.
+decoder's own tokens. Both are the same up to the first wrong token of the greedy answer. After that token, the greedy
+answer is in a wrong cell at every level.
 """
 
 import dataclasses
@@ -24,12 +25,14 @@ from geotoken_jax.geo.cells import Scheme
 if TYPE_CHECKING:
     from geotoken_jax.model.geotoken import GeoTokenModel
 
-#: Bins of the calibration curves. Bins have equally many photos, because at fine levels nearly all confidences are
-#: below 0.2.
+#: Number of bins of a calibration curve. Bins have equally many photos, because at fine levels nearly all confidences
+#: are below 0.2.
 BINS = 10
-#: The page mentions that the bottleneck may be another level if fewer than this share of resamples have the same level.
+#: The sentence on the bottleneck mentions its uncertainty if the bottleneck is the same level in fewer than this share
+#: of the bootstrap resamples.
 _SURE = 0.95
-#: Neighbors of photos whose answer leaves the right cell, by the key of the GeoScore lost with such neighbors.
+#: Causes of lost GeoScore: key of an estimate in the figures -> the cells of the photo's neighbors, at the level at
+#: which the answer first leaves the right cell.
 CAUSES = {
     "lost_not_held": "no neighbor in the right cell",
     "lost_outvoted": "more neighbors in the chosen cell",
@@ -41,11 +44,19 @@ CAUSES = {
 class DecoderOutputs:
     """Decoder outputs for the n photos of a split, at each of their T tokens.
 
-    Given the true tokens before (teacher-forced): loss of the true token and entropy, in nats; guess, the most probable
-    token; confidence, its probability. Given the decoder's own tokens: greedy.
+    The loss, the entropy, the confidence and the guess are teacher-forced: the tokens before are the true ones.
 
-    cells: scheme of the tokens. tokens: true tokens. near: tokens of the M neighbors, -1 for a missing neighbor.
-    coordinates: true coordinates in degrees. clusters: number of each photo's author, for the bootstrap.
+    Attributes:
+        cells: scheme of the tokens.
+        tokens: true tokens.
+        loss: cross-entropy of the true token, in nats.
+        entropy: entropy of the token's distribution, in nats.
+        confidence: probability of the guess.
+        guess: most probable token.
+        greedy: tokens of greedy decoding, in which the tokens before are the decoder's own.
+        near: tokens of the M neighbors, -1 for a missing neighbor.
+        coordinates: true coordinates in degrees.
+        clusters: index of each photo's author, for the bootstrap.
     """
 
     cells: Scheme
@@ -75,7 +86,7 @@ class DecoderOutputs:
         return np.concatenate([np.ones((len(self.tokens), 1), bool), self.right[:, :-1]], axis=1)
 
     def km(self, earth: str) -> Float[np.ndarray, "n"]:
-        """Returns the distance in km between the greedy answer, the center of its cell, and the truth.
+        """Returns the distance in km from the truth to the greedy answer, which is the center of its last cell.
 
         earth: key of distance.EARTHS.
         """
@@ -83,9 +94,9 @@ class DecoderOutputs:
 
 
 def figures(name: str, variant: str, seen: Mapping[str, DecoderOutputs], scoring: EvaluateSettings) -> dict[str, Any]:
-    """Returns the figures of the audit for every split and level.
+    """Returns the contents of figures.json: estimates for every split and level.
 
-    name: label of the variant. seen: decoder outputs by split.
+    name: label of the variant in tables. seen: decoder outputs by split.
     """
     cells = next(iter(seen.values())).cells
     return {
@@ -100,7 +111,7 @@ def figures(name: str, variant: str, seen: Mapping[str, DecoderOutputs], scoring
 
 
 def table(figures: Mapping[str, Any]) -> str:
-    """Returns a text table of every level of every split, at most 100 columns wide, and sentences that sum it up."""
+    """Returns a text table of every level of each split, at most 100 columns wide, and sentences that sum it up."""
     lines = [
         f"{figures['name']}, in percent.",
         "Given the true tokens before (teacher-forced): accuracy; loss, relative to a uniform guess; error",
@@ -118,9 +129,9 @@ def table(figures: Mapping[str, Any]) -> str:
             lines.append(f"level {level['level']:<10g}" + "".join(f"{cell:>9}" for cell in cells))
     lines += [
         "",
-        "Of the photos not within a distance: the level at which most first left the right cell, and how many",
+        "Of the photos not within a distance of the truth: the level at which most of them first left the",
     ]
-    lines += ["percent of these photos did"]
+    lines += ["right cell, and the percent of them that left it there"]
     lines += [f"{'':16}" + "".join(f"{limit:>10,} km" for limit in distance.THRESHOLDS_KM)]
     for split, of in figures["splits"].items():
         lines += [f"{split[:15]:16}" + "".join(_most(figures, of, f"missed_{at}") for at in distance.THRESHOLDS_KM)]
@@ -132,7 +143,10 @@ def table(figures: Mapping[str, Any]) -> str:
 
 
 def _most(figures: Mapping[str, Any], of: Mapping[str, Any], key: str) -> str:
-    """Returns the level with the largest estimate, and the estimate in percent, in 13 columns."""
+    """Returns 13 characters: the level whose estimate `key` is largest, and that estimate in percent; a dash if none.
+
+    of: figures of one split.
+    """
     pairs = zip(of["levels"], figures["levels"], strict=True)
     known = [(at[key]["value"], level["level"]) for at, level in pairs if at[key]]
     if not known:
@@ -142,7 +156,7 @@ def _most(figures: Mapping[str, Any], of: Mapping[str, Any], key: str) -> str:
 
 
 def decoder_outputs(model: "GeoTokenModel", batch: Mapping[str, Any]) -> dict[str, Array]:
-    """Returns the decoder outputs of a batch of photos, by the field names of DecoderOutputs. batch: see data.join."""
+    """Returns the decoder outputs of a batch of photos, by field of DecoderOutputs. batch: see data.join."""
     from geotoken_jax.model.loss import cross_entropy
     from geotoken_jax.model.memory import Neighbors
     from geotoken_jax.predict import sample
@@ -168,8 +182,9 @@ def split_outputs(
 ) -> DecoderOutputs:
     """Returns the decoder outputs of all photos of a split.
 
-    compiled: compiled `look`, a function of a batch. batches: batches of data.pipeline.evaluation; their `valid` marks
-    the rows that are not padding. table: table of the split.
+    compiled: `decoder_outputs` of a model, compiled, as a function of the batch alone. batches: batches of
+    data.pipeline.evaluation; their `valid` marks the rows that are not padding. table: table of the split, with
+    coordinates and authors.
     """
     parts = []
     for batch in batches:
@@ -182,10 +197,9 @@ def split_outputs(
 
 
 def s2_levels(cells: Scheme) -> Float[np.ndarray, "T"]:
-    """Returns the S2 level after each token: the level whose number of cells equals the number that the tokens can
-    distinguish.
+    """Returns the S2 level after each token: the level with as many cells as the tokens so far can distinguish.
 
-    Schemes other than S2 give levels that are no integers.
+    The levels of schemes other than S2 are not integers.
     """
     return np.log2(np.cumprod(cells.vocab_sizes, dtype=np.float64) / 6) / 2
 
@@ -193,7 +207,7 @@ def s2_levels(cells: Scheme) -> Float[np.ndarray, "T"]:
 def cell_km(cells: Scheme) -> Float[np.ndarray, "T"]:
     """Returns the edge in km of a square with the mean area of a cell, after each token.
 
-    The edge of an S2 face is 9,220 km, of a cell of level 20 9 m.
+    For S2, the edge is 9,220 km at level 0 and 9 m at level 20.
     """
     return math.sqrt(4 * math.pi / 6) * distance.EARTH_RADIUS_KM / 2 ** s2_levels(cells)
 
@@ -207,7 +221,7 @@ def _ratios(seen: DecoderOutputs, scoring: EvaluateSettings) -> dict[str, tuple[
     """Returns numerators and denominators, [n, T] each, of the estimates of every token.
 
     An estimate is the sum of its numerators over photos divided by the sum of its denominators. `held_wrong_by_chance`
-    takes the neighbors of another photo, from a permutation that the seed decides.
+    takes the neighbors of another photo; a random permutation of the photos, with scoring.seed, decides which.
     """
     hit, right, before = seen.hit, seen.right, seen.right_before
     every, wrong = np.ones(hit.shape), before & ~right
@@ -244,7 +258,10 @@ def _ratios(seen: DecoderOutputs, scoring: EvaluateSettings) -> dict[str, tuple[
 
 
 def split_figures(seen: DecoderOutputs, scoring: EvaluateSettings) -> dict[str, Any]:
-    """Returns the figures of one split. An estimate is None if its denominator is zero."""
+    """Returns the estimates of one split, per level and over all levels.
+
+    An estimate is None if its denominator is zero. `bottleneck`: index of the level that loses most of the GeoScore.
+    """
     ratios = _ratios(seen, scoring)
     sums = np.stack([part for pair in ratios.values() for part in pair], axis=1).astype(np.float64)
     drawn = bootstrap.resample(sums, seen.clusters, scoring.resamples, scoring.seed)
@@ -281,7 +298,7 @@ def _estimate(value: float, samples: Float[np.ndarray, "R"]) -> dict[str, float]
 
 
 def _reliability(confidence: Float[np.ndarray, "n"], hit: Bool[np.ndarray, "n"]) -> list[dict[str, Any]]:
-    """Returns mean confidence and accuracy of BINS bins with equally many photos, least confident first."""
+    """Returns mean confidence and accuracy of up to BINS bins with equally many photos, least confident first."""
     bins = np.array_split(np.argsort(confidence, kind="stable"), min(BINS, len(hit)))
     return [
         {"photos": len(b), **{name: round(float(of[b].mean()), 6) for name, of in
@@ -306,7 +323,7 @@ def bottleneck_sentence(figures: Mapping[str, Any], split: str) -> str:
 
 
 def cause_sentence(figures: Mapping[str, Any], split: str) -> str:
-    """Returns one sentence on the neighbors of photos whose answers lose GeoScore, with the share lost per CAUSES."""
+    """Returns one sentence with the share of the lost GeoScore that each of CAUSES accounts for."""
     of = figures["splits"][split]
     if not of["all_levels"]["lost_outvoted"]:
         return f"{split}: no GeoScore is lost."

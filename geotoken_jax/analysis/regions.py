@@ -68,7 +68,7 @@ _COUNTRIES = {
 
 
 def country(text: str) -> str:
-    """Returns the country's name in this module. An unlisted country is returned as given, and UNKNOWN if empty."""
+    """Returns the name that this module lists for a country; an unlisted text unchanged; UNKNOWN if empty."""
     return _known().get(_key(text), (text.strip(), ""))[0] or UNKNOWN
 
 
@@ -82,7 +82,7 @@ def continent(names: Mapping[str, str]) -> str:
 
 @functools.cache
 def _known() -> dict[str, tuple[str, str]]:
-    """Returns name and continent of every country, by the key of each of its spellings."""
+    """Returns `_key(spelling)` -> (name, continent), for every spelling of every country."""
     known = {}
     for continent, listed in _COUNTRIES.items():
         for entry in " ".join(listed.split()).split("; "):
@@ -94,7 +94,7 @@ def _known() -> dict[str, tuple[str, str]]:
 
 @functools.lru_cache(maxsize=4096)  # a gallery of millions of photos has about a hundred countries
 def _key(text: str) -> str:
-    """Returns a name without accents, capitals, punctuation and a leading "the", so that spellings are equal."""
+    """Returns a name without accents, capitals, punctuation and a leading "the", so that its spellings become equal."""
     plain = unicodedata.normalize("NFKD", text)
     letters = "".join(c if c.isalnum() else " " for c in plain if not unicodedata.combining(c))
     return " ".join(letters.casefold().split()).removeprefix("the ")

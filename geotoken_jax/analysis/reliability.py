@@ -13,13 +13,13 @@ from geotoken_jax.geo import distance
 from geotoken_jax.geo.cells import CellScheme
 from geotoken_jax.predict.uncertainty import MASSES
 
-#: Bins of predicted probability, of equal width.
+#: Number of bins of predicted probability, of equal width.
 _BINS = 10
 #: Shares of the photos that are answered, most certain first: 5 to 100 %.
 _ANSWERED = np.arange(1, 21) / 20
 #: Areas in square kilometers at which recall is reported; a city has some hundred, the Earth 510 million.
 _AREAS = 10.0 ** np.arange(9)
-#: Index of the threshold whose probability orders photos by certainty, 25 km.
+#: Index of 25 km in THRESHOLDS_KM: the stated probability of this distance orders photos by certainty.
 _SUREST = distance.THRESHOLDS_KM.index(25)
 #: Photos per block when cells are compared with the truth: with 64 cells of level 20 each, tokens are 11 MB.
 _BLOCK = 2048
@@ -31,14 +31,14 @@ def figures(method: Method, truth: Float[np.ndarray, "n 2"], strict: bool) -> di
 
     truth: true coordinates in degrees. The result has these keys:
 
-    - `reliability`: per threshold, bins of predicted probability with the observed share of photos within it, and the
-      expected calibration error: the mean absolute difference between both, weighted by photos.
-    - `radii`: the share of photos whose truth is within the stated radius of 50 % and of 90 %.
-    - `abstention`: accuracy and GeoScore of the most certain photos; photos without a prediction come last.
+    - `reliability`: per threshold, bins of predicted probability with the observed share of photos within the
+      threshold, and the expected calibration error: the mean absolute difference between both, weighted by photos.
+    - `radii`: the share of photos whose truth is within the stated radius, for the 50 % radius and the 90 % radius.
+    - `abstention`: accuracy and GeoScore of the most certain photos; photos without stated certainty come last.
     - `area`: the share of photos whose truth is in the searched area in km2, for a circle around the answer and for the
       stated cells in the order of probability per km2.
 
-    Shares have 95 % Wilson intervals, which assume independent photos.
+    Shares in `reliability` and `radii` have 95 % Wilson intervals, which assume independent photos.
     """
     claims = method.claims
     if claims is None:
@@ -106,7 +106,7 @@ def _radius(mass: int, radius: Float[np.ndarray, "n"], km: Float[np.ndarray, "n"
 
 
 def _orders(claims: Claims) -> dict[str, Float[np.ndarray, "n"]]:
-    """Returns certainty scores per photo by name, larger if more certain; scores that the file lacks are left out."""
+    """Returns certainty scores per photo by name, larger if more certain. Scores that no photo has are left out."""
     orders = {
         f"probability within {distance.THRESHOLDS_KM[_SUREST]} km": claims.within[:, _SUREST],
         f"radius of {MASSES[0]} %": -claims.radius_km[:, 0],

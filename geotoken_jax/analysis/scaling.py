@@ -1,9 +1,10 @@
-"""Runs and figures of a scaling study: training runs that differ in size, photos, neighbors, seed and compute.
+"""Training runs of a scaling study, which differ in size, photos, neighbors, seed or compute, and their results.
 
 Each run is a variant of the work directory, so `train` makes and resumes it like any other variant. Runs are numbered,
 so that SLURM_ARRAY_TASK_ID can select one. The last run trains the held-out size, whose loss is forecast and stored
 before the training. The loss of a run is the cross-entropy summed over all tokens of a photo, in nats. It is not
-weighted by level, so it is minus the log-likelihood of a place, and runs with different level weights are comparable.
+weighted by level, so it is minus the log-likelihood of the photo's cell, and runs with different level weights are
+comparable.
 """
 
 import dataclasses
@@ -32,9 +33,9 @@ class Run:
     """One training run of a study.
 
     label: name of the variant. axis: setting that the run varies: `grid` (size and photos), `compute`, `neighbors`,
-    `seed`, or `held out` for the forecast run. photos: distinct photos that the run trains on. config: complete
-    configuration of the run. parameters: see `layer_parameters`. flops: operations per example, see
-    `flops.per_example`.
+    `seed`, or `held out` for the forecast run. size: name of the model size. photos: distinct photos that the run
+    trains on. config: complete configuration of the run. parameters: N of the law, see `layer_parameters`. flops:
+    operations per example, see `flops.per_example`.
     """
 
     label: str
@@ -47,8 +48,8 @@ class Run:
 
 
 def layer_parameters(s: ModelSettings) -> int:
-    """Returns N of the law: the number of weights in encoder and decoder layers, without embedding tables, input and
-    output projections, and biases."""
+    """Returns N of the law in scaling_law.py: the number of weights in encoder and decoder layers, without embedding
+    tables, input and output projections, and biases."""
     feed_forward = (3 if s.activation in GATED else 2) * s.width * s.feed_forward
     encoder, decoder = 4 * s.width**2 + feed_forward, 8 * s.width**2 + feed_forward
     return s.encoder_layers * encoder + s.decoder_layers * decoder
@@ -111,7 +112,7 @@ def table(config: Config, workdir: Workdir) -> list[dict[str, Any]]:
     validation loss in nats per photo at its lowest. `accuracy`: share of greedy answers on validation within each of
     THRESHOLDS_KM, at the same step. `examples`: examples of the whole training. `seen`: examples until the lowest loss.
     `compute`: floating-point operations of the whole training. `wall` and `cpu`: seconds of the run, including its
-    predictions and tests.
+    predictions and tests; absent if they were not recorded.
     """
     rows = []
     for number, one in enumerate(runs(config)):
@@ -144,7 +145,8 @@ def columns(rows: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 
 def noise(rows: list[dict[str, Any]], s: ScalingSettings) -> float | None:
-    """Returns the standard deviation of the loss over seeds, in nats; None if fewer than two seeds are complete."""
+    """Returns the standard deviation, in nats, of the losses of runs that differ only in the seed; None for fewer than
+    two runs."""
     losses = [row["loss"] for row in rows if row["axis"] == "seed"]
     losses += [row["loss"] for row in rows if row["label"] == f"{s.reference}_{s.photos[0][0]}"]
     return float(np.std(losses, ddof=1)) if len(losses) > 1 else None
@@ -167,7 +169,7 @@ def forecast_error(rows: list[dict[str, Any]], folder: epath.Path, s: ScalingSet
 
 
 def frontier(config: Config, s: ScalingSettings, law: scaling_law.Law) -> list[dict[str, Any]]:
-    """Returns the size and the number of photos with the smallest loss by the law, for eight amounts of compute.
+    """Returns the size and the number of photos with the smallest loss by the law, within eight amounts of compute.
 
     Sizes are the sizes of the study, photos are between its fewest and most, and the number of examples is interpolated
     between the study's values of config.scaling.photos. Equal points are returned once.
@@ -203,7 +205,7 @@ def accuracy_against_loss(grid: list[dict[str, Any]]) -> list[dict[str, float]]:
 
 
 def within(coordinates: Float[np.ndarray, "n 2"], truth: Float[np.ndarray, "n 2"]) -> list[float]:
-    """Returns the share of photos within each of THRESHOLDS_KM of the truth; NaN is within none."""
+    """Returns the share of photos within each of THRESHOLDS_KM of the truth; a prediction that is NaN is a miss."""
     km = great_circle_km(*coordinates.T, *truth.T)
     return [float(np.mean(km <= limit)) for limit in THRESHOLDS_KM]
 
@@ -213,9 +215,10 @@ def by_candidates(
 ) -> list[dict[str, Any]]:
     """Returns accuracy with K samples per photo, for each K of s.candidates.
 
-    `chosen`: accuracy of the most probable of the greedy candidate and K samples. `nearest`: accuracy of the candidate
-    nearest to the truth. listed: candidates per photo from predictions/, in which equal samples are one candidate with
-    a count; K samples are therefore drawn from the counts without replacement, with s.seed.
+    The candidates of a photo are the greedy candidate and K samples. `chosen`: accuracy of the most probable candidate.
+    `nearest`: accuracy of the candidate nearest to the truth. listed: candidates per photo from predictions/, in which
+    equal samples are one candidate with a count; K samples are therefore drawn from the counts without replacement,
+    with s.seed.
     """
     rng, drawn = np.random.default_rng(s.seed), []
     for candidates in listed:

@@ -29,7 +29,7 @@ class Series:
         low: lower ends of the intervals. A curve with intervals has a dot per point.
         high: upper ends of the intervals. A bar with a NaN end has no interval.
         style: `solid`, `dashed`, `dotted` or `faint`.
-        notes: tooltip of each dot.
+        notes: tooltip of each dot; required if there are intervals and `x`.
         listed: whether the legend has an entry for the series.
     """
 
@@ -91,7 +91,8 @@ class Chart:
 class Panels:
     """Charts side by side under one legend.
 
-    legend: entries of the legend; the entries of all listed series if None. small: whether a row has more charts.
+    legend: entries of the legend; the entries of all listed series if None. small: whether charts are smaller, with
+    more of them in a row.
     """
 
     charts: Sequence[Chart]

@@ -22,7 +22,7 @@ _COUNTRIES = 25
 
 
 def page(figures: Mapping[str, Any], maps: Maps, reference: str, source: frame.Source) -> str:
-    """Returns the page as HTML. figures: figures of the audit. reference: variant of the headline."""
+    """Returns the page as HTML. figures: result of `coverage.figures`. reference: variant in the headline."""
     density, masked = figures["density"], figures["masked"]
     split = masked["split"]
     nearest = figures["distance"][split]
@@ -121,13 +121,13 @@ def _nearest(figures: Mapping[str, Any]) -> list[Piece | str]:
         "photo.</p>",
         Panels([histogram]),
         "<h3>Accuracy by distance to the nearest gallery photo</h3><p>Percent of photos placed within 200 km of the "
-        "truth; whiskers and small figures are 95 % intervals. A bin without bar has no photos. figures.json has the "
+        "truth; whiskers and small numbers are 95 % intervals. A bin without bar has no photos. figures.json has the "
         "other thresholds.</p>",
         Panels(charts),
         Table(["Nearest gallery photo", "Photos", *(m["name"] for m in methods)], groups),
         f"<p>Of the photos whose source names no country, {named:,} count to the country of the nearest gallery photo, "
-        f"which is up to {NEAR_KM:.0f} km away. The country of {unknown:,} photos is unknown, because no gallery photo "
-        "is that near.</p>",
+        f"which is up to {NEAR_KM:.0f} km away. The country of {unknown:,} photos is unknown, because the nearest "
+        "gallery photo is farther away or has no country either.</p>",
     ]
 
 

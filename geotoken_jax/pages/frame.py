@@ -82,8 +82,10 @@ def join(pieces: Iterable[Piece | str]) -> str:
 
 
 def folded(parts: Iterable[tuple[str, str, Sequence[Piece | str]]]) -> str:
-    """Returns HTML of parts that a click on their name opens and closes; the first is open. parts: name, note,
-    pieces."""
+    """Returns HTML of parts that a click on their name opens and closes. The first is open.
+
+    parts: name, note, pieces.
+    """
     return "".join(
         f"<details{'' if number else ' open'}><summary><b>{escape(name)}</b> "
         f'<span class="muted">{escape(note)}</span></summary>{join(pieces)}</details>'
@@ -97,7 +99,7 @@ def hidden(name: str, *pieces: Piece | str) -> str:
 
 
 def tiles(items: Iterable[tuple[str, str, str]]) -> str:
-    """Returns HTML of a row of tiles with one large figure each. items: name, figure, note."""
+    """Returns HTML of a row of tiles, each with one value in large type. items: name, value as text, note."""
     listed = (
         f"<li><small>{escape(name)}</small><strong>{escape(figure)}</strong><small>{escape(note)}</small></li>"
         for name, figure, note in items
@@ -106,7 +108,7 @@ def tiles(items: Iterable[tuple[str, str, str]]) -> str:
 
 
 def verdict(text: str, warn: bool = False) -> str:
-    """Returns HTML of a sentence that sums up figures. warn: use the color of a problem."""
+    """Returns HTML of a sentence that sums up results. warn: whether the sentence has the color of a problem."""
     return f'<p class="verdict{" warn" if warn else ""}">{escape(text)}</p>'
 
 

@@ -27,8 +27,8 @@ def page(
 ) -> str:
     """Returns the page as HTML.
 
-    figures: figures of the audit. coordinates: result of `leakage.worst_kinds`. photos: lookup of the photos of the
-    pairs, by split. gallery: lookup of the gallery photos of the pairs. reference: variant whose rows are bold.
+    figures: result of `leakage.figures`. coordinates: result of `leakage.worst_kinds`. photos: lookup of the photos of
+    the pairs, by split. gallery: lookup of the gallery photos of the pairs. reference: variant whose rows are bold.
     """
     splits = figures["splits"]
     tiles = [
@@ -40,8 +40,8 @@ def page(
         for split, of in splits.items()
     ]
     headline = (
-        "<p>A photo is easier to place if the gallery has a photo with the same author, place or picture: it is "
-        f"leaked. This page compares every evaluated split with the {figures['gallery']:,} photos of the gallery, "
+        "<p>A photo is easier to place if the gallery has a photo with the same author, place or picture. Such a photo "
+        f"is leaked. This page compares every evaluated split with the {figures['gallery']:,} photos of the gallery, "
         f"counts leaked photos, and reports accuracy without them.</p>{frame.tiles(tiles)}"
     )
     sections = [
@@ -123,5 +123,5 @@ def _pairs(splits: Mapping[str, Any], photos: Mapping[str, PhotoLookup], gallery
     return [
         f"<p>Up to {PAIRS} leaked photos per kind and split, each with its gallery photo and the distance between "
         "their places. Near-duplicates are the most similar.</p>",
-        Table(["Kind", "Photo", "PhotoLookup photo", "Distance", "Cosine"], groups),
+        Table(["Kind", "Photo", "Gallery photo", "Distance", "Cosine"], groups),
     ]

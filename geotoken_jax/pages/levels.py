@@ -20,7 +20,7 @@ _SPREAD = 2
 
 
 def page(figures: Mapping[str, Any], source: frame.Source) -> str:
-    """Returns the page as HTML. figures: figures of the audit."""
+    """Returns the page as HTML. figures: result of `per_level.figures`."""
     tiles = []
     for split, of in figures["splits"].items():
         at = of["levels"][of["bottleneck"]]
@@ -194,7 +194,8 @@ def _neighbors(figures: Mapping[str, Any]) -> list[Piece | str]:
 def _table(figures: Mapping[str, Any], columns: Sequence[str], cells: Callable[[int, Any], list[Cell | str]]) -> str:
     """Returns a folded table with a row per level of each split.
 
-    columns: heads of the columns after the level. cells: function from the number of a token and its figures to cells.
+    columns: heads of the columns after the level. cells: function from the index of a level, and its estimates in a
+    split, to the cells of its row.
     """
     names = [f"{of['level']:g} ({formats.km(of['cell_km'])})" for of in figures["levels"]]
     groups = [
@@ -205,7 +206,7 @@ def _table(figures: Mapping[str, Any], columns: Sequence[str], cells: Callable[[
 
 
 def _curves(figures: Mapping[str, Any], caption: str, key: str, y_label: str, scale: float = 1) -> Chart:
-    """Returns a chart with one curve over levels per split."""
+    """Returns a chart of the estimate `key` over levels, one curve per split."""
     series = [
         _series(figures, of, key, (split, color, "solid"), scale)
         for color, (split, of) in enumerate(figures["splits"].items())
@@ -216,7 +217,7 @@ def _curves(figures: Mapping[str, Any], caption: str, key: str, y_label: str, sc
 def _split_curves(figures: Mapping[str, Any], kinds: Mapping[str, Key], title: str) -> list[Chart]:
     """Returns a chart per split, each with one curve in percent over levels per kind.
 
-    kinds: legend entry of a curve by its key in the figures.
+    kinds: key of an estimate -> legend entry of its curve.
     """
     return [
         Chart(
@@ -233,7 +234,7 @@ def _split_curves(figures: Mapping[str, Any], kinds: Mapping[str, Key], title: s
 def _series(figures: Mapping[str, Any], of: Mapping[str, Any], key: str, entry: Key, scale: float) -> Series:
     """Returns the curve of an estimate of a split over levels; levels without an estimate have no point.
 
-    of: figures of the split. entry: name, color and style.
+    of: entry of the split in `figures`. entry: name, color and style.
     """
     pairs = zip(figures["levels"], of["levels"], strict=True)
     known = [(level["level"], scale * at[key]["value"]) for level, at in pairs if at[key]]
@@ -243,7 +244,7 @@ def _series(figures: Mapping[str, Any], of: Mapping[str, Any], key: str, entry: 
 
 
 def _bars(figures: Mapping[str, Any], caption: str, key: str, y_label: str) -> Chart:
-    """Returns a chart with one bar for each level and split."""
+    """Returns a chart of the estimate `key` in percent, one bar for each level and split."""
     series = [_bar_series(of, key, split, i) for i, (split, of) in enumerate(figures["splits"].items())]
     return Chart(caption, f"{caption}, by S2 level", "S2 level", y_label, series, _names(figures))
 

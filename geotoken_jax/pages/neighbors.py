@@ -15,7 +15,7 @@ from geotoken_jax.pages.table import THRESHOLDS, Group, Row, Table, interval, po
 
 
 def page(figures: Mapping[str, Any], samples: Sequence[NeighborSample], source: frame.Source) -> str:
-    """Returns the page as HTML. figures: figures of the audit. samples: neighbors of each split, in the same order."""
+    """Returns the page as HTML. figures: result of `neighbor_gap.figures`. samples: samples that `figures` is from."""
     tiles = []
     for split, of in figures["splits"].items():
         at = of["methods"][0]["accuracy"][AT]

@@ -34,8 +34,8 @@ class Report:
         truths: true coordinates by split, in the order of the page.
         methods: methods by split, in the order of the page.
         photos: records of photos/ by split.
-        examples: photos with the smallest, median and largest errors of the reference; None if the reference has no
-            predictions for the split.
+        examples: photos of `first_split` with the smallest, median and largest errors of the reference; None if the
+            reference has no predictions for that split.
         gallery: lookup of place names and of neighbors' pictures.
         losses: loss curves of the trained models.
         manifests: manifests by folder of the work directory.
@@ -131,7 +131,10 @@ def _bars(main: Mapping[str, Any], rival: Mapping[str, Any] | None) -> str:
 
 
 def _seeds(report: Report) -> dict[str, int]:
-    """Returns the seeds of the stages that the predictions of the reference depend on, by folder."""
+    """Returns folder -> seed, for the photos, the alignment, the decoder and the predictions of the reference variant.
+
+    A folder without a seed in its settings is left out; of several seeds, the first counts.
+    """
 
     def find(value: Any) -> int | None:
         if not isinstance(value, Mapping):
@@ -258,8 +261,8 @@ def _clean(metrics: Mapping[str, Any], reference: str) -> list[Piece | str]:
     return [
         "<p>A photo is easier to place if the gallery has a photo by the same author or a nearly equal picture. Such "
         "leaked photos are left out here: photos that share their id or author with a gallery photo, or whose image "
-        f"embedding has a cosine above {metrics['cosine_above']:g} with the embedding of a gallery photo. Figures are "
-        "percent of photos placed within a distance of the truth; small figures are the same on all photos.</p>",
+        f"embedding has a cosine above {metrics['cosine_above']:g} with the embedding of a gallery photo. Numbers are "
+        "the percent of photos placed within a distance of the truth; small numbers below are for all photos.</p>",
         *([Table(["Method", *THRESHOLDS], groups)] if groups else []),
         *notes,
     ]
@@ -302,7 +305,7 @@ def _distance(methods: Mapping[str, Sequence[Method]], reference: str) -> list[P
 
 
 def _training(losses: Losses) -> list[Piece | str]:
-    """Returns a chart per model of train/loss* and validation/loss*; the terms of a loss are faint."""
+    """Returns a chart per model, with curves of train/loss* and validation/loss*. Terms of a loss are faint."""
     charts = []
     for name, curves in losses:
         ordered = sorted(curves.items(), key=lambda item: item[0].endswith("/loss"))

@@ -48,7 +48,7 @@ def summary(fitted: Mapping[str, Any]) -> str:
 def document(config: Config, workdir: Workdir) -> str:
     """Returns the text of docs/scaling.md, from scaling/runs.json and scaling/fit.json of the work directory.
 
-    Raises StageError if they are missing.
+    Raises StageError if scaling/fit.json is missing.
     """
     rows, fitted, s = *_read(workdir), scaling.scaling_settings(config)
     header = {"name": config.name, "cores": os.cpu_count(), "machine": platform.machine(), "date": date.today()}
@@ -70,7 +70,7 @@ def document(config: Config, workdir: Workdir) -> str:
 def plot(config: Config, workdir: Workdir) -> epath.Path:
     """Writes scaling/index.html, the page with the charts and the table of runs, and returns its path.
 
-    Raises StageError if scaling/runs.json or scaling/fit.json is missing.
+    Raises StageError if scaling/fit.json is missing.
     """
     rows, fitted, s = *_read(workdir), scaling.scaling_settings(config)
     grid = [row for row in rows if row["axis"] in ("grid", "held out")]
@@ -119,7 +119,7 @@ def _what_was_run(rows: Sequence[dict[str, Any]], s: ScalingSettings, config: Co
 
 
 def _runs_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Returns column heads and one line of cells per run."""
+    """Returns the column heads, and the cells of each run's row."""
     heads = ["run", "varies", "N", "photos", "neighbors", "examples", "best after", "GFLOPs", "loss, nats"]
     heads += [f"{km:,} km, %" for km in THRESHOLDS_KM] + ["CPU, s"]
     return heads, [
@@ -267,7 +267,7 @@ def _loss_charts(grid: Sequence[dict[str, Any]], fitted: Mapping[str, Any]) -> l
 
 
 def _dots(name: str, color: int, rows: Sequence[dict[str, Any]], along: str, least: float) -> Series:
-    """Returns a curve of the losses of runs above `least`, with a dot per run. along: field of the x values."""
+    """Returns a curve with a dot per run: the run's loss minus `least`. along: key of x in a row."""
     rows = sorted(rows, key=lambda row: row[along])
     x, y = (np.array([row[key] for row in rows], float) for key in (along, "loss"))
     notes = [f"{row['label']}: {row['loss']:.3f} nats" for row in rows]

@@ -12,7 +12,7 @@ from geotoken_jax.geo import distance
 
 #: Column heads for distance.THRESHOLDS_KM.
 THRESHOLDS = tuple(f"{km:,}\N{NO-BREAK SPACE}km" for km in distance.THRESHOLDS_KM)
-#: Explanations of selectors (predict/select.py) for readers of a page; keys are `choice` of a method.
+#: Explanations of selectors (predict/select.py) for readers of a page. Keys are values of Method.choice.
 _SELECTORS = {
     "greedy": "the most probable token at every step of decoding",
     "log_probability": "the candidate with the highest probability",

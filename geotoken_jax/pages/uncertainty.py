@@ -18,7 +18,7 @@ from geotoken_jax.predict.uncertainty import MASSES
 def reliability(splits: Mapping[str, Any]) -> list[Piece | str]:
     """Returns the section on calibration and abstention.
 
-    splits: figures of analysis.reliability by split; None for a split without stated uncertainty.
+    splits: result of `figures` in analysis.reliability, by split; None for a split without stated uncertainty.
     """
     known = {split: figures for split, figures in splits.items() if figures}
     if not known:
@@ -28,7 +28,7 @@ def reliability(splits: Mapping[str, Any]) -> list[Piece | str]:
         f"<p>Uncertainty that <b>{escape(name)}</b> states, compared with its errors. The truth should be within the "
         f"stated radii for {' and '.join(map(str, MASSES))} % of photos. Of photos with a stated probability of 70 % "
         "to be within a distance, 70 % should be within it: such dots are on the diagonal. The calibration error is "
-        "the mean distance of the dots from the diagonal, in percentage points. Bars and small figures are 95 % "
+        "the mean distance of the dots from the diagonal, in percentage points. Bars and small numbers are 95 % "
         "intervals, which assume independent photos.</p>"
     )
     parts = []
@@ -98,7 +98,7 @@ def _abstention(split: str, curves: Mapping[str, Any]) -> list[Piece | str]:
 def area(splits: Mapping[str, Any]) -> list[Piece | str]:
     """Returns the section on the area that is searched until the place is found.
 
-    splits: figures of analysis.reliability by split; None for a split without stated uncertainty.
+    splits: result of `figures` in analysis.reliability, by split; None for a split without stated uncertainty.
     """
     charts, rows, areas = [], [], []
     for split, figures in splits.items():

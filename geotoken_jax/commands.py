@@ -38,7 +38,7 @@ def _quiet() -> None:
 def _export(options: argparse.Namespace, config: Any) -> int:
     """Makes export/, converts it for each --target, and uploads it to the hub with --push.
 
-    If export/ is complete, --config is not needed; with --from, neither is a work directory.
+    With --target or --push, --config is not needed if export/ is complete. With --from, no work directory is needed.
     """
     further = options.target or options.push
     if options.source is None and (config is not None or not further):
@@ -158,7 +158,7 @@ def _serve(options: argparse.Namespace, config: Any) -> int:
         from geotoken_jax.serve import app, batching
     except ModuleNotFoundError as error:
         raise settings.SettingsError(
-            f"`geotoken serve` needs {error.name}: pip install 'geotoken-jax[serve]'"
+            f"`geotoken serve` needs {error.name}: install it with pip install 'geotoken-jax[serve]'"
         ) from None
     folder = hub.resolve(options.model, options.revision)
     return app.run(batching.ServedGeoToken(folder, options.backbone), chosen, folder)
@@ -185,7 +185,7 @@ def _plan(options: argparse.Namespace, config: Any) -> int:
     return 0
 
 
-#: Verb that does not need a work directory -> its function.
+#: Verb that can run without a work directory -> its function.
 _VERBS: dict[str, Callable[[argparse.Namespace, Any], int]] = {
     "predict": _predict,
     "evaluate": _evaluate,

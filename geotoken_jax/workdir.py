@@ -149,7 +149,7 @@ def write_json(path: epath.Path, value: Any) -> None:
 
 def write_bytes(path: epath.Path, data: bytes) -> None:
     """Writes a file atomically: after a crash `path` is absent, the old file or the whole new file."""
-    # The name contains the process, because several processes may write the same file.
+    # The temporary name contains the index of the process, because several processes may write the same file.
     temporary = path.parent / f".{path.name}.{processes.index()}.partial"
     temporary.write_bytes(data)
     temporary.replace(path)
@@ -158,7 +158,7 @@ def write_bytes(path: epath.Path, data: bytes) -> None:
 def first_difference(stored: Mapping[str, Any], requested: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
     """Returns the first setting that differs: its dotted key, its stored value and its requested value.
 
-    Only keys in both are compared. Returns None if they are equal.
+    Only keys that both contain are compared. Returns None if their values are equal.
 
     stored: settings in a manifest. requested: settings of the current configuration.
     """

@@ -1,4 +1,4 @@
-"""Computes distances on the Earth, as a sphere or an ellipsoid, and the scores made from them."""
+"""Computes distances on the Earth, as a sphere or an ellipsoid, and scores from distances."""
 
 from types import ModuleType
 
@@ -62,7 +62,10 @@ EARTHS = {"sphere": great_circle_km, "ellipsoid": ellipsoid_km}
 
 
 def within(km: Float[np.ndarray, "n 1"], strict: bool = False) -> Bool[np.ndarray, "n 5"]:
-    """Returns for each distance whether it is at most each of THRESHOLDS_KM, or below it if `strict`."""
+    """Returns, for each distance and each of THRESHOLDS_KM, whether the distance is at most the threshold.
+
+    strict: whether the distance must be below the threshold.
+    """
     return km < np.array(THRESHOLDS_KM) if strict else km <= np.array(THRESHOLDS_KM)
 
 

@@ -241,7 +241,7 @@ class Workdir:
         return checkpoint.read_module(file, lambda rngs: GeoTokenModel(options, rngs))
 
     def selectors(self, config: Config, variant: str) -> dict[str, Any]:
-        """Returns folder -> model settings, for the trained selectors that config.predict.selectors needs."""
+        """Returns name of a folder -> model settings, for the trained selectors that config.predict.selectors needs."""
         sections = {"reward": config.reward.model, "verifier": config.verifier.model}
         return {
             name: settings.restored(

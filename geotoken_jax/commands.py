@@ -61,11 +61,11 @@ def _export(options: argparse.Namespace, config: Any) -> int:
 
 
 def _predict(options: argparse.Namespace, config: Any) -> int:
-    """Predicts photos with --model or --method, or the splits of a work directory without."""
+    """Predicts photos if --model or --method is given, else the splits of a work directory."""
     if options.model is None and options.method is None:
         if options.photos:
             raise settings.SettingsError(
-                "no model for the photos: add --model=DIR, a folder that `geotoken export` made"
+                "no model for the photos: add --model=DIR, a folder that `geotoken export` made, or --method=geoclip"
             )
         return _on_workdir(options, config)
     from geotoken_jax.backbone.preprocess import ImageError
@@ -122,7 +122,7 @@ def _expand(photos: Sequence[str]) -> list[str]:
 
 
 def _evaluate(options: argparse.Namespace, config: Any) -> int:
-    """Scores files with --predictions, or a work directory without."""
+    """Scores the files named by --predictions; if there are none, scores a work directory."""
     if not options.predictions:
         if options.compare or options.ellipsoid or options.strict:
             raise settings.SettingsError(
@@ -168,7 +168,7 @@ def _plan(options: argparse.Namespace, config: Any) -> int:
     """Prints the plan of one topology, or docs/scale.md with --document."""
     if config is None or not (options.topology or options.document):
         raise settings.SettingsError(
-            "--config=FILE or --topology=CHIP:SHAPE is missing: add it, as in "
+            f"{'--config=FILE' if config is None else '--topology=CHIP:SHAPE'} is missing: add it, as in "
             "`geotoken plan --config=configs/common.py --topology=v5e:16x16`"
         )
     from geotoken_jax import plan

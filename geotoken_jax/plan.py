@@ -358,7 +358,8 @@ def table(plan: Mapping[str, Any]) -> str:
         "",
         "time per step, at peak rates",
         *(f"  {name:30}{1e3 * seconds[name]:10.3f} ms" for name in seconds if name != "bound"),
-        f"  bound by {seconds['bound']}: {plan['examples_per_second']:,.0f} examples/s, {plan['days']:.3g} days in total",
+        f"  bound by {seconds['bound']}: {plan['examples_per_second']:,.0f} examples/s, "
+        f"{plan['days']:.3g} days for all steps",
     ]
     if "advice" in plan:
         lines += ["", "changes tried"]

@@ -1,6 +1,6 @@
 """Settings of data preparation: config.photos, config.embed and config.index.
 
-They are not declared in data_prep/, because the installed package lacks that folder but reads whole configurations.
+They are not declared in data_prep/, because the installed package reads whole configurations but lacks that folder.
 """
 
 import dataclasses

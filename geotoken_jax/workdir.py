@@ -115,7 +115,7 @@ def begin(workdir: epath.PathLike, folder: str, config: Mapping[str, Any], input
 
 
 def local(path: epath.PathLike) -> epath.Path:
-    """Returns the path of a folder on this machine. Raises StageError for a URL, also for s3:/bucket/run.
+    """Returns the path of a folder on this machine. Raises StageError for a URL, also with one slash (s3:/bucket/run).
 
     The message contains only the URL's scheme, because the rest may contain a password.
     """

@@ -37,7 +37,8 @@ def _stages(stages: Sequence[Stage]) -> Callable[[argparse.Namespace, Config | N
     def run(options: argparse.Namespace, config: Config | None) -> None:
         if config is None or options.workdir is None:
             raise SettingsError(
-                f"--config=FILE or --workdir=DIR is missing: add it, as in `{_EXAMPLE.format(options.verb)}`"
+                f"{'--config=FILE' if config is None else '--workdir=DIR'} is missing: add it, as in "
+                f"`{_EXAMPLE.format(options.verb)}`"
             )
         if processes.count() > 1 and options.verb not in _DISTRIBUTED + _SHARDED:
             raise SettingsError(

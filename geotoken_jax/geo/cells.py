@@ -210,7 +210,7 @@ class CellScheme(Scheme):
         lowest = ids & (~ids + np.uint64(1))  # a cell of level n ends in a one and 2 * (30 - n) zeros
         invalid = (ids >> np.uint64(61) > 5) | (lowest & np.uint64(0x5555555555555555) == 0)
         coarse = lowest > np.uint64(1 << 2 * (MAX_LEVEL - self.level))
-        for wrong, problem in ((invalid, "no S2 cell id"), (coarse, f"coarser than level {self.level}")):
+        for wrong, problem in ((invalid, "no S2 cell ids"), (coarse, f"coarser than level {self.level}")):
             if wrong.any():
                 raise ValueError(f"{wrong.sum()} cell_ids are {problem}, the first {int(ids[wrong][0]):#018x}")
         shifts = np.array([61, *range(61 - 2 * self.group, 60 - 2 * self.level, -2 * self.group)], np.uint64)

@@ -70,7 +70,7 @@ def within(km: Float[np.ndarray, "n 1"], strict: bool = False) -> Bool[np.ndarra
 
 
 def geoscore(km: float | Float[Array, "..."]) -> Float[Array, "..."]:
-    """Returns the GeoGuessr score of answers that are `km` off: 5000 * exp(-km / 1492.7), in 0..5000."""
+    """Returns the GeoGuessr score of answers, `km` kilometers from the truth: 5000 * exp(-km / 1492.7), in 0..5000."""
     xp, (km,) = _arrays(km)
     return 5000 * xp.exp(-km / _GEOSCORE_KM)
 

@@ -73,9 +73,10 @@ class Workdir:
     ) -> Stage:
         """Opens a folder for its stage; see `workdir.begin`.
 
-        config: whole configuration, without the changes of a variant; if the folder belongs to a variant, the
-        variant's changes are applied here. keys: dotted keys of the configuration that the folder depends on. inputs:
-        folders that the stage reads. further: more sections that the folder depends on, which override `keys`.
+        config: whole configuration, without the changes of a variant; if the folder belongs to a variant, the variant's
+        changes are applied here. keys: dotted keys of the configuration that the folder depends on. inputs: folders
+        that the stage reads. further: section name -> further section that the folder depends on; it replaces a section
+        of the same name in `keys`.
 
         Raises StageError if an input is missing, or if the folder or any folder that it was made from, directly or
         through others, was made with other settings.
@@ -172,7 +173,7 @@ class Workdir:
 
     @property
     def query_counts(self) -> dict[str, int]:
-        """Number of photos per split that is predicted: all splits except those that training reads."""
+        """Split -> number of photos, for the splits that are predicted: all except those that training reads."""
         return {split: n for split, n in self.manifest("queries").counts.items() if split != views.VIEWS_SPLIT}
 
     # Neighbors and token records
@@ -185,7 +186,7 @@ class Workdir:
     def neighbors(self, split: str, k: int | None = None) -> tuple[Int[np.ndarray, "n k"], Float[np.ndarray, "n k"]]:
         """Returns gallery rows and scores of a split's neighbors, best first; a missing neighbor has row -1.
 
-        k: neighbors per photo; all stored ones if None.
+        k: number of neighbors per photo; if None, all stored neighbors.
         """
         rows, scores = (records.open_array(self.neighbors_file(split, name))[:, :k] for name in ("rows", "scores"))
         return rows, scores
@@ -197,7 +198,7 @@ class Workdir:
     def exclusions(self, split: str) -> Callable[[np.ndarray], list[Exclusion]]:
         """Returns a function from rows of a split's table to the exclusion rules of their neighbors.
 
-        neighbors/ was made with the same rules.
+        These are the rules with which neighbors/ was made.
         """
         key = "exclude" if split in (views.SOURCE_SPLIT, views.VIEWS_SPLIT) else "exclude_in_evaluation"
         section = self.manifest("neighbors").settings["index"]["neighbors"][key]
@@ -221,7 +222,7 @@ class Workdir:
     # Trained models
 
     def align_model(self, requested: AlignSettings) -> AlignModel:
-        """Returns the trained alignment model. requested: config.align.model, for the runtime fields."""
+        """Returns the trained alignment model. requested: config.align.model, whose runtime fields are used."""
         task = AlignTask(self.aligned_settings(requested), self.width)
         return checkpoint.read_module(self.path / "align" / "parameters.safetensors", task.init)
 
@@ -234,13 +235,13 @@ class Workdir:
         return settings.restored(self.manifest(f"geotoken/{variant}").settings["model"], requested, "model")
 
     def decoder(self, variant: str, requested: ModelSettings) -> GeoTokenModel:
-        """Returns the trained decoder of a variant. requested: config.model, for the runtime fields."""
+        """Returns the trained decoder of a variant. requested: config.model, whose runtime fields are used."""
         options = self.model_settings(variant, requested)
         file = self.path / "geotoken" / variant / "parameters.safetensors"
         return checkpoint.read_module(file, lambda rngs: GeoTokenModel(options, rngs))
 
     def selectors(self, config: Config, variant: str) -> dict[str, Any]:
-        """Returns folder -> model settings, for the trained selectors that config.predict.selectors needs."""
+        """Returns name of a folder -> model settings, for the trained selectors that config.predict.selectors needs."""
         sections = {"reward": config.reward.model, "verifier": config.verifier.model}
         return {
             name: settings.restored(
@@ -270,8 +271,8 @@ class Workdir:
     def save_pools(self, variant: str, rows: np.ndarray, parts: Sequence[tuple[np.ndarray, ...]]) -> None:
         """Writes pools/VARIANT, the candidates of train photos.
 
-        rows: gallery rows of the photos, [n]. parts: batches of tokens, log-probabilities, log-probabilities under the
-        sampling distribution, and the decoder's states.
+        rows: gallery rows of the photos, [n]. parts: one tuple per batch of photos, with four arrays of the candidates:
+        tokens, log-probabilities, log-probabilities under the sampling distribution, and states of the decoder.
         """
         folder = self.path / "pools" / variant
         for name, values in zip(_POOL, zip(*parts, strict=True), strict=True):
@@ -283,9 +284,9 @@ class Workdir:
         return records.open_array(self.path / "pools" / variant / "rows.npy")
 
     def pools(self, variant: str, requested: ModelSettings) -> tuple[Float32[np.ndarray, "n K D"], Pool]:
-        """Returns the decoder's states of all candidates in pools/VARIANT, and the pool.
+        """Returns the decoder's states of all candidates in pools/VARIANT, and the candidates as a Pool.
 
-        The pool contains no embeddings of neighbors. requested: config.model, for the runtime fields.
+        The Pool contains no embeddings of neighbors. requested: config.model, whose runtime fields are used.
         """
         folder = self.path / "pools" / variant
         tokens, log_p, tempered, states = (records.open_array(folder / f"{name}.npy") for name in _POOL)
@@ -331,13 +332,13 @@ class Workdir:
         return json.loads((self.path / "report" / "metrics.json").read_text())
 
     def copy_trained(self, folder: str, to: epath.Path) -> None:
-        """Copies a folder into an export, without the files in _NOT_EXPORTED."""
+        """Copies a folder to `to`, in an export, without the files in _NOT_EXPORTED; an existing `to` is replaced."""
         shutil.rmtree(to, ignore_errors=True)
         shutil.copytree(self.path / folder, to, ignore=shutil.ignore_patterns(*_NOT_EXPORTED))
 
 
 def _variant_config(config: Config, folder: str) -> Config:
-    """Returns the configuration of a folder: if the folder belongs to a variant, with the variant's changes."""
+    """Returns the configuration, with a variant's changes applied if the folder belongs to the variant."""
     name = folder.partition("/")[2]
     return config.variant(name) if name in config.variants else config
 

@@ -41,7 +41,7 @@ def resample(
     np.add.at(sums, clusters, np.concatenate([outcomes.reshape(n, -1), np.ones((n, 1))], axis=1))
     rng = np.random.default_rng(seed)
     totals = np.empty((resamples, sums.shape[1]))
-    for start in range(0, resamples, 100):  # 100 at a time need 21 MB for the counts of 26,000 photos, instead of 420
+    for start in range(0, resamples, 100):  # 100 at a time need 21 MB for the counts of 26,000 authors, instead of 420
         stop = min(start + 100, resamples)
         drawn = [np.bincount(rng.integers(count, size=count), minlength=count) for _ in range(start, stop)]
         totals[start:stop] = np.stack(drawn).astype(np.float64) @ sums

@@ -167,9 +167,9 @@ def _whole(value: Any) -> np.ndarray:
 
 
 def read_module(path: epath.PathLike, make: Callable[[nnx.Rngs], M]) -> M:
-    """Returns a module with the parameters in a file of `write_parameters`.
+    """Returns a module with the parameters in a file that `write_parameters` wrote.
 
-    make: function that builds the module.
+    make: function that builds the module from random number generators.
 
     Raises ValueError with the name of the first parameter that is missing, extra or of another shape.
     """

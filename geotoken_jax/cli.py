@@ -1,4 +1,7 @@
-"""The command line `geotoken`: a verb per stage, some of which also take a user's own photos and predictions."""
+"""The command line `geotoken`: a verb per stage, and further verbs such as `serve` and `plan`.
+
+`predict` and `evaluate` also accept a user's own photos and predictions.
+"""
 
 import argparse
 import dataclasses
@@ -13,12 +16,15 @@ from geotoken_jax.serve import limits
 
 #: Exit status after an error that a user can fix; its message is one line.
 REFUSED = 2
-#: Exit status of training that saved and ended on request; the same command continues it (EX_TEMPFAIL of sysexits.h).
+#: Exit status of training that saved a checkpoint and ended after SIGTERM. The same command continues it.
 PREEMPTED = processes.RESTART
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs one verb and exits: with 0, with 2 after a one-line error, or with 75 if the same command can continue."""
+    """Runs one verb and exits.
+
+    The exit status is 0, 2 after a one-line error, 75 if the same command can continue, or 130 after Ctrl-C.
+    """
     parser = _parser()
     options, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     try:
@@ -76,7 +82,7 @@ def _add_studies(verbs: Any) -> None:
     verb.add_argument("--config", help="configuration file, such as configs/scaling.py")
     verb.add_argument("--workdir", help="work directory to start from, such as runs/demo")
     verb.add_argument(
-        "--index", type=int, help="with run: number of the only run (default: $SLURM_ARRAY_TASK_ID or all)"
+        "--index", type=int, help="with run: only this run, from 0 (default: $SLURM_ARRAY_TASK_ID or all)"
     )
     verb.add_argument("--document", action="store_true", help="with plot: print docs/scaling.md instead")
 
@@ -91,11 +97,11 @@ def _predict_options(verb: argparse.ArgumentParser) -> None:
 
 
 def _evaluate_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--predictions", action="append", help="file to score instead, JSON lines or CSV (repeatable)")
+    verb.add_argument("--predictions", action="append", help="file to score, JSON lines or CSV (repeatable)")
     verb.add_argument("--truth", help="with --predictions: file with id, latitude and longitude")
     verb.add_argument(
         "--method", action="append", default=[],
-        help="baseline that predicts first (repeatable): knn, geoclip or classifier",
+        help="with --workdir: baseline to predict with and to score (repeatable): knn, geoclip or classifier",
     )  # fmt: skip
     verb.add_argument(
         "--compare", action="append", nargs=2, default=[], metavar=("A", "B"),
@@ -206,6 +212,7 @@ def _config(options: argparse.Namespace, rest: list[str]) -> Any:
 
 
 def _has(config: Any, keys: list[str]) -> bool:
+    """Returns whether a configuration has a dotted key, given as the list of its parts."""
     for key in keys:
         if not hasattr(config, "keys") or key not in config:
             return False
@@ -216,7 +223,7 @@ def _has(config: Any, keys: list[str]) -> bool:
 _EXPERIMENT = "make runs that differ in a few settings, and compare them in one table"
 _SCALING = "measure how loss and accuracy change with size, data, neighbors, gallery and candidates"
 _SERVE = "predict photos over HTTP with an exported model"
-_PLAN = "compute memory, compute, collectives and time of a train step on a pod, without the pod"
+_PLAN = "estimate memory, compute, collectives and time of a train step on a pod, without the pod"
 #: Verb of a stage -> summary for --help.
 STAGES = {
     "prepare": "read and check the photos of a source, and add their S2 tokens",
@@ -227,7 +234,7 @@ STAGES = {
     "learn": "train the selectors that choose among candidates, for the variants that use trained selectors",
     "predict": "predict all photos of all splits, or photos of your own",
     "evaluate": "score predictions and write report/index.html, or score files of your own",
-    "audit": "check the gallery's coverage, leakage, the train neighbors, or at which level predictions go wrong",
+    "audit": "check one of: gallery coverage, leakage, neighbors of train photos, level at which predictions go wrong",
     "export": "write a folder that contains all that prediction needs",
     "all": "run all stages in order; complete folders are kept",
 }

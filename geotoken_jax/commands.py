@@ -38,7 +38,7 @@ def _quiet() -> None:
 def _export(options: argparse.Namespace, config: Any) -> int:
     """Makes export/, converts it for each --target, and uploads it to the hub with --push.
 
-    If export/ is complete, --config is not needed; with --from, neither is a work directory.
+    With --target or --push, --config is not needed if export/ is complete. With --from, no work directory is needed.
     """
     further = options.target or options.push
     if options.source is None and (config is not None or not further):
@@ -61,11 +61,11 @@ def _export(options: argparse.Namespace, config: Any) -> int:
 
 
 def _predict(options: argparse.Namespace, config: Any) -> int:
-    """Predicts photos with --model or --method, or the splits of a work directory without."""
+    """Predicts photos if --model or --method is given, else the splits of a work directory."""
     if options.model is None and options.method is None:
         if options.photos:
             raise settings.SettingsError(
-                "no model for the photos: add --model=DIR, a folder that `geotoken export` made"
+                "no model for the photos: add --model=DIR, a folder that `geotoken export` made, or --method=geoclip"
             )
         return _on_workdir(options, config)
     from geotoken_jax.backbone.preprocess import ImageError
@@ -122,7 +122,7 @@ def _expand(photos: Sequence[str]) -> list[str]:
 
 
 def _evaluate(options: argparse.Namespace, config: Any) -> int:
-    """Scores files with --predictions, or a work directory without."""
+    """Scores the files named by --predictions; if there are none, scores a work directory."""
     if not options.predictions:
         if options.compare or options.ellipsoid or options.strict:
             raise settings.SettingsError(
@@ -158,7 +158,7 @@ def _serve(options: argparse.Namespace, config: Any) -> int:
         from geotoken_jax.serve import app, batching
     except ModuleNotFoundError as error:
         raise settings.SettingsError(
-            f"`geotoken serve` needs {error.name}: pip install 'geotoken-jax[serve]'"
+            f"`geotoken serve` needs {error.name}: install it with pip install 'geotoken-jax[serve]'"
         ) from None
     folder = hub.resolve(options.model, options.revision)
     return app.run(batching.ServedGeoToken(folder, options.backbone), chosen, folder)
@@ -168,7 +168,7 @@ def _plan(options: argparse.Namespace, config: Any) -> int:
     """Prints the plan of one topology, or docs/scale.md with --document."""
     if config is None or not (options.topology or options.document):
         raise settings.SettingsError(
-            "--config=FILE or --topology=CHIP:SHAPE is missing: add it, as in "
+            f"{'--config=FILE' if config is None else '--topology=CHIP:SHAPE'} is missing: add it, as in "
             "`geotoken plan --config=configs/common.py --topology=v5e:16x16`"
         )
     from geotoken_jax import plan
@@ -185,7 +185,7 @@ def _plan(options: argparse.Namespace, config: Any) -> int:
     return 0
 
 
-#: Verb that does not need a work directory -> its function.
+#: Verb that can run without a work directory -> its function.
 _VERBS: dict[str, Callable[[argparse.Namespace, Any], int]] = {
     "predict": _predict,
     "evaluate": _evaluate,

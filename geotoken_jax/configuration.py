@@ -1,7 +1,8 @@
 """The configuration as one tree of frozen dataclasses.
 
-The command line reads one file of `configs/` with `read`; functions then receive only the sections that they need. The
-settings of a network are declared in the module of the network, the settings of stages here.
+The command line reads one file of `configs/` with `read`. Stages receive the whole Config; networks, losses and the
+training loop receive only their own sections. Settings that a single module reads are declared there; the settings of
+stages are declared here.
 """
 
 import dataclasses
@@ -32,8 +33,10 @@ from geotoken_jax.train.loop import TrainSettings
 
 @dataclasses.dataclass(frozen=True)
 class PoolsSettings:
-    """config.pools. photos: number of train photos with pools; their authors are drawn at random. seed: random seed of
-    that draw."""
+    """config.pools: train photos whose candidates are stored for training selectors.
+
+    photos: number of these photos; their authors are drawn at random. seed: random seed of the draw.
+    """
 
     photos: int
     seed: int
@@ -45,9 +48,12 @@ class PoolsSettings:
 
 @dataclasses.dataclass(frozen=True)
 class KnnSettings:
-    """config.baselines.knn. neighbors: number of neighbors per photo; no more than are stored are used. temperature:
-    softness of the neighbors' weights, exp(similarity / temperature), with similarities in [-3, 3]. sigma_km: standard
-    deviation of the Gaussian around each neighbor."""
+    """config.baselines.knn.
+
+    neighbors: number of neighbors per photo, at most config.index.neighbors.count. temperature: softness of the
+    neighbors' weights, exp(similarity / temperature); similarities are in [-3, 3]. sigma_km: standard deviation, in km,
+    of the Gaussian around each neighbor.
+    """
 
     neighbors: int
     temperature: float
@@ -188,8 +194,8 @@ class ScalingSettings:
     each budget. gallery: numbers of gallery photos at test time; each gallery contains the smaller ones. candidates:
     numbers of candidates per photo at test time, up to config.predict.samples. split: split that is tested. resamples:
     number of bootstrap resamples over runs. seed: random seed of the bootstrap and of the choice of gallery photos and
-    candidates. note: remarks on the study, printed in docs/scaling.md and written by hand after the runs. limits: list
-    of conclusions that may not transfer to other data, printed there too.
+    candidates. note: remarks on the study, printed in docs/scaling.md and written by hand after the runs. limits:
+    conclusions that may not transfer to other data, also printed in docs/scaling.md.
     """
 
     sizes: tuple[tuple[str, Any], ...]
@@ -332,7 +338,7 @@ class Config:
 
 
 def read(config: ConfigDict) -> Config:
-    """Returns the Config of a configuration file's ConfigDict. The changes of all variants are checked too.
+    """Returns the Config of a configuration file's ConfigDict, after checking it with the changes of every variant.
 
     Raises SettingsError with the first key that is missing, unknown, of a wrong type or out of range.
     """

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-#: Bytes per number of types whose name does not contain the number of bits, as f32, u8, f8e4m3fn and c64 do.
+#: Type -> bytes per number. For other types it follows from the bits in the name, as in f32, u8, f8e4m3fn and c64.
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2}
 _ARRAY = re.compile(r"\b(pred|bf16|[sufc]\d+\w*)\[([\d,<=]*)\](\{[^}]*\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
@@ -28,8 +28,9 @@ _FREE = {
 class Instruction:
     """One line of a computation.
 
-    type: type of the result, an array or a tuple of arrays. inside: text between the parentheses. rest: text after the
-    operands. root: whether the computation returns this result.
+    type: type of the result, an array or a tuple of arrays. operands: names of the operands. inside: text between the
+    parentheses after the opcode: operands, a constant's value or a parameter's index. rest: text after the closing
+    parenthesis. root: whether the computation returns this result.
     """
 
     name: str
@@ -42,7 +43,7 @@ class Instruction:
 
     @property
     def called(self) -> list[str]:
-        """Names of the computations that this instruction runs, without the scalar ones of reductions and sorts."""
+        """Names of the computations that this instruction runs; those of reductions and sorts are left out."""
         if self.opcode.endswith(("-done", "-update")) or self.opcode in COLLECTIVES:
             return []
         runs = ("fusion", "call", "while", "conditional", "async-start")
@@ -54,9 +55,9 @@ class Costs:
     """Costs of a program on one device.
 
     flops: floating-point operations of dots and convolutions. traffic: bytes read from and written to memory. payload:
-    kind of collective -> bytes of the whole array, as one device sees it. sent: kind of collective -> bytes that a
-    device sends if the collective runs in rings. unknown_loops: number of loops with an unknown number of iterations,
-    which count as one iteration.
+    kind of collective -> bytes per device of the operands, or of the result of an all-gather. sent: kind of collective
+    -> bytes that a device sends if the collective runs in rings. unknown_loops: number of loops with an unknown number
+    of iterations, which count as one iteration.
     """
 
     flops: float = 0.0
@@ -85,7 +86,7 @@ class Program:
                 current[instruction.name] = instruction
 
     def costs(self, turns: bool = True) -> Costs:
-        """Returns the costs of the entry computation. turns: whether loops count per iteration; if False, once each."""
+        """Returns the costs of the entry computation. turns: whether a loop's body counts per iteration; else once."""
         total = Costs()
         self._add(total, self.entry, 1.0, turns, top=True)
         return total
@@ -269,9 +270,10 @@ def _product(i: Instruction, instructions: dict[str, Instruction]) -> float:
 
 
 def _taps(out: int, size: int, stride: int, low: int, dilate_left: int, dilate_right: int, base: int) -> int:
-    """Returns the number of multiplications of a one-dimensional convolution, without those by padding or holes.
+    """Returns the number of multiplications of a one-dimensional convolution, without those by inserted zeros.
 
-    The TPU compiler writes batched matrix products as dilated convolutions, whose windows cover mostly holes.
+    Padding and dilation insert zeros. The TPU compiler writes batched matrix products as dilated convolutions, whose
+    windows cover mostly such zeros.
     """
     at = (o * stride + k * dilate_right - low for o, k in itertools.product(range(out), range(size)))
     return sum(a % dilate_left == 0 and 0 <= a < base * dilate_left for a in at)

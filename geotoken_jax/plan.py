@@ -1,8 +1,8 @@
 """Plans training on a pod without having it: memory, compute, collectives and a lower limit of the step's time.
 
 For TPUs the real train step is compiled for the absent chips, and the compiled program is analyzed. XLA compiles for a
-GPU only on a machine that has one, so the plan of a GPU contains only figures that follow from array shapes: the bytes
-that stay on a chip, and the model's floating-point operations. No array is allocated in either case.
+GPU only on a machine that has one, so the plan of a GPU contains only what follows from array shapes: the bytes that
+stay on a chip, and the model's floating-point operations. No array is allocated in either case.
 """
 
 import contextlib
@@ -39,12 +39,13 @@ DOCUMENTED = ("v5e:4x4", "v5e:16x16", "v6e:8x8", "v5p:4x4x4")
 _USABLE = 0.9
 #: Chip -> value of TPU_ACCELERATOR_TYPE, which libtpu needs to compile for an absent machine.
 _ACCELERATORS = {"v4": "v4-8", "v5e": "v5litepod-16", "v5p": "v5p-8", "v6e": "v6e-8"}
-#: "Used 17.79G of 15.75G hbm", or "the total memory required ... (17.79G) exceeds available HBM (15.75G)".
+#: Needed and available memory in the compiler's errors: "Used 17.79G of 15.75G hbm", or "the total memory required ...
+#: (17.79G) exceeds available HBM (15.75G)".
 _OUT_OF_MEMORY = re.compile(r"([\d.]+)([KMG])\)? (?:of|exceeds available HBM) \(?([\d.]+)([KMG])")
-#: Environment for libtpu: query no metadata server, and let several processes compile at once.
+#: Environment variables that make libtpu query no metadata server and let several processes compile at once.
 _ABSENT = {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-#: Compiler options for minimal effort. Compared with full effort it is 3 to 6 times faster; memory is within 10 %, but
-#: memory traffic is up to 2.7 times higher.
+#: Compiler options for minimal effort. Compiling is 3 to 6 times faster than with full effort. The program's memory
+#: differs by up to 10 %, but its memory traffic is up to 2.7 times as high.
 _QUICK: Any = {"exec_time_optimization_effort": -1.0}
 #: Costs of a GPU's plan, whose step is not compiled.
 _NOT_COMPILED: dict[str, Any] = {
@@ -90,7 +91,10 @@ def read(config: Config, rows: int = GALLERY) -> Workload:
 
 
 def topology(name: str) -> Topology:
-    """Returns the topology named CHIP:SHAPE, such as "v5e:16x16" or "h100:8". Raises SettingsError if it is wrong."""
+    """Returns the topology named CHIP:SHAPE, as in "v5e:16x16" or "h100:8".
+
+    Raises SettingsError if the chip is not in chips.CHIPS or the shape has another form.
+    """
     chip, _, shape = name.partition(":")
     if chip not in chips.CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
         known = ", ".join(chips.CHIPS)
@@ -99,11 +103,12 @@ def topology(name: str) -> Topology:
 
 
 def run(workload: Workload, pod: Topology, quick: bool = False) -> dict[str, Any]:
-    """Returns the plan as JSON values. Sizes are in bytes; all costs are per chip and step.
+    """Returns the plan of training on a pod, as JSON values. Sizes are in bytes; all costs are per chip and step.
 
     quick: compile with minimal effort (see _QUICK).
 
-    Raises SettingsError if the mesh does not fit the devices, the batch or a parameter.
+    Raises SettingsError if the mesh does not fit the devices, the batch or a parameter, if a TPU cannot have this
+    shape, or if the TPU compiler is not installed.
     """
     chip = chips.CHIPS[pod.chip]
     step = _Step(workload, _devices(pod))
@@ -195,7 +200,7 @@ class _Step:
         return sum(p.size for p in jax.tree.leaves(self.trainer.abstract["params"]))
 
     def resident_bytes(self) -> dict[str, int]:
-        """Returns the bytes per chip that stay allocated between two steps, and those of a batch."""
+        """Returns name -> bytes per chip, for the arrays that stay allocated between two steps and for a batch."""
         state = self.trainer.abstract
         parameters = [state["params"], state["constants"], state.get("ema")]
         return {
@@ -254,7 +259,7 @@ def _compiled(step: _Step, quick: bool) -> dict[str, Any]:
         unit = {"K": 2**10, "M": 2**20, "G": 2**30}
         needed, usable = (float(used[i]) * unit[used[i + 1]] for i in (1, 3))
         return {
-            "method": "compiler out of memory: its error reports the memory, and there is no program to analyze",
+            "method": "refused by the compiler, because a chip has too little memory: there is no program to analyze",
             "memory": {"activations and temporaries": max(0, int(needed) - resident)},
             "usable": usable,
             "refused": True,
@@ -279,8 +284,9 @@ def advice(workload: Workload, pod: Topology) -> list[dict[str, Any]]:
     """Returns the changes of settings that were tried on a step that does not fit, until one of them makes it fit.
 
     First each change is tried alone, the change that costs least speed first. Then the first two changes are tried at
-    once, the first three and so on. If no change is enough, the last one does not fit either. For TPUs each changed
-    step is compiled with minimal effort. For GPUs its bytes are only those that stay allocated between steps.
+    once, the first three and so on. Changes that the mesh or the batch does not allow are left out. If no change is
+    enough, the last one does not fit either. For TPUs each changed step is compiled with minimal effort. For GPUs its
+    bytes are only those that stay allocated between steps.
     """
     devices = _devices(pod)
     usable = chips.CHIPS[pod.chip].memory * _USABLE
@@ -339,7 +345,7 @@ def table(plan: Mapping[str, Any]) -> str:
     mesh = " x ".join(f"{axis} {n}" for axis, n in plan["mesh"].items())
     lines = [
         f"{plan['topology']}: {plan['chips']} chips as {mesh}; {plan['method']}",
-        f"batch {plan['batch_size']:,} in {plan['accumulate']}, group {plan['group']}, remat {plan['remat']}, "
+        f"batch {plan['batch_size']:,}, accumulate {plan['accumulate']}, group {plan['group']}, remat {plan['remat']}, "
         f"{plan['parameters']:,} parameters, gallery {plan['gallery']['placement']}",
         "",
         "memory per chip",
@@ -352,7 +358,8 @@ def table(plan: Mapping[str, Any]) -> str:
         "",
         "time per step, at peak rates",
         *(f"  {name:30}{1e3 * seconds[name]:10.3f} ms" for name in seconds if name != "bound"),
-        f"  bound by {seconds['bound']}: {plan['examples_per_second']:,.0f} examples/s, {plan['days']:.3g} days in all",
+        f"  bound by {seconds['bound']}: {plan['examples_per_second']:,.0f} examples/s, "
+        f"{plan['days']:.3g} days for all steps",
     ]
     if "advice" in plan:
         lines += ["", "changes tried"]

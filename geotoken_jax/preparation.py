@@ -1,6 +1,6 @@
 """Settings of data preparation: config.photos, config.embed and config.index.
 
-They are not declared in data_prep/, because the installed package lacks that folder but reads whole configurations.
+They are not declared in data_prep/, because the installed package reads whole configurations but lacks that folder.
 """
 
 import dataclasses
@@ -18,8 +18,8 @@ from geotoken_jax.settings import Runtime
 class BeamSettings:
     """config.photos.beam.
 
-    runner: Beam runner (DirectRunner, FlinkRunner, SparkRunner or DataflowRunner); if empty, config.photos.workers
-    processes of this machine instead of Beam. options: options of the Beam pipeline, such as
+    runner: Beam runner (DirectRunner, FlinkRunner, SparkRunner or DataflowRunner); if empty, Beam is not used, but
+    config.photos.workers processes of this machine. options: options of the Beam pipeline, such as
     `--flink_master=host:8081`.
     """
 
@@ -32,8 +32,8 @@ class PlaceholderSettings:
     """config.photos.mp16_pro.placeholder: images that sites show in place of removed photos, and that are dropped.
 
     hashes: hashes of known placeholders from `dhash`, 16 hexadecimal digits each; if empty, no photo is decoded for
-    this check. distance: number of bits in which a placeholder may differ from its hash. identical: number of photos
-    that may have the same bytes; if more have, all of them are placeholders.
+    this check. distance: number of bits by which a photo's hash may differ from one of them. identical: number of
+    photos that may have the same bytes; if more have, all of them are placeholders.
     """
 
     hashes: tuple[str, ...]
@@ -56,9 +56,9 @@ class PlaceholderSettings:
 class EarthViewSettings:
     """config.photos.earthview.
 
-    seed: random seed of the whole data set. places: number of GeoNames places with 1,000 inhabitants or more that
-    authors visit. train, validation, test, test_unseen, test_shift: number of photos per split. photos_per_shard:
-    photos per shard; the last shard may have fewer.
+    seed: random seed of the whole data set. places: number of places that authors visit, drawn from the GeoNames places
+    with 1,000 inhabitants or more; those of `test_unseen` are others. train, validation, test, test_unseen, test_shift:
+    number of photos per split. photos_per_shard: photos per shard; the last shard may have fewer.
     """
 
     seed: int
@@ -76,9 +76,9 @@ class FolderSettings:
     """config.photos.folder.
 
     path: folder of photos, with subfolders. csv: file with id, latitude and longitude and, if available, author, city,
-    state, country, continent and captured (times as read by csv_rows.seconds); if empty, coordinates and time come from
-    EXIF. train, validation, test: shares of authors, 0-1; a benchmark has test=1. photos_per_shard: photos per shard;
-    the last shard may have fewer.
+    state, country, continent and captured (a time that data_prep.csv_rows.seconds reads); if empty, coordinates and
+    time come from EXIF. train, validation, test: shares of authors, 0-1; a benchmark has test=1. photos_per_shard:
+    photos per shard; the last shard may have fewer.
     """
 
     path: str

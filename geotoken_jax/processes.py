@@ -38,7 +38,7 @@ class WatchSettings:
     def __post_init__(self):
         for name, seconds in dataclasses.asdict(self).items():
             if not 1 <= seconds < 1e6:
-                raise SettingsError(f"config.watch.{name} is {seconds}: use 1 to 1,000,000 seconds")
+                raise SettingsError(f"config.watch.{name} is {seconds}: use 1 second or more, below 1,000,000")
 
 
 class _Watch(threading.Thread):
@@ -96,7 +96,7 @@ def count() -> int:
 
 
 def index() -> int:
-    """Returns the number of this process, from 0. Process 0 writes all files that are not sharded."""
+    """Returns the index of this process, from 0. Process 0 writes all files that are not sharded."""
     return int(os.environ[_INDEX]) if count() > 1 else 0
 
 
@@ -140,7 +140,7 @@ def start() -> None:
     limits: Any = {}
     if _watch:
         _watch.report(f"connecting to the other processes at {os.environ[_ADDRESS]}", connecting=True)
-        # After its own time limits JAX aborts with a C++ stack and another status, so they must be longer than ours.
+        # After its own limits JAX aborts with a C++ stack and another status, so these must be longer than the watch's.
         connect, heartbeat = (int(2 * s) + 60 for s in (_watch.settings.connect_s, _watch.settings.stalled_s))
         limits = {"initialization_timeout": connect, "heartbeat_timeout_seconds": heartbeat}
     jax.distributed.initialize(os.environ[_ADDRESS], count(), index(), **limits)

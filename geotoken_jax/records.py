@@ -20,7 +20,7 @@ LEVEL = 20
 #: ones.
 ID_BYTES = 64
 
-#: One record per group, because global shuffling reads single records; with groups of 256 this is 6-7 times slower.
+#: One record per group, because global shuffling reads single records; groups of 256 make this 6 to 7 times slower.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 
 
@@ -77,8 +77,10 @@ class Layout:
 def feature_layout(width: int) -> Layout:
     """Returns the layout of features/, the records that all stages after `embed` read instead of pixels.
 
-    width: C, the width of image and text features. The field tokens has level-20 S2 tokens of group 1. The field
-    captured is the time at which the photo was taken, in seconds since 1970, NaN if unknown.
+    width: C, the width of image and text features.
+
+    The field `tokens` contains level-20 S2 tokens of group 1. The field `captured` is the time at which the photo was
+    taken, in seconds since 1970, NaN if unknown.
     """
     return Layout(
         (
@@ -96,8 +98,10 @@ def feature_layout(width: int) -> Layout:
 def token_layout(neighbors: int) -> Layout:
     """Returns the layout of tokens/, the decoder's training set.
 
-    neighbors: number of neighbors per record. The field row is the photo's row in its split's table. The field tokens
-    has level-20 S2 tokens of group 1. The field neighbors has gallery rows, best first, -1 for missing neighbors.
+    neighbors: number of neighbors per record.
+
+    The field `row` is the photo's row in its split's table. The field `tokens` contains level-20 S2 tokens of group 1.
+    The field `neighbors` contains gallery rows, best first, and -1 for missing neighbors.
     """
     return Layout(
         (
@@ -114,7 +118,10 @@ def shard_path(folder: epath.Path, stem: str, shard: int, shards: int) -> epath.
 
 
 def shard_paths(folder: epath.PathLike, stem: str) -> list[epath.Path]:
-    """Returns the paths of all shards of a stem, in order. Raises FileNotFoundError if one is missing."""
+    """Returns the paths of all shards in order. Raises FileNotFoundError if one is missing.
+
+    stem: beginning of the files' names, such as a split.
+    """
     folder = epath.Path(folder)
     paths = sorted(folder.glob(f"{stem}.array_record-?????-of-?????"))
     count = int(paths[0].name[-5:]) if paths else 0
@@ -143,7 +150,7 @@ def write_shard(path: epath.Path, data: Iterable[bytes], options: str = _WRITER_
 
 
 class Records:
-    """Random access to the records in all shards of a stem.
+    """Random access to the records in all shards of a split. stem: see shard_paths.
 
     `records[rows]` is a dict of arrays in the order of `rows`. Instances can be pickled: each process opens the files
     on first use.
@@ -185,7 +192,7 @@ def save_array(path: epath.PathLike, values: np.ndarray) -> None:
 
 
 def open_array(path: epath.PathLike, dtype: Any = None) -> np.ndarray:
-    """Returns a memory-mapped array (.npy). dtype: type to view the numbers as (bfloat16); the stored type if None."""
+    """Returns a memory-mapped array (.npy). dtype: type of the result, such as bfloat16; the stored type if None."""
     values = np.load(path, mmap_mode="r", allow_pickle=False)
     return values if dtype is None else values.view(dtype)
 
@@ -248,4 +255,5 @@ class Photos:
 
 
 def _is_text(name: str) -> bool:
+    """Returns whether a field of photos/ is text, which TFDS returns as bytes."""
     return name in ("id", "author", *PLACE_FIELDS)

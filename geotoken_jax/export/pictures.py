@@ -33,8 +33,8 @@ _BLOCK = 256
 _QUALITY = 75
 #: Longest side of an example photo, in pixels, and its JPEG quality. No backbone reads larger photos.
 _EXAMPLE = (1024, 90)
-#: Examples are chosen from the first _FIRST photos of `test`. A prediction is correct if its error is at most _RIGHT_KM:
-#: 200 km is the distance of region accuracy.
+#: Examples are chosen from the first _FIRST photos of `test`. A prediction is correct if its error is at most
+#: _RIGHT_KM: 200 km is the distance of region accuracy.
 _FIRST, _RIGHT_KM = 5_000, 200
 #: Source of photos -> sentence of the page about the photos that a model trained on this source can locate.
 _SCOPE = {

@@ -28,14 +28,17 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def embedding(model: AlignModel, width: int) -> bytes:
-    """Returns the serialized program (parameters, features [b, C]) -> vectors [b, 3, C], not normalized. All float32."""
+    """Returns the serialized program (parameters, features [b, C]) -> vectors [b, 3, C], not normalized.
+
+    Features and vectors are float32.
+    """
     return _serialized(programs.embedding(model, width))
 
 
 def decoding(model: GeoTokenModel, options: PredictSettings) -> bytes:
     """Returns the serialized program from parameters and the arguments of programs.decoding to Candidates.
 
-    The arguments are query, neighbors, neighbor_tokens, neighbor_count and numbers; programs.decoding gives their shapes.
+    The arguments are query, neighbors, neighbor_tokens, neighbor_count and numbers. See programs.decoding for shapes.
     """
     return _serialized(programs.decoding(model, options))
 

@@ -51,7 +51,7 @@ _FILES = {
     "logit_scale": "logit_scale_weights.pth",
 }
 _IN_WHEEL, _GALLERY = "geoclip/model/weights", "geoclip/model/gps_gallery/coordinates_100K.csv"
-#: Name prefixes of tensors in the whole model's state dict that are not imported: the CLIP backbone and coordinates.
+#: Name prefixes of tensors of the whole model that are not imported: the CLIP backbone and the coordinates.
 _UNUSED = ("image_encoder.CLIP.", "gps_gallery", "gps_queue")
 
 #: Number of gallery coordinates that a prediction lists as candidates.
@@ -83,7 +83,8 @@ def import_(path: epath.PathLike, projection: str = "equal_earth") -> GeoCLIP:
 def from_state_dict(weights: Weights, projection: str = "equal_earth") -> GeoCLIP:
     """Returns GeoCLIP with the weights of the whole model's state dict.
 
-    projection: see `import_`. Raises ValueError that names a missing tensor, an extra tensor or a tensor of the wrong shape.
+    projection: see `import_`. Raises ValueError that names a missing tensor, an extra tensor or a tensor of the wrong
+    shape.
     """
     used = {name: value for name, value in weights.items() if not name.startswith(_UNUSED)}
     capsules = {name.split(".")[1] for name in used if re.match(r"location_encoder\.LocEnc\d+\.", name)}
@@ -188,7 +189,10 @@ def start(settings: InitSettings) -> Callable[[AlignModel], None] | None:
 
 
 def _variables(model: GeoCLIP) -> dict[str, nnx.Variable]:
-    """Returns published tensor name -> variable of our model. Linear layers: published weight = our kernel, transposed."""
+    """Returns published tensor name -> variable of our model.
+
+    The published weight of a linear layer is our kernel, transposed.
+    """
     layers = (("image_encoder.mlp.0", model.image.hidden), ("image_encoder.mlp.2", model.image.output))
     return {
         **dict(_capsules(model.location)),

@@ -8,8 +8,8 @@
 - `import WEIGHTS OUT.safetensors`: converts published weights to a parameter file, as `geotoken train` writes it.
 - `export PARAMETERS.safetensors OUT`: converts a parameter file to published weights.
 
-Published weights are `.pth` (needs torch), `.safetensors` or `.npz` files. Reading them never runs code that a
-file contains.
+Published weights are `.pth` (needs torch), `.safetensors` or `.npz` files. Reading them never runs code in
+them.
 """
 
 import argparse
@@ -341,9 +341,8 @@ def check(path: str) -> dict[str, float]:
     log_p, log_p_in_training, sequence, greedy, beams = nnx.jit(run)(model, neighbors(0), neighbors(1))
     expected = jax.nn.log_softmax(stored[f"teacher_forced_logits_neighbors_0_to_{last}"])
     real = np.isfinite(expected)
-    states = stored[
-        f"memory_neighbors_0_to_{last}"
-    ]  # to save space, the file may store the memory of the first photos only
+    # To save space, the file may store the memory of the first photos only.
+    states = stored[f"memory_neighbors_0_to_{last}"]
     tempered = -loss.cross_entropy(jax.nn.log_softmax(log_p / 0.7), targets).sum(1)
     per_photo = loss.weighted(
         loss.cross_entropy(log_p_in_training, targets), loss.level_weights(s.cells.length, 2.0, 1.0)

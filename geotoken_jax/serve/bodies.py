@@ -132,9 +132,7 @@ def decoded(photo: bytes | str, max_pixels: int) -> bytes:
             pixels = math.prod(image.size)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         pixels = math.inf
-    except (
-        Exception
-    ):  # no image or a damaged header: `Model.prepare` reports it. Pillow can raise nearly any exception.
+    except Exception:  # no image or a damaged header, which `Model.prepare` reports; Pillow can raise nearly any type
         pixels = 0
     if pixels > max_pixels:
         raise ImageError(f"the photo has more than {max_pixels:,} pixels: make it smaller")

@@ -112,9 +112,8 @@ class Rate:
         function that returns seconds.
         """
         self._per_minute, self._clock = per_minute, clock
-        self._left: OrderedDict[str, tuple[float, float]] = (
-            OrderedDict()
-        )  # client -> photos left, and the clock's seconds at its last request
+        # Client -> photos left, and the clock's seconds at its last request.
+        self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
     def take(self, address: str, photos: int) -> None:
         """Counts photos. Raises Refused, and counts none of them, if they exceed the rate."""

@@ -138,7 +138,7 @@ def _classifier(config: Config, workdir: Workdir, folder: epath.Path) -> tuple[A
     """Trains a classifier of cells, and returns a function that predicts with it, and facts for the manifest.
 
     The prediction is the mean position of the gallery photos in the most probable cell (PlaNet, Weyand et al. 2016).
-    The facts are the number of cells, and of gallery photos in none of them.
+    The facts are the number of cells, and the number of gallery photos outside of them.
     """
     options, gallery = config.baselines.classifier, workdir.gallery
     cells = classifier.partition(gallery.tokens(), options.max_photos, options.min_photos)

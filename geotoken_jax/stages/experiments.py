@@ -26,8 +26,8 @@ from geotoken_jax.stages.train import check_context
 from geotoken_jax.workdir import write_json
 
 #: Folders that a run links to instead of making them again. Folders in _SHARED are in the base work directory. Of the
-#: folders in _TRAINED, only the variant's subfolder is linked: to the run whose trained models are reused, or else to the
-#: base work directory.
+#: folders in _TRAINED, only the variant's subfolder is linked: to the run whose trained models are reused,
+#: or else to the base work directory.
 _SHARED = ("photos", "features", "align", "gallery", "queries", "neighbors", "tokens")
 _TRAINED = ("geotoken", "pools", "reward", "verifier")
 
@@ -39,7 +39,7 @@ and `geotoken experiment --document` with the same options writes this page ({da
 row of a table is the baseline: other rows state their difference to it in percentage points, with the 95 % interval of
 the paired bootstrap over authors. The validation loss is in nats per token, with the run's own loss weights, so it is
 comparable only between runs with equal tokens and weights. `geotoken experiment context` compares models that read a
-photo's capture time (`config.model.context`). EarthView's photos have no capture times, so this page has no table of it.
+photo's capture time (`config.model.context`). EarthView's photos have no such times, so this page has no table of it.
 """
 
 

@@ -68,8 +68,8 @@ def _forecast(config: Config, workdir: Workdir, one: scaling.Run) -> None:
     missing = {run.label for run in scaling.runs(config) if run.axis == "grid"} - {row["label"] for row in rows}
     if missing:
         raise StageError(
-            f"the forecast for the held-out run {one.label} needs the whole grid, but {', '.join(sorted(missing))} are not "
-            "complete: run `geotoken scaling run` without --index, which completes all runs in order"
+            f"the forecast for the held-out run {one.label} needs the whole grid, but it lacks the runs "
+            f"{', '.join(sorted(missing))}: run `geotoken scaling run` without --index, which makes all runs in order"
         )
     law, resampled = scaling_law.fit(*scaling.columns(rows), s.resamples, s.seed)
     loss = float(law(one.parameters, one.photos))

@@ -52,7 +52,7 @@ def run(config: Config, workdir: Workdir, variant: str) -> list[Manifest]:
 
 
 def pools(config: Config, workdir: Workdir, variant: str) -> Manifest:
-    """Writes pools/VARIANT: gallery rows [n] of photos, their candidates, and the decoder's last output per candidate."""
+    """Writes pools/VARIANT: gallery rows [n], and per photo its candidates with the decoder's last output for each."""
     inputs = ["tokens", f"geotoken/{variant}", "neighbors"]
     stage = workdir.begin(config, f"pools/{variant}", ["pools", *_CANDIDATE_KEYS], inputs)
     if stage.manifest:
@@ -151,8 +151,8 @@ def _comparator(
 def rows_by_author(authors: np.ndarray, photos: int, seed: int) -> np.ndarray:
     """Returns the rows of all photos by randomly drawn authors, grouped by author.
 
-    Authors are drawn until they have `photos` photos in all, or half of all photos if that is less. A photo without an author counts
-    as an author with one photo.
+    Authors are drawn until they have `photos` photos in all, or half of all photos if that is less. A photo without an
+    author counts as an author with one photo.
     """
     _, author = np.unique(authors, return_inverse=True)
     unknown = authors == authors.dtype.type()

@@ -1,7 +1,7 @@
 """Runs the stages of experiments and scaling studies, whose runs differ in a few settings.
 
-The runs of a scaling study share one work directory. Each run of an experiment has its own, in which folders that do not
-depend on the run's changed settings are links into another work directory, so only the other folders are made.
+The runs of a scaling study share one work directory. Each run of an experiment has its own, in which folders that do
+not depend on the run's changed settings are links into another work directory, so only the other folders are made.
 """
 
 from collections.abc import Callable, Iterable, Sequence

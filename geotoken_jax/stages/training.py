@@ -48,7 +48,8 @@ def fit(
 
     section: dotted key of the TrainSettings in config. splits: readers of the training and the validation photos.
     label: name shown with the progress. mesh: devices to train on; the mesh of config.mesh if None. resident: arrays
-    that stay on the mesh. Raises SettingsError or loop.Diverged; if the message begins with a setting, it has its full key.
+    that stay on the mesh. Raises SettingsError or loop.Diverged. If its message begins with a setting of the section,
+    it gives the setting's full key.
     """
     options: TrainSettings = config.at(section)
     mesh = mesh or make_mesh(config.mesh)

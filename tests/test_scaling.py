@@ -163,7 +163,9 @@ def test_a_study_is_resumed_run_by_run_and_the_forecast_comes_before_the_held_ou
     last = len(scaling.runs(given)) - 1
     study_stage.run(given, path, 0)
     assert made == ["5K_2000"]
-    with pytest.raises(workdir.StageError, match=r"1536K_12800 needs the whole grid: run .* for 20K_12800, "):
+    with pytest.raises(
+        workdir.StageError, match=r"1536K_12800 needs the whole grid, but it lacks the runs .*20K_12800, "
+    ):
         study_stage.run(given, path, last)
     with pytest.raises(
         settings.SettingsError, match=f"--index is {last + 1}: choose a run of config.scaling, 0 to {last}"

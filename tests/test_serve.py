@@ -260,7 +260,7 @@ def test_pixels_are_counted_before_they_are_decoded():
         (dict(json={"photo": text(photo())[:-3]}), 422, "base64"),
         (dict(json={"photo": "§§§§"}), 422, "base64"),
         (dict(content=b'{"photo": "\\ud800"}', headers={"content-type": "application/json"}), 422, "base64"),
-        (dict(json={"photo": "http://localhost/x.jpg"}), 422, "no address is fetched"),
+        (dict(json={"photo": "http://localhost/x.jpg"}), 422, "URLs are not fetched"),
     ],
 )
 def test_a_body_of_another_form_is_told_what_to_send(sent, status, word):

@@ -12,7 +12,7 @@ from geotoken_jax.artifacts import Workdir
 from geotoken_jax.configuration import Config
 from geotoken_jax.workdir import write_bytes, write_json
 
-#: Provenance of photos that were prepared before sources stated theirs.
+#: Provenance of photos that were prepared before sources stated their provenance.
 _UNSTATED = {
     "license": "unknown",
     "origin": "The manifest of the photos does not state their origin.",
@@ -55,9 +55,9 @@ def source(workdir: Workdir, config: Config) -> dict[str, Any]:
 
 
 def _chain(workdir: Workdir, folders: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields these folders and all folders they were made from, with SHA-256 sums.
+    """Yields the name and the digests of these folders and of all folders that they were made from.
 
-    "sha256" is the digest of the folder's manifest, "inputs" maps its input folders to their digests.
+    The key "sha256" is the SHA-256 of the folder's manifest; "inputs" maps the folder's inputs to theirs.
     """
     seen, waiting = set(), list(folders)
     while waiting:
@@ -206,7 +206,8 @@ def _cost(cost: Any) -> str:
         ("int8 minus bfloat16", *(_percent(a, "+.2f") for a in difference)),
     ]
     summary = _wrapped(
-        f"Vectors have one byte per number: gallery, index and views take {after} instead of {before}. The index finds "
+        f"Vectors have one byte per number: the gallery, its index and the vectors of trained selectors, "
+        f"if any, take {after} instead of {before}. The index finds "
         f"{quantized} of a photo's 15 nearest neighbors instead of {original}. Both galleries were compared on the "
         f"{cost['photos']:,} photos of {cost['split']}: percentage of photos within each distance, and its change in "
         "percentage points with the paired 95 % interval."

@@ -31,12 +31,12 @@ _SHARD = 65_536
 #: Photos decoded concurrently. All of their files are in memory.
 _BLOCK = 256
 _QUALITY = 75
-#: Longest side of an example, in pixels, and its JPEG quality. No backbone reads more pixels.
+#: Longest side of an example photo, in pixels, and its JPEG quality. No backbone reads larger photos.
 _EXAMPLE = (1024, 90)
-#: Number of first photos of `test` that examples are chosen from, and the largest error of a correct prediction, in km:
-#: 200 km is the distance of region accuracy.
+#: Examples are chosen from the first _FIRST photos of `test`. A prediction is correct if its error is at most
+#: _RIGHT_KM: 200 km is the distance of region accuracy.
 _FIRST, _RIGHT_KM = 5_000, 200
-#: Source -> kind of photos that a model trained on it can locate, for the page.
+#: Source of photos -> sentence of the page about the photos that a model trained on this source can locate.
 _SCOPE = {
     "earthview": "The model was trained on satellite images. Its predictions for photos taken on the ground are wrong."
 }

@@ -1,6 +1,6 @@
 """Quantizes an export's gallery to int8 and measures the loss of accuracy.
 
-An int8 gallery takes half the bytes of bfloat16, and its index less than a third.
+An int8 gallery takes half the bytes of a bfloat16 gallery, and its index less than a third of the other's index.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ def quantize(workdir: Workdir, options: IndexSettings, folder: epath.Path) -> di
     The index is built again from the dequantized vectors, with the settings of the gallery's index. Returns "bytes" and
     the index's "recall", each before and after.
 
-    options: search settings, used for the keys that affect only the run time.
+    options: config.index.search, of which only the keys that affect nothing but run time are used.
     """
     parts = [folder / "gallery", *(folder / name for name in _SELECTOR_VECTORS if (folder / name).exists())]
     manifest = workdir.manifest("gallery")

@@ -1,7 +1,7 @@
 """Writes an export's two programs as StableHLO, which jax compiles for any CPU, GPU or TPU.
 
-`align` maps features to vectors. `geotoken` maps these and the neighbors' vectors to candidates. Parameters are
-arguments of the programs, so the export contains the weights only once.
+`align` maps features to vectors. `geotoken` maps the vectors of a photo and of its neighbors to candidates. Both take
+the parameters as arguments, so the export contains these only in its `.safetensors` files.
 """
 
 import contextlib
@@ -28,14 +28,17 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def embedding(model: AlignModel, width: int) -> bytes:
-    """Returns the program (parameters, features [b, C] float32) -> vectors [b, 3, C] float32, not normalized."""
+    """Returns the serialized program (parameters, features [b, C]) -> vectors [b, 3, C], not normalized.
+
+    Features and vectors are float32.
+    """
     return _serialized(programs.embedding(model, width))
 
 
 def decoding(model: GeoTokenModel, options: PredictSettings) -> bytes:
-    """Returns the program (parameters, query, neighbors, neighbor_tokens, neighbor_count, numbers) -> Candidates.
+    """Returns the serialized program from parameters and the arguments of programs.decoding to Candidates.
 
-    See programs.decoding for shapes.
+    The arguments are query, neighbors, neighbor_tokens, neighbor_count and numbers. See programs.decoding for shapes.
     """
     return _serialized(programs.decoding(model, options))
 
@@ -67,7 +70,7 @@ def _serialized(program: Program) -> bytes:
 
 @contextlib.contextmanager
 def _without_source_locations() -> Iterator[None]:
-    """Lowers programs without source locations.
+    """Inside the context, jax lowers programs without source locations.
 
     By default jax stores the caller's file names and lines with each operation, which would put local paths into the
     export.

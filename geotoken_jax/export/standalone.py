@@ -24,13 +24,13 @@ import numpy as np
 
 #: Photos per embedding batch. The size is constant because matrix products of other shapes round differently.
 _BATCH = 256
-#: Gallery photos per block of the search, 75 MB at width 2304.
+#: Gallery photos per block of the search: 75 MB, at 2304 numbers per photo.
 _BLOCK = 8192
 #: Extra neighbors that the float32 search keeps. The final order uses float64 scores and may move them up.
 _SPARE = 8
 _TYPES = {"F32": np.float32, "F16": np.float16, "I32": np.int32, "U32": np.uint32}
-#: Hilbert curve: (orientation, quad) -> 2 * i + j, and quad -> change of orientation. The root of a face has
-#: orientation face & 1.
+#: Hilbert curve of S2 cells. _IJ[orientation, quad] is 2 * i + j, with the bits i and j that a quad adds to the two
+#: coordinates of a cell on its face. _TURN[quad] is XORed to the orientation, which starts as face & 1.
 _IJ = np.array([[0, 1, 3, 2], [0, 2, 3, 1], [3, 2, 0, 1], [3, 1, 0, 2]])
 _TURN = np.array([1, 0, 0, 3])
 
@@ -68,9 +68,9 @@ class Model:
         return _rounded(_unit(np.concatenate(outputs), 1e-12))
 
     def neighbors(self, vectors):
-        """Returns gallery rows and scores [n, M] of the nearest photos, best first.
+        """Returns gallery rows and scores [n, M] of the M nearest gallery photos, best first.
 
-        If the gallery has fewer than M photos, the rest is -1 and -inf.
+        M is config["model"]["neighbors"]. If the gallery has fewer than M photos, the rest is -1 and -inf.
         """
         queries = _index_vectors(vectors)
         rows = np.zeros((len(queries), 0), np.int64)
@@ -116,8 +116,8 @@ class Model:
     def answers(self, inputs):
         """Returns one prediction per photo, a dict with fields of geotoken_jax.Prediction.
 
-        Every sample is a separate candidate: equal samples are not merged. inputs: features or thumbnails, as in
-        FEATURES.npy.
+        Every sample is a separate candidate: equal samples are not merged. inputs: features [n, C], or
+        thumbnails [n, side, side, 3] uint8 for the backbone `thumbnail`.
         """
         vectors = self.vectors(self.features(inputs) if inputs.ndim == 4 else inputs)
         rows, scores = self.neighbors(vectors)

@@ -51,7 +51,7 @@ _FILES = {
     "logit_scale": "logit_scale_weights.pth",
 }
 _IN_WHEEL, _GALLERY = "geoclip/model/weights", "geoclip/model/gps_gallery/coordinates_100K.csv"
-#: Entries of the whole state dict that are not imported: the CLIP backbone and the coordinates.
+#: Name prefixes of tensors of the whole model that are not imported: the CLIP backbone and the coordinates.
 _UNUSED = ("image_encoder.CLIP.", "gps_gallery", "gps_queue")
 
 #: Number of gallery coordinates that a prediction lists as candidates.
@@ -81,9 +81,10 @@ def import_(path: epath.PathLike, projection: str = "equal_earth") -> GeoCLIP:
 
 
 def from_state_dict(weights: Weights, projection: str = "equal_earth") -> GeoCLIP:
-    """Returns GeoCLIP with the weights of a whole state dict.
+    """Returns GeoCLIP with the weights of the whole model's state dict.
 
-    Raises ValueError that names a missing tensor, an extra tensor or a tensor of the wrong shape.
+    projection: see `import_`. Raises ValueError that names a missing tensor, an extra tensor or a tensor of the wrong
+    shape.
     """
     used = {name: value for name, value in weights.items() if not name.startswith(_UNUSED)}
     capsules = {name.split(".")[1] for name in used if re.match(r"location_encoder\.LocEnc\d+\.", name)}
@@ -156,7 +157,9 @@ class GeoCLIPPredictor(Predictor):
 
 
 def start(settings: InitSettings) -> Callable[[AlignModel], None] | None:
-    """Returns a function that initializes an alignment model's capsules from GeoCLIP. None if no weights are set.
+    """Returns a function that initializes an alignment model's capsules from GeoCLIP.
+
+    Returns None if config.align.init.location is empty.
 
     settings: config.align.init. The MLP after the capsules, which GeoCLIP does not have, stays random, as in G3. Raises
     SettingsError if the weights cannot be read. The returned function raises SettingsError if they do not fit
@@ -186,7 +189,10 @@ def start(settings: InitSettings) -> Callable[[AlignModel], None] | None:
 
 
 def _variables(model: GeoCLIP) -> dict[str, nnx.Variable]:
-    """Returns published tensor name -> variable of our model. Weights of linear layers are transposed kernels."""
+    """Returns published tensor name -> variable of our model.
+
+    The published weight of a linear layer is our kernel, transposed.
+    """
     layers = (("image_encoder.mlp.0", model.image.hidden), ("image_encoder.mlp.2", model.image.output))
     return {
         **dict(_capsules(model.location)),
@@ -229,15 +235,15 @@ def _load(variables: Mapping[str, nnx.Variable], weights: Weights) -> None:
 def read_weights(path: epath.PathLike) -> dict[str, np.ndarray]:
     """Returns the weights with the tensor names of the whole model's state dict.
 
-    path: the wheel, a folder with the wheel's `.pth` files, or a state dict file. Raises ValueError if the path is none
-    of these, and FileNotFoundError that names a missing file.
+    path: the wheel, a folder with the wheel's `.pth` files, or a file with the state dict of the whole model. Raises
+    ValueError if the path is none of these, and FileNotFoundError that names a missing file.
     """
     path = epath.Path(path)
     if not path.is_dir() and path.suffix != ".whl":
         return official.read_weights(path)
     weights = {}
     for prefix, file in _FILES.items():
-        tensors = _read_pth(file, _member(path, f"{_IN_WHEEL}/{file}"))
+        tensors = _read_pth(f"{path}: {file}", _member(path, f"{_IN_WHEEL}/{file}"))
         weights |= {prefix + name: value for name, value in tensors.items()}
     return weights
 
@@ -262,17 +268,24 @@ def _member(path: epath.Path, name: str) -> bytes:
 
 
 def _read_pth(file: str, data: bytes) -> dict[str, np.ndarray]:
-    """Returns the float32 tensors of a file written by torch.save. A single tensor without a dict gets the name ""."""
+    """Returns the float32 tensors of a file written by torch.save. A single tensor without a dict gets the name "".
+
+    file: path of the file, for messages. data: its contents.
+    """
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             (index,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
             tensors = _Tensors(archive, index).load()
     except Exception as error:  # a damaged archive or pickle can raise nearly any exception
-        raise ValueError(f"{file} does not contain float32 tensors only: {error}") from error
+        raise ValueError(
+            f"{file} cannot be read as float32 tensors ({error}): download GeoCLIP's wheel again"
+        ) from error
     tensors = tensors if isinstance(tensors, dict) else {"": tensors}
     for name, value in tensors.items():
         if not (isinstance(name, str) and isinstance(value, np.ndarray)):
-            raise ValueError(f"{file} does not contain float32 tensors only: {name!r} is not a tensor")
+            raise ValueError(
+                f"{file} cannot be read as float32 tensors ({name!r} is not a tensor): download GeoCLIP's wheel again"
+            )
     return tensors
 
 
@@ -312,7 +325,7 @@ def _tensor(storage: np.ndarray, offset: int, shape: tuple[int, ...], strides: t
 def check(weights: Weights, path: epath.PathLike) -> dict[str, float]:
     """Returns the largest absolute error of each quantity stored in a file of reference values.
 
-    weights: published weights. path: `.npz` file with the arrays listed in docs/fidelity.md.
+    weights: published weights. path: `.npz` file of outputs of the published model; docs/fidelity.md lists its arrays.
     """
     with np.load(io.BytesIO(epath.Path(path).read_bytes()), allow_pickle=False) as file:
         stored = official._Stored({name: file[name] for name in file.files})
@@ -352,7 +365,7 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def read(path: epath.PathLike) -> GeoCLIP:
-    """Returns the model from a parameter file that `import` wrote. Raises ValueError for other files."""
+    """Returns the model from a parameter file that `import` wrote. Raises ValueError if a parameter is missing."""
     stored = safetensors.numpy.load(epath.Path(path).read_bytes())
     capsules = {name.split("/")[2] for name in stored if name.startswith("location/capsules/")}
     try:
@@ -367,9 +380,9 @@ def read(path: epath.PathLike) -> GeoCLIP:
 
 
 def main() -> None:
-    """Runs one action of the command line.
+    """Runs the action named on the command line.
 
-    Exits with 1 if an error of `check` is 1e-4 or more, and with 2 if a file cannot be used.
+    Exits with 1 if `check` finds a difference of 1e-4 or more, and with 2 if a file cannot be used.
     """
     parser = argparse.ArgumentParser(
         prog="python -m geotoken_jax.interop.geoclip",

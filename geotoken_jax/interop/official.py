@@ -2,12 +2,14 @@
 
 `python -m geotoken_jax.interop.official ACTION`:
 
-- `check FILE.npz`: compares our model with outputs of the published model (arrays listed in docs/fidelity.md). Prints
-  the largest error of memory, logits, loss and log-probability, and the agreement of greedy and beam tokens.
+- `check FILE.npz`: compares our model with stored outputs of the published model. docs/fidelity.md lists the arrays of
+  the file. Prints the largest error of the encoder's memory, the logits, the loss and the log-probabilities, and the
+  agreement of greedy and beam tokens.
 - `import WEIGHTS OUT.safetensors`: converts published weights to a parameter file, as `geotoken train` writes it.
 - `export PARAMETERS.safetensors OUT`: converts a parameter file to published weights.
 
-Published weights are `.pth` (needs torch), `.safetensors` or `.npz` files. Reading them never runs code.
+Published weights are `.pth` (needs torch), `.safetensors` or `.npz` files. Reading them never runs code in
+them.
 """
 
 import argparse
@@ -38,7 +40,7 @@ from geotoken_jax.predict import beam, sample
 #: Published name -> array.
 Weights = Mapping[str, np.ndarray]
 
-#: Prefixes of entries of the published state dict that the published forward pass never reads.
+#: Name prefixes of tensors in the published state dict that the published forward pass never reads.
 UNUSED = ("similarity_embedding.", "metadata_proj.", "coord_head.", "encoder_pos_encoder.", "decoder_pos_encoder.")
 _PROJECTIONS = ("image_proj", "loc_proj", "text_proj")  # in the order of our kinds: image, location, text
 
@@ -48,8 +50,8 @@ def settings(
 ) -> ModelSettings:
     """Returns ModelSettings with the published architecture.
 
-    others: fields that replace the published values: backbone_width (768), dropout (0.1), dtype ("float32"), remat
-    ("none"). Raises ValueError if the group is above MAX_GROUP, since its tables would be too large.
+    others: values of backbone_width, dropout, dtype and remat, instead of 768, 0.1, "float32" and "none". Raises
+    ValueError if the group is above MAX_GROUP, since its tables would be too large.
     """
     if group > MAX_GROUP:
         tables = 3 * (level // group) * 4**group * width * 4
@@ -89,7 +91,10 @@ def settings_of(weights: Weights, *, heads: int = 8, neighbors: int = 15) -> Mod
 
 
 def _settings_of_parameters(parameters: Weights) -> ModelSettings:
-    """Returns the settings of a parameter file. The model must have the published architecture."""
+    """Returns the settings of a parameter file of the published architecture.
+
+    heads and neighbors are 1 instead of their true values, which no tensor's shape shows.
+    """
     rows, width = _shape(parameters, "token_table", 2)
     layers, _, feed_forward = _shape(parameters, "encoder/feed_forward/up/kernel", 3)
     return _settings(
@@ -99,7 +104,7 @@ def _settings_of_parameters(parameters: Weights) -> ModelSettings:
         layers=layers,
         feed_forward=feed_forward,
         backbone_width=_shape(parameters, "memory_builder/projections/up", 3)[1],
-        heads=1,  # no shape depends on heads and neighbors
+        heads=1,
         neighbors=1,
     )
 
@@ -113,13 +118,17 @@ def _shape(tensors: Weights, name: str, axes: int) -> tuple[int, ...]:
 
 
 def _settings(*, rows: int, positions: int, **sizes: Any) -> ModelSettings:
-    """rows: number of rows of the token table: 6 for the face and 4^group for each of the other positions."""
+    """Returns the settings with the group that fits the size of the token table.
+
+    rows: number of rows of the token table, which are 6 for the face and 4^group for each of the other positions.
+    positions: number of output positions. sizes: arguments of `settings` other than group and level.
+    """
     for group in range(1, MAX_GROUP + 1):
         if rows == 6 + (positions - 1) * 4**group:
             return settings(group=group, level=group * (positions - 1), **sizes)
     raise ValueError(
-        f"the token table has {rows} rows, and no group has that number with "
-        f"{positions} output positions: only models of the published architecture can be converted"
+        f"the token table has {rows} rows, which fits no group with {positions} output positions: only models of the "
+        "published architecture can be converted"
     )
 
 
@@ -204,8 +213,8 @@ def read_weights(path: epath.PathLike) -> dict[str, np.ndarray]:
     """Returns the state dict of a `.pth`, `.safetensors` or `.npz` file, converted to float32.
 
     A `.pth` may be a training checkpoint with the state dict under `model_state_dict`, `state_dict` or `model`. Name
-    prefixes of DataParallel and torch.compile are removed. Raises ValueError if the file has no readable state dict,
-    and ModuleNotFoundError for a `.pth` if torch is not installed.
+    prefixes of DataParallel and torch.compile are removed. Raises ValueError if the file has another suffix or no
+    readable state dict, and ModuleNotFoundError for a `.pth` if torch is not installed.
     """
     path = epath.Path(path)
     read, _ = _format(path)
@@ -291,13 +300,15 @@ _FORMATS = {
 
 class _Stored(dict):
     def __missing__(self, name: str) -> np.ndarray:
-        raise ValueError(f"the file lacks {name}: docs/fidelity.md lists the arrays that the file needs")
+        raise ValueError(f"the .npz file lacks {name}: docs/fidelity.md lists the arrays that it needs")
 
 
 def check(path: str) -> dict[str, float]:
-    """Returns the largest absolute error of each stored quantity, and the share of equal greedy and beam tokens.
+    """Returns name -> difference between our model's outputs and the stored outputs of the published model.
 
-    path: `.npz` file with the arrays listed in docs/fidelity.md. Raises ValueError that names a missing array.
+    The difference is the largest absolute error; for greedy and beam tokens it is the share of equal tokens.
+
+    path: `.npz` file with the arrays that docs/fidelity.md lists. Raises ValueError that names a missing array.
     """
     with np.load(path, allow_pickle=False) as file:
         stored = _Stored({name: file[name] for name in file.files})
@@ -330,7 +341,8 @@ def check(path: str) -> dict[str, float]:
     log_p, log_p_in_training, sequence, greedy, beams = nnx.jit(run)(model, neighbors(0), neighbors(1))
     expected = jax.nn.log_softmax(stored[f"teacher_forced_logits_neighbors_0_to_{last}"])
     real = np.isfinite(expected)
-    states = stored[f"memory_neighbors_0_to_{last}"]  # the file may store fewer photos to save space
+    # To save space, the file may store the memory of the first photos only.
+    states = stored[f"memory_neighbors_0_to_{last}"]
     tempered = -loss.cross_entropy(jax.nn.log_softmax(log_p / 0.7), targets).sum(1)
     per_photo = loss.weighted(
         loss.cross_entropy(log_p_in_training, targets), loss.level_weights(s.cells.length, 2.0, 1.0)
@@ -378,7 +390,7 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def main() -> None:
-    """Runs one action of the command line.
+    """Runs the action named on the command line.
 
     Exits with 1 if `check` finds an error of 1e-4 or more or a differing token, and with 2 if a file cannot be used.
     """

@@ -1,4 +1,4 @@
-"""`geotoken export --target`: converts an export for runtimes other than jax, in its folder targets/NAME.
+"""`geotoken export --target`: converts an export for runtimes other than jax, into its folder targets/NAME.
 
 Each converter needs a separate environment because its requirements conflict with the requirements of geotoken-jax.
 """
@@ -11,7 +11,7 @@ from etils import epath
 from geotoken_jax import workdir
 from geotoken_jax.settings import SettingsError
 
-#: Target name -> module of this package that converts, and packages to install beside geotoken-jax.
+#: Target name -> the module of interop/ that converts, and the packages to install beside geotoken-jax.
 TARGETS = {
     "onnx": ("onnx", "jax2onnx==0.17.1 onnxruntime==1.32.0 array_record==0.8.6 ml_collections pillow safetensors tqdm"),
     "savedmodel": ("savedmodel", "tensorflow-cpu==2.21.0 jax==0.10.2 etils safetensors tqdm"),

@@ -12,7 +12,7 @@ GEOJSON = "application/geo+json"
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """An error, as one sentence."""
+    """The error of a photo or of a request, as one sentence."""
 
     error: str
 
@@ -27,8 +27,8 @@ class Answers:
 def geojson(answers: Sequence[Prediction | Failure]) -> dict[str, Any]:
     """Returns a FeatureCollection with one point per answer, candidate, cell center and neighbor.
 
-    Properties are "photo", the number of the photo from 0, "kind", and the fields of the object except lists. `errors`
-    lists the photos that could not be read.
+    The properties of a point are "photo" (index of the photo in the request, from 0), "kind" and the object's other
+    fields, without lists and without None. `errors` lists the photos that could not be read.
     """
     features, errors = [], []
     for photo, answer in enumerate(answers):

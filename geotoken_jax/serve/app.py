@@ -63,7 +63,10 @@ class Service:
 
     @contextlib.asynccontextmanager
     async def running(self, on_failure: Callable[[], None]) -> AsyncIterator[None]:
-        """Runs the batcher inside the context. If the model fails, logs the error and calls `on_failure`."""
+        """Runs the batcher inside the context.
+
+        If the batcher ends with an error, as when the model cannot be compiled, logs it and calls `on_failure`.
+        """
 
         def ended(task: asyncio.Task[None]) -> None:
             if not task.cancelled():
@@ -81,7 +84,9 @@ class Service:
     async def answers(
         self, request: Request, name: str, max_photos: int | None, format: Format
     ) -> list[Prediction | Failure]:
-        """Returns predictions or errors for a request's photos, in order. Raises Refused.
+        """Returns predictions or errors for a request's photos, in order.
+
+        Raises Refused if the service is not ready or is full, or if the request exceeds a limit or cannot be read.
 
         name, max_photos: see `bodies.photos`.
         """
@@ -124,7 +129,7 @@ def make(
     on_failure: function called if the model cannot be run. export: folder with the page's texts and pictures; the page
     has none if None.
     """
-    # Senders control the log messages of these libraries. At DEBUG, Pillow logs the whole EXIF.
+    # Silence both libraries: whoever sends a photo controls their messages, and at DEBUG Pillow logs the whole EXIF.
     for library in ("PIL", "python_multipart"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module="PIL")
@@ -257,7 +262,11 @@ def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def _endpoint(kind: Any, name: str, encoded: Any, file: Any, example: Any) -> dict[str, Any]:
-    """Returns the arguments that describe an endpoint for photos in the OpenAPI document."""
+    """Returns the arguments that describe an endpoint for photos in the OpenAPI document.
+
+    kind: class of the response. name: key of the photos in the request body. encoded, file: JSON schemas of the photos
+    in a JSON body and in a form. example: value of `name` in an example body.
+    """
 
     def content(schema: Any, **more: Any) -> dict[str, Any]:
         properties = {name: schema}
@@ -277,7 +286,7 @@ def _endpoint(kind: Any, name: str, encoded: Any, file: Any, example: Any) -> di
 
 
 def run(model: Model, settings: ServeSettings, export: Any = None) -> int:
-    """Serves until SIGTERM or SIGINT, answers all accepted requests and returns the exit status.
+    """Serves until SIGTERM or SIGINT, waits up to `drain_s` seconds for accepted requests, and returns the exit status.
 
     The status is 1 if the model could not be run, otherwise 0. export: see `make`.
     """
@@ -300,7 +309,8 @@ def run(model: Model, settings: ServeSettings, export: Any = None) -> int:
             timeout_keep_alive=75,
         )
     )
-    # After draining, uvicorn sends itself the signal again. Without handlers the signal would end the process.
+    # After the accepted requests, uvicorn sends its own process the signal again. These handlers ignore it, so that
+    # this function returns its status.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     server.run()

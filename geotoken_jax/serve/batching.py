@@ -1,4 +1,4 @@
-"""Dynamic batching: photos that wait when the model becomes free form the next batch."""
+"""Dynamic batching: each time the model becomes free, the waiting photos form the next batch."""
 
 import asyncio
 import contextlib
@@ -30,7 +30,7 @@ class Model(Protocol):
     batch_size: int
 
     def prepare(self, photo: Any) -> Prepared:
-        """Returns a decoded and resized photo. All have the same shape. Raises ImageError.
+        """Returns a photo decoded and resized to one shape for all photos. Raises ImageError if it cannot be read.
 
         photo: anything that `preprocess.open_image` accepts.
         """
@@ -42,7 +42,7 @@ class Model(Protocol):
 
 
 class ServedGeoToken(GeoToken):
-    """A GeoToken with the two steps of `Model`."""
+    """A GeoToken with the two calls of `Model`: its `predict` takes photos that `prepare` returned."""
 
     def __init__(self, folder: epath.PathLike, backbone: epath.PathLike | None = None):
         super().__init__(folder, backbone=backbone)
@@ -80,7 +80,7 @@ class Batcher:
             blank = self._model.prepare(Image.new("RGB", (64, 64)))
             for size in sorted({_padded(n + 1, self._size) for n in range(self._size)}):
                 await self._timed([blank] * size)
-            await self._timed([blank] * self._size)  # again, since the last time includes compilation
+            await self._timed([blank] * self._size)  # again: the stored duration includes compilation
             self.ready = True
             while True:
                 await self._answer(await self._next())

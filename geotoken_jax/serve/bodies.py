@@ -50,8 +50,8 @@ def photos(content_type: str, body: bytes, name: str, max_photos: int | None) ->
     """Returns the photos of a body: files from a form, base64 from JSON.
 
     content_type: the header Content-Type. name: name of the form's parts, or key of the JSON object. max_photos:
-    largest number of photos; exactly one photo, in JSON without a list, if None. Raises Refused if the body
-    contains no photo, too many photos or anything else.
+    largest number of photos; if None, the body contains one photo, which JSON does not wrap in a list. Raises Refused
+    if the body contains no photo, too many photos or anything else, or if the content type is not supported.
     """
     mime, options = parse_options_header(content_type)
     if mime == MULTIPART.encode():
@@ -125,14 +125,14 @@ def decoded(photo: bytes | str, max_pixels: int) -> bytes:
             photo = base64.b64decode(photo, validate=True)
         except ValueError:
             raise ImageError(
-                "the photo is not base64: send the file's contents as base64 without line breaks; no address is fetched"
+                "the photo is not base64: send the file's contents as base64 without line breaks; URLs are not fetched"
             ) from None
     try:
         with Image.open(io.BytesIO(photo), formats=FORMATS) as image:
             pixels = math.prod(image.size)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         pixels = math.inf
-    except Exception:  # no image or a damaged header; Pillow can raise nearly any exception
+    except Exception:  # no image or a damaged header, which `Model.prepare` reports; Pillow can raise nearly any type
         pixels = 0
     if pixels > max_pixels:
         raise ImageError(f"the photo has more than {max_pixels:,} pixels: make it smaller")

@@ -9,17 +9,18 @@ from geotoken_jax.geo.cells import CellScheme, corners
 from geotoken_jax.geo.distance import EARTH_RADIUS_KM, from_unit_vectors, great_circle_km, to_unit_vectors
 from geotoken_jax.predict.prediction import Prediction
 
-#: Level 20 is the level of candidates and therefore the finest.
+#: S2 cells of all levels, one token per level. The finest level is 20, the level of candidates.
 _CELLS = CellScheme(20, 1)
 #: Levels with a smaller probability are left out, except the first such level.
 _MIN_PROBABILITY = 1e-4
-#: Number of circles around the prediction, from one meter to half the Earth's circumference, and of points per circle.
+#: Number of rings around the prediction, with radii from one meter to half the Earth's circumference, and number of
+#: sample points per ring.
 _RINGS, _POINTS = 96, 48
 
 
 @dataclasses.dataclass(frozen=True)
 class LevelCell:
-    """A cell of a level.
+    """One S2 cell of a level.
 
     corners: latitude and longitude in degrees, counterclockwise. Edges are great-circle arcs. probability: probability
     that the photo was taken in the cell.
@@ -34,8 +35,8 @@ class Level:
     """The cell that contains the prediction at one S2 level.
 
     level: S2 level. edge_km: mean length of the cell's edges. probability: probability that the photo was taken in the
-    cell. cells: the cell and its siblings, most probable first: the six faces at level 0, the four quarters of the
-    previous cell at other levels. chosen: index of the cell in `cells`.
+    cell. cells: the cell and its siblings, most probable first: the six faces at level 0, at other levels the
+    four quarters of the cell one level coarser. chosen: index of the cell in `cells`.
     """
 
     level: int

@@ -50,7 +50,7 @@ class ServeSettings:
             value = getattr(self, field.name)
             least = 0 if field.name in ("port", "wait_ms", "rate") else 1
             if field.type in (int, float) and not least <= value < math.inf:
-                raise SettingsError(f"{flag(field.name)} is {value}: set it to at least {least}")
+                raise SettingsError(f"{flag(field.name)} is {value}: set it to a finite number, at least {least}")
         for name in ("queue", "rate"):
             if self.max_photos > getattr(self, name) and (name == "queue" or self.rate):
                 raise SettingsError(
@@ -60,11 +60,14 @@ class ServeSettings:
         self.token()
 
     def token(self) -> str:
-        """Returns the bearer token, or "" if none is required. Raises SettingsError if the variable is not set."""
+        """Returns the bearer token, or "" if none is required.
+
+        Raises SettingsError if the environment variable named by token_variable is unset or empty.
+        """
         if self.token_variable and not os.environ.get(self.token_variable):
             raise SettingsError(
-                f"--token-variable is {self.token_variable}, but this environment variable is empty: set it to the "
-                "token"
+                f"--token-variable is {self.token_variable}, but this environment variable is unset or empty: set it "
+                "to the token"
             )
         return os.environ.get(self.token_variable, "")
 
@@ -109,7 +112,8 @@ class Rate:
         function that returns seconds.
         """
         self._per_minute, self._clock = per_minute, clock
-        self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()  # client -> photos left, time
+        # Client -> photos left, and the clock's seconds at its last request.
+        self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
     def take(self, address: str, photos: int) -> None:
         """Counts photos. Raises Refused, and counts none of them, if they exceed the rate."""

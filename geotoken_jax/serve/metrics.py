@@ -44,7 +44,10 @@ class Metrics:
 
 
 class RequestMetrics:
-    """ASGI middleware that counts requests by path. Unknown paths count as `other`, so clients cannot add labels."""
+    """ASGI middleware that counts and times requests by path.
+
+    Unknown paths count as `other`, so clients cannot add labels.
+    """
 
     def __init__(self, app: Any, metrics: Metrics, paths: Collection[str]):
         self._app, self._metrics, self._paths = app, metrics, paths

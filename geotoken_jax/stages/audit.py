@@ -24,7 +24,7 @@ from geotoken_jax.progress import Progress
 from geotoken_jax.stages import evaluate
 from geotoken_jax.workdir import Manifest, Stage, StageError, write_bytes, write_json
 
-#: Name of an audit -> function that formats its figures as a text table.
+#: Name of an audit -> function that formats the contents of its figures.json as a text table.
 TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "coverage": coverage.table,
     "leakage": leakage.table,
@@ -36,7 +36,8 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
 def run(config: Config, workdir: Workdir, name: str) -> list[Manifest]:
     """Runs one audit and writes audit/NAME/.
 
-    Raises StageError if the reference variant, or the split config.audit.coverage.split, has no predictions.
+    "coverage" and "leakage" raise StageError if the reference variant has no predictions; "coverage" also if
+    config.audit.coverage.split is not an evaluated split.
     """
     makers = {"coverage": _coverage, "leakage": _leakage, "neighbors": _neighbors, "levels": _levels}
     return [makers[name](config, workdir)]
@@ -48,7 +49,7 @@ def _coverage(config: Config, workdir: Workdir) -> Manifest:
     split = options.coverage.split
     if split not in workdir.query_counts:
         raise StageError(
-            f"config.audit.coverage.split is {split!r}: choose one of the splits in {workdir.path / 'predictions'}, "
+            f"config.audit.coverage.split is {split!r}: choose one of the splits in {workdir.path / 'queries'}, "
             f"{', '.join(sorted(workdir.query_counts))}"
         )
     inputs = ["photos", "gallery", "queries", "neighbors", f"geotoken/{scoring.reference}", *folders]

@@ -25,7 +25,8 @@ from geotoken_jax.stages import training
 from geotoken_jax.stages.predict import write
 from geotoken_jax.workdir import Manifest
 
-#: Split -> photo ids and predictions. A photo without a prediction is left out; evaluation counts it as missing.
+#: Function of a split's name that yields photo ids and predictions. It leaves out photos without a prediction, which
+#: evaluation counts as missing.
 Answer = Callable[[str], Iterator[tuple[bytes, Prediction]]]
 
 
@@ -65,7 +66,10 @@ def run(config: Config, workdir: Workdir, name: str) -> list[Manifest]:
 
 
 def _top1(config: Config, workdir: Workdir, folder: epath.Path) -> tuple[Answer, dict[str, Any]]:
-    """Predicts the coordinates of the nearest neighbor. All neighbors are candidates."""
+    """Returns a function that predicts the coordinates of the nearest neighbor, and no facts.
+
+    All neighbors are candidates.
+    """
     del folder
 
     gallery = workdir.gallery
@@ -79,7 +83,10 @@ def _top1(config: Config, workdir: Workdir, folder: epath.Path) -> tuple[Answer,
 
 
 def _knn(config: Config, workdir: Workdir, folder: epath.Path) -> tuple[Answer, dict[str, Any]]:
-    """Predicts the neighbor at which the density of all neighbors is highest (Vo et al. 2017, section 3)."""
+    """Returns a function that predicts the neighbor with the highest density of neighbors, and no facts.
+
+    The method is from Vo et al. 2017, section 3. Raises SettingsError if neighbors/ has too few neighbors per photo.
+    """
     del folder
     options = config.baselines.knn
     recorded = workdir.manifest("neighbors").settings["index"]["neighbors"]["count"]
@@ -100,7 +107,9 @@ def _knn(config: Config, workdir: Workdir, folder: epath.Path) -> tuple[Answer, 
 
 
 def _geoclip(config: Config, workdir: Workdir, folder: epath.Path) -> tuple[Answer, dict[str, Any]]:
-    """Predicts the gallery coordinates whose encoding is nearest to the photo's location vector.
+    """Returns a function that predicts the gallery coordinates nearest to the photo in embedding space, and no facts.
+
+    Compared are the encoded coordinates and the photo's location vector.
 
     This is GeoCLIP's method (Vivanco Cepeda et al. 2023) with GeoToken's alignment model. The encoded coordinates
     are stored in encoded.npy.
@@ -126,7 +135,11 @@ def _geoclip(config: Config, workdir: Workdir, folder: epath.Path) -> tuple[Answ
 
 
 def _classifier(config: Config, workdir: Workdir, folder: epath.Path) -> tuple[Answer, dict[str, Any]]:
-    """Predicts the mean position of the gallery photos in the most probable cell (Weyand et al. 2016, PlaNet)."""
+    """Trains a classifier of cells, and returns a function that predicts with it, and facts for the manifest.
+
+    The prediction is the mean position of the gallery photos in the most probable cell (PlaNet, Weyand et al. 2016).
+    The facts are the number of cells, and the number of gallery photos outside of them.
+    """
     options, gallery = config.baselines.classifier, workdir.gallery
     cells = classifier.partition(gallery.tokens(), options.max_photos, options.min_photos)
     if not len(cells):

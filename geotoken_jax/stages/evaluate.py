@@ -25,7 +25,8 @@ from geotoken_jax.workdir import Manifest, StageError, write_bytes, write_json
 def run(config: Config, workdir: Workdir) -> list[Manifest]:
     """Scores all predictions and writes report/metrics.json and report/index.html.
 
-    A report is made again if predictions were added since. Raises StageError if the reference has no predictions.
+    A report is made again if predictions were added since. Raises StageError if config.evaluate.reference
+    has no predictions.
     """
     folders = predicted(config, workdir)
     for name in ("manifest.json", "begun.json"):

@@ -25,8 +25,9 @@ from geotoken_jax.stages import sweep
 from geotoken_jax.stages.train import check_context
 from geotoken_jax.workdir import write_json
 
-#: Folders that a run links to instead of making them: those in _SHARED from the base work directory, and the variant's
-#: subfolder of those in _TRAINED from the base, or from the run whose trained models it reuses.
+#: Folders that a run links to instead of making them again. Folders in _SHARED are in the base work directory. Of the
+#: folders in _TRAINED, only the variant's subfolder is linked: to the run whose trained models are reused,
+#: or else to the base work directory.
 _SHARED = ("photos", "features", "align", "gallery", "queries", "neighbors", "tokens")
 _TRAINED = ("geotoken", "pools", "reward", "verifier")
 
@@ -38,21 +39,21 @@ and `geotoken experiment --document` with the same options writes this page ({da
 row of a table is the baseline: other rows state their difference to it in percentage points, with the 95 % interval of
 the paired bootstrap over authors. The validation loss is in nats per token, with the run's own loss weights, so it is
 comparable only between runs with equal tokens and weights. `geotoken experiment context` compares models that read a
-photo's capture time (`config.model.context`). EarthView's photos have none, so this page has no table of it.
+photo's capture time (`config.model.context`). EarthView's photos have no such times, so this page has no table of it.
 """
 
 
 def run(config: Config, workdir: Workdir, name: str) -> dict[str, Any]:
     """Makes all runs of an experiment, writes experiments/NAME/results.json and returns its contents.
 
-    Raises SettingsError if there is no experiment of that name.
+    Raises SettingsError if there is no experiment of that name, or if the settings of a run are invalid.
     """
     experiment, options = _experiment(config, name), config.evaluate
     variant, folder, base = options.reference, Path(workdir.path) / "experiments" / name, Path(workdir.path).resolve()
     runs: dict[str, Workdir] = {}
     configs: dict[str, Config] = {}
     for label, changes, *trained_by in experiment.runs:  # check every run before the first one trains
-        source = configs[trained_by[0]] if trained_by else config  # its trained models keep their settings
+        source = configs[trained_by[0]] if trained_by else config  # reused models keep their settings
         configs[label] = source.changed(changes, f"experiments.{name}")
         check_context(configs[label], workdir)
     for label, _, *trained_by in experiment.runs:

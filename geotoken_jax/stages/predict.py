@@ -63,8 +63,8 @@ def run(config: Config, workdir: Workdir, variant: str) -> list[Manifest]:
 def _judges(config: Config, folder: epath.Path, counts: dict[str, int]) -> dict[str, Judge]:
     """Returns the MLLM judge of every split in config.judge.splits.
 
-    There is none without config.judge.base_url, or if config.predict.samples is 0: a greedy candidate alone leaves no
-    choice.
+    Returns no judges if config.judge.base_url is empty, or if config.predict.samples is 0: the greedy candidate alone
+    leaves no choice. Raises SettingsError if config.judge.splits contains a split that is not in `counts`.
     """
     options = config.judge
     if not options.base_url or not config.predict.samples:

@@ -22,8 +22,8 @@ from geotoken_jax.workdir import StageError, write_json
 def run(config: Config, workdir: Workdir, index: int | None) -> None:
     """Trains one run of the scaling study, or all runs. Complete runs are skipped.
 
-    index: number of the run; all runs if None. Raises SettingsError if there is no such run, and StageError if the
-    held-out run is requested before the grid is complete.
+    index: index of the run in scaling.runs, from 0; all runs if None. Raises SettingsError if there is no such run, and
+    StageError if the held-out run is due before the grid is complete, or was trained without a forecast.
     """
     plan, s = scaling.runs(config), scaling.scaling_settings(config)
     if index is not None and not 0 <= index < len(plan):
@@ -40,7 +40,7 @@ def run(config: Config, workdir: Workdir, index: int | None) -> None:
 
 @contextlib.contextmanager
 def _timed(file: epath.Path) -> Iterator[None]:
-    """Adds wall-clock and CPU seconds to a file. The file sums over all attempts of an interrupted run."""
+    """Adds the context's wall-clock and CPU seconds to those in a JSON file, which sums all attempts of a run."""
     wall, cpu = time.monotonic(), time.process_time()
     try:
         yield
@@ -52,9 +52,9 @@ def _timed(file: epath.Path) -> Iterator[None]:
 
 
 def _forecast(config: Config, workdir: Workdir, one: scaling.Run) -> None:
-    """Writes scaling/forecast.json: the held-out run's loss, predicted from the grid runs alone.
+    """Writes scaling/forecast.json, unless it exists: the held-out run's loss, predicted from the grid runs alone.
 
-    Raises StageError if a grid run is incomplete, or if the held-out run is already trained.
+    Raises StageError if a grid run is incomplete, or if the held-out run was trained without a forecast.
     """
     file = workdir.path / FOLDER / FORECAST
     if file.exists():
@@ -68,8 +68,8 @@ def _forecast(config: Config, workdir: Workdir, one: scaling.Run) -> None:
     missing = {run.label for run in scaling.runs(config) if run.axis == "grid"} - {row["label"] for row in rows}
     if missing:
         raise StageError(
-            f"the forecast for the held-out run {one.label} needs the whole grid: run `geotoken scaling run` for "
-            f"{', '.join(sorted(missing))} first"
+            f"the forecast for the held-out run {one.label} needs the whole grid, but it lacks the runs "
+            f"{', '.join(sorted(missing))}: run `geotoken scaling run` without --index, which makes all runs in order"
         )
     law, resampled = scaling_law.fit(*scaling.columns(rows), s.resamples, s.seed)
     loss = float(law(one.parameters, one.photos))

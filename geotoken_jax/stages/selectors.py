@@ -29,8 +29,8 @@ from geotoken_jax.progress import Progress
 from geotoken_jax.stages import training
 from geotoken_jax.workdir import Manifest
 
-#: Share of the pools used for validation: the last ones. Pools are grouped by author, so one author at most is in both
-#: parts.
+#: Share of the pools used for validation, taken from the end. Pools are grouped by author, so at most one author has
+#: photos in both training and validation.
 _VALIDATION = 0.1
 #: Images per block when encoding the augmented gallery or copying views.
 _BLOCK = 4096
@@ -52,7 +52,7 @@ def run(config: Config, workdir: Workdir, variant: str) -> list[Manifest]:
 
 
 def pools(config: Config, workdir: Workdir, variant: str) -> Manifest:
-    """Writes pools/VARIANT: gallery rows [n], the candidates of these photos and the decoder's last hidden states."""
+    """Writes pools/VARIANT: gallery rows [n], and per photo its candidates with the decoder's last output for each."""
     inputs = ["tokens", f"geotoken/{variant}", "neighbors"]
     stage = workdir.begin(config, f"pools/{variant}", ["pools", *_CANDIDATE_KEYS], inputs)
     if stage.manifest:
@@ -93,8 +93,9 @@ def reward(config: Config, workdir: Workdir, variant: str) -> Manifest:
 def verifier(config: Config, workdir: Workdir, variant: str) -> Manifest:
     """Trains the comparator, then the scorer, and writes verifier/VARIANT.
 
-    The folder contains comparator/, scorer/, views.npy and owner.npy (see `save_views`), and keys.npy: the comparator's
-    vectors of all gallery photos and views.
+    The folder contains comparator/ and scorer/; views.npy and owner.npy (see `save_views`); keys.npy, the comparator's
+    vectors of all gallery photos and views; features.npy, the scorer's inputs, and moments.npy, their mean and
+    standard deviation.
     """
     inputs = [f"pools/{variant}", "align", "gallery", "queries", "neighbors"]
     stage = workdir.begin(config, f"verifier/{variant}", ["verifier"], inputs)
@@ -124,7 +125,9 @@ def verifier(config: Config, workdir: Workdir, variant: str) -> Manifest:
 def _comparator(
     config: Config, folder: epath.Path, augmented: AugmentedGallery, gallery: Table, rows: np.ndarray
 ) -> Comparator:
-    """Trains the comparator on the gallery photos outside the pools and writes comparator/ and keys.npy.
+    """Trains the comparator on the gallery photos outside the pools, and writes comparator/ and keys.npy.
+
+    Returns the comparator.
 
     rows: gallery rows of the pools, used for validation.
     """
@@ -148,8 +151,8 @@ def _comparator(
 def rows_by_author(authors: np.ndarray, photos: int, seed: int) -> np.ndarray:
     """Returns the rows of all photos by randomly drawn authors, grouped by author.
 
-    Authors are drawn until `photos` is reached, or half of all photos if that is less. A photo without an author counts
-    as an author with one photo.
+    Authors are drawn until they have `photos` photos in all, or half of all photos if that is less. A photo without an
+    author counts as an author with one photo.
     """
     _, author = np.unique(authors, return_inverse=True)
     unknown = authors == authors.dtype.type()
@@ -162,7 +165,11 @@ def rows_by_author(authors: np.ndarray, photos: int, seed: int) -> np.ndarray:
 
 
 class _Pairs:
-    """Reads positive pairs for the comparator: image and other [b, C], two images of one place, and place [b, 3]."""
+    """Reads positive pairs for the comparator.
+
+    A batch contains `image` and `other` [b, C], embeddings of two images of one place, and `place` [b, 3], unit vectors
+    of the photos' coordinates.
+    """
 
     def __init__(self, augmented: AugmentedGallery, gallery: Table, rows: np.ndarray, km: float, seed: int):
         """rows: gallery rows that form pairs with each other. km: largest distance between two photos of one place."""
@@ -178,8 +185,10 @@ class _Pairs:
         return self.vary(rows, rows)
 
     def vary(self, rows: np.ndarray, examples: np.ndarray) -> dict[str, np.ndarray]:
-        """Returns random pairs of images: one of a photo, and one of another photo of its place or of the photo itself
-        (the same image if the photo has no views).
+        """Returns one random pair of images per photo.
+
+        The first image is the photo or one of its views. The second image is another photo of the same place, a view of
+        one, or another image of the photo itself (the same image if the photo has no views).
 
         Called for each batch (see data.pipeline.Varying). rows: rows of this reader. examples: position of each row in
         the order of training. The first position seeds the draws.

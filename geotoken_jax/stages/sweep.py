@@ -1,7 +1,7 @@
 """Runs the stages of experiments and scaling studies, whose runs differ in a few settings.
 
-Each run of an experiment has its own work directory; the runs of a scaling study share one. Folders that do not depend
-on a run's changed settings are links into another work directory, so only the other folders are made.
+The runs of a scaling study share one work directory. Each run of an experiment has its own, in which folders that do
+not depend on the run's changed settings are links into another work directory, so only the other folders are made.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -28,7 +28,7 @@ STAGES: dict[str, Callable[[Config, Workdir, str], list[Manifest]]] = {
 
 
 def make(config: Config, workdir: Workdir, variant: str, verbs: Iterable[str]) -> None:
-    """Runs stages of a run in the given order.
+    """Runs the stages in `verbs` for one run, in this order.
 
     If a linked folder was made with other settings, it is replaced by a link to the same folder of another run with the
     right settings, or made anew if no run has one.

@@ -55,8 +55,8 @@ def decoder(config: Config, workdir: Workdir, mesh: Any) -> tuple[Any, list, dic
     (none if config.gallery.placement is "host").
 
     config: configuration with the variant's changes applied. Raises SettingsError if config.model.neighbors exceeds the
-    recorded neighbors, if config.model.level exceeds the level of the stored cells, 20, or if config.data.photos
-    exceeds the photos.
+    neighbors per photo in neighbors/, if config.model.level exceeds the level of the stored cells, 20, or if
+    config.data.photos exceeds the number of training photos.
     """
     model, options, gallery = config.model, config.gallery, workdir.gallery
     if workdir.neighbor_count < model.neighbors:

@@ -146,7 +146,7 @@ def _masked(masked: Mapping[str, Any], maps: Maps) -> list[Piece | str]:
     groups, drawn = [], []
     for kind in maps.lost:
         regions = [region for region in masked["regions"] if region["kind"] == kind]
-        if kind == "continent":
+        if kind == "continent" and masked["every_continent"]:
             regions.append({"name": "Each photo's own continent", "gallery": None, **masked["every_continent"]})
         for i, method in enumerate(regions[0]["methods"] if regions else []):
             rows = [_masked_row(region, region["methods"][i]) for region in regions]

@@ -184,7 +184,7 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
     if (folder / "pytorch_model.bin").exists():
         raise SettingsError(
             f"{folder} contains its parameters only as a pickle, which can run code: with torch and transformers "
-            f'installed, convert it with `python -c "from transformers import AutoModel as M; M.from_pretrained({str(folder)!r})'
-            f'.save_pretrained({str(folder)!r})"`'
+            f'installed, convert it with `python -c "from transformers import AutoModel as M; '
+            f'M.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"`'
         )
     raise SettingsError(f"{folder} has no model.safetensors: choose a checkpoint folder as Hugging Face publishes it")

@@ -388,7 +388,7 @@ def recall(found: Int32[np.ndarray, "n _"], wanted: Int32[np.ndarray, "n k"], co
 
 @contextlib.contextmanager
 def _without_progress_log() -> Iterator[None]:
-    """Drops the progress log that C++ code writes to stderr inside the context, which no log level turns off.
+    """Drops the progress log that ScaNN writes to stderr inside the context, which no log level turns off.
 
     All other lines are printed when the context ends.
     """

@@ -123,7 +123,9 @@ def test_shards_are_read_as_one_file(copied, tower):
     for found, wanted in zip(*(jax.tree.leaves(nnx.state(t.model)) for t in (opened(copied), tower)), strict=True):
         np.testing.assert_array_equal(found, wanted)
     (copied / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(SettingsError, match=r"has no model-00002-of-00002\.safetensors, which its index names"):
+    with pytest.raises(
+        SettingsError, match=r"has no model-00002-of-00002\.safetensors, which model\.safetensors\.index\.json names"
+    ):
         opened(copied)
 
 
@@ -142,7 +144,7 @@ FAULTS = {
     "NaFlex": (lambda f: change(f, "config.json", model_type="siglip2"), "of model_type 'siglip2'"),
     "a tensor is missing": (lambda f: rewrite(f, lambda t: t.pop(FC1)), f"has no tensor {FC1}"),
     "a wrong shape": (
-        lambda f: rewrite(f, lambda t: t.update({FC1: t[FC1][:, 1:].copy()})), rf"{FC1} has shape \[15, 24\] "
+        lambda f: rewrite(f, lambda t: t.update({FC1: t[FC1][:, 1:].copy()})), rf"{FC1} has shape \[15, 24\], but "
     ),
     "an unknown tensor": (
         lambda f: rewrite(f, lambda t: t.update({"adapter.weight": t[FC1]})), "1 tensors .* such as adapter.weight"
@@ -153,7 +155,7 @@ FAULTS = {
     ),
     "an unknown activation": (
         lambda f: change(f, "config.json", vision_config={**checkpoints.VISION, "hidden_act": "relu"}),
-        "hidden_act is 'relu' in config.json: choose a checkpoint with quick_gelu",
+        "hidden_act is 'relu': choose a checkpoint with quick_gelu",
     ),
     "no number": (
         lambda f: change(f, "config.json", vision_config={**checkpoints.VISION, "patch_size": "5"}),
@@ -161,7 +163,7 @@ FAULTS = {
     ),
     "heads do not divide": (
         lambda f: change(f, "config.json", vision_config={**checkpoints.VISION, "num_attention_heads": 3}),
-        "hidden_size is 16 in config.json, which does not divide into num_attention_heads = 3",
+        "hidden_size is 16, which does not divide into num_attention_heads = 3",
     ),
     "no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json is damaged"),
     "a list": (lambda f: (f / "config.json").write_text("[]"), "config.json is not a JSON object"),

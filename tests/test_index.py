@@ -176,7 +176,9 @@ def test_missing_results_are_marked(searched):
 def test_a_bad_index_is_an_error(tmp_path):
     pytest.importorskip("scann")
     noise = np.random.default_rng(0).normal(size=(1500, 64)).astype(np.float32)
-    with pytest.raises(index.IndexQualityError, match=r"finds 0\.\d+ of the 15 nearest with all 38 leaves"):
+    with pytest.raises(
+        index.IndexQualityError, match=r"recall of the 15 nearest neighbors is 0\.\d+ with all 38 leaves"
+    ):
         index.build(noise, dataclasses.replace(SETTINGS, reorder=16, min_recall=1.0), tmp_path)
     assert not (tmp_path / "index.json").exists()
 

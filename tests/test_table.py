@@ -56,7 +56,7 @@ def test_one_shard_is_memory_mapped_and_pickles_small(tmp_path):
 def test_rows_out_of_range_are_refused(tmp_path, parts):
     table.write_shard(tmp_path, 0, 1, parts[0])
     for wrong in ([-1], [5], [0, 9]):
-        with pytest.raises(IndexError, match="in a table of 5 rows"):
+        with pytest.raises(IndexError, match="has 5 rows, but rows from"):
             table.Table(tmp_path).tokens(wrong)
 
 

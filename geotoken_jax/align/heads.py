@@ -60,7 +60,7 @@ class AlignModel(nnx.Module):
 
 
 class Statistics(nnx.Variable):
-    """Statistics of the features: saved with the weights, but no nnx.Param, so optimizers leave them alone."""
+    """Mean or whitening matrix: saved with the weights, but no nnx.Param, so optimizers leave them alone."""
 
 
 class Whitening(nnx.Module):
@@ -77,7 +77,7 @@ class Whitening(nnx.Module):
         self.matrix = Statistics(jnp.full((width, width), jnp.nan))
 
     def fit(self, image: Float[np.ndarray, "N C"], added: float) -> None:
-        """Sets mean and matrix from features. added: AlignSettings.whiten."""
+        """Sets mean and matrix from features. added: regularization, see AlignSettings.whiten."""
         covariance = np.cov(image, rowvar=False)
         variances, directions = np.linalg.eigh(covariance)
         matrix = directions / np.sqrt(variances + added * variances.mean()) @ directions.T

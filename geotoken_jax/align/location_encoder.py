@@ -20,9 +20,11 @@ _MERCATOR_LIMIT = 85.0511287798
 
 @dataclasses.dataclass(frozen=True)
 class LocationSettings:
-    """Architecture of the location encoder. G3 has mercator, (1, 16, 256), 256, 1024, 512; GeoCLIP has equal_earth.
+    """Architecture of the location encoder.
 
-    projection: a key of PROJECTIONS. sigmas: one capsule each, the standard deviation of its Fourier frequencies.
+    G3 has, in the order of fields, mercator, (1, 16, 256), 256, 1024, 512. GeoCLIP has equal_earth instead of mercator.
+
+    projection: a key of PROJECTIONS. sigmas: standard deviation of the Fourier frequencies of each capsule.
     fourier: number of frequencies per capsule. hidden: width of a capsule's hidden layers. out: width of a capsule's
     output and of the hidden layer after the sum of capsules.
     """

@@ -1,7 +1,7 @@
 """The contrastive losses of alignment, computed over the whole batch on any number of devices.
 
 The targets travel from device to device in a ring. Every device compares its photos with `chunk` of them at a time and
-adds up the sums of both directions, photos to targets and targets to photos. The backward pass takes the ring again. So
+adds up the sums of both directions, photos to targets and targets to photos. The backward pass runs the ring again. So
 a device never holds more than `chunk` columns of its rows of the similarity matrix, nor more than its share of targets.
 """
 
@@ -57,9 +57,9 @@ class LossSettings:
 class Targets(NamedTuple):
     """Texts or locations that photos are compared with.
 
-    vectors: embeddings of any length. key: points by which targets are compared: if two keys are at most `reach` apart,
-    neither target is a negative of the other one's photo. present: False for targets that are left out, as positives
-    and as negatives.
+    vectors: embeddings, which the losses normalize. key: points by which targets are compared: if two keys are at most
+    `reach` (an argument of the losses) apart, neither target is a negative of the other one's photo. present: False for
+    targets that are left out, as positives and as negatives.
     """
 
     vectors: Float[Array, "N C"]
@@ -149,7 +149,7 @@ def _compare(
     kind: str, photos: Array, targets: Targets, log_scale: Array, bias: Array, chunk: int, reach: float,
     queue: Targets | None,
 ) -> tuple[Float[Array, "B"], _Sums, _Sums]:  # fmt: skip
-    """Returns the logits of the pairs and the sums over the negatives of photos and of targets."""
+    """Returns the logits of the pairs, the `_Sums` of photos and the `_Sums` of targets."""
     queue = queue or Targets(*(part[:0] for part in targets))
     mesh = jax.sharding.get_abstract_mesh()
     devices = math.prod(mesh.shape.get(axis, 1) for axis in sharding.RULES["batch"])
@@ -173,8 +173,7 @@ def _mean(values: Array, targets: Targets) -> Float[Array, ""]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sums(options: _Options, x: Array, biases: Array, floor: Array, targets: Targets, queue: Targets) -> Any:
-    """Returns the _Sums of photos and the _Sums of targets. Only totals have a gradient: the maxima cancel in the
-    loss."""
+    """Returns the `_Sums` of photos and the `_Sums` of targets. Only the sums over negatives have a gradient."""
     return _on_devices(functools.partial(_forward, options), x, biases, floor, targets, queue)
 
 
@@ -185,7 +184,7 @@ def _sums_forward(options: _Options, *inputs: Any) -> tuple[Any, Any]:
 
 
 def _sums_backward(options: _Options, residuals: Any, gradients: tuple[_Sums, _Sums]) -> tuple:
-    # The loss does not depend on the maxima, which cancel: they need no gradient.
+    # The maxima need no gradient: they cancel in the InfoNCE loss, and the sigmoid loss does not use them.
     sum_gradients = tuple(gradient for _, gradient in gradients)
     dx, dbiases, dy, dz = _on_devices(functools.partial(_backward, options), *residuals, sum_gradients)
     return dx, dbiases, None, Targets(dy, None, None), Targets(dz, None, None)  # pyright: ignore[reportArgumentType]
@@ -263,14 +262,20 @@ def _backward(
 
 
 def _logits(options: _Options, x: Array, biases: Array, rows: Targets, columns: Targets) -> Float[Array, "B chunk"]:
-    """Returns the logits of photos and some targets, -inf if the target is not a negative of the photo."""
+    """Returns the logits of photos and the targets `columns`, -inf if a target is not a negative of a photo.
+
+    rows: the targets that the photos are paired with.
+    """
     pairs = zip(rows.key.T, columns.key.T, strict=True)
     apart = sum((row[:, None] - column) ** 2 for row, column in pairs) > options.reach**2
     return jnp.where(rows.present[:, None] & columns.present & apart, x @ columns.vectors.T + biases[:, None], -jnp.inf)
 
 
 def _chunks(chunk: int, targets: Array, queue: Array) -> Array:
-    """Returns the columns of a device as [chunks, columns per chunk, ...], padded with zeros (present: False)."""
+    """Returns a device's targets, then its queue, as [chunks, columns per chunk, ...], padded with zeros.
+
+    A zero in `present` is False, so padding takes no part.
+    """
     columns = jnp.concatenate([targets, queue])
     parts = -(-len(columns) // chunk)
     missing = -len(columns) % parts

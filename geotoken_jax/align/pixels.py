@@ -63,7 +63,7 @@ def _open_tower(settings: BackboneSettings, remat: str, mesh: Mesh | None = None
             "config.embed.backbone=huggingface; or set config.align.pixels.tower=cached, and config.embed.views.count "
             "above 0 to train on augmented views"
         )
-    rows = mesh.size if mesh else 1  # the size must divide over the mesh and has no other effect
+    rows = mesh.size if mesh else 1  # the batch size must divide over the mesh and has no other effect
     return ImageTower(HuggingFace(dataclasses.replace(settings.huggingface, batch_size=rows), mesh), remat)
 
 
@@ -129,7 +129,8 @@ class PixelsTask(AlignTask):
     def write_tower(self, folder: epath.Path) -> None:
         """Moves a trained tower from folder/parameters.safetensors to the checkpoint folder folder/backbone.
 
-        folder/backbone has the files of the original checkpoint folder. If the tower is not trained, nothing changes.
+        folder/backbone has copies of the other files of the original checkpoint folder. If the tower is not trained,
+        nothing changes.
         After an interruption the train loop writes parameters.safetensors anew, so this can be repeated.
         """
         if not self._trained:

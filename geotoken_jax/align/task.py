@@ -15,7 +15,7 @@ from geotoken_jax.batch import Spec, spec
 
 
 class Queue(nnx.Variable):
-    """Coordinates [Q, 2] of the last Q training photos, newest first; NaN until there were Q photos."""
+    """Coordinates [Q, 2] of the last Q training photos, newest first; rows not yet filled are NaN."""
 
 
 class TrainedAlignModel(AlignModel):

@@ -24,10 +24,11 @@ _END = 1 << 20
 class Backbone(Protocol):
     """Encodes photos and texts as vectors of one width.
 
-    width: C, the width of image and text features. min_side: shortest side of a photo, in pixels, that is large enough.
+    width: C, the width of image and text features. min_side: shorter side, in pixels, at which a photo may be
+    decoded for this backbone (see preprocess.open_image).
 
-    `prepare` is apart from `images`, so that threads can decode photos while a device computes features. Several
-    threads can call all three methods at once.
+    `prepare` is a separate step before `images`, so that threads can decode photos while a device computes features.
+    Several threads can call all three methods at once.
     """
 
     width: int
@@ -51,9 +52,10 @@ class Backbone(Protocol):
 
 
 def feature_settings(settings: BackboneSettings) -> dict[str, Any]:
-    """Returns the settings that features depend on: not the checkpoint's path and the batch size, but its fingerprint.
+    """Returns the settings that features depend on.
 
-    Raises SettingsError if there is no checkpoint.
+    For the backbone "huggingface" these are the type of products and a hash of the checkpoint, instead of its path.
+    Raises SettingsError if that backbone's path has no checkpoint.
     """
     if settings.backbone != "huggingface":
         return {"backbone": settings.backbone, settings.backbone: getattr(settings, settings.backbone, None)}
@@ -87,7 +89,7 @@ def _fingerprint(folder: pathlib.Path) -> str:
 
 
 def make(settings: BackboneSettings, mesh: "Mesh | None" = None) -> Backbone:
-    """Returns the backbone named in the settings. Raises SettingsError if there is no backbone of that name.
+    """Returns the backbone named in the settings. Raises SettingsError if it is unknown or cannot be read.
 
     mesh: local devices on which a Hugging Face backbone runs; the first local device if None.
     """

@@ -25,7 +25,7 @@ _UNUSED = ("text_model.embeddings.position_ids", "vision_model.embeddings.positi
 
 
 def read_json(folder: pathlib.Path, name: str) -> dict[str, Any]:
-    """Returns the object in a JSON file of the folder. Raises SettingsError if the file is missing or no object."""
+    """Returns the object in a JSON file of the folder. Raises SettingsError if it is missing, damaged or no object."""
     try:
         value = json.loads((folder / name).read_text(encoding="utf-8"))
     except OSError as error:
@@ -92,7 +92,7 @@ def write_module(folder: pathlib.Path, source: pathlib.Path, module: nnx.Module)
     """Writes a copy of the checkpoint folder `source` with a module's parameters, for `read_module` and transformers.
 
     Parameters of the module replace the tensors of the same names; all other tensors and files are copied. All tensors
-    become float32. The module's arrays must be whole in this process.
+    become float32. All of the module's arrays must be in this process.
     """
     folder.mkdir(exist_ok=True)
     for path in (path for ending in ("*.json", "*.txt") for path in sorted(source.glob(ending))):
@@ -114,7 +114,11 @@ def published(state: nnx.State) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _published(path: tuple[str, ...], shape: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
-    """Yields the published names of a parameter's tensors and their indices in it: one, or one per stacked layer."""
+    """Yields the published name of each tensor of a parameter, and the tensor's index in the parameter.
+
+    A parameter of stacked layers has one tensor per layer. Any other has one tensor, with the index `...`.
+    path, shape: path and shape of the parameter.
+    """
     name = ".".join((*path[:-1], _NAMES.get(path[-1], path[-1])))
     if "layers" not in path:
         yield name, ...
@@ -126,8 +130,8 @@ def _published(path: tuple[str, ...], shape: tuple[int, ...]) -> Iterator[tuple[
 def _transposed(last: Any, tensor: np.ndarray, order: tuple[int, ...]) -> np.ndarray:
     """Returns a kernel with its axes reordered between torch's layout and flax's; other tensors as they are.
 
-    In torch the output axis is first, and the two window axes of a convolution are last. order: new order of a
-    convolution's four axes. last: last part of the parameter's name.
+    In torch the output axis is first, and the two spatial axes of a convolution's kernel are last. order: new order
+    of a convolution's four axes. last: last part of the parameter's name.
     """
     if last != "kernel":
         return tensor
@@ -135,7 +139,7 @@ def _transposed(last: Any, tensor: np.ndarray, order: tuple[int, ...]) -> np.nda
 
 
 def _read(folder: pathlib.Path, tensors: dict[str, Any], path: tuple[str, ...], shape: tuple[int, ...]) -> np.ndarray:
-    """Returns one parameter and removes its tensors from the dict."""
+    """Returns a parameter read from its tensors, which are removed from the dict."""
     array = np.empty(shape, np.float32)
     for name, index in _published(path, shape):
         if name not in tensors:
@@ -146,8 +150,8 @@ def _read(folder: pathlib.Path, tensors: dict[str, Any], path: tuple[str, ...], 
         tensor = _transposed(path[-1], tensors.pop(name)(), (2, 3, 1, 0))
         if tensor.shape != array[index].shape:
             raise SettingsError(
-                f"{folder}: {name} has shape {list(tensor.shape)} and by config.json {list(array[index].shape)}: "
-                "download config.json and the safetensors files again, from one checkpoint"
+                f"{folder}: {name} has shape {list(tensor.shape)}, but config.json asks for "
+                f"{list(array[index].shape)}: download config.json and the safetensors files again, from one checkpoint"
             )
         array[index] = tensor
     return array
@@ -155,7 +159,7 @@ def _read(folder: pathlib.Path, tensors: dict[str, Any], path: tuple[str, ...], 
 
 @contextlib.contextmanager
 def _tensors(folder: pathlib.Path) -> Iterator[dict[str, Callable[[], np.ndarray]]]:
-    """Opens all safetensors files of a folder: name of a tensor -> function that reads it."""
+    """Opens the safetensors files of a folder. Yields name of a tensor -> function that reads it."""
     with contextlib.ExitStack() as files:
         readers = {}
         for path in _files(folder):
@@ -168,19 +172,19 @@ def _tensors(folder: pathlib.Path) -> Iterator[dict[str, Callable[[], np.ndarray
 
 
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Returns the folder's safetensors files: model.safetensors, or all files that its index names."""
+    """Returns the folder's safetensors files: model.safetensors, or all that model.safetensors.index.json names."""
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
     if (folder / "model.safetensors.index.json").exists():
         named = set(read_json(folder, "model.safetensors.index.json")["weight_map"].values())
         shards = sorted(folder.glob("model-*-of-*.safetensors"))
         if missing := sorted(named - {path.name for path in shards}):
-            raise SettingsError(f"{folder} has no {missing[0]}, which its index names: download this file")
+            raise SettingsError(f"{folder} has no {missing[0]}, which model.safetensors.index.json names: download it")
         return [path for path in shards if path.name in named]
     if (folder / "pytorch_model.bin").exists():
         raise SettingsError(
-            f"{folder} contains its parameters only as a pickle, which can run code: with torch installed, convert it "
-            f'with `python -c "from transformers import AutoModel as M; M.from_pretrained({str(folder)!r})'
-            f'.save_pretrained({str(folder)!r})"`'
+            f"{folder} contains its parameters only as a pickle, which can run code: with torch and transformers "
+            f'installed, convert it with `python -c "from transformers import AutoModel as M; '
+            f'M.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"`'
         )
     raise SettingsError(f"{folder} has no model.safetensors: choose a checkpoint folder as Hugging Face publishes it")

@@ -29,7 +29,10 @@ _IMAGE = {
 
 @dataclasses.dataclass(frozen=True)
 class ClipTextShape(TextShape):
-    """eos_token_id: id of the end token, at which text features are read. If 2 (old files), the largest id is meant."""
+    """eos_token_id: id of the end token, at which text features are read.
+
+    If it is 2 (old files), the end token is the one with the largest id.
+    """
 
     eos_token_id: int
 

@@ -33,7 +33,8 @@ class HuggingFace:
     def __init__(self, settings: HuggingFaceSettings, mesh: Mesh | None = None):
         """mesh: local devices to run on; the first local device if None.
 
-        Raises SettingsError naming a file, key or tensor that is missing or is not one of CLIP or SigLIP 2.
+        Raises SettingsError if a setting does not fit, or if a file, key or tensor of the folder is missing or is not
+        one of CLIP or SigLIP 2. The message names it.
         """
         if not settings.path:
             raise SettingsError(
@@ -62,7 +63,7 @@ class HuggingFace:
         #: C, the width of image and text features.
         self.width = self.model.width
         side = self.model.image_shape.image_size
-        #: Shortest side of a photo, in pixels, that is large enough.
+        #: Shorter side, in pixels, at which a photo may be decoded for this tower: min_side of preprocess.open_image.
         self.min_side = 2 * side
         self.processor = _processor(folder, side)
         self.tokenizer = Tokenizer(folder, self.model.text_shape.max_position_embeddings, kind)
@@ -70,15 +71,15 @@ class HuggingFace:
         self._texts = self._compiled(lambda model, x: model.text_features(x))
 
     def prepare(self, photo: Any) -> UInt8[np.ndarray, "h w 3"]:
-        """Returns a photo resized and cropped for the image tower. It is decoded in full size, as published."""
+        """Returns a photo resized and cropped for the image tower. The photo is decoded in full size, as published."""
         return self.processor.fit(preprocess.open_image(photo))
 
     def images(self, prepared: UInt8[np.ndarray, "B h w 3"]) -> Float32[np.ndarray, "B C"]:
-        """Returns the features of prepared photos, not normalized: `get_image_features` in transformers."""
+        """Returns the features of prepared photos, not normalized: those of `get_image_features` in transformers."""
         return self._run(self._images, prepared, None)
 
     def texts(self, texts: Sequence[str]) -> Float32[np.ndarray, "B C"]:
-        """Returns the features of texts, not normalized: `get_text_features` in transformers.
+        """Returns the features of texts, not normalized: those of `get_text_features` in transformers.
 
         Features of an empty text are zeros. A text too long for the tower is cut, as published. Every distinct text is
         encoded once, and its features do not depend on the other texts.
@@ -124,7 +125,7 @@ class ImageTower:
     """The image tower of a checkpoint, for training: the host prepares photos, and the step computes their features.
 
     parameters: the published parameters on the mesh, as a pure dict. width: C, the width of features. min_side:
-    shortest side of a photo, in pixels, that is large enough.
+    shorter side, in pixels, at which a photo may be decoded for this tower (see preprocess.open_image).
     """
 
     def __init__(self, backbone: HuggingFace, remat: str):
@@ -168,7 +169,10 @@ def _exact(dtype: str) -> Any:
 
 
 def _processor(folder: pathlib.Path, side: int) -> preprocess.Processor:
-    """Returns the folder's image processor, from preprocessor_config.json or transformers 5's processor_config.json."""
+    """Returns the folder's image processor.
+
+    It is read from preprocessor_config.json or, if there is none, from processor_config.json (transformers 5).
+    """
     name = "preprocessor_config.json"
     if (folder / "processor_config.json").exists() and not (folder / name).exists():
         name = "processor_config.json"

@@ -13,7 +13,7 @@ from PIL import Image
 
 from geotoken_jax.settings import SettingsError
 
-#: Largest image that is decoded, by its header: 300 MB of RGB pixels.
+#: Largest image that is decoded: number of pixels (300 MB as RGB), and pixels on its longer side.
 MAX_PIXELS = 100_000_000
 MAX_SIDE = 30_000
 #: Accepted formats, by Pillow's names. Pillow's other readers are never called.
@@ -45,11 +45,11 @@ def open_image(source: Any, min_side: int | None = None) -> Image.Image:
     an animation the first frame is returned.
 
     source: path, bytes of an encoded file, PIL image, or uint8 array [h, w, 3] or [h, w].
-    min_side: shortest side, in pixels, that is large enough: a larger JPEG may be decoded at 1/2, 1/4 or 1/8 of its
-    size. If None, photos are decoded in full size.
+    min_side: shorter side, in pixels, that the caller needs. A larger JPEG may be decoded at 1/2, 1/4 or 1/8 of
+    its size, as long as its shorter side keeps min_side pixels. If None, photos are decoded in full size.
 
-    Raises ImageError if the file is missing, damaged, or not in FORMATS, or if the image is larger than MAX_PIXELS or
-    MAX_SIDE. The size is checked before any pixel is decoded.
+    Raises ImageError if the source has another type, if the file is missing, damaged, or not in FORMATS, or if the
+    image is larger than MAX_PIXELS or MAX_SIDE. The size is checked before any pixel is decoded.
     """
     if isinstance(source, Image.Image):
         return _decode(source, "the image", min_side)
@@ -74,9 +74,9 @@ def open_image(source: Any, min_side: int | None = None) -> Image.Image:
 
 
 def thumbnail(photo: Any, side: int, quality: int, min_side: int | None = None) -> bytes:
-    """Returns a photo as a JPEG whose longer side is at most `side` pixels, without EXIF and comments.
+    """Returns the bytes of a photo as a JPEG whose longer side is at most `side` pixels, without EXIF and comments.
 
-    photo, min_side: source and min_side of `open_image`. quality: JPEG quality. Raises ImageError.
+    photo, min_side: arguments source and min_side of `open_image`. quality: JPEG quality. Raises ImageError.
     """
     image = open_image(photo, min_side)
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
@@ -111,8 +111,8 @@ class Processor:
     def read(cls, config: Mapping[str, Any], side: int) -> "Processor":
         """Returns the processor that a preprocessor_config.json describes.
 
-        config: contents of the file. side: image size of the checkpoint's tower. Raises SettingsError if the
-        processor's results have another size.
+        config: contents of the file. side: side of the images that the checkpoint's tower reads, in pixels. Raises
+        SettingsError if the processor's results are not side x side pixels.
         """
         size, crop = config.get("size", 224), config.get("crop_size", side)
         size, crop = (
@@ -123,8 +123,8 @@ class Processor:
         cut = {crop["height"], crop.get("width", crop["height"])} if crops else {size.get("height"), size.get("width")}
         if cut != {side} or (shortest if crops else side) < side or not config.get("do_resize", True):
             raise SettingsError(
-                f"preprocessor_config.json (size {dict(size)}, crop_size {dict(crop)}) does not make the "
-                f"{side} x {side} pixels that config.json asks for: download both again"
+                f"the image processor in config.embed.huggingface.path (size {dict(size)}, crop_size {dict(crop)}) "
+                f"does not make the {side} x {side} pixels that config.json asks for: download the folder again"
             )
         normalizes = config.get("do_normalize", True)
         return cls(
@@ -154,7 +154,7 @@ class Processor:
     def normalize(self, pixels: UInt8[Any, "B h w 3"]) -> Float32[Any, "B h w 3"]:
         """Returns normalized pixels.
 
-        pixels: numpy or jax array. On a device the transfer of uint8 is a quarter of float32.
+        pixels: numpy or jax array. Normalize on the device: uint8 pixels are a quarter of the bytes to transfer.
         """
         mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
         return (pixels.astype(np.float32) * self.scale - mean) / std
@@ -208,7 +208,7 @@ def _decode(image: Image.Image, where: str, min_side: int | None) -> Image.Image
 def _orientation(image: Image.Image) -> int:
     try:
         return image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # the pixels can be intact
+    except Exception:  # if EXIF is damaged, the pixels can be intact
         return 1
 
 

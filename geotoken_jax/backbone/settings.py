@@ -27,7 +27,10 @@ class HuggingFaceSettings:
 
 @dataclasses.dataclass(frozen=True)
 class BackboneSettings:
-    """backbone: the backbone used, "thumbnail" or "huggingface". thumbnail, huggingface: settings of each."""
+    """The frozen backbone.
+
+    backbone: "thumbnail" or "huggingface". thumbnail, huggingface: settings of each, without effect on the other.
+    """
 
     backbone: str
     thumbnail: ThumbnailSettings

@@ -84,7 +84,7 @@ class ImageTower(nnx.Module):
 
 
 class TextTower(nnx.Module):
-    """Encodes tokens as a vector: a linear layer on the last position, which is a pad unless the text has T tokens.
+    """Encodes tokens as a vector: a linear layer on the last position, which is padding unless the text has T tokens.
 
     Attention is not causal.
     """

@@ -13,7 +13,7 @@ from PIL import Image
 from geotoken_jax.backbone import preprocess
 from geotoken_jax.vectors import unit
 
-#: Lengths of the parts of words that are counted besides whole words.
+#: Lengths, in characters, of the parts of words that are counted besides whole words.
 _PIECES = (3, 4, 5)
 
 
@@ -31,7 +31,7 @@ class Thumbnail:
         self.size = settings.size
         #: C, the width of image and text features.
         self.width = 3 * settings.size**2
-        #: Shortest side of a photo, in pixels, that is large enough.
+        #: Shorter side, in pixels, at which a photo may be decoded for a thumbnail: min_side of preprocess.open_image.
         self.min_side = 4 * settings.size
 
     def prepare(self, photo: Any) -> UInt8[np.ndarray, "h w 3"]:
@@ -49,7 +49,7 @@ class Thumbnail:
         """Returns the features of thumbnails: pixels minus the mean of their channel, scaled to length 1.
 
         This removes the camera's exposure and color cast. On EarthView's test split, 54.5 % of nearest neighbors are
-        within 25 km; 53.5 % if each channel also has a standard deviation of 1, 50.4 % with one mean for all channels.
+        within 25 km; 53.5 % if each channel is also scaled to variance 1, 50.4 % with one mean for all channels.
         """
         pixels = prepared.astype(np.float32)
         return unit((pixels - pixels.mean((1, 2), keepdims=True)).reshape(-1, self.width))

@@ -1,4 +1,4 @@
-"""The tokenizer of a published checkpoint, which encodes texts as rows of tokens of the text tower's length."""
+"""The tokenizer of a published checkpoint, which encodes texts as token ids, padded or cut to one length."""
 
 import pathlib
 from collections.abc import Sequence
@@ -22,9 +22,11 @@ class Tokenizer:
     def __init__(self, folder: pathlib.Path, length: int, kind: str):
         """Reads tokenizer.json, or vocab.json and merges.txt, and tokenizer_config.json if it exists.
 
-        folder: checkpoint folder. length: T. kind: "clip", or "siglip", which lowercases texts as in the training of
-        SigLIP 2 (its paper, section 2.1). Raises SettingsError if the files are missing, or if they are of the first
-        SigLIP (2023), which removes punctuation.
+        folder: checkpoint folder. length: T, the number of tokens per text. kind: "clip", or "siglip", which lowercases
+        texts as in the training of SigLIP 2 (its paper, section 2.1).
+
+        Raises SettingsError if the files are missing or damaged, or if they are of the first SigLIP (2023), which
+        removes punctuation.
         """
         config = read_json(folder, "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
         if config.get("tokenizer_class") in ("SiglipTokenizer", "T5Tokenizer"):
@@ -59,11 +61,11 @@ def _read(folder: pathlib.Path) -> tokenizers.Tokenizer:
             return _clip(str(folder / "vocab.json"), str(folder / "merges.txt"))
     except Exception as error:  # tokenizers raises nothing more specific
         raise SettingsError(f"{folder}: its tokenizer cannot be read ({error}): download the folder again") from None
-    raise SettingsError(f"{folder} has no tokenizer.json, and no vocab.json with merges.txt: download them")
+    raise SettingsError(f"{folder} has no tokenizer.json, and no vocab.json with merges.txt: download tokenizer.json")
 
 
 def _clip(vocabulary: str, merges: str) -> tokenizers.Tokenizer:
-    """Returns CLIP's tokenizer from the older files vocab.json and merges.txt, which do not contain its rules."""
+    """Returns CLIP's tokenizer from the older files vocab.json and merges.txt, which lack its normalization rules."""
     begin, end = "<|startoftext|>", "<|endoftext|>"
     pieces = models.BPE.from_file(
         vocabulary, merges, unk_token=end, continuing_subword_prefix="", end_of_word_suffix="</w>"

@@ -1,8 +1,10 @@
 """Modules of the CLIP and SigLIP towers: pre-norm transformer layers, patch embeddings and token embeddings.
 
-Every module and parameter has the published name of its tensor, so checkpoints are read without a table of names:
-`vision_model.encoder.layers.0.mlp.fc1.weight` is row 0 of vision_model/encoder/layers/mlp/fc1/kernel. Parameters are
-float32. Products are computed in the tower's dtype, norms and softmax in float32.
+Modules and parameters have the published names of their tensors, so checkpoints are read without a table of modules.
+Two things differ: `weight` is called kernel, scale or embedding here, and layers are stacked. The published tensor
+`vision_model.encoder.layers.0.mlp.fc1.weight`, transposed, is row 0 of vision_model/encoder/layers/mlp/fc1/kernel.
+
+Parameters are float32. Products are computed in the tower's dtype, norms and softmax in float32.
 """
 
 import dataclasses
@@ -39,19 +41,17 @@ class Shape:
 
     def __post_init__(self):
         if self.hidden_act not in ACTIVATIONS:
-            raise ValueError(
-                f"hidden_act is {self.hidden_act!r} in config.json: choose a checkpoint with {', '.join(ACTIVATIONS)}"
-            )
+            raise ValueError(f"hidden_act is {self.hidden_act!r}: choose a checkpoint with {', '.join(ACTIVATIONS)}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"hidden_size is {self.hidden_size} in config.json, which does not divide into num_attention_heads = "
+                f"hidden_size is {self.hidden_size}, which does not divide into num_attention_heads = "
                 f"{self.num_attention_heads}: download config.json again"
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageShape(Shape):
-    """image_size: side of a photo in pixels. patch_size: side of a patch in pixels."""
+    """Shape of an image tower. image_size: side of a photo in pixels. patch_size: side of a patch in pixels."""
 
     image_size: int
     patch_size: int
@@ -64,7 +64,10 @@ class ImageShape(Shape):
 
 @dataclasses.dataclass(frozen=True)
 class TextShape(Shape):
-    """vocab_size: V, the number of tokens. max_position_embeddings: T, the number of tokens per text."""
+    """Shape of a text tower.
+
+    vocab_size: V, the number of tokens. max_position_embeddings: T, the largest number of tokens per text.
+    """
 
     vocab_size: int
     max_position_embeddings: int
@@ -76,13 +79,13 @@ def read_shape(kind: type[S], config: Mapping[str, Any], section: str, published
     kind: class of the shape. config: contents of config.json. section: key of the section. published: values of keys
     that the section omits. Raises SettingsError naming a key with a bad value.
     """
-    stated = config.get(f"{section}_dict") or config.get(section) or {}  # old files have both, and the first one counts
+    stated = config.get(f"{section}_dict") or config.get(section) or {}  # old files have both: _dict counts
     present = {name: stated[name] for name in settings.names(kind) if stated.get(name) is not None}
     return settings.read(kind, {**published, **present}, f"json: {section}")
 
 
 def norm(shape: Shape, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """Returns a layer norm in float32. Its variance is not the fast one, which is inexact if a channel is large."""
+    """Returns a layer norm in float32. nnx's fast variance is off: it is inexact if a channel is large."""
     return nnx.LayerNorm(shape.hidden_size, epsilon=shape.layer_norm_eps, use_fast_variance=False, rngs=rngs)
 
 
@@ -180,7 +183,7 @@ class Embedding(nnx.Module):
 
 
 class PatchEmbeddings(nnx.Module):
-    """Embeds patches and adds their positions. CLIP puts a learned class token first, whose output is the result."""
+    """Embeds patches and adds position embeddings. If has_class (as in CLIP), a learned class token comes first."""
 
     def __init__(self, shape: ImageShape, has_class: bool, dtype: Any, rngs: nnx.Rngs):
         d = shape.hidden_size
@@ -197,7 +200,7 @@ class PatchEmbeddings(nnx.Module):
 
 
 class TokenEmbeddings(nnx.Module):
-    """Embeds tokens and adds their positions."""
+    """Embeds tokens and adds position embeddings."""
 
     def __init__(self, shape: TextShape, dtype: Any, rngs: nnx.Rngs):
         self.token_embedding = Embedding(shape.vocab_size, shape.hidden_size, rngs)

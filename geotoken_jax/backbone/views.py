@@ -16,7 +16,7 @@ class ViewsSettings:
     """Random views of training photos.
 
     count: number of views per photo, at least 0. seed: seed of all views.
-    rotation: largest rotation in degrees, to either side. crop: smallest share of both sides that remains, in (0, 1].
+    rotation: largest rotation in degrees, to either side. crop: smallest share of each side that stays, in (0, 1].
     gamma: standard deviation of the logarithm of the exponent on values (exposure). color: standard deviation of the
     logarithm of each channel's factor (color cast). flip: if true, a view is mirrored with probability 1/2.
     """
@@ -37,7 +37,7 @@ class ViewsSettings:
 
 
 def views(image: Image.Image, row: int, settings: ViewsSettings) -> list[Image.Image]:
-    """Returns all views of a photo. row: number of the photo in its split, which seeds the views with settings.seed."""
+    """Returns all views of a photo. row: the photo's index in its split, which seeds the views with settings.seed."""
     return [view(image, np.random.default_rng((settings.seed, row, v)), settings) for v in range(settings.count)]
 
 
@@ -71,6 +71,6 @@ def view(image: Image.Image, rng: np.random.Generator, settings: ViewsSettings) 
 
 
 def _inside(positions: np.ndarray, n: int) -> np.ndarray:
-    """Returns the pixels at positions inside or outside a side of n pixels, which is mirrored at both ends."""
+    """Returns the pixel index, 0 to n - 1, at each position along a side of n pixels that is mirrored at both ends."""
     positions = positions % (2 * n)
     return np.minimum(positions, 2 * n - 1 - positions)

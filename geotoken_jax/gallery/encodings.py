@@ -26,7 +26,7 @@ _PHOTOS, _PLACES = 512, 16_384
 def encoder(
     module: nnx.Module, vectors: Callable[[Any, jax.Array], jax.Array]
 ) -> Callable[[Float[np.ndarray, "N 2"]], Iterator[Float32[np.ndarray, "n E"]]]:
-    """Returns a function that encodes coordinates. It yields unit vectors block by block and compiles once.
+    """Returns a function of coordinates that yields their unit vectors block by block. It compiles only once.
 
     vectors: function of the module and of latitudes and longitudes [n, 2] in degrees; it returns vectors [n, E].
     """

@@ -43,7 +43,7 @@ class Exclusion(Protocol):
     def __call__(self, queries: Int[np.ndarray, "n"], rows: Int[np.ndarray, "n m"]) -> Bool[np.ndarray, "n m"]:
         """Returns True for each row that is excluded; the value at a row of -1 (no neighbor) does not matter.
 
-        queries: numbers of the queries. rows: gallery rows to test for each query.
+        queries: indices into the queries that the rule was made for. rows: gallery rows to test for each query.
         """
         ...
 
@@ -72,8 +72,8 @@ class SameAuthor:
 class NearDuplicate:
     """Excludes photos whose image embedding has a cosine above a threshold with the image embedding of the query.
 
-    query_images: image embeddings [n, C] of any length; a query of zeros has no duplicates.
-    gallery_images: function of gallery rows [m] that returns image embeddings [m, C] of any length.
+    query_images: image embeddings [n, C], not necessarily unit vectors; a query of zeros has no duplicates.
+    gallery_images: function of gallery rows [m] that returns image embeddings [m, C], not necessarily unit vectors.
     cosine_above: the threshold.
     """
 
@@ -121,7 +121,7 @@ def exclusions(
     gallery: Mapping[str, np.ndarray],
     gallery_images: Callable[[np.ndarray], np.ndarray],
 ) -> list[Exclusion]:
-    """Returns the exclusion rules for some photos of a split: those set in `exclude`, and no photo is its own neighbor.
+    """Returns the exclusion rules for photos of a split: always SameId, and those that `exclude` turns on.
 
     queries: table of the split. rows: rows of the photos in that table. gallery: columns ids, authors and coordinates
     of the gallery. gallery_images: function of gallery rows [m] that returns image embeddings [m, C].

@@ -1,7 +1,7 @@
 """Search for a photo's nearest neighbors in the gallery, exact or with ScaNN, over one or more shards.
 
-An index folder contains `index.json`, with facts and search parameters, and one folder per shard. A shard is complete
-when its folder contains an `index.json` too.
+An index folder contains `index.json`, with the facts of `Shards`, and one folder per shard. Each shard's folder
+contains an `index.json` too. It is written last, so a shard without it is incomplete.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from geotoken_jax.settings import Runtime
 
 #: Queries and gallery rows per block of scores: 34 MB of scores, and 151 MB of gallery vectors of width 2304.
 _QUERIES, _ROWS = 512, 16_384
-#: Extra candidates of the float32 search: sorted by float64 scores, one of them can be among the first k.
+#: Candidates beyond k in the float32 search of `exact`: by float64 scores, one of them can be among the first k.
 _SPARE = 8
 #: Number of nearest neighbors over which recall is measured.
 RECALL_AT = 15
@@ -36,8 +36,8 @@ _TRAINING_ROWS = 100_000
 #: Rows that ScaNN's codes (16 per pair of components) are trained on. 100,000 rows give the same recall and take 5 s
 #: longer at width 768.
 _CODE_ROWS = 10_000
-#: Lambda of SOAR (Sun et al. 2023), which stores every vector in a second leaf too, on another side of the vector than
-#: the first. Half as many leaves then contain as many of the nearest neighbors.
+#: Lambda of SOAR (Sun et al. 2023), which stores every vector in a second leaf too. The second leaf's center is in
+#: another direction from the vector than the first one's. Searching half as many leaves then gives the same recall.
 _SOAR = 1.5
 
 
@@ -53,14 +53,14 @@ class IndexSettings:
     shard_rows: largest number of gallery rows per shard. Building a shard takes 10 D bytes of memory per row of D
     components: 6 GB at 262,144 rows and D = 2304. Searching takes 4.25 D bytes per row of all shards with reorder_dtype
     float32, 2.25 D with bfloat16 and 1.25 D with int8.
-    components: principal components that ScaNN's tree and codes use. Reordering uses the whole vectors.
-    leaves_searched: initial number of leaves searched, of the sqrt(rows) leaves per shard. It is doubled until recall
-    reaches min_recall.
-    reorder: candidates per shard that are scored again with the whole vectors.
+    components: number of principal components that ScaNN's tree and codes use. Reordering uses the whole vectors.
+    leaves_searched: number of leaves searched per shard, of sqrt(rows) leaves. This is an initial value, which `build`
+    doubles until recall reaches min_recall.
+    reorder: number of candidates per shard that are scored again with the whole vectors.
     reorder_dtype: type of these vectors: float32, bfloat16 or int8. With bfloat16 one neighbor in twenty swaps places
     with the next one. An exact index is stored in int8 if this is int8, else in float32.
-    threads: threads per search.
-    min_recall: smallest recall of the 15 nearest neighbors, in [0, 1].
+    threads: number of threads per search.
+    min_recall: smallest accepted recall of the 15 nearest neighbors, in [0, 1].
     sample: number of gallery photos on which recall is measured.
     """
 
@@ -104,13 +104,15 @@ class Index(Protocol):
     ) -> tuple[Int32[np.ndarray, "n k"], Float32[np.ndarray, "n k"]]:
         """Returns the rows of the k largest inner products and these products, best first.
 
-        If there are fewer than k, the last rows are -1 and their products -inf.
+        If fewer than k vectors are found, the last rows are -1 and their products -inf.
         """
         ...
 
 
 def build(vectors: Vectors, settings: IndexSettings, folder: epath.PathLike) -> "Shards":
-    """Builds the index of the vectors in a folder and returns it. Complete shards of an interrupted build are kept.
+    """Builds the index of `vectors`, writes it to `folder` and returns it.
+
+    Complete shards of an interrupted build are kept.
 
     Memory holds the vectors of one shard at a time. If settings.kind is "scann" and ScaNN is not installed (macOS has
     none), a warning is printed and the index is exact.
@@ -126,7 +128,7 @@ def build(vectors: Vectors, settings: IndexSettings, folder: epath.PathLike) -> 
         except ImportError as error:
             print(
                 f"ScaNN is not available ({error}): {folder} gets an exact index instead, slower and with full recall. "
-                "To use ScaNN, install the package scann (Linux only) and run `geotoken index` in another --workdir",
+                "To use ScaNN, install the package scann (Linux only) and make the folder again",
                 file=sys.stderr,
             )
     shards = max(1, -(-len(vectors) // settings.shard_rows))
@@ -146,8 +148,10 @@ def build(vectors: Vectors, settings: IndexSettings, folder: epath.PathLike) -> 
 def load(folder: epath.PathLike, threads: int) -> "Shards":
     """Returns the index that `build` stored in a folder, which may have been moved since.
 
-    threads: threads per search. Raises FileNotFoundError if the folder has no index, ImportError if the index needs
-    ScaNN and ScaNN is not installed.
+    threads: number of threads per search.
+
+    Raises FileNotFoundError if the folder has no index, ImportError if the index needs ScaNN and ScaNN is not
+    installed, and ValueError if a ScaNN shard contains a pickle.
     """
     folder = epath.Path(folder)
     facts = json.loads((folder / "index.json").read_text())
@@ -160,9 +164,11 @@ def exact(
 ) -> tuple[Int32[np.ndarray, "n k"], Float32[np.ndarray, "n k"]]:
     """Returns rows and scores of the k largest inner products, best first, ties by row.
 
-    If there are fewer than k vectors, the last rows are -1 and their scores -inf. `vectors` can have any length: it is
-    read once, block by block. The best candidates are sorted by float64 scores, since in float32 the order of close
-    ones depends on the size of blocks (for 6 of 1,000 EarthView photos).
+    If there are fewer than k vectors, the last rows are -1 and their scores -inf.
+
+    `vectors` can be larger than memory: it is read block by block. The best k + 8 candidates are then read again and
+    sorted by float64 scores, since float32 scores depend on the size of blocks, which would change the order of
+    close candidates (for 6 of 1,000 EarthView photos).
     """
     starts = range(0, len(queries), _QUERIES)
     blocks = [jnp.asarray(queries[q : q + _QUERIES], jnp.float32) for q in starts]
@@ -208,8 +214,9 @@ def merge(
 class Shards:
     """An index over one or more shards, which hold consecutive ranges of rows.
 
-    facts: kind, rows, shards, leaves (of the largest shard), leaves_searched (per shard) and recall (of the whole
-    index). leaves and leaves_searched are 0 if search is exact.
+    facts: contents of the index folder's index.json. kind: "scann" or "exact". rows, shards: number of each. leaves:
+    number of leaves of the largest shard. leaves_searched: number of leaves searched per shard. leaves and
+    leaves_searched are 0 if search is exact. recall: recall of the whole index.
     """
 
     def __init__(self, shards: "Sequence[Exact | Scann]", facts: dict[str, Any]):
@@ -217,7 +224,10 @@ class Shards:
 
     @classmethod
     def open(cls, folder: epath.Path, shards: int, threads: int, leaves_searched: int) -> "Shards":
-        """Returns the index of the shards in a folder, with facts that do not contain recall yet."""
+        """Returns the index of the shards in a folder. Its facts do not contain recall.
+
+        shards: number of shards. threads: number of threads per search.
+        """
         opened = [_open(_shard_folder(folder, shard, shards), threads) for shard in range(shards)]
         leaves = max(shard.leaves for shard in opened)
         facts = {
@@ -284,7 +294,7 @@ class Scann:
         leaves = max(1, int(len(vectors) ** 0.5))
         builder = (
             scann.builder(np.ascontiguousarray(vectors, np.float32), min(RECALL_AT, len(vectors)), "dot_product")
-            # k-means++ on the sample: ScaNN's random initialization differs between processes, even on one thread.
+            # k-means++ on the training rows: random initialization differs between processes, even on one thread.
             .tree(
                 leaves,
                 min(settings.leaves_searched, leaves),
@@ -340,7 +350,10 @@ def _open(part: epath.Path, threads: int) -> Exact | Scann:
 
 
 def _tune(index: Shards, vectors: Vectors, settings: IndexSettings) -> None:
-    """Doubles index.facts["leaves_searched"] until recall, measured against exact search, reaches min_recall."""
+    """Sets recall in index.facts, measured against exact search, and doubles leaves_searched until it is sufficient.
+
+    Raises IndexQualityError if recall is below settings.min_recall with all leaves searched.
+    """
     facts = index.facts
     if not facts["leaves"]:
         facts["recall"] = 1.0
@@ -356,8 +369,8 @@ def _tune(index: Shards, vectors: Vectors, settings: IndexSettings) -> None:
             return
         if facts["leaves_searched"] == facts["leaves"]:
             raise IndexQualityError(
-                f"ScaNN finds {facts['recall']:.4f} of the {RECALL_AT} nearest with all {facts['leaves']} leaves "
-                f"searched, fewer than config.index.search.min_recall={settings.min_recall}: set "
+                f"ScaNN's recall of the {RECALL_AT} nearest neighbors is {facts['recall']:.4f} with all "
+                f"{facts['leaves']} leaves searched, below config.index.search.min_recall={settings.min_recall}: set "
                 f"config.index.search.reorder above {settings.reorder}, or config.index.search.kind=exact"
             )
         facts["leaves_searched"] = min(2 * facts["leaves_searched"], facts["leaves"])
@@ -375,7 +388,7 @@ def recall(found: Int32[np.ndarray, "n _"], wanted: Int32[np.ndarray, "n k"], co
 
 @contextlib.contextmanager
 def _without_progress_log() -> Iterator[None]:
-    """Drops the progress log that C++ code writes to stderr inside the context, which no log level turns off.
+    """Drops the progress log that ScaNN writes to stderr inside the context, which no log level turns off.
 
     All other lines are printed when the context ends.
     """

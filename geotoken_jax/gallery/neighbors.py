@@ -8,14 +8,15 @@ from jaxtyping import Float32, Int32
 from geotoken_jax.gallery.exclude import Exclusion
 from geotoken_jax.gallery.index import Index
 
-#: Neighbors searched beyond k, to replace excluded ones: at first and at most. One album can fill the first hundreds.
+#: Neighbors searched beyond k, to replace excluded ones: at first and at most. One album can fill the first hundreds of
+#: a query's neighbors.
 _MARGIN, _LARGEST_MARGIN = 8, 2048
 
 
 def search_neighbors(
     index: Index, query_vectors: Float32[np.ndarray, "n D"], k: int, exclude: Sequence[Exclusion] = ()
 ) -> tuple[Int32[np.ndarray, "n k"], Float32[np.ndarray, "n k"]]:
-    """Returns gallery rows and scores of each query's k nearest neighbors, best first.
+    """Returns gallery rows and scores of each query's k nearest neighbors that no rule excludes, best first.
 
     If fewer than k remain, the last rows are -1 and their scores -inf.
 

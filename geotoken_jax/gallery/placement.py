@@ -1,8 +1,8 @@
 """Placement of the gallery's table during decoder training: on the host, whole on every device, or split over devices.
 
-With 15 neighbors a batch from the host contains 69 KB of embeddings per photo. If the table is on the devices, the
-batch contains 60 bytes of row numbers per photo, and the compiled step gathers the embeddings. The model reads the same
-numbers from all three placements.
+With 15 neighbors and C = 768, a batch from the host contains 69 KB of embeddings per photo. If the table is on the
+devices, the batch contains 60 bytes of row numbers per photo, and the compiled step gathers the embeddings.
+The model reads the same values from all three placements.
 """
 
 import dataclasses
@@ -21,12 +21,13 @@ from geotoken_jax.geo.cells import Scheme
 
 PLACEMENTS = ("host", "replicated", "sharded")
 
-#: Function of a batch, which includes the arrays of `resident`. It returns the embeddings [B, M, 3, C] bfloat16 and the
-#: tokens [B, M, T] int32 of the neighbors.
+#: Function of a batch, which includes the arrays of `device_arrays`. It returns the neighbors' embeddings
+#: [B, M, 3, C] bfloat16 and their tokens [B, M, T] int32.
 Lookup = Callable[[Mapping[str, Array]], tuple[Array, Array]]
 
-#: Largest block of neighbors' embeddings that a device gathers at a time for all devices, in bytes; at least one photo
-#: per device. It holds 1,900 photos with 15 neighbors and C = 768, and is 0.8 % of the smallest chip's memory (16 GiB).
+#: Bytes of neighbors' embeddings that a device gathers at a time, for photos of all devices. If one photo per device
+#: takes more, one photo per device is gathered. The bytes hold 1,900 photos with 15 neighbors and C = 768. They are
+#: 0.8 % of the smallest chip's memory (16 GiB).
 SLICE_BYTES = 128 << 20
 
 
@@ -35,8 +36,8 @@ class GallerySettings:
     """Placement of the gallery's table.
 
     placement: "host": the input pipeline reads the memory-mapped table. "replicated": every device has the whole table,
-    4.7 KB per gallery photo. "sharded": the table is split over the devices, and every step moves the neighbors of the
-    whole batch between them.
+    4.7 KB per gallery photo at C = 768. "sharded": the table is split over the devices, and every step moves the
+    neighbors of the whole batch between them.
     """
 
     placement: str
@@ -51,14 +52,14 @@ class GallerySettings:
 
 
 def layout(n: int, width: int, cells: Scheme, settings: GallerySettings, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns shapes, types and shardings of the arrays that `resident` makes from a table; none if on the host.
+    """Returns shapes, types and shardings of the arrays that `device_arrays` returns; none if placement is "host".
 
     gallery_embeddings: [N, 3 C] bfloat16. Rows are flat because a TPU stores [N, 3, C] in another layout than its
     gather reads, and would copy the whole table in every step.
     gallery_tokens: [N, T], of the smallest unsigned integer type that holds the vocabulary.
     N is n; if sharded, n padded to a multiple of the number of devices.
 
-    n: rows of the table. width: C.
+    n: number of rows of the table. width: C, the width of each embedding.
     """
     if not settings.on_device:
         return {}
@@ -128,7 +129,9 @@ def _gather(
 
 
 def _exchange(mesh: Mesh) -> Callable:
-    """Returns a `_gather` for a table split over all mesh axes and row numbers split over the batch's mesh axes.
+    """Returns a function like `_gather`, for a table split over all mesh axes.
+
+    The row numbers are split over the batch's mesh axes.
 
     Every device receives all requested row numbers and reads those in its part of the table; other rows are zeros.
     A sum over devices then returns to each device the rows it requested. All addends but one are zero, so the sum is

@@ -15,7 +15,7 @@ from geotoken_jax.vectors import unit
 
 #: Column -> numpy type and shape per row. None stands for C, the width of the backbone's features.
 COLUMNS: dict[str, tuple[Any, tuple[int | None, ...]]] = {
-    # Written first: this column is optional, so an interrupted write is recognized by a later column that is missing.
+    # Written first, since Table accepts a folder without it: an interrupted write then lacks a required column.
     "captured": (np.dtype(np.float64), ()),
     "embeddings": (np.dtype(ml_dtypes.bfloat16), (3, None)),
     "coordinates": (np.dtype(np.float64), (2,)),
@@ -61,18 +61,19 @@ def quantize(folder: epath.PathLike) -> None:
 class Table:
     """Reads the rows of a table of one or more shards. A pickled Table contains only the folder's name.
 
-    Each column is a method that takes rows, a slice or integers [...], and returns values [..., *shape]; all rows by
-    default. Raises IndexError for an integer outside [0, len), also for -1: mask missing neighbors first.
+    Each column is a method that returns values [..., *shape], with the shapes of COLUMNS. rows: slice or integers
+    [...]; all rows by default. The method raises IndexError for an integer outside [0, len), also for -1: mask missing
+    neighbors first.
     """
 
     def __init__(self, folder: epath.PathLike):
-        """Raises FileNotFoundError if a shard of a column is missing. A table may have no column captured at all."""
+        """Raises FileNotFoundError if a shard of a column is missing. The column `captured` may be absent."""
         self._folder = str(folder)
         self._columns = {name: self._open(name) for name in COLUMNS}
         if self._columns["embeddings"][0].dtype == np.int8:
             self._columns[SCALES] = self._open(SCALES)
         lengths = [len(part) for part in self._columns["ids"]]
-        # Tables of earlier versions and of exports have no column captured.
+        # Tables of earlier versions and of exports have no column `captured`.
         self._columns["captured"] = self._columns["captured"] or [np.broadcast_to(np.nan, n) for n in lengths]
         #: First row of each shard, then the number of rows.
         self._starts = np.cumsum([0, *lengths])
@@ -124,8 +125,8 @@ class Table:
         rows = np.asarray(rows, np.int64)
         if rows.size and not (0 <= rows.min() and rows.max() < len(self)):
             raise IndexError(
-                f"rows {rows.min()} to {rows.max()} are not all in a table of {len(self)} rows: mask missing "
-                "neighbors (-1) first"
+                f"{self._folder} has {len(self)} rows, but rows from {rows.min()} to {rows.max()} are requested: mask "
+                "missing neighbors (-1), and take other rows from a search of this table"
             )
         if len(parts) == 1:
             return np.asarray(parts[0][rows])
@@ -153,10 +154,10 @@ class Table:
 def index_vectors(embeddings: Float[np.ndarray, "B 3 C"]) -> Float[np.ndarray, "B D"]:
     """Returns the vectors that the index stores and searches: each photo's three unit vectors, concatenated.
 
-    float32, D = 3 C. Inner products are in [-3, 3] (as in G3's retrieval).
+    They are float32, and D = 3 C. Inner products are in [-3, 3] (as in G3's retrieval).
     """
     vectors = unit(np.asarray(embeddings))
-    return vectors.reshape(len(vectors), math.prod(vectors.shape[1:]))  # -1 fails if B is 0
+    return vectors.reshape(len(vectors), math.prod(vectors.shape[1:]))  # reshape(B, -1) fails if B is 0
 
 
 class IndexVectors:

@@ -1,5 +1,6 @@
 """The audits on a small synthetic world: three countries with similar photos each, and one leak of each kind."""
 
+import copy
 import html.parser
 import json
 import re
@@ -20,6 +21,8 @@ from geotoken_jax.gallery import index, neighbors
 from geotoken_jax.gallery.exclude import SameId
 from geotoken_jax.gallery.table import Table, index_vectors, write_shard
 from geotoken_jax.geo.cells import CellScheme
+from geotoken_jax.pages import coverage as coverage_page
+from geotoken_jax.pages import frame
 from geotoken_jax.predict import decode
 from geotoken_jax.stages import audit, baselines, predict
 from tests import fixtures
@@ -402,3 +405,15 @@ def test_the_command_names_its_audits(capsys):
         cli.main(["audit", "leakage", "--workdir=x"])
     assert ended.value.code == cli.REFUSED
     assert "`geotoken audit leakage --config=configs/demo.py" in capsys.readouterr().err
+
+
+def test_the_page_is_made_if_no_continent_is_known(figures):
+    found = copy.deepcopy(figures["coverage"])
+    masked = found["masked"]
+    masked["every_continent"] = None
+    masked["regions"] = [region for region in masked["regions"] if region["kind"] == "country"]
+    cell = CellScheme(5, 1).cell_ids(CellScheme(5, 1).encode(np.zeros(1), np.zeros(1)))
+    lost = dict.fromkeys(("continent", "country"), np.zeros(1, int))
+    maps = coverage.Maps(cell, np.ones(1, int), np.zeros((1, 2)), lost)
+    page = coverage_page.page(found, maps, "geotoken", frame.Source({}, 10))
+    assert "Each photo's own continent" not in page

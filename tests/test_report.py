@@ -243,9 +243,7 @@ def test_the_metrics_say_how_much_worse_the_ablation_is_on_every_split(made, con
 
 def test_a_reference_that_was_not_predicted_is_named(made, config):
     other = config.changed(dict(evaluate=dict(reference="paper")), "")
-    with pytest.raises(
-        workdir.StageError, match=r"reference is 'paper', but .* has geotoken, top1_neighbor, without"
-    ):
+    with pytest.raises(workdir.StageError, match=r"reference is 'paper', but .* has geotoken, top1_neighbor, without"):
         report_stage.run(other, Workdir(made))
 
 

@@ -260,9 +260,7 @@ def test_the_speed_of_training(tmp_path):
 
 def test_weights_and_biases_is_asked_for_by_name(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(
-        settings.SettingsError, match=r"wandb is 'mine', but .* pip install 'geotoken-jax\[wandb\]'"
-    ):
+    with pytest.raises(settings.SettingsError, match=r"wandb is 'mine', but .* pip install 'geotoken-jax\[wandb\]'"):
         train(tmp_path, 4, wandb="mine")
 
 

@@ -15,7 +15,7 @@ from geotoken_jax.settings import SettingsError
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-__all__ = ["Backbone", "BackboneSettings", "HuggingFaceSettings", "ThumbnailSettings", "made_with", "make"]
+__all__ = ["Backbone", "BackboneSettings", "HuggingFaceSettings", "ThumbnailSettings", "feature_settings", "make"]
 
 #: Bytes at the start and at the end of a file that its fingerprint covers.
 _END = 1 << 20

@@ -21,7 +21,7 @@ from geotoken_jax.workdir import StageError
 #: descriptions, are under 0.2 MB.
 _LONGEST_LINE = 1 << 20
 #: Share of rows with |latitude| > 90 above which latitude and longitude count as swapped. A smaller share is due to
-#: typing errors: in photos from all over the world about 0.3 have |longitude| > 90, so swapping would cause this share.
+#: typing errors: if they are swapped and the photos are from all over the world, the share is about 0.3.
 _SWAPPED = 0.05
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(nan|inf(inity)?)", re.ASCII | re.IGNORECASE)
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")

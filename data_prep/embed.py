@@ -73,7 +73,10 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
 
 @dataclasses.dataclass(frozen=True)
 class _Shard:
-    """A file of features/. split: split of features/. rows: rows of its photos in the split `_photo_split` of photos/."""
+    """A file of features/. split: its split of features/.
+
+    rows: rows of its photos in photos/, in the split that `_photo_split` returns.
+    """
 
     split: str
     rows: range

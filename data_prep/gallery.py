@@ -1,4 +1,4 @@
-"""First step of the stage `index`: a table per split, with three embeddings per photo, and the gallery's search index."""
+"""First step of the stage `index`: tables with three embeddings per photo, and the gallery's search index."""
 
 import contextlib
 

@@ -10,7 +10,7 @@ from etils import epath
 
 from geotoken_jax.workdir import StageError
 
-#: Most bytes per read, so also in the data of a member that can be read. It ensures that the length field of a damaged header cannot use up the memory.
+#: Most bytes per read, and of a member's data. The length in a damaged header therefore cannot use up the memory.
 MAX_READ = 1 << 26
 #: Most bytes of zeros that may follow the last member; GNU tar writes up to 20 blocks (10 KiB).
 _MAX_END = 1 << 20
@@ -49,8 +49,8 @@ class Parts:
         """Returns `length` bytes, fewer at the end of the last part. Raises StageError if `length` exceeds MAX_READ."""
         if length > MAX_READ:
             raise StageError(
-                f"{self.where(self._position)} follows a header that asks for {length:,} bytes, more than {MAX_READ:,}: "
-                "the tar is damaged there; download this part again"
+                f"the header before {self.where(self._position)} asks for {length:,} bytes, more than {MAX_READ:,}: the "
+                "tar is damaged there; download this part again"
             )
         end = min(self._position + length, self.length)
         pieces = []

@@ -61,7 +61,7 @@ def _polygons(topology: Any, name: str) -> Iterator[list[list[int]]]:
 
 
 def _rings(land: Any) -> Iterator[Float[np.ndarray, "n 2"]]:
-    """Yields rings of points (longitude, latitude), in degrees, with land on their left; in TopoJSON it is on the right.
+    """Yields rings of points (longitude, latitude) in degrees, with land on their left; TopoJSON has it on the right.
 
     If a ring crosses the date line, its longitudes continue beyond 180 or -180.
     """

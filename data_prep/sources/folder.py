@@ -1,7 +1,7 @@
 """A user's folder of photos. Coordinates and times are in a CSV, or in the photos' EXIF.
 
-A photo's id is its path relative to the folder, with `/` between folders. Files are found by walking the folder, and no path is ever
-made from an id, so nothing outside the folder is read. Symbolic links are not followed.
+A photo's id is its path relative to the folder, with `/` between folders. Files are found by walking the folder, and no
+path is ever made from an id, so nothing outside the folder is read. Symbolic links are not followed.
 """
 
 import abc
@@ -50,7 +50,7 @@ class Listing:
 
 
 class ListedSource(abc.ABC):
-    """A source of photos (`data_prep.sources.Source`) that lists all of its photos, once per process, before it reads any image."""
+    """A source of photos (`data_prep.sources.Source`) that lists all photos once per process, before it reads any."""
 
     provenance: Provenance
 

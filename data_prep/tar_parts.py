@@ -49,8 +49,8 @@ class Parts:
         """Returns `length` bytes, fewer at the end of the last part. Raises StageError if `length` exceeds MAX_READ."""
         if length > MAX_READ:
             raise StageError(
-                f"the header before {self.where(self._position)} asks for {length:,} bytes, more than {MAX_READ:,}: the "
-                "tar is damaged there; download this part again"
+                f"the header before {self.where(self._position)} asks for {length:,} bytes, more than {MAX_READ:,}: "
+                "the tar is damaged there; download this part again"
             )
         end = min(self._position + length, self.length)
         pieces = []

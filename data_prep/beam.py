@@ -9,7 +9,7 @@ from geotoken_jax.workdir import StageError
 
 
 def run_tasks(function: Callable[[Any], Any], tasks: Sequence[Any], settings: BeamSettings) -> None:
-    """Calls a function once per task, on machines that the Beam runner chooses. The runner may repeat a task.
+    """Calls a function with each task, on machines that the Beam runner chooses. The runner may repeat a call.
 
     function: a function of a module that every machine can import. tasks: arguments of the function, picklable.
 
@@ -31,6 +31,6 @@ def run_tasks(function: Callable[[Any], Any], tasks: Sequence[Any], settings: Be
     except Exception as error:  # each runner has its own types of error; a worker's traceback precedes its message
         last = (str(error) or repr(error)).strip().splitlines()[-1]
         raise StageError(
-            f"config.photos.beam.runner {settings.runner} did not make all shards; fix the cause and run the same "
-            f"command again, which makes only the missing shards: {last}"
+            f"config.photos.beam.runner is {settings.runner!r}, which did not make all shards ({last}): fix the cause "
+            "and run the same command again, which makes only the missing shards"
         ) from error

@@ -17,14 +17,15 @@ from typing import Any
 from data_prep.sources import Drop, Photo
 from geotoken_jax.workdir import StageError
 
-#: Characters above which a line cannot be a row of a CSV. The longest known rows, YFCC's with descriptions, are under
-#: 0.2 MB.
+#: Number of characters from which on a line cannot be a row of a CSV. The longest known rows, those of YFCC with
+#: descriptions, are under 0.2 MB.
 _LONGEST_LINE = 1 << 20
-#: Share of rows with |latitude| > 90 above which the columns are swapped. Below it, the rows are typing errors. In
-#: photos from all over the world the share of rows with |longitude| > 90 is about 0.3.
+#: Share of rows with |latitude| > 90 above which latitude and longitude count as swapped. A smaller share is due to
+#: typing errors: if they are swapped and the photos are from all over the world, the share is about 0.3.
 _SWAPPED = 0.05
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(nan|inf(inity)?)", re.ASCII | re.IGNORECASE)
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
+#: Bytes that are not UTF-8, in the form in which the error handler surrogateescape decodes them.
 _UNDECODED = re.compile("[\udc80-\udcff]")
 
 
@@ -33,12 +34,13 @@ def read_rows(
 ) -> Iterator[Photo | Drop]:
     """Yields each row in the file's order, as a photo with an empty image or as a drop. Reads 180,000 rows per second.
 
-    columns: field of Photo -> name of its column, at any position; id, latitude and longitude are required. Numbers
-    instead of names are positions from 0, for a file separated by tabs, without a header or quotes. optional: field of
+    columns: field of Photo -> name of its column, at any position; id, latitude and longitude are required. If
+    the columns are numbers instead of names, they are positions from 0, and the file is read as separated by tabs,
+    without a header or quotes. optional: field of
     Photo -> name of a column that the file may lack. A photo without an author gets its id as author. `captured` is
     parsed by `seconds`.
 
-    Raises StageError if the header is not UTF-8, lacks or repeats a column or has another delimiter, if a line has
+    Raises StageError if the header cannot be read, lacks or repeats a column or has another delimiter, if a line has
     1,048,576 characters or more, if a quote stays open, or if latitude and longitude are swapped. Swapped columns are
     detected at the end of the file only, so read all rows before using any.
     """
@@ -67,14 +69,14 @@ def _lines(path: Path, text: io.TextIOWrapper) -> Iterator[str]:
         n += 1
         if len(line) == _LONGEST_LINE:
             raise StageError(
-                f"{path} has a line {n} of {_LONGEST_LINE:,} characters or more, so it is not a CSV: save the table as "
-                "a CSV with one row per line"
+                f"line {n} of {path} has {_LONGEST_LINE:,} characters or more, so the file is not a CSV: save the "
+                "table as a CSV with one row per line"
             )
         yield line
 
 
 def _cells(path: Path, reader, width: int) -> Iterator[tuple[int, list[str]]]:
-    """Yields the line number and the cells of each row, no cells if the row cannot be parsed. Skips empty lines.
+    """Yields the line number and the cells of each row, [] if the row cannot be parsed. Skips empty lines.
 
     Raises StageError for a row over several lines that does not have `width` cells: an unpaired quote has swallowed the
     lines up to the next quote.
@@ -141,7 +143,7 @@ def _photo(values: dict[str, str]) -> Photo | Drop:
 def seconds(text: str) -> float:
     """Returns a time in seconds since 1970: NaN for an empty text, infinity for a text that is not a time.
 
-    text: number of seconds since 1970, or ISO 8601, which is read as UTC if it has no offset.
+    text: number of seconds since 1970, or a date and time in ISO 8601, read as UTC if it has no offset.
     """
     if not text:
         return math.nan
@@ -155,7 +157,10 @@ def seconds(text: str) -> float:
 
 
 class _Swaps:
-    """Detects swapped columns: |latitude| > 90 in a share of rows above _SWAPPED, and |longitude| > 90 in none."""
+    """Detects that the columns of latitude and longitude are swapped.
+
+    They are if |latitude| > 90 in more than a share _SWAPPED of the rows, and |longitude| > 90 in none.
+    """
 
     def __init__(self, path: Path, latitude: str, longitude: str):
         self.path, self.latitude, self.longitude = path, latitude, longitude

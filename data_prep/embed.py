@@ -1,8 +1,8 @@
 """The stage `embed`: computes the frozen backbone's features of all photos, and stores them as records.
 
-Decoding threads run ahead of the accelerator, across the ends of shards, so that the accelerator never waits for a
-photo. Several processes divide the shards by number and need not run at the same time. The process that makes the last
-missing shard completes the folder.
+Threads decode photos ahead of the accelerator, beyond the end of a shard too, so that the accelerator need not wait for
+them. Process k of n makes the shards k, k + n, k + 2 n and so on. Processes need not run at the same time: the one that
+makes the last missing shard completes features/.
 """
 
 import collections
@@ -26,7 +26,7 @@ from geotoken_jax.preparation import EmbedSettings
 from geotoken_jax.progress import Progress
 from geotoken_jax.workdir import Manifest, write_json
 
-#: Photos per shard. An interrupted run repeats its unfinished shard, so up to this many photos.
+#: Photos per shard. After an interruption the unfinished shard is made again, so up to this number of photos.
 _SHARD = 4096
 _BATCH = 256
 #: Batches on the accelerator at a time: one is computed while another is transferred.
@@ -37,10 +37,10 @@ Result = TypeVar("Result")
 
 
 def run(config: Config, workdir: Workdir) -> list[Manifest]:
-    """Makes features/ from photos/, shard by shard. Returns no manifest while other processes have shards to make.
+    """Makes features/ from photos/, shard by shard. Returns an empty list if shards of other processes are missing.
 
-    An unreadable photo is dropped and counted. Further views of the training photos are a separate split, in which all
-    views of a photo are consecutive.
+    An unreadable photo is dropped and counted. If config.embed.views.count is above 0, augmented views of the photos in
+    `train` are another split, `train_views`, in which all views of a photo are consecutive.
     """
     options = config.embed
     view_options = options.views if options.views.count else {"count": 0}
@@ -73,7 +73,10 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
 
 @dataclasses.dataclass(frozen=True)
 class _Shard:
-    """A file of features/. rows: rows of its photos in their split of photos/."""
+    """A file of features/. split: its split of features/.
+
+    rows: rows of its photos in photos/, in the split that `_photo_split` returns.
+    """
 
     split: str
     rows: range
@@ -81,7 +84,7 @@ class _Shard:
 
     @property
     def ledger(self) -> epath.Path:
-        """JSON file of the number of records, the width of features and the failures. It is written last."""
+        """Path of a JSON file with the number of records, the width of features and the failures, written last."""
         return self.file.parent / "ledgers" / f"{self.file.name}.json"
 
     @property
@@ -99,10 +102,12 @@ def _shards(folder: epath.Path, split: str, photos: int) -> list[_Shard]:
 
 @dataclasses.dataclass
 class _Batch:
-    """Photos of a shard while they are encoded. copies: 1, or the number of views per photo.
+    """Some photos of a shard, while they are decoded and encoded.
 
-    prepared: pixels [n * copies, h, w, 3]; None after they are encoded, or if no photo could be decoded.
-    images: features [n * copies, C]; None before.
+    photos: metadata of the n readable photos. failures: id and reason of each unreadable photo. prepared: pixels
+    [n * copies, h, w, 3], where copies is 1, or the number of views per photo in the split of views; None after
+    encoding, or if no photo is readable. images: features [n * copies, C]; None before encoding, or if no photo is
+    readable.
     """
 
     shard: _Shard
@@ -113,7 +118,10 @@ class _Batch:
 
 
 def _write_shards(shards: list[_Shard], options: EmbedSettings, workdir: Workdir, progress: Progress) -> None:
-    """Writes shards. One pool of threads decodes photos, a second one encodes images, and this thread encodes texts."""
+    """Writes shards and their ledgers.
+
+    One pool of threads decodes photos, a second one encodes images, and the calling thread encodes texts.
+    """
     tower = backbone.make(options)
     layout = records.feature_layout(tower.width)
     sources = {shard.split: workdir.photos(_photo_split(shard.split)) for shard in shards}
@@ -192,7 +200,10 @@ class _Texts:
 def _ahead(
     pool: concurrent.futures.Executor, function: Callable[[Item], Result], items: Iterable[Item], limit: int
 ) -> Iterator[Result]:
-    """Yields function(item) in the order of the items. Up to `limit` results are in progress or waiting at a time."""
+    """Yields function(item), computed in a pool, in the order of the items.
+
+    Up to `limit` results are in progress or waiting at a time.
+    """
     pending: collections.deque[concurrent.futures.Future[Result]] = collections.deque()
     try:
         for item in items:
@@ -206,7 +217,7 @@ def _ahead(
             future.cancel()
 
 
-#: (encoded image, row of the photo) -> pixels for the backbone [n, h, w, 3]; n is the same for all photos.
+#: Function (encoded image, row of the photo) -> pixels [n, h, w, 3] for the backbone: the photo itself, or its n views.
 _Prepare = Callable[[bytes, int], np.ndarray]
 
 

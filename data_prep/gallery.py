@@ -1,4 +1,4 @@
-"""First step of the stage `index`: tables with three embeddings per photo, and the search index over the gallery."""
+"""First step of the stage `index`: tables with three embeddings per photo, and the gallery's search index."""
 
 import contextlib
 
@@ -18,7 +18,7 @@ _SHARD, _BATCH = 1 << 20, 4096
 
 
 def run(config: Config, workdir: Workdir) -> list[Manifest]:
-    """Makes gallery/, the gallery's table and index, and queries/SPLIT/, a table for each other split.
+    """Makes gallery/ (the gallery's table and search index) and, for each other split, its table queries/SPLIT/.
 
     Reads features/ and align/. Raises StageError if `align` has trained the backbone, because features/ are then
     outdated, and IndexQualityError if the index misses too many neighbors.

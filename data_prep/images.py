@@ -9,7 +9,7 @@ from PIL import ExifTags, Image
 from data_prep.csv_rows import seconds
 from geotoken_jax.backbone import preprocess
 
-#: Bytes of the largest file that is read: the uncompressed pixels of a photo of MAX_PIXELS (300 MB).
+#: Bytes of the largest file that is read: 300 MB, the size of MAX_PIXELS pixels without compression.
 MAX_BYTES = 3 * preprocess.MAX_PIXELS
 #: Words in the message of an ImageError -> reason under which the drop is counted.
 _REASONS = {
@@ -70,9 +70,10 @@ def _text(value: Any) -> str:
 
 
 def _degrees(values: Any, reference: Any, allowed: str) -> float:
-    """Returns a coordinate in degrees. Raises ValueError for 0/0, which a camera without a GPS fix writes.
+    """Returns a coordinate in degrees. Raises an error if it is invalid, such as 0/0 from a camera without a GPS fix.
 
-    values: degrees, minutes and seconds; minutes and seconds may be missing.
+    values: degrees, minutes and seconds; minutes and seconds may be missing. reference: letter of the direction, which
+    must be one of the letters in `allowed`.
     """
     sign = _text(reference).upper()
     parts = [float(value) for value in values]

@@ -18,8 +18,9 @@ _BATCH = 8192
 def run(config: Config, workdir: Workdir) -> list[Manifest]:
     """Makes neighbors/SPLIT.rows.npy [n, K] int32 and neighbors/SPLIT.scores.npy [n, K] float32, best first.
 
-    Excludes gallery photos with the photo's own id, which for a view is the id of the original. If fewer than K
-    neighbors are left, the other rows are -1 and their scores -inf; the manifest's `fewer` counts such photos.
+    K is config.index.neighbors.count. Excludes gallery photos with the photo's own id, which for a view is the id of
+    the original, and those that the rules in config.index.neighbors exclude. If fewer than K neighbors are left, the
+    other rows are -1 and their scores -inf; the manifest's `fewer` has the number of such photos per split.
     """
     options = config.index.neighbors
     stage = workdir.begin(config, "neighbors", ["index.neighbors"], ["gallery", "queries"])

@@ -1,9 +1,9 @@
 """The stage `prepare`: checks a source's photos, computes their tokens, and stores both as a TFDS data set in photos/.
 
 Processes write shards independently, on this machine or, with Apache Beam, on several machines that share the work
-directory. Each shard's ledger is written last and marks the shard as complete, so a run after an interruption makes
-only the missing shards. The result has the same bytes for either engine. Ids and authors are never used in paths, so an
-id such as `../../x` does no harm.
+directory. The shards have the same bytes either way. A shard's ledger, a JSON file of its counts and drops, is written
+last and marks the shard as complete. So a run after an interruption makes only the missing shards. Ids and authors are
+never used in paths, so an id such as `../../x` does no harm.
 """
 
 import concurrent.futures
@@ -53,9 +53,10 @@ SOURCES = {
 }
 #: Photos per computation of tokens.
 _BATCH = 256
-#: Earliest plausible time in seconds since 1970, in March 1973. Lower numbers are zeros, years, dates or days.
+#: Earliest plausible time of a photo, 3 March 1973, in seconds since 1970. Lower numbers usually are not seconds but
+#: zeros, years, dates such as 20150401, or days.
 _EARLIEST = 1e8
-#: Folder of the shards that Beam's workers are writing.
+#: Subfolder of photos/ for the shards that Beam's workers are writing.
 _ATTEMPTS = "attempts"
 
 
@@ -80,7 +81,8 @@ def make(stage: Stage, source: Source, workers: int, max_dropped: float, beam: B
     """Fills a stage's folder from a source and returns its manifest. Returns a complete folder's manifest at once.
 
     workers, max_dropped, beam: as in PhotosSettings; if beam is None, only processes on this machine are used.
-    Raises StageError if too many photos are dropped, or two shards contain the same id.
+    Raises StageError if too many photos are dropped, if two shards contain the same id, or if Beam does not make all
+    shards.
     """
     if stage.manifest:
         return stage.manifest
@@ -125,9 +127,10 @@ def make(stage: Stage, source: Source, workers: int, max_dropped: float, beam: B
 
 @dataclasses.dataclass(frozen=True)
 class _Task:
-    """A shard to make, with the paths of three files: records, ids in the order of the records, and the ledger.
+    """A shard to make, with the paths of its three files.
 
-    The ledger has the shard's counts and drops, and is written last.
+    shard_path: records. ids: array of the ids, in the order of the records. ledger: JSON of the shard's counts and
+    drops, written last.
     """
 
     folder: str
@@ -166,7 +169,7 @@ def _run_all(tasks: list[_Task], workers: int) -> Iterator[int]:
 def _end_with_parent() -> None:
     """Makes this process end when its parent is killed, so that two runs never write the same shard at the same time.
 
-    Ignores an interrupt from the keyboard, which the parent handles: it finishes running shards and cancels the others.
+    Ignores an interrupt from the keyboard, which the parent handles: running shards are finished, the others canceled.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -214,8 +217,8 @@ def _make_shard(task: _Task) -> int:
 def _make_attempt(task: _Task) -> None:
     """Writes a shard in a new folder, then moves its files into place, the ledger last.
 
-    A Beam runner may repeat a task because it believes that the first machine is lost. In one folder, both attempts
-    would write the same file.
+    A Beam runner may repeat a task because it believes that the first machine is lost. Both attempts may then run at
+    the same time, and in one folder they would write the same file.
     """
     folder = epath.Path(task.folder) / _ATTEMPTS / uuid.uuid4().hex
     (folder / "ledgers").mkdir(parents=True)
@@ -249,13 +252,13 @@ def drop_reason(photo: Photo) -> str:
 
 
 def plausible(captured: float) -> bool:
-    """Returns whether a time in seconds since 1970 is from March 1973 to one day from now."""
+    """Returns whether a time in seconds since 1970 is between March 1973 and one day from now."""
     return _EARLIEST <= captured <= time.time() + 86_400  # local time without an offset is up to 14 hours ahead of UTC
 
 
 def encode(photos: Iterable[Photo]) -> Iterator[bytes]:
     """Yields one record per photo, in the form of `records.photo_features`."""
-    from tensorflow_datasets.core.example_serializer import ExampleSerializer  # 0.3 s: see `records.photo_features`
+    from tensorflow_datasets.core.example_serializer import ExampleSerializer  # here, as it takes 0.3 s
 
     features = records.photo_features()
     serializer = ExampleSerializer(features.get_serialized_info())
@@ -278,7 +281,7 @@ def _refuse_repeated(tasks: list[_Task]) -> None:
     if len(names) < len(ids):
         repeated = names[counts > 1]
         raise StageError(
-            f"{len(repeated)} ids are in more than one shard, such as {repeated[0].decode()!r}: remove the repeated "
+            f"{len(repeated)} ids, such as {repeated[0].decode()!r}, are in more than one shard: remove the repeated "
             "photos from the source"
         )
 

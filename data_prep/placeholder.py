@@ -13,9 +13,9 @@ from geotoken_jax.preparation import PlaceholderSettings
 
 
 def is_placeholder(image: bytes, known: PlaceholderSettings) -> bool:
-    """Returns whether the difference hash of an encoded image is within `known.distance` bits of one of `known.hashes`.
+    """Returns whether an image's difference hash differs from one of `known.hashes` in at most `known.distance` bits.
 
-    Returns False if the image cannot be decoded. Decodes nothing if there are no hashes.
+    image: encoded image. Returns False if it cannot be decoded. If there are no hashes, it is not decoded.
     """
     if not known.hashes:
         return False
@@ -41,9 +41,9 @@ def dhash(image: bytes) -> int:
 def repeated_files(sizes: Int[np.ndarray, " n"], read: Callable[[int], bytes], limit: int) -> Bool[np.ndarray, " n"]:
     """Returns a mask of the files whose bytes occur in more than `limit` files.
 
-    sizes: file sizes in bytes. read: returns the bytes of a file, given its number. A file is read only if more than
-    `limit` files have its size. Among 4 million photos of 5 to 300 KB, 14 have the same size on average, so a limit of
-    100 reads hardly any file but placeholders.
+    sizes: file sizes in bytes. read: function that returns the bytes of a file, given its index in `sizes`. A file is
+    read only if more than `limit` files have its size. Among 4 million photos of 5 to 300 KB, 14 have the
+    same size on average, so with a limit of 100 hardly any file but placeholders is read.
     """
     same = np.zeros(len(sizes), bool)
     order = np.argsort(sizes, kind="stable")

@@ -10,14 +10,14 @@ from etils import epath
 
 from geotoken_jax.workdir import StageError
 
-#: Most bytes per read, so that the length field of a damaged header cannot use up the memory.
+#: Most bytes per read, and of a member's data. The length in a damaged header therefore cannot use up the memory.
 MAX_READ = 1 << 26
 #: Most bytes of zeros that may follow the last member; GNU tar writes up to 20 blocks (10 KiB).
 _MAX_END = 1 << 20
 
 
 class Parts:
-    """The parts as one file with `read`, `seek` and `tell`. Each part is opened when it is first read."""
+    """The parts of a tar as one file with `read`, `seek` and `tell`. Each part is opened when it is first read."""
 
     def __init__(self, paths: Sequence[epath.Path]):
         self.paths = list(paths)
@@ -49,8 +49,8 @@ class Parts:
         """Returns `length` bytes, fewer at the end of the last part. Raises StageError if `length` exceeds MAX_READ."""
         if length > MAX_READ:
             raise StageError(
-                f"{self.where(self._position)} has a header for {length:,} bytes, which is not possible: the tar is "
-                "damaged there; download this part again"
+                f"the header before {self.where(self._position)} asks for {length:,} bytes, more than {MAX_READ:,}: "
+                "the tar is damaged there; download this part again"
             )
         end = min(self._position + length, self.length)
         pieces = []
@@ -71,7 +71,7 @@ class Parts:
         return b"".join(pieces)
 
     def where(self, position: int) -> str:
-        """Returns the path of the part and the byte in it for a position, as text for messages."""
+        """Returns text for messages about a position in the tar: the path of its part, and the byte in this part."""
         part = self._part(min(position, self.length - 1))
         return f"{self.paths[part]} at byte {position - self._starts[part]:,}"
 
@@ -80,9 +80,9 @@ class Parts:
 
 
 def find_header(parts: Parts, start: int, end: int) -> int:
-    """Returns the first position in [start, end) of a block with a header's checksum, or `end` if there is none.
+    """Returns the first position in [start, end) of a block with a valid header checksum, or `end` if there is none.
 
-    The block is not always the first header of a member: it can be a second header, or part of a member's data.
+    The block need not be the first header of a member: it can be a later one, or in the data of a member.
     """
     position = -(-start // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
     parts.seek(position)
@@ -99,9 +99,9 @@ def find_header(parts: Parts, start: int, end: int) -> int:
 def members(parts: Parts, start: int = 0) -> Iterator[tarfile.TarInfo]:
     """Yields the members of a tar in order. Reads only headers (ustar, GNU and pax).
 
-    start: position of a header. If it is the first header of a member, the members are the same as in a read from 0.
-    If the tar is cut short, the last member's data end beyond the last part. Raises StageError if no header follows a
-    member: the tar is damaged, or a part is missing or has a wrong size.
+    start: position of a header. If it is the first header of a member, all members from this one on are yielded as in a
+    read from 0. If the tar is cut short within a member, this member is yielded too. Its data then end beyond the last
+    part. Raises StageError if no header follows a member: the tar is damaged, or a part is missing or has a wrong size.
     """
     offset = start
     try:
@@ -145,5 +145,5 @@ def _open(parts: Parts, offset: int) -> tarfile.TarFile:
 def _damaged(parts: Parts, offset: int, why: str) -> StageError:
     return StageError(
         f"the tar cannot be read from {parts.where(offset)} on ({why}): this part or one before it is damaged or "
-        "incomplete; compare their sizes with the distributor's and download the wrong one again"
+        "incomplete; compare the sizes of the parts with the distributor's and download those that differ again"
     )

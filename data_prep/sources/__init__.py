@@ -10,9 +10,10 @@ from typing import Protocol
 class Photo:
     """A photo with its metadata.
 
-    image: bytes of the encoded file. latitude, longitude: degrees. city, state, country, continent: names, empty if
-    unknown. captured: time in seconds since 1970, in UTC if the time zone is known; NaN if the time is unknown. A time
-    that cannot be true (photos.plausible) is counted as nonsense and becomes NaN.
+    id: unique in the data set. author: the id if the author is unknown. image: bytes of the encoded file. latitude,
+    longitude: degrees. city, state, country, continent: names, empty if unknown. captured: time in seconds since 1970,
+    in UTC if the time zone is known; NaN if the time is unknown. The stage `prepare` counts a time that cannot be true
+    (photos.plausible) as nonsense and stores NaN.
     """
 
     id: str
@@ -29,7 +30,10 @@ class Photo:
 
 @dataclasses.dataclass(frozen=True)
 class Drop:
-    """A photo that is left out. reason: short name under which such photos are counted."""
+    """A photo, file or table row that is left out.
+
+    id: id of the photo, name of the file, or line of the table. reason: short name under which such drops are counted.
+    """
 
     id: str
     reason: str

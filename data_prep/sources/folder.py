@@ -1,7 +1,7 @@
 """A user's folder of photos. Coordinates and times are in a CSV, or in the photos' EXIF.
 
-A photo's id is its path relative to the folder, with `/`. Files are found by walking the folder, and no path is ever
-made from an id, so nothing outside the folder is read. Symbolic links are not followed.
+A photo's id is its path relative to the folder, with `/` between folders. Files are found by walking the folder, and no
+path is ever made from an id, so nothing outside the folder is read. Symbolic links are not followed.
 """
 
 import abc
@@ -27,10 +27,10 @@ _OPTIONAL = {name: name for name in ("author", "city", "state", "country", "cont
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """All photos of a source.
+    """All photos and drops of a source.
 
-    photos: split -> pairs of a photo, whose image is not yet read, and the path of its file; or of a drop and "".
-    exif: whether coordinates and time are read from the image.
+    photos: split -> list of pairs. A pair is a photo without its image, and the path of its file; or a drop, and "".
+    exif: if true, a photo's coordinates and time are read from its file's EXIF.
     """
 
     photos: Mapping[str, list[tuple[Photo | Drop, str]]]
@@ -43,20 +43,23 @@ class Listing:
         return {split: -(-len(rows) // self.photos_per_shard) for split, rows in self.photos.items() if rows}
 
     def read(self, split: str, shard: int) -> Iterator[Photo | Drop]:
-        """Yields one shard's photos with their images."""
+        """Yields one shard's photos, with their images, and drops."""
         first = shard * self.photos_per_shard
         for row, file in self.photos[split][first : first + self.photos_per_shard]:
             yield row if isinstance(row, Drop) else _load(row, file, self.exif)
 
 
 class ListedSource(abc.ABC):
-    """A source of photos (`data_prep.sources.Source`) that lists all of them first, once per process."""
+    """A source of photos (`data_prep.sources.Source`) that lists all photos once per process, before it reads any."""
 
     provenance: Provenance
 
     @abc.abstractmethod
     def listing(self) -> Listing:
-        """Returns all photos of the source. Raises SettingsError if the folder or the table does not exist."""
+        """Returns all photos of the source.
+
+        Raises SettingsError if the folder or the table does not exist, StageError if one of them cannot be used.
+        """
 
     @property
     def splits(self) -> Mapping[str, int]:
@@ -64,7 +67,7 @@ class ListedSource(abc.ABC):
         return _listing(self).splits
 
     def read(self, split: str, shard: int) -> Iterator[Photo | Drop]:
-        """Yields one shard's photos, in the order of the listing."""
+        """Yields one shard's photos and drops, in the order of the listing."""
         return _listing(self).read(split, shard)
 
 
@@ -99,10 +102,10 @@ class Folder(ListedSource):
 
 
 def walk(path: str, key: str) -> dict[str, str]:
-    """Returns relative path -> path of each file in a folder and its subfolders, sorted. A symbolic link has path "".
+    """Returns relative path -> path of each file in a folder and its subfolders, sorted; "" as a symbolic link's path.
 
     key: key in config.photos that names the folder, for messages. Raises SettingsError if the folder does not exist,
-    StageError if it is empty.
+    StageError if there are no files in it.
     """
     if not path or not Path(path).is_dir():
         raise SettingsError(f"config.photos.{key} is {path!r}, which is not a folder: set it to the photos' folder")
@@ -127,17 +130,19 @@ def existing_file(path: str, key: str) -> Path:
     key: key in config.photos that names the table, for the message.
     """
     if not path or not Path(path).is_file():
-        raise SettingsError(f"config.photos.{key} is {path!r}, which is not a file: set it to the photos' table")
+        raise SettingsError(
+            f"config.photos.{key} is {path!r}, which is not a file: set it to the table that lists the photos"
+        )
     return Path(path)
 
 
 def pair(
     rows: Iterable[Photo | Drop], files: Mapping[str, str], file_name: Callable[[str], str]
 ) -> Iterator[tuple[Photo | Drop, str]]:
-    """Yields each row with the path of its file, or as a drop with "". Then yields a drop per image file without a row.
+    """Yields each row of a table with the path of its file, or as a drop with "" if its id is repeated or has no file.
 
-    files: relative path -> path, from `walk`. file_name: function that returns the key in `files` for an id. The key is
-    only compared, never opened.
+    Then yields a drop, with "", for each image file without a row. files: relative path -> path, from `walk`.
+    file_name: function that returns the relative path for an id. The result is only looked up in `files`, never opened.
     """
     ids, requested = set(), set()
     for row in rows:

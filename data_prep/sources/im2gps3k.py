@@ -1,6 +1,6 @@
 """IM2GPS3K, a benchmark of 2,997 Flickr photos, read from its CSV of scene labels and the images' folder.
 
-An older copy of the CSV has the names LAT and LON exchanged. It raises StageError, with a row as proof.
+An older copy of the CSV has the names LAT and LON exchanged. `read_rows` refuses it: the StageError has a row as proof.
 """
 
 import dataclasses

@@ -1,11 +1,13 @@
 """MP16-Pro: 4.7 million Flickr photos with place names, read from the files as they were downloaded.
 
-The parts `mp-16-images00` ... in order are one tar; a CSV has one row per photo. A survey first reads each row and each
-tar header once, with all parts in parallel. It stores the rows (0.2 KB each) and an index in the stage's folder: for
-each member of the tar, the offsets of member and row and the reason to drop it, as flat arrays. It takes about 100
-bytes of memory per photo. After the survey, each photo is read once, by its offset.
+The files `mp-16-images00`, `mp-16-images01`, ... are consecutive parts of one tar. A CSV has one row per photo.
 
-The filter is the one that G3 published (arXiv 2405.14702): a country, `.jpg`, more than 5,120 bytes.
+Before any photo is yielded, a survey reads the CSV and the headers of the tar. In the folder photos/ it stores the rows
+(0.2 KB each) and an index of the tar, which is described at `Survey`. The survey needs about 100 bytes of memory per
+photo. Each photo is then read once, at the offset that the index contains.
+
+As in G3 (arXiv 2405.14702), a photo is dropped if its row has no country, its file name does not end in `.jpg`, or its
+file has 5,120 bytes or less. Placeholders and unusable files are dropped too.
 """
 
 import concurrent.futures
@@ -39,22 +41,24 @@ _PLACES = {name: name for name in records.PLACE_FIELDS}
 _FIELDS = (*COLUMNS, *_PLACES)
 #: Photos of up to this number of bytes are dropped, as in G3.
 SMALL = 5120
-#: Reasons for which the survey drops a member; the empty one is for members that stay.
+#: Reasons for which the survey drops a member of the tar. The empty reason is for members that stay.
 REASONS = (
-    *("", "not a file", "not .jpg", "truncated", "small file", "too large"),  # known from its header
+    *("", "not a file", "not .jpg", "truncated", "small file", "too large"),  # known from the member's header
     *("no metadata", "repeated id", "identical bytes"),
 )
-#: A member of the tar during the survey. key: hash of the name. fate: index in REASONS, or _FOLDER.
+#: A member of the tar during the survey. offset: position of its first header in the tar. size: bytes of its data.
+#: key: hash of its file name. fate: index in REASONS, or _FOLDER if the member is a folder.
 _MEMBER = np.dtype([("offset", "i8"), ("size", "i8"), ("key", "u8"), ("fate", "u1")])
 _FOLDER = 255
 
 
 @dataclasses.dataclass(frozen=True)
 class MP16Pro:
-    """The data set as a source of photos (`data_prep.sources.Source`). work: folder in which the survey is stored.
+    """The data set as a source of photos (`data_prep.sources.Source`). work: folder that gets the subfolder survey/.
 
-    No author is in two splits; the author of a photo without one is its id. A shard contains consecutive members of its
-    split, in the order of the tar. Members without metadata and rows without a member are drops in shards of `train`.
+    No author is in two splits. If a row has no author, its id is used as the author. A shard contains consecutive
+    members of its split, in the order of the tar. Shards of `train` also contain a drop for each member without a row
+    and for each row without a member.
     """
 
     settings: MP16ProSettings
@@ -73,14 +77,17 @@ class MP16Pro:
 
     @property
     def splits(self) -> Mapping[str, int]:
-        """Split -> number of shards; `validation` is left out if no author is in it."""
+        """Split -> number of shards; `validation` is left out if no photo is in it."""
         held = int(self._survey.held.sum())
         shards = {"train": len(self._survey.held) - held, "validation": held}
         shards = {split: -(-n // self.settings.photos_per_shard) for split, n in shards.items()}
         return {"train": max(1, shards["train"]), **({"validation": shards["validation"]} if held else {})}
 
     def read(self, split: str, shard: int) -> Iterator[Photo | Drop]:
-        """Yields the members of one shard in the order of the tar, then its share of the rows without a member."""
+        """Yields a photo or a drop for each member of one shard, in the order of the tar.
+
+        A shard of `train` then yields a drop for each row in its share of the rows without a member.
+        """
         survey, n = self._survey, self.settings.photos_per_shard
         members = np.flatnonzero(survey.held == (split == "validation"))[shard * n : (shard + 1) * n]
         with self._parts as parts, self._rows.open("rb") as rows:
@@ -96,7 +103,7 @@ class MP16Pro:
                 yield row if isinstance(row, Drop) else Drop(row.id, "repeated id" if repeated else "no image")
 
     def _load(self, parts: tar_parts.Parts, info: tarfile.TarInfo, row: Photo | Drop) -> Photo | Drop:
-        if _stem(row.id) != _stem(info.name.rpartition("/")[2]):  # two names with the same hash
+        if _stem(row.id) != _stem(info.name.rpartition("/")[2]):  # different names with the same hash
             return Drop(info.name, "no metadata")
         if isinstance(row, Drop):
             return row
@@ -137,8 +144,10 @@ class MP16Pro:
 
     @functools.cached_property
     def _survey(self) -> "Survey":
-        """The survey, which is made first if it does not exist. Raises StageError if a file was added or
-        removed since then, or has another size."""
+        """The survey, read from disk. If it is not on disk, it is made and stored there first.
+
+        Raises StageError if, since it was made, a part was added or removed, or a part or the CSV has changed its size.
+        """
         parts, metadata, folder = self._parts, self._metadata, self._rows.parent
         files = {path.name: length for path, length in zip(parts.paths, parts.lengths, strict=True)}
         files[metadata.name] = metadata.stat().length
@@ -154,19 +163,21 @@ class MP16Pro:
         for name in sorted(surveyed.keys() | files.keys()):
             if surveyed.get(name) != files.get(name):
                 raise StageError(
-                    f"{name} has {files.get(name, 'no')} bytes, but had {surveyed.get(name, 'no')} when {self.work} "
-                    "was begun: restore the file, or remove that folder and prepare again from the files as they are"
+                    f"in {self.settings.folder}, {name} has {files.get(name, 'no')} bytes, but had "
+                    f"{surveyed.get(name, 'no')} when {self.work} was begun: restore the file, or remove {self.work} "
+                    "and prepare again from the files as they are"
                 )
         return Survey(*(records.open_array(folder / f"{field.name}.npy") for field in dataclasses.fields(Survey)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
-    """An index of the tar's members and of the rows in rows.jsonl.
+    """An index of the tar's members and of the rows in survey/rows.jsonl, as flat arrays.
 
-    member: offset in the tar of each member's first header. row: offset of its row, -1 if there is none. fate: index of
-    its reason in REASONS. held: whether it is in `validation`. spare: offset of each row without a member. repeated:
-    whether an earlier row has the same id, for each row in spare.
+    Per member, in the order of the tar: `member` is the offset of its first header in the tar, `row` the offset of its
+    row in rows.jsonl (-1 if there is none), `fate` the index in REASONS of the reason to drop it, and `held` is true if
+    it is in the split `validation`. Per row without a member: `spare` is its offset in rows.jsonl, and `repeated` is
+    true if an earlier row has the same id.
     """
 
     member: Int[np.ndarray, " members"]
@@ -178,7 +189,7 @@ class Survey:
 
 
 def _make_survey(parts: tar_parts.Parts, rows: tuple[np.ndarray, ...], settings: MP16ProSettings) -> Survey:
-    """Returns the survey. rows: result of `_index_rows`."""
+    """Returns the survey of an opened tar and the rows of the CSV. rows: result of `_index_rows`."""
     row_offset, row_key, row_held = rows
     members = _index_members(parts)
     offset, size, member_key, fate = (np.array(members[name]) for name in ("offset", "size", "key", "fate"))
@@ -211,11 +222,11 @@ def _make_survey(parts: tar_parts.Parts, rows: tuple[np.ndarray, ...], settings:
 
 
 def _index_members(parts: tar_parts.Parts) -> np.ndarray:
-    """Returns a row of _MEMBER for each member that is not a folder.
+    """Returns an array of _MEMBER with all members of the tar, in its order, except folders.
 
-    The parts are read in parallel, because most of the time is spent on waiting for the disk. Each part is read from
-    its first block that looks like a header. If the members of the part before do not lead to one of these members, the
-    part is read again from its true first header.
+    The parts are read in parallel, because most of the time is spent on waiting for the disk. Reading of a part starts
+    at its first block that looks like a header, which can be wrong. The members of the part before lead to the part's
+    true first header. If no member was read there, the part is read again from there.
     """
     starts = [0, *itertools.accumulate(parts.lengths)]
     pieces, position, ended = [], 0, threading.Event()
@@ -238,7 +249,10 @@ def _index_members(parts: tar_parts.Parts) -> np.ndarray:
 
 
 def _guess_members(paths: Sequence[epath.Path], ended: threading.Event, start: int, end: int) -> np.ndarray:
-    """Returns `_read_members` from the part's first block that looks like a header; no rows if that is not a header."""
+    """Returns `_read_members` from the first block in [start, end) that looks like a header.
+
+    Returns an empty array if the tar cannot be read from there.
+    """
     with tar_parts.Parts(paths) as parts:
         try:
             return _read_members(parts, ended, tar_parts.find_header(parts, start, end), end)
@@ -247,7 +261,10 @@ def _guess_members(paths: Sequence[epath.Path], ended: threading.Event, start: i
 
 
 def _read_members(parts: tar_parts.Parts, ended: threading.Event, start: int, end: int) -> np.ndarray:
-    """Returns a row of _MEMBER for each member from the header at `start` to the first one at or after `end`."""
+    """Returns an array of _MEMBER: the members from the header at `start` to the first one at or after `end`, included.
+
+    ended: if set by another thread, the function returns early.
+    """
     offset, size, key, fate = array("q"), array("q"), array("Q"), array("B")
     for info in tar_parts.members(parts, start):
         offset.append(info.offset)
@@ -274,7 +291,11 @@ def _fault(info: tarfile.TarInfo, length: int) -> str:
 
 
 def _index_rows(path: epath.Path, saved: epath.Path, settings: MP16ProSettings) -> tuple[np.ndarray, ...]:
-    """Writes each row of the CSV as a line of JSON. Returns for each row: offset, key, and whether in `validation`."""
+    """Writes each row of the CSV as a line of JSON into the file `saved`.
+
+    Returns three arrays with one value per row: its offset in that file, the hash of its id, and whether its author is
+    in the split `validation`.
+    """
     offset, key, held = array("q"), array("Q"), array("B")
     limit = settings.validation * 2**64
     with saved.open("wb") as file:
@@ -291,7 +312,7 @@ def _index_rows(path: epath.Path, saved: epath.Path, settings: MP16ProSettings) 
 
 
 def _stem(name: str) -> str:
-    """Returns a name with `_` for `/` and without `.jpg`: a row's id and its member's file name then are equal."""
+    """Returns a name with `_` for `/` and without `.jpg`, so that a row's id equals its member's file name."""
     return name.replace("/", "_").removesuffix(".jpg")
 
 

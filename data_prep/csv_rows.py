@@ -17,7 +17,7 @@ from typing import Any
 from data_prep.sources import Drop, Photo
 from geotoken_jax.workdir import StageError
 
-#: Number of characters from which on a line cannot be a row of a CSV. The longest known rows, those of YFCC with
+#: Number of characters from which on a line cannot be a row of a CSV. The longest known rows, from YFCC with
 #: descriptions, are under 0.2 MB.
 _LONGEST_LINE = 1 << 20
 #: Share of rows with |latitude| > 90 above which latitude and longitude count as swapped. A smaller share is due to

@@ -43,7 +43,7 @@ class Instruction:
 
     @property
     def called(self) -> list[str]:
-        """Names of the computations that this instruction runs; those of reductions and sorts are left out."""
+        """Names of the computations that this instruction runs, without the computations of reductions and sorts."""
         if self.opcode.endswith(("-done", "-update")) or self.opcode in COLLECTIVES:
             return []
         runs = ("fusion", "call", "while", "conditional", "async-start")

@@ -57,7 +57,7 @@ class EarthViewSettings:
     """config.photos.earthview.
 
     seed: random seed of the whole data set. places: number of places that authors visit, drawn from the GeoNames places
-    with 1,000 inhabitants or more; those of `test_unseen` are others. train, validation, test, test_unseen, test_shift:
+    with 1,000 inhabitants or more; `test_unseen` has other places. train, validation, test, test_unseen, test_shift:
     number of photos per split. photos_per_shard: photos per shard; the last shard may have fewer.
     """
 

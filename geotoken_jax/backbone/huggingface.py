@@ -75,11 +75,12 @@ class HuggingFace:
         return self.processor.fit(preprocess.open_image(photo))
 
     def images(self, prepared: UInt8[np.ndarray, "B h w 3"]) -> Float32[np.ndarray, "B C"]:
-        """Returns the features of prepared photos, not normalized: those of `get_image_features` in transformers."""
+        """Returns the features of prepared photos, not normalized, equal to `get_image_features` of
+        transformers."""
         return self._run(self._images, prepared, None)
 
     def texts(self, texts: Sequence[str]) -> Float32[np.ndarray, "B C"]:
-        """Returns the features of texts, not normalized: those of `get_text_features` in transformers.
+        """Returns the features of texts, not normalized, equal to `get_text_features` of transformers.
 
         Features of an empty text are zeros. A text too long for the tower is cut, as published. Every distinct text is
         encoded once, and its features do not depend on the other texts.

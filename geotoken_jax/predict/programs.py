@@ -58,9 +58,9 @@ def embedding(model: AlignModel, width: int) -> Program:
 def decoding(model: GeoTokenModel, options: PredictSettings, *, noise: bool = False) -> Program:
     """Returns the program that maps query, neighbors, neighbor_tokens, neighbor_count and numbers to candidates.
 
-    The program takes the arguments of predict.decode.Decoder: vectors in bfloat16, tokens and counts in int32, numbers in
-    uint32. The result is a dict with the fields of Candidates; the samples are the same as the Decoder's samples. The
-    model's attention must be "xla". To a model that reads capture times, all times are unknown.
+    The program takes the arguments of predict.decode.Decoder: vectors in bfloat16, tokens and counts in int32, numbers
+    in uint32. The result is a dict with the fields of Candidates; the samples are the same as the Decoder's samples.
+    The model's attention must be "xla". To a model that reads capture times, all times are unknown.
 
     noise: whether the program is for runtimes without bfloat16 and without jax's random numbers. If True, vectors are
     float32, and the argument `numbers` is replaced by `noise` [T, K, V] float32 (see predict.sample.noise), which all

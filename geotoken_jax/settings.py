@@ -19,7 +19,7 @@ Runtime = Annotated[S, _RUNTIME]
 
 
 class SettingsError(ValueError):
-    """A setting is missing, unknown, of a wrong type or out of range."""
+    """A setting, or something that a setting names, cannot be used. The message names it and the fix."""
 
 
 def read(kind: type[S], section: Any, place: str) -> S:
@@ -51,7 +51,8 @@ def read(kind: type[S], section: Any, place: str) -> S:
 
 
 def _message(error: ValueError, place: str) -> str:
-    """Returns the message of a section's error. A message that begins with a bare key gets the key's dotted place."""
+    """Returns the message of a section's error. A message that begins with a key alone, such as "chunk is 0: ...", gets
+    the prefix `config.PLACE.`; a SettingsError, or a message that begins with `config.`, is unchanged."""
     message = str(error)
     complete = isinstance(error, SettingsError) or message.startswith("config.")
     return message if complete else f"config.{_join(place, message)}"

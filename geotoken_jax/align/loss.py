@@ -57,8 +57,9 @@ class LossSettings:
 class Targets(NamedTuple):
     """Texts or locations that photos are compared with.
 
-    vectors: embeddings, which the losses normalize. key: points by which targets are compared: if two keys are at most
-    `reach` (an argument of the losses) apart, neither target is a negative of the other one's photo. present: False for
+    vectors: embeddings, which the losses normalize. key: decides which targets count as the same. Two targets are the
+    same if their keys are at most `reach` (an argument of the losses) apart. Then the first is not a negative of the
+    second's photo, nor the second of the first's. present: False for
     targets that are left out, as positives and as negatives.
     """
 

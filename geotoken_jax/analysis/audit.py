@@ -29,5 +29,6 @@ def score(
 
 
 def main_methods(methods: Sequence[Method]) -> list[Method]:
-    """Returns the main method of each file of predictions: its answers, without other selectors and bounds."""
+    """Returns the main method of each file of predictions, which is the file's own answers. Left out are the choices of
+    its other selectors, and the bounds: the best of all candidates by the truth."""
     return [method for method in methods if method.main]

@@ -68,7 +68,8 @@ _COUNTRIES = {
 
 
 def country(text: str) -> str:
-    """Returns the name that this module lists for a country; an unlisted text unchanged; UNKNOWN if empty."""
+    """Returns the name that this module lists for a country; an unlisted text without its outer
+    spaces; UNKNOWN if it is empty."""
     return _known().get(_key(text), (text.strip(), ""))[0] or UNKNOWN
 
 

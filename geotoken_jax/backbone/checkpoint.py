@@ -91,8 +91,9 @@ def read_module(folder: pathlib.Path, make: Callable[[nnx.Rngs], M], mesh: Mesh)
 def write_module(folder: pathlib.Path, source: pathlib.Path, module: nnx.Module) -> None:
     """Writes a copy of the checkpoint folder `source` with a module's parameters, for `read_module` and transformers.
 
-    Parameters of the module replace the tensors of the same names; all other tensors and files are copied. All tensors
-    become float32. All of the module's arrays must be in this process.
+    Parameters of the module replace the tensors of the same names. All other tensors are copied, except those that are
+    no parameters; of the other files, *.json and *.txt are copied. All tensors become float32. All of the module's
+    arrays must be in this process.
     """
     folder.mkdir(exist_ok=True)
     for path in (path for ending in ("*.json", "*.txt") for path in sorted(source.glob(ending))):

@@ -28,7 +28,7 @@ from geotoken_jax.workdir import write_bytes, write_json
 PAGE, _THUMBNAILS, _EXAMPLES = "page.json", "thumbnails", "examples"
 #: Thumbnails per shard. An interrupted run repeats at most one shard, 60 MB at 64 pixels.
 _SHARD = 65_536
-#: Photos decoded concurrently. All of their files are in memory.
+#: Photos handed to the decoding threads at once. All of their files are in memory.
 _BLOCK = 256
 _QUALITY = 75
 #: Longest side of an example photo, in pixels, and its JPEG quality. No backbone reads larger photos.
@@ -184,10 +184,10 @@ def _jpeg(image: bytes, side: int, quality: int) -> bytes:
 
 
 def write_examples(workdir: Workdir, variant: str, count: int, folder: epath.Path) -> list[Example]:
-    """Writes examples/ and returns the examples: up to `count` photos of `test`, each by a different author.
+    """Writes examples/ and returns the examples: up to `count` photos of `test`, no two by the same known author.
 
-    Continents take turns. The share of examples with a correct prediction equals the share among the photos that they
-    are drawn from, so the page does not flatter the model. Without predictions for `test` there are no examples.
+    Continents take turns. The share of examples with a correct prediction is the share among the photos that they are
+    drawn from, rounded, so the page does not flatter the model. Without predictions for `test` there are no examples.
     """
     predicted = workdir.predictions_file(variant, "test")
     if not predicted.exists():

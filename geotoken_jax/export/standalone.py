@@ -10,9 +10,9 @@ thumbnails instead, [n, side, side, 3] uint8: the central square of each photo, 
 folder has no program for other backbones: compute their features with the backbone itself.
 
 Neighbors come from exact search in the whole gallery. The prediction is the candidate with the highest probability
-under the distribution that it was sampled from. `GeoToken.load` of geotoken_jax differs in four points: it searches the
-approximate index, chooses with the selector `predict.choice` of config.json, estimates the radii of a prediction, and
-accepts a photo's capture time, which this file treats as unknown.
+under the distribution that it was sampled from. `GeoToken.load` of geotoken_jax differs in five points: it searches the
+export's index, which may be approximate, merges equal samples, chooses with the selector `predict.choice` of
+config.json, estimates the radii of a prediction, and accepts a photo's capture time, which this file treats as unknown.
 """
 
 import json

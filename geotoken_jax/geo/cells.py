@@ -462,8 +462,8 @@ def _fast_face_ij(latitude, longitude, level: int) -> tuple[np.ndarray, np.ndarr
     converted by `_face_ij`, so that both functions give equal cells.
     """
     # Quarter turns about the axis bring the longitude into [-45, 45], onto one side of the cube. There a, the tangent
-    # of the longitude, is the horizontal coordinate, and b the vertical one, both in [-1, 1]. If |b| > 1, the point is
-    # on a polar face, and its coordinates on that face replace a and b.
+    # of the longitude, is the horizontal coordinate, and b the vertical one. If |b| > 1, the point is on a polar face,
+    # and its coordinates on that face replace a and b. Then both are in [-1, 1].
     quarter = np.rint(longitude * (1 / 90))
     a = np.tan((longitude - 90 * quarter) * (np.pi / 180))
     b = np.tan(latitude * (np.pi / 180)) * np.sqrt(a * a + 1)
@@ -476,7 +476,8 @@ def _fast_face_ij(latitude, longitude, level: int) -> tuple[np.ndarray, np.ndarr
     half, side = 2.0 ** (level - 1), (1 << level) - 1
     doubtful, ij = False, []
     for w, inverted in ((a, 4), (b, 5)):
-        # s is in cells: `half` at the face's middle, more if w is positive and less if w is negative.
+        # The next lines turn w into s, the position along the axis in cells (S2's quadratic projection): `half` at the
+        # face's middle, more if w is positive and less if w is negative.
         s = np.abs(w)
         s *= 3 * half * half
         s += half * half

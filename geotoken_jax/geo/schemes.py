@@ -2,7 +2,7 @@
 
 At the same `level` the cells of every scheme are about as small as S2 cells, so that models and scores can be compared
 across schemes. An S2 face is 10,007 km on edge, and a cell of level n is a face halved n times along both axes.
-LatLonScheme and CityScheme halve squares of the same size as often.
+LatLonScheme and CityScheme start from squares of that size, and halve them `level` times along both axes too.
 """
 
 import dataclasses

@@ -264,7 +264,9 @@ def _member(path: epath.Path, name: str) -> bytes:
         with zipfile.ZipFile(io.BytesIO(path.read_bytes())) as wheel:
             return wheel.read(name)
     except (KeyError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is not GeoCLIP's wheel: {error}") from None
+        raise ValueError(
+            f"{path} is not GeoCLIP's wheel ({error}): run `pip download --no-deps geoclip`, and use its file"
+        ) from None
 
 
 def _read_pth(file: str, data: bytes) -> dict[str, np.ndarray]:

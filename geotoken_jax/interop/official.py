@@ -127,8 +127,8 @@ def _settings(*, rows: int, positions: int, **sizes: Any) -> ModelSettings:
         if rows == 6 + (positions - 1) * 4**group:
             return settings(group=group, level=group * (positions - 1), **sizes)
     raise ValueError(
-        f"the token table has {rows} rows, which fits no group with {positions} output positions: only models of the "
-        "published architecture can be converted"
+        f"the token table has {rows} rows, but a published model with {positions} output positions has 6 + "
+        f"{positions - 1} * 4^group rows, with a group from 1 to {MAX_GROUP}: use weights of the published architecture"
     )
 
 

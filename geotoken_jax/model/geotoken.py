@@ -172,8 +172,8 @@ class GeoTokenModel(nnx.Module):
         self.offsets = tuple(int(o) for o in np.cumsum(sizes) - sizes)
         self.memory_builder = MemoryBuilder(s.memory_form, s.backbone_width, s.width, s.dtype, rngs)
         self.start_embedding = sharding.parameter(rngs.params(), normal, (s.width,), (None,))
-        # Not split over "embed": to split its gradient, XLA would first gather the gradients of all photos.
-        # MemoryBuilder does not split its vectors either.
+        # The token table is split over "vocab" only. If it were split over "embed" too, XLA would gather the gradients
+        # of all photos before splitting them. The vectors of MemoryBuilder are not split over "embed" for this reason.
         self.token_table = sharding.parameter(rngs.params(), normal, (int(sizes.sum()), s.width), ("vocab", None))
         if not s.tie_tokens and s.neighbor_tokens:
             self.neighbor_table = sharding.parameter(

@@ -78,8 +78,9 @@ class MemoryForm:
     positions: "sinusoidal" (one index for the whole sequence, as published) or "factored" (learned vectors for the
     neighbor's rank and for the kind of position; GeoTokenModel adds a vector for the level of a token).
     neighbor_tokens, neighbor_embeddings: False leaves out the neighbors' tokens or embeddings (ablation).
-    similarities: whether to add to each neighbor's vectors a vector made from the cosines between its three embeddings
-    and the photo's, which the projections to D lose; no effect without neighbor_embeddings. times: number of values of
+    similarities: whether each neighbor's vectors also contain how similar it is to the photo. A layer maps the cosines
+    between the neighbor's three embeddings and the photo's to one vector, which is added to them. (The projections to D
+    do not keep these cosines.) No effect without neighbor_embeddings. times: number of values of
     the photo's capture time; if 0, there is no position for the time.
     """
 

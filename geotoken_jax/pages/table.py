@@ -134,7 +134,9 @@ def interval(estimate: Mapping[str, float] | None, form: str = ".1f", scale: flo
 
 
 def points(estimate: Mapping[str, float], colored: bool = True) -> Cell:
-    """Returns a cell with a difference of shares above its interval, in percentage points, and the p-value as tooltip.
+    """Returns a cell with a difference of shares in percentage points, its interval on a second line, and its p-value,
+    if
+    there is one, as tooltip.
 
     colored: whether a difference whose interval excludes zero is green or red.
     """

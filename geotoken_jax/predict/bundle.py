@@ -1,4 +1,4 @@
-"""Checks the files of an export against the SHA-256 sums in its file SHA256SUMS."""
+"""Checks the files of an export, and the checkpoint of its backbone, against their SHA-256 sums."""
 
 import hashlib
 import pathlib

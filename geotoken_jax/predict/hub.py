@@ -128,7 +128,10 @@ def _one_line_errors(name: str, revision: str | None) -> Iterator[None]:
             raise ExportError(f"the hub refuses {name} ({status}): {login} read it or, to push, write it") from None
         raise ExportError(f"the hub returned HTTP status {status} for {name}: try again later") from None
     except RuntimeError as error:  # a file could not be uploaded
-        raise ExportError(f"{error} Run the same command again: files that were sent are not sent again") from None
+        raise ExportError(
+            f"the upload of {name} failed ({error}): run the same command again; files that were sent are not sent "
+            "again"
+        ) from None
     except broken as error:
         raise ExportError(
             f"the transfer of {name} failed ({error}): check the network and the free disk space, then run the same "

@@ -421,7 +421,7 @@ def _place(reply: _Reply, prompt: _Prompt) -> tuple[list[float] | None, str]:
 
 
 def _last_object(text: str, names: Sequence[str]) -> list[Any] | None:
-    """Returns the values of `names` in the last JSON object that has them all; None if no object has.
+    """Returns the values of `names` in the last outermost JSON object that has them all; None if no object has.
 
     A code fence around the object, and reasoning before it, do not matter.
     """

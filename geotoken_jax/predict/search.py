@@ -47,9 +47,9 @@ class _State(NamedTuple):
     cache: Cache
     tokens: Int[Array, "B E T"]
     depth: Int[Array, "B E"]
-    seen: Bool[Array, "B E E"]  # slots that each node attends to: its ancestors and itself
+    seen: Bool[Array, "B E E"]  # [b, i, j]: node i attends to node j, which is an ancestor or itself
     agree: Bool[Array, "B E M"]  # see Cache
-    children: Float[Array, "B E V"]  # log-probability; -inf if the child is expanded too
+    children: Float[Array, "B E V"]  # log-probability of each child; -inf once that child has itself been expanded
 
 
 def search(
@@ -150,7 +150,8 @@ def _result(state: _State, length: int, capacity: int) -> SearchResult:
 
 
 def _start(model: GeoTokenModel, memory: Memory, width: int, expansions: int) -> _State:
-    """Returns the state before any expansion. Its one child, at depth 0, is the whole Earth."""
+    """Returns the state before any expansion. `children` has one entry that is not -inf: the root, the whole Earth at
+    depth 0."""
     cells, batch = model.settings.cells, len(memory.lengths)
     cache = model.start(memory, width, shared=expansions)
     return _State(
@@ -215,10 +216,10 @@ def _coarse(
     tokens: Int[np.ndarray, "B F T"], depth: Int[np.ndarray, "B F"], probability: Float[np.ndarray, "B F"],
     cells: CellScheme,
 ) -> tuple[Int[np.ndarray, "B n T"], Int[np.ndarray, "B n"], Float[np.ndarray, "B n"]]:  # fmt: skip
-    """Returns cells of level 2, or of the next level that ends a token, with the probability inside each.
+    """Returns the 64 most probable coarse cells, with the probability inside each: the sum over the given cells in it.
 
-    The probability is summed over the given cells. A given cell that is larger is left out. The coarse cells are the 64
-    most probable ones, or all if there are fewer.
+    Coarse cells have level 2, or the next level at which a token ends. A given cell larger than a coarse cell is not
+    counted.
     """
     d = 1 + -(-2 // cells.group)
     sizes = cells.vocab_sizes[:d]

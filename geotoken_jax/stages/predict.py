@@ -63,11 +63,11 @@ def run(config: Config, workdir: Workdir, variant: str) -> list[Manifest]:
 def _judges(config: Config, folder: epath.Path, counts: dict[str, int]) -> dict[str, Judge]:
     """Returns the MLLM judge of every split in config.judge.splits.
 
-    Returns no judges if config.judge.base_url is empty, or if config.predict.samples is 0: the greedy candidate alone
-    leaves no choice. Raises SettingsError if config.judge.splits contains a split that is not in `counts`.
+    Returns no judges if config.judge.base_url is empty, or if there is only the greedy candidate. Raises SettingsError
+    if config.judge.splits contains a split that is not in `counts`.
     """
     options = config.judge
-    if not options.base_url or not config.predict.samples:
+    if not options.base_url or not (config.predict.samples or config.predict.beam):
         return {}
     if unknown := sorted(set(options.splits) - set(counts)):
         raise SettingsError(f"config.judge.splits contains {unknown[0]!r}: choose among {', '.join(counts)}")

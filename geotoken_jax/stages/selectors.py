@@ -188,7 +188,7 @@ class _Pairs:
         """Returns one random pair of images per photo.
 
         The first image is the photo or one of its views. The second image is another photo of the same place, a view of
-        one, or another image of the photo itself (the same image if the photo has no views).
+        one, or another image of the photo itself (the same image if the photo lacks views).
 
         Called for each batch (see data.pipeline.Varying). rows: rows of this reader. examples: position of each row in
         the order of training. The first position seeds the draws.

@@ -43,8 +43,8 @@ def write_shard(folder: epath.PathLike, shard: int, shards: int, columns: Mappin
         if not fits or any(want not in (None, got) for want, got in zip(shape, values.shape[1:], strict=True)):
             wanted = ", ".join(map(str, (n, *("C" if size is None else size for size in shape))))
             raise ValueError(
-                f"column {name} of the table has shape {list(values.shape)}: pass an array of shape [{wanted}], with a row "
-                f"for each of the {n} photos"
+                f"column {name} of the table has shape {list(values.shape)}: pass an array of shape [{wanted}], with "
+                f"a row for each of the {n} photos"
             )
         if values.dtype != dtype and not (dtype.kind == values.dtype.kind == "S"):
             raise ValueError(f"column {name} of the table has type {values.dtype}: convert it to {dtype}")

@@ -396,7 +396,7 @@ def test_a_split_that_was_not_predicted_is_named(made, config, tmp_path):
 
 def test_another_gallery_than_that_of_photos_is_refused(made, monkeypatch):
     monkeypatch.setattr(Photos, "__len__", lambda self: 40)
-    with pytest.raises(workdir.StageError, match="no photo 'train-Brazil-0'"):
+    with pytest.raises(workdir.StageError, match="has photo 'train-Brazil-0', but"):
         coverage.gallery_regions(Photos(made, "train"), Table(made / "gallery"))
 
 

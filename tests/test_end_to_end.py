@@ -223,7 +223,7 @@ def test_an_int8_export_goes_to_the_hub_and_answers_from_there(workdir: Path, ph
     results = [r.metric_value for r in card.eval_results or [] if r.dataset_split == "test"]
     assert results == [a["value"] for a in own["accuracy"]]
     text = "".join((tmp_path / "export" / name).read_text() for name in ("README.md", "config.json", "provenance.json"))
-    assert "| int8 minus bfloat16 |" in text and "Places and their names are GeoNames'" in text
+    assert "| int8 minus bfloat16 |" in text and "Places and their names are from GeoNames" in text
     assert str(workdir) not in text and str(tmp_path) not in text
 
 

@@ -26,8 +26,8 @@ def run(config: Config, workdir: Workdir, variant: str) -> list[Manifest]:
     """Writes predictions/VARIANT/SPLIT.jsonl for every split with a table in queries/, except augmented views.
 
     Radii are calibrated with calibration.json, which is fitted to the predictions of the validation split. Without a
-    validation split, or if config.predict.search.expansions is 0, there is no such file: radii are uncalibrated and the
-    manifest has `calibrated` false.
+    validation split there is no such file: radii are uncalibrated and the manifest has `calibrated` false. If
+    config.predict.search.expansions is 0, predictions have no radii.
     """
     variant_config, folder = config.variant(variant), f"predictions/{variant}"
     keys = ["predict", "judge"] if variant_config.judge.base_url else ["predict"]

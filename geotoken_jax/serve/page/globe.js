@@ -30,7 +30,7 @@ export function angle(a, b) {
 export const kilometers = (a, b) => angle(direction(a), direction(b)) * EARTH_KM;
 export const middle = places => place(unit(places.map(direction).reduce((a, b) => a.map((x, k) => x + b[k]))));
 
-// CoordinateTable along the great circle between two directions, the first included.
+// Points along the great circle between two directions, the first included.
 function arc(a, b) {
   const whole = angle(a, b), steps = Math.max(1, Math.ceil(whole / (2 * RADIANS)));
   return Array.from({length: steps}, (_, k) => unit(mix(a, b, k / steps)));

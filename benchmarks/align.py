@@ -19,17 +19,17 @@ import numpy as np
 
 from configs import demo
 from geotoken_jax import checkpoint, configuration, records
-from geotoken_jax import workdir as stages
+from geotoken_jax import manifests as stages
 from geotoken_jax.align.heads import embeddings
 from geotoken_jax.align.task import AlignTask
 from geotoken_jax.analysis import evaluate
 from geotoken_jax.analysis.coordinates import CoordinateTable, Method
-from geotoken_jax.artifacts import Workdir
 from geotoken_jax.gallery import index, neighbors
 from geotoken_jax.gallery.table import index_vectors
 from geotoken_jax.geo import distance
 from geotoken_jax.sharding import make_mesh
 from geotoken_jax.stages import align, training
+from geotoken_jax.workdir import Workdir
 
 #: Changes to the demo's alignment in all settings: whitening, twice as many examples, and a single validation at the
 #: end, so that the last parameters are the ones saved.

@@ -93,7 +93,7 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
 def trained(path: epath.Path, photos: int) -> tuple[Any, dict[str, np.ndarray]]:
     """Returns the demo's trained model, and a batch of the first photos of `test`."""
     from configs import demo
-    from geotoken_jax import checkpoint, records, workdir
+    from geotoken_jax import checkpoint, manifests, records
     from geotoken_jax.data.join import Tokens
     from geotoken_jax.gallery.table import Table
     from geotoken_jax.model.geotoken import GeoTokenModel, ModelSettings
@@ -102,7 +102,7 @@ def trained(path: epath.Path, photos: int) -> tuple[Any, dict[str, np.ndarray]]:
     settings = read(ModelSettings, demo.get_config().model, "model")
     file = path / "geotoken" / "geotoken" / "parameters.safetensors"
     model = checkpoint.read_module(file, lambda rngs: GeoTokenModel(settings, rngs))
-    layout = records.token_layout(workdir.read_manifest(path, "tokens").facts["neighbors"])
+    layout = records.token_layout(manifests.read_manifest(path, "tokens").facts["neighbors"])
     tokens = records.Records(path / "tokens", "test", layout)
     queries, gallery = Table(path / "queries" / "test"), Table(path / "gallery")
     return model, Tokens(tokens, queries, gallery, settings.cells, settings.neighbors)(np.arange(photos))

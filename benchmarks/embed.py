@@ -28,11 +28,11 @@ from PIL import Image
 from configs import common
 from data_prep import embed, photos
 from data_prep.sources import UNKNOWN, Photo
-from geotoken_jax import backbone, chips, workdir
-from geotoken_jax.artifacts import Workdir
+from geotoken_jax import backbone, chips, manifests
 from geotoken_jax.backbone import checkpoint
 from geotoken_jax.backbone.clip import Clip
 from geotoken_jax.configuration import read as read_config
+from geotoken_jax.workdir import Workdir
 from tests import checkpoints
 
 #: Name -> width, layers, heads and patch size of the image tower, and the width of the text tower and the output.
@@ -169,7 +169,7 @@ def towers(options: argparse.Namespace, tower: Any) -> dict[str, Any]:
 
 def stage(options: argparse.Namespace, tower: Any, folder: Path) -> dict[str, Any]:
     """Returns the speed of the stage `embed` on JPEGs, and the share of time in which the tower is idle."""
-    photos.make(workdir.begin(folder, "photos", {}, ()), Jpegs(options.photos), workers=1, max_dropped=0.0)
+    photos.make(manifests.begin(folder, "photos", {}, ()), Jpegs(options.photos), workers=1, max_dropped=0.0)
     file = next(Jpegs(1).read("train", 0)).image
     decode = statistics.median(seconds(lambda: tower.prepare(file)) for _ in range(20))
     config: Any = common.get_config()

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from geotoken_jax import records, workdir
+from geotoken_jax import manifests, records
 from geotoken_jax.align.heads import embeddings
 from geotoken_jax.data.join import neighbors
 from geotoken_jax.gallery import index
@@ -111,7 +111,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Returns the figures of every requested runtime."""
     folder, scratch = Path(options.export or Path(options.workdir) / "export"), Path(options.scratch)
     source = Path(options.workdir)
-    layout = records.feature_layout(workdir.read_manifest(source, "features").facts["width"])
+    layout = records.feature_layout(manifests.read_manifest(source, "features").facts["width"])
     stored = records.Records(source / "features", options.split, layout)
     photos = min(options.photos, len(stored))
     features = stored[np.arange(photos)]["image"].astype(np.float32)

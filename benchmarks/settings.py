@@ -40,9 +40,9 @@ COLUMNS = {
 def measure(config: Any, workdir: str, examples: int) -> dict[str, float]:
     """Returns the metrics of the best validation in a short training, the model's size, and the training's seconds."""
     from geotoken_jax import configuration
-    from geotoken_jax.artifacts import Workdir
     from geotoken_jax.sharding import make_mesh
     from geotoken_jax.stages import train, training
+    from geotoken_jax.workdir import Workdir
 
     config.train.update(examples=examples, evaluate_every=max(1, examples // config.train.batch_size // 4))
     config = configuration.read(config)

@@ -208,7 +208,7 @@ def _model() -> dict[str, Any]:
 
 
 def _verifier() -> dict[str, Any]:
-    """Returns settings of the verifier (geotoken_jax/predict/verify.py) and of its networks' training."""
+    """Returns settings of the verifier (geotoken_jax/predict/verifier.py) and of its networks' training."""
     return dict(
         model=dict(
             near=64,

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from geotoken_jax.manifests import StageError
 from geotoken_jax.preparation import BeamSettings
 from geotoken_jax.settings import SettingsError
-from geotoken_jax.workdir import StageError
 
 
 def run_tasks(function: Callable[[Any], Any], tasks: Sequence[Any], settings: BeamSettings) -> None:
@@ -31,6 +31,6 @@ def run_tasks(function: Callable[[Any], Any], tasks: Sequence[Any], settings: Be
     except Exception as error:  # each runner has its own types of error; a worker's traceback precedes its message
         last = (str(error) or repr(error)).strip().splitlines()[-1]
         raise StageError(
-            f"the Beam runner {settings.runner} did not make all shards ({last}): fix the cause and run the same command "
-            "again, which makes only the missing shards"
+            f"the Beam runner {settings.runner} did not make all shards ({last}): fix the cause and run the same "
+            "command again, which makes only the missing shards"
         ) from error

@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from data_prep.sources import Drop, Photo
-from geotoken_jax.workdir import StageError
+from geotoken_jax.manifests import StageError
 
 #: Number of characters from which on a line cannot be a row of a CSV. The longest known rows, from YFCC with
 #: descriptions, are under 0.2 MB.

@@ -18,13 +18,13 @@ import numpy as np
 from etils import epath
 
 from geotoken_jax import backbone, processes, records, settings
-from geotoken_jax.artifacts import Workdir
 from geotoken_jax.backbone import views
 from geotoken_jax.backbone.preprocess import ImageError, open_image, place_text
 from geotoken_jax.configuration import Config
+from geotoken_jax.manifests import Manifest, write_json
 from geotoken_jax.preparation import EmbedSettings
 from geotoken_jax.progress import Progress
-from geotoken_jax.workdir import Manifest, write_json
+from geotoken_jax.workdir import Workdir
 
 #: Photos per shard. After an interruption the unfinished shard is made again, so up to this number of photos.
 _SHARD = 4096

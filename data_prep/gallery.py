@@ -6,13 +6,13 @@ import numpy as np
 from etils import epath
 
 from geotoken_jax.align.heads import AlignModel, embeddings
-from geotoken_jax.artifacts import GALLERY, Workdir
 from geotoken_jax.configuration import Config
 from geotoken_jax.gallery import index
 from geotoken_jax.gallery.table import IndexVectors, Table, write_shard
+from geotoken_jax.manifests import Manifest, StageError
 from geotoken_jax.progress import track
 from geotoken_jax.records import Records
-from geotoken_jax.workdir import Manifest, StageError
+from geotoken_jax.workdir import GALLERY, Workdir
 
 _SHARD, _BATCH = 1 << 20, 4096
 

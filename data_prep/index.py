@@ -1,9 +1,9 @@
 """The stage `index`: makes the gallery, then neighbors, then token records."""
 
 from data_prep import gallery, neighbors, tokens
-from geotoken_jax.artifacts import Workdir
 from geotoken_jax.configuration import Config
-from geotoken_jax.workdir import Manifest
+from geotoken_jax.manifests import Manifest
+from geotoken_jax.workdir import Workdir
 
 
 def run(config: Config, workdir: Workdir) -> list[Manifest]:

@@ -3,14 +3,14 @@
 import numpy as np
 
 from geotoken_jax import records
-from geotoken_jax.artifacts import Workdir
 from geotoken_jax.backbone import views
 from geotoken_jax.configuration import Config
 from geotoken_jax.gallery.exclude import exclusions
 from geotoken_jax.gallery.neighbors import search_neighbors
 from geotoken_jax.gallery.table import index_vectors
+from geotoken_jax.manifests import Manifest
 from geotoken_jax.progress import Progress
-from geotoken_jax.workdir import Manifest
+from geotoken_jax.workdir import Workdir
 
 _BATCH = 8192
 

@@ -34,13 +34,13 @@ from data_prep.sources.mp16_pro import MP16Pro
 from data_prep.sources.osv5m import Osv5m
 from data_prep.sources.yfcc import Yfcc
 from geotoken_jax import records
-from geotoken_jax.artifacts import Workdir
 from geotoken_jax.configuration import Config
 from geotoken_jax.geo.cells import CellScheme
+from geotoken_jax.manifests import Manifest, Stage, StageError, write_bytes, write_json
 from geotoken_jax.preparation import BeamSettings
 from geotoken_jax.progress import Progress
 from geotoken_jax.settings import SettingsError
-from geotoken_jax.workdir import Manifest, Stage, StageError, write_bytes, write_json
+from geotoken_jax.workdir import Workdir
 
 #: Name of a source, which is also the name of its section in config.photos -> class of the source.
 SOURCES = {

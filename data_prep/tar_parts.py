@@ -8,7 +8,7 @@ from typing import IO
 
 from etils import epath
 
-from geotoken_jax.workdir import StageError
+from geotoken_jax.manifests import StageError
 
 #: Most bytes per read, and of a member's data. The length in a damaged header therefore cannot use up the memory.
 MAX_READ = 1 << 26

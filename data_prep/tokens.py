@@ -3,9 +3,9 @@
 import numpy as np
 
 from geotoken_jax import records
-from geotoken_jax.artifacts import Workdir
 from geotoken_jax.configuration import Config
-from geotoken_jax.workdir import Manifest
+from geotoken_jax.manifests import Manifest
+from geotoken_jax.workdir import Workdir
 
 _SHARD = 1 << 20
 

@@ -24,10 +24,10 @@ from PIL import Image, ImageEnhance
 
 from geotoken_jax.analysis import reliability
 from geotoken_jax.analysis.coordinates import methods_of, read_coordinates, read_truth
-from geotoken_jax.artifacts import TOP1, Workdir
 from geotoken_jax.geo.cells import CellScheme
 from geotoken_jax.geo.distance import EARTH_RADIUS_KM, great_circle_km
 from geotoken_jax.predict.uncertainty import MASSES
+from geotoken_jax.workdir import TOP1, Workdir
 
 #: Colors of Okabe and Ito's palette, lighter where the page is dark. on: ink on the answer's color.
 THEMES = {

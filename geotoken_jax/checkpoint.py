@@ -19,7 +19,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from geotoken_jax import processes, workdir
+from geotoken_jax import manifests, processes
 
 #: Errors that Orbax raises for incomplete or damaged files.
 _UNREADABLE = (OSError, ValueError, KeyError)
@@ -35,7 +35,7 @@ class Checkpoints:
 
     def __init__(self, folder: epath.PathLike, keep: int = 2):
         self._keep = keep
-        absolute = workdir.local(folder).resolve()  # Orbax accepts only absolute paths
+        absolute = manifests.local(folder).resolve()  # Orbax accepts only absolute paths
         self._orbax = ocp.training.Checkpointer(absolute, preservation_policy=self)
         # Losses are not stored as Orbax metrics: Orbax reads all metrics at the start, and one damaged file would make
         # every checkpoint unreadable.
@@ -157,7 +157,7 @@ def write_parameters(path: epath.PathLike, *states: Any) -> None:
     """
     flat = {"/".join(map(str, key)): _whole(value) for state in states for key, value in _flatten(state)}
     if jax.process_index() == 0:
-        workdir.write_bytes(epath.Path(path), safetensors.numpy.save(flat))
+        manifests.write_bytes(epath.Path(path), safetensors.numpy.save(flat))
 
 
 def _whole(value: Any) -> np.ndarray:

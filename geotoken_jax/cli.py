@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from geotoken_jax import commands, processes, settings, workdir
+from geotoken_jax import commands, manifests, processes, settings
 from geotoken_jax.interop import targets
 from geotoken_jax.serve import limits
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         config = _config(options, rest)
         if getattr(options, "workdir", None) is not None:
-            workdir.local(options.workdir)
+            manifests.local(options.workdir)
         sys.exit(commands.run(options, config))
     except _errors(("geotoken_jax.train.loop", "Preempted")) as error:
         print(f"geotoken {options.verb}: {error}", file=sys.stderr)
@@ -149,7 +149,7 @@ def _refusals() -> tuple[type[Exception], ...]:
     """Returns the exceptions that are printed as one line, without a traceback."""
     return (
         settings.SettingsError,
-        workdir.StageError,
+        manifests.StageError,
         FileNotFoundError,
         *_errors(
             ("geotoken_jax.backbone.preprocess", "ImageError"),

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from geotoken_jax import settings, workdir
+from geotoken_jax import manifests, settings
 from geotoken_jax.interop import targets
 from geotoken_jax.serve import limits
 
@@ -46,7 +46,7 @@ def _export(options: argparse.Namespace, config: Any) -> int:
     if options.source is None and options.workdir is None:
         raise settings.SettingsError("--target and --push need an export: add --workdir=DIR or --from=EXPORT")
     if options.source is None:
-        workdir.read_manifest(options.workdir, "export")
+        manifests.read_manifest(options.workdir, "export")
     elif not further:
         raise settings.SettingsError(f"--from needs --push=ORG/NAME or --target={'|'.join(targets.TARGETS)}: add one")
     folder = Path(options.source or Path(options.workdir) / "export")

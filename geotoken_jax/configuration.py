@@ -25,7 +25,7 @@ from geotoken_jax.model.task import LossSettings
 from geotoken_jax.predict.classifier import ClassifierSettings
 from geotoken_jax.predict.decode import PredictSettings
 from geotoken_jax.predict.judge import JudgeSettings
-from geotoken_jax.predict.verify import VerifierSettings
+from geotoken_jax.predict.verifier import VerifierSettings
 from geotoken_jax.processes import WatchSettings
 from geotoken_jax.sharding import MeshSettings
 from geotoken_jax.train.loop import TrainSettings

@@ -1,196 +1,348 @@
-"""Manifests of a work directory's folders, by which a stage finds out if a folder is complete and fits its settings.
+"""Opens the contents of a work directory as typed objects, so that other modules need no names of files.
 
-A stage writes `begun.json` first and `manifest.json` last, each atomically (to a temporary file, then renamed); the
-manifest marks the folder as complete. Both files contain the settings and the hashes of the input manifests, so that
-results of different settings or inputs are never mixed. A manifest depends on neither time nor machine: two runs of one
-configuration have equal manifests, interrupted or not.
+Trained models are built from the settings in their own manifests. `Workdir.begin` raises an error if the configuration
+differs from the settings of any folder that a stage reads, directly or through other folders.
 """
 
-import dataclasses
-import hashlib
+import functools
 import json
-import re
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 from etils import epath
+from jaxtyping import Float, Float32, Int
 
-from geotoken_jax import processes, settings
+from geotoken_jax import backbone, checkpoint, manifests, records, settings
+from geotoken_jax.align.heads import AlignModel, AlignSettings
+from geotoken_jax.align.task import AlignTask
+from geotoken_jax.backbone import views
+from geotoken_jax.configuration import Config
+from geotoken_jax.data.join import Features, Tokens
+from geotoken_jax.gallery import index
+from geotoken_jax.gallery.exclude import ExcludeSettings, Exclusion, exclusions
+from geotoken_jax.gallery.table import Table
+from geotoken_jax.manifests import Manifest, Stage, StageError
+from geotoken_jax.model.geotoken import GeoTokenModel, ModelSettings
+from geotoken_jax.predict.answer import Answerer
+from geotoken_jax.predict.decode import Decoder, PredictSettings
+from geotoken_jax.predict.pool import Pool
+from geotoken_jax.predict.sample import Candidates
+from geotoken_jax.predict.select import TRAINED, SelectorInputs
+from geotoken_jax.predict.trained_selectors import selector_loader
+from geotoken_jax.predict.uncertainty import UNCALIBRATED, Calibration
 
-#: Folder of the work directory -> the verb that makes it, in the order in which the verbs run.
-PATH = {
-    "photos": "prepare",
-    "features": "embed",
-    "align": "align",
-    "gallery": "index",
-    "queries": "index",
-    "neighbors": "index",
-    "tokens": "index",
-    "geotoken": "train",
-    "pools": "learn",
-    "reward": "learn",
-    "verifier": "learn",
-    "predictions": "predict",
-    "report": "evaluate",
-    "export": "export",
-    "audit": "audit",
-}
+#: Split whose photos make up the gallery. Photos of other splits are queries.
+GALLERY = views.SOURCE_SPLIT
+#: Name of the baseline that predicts the coordinates of the first neighbor.
+TOP1 = "top1_neighbor"
+#: Split on which predictions are calibrated.
+VALIDATION = "validation"
+#: Files that an export leaves out. Either only training or indexing needs them, or they contain the times at which the
+#: gallery's photos were taken, which are private.
+_NOT_EXPORTED = (
+    "manifest.json", "begun.json", "checkpoints", "metrics.jsonl", "parameters.txt", "tensorboard", "features.npy",
+    "captured-*.npy",
+)  # fmt: skip
+#: Names of the arrays in pools/VARIANT.
+_POOL = ("tokens", "log_probability", "tempered_log_probability", "states")
 
 
-class StageError(RuntimeError):
-    """A stage cannot run: an input is missing, or the folder was made with other settings or inputs."""
+class Workdir:
+    """A work directory.
 
-
-class OtherSettingsError(StageError):
-    """The folder `path` was made with other settings or inputs."""
-
-    def __init__(self, message: str, path: epath.Path):
-        super().__init__(message)
-        self.path = path
-
-
-@dataclasses.dataclass(frozen=True)
-class Manifest:
-    """Contents of a complete folder's `manifest.json`.
-
-    folder: name in the work directory. settings: sections of the configuration that the folder was made with. inputs:
-    input folder -> SHA-256 of the input's manifest. counts: number of records, per split or kind. dropped: reason ->
-    number of dropped photos. facts: other results of the stage, such as the width of features.
+    made: folders that were not complete when this object opened them for their stages.
     """
 
-    folder: str
-    settings: dict[str, Any]
-    inputs: dict[str, str]
-    counts: dict[str, Any]
-    dropped: dict[str, int]
-    facts: dict[str, Any]
+    def __init__(self, path: epath.PathLike):
+        """Opens a work directory on a local disk. Raises StageError if `path` is a URL."""
+        self.path = manifests.local(path)
+        self.made: set[str] = set()
 
+    # Manifests
 
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """A folder opened for its stage. If `manifest` is not None the folder is complete and the stage has nothing to do.
+    def begin(
+        self,
+        config: Config,
+        folder: str,
+        keys: Sequence[str],
+        inputs: Iterable[str],
+        further: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Stage:
+        """Opens a folder for its stage; see `manifests.begin`.
 
-    path: the folder. settings, inputs: see Manifest.
-    """
+        config: whole configuration, without the changes of a variant; if the folder belongs to a variant, the variant's
+        changes are applied here. keys: dotted keys of the configuration that the folder depends on. inputs: folders
+        that the stage reads. further: section name -> further section that the folder depends on; it replaces a section
+        of the same name in `keys`.
 
-    path: epath.Path
-    folder: str
-    settings: dict[str, Any]
-    inputs: dict[str, str]
-    manifest: Manifest | None
+        Raises StageError if an input is missing, or if the folder or any folder that it was made from, directly or
+        through others, was made with other settings.
+        """
+        inputs = list(inputs)
+        requested = {**_variant_config(config, folder).select(*keys), **further}
+        self._check_settings(config, inputs)
+        stage = manifests.begin(self.path, folder, requested, inputs)
+        if not stage.manifest:
+            self.made.add(folder)
+        return stage
 
-    def finish(self, counts: Mapping[str, Any], dropped: Mapping[str, int] | None = None, **facts: Any) -> Manifest:
-        """Writes the manifest, which marks the folder as complete, and returns it. The arguments: see Manifest."""
-        manifest = Manifest(
-            self.folder, self.settings, self.inputs, dict(counts), dict(dropped or {}), settings.plain(facts)
+    def _check_settings(self, config: Config, folders: Iterable[str]) -> None:
+        seen, waiting = set(), list(folders)
+        while waiting:
+            folder = waiting.pop()
+            if folder not in seen and (manifest := self.finished(folder)):
+                seen.add(folder)
+                waiting += manifest.inputs
+                self._check_folder(folder, manifest, _variant_config(config, folder))
+
+    def _check_folder(self, folder: str, manifest: Manifest, config: Config) -> None:
+        if difference := manifests.first_difference(manifest.settings, settings.result(config)):
+            key, stored, requested = difference
+            raise manifests.OtherSettingsError(
+                f"config.{key} is {requested!r}, but {self.path / folder} was made with {stored!r}: set config.{key} "
+                f"to {stored!r}, or use another --workdir",
+                self.path / folder,
+            )
+
+    def manifest(self, folder: str) -> Manifest:
+        """Returns the manifest of a folder. Raises StageError if the folder is not complete."""
+        return manifests.read_manifest(self.path, folder)
+
+    def finished(self, folder: str) -> Manifest | None:
+        """Returns the manifest of a folder, or None if the folder is not complete."""
+        return self.manifest(folder) if (self.path / folder / "manifest.json").exists() else None
+
+    def complete_folders(self) -> list[str]:
+        """Returns the names of all complete folders, top-level folders before their subfolders."""
+        folders = [
+            file.parent for pattern in ("*", "*/*") for file in sorted(self.path.glob(f"{pattern}/manifest.json"))
+        ]
+        return [folder.relative_to(self.path).as_posix() for folder in folders]
+
+    def digest(self, folder: str) -> str:
+        """Returns the SHA-256 of a complete folder's manifest."""
+        return manifests.digest(self.path, folder)
+
+    # Photos, features and tables
+
+    def photos(self, split: str) -> records.Photos:
+        """Returns the photos of a split."""
+        return records.Photos(self.path / "photos", split)
+
+    @property
+    def width(self) -> int:
+        """C, the width of the backbone's features."""
+        features = self.finished("features")
+        return features.facts["width"] if features else self.gallery.width
+
+    def features(self, split: str) -> records.Records:
+        """Returns the frozen backbone's features of a split."""
+        return records.Records(self.path / "features", split, records.feature_layout(self.width))
+
+    def check_backbone(self, options: backbone.BackboneSettings) -> None:
+        """Raises StageError if features/ was made with another backbone or another checkpoint than `options` has."""
+        stored = self.manifest("features").settings["embed"]
+        if {**stored, **settings.plain(backbone.feature_settings(options))} != stored:
+            raise StageError(
+                f"config.embed has another backbone than {self.path / 'features'} was made with: set "
+                f"config.embed.backbone to {stored['backbone']!r} and config.embed.huggingface.path to the same "
+                "checkpoint, or embed again in another --workdir"
+            )
+
+    @functools.cached_property
+    def gallery(self) -> Table:
+        """The table of the gallery."""
+        return Table(self.path / "gallery")
+
+    def table(self, split: str) -> Table:
+        """Returns the table of a split's photos; for GALLERY, this is the gallery."""
+        return self.gallery if split == GALLERY else Table(self.path / "queries" / split)
+
+    def index(self, threads: int) -> index.Index:
+        """Returns the index of the gallery. threads: number of threads per search."""
+        return index.load(self.path / "gallery" / "index", threads)
+
+    @property
+    def training_splits(self) -> list[str]:
+        """Splits that training reads: the train photos and, if there are any, their augmented views."""
+        counts = (self.finished("tokens") or self.manifest("features")).counts
+        return [split for split in (views.SOURCE_SPLIT, views.VIEWS_SPLIT) if split in counts]
+
+    @property
+    def query_counts(self) -> dict[str, int]:
+        """Split -> number of photos, for the splits that are predicted: all except those that training reads."""
+        return {split: n for split, n in self.manifest("queries").counts.items() if split != views.VIEWS_SPLIT}
+
+    # Neighbors and token records
+
+    @property
+    def neighbor_count(self) -> int:
+        """K, the number of neighbors stored per photo."""
+        return self.manifest("tokens").facts["neighbors"]
+
+    def neighbors(self, split: str, k: int | None = None) -> tuple[Int[np.ndarray, "n k"], Float[np.ndarray, "n k"]]:
+        """Returns gallery rows and scores of a split's neighbors, best first; a missing neighbor has row -1.
+
+        k: number of neighbors per photo; if None, all stored neighbors.
+        """
+        rows, scores = (records.open_array(self.neighbors_file(split, name))[:, :k] for name in ("rows", "scores"))
+        return rows, scores
+
+    def neighbors_file(self, split: str, name: str) -> epath.Path:
+        """Returns the path of the file with a split's neighbors. name: "rows" or "scores"."""
+        return self.path / "neighbors" / f"{split}.{name}.npy"
+
+    def exclusions(self, split: str) -> Callable[[np.ndarray], list[Exclusion]]:
+        """Returns a function from rows of a split's table to the exclusion rules of their neighbors.
+
+        These are the rules with which neighbors/ was made.
+        """
+        key = "exclude" if split in (views.SOURCE_SPLIT, views.VIEWS_SPLIT) else "exclude_in_evaluation"
+        section = self.manifest("neighbors").settings["index"]["neighbors"][key]
+        exclude = settings.read(ExcludeSettings, section, f"index.neighbors.{key}")
+        queries, gallery = self.table(split), self.gallery
+        columns = {name: getattr(gallery, name)() for name in ("ids", "authors", "coordinates")}
+        return lambda rows: exclusions(exclude, queries, rows, columns, lambda some: gallery.embeddings(some)[:, 0])
+
+    def tokens(self, split: str, model: ModelSettings, gallery: Table | None) -> Tokens:
+        """Returns the reader of a split's training examples for the decoder.
+
+        gallery: gallery to read neighbors from; None if the gallery is on the devices.
+        """
+        stored = records.Records(self.path / "tokens", split, records.token_layout(self.neighbor_count))
+        return Tokens(stored, self.table(split), gallery, model.cells, model.neighbors, model.times)
+
+    def pairs(self, split: str) -> Features:
+        """Returns the reader of a split's training examples for alignment."""
+        return Features(self.features(split))
+
+    # Trained models
+
+    def align_model(self, requested: AlignSettings) -> AlignModel:
+        """Returns the trained alignment model. requested: config.align.model, whose runtime fields are used."""
+        task = AlignTask(self.aligned_settings(requested), self.width)
+        return checkpoint.read_module(self.path / "align" / "parameters.safetensors", task.init)
+
+    def aligned_settings(self, requested: AlignSettings) -> AlignSettings:
+        """Returns the settings of the trained alignment model, with the runtime fields of `requested`."""
+        return settings.restored(self.manifest("align").settings["align"]["model"], requested, "align.model")
+
+    def model_settings(self, variant: str, requested: ModelSettings) -> ModelSettings:
+        """Returns the settings of a variant's trained decoder, with the runtime fields of `requested`."""
+        return settings.restored(self.manifest(f"geotoken/{variant}").settings["model"], requested, "model")
+
+    def decoder(self, variant: str, requested: ModelSettings) -> GeoTokenModel:
+        """Returns the trained decoder of a variant. requested: config.model, whose runtime fields are used."""
+        options = self.model_settings(variant, requested)
+        file = self.path / "geotoken" / variant / "parameters.safetensors"
+        return checkpoint.read_module(file, lambda rngs: GeoTokenModel(options, rngs))
+
+    def selectors(self, config: Config, variant: str) -> dict[str, Any]:
+        """Returns name of a folder -> model settings, for the trained selectors that config.predict.selectors needs."""
+        sections = {"reward": config.reward.model, "verifier": config.verifier.model}
+        return {
+            name: settings.restored(
+                self.manifest(f"{name}/{variant}").settings[name]["model"], sections[name], f"{name}.model"
+            )
+            for name in selector_folders(config.predict)
+        }
+
+    def answerer(self, config: Config, variant: str, exported: epath.Path | None = None) -> Answerer:
+        """Returns the answerer of a variant: trained decoder, selectors and gallery.
+
+        config: configuration with the variant's changes applied. exported: folder of an export, from which the gallery
+        and the selectors are read; if None, both are read from the work directory.
+        """
+        gallery = Table(exported / "gallery") if exported else self.gallery
+        model = self.decoder(variant, config.model)
+        aligned = functools.cache(lambda: self.align_model(config.align.model))
+
+        def folder(name: str) -> epath.Path:
+            return exported / name if exported else self.path / name / variant
+
+        trained = selector_loader(self.selectors(config, variant), folder, gallery, model, aligned)
+        return Answerer(Decoder(model, config.predict, gallery), SelectorInputs(config.predict.vote, aligned, trained))
+
+    # Pools
+
+    def save_pools(self, variant: str, rows: np.ndarray, parts: Sequence[tuple[np.ndarray, ...]]) -> None:
+        """Writes pools/VARIANT, the candidates of train photos.
+
+        rows: gallery rows of the photos, [n]. parts: one tuple per batch of photos, with four arrays of the candidates:
+        tokens, log-probabilities, log-probabilities under the sampling distribution, and states of the decoder.
+        """
+        folder = self.path / "pools" / variant
+        for name, values in zip(_POOL, zip(*parts, strict=True), strict=True):
+            records.save_array(folder / f"{name}.npy", np.concatenate(values))
+        records.save_array(folder / "rows.npy", rows)
+
+    def pool_rows(self, variant: str) -> Int[np.ndarray, " n"]:
+        """Returns the gallery rows of the photos in pools/VARIANT."""
+        return records.open_array(self.path / "pools" / variant / "rows.npy")
+
+    def pools(self, variant: str, requested: ModelSettings) -> tuple[Float32[np.ndarray, "n K D"], Pool]:
+        """Returns the decoder's states of all candidates in pools/VARIANT, and the candidates as a Pool.
+
+        The Pool contains no embeddings of neighbors. requested: config.model, whose runtime fields are used.
+        """
+        folder = self.path / "pools" / variant
+        tokens, log_p, tempered, states = (records.open_array(folder / f"{name}.npy") for name in _POOL)
+        options, rows = self.model_settings(variant, requested), self.pool_rows(variant)
+        neighbors, scores = (part[rows] for part in self.neighbors(views.SOURCE_SPLIT, options.neighbors))
+        pool = Pool(
+            Candidates(tokens, log_p, tempered),  # pyright: ignore[reportArgumentType]
+            np.stack(options.cells.decode(tokens), -1),
+            self.gallery.embeddings(rows),
+            np.zeros((len(rows), options.neighbors, 0, self.gallery.width), np.float32),
+            self.gallery.coordinates(np.maximum(neighbors, 0)),
+            scores,
+            (neighbors >= 0).sum(1),
+            None,
         )
-        write_json(self.path / "manifest.json", dataclasses.asdict(manifest))
-        (self.path / "begun.json").unlink(missing_ok=True)
-        return manifest
+        return states, pool
+
+    # Predictions, report and export
+
+    def predictions_file(self, name: str, split: str) -> epath.Path:
+        """Returns the path of the predictions of a variant or baseline for a split."""
+        return self.path / "predictions" / name / f"{split}.jsonl"
+
+    def predicted_variants(self) -> list[str]:
+        """Returns the variants and baselines whose predictions are complete."""
+        return sorted(path.parent.name for path in (self.path / "predictions").glob("*/manifest.json"))
+
+    def calibration_file(self, variant: str) -> epath.Path:
+        """Returns the path of a variant's calibration. The file exists only if the predictions are calibrated."""
+        return self.path / "predictions" / variant / "calibration.json"
+
+    def calibration(self, variant: str) -> Calibration:
+        """Returns a variant's calibration, or UNCALIBRATED if the predictions are not calibrated."""
+        file = self.calibration_file(variant)
+        return Calibration.load(file) if file.exists() else UNCALIBRATED
+
+    def training_logs(self) -> list[epath.Path]:
+        """Returns the paths of the training metrics of the alignment model, which may not exist, and all decoders."""
+        return [self.path / "align" / "metrics.jsonl", *sorted((self.path / "geotoken").glob("*/metrics.jsonl"))]
+
+    def metrics(self) -> dict[str, Any]:
+        """Returns the contents of report/metrics.json."""
+        return json.loads((self.path / "report" / "metrics.json").read_text())
+
+    def copy_trained(self, folder: str, to: epath.Path) -> None:
+        """Copies a folder to `to`, in an export, without the files in _NOT_EXPORTED; an existing `to` is replaced."""
+        shutil.rmtree(to, ignore_errors=True)
+        shutil.copytree(self.path / folder, to, ignore=shutil.ignore_patterns(*_NOT_EXPORTED))
 
 
-def begin(workdir: epath.PathLike, folder: str, config: Mapping[str, Any], inputs: Sequence[str]) -> Stage:
-    """Opens a folder for its stage; if the folder is new, makes it and writes `begun.json`.
-
-    config: section name -> section (ConfigDict, dataclass or mapping) that the folder depends on. inputs: folders of
-    the work directory that the stage reads; all must be complete.
-
-    Raises StageError if an input is missing, or if the folder was begun or made with other settings or inputs.
-    """
-    workdir = local(workdir)
-    requested = {"settings": settings.plain(config), "inputs": {name: digest(workdir, name) for name in inputs}}
-    path = workdir / folder
-    manifest = path / "manifest.json"
-    begun = path / "begun.json"
-    if manifest.exists():
-        stored = json.loads(manifest.read_text())
-        _check_same(path, stored, requested)
-        return Stage(path, folder, **requested, manifest=Manifest(**stored))
-    if begun.exists():
-        _check_same(path, json.loads(begun.read_text()), requested)
-    else:
-        path.mkdir(parents=True, exist_ok=True)
-        write_json(begun, requested)
-    return Stage(path, folder, **requested, manifest=None)
+def _variant_config(config: Config, folder: str) -> Config:
+    """Returns the configuration, with a variant's changes applied if the folder belongs to the variant."""
+    name = folder.partition("/")[2]
+    return config.variant(name) if name in config.variants else config
 
 
-def local(path: epath.PathLike) -> epath.Path:
-    """Returns the path of a folder on this machine. Raises StageError for a URL, also with one slash (s3:/bucket/run).
-
-    The message contains only the URL's scheme, because the rest may contain a password.
-    """
-    if url := re.match("([A-Za-z][A-Za-z0-9+.-]+):/", str(path)):
-        raise StageError(
-            f"--workdir is a URL ({url[1]}://...), but stages read and write local files only: mount the bucket and "
-            "use the mounted folder, or use a local folder and copy it afterwards (docs/launch.md)"
-        )
-    return epath.Path(path)
-
-
-def read_manifest(workdir: epath.PathLike, folder: str) -> Manifest:
-    """Returns the manifest of a folder. Raises StageError if the folder is not complete."""
-    path = epath.Path(workdir) / folder / "manifest.json"
-    if not path.exists():
-        verb = PATH.get(folder.split("/")[0], folder)
-        raise StageError(f"{path.parent} is not complete: run `geotoken {verb}` with the same --workdir first")
-    return Manifest(**json.loads(path.read_text()))
-
-
-def digest(workdir: epath.PathLike, folder: str) -> str:
-    """Returns the SHA-256 of a folder's manifest. Raises StageError if the folder is not complete."""
-    read_manifest(workdir, folder)
-    return hashlib.sha256((epath.Path(workdir) / folder / "manifest.json").read_bytes()).hexdigest()
-
-
-def write_json(path: epath.Path, value: Any) -> None:
-    """Writes a JSON file atomically: after a crash `path` is absent, the old file or the whole new file."""
-    write_bytes(path, (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
-
-
-def write_bytes(path: epath.Path, data: bytes) -> None:
-    """Writes a file atomically: after a crash `path` is absent, the old file or the whole new file."""
-    # The temporary name contains the index of the process, because several processes may write the same file.
-    temporary = path.parent / f".{path.name}.{processes.index()}.partial"
-    temporary.write_bytes(data)
-    temporary.replace(path)
-
-
-def first_difference(stored: Mapping[str, Any], requested: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
-    """Returns the first setting that differs: its dotted key, its stored value and its requested value.
-
-    Only keys that both contain are compared. Returns None if their values are equal.
-
-    stored: settings in a manifest. requested: settings of the current configuration.
-    """
-    for key in sorted(stored.keys() & requested.keys()):
-        old, new = stored[key], requested[key]
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            if difference := first_difference(old, new):
-                return f"{key}.{difference[0]}", *difference[1:]
-        elif old != new:
-            return key, old, new
-    return None
-
-
-def _check_same(path: epath.Path, stored: Mapping[str, Any], requested: Mapping[str, Any]) -> None:
-    for part in ("settings", "inputs"):
-        difference = _first_difference(stored[part], requested[part], "")
-        if difference is None:
-            continue
-        key, old, new = difference
-        problem = (
-            f"config.{key} is {new!r}, but {path} was made with {old!r}"
-            if part == "settings"
-            else f"{path} was made with another {key}/"
-        )
-        raise OtherSettingsError(f"{problem}: use another --workdir, or remove {path} to make it again", path)
-
-
-def _first_difference(old: Any, new: Any, place: str) -> tuple[str, Any, Any] | None:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted(old.keys() | new.keys()):
-            difference = _first_difference(old.get(key), new.get(key), f"{place}.{key}" if place else key)
-            if difference:
-                return difference
-        return None
-    return None if old == new else (place, old, new)
+def selector_folders(options: PredictSettings) -> list[str]:
+    """Returns the folders of the trained selectors that config.predict.selectors needs."""
+    return [name for name, selectors in TRAINED.items() if set(selectors) & set(options.selectors)]

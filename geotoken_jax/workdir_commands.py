@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 from geotoken_jax import processes
 from geotoken_jax.analysis import evaluate as scores
-from geotoken_jax.artifacts import TOP1, Workdir
 from geotoken_jax.configuration import Config
+from geotoken_jax.manifests import Manifest
 from geotoken_jax.pages import scaling as scaling_page
 from geotoken_jax.settings import SettingsError
 from geotoken_jax.stages import (
@@ -25,7 +25,7 @@ from geotoken_jax.stages import (
     selectors,
     train,
 )
-from geotoken_jax.workdir import Manifest
+from geotoken_jax.workdir import TOP1, Workdir
 
 #: Function from configuration, work directory and variants to the manifests of the folders that the stage made or kept.
 Stage = Callable[[Config, Workdir, Sequence[str]], Iterable[Manifest]]

@@ -12,8 +12,8 @@ from PIL import Image
 
 from data_prep import embed, images, photos
 from data_prep.sources import UNKNOWN, Photo
-from geotoken_jax import configuration, records, workdir
-from geotoken_jax.artifacts import Workdir
+from geotoken_jax import configuration, manifests, records
+from geotoken_jax.workdir import Workdir
 from tests import tiny
 
 
@@ -42,7 +42,7 @@ def prepared(path: Path) -> Path:
     """Makes photos/ without checking images, so that one unreadable photo is in it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(images, "drop_reason", lambda image: "")
-        photos.make(workdir.begin(path, "photos", {}, inputs=()), Sample(), workers=1, max_dropped=0.0)
+        photos.make(manifests.begin(path, "photos", {}, inputs=()), Sample(), workers=1, max_dropped=0.0)
     return path
 
 

@@ -13,10 +13,9 @@ from flax import nnx
 
 from configs import demo
 from data_prep import tokens
-from geotoken_jax import checkpoint, cli, configuration, records, settings, workdir
+from geotoken_jax import checkpoint, cli, configuration, manifests, records, settings
 from geotoken_jax.analysis import coverage, neighbor_gap, overlap, regions
 from geotoken_jax.analysis.masking import MaskedGallery
-from geotoken_jax.artifacts import TOP1, Workdir
 from geotoken_jax.gallery import index, neighbors
 from geotoken_jax.gallery.exclude import SameId
 from geotoken_jax.gallery.table import Table, index_vectors, write_shard
@@ -25,6 +24,7 @@ from geotoken_jax.pages import coverage as coverage_page
 from geotoken_jax.pages import frame
 from geotoken_jax.predict import decode
 from geotoken_jax.stages import audit, baselines, predict
+from geotoken_jax.workdir import TOP1, Workdir
 from tests import fixtures
 
 #: Country -> continent, and the center of its photos.
@@ -119,9 +119,9 @@ def made(tmp_path_factory, config):
     """A work directory from photos/ to predictions/, by the stages that need no training."""
     path = tmp_path_factory.mktemp("audit")
     embeddings, photos = images(), world()
-    workdir.begin(path, "photos", {}, ()).finish({})
+    manifests.begin(path, "photos", {}, ()).finish({})
     for folder in ("gallery", "queries"):
-        workdir.begin(path, folder, {}, ())
+        manifests.begin(path, folder, {}, ())
     for split, of in embeddings.items():
         rows = photos[split][:1] + photos[split][2:] if split == "train" else photos[split]
         coordinates = np.stack([photo["coordinates"] for photo in rows])
@@ -134,11 +134,11 @@ def made(tmp_path_factory, config):
         }
         write_shard(path / ("gallery" if split == "train" else f"queries/{split}"), 0, 1, columns)
     for folder in ("gallery", "queries"):
-        workdir.begin(path, folder, {}, ()).finish({})
+        manifests.begin(path, folder, {}, ()).finish({})
     counts = {split: len(of) for split, of in embeddings.items()}
     (path / "queries" / "manifest.json").unlink()
-    workdir.begin(path, "queries", {}, ()).finish({split: counts[split] for split in ("validation", "test")})
-    stage = workdir.begin(path, "neighbors", config.select("index.neighbors"), ["gallery", "queries"])
+    manifests.begin(path, "queries", {}, ()).finish({split: counts[split] for split in ("validation", "test")})
+    stage = manifests.begin(path, "neighbors", config.select("index.neighbors"), ["gallery", "queries"])
     gallery = Table(path / "gallery")
     vectors = index_vectors(gallery.embeddings())
     for split in counts:
@@ -151,7 +151,7 @@ def made(tmp_path_factory, config):
         records.save_array(stage.path / f"{split}.scores.npy", scores)
     stage.finish(counts, fewer={})
     tokens.run(config, Workdir(path))
-    stage = workdir.begin(path, "geotoken/geotoken", config.select("model"), ())
+    stage = manifests.begin(path, "geotoken/geotoken", config.select("model"), ())
     state = nnx.to_pure_dict(nnx.state(fixtures.model("compact"), nnx.Param))
     checkpoint.write_parameters(stage.path / "parameters.safetensors", jax.tree.map(np.asarray, state))
     stage.finish({})
@@ -390,13 +390,15 @@ def test_every_country_of_geonames_has_its_continent():
 
 def test_a_split_that_was_not_predicted_is_named(made, config, tmp_path):
     other = config.changed(dict(audit=dict(coverage=dict(split="tset"))), "")
-    with pytest.raises(workdir.StageError, match=r"split is 'tset': choose one of the splits in .*, test, validation"):
+    with pytest.raises(
+        manifests.StageError, match=r"split is 'tset': choose one of the splits in .*, test, validation"
+    ):
         audit.run(other, Workdir(made), "coverage")
 
 
 def test_another_gallery_than_that_of_photos_is_refused(made, monkeypatch):
     monkeypatch.setattr(Photos, "__len__", lambda self: 40)
-    with pytest.raises(workdir.StageError, match="has photo 'train-Brazil-0', but"):
+    with pytest.raises(manifests.StageError, match="has photo 'train-Brazil-0', but"):
         coverage.gallery_regions(Photos(made, "train"), Table(made / "gallery"))
 
 

@@ -17,7 +17,7 @@ from data_prep.sources import Source
 from data_prep.sources.folder import Folder, FolderSettings
 from data_prep.sources.osv5m import Osv5m, Osv5mSettings
 from data_prep.sources.yfcc import Yfcc, YfccSettings
-from geotoken_jax import records, workdir
+from geotoken_jax import manifests, records
 from tests.test_sources import exif, jpeg, write_files
 
 KEPT = "kept"
@@ -25,13 +25,13 @@ KEPT = "kept"
 HEADER, GOOD = b"id,latitude,longitude,author\n", b"good.jpg,35.7,139.7,me\n"
 
 
-def make(path: Path, source: Source) -> workdir.Manifest:
+def make(path: Path, source: Source) -> manifests.Manifest:
     """Runs the stage, and asserts that it changes no other file, whether it succeeds or not."""
     before = everything_but_work(path)
-    stage = workdir.begin(path / "work", "photos", {"photos": {}}, inputs=())
+    stage = manifests.begin(path / "work", "photos", {"photos": {}}, inputs=())
     try:
         return photos.make(stage, source, workers=1, max_dropped=1.0)
-    except workdir.StageError as error:
+    except manifests.StageError as error:
         assert "\n" not in str(error) and len(str(error)) < 600
         raise
     finally:
@@ -227,7 +227,7 @@ def test_tables(tmp_path, kind):
     source = a_folder(tmp_path, {"bad.jpg": jpeg()}, table)
     if expected == KEPT:
         return check(tmp_path, source, KEPT)
-    with pytest.raises(workdir.StageError, match=expected):
+    with pytest.raises(manifests.StageError, match=expected):
         make(tmp_path, source)
 
 
@@ -338,7 +338,7 @@ def test_zips(tmp_path, kind):
     (tmp_path / "in/train.csv").write_text("id,latitude,longitude,country,creator_id\n1,1,100,NA,7\n" + more)
     source = Osv5m(Osv5mSettings(str(tmp_path / "in")))
     if "cut short" in case.expected:
-        with pytest.raises(workdir.StageError, match=case.expected):
+        with pytest.raises(manifests.StageError, match=case.expected):
             make(tmp_path, source)
     else:
         check(tmp_path, source, case.expected)

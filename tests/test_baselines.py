@@ -13,15 +13,15 @@ from PIL import Image
 from configs import demo
 from data_prep import photos
 from data_prep.sources import UNKNOWN, Photo
-from geotoken_jax import checkpoint, configuration, records, settings, workdir
+from geotoken_jax import checkpoint, configuration, manifests, records, settings
 from geotoken_jax.align.task import AlignTask
-from geotoken_jax.artifacts import Workdir
 from geotoken_jax.gallery import encodings, index
 from geotoken_jax.gallery.table import Table, index_vectors, write_shard
 from geotoken_jax.geo.cells import CellScheme
 from geotoken_jax.geo.distance import great_circle_km
 from geotoken_jax.predict import classifier
 from geotoken_jax.stages import baselines, evaluate
+from geotoken_jax.workdir import Workdir
 
 C, M = 8, 5
 SPLITS = {"train": 120, "validation": 12, "test": 30}
@@ -66,7 +66,7 @@ def config():
 def path(tmp_path_factory, config):
     """A work directory up to neighbors/, with predictions of the reference variant."""
     path = tmp_path_factory.mktemp("world")
-    photos.make(workdir.begin(path, "photos", {"photos": {"source": "sample"}}, ()), Source(), 1, 0.0)
+    photos.make(manifests.begin(path, "photos", {"photos": {"source": "sample"}}, ()), Source(), 1, 0.0)
     rng = np.random.default_rng(0)
     looks = rng.normal(size=(6, 3, C))
     for split, n in SPLITS.items():
@@ -81,13 +81,13 @@ def path(tmp_path_factory, config):
         }
         write_shard(path / "gallery" if split == "train" else path / "queries" / split, 0, 1, columns)
     counts = {split: n for split, n in SPLITS.items() if split != "train"}
-    workdir.begin(path, "align", config.select("align.model"), ()).finish({})
+    manifests.begin(path, "align", config.select("align.model"), ()).finish({})
     for folder, holds in {"gallery": {"train": 120}, "queries": counts}.items():
-        workdir.begin(path, folder, {}, ()).finish(holds)
+        manifests.begin(path, folder, {}, ()).finish(holds)
     task = AlignTask(config.align.model, C)
     aligned = nnx.to_pure_dict(nnx.state(task.init(nnx.Rngs(0))))
     checkpoint.write_parameters(path / "align" / "parameters.safetensors", jax.tree.map(np.asarray, aligned))
-    stage = workdir.begin(path, "neighbors", config.select("index.neighbors"), ["gallery", "queries"])
+    stage = manifests.begin(path, "neighbors", config.select("index.neighbors"), ["gallery", "queries"])
     vectors = index_vectors(Table(path / "gallery").embeddings())
     for split in counts:
         rows, scores = index.exact(vectors, index_vectors(Table(path / "queries" / split).embeddings()), M)
@@ -96,7 +96,7 @@ def path(tmp_path_factory, config):
         records.save_array(stage.path / f"{split}.rows.npy", rows)
         records.save_array(stage.path / f"{split}.scores.npy", scores)
     stage.finish(counts)
-    stage = workdir.begin(path, "predictions/geotoken", {}, ["gallery"])
+    stage = manifests.begin(path, "predictions/geotoken", {}, ["gallery"])
     for split, n in counts.items():
         lines = [{"id": f"{split}-{i}", "latitude": 0.0, "longitude": 0.0} for i in range(n)]
         (stage.path / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -207,14 +207,14 @@ def test_the_classifier_learns_and_is_made_once(config, path):
     lines = answered(config, path, "classifier")
     check(lines, 4)
     assert len(lines) == 30 and (off(lines) < 25).mean() > 0.9
-    manifest = workdir.read_manifest(path, "predictions/classifier")
+    manifest = manifests.read_manifest(path, "predictions/classifier")
     assert manifest.facts["cells"] == 6 and manifest.dropped == {"in a cell of fewer than min_photos": 0}
     # wandb changes no result, so predictions are reused.
     changed = config.changed(dict(baselines=dict(train=dict(wandb="elsewhere"))), "")
     kept = Workdir(path)
     assert baselines.run(changed, kept, "classifier") == [manifest] and not kept.made
     changed = config.changed(dict(baselines=dict(classifier=dict(hidden=17))), "")
-    with pytest.raises(workdir.StageError, match=r"baselines\.classifier\.hidden is 17, but .* was made with 16"):
+    with pytest.raises(manifests.StageError, match=r"baselines\.classifier\.hidden is 17, but .* was made with 16"):
         answered(changed, path, "classifier")
 
 
@@ -249,5 +249,5 @@ def test_a_report_is_made_again_where_a_method_is_added(config, path, tmp_path):
     assert methods[1] == ["GeoToken", "kNN vote", "kNN vote: ideal of up to 5 candidates"]
     assert methods[2] == ["GeoToken", *methods[1][1:2], "Top-1 neighbor", methods[1][2], "Best of up to 5 neighbors"]
     changed = config.changed(dict(evaluate=dict(resamples=51)), "")
-    with pytest.raises(workdir.StageError, match=r"config\.evaluate\.resamples is 51, but .* was made with 50"):
+    with pytest.raises(manifests.StageError, match=r"config\.evaluate\.resamples is 51, but .* was made with 50"):
         evaluate.run(changed, Workdir(tmp_path))

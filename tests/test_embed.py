@@ -7,8 +7,8 @@ import threading
 import pytest
 
 from data_prep import embed
-from geotoken_jax import backbone, configuration, workdir
-from geotoken_jax.artifacts import Workdir
+from geotoken_jax import backbone, configuration, manifests
+from geotoken_jax.workdir import Workdir
 from tests import sample, tiny
 
 
@@ -56,8 +56,8 @@ def test_processes_share_the_shards_and_the_last_one_completes_the_folder(prepar
     path = copied(prepared, tmp_path)
     *first, last = order
     assert [run(path, process, 3) for process in first] == [[], []]
-    with pytest.raises(workdir.StageError, match="is not complete"):
-        workdir.read_manifest(path, "features")
+    with pytest.raises(manifests.StageError, match="is not complete"):
+        manifests.read_manifest(path, "features")
     assert run(path, last, 3) == [{"train": 39, "validation": 5, "train_views": 39}]
     assert contents(path) == whole
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from configs import demo
-from geotoken_jax import configuration, records, settings, workdir
+from geotoken_jax import configuration, manifests, records, settings
 from geotoken_jax.analysis import evaluate
-from geotoken_jax.artifacts import Workdir
 from geotoken_jax.stages import experiments, sweep
+from geotoken_jax.workdir import Workdir
 
 PLACES = np.array([(10.0, 10.0), (20.0, 20.0), (30.0, 30.0)])
 
@@ -164,7 +164,7 @@ def test_times_that_no_photo_has_are_missed_before_anything_is_made(tmp_path, st
     given = config(one=dict(runs=(("base", {}), ("timed", dict(model=dict(context="season"), train=dict(seed=1))))))
     for stage in found.values():
         stage(given, Workdir(tmp_path), "geotoken")
-    workdir.begin(tmp_path, "photos", {}, []).finish({"train": 3}, captured=0)
+    manifests.begin(tmp_path, "photos", {}, []).finish({"train": 3}, captured=0)
     made.clear()
     with pytest.raises(
         settings.SettingsError, match=r"context is 'season', but no photo in \S*/photos has a capture time"
@@ -172,7 +172,7 @@ def test_times_that_no_photo_has_are_missed_before_anything_is_made(tmp_path, st
         experiments.run(given, Workdir(tmp_path), "one")
     assert not made and not (tmp_path / "experiments").exists()
     (tmp_path / "photos" / "manifest.json").unlink()
-    workdir.begin(tmp_path, "photos", {}, []).finish({"train": 3}, captured=1)
+    manifests.begin(tmp_path, "photos", {}, []).finish({"train": 3}, captured=1)
     experiments.run(given, Workdir(tmp_path), "one")
     assert made == [f"experiments/one/timed/{folder}/geotoken" for folder in ("geotoken", "predictions")]
 

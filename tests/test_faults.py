@@ -23,9 +23,9 @@ import pytest
 
 from geotoken_jax import cli, processes, sharding
 from geotoken_jax.data import pipeline
+from geotoken_jax.manifests import StageError
 from geotoken_jax.settings import SettingsError
 from geotoken_jax.train import loop, metrics
-from geotoken_jax.workdir import StageError
 from tests import pod
 from tests.test_train import OPTIMIZER, Interrupted, LineTask, Stopping, read
 

@@ -15,10 +15,10 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from geotoken_jax import settings
+from geotoken_jax.manifests import StageError
 from geotoken_jax.predict.judge import Judge, JudgeSettings
 from geotoken_jax.predict.pool import Pool
 from geotoken_jax.predict.sample import Candidates
-from geotoken_jax.workdir import StageError
 
 KEY = "sk-Secret0123456789"
 SECTION = dict(

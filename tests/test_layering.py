@@ -9,7 +9,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 RANKS = {
-    **dict.fromkeys(["__version__", "settings", "workdir", "records", "progress", "geo"], 0),
+    **dict.fromkeys(["__version__", "settings", "manifests", "records", "progress", "geo"], 0),
     **dict.fromkeys(
         ["sharding", "stack", "checkpoint", "chips", "hlo", "processes", "batch", "bootstrap", "vectors"], 0
     ),
@@ -18,7 +18,7 @@ RANKS = {
     **dict.fromkeys(["data", "align", "model"], 3),
     **dict.fromkeys(["train", "predict"], 4),
     "configuration": 5,
-    "artifacts": 6,
+    "workdir": 6,
     **dict.fromkeys(["analysis", "interop"], 7),
     **dict.fromkeys(["export", "plan", "pages"], 8),
     "stages": 9,

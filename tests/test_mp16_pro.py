@@ -15,9 +15,9 @@ from configs import common
 from data_prep import photos, placeholder, tar_parts
 from data_prep.sources.mp16_pro import MP16Pro
 from geotoken_jax import configuration, records, settings
-from geotoken_jax.artifacts import Workdir
+from geotoken_jax.manifests import StageError
 from geotoken_jax.preparation import MP16ProSettings, PlaceholderSettings
-from geotoken_jax.workdir import StageError
+from geotoken_jax.workdir import Workdir
 
 PART = 333_333
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from data_prep import neighbors as stage_neighbors
-from geotoken_jax import configuration, records, workdir
-from geotoken_jax.artifacts import Workdir
+from geotoken_jax import configuration, manifests, records
 from geotoken_jax.gallery import exclude, index, neighbors, table
 from geotoken_jax.gallery.exclude import ExcludeSettings
 from geotoken_jax.settings import SettingsError, read
+from geotoken_jax.workdir import Workdir
 from tests import tiny
 
 
@@ -122,7 +122,7 @@ def test_a_split_is_excluded_from_as_it_is_used(tmp_path):
     config.index.neighbors.exclude_in_evaluation.within_km = 100.0
     counts = {"train": 60, "test": 20}
     for folder in ("features", "queries", "gallery"):
-        stage = workdir.begin(tmp_path, folder, {}, [])
+        stage = manifests.begin(tmp_path, folder, {}, [])
         for split, n in counts.items():
             if (split == "train") == (folder == "gallery") and folder != "features":
                 columns = {

@@ -16,11 +16,11 @@ from etils import epath
 from PIL import Image
 
 from geotoken_jax import records
-from geotoken_jax.artifacts import Workdir
 from geotoken_jax.export import pictures
 from geotoken_jax.geo.cells import CellScheme
 from geotoken_jax.geo.distance import from_unit_vectors, to_unit_vectors
 from geotoken_jax.predict.prediction import Cell, Prediction
+from geotoken_jax.workdir import Workdir
 
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 jsonschema = pytest.importorskip("jsonschema")

@@ -11,13 +11,13 @@ import pytest
 from flax import nnx
 
 from configs import demo
-from geotoken_jax import checkpoint, configuration, records, settings, workdir
+from geotoken_jax import checkpoint, configuration, manifests, records, settings
 from geotoken_jax.analysis import per_level
-from geotoken_jax.artifacts import Workdir
 from geotoken_jax.data.join import Tokens
 from geotoken_jax.gallery.table import Table, write_shard
 from geotoken_jax.geo.cells import CellScheme
 from geotoken_jax.stages import audit
+from geotoken_jax.workdir import Workdir
 from tests import fixtures
 
 look = nnx.jit(per_level.decoder_outputs)
@@ -174,7 +174,7 @@ def made(tmp_path_factory, config):
     counts = {"test": 6, "validation": 3}
     settings_of = {"geotoken/geotoken": config.select("model")}
     names = ("gallery", "queries", "tokens", "geotoken/geotoken")
-    stages = {name: workdir.begin(path, name, settings_of.get(name, {}), ()) for name in names}
+    stages = {name: manifests.begin(path, name, settings_of.get(name, {}), ()) for name in names}
     layout = records.token_layout(fixtures.M)
     for split, n in {"gallery": 5, **counts}.items():
         coordinates = rng.uniform(-60, 60, (n, 2))

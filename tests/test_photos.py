@@ -18,10 +18,10 @@ from configs import common
 from data_prep import photos
 from data_prep.beam import BeamSettings
 from data_prep.sources import UNKNOWN, Drop, Photo
-from geotoken_jax import configuration, records, workdir
-from geotoken_jax.artifacts import Workdir
+from geotoken_jax import configuration, manifests, records
 from geotoken_jax.geo.cells import CellScheme
 from geotoken_jax.settings import SettingsError
+from geotoken_jax.workdir import Workdir
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -57,7 +57,7 @@ class Sample:
 
 
 def _make(path, source=None, workers=1, max_dropped=0.0):
-    stage = workdir.begin(path, "photos", {"photos": {"source": "sample"}}, inputs=())
+    stage = manifests.begin(path, "photos", {"photos": {"source": "sample"}}, inputs=())
     return photos.make(stage, source or Sample(), workers, max_dropped)
 
 
@@ -195,14 +195,14 @@ def test_what_cannot_be_a_time_is_counted_and_unknown(tmp_path):
 
 def test_too_many_drops_are_an_error_until_the_limit_is_raised(tmp_path):
     source = Sample(extra=(Drop("1", "truncated"),))
-    with pytest.raises(workdir.StageError, match=r"2\.0% .*'truncated': 1.*max_dropped = 0\.01"):
+    with pytest.raises(manifests.StageError, match=r"2\.0% .*'truncated': 1.*max_dropped = 0\.01"):
         _make(tmp_path, source, max_dropped=0.01)
     assert not (tmp_path / "photos" / "manifest.json").exists()
     assert _make(tmp_path, source, max_dropped=0.02).dropped == {"truncated": 1}
 
 
 def test_one_id_in_two_splits_is_an_error(tmp_path):
-    with pytest.raises(workdir.StageError, match="'train-1-3'"):
+    with pytest.raises(manifests.StageError, match="'train-1-3'"):
         _make(tmp_path, Sample(extra=(Photo("train-1-3", "", _jpeg("red"), 0.0, 0.0),)))
 
 
@@ -215,8 +215,8 @@ def test_a_runner_without_beam_is_an_error_that_says_how_to_get_it(tmp_path, mon
 
 def test_shards_that_other_machines_wrote_elsewhere_are_missed(tmp_path, monkeypatch):
     monkeypatch.setattr(photos, "run_tasks", lambda *_: None)
-    stage = workdir.begin(tmp_path, "photos", {"photos": {"source": "sample"}}, inputs=())
-    with pytest.raises(workdir.StageError, match=r"not all are in .*photos: mount this folder, and the folder"):
+    stage = manifests.begin(tmp_path, "photos", {"photos": {"source": "sample"}}, inputs=())
+    with pytest.raises(manifests.StageError, match=r"not all are in .*photos: mount this folder, and the folder"):
         photos.make(stage, Sample(), 1, 0.0, BeamSettings("FlinkRunner", ()))
 
 
@@ -245,7 +245,7 @@ def test_run_makes_earthview_and_knows_what_it_was_made_with(tmp_path):
     assert manifest.counts == {"train": 8, "test": 2}
     assert records.Photos(tmp_path / "photos", "train")[0]["id"] == "ev-train-000000"
     assert prepare(_config(workers=7, max_dropped=0.5), tmp_path) == manifest
-    with pytest.raises(workdir.StageError, match=r"config\.photos\.earthview\.seed is 1, but .* was made with 0"):
+    with pytest.raises(manifests.StageError, match=r"config\.photos\.earthview\.seed is 1, but .* was made with 0"):
         prepare(_config(seed=1), tmp_path)
 
 

@@ -17,9 +17,8 @@ from flax import nnx
 
 from data_prep import embed, gallery, photos
 from data_prep.sources import UNKNOWN, Photo
-from geotoken_jax import backbone, checkpoint, sharding, workdir
+from geotoken_jax import backbone, checkpoint, manifests, sharding
 from geotoken_jax.align.task import AlignTask
-from geotoken_jax.artifacts import Workdir
 from geotoken_jax.backbone import BackboneSettings, HuggingFaceSettings
 from geotoken_jax.backbone.checkpoint import read_json, read_module, write_module
 from geotoken_jax.backbone.clip import Clip
@@ -28,6 +27,7 @@ from geotoken_jax.configuration import read as typed
 from geotoken_jax.data import pipeline
 from geotoken_jax.settings import SettingsError
 from geotoken_jax.stages import align, training
+from geotoken_jax.workdir import Workdir
 from tests import checkpoints, sample, tiny
 from tests.test_train import Interrupted, Stopping, lines
 
@@ -79,7 +79,7 @@ def clip(tmp_path_factory):
 @pytest.fixture(scope="module")
 def path(clip, tmp_path_factory):
     path = tmp_path_factory.mktemp("pixels")
-    photos.make(workdir.begin(path, "photos", {}, inputs=()), Source(), workers=1, max_dropped=0.0)
+    photos.make(manifests.begin(path, "photos", {}, inputs=()), Source(), workers=1, max_dropped=0.0)
     embed.run(typed(make_config(clip)), Workdir(path))
     return path
 
@@ -219,7 +219,7 @@ def test_the_backbone_left_behind_embeds_as_training_did(trained, clip):
     changed = {name for name in found if np.abs(found[name] - new[name]).max() > 1e-3}
     assert found.keys() == new.keys() and len(changed) > 30
     assert {name.split(".")[0] for name in changed} == {"vision_model", "visual_projection"}
-    facts = workdir.read_manifest(trained, "align").facts
+    facts = manifests.read_manifest(trained, "align").facts
     # If gradients agree, a step of Adam is as long as the learning rate.
     rates = losses(lines(trained / "align"), "learning_rate")[: facts["best_step"]]
     longest = max(np.abs(new[name] - found[name]).max() for name in found)
@@ -238,9 +238,9 @@ def test_the_backbone_left_behind_embeds_as_training_did(trained, clip):
 def test_after_training_the_tower_the_path_goes_on_in_another_folder(trained, clip):
     config = make_config(clip, **TRAINED)
     assert run(trained, config) == set()  # the stage is complete, so nothing runs
-    with pytest.raises(workdir.StageError, match=r"has trained the backbone.*huggingface\.path=.*align/backbone"):
+    with pytest.raises(manifests.StageError, match=r"has trained the backbone.*huggingface\.path=.*align/backbone"):
         gallery.run(typed(config), Workdir(trained))
-    with pytest.raises(workdir.StageError, match=r"config\.align\.pixels.* was made with"):
+    with pytest.raises(manifests.StageError, match=r"config\.align\.pixels.* was made with"):
         run(trained, make_config(clip))
 
 
@@ -266,10 +266,10 @@ def test_what_cannot_be_is_refused_before_the_folder_is_begun(copied, clip, tmp_
     shutil.copytree(clip, tmp_path / "clip")
     (tmp_path / "clip" / "config.json").write_text((clip / "config.json").read_text() + " ")
     other = {"path": str(tmp_path / "clip"), "dtype": "float32", "batch_size": 8}
-    refused(workdir.StageError, "config.embed has another backbone than .* was made with", huggingface=other)
+    refused(manifests.StageError, "config.embed has another backbone than .* was made with", huggingface=other)
     manifest = copied / "features" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"train": 40', '"train": 39'))
-    refused(workdir.StageError, "has 39 of the 40 photos of train")
+    refused(manifests.StageError, "has 39 of the 40 photos of train")
 
 
 def test_the_thumbnail_is_refused(path, tmp_path):

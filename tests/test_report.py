@@ -13,10 +13,9 @@ from PIL import Image
 from configs import common
 from data_prep import images, photos
 from data_prep.sources import UNKNOWN, Photo
-from geotoken_jax import configuration, settings, workdir
+from geotoken_jax import configuration, manifests, settings
 from geotoken_jax.analysis import training
 from geotoken_jax.analysis.evaluate import table
-from geotoken_jax.artifacts import Workdir
 from geotoken_jax.gallery.table import write_shard
 from geotoken_jax.geo import distance
 from geotoken_jax.pages import chart, worldmap
@@ -24,6 +23,7 @@ from geotoken_jax.pages import table as tables
 from geotoken_jax.pages.photos import candidate_table, data_uri, thumbnail
 from geotoken_jax.stages import evaluate
 from geotoken_jax.stages import evaluate as report_stage
+from geotoken_jax.workdir import Workdir
 
 NASTY = '<b>"Ōsaka" & co</b></script>'
 VARIANTS = {"top1_neighbor": "Top-1 neighbor", "geotoken": "GeoToken", "without_neighbor_tokens": "Without <neighbors>"}
@@ -84,7 +84,7 @@ def made(tmp_path, monkeypatch):
     Photo 0 of test has the embedding of a gallery photo, photos 4 to 7 an author of the gallery.
     """
     monkeypatch.setattr(images, "drop_reason", lambda image: "")  # the report must also work with unchecked images
-    photos.make(workdir.begin(tmp_path, "photos", {"photos": {"source": "sample"}}, ()), Source(), 1, 0.0)
+    photos.make(manifests.begin(tmp_path, "photos", {"photos": {"source": "sample"}}, ()), Source(), 1, 0.0)
     whole = {split: [p for p in Source().read(split, 0) if p.image != b"broken"] for split in Source.splits}
     train = whole["train"]
     places = np.array([(photo.latitude, photo.longitude) for photo in Source().read("train", 0)])
@@ -100,12 +100,12 @@ def made(tmp_path, monkeypatch):
         }
         if split == "test":
             columns["embeddings"][0] = vectors[0, 20]
-        stage = workdir.begin(tmp_path, folder, {}, ["photos"])
+        stage = manifests.begin(tmp_path, folder, {}, ["photos"])
         write_shard(stage.path, 0, 1, columns)
         stage.finish({"rows": 39})
-    workdir.begin(tmp_path, "queries", {}, ["photos"]).finish({split: 39 for split in ("validation", "test")})
+    manifests.begin(tmp_path, "queries", {}, ["photos"]).finish({split: 39 for split in ("validation", "test")})
     for variant in VARIANTS:
-        stage = workdir.begin(tmp_path, f"predictions/{variant}", {}, ["gallery"])
+        stage = manifests.begin(tmp_path, f"predictions/{variant}", {}, ["gallery"])
         for split in ("validation", "test"):
             rng = np.random.default_rng(len(variant))
             lines = []
@@ -243,7 +243,9 @@ def test_the_metrics_say_how_much_worse_the_ablation_is_on_every_split(made, con
 
 def test_a_reference_that_was_not_predicted_is_named(made, config):
     other = config.changed(dict(evaluate=dict(reference="paper")), "")
-    with pytest.raises(workdir.StageError, match=r"reference is 'paper', but .* has geotoken, top1_neighbor, without"):
+    with pytest.raises(
+        manifests.StageError, match=r"reference is 'paper', but .* has geotoken, top1_neighbor, without"
+    ):
         report_stage.run(other, Workdir(made))
 
 

@@ -10,14 +10,14 @@ import pytest
 
 from configs import ladder
 from configs import scaling as study
-from geotoken_jax import cli, configuration, settings, workdir
+from geotoken_jax import cli, configuration, manifests, settings
 from geotoken_jax.analysis import scaling, scaling_law
-from geotoken_jax.artifacts import Workdir
 from geotoken_jax.data import join
 from geotoken_jax.geo.distance import THRESHOLDS_KM
 from geotoken_jax.pages import scaling as scaling_page
 from geotoken_jax.stages import scaling as study_stage
 from geotoken_jax.stages import sweep
+from geotoken_jax.workdir import Workdir
 
 CONFIGS = Path(study.__file__).parent
 LAW = scaling_law.Law(E=11.2, A=120.0, alpha=0.45, B=30.0, beta=0.4)
@@ -164,14 +164,14 @@ def test_a_study_is_resumed_run_by_run_and_the_forecast_comes_before_the_held_ou
     study_stage.run(given, path, 0)
     assert made == ["5K_2000"]
     with pytest.raises(
-        workdir.StageError, match=r"1536K_12800 needs the whole grid, but it lacks the runs .*20K_12800, "
+        manifests.StageError, match=r"1536K_12800 needs the whole grid, but it lacks the runs .*20K_12800, "
     ):
         study_stage.run(given, path, last)
     with pytest.raises(
         settings.SettingsError, match=f"--index is {last + 1}: choose a run of config.scaling, 0 to {last}"
     ):
         study_stage.run(given, path, last + 1)
-    with pytest.raises(workdir.StageError, match="has 1 complete grid runs"):
+    with pytest.raises(manifests.StageError, match="has 1 complete grid runs"):
         study_stage.fit(given, path)
     study_stage.run(given, path, None)
     assert len(made) == last + 2 and made[-1] == "1536K_12800"  # each run once, and its predictions
@@ -184,14 +184,14 @@ def test_a_study_is_resumed_run_by_run_and_the_forecast_comes_before_the_held_ou
     study_stage.run(given, path, None)
     assert made == [] and json.loads((tmp_path / "scaling" / "forecast.json").read_text()) == forecast
     (tmp_path / "scaling" / "forecast.json").unlink()
-    with pytest.raises(workdir.StageError, match="a forecast must precede its measurement"):
+    with pytest.raises(manifests.StageError, match="a forecast must precede its measurement"):
         study_stage.run(given, path, last)
 
 
 @pytest.mark.usefixtures("stages")
 def test_what_was_found_is_told(tmp_path):
     given, path = config(), Workdir(tmp_path)
-    with pytest.raises(workdir.StageError, match=r"fit.json is missing: run `geotoken scaling fit`"):
+    with pytest.raises(manifests.StageError, match=r"fit.json is missing: run `geotoken scaling fit`"):
         scaling_page.document(given, path)
     study_stage.run(given, path, None)
     found = study_stage.fit(given, path)

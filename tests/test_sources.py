@@ -20,9 +20,9 @@ from configs import common
 from data_prep import csv_rows, photos
 from data_prep.sources import Photo, folder
 from geotoken_jax import cli, configuration, records
-from geotoken_jax.artifacts import Workdir
+from geotoken_jax.manifests import StageError
 from geotoken_jax.settings import SettingsError
-from geotoken_jax.workdir import StageError
+from geotoken_jax.workdir import Workdir
 
 #: Real places, on both sides of the equator, Greenwich and 90 degrees east.
 PLACES = {"oslo": (59.91, 10.75), "tokyo": (35.68, 139.69), "lima": (-12.05, -77.04), "perth": (-31.95, 115.86)}

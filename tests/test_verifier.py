@@ -11,19 +11,19 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from configs import demo
-from geotoken_jax import checkpoint, configuration, records, settings, workdir
+from geotoken_jax import checkpoint, configuration, manifests, records, settings
 from geotoken_jax.align.task import AlignTask
-from geotoken_jax.artifacts import Workdir
 from geotoken_jax.gallery.table import Table, write_shard
 from geotoken_jax.geo.cells import CellScheme
 from geotoken_jax.geo.distance import great_circle_km
 from geotoken_jax.model.reward import RewardSettings
 from geotoken_jax.model.verifier import ComparatorSettings, ComparatorTask, choose, listwise
-from geotoken_jax.predict import verify
 from geotoken_jax.predict.pool import Pool
 from geotoken_jax.predict.reward import Reward
 from geotoken_jax.predict.sample import Candidates
+from geotoken_jax.predict.verifier import CandidateFeatures, NearestPhotos, Verifier, encode, open_augmented_gallery
 from geotoken_jax.stages import selectors, training
+from geotoken_jax.workdir import Workdir
 from tests import fixtures
 
 #: Settings of the verifier that tests do not change.
@@ -79,16 +79,16 @@ def path(tmp_path_factory, config):
     write_shard(path / "gallery", 0, 1, photos(N, 0))
     write_shard(path / "queries" / "train_views", 0, 1, photos(2 * N, 1, views_of=N))
     rng = np.random.default_rng(2)
-    workdir.begin(path, "gallery", {}, ()).finish({"train": N})
-    workdir.begin(path, "queries", {}, ()).finish({"train_views": 2 * N})
+    manifests.begin(path, "gallery", {}, ()).finish({"train": N})
+    manifests.begin(path, "queries", {}, ()).finish({"train_views": 2 * N})
     made_with = {"align": ["align.model"], "tokens": [], "geotoken/geotoken": ["model"]}
     for folder, keys in made_with.items():
-        workdir.begin(path, folder, config.select(*keys), ()).finish({})
+        manifests.begin(path, folder, config.select(*keys), ()).finish({})
     task = AlignTask(config.align.model, C)
     for folder, model in {"align": task.init(nnx.Rngs(0)), "geotoken/geotoken": fixtures.model("ours")}.items():
         parameters = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model)))
         checkpoint.write_parameters(path / folder / "parameters.safetensors", parameters)
-    stage = workdir.begin(path, "neighbors", config.select("index.neighbors"), ["gallery", "queries"])
+    stage = manifests.begin(path, "neighbors", config.select("index.neighbors"), ["gallery", "queries"])
     records.save_array(stage.path / "train.rows.npy", rng.integers(0, N, (N, M)).astype(np.int32))
     records.save_array(stage.path / "train.scores.npy", -np.sort(rng.random((N, M)).astype(np.float32)))
     stage.finish({"train": N})
@@ -112,12 +112,12 @@ def trainer(monkeypatch):
 def test_the_nearest_photos_are_those_of_brute_force():
     coordinates = np.random.default_rng(0).uniform([-90, -180], [90, 180], (50, 2))
     asked = np.array([[0.0, 179.9], [89.9, 0], [10, 10]])
-    rows, km = verify.NearestPhotos(coordinates)(asked, 7)
+    rows, km = NearestPhotos(coordinates)(asked, 7)
     every = great_circle_km(*asked.T[..., None], *coordinates.T)
     np.testing.assert_array_equal(rows, np.argsort(every, 1)[:, :7])
     np.testing.assert_allclose(km, np.sort(every, 1)[:, :7], rtol=1e-6)
-    assert verify.NearestPhotos(coordinates[:3])(asked, 7)[0].shape == (3, 3)
-    assert verify.NearestPhotos(coordinates[:1])(asked, 7)[0].shape == (3, 1)
+    assert NearestPhotos(coordinates[:3])(asked, 7)[0].shape == (3, 3)
+    assert NearestPhotos(coordinates[:1])(asked, 7)[0].shape == (3, 1)
 
 
 def test_views_belong_to_the_photo_of_their_id(tmp_path):
@@ -126,19 +126,19 @@ def test_views_belong_to_the_photo_of_their_id(tmp_path):
     views["ids"][6:] = b"p0-9"
     write_shard(tmp_path / "gallery", 0, 1, gallery)
     write_shard(tmp_path / "queries" / "train_views", 0, 1, views)
-    workdir.begin(tmp_path, "queries", {}, ()).finish({"train_views": 8})
+    manifests.begin(tmp_path, "queries", {}, ()).finish({"train_views": 8})
     table = Table(tmp_path / "gallery")
     selectors.save_views(tmp_path, Workdir(tmp_path))
-    looks = verify.open_augmented_gallery(tmp_path, table)
+    looks = open_augmented_gallery(tmp_path, table)
     assert looks.of.tolist() == [[0, 4, 5], [1, 6, 7], [2, 8, 9], [3, 3, 3]] and len(looks) == 10
     assert looks.owner.tolist() == [0, 1, 2, 3, 0, 0, 1, 1, 2, 2]
     np.testing.assert_array_equal(
         looks.images(np.array([9, 1])), [views["embeddings"][5, 0], gallery["embeddings"][1, 0]]
     )
-    workdir.begin(tmp_path / "none", "queries", {}, ()).finish({})
+    manifests.begin(tmp_path / "none", "queries", {}, ()).finish({})
     (tmp_path / "none" / "gallery").symlink_to(tmp_path / "gallery")
     selectors.save_views(tmp_path / "none", Workdir(tmp_path / "none"))
-    assert verify.open_augmented_gallery(tmp_path / "none", table).of.tolist() == [[0], [1], [2], [3]]
+    assert open_augmented_gallery(tmp_path / "none", table).of.tolist() == [[0], [1], [2], [3]]
 
 
 def test_pools_are_of_whole_authors():
@@ -190,7 +190,7 @@ def test_learn_makes_what_chooses_and_goes_on_where_it_was(config, path, monkeyp
     authors = Table(path / "gallery").authors()
     assert not set(authors[rows]) & set(np.delete(authors, rows))
     (path / "verifier" / "geotoken" / "manifest.json").unlink()
-    workdir.begin(path, "verifier/geotoken", config.select("verifier"), list(first[2].inputs))
+    manifests.begin(path, "verifier/geotoken", config.select("verifier"), list(first[2].inputs))
     keys = (path / "verifier" / "geotoken" / "keys.npy").stat().st_mtime_ns
     assert selectors.run(config, Workdir(path), "geotoken") == first
     assert (path / "verifier" / "geotoken" / "keys.npy").stat().st_mtime_ns == keys
@@ -205,7 +205,7 @@ def test_the_verifier_finds_the_place_that_retrieval_did_not(config, path, tmp_p
     rows = selectors.rows_by_author(Table(path / "gallery").authors(), 60, 0)
     sampled = [f"predict.{key}" for key in ("samples", "temperature", "top_p", "beam", "seed")]
     inputs = ["tokens", "geotoken/geotoken", "neighbors"]
-    stage = workdir.begin(tmp_path, "pools/geotoken", config.select("pools", *sampled), inputs)
+    stage = manifests.begin(tmp_path, "pools/geotoken", config.select("pools", *sampled), inputs)
     shape = (len(rows), 6)
     for name, values in {
         "rows": rows,
@@ -220,7 +220,7 @@ def test_the_verifier_finds_the_place_that_retrieval_did_not(config, path, tmp_p
 
     columns, gallery = photos(60, 7), Table(tmp_path / "gallery")
     aligned = Workdir(tmp_path).align_model(config.align.model)
-    verifier = verify.Verifier(tmp_path / "verifier" / "geotoken", config.verifier.model, gallery, aligned)
+    verifier = Verifier(tmp_path / "verifier" / "geotoken", config.verifier.model, gallery, aligned)
     scores = rng.normal(size=(60, 6))
     near = rng.integers(0, N, (60, M))
     coordinates = np.broadcast_to(np.stack(fixtures.CELLS.decode(tokens), -1), (60, 6, 2))
@@ -250,12 +250,12 @@ def test_the_photos_of_an_author_do_not_speak_for_him(config, path, tmp_path):
     gallery = Table(path / "gallery")
     aligned = Workdir(path).align_model(config.align.model)
     selectors.save_views(tmp_path, Workdir(path))
-    looks = verify.open_augmented_gallery(tmp_path, gallery)
+    looks = open_augmented_gallery(tmp_path, gallery)
     task = ComparatorTask(ComparatorSettings(8, 4, 0.0, 0.0, 5.0), np.zeros(C))
     comparator = task.init(nnx.Rngs(0))
-    keys = verify.encode(comparator, looks.images(np.arange(len(looks))))
+    keys = encode(comparator, looks.images(np.arange(len(looks))))
     options = dataclasses.replace(config.verifier.model, near=6, similar=12)
-    evidence = verify.CandidateFeatures(options, comparator, keys, looks, gallery, aligned)
+    evidence = CandidateFeatures(options, comparator, keys, looks, gallery, aligned)
     rows = np.array([0, 13])
     zeros = np.zeros((2, 1))
     found = Pool(

@@ -10,12 +10,12 @@ from flax import nnx
 from PIL import Image
 
 from data_prep import embed, index
-from geotoken_jax import checkpoint, configuration, records, settings, workdir
+from geotoken_jax import checkpoint, configuration, manifests, records, settings
 from geotoken_jax.align.task import AlignTask
-from geotoken_jax.artifacts import Workdir
 from geotoken_jax.backbone import views
 from geotoken_jax.backbone.preprocess import open_image
 from geotoken_jax.stages import train as train_stage
+from geotoken_jax.workdir import Workdir
 from tests import sample, tiny
 from tests.sample import embedded, features, scene
 
@@ -113,10 +113,10 @@ def test_views_are_a_split_beside_the_others(prepared: Path, tmp_path: Path, mon
     files = [{p.name: p.read_bytes() for p in (f / "features").glob("*array_record*")} for f in (without, two, again)]
     assert files[1] == files[2]
     assert files[0].items() <= files[1].items() and len(files[1]) == len(files[0]) + 2
-    manifest = workdir.read_manifest(without, "features")
+    manifest = manifests.read_manifest(without, "features")
     assert manifest.settings == {"embed": {"backbone": "thumbnail", "thumbnail": {"size": 4}, "views": {"count": 0}}}
     assert manifest.counts == {"train": 39, "validation": 5}
-    manifest = workdir.read_manifest(two, "features")
+    manifest = manifests.read_manifest(two, "features")
     assert manifest.counts == {"train": 39, "validation": 5, "train_views": 78}
     assert manifest.dropped == {"unreadable image": 1}  # counted once, not per view
     train, some, more = features(two, "train")[:], features(one, "train_views")[:], features(two, "train_views")[:]
@@ -135,7 +135,7 @@ def indexed(prepared: Path, to: Path, exclude_author: bool) -> Path:
     config = configuration.read(config)
     task = AlignTask(config.align.model, 48)
     made_with = {"align": {**config.select("align.model")["align"], "pixels": {"tower": "cached"}}}
-    stage = workdir.begin(path, "align", made_with, ["features"])
+    stage = manifests.begin(path, "align", made_with, ["features"])
     parameters = nnx.to_pure_dict(nnx.state(task.init(nnx.Rngs(0))))
     checkpoint.write_parameters(stage.path / "parameters.safetensors", parameters)
     stage.finish({})

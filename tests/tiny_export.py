@@ -9,7 +9,7 @@ from etils import epath
 from flax import nnx
 
 from configs import common
-from geotoken_jax import checkpoint, settings, workdir
+from geotoken_jax import checkpoint, manifests, settings
 from geotoken_jax.align.heads import AlignModel, AlignSettings, embeddings
 from geotoken_jax.align.task import AlignTask
 from geotoken_jax.data.join import neighbors
@@ -46,7 +46,7 @@ def write(folder: Path, model: dict | None = None, predict: dict | None = None) 
     options = settings.read(ModelSettings, read["model"], "model")
     decoder = GeoTokenModel(options, nnx.Rngs(1))
     decoder.head[...] *= 4  # without this all tokens have nearly equal probability
-    workdir.write_json(epath.Path(folder) / "config.json", settings.plain(read))
+    manifests.write_json(epath.Path(folder) / "config.json", settings.plain(read))
     checkpoint.write_parameters(folder / "align.safetensors", nnx.to_pure_dict(nnx.state(aligned)))
     checkpoint.write_parameters(folder / "geotoken.safetensors", nnx.to_pure_dict(nnx.state(decoder)))
     coordinates = rng.uniform((-85, -180), (85, 180), (PHOTOS, 2))

@@ -17,9 +17,9 @@ from data_prep import images
 from data_prep.csv_rows import read_rows
 from data_prep.sources import UNKNOWN, Drop, Photo, Provenance
 from geotoken_jax.backbone.preprocess import ENDINGS
+from geotoken_jax.manifests import StageError
 from geotoken_jax.preparation import FolderSettings
 from geotoken_jax.settings import SettingsError
-from geotoken_jax.workdir import StageError
 
 _COLUMNS = {name: name for name in ("id", "latitude", "longitude")}
 _OPTIONAL = {name: name for name in ("author", "city", "state", "country", "continent", "captured")}

@@ -29,10 +29,10 @@ from jaxtyping import Bool, Int, UInt8
 from data_prep import csv_rows, tar_parts
 from data_prep.placeholder import is_placeholder, repeated_files
 from data_prep.sources import FLICKR, Drop, Photo, Provenance
-from geotoken_jax import records, workdir
+from geotoken_jax import manifests, records
+from geotoken_jax.manifests import StageError
 from geotoken_jax.preparation import MP16ProSettings
 from geotoken_jax.progress import Progress, track
-from geotoken_jax.workdir import StageError
 
 PARTS = "mp-16-images"
 #: Field of Photo -> column of the CSV.
@@ -158,7 +158,7 @@ class MP16Pro:
                 survey = _make_survey(parts, _index_rows(metadata, self._rows, self.settings), self.settings)
             for name, values in dataclasses.asdict(survey).items():
                 records.save_array(folder / f"{name}.npy", values)
-            workdir.write_json(done, files)
+            manifests.write_json(done, files)
         surveyed = json.loads(done.read_text())
         for name in sorted(surveyed.keys() | files.keys()):
             if surveyed.get(name) != files.get(name):

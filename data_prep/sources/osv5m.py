@@ -12,9 +12,9 @@ from pathlib import Path
 from data_prep import images
 from data_prep.csv_rows import read_rows
 from data_prep.sources import Drop, Photo, Provenance
+from geotoken_jax.manifests import StageError
 from geotoken_jax.preparation import Osv5mSettings
 from geotoken_jax.settings import SettingsError
-from geotoken_jax.workdir import StageError
 
 SPLITS = ("train", "test")
 _COLUMNS = {"id": "id", "author": "creator_id", "latitude": "latitude", "longitude": "longitude"}

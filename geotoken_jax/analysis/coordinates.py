@@ -17,8 +17,8 @@ from jaxtyping import Float
 
 from geotoken_jax import records
 from geotoken_jax.analysis.claims import Claims, concatenate, pop_claims
-from geotoken_jax.artifacts import Workdir
 from geotoken_jax.geo import distance
+from geotoken_jax.workdir import Workdir
 
 #: Error of a missing prediction: half the Earth's circumference, 20,015 km.
 FARTHEST_KM = math.pi * distance.EARTH_RADIUS_KM

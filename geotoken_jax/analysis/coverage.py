@@ -9,15 +9,15 @@ import numpy as np
 from jaxtyping import Float, Int, Shaped, UInt64
 from scipy.spatial import KDTree
 
-from geotoken_jax import records, workdir
+from geotoken_jax import manifests, records
 from geotoken_jax.analysis import audit, regions
 from geotoken_jax.analysis.coordinates import CoordinateTable, Method, off_km
-from geotoken_jax.artifacts import TOP1
 from geotoken_jax.configuration import EvaluateSettings
 from geotoken_jax.gallery.table import Table
 from geotoken_jax.geo import distance
 from geotoken_jax.geo.cells import CellScheme
 from geotoken_jax.progress import track
+from geotoken_jax.workdir import TOP1
 
 #: A photo without a country name gets the country of the nearest gallery photo, if that photo is within this distance.
 NEAR_KM = 100.0
@@ -166,7 +166,7 @@ def gallery_regions(photos: records.Photos, gallery: Table) -> Shaped[np.ndarray
             names[row] = regions.continent(photo).encode(), regions.country(photo["country"]).encode()
             row += 1
     if row < len(gallery):
-        raise workdir.StageError(
+        raise manifests.StageError(
             f"gallery/ has photo {bytes(ids[row]).decode()!r}, but photos/ lacks it or has another order: run prepare, "
             "embed and index again with another --workdir"
         )

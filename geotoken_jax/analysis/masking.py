@@ -10,12 +10,12 @@ import numpy as np
 from jaxtyping import Float, Float32, Int
 
 from geotoken_jax import settings
-from geotoken_jax.artifacts import Workdir
 from geotoken_jax.configuration import Config
 from geotoken_jax.data import join
 from geotoken_jax.gallery import index, neighbors
 from geotoken_jax.gallery.table import Table, index_vectors
 from geotoken_jax.predict.prediction import coordinates
+from geotoken_jax.workdir import Workdir
 
 
 class MaskedGallery:

@@ -9,9 +9,9 @@ from jaxtyping import Bool, Float32, Int, Shaped
 
 from geotoken_jax import records
 from geotoken_jax.analysis.coordinates import CoordinateTable
-from geotoken_jax.artifacts import Workdir
 from geotoken_jax.gallery.table import Table
 from geotoken_jax.vectors import unit
+from geotoken_jax.workdir import Workdir
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,13 +16,13 @@ from etils import epath
 from jaxtyping import Float
 
 from geotoken_jax.analysis import scaling_law
-from geotoken_jax.artifacts import Workdir
 from geotoken_jax.configuration import Config, ScalingSettings
 from geotoken_jax.geo.distance import THRESHOLDS_KM, great_circle_km
 from geotoken_jax.model import flops
 from geotoken_jax.model.geotoken import ModelSettings
 from geotoken_jax.model.layers import GATED
 from geotoken_jax.settings import SettingsError
+from geotoken_jax.workdir import Workdir
 
 #: Folder of a study in the work directory, and files in it.
 FOLDER, FORECAST, TESTED, RUNS, FIT = "scaling", "forecast.json", "tested.json", "runs.json", "fit.json"

@@ -14,7 +14,7 @@ from etils import epath
 from flax import nnx, traverse_util
 from jax.sharding import Mesh
 
-from geotoken_jax import sharding, workdir
+from geotoken_jax import manifests, sharding
 from geotoken_jax.settings import SettingsError
 
 M = TypeVar("M", bound=nnx.Module)
@@ -98,12 +98,12 @@ def write_module(folder: pathlib.Path, source: pathlib.Path, module: nnx.Module)
     folder.mkdir(exist_ok=True)
     for path in (path for ending in ("*.json", "*.txt") for path in sorted(source.glob(ending))):
         if path.name != "model.safetensors.index.json":  # all tensors are written to one file
-            workdir.write_bytes(epath.Path(folder / path.name), path.read_bytes())
+            manifests.write_bytes(epath.Path(folder / path.name), path.read_bytes())
     with _tensors(source) as tensors:
         whole = {name: np.asarray(read(), np.float32) for name, read in tensors.items() if name not in _UNUSED}
     whole.update(published(nnx.state(module)))
     data = safetensors.numpy.save(whole, {"format": "pt"})  # transformers requires this metadata
-    workdir.write_bytes(epath.Path(folder / "model.safetensors"), data)
+    manifests.write_bytes(epath.Path(folder / "model.safetensors"), data)
 
 
 def published(state: nnx.State) -> Iterator[tuple[str, np.ndarray]]:

@@ -8,9 +8,9 @@ from typing import Any
 from etils import epath
 
 from geotoken_jax import __version__
-from geotoken_jax.artifacts import Workdir
 from geotoken_jax.configuration import Config
-from geotoken_jax.workdir import write_bytes, write_json
+from geotoken_jax.manifests import write_bytes, write_json
+from geotoken_jax.workdir import Workdir
 
 #: Provenance of photos that were prepared before sources stated their provenance.
 _UNSTATED = {

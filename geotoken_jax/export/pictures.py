@@ -15,14 +15,14 @@ import numpy as np
 from etils import epath
 
 from geotoken_jax import records
-from geotoken_jax.artifacts import GALLERY, Workdir
 from geotoken_jax.backbone import preprocess
 from geotoken_jax.configuration import Config
 from geotoken_jax.export import card
 from geotoken_jax.geo.distance import great_circle_km
+from geotoken_jax.manifests import write_bytes, write_json
 from geotoken_jax.predict import bundle
 from geotoken_jax.progress import Progress
-from geotoken_jax.workdir import write_bytes, write_json
+from geotoken_jax.workdir import GALLERY, Workdir
 
 #: Names of the page's text file, of the folder of thumbnails and of the folder of examples.
 PAGE, _THUMBNAILS, _EXAMPLES = "page.json", "thumbnails", "examples"

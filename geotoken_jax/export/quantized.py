@@ -12,7 +12,6 @@ import numpy as np
 from etils import epath
 
 from geotoken_jax import bootstrap, settings
-from geotoken_jax.artifacts import Workdir
 from geotoken_jax.configuration import Config
 from geotoken_jax.gallery import encodings, index, table
 from geotoken_jax.gallery.index import IndexSettings
@@ -20,6 +19,7 @@ from geotoken_jax.gallery.table import IndexVectors, Table
 from geotoken_jax.geo import distance
 from geotoken_jax.predict.prediction import coordinates
 from geotoken_jax.progress import track
+from geotoken_jax.workdir import Workdir
 
 #: Files of trained selectors that contain vectors of gallery photos.
 _SELECTOR_VECTORS = ("verifier/keys.npy", "verifier/views.npy")

@@ -17,11 +17,11 @@ from jax import export
 from geotoken_jax import checkpoint
 from geotoken_jax.align.heads import AlignModel, AlignSettings
 from geotoken_jax.align.task import AlignTask
+from geotoken_jax.manifests import write_bytes
 from geotoken_jax.model.geotoken import GeoTokenModel, ModelSettings
 from geotoken_jax.predict import programs
 from geotoken_jax.predict.decode import PredictSettings
 from geotoken_jax.predict.programs import Program
-from geotoken_jax.workdir import write_bytes
 
 #: Platforms that a program is lowered for. Lowering does not need the hardware.
 PLATFORMS = ("cpu", "cuda", "tpu")

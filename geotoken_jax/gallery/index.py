@@ -20,7 +20,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float, Float32, Int32
 
-from geotoken_jax import records, workdir
+from geotoken_jax import manifests, records
 from geotoken_jax.gallery import int8
 from geotoken_jax.progress import track
 from geotoken_jax.settings import Runtime
@@ -138,10 +138,10 @@ def build(vectors: Vectors, settings: IndexSettings, folder: epath.PathLike) -> 
         if not (part / "index.json").exists():
             part.mkdir(parents=True, exist_ok=True)
             facts = kind.build(vectors[shard * size : (shard + 1) * size], settings, part)
-            workdir.write_json(part / "index.json", facts)
+            manifests.write_json(part / "index.json", facts)
     index = Shards.open(folder, shards, settings.threads, settings.leaves_searched)
     _tune(index, vectors, settings)
-    workdir.write_json(folder / "index.json", index.facts)
+    manifests.write_json(folder / "index.json", index.facts)
     return index
 
 

@@ -30,7 +30,7 @@ import safetensors.numpy
 from etils import epath
 from flax import nnx
 
-from geotoken_jax import checkpoint, workdir
+from geotoken_jax import checkpoint, manifests
 from geotoken_jax.geo.cells import MAX_GROUP
 from geotoken_jax.model import loss
 from geotoken_jax.model.geotoken import GeoTokenModel, ModelSettings
@@ -231,7 +231,7 @@ def write_weights(path: epath.PathLike, weights: Weights) -> None:
     """Writes a state dict atomically, in the format named by the suffix of `path`: `.pth`, `.safetensors` or `.npz`."""
     path = epath.Path(path)
     _, write = _format(path)
-    workdir.write_bytes(path, write(dict(weights)))
+    manifests.write_bytes(path, write(dict(weights)))
 
 
 def _format(

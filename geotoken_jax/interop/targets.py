@@ -8,7 +8,7 @@ import shutil
 
 from etils import epath
 
-from geotoken_jax import workdir
+from geotoken_jax import manifests
 from geotoken_jax.settings import SettingsError
 
 #: Target name -> the module of interop/ that converts, and the packages to install beside geotoken-jax.
@@ -45,7 +45,7 @@ def make(folder: epath.PathLike, name: str) -> epath.Path:
     partial = out.with_name(f"{name}.part")  # renamed when complete
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    workdir.write_bytes(partial / "README.md", target.make(folder, partial).encode())
+    manifests.write_bytes(partial / "README.md", target.make(folder, partial).encode())
     shutil.rmtree(out, ignore_errors=True)
     partial.rename(out)
     return out

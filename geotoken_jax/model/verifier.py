@@ -1,4 +1,4 @@
-"""The networks of the verifier, which scores candidates by the gallery photos around them (predict/verify.py).
+"""The networks of the verifier, which scores candidates by the gallery photos around them (predict/verifier.py).
 
 The comparator is trained to recognize photos of the same place, whichever camera took them. The scorer reads features
 of each candidate, such as the comparator's similarity of the photo to the gallery photos around the candidate.

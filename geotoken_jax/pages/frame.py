@@ -12,8 +12,8 @@ from typing import Protocol
 
 from etils import epath
 
+from geotoken_jax.manifests import Manifest
 from geotoken_jax.pages import worldmap
-from geotoken_jax.workdir import Manifest
 
 
 class Piece(Protocol):

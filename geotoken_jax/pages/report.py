@@ -11,12 +11,12 @@ from geotoken_jax.analysis import formats
 from geotoken_jax.analysis.coordinates import CoordinateTable, Method
 from geotoken_jax.analysis.examples import Examples, PhotoLookup
 from geotoken_jax.geo import distance
+from geotoken_jax.manifests import Manifest
 from geotoken_jax.pages import frame, photos, uncertainty
 from geotoken_jax.pages.chart import Chart, Panels, Series
 from geotoken_jax.pages.frame import Piece, Section
 from geotoken_jax.pages.table import THRESHOLDS, Cell, Group, Row, Table, explanation, interval, method, points
 from geotoken_jax.records import Photos
-from geotoken_jax.workdir import Manifest
 
 #: Loss curves of models: name of the model, and steps and values by name of the loss.
 Losses = Sequence[tuple[str, Mapping[str, tuple[np.ndarray, np.ndarray]]]]

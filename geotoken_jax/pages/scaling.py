@@ -12,14 +12,14 @@ import numpy as np
 from etils import epath
 
 from geotoken_jax.analysis import scaling
-from geotoken_jax.artifacts import Workdir
 from geotoken_jax.configuration import Config, ScalingSettings
 from geotoken_jax.geo.distance import THRESHOLDS_KM
+from geotoken_jax.manifests import StageError, write_bytes
 from geotoken_jax.pages import frame
 from geotoken_jax.pages.chart import Chart, Panels, Series
 from geotoken_jax.pages.frame import Piece, Section
 from geotoken_jax.pages.table import plain
-from geotoken_jax.workdir import StageError, write_bytes
+from geotoken_jax.workdir import Workdir
 
 _HEAD = """# Scaling
 

@@ -24,12 +24,12 @@ from jaxtyping import Float, Int
 from urllib3 import PoolManager, Retry, Timeout
 from urllib3.exceptions import ConnectTimeoutError, HTTPError, MaxRetryError, ReadTimeoutError
 
-from geotoken_jax import workdir
+from geotoken_jax import manifests
 from geotoken_jax.backbone.preprocess import thumbnail
 from geotoken_jax.geo.distance import great_circle_km
+from geotoken_jax.manifests import StageError
 from geotoken_jax.predict.pool import Pool
 from geotoken_jax.settings import Runtime, SettingsError, plain
-from geotoken_jax.workdir import StageError
 
 #: config.judge.answer -> keys of the numbers in the JSON object that the model is asked for.
 _ANSWERS = {"choose": ("number",), "free": ("latitude", "longitude")}
@@ -183,7 +183,7 @@ class Judge:
         file.parent.mkdir(parents=True, exist_ok=True)
         lines = file.read_text().splitlines(keepends=True) if file.exists() else []
         if lines and not lines[-1].endswith("\n"):  # the last write was interrupted; its photo is sent again
-            workdir.write_bytes(file, "".join(lines[:-1]).encode())
+            manifests.write_bytes(file, "".join(lines[:-1]).encode())
             del lines[-1]
         self._outcomes = [_Outcome(**json.loads(line)) for line in lines]
         self._replied = {outcome.id: outcome for outcome in self._outcomes if outcome.replied}

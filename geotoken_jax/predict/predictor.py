@@ -30,7 +30,7 @@ from geotoken_jax.predict.prediction import Prediction
 from geotoken_jax.predict.select import SelectorInputs
 from geotoken_jax.predict.trained_selectors import selector_loader
 from geotoken_jax.predict.uncertainty import UNCALIBRATED, Calibration
-from geotoken_jax.predict.verify import VerifierSettings
+from geotoken_jax.predict.verifier import VerifierSettings
 
 
 class Predictor(abc.ABC):

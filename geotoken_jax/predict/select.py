@@ -14,7 +14,7 @@ from geotoken_jax.predict.pool import PlaceDistribution, Pool
 Choice = Int[np.ndarray, " b"] | Float[np.ndarray, "b 2"]
 Selector = Callable[[Pool], Choice]
 
-#: Folder that `geotoken learn` makes -> selectors in it. Those of the verifier are described in predict/verify.py.
+#: Folder that `geotoken learn` makes -> selectors in it. Those of the verifier are described in predict/verifier.py.
 TRAINED = {
     "reward": ("reward",),
     "verifier": ("verifier", "comparator", "likeness", "point_comparator", "point_likeness"),

@@ -11,7 +11,7 @@ from geotoken_jax.gallery.table import Table
 from geotoken_jax.model.geotoken import GeoTokenModel
 from geotoken_jax.predict.reward import Reward
 from geotoken_jax.predict.select import TRAINED, Selector
-from geotoken_jax.predict.verify import Verifier
+from geotoken_jax.predict.verifier import Verifier
 
 
 def selector_loader(

@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float
 
-from geotoken_jax import workdir
+from geotoken_jax import manifests
 
 if TYPE_CHECKING:
     from geotoken_jax.predict.pool import PlaceDistribution
@@ -105,7 +105,7 @@ class Calibration:
 
     def save(self, path: epath.Path) -> None:
         """Writes the calibration as JSON."""
-        workdir.write_json(path, dataclasses.asdict(self))
+        manifests.write_json(path, dataclasses.asdict(self))
 
     @classmethod
     def load(cls, path: epath.Path) -> "Calibration":

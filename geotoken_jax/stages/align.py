@@ -8,15 +8,15 @@ from jax.sharding import Mesh
 
 from geotoken_jax.align.pixels import PixelsTask
 from geotoken_jax.align.task import AlignTask
-from geotoken_jax.artifacts import GALLERY, VALIDATION, Workdir
 from geotoken_jax.backbone import views
 from geotoken_jax.configuration import Config
 from geotoken_jax.data.join import Concatenation, Features
 from geotoken_jax.data.pixels import Pixels
 from geotoken_jax.interop import geoclip
+from geotoken_jax.manifests import Manifest, StageError
 from geotoken_jax.sharding import make_mesh
 from geotoken_jax.stages import training
-from geotoken_jax.workdir import Manifest, StageError
+from geotoken_jax.workdir import GALLERY, VALIDATION, Workdir
 
 #: Largest number of photos that whitening is fitted to.
 _SAMPLE = 100_000

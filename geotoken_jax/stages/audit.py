@@ -10,11 +10,11 @@ from scipy.spatial import KDTree
 from geotoken_jax import records
 from geotoken_jax.analysis import coverage, leakage, neighbor_gap, overlap, per_level
 from geotoken_jax.analysis.masking import MaskedGallery
-from geotoken_jax.artifacts import GALLERY, Workdir
 from geotoken_jax.backbone import views
 from geotoken_jax.configuration import Config
 from geotoken_jax.data import pipeline
 from geotoken_jax.geo import distance
+from geotoken_jax.manifests import Manifest, Stage, StageError, write_bytes, write_json
 from geotoken_jax.pages import coverage as coverage_page
 from geotoken_jax.pages import leakage as leakage_page
 from geotoken_jax.pages import levels as levels_page
@@ -22,7 +22,7 @@ from geotoken_jax.pages import neighbors as neighbors_page
 from geotoken_jax.pages.frame import Source
 from geotoken_jax.progress import Progress
 from geotoken_jax.stages import evaluate
-from geotoken_jax.workdir import Manifest, Stage, StageError, write_bytes, write_json
+from geotoken_jax.workdir import GALLERY, Workdir
 
 #: Name of an audit -> function that formats the contents of its figures.json as a text table.
 TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {

@@ -10,12 +10,12 @@ from etils import epath
 from jaxtyping import Float
 
 from geotoken_jax import checkpoint
-from geotoken_jax.artifacts import TOP1, VALIDATION, Workdir
 from geotoken_jax.backbone import views
 from geotoken_jax.configuration import Config
 from geotoken_jax.data.join import Concatenation
 from geotoken_jax.gallery import encodings
 from geotoken_jax.geo.distance import pairwise_km
+from geotoken_jax.manifests import Manifest
 from geotoken_jax.predict import classifier
 from geotoken_jax.predict.prediction import Candidate, Neighbor, Prediction, neighbors
 from geotoken_jax.predict.select import density
@@ -23,7 +23,7 @@ from geotoken_jax.progress import Progress
 from geotoken_jax.settings import SettingsError
 from geotoken_jax.stages import training
 from geotoken_jax.stages.predict import write
-from geotoken_jax.workdir import Manifest
+from geotoken_jax.workdir import TOP1, VALIDATION, Workdir
 
 #: Function of a split's name that yields photo ids and predictions. It leaves out photos without a prediction, which
 #: evaluation counts as missing.

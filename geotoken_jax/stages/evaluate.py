@@ -15,11 +15,11 @@ from geotoken_jax.analysis.coordinates import (
     read_truth,
 )
 from geotoken_jax.analysis.examples import Examples
-from geotoken_jax.artifacts import GALLERY, Workdir
 from geotoken_jax.configuration import Config, EvaluateSettings
+from geotoken_jax.manifests import Manifest, StageError, write_bytes, write_json
 from geotoken_jax.pages import report as report_page
 from geotoken_jax.pages.photos import NEIGHBORS
-from geotoken_jax.workdir import Manifest, StageError, write_bytes, write_json
+from geotoken_jax.workdir import GALLERY, Workdir
 
 
 def run(config: Config, workdir: Workdir) -> list[Manifest]:

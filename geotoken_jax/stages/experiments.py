@@ -17,13 +17,13 @@ from etils import epath
 
 from geotoken_jax.analysis import evaluate
 from geotoken_jax.analysis.coordinates import methods_of, read_coordinates, read_truth
-from geotoken_jax.artifacts import Workdir
 from geotoken_jax.configuration import Config, EvaluateSettings, Experiment
 from geotoken_jax.geo.distance import THRESHOLDS_KM
+from geotoken_jax.manifests import write_json
 from geotoken_jax.settings import SettingsError
 from geotoken_jax.stages import sweep
 from geotoken_jax.stages.train import check_context
-from geotoken_jax.workdir import write_json
+from geotoken_jax.workdir import Workdir
 
 #: Folders that a run links to instead of making them again. Folders in _SHARED are in the base work directory. Of the
 #: folders in _TRAINED, only the variant's subfolder is linked: to the run whose trained models are reused,

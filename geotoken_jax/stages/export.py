@@ -7,13 +7,13 @@ from typing import Any
 from etils import epath
 
 from geotoken_jax import backbone, settings
-from geotoken_jax.artifacts import Workdir, selector_folders
 from geotoken_jax.backbone import checkpoint as published
 from geotoken_jax.configuration import Config
 from geotoken_jax.export import card, pictures, quantized, stablehlo
 from geotoken_jax.gallery.table import Table
+from geotoken_jax.manifests import Manifest, write_bytes, write_json
 from geotoken_jax.predict import bundle
-from geotoken_jax.workdir import Manifest, write_bytes, write_json
+from geotoken_jax.workdir import Workdir, selector_folders
 
 #: Folder of an export that holds its backbone's checkpoint.
 _BACKBONE = "backbone"

@@ -8,10 +8,10 @@ import numpy as np
 from etils import epath
 
 from geotoken_jax import records
-from geotoken_jax.artifacts import VALIDATION, Workdir, selector_folders
 from geotoken_jax.configuration import Config
 from geotoken_jax.data import pipeline
 from geotoken_jax.gallery.table import Table
+from geotoken_jax.manifests import Manifest, write_bytes, write_json
 from geotoken_jax.predict.answer import Answerer, calibrate, with_radii
 from geotoken_jax.predict.judge import Judge
 from geotoken_jax.predict.pool import PlaceDistribution, Pool
@@ -19,7 +19,7 @@ from geotoken_jax.predict.prediction import Prediction
 from geotoken_jax.predict.select import log_probability
 from geotoken_jax.progress import Progress
 from geotoken_jax.settings import SettingsError
-from geotoken_jax.workdir import Manifest, write_bytes, write_json
+from geotoken_jax.workdir import VALIDATION, Workdir, selector_folders
 
 
 def run(config: Config, workdir: Workdir, variant: str) -> list[Manifest]:

@@ -2,9 +2,9 @@
 
 import importlib
 
-from geotoken_jax.artifacts import Workdir
 from geotoken_jax.configuration import Config
-from geotoken_jax.workdir import Manifest, StageError
+from geotoken_jax.manifests import Manifest, StageError
+from geotoken_jax.workdir import Workdir
 
 
 def run(module: str, config: Config, workdir: Workdir) -> list[Manifest]:

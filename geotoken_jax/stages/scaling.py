@@ -12,11 +12,11 @@ from etils import epath
 from geotoken_jax.analysis import scaling, scaling_law
 from geotoken_jax.analysis.masking import MaskedGallery
 from geotoken_jax.analysis.scaling import FIT, FOLDER, FORECAST, RUNS, TESTED
-from geotoken_jax.artifacts import Workdir
 from geotoken_jax.configuration import Config, ScalingSettings
+from geotoken_jax.manifests import StageError, write_json
 from geotoken_jax.settings import SettingsError
 from geotoken_jax.stages import sweep
-from geotoken_jax.workdir import StageError, write_json
+from geotoken_jax.workdir import Workdir
 
 
 def run(config: Config, workdir: Workdir, index: int | None) -> None:

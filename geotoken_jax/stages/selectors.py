@@ -11,23 +11,28 @@ import numpy as np
 from etils import epath
 
 from geotoken_jax import checkpoint, records
-from geotoken_jax.artifacts import Workdir, selector_folders
 from geotoken_jax.backbone import views
 from geotoken_jax.configuration import Config
 from geotoken_jax.data.join import context, neighbors
 from geotoken_jax.gallery import encodings
 from geotoken_jax.gallery.table import Table
 from geotoken_jax.geo.distance import great_circle_km, to_unit_vectors
+from geotoken_jax.manifests import Manifest
 from geotoken_jax.model.reward import RewardTask
 from geotoken_jax.model.verifier import Comparator, ComparatorTask, ScorerTask
-from geotoken_jax.predict import verify
 from geotoken_jax.predict.decode import Decoder
 from geotoken_jax.predict.pool import Pool
 from geotoken_jax.predict.reward import States
-from geotoken_jax.predict.verify import AugmentedGallery, NearestPhotos
+from geotoken_jax.predict.verifier import (
+    AugmentedGallery,
+    CandidateFeatures,
+    NearestPhotos,
+    encode,
+    open_augmented_gallery,
+)
 from geotoken_jax.progress import Progress
 from geotoken_jax.stages import training
-from geotoken_jax.workdir import Manifest
+from geotoken_jax.workdir import Workdir, selector_folders
 
 #: Share of the pools used for validation, taken from the end. Pools are grouped by author, so at most one author has
 #: photos in both training and validation.
@@ -104,12 +109,12 @@ def verifier(config: Config, workdir: Workdir, variant: str) -> Manifest:
     variant_config, rows, folder = config.variant(variant), workdir.pool_rows(variant), stage.path
     if not (folder / "views.npy").exists():
         save_views(folder, workdir)
-    augmented = verify.open_augmented_gallery(folder, workdir.gallery)
+    augmented = open_augmented_gallery(folder, workdir.gallery)
     comparator = _comparator(variant_config, folder, augmented, workdir.gallery, rows)
     _, pool = workdir.pools(variant, variant_config.model)
     if not (folder / "features.npy").exists():
         aligned, keys = workdir.align_model(variant_config.align.model), encodings.open_encodings(folder / "keys.npy")
-        featurize = verify.CandidateFeatures(
+        featurize = CandidateFeatures(
             variant_config.verifier.model, comparator, keys, augmented, workdir.gallery, aligned
         )
         features = featurize(pool._replace(exclude=workdir.exclusions(views.SOURCE_SPLIT)(rows)))
@@ -143,7 +148,7 @@ def _comparator(
     file = folder / "keys.npy"
     if not file.exists():
         parts = (np.arange(first, min(first + _BLOCK, len(augmented))) for first in range(0, len(augmented), _BLOCK))
-        blocks = (verify.encode(comparator, augmented.images(part)) for part in parts)
+        blocks = (encode(comparator, augmented.images(part)) for part in parts)
         encodings.save(file, blocks, len(augmented), options.width)
     return comparator
 

@@ -7,10 +7,10 @@ not depend on the run's changed settings are links into another work directory, 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from geotoken_jax.artifacts import Workdir
 from geotoken_jax.configuration import Config
+from geotoken_jax.manifests import Manifest, OtherSettingsError
 from geotoken_jax.stages import predict, preparation, selectors, train
-from geotoken_jax.workdir import Manifest, OtherSettingsError
+from geotoken_jax.workdir import Workdir
 
 
 def _index(config: Config, workdir: Workdir, variant: str) -> list[Manifest]:

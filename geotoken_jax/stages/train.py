@@ -3,16 +3,16 @@
 from typing import Any
 
 from geotoken_jax import records
-from geotoken_jax.artifacts import VALIDATION, Workdir
 from geotoken_jax.configuration import Config
 from geotoken_jax.data.join import Concatenation, Subset, choose_rows
 from geotoken_jax.gallery import placement
+from geotoken_jax.manifests import Manifest
 from geotoken_jax.model.task import GeoTokenTask
 from geotoken_jax.predict import sample
 from geotoken_jax.settings import SettingsError
 from geotoken_jax.sharding import make_mesh
 from geotoken_jax.stages import training
-from geotoken_jax.workdir import Manifest
+from geotoken_jax.workdir import VALIDATION, Workdir
 
 
 def run(config: Config, workdir: Workdir, variant: str) -> list[Manifest]:

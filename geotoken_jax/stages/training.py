@@ -8,14 +8,14 @@ from etils import epath
 from jax.sharding import Mesh
 
 from geotoken_jax import processes
-from geotoken_jax.artifacts import Workdir
 from geotoken_jax.configuration import Config
 from geotoken_jax.data import pipeline
+from geotoken_jax.manifests import Manifest, Stage
 from geotoken_jax.settings import SettingsError
 from geotoken_jax.sharding import make_mesh
 from geotoken_jax.train import loop
 from geotoken_jax.train.loop import TrainSettings
-from geotoken_jax.workdir import Manifest, Stage
+from geotoken_jax.workdir import Workdir
 
 
 def begin(

@@ -17,12 +17,12 @@ from jax.sharding import Mesh
 
 from geotoken_jax import checkpoint, chips, processes
 from geotoken_jax.checkpoint import Checkpoints
+from geotoken_jax.manifests import StageError
 from geotoken_jax.progress import Progress
 from geotoken_jax.settings import Runtime
 from geotoken_jax.train import metrics
 from geotoken_jax.train.optimizer import OptimizerSettings, make_optimizer, make_schedule
 from geotoken_jax.train.step import Metrics, Resident, State, Task, Trainer
-from geotoken_jax.workdir import StageError
 
 #: Named arrays: this process's part of a batch.
 Batch = Mapping[str, np.ndarray]

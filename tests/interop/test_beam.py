@@ -12,8 +12,8 @@ pytest.importorskip("apache_beam")
 from benchmarks import mp16
 from data_prep import photos
 from data_prep.beam import BeamSettings
-from geotoken_jax import workdir
-from geotoken_jax.workdir import StageError
+from geotoken_jax import manifests
+from geotoken_jax.manifests import StageError
 from tests.test_mp16_pro import config, prepare
 from tests.test_photos import Sample
 
@@ -60,7 +60,7 @@ class Damaged(Sample):
     ],
 )
 def test_what_a_runner_raises_is_said_in_one_line(tmp_path, source, settings, message):
-    stage = workdir.begin(tmp_path, "photos", {"photos": {"source": "sample"}}, inputs=())
+    stage = manifests.begin(tmp_path, "photos", {"photos": {"source": "sample"}}, inputs=())
     with pytest.raises(StageError, match=message) as raised:
         photos.make(stage, source, 1, 0.0, settings)
     assert "\n" not in str(raised.value)

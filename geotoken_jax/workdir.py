@@ -143,13 +143,17 @@ class Workdir:
         return records.Records(self.path / "features", split, records.feature_layout(self.width))
 
     def check_backbone(self, options: backbone.BackboneSettings) -> None:
-        """Raises StageError if features/ was made with another backbone or another checkpoint than `options` has."""
+        """Raises StageError if features/ was made with other settings of the backbone than `options` has.
+
+        Compared are the backbone, the checkpoint's contents and the settings that features depend on, such as dtype.
+        Raises SettingsError if the path in `options` has no checkpoint.
+        """
         stored = self.manifest("features").settings["embed"]
         if {**stored, **settings.plain(backbone.feature_settings(options))} != stored:
             raise StageError(
-                f"config.embed has another backbone than {self.path / 'features'} was made with: set "
-                f"config.embed.backbone to {stored['backbone']!r} and config.embed.huggingface.path to the same "
-                "checkpoint, or embed again in another --workdir"
+                f"config.embed has another backbone than {self.path / 'features'} was made with, or other settings of "
+                f"it: set config.embed.backbone to {stored['backbone']!r} with the settings and the checkpoint that "
+                "features/manifest.json records, or embed again in another --workdir"
             )
 
     @functools.cached_property
@@ -167,13 +171,13 @@ class Workdir:
 
     @property
     def training_splits(self) -> list[str]:
-        """Splits that training reads: the train photos and, if there are any, their augmented views."""
+        """Splits whose photos are trained on: the train photos and, if there are any, their augmented views."""
         counts = (self.finished("tokens") or self.manifest("features")).counts
         return [split for split in (views.SOURCE_SPLIT, views.VIEWS_SPLIT) if split in counts]
 
     @property
     def query_counts(self) -> dict[str, int]:
-        """Split -> number of photos, for the splits that are predicted: all except those that training reads."""
+        """Split -> number of photos, for the splits that are predicted: all queries except the augmented views."""
         return {split: n for split, n in self.manifest("queries").counts.items() if split != views.VIEWS_SPLIT}
 
     # Neighbors and token records

@@ -131,7 +131,7 @@ def test_shards_are_read_as_one_file(copied, tower):
 
 FC1 = "vision_model.encoder.layers.1.mlp.fc1.weight"
 FAULTS = {
-    "no folder": (lambda f: shutil.rmtree(f), "has no config.json"),
+    "no folder": (lambda f: shutil.rmtree(f), "config.json cannot be read"),
     "no parameters": (lambda f: (f / "model.safetensors").unlink(), "has no model.safetensors"),
     "a pickle": (
         lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "only as a pickle.*convert it with `python"
@@ -167,7 +167,7 @@ FAULTS = {
     ),
     "no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json is damaged"),
     "a list": (lambda f: (f / "config.json").write_text("[]"), "config.json is not a JSON object"),
-    "no processor": (lambda f: (f / "preprocessor_config.json").unlink(), "has no preprocessor_config.json"),
+    "no processor": (lambda f: (f / "preprocessor_config.json").unlink(), "preprocessor_config.json cannot be read"),
     "no mean": (
         lambda f: (f / "preprocessor_config.json").write_text('{"size": {"height": 16, "width": 16}}'),
         "preprocessor_config.json lacks 'image_mean'",
@@ -178,7 +178,7 @@ FAULTS = {
     ),
     "no tokenizer": (
         lambda f: [path.unlink() for name in ("vocab.json", "tokenizer.json") for path in f.glob(name)],
-        "has no tokenizer.json",
+        "tokenizer.json cannot be read",
     ),
     "no pad": (lambda f: change(f, "tokenizer_config.json", pad_token="<x>"), "its tokenizer has no '<x>'"),
 }  # fmt: skip

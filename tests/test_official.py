@@ -132,17 +132,17 @@ def test_a_missing_or_misshapen_tensor_is_named(settings, weights, name):
     with pytest.raises(ValueError, match=re.escape(f"lacks {name} (1 missing, 0 extra)")):
         official.from_state_dict(settings, fewer)
     for wrong in (np.concatenate([weights[name]] * 3, -1), weights[name][1:], weights[name][None]):
-        with pytest.raises(ValueError, match=re.escape(f"{name} has the wrong shape")):
+        with pytest.raises(ValueError, match=re.escape(f"{name} has the shape")):
             official.from_state_dict(settings, {**weights, name: wrong})
 
 
 def test_a_narrower_tensor_is_refused_too(settings, weights):
     for name in ("linear1", "norm1"):
         name = f"encoder.layers.0.{name}.weight"
-        with pytest.raises(ValueError, match=re.escape(f"{name} has the wrong shape")):
+        with pytest.raises(ValueError, match=re.escape(f"{name} has the shape")):
             official.from_state_dict(settings, {**weights, name: weights[name][..., :8]})
     name = "output_layers.3.bias"  # heads of level 3 have 16 tokens; only the face head has 6
-    with pytest.raises(ValueError, match=re.escape(f"{name} has the wrong shape")):
+    with pytest.raises(ValueError, match=re.escape(f"{name} has the shape")):
         official.from_state_dict(settings, {**weights, name: weights[name][:6]})
 
 
@@ -159,7 +159,7 @@ def test_an_unknown_tensor_is_named_and_an_unread_one_is_not(settings, weights):
         (lambda w: w.pop("embedding.weight"), "embedding.weight is missing"),
         (lambda w: w.update(extra=np.zeros(3, np.float32)), "unknown tensor extra"),
         (lambda w: w.update({"embedding.weight": w["embedding.weight"][:-1]}), "165 rows"),
-        (lambda w: w.update({"cls_token": w["cls_token"][:, :-1]}), "cls_token has the wrong shape"),
+        (lambda w: w.update({"cls_token": w["cls_token"][:, :-1]}), "cls_token has the shape"),
     ],
 )
 def test_a_file_that_is_not_the_published_model_is_refused_in_one_line(

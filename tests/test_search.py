@@ -178,7 +178,7 @@ def test_places_are_centers_of_cells():
     [
         (dict(expansions=12), "expansions is 12"),
         (dict(expansions=0), "expansions is 0"),
-        (dict(capacity=8, count=9), "count is 9: set config.predict.search.leaves to at most 8"),
+        (dict(capacity=8, count=9), "config.predict.search.leaves is 9: set it to at most 8"),
     ],
 )
 def test_a_search_that_cannot_be_is_refused(options, message):

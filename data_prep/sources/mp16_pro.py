@@ -47,7 +47,7 @@ REASONS = (
     *("no metadata", "repeated id", "identical bytes"),
 )
 #: A member of the tar during the survey. offset: position of its first header in the tar. size: bytes of its data.
-#: key: hash of its file name. fate: index in REASONS, or _FOLDER if the member is a folder.
+#: key: hash of its file name without .jpg. fate: index in REASONS, or _FOLDER if the member is a folder.
 _MEMBER = np.dtype([("offset", "i8"), ("size", "i8"), ("key", "u8"), ("fate", "u1")])
 _FOLDER = 255
 

@@ -57,10 +57,9 @@ class LossSettings:
 class Targets(NamedTuple):
     """Texts or locations that photos are compared with.
 
-    vectors: embeddings, which the losses normalize. key: decides which targets count as the same. Two targets are the
-    same if their keys are at most `reach` (an argument of the losses) apart. Then the first is not a negative of the
-    second's photo, nor the second of the first's. present: False for
-    targets that are left out, as positives and as negatives.
+    vectors: embeddings, which the losses normalize. key: two targets count as the same if their keys are at most
+    `reach` apart (an argument of the losses). A target that counts as the same as a photo's own target is no negative
+    of that photo. present: False for targets that are left out, as positives and as negatives.
     """
 
     vectors: Float[Array, "N C"]

@@ -29,6 +29,8 @@ def score(
 
 
 def main_methods(methods: Sequence[Method]) -> list[Method]:
-    """Returns the main method of each file of predictions, which is the file's own answers. Left out are the choices of
-    its other selectors, and the bounds: the best of all candidates by the truth."""
+    """Returns the method with the final answers of each file of predictions.
+
+    Left out are the choices of the file's other selectors, and the bound, which is the candidate nearest to the truth.
+    """
     return [method for method in methods if method.main]

@@ -56,7 +56,7 @@ class MaskedGallery:
             query = self._queries.embeddings(rows[part])
             batch = {"query": query, **join.neighbors(self._gallery, neighbor_rows[part], decoder.cells)}
             exclude = [*self._excluded(rows[part]), lambda queries, found: hidden[found]]
-            # Samples are drawn by row number, so a photo gets the random draws it had in predictions/.
+            # A photo's random draws depend on the seed and its row number, so they are the same as in predictions/.
             answers, _ = self._answerer(batch, neighbor_rows[part], scores[part], rows[part], exclude=exclude)
             placed[1, part] = coordinates(answers)
         return placed

@@ -64,7 +64,7 @@ def find_leaks(workdir: Workdir, truths: Mapping[str, CoordinateTable], above: f
 
 
 def match(wanted: Shaped[np.ndarray, "n"], among: Shaped[np.ndarray, "m"]) -> Int[np.ndarray, "n"]:
-    """Returns the first row of `among` that equals each value of `wanted`; -1 if none does."""
+    """Returns, for each value of `wanted`, the index of the first equal value in `among`; -1 if there is none."""
     order = np.argsort(among, kind="stable")
     at = np.searchsorted(among, wanted, sorter=order)
     rows = order[np.minimum(at, len(order) - 1)] if len(order) else np.zeros(len(wanted), int)

@@ -258,7 +258,7 @@ def _ratios(seen: DecoderOutputs, scoring: EvaluateSettings) -> dict[str, tuple[
 
 
 def split_figures(seen: DecoderOutputs, scoring: EvaluateSettings) -> dict[str, Any]:
-    """Returns the estimates of one split, per level and over all levels.
+    """Returns the figures of one split: all estimates per level, and the estimates of CAUSES over all levels too.
 
     An estimate is None if its denominator is zero. `bottleneck`: index of the level that loses most of the GeoScore.
     """

@@ -68,8 +68,10 @@ _COUNTRIES = {
 
 
 def country(text: str) -> str:
-    """Returns the name that this module lists for a country; an unlisted text without its outer
-    spaces; UNKNOWN if it is empty."""
+    """Returns a country's name as this module spells it, from any listed name or ISO code.
+
+    A text that is not listed is returned without spaces at both ends; an empty one gives UNKNOWN.
+    """
     return _known().get(_key(text), (text.strip(), ""))[0] or UNKNOWN
 
 

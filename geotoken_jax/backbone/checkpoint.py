@@ -30,7 +30,8 @@ def read_json(folder: pathlib.Path, name: str) -> dict[str, Any]:
         value = json.loads((folder / name).read_text(encoding="utf-8"))
     except OSError as error:
         raise SettingsError(
-            f"{folder} has no {name} ({error.strerror}): choose a checkpoint folder as Hugging Face publishes it"
+            f"{folder / name} cannot be read ({error.strerror}): choose a checkpoint folder as Hugging Face "
+            "publishes it"
         ) from None
     except ValueError as error:
         raise SettingsError(f"{folder / name} is damaged ({error}): download it again") from None

@@ -131,10 +131,10 @@ def choose_rows(ids: Sequence[np.ndarray], settings: DataSettings) -> Int[np.nda
 
 
 def context(captured: Float[np.ndarray, " b"], times: int) -> Float[np.ndarray, "b times"]:
-    """Returns the first `times` of five values that describe when a photo was taken, float32; all 0 if that is unknown.
+    """Returns numbers that describe when each photo was taken, float32; all 0 for a photo whose time is unknown.
 
-    The five values are 1 (the time is known), sine and cosine of the time of year, sine and cosine of the time of day.
-    captured: seconds since 1970, UTC; NaN if unknown.
+    They are the first `times` of these five: 1 (the time is known), sine and cosine of the time of year, sine and
+    cosine of the time of day. captured: seconds since 1970, UTC; NaN if unknown.
     """
     year, day = (2 * np.pi * (captured / period % 1) for period in _PERIODS)
     numbers = np.stack([np.ones_like(captured), np.sin(year), np.cos(year), np.sin(day), np.cos(day)], -1)

@@ -128,8 +128,9 @@ class Table:
         rows = np.asarray(rows, np.int64)
         if rows.size and not (0 <= rows.min() and rows.max() < len(self)):
             raise IndexError(
-                f"{self._folder} has {len(self)} rows, but rows from {rows.min()} to {rows.max()} are requested: mask "
-                "missing neighbors (-1), and take other rows from a search of this table"
+                f"{self._folder} has {len(self)} rows, but rows from {rows.min()} to {rows.max()} are requested: leave "
+                "out -1, which stands for a missing neighbor, and use only row numbers that a search of this table "
+                "returned"
             )
         if len(parts) == 1:
             return np.asarray(parts[0][rows])

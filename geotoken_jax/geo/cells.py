@@ -185,7 +185,8 @@ class CellScheme(Scheme):
         super().__post_init__()
         divisors = [n for n in range(1, MAX_GROUP + 1) if self.level % n == 0]
         if self.group not in divisors:
-            raise ValueError(f"group is {self.group}, which does not divide level {self.level}: use one of {divisors}")
+            wrong = "does not divide" if self.level % max(self.group, 1) else f"is not in 1..{MAX_GROUP}, for"
+            raise ValueError(f"group is {self.group}, which {wrong} level {self.level}: use one of {divisors}")
 
     @property
     def vocab_sizes(self) -> tuple[int, ...]:
@@ -437,9 +438,10 @@ def _face_ij(latitude, longitude, level: int, xp: ModuleType) -> tuple[Any, Any,
     return axis + 3 * far.astype(np.int32), i >> (MAX_LEVEL - level), j >> (MAX_LEVEL - level)
 
 
-#: Index: south * 8 + polar * 4 + quarter, as computed in `_fast_face_ij`. Value: how the point's coordinates a and b
-#: there become a face's coordinates. Bits 0-2 are the face; bit 3 is the curve's orientation, which depends on whether
-#: the axes are swapped; bit 4 is 1 if a is inverted; bit 5 is 1 if b is inverted.
+#: One number per part of the sphere, at index south * 8 + polar * 4 + quarter (see `_fast_face_ij`). It tells how the
+#: coordinates a and b, which that function computes, become cell coordinates on a face. Bits 0-2: the face. Bit 3: the
+#: curve's orientation at the start. It is face & 1, flipped if a runs along the face's j axis and b along its i axis,
+#: because the code does not swap a and b. Bit 4: 1 if a is inverted. Bit 5: 1 if b is inverted.
 _FRAMES = np.array(
     [
         face + 8 * (face & 1 ^ swapped) + 16 * inverts_a + 32 * inverts_b

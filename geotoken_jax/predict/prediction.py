@@ -70,14 +70,16 @@ class Prediction:
     radius_90_km: the same for 90 %. within: distance (1, 25, 200, 750 and 2500 km) -> probability that the true
     location is no farther from the answer.
 
-    If the model's distribution was searched, the radii and `within` come from it, calibrated on the validation photos
-    if there are any. Otherwise `GeoToken.predict` computes them from its samples, and GeoCLIP from the probabilities in
-    its gallery; in predictions/ of a work directory the radii are NaN and `within` is empty.
+    If the model's distribution over places was searched, the radii and `within` come from it, calibrated on the
+    validation photos if there are any. Without a search, `GeoToken.predict` computes them from its candidates, weighted
+    by `count`, and predictions in a work directory have radii of NaN and an empty `within`. GeoCLIP's predictor
+    computes them from the probabilities in its gallery.
 
-    candidates: distinct candidates, the greedy one first, then by falling probability. cells: the most probable cells,
-    disjoint; if their probabilities sum to less than 1, the rest is elsewhere. neighbors: the photo's neighbors in the
-    gallery, best first. Each of the three is empty if the method has none. choice: name of the selector whose choice is
-    the answer. choices: selector name -> its choice, an index into `candidates` or coordinates in degrees.
+    candidates: distinct candidates by falling probability, but the greedy one, if there is one, first. cells: the most
+    probable cells, disjoint; if their probabilities sum to less than 1, the rest is elsewhere. neighbors: the photo's
+    neighbors in the gallery, best first. Each of the three is empty if the method has none. choice: name of the
+    selector whose choice is the answer. choices: selector name -> its choice, an index into `candidates` or coordinates
+    in degrees.
     """
 
     latitude: float

@@ -84,7 +84,10 @@ def search(
             f"expansions is {expansions}: set config.predict.search.expansions to a multiple of width, {width}, above 0"
         )
     if capacity < count:
-        raise ValueError(f"count is {count}: set config.predict.search.leaves to at most {capacity}, the capacity")
+        raise ValueError(
+            f"config.predict.search.leaves is {count}: set it to at most {capacity}, the number of cells that the "
+            "search keeps"
+        )
     length = length or model.settings.cells.length
     rules = _Rules(length, count, temperature, width, expansions)
     state = jax.lax.while_loop(

@@ -175,8 +175,9 @@ def _share(
     """Returns the share of a cell within limit_km of a point that is `km` from the cell's center.
 
     A cell counts as a disc of the mean area of its level. If the point is in the disc, the share is the area of the
-    circle of radius limit_km around the point, divided by the disc's area, at most 1. Otherwise the share grows
-    linearly from 0 to 1 while the growing circle passes over the disc.
+    circle of radius limit_km around the point, divided by the disc's area, at most 1. If the point is outside, the
+    share is 0 for circles that do not reach the disc and 1 for circles that contain it. Between these two radii it
+    grows linearly with limit_km.
     """
     radius = _radius_km(level)
     crossed = (limit_km - np.abs(km - radius)) / (2 * np.minimum(km, radius) + 1e-9)
@@ -189,9 +190,10 @@ def _searched(pool: Pool) -> PlaceDistribution:
 
 
 def _mean_km(km: Float[np.ndarray, "*shape"], level: Int[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
-    """Returns the approximate mean distance of a cell from a point `km` from its center.
+    """Returns the approximate mean distance in km from a point to the points of a cell whose center is `km` away.
 
-    It is exact at the center and far away.
+    A cell counts as a flat disc of the mean area of its level. For this disc the value is exact if km is 0, and its
+    relative error goes to 0 as km grows.
     """
     return np.hypot(km, _radius_km(level) * 2 / 3)
 

@@ -38,11 +38,14 @@ def mass_within(
 ) -> Float[np.ndarray, "b n"]:
     """Returns the probability in the circles of radius `km` around each answer, in [0, 1].
 
-    A larger circle never has a smaller probability. at: answers, in degrees. km: radii [b, n], or an array that
-    broadcasts to this shape.
-    A cell counts as a disc around its center with the mean area of its level. While the circle is inside the disc, it
-    contains a share of the cell's probability that is the ratio of their areas. As the circle grows further, this share
-    grows linearly until the circle covers the disc. Probability that is in no cell is spread evenly over the Earth.
+    at: answers, in degrees. km: radii [b, n], or an array that broadcasts to this shape. A larger circle never has a
+    smaller probability.
+
+    A cell counts as a disc around its center, with the mean area of the cells of its level. If the answer is in the
+    disc, a circle that does not reach the disc's edge contains as large a share of the cell's probability as of the
+    disc's area. From there, the share grows linearly with the radius until the circle covers the disc. If the answer is
+    outside the disc, the share grows linearly from 0 at the near edge to 1 at the far edge. Probability that is in no
+    cell is spread evenly over the Earth.
     """
     km = np.broadcast_to(np.asarray(km, np.float64), (len(at), km.shape[-1]))
     mass = np.empty(km.shape)

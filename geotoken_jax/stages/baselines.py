@@ -66,9 +66,9 @@ def run(config: Config, workdir: Workdir, name: str) -> list[Manifest]:
 
 
 def _top1(config: Config, workdir: Workdir, folder: epath.Path) -> tuple[Answer, dict[str, Any]]:
-    """Returns a function that predicts the coordinates of the nearest neighbor, and no facts.
+    """Returns a function that predicts the photos of a split, and an empty dict: the manifest gets no facts.
 
-    All neighbors are candidates.
+    The prediction is the place of the best neighbor. All neighbors are candidates.
     """
     del folder
 
@@ -83,9 +83,11 @@ def _top1(config: Config, workdir: Workdir, folder: epath.Path) -> tuple[Answer,
 
 
 def _knn(config: Config, workdir: Workdir, folder: epath.Path) -> tuple[Answer, dict[str, Any]]:
-    """Returns a function that predicts the neighbor with the highest density of neighbors, and no facts.
+    """Returns a function that predicts the photos of a split, and an empty dict: the manifest gets no facts.
 
-    The method is from Vo et al. 2017, section 3. Raises SettingsError if neighbors/ has too few neighbors per photo.
+    The prediction is the neighbor at whose place the density of all neighbors is highest (Vo et al. 2017, section 3).
+
+    Raises SettingsError if neighbors/ has too few neighbors per photo.
     """
     del folder
     options = config.baselines.knn
@@ -93,7 +95,8 @@ def _knn(config: Config, workdir: Workdir, folder: epath.Path) -> tuple[Answer, 
     if options.neighbors > recorded:
         raise SettingsError(
             f"config.baselines.knn.neighbors is {options.neighbors}, but {workdir.path / 'neighbors'} has {recorded} "
-            "per photo: lower it, or set config.index.neighbors.count and run `geotoken index` in another --workdir"
+            f"per photo: set it to at most {recorded}, or set config.index.neighbors.count to at least "
+            f"{options.neighbors} and run `geotoken index` in another --workdir"
         )
     gallery = workdir.gallery
 

@@ -213,7 +213,7 @@ class _Pairs:
 
 
 class _Arrays:
-    """Reads rows of arrays as float32, from row `first` to before row `last`."""
+    """Reads the rows [first, last) of arrays as float32. Row numbers in calls count from `first`."""
 
     def __init__(self, first: int, last: int, arrays: dict[str, np.ndarray]):
         self._first, self._last, self._arrays = first, last, arrays

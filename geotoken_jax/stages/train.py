@@ -62,8 +62,8 @@ def decoder(config: Config, workdir: Workdir, mesh: Any) -> tuple[Any, list, dic
     if workdir.neighbor_count < model.neighbors:
         raise SettingsError(
             f"config.model.neighbors is {model.neighbors}, but {workdir.path / 'neighbors'} has "
-            f"{workdir.neighbor_count} per photo: lower it, or set config.index.neighbors.count and run `geotoken "
-            "index` in another --workdir"
+            f"{workdir.neighbor_count} per photo: set it to at most {workdir.neighbor_count}, or set "
+            f"config.index.neighbors.count to at least {model.neighbors} and run `geotoken index` in another --workdir"
         )
     if model.level > records.LEVEL:
         raise SettingsError(

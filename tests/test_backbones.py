@@ -178,7 +178,7 @@ FAULTS = {
     ),
     "no tokenizer": (
         lambda f: [path.unlink() for name in ("vocab.json", "tokenizer.json") for path in f.glob(name)],
-        "tokenizer.json cannot be read",
+        "has no tokenizer.json",
     ),
     "no pad": (lambda f: change(f, "tokenizer_config.json", pad_token="<x>"), "its tokenizer has no '<x>'"),
 }  # fmt: skip

@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
     """Returns GeoToken as published (arXiv 2511.01082), with EarthView's photos and the backbone `thumbnail`."""
     config = ConfigDict()
     config.name = "common"
-    config.mesh = dict(data=-1, fsdp=1, tensor=1)  # geotoken_jax/sharding.py
+    config.mesh = dict(data=-1, fsdp=1, tensor=1, slices=-1)  # geotoken_jax/sharding.py
     config.watch = dict(connect_s=300.0, stalled_s=900.0)  # geotoken_jax/processes.py
     config.photos = _photos()
     config.embed = _embed()

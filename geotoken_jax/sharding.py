@@ -5,13 +5,17 @@ names to mesh axes: data (replicas), fsdp (replicas that shard parameters and op
 share matrix products).
 """
 
+import collections
 import dataclasses
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from geotoken_jax.settings import SettingsError
@@ -32,28 +36,75 @@ nnx.use_eager_sharding(False)
 
 @dataclasses.dataclass(frozen=True)
 class MeshSettings:
-    """config.mesh: sizes of the mesh axes. One size may be -1, for all remaining devices."""
+    """config.mesh. data, fsdp, tensor: sizes of the mesh axes; one of them may be -1, for all remaining devices.
+    slices: number of groups of devices, each with a fast network inside, such as TPU slices or GPU nodes. Only data is
+    split over slices, because the network between them is slow. If -1, JAX's devices give the number."""
 
     data: int
     fsdp: int
     tensor: int
+    #: configs/common.py sets it. The default serves code that makes a mesh without a configuration.
+    slices: int = -1
+
+    def __post_init__(self):
+        if self.slices < 1 and self.slices != -1:
+            raise ValueError(f"slices is {self.slices}: use 1 or more, or -1 for the number that the devices give")
 
 
 def make_mesh(settings: MeshSettings, devices: Any = None) -> Mesh:
-    """Returns a mesh over devices; over all devices if None. Raises SettingsError if the sizes do not fit them."""
-    devices = jax.devices() if devices is None else devices
-    sizes = dataclasses.asdict(settings)
+    """Returns a mesh over devices; over all devices if None.
+
+    Devices that share an index on axis data are in one slice. Raises SettingsError if the sizes do not fit the devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = _axis_sizes(settings, len(devices))
+    slices = _slices(settings.slices, devices)
+    if sizes["data"] % len(slices):
+        raise SettingsError(
+            f"config.mesh.data is {sizes['data']}, but only data is split over the {len(slices)} slices or nodes of "
+            f"devices: set it to a multiple of {len(slices)}, and lower config.mesh.fsdp or config.mesh.tensor"
+        )
+    shape = (sizes["data"] // len(slices), sizes["fsdp"], sizes["tensor"])
+    try:
+        # jax.make_mesh refuses several slices, and does not split a physical axis of v4, v5p or v6e over two mesh axes.
+        blocks = [mesh_utils.create_device_mesh(shape, one, allow_split_physical_axes=True) for one in slices]
+    except AssertionError:  # the coordinates of TPUs are not a cuboid
+        raise SettingsError(
+            f"config.mesh.slices is {settings.slices}, but {len(slices[0])} devices of one slice do not form a cuboid "
+            "of chips: set it to -1, for the number that the devices give"
+        ) from None
+    return Mesh(np.concatenate(blocks), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def _axis_sizes(settings: MeshSettings, devices: int) -> dict[str, int]:
+    """Returns the size of each mesh axis, with -1 replaced. devices: number of devices."""
+    sizes = {name: getattr(settings, name) for name in ("data", "fsdp", "tensor")}
     open_axes = [name for name, size in sizes.items() if size == -1]
     known = int(np.prod([size for size in sizes.values() if size != -1]))
-    requested = ", ".join(f"{name}={size}" for name, size in sizes.items())
-    if known < 1 or len(open_axes) > 1 or len(devices) % known or (not open_axes and known != len(devices)):
+    if known < 1 or len(open_axes) > 1 or devices % known or (not open_axes and known != devices):
+        requested = ", ".join(f"{name}={size}" for name, size in sizes.items())
         raise SettingsError(
-            f"config.mesh ({requested}) does not fit {len(devices)} devices: set the sizes so that their product is "
-            f"{len(devices)}; one of them may be -1, for all remaining devices"
+            f"config.mesh ({requested}) does not fit {devices} devices: set the sizes so that their product is "
+            f"{devices}; one of them may be -1, for all remaining devices"
         )
-    if open_axes:
-        sizes[open_axes[0]] = len(devices) // known
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return {name: devices // known if size == -1 else size for name, size in sizes.items()}
+
+
+def _slices(requested: int, devices: list[Any]) -> list[list[Any]]:
+    """Returns the devices of each slice. requested: number of slices; the number of distinct slice_index if -1.
+
+    JAX gives a slice_index to TPUs, and to GPUs by node. Devices without it are in one slice.
+    """
+    indices = [getattr(device, "slice_index", None) or 0 for device in devices]
+    given = sorted(collections.Counter(indices).items())
+    count = len(given) if requested == -1 else requested
+    if len(devices) % count or (count == len(given) and len({size for _, size in given}) > 1):
+        raise SettingsError(
+            f"config.mesh.slices is {requested}, but {len(devices)} devices in {len(given)} slices or nodes do not "
+            f"divide into {count} slices of equal size: use slices of equal size, or set it to 1"
+        )
+    ordered = [devices[i] for i in np.argsort(indices, kind="stable")]
+    return [ordered[first : first + len(devices) // count] for first in range(0, len(devices), len(devices) // count)]
 
 
 def spec(*logical: str | None) -> PartitionSpec:
@@ -75,6 +126,47 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of a batch, split along its first axis."""
     return NamedSharding(mesh, spec("batch"))
+
+
+@functools.cache
+def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Returns the rows of a global batch that this process's devices hold, sorted and unique.
+
+    Processes whose devices differ only on axis tensor hold the same rows. Rows need not be consecutive. Raises
+    SettingsError if the batch does not divide over the mesh.
+    """
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % shards:
+        raise SettingsError(
+            f"batch_size is {batch_size}, which does not divide over data x fsdp = {shards} of config.mesh: set it to "
+            f"a multiple of {shards}"
+        )
+    local = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    rows = np.unique([np.arange(batch_size)[index] for index in local])
+    rows.flags.writeable = False  # the cache returns it again
+    return rows
+
+
+def global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, batch_size: int) -> dict[str, jax.Array]:
+    """Returns a batch as arrays [batch_size, ...] split over the mesh along their first axis.
+
+    batch: arrays with the rows of `local_rows`, in the same order. batch_size: rows over all processes.
+    """
+    rows, layout = local_rows(mesh, batch_size), batch_sharding(mesh)
+
+    def split(name: str, values: np.ndarray) -> jax.Array:
+        if len(values) != len(rows):
+            raise ValueError(f"{name} has {len(values)} rows: this process must read the {len(rows)} of local_rows")
+
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            first, end, _ = index[0].indices(batch_size)
+            start = int(np.searchsorted(rows, first))  # a shard's rows are consecutive in the batch, so also here
+            return values[start : start + end - first]
+
+        # jax.make_array_from_process_local_data fails if the rows of two processes overlap, or differ in number.
+        return jax.make_array_from_callback((batch_size, *values.shape[1:]), layout, shard)
+
+    return {name: split(name, values) for name, values in batch.items()}
 
 
 def shardings(state: Any, mesh: Mesh) -> Any:

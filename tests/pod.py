@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -68,28 +69,39 @@ class Marked(GeoTokenTask):
 
 
 def run(
-    folder: Path, mesh: tuple[int, int, int], where: str, steps: int, *, accumulate: int = 1, evaluate_every: int = 5
+    folder: Path,
+    mesh: tuple[int, int, int],
+    where: str,
+    steps: int,
+    *,
+    accumulate: int = 1,
+    evaluate_every: int = 5,
+    order: Sequence[int] | None = None,
 ) -> loop.Result:
-    """Trains a tiny decoder with dropout on the mesh, in `folder`. where: placement of the gallery."""
+    """Trains a tiny decoder with dropout on the mesh, in `folder`.
+
+    where: placement of the gallery. order: indices of the devices, in the order of the mesh; the first ones if None.
+    """
     model = fixtures.settings("ours", decoder_layers=1, dropout=0.1)
     gallery_settings = placement.GallerySettings(where)
     options = loop.TrainSettings(
         batch_size=BATCH, accumulate=accumulate, examples=BATCH * steps, evaluate_every=evaluate_every, log_every=1,
         seed=0, ema=0.0, max_skipped=0, profile=(0, 0), wandb="", optimizer=OPTIMIZER,
     )  # fmt: skip
-    devices = sharding.make_mesh(sharding.MeshSettings(*mesh), jax.devices()[: int(np.prod(mesh))])
+    chosen = [jax.devices()[i] for i in order or range(int(np.prod(mesh)))]
+    devices = sharding.make_mesh(sharding.MeshSettings(*mesh), chosen)
     with tempfile.TemporaryDirectory() as beside:
         gallery = write_gallery(Path(beside))
         read = Read(gallery, model, gallery_settings)
-        here = (processes.index(), processes.count())
+        local = sharding.local_rows(devices, BATCH)
         return loop.run(
             Marked(model, LossSettings(2.0, 1.0), placement.lookup(gallery_settings, devices)),
             options,
             devices,
             folder,
             loop.Data(
-                pipeline.training(N, read, BATCH, 0, *here),
-                lambda: pipeline.evaluation(N, read, BATCH, *here),
+                pipeline.training(N, read, BATCH, 0, local),
+                lambda: pipeline.evaluation(N, read, BATCH, local),
                 N,
                 placement.device_arrays(gallery, model.cells, gallery_settings, devices),
             ),

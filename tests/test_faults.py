@@ -76,9 +76,9 @@ def train(folder: Path, mesh: tuple[int, int, int] = (-1, 1, 1), make_input=lamb
     )  # fmt: skip
     axes = sharding.MeshSettings(*mesh)
     devices = sharding.make_mesh(axes, jax.devices()[: np.prod(mesh)] if min(mesh) > 0 else None)
-    here = (processes.index(), processes.count())
-    batches = make_input(pipeline.training(20, read, 8, 0, *here))
-    data = loop.Data(batches, lambda: pipeline.evaluation(12, read, 8, *here), 20)
+    local = sharding.local_rows(devices, 8)
+    batches = make_input(pipeline.training(20, read, 8, 0, local))
+    data = loop.Data(batches, lambda: pipeline.evaluation(12, read, 8, local), 20)
     loop.run(LineTask(), options, devices, folder, data, "train")
 
 

@@ -50,10 +50,10 @@ def train(folder: str, pause: str) -> None:
         max_skipped=0, profile=(0, 0), wandb="", optimizer=OPTIMIZER,
     )  # fmt: skip
     mesh = sharding.make_mesh(sharding.MeshSettings(-1, 1, 1))
-    here = (processes.index(), processes.count())
-    batches = pipeline.training(20, slowly, 8, 0, *here)
+    local = sharding.local_rows(mesh, 8)
+    batches = pipeline.training(20, slowly, 8, 0, local)
     try:
-        data = loop.Data(batches, lambda: pipeline.evaluation(12, read, 8, *here), 20)
+        data = loop.Data(batches, lambda: pipeline.evaluation(12, read, 8, local), 20)
         loop.run(LineTask(), options, mesh, folder, data, "train")
     except loop.Preempted as error:
         print(error, file=sys.stderr)

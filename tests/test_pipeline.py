@@ -42,13 +42,29 @@ def test_rows_that_do_not_fill_a_batch_wait_for_the_next_epoch():
     assert sorted(rows[:10]) == sorted(rows[10:]) == list(range(10))
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3, 5])
-def test_any_number_of_processes_sees_the_same_batches_and_each_row_once_an_epoch(processes):
-    whole = take(pipeline.training(100, read, 30, seed=1), 10)
-    parts = [take(pipeline.training(100, read, 30, 1, p, processes), 10) for p in range(processes)]
-    assert [joined(step) for step in zip(*parts, strict=True)] == whole
-    rows = joined(whole)
-    assert [sorted(rows[first : first + 100]) for first in (0, 100, 200)] == [list(range(100))] * 3
+#: Positions in a batch of 6 that a process may read.
+LOCALS = [np.arange(6), np.arange(3, 6), np.array([0, 1, 4, 5])]
+
+
+@pytest.mark.parametrize("local", LOCALS, ids=str)
+def test_a_process_reads_its_positions_of_the_same_batches(local):
+    whole = np.array(take(pipeline.training(100, read, 6, seed=1), 50))
+    assert take(pipeline.training(100, read, 6, 1, local), 50) == whole[:, local].tolist()
+    assert [sorted(whole.ravel()[first : first + 100]) for first in (0, 100, 200)] == [list(range(100))] * 3
+
+
+@pytest.mark.parametrize("local", LOCALS, ids=str)
+def test_a_varied_example_has_its_position_in_the_order_of_training(local):
+    class Vary:
+        def __call__(self, rows):
+            raise AssertionError
+
+        def vary(self, rows, examples):
+            return {"row": np.stack([rows, examples], 1)}
+
+    whole = np.array(take(pipeline.training(20, Vary(), 6, seed=1), 10))
+    assert whole[..., 1].ravel().tolist() == list(range(60))
+    assert take(pipeline.training(20, Vary(), 6, 1, local), 10) == whole[:, local].tolist()
 
 
 def test_a_position_is_gone_back_to_exactly_on_any_number_of_processes():
@@ -58,27 +74,27 @@ def test_a_position_is_gone_back_to_exactly_on_any_number_of_processes():
     rest = take(whole, 5)
     whole.set_state(state)
     assert take(whole, 5) == rest
-    parts = [pipeline.training(20, read, 6, 1, p, 2) for p in range(2)]
+    parts = [pipeline.training(20, read, 6, 1, np.arange(first, first + 3)) for first in (0, 3)]
     for part in parts:
         part.set_state(state)
     assert [joined(step) for step in zip(*(take(part, 5) for part in parts), strict=True)] == rest
 
 
-def test_batches_that_cannot_be_are_refused():
-    with pytest.raises(SettingsError, match=r"batch_size is 6: make it a multiple of 4, the number"):
-        pipeline.training(20, read, 6, 0, 0, 4)
+def test_a_batch_that_is_larger_than_the_data_is_refused():
     with pytest.raises(SettingsError, match=r"batch_size is 32, but there are only 20 photos"):
         pipeline.training(20, read, 32, 0)
 
 
 @pytest.mark.parametrize("n", [1, 6, 12, 15])
-@pytest.mark.parametrize("processes", [1, 2, 3])
-def test_evaluation_covers_every_row_once(n, processes):
-    parts = [list(pipeline.evaluation(n, read, 6, p, processes)) for p in range(processes)]
-    assert all(len(part) == len(parts[0]) for part in parts)
-    batches = [{name: np.concatenate([b[name] for b in step]) for name in step[0]} for step in zip(*parts, strict=True)]
-    assert all(len(batch["row"]) == 6 for batch in batches)
-    assert np.concatenate([batch["row"][batch["valid"]] for batch in batches]).tolist() == list(range(n))
+@pytest.mark.parametrize("local", LOCALS, ids=str)
+def test_evaluation_covers_every_row_once(n, local):
+    whole = list(pipeline.evaluation(n, read, 6))
+    assert all(len(batch["row"]) == 6 for batch in whole)
+    assert np.concatenate([batch["row"][batch["valid"]] for batch in whole]).tolist() == list(range(n))
+    for batch, expected in zip(pipeline.evaluation(n, read, 6, local), whole, strict=True):
+        assert batch.keys() == expected.keys()
+        for name, values in batch.items():
+            assert values.tolist() == expected[name][local].tolist()
 
 
 @pytest.fixture

@@ -173,7 +173,7 @@ def test_every_example_is_another_view_on_any_number_of_processes(path, clip):
     mesh = make_mesh(1, 1, 1)
     _, (read, validation), _ = align.aligner(typed(make_config(clip, tower="frozen")), Workdir(path), mesh)
     whole = pipeline.training(40, read, 20, 0)
-    halves = [pipeline.training(40, read, 20, 0, process, 2) for process in range(2)]
+    halves = [pipeline.training(40, read, 20, 0, np.arange(first, first + 10)) for first in (0, 10)]
     seen, still = {}, read(np.arange(40))
     for _ in range(4):  # two epochs
         batch = next(whole)

@@ -1,4 +1,4 @@
-"""Batches for the train loop: rows are shuffled and cut into global batches, and each process reads its part.
+"""Batches for the train loop: rows are shuffled and cut into global batches, and each process reads its share.
 
 Shuffling and batching move row numbers only, and a batch is read in one call. Grain would read one record at a time,
 which is 4-5 times slower (google/grain#688). The sequence of global batches depends on the number of rows, the batch
@@ -29,49 +29,40 @@ class Varying(Protocol):
         ...
 
 
-class _ReadPart(grain.transforms.MapWithIndex):
-    """Reads this process's contiguous part of a global batch of row numbers."""
+class _ReadLocal(grain.transforms.MapWithIndex):
+    """Reads the rows of a global batch that this process needs. local: see `training`."""
 
-    def __init__(self, read: Read, process: int, processes: int):
-        self._read, self._process, self._processes = read, process, processes
+    def __init__(self, read: Read, local: np.ndarray):
+        self._read, self._local = read, local
 
     def map_with_index(self, index: int, rows: np.ndarray) -> dict[str, np.ndarray]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        size = len(rows) // self._processes
-        part = slice(self._process * size, (self._process + 1) * size)
         if isinstance(self._read, Varying):
-            return self._read.vary(rows[part], (index * len(rows) + np.arange(len(rows)))[part])
-        return self._read(rows[part])
+            return self._read.vary(rows[self._local], index * len(rows) + self._local)
+        return self._read(rows[self._local])
 
 
-def training(
-    n: int, read: Read, batch_size: int, seed: int, process: int = 0, processes: int = 1
-) -> grain.DatasetIterator:
+def training(n: int, read: Read, batch_size: int, seed: int, local: np.ndarray | None = None) -> grain.DatasetIterator:
     """Returns an endless iterator over shuffled batches. Each epoch has every row once, in a new order.
 
     `get_state` and `set_state` of the iterator read and set its position. n: number of rows. batch_size: rows per
-    batch, over all processes. process: index of this process, which gets its part of each batch.
+    batch, over all processes. local [b]: positions in a batch that this process reads, such as `sharding.local_rows`;
+    all if None.
 
-    Raises SettingsError if processes does not divide batch_size, or batch_size is larger than n.
+    Raises SettingsError if batch_size is larger than n.
     """
-    if batch_size % processes:
-        raise SettingsError(f"batch_size is {batch_size}: make it a multiple of {processes}, the number of processes")
     if batch_size > n:
         raise SettingsError(f"batch_size is {batch_size}, but there are only {n} photos: set it to {n} or less")
     rows = grain.MapDataset.range(n).seed(seed).shuffle().repeat().batch(batch_size, drop_remainder=True)
-    read_part = rows.map_with_index(_ReadPart(read, process, processes))
-    return iter(read_part.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+    read_local = rows.map_with_index(_ReadLocal(read, np.arange(batch_size) if local is None else local))
+    return iter(read_local.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
 
 
-def evaluation(
-    n: int, read: Read, batch_size: int, process: int = 0, processes: int = 1
-) -> Iterator[dict[str, np.ndarray]]:
-    """Yields batches of equal size with every row once, in order; of each batch, this process's part.
+def evaluation(n: int, read: Read, batch_size: int, local: np.ndarray | None = None) -> Iterator[dict[str, np.ndarray]]:
+    """Yields batches of equal size with every row once, in order; of each batch, the rows that this process reads.
 
-    `valid` [b] is False for rows that only pad the last batch. n: number of rows. batch_size: rows per batch, over all
-    processes; a multiple of `processes`.
+    `valid` [b] is False for rows that only pad the last batch. n: number of rows. batch_size, local: see `training`.
     """
-    size = batch_size // processes
     for first in range(0, n, batch_size):
-        rows = np.arange(first + process * size, first + (process + 1) * size)
+        rows = first + (np.arange(batch_size) if local is None else local)
         valid = rows < n
         yield {**read(np.where(valid, rows, 0)), "valid": valid}

@@ -12,7 +12,7 @@ from geotoken_jax.configuration import Config
 from geotoken_jax.data import pipeline
 from geotoken_jax.manifests import Manifest, Stage
 from geotoken_jax.settings import SettingsError
-from geotoken_jax.sharding import make_mesh
+from geotoken_jax.sharding import local_rows, make_mesh
 from geotoken_jax.train import loop
 from geotoken_jax.train.loop import TrainSettings
 from geotoken_jax.workdir import Workdir
@@ -53,13 +53,13 @@ def fit(
     """
     options: TrainSettings = config.at(section)
     mesh = mesh or make_mesh(config.mesh)
-    process = (processes.index(), processes.count())
     train, validation = splits
     try:
-        batches = pipeline.training(len(train), train, options.batch_size, options.seed, *process)
+        local = local_rows(mesh, options.batch_size)
+        batches = pipeline.training(len(train), train, options.batch_size, options.seed, local)
         data = loop.Data(
             batches,
-            lambda: pipeline.evaluation(len(validation), validation, options.batch_size, *process),
+            lambda: pipeline.evaluation(len(validation), validation, options.batch_size, local),
             len(train),
             dict(resident or {}),
         )

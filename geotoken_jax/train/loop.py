@@ -15,7 +15,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from geotoken_jax import checkpoint, chips, processes
+from geotoken_jax import checkpoint, chips, processes, sharding
 from geotoken_jax.checkpoint import Checkpoints
 from geotoken_jax.manifests import StageError
 from geotoken_jax.progress import Progress
@@ -24,7 +24,7 @@ from geotoken_jax.train import metrics
 from geotoken_jax.train.optimizer import OptimizerSettings, make_optimizer, make_schedule
 from geotoken_jax.train.step import Metrics, Resident, State, Task, Trainer
 
-#: Named arrays: this process's part of a batch.
+#: Named arrays: the rows of a batch that this process reads (see sharding.local_rows).
 Batch = Mapping[str, np.ndarray]
 
 
@@ -130,7 +130,7 @@ def run(task: Task, settings: TrainSettings, mesh: Mesh, folder: epath.PathLike,
                 profile.before(step + 1)
                 processes.report_progress(f"reading the photos of step {step + 1}")
                 waiting = time.monotonic()
-                batch = _on_mesh(next(data.batches), trainer)
+                batch = sharding.global_batch(next(data.batches), mesh, settings.batch_size)
                 log.waited(time.monotonic() - waiting)
                 processes.report_progress(f"in step {step + 1}")
                 state, values = trainer.step(state, batch, key, data.resident)
@@ -145,7 +145,7 @@ def run(task: Task, settings: TrainSettings, mesh: Mesh, folder: epath.PathLike,
                 preempted = preemption.requested(step) and not last
                 validated = step % settings.evaluate_every == 0 or last
                 if validated or preempted:
-                    loss = _validate(trainer, step, state, data, writer) if validated else None
+                    loss = _validate(trainer, step, state, data, writer, settings.batch_size) if validated else None
                     processes.report_progress(f"saving step {step}")
                     checkpoints.save(step, state, {"input": data.batches.get_state(), "window": log.window()}, loss)
                     log.pause()
@@ -189,9 +189,9 @@ def _restore(
     return step, state, position["window"]
 
 
-def _validate(trainer: Trainer, step: int, state: State, data: Data, writer: metrics.Writer) -> float:
+def _validate(trainer: Trainer, step: int, state: State, data: Data, writer: metrics.Writer, batch_size: int) -> float:
     """Returns the validation loss, and writes all validation metrics."""
-    means = evaluate(trainer, state, data.validation(), data.resident)
+    means = evaluate(trainer, state, data.validation(), data.resident, batch_size)
     writer.write(step, {f"validation/{name}": value for name, value in means.items()})
     return means["loss"]
 
@@ -205,22 +205,21 @@ def _finish(folder: epath.Path, trainer: Trainer) -> Result:
         return Result(best, checkpoints.loss(best), sum(p.size for p in jax.tree.leaves(state["params"])))
 
 
-def evaluate(trainer: Trainer, state: State, batches: Iterable[Batch], resident: Resident) -> dict[str, float]:
-    """Returns the means of the task's loss and metrics over all valid photos of the batches."""
+def evaluate(
+    trainer: Trainer, state: State, batches: Iterable[Batch], resident: Resident, batch_size: int
+) -> dict[str, float]:
+    """Returns the means of the task's loss and metrics over all valid photos of the batches.
+
+    batch_size: rows per batch, over all processes.
+    """
     sums: dict[str, Any] = {}
     count = 0
     for batch in batches:
         processes.report_progress("validating")
-        batch_sums, n = trainer.evaluate(state, _on_mesh(batch, trainer), resident)
+        batch_sums, n = trainer.evaluate(state, sharding.global_batch(batch, trainer.mesh, batch_size), resident)
         sums = {name: sums.get(name, 0) + value for name, value in batch_sums.items()}
         count += n
     return {name: float(value) / float(count) for name, value in sums.items()}
-
-
-def _on_mesh(batch: Batch, trainer: Trainer) -> dict[str, jax.Array]:
-    return {
-        name: jax.make_array_from_process_local_data(trainer.batch_sharding, value) for name, value in batch.items()
-    }
 
 
 class _Preemption:

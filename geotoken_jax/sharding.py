@@ -158,7 +158,7 @@ def global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, batch_size: int) -
         if len(values) != len(rows):
             raise ValueError(f"{name} has {len(values)} rows: this process must read the {len(rows)} of local_rows")
 
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
+        def shard(index: Any) -> np.ndarray:  # a tuple of slices
             first, end, _ = index[0].indices(batch_size)
             start = int(np.searchsorted(rows, first))  # a shard's rows are consecutive in the batch, so also here
             return values[start : start + end - first]

@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from geotoken_jax import processes
 from geotoken_jax.analysis import evaluate as scores
@@ -40,20 +40,30 @@ def _stages(stages: Sequence[Stage]) -> Callable[[argparse.Namespace, Config | N
                 f"{'--config=FILE' if config is None else '--workdir=DIR'} is missing: add it, as in "
                 f"`{_EXAMPLE.format(options.verb)}`"
             )
-        if processes.count() > 1 and options.verb not in _DISTRIBUTED + _SHARDED:
-            raise SettingsError(
-                f"`geotoken {options.verb}` runs in one process only: start it once, without JAX_COORDINATOR_ADDRESS"
-            )
-        with contextlib.ExitStack() as stack:
-            if options.verb in _DISTRIBUTED:
-                stack.enter_context(processes.watched(config.watch))
-                processes.start()
+        if options.verb not in _DISTRIBUTED + _SHARDED:
+            _check_single_process(options.verb)
+        with _connected(config) if options.verb in _DISTRIBUTED else contextlib.nullcontext():
             for stage in stages:
                 folder = Workdir(options.workdir)
                 for manifest in stage(config, folder, getattr(options, "variant", None) or list(config.variants)):
                     _report(manifest, manifest.folder in folder.made)
 
     return run
+
+
+@contextlib.contextmanager
+def _connected(config: Config) -> Iterator[None]:
+    """Connects this process to the other processes of its job, if there are any, and watches its progress."""
+    with processes.watched(config.watch):
+        processes.start()
+        yield
+
+
+def _check_single_process(command: str) -> None:
+    if processes.count() > 1:
+        raise SettingsError(
+            f"`geotoken {command}` runs in one process only: start it once, without JAX_COORDINATOR_ADDRESS"
+        )
 
 
 #: Verbs that may be started in several processes. In the first group the processes are connected; in the second each
@@ -136,6 +146,7 @@ def _experiment(options: argparse.Namespace, config: Config | None) -> None:
             f"{missing} is missing: add it, as in "
             "`geotoken experiment beam --config=configs/experiments.py --workdir=runs/demo`"
         )
+    _check_single_process("experiment")
     folder = Workdir(options.workdir)
     if options.document:
         print(experiments.document(config, folder), end="")
@@ -154,8 +165,11 @@ def _scaling(options: argparse.Namespace, config: Config | None) -> None:
     folder = Workdir(options.workdir)
     if options.part == "run":
         task = os.environ.get("SLURM_ARRAY_TASK_ID")
-        scaling.run(config, folder, int(task) if options.index is None and task else options.index)
-    elif options.part == "fit":
+        with _connected(config):
+            scaling.run(config, folder, int(task) if options.index is None and task else options.index)
+        return
+    _check_single_process(f"scaling {options.part}")
+    if options.part == "fit":
         print(scaling_page.summary(scaling.fit(config, folder)))
     elif options.document:
         print(scaling_page.document(config, folder), end="")

@@ -15,7 +15,11 @@ if [[ -n ${SLURM_PROCID-} ]]; then # srun; the batch script has set the address
   fi
 elif [[ -n ${TPU_WORKER_HOSTNAMES-} && -z ${JAX_COORDINATOR_ADDRESS-} ]]; then # a TPU slice: one process per host
   IFS=, read -ra hosts <<<"$TPU_WORKER_HOSTNAMES"
-  export JAX_COORDINATOR_ADDRESS=${hosts[0]}:8476 JAX_NUM_PROCESSES=${#hosts[@]} JAX_PROCESS_ID=$TPU_WORKER_ID
+  # Several slices are one job. Their coordinator is the first host of slice 0; libtpu, not JAX, listens on its port.
+  first=${MEGASCALE_COORDINATOR_ADDRESS:-${hosts[0]}}
+  export JAX_COORDINATOR_ADDRESS=${first%:*}:8476
+  export JAX_NUM_PROCESSES=$((${MEGASCALE_NUM_SLICES:-1} * ${#hosts[@]}))
+  export JAX_PROCESS_ID=$((${MEGASCALE_SLICE_ID:-0} * ${#hosts[@]} + TPU_WORKER_ID))
 fi
 
 # Stores compiled programs, so that a restart does not compile again; on shared storage, new hosts do not either. Not on

@@ -9,10 +9,13 @@ IFS=: read -r _ _ first <<<"${workers[0]}"
 sudo mkdir -p /mnt/work
 command -v mount.nfs >/dev/null || sudo apt-get install -qy nfs-common
 mountpoint -q /mnt/work || sudo mount -t nfs "$NFS" /mnt/work
-sudo docker rm -f geotoken 2>/dev/null || true # left by a broken connection
-# --user: only root can open a TPU's device files. COMMAND is unquoted, because it is split into words.
+sudo docker stop geotoken 2>/dev/null || true # left by a broken connection; it saves first
+sudo docker rm -f geotoken 2>/dev/null || true
+# --user: only root can open a TPU's device files. --stop-timeout: seconds from SIGTERM to SIGKILL, to finish the step and
+# save; Docker's default is 10. COMMAND is unquoted, because it is split into words.
 # shellcheck disable=SC2086
 sudo docker run --rm --name=geotoken --user=root --privileged --net=host --volume=/mnt/work:/workdir \
+  --stop-timeout=120 \
   --env=JAX_COORDINATOR_ADDRESS="$first:8476" --env=JAX_NUM_PROCESSES="${#workers[@]}" \
   --env=JAX_PROCESS_ID="$(metadata agent-worker-number)" --env=JAX_COMPILATION_CACHE_DIR=/workdir/compiled \
   "$IMAGE" $COMMAND || { code=$? && echo "launch/tpu_worker.sh: ended with $code" && exit "$code"; }

@@ -62,7 +62,8 @@ def train(folder: str, pause: str) -> None:
 
 def start(*command: str | Path, **environment: str) -> subprocess.Popen:
     """Starts a command in the repository, with one CPU device per process and no cache of compiled programs."""
-    own = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_", "SLURM_", "TPU_"))}
+    prefixes = ("JAX_", "MEGASCALE_", "SLURM_", "TPU_", "XLA_")
+    own = {name: value for name, value in os.environ.items() if not name.startswith(prefixes)}
     own |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | environment
     return subprocess.Popen(command, cwd=ROOT, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -206,8 +207,12 @@ def test_a_jobset_knows_its_coordinator_and_what_to_do_after_75(manifest: Path):
     container = job["spec"]["template"]["spec"]["containers"][0]
     variables = {v["name"]: v.get("value") for v in container["env"]}
     name, (part,) = document["metadata"]["name"], document["spec"]["replicatedJobs"]
-    assert variables["JAX_COORDINATOR_ADDRESS"] == f"{name}-{part['name']}-0-0.{name}:8476"
-    assert int(variables["JAX_NUM_PROCESSES"]) == job["spec"]["completions"] == job["spec"]["parallelism"]
+    assert job["spec"]["completions"] == job["spec"]["parallelism"]
+    if part["replicas"] == 1:
+        assert variables["JAX_COORDINATOR_ADDRESS"] == f"{name}-{part['name']}-0-0.{name}:8476"
+        assert int(variables["JAX_NUM_PROCESSES"]) == job["spec"]["completions"]
+    else:  # launch/env.sh computes them from the variables that GKE sets in the pods of several slices
+        assert not [name for name in variables if name.startswith("JAX_") and name != "JAX_COMPILATION_CACHE_DIR"]
     codes = job["spec"]["podFailurePolicy"]["rules"][0]["onExitCodes"]
     assert (codes["values"], codes["containerName"]) == ([cli.REFUSED, cli.PREEMPTED], container["name"])
     # Kubernetes's message about a Job that such a rule ends. The JobSet's rules match this message.
@@ -218,6 +223,10 @@ def test_a_jobset_knows_its_coordinator_and_what_to_do_after_75(manifest: Path):
     assert (refused["action"], other["action"]) == ("FailJobSet", "RestartJobSetAndIgnoreMaxRestarts")
 
 
+#: The second host of a slice, one of three slices with two hosts each.
+SLICE = {"TPU_WORKER_ID": "1", "TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2", "MEGASCALE_NUM_SLICES": "3"}
+
+
 @pytest.mark.parametrize(
     "variables, expected",
     [
@@ -226,9 +235,11 @@ def test_a_jobset_knows_its_coordinator_and_what_to_do_after_75(manifest: Path):
         ({"SLURM_LOCALID": "0", "CUDA_VISIBLE_DEVICES": "4,5"}, "a:1 8 3 4,5 0,1"),
         ({"SLURM_LOCALID": "1"}, "a:1 8 3"),
         ({"TPU_WORKER_ID": "1", "TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2"}, "10.0.0.1:8476 2 1"),
+        (SLICE | {"MEGASCALE_COORDINATOR_ADDRESS": "s-0-0.s:8080", "MEGASCALE_SLICE_ID": "0"}, "s-0-0.s:8476 6 1"),
+        (SLICE | {"MEGASCALE_COORDINATOR_ADDRESS": "s-0-0.s", "MEGASCALE_SLICE_ID": "2"}, "s-0-0.s:8476 6 5"),
         ({}, ""),
     ],
-    ids=["a GPU a task", "two GPUs a task", "a node's GPUs a task", "CPUs", "a TPU slice", "alone"],
+    ids=["a GPU a task", "two GPUs a task", "a node's GPUs a task", "CPUs", "a TPU slice", "first", "third", "alone"],
 )
 def test_the_environment_says_which_process_of_how_many_this_is(variables: dict[str, str], expected: str):
     if "SLURM_LOCALID" in variables:
@@ -271,8 +282,9 @@ def test_a_slice_that_is_taken_away_is_asked_for_again(tmp_path: Path, status: i
     assert code == status, output
     asked_for = ["describe", "delete", "create", "describe"]
     assert calls == asked_for + [*asked_for, "ssh"] * 2
+    assert output.index("sudo docker stop geotoken") < output.index("sudo docker run")  # it may be saving
     given = "JAX_COORDINATOR_ADDRESS=10.0.0.1:8476", "NUM_PROCESSES=2", "PROCESS_ID=1", "i:1 geotoken train --a=b"
-    assert all(part in output for part in given)
+    assert all(part in output for part in (*given, "--stop-timeout=120"))
 
 
 def test_what_xpk_starts_hears_that_it_is_to_end(tmp_path: Path):
@@ -350,17 +362,16 @@ SLURM = """
 ClusterName=tiny
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
-SlurmdPort={ports[1]}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket,cred_expire=5
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
+SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd.log
+SlurmdLogFile={folder}/slurmd-%n.log
 ProctrackType=proctrack/pgid
 TaskPlugin=task/none
 MpiDefault=none
@@ -368,7 +379,10 @@ SelectType=select/linear
 SlurmdParameters=config_overrides
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-NodeName={host} NodeAddr=127.0.0.1 CPUs=8 Boards=1 SocketsPerBoard=8 CoresPerSocket=1 ThreadsPerCore=1 RealMemory=1000
+NodeName=DEFAULT NodeHostname={host} NodeAddr=127.0.0.1 CPUs=8 Boards=1 SocketsPerBoard=8 CoresPerSocket=1 \\
+ThreadsPerCore=1 RealMemory=1000
+NodeName=one Port={ports[1]}
+NodeName=two Port={ports[2]}
 PartitionName=low Nodes=ALL Default=YES PriorityTier=1 GraceTime=120 State=UP
 PartitionName=high Nodes=ALL PriorityTier=2 PreemptMode=OFF State=UP
 """
@@ -376,14 +390,14 @@ PartitionName=high Nodes=ALL PriorityTier=2 PreemptMode=OFF State=UP
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A cluster of one node for this user, in which jobs of the partition `high` preempt jobs of `low`."""
+    """A cluster of two nodes on this host for this user, in which jobs of partition `high` preempt jobs of `low`."""
     if not all(shutil.which(name) for name in ("sbatch", "slurmctld", "slurmd", "munged", "mungekey")):
         pytest.skip("SLURM is not installed (apt-get install slurm-wlm munge)")
     folder = tmp_path_factory.mktemp("slurm")
-    for name in ("state", "spool"):
+    for name in ("state", "spool-one", "spool-two"):
         (folder / name).mkdir()
     with contextlib.ExitStack() as free:
-        sockets = [free.enter_context(socket.socket()) for _ in range(2)]
+        sockets = [free.enter_context(socket.socket()) for _ in range(3)]
         for one in sockets:
             one.bind(("127.0.0.1", 0))
         ports = [one.getsockname()[1] for one in sockets]
@@ -398,12 +412,14 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         for command in (
             ["munged", "--foreground", "--force", f"--socket={folder}/munge.socket", *munge],
             ["slurmctld", "-D"],
-            ["slurmd", "-D"],
+            ["slurmd", "-D", "-N", "one"],
+            ["slurmd", "-D", "-N", "two"],
         )
     ]
     try:
         began = time.monotonic()
-        while "idle" not in subprocess.run(["sinfo"], env=environment, capture_output=True, text=True).stdout:
+        command = ["sinfo", "--noheader", "--partition=low", "--states=idle", "--format=%D"]
+        while subprocess.run(command, env=environment, capture_output=True, text=True).stdout.strip() != "2":
             assert time.monotonic() - began < 60, (folder / "slurmctld.log").read_text()
             time.sleep(0.2)
         yield environment
@@ -422,16 +438,16 @@ def submit(slurm: dict[str, str], *arguments: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tasks", [2, 4])
-def test_slurm_requeues_a_preempted_job_which_goes_on(tmp_path, slurm, unbroken, tasks):
-    """Two tasks get the signal before the time limit; four tasks are preempted by a job of higher priority."""
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_slurm_requeues_a_preempted_job_which_goes_on(tmp_path, slurm, unbroken, nodes):
+    """One node gets the signal before the time limit; two nodes are preempted by a job of higher priority."""
     folder, log = tmp_path / "run", tmp_path / "log"
     job = submit(
-        slurm, "--nodes=1", f"--ntasks-per-node={tasks}", "--cpus-per-task=1", "--gres=none", f"--output={log}",
+        slurm, f"--nodes={nodes}", "--ntasks-per-node=2", "--cpus-per-task=1", "--gres=none", f"--output={log}",
         "launch/slurm.sbatch", *training(folder, 1.0),
     )  # fmt: skip
     wait_for_steps(folder, BROKEN)
-    if tasks == 2:
+    if nodes == 1:
         subprocess.run(["scancel", "--signal=TERM", job], env=slurm, check=True)
     else:
         submit(slurm, "--partition=high", "--output=/dev/null", "--wrap=true")
@@ -440,8 +456,7 @@ def test_slurm_requeues_a_preempted_job_which_goes_on(tmp_path, slurm, unbroken,
         assert time.monotonic() - began < 240, log.read_text()
         time.sleep(0.2)
     assert log.read_text().count(f"ended with {cli.PREEMPTED}") == 1
-    compare = np.testing.assert_array_equal if tasks == 2 else np.testing.assert_allclose
-    compare(losses(folder), unbroken, **({} if tasks == 2 else {"rtol": 1e-4}))
+    np.testing.assert_allclose(losses(folder), unbroken, rtol=0.0 if nodes == 1 else 1e-4)
 
 
 if __name__ == "__main__":

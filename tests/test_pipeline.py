@@ -91,9 +91,9 @@ def test_evaluation_covers_every_row_once(n, local):
     whole = list(pipeline.evaluation(n, read, 6))
     assert all(len(batch["row"]) == 6 for batch in whole)
     assert np.concatenate([batch["row"][batch["valid"]] for batch in whole]).tolist() == list(range(n))
-    for batch, expected in zip(pipeline.evaluation(n, read, 6, local), whole, strict=True):
-        assert batch.keys() == expected.keys()
-        for name, values in batch.items():
+    for found, expected in zip(pipeline.evaluation(n, read, 6, local), whole, strict=True):
+        assert found.keys() == expected.keys()
+        for name, values in found.items():
             assert values.tolist() == expected[name][local].tolist()
 
 

@@ -1,7 +1,9 @@
 """Scaling studies: the fitted law, the runs and their data, the forecast before the last run, and the document."""
 
+import contextlib
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 
 from configs import ladder
 from configs import scaling as study
-from geotoken_jax import cli, configuration, manifests, settings
+from geotoken_jax import cli, configuration, manifests, processes, settings
 from geotoken_jax.analysis import scaling, scaling_law
 from geotoken_jax.data import join
 from geotoken_jax.geo.distance import THRESHOLDS_KM
@@ -174,18 +176,61 @@ def test_a_study_is_resumed_run_by_run_and_the_forecast_comes_before_the_held_ou
     with pytest.raises(manifests.StageError, match="has 1 complete grid runs"):
         study_stage.fit(given, path)
     study_stage.run(given, path, None)
-    assert len(made) == last + 2 and made[-1] == "1536K_12800"  # each run once, and its predictions
+    assert len(made) == last + 1 and made[-1] == "1536K_12800" and not sizes  # each run once
     forecast = json.loads((tmp_path / "scaling" / "forecast.json").read_text())
     assert forecast["loss"] == pytest.approx(LAW(1_536_000, 12_800), rel=1e-4) and len(forecast["grid"]) == 24
+    study_stage.fit(given, path)
+    assert made[-1] == "predictions/82K_32000"
     # A smaller gallery is a subset of a larger one.
     assert [len(kept) for kept in sizes] == [500, 2_000, 8_000, 32_000] and set(sizes[0]) < set(sizes[1])
     made.clear()
     do["predict"] = lambda *_: []
     study_stage.run(given, path, None)
-    assert made == [] and json.loads((tmp_path / "scaling" / "forecast.json").read_text()) == forecast
+    study_stage.fit(given, path)
+    assert made == [] and len(sizes) == 4
+    assert json.loads((tmp_path / "scaling" / "forecast.json").read_text()) == forecast
     (tmp_path / "scaling" / "forecast.json").unlink()
     with pytest.raises(manifests.StageError, match="a forecast must precede its measurement"):
         study_stage.run(given, path, last)
+
+
+def as_process(index, patch):
+    for name, value in (("COORDINATOR_ADDRESS", "nobody:1"), ("NUM_PROCESSES", "2"), ("PROCESS_ID", str(index))):
+        patch.setenv(f"JAX_{name}", value)
+
+
+def test_processes_train_the_same_runs_and_the_first_writes(tmp_path, stages, monkeypatch):
+    """Trains as process 1, then as process 0, in folders of their own."""
+    _, made, _ = stages
+    written = []
+    for index in (1, 0):
+        as_process(index, monkeypatch)
+        study_stage.run(config(), Workdir(tmp_path / str(index)), None)
+        written.append(len(list((tmp_path / str(index) / "scaling").rglob("*.json"))))
+    runs = len(made) // 2
+    assert made[:runs] == made[runs:] and written == [0, runs + 1]  # seconds of each run, and the forecast
+
+
+def test_a_study_is_trained_in_connected_processes_and_fitted_in_one(tmp_path, monkeypatch, capsys):
+    as_process(0, monkeypatch)
+    calls = []
+    monkeypatch.setattr(processes, "watched", lambda _: contextlib.nullcontext(calls.append("watched")))
+    monkeypatch.setattr(processes, "start", lambda: calls.append("start"))
+    monkeypatch.setattr(study_stage, "run", lambda *_: calls.append("run"))
+    monkeypatch.setattr(processes, "leave", sys.exit)
+
+    def ended(*command, name="scaling"):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([*command, f"--config={CONFIGS}/{name}.py", f"--workdir={tmp_path}"])
+        return stopped.value.code, capsys.readouterr().err
+
+    assert ended("scaling", "run") == (0, "") and calls == ["watched", "start", "run"]
+    for message, (status, error) in {
+        "`geotoken scaling fit` runs in one process only": ended("scaling", "fit"),
+        "`geotoken scaling plot` runs in one process only": ended("scaling", "plot"),
+        "`geotoken experiment` runs in one process only": ended("experiment", "beam", name="experiments"),
+    }.items():
+        assert status == cli.REFUSED and message in error
 
 
 @pytest.mark.usefixtures("stages")

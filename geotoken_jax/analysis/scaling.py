@@ -111,8 +111,8 @@ def table(config: Config, workdir: Workdir) -> list[dict[str, Any]]:
     A row has the run's number, label, axis, size, parameters, photos and neighbors, and these fields. `loss`:
     validation loss in nats per photo at its lowest. `accuracy`: share of greedy answers on validation within each of
     THRESHOLDS_KM, at the same step. `examples`: examples of the whole training. `seen`: examples until the lowest loss.
-    `compute`: floating-point operations of the whole training. `wall` and `cpu`: seconds of the run, including its
-    predictions and tests; absent if they were not recorded.
+    `compute`: floating-point operations of the whole training. `wall` and `cpu`: seconds of the training, in process 0;
+    absent if they were not recorded.
     """
     rows = []
     for number, one in enumerate(runs(config)):

@@ -136,11 +136,15 @@ def start(processes: int, devices: int = 8, module: str = "tests.pod", **options
         address = f"127.0.0.1:{free.getsockname()[1]}"
     flags = isolation.xla_flags(devices // processes)
     command = [sys.executable, "-m", module, json.dumps(options, default=str)]
-    several = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)} if processes > 1 else {}
+    environment = dict(os.environ)
+    if processes > 1:
+        environment |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
+        # Only the first process would find its programs. Gloo drops the others if they compile 30 s longer.
+        environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     return [
         subprocess.Popen(
             command,
-            env={**os.environ, "XLA_FLAGS": flags, **several, "JAX_PROCESS_ID": str(i)},
+            env={**environment, "XLA_FLAGS": flags, "JAX_PROCESS_ID": str(i)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,

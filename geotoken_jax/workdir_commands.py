@@ -42,7 +42,9 @@ def _stages(stages: Sequence[Stage]) -> Callable[[argparse.Namespace, Config | N
             )
         if options.verb not in _DISTRIBUTED + _SHARDED:
             _check_single_process(options.verb)
-        with _connected(config) if options.verb in _DISTRIBUTED else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if options.verb in _DISTRIBUTED:
+                stack.enter_context(_connected(config))
             for stage in stages:
                 folder = Workdir(options.workdir)
                 for manifest in stage(config, folder, getattr(options, "variant", None) or list(config.variants)):

@@ -379,10 +379,9 @@ SelectType=select/linear
 SlurmdParameters=config_overrides
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-NodeName=DEFAULT NodeHostname={host} NodeAddr=127.0.0.1 CPUs=8 Boards=1 SocketsPerBoard=8 CoresPerSocket=1 \\
-ThreadsPerCore=1 RealMemory=1000
-NodeName=one Port={ports[1]}
-NodeName=two Port={ports[2]}
+NodeName=DEFAULT CPUs=8 Boards=1 SocketsPerBoard=8 CoresPerSocket=1 ThreadsPerCore=1 RealMemory=1000
+NodeName=one NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]}
+NodeName=two NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]}
 PartitionName=low Nodes=ALL Default=YES PriorityTier=1 GraceTime=120 State=UP
 PartitionName=high Nodes=ALL PriorityTier=2 PreemptMode=OFF State=UP
 """

@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.name = "common"
     config.mesh = dict(data=-1, fsdp=1, tensor=1, slices=-1)  # geotoken_jax/sharding.py
-    config.watch = dict(connect_s=300.0, stalled_s=900.0)  # geotoken_jax/processes.py
+    config.watch = dict(connect_s=300.0, stalled_s=900.0, step_s=100.0, lost_s=60.0)  # geotoken_jax/processes.py
     config.photos = _photos()
     config.embed = _embed()
     config.align = _align()
@@ -50,11 +50,14 @@ def _train(batch_size: int, examples: int, evaluate_every: int, optimizer: dict[
         accumulate=1,
         examples=examples,
         evaluate_every=evaluate_every,
+        save_every_s=900.0,
+        keep=2,
         log_every=100,
         seed=0,
         ema=0.0,
         max_skipped=10,
         profile=(0, 0),
+        profiler_port=0,
         wandb="",
         optimizer=optimizer,
     )

@@ -31,7 +31,10 @@ class CheckpointError(RuntimeError):
 
 
 class Checkpoints:
-    """The checkpoints in a folder. The last `keep` and the one with the smallest validation loss are kept."""
+    """The checkpoints in a folder. The last `keep` and the one with the smallest validation loss are kept.
+
+    If there are several processes, all of them must call the same methods in the same order.
+    """
 
     def __init__(self, folder: epath.PathLike, keep: int = 2):
         self._keep = keep
@@ -39,12 +42,13 @@ class Checkpoints:
         self._orbax = ocp.training.Checkpointer(absolute, preservation_policy=self)
         # Losses are not stored as Orbax metrics: Orbax reads all metrics at the start, and one damaged file would make
         # every checkpoint unreadable.
-        self._losses: dict[int, float | None] = {}
-        for step in self.steps:
+        losses: dict[int, float | None] = {}
+        for step in self.steps if not processes.index() else []:
             try:
-                self._losses[step] = self._orbax.load_checkpointables(step, {"progress": None})["progress"]["loss"]
+                losses[step] = self._load(step, {"progress": None})["progress"]["loss"]
             except _UNREADABLE as error:
                 self._warn_skipped(step, error)
+        self._losses: dict[int, float | None] = dict(processes.first(list(losses.items())))
 
     def __enter__(self):
         return self
@@ -121,25 +125,58 @@ class Checkpoints:
 
     def restore(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
         """Returns state and input position of a step. abstract: ShapeDtypeStructs with the shardings of the result."""
-        stored = self._orbax.load_checkpointables(step, {"state": abstract, "progress": None})
+        stored = self._load(step, {"state": abstract, "progress": None})
         return stored["state"], stored["progress"]["position"]
 
     def restore_last(self, abstract: Any) -> tuple[int, Any, dict[str, Any]] | None:
         """Returns step, state and input position of the newest readable checkpoint, or None if there are none.
 
-        Logs a warning for each newer checkpoint that cannot be read. If no checkpoint can be read, raises the error of
-        the newest one; then `abstract` is likely wrong, not the files.
+        A checkpoint is readable if every process can read it. Logs a warning for each newer checkpoint. If no
+        checkpoint can be read, raises the error of the newest one; then `abstract` is likely wrong, not the files.
         """
-        errors = []
-        for step in reversed(self.steps):
+        return self._restore_any(self.steps[::-1], abstract)
+
+    def restore_best(self, abstract: Any) -> tuple[int, Any, dict[str, Any]]:
+        """Returns step, state and input position of the readable checkpoint with the smallest validation loss.
+
+        Logs a warning for each better checkpoint. Raises the errors of `best` and `restore_last`.
+        """
+        steps, order = self.steps, []
+        while (step := self._best_of(steps)) is not None:
+            order.append(step)
+            steps.remove(step)
+        restored = self._restore_any(order, abstract)
+        return restored or (self.best, None, {})  # without a validated checkpoint, `best` raises its error
+
+    def _restore_any(self, steps: Sequence[int], abstract: Any) -> tuple[int, Any, dict[str, Any]] | None:
+        """Returns the first of the first process's steps that all processes can read; None if it has no steps."""
+        errors: list[Exception] = []
+        for step in processes.first(steps):
+            restored, error = None, None
             try:
-                return step, *self.restore(step, abstract)
-            except _UNREADABLE as error:
+                restored = self.restore(step, abstract)
+            except _UNREADABLE as e:
+                error = e
                 self._warn_skipped(step, error)
-                errors.append(error)
+            failed = processes.failed(restored is not None)
+            if restored is not None and not failed:
+                return step, *restored
+            error = error or OSError(f"process {failed[0]} cannot read checkpoint {step} in {self._orbax.directory}")
+            if restored is not None:
+                logging.warning("%s: all processes skip it", error)
+            errors.append(error)
         if errors:
             raise errors[0]
         return None
+
+    def _load(self, step: int, abstract: Any) -> Any:
+        """Returns parts of a checkpoint. Does not wait for other processes, as they may fail to read it."""
+        alone = None
+        if processes.count() > 1:
+            here = processes.index()
+            alone = ocp.options.MultiprocessingOptions(here, {here}, barrier_sync_key_prefix=f"process_{here}")
+        with ocp.Context(multiprocessing_options=alone):
+            return ocp.load_checkpointables(self._orbax.directory / str(step), abstract)
 
     def _warn_skipped(self, step: int, error: Exception) -> None:
         # Orbax wraps every exception in its own KeyError, even KeyboardInterrupt.

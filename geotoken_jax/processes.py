@@ -5,9 +5,13 @@ process. Without these variables there is one process, and this module does not 
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import faulthandler
+import json
+import math
 import os
+import signal
 import sys
 import threading
 import time
@@ -20,20 +24,27 @@ from geotoken_jax.settings import SettingsError
 _ADDRESS, _COUNT, _INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 #: Exit status of a process that continues when the same command is run again (EX_TEMPFAIL of sysexits.h).
 RESTART = 75
-#: Seconds that the first process waits before it ends after an error. When it ends, JAX aborts all others (SIGABRT);
-#: the wait lets them end by themselves, with a message.
+#: Seconds that the first process waits before it ends after an error. All others end when it has ended; the wait lets
+#: them end with a message about their own loss.
 _LINGER_S = 3.0
+#: Seconds in which the coordination service answers, unless it is lost. It is idle: 0.001 s is usual.
+_ANSWER_S = 2.0
+_IMPORTED = time.monotonic()
 #: Beginnings of XLA errors that the end of another process can cause. All other errors come from this process.
 _LOSSES = ("UNAVAILABLE", "UNKNOWN", "INTERNAL", "ABORTED", "CANCELLED", "DEADLINE_EXCEEDED")
 
 
 @dataclasses.dataclass(frozen=True)
 class WatchSettings:
-    """config.watch. connect_s: seconds until all processes must be connected. stalled_s: seconds that a step, a read, a
-    batch of validation or a checkpoint may take; use more than compiling a step takes."""
+    """config.watch. connect_s: seconds until all processes must be connected. stalled_s: seconds that the first step,
+    the first batch of validation or a checkpoint may take; use more than compiling a step takes. step_s: seconds that
+    each later step, read or batch of validation may take. lost_s: seconds after which a process whose heartbeats do not
+    arrive is lost, which ends all others."""
 
     connect_s: float
     stalled_s: float
+    step_s: float
+    lost_s: float
 
     def __post_init__(self):
         for name, seconds in dataclasses.asdict(self).items():
@@ -54,9 +65,9 @@ class _Watch(threading.Thread):
         self.over = threading.Event()
         self.report("starting")
 
-    def report(self, activity: str, connecting: bool = False) -> None:
+    def report(self, activity: str, limit: str = "stalled_s") -> None:
         self.activity = activity
-        self._last_report = (activity, connecting)  # a new object each time, so that `run` notices every report
+        self._last_report = (activity, limit)  # a new object each time, so that `run` notices every report
 
     def run(self) -> None:
         report, waited_s, limit_s = None, 0, 1.0
@@ -66,8 +77,10 @@ class _Watch(threading.Thread):
             waited_s += 1
             if report is not self._last_report:
                 report, waited_s = self._last_report, 0
-                limit_s = self.settings.connect_s if report[1] else self.settings.stalled_s
-        if report and report[1]:
+                limit_s = getattr(self.settings, report[1])
+                if count() > 1:
+                    _catch_abort()  # again and again, because libtpu replaces the handler when it finds its devices
+        if report and report[1] == "connect_s":
             _end(
                 RESTART,
                 f"was {self.activity} for {limit_s:g} s: check that all processes run and can reach that address",
@@ -77,6 +90,7 @@ class _Watch(threading.Thread):
 
 
 _watch: _Watch | None = None
+_begun: float | None = None
 
 
 def count() -> int:
@@ -107,8 +121,8 @@ def watched(settings: WatchSettings) -> Iterator[None]:
     Enter the context before calling `start`. If there are several processes, the watch continues after the context,
     because at exit JAX waits for all of them.
     """
-    global _watch
-    _watch = _Watch(settings)
+    global _watch, _begun
+    _watch, _begun = _Watch(settings), _IMPORTED
     _watch.start()
     try:
         yield
@@ -118,10 +132,25 @@ def watched(settings: WatchSettings) -> Iterator[None]:
             _watch = None
 
 
-def report_progress(activity: str) -> None:
-    """Reports progress to the watch. activity: next thing that may hang, such as "in step 12", for messages."""
+def report_progress(activity: str, repeated: bool = False) -> None:
+    """Reports progress to the watch.
+
+    activity: next thing that may hang, such as "in step 12", for messages. repeated: whether it has been done before in
+    this process, so that nothing is compiled and the limit is WatchSettings.step_s.
+    """
     if _watch:
-        _watch.report(activity)
+        _watch.report(activity, "step_s" if repeated else "stalled_s")
+
+
+def take_start() -> float:
+    """Returns the time (time.monotonic) at which the work began that the caller times.
+
+    The first call inside `watched` returns the start of this process, so that imports and connecting count; every other
+    call returns the present.
+    """
+    global _begun
+    start, _begun = _begun, None
+    return time.monotonic() if start is None else start
 
 
 def start() -> None:
@@ -139,11 +168,15 @@ def start() -> None:
     sys.excepthook = _exit_on_error
     limits: Any = {}
     if _watch:
-        _watch.report(f"connecting to the other processes at {os.environ[_ADDRESS]}", connecting=True)
-        # After its own limits JAX aborts with a C++ stack and another status, so these must be longer than the watch's.
-        connect, heartbeat = (int(2 * s) + 60 for s in (_watch.settings.connect_s, _watch.settings.stalled_s))
-        limits = {"initialization_timeout": connect, "heartbeat_timeout_seconds": heartbeat}
+        _watch.report(f"connecting to the other processes at {os.environ[_ADDRESS]}", "connect_s")
+        limits = {
+            # After this limit JAX ends without our message, so it must be longer than the watch's.
+            "initialization_timeout": int(2 * _watch.settings.connect_s) + 60,
+            # JAX sends heartbeats from a thread in C++, which long calls that hold Python's lock do not delay.
+            "heartbeat_timeout_seconds": math.ceil(_watch.settings.lost_s),
+        }
     jax.distributed.initialize(os.environ[_ADDRESS], count(), index(), **limits)
+    _catch_abort()
     report_progress("starting")
 
 
@@ -154,6 +187,29 @@ def wait(name: str) -> None:
 
         report_progress(f"waiting for the other processes: {name}")
         multihost_utils.sync_global_devices(name)
+
+
+def first(value: Any) -> Any:
+    """Returns the first process's value in all processes, which must all call this. value: any JSON value."""
+    if count() == 1:
+        return value
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    text = json.dumps(value).encode()
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    same_length = np.frombuffer(text[:length].ljust(length), np.uint8)
+    return json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(same_length), np.uint8)))
+
+
+def failed(ok: bool) -> list[int]:
+    """Returns the indices of the processes whose `ok` is False. All processes must call this."""
+    if count() == 1:
+        return [] if ok else [0]
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    return np.flatnonzero(~np.asarray(multihost_utils.process_allgather(np.bool_(ok)))).tolist()
 
 
 def is_process_loss(error: BaseException | None) -> bool:
@@ -181,6 +237,42 @@ def _exit_on_error(kind: type[BaseException], error: BaseException, trace: Trace
     if is_process_loss(error):
         _end(RESTART, f"has lost the other processes, {_watch.activity if _watch else 'after the start'}")
     _end(1)
+
+
+def _catch_abort() -> None:
+    """Makes this process end with RESTART if JAX aborts it because another process or the coordinator is lost.
+
+    JAX's client calls abort() then, in a thread of its own; the callback that it offers instead cannot be written in
+    Python (std::bad_cast). All other aborts keep their effect.
+    """
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
+    libc.signal(signal.SIGABRT, ctypes.cast(_on_abort, ctypes.c_void_p))  # Python's own handlers do not stop an abort
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _on_abort(_: int) -> None:
+    if _is_service_lost():
+        _end(RESTART, f"has lost the other processes, {_watch.activity if _watch else 'after the start'}")
+
+
+def _is_service_lost() -> bool:
+    """Returns whether JAX's client is in an error: its calls fail or, while it aborts and keeps its lock, hang."""
+    import jax
+    from jax._src import distributed
+
+    answered = threading.Event()
+
+    def ask() -> None:
+        try:
+            distributed.global_state.client.key_value_try_get("geotoken")  # pyright: ignore
+        except jax.errors.JaxRuntimeError as error:
+            if not str(error).startswith("NOT_FOUND"):
+                return
+        answered.set()
+
+    threading.Thread(target=ask, daemon=True).start()
+    return not answered.wait(_ANSWER_S)
 
 
 def _end(status: int, reason: str = "") -> NoReturn:

@@ -18,6 +18,7 @@ from etils import epath
 from flax import nnx
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
+from orbax.checkpoint._src.futures.synchronization import OperationIdGenerator
 
 from geotoken_jax import manifests, processes
 
@@ -48,6 +49,7 @@ class Checkpoints:
                 losses[step] = self._load(step, {"progress": None})["progress"]["loss"]
             except _UNREADABLE as error:
                 self._warn_skipped(step, error)
+        _agree_on_operations()
         self._losses: dict[int, float | None] = dict(processes.first(list(losses.items())))
 
     def __enter__(self):
@@ -158,7 +160,8 @@ class Checkpoints:
             except _UNREADABLE as e:
                 error = e
                 self._warn_skipped(step, error)
-            failed = processes.failed(restored is not None)
+            failed = [i for i, ok in enumerate(processes.gather(restored is not None)) if not ok]
+            _agree_on_operations()
             if restored is not None and not failed:
                 return step, *restored
             error = error or OSError(f"process {failed[0]} cannot read checkpoint {step} in {self._orbax.directory}")
@@ -174,7 +177,9 @@ class Checkpoints:
         alone = None
         if processes.count() > 1:
             here = processes.index()
-            alone = ocp.options.MultiprocessingOptions(here, {here}, barrier_sync_key_prefix=f"process_{here}")
+            alone = ocp.options.MultiprocessingOptions(
+                primary_host=here, active_processes={here}, barrier_sync_key_prefix=f"process_{here}"
+            )
         with ocp.Context(multiprocessing_options=alone):
             return ocp.load_checkpointables(self._orbax.directory / str(step), abstract)
 
@@ -185,6 +190,17 @@ class Checkpoints:
             raise error
         problem = f"checkpoint {step} in {self._orbax.directory} cannot be read"
         logging.warning("%s (%s): skipping it", problem, textwrap.shorten(str(cause), 200))
+
+
+def _agree_on_operations() -> None:
+    """Gives Orbax's next operation the same number in all processes.
+
+    Orbax counts the operations of each process and waits for the others by that number. After `_load`, which some
+    processes may not call or in which they fail, the numbers differ, and the next save would wait forever.
+    """
+    highest = max(processes.gather(int(OperationIdGenerator.get_current_operation_id())))
+    while int(OperationIdGenerator.get_current_operation_id()) < highest:
+        OperationIdGenerator.next_operation_id()
 
 
 def write_parameters(path: epath.PathLike, *states: Any) -> None:

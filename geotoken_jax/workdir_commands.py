@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from geotoken_jax import processes
+from geotoken_jax import jax_modes, processes
 from geotoken_jax.analysis import evaluate as scores
 from geotoken_jax.configuration import Config
 from geotoken_jax.manifests import Manifest
@@ -43,6 +43,7 @@ def _stages(stages: Sequence[Stage]) -> Callable[[argparse.Namespace, Config | N
         if options.verb not in _DISTRIBUTED + _SHARDED:
             _check_single_process(options.verb)
         with contextlib.ExitStack() as stack:
+            stack.enter_context(jax_modes.standard())
             if options.verb in _DISTRIBUTED:
                 stack.enter_context(_connected(config))
             for stage in stages:

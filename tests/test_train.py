@@ -60,7 +60,7 @@ def train(folder, steps, task=None, make_input=None, **changes):
     """Runs the loop on 20 photos in batches of 8, validating every second step."""
     values = dict(
         batch_size=8, accumulate=1, examples=8 * 4, evaluate_every=2, log_every=1, seed=0, ema=0.0, max_skipped=2,
-        profile=(0, 0), wandb="", optimizer=OPTIMIZER,
+        profile=(0, 0), profiler_port=0, save_every_s=0.0, keep=2, wandb="", optimizer=OPTIMIZER,
     )  # fmt: skip
     options = loop.TrainSettings(**{**values, **changes})
     mesh = sharding.make_mesh(sharding.MeshSettings(-1, 1, 1))
@@ -87,7 +87,7 @@ class Stopping:
         return next(self.batches)
 
 
-TIMES = ("examples_per_second", "input_wait", "seconds_left", "tflops_per_second")
+TIMES = ("examples_per_second", "input_wait", "seconds_left", "tflops_per_second", "elapsed_s", "goodput")
 
 
 def lines(folder):

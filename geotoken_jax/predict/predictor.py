@@ -15,7 +15,7 @@ from etils import epath
 from jaxtyping import Float, Num
 
 from geotoken_jax import backbone as backbones
-from geotoken_jax import checkpoint, settings
+from geotoken_jax import checkpoint, jax_modes, settings
 from geotoken_jax.align.heads import AlignSettings, embeddings
 from geotoken_jax.align.task import AlignTask
 from geotoken_jax.gallery import index
@@ -105,6 +105,7 @@ def _seconds(time: datetime | None) -> float:
 class GeoToken(Predictor):
     """A trained model with its backbone and gallery, read from an export."""
 
+    @jax_modes.standard()
     def __init__(self, folder: epath.PathLike, verify: bool = False, backbone: epath.PathLike | None = None):
         """Reads the export in a folder.
 
@@ -154,6 +155,7 @@ class GeoToken(Predictor):
         """
         return cls(hub.resolve(model, revision), verify, backbone)
 
+    @jax_modes.standard()
     def _predict(self, photos: Sequence[Any], captured: Float[np.ndarray, " b"]) -> list[Prediction]:
         prepared = np.stack([self._backbone.prepare(photo) for photo in photos])
         vectors = embeddings(self._aligned, self._backbone.images(prepared))

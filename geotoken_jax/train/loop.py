@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import errno
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,7 +16,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from geotoken_jax import checkpoint, chips, processes, sharding
+from geotoken_jax import checkpoint, chips, jax_modes, processes, sharding
 from geotoken_jax.checkpoint import Checkpoints
 from geotoken_jax.manifests import StageError
 from geotoken_jax.progress import Progress
@@ -50,23 +51,40 @@ class TrainSettings:
     """batch_size: photos per step, over all devices. accumulate: number of parts of a batch processed one after
     another, for batches that do not fit into memory. examples: number of photos to train on; a photo counts each time
     it is read. evaluate_every: steps between two validations, each with a checkpoint; the last step has both too.
-    log_every: steps between two lines of metrics. seed: seed of the initial parameters, the order of photos and
-    dropout. ema: decay of the moving average of the parameters, which replaces them in validation and export; no
-    average if 0. max_skipped: largest number of steps in a row that may have a loss or gradient that is not finite;
-    after more, training ends with Diverged. profile: first and last step of a trace for TensorBoard; no trace if
-    (0, 0). wandb: project of Weights & Biases to write to; none if empty. optimizer: see OptimizerSettings."""
+    save_every_s: seconds of training after which a checkpoint is saved without a validation; none if 0. With several
+    processes the first one's clock counts. keep: number of newest checkpoints to keep beside the best one. log_every:
+    steps between two lines of metrics. seed: seed of the initial parameters, the order of photos and dropout. ema:
+    decay of the moving average of the parameters, which replaces them in validation and export; no average if 0.
+    max_skipped: largest number of steps in a row that may have a loss or gradient that is not finite; after more,
+    training ends with Diverged. profile: first and last step of a trace for TensorBoard; no trace if (0, 0).
+    profiler_port: port of the first process for TensorBoard's profiler, the next port for the second process, and so
+    on; no port if 0. wandb: project of Weights & Biases to write to; none if empty. optimizer: see
+    OptimizerSettings."""
 
     batch_size: int
     accumulate: Runtime[int]
     examples: int
     evaluate_every: int
+    save_every_s: Runtime[float]
+    keep: Runtime[int]
     log_every: Runtime[int]
     seed: int
     ema: float
     max_skipped: int
     profile: Runtime[tuple[int, int]]
+    profiler_port: Runtime[int]
     wandb: Runtime[str]
     optimizer: OptimizerSettings
+
+    def __post_init__(self):
+        if self.save_every_s < 0:
+            raise ValueError(f"save_every_s is {self.save_every_s}: use a number of seconds, or 0 for none")
+        if self.keep < 1:
+            raise ValueError(
+                f"keep is {self.keep}: use 1 or more, because training continues from the newest checkpoint"
+            )
+        if not 0 <= self.profiler_port < 65_536:
+            raise ValueError(f"profiler_port is {self.profiler_port}: use a port below 65,536, or 0 for none")
 
     @property
     def steps(self) -> int:
@@ -98,6 +116,7 @@ class Data:
     resident: Resident = dataclasses.field(default_factory=dict)
 
 
+@jax_modes.standard()
 def run(task: Task, settings: TrainSettings, mesh: Mesh, folder: epath.PathLike, data: Data, name: str) -> Result:
     """Trains the task on `settings.examples` photos, continuing from the newest checkpoint in `folder` if there is one.
 
@@ -107,6 +126,7 @@ def run(task: Task, settings: TrainSettings, mesh: Mesh, folder: epath.PathLike,
 
     Raises Preempted after SIGTERM, Diverged if too many steps in a row are not finite, StageError if the disk is full.
     """
+    started = processes.take_start()
     schedule = make_schedule(settings.optimizer, settings.steps, max(1, data.photos // settings.batch_size))
     optimizer = make_optimizer(settings.optimizer, schedule)
     trainer = Trainer(task, optimizer, mesh, settings.accumulate, settings.ema)
@@ -115,46 +135,55 @@ def run(task: Task, settings: TrainSettings, mesh: Mesh, folder: epath.PathLike,
     key = jax.random.key(settings.seed)
     with (
         _full_disk_as_stage_error(folder),
-        Checkpoints(folder / "checkpoints") as checkpoints,
+        _profiler(settings.profiler_port),
+        Checkpoints(folder / "checkpoints", settings.keep) as checkpoints,
         _Preemption() as preemption,
     ):
         if first:
             (folder / "parameters.txt").write_text(trainer.describe())
-        step, state, window = _restore(checkpoints, trainer, key, data.batches)
-        with metrics.Writer(folder, step, settings.wandb, name, shown=first) as writer, Progress(
-            name, settings.steps * settings.batch_size, "photos", done=step * settings.batch_size, shown=first
-        ) as progress:  # fmt: skip
-            log = _Log(writer, settings, task.flops, mesh, window)
-            profile = _Profile(settings.profile, folder / "profile")
+        step, state, position = _restore(checkpoints, trainer, key, data.batches)
+        with (
+            metrics.Writer(folder, step, settings.wandb, name, shown=first) as writer,
+            Progress(
+                name, settings.steps * settings.batch_size, "photos", done=step * settings.batch_size, shown=first
+            ) as progress,
+            _Profile(settings.profile, folder / "profile") as profile,
+            _Log(writer, settings, task.flops, mesh, started, position) as log,
+        ):
+            saved = step
             while step < settings.steps:
                 profile.before(step + 1)
-                processes.report_progress(f"reading the photos of step {step + 1}")
+                processes.report_progress(f"reading the photos of step {step + 1}", log.begun)
                 waiting = time.monotonic()
                 batch = sharding.global_batch(next(data.batches), mesh, settings.batch_size)
                 log.waited(time.monotonic() - waiting)
-                processes.report_progress(f"in step {step + 1}")
+                processes.report_progress(f"in step {step + 1}", log.begun)
                 state, values = trainer.step(state, batch, key, data.resident)
                 step += 1
-                log.add(values)
+                log.add(values, state)
                 profile.after(step, state)
                 last = step == settings.steps
                 if step % settings.log_every == 0 or last:
-                    line = log.write(step, state, float(np.asarray(schedule(step - 1))))
-                    progress.add(0, note=f"loss {line['train/loss']:.3f}")
+                    line = log.end_window(step, schedule(step - 1))
+                    progress.add(0, note=f"loss {line['train/loss']:.3f}" if line else "")
                 progress.add(settings.batch_size)
                 preempted = preemption.requested(step) and not last
                 validated = step % settings.evaluate_every == 0 or last
-                if validated or preempted:
+                if validated or preempted or log.is_save_due(step - saved):
+                    log.pause(step)
                     loss = _validate(trainer, step, state, data, writer, settings.batch_size) if validated else None
                     processes.report_progress(f"saving step {step}")
-                    checkpoints.save(step, state, {"input": data.batches.get_state(), "window": log.window()}, loss)
-                    log.pause()
+                    checkpoints.save(step, state, {"input": data.batches.get_state(), **log.position()}, loss)
+                    saved = step
                 if preempted:
                     raise Preempted(f"{name} was interrupted, and is saved at step {step}: run the same command again")
         data.batches.close()
         processes.report_progress("writing the last checkpoint")
     with _full_disk_as_stage_error(folder):
-        return _finish(folder, trainer)
+        result = _finish(folder, trainer)
+    if first and log.begun:
+        print(f"{name}: {log.goodput():.0%} of {log.elapsed_s():,.0f} s trained new steps", file=sys.stderr)
+    return result
 
 
 @contextlib.contextmanager
@@ -175,18 +204,17 @@ def _full_disk_as_stage_error(folder: epath.Path) -> Iterator[None]:
 
 def _restore(
     checkpoints: Checkpoints, trainer: Trainer, key: jax.Array, batches: TrainingInput
-) -> tuple[int, State, list[dict[str, float]]]:
-    """Returns the step to continue from, its state, and the metrics of the steps since the last line of metrics.
+) -> tuple[int, State, dict[str, Any]]:
+    """Returns the step to continue from, its state, and the position that was saved with it.
 
-    Also sets the position of `batches`. Without a checkpoint, returns step 0 with the initial state.
+    Also sets the position of `batches`. Without a checkpoint, returns step 0 with the initial state and no position.
     """
     processes.report_progress("restoring a checkpoint")
     restored = checkpoints.restore_last(trainer.abstract)
     if restored is None:
-        return 0, trainer.init(key), []
-    step, state, position = restored
-    batches.set_state(position["input"])
-    return step, state, position["window"]
+        return 0, trainer.init(key), {}
+    batches.set_state(restored[2]["input"])
+    return restored
 
 
 def _validate(trainer: Trainer, step: int, state: State, data: Data, writer: metrics.Writer, batch_size: int) -> float:
@@ -198,9 +226,9 @@ def _validate(trainer: Trainer, step: int, state: State, data: Data, writer: met
 
 def _finish(folder: epath.Path, trainer: Trainer) -> Result:
     with Checkpoints(folder / "checkpoints") as checkpoints:
-        best = checkpoints.best
+        processes.report_progress("restoring the best checkpoint")
+        best, state, _ = checkpoints.restore_best(trainer.abstract)
         processes.report_progress(f"writing the parameters of step {best}")
-        state, _ = checkpoints.restore(best, trainer.abstract)
         checkpoint.write_parameters(folder / "parameters.safetensors", *trainer.exported(state))
         return Result(best, checkpoints.loss(best), sum(p.size for p in jax.tree.leaves(state["params"])))
 
@@ -215,7 +243,7 @@ def evaluate(
     sums: dict[str, Any] = {}
     count = 0
     for batch in batches:
-        processes.report_progress("validating")
+        processes.report_progress("validating", repeated=bool(sums))
         batch_sums, n = trainer.evaluate(state, sharding.global_batch(batch, trainer.mesh, batch_size), resident)
         sums = {name: sums.get(name, 0) + value for name, value in batch_sums.items()}
         count += n
@@ -246,12 +274,32 @@ class _Preemption:
         return self._signaled if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(step)
 
 
+@contextlib.contextmanager
+def _profiler(port: int) -> Iterator[None]:
+    """Serves TensorBoard's profiler inside the context. port: port of process 0, 0 for none; see TrainSettings."""
+    if not port:
+        yield
+        return
+    jax.profiler.start_server(port + jax.process_index())
+    try:
+        yield
+    finally:
+        jax.profiler.stop_server()
+
+
 class _Profile:
     """Writes a profiler trace of training steps to `folder`. steps: first and last step of the trace."""
 
     def __init__(self, steps: tuple[int, int], folder: epath.Path):
         self._first, self._last = steps
         self._folder, self._running = folder, False
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if self._running:
+            jax.profiler.stop_trace()
 
     def before(self, step: int) -> None:
         if step == self._first:
@@ -265,10 +313,28 @@ class _Profile:
             self._running = False
 
 
-class _Log:
-    """Collects the metrics of each step on the device, and writes lines with their means and the training speed.
+@dataclasses.dataclass
+class _Window:
+    """Steps of one line of metrics. vectors: their metrics. The other fields are set when the window ends. waits:
+    gathered shares of waiting for input and seconds per step. waited: seconds of waiting for input in this process."""
 
-    window: metrics of the steps since the last line, restored from a checkpoint; empty in a new training.
+    vectors: list[jax.Array] = dataclasses.field(default_factory=list)
+    waited: float = 0.0
+    restored: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    step: int = 0
+    seconds: float = 0.0
+    learning_rate: Any = None
+    waits: Any = None
+
+
+class _Log:
+    """Collects the metrics of each step, and writes lines with their means and the training speed.
+
+    A line is written when the window after it ends, so that devices do not wait for the host; before a pause and at the
+    end, all lines are written.
+
+    started: time (time.monotonic) at which this start of the training began. position: what `position` returned before
+    the checkpoint was saved, or empty in a new training.
     """
 
     def __init__(
@@ -277,71 +343,134 @@ class _Log:
         settings: TrainSettings,
         flops: float,
         mesh: Mesh,
-        window: list[dict[str, float]],
+        started: float,
+        position: Mapping[str, Any],
     ):
         self._writer, self._settings, self._flops, self._devices = writer, settings, flops, mesh.size
         chip = chips.find(mesh.devices.flat[0].device_kind)
         self._peak = chip.flops if chip else None
-        self._restored: list[dict[str, float]] = window
-        self._gathered: list[Metrics] = []
-        self._since, self._waited = time.monotonic(), 0.0
-        self._pause_from: float | None = None
+        self._copies = metrics.Copies(mesh)
+        self._window = _Window(restored=position.get("window", []))
+        self._ended: _Window | None = None
+        self._seconds_per_step = 0.0
+        self._since = time.monotonic()
+        self._paused_at: float | None = None
+        # Seconds that trained new steps: until the last pause, and the time from which they count again.
+        self._trained, self._training_since = position.get("trained_s", 0.0), None
+        self._started = started - writer.elapsed_s
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error and not processes.is_process_loss(error):
+            with contextlib.suppress(Exception):  # the first error counts
+                self._write_ended()
+
+    @property
+    def begun(self) -> bool:
+        """Whether a step has ended in this process, so that the programs are compiled."""
+        return self._training_since is not None or self._paused_at is not None
 
     def waited(self, seconds: float) -> None:
-        if self._pause_from is not None:
-            self._since += time.monotonic() - seconds - self._pause_from
-            self._pause_from = None
-        self._waited += seconds
+        """Counts seconds of waiting for a batch, and ends a pause before them."""
+        if self._paused_at is not None:
+            self._training_since = time.monotonic() - seconds
+            self._since += self._training_since - self._paused_at
+            self._paused_at = None
+        self._window.waited += seconds
 
-    def pause(self) -> None:
-        """Begins a pause, which lasts until the next batch is requested and does not count as training time."""
-        self._pause_from = time.monotonic()
+    def add(self, values: Metrics, state: State) -> None:
+        """Adds the metrics of a step. state: state after the step."""
+        counts = {name: state[name] for name in ("skipped", "skipped_in_a_row")}
+        self._window.vectors.append(self._copies.begin({**values, **counts}))
+        if not self.begun:
+            jax.block_until_ready(self._window.vectors)
+            self._training_since = time.monotonic()
 
-    def add(self, values: Metrics) -> None:
-        self._gathered.append(values)
+    def pause(self, step: int) -> None:
+        """Writes all lines and begins a pause, which lasts until the next batch is requested.
 
-    def window(self) -> list[dict[str, float]]:
-        """Returns the metrics of each step since the last written line."""
-        return self._restored + jax.tree.map(float, jax.device_get(self._gathered))
+        The pause does not count as training time.
+        """
+        processes.report_progress(f"finishing step {step}")
+        self._write_ended()
+        jax.block_until_ready(self._window.vectors)
+        self._paused_at = time.monotonic()
+        if self._training_since is not None:
+            self._trained += self._paused_at - self._training_since
+            self._training_since = None
 
-    def write(self, step: int, state: State, learning_rate: float) -> dict[str, float]:
-        gathered = self.window()
-        seconds = time.monotonic() - self._since
-        rate = len(self._gathered) * self._settings.batch_size / seconds
-        line = {f"train/{name}": float(np.mean([g[name] for g in gathered])) for name in gathered[0]}
+    def position(self) -> dict[str, Any]:
+        """Returns the state of the log, as JSON values. Call it in a pause."""
+        return {"window": self._metrics(self._window), "trained_s": self._trained}
+
+    def elapsed_s(self) -> float:
+        """Returns the seconds since the training was started, over all starts."""
+        return time.monotonic() - self._started
+
+    def goodput(self) -> float:
+        """Returns the share of `elapsed_s` that trained new steps."""
+        training_s = time.monotonic() - self._training_since if self._training_since is not None else 0.0
+        return (self._trained + training_s) / self.elapsed_s()
+
+    def is_save_due(self, steps: int) -> bool:
+        """Returns whether to save a checkpoint. steps: number of steps since the last one.
+
+        The answer is the same in all processes, because it depends on the first one's seconds per step in a line that
+        all have read.
+        """
+        return 0 < self._settings.save_every_s <= steps * self._seconds_per_step
+
+    def end_window(self, step: int, learning_rate: Any) -> dict[str, float] | None:
+        """Ends the window at a step, and returns the line of the window before, if it is not yet written."""
+        window = self._window
+        window.step, window.learning_rate = step, learning_rate
+        window.seconds = time.monotonic() - self._since
+        window.waits = self._copies.begin_gather([window.waited / window.seconds, window.seconds / len(window.vectors)])
+        line = self._write_ended()
+        self._ended, self._window, self._since = window, _Window(), time.monotonic()
+        return line
+
+    def _metrics(self, window: _Window) -> list[dict[str, float]]:
+        return window.restored + self._copies.end(window.vectors)
+
+    def _write_ended(self) -> dict[str, float] | None:
+        window, self._ended = self._ended, None
+        if window is None:
+            return None
+        gathered = self._metrics(window)
+        rate = len(window.vectors) * self._settings.batch_size / window.seconds
+        counts = {name: int(gathered[-1][name]) for name in ("skipped", "skipped_in_a_row")}
+        names = [name for name in gathered[0] if name not in counts]
+        line = {f"train/{name}": float(np.mean([g[name] for g in gathered])) for name in names}
         line |= {
-            "examples": step * self._settings.batch_size,
-            "learning_rate": learning_rate,
-            "skipped": int(state["skipped"]),
+            "examples": window.step * self._settings.batch_size,
+            "learning_rate": float(np.asarray(window.learning_rate)),
+            "skipped": counts["skipped"],
             "examples_per_second": rate,
-            "input_wait": self._waited / seconds,
-            "seconds_left": (self._settings.steps - step) * self._settings.batch_size / rate,
+            "input_wait": window.waited / window.seconds,
+            "seconds_left": (self._settings.steps - window.step) * self._settings.batch_size / rate,
+            "elapsed_s": self.elapsed_s(),
+            "goodput": self.goodput(),
         }
-        if jax.process_count() > 1:
-            line |= _slowest(line["input_wait"])
+        waits = self._copies.end_gather(window.waits)
+        self._seconds_per_step = waits[0][1]
+        if len(waits) > 1:
+            line["slowest_process"] = slowest = max(waits, key=lambda process: waits[process][0])
+            line["slowest_input_wait"] = waits[slowest][0]
         if self._flops:
             line["tflops_per_second"] = rate * self._flops / 1e12
             if self._peak:
                 line["flops_utilization"] = rate * self._flops / self._devices / self._peak
-        self._writer.write(step, line)
-        self._stop_if_diverged(step, state)
-        self._restored, self._gathered, self._since, self._waited = [], [], time.monotonic(), 0.0
+        self._writer.write(window.step, line)
+        self._stop_if_diverged(window.step, counts["skipped_in_a_row"])
         return line
 
-    def _stop_if_diverged(self, step: int, state: State) -> None:
-        in_a_row = int(state["skipped_in_a_row"])
+    def _stop_if_diverged(self, step: int, in_a_row: int) -> None:
         if in_a_row > self._settings.max_skipped:
             raise Diverged(
                 f"max_skipped is {self._settings.max_skipped}, and the last {in_a_row} steps until {step} had a loss "
                 "or a gradient that was not finite: lower optimizer.learning_rate, or set optimizer.clip to 1.0 if it "
                 "is 0"
             )
-
-
-def _slowest(input_wait: float) -> dict[str, float]:
-    """Returns the process that waits longest for its batches, which delays all others, and its share of waiting.
-
-    input_wait: share of time that the calling process waited for its batches.
-    """
-    waits = np.asarray(multihost_utils.process_allgather(np.float32(input_wait)))
-    return {"slowest_process": int(waits.argmax()), "slowest_input_wait": float(waits.max())}

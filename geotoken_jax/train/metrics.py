@@ -1,12 +1,16 @@
-"""Writer of metrics: JSON lines, TensorBoard events and, if configured, Weights & Biases."""
+"""Metrics on their way from the devices to JSON lines, TensorBoard events and, if configured, Weights & Biases."""
 
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from etils import epath
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tensorboardX import event_file_writer, summary
 from tensorboardX.proto import event_pb2
 
@@ -17,21 +21,67 @@ from geotoken_jax.settings import SettingsError
 _MESSAGES: Any = event_pb2
 
 
+class Copies:
+    """Copies numbers from the devices of a mesh to the host while the devices compute later steps."""
+
+    def __init__(self, mesh: Mesh):
+        self._names: list[str] = []
+        self._devices = list(mesh.devices.flat)
+        self._per_device = NamedSharding(Mesh(mesh.devices.reshape(-1), "device"), PartitionSpec("device"))
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        self._stack = jax.jit(
+            lambda values: jnp.stack([jnp.asarray(values[name], jnp.float32) for name in sorted(values)]),
+            out_shardings=everywhere,
+        )
+        self._gather = jax.jit(lambda x: x, out_shardings=everywhere)
+
+    def begin(self, values: Mapping[str, jax.Array]) -> jax.Array:
+        """Starts to copy the metrics of one step, and returns them as a vector for `end`.
+
+        One copy of a vector takes as long as the copy of one of its numbers.
+        """
+        self._names = sorted(values)
+        vector = self._stack(dict(values))
+        vector.copy_to_host_async()
+        return vector
+
+    def end(self, vectors: Sequence[jax.Array]) -> list[dict[str, float]]:
+        """Returns the metrics of each step, after waiting for their copies."""
+        return [dict(zip(self._names, np.asarray(vector).tolist(), strict=True)) for vector in vectors]
+
+    def begin_gather(self, numbers: Sequence[float]) -> Any:
+        """Starts to gather numbers of all processes, which must all call this; returns them for `end_gather`."""
+        row = np.asarray([numbers], np.float32)
+        if jax.process_count() == 1:
+            return row
+        shape = len(self._devices), len(numbers)
+        gathered = self._gather(jax.make_array_from_callback(shape, self._per_device, lambda _: row))
+        gathered.copy_to_host_async()
+        return gathered
+
+    def end_gather(self, gathered: Any) -> dict[int, list[float]]:
+        """Returns process index -> its numbers."""
+        return {d.process_index: row for d, row in zip(self._devices, np.asarray(gathered).tolist(), strict=False)}
+
+
 class Writer:
     """Writes metrics to `metrics.jsonl` and TensorBoard's event files in one folder, and to Weights & Biases if used.
 
     step: step from which training starts or continues. Lines of later steps are removed from `metrics.jsonl` first;
     an interrupted run wrote them after its last checkpoint. wandb: project of Weights & Biases; if empty, nothing is
     written there. name: name of the run there. shown: False if another process writes, so that this one does nothing.
+    elapsed_s: value of that metric in the last line of the earlier runs; 0 without such a line.
     """
 
     def __init__(self, folder: epath.PathLike, step: int, wandb: str = "", name: str = "", shown: bool = True):
-        self._shown = shown
+        self._shown, self.elapsed_s = shown, 0.0
         if not shown:
             return
         folder = epath.Path(folder)
         self._path = folder / "metrics.jsonl"
-        kept = [line for line in _whole_lines(self._path) if json.loads(line)["step"] <= step]
+        lines = [(json.loads(line), line) for line in _whole_lines(self._path)]
+        self.elapsed_s = max((values.get("elapsed_s", 0.0) for values, _ in lines), default=0.0)
+        kept = [line for values, line in lines if values["step"] <= step]
         self._path.write_text("".join(kept))
         # Not SummaryWriter: its thread ends at the first error, such as a full disk, and the next write hangs.
         (folder / "tensorboard").mkdir(exist_ok=True)

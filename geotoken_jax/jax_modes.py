@@ -1,0 +1,21 @@
+"""Protects computations from the global modes of JAX that a host program has set."""
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
+
+
+@contextlib.contextmanager
+def standard() -> Iterator[None]:
+    """Sets JAX's default modes inside the context or the decorated function, in the calling thread.
+
+    They are: 32-bit types, standard promotion of types and ranks, and all transfers between host and devices.
+    """
+    with (
+        jax.enable_x64(False),
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+        jax.transfer_guard("allow"),
+    ):
+        yield

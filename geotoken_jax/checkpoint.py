@@ -174,13 +174,11 @@ class Checkpoints:
 
     def _load(self, step: int, abstract: Any) -> Any:
         """Returns parts of a checkpoint. Does not wait for other processes, as they may fail to read it."""
-        alone = None
+        context = ocp.Context()
         if processes.count() > 1:
-            here = processes.index()
-            alone = ocp.options.MultiprocessingOptions(
-                primary_host=here, active_processes={here}, barrier_sync_key_prefix=f"process_{here}"
-            )
-        with ocp.Context(multiprocessing_options=alone):
+            context.multiprocessing.primary_host = processes.index()
+            context.multiprocessing.active_processes = {processes.index()}
+        with context:
             return ocp.load_checkpointables(self._orbax.directory / str(step), abstract)
 
     def _warn_skipped(self, step: int, error: Exception) -> None:

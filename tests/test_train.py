@@ -5,7 +5,9 @@ import json
 import logging
 import re
 import signal
+import socket
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from geotoken_jax import settings, sharding
+from geotoken_jax.checkpoint import Checkpoints
 from geotoken_jax.data import pipeline
 from geotoken_jax.model import layers
 from geotoken_jax.train import loop, metrics
@@ -249,6 +252,70 @@ def test_a_run_asked_to_end_saves_and_goes_on_where_it_was(tmp_path):
 def test_some_steps_are_traced_on_request(tmp_path):
     train(tmp_path, 4, profile=(2, 3))
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_a_trace_ends_with_the_training_or_with_its_error(tmp_path):
+    train(tmp_path / "short", 4, profile=(3, 9))
+    with pytest.raises(Interrupted):
+        train(tmp_path / "broken", 3, profile=(3, 9))
+    train(tmp_path / "next", 4, profile=(3, 4))  # JAX has one trace at a time
+    for name in ("short", "broken", "next"):
+        assert list((tmp_path / name / "profile").rglob("*.xplane.pb"))
+
+
+def test_the_profiler_listens_on_its_port_while_training(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    class Connecting(Stopping):
+        def __next__(self):
+            socket.create_connection(("127.0.0.1", port), 10).close()
+            return super().__next__()
+
+    for _ in range(2):
+        train(tmp_path, 4, make_input=Connecting, profiler_port=port)
+
+
+def test_checkpoints_by_time_have_no_loss_and_are_never_the_best(tmp_path):
+    with pytest.raises(Interrupted):
+        train(tmp_path, 5, examples=8 * 8, evaluate_every=8, save_every_s=1e-9, keep=3)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.steps == [3, 4, 5]  # the first line, with the time of a step, is complete at step 2
+        with pytest.raises(FileNotFoundError, match="no checkpoint with a finite validation loss"):
+            _ = checkpoints.best
+    assert train(tmp_path, 3, examples=8 * 8, evaluate_every=8, save_every_s=1e9, keep=3).best_step == 8
+
+
+def test_goodput_counts_pauses_and_repeated_steps_as_lost(tmp_path):
+    class Slow(Stopping):
+        """Takes 0.1 s per batch."""
+
+        def __next__(self):
+            time.sleep(0.1)
+            return super().__next__()
+
+    def last():
+        return json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+
+    with pytest.raises(Interrupted):
+        train(tmp_path, 7, examples=8 * 8, evaluate_every=4, make_input=Slow)
+    before = last()
+    trained = before["goodput"] * before["elapsed_s"]
+    assert before["step"] == 7 and 0.1 * 6 <= trained < before["elapsed_s"]
+    train(tmp_path, 4, examples=8 * 8, evaluate_every=4, make_input=Slow)
+    after = [
+        line for line in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()) if "goodput" in line
+    ]
+    again = next(line for line in after if line["step"] == 5)
+    assert again["elapsed_s"] > before["elapsed_s"]
+    assert again["goodput"] * again["elapsed_s"] < trained - 0.1  # steps 5 to 7 were lost
+
+
+@pytest.mark.parametrize("key, value", [("save_every_s", -1.0), ("keep", 0), ("profiler_port", 70_000)])
+def test_a_setting_out_of_range_is_refused(tmp_path, key, value):
+    with pytest.raises(ValueError, match=f"{key} is {value}"):
+        train(tmp_path, 4, **{key: value})
 
 
 def test_the_speed_of_training(tmp_path):

@@ -92,7 +92,7 @@ def measure(config: Any, folder: epath.Path, photos: int, steps: int) -> dict[st
     mesh = sharding.make_mesh(read(sharding.MeshSettings, config.mesh, "mesh"))
     task = GeoTokenTask(model, read(LossSettings, config.loss, "loss"), placement.lookup(gallery, mesh))
     optimizer = make_optimizer(options.optimizer, make_schedule(options.optimizer, options.steps, 2_000))
-    trainer = Trainer(task, optimizer, mesh, options.accumulate, options.ema)
+    trainer = Trainer(task, optimizer, mesh, options.accumulate, options.ema, options.gradient_dtype)
     table, layout = Table(folder / "gallery"), records.token_layout(model.neighbors)
     tokens = records.Records(folder / "tokens", "train", layout)
     source = Tokens(tokens, table, None if gallery.on_device else table, model.cells, model.neighbors)

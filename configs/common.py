@@ -48,6 +48,7 @@ def _train(batch_size: int, examples: int, evaluate_every: int, optimizer: dict[
     return dict(
         batch_size=batch_size,
         accumulate=1,
+        gradient_dtype="float32",
         examples=examples,
         evaluate_every=evaluate_every,
         save_every_s=900.0,

@@ -178,7 +178,7 @@ class _Step:
         schedule = make_schedule(train.optimizer, train.steps, max(1, workload.rows // train.batch_size))
         task = GeoTokenTask(model, workload.loss, placement.lookup(workload.gallery, self.mesh))
         optimizer = make_optimizer(train.optimizer, schedule)
-        self.trainer = Trainer(task, optimizer, self.mesh, train.accumulate, train.ema)
+        self.trainer = Trainer(task, optimizer, self.mesh, train.accumulate, train.ema, train.gradient_dtype)
         self.gallery = placement.layout(workload.rows, model.backbone_width, model.cells, workload.gallery, self.mesh)
         whole = NamedSharding(self.mesh, PartitionSpec())
         key = jax.eval_shape(lambda: jax.random.key(0))

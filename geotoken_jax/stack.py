@@ -6,6 +6,8 @@ from typing import Any
 import jax
 from flax import nnx
 
+from geotoken_jax import sharding
+
 #: Value of `config.model.remat` -> policy for the activations that are stored for gradients; others are recomputed.
 REMAT: dict[str, Any] = {
     "none": jax.checkpoint_policies.everything_saveable,
@@ -34,7 +36,7 @@ def scan(stacked: nnx.Module, body: Callable, carry: Any, xs: Any, remat: str = 
 
     def step(carry: Any, layer_and_x: Any) -> tuple[Any, Any]:
         state, x = layer_and_x
-        return body(nnx.merge(graph, state), carry, x)
+        return body(nnx.merge(graph, sharding.attach_gradients(state)), carry, x)
 
     if remat != "none":
         step = jax.checkpoint(step, policy=REMAT[remat], prevent_cse=False)

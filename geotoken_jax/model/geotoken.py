@@ -188,7 +188,7 @@ class GeoTokenModel(nnx.Module):
             self.decoder_norm = nnx.LayerNorm(s.width, epsilon=1e-5, rngs=rngs)
         head = nnx.initializers.lecun_normal(batch_axis=0)
         self.head = sharding.parameter(
-            rngs.params(), head, (len(sizes), s.width, int(sizes.max())), (None, "embed", "vocab")
+            rngs.params(), head, (len(sizes), s.width, int(sizes.max())), (None, "embed", "vocab"), s.dtype
         )
         self.head_bias = sharding.parameter(
             rngs.params(), nnx.initializers.zeros, (len(sizes), int(sizes.max())), (None, "vocab")
@@ -355,7 +355,7 @@ class GeoTokenModel(nnx.Module):
             x = self.decoder_norm(x).astype(x.dtype)
         head = self.head[...].astype(x.dtype)
         if isinstance(t, slice):
-            logits = jnp.einsum("btd,tdv->btv", x, head)
+            logits = sharding.einsum("btd,tdv->btv", x, self.head[...])
         elif t.ndim == 0:
             logits = x @ head[t]
         else:

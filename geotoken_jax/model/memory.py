@@ -55,17 +55,17 @@ class Projections(nnx.Module):
 
     def __init__(self, backbone_width: int, width: int, dtype: str, rngs: nnx.Rngs):
         init = nnx.initializers.lecun_normal(batch_axis=0)
-        self.up = sharding.parameter(rngs.params(), init, (3, backbone_width, width), (None, "embed", "mlp"))
-        self.up_bias = sharding.parameter(rngs.params(), nnx.initializers.zeros, (3, width), (None, "mlp"))
-        self.down = sharding.parameter(rngs.params(), init, (3, width, width), (None, "mlp", "embed"))
-        self.down_bias = sharding.parameter(rngs.params(), nnx.initializers.zeros, (3, width), (None, "embed"))
+        self.up = sharding.parameter(rngs.params(), init, (3, backbone_width, width), (None, "embed", "mlp"), dtype)
+        self.up_bias = sharding.parameter(rngs.params(), nnx.initializers.zeros, (3, width), (None, "mlp"), dtype)
+        self.down = sharding.parameter(rngs.params(), init, (3, width, width), (None, "mlp", "embed"), dtype)
+        self.down_bias = sharding.parameter(rngs.params(), nnx.initializers.zeros, (3, width), (None, "embed"), dtype)
         self.dtype = jnp.dtype(dtype)
 
     def __call__(self, x: Float[Array, "... 3 C"]) -> Float[Array, "... 3 D"]:
-        x = jnp.einsum("...ec,ecd->...ed", x.astype(self.dtype), self.up[...].astype(self.dtype))
-        x = sharding.constrain(jax.nn.relu(x + self.up_bias[...].astype(self.dtype)), "batch")
-        x = jnp.einsum("...ec,ecd->...ed", x, self.down[...].astype(self.dtype))
-        x = (x + self.down_bias[...].astype(self.dtype)).astype(jnp.float32)
+        x = sharding.einsum("...ec,ecd->...ed", x.astype(self.dtype), self.up[...])
+        x = sharding.constrain(jax.nn.relu(sharding.add_bias(x, self.up_bias[...])), "batch")
+        x = sharding.einsum("...ec,ecd->...ed", x, self.down[...])
+        x = sharding.add_bias(x, self.down_bias[...]).astype(jnp.float32)
         norm = jnp.sqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-24))
         return sharding.constrain((x / norm).astype(self.dtype), "batch")
 

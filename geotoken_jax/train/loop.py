@@ -49,20 +49,22 @@ class TrainingInput(Protocol):
 @dataclasses.dataclass(frozen=True)
 class TrainSettings:
     """batch_size: photos per step, over all devices. accumulate: number of parts of a batch processed one after
-    another, for batches that do not fit into memory. examples: number of photos to train on; a photo counts each time
-    it is read. evaluate_every: steps between two validations, each with a checkpoint; the last step has both too.
-    save_every_s: seconds of training after which a checkpoint is saved without a validation; none if 0. With several
-    processes the first one's clock counts. keep: number of newest checkpoints to keep beside the best one. log_every:
-    steps between two lines of metrics. seed: seed of the initial parameters, the order of photos and dropout. ema:
-    decay of the moving average of the parameters, which replaces them in validation and export; no average if 0.
-    max_skipped: largest number of steps in a row that may have a loss or gradient that is not finite; after more,
-    training ends with Diverged. profile: first and last step of a trace for TensorBoard; no trace if (0, 0).
-    profiler_port: port of the first process for TensorBoard's profiler, the next port for the second process, and so
-    on; no port if 0. wandb: project of Weights & Biases to write to; none if empty. optimizer: see
+    another, for batches that do not fit into memory. gradient_dtype: type in which gradients are summed over devices
+    and over these parts: "float32", or "bfloat16", which halves the bytes that devices send. examples: number of photos
+    to train on; a photo counts each time it is read. evaluate_every: steps between two validations, each with a
+    checkpoint; the last step has both too. save_every_s: seconds of training after which a checkpoint is saved without
+    a validation; none if 0. With several processes the first one's clock counts. keep: number of newest checkpoints to
+    keep beside the best one. log_every: steps between two lines of metrics. seed: seed of the initial parameters, the
+    order of photos and dropout. ema: decay of the moving average of the parameters, which replaces them in validation
+    and export; no average if 0. max_skipped: largest number of steps in a row that may have a loss or gradient that is
+    not finite; after more, training ends with Diverged. profile: first and last step of a trace for TensorBoard; no
+    trace if (0, 0). profiler_port: port of the first process for TensorBoard's profiler, the next port for the second
+    process, and so on; no port if 0. wandb: project of Weights & Biases to write to; none if empty. optimizer: see
     OptimizerSettings."""
 
     batch_size: int
     accumulate: Runtime[int]
+    gradient_dtype: str
     examples: int
     evaluate_every: int
     save_every_s: Runtime[float]
@@ -85,6 +87,8 @@ class TrainSettings:
             )
         if not 0 <= self.profiler_port < 65_536:
             raise ValueError(f"profiler_port is {self.profiler_port}: use a port below 65,536, or 0 for none")
+        if self.gradient_dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"gradient_dtype is {self.gradient_dtype!r}: choose float32 or bfloat16")
 
     @property
     def steps(self) -> int:
@@ -129,7 +133,7 @@ def run(task: Task, settings: TrainSettings, mesh: Mesh, folder: epath.PathLike,
     started = processes.take_start()
     schedule = make_schedule(settings.optimizer, settings.steps, max(1, data.photos // settings.batch_size))
     optimizer = make_optimizer(settings.optimizer, schedule)
-    trainer = Trainer(task, optimizer, mesh, settings.accumulate, settings.ema)
+    trainer = Trainer(task, optimizer, mesh, settings.accumulate, settings.ema, settings.gradient_dtype)
     folder = epath.Path(folder)
     first = jax.process_index() == 0
     key = jax.random.key(settings.seed)

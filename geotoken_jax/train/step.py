@@ -1,5 +1,6 @@
 """The training step and the state that it updates in place, split over the devices of any mesh."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -53,14 +54,23 @@ class Trainer:
 
     accumulate: number of parts of a batch that are processed one after another; their gradients are averaged. ema:
     decay of the moving average of the parameters, which `evaluate` and `averaged` then use; no average if 0.
+    gradient_dtype: type in which gradients are summed over devices and parts.
     """
 
     def __init__(
-        self, task: Task, optimizer: optax.GradientTransformation, mesh: Mesh, accumulate: int = 1, ema: float = 0.0
+        self,
+        task: Task,
+        optimizer: optax.GradientTransformation,
+        mesh: Mesh,
+        accumulate: int = 1,
+        ema: float = 0.0,
+        gradient_dtype: str = "float32",
     ):
         self.mesh = mesh
         self._task, self._optimizer, self._accumulate, self._ema = task, optimizer, accumulate, ema
+        self._sums = jnp.dtype(gradient_dtype)
         self._graph, *self._variables = nnx.split(nnx.eval_shape(lambda: task.init(nnx.Rngs(0))), nnx.Param, ...)
+        self._set_shardings()
         shardings = self._state_shardings()
         shapes = jax.eval_shape(self._init, jax.random.key(0))
         #: Shapes, types and shardings of the state.
@@ -72,6 +82,26 @@ class Trainer:
         self.step = jax.jit(self._on_mesh(self._step), donate_argnums=0, out_shardings=(shardings, None))
         self.evaluate = jax.jit(self._on_mesh(self._evaluate))
 
+    def _set_shardings(self) -> None:
+        """Sets how the model reads its parameters, how the optimizer stores them, and how their gradients are summed.
+
+        Each is a nested dict like the parameters.
+        """
+        self._layout = sharding.shardings(self._variables[0], self.mesh)
+        dtypes, updates, gradients = {}, {}, {}
+        for path, variable in nnx.to_flat_state(self._variables[0]):
+            names = variable.get_metadata().get("out_sharding") or ()
+            dtype = variable.get_metadata().get("compute_dtype", variable.dtype)
+            update = sharding.update_spec(variable, self.mesh)
+            gradient = sharding.Gradient(str(jnp.promote_types(dtype, self._sums)), sharding.spec(*names), update)
+            dtypes[path], updates[path] = dtype, NamedSharding(self.mesh, update)
+            if names[:1] == ("layers",) and update[0] is None:
+                # Summed in the loop over layers, which reads this metadata.
+                variable.set_metadata(gradient=gradient)
+                gradient = dataclasses.replace(gradient, dtype=str(dtype), layout=update)
+            gradients[path] = gradient
+        self._dtypes, self._updates, self._gradients = map(traverse_util.unflatten_dict, (dtypes, updates, gradients))
+
     def _on_mesh(self, function: Callable) -> Callable:
         @functools.wraps(function)
         def traced(*arguments: Any) -> Any:
@@ -82,7 +112,7 @@ class Trainer:
 
     def _state_shardings(self) -> State:
         whole = NamedSharding(self.mesh, PartitionSpec())
-        params, constants = (sharding.shardings(variables, self.mesh) for variables in self._variables)
+        params, constants = self._updates, sharding.shardings(self._variables[1], self.mesh)
         moments = jax.eval_shape(self._optimizer.init, nnx.to_pure_dict(self._variables[0]))
         return {
             "step": whole,
@@ -90,7 +120,7 @@ class Trainer:
             "skipped_in_a_row": whole,
             "params": params,
             "constants": constants,
-            # Moments are split like their parameters; each device has all counters.
+            # Moments are split as the optimizer splits their parameters; each device has all counters.
             "optimizer": optax.tree_utils.tree_map_params(
                 self._optimizer, lambda _, s: s, moments, params, transform_non_params=lambda _: whole
             ),
@@ -147,11 +177,22 @@ class Trainer:
             nnx.replace_by_pure_dict(state, values)
         return nnx.merge(self._graph, *states)
 
+    def _for_model(self, params: Any) -> Any:
+        """Returns the optimizer's parameters in the types and the sharding in which the model reads them.
+
+        They are cast before they are gathered. So each device casts its share only, and the links carry the narrower
+        type.
+        """
+        cast = jax.tree.map(lambda x, dtype: x.astype(dtype), params, self._dtypes)
+        cast = jax.lax.with_sharding_constraint(cast, self._updates)
+        return jax.lax.with_sharding_constraint(cast, self._layout)
+
     def _step(
         self, state: State, batch: Mapping[str, jax.Array], key: jax.Array, resident: Resident
     ) -> tuple[State, Metrics]:
         key = jax.random.fold_in(key, state["step"])
         constants, metrics, gradient = self._gradient(state, batch, key, resident)
+        gradient = jax.tree.map(lambda g, p: g.astype(p.dtype), gradient, state["params"])
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
         updates, optimizer = self._optimizer.update(gradient, state["optimizer"], state["params"])
@@ -178,17 +219,21 @@ class Trainer:
         and gradient are means over the parts.
         """
 
+        params = self._for_model(state["params"])
+
         def part_gradient(
             constants: Any, part: Mapping[str, jax.Array], key: jax.Array
         ) -> tuple[Any, tuple[Metrics, Any]]:
             def mean_loss(params: Any) -> tuple[jax.Array, tuple[Metrics, Any]]:
-                model = self._model(params, constants)
+                attached = jax.tree.map(lambda x, gradient: gradient.attach(x), params, self._gradients)
+                model = self._model(attached, constants)
                 loss, metrics = self._task.loss(model, {**part, **resident}, key)
                 _, _, others = nnx.split(model, nnx.Param, ...)
                 return loss, (metrics, nnx.to_pure_dict(others))
 
-            (loss, (metrics, after)), gradient = jax.value_and_grad(mean_loss, has_aux=True)(state["params"])
-            return after, ({"loss": loss, **metrics}, gradient)
+            (loss, (metrics, after)), gradient = jax.value_and_grad(mean_loss, has_aux=True)(params)
+            gradient = jax.tree.map(lambda x: x.astype(self._sums), gradient)
+            return after, ({"loss": loss, **metrics}, jax.lax.with_sharding_constraint(gradient, self._updates))
 
         n = self._accumulate
         if n == 1:
@@ -221,7 +266,7 @@ class Trainer:
 
     def _evaluate(self, state: State, batch: Mapping[str, jax.Array], resident: Resident) -> tuple[Metrics, jax.Array]:
         """Returns the sums of loss and metrics over the valid photos of a batch, and the number of these photos."""
-        model = self._model(self.averaged(state), state["constants"])
+        model = self._model(self._for_model(self.averaged(state)), state["constants"])
         loss, metrics = self._task.loss(model, {**batch, **resident}, None)
         n = batch["valid"].sum()
         return {name: value * n for name, value in {"loss": loss, **metrics}.items()}, n

@@ -89,11 +89,13 @@ class Trainer:
         """
         self._layout = sharding.shardings(self._variables[0], self.mesh)
         dtypes, updates, gradients = {}, {}, {}
+        alone = all(self.mesh.shape[axis] == 1 for axis in sharding.RULES["batch"])  # nothing is summed over devices
         for path, variable in nnx.to_flat_state(self._variables[0]):
             names = variable.get_metadata().get("out_sharding") or ()
             dtype = variable.get_metadata().get("compute_dtype", variable.dtype)
             update = sharding.update_spec(variable, self.mesh)
-            gradient = sharding.Gradient(str(jnp.promote_types(dtype, self._sums)), sharding.spec(*names), update)
+            sums = dtype if alone else jnp.promote_types(dtype, self._sums)
+            gradient = sharding.Gradient(str(sums), sharding.spec(*names), update)
             dtypes[path], updates[path] = dtype, NamedSharding(self.mesh, update)
             if names[:1] == ("layers",) and update[0] is None:
                 # Summed in the loop over layers, which reads this metadata.

@@ -74,7 +74,7 @@ def measure(config: Any, folder: epath.Path, photos: int, steps: int) -> dict[st
     """Returns the figures of one round of our side: medians over the steps after 3 warm-up steps."""
     import jax
 
-    from geotoken_jax import chips, records, sharding
+    from geotoken_jax import chips, randomness, records, sharding
     from geotoken_jax.data import pipeline
     from geotoken_jax.data.join import Tokens
     from geotoken_jax.gallery import placement
@@ -98,7 +98,7 @@ def measure(config: Any, folder: epath.Path, photos: int, steps: int) -> dict[st
     source = Tokens(tokens, table, None if gallery.on_device else table, model.cells, model.neighbors)
     batches = pipeline.training(photos, source, options.batch_size, options.seed)
     resident = placement.device_arrays(table, model.cells, gallery, mesh)
-    key = jax.random.key(options.seed)
+    key = randomness.key(options.seed)
     state = trainer.init(key)
     took, waited = [], []
     for _ in range(3 + steps):

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from geotoken_jax import chips, hlo, sharding
+from geotoken_jax import chips, hlo, randomness, sharding
 from geotoken_jax.batch import Spec
 from geotoken_jax.configuration import Config
 from geotoken_jax.gallery import placement
@@ -181,7 +181,7 @@ class _Step:
         self.trainer = Trainer(task, optimizer, self.mesh, train.accumulate, train.ema, train.gradient_dtype)
         self.gallery = placement.layout(workload.rows, model.backbone_width, model.cells, workload.gallery, self.mesh)
         whole = NamedSharding(self.mesh, PartitionSpec())
-        key = jax.eval_shape(lambda: jax.random.key(0))
+        key = jax.eval_shape(lambda: randomness.key(0))
         self.arguments = (
             self.trainer.abstract,
             self._batch(),

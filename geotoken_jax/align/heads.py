@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
-from geotoken_jax import sharding
+from geotoken_jax import randomness, sharding
 from geotoken_jax.align.location_encoder import LocationEncoder, LocationSettings
 from geotoken_jax.batch import blocks
 from geotoken_jax.vectors import unit
@@ -98,14 +98,14 @@ class Head(nnx.Module):
         self.whitening = whitening
         self.hidden = sharding.linear(*shape[:2], ("embed", "mlp"), rngs=rngs)
         self.output = sharding.linear(*shape[1:], ("mlp", "embed"), rngs=rngs)
-        self.dropout = nnx.Dropout(dropout)
+        self.dropout = dropout
 
-    def __call__(self, x: Float[Array, "B C"], rngs: nnx.Rngs | None = None) -> Float[Array, "B E"]:
-        """Returns the outputs for a batch. rngs: random numbers for dropout; no dropout if None."""
+    def __call__(self, x: Float[Array, "B C"], key: Key[Array, ""] | None = None) -> Float[Array, "B E"]:
+        """Returns the outputs for a batch. key: random key for dropout; no dropout if None."""
         if self.whitening:
             x = self.whitening(x)
         hidden = jax.nn.relu(self.hidden(x))
-        return self.output(self.dropout(hidden, deterministic=rngs is None, rngs=rngs))
+        return self.output(randomness.dropout(hidden, self.dropout, randomness.words(key, len(x))))
 
 
 #: Rows per compiled call. Fixed, because products of other shapes round differently, and a single photo must have the

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from geotoken_jax import randomness
 from geotoken_jax.align import loss as contrast
 from geotoken_jax.align.heads import AlignModel, AlignSettings
 from geotoken_jax.align.loss import LossSettings, Targets
@@ -78,12 +79,12 @@ class AlignTask:
         key: random key for dropout. If None, the batch is evaluated: no dropout, and the queue is not used.
         """
         assert self._loss, "this AlignTask has no loss settings, so it cannot train"
-        rngs = None if key is None else nnx.Rngs(dropout=key)
+        text_key, image_key, place_key = randomness.split(key, 3)
         image, text, coordinates = batch["image"], batch["text"], batch["coordinates"]
         valid = batch.get("valid", jnp.ones(len(image), bool))
         has_text = valid & (text != 0).any(axis=1)
-        texts = Targets(model.text(text, rngs), contrast.text_keys(text), has_text)
-        text_loss, text_accuracy = self._contrast(model, "text", model.image_to_text(image, rngs), texts)
+        texts = Targets(model.text(text, text_key), contrast.text_keys(text), has_text)
+        text_loss, text_accuracy = self._contrast(model, "text", model.image_to_text(image, image_key), texts)
         places = Targets(model.location(coordinates), contrast.place_keys(coordinates), valid)
         queue = None
         if self._loss.queue and key is not None:
@@ -93,7 +94,7 @@ class AlignTask:
             past = jnp.where(known[:, None], past, 0)
             queue = Targets(model.location(past), contrast.place_keys(past), known)
         location_loss, location_accuracy = self._contrast(
-            model, "location", model.image_to_location(image, rngs), places,
+            model, "location", model.image_to_location(image, place_key), places,
             reach=contrast.reach(self._loss.same_within_km), queue=queue,
         )  # fmt: skip
         return text_loss + location_loss, {

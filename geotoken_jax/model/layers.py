@@ -1,22 +1,24 @@
 """Transformer layers of the encoder and the decoder.
 
 The published layers are post-norm with ReLU. Ours are pre-norm with a gated activation and normalized queries and keys.
-Parameters are float32. Matrix products are computed in LayerSettings.dtype, softmax and norms in float32. A `key` is
-the random key for dropout; if it is None, there is no dropout. The layers of the encoder, and of the decoder, are
-stacked (geotoken_jax/stack.py) and scanned.
+Parameters are float32. Matrix products are computed in LayerSettings.dtype, softmax and norms in float32. `words` are
+the random words for dropout, one per position (randomness.dropout); if they are None, there is no dropout. The layers
+of the encoder, and of the decoder, are stacked (geotoken_jax/stack.py) and scanned.
 """
 
 import dataclasses
+import enum
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from geotoken_jax import sharding, stack
+from geotoken_jax.randomness import dropout
 from geotoken_jax.settings import Runtime, SettingsError
 
 
@@ -75,16 +77,13 @@ ACTIVATIONS: dict[str, Callable] = {
 GATED = ("swiglu", "geglu")
 
 
-def dropout(x: Array, rate: float, key: jax.Array | None) -> Array:
-    """Returns x with each number set to 0 with probability `rate` or else divided by 1 - rate; x if key is None."""
-    if key is None or rate == 0.0:
-        return x
-    return jnp.where(jax.random.bernoulli(key, 1.0 - rate, x.shape), x / (1.0 - rate), 0).astype(x.dtype)
+class Site(enum.IntEnum):
+    """Places of dropout in a layer. They share the words of a position, and have different masks."""
 
-
-def split(key: jax.Array | None, n: int) -> Any:
-    """Returns a list of n keys split from `key`, or a list of n None if `key` is None."""
-    return [None] * n if key is None else list(jax.random.split(key, n))
+    ATTENTION = 0
+    MEMORY_ATTENTION = 1
+    HIDDEN = 2
+    FEED_FORWARD = 3
 
 
 def attention(
@@ -192,10 +191,10 @@ class FeedForward(nnx.Module):
             self.gate = sharding.linear(d, f, ("embed", "mlp"), rngs=rngs, dtype=dtype)
         self.settings = settings
 
-    def __call__(self, x: Float[Array, "... D"], key: jax.Array | None) -> Float[Array, "... D"]:
+    def __call__(self, x: Float[Array, "B S D"], words: UInt32[Array, "B S"] | None) -> Float[Array, "B S D"]:
         activate, up = ACTIVATIONS[self.settings.activation], self.up(x)
         hidden = activate(self.gate(x)) * up if self.settings.activation in GATED else activate(up)
-        return self.down(dropout(hidden, self.settings.dropout, key))
+        return self.down(dropout(hidden, self.settings.dropout, words, Site.HIDDEN))
 
 
 class _Layer(nnx.Module):
@@ -209,12 +208,12 @@ class _Layer(nnx.Module):
         self.norms = nnx.List([nnx.LayerNorm(settings.width, epsilon=1e-5, rngs=rngs) for _ in range(norms)])
 
     def _residual(
-        self, norm: nnx.LayerNorm, x: Array, sublayer: Callable[[Array], Array], key: jax.Array | None
+        self, norm: nnx.LayerNorm, x: Array, sublayer: Callable[[Array], Array], words: Array | None, site: Site
     ) -> Array:
         dtype = jnp.dtype(self.settings.dtype)
         if self.settings.norm == "pre":
-            return x + dropout(sublayer(norm(x).astype(dtype)), self.settings.dropout, key)
-        return norm(x + dropout(sublayer(x), self.settings.dropout, key)).astype(dtype)
+            return x + dropout(sublayer(norm(x).astype(dtype)), self.settings.dropout, words, site)
+        return norm(x + dropout(sublayer(x), self.settings.dropout, words, site)).astype(dtype)
 
 
 class EncoderLayer(_Layer):
@@ -226,16 +225,14 @@ class EncoderLayer(_Layer):
         self.feed_forward = FeedForward(settings, rngs)
 
     def __call__(
-        self, x: Float[Array, "B S D"], lengths: Int[Array, " B"] | None, key: jax.Array | None
+        self, x: Float[Array, "B S D"], lengths: Int[Array, " B"] | None, words: UInt32[Array, "B S"] | None
     ) -> Float[Array, "B S D"]:
-        keys = split(key, 3)
-
         def attend(y: Array) -> Array:
             k, v = self.attention.keys_values(y)
             return self.attention(self.attention.queries(y), k, v, lengths=lengths)
 
-        x = self._residual(self.norms[0], x, attend, keys[0])
-        return self._residual(self.norms[1], x, lambda y: self.feed_forward(y, keys[1]), keys[2])
+        x = self._residual(self.norms[0], x, attend, words, Site.ATTENTION)
+        return self._residual(self.norms[1], x, lambda y: self.feed_forward(y, words), words, Site.FEED_FORWARD)
 
 
 class DecoderLayer(_Layer):
@@ -252,7 +249,7 @@ class DecoderLayer(_Layer):
         x: Float[Array, "B T D"],
         memory: tuple[Float[Array, "B S H d"], Float[Array, "B S H d"]],
         lengths: Int[Array, " B"] | None,
-        key: jax.Array | None,
+        words: UInt32[Array, "B T"] | None,
     ) -> Float[Array, "B T D"]:
         """Returns the output for all T tokens at once (training). memory: keys and values of the encoder's output."""
 
@@ -263,7 +260,7 @@ class DecoderLayer(_Layer):
         def attend_memory(y: Array) -> Array:
             return self.memory_attention(self.memory_attention.queries(y), *memory, lengths=lengths)
 
-        return self._sublayers(x, attend, attend_memory, key)
+        return self._sublayers(x, attend, attend_memory, words)
 
     def step(
         self,
@@ -304,8 +301,7 @@ class DecoderLayer(_Layer):
 
         return self._sublayers(x, attend, attend_memory, None), past
 
-    def _sublayers(self, x: Array, attend: Callable, attend_memory: Callable, key: jax.Array | None) -> Array:
-        keys = split(key, 4)
-        x = self._residual(self.norms[0], x, attend, keys[0])
-        x = self._residual(self.norms[1], x, attend_memory, keys[1])
-        return self._residual(self.norms[2], x, lambda y: self.feed_forward(y, keys[2]), keys[3])
+    def _sublayers(self, x: Array, attend: Callable, attend_memory: Callable, words: Array | None) -> Array:
+        x = self._residual(self.norms[0], x, attend, words, Site.ATTENTION)
+        x = self._residual(self.norms[1], x, attend_memory, words, Site.MEMORY_ATTENTION)
+        return self._residual(self.norms[2], x, lambda y: self.feed_forward(y, words), words, Site.FEED_FORWARD)

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
-from geotoken_jax import sharding
+from geotoken_jax import randomness, sharding
 from geotoken_jax.batch import Spec, spec
 from geotoken_jax.geo.distance import THRESHOLDS_KM
 from geotoken_jax.model.verifier import listwise
@@ -37,12 +37,13 @@ class RewardHead(nnx.Module):
         """width: D, width of the decoder."""
         self.hidden = sharding.linear(width, settings.hidden, ("embed", "mlp"), rngs=rngs)
         self.output = sharding.linear(settings.hidden, len(THRESHOLDS_KM), ("mlp", "embed"), rngs=rngs)
-        self.dropout = nnx.Dropout(settings.dropout)
+        self.dropout = settings.dropout
 
-    def __call__(self, states: Float[Array, "B K D"], rngs: nnx.Rngs | None = None) -> Float[Array, "B K 5"]:
-        """rngs: source of dropout; no dropout if None."""
+    def __call__(self, states: Float[Array, "B K D"], key: Key[Array, ""] | None = None) -> Float[Array, "B K 5"]:
+        """key: random key for dropout; no dropout if None."""
         hidden = jax.nn.relu(self.hidden(states))
-        return self.output(self.dropout(hidden, deterministic=rngs is None, rngs=rngs))
+        words = randomness.words(key, *states.shape[:-1])
+        return self.output(randomness.dropout(hidden, self.dropout, words))
 
 
 class RewardTask:
@@ -67,6 +68,5 @@ class RewardTask:
     def loss(
         self, model: RewardHead, batch: Mapping[str, Array], key: jax.Array | None
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-        """Returns the loss and metrics of `verifier.listwise`. key: source of dropout; no dropout if None."""
-        rngs = None if key is None else nnx.Rngs(dropout=key)
-        return listwise(model(batch["states"], rngs), batch["km"], batch.get("valid"))
+        """Returns the loss and metrics of `verifier.listwise`. key: random key for dropout; no dropout if None."""
+        return listwise(model(batch["states"], key), batch["km"], batch.get("valid"))

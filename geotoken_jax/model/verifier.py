@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
-from geotoken_jax import sharding
+from geotoken_jax import randomness, sharding
 from geotoken_jax.batch import Spec, spec
 from geotoken_jax.geo.distance import EARTH_RADIUS_KM, THRESHOLDS_KM
 from geotoken_jax.vectors import unit
@@ -46,14 +46,14 @@ class Comparator(nnx.Module):
         self.mean = Measured(jnp.asarray(mean, jnp.float32))
         self.hidden = sharding.linear(c, settings.hidden, ("embed", "mlp"), rngs=rngs)
         self.output = sharding.linear(settings.hidden, settings.width, ("mlp", "embed"), rngs=rngs)
-        self.dropout = nnx.Dropout(settings.dropout)
+        self.dropout = settings.dropout
         self.scale = nnx.Param(jnp.float32(np.log(10)))  # logarithm of the factor on cosines in the loss
 
-    def __call__(self, image: Float[Array, "B C"], rngs: nnx.Rngs | None = None) -> Float[Array, "B D"]:
-        """rngs: source of dropout; no dropout if None."""
+    def __call__(self, image: Float[Array, "B C"], key: Key[Array, ""] | None = None) -> Float[Array, "B D"]:
+        """key: random key for dropout; no dropout if None."""
         # The factor brings the values of each column to a size of about 1, as the initial weights expect.
         x = (unit(image) - self.mean[...]) * np.sqrt(image.shape[-1])
-        x = self.dropout(x, deterministic=rngs is None, rngs=rngs)
+        x = randomness.dropout(x, self.dropout, randomness.words(key, len(x)))
         return unit(self.output(jax.nn.gelu(self.hidden(x))))
 
 
@@ -91,12 +91,12 @@ class ComparatorTask:
         added to the validation photos, the share is 33 % after training with noise and 24 % after training without.
         For unchanged validation photos it is 50.6 % and 51.3 %.
         """
-        image, rngs = unit(batch["image"]), None
-        if key is not None:
-            noise_key, dropout_key = jax.random.split(key)
+        image, other = unit(batch["image"]), batch["other"]
+        noise_key, image_key, other_key = randomness.split(key, 3)
+        if noise_key is not None:
             share = self.settings.noise * jax.random.uniform(noise_key, (len(image), 1))
-            image, rngs = image + share * jnp.roll(image, 1, 0), nnx.Rngs(dropout=dropout_key)
-        logits = jnp.exp(model.scale[...]) * model(image, rngs) @ model(batch["other"], rngs).T
+            image = image + share * jnp.roll(image, 1, 0)
+        logits = jnp.exp(model.scale[...]) * model(image, image_key) @ model(other, other_key).T
         valid = batch.get("valid", jnp.ones(len(image), bool))
         same_place = batch["place"] @ batch["place"].T > np.cos(self.settings.same_within_km / EARTH_RADIUS_KM)
         pair = jnp.eye(len(image), dtype=bool)
@@ -125,15 +125,16 @@ class Scorer(nnx.Module):
         self.layers = nnx.List([])
         if settings.hidden:
             self.layers.extend([nnx.Linear(f, settings.hidden, rngs=rngs), nnx.Linear(settings.hidden, v, rngs=rngs)])
-        self.dropout = nnx.Dropout(settings.dropout)
+        self.dropout = settings.dropout
 
-    def __call__(self, features: Float[Array, "B K F"], rngs: nnx.Rngs | None = None) -> Float[Array, "B K 5"]:
-        """rngs: source of dropout; no dropout if None."""
+    def __call__(self, features: Float[Array, "B K F"], key: Key[Array, ""] | None = None) -> Float[Array, "B K 5"]:
+        """key: random key for dropout; no dropout if None."""
         mean, deviation = self.moments[...]
         x = jnp.clip((features - mean) / (deviation + 1e-3), -5, 5)
         logits = self.linear(x)
         if self.layers:
-            hidden = self.dropout(jax.nn.gelu(self.layers[0](x)), deterministic=rngs is None, rngs=rngs)
+            words = randomness.words(key, *x.shape[:-1])
+            hidden = randomness.dropout(jax.nn.gelu(self.layers[0](x)), self.dropout, words)
             logits = logits + self.layers[1](hidden)
         return logits
 
@@ -161,9 +162,8 @@ class ScorerTask:
     def loss(
         self, model: Scorer, batch: Mapping[str, Array], key: jax.Array | None
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-        """Returns the loss and metrics of `listwise`. key: source of dropout; no dropout if None."""
-        rngs = None if key is None else nnx.Rngs(dropout=key)
-        return listwise(model(batch["features"], rngs), batch["km"], batch.get("valid"))
+        """Returns the loss and metrics of `listwise`. key: random key for dropout; no dropout if None."""
+        return listwise(model(batch["features"], key), batch["km"], batch.get("valid"))
 
 
 def listwise(

@@ -150,9 +150,9 @@ class ClassifierTask:
         """Returns the mean cross-entropy in nats, and a dict with the accuracy.
 
         The accuracy is the share of photos whose most probable cell is the true one.
-        key: source of dropout; no dropout if None.
+        key: random key for dropout; no dropout if None.
         """
-        logits = model(batch["vectors"], None if key is None else nnx.Rngs(dropout=key))
+        logits = model(batch["vectors"], key)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["cell"])
         right = logits.argmax(-1) == batch["cell"]
         valid = batch.get("valid")

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float, Int
 
+from geotoken_jax import randomness
 from geotoken_jax.batch import padded
 from geotoken_jax.gallery.table import Table
 from geotoken_jax.geo.cells import CellScheme, Scheme
@@ -112,7 +113,7 @@ class Decoder:
                 f"{self.cells.group}, at most {self.cells.level}"
             )
         graph, self._state = nnx.split(model)
-        key = jax.random.key(settings.seed)
+        key = randomness.key(settings.seed)
 
         def run(state: Any, batch: Mapping[str, jax.Array], numbers: jax.Array) -> tuple[Candidates, Any]:
             model = nnx.merge(graph, state)

@@ -17,7 +17,7 @@ from flax import nnx
 from jax import export
 from jaxtyping import Float
 
-from geotoken_jax import checkpoint, settings
+from geotoken_jax import checkpoint, randomness, settings
 from geotoken_jax.align.heads import AlignModel, AlignSettings
 from geotoken_jax.align.task import AlignTask
 from geotoken_jax.model.geotoken import GeoTokenModel, ModelSettings
@@ -75,7 +75,7 @@ def decoding(model: GeoTokenModel, options: PredictSettings, *, noise: bool = Fa
         elif noise:
             candidates = sample.draw(model, memory, lambda t: last[0][t], 1 + samples, *tempered, shared_slots=True)
         else:
-            keys = jax.vmap(lambda number: jax.random.fold_in(jax.random.key(options.seed), number))(last[0])
+            keys = jax.vmap(lambda number: jax.random.fold_in(randomness.key(options.seed), number))(last[0])
             candidates = sample.sample(model, memory, keys, samples, *tempered)
         return candidates._asdict()
 
@@ -117,7 +117,7 @@ def with_noise(folder: epath.PathLike) -> tuple[dict[str, Program], Float[np.nda
         "align": embedding(checkpoint.read_module(folder / "align.safetensors", aligned.init), width),
         "geotoken": program,
     }
-    key = jax.random.fold_in(jax.random.key(predict.seed), 0)
+    key = jax.random.fold_in(randomness.key(predict.seed), 0)
     length, candidates, vocabulary = program.arguments["noise"].shape
     drawn = [sample.noise(key[None], jnp.int32(t), candidates - 1, vocabulary)[0] for t in range(length)]
     return programs, np.stack(drawn)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from geotoken_jax import randomness
 from geotoken_jax.model.geotoken import GeoTokenModel, Memory
 
 
@@ -24,8 +25,8 @@ class Candidates(NamedTuple):
 
 def greedy(model: GeoTokenModel, memory: Memory) -> Candidates:
     """Returns one candidate per photo: the most probable token at each position in turn."""
-    noise_free = jnp.zeros((memory.lengths.shape[0], 2), jnp.uint32)
-    return sample(model, memory, jax.random.wrap_key_data(noise_free), 0, 1.0)
+    unused = jax.random.split(randomness.key(0), len(memory.lengths))
+    return sample(model, memory, unused, 0, 1.0)
 
 
 def sample(

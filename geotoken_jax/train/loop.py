@@ -16,7 +16,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from geotoken_jax import checkpoint, chips, jax_modes, processes, sharding
+from geotoken_jax import checkpoint, chips, jax_modes, processes, randomness, sharding
 from geotoken_jax.checkpoint import Checkpoints
 from geotoken_jax.manifests import StageError
 from geotoken_jax.progress import Progress
@@ -136,7 +136,7 @@ def run(task: Task, settings: TrainSettings, mesh: Mesh, folder: epath.PathLike,
     trainer = Trainer(task, optimizer, mesh, settings.accumulate, settings.ema, settings.gradient_dtype)
     folder = epath.Path(folder)
     first = jax.process_index() == 0
-    key = jax.random.key(settings.seed)
+    key = randomness.key(settings.seed)
     with (
         _full_disk_as_stage_error(folder),
         _profiler(settings.profiler_port),

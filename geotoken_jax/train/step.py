@@ -11,7 +11,7 @@ import optax
 from flax import nnx, traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from geotoken_jax import sharding
+from geotoken_jax import randomness, sharding
 from geotoken_jax.settings import SettingsError
 
 #: State of a training, a dict of arrays and optax's containers. step: number of steps done. params: variables of the
@@ -72,7 +72,7 @@ class Trainer:
         self._graph, *self._variables = nnx.split(nnx.eval_shape(lambda: task.init(nnx.Rngs(0))), nnx.Param, ...)
         self._set_shardings()
         shardings = self._state_shardings()
-        shapes = jax.eval_shape(self._init, jax.random.key(0))
+        shapes = jax.eval_shape(self._init, randomness.key(0))
         #: Shapes, types and shardings of the state.
         self.abstract: State = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings

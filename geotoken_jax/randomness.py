@@ -55,7 +55,7 @@ def dropout(
 def _dropout(x: Array, words: Array, rate: float, site: int) -> Array:
     kept = _kept(x.shape, words, rate, site)
     # In 16 bits 1 / (1 - rate) would be off by up to 0.2 %.
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = x.dtype if x.dtype.itemsize > 4 else jnp.dtype(jnp.float32)
     scaled = x.astype(wide) * jnp.asarray(1 / (1 - rate), wide)
     return jnp.where(kept, scaled, jnp.zeros((), wide)).astype(x.dtype)
 

@@ -75,6 +75,7 @@ FORM: dict[str, Any] = dict(
     tie_tokens=True,
     copy_head=True,
     similarities=True,
+    attention_dropout=0.0,
 )
 
 

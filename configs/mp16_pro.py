@@ -21,4 +21,7 @@ def get_config() -> ConfigDict:
     config.photos.max_dropped = 0.15
     config.embed.backbone = "huggingface"
     config.embed.threads = 16
+    # PyTorch's layers, which the paper uses, drop attention weights at their one dropout rate. No fused kernel does:
+    # --config.model.attention_dropout=0 trains with them.
+    config.model.attention_dropout = config.model.dropout
     return config

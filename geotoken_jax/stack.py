@@ -6,12 +6,16 @@ from typing import Any
 import jax
 from flax import nnx
 
-from geotoken_jax import sharding
+from geotoken_jax import attention, sharding
 
 #: Value of `config.model.remat` -> policy for the activations that are stored for gradients; others are recomputed.
 REMAT: dict[str, Any] = {
     "none": jax.checkpoint_policies.everything_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # A fused kernel is no product, so its result has a name: without it the backward pass would run the kernel again.
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(attention.RESULT),
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

@@ -17,6 +17,7 @@ RANKS = {
         ],
         0,
     ),
+    **dict.fromkeys(["attention", "attention_tpu"], 0),
     **dict.fromkeys(["backbone", "gallery"], 1),
     "preparation": 2,
     **dict.fromkeys(["data", "align", "model"], 3),

@@ -1,4 +1,4 @@
-"""Gated feed-forward, normalized attention logits, and the choice of the attention kernel."""
+"""Gated feed-forward and normalized attention logits."""
 
 import jax
 import jax.numpy as jnp
@@ -6,11 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from geotoken_jax import settings, sharding
+from geotoken_jax import sharding
 from geotoken_jax.model import layers
 from tests import fixtures
-
-on_a_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs a GPU")
 
 
 @pytest.mark.parametrize("activation, let_through", [("swiglu", jax.nn.silu), ("geglu", jax.nn.gelu)])
@@ -64,40 +62,3 @@ def test_gated_and_normalized_on_a_mesh_is_what_it_is_on_one_device():
     for one, eight in zip(*(jax.tree.leaves(part) for part in found), strict=True):
         assert np.any(one)
         np.testing.assert_allclose(eight, one, atol=1e-5)
-
-
-def test_cudnn_without_a_gpu_is_refused_in_one_sentence(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    with pytest.raises(
-        settings.SettingsError, match=r"'cudnn', which needs a GPU, but JAX uses a tpu: set it to 'xla'"
-    ):
-        layers.choose_kernel("cudnn", 214)
-    assert layers.choose_kernel("xla", 214) == "xla"
-    model = fixtures.model("ours", attention="cudnn", dtype="bfloat16")
-    with pytest.raises(settings.SettingsError, match=r"config\.model\.attention"):
-        fixtures.forward(model, fixtures.batch())
-
-
-def test_cudnn_leaves_short_sequences_to_xla(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    found = {keys: layers.choose_kernel("cudnn", keys) for keys in (11, 19, 21, 214, 364)}
-    assert found == {11: "xla", 19: "xla", 21: "xla", 214: "cudnn", 364: "cudnn"}
-
-
-@on_a_gpu
-@pytest.mark.parametrize("queries", [11, 214])
-def test_cudnn_computes_what_xla_does(queries):
-    rng = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.normal(size=(4, n, 8, 64)), jnp.bfloat16) for n in (queries, 214, 214))
-    lengths = jnp.array([214, 100, 17, 4], jnp.int32)
-
-    def found(kernel):
-        def total(q, k, v):
-            out = layers.attention(q, k, v, kernel=kernel, lengths=lengths).astype(jnp.float32)
-            return jnp.sum(out * jnp.cos(jnp.arange(out.size).reshape(out.shape))), out
-
-        (_, out), gradients = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))(q, k, v)
-        return out, *gradients
-
-    for ours, theirs in zip(found("cudnn"), found("xla"), strict=True):
-        np.testing.assert_allclose(np.asarray(ours, np.float32), np.asarray(theirs, np.float32), atol=3e-2)

@@ -308,14 +308,19 @@ def test_sinusoidal_positions():
         ({"norm": "both"}, "config.model.norm is 'both': choose one of pre, post"),
         ({"remat": "some"}, "config.model.remat is 'some'"),
         ({"activation": "swish"}, "config.model.activation is 'swish': choose one of relu, gelu, swiglu, geglu"),
-        ({"attention": "flash"}, "config.model.attention is 'flash': choose one of xla, cudnn"),
+        ({"attention": "flash"}, "config.model.attention is 'flash': choose one of auto, xla, cudnn"),
         (
             {"attention": "cudnn"},
             "config.model.attention is 'cudnn', which needs .* dtype is float32 and width / heads is 8",
         ),
         (
             {"attention": "cudnn", "dtype": "bfloat16", "heads": 4},
-            "dtype is bfloat16 and width / heads is 4: change dtype or heads, or set attention to 'xla'",
+            "dtype is bfloat16 and width / heads is 4: change dtype or heads, or set attention to 'auto'",
+        ),
+        ({"attention_dropout": 1.0}, "config.model.attention_dropout is 1.0: choose a rate of at least 0 and below 1"),
+        (
+            {"attention": "cudnn", "dtype": "bfloat16", "attention_dropout": 0.1},
+            "config.model.attention is 'cudnn', which cannot drop .* attention_dropout is 0.1: set attention to 'auto'",
         ),
         ({"memory": "half"}, "config.model.memory is 'half'"),
         ({"context": "weather"}, "config.model.context is 'weather': choose one of none, season, time"),

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from geotoken_jax import settings, sharding, stack
+from geotoken_jax import attention, settings, sharding, stack
 
 ACTIVATIONS: dict[str, Callable] = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
@@ -92,10 +92,8 @@ def norm(shape: Shape, rngs: nnx.Rngs) -> nnx.LayerNorm:
 def attend(
     q: Float[Array, "B T H d"], k: Float[Array, "B S H d"], v: Float[Array, "B S H d"], causal: bool = False
 ) -> Float[Array, "B T D"]:
-    """Returns the result of softmax attention, heads concatenated. On GPUs, 16-bit inputs use cuDNN's fused kernel."""
-    # Below 64 queries XLA is used, since they do not fill a tile of cuDNN's kernels.
-    fused = jax.default_backend() == "gpu" and q.dtype.itemsize == 2 and q.shape[1] >= 64 and q.shape[-1] % 8 == 0
-    mixed = jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn" if fused else "xla")
+    """Returns the result of softmax attention, heads concatenated, by a fused kernel where there is one."""
+    mixed = attention.attention(q, k, v, kernel="auto", causal=causal)
     return mixed.reshape(*mixed.shape[:-2], -1)
 
 

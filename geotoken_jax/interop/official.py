@@ -62,9 +62,10 @@ def settings(
     fixed = dict(
         norm="post", activation="relu", scheme="s2", memory="full", positions="sinusoidal", tie_tokens=False,
         copy_head=False, neighbor_tokens=True, neighbor_embeddings=True, neighbor_dropout=0.0, similarities=False,
-        context="none", qk_norm=False, attention="xla",
+        context="none", qk_norm=False, attention="auto",
     )  # fmt: skip
     free = {"backbone_width": 768, "dropout": 0.1, "dtype": "float32", "remat": "none", **others}
+    free["attention_dropout"] = free["dropout"]  # PyTorch's layers have one rate
     return ModelSettings(
         width=width, heads=heads, feed_forward=feed_forward, level=level, group=group, neighbors=neighbors,
         encoder_layers=layers, decoder_layers=layers, **fixed, **free,
@@ -377,9 +378,8 @@ def _import(options: argparse.Namespace) -> int:
     s = settings_of(weights, heads=options.heads, neighbors=options.neighbors)
     params = nnx.to_pure_dict(nnx.state(from_state_dict(s, weights), nnx.Param))
     checkpoint.write_parameters(options.out, params)
-    changed = {
-        name: value for name, value in dataclasses.asdict(s).items() if name not in ("dropout", "dtype", "remat")
-    }
+    free = ("attention", "attention_dropout", "dropout", "dtype", "remat")
+    changed = {name: value for name, value in dataclasses.asdict(s).items() if name not in free}
     print(f"{options.out}: {sum(p.size for p in jax.tree.leaves(params)):,} parameters. Load them with these settings:")
     print(" ".join(f"--config.model.{name}={value}" for name, value in changed.items()))
     return 0

@@ -18,7 +18,7 @@ The decoder's parameters with the tensor names of the published code: `geotoken.
 `load_state_dict(..., strict=False)`: entries that the published forward pass never reads are left out.
 """
 #: Settings of training and execution. They do not change the architecture.
-_RUNTIME = ("dropout", "neighbor_dropout", "dtype", "remat")
+_RUNTIME = ("attention", "attention_dropout", "dropout", "neighbor_dropout", "dtype", "remat")
 
 
 def make(folder: epath.Path, out: epath.Path) -> str:

@@ -9,17 +9,15 @@ of the encoder, and of the decoder, are stacked (geotoken_jax/stack.py) and scan
 import dataclasses
 import enum
 from collections.abc import Callable
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from geotoken_jax import sharding, stack
+from geotoken_jax import attention, sharding, stack
 from geotoken_jax.randomness import dropout
-from geotoken_jax.settings import Runtime, SettingsError
+from geotoken_jax.settings import Runtime
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +27,12 @@ class LayerSettings:
     norm: "pre" or "post". dtype: type in which matrix products are computed.
     activation: "relu", "gelu", or a gated one (see GATED): "swiglu" with SiLU, "geglu" with GELU.
     qk_norm: whether to scale queries and keys to length sqrt(d) before their product, which bounds attention logits.
-    attention: "xla", or "cudnn" for fused kernels, which need a GPU and a 16-bit dtype; even with "cudnn", fewer than
-    64 keys use "xla". remat: values of a layer that are kept for the backward pass, which computes the others again:
-    "none" keeps all values, "dots" the products with parameters, "full" only the layer's input.
+    attention: kernel of attention. "auto" takes the fused kernel of a TPU or GPU if there is one for the shapes, and
+    else "xla"; "cudnn" needs a GPU and a 16-bit dtype, and even with it fewer than 64 keys use "xla".
+    attention_dropout: dropout rate of the attention weights, which PyTorch's layers drop at the rate `dropout`. Fused
+    kernels cannot drop them, so "auto" takes "xla" in training if the rate is not 0. remat: values of a layer that are
+    kept for the backward pass, which computes the others again: "none" keeps all values, "dots" the products with
+    parameters and the result of attention, "full" only the layer's input.
     """
 
     width: int
@@ -42,6 +43,7 @@ class LayerSettings:
     activation: str
     qk_norm: bool
     attention: Runtime[str]
+    attention_dropout: float
     dtype: str
     remat: Runtime[str]
 
@@ -53,7 +55,7 @@ class LayerSettings:
         for name, choices in (
             ("norm", ("pre", "post")),
             ("activation", ACTIVATIONS),
-            ("attention", ("xla", "cudnn")),
+            ("attention", attention.KERNELS),
             ("remat", stack.REMAT),
         ):
             if getattr(self, name) not in choices:
@@ -63,7 +65,17 @@ class LayerSettings:
             raise ValueError(
                 "config.model.attention is 'cudnn', which needs dtype bfloat16 or float16, and width / heads in 8, "
                 f"16, ... 128, but dtype is {self.dtype} and width / heads is {head}: change dtype or heads, or set "
-                "attention to 'xla'"
+                "attention to 'auto'"
+            )
+        if not 0.0 <= self.attention_dropout < 1.0:
+            raise ValueError(
+                f"config.model.attention_dropout is {self.attention_dropout}: choose a rate of at least 0 and below 1"
+            )
+        if self.attention == "cudnn" and self.attention_dropout:
+            raise ValueError(
+                "config.model.attention is 'cudnn', which cannot drop attention weights, but "
+                f"config.model.attention_dropout is {self.attention_dropout}: set attention to 'auto', or "
+                "attention_dropout to 0"
             )
 
 
@@ -84,60 +96,8 @@ class Site(enum.IntEnum):
     MEMORY_ATTENTION = 1
     HIDDEN = 2
     FEED_FORWARD = 3
-
-
-def attention(
-    q: Float[Array, "B T H d"],
-    k: Float[Array, "B S H d"],
-    v: Float[Array, "B S H d"],
-    *,
-    kernel: str,
-    causal: bool = False,
-    lengths: Int[Array, " B"] | None = None,
-) -> Float[Array, "B T H d"]:
-    """Returns softmax attention. Query t attends to the keys s < lengths, and if causal, only to keys s <= t.
-
-    kernel: "xla" or "cudnn" (see `choose_kernel`). lengths: number of keys per example; all S keys if None. There is no
-    mask argument, because the fused kernels refuse a mask tensor, or break on it.
-
-    Raises SettingsError for "cudnn" without a GPU.
-    """
-    kernel = choose_kernel(kernel, k.shape[1])
-    return jax.nn.dot_product_attention(q, k, v, is_causal=causal, key_value_seq_lengths=lengths, implementation=kernel)
-
-
-def attention_by_head(
-    q: Float[Array, "B H Q d"],
-    k: Float[Array, "B H S d"],
-    v: Float[Array, "B H S d"],
-    seen: Bool[Array, "#B #H #Q S"],
-) -> Float[Array, "B H Q d"]:
-    """Returns softmax attention of a few queries to keys and values laid out head by head, for decoding.
-
-    seen: keys that each query attends to. The products read this layout directly. The layout of `attention`,
-    [B, S, H, d], would be transposed at every step. With the paper's shape and 31 candidates on a CPU, a layer attends
-    to the memory in 1.5 ms (3.2 ms with transposition), and to the tokens in 0.2 ms (2.1 ms). config.model.attention
-    has no effect here.
-    """
-    logits = jnp.einsum("bhqd,bhsd->bhqs", q, k, preferred_element_type=jnp.float32) / np.sqrt(q.shape[-1])
-    weights = jax.nn.softmax(jnp.where(seen, logits, -1e30)).astype(v.dtype)
-    return jnp.einsum("bhqs,bhsd->bhqd", weights, v)
-
-
-def choose_kernel(requested: str, keys: int) -> Literal["xla", "cudnn"]:
-    """Returns the kernel for attention over `keys` keys: the requested one, but always "xla" for fewer than 64 keys.
-
-    Raises SettingsError for "cudnn" without a GPU.
-    """
-    if requested == "cudnn" and jax.default_backend() != "gpu":
-        raise SettingsError(
-            f"config.model.attention is 'cudnn', which needs a GPU, but JAX uses a {jax.default_backend()}: set it to "
-            "'xla'"
-        )
-    # cuDNN refused the decoder's sequences of 11 and 21 tokens ("Unsupported sequence length"), and accepted 214 keys,
-    # the length of the paper's memory at group 2. Fewer than 64 keys do not fill a tile of its kernels, and take little
-    # memory.
-    return "cudnn" if requested == "cudnn" and keys >= 64 else "xla"
+    WEIGHTS = 4
+    MEMORY_WEIGHTS = 5
 
 
 class Attention(nnx.Module):
@@ -150,6 +110,7 @@ class Attention(nnx.Module):
     def __init__(self, settings: LayerSettings, rngs: nnx.Rngs):
         d, dtype = settings.width, jnp.dtype(settings.dtype)
         self.heads, self.kernel, self.normalize = settings.heads, settings.attention, settings.qk_norm
+        self.rate = settings.attention_dropout
         self.q, self.k, self.v = (sharding.linear(d, d, ("embed", "heads"), rngs=rngs, dtype=dtype) for _ in range(3))
         self.out = sharding.linear(d, d, ("heads", "embed"), rngs=rngs, dtype=dtype)
         if settings.qk_norm:
@@ -171,12 +132,23 @@ class Attention(nnx.Module):
         queries: Float[Array, "B T H d"],
         keys: Float[Array, "B S H d"],
         values: Float[Array, "B S H d"],
+        words: UInt32[Array, "B T"] | None,
+        site: int,
         *,
         causal: bool = False,
         lengths: Int[Array, " B"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Returns the attention of all heads, projected to D. causal, lengths: see `attention`."""
-        attended = attention(queries, keys, values, kernel=self.kernel, causal=causal, lengths=lengths)
+        """Returns the attention of all heads, projected to D.
+
+        words, site: see `randomness.dropout`, for the attention weights. causal, lengths: see `attention.attention`.
+        """
+        drop = None
+        if words is not None and self.rate:
+            rows = words[:, None]
+            drop = lambda weights: dropout(weights, self.rate, rows, site)  # noqa: E731
+        attended = attention.attention(
+            queries, keys, values, kernel=self.kernel, causal=causal, lengths=lengths, drop=drop
+        )
         return self.out(attended.reshape(*attended.shape[:-2], -1))
 
 
@@ -229,7 +201,7 @@ class EncoderLayer(_Layer):
     ) -> Float[Array, "B S D"]:
         def attend(y: Array) -> Array:
             k, v = self.attention.keys_values(y)
-            return self.attention(self.attention.queries(y), k, v, lengths=lengths)
+            return self.attention(self.attention.queries(y), k, v, words, Site.WEIGHTS, lengths=lengths)
 
         x = self._residual(self.norms[0], x, attend, words, Site.ATTENTION)
         return self._residual(self.norms[1], x, lambda y: self.feed_forward(y, words), words, Site.FEED_FORWARD)
@@ -255,10 +227,11 @@ class DecoderLayer(_Layer):
 
         def attend(y: Array) -> Array:
             k, v = self.attention.keys_values(y)
-            return self.attention(self.attention.queries(y), k, v, causal=True)
+            return self.attention(self.attention.queries(y), k, v, words, Site.WEIGHTS, causal=True)
 
         def attend_memory(y: Array) -> Array:
-            return self.memory_attention(self.memory_attention.queries(y), *memory, lengths=lengths)
+            queries = self.memory_attention.queries(y)
+            return self.memory_attention(queries, *memory, words, Site.MEMORY_WEIGHTS, lengths=lengths)
 
         return self._sublayers(x, attend, attend_memory, words)
 
@@ -292,11 +265,11 @@ class DecoderLayer(_Layer):
                 jax.lax.dynamic_update_slice(past[0], written[0], at),
                 jax.lax.dynamic_update_slice(past[1], written[1], at),
             )
-            attended = attention_by_head(grouped(self.attention.queries(y)), past[0][number], past[1][number], seen)
+            attended = attention.by_head(grouped(self.attention.queries(y)), past[0][number], past[1][number], seen)
             return self.attention.out(attended.swapaxes(1, 2).reshape(y.shape))
 
         def attend_memory(y: Array) -> Array:
-            attended = attention_by_head(self.memory_attention.queries(y).swapaxes(1, 2), *memory, real)
+            attended = attention.by_head(self.memory_attention.queries(y).swapaxes(1, 2), *memory, real)
             return self.memory_attention.out(attended.swapaxes(1, 2).reshape(y.shape))
 
         return self._sublayers(x, attend, attend_memory, None), past

@@ -127,9 +127,10 @@ def _bytes(photos: int, queries: int, keys: int, width: int) -> int:
 
 def _forward(lengths: Any, q: Any, k: Any, v: Any, out: Any, *, photos: int, d: int) -> None:
     """Kernel of the result. lengths: number of keys of each photo. Other arguments: blocks [photos, S, H * d]."""
+    first = pl.program_id(0) * photos
 
     def run(photo: Any, lanes: slice, heads: Sequence[Any]) -> None:
-        hidden = _hidden(lengths, photos, photo, k.shape[1], axis=1)
+        hidden = _hidden(lengths[first + photo], (1, k.shape[1]))
         qs, ks, vs = q[photo, :, lanes] * _scale(q, d), k[photo, :, lanes], v[photo, :, lanes]
         parts = []
         for own in heads:
@@ -145,9 +146,10 @@ def _backward(
     lengths: Any, q: Any, k: Any, v: Any, gradient: Any, dq: Any, dk: Any, dv: Any, *, photos: int, d: int
 ) -> None:
     """Kernel of the gradients. gradient: of the result. Scores are transposed: keys x queries."""
+    first = pl.program_id(0) * photos
 
     def run(photo: Any, lanes: slice, heads: Sequence[Any]) -> None:
-        hidden = _hidden(lengths, photos, photo, k.shape[1], axis=0)
+        hidden = _hidden(lengths[first + photo], (k.shape[1], 1))
         qs, ks, vs = q[photo, :, lanes] * _scale(q, d), k[photo, :, lanes], v[photo, :, lanes]
         gs = gradient[photo, :, lanes]
         parts = []
@@ -189,11 +191,10 @@ def _each(photos: int, width: int, d: int, run: Callable) -> None:
         jax.lax.fori_loop(0, photos, one, None)
 
 
-def _hidden(lengths: Any, photos: int, photo: Any, keys: int, axis: int) -> Array:
-    """Returns 0 for each key of a photo and _HIDDEN for its padding, along an axis of the scores."""
-    shape = (1, keys) if axis == 1 else (keys, 1)
-    real = jax.lax.broadcasted_iota(jnp.int32, shape, axis) < lengths[pl.program_id(0) * photos + photo]
-    return jnp.where(real, 0.0, _HIDDEN)
+def _hidden(length: Any, shape: tuple[int, int]) -> Array:
+    """Returns 0 for each of a photo's keys and _HIDDEN for its padding, as a row or column of the scores."""
+    key = jax.lax.broadcasted_iota(jnp.int32, shape, shape.index(max(shape)))
+    return jnp.where(key < length, 0.0, _HIDDEN)
 
 
 def _scale(q: Any, d: int) -> Array:

@@ -41,9 +41,9 @@ def attention(
 ) -> Float[Array, "B T H d"]:
     """Returns softmax attention. Query t attends to the keys s < lengths, and if causal, only to keys s <= t.
 
-    kernel: one of KERNELS (see `choose`). lengths: number of keys per example, at least 1; all S keys if None. There is no mask
-    argument, because the fused kernels refuse a mask tensor, or break on it. drop: dropout of the attention weights
-    [B, H, T, S], which makes every kernel "xla".
+    kernel: one of KERNELS (see `choose`). lengths: number of keys per example, at least 1; all S keys if None. There is
+    no mask argument, because the fused kernels refuse a mask tensor, or break on it. drop: dropout of the attention
+    weights [B, H, T, S], which makes every kernel "xla".
 
     Raises SettingsError for "cudnn" without a GPU.
     """

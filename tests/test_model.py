@@ -320,7 +320,7 @@ def test_sinusoidal_positions():
         ({"attention_dropout": 1.0}, "config.model.attention_dropout is 1.0: choose a rate of at least 0 and below 1"),
         (
             {"attention": "cudnn", "dtype": "bfloat16", "attention_dropout": 0.1},
-            "config.model.attention is 'cudnn', which cannot drop .* attention_dropout is 0.1: set attention to 'auto'",
+            "config.model.attention is 'cudnn', which cannot drop .*attention_dropout is 0.1: set attention to 'auto'",
         ),
         ({"memory": "half"}, "config.model.memory is 'half'"),
         ({"context": "weather"}, "config.model.context is 'weather': choose one of none, season, time"),

@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     config.embed = _embed()
     config.align = _align()
     config.index = _index()
-    config.gallery = dict(placement="host")  # geotoken_jax/gallery/placement.py
+    config.gallery = dict(placement="host", shards=-1)  # geotoken_jax/gallery/placement.py
     config.data = dict(photos=0, seed=0)  # geotoken_jax/data/join.py
     config.model = _model()
     config.loss = dict(first_weight=2.0, last_weight=1.0)  # geotoken_jax/model/task.py

@@ -53,7 +53,7 @@ def model(form: str, **changes) -> GeoTokenModel:
 
 def task(s: ModelSettings, where: str = "host", mesh=None) -> GeoTokenTask:
     """Returns the task with the paper's loss weights. where: placement of the gallery."""
-    return GeoTokenTask(s, LossSettings(2.0, 1.0), placement.lookup(placement.GallerySettings(where), mesh))
+    return GeoTokenTask(s, LossSettings(2.0, 1.0), placement.lookup(placement.GallerySettings(where, -1), mesh))
 
 
 def batch(n: int = 4, cells: CellScheme = CELLS, seed: int = 0) -> dict[str, np.ndarray]:

@@ -83,7 +83,7 @@ def run(
     where: placement of the gallery. order: indices of the devices, in the order of the mesh; the first ones if None.
     """
     model = fixtures.settings("ours", decoder_layers=1, dropout=0.1)
-    gallery_settings = placement.GallerySettings(where)
+    gallery_settings = placement.GallerySettings(where, -1)
     options = loop.TrainSettings(
         batch_size=BATCH, accumulate=accumulate, examples=BATCH * steps, evaluate_every=evaluate_every, log_every=1,
         seed=0, ema=0.0, max_skipped=0, profile=(0, 0), profiler_port=0, save_every_s=0.0, keep=2, wandb="",

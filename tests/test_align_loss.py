@@ -141,16 +141,34 @@ def plainly(kind, with_queue):
 
 @pytest.mark.parametrize("kind", contrast.KINDS)
 @pytest.mark.parametrize(
-    ("sizes", "chunk", "with_queue"),
-    [((1, 1, 1), 7, True), ((8, 1, 1), 4, True), ((8, 1, 1), 3, False), ((2, 4, 1), 99, True), ((2, 2, 2), 5, False)],
+    ("sizes", "chunk", "with_queue", "ring"),
+    [
+        ((1, 1, 1), 7, True, True),
+        ((8, 1, 1), 4, True, True),
+        ((8, 1, 1), 4, True, False),
+        ((8, 1, 1), 3, False, True),
+        ((2, 4, 1), 99, True, False),
+        ((2, 2, 2), 5, False, False),
+        ((2, 2, 2), 5, False, True),
+    ],
 )
-def test_in_chunks_on_any_mesh_it_is_the_plain_loss(sizes, chunk, with_queue, kind):
+def test_in_chunks_on_any_mesh_it_is_the_plain_loss(sizes, chunk, with_queue, ring, kind, monkeypatch):
+    monkeypatch.setattr(contrast, "_TURN_BYTES", 0 if ring else 1 << 20)
     found = graded(functools.partial(align_loss.ours, chunk=chunk), kind, with_queue, mesh_of(*sizes))
     wanted = plainly(kind, with_queue)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         # InfoNCE does not depend on the bias, so its gradient is a sum of terms that cancel up to rounding.
         np.testing.assert_allclose(one, other, rtol=2e-5, atol=1e-6)
     assert np.any(found[1][2]) == with_queue
+
+
+@pytest.mark.parametrize(("constant", "value"), [("_TURN_BYTES", 1), ("_GATHERED_BYTES", 1), ("", 0)])
+def test_large_targets_travel_in_a_ring_and_small_ones_are_gathered(constant, value, monkeypatch):
+    if constant:
+        monkeypatch.setattr(contrast, constant, value)
+    with jax.sharding.use_abstract_mesh(mesh_of(8, 1, 1).abstract_mesh):
+        traced = str(jax.make_jaxpr(lambda a, b: contrast.info_nce(a, Targets(b, APART, ALL), SCALE, chunk=3))(A, B))
+    assert ("ppermute" in traced) == bool(constant) and ("all_gather" in traced) != bool(constant)
 
 
 def test_the_queue_makes_it_harder_for_photos_alone():

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from geotoken_jax.gallery import index
+from geotoken_jax.gallery import device_search, index
 
 SETTINGS = index.IndexSettings(
     "scann",
@@ -83,7 +83,7 @@ def test_scann_built_again_in_another_process_finds_the_same(tmp_path, monkeypat
     # The training samples are the same too: 667 rows in each of three shards.
     code = """if True:
         import sys
-        from geotoken_jax.gallery import index
+        from geotoken_jax.gallery import device_search, index
         from tests import test_index
         index._TRAINING_ROWS, index._CODE_ROWS = 500, 300
         settings = test_index.dataclasses.replace(test_index.SETTINGS, shard_rows=700, threads=1)
@@ -109,6 +109,43 @@ def test_shards_searched_exactly_are_the_whole(tmp_path):
     for k in (15, 90, 600):
         for one, other in zip(built.search(x[:50], k), index.exact(x, x[:50], k), strict=True):
             np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 500])
+@pytest.mark.parametrize("shard_rows", [70, 5000])
+def test_search_on_devices_is_exact(rows, shard_rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(device_search, "_QUERIES", 16)
+    monkeypatch.setattr(device_search, "_ROWS", 20)
+    x = vectors(rows)
+    x[rows // 2 :] = x[: rows - rows // 2]  # equal scores across shards, devices and blocks
+    built = index.build(
+        x, dataclasses.replace(SETTINGS, kind="device", reorder_dtype="float32", shard_rows=shard_rows), tmp_path
+    )
+    assert built.facts["kind"] == "device" and built.facts["recall"] == 1.0 and len(built) == rows
+    for k, queries in ((15, x[:50]), (rows + 3, x[:1]), (5, x[:0])):
+        for searched in (built, index.load(tmp_path, threads=1)):
+            for one, other in zip(searched.search(queries, k), index.exact(x, queries, k), strict=True):
+                np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_search_on_devices_with_rounded_vectors_scores_the_stored_ones(dtype, tmp_path):
+    x = vectors(1000)
+    built = index.build(x, dataclasses.replace(SETTINGS, kind="device", reorder_dtype=dtype, min_recall=0.9), tmp_path)
+    stored = index.build(x, dataclasses.replace(SETTINGS, kind="exact", reorder_dtype=dtype), tmp_path / "exact")
+    assert built.facts["recall"] == 1.0 or (dtype == "int8" and built.facts["recall"] > 0.9)
+    for one, other in zip(built.search(x[:99], 15), stored.search(x[:99], 15), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_search_on_devices_below_the_recall_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(index, "_SPARE_BFLOAT16", 0)
+    flat = 1 + vectors(1000) / 1000  # bfloat16 cannot tell these apart
+    with pytest.raises(
+        index.IndexQualityError, match=r"recall .* is 0\.\d+ with .*bfloat16.*set reorder_dtype to float32"
+    ):
+        index.build(flat, dataclasses.replace(SETTINGS, kind="device"), tmp_path)
+    assert not (tmp_path / "index.json").exists()
 
 
 class Recorded:
@@ -193,7 +230,9 @@ def test_without_scann_search_is_exact_and_says_so(monkeypatch, capsys, tmp_path
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(kind="faiss"), r"search.kind is 'faiss'.*'scann' or 'exact'"),
+        (dict(kind="faiss"), r"search.kind is 'faiss'.*'scann', 'exact' or 'device'"),
+        (dict(sample=0), r"search.sample is 0: it must be 1 or more"),
+        (dict(min_recall=95.0), r"search.min_recall is 95.0: choose a share from 0 to 1"),
         (dict(shard_rows=0), r"search.shard_rows is 0: it must be 1 or more"),
     ],
 )

@@ -245,7 +245,7 @@ def test_photos_and_neighbors_have_the_tokens_of_their_coordinates(name, tmp_pat
     np.testing.assert_array_equal(batch["tokens"], expected[photos])
     np.testing.assert_array_equal(batch["neighbor_tokens"], expected[np.maximum(near, 0)])
     mesh = sharding.make_mesh(sharding.MeshSettings(8, 1, 1))
-    lies = placement.device_arrays(gallery, scheme, placement.GallerySettings("sharded"), mesh)
+    lies = placement.device_arrays(gallery, scheme, placement.GallerySettings("sharded", -1), mesh)
     np.testing.assert_array_equal(lies["gallery_tokens"][:n], expected)
 
 
@@ -272,7 +272,7 @@ def test_a_model_learns_and_writes_any_cells(name):
     model = fixtures.model("compact", scheme=name, decoder_layers=1)
     near = cells.encode(rng.uniform(-60, 60, (4, 1)), rng.uniform(-150, 150, (4, 1))).repeat(fixtures.M, 1)
     batch = {**fixtures.batch(cells=cells), "neighbor_tokens": near, "tokens": near[:, 0]}
-    lookup = placement.lookup(placement.GallerySettings("host"), None)
+    lookup = placement.lookup(placement.GallerySettings("host", -1), None)
     task = GeoTokenTask(model.settings, LossSettings(2.0, 1.0), lookup, sample.greedy)
     measured = nnx.eval_shape(lambda model: task.loss(model, batch, None)[1], model)
     assert ("distance_km" in measured) == cells.traceable

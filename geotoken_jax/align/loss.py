@@ -1,8 +1,10 @@
 """The contrastive losses of alignment, computed over the whole batch on any number of devices.
 
-The targets travel from device to device in a ring. Every device compares its photos with `chunk` of them at a time and
-adds up the sums of both directions, photos to targets and targets to photos. The backward pass runs the ring again. So
-a device never holds more than `chunk` columns of its rows of the similarity matrix, nor more than its share of targets.
+Every device compares its photos with `chunk` targets at a time and adds up the sums of both directions, photos to
+targets and targets to photos. So it never holds more than `chunk` columns of its rows of the similarity matrix.
+If a device's targets are large, they travel from device to device in a ring, and a device never holds more than its
+share of them. If they are small, all devices gather all targets, because a ring's turns would only wait for links. The
+backward pass does the same again.
 """
 
 import dataclasses
@@ -22,6 +24,11 @@ from geotoken_jax.settings import Runtime, SettingsError
 from geotoken_jax.vectors import unit
 
 KINDS = ("info_nce", "sigmoid")
+#: A device's targets are gathered if they are smaller than this. A turn of the ring then waits longer for its six
+#: messages (1.5 us each: 5,632 messages took an estimated 6 to 11 ms on 256 devices) than 100 GB/s take to move them.
+_TURN_BYTES = 750_000
+#: Largest size of all gathered targets: 1.6 % of the smallest chip's memory (16 GiB).
+_GATHERED_BYTES = 256 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,7 +212,6 @@ def _on_devices(function: Callable, *arguments: Any) -> Any:
 def _forward(
     options: _Options, axes: tuple[str, ...], x: Array, biases: Array, floor: Array, targets: Targets, queue: Targets
 ) -> tuple[_Sums, _Sums]:
-    chunks = functools.partial(_chunks, options.chunk)
     zeros, queue_zeros = jnp.zeros_like(floor), jnp.zeros(len(queue.present))
 
     def add(sums: _Sums, logits: Array, axis: int) -> _Sums:
@@ -216,16 +222,25 @@ def _forward(
         part = jnp.exp(logits - jnp.expand_dims(higher, axis)).sum(axis)
         return higher, total * jnp.exp(maximum - higher) + part
 
-    def step(of_photos: _Sums, part: tuple[Targets, _Sums]) -> tuple[_Sums, _Sums]:
-        columns, of_targets = part
+    def step(of_photos: _Sums, part: tuple[tuple[Targets, Array], _Sums]) -> tuple[_Sums, _Sums]:
+        (columns, _), of_targets = part
         logits = _logits(options, x, biases, targets, columns)
         return add(of_photos, logits, 1), add(of_targets, logits, 0)
 
-    columns = Targets(*map(chunks, targets, queue))
-    of_photos, of_targets = _ring(
-        step, (floor, zeros), columns, (chunks(floor, queue_zeros), chunks(zeros, queue_zeros)), axes
-    )
-    return of_photos, tuple(part.reshape(-1)[: len(x)] for part in of_targets)
+    def add_up(sums: _Sums) -> _Sums:
+        maximum, total = sums
+        highest = jax.lax.pmax(maximum, axes)
+        rescaled = total if options.kind == "sigmoid" else total * jnp.exp(maximum - highest)
+        n = len(highest) // jax.lax.axis_size(axes)
+        own = jax.lax.dynamic_slice_in_dim(highest, jax.lax.axis_index(axes) * n, n)
+        return own, jax.lax.psum_scatter(rescaled, axes, tiled=True)
+
+    fixed = (Targets(*map(_join, targets, queue)), _join(floor, queue_zeros))
+    of_photos, of_targets = _over_columns(
+        step, (floor, zeros), fixed, lambda fixed: (fixed[1], jnp.zeros_like(fixed[1])),
+        chunk=options.chunk, axes=axes, add_up=add_up,
+    )  # fmt: skip
+    return of_photos, tuple(part[: len(x)] for part in of_targets)
 
 
 def _backward(
@@ -237,7 +252,6 @@ def _backward(
     maxima: largest logits of photos and of targets. gradients: gradients with respect to the sums of both.
     """
     (photo_maximum, target_maximum), (photo_gradient, target_gradient) = maxima, gradients
-    chunks = functools.partial(_chunks, options.chunk)
     queue_zeros = jnp.zeros(len(queue.present))
 
     def slope(logits: Array, maximum: Array, gradients: Array, axis: int) -> Array:
@@ -251,14 +265,17 @@ def _backward(
         dx, dbiases = sums
         return (dx + dlogits @ columns.vectors, dbiases + dlogits.sum(1)), dy + dlogits.T @ x
 
-    columns = Targets(*map(chunks, targets, queue))
+    def add_up(dy: Array) -> Array:
+        return jax.lax.psum_scatter(dy, axes, tiled=True)
+
+    columns = Targets(*map(_join, targets, queue))
     # Targets in the queue have no photo and so no sum: with a maximum of infinity, exp(logit - maximum) is 0.
-    fixed = (columns, chunks(target_maximum, queue_zeros + jnp.inf), chunks(target_gradient, queue_zeros))
-    (dx, dbiases), dy = _ring(
-        step, (jnp.zeros_like(x), jnp.zeros_like(biases)), fixed, jnp.zeros_like(columns.vectors), axes
-    )
-    dy = dy.reshape(-1, x.shape[1])
-    return dx, dbiases, dy[: len(x)], dy[len(x) : len(x) + len(queue_zeros)]
+    fixed = (columns, _join(target_maximum, queue_zeros + jnp.inf), _join(target_gradient, queue_zeros))
+    (dx, dbiases), dy = _over_columns(
+        step, (jnp.zeros_like(x), jnp.zeros_like(biases)), fixed, lambda fixed: jnp.zeros_like(fixed[0].vectors),
+        chunk=options.chunk, axes=axes, add_up=add_up,
+    )  # fmt: skip
+    return dx, dbiases, dy[: len(x)], dy[len(x) :]
 
 
 def _logits(options: _Options, x: Array, biases: Array, rows: Targets, columns: Targets) -> Float[Array, "B chunk"]:
@@ -271,32 +288,52 @@ def _logits(options: _Options, x: Array, biases: Array, rows: Targets, columns: 
     return jnp.where(rows.present[:, None] & columns.present & apart, x @ columns.vectors.T + biases[:, None], -jnp.inf)
 
 
-def _chunks(chunk: int, targets: Array, queue: Array) -> Array:
-    """Returns a device's targets, then its queue, as [chunks, columns per chunk, ...], padded with zeros.
+def _join(targets: Array, queue: Array) -> Array:
+    return jnp.concatenate([targets, queue])
+
+
+def _chunks(chunk: int, columns: Array) -> Array:
+    """Returns columns [n, ...] as [chunks, columns per chunk, ...], padded with zeros.
 
     A zero in `present` is False, so padding takes no part.
     """
-    columns = jnp.concatenate([targets, queue])
     parts = -(-len(columns) // chunk)
     missing = -len(columns) % parts
     return jnp.pad(columns, [(0, missing)] + [(0, 0)] * (columns.ndim - 1)).reshape(parts, -1, *columns.shape[1:])
 
 
-def _ring(step: Callable, carry: Any, fixed: Any, changing: Any, axes: tuple[str, ...]) -> tuple[Any, Any]:
+def _over_columns(
+    step: Callable, carry: Any, fixed: Any, start: Callable, *, chunk: int, axes: tuple[str, ...], add_up: Callable
+) -> tuple[Any, Any]:
     """Runs step(carry, (fixed, changing)) -> (carry, changing) over the columns of all devices, chunk by chunk.
 
     Returns the last carry, and `changing` of this device's columns after all devices updated it.
+
+    fixed: arrays of this device's columns, [n, ...]. start: function of `fixed` of any columns that returns their
+    first `changing`. add_up: function of `changing` of all columns, as each device updated it alone, that returns
+    `changing` of this device's columns.
     """
     devices = jax.lax.axis_size(axes) if axes else 1
+    columns, turn_bytes = len(jax.tree.leaves(fixed)[0]), sum(leaf.nbytes for leaf in jax.tree.leaves(fixed))
+    gathered = devices > 1 and turn_bytes < _TURN_BYTES and turn_bytes * devices <= _GATHERED_BYTES
+    if gathered:
+        fixed = jax.tree.map(lambda x: jax.lax.all_gather(x, axes, tiled=True), fixed)
+    fixed, changing = jax.tree.map(functools.partial(_chunks, chunk), (fixed, start(fixed)))
+
     ring = [(device, (device + 1) % devices) for device in range(devices)]
 
     def pass_on(part: Array) -> Array:
-        return jax.lax.ppermute(part, axes, ring) if axes else part
+        return jax.lax.ppermute(part, axes, ring)
 
     def turn(state: tuple, _: None) -> tuple[tuple, None]:
         carry, fixed, changing = state
         carry, changing = jax.lax.scan(step, carry, (fixed, changing))
         return (carry, *jax.tree.map(pass_on, (fixed, changing))), None
 
-    (carry, _, changing), _ = jax.lax.scan(turn, (carry, fixed, changing), length=devices)
-    return carry, changing
+    if gathered or devices == 1:
+        carry, changing = jax.lax.scan(step, carry, (fixed, changing))
+    else:
+        (carry, _, changing), _ = jax.lax.scan(turn, (carry, fixed, changing), length=devices)
+    total = columns * devices if gathered else columns
+    changing = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:total], changing)
+    return carry, add_up(changing) if gathered else changing

@@ -1,4 +1,4 @@
-"""Search for a photo's nearest neighbors in the gallery, exact or with ScaNN, over one or more shards.
+"""Search for a photo's nearest neighbors in the gallery, exact, on devices or with ScaNN, over one or more shards.
 
 An index folder contains `index.json`, with the facts of `Shards`, and one folder per shard. Each shard's folder
 contains an `index.json` too. It is written last, so a shard without it is incomplete.
@@ -22,6 +22,7 @@ from jaxtyping import Float, Float32, Int32
 
 from geotoken_jax import manifests, records
 from geotoken_jax.gallery import int8
+from geotoken_jax.gallery.device_search import DeviceSearch
 from geotoken_jax.progress import track
 from geotoken_jax.settings import Runtime
 
@@ -29,6 +30,9 @@ from geotoken_jax.settings import Runtime
 _QUERIES, _ROWS = 512, 16_384
 #: Candidates beyond k in the float32 search of `exact`: by float64 scores, one of them can be among the first k.
 _SPARE = 8
+#: The same for products of bfloat16 factors: at D = 2304, their error of 1e-4 is a fraction of the distance between the
+#: scores of the neighbors k and k + 1.
+_SPARE_BFLOAT16 = 32
 #: Number of nearest neighbors over which recall is measured.
 RECALL_AT = 15
 #: Rows that ScaNN's leaf centers are trained on: 0.9 GB at width 2304, and 200 per leaf of a shard of 262,144 rows.
@@ -49,7 +53,8 @@ class IndexQualityError(RuntimeError):
 class IndexSettings:
     """How the index of the gallery is built and searched.
 
-    kind: "scann" or "exact".
+    kind: "scann"; "exact", which reads the vectors from disk for each batch of queries; or "device", which is exact
+    too and keeps the vectors on all local devices. Without an accelerator, "device" uses the CPU and its memory.
     shard_rows: largest number of gallery rows per shard. Building a shard takes 10 D bytes of memory per row of D
     components: 6 GB at 262,144 rows and D = 2304. Searching takes 4.25 D bytes per row of all shards with reorder_dtype
     float32, 2.25 D with bfloat16 and 1.25 D with int8.
@@ -58,7 +63,8 @@ class IndexSettings:
     doubles until recall reaches min_recall.
     reorder: number of candidates per shard that are scored again with the whole vectors.
     reorder_dtype: type of these vectors: float32, bfloat16 or int8. With bfloat16 one neighbor in twenty swaps places
-    with the next one. An exact index is stored in int8 if this is int8, else in float32.
+    with the next one. An index of kind exact or device is stored in int8 if this is int8, else in float32. Kind device
+    keeps 4 D bytes per row on the devices with float32, and 2 D with bfloat16 or int8.
     threads: number of threads per search.
     min_recall: smallest accepted recall of the 15 nearest neighbors, in [0, 1].
     sample: number of gallery photos on which recall is measured.
@@ -75,16 +81,18 @@ class IndexSettings:
     sample: int
 
     def __post_init__(self):
-        if self.kind not in ("scann", "exact"):
-            raise ValueError(f"config.index.search.kind is {self.kind!r}: it must be 'scann' or 'exact'")
+        if self.kind not in ("scann", "exact", "device"):
+            raise ValueError(f"config.index.search.kind is {self.kind!r}: it must be 'scann', 'exact' or 'device'")
         if self.reorder_dtype not in ("float32", "bfloat16", "int8"):
             raise ValueError(
                 f"config.index.search.reorder_dtype is {self.reorder_dtype!r}: it must be 'float32', 'bfloat16' or "
                 "'int8'"
             )
-        for key in ("shard_rows", "components"):
+        for key in ("shard_rows", "components", "leaves_searched", "reorder", "threads", "sample"):
             if getattr(self, key) < 1:
                 raise ValueError(f"config.index.search.{key} is {getattr(self, key)}: it must be 1 or more")
+        if not 0 <= self.min_recall <= 1:
+            raise ValueError(f"config.index.search.min_recall is {self.min_recall}: choose a share from 0 to 1")
 
 
 class Vectors(Protocol):
@@ -120,7 +128,7 @@ def build(vectors: Vectors, settings: IndexSettings, folder: epath.PathLike) -> 
     Raises IndexQualityError if recall is below min_recall with all leaves searched.
     """
     folder = epath.Path(folder)
-    kind: type[Scann] | type[Exact] = Exact
+    kind: type[Scann] | type[Exact] | type[Device] = Device if settings.kind == "device" else Exact
     if settings.kind == "scann":
         try:
             _import_scann()
@@ -176,13 +184,21 @@ def exact(
     for v in range(0, len(vectors), _ROWS):
         block = jnp.asarray(vectors[v : v + _ROWS], jnp.float32)
         best = [_merge(part, block, *before, v, k + _SPARE) for part, before in zip(blocks, best, strict=True)]
+    candidates = [np.asarray(rows) for _, rows in best]
+    return _rescored(vectors, queries, np.concatenate(candidates) if candidates else np.zeros((0, 0), np.int32), k)
+
+
+def _rescored(
+    vectors: Vectors, queries: np.ndarray, candidates: Int32[np.ndarray, "n m"], k: int
+) -> tuple[Int32[np.ndarray, "n k"], Float32[np.ndarray, "n k"]]:
+    """Returns rows and scores of the k best candidates, as `exact` does. Candidates of -1 do not count."""
     rows = np.full((len(queries), k), -1, np.int32)
     scores = np.full((len(queries), k), -np.inf, np.float32)
-    for q, (_, row) in zip(starts, best, strict=True):
-        for i, candidates in enumerate(np.asarray(row), q):
-            score = (vectors[candidates].astype(np.float64) @ np.asarray(queries[i], np.float64)).astype(np.float32)
-            order = np.lexsort((candidates, -score))[:k]
-            scores[i, : len(order)], rows[i, : len(order)] = score[order], candidates[order]
+    for i, row in enumerate(candidates):
+        row = row[row >= 0]
+        score = (vectors[row].astype(np.float64) @ np.asarray(queries[i], np.float64)).astype(np.float32)
+        order = np.lexsort((row, -score))[:k]
+        scores[i, : len(order)], rows[i, : len(order)] = score[order], row[order]
     return rows, scores
 
 
@@ -214,12 +230,12 @@ def merge(
 class Shards:
     """An index over one or more shards, which hold consecutive ranges of rows.
 
-    facts: contents of the index folder's index.json. kind: "scann" or "exact". rows, shards: number of each. leaves:
-    number of leaves of the largest shard. leaves_searched: number of leaves searched per shard. leaves and
-    leaves_searched are 0 if search is exact. recall: recall of the whole index.
+    facts: contents of the index folder's index.json. kind: "scann", "exact" or "device". rows, shards: number of each.
+    leaves: number of leaves of the largest shard. leaves_searched: number of leaves searched per shard. leaves and
+    leaves_searched are 0 if all vectors are compared. recall: recall of the whole index.
     """
 
-    def __init__(self, shards: "Sequence[Exact | Scann]", facts: dict[str, Any]):
+    def __init__(self, shards: "Sequence[Exact | Device | Scann]", facts: dict[str, Any]):
         self.shards, self.facts = shards, facts
 
     @classmethod
@@ -228,10 +244,13 @@ class Shards:
 
         shards: number of shards. threads: number of threads per search.
         """
+        opened: Sequence[Exact | Device | Scann]
         opened = [_open(_shard_folder(folder, shard, shards), threads) for shard in range(shards)]
+        if isinstance(opened[0], Device):  # one search over all shards, whose candidates are read from disk once
+            opened = [Device.concatenation([shard for shard in opened if isinstance(shard, Device)])]
         leaves = max(shard.leaves for shard in opened)
         facts = {
-            "kind": "scann" if leaves else "exact",
+            "kind": opened[0].kind,
             "rows": sum(map(len, opened)),
             "shards": shards,
             "leaves": leaves,
@@ -255,7 +274,7 @@ class Shards:
 class Exact:
     """A shard that is searched exactly."""
 
-    leaves = 0
+    kind, leaves = "exact", 0
 
     def __init__(self, vectors: Vectors):
         self._vectors = vectors
@@ -268,7 +287,7 @@ class Exact:
             vectors, scale = int8.quantized(vectors)
             records.save_array(folder / "scales.npy", scale)
         records.save_array(folder / "vectors.npy", vectors)
-        return {"kind": "exact", "rows": len(vectors)}
+        return {"kind": cls.kind, "rows": len(vectors)}
 
     def __len__(self) -> int:
         return len(self._vectors)
@@ -278,9 +297,58 @@ class Exact:
         return exact(self._vectors, queries, k)
 
 
+class Device(Exact):
+    """A shard that is searched exactly on all local devices, to which the first search copies the vectors."""
+
+    kind = "device"
+
+    def __init__(self, vectors: Vectors, dtype: str):
+        super().__init__(vectors)
+        self.dtype = dtype
+
+    @classmethod
+    def build(cls, vectors: np.ndarray, settings: IndexSettings, folder: epath.Path) -> dict[str, Any]:
+        return {**super().build(vectors, settings, folder), "reorder_dtype": settings.reorder_dtype}
+
+    @classmethod
+    def concatenation(cls, shards: "Sequence[Device]") -> "Device":
+        """Returns one shard with the rows of all shards."""
+        return shards[0] if len(shards) == 1 else cls(_Concatenation([s._vectors for s in shards]), shards[0].dtype)
+
+    @functools.cached_property
+    def _on_devices(self) -> DeviceSearch:
+        return DeviceSearch(self._vectors, np.float32 if self.dtype == "float32" else jnp.bfloat16)
+
+    def search(self, queries: np.ndarray, k: int, leaves_searched: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        del leaves_searched
+        spare = _SPARE if self.dtype == "float32" else _SPARE_BFLOAT16
+        candidates = self._on_devices.candidates(np.asarray(queries, np.float32), k + spare)
+        return _rescored(self._vectors, queries, candidates, k)
+
+
+class _Concatenation:
+    """The rows of several `Vectors`, as one."""
+
+    def __init__(self, parts: Sequence[Vectors]):
+        self._parts, self._starts = parts, np.cumsum([0, *map(len, parts)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, rows: Any) -> Float32[np.ndarray, "n D"]:
+        rows = np.arange(len(self))[rows] if isinstance(rows, slice) else np.asarray(rows)
+        part = np.searchsorted(self._starts, rows, side="right") - 1
+        vectors = np.empty((len(rows), self._parts[0][:0].shape[1]), np.float32)
+        for i in np.unique(part):
+            vectors[part == i] = self._parts[i][rows[part == i] - self._starts[i]]
+        return vectors
+
+
 class Scann:
     """A shard searched with ScaNN (Guo et al. 2020): a tree of sqrt(N) leaves, quantized scores, and reordering of the
     best candidates."""
+
+    kind = "scann"
 
     def __init__(self, searcher: Any, facts: dict[str, Any], threads: int):
         self._searcher, self._rows, self._reorder = searcher, int(facts["rows"]), int(facts["reorder"])
@@ -332,13 +400,13 @@ def _shard_folder(folder: epath.Path, shard: int, shards: int) -> epath.Path:
     return folder / f"{shard:05d}-of-{shards:05d}"
 
 
-def _open(part: epath.Path, threads: int) -> Exact | Scann:
+def _open(part: epath.Path, threads: int) -> Exact | Device | Scann:
     facts = json.loads((part / "index.json").read_text())
-    if facts["kind"] == "exact":
+    if facts["kind"] != "scann":
         vectors = records.open_array(part / "vectors.npy")
         if vectors.dtype == np.int8:
-            return Exact(int8.Int8Vectors(vectors, records.open_array(part / "scales.npy")))
-        return Exact(vectors)
+            vectors = int8.Int8Vectors(vectors, records.open_array(part / "scales.npy"))
+        return Device(vectors, facts["reorder_dtype"]) if facts["kind"] == "device" else Exact(vectors)
     scann = _import_scann()
     if (part / "scann_docids.pkl").exists():  # ScaNN would unpickle it, and so run any code in it
         raise ValueError(
@@ -355,7 +423,8 @@ def _tune(index: Shards, vectors: Vectors, settings: IndexSettings) -> None:
     Raises IndexQualityError if recall is below settings.min_recall with all leaves searched.
     """
     facts = index.facts
-    if not facts["leaves"]:
+    rounded = facts["kind"] == "device" and settings.reorder_dtype != "float32"
+    if not facts["leaves"] and not rounded:
         facts["recall"] = 1.0
         return
     sample = np.unique(np.linspace(0, len(vectors) - 1, settings.sample).astype(np.int64))
@@ -367,6 +436,12 @@ def _tune(index: Shards, vectors: Vectors, settings: IndexSettings) -> None:
         facts["recall"] = recall(rows, true_rows, true_rows != sample[:, None])
         if facts["recall"] >= settings.min_recall:
             return
+        if rounded:
+            raise IndexQualityError(
+                f"recall of the {RECALL_AT} nearest neighbors is {facts['recall']:.4f} with "
+                f"config.index.search.reorder_dtype={settings.reorder_dtype}, below config.index.search.min_recall="
+                f"{settings.min_recall}: set reorder_dtype to float32"
+            )
         if facts["leaves_searched"] == facts["leaves"]:
             raise IndexQualityError(
                 f"ScaNN's recall of the {RECALL_AT} nearest neighbors is {facts['recall']:.4f} with all "

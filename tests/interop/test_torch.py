@@ -75,7 +75,7 @@ def test_both_learn_alike():
 
 def _our_losses(settings, model, batches) -> list[float]:
     mesh = sharding.make_mesh(sharding.MeshSettings(1, 1, 1), jax.devices()[:1])
-    lookup = placement.lookup(placement.GallerySettings("host"), mesh)
+    lookup = placement.lookup(placement.GallerySettings("host", -1), mesh)
     options = OptimizerSettings(1e-2, "exponential", 0.9, warmup=0.0, weight_decay=1e-6, b2=0.999, clip=0.0)
     optimizer = make_optimizer(options, make_schedule(options, 100, 100))
     trainer = Trainer(GeoTokenTask(settings, LossSettings(2.0, 1.0), lookup), optimizer, mesh)

@@ -1,0 +1,72 @@
+"""Counts the bytes that each device sends per step to look up neighbors in a sharded gallery. Prints one JSON line.
+
+The lookup is compiled for `--devices` CPU devices, or with --topology=v5e:16x16 for absent TPUs, but not run. Figures
+are bytes per device and one round of the exchange, in which random rows are served in most steps. `needed` is the size
+of the rows that a device reads.
+"""
+
+import argparse
+import json
+import os
+from typing import Any
+
+import jax
+
+from configs import common
+from geotoken_jax import hlo, plan, settings, sharding
+from geotoken_jax.gallery import placement
+from geotoken_jax.geo.cells import CellScheme
+from geotoken_jax.model import batch
+from geotoken_jax.model.geotoken import ModelSettings
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns the collectives of the compiled lookup: number of instructions, and bytes sent per device."""
+    config: Any = common.get_config()
+    config.gallery.update(placement=options.placement, shards=options.shards)
+    gallery = settings.read(placement.GallerySettings, config.gallery, "gallery")
+    model = settings.read(ModelSettings, config.model, "model")
+    devices = plan._devices(plan.topology(options.topology)) if options.topology else jax.devices()
+    mesh = sharding.make_mesh(sharding.MeshSettings(-1, 1, options.tensor), devices)
+    photos = options.photos * mesh.size // options.tensor if options.photos else options.batch
+    rows = batch.spec(model, photos, True)["neighbor_rows"]
+    arguments = {
+        "neighbor_rows": jax.ShapeDtypeStruct(rows.shape, rows.dtype, sharding=sharding.batch_sharding(mesh)),
+        **placement.layout(plan.GALLERY, model.backbone_width, CellScheme(model.level, model.group), gallery, mesh),
+    }
+    compiled = jax.jit(placement.lookup(gallery, mesh)).lower(arguments).compile()
+    program = hlo.Program(compiled.as_text() or "")
+    costs = program.costs()
+    instructions = [i.opcode for computation in program.computations.values() for i in computation.values()]
+    row_bytes = sum(x.dtype.itemsize * x.shape[1] for name, x in arguments.items() if name != "neighbor_rows")
+    return {
+        **vars(options),
+        "devices": mesh.size,
+        "batch": photos,
+        "needed": rows.shape[1] * photos * options.tensor // mesh.size * row_bytes,
+        "sent": {kind: round(sent) for kind, sent in costs.sent.items()},
+        "sent_total": round(sum(costs.sent.values())),
+        "memory_traffic": round(costs.traffic),
+        "collectives": {kind: instructions.count(kind) for kind in costs.sent},
+        "temporary": getattr(compiled.memory_analysis(), "temp_size_in_bytes", 0),
+    }
+
+
+def main() -> None:
+    """Prints the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--devices", type=int, default=16, help="number of CPU devices")
+    parser.add_argument("--topology", default="", help="absent TPUs to compile for, in place of --devices")
+    parser.add_argument("--batch", type=int, default=2048)
+    parser.add_argument("--photos", type=int, default=0, help="photos per device, in place of --batch")
+    parser.add_argument("--tensor", type=int, default=1, help="size of the mesh axis tensor")
+    parser.add_argument("--placement", default="sharded")
+    parser.add_argument("--shards", type=int, default=-1, help="config.gallery.shards")
+    options = parser.parse_args()
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    jax.config.update("jax_num_cpu_devices", options.devices)
+    print(json.dumps(measure(options)))
+
+
+if __name__ == "__main__":
+    main()

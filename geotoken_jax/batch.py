@@ -35,6 +35,15 @@ def padded(rows: np.ndarray, size: int) -> np.ndarray:
     return np.concatenate([rows, np.repeat(rows[:1], size - len(rows), 0)]) if len(rows) < size else rows
 
 
+def padded_size(rows: int, most: int, devices: int = 1) -> int:
+    """Returns the batch size that `rows` are padded to on a number of devices, so that few batch sizes are compiled.
+
+    Each device gets the same number of rows: the next power of two, or its share of `most` if that is less but enough.
+    """
+    share, limit = -(-rows // devices), -(-most // devices)
+    return devices * min(1 << (share - 1).bit_length(), max(limit, share))
+
+
 def blocks(rows: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, int]]:
     """Yields blocks of `size` rows and the number of real rows in each; the last block is padded (see `padded`).
 

@@ -9,7 +9,7 @@ import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -114,18 +114,48 @@ def _slices(requested: int, devices: list[Any]) -> list[list[Any]]:
     return [ordered[first : first + len(devices) // count] for first in range(0, len(devices), len(devices) // count)]
 
 
+def local_mesh() -> Mesh:
+    """Returns a mesh over the devices of this process, all on axis data."""
+    devices = np.array(jax.local_devices()).reshape(-1, 1, 1)
+    return Mesh(devices, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+
+def over_local_devices(function: Callable[..., Any], state: Any) -> tuple[Callable[..., Any], int]:
+    """Returns the compiled function(*arrays) of function(state, *arrays), and the number of local devices it runs on.
+
+    Every device has a copy of the state and computes an equal share of the rows. There is no communication, so a loop
+    may take more turns on one device than on another. The leading axis of all arrays and results is the batch, whose
+    size must be a multiple of the number of devices (see batch.padded_size).
+    """
+    mesh, rows = local_mesh(), spec("batch")
+    if mesh.size == 1:
+        compiled = jax.jit(function)
+        return lambda *arrays: compiled(state, *jax.device_put(arrays)), 1
+    state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
+
+    @jax.jit
+    def run(state: Any, *arrays: Any) -> Any:
+        in_specs = (PartitionSpec(), *[rows] * len(arrays))
+        # check_vma refuses the loops of decoding, whose first carry is equal on all devices.
+        return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=rows, check_vma=False)(state, *arrays)
+
+    return lambda *arrays: run(state, *jax.device_put(arrays, NamedSharding(mesh, rows))), mesh.size
+
+
 def spec(*logical: str | None) -> PartitionSpec:
     """Returns the PartitionSpec of an array. logical: logical name of each axis; None if the axis is not split."""
     return PartitionSpec(*(RULES[name] if name else None for name in logical))
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
-    """Returns x, sharded along its first axes; unchanged if no mesh is in use. logical: see `spec`.
+    """Returns x, sharded along its first axes. logical: see `spec`.
+
+    x is unchanged if no mesh is in use, or inside a shard_map, where x is one device's share.
 
     Without this constraint XLA may split activations in the same way as parameters, so that every device computes on
     all photos.
     """
-    if jax.sharding.get_abstract_mesh().empty:
+    if not jax.sharding.get_abstract_mesh().auto_axes:
         return x
     return jax.lax.with_sharding_constraint(x, spec(*logical))
 

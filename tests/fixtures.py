@@ -93,8 +93,8 @@ def stepwise(model: GeoTokenModel, batch):
     tokens = jnp.stack([batch["tokens"], jnp.roll(batch["tokens"], -1, 0)], 1)
 
     def step(cache, t):
-        log_p, cache = model.step(cache, memory, t, tokens[:, :, jnp.maximum(t - 1, 0)])
+        log_p, cache = model.step(cache, memory, t, tokens[:, :, jnp.maximum(t - 1, 0)], 2 * t)
         return cache, log_p
 
-    _, found = jax.lax.scan(step, model.start(memory, 2), jnp.arange(tokens.shape[-1]))
+    _, found = jax.lax.scan(step, model.start(memory, 2, 2 * tokens.shape[-1]), jnp.arange(tokens.shape[-1]))
     return jnp.moveaxis(found, 0, 2)

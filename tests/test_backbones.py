@@ -37,7 +37,7 @@ def opened(folder, mesh=None, dtype="float32", batch_size=8):
 
 @pytest.fixture(scope="session")
 def tower(folder):
-    return opened(folder)
+    return opened(folder, sharding.make_mesh(sharding.MeshSettings(1, 1, 1), jax.local_devices()[:1]))
 
 
 def features(tower):
@@ -81,6 +81,18 @@ def test_features_are_the_same_on_any_mesh(folder, tower, sizes):
     assert kernel.addressable_shards[0].data.size * sizes[1] * sizes[2] == kernel.size
     for found, wanted in zip(features(spread), features(tower), strict=True):
         np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 13])
+def test_all_local_devices_compute_a_share_of_any_batch(folder, tower, rows):
+    prepared = np.random.default_rng(0).integers(0, 256, (rows, 16, 16, 3), np.uint8)
+    everywhere, results = opened(folder, batch_size=10), []
+    compiled = everywhere._images
+    everywhere._images = lambda batch: results.append(compiled(batch)) or results[-1]
+    np.testing.assert_allclose(everywhere.images(prepared), tower.images(prepared), atol=1e-5)
+    for result in results:
+        shards = [shard.data.shape[0] for shard in result.addressable_shards]
+        assert len(shards) == jax.local_device_count() == 8 and sum(shards) == len(result)
 
 
 def test_a_batch_may_have_any_number_of_rows(tower):
@@ -200,8 +212,5 @@ def test_settings_that_cannot_be_are_refused(folder):
         opened(folder, dtype="int8")
     with pytest.raises(ValueError, match="batch_size is 0"):
         opened(folder, batch_size=0)
-    mesh = sharding.make_mesh(sharding.MeshSettings(8, 1, 1))
-    with pytest.raises(SettingsError, match="batch_size is 4, which does not divide over 8 devices"):
-        opened(folder, mesh, batch_size=4)
     with pytest.raises(SettingsError, match=r"config\.embed\.backbone is 'vgg': choose thumbnail or huggingface"):
         backbone.make(BackboneSettings("vgg", ThumbnailSettings(4), HuggingFaceSettings("", "float32", 1)))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from geotoken_jax import sharding
 from geotoken_jax.geo.cells import CellScheme
 from geotoken_jax.predict import beam, decode, sample
 from geotoken_jax.predict.answer import pool_predictions
@@ -27,6 +28,9 @@ SETTINGS = PredictSettings(
     selectors=("greedy", "log_probability"), vote=VoteSettings(0.05, 25.0), choice="log_probability", batch_size=4,
     seed=0,
 )  # fmt: skip
+
+
+ONE_DEVICE = sharding.MeshSettings(1, 1, 1)
 
 
 class Gallery:
@@ -133,6 +137,62 @@ def test_samples_have_the_tempered_distribution(model, candidates):
     expected = np.exp(teacher_forced(model, fixtures.batch()["tokens"], 3.0)[:2, 0, :6])
     np.testing.assert_allclose(shares, expected, atol=4 * np.sqrt(0.25 / count))
     assert np.abs(first[0] - first[1]).any()
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_each_token_is_the_one_that_noise_picks_from_the_model(model, top_p):
+    photos, samples, temperature = 32, 30, 0.7
+    batch, keys = fixtures.batch(photos), jax.random.split(jax.random.key(3), photos)
+
+    @nnx.jit
+    def draw(model, batch):
+        memory = model.encode(batch["query"], fixtures.neighbors(batch))
+        return sample.sample(model, memory, keys, samples, temperature, top_p).tokens
+
+    drawn = np.asarray(draw(model, batch))
+    noise = np.stack([sample.noise(keys, jnp.int32(t), samples, 16) for t in range(4)], 2)
+    assert len(np.unique(drawn[:, :, 0])) == 6, "not all prefixes occur"
+    for k in range(1 + samples):
+        log_p = jax.nn.log_softmax(fixtures.forward(model, {**batch, "tokens": drawn[:, k]}) / temperature)
+        log_p = sample.nucleus(log_p, top_p) if top_p < 1 else log_p
+        np.testing.assert_array_equal((log_p + noise[:, k]).argmax(-1), drawn[:, k])
+
+
+@pytest.mark.parametrize(
+    ("samples", "rows"), [(0, [1] * 4), (5, [1, 6, 6, 6]), (30, [1, 6, 31, 31]), (200, [1, 6, 96, 201])]
+)
+def test_candidates_with_the_same_prefix_are_decoded_once(model, monkeypatch, samples, rows):
+    real, calls = type(model).step, []
+
+    def step(self, cache, memory, t, previous, slot):
+        calls.append(previous.shape[1])
+        return real(self, cache, memory, t, previous, slot)
+
+    monkeypatch.setattr(type(model), "step", step)
+
+    def draw(batch, keys):
+        memory = model.encode(batch["query"], fixtures.neighbors(batch))
+        return sample.sample(model, memory, keys, samples, 1.0)
+
+    drawn = jax.eval_shape(draw, fixtures.batch(2), jax.random.split(jax.random.key(0), 2))
+    assert drawn.tokens.shape == (2, 1 + samples, 4)
+    assert list(dict.fromkeys(calls)) == list(dict.fromkeys(rows))
+
+
+@pytest.mark.parametrize("photos", [1, 4, 11])
+def test_all_local_devices_decode_a_share_of_any_batch(model, decoder, monkeypatch, photos):
+    batch, numbers = fixtures.batch(photos), np.arange(photos)
+    results, run = [], decoder._run
+    monkeypatch.setattr(decoder, "_run", lambda *arrays: results.append(run(*arrays)) or results[-1])
+    found = decoded(decoder, batch, numbers)
+    for result in jax.tree.leaves(results):
+        shards = [shard.data.shape[0] for shard in result.addressable_shards]
+        assert len(shards) == jax.local_device_count() == 8 and sum(shards) == len(result) >= photos
+    monkeypatch.setattr(sharding, "local_mesh", lambda: sharding.make_mesh(ONE_DEVICE, jax.local_devices()[:1]))
+    alone = decoded(Decoder(model, SETTINGS, Gallery()), batch, numbers)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(found.candidates.tokens, alone.candidates.tokens)
+    np.testing.assert_allclose(found.candidates.log_probability, alone.candidates.log_probability, atol=1e-5)
+    np.testing.assert_allclose(found.distribution.probability, alone.distribution.probability, atol=1e-5)
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.6])

@@ -56,15 +56,14 @@ class PixelsSettings:
 
 
 def _open_tower(settings: BackboneSettings, remat: str, mesh: Mesh | None = None) -> ImageTower:
-    """Returns the image tower of the backbone. mesh: devices to place it on; the first local device if None."""
+    """Returns the image tower of the backbone. mesh: devices to place it on; all local devices if None."""
     if settings.backbone != "huggingface":
         raise SettingsError(
             f"config.embed.backbone is {settings.backbone!r}, which has no image tower to train with: set "
             "config.embed.backbone=huggingface; or set config.align.pixels.tower=cached, and config.embed.views.count "
             "above 0 to train on augmented views"
         )
-    rows = mesh.size if mesh else 1  # the batch size must divide over the mesh and has no other effect
-    return ImageTower(HuggingFace(dataclasses.replace(settings.huggingface, batch_size=rows), mesh), remat)
+    return ImageTower(HuggingFace(settings.huggingface, mesh), remat)
 
 
 class PixelsTask(AlignTask):

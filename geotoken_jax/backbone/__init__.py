@@ -91,7 +91,7 @@ def _fingerprint(folder: pathlib.Path) -> str:
 def make(settings: BackboneSettings, mesh: "Mesh | None" = None) -> Backbone:
     """Returns the backbone named in the settings. Raises SettingsError if it is unknown or cannot be read.
 
-    mesh: local devices on which a Hugging Face backbone runs; the first local device if None.
+    mesh: local devices on which a Hugging Face backbone runs. If None, all local devices compute a share of the batch.
     """
     if settings.backbone == "thumbnail":
         return Thumbnail(settings.thumbnail)

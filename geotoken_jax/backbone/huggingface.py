@@ -1,6 +1,5 @@
 """Backbones with published weights, read from a Hugging Face checkpoint folder of CLIP or SigLIP 2."""
 
-import math
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,7 +17,7 @@ from geotoken_jax.backbone.clip import Clip
 from geotoken_jax.backbone.settings import HuggingFaceSettings
 from geotoken_jax.backbone.siglip import Siglip
 from geotoken_jax.backbone.tokenizer import Tokenizer
-from geotoken_jax.batch import padded
+from geotoken_jax.batch import padded, padded_size
 from geotoken_jax.settings import SettingsError
 
 #: Supported values of model_type in config.json.
@@ -28,10 +27,10 @@ _TEXTS = 32
 
 
 class HuggingFace:
-    """The two towers of a checkpoint, its image processor and its tokenizer, on one device or on a mesh."""
+    """The two towers of a checkpoint, its image processor and its tokenizer, on a mesh."""
 
     def __init__(self, settings: HuggingFaceSettings, mesh: Mesh | None = None):
-        """mesh: local devices to run on; the first local device if None.
+        """mesh: local devices to run on; if None, all local devices, each with a share of the batch.
 
         Raises SettingsError if a setting does not fit, or if a file, key or tensor of the folder is missing or is not
         one of CLIP or SigLIP 2. The message names it.
@@ -48,15 +47,10 @@ class HuggingFace:
                 f"{folder} has a checkpoint of model_type {kind!r}: choose a checkpoint of model_type "
                 f"{' or '.join(_KINDS)} (SigLIP 2 with a fixed image size is siglip)"
             )
-        self._mesh = mesh or sharding.make_mesh(sharding.MeshSettings(1, 1, 1), jax.local_devices()[:1])
+        self._mesh = mesh or sharding.local_mesh()
         self._batch = sharding.batch_sharding(self._mesh)
         self._batch_devices = self._batch.num_devices // self._mesh.shape["tensor"]
         self._batch_size, self.dtype = settings.batch_size, settings.dtype
-        if settings.batch_size % self._batch_devices:
-            raise SettingsError(
-                f"config.embed.huggingface.batch_size is {settings.batch_size}, which does not divide over "
-                f"{self._batch_devices} devices: choose a multiple of {self._batch_devices}"
-            )
         self.model = checkpoint.read_module(
             folder, lambda rngs: _KINDS[kind](config, jnp.dtype(settings.dtype), rngs), self._mesh
         )
@@ -114,9 +108,7 @@ class HuggingFace:
         batches, most = [], batch_rows or self._batch_size
         for first in range(0, len(rows), most):
             part = rows[first : first + most]
-            # Rows per device are padded to a power of two: one photo costs little, and few shapes are compiled.
-            rounded = self._batch_devices * 2 ** math.ceil(math.log2(math.ceil(len(part) / self._batch_devices)))
-            size = batch_rows or min(most, rounded)
+            size = batch_rows or padded_size(len(part), most, self._batch_devices)
             batches.append((compiled(padded(part, size)), len(part)))
         features = [np.asarray(batch)[:n] for batch, n in batches]
         return np.concatenate([np.zeros((0, self.width), np.float32), *features])

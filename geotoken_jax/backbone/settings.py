@@ -11,7 +11,7 @@ class HuggingFaceSettings:
     """A backbone with published weights.
 
     path: folder of the checkpoint. dtype: type in which products are computed, "float32" or "bfloat16"; parameters are
-    float32. batch_size: largest number of photos per batch.
+    float32. batch_size: largest number of photos per batch, over all local devices.
     """
 
     path: Runtime[str]

@@ -238,34 +238,31 @@ class DecoderLayer(_Layer):
     def step(
         self,
         x: Float[Array, "B K D"],
-        past: tuple[Float[Array, "L G H E d"], Float[Array, "L G H E d"]],
+        past: tuple[Float[Array, "L B H E d"], Float[Array, "L B H E d"]],
         number: Int[Array, ""],
         slot: Int[Array, ""],
-        seen: Bool[Array, "#G #1 #Q E"],
+        seen: Bool[Array, "B 1 K E"],
         memory: tuple[Float[Array, "B H S d"], Float[Array, "B H S d"]],
         real: Bool[Array, "B 1 1 S"],
-    ) -> tuple[Float[Array, "B K D"], tuple[Float[Array, "L G H E d"], Float[Array, "L G H E d"]]]:
+    ) -> tuple[Float[Array, "B K D"], tuple[Float[Array, "L B H E d"], Float[Array, "L B H E d"]]]:
         """Returns the output for one token of each of K candidates per photo, and `past` with that token added.
 
-        past: keys and values of all layers for the tokens before, in G groups of E slots (see geotoken.Cache). All
-        layers are passed, so that XLA updates the array in place. number: index of this layer. slot: first of the
-        Q = B * K / G consecutive slots that are written in each group. seen: slots that each candidate attends to,
-        including its own. memory: keys and values of the encoder's output. real: False for padding of the memory.
+        past: keys and values of all layers for the tokens before, in E slots per photo (see geotoken.Cache). All layers
+        are passed, so that XLA updates the array in place. number: index of this layer. slot: first of the K
+        consecutive slots that are written. seen: slots that each candidate attends to, including its own. memory: keys
+        and values of the encoder's output. real: False for padding of the memory.
         """
-        groups, heads, _, d = past[0].shape[1:]
-
-        def grouped(y: Array) -> Array:
-            return y.reshape(groups, -1, heads, d).swapaxes(1, 2)
 
         def attend(y: Array) -> Array:
             nonlocal past
-            written = [grouped(z)[None] for z in self.attention.keys_values(y)]
+            written = [z.swapaxes(1, 2)[None] for z in self.attention.keys_values(y)]
             at = (number, 0, 0, slot, 0)
             past = (
                 jax.lax.dynamic_update_slice(past[0], written[0], at),
                 jax.lax.dynamic_update_slice(past[1], written[1], at),
             )
-            attended = attention.by_head(grouped(self.attention.queries(y)), past[0][number], past[1][number], seen)
+            queries = self.attention.queries(y).swapaxes(1, 2)
+            attended = attention.by_head(queries, past[0][number], past[1][number], seen)
             return self.attention.out(attended.swapaxes(1, 2).reshape(y.shape))
 
         def attend_memory(y: Array) -> Array:

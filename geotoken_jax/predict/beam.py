@@ -16,23 +16,20 @@ def search(model: GeoTokenModel, memory: Memory, width: int) -> Candidates:
     """
     length = model.settings.cells.length
     batch = memory.lengths.shape[0]
-    cache = model.start(memory, width, shared=length * width)
+    cache = model.start(memory, width, length * width)
     # All beams are empty at first: without the -inf, every beam would become the same sequence.
     scores = jnp.where(jnp.arange(width) == 0, 0.0, -jnp.inf) * jnp.ones((batch, 1))
     tokens = jnp.zeros((batch, width, length), jnp.int32)
-    seen = jnp.zeros((batch, width, length * width), bool)
 
     def step(carry: tuple, t: Array) -> tuple[tuple, None]:
-        cache, seen, tokens, scores, previous = carry
-        slots = t * width + jnp.arange(width)
-        seen = seen | (slots[:, None] == jnp.arange(length * width))
-        log_p, cache = model.step(cache, memory, t, previous, t * width, seen)
+        cache, tokens, scores, previous = carry
+        log_p, cache = model.step(cache, memory, t, previous, t * width)
         v = log_p.shape[-1]
         scores, best = jax.lax.top_k((scores[..., None] + log_p).reshape(batch, -1), width)
         beam, token = best // v, best % v
-        tokens, seen, agree = (jnp.take_along_axis(x, beam[..., None], 1) for x in (tokens, seen, cache.agree))
-        return (cache._replace(agree=agree), seen, tokens.at[:, :, t].set(token), scores, token), None
+        tokens = jnp.take_along_axis(tokens, beam[..., None], 1).at[:, :, t].set(token)
+        return (cache.continued(beam), tokens, scores, token), None
 
-    start = (cache, seen, tokens, scores, jnp.zeros((batch, width), jnp.int32))
-    (_, _, tokens, scores, _), _ = jax.lax.scan(step, start, jnp.arange(length))
+    start = (cache, tokens, scores, jnp.zeros((batch, width), jnp.int32))
+    (_, tokens, scores, _), _ = jax.lax.scan(step, start, jnp.arange(length))
     return Candidates(tokens, scores, scores)

@@ -5,13 +5,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Float, Int
 
-from geotoken_jax import randomness
-from geotoken_jax.batch import padded
+from geotoken_jax import randomness, sharding
+from geotoken_jax.batch import padded, padded_size
 from geotoken_jax.gallery.table import Table
 from geotoken_jax.geo.cells import CellScheme, Scheme
 from geotoken_jax.model.geotoken import GeoTokenModel
@@ -54,7 +53,7 @@ class PredictSettings:
     beam: width of a beam search whose sequences replace the greedy candidate and the samples; 0 turns it off. search:
     settings of the search of the model's distribution over places. selectors: names of the selectors whose choices are
     part of predictions. vote: settings of the selector `consensus`. choice: name of the selector whose choice is the
-    answer. batch_size: photos per batch. seed: seed of the samples.
+    answer. batch_size: photos per batch, over all local devices. seed: seed of the samples.
     """
 
     samples: int
@@ -89,9 +88,9 @@ class PredictSettings:
 
 
 class Decoder:
-    """Decodes batches of photos into pools.
+    """Decodes batches of photos into pools. Every local device decodes a share of the batch.
 
-    Batches are padded to the next power of two, at most settings.batch_size, so that few batch sizes are compiled.
+    Shares are padded to the next power of two, at most the share of settings.batch_size (see batch.padded_size).
     """
 
     def __init__(self, model: GeoTokenModel, settings: PredictSettings, gallery: Table):
@@ -112,7 +111,7 @@ class Decoder:
                 f"config.predict.search.level is {options.level}: make it a multiple of config.model.group = "
                 f"{self.cells.group}, at most {self.cells.level}"
             )
-        graph, self._state = nnx.split(model)
+        graph, state = nnx.split(model)
         key = randomness.key(settings.seed)
 
         def run(state: Any, batch: Mapping[str, jax.Array], numbers: jax.Array) -> tuple[Candidates, Any]:
@@ -137,7 +136,7 @@ class Decoder:
                 capacity=_CAPACITY,
             )
 
-        self._run = jax.jit(run)
+        self._run, self._devices = sharding.over_local_devices(run, state)
 
     def __call__(
         self,
@@ -154,10 +153,10 @@ class Decoder:
         photo; with the seed, it decides the random draws for the photo, which do not depend on the rest of the batch.
         """
         b = len(numbers)
-        size = min(1 << (b - 1).bit_length(), max(self.settings.batch_size, b))
+        size = padded_size(b, self.settings.batch_size, self._devices)
         names = ("query", "neighbors", "neighbor_tokens", "neighbor_count", *(("context",) if self.times else ()))
         arguments = {name: padded(batch[name], size) for name in names}
-        results = self._run(self._state, arguments, jnp.asarray(padded(numbers, size), jnp.uint32))
+        results = self._run(arguments, padded(numbers, size).astype(np.uint32))
         drawn, searched = jax.tree.map(lambda values: np.asarray(values)[:b], results)
         distribution = None
         if searched and isinstance(self.cells, CellScheme):

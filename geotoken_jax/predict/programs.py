@@ -73,7 +73,7 @@ def decoding(model: GeoTokenModel, options: PredictSettings, *, noise: bool = Fa
         if options.beam:
             candidates = beam.search(model, memory, options.beam)
         elif noise:
-            candidates = sample.draw(model, memory, lambda t: last[0][t], 1 + samples, *tempered, shared_slots=True)
+            candidates = sample.draw(model, memory, lambda t: last[0][t], 1 + samples, *tempered)
         else:
             keys = jax.vmap(lambda number: jax.random.fold_in(randomness.key(options.seed), number))(last[0])
             candidates = sample.sample(model, memory, keys, samples, *tempered)

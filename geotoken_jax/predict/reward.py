@@ -6,13 +6,12 @@ Source: section 3.5 of the paper.
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
 from jaxtyping import Float32, Int
 
-from geotoken_jax import checkpoint
+from geotoken_jax import checkpoint, sharding
 from geotoken_jax.batch import blocks
 from geotoken_jax.model.geotoken import GeoTokenModel
 from geotoken_jax.model.memory import Neighbors
@@ -20,32 +19,36 @@ from geotoken_jax.model.reward import RewardSettings, RewardTask
 from geotoken_jax.model.verifier import choose
 from geotoken_jax.predict.pool import Pool
 
-#: Photos per block, always the same number, so that one shape is compiled.
+#: Photos per block, always the same number, so that one shape is compiled; rounded up to a multiple of the devices.
 _BATCH = 64
 
 
 class States:
-    """Computes the decoder's output at the last position for every candidate of a pool."""
+    """Computes the decoder's output at the last position for every candidate of a pool.
+
+    Every local device computes a share of the photos.
+    """
 
     def __init__(self, model: GeoTokenModel):
         self._cells = model.settings.cells
-        graph, self._state = nnx.split(model)
+        graph, state = nnx.split(model)
 
-        def run(state: nnx.State, query: jax.Array, neighbors: Neighbors, tokens: jax.Array, context: Any) -> jax.Array:
+        def run(state: nnx.State, query: jax.Array, neighbors: tuple, tokens: jax.Array, context: Any) -> jax.Array:
             model = nnx.merge(graph, state)
-            return model.states(model.encode(query, neighbors, context=context), tokens)
+            return model.states(model.encode(query, Neighbors(*neighbors), context=context), tokens)
 
-        self._run = jax.jit(run)
+        self._run, devices = sharding.over_local_devices(run, state)
+        self._block = -(-_BATCH // devices) * devices
 
     def __call__(self, pool: Pool) -> Float32[np.ndarray, "b K D"]:
         """Returns the decoder's output at the last position for every candidate, given all neighbors of the photo."""
         outputs = []
-        for rows, n in blocks(np.arange(len(pool.query)), _BATCH):
+        for rows, n in blocks(np.arange(len(pool.query)), self._block):
             latitude, longitude = np.moveaxis(pool.neighbor_coordinates[rows], -1, 0)
-            tokens = jnp.asarray(self._cells.encode(latitude, longitude), jnp.int32)
-            neighbors = Neighbors(jnp.asarray(pool.neighbors[rows]), tokens, jnp.asarray(pool.neighbor_count[rows]))
+            tokens = np.asarray(self._cells.encode(latitude, longitude), np.int32)
+            neighbors = pool.neighbors[rows], tokens, pool.neighbor_count[rows]
             context = None if pool.context is None else pool.context[rows]
-            states = self._run(self._state, pool.query[rows], neighbors, pool.candidates.tokens[rows], context)
+            states = self._run(pool.query[rows], neighbors, pool.candidates.tokens[rows], context)
             outputs.append(np.asarray(states, np.float32)[:n])
         return np.concatenate(outputs)
 

@@ -1,10 +1,12 @@
 """Greedy decoding and sampling of candidates. All candidates of a photo share its encoder memory in the cache."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from geotoken_jax import randomness
@@ -68,32 +70,51 @@ def draw(
     candidates: int,
     temperature: float,
     top_p: float,
-    shared_slots: bool = False,
 ) -> Candidates:
     """Returns the same as `sample`, with noise from the caller.
 
-    noise: function that returns the noise at position t. candidates: K. shared_slots: whether a photo's candidates
-    share one set of cache slots, in which each candidate attends to its own slots. If True, attention to the slots
-    takes K times as many multiplications, but no array has an axis of length B * K.
+    noise: function that returns the noise at position t. candidates: K. As long as there are fewer prefixes of tokens
+    than candidates, all prefixes are decoded instead of all candidates: one at the first position, which no token
+    precedes, and with S2 cells six at the second.
     """
-    length = model.settings.cells.length
-    slots = jnp.arange(length * candidates)
-    visible = slots % candidates == jnp.arange(candidates)[:, None]
+    sizes, batch = model.settings.cells.vocab_sizes, memory.lengths.shape[0]
+    widths = [min(candidates, math.prod(sizes[:t])) for t in range(len(sizes))]
+    slots = np.cumsum([0, *widths], dtype=np.int32)
+    prefixes = sum(width < candidates for width in widths)  # number of positions at which all prefixes are decoded
 
-    def step(carry: tuple, t: Array) -> tuple[tuple, tuple]:
-        cache, previous = carry
-        written = (t * candidates, (visible & (slots // candidates <= t))[None]) if shared_slots else ()
-        log_p, cache = model.step(cache, memory, t, previous, *written)
+    def choose(log_p: Array, t: Array, rows: Array | None = None) -> tuple[Array, Array, Array]:
         tempered = jax.nn.log_softmax(log_p / temperature)
         if top_p < 1.0:
             tempered = nucleus(tempered, top_p)
+        if rows is not None:
+            log_p, tempered = (jnp.take_along_axis(p, rows[..., None], 1) for p in (log_p, tempered))
         token = jnp.argmax(tempered + noise(t), -1).astype(jnp.int32)
-        taken = [jnp.take_along_axis(p, token[..., None], -1)[..., 0] for p in (log_p, tempered)]
+        log_p, tempered = (jnp.take_along_axis(p, token[..., None], -1)[..., 0] for p in (log_p, tempered))
+        return token, log_p, tempered
+
+    cache = model.start(memory, widths[0], int(slots[-1]))
+    previous = jnp.zeros((batch, widths[0]), jnp.int32)
+    rows = jnp.zeros((batch, candidates), jnp.int32)  # each candidate's row among the prefixes
+    chosen = []
+    for t in range(prefixes):
+        log_p, cache = model.step(cache, memory, jnp.int32(t), previous, jnp.asarray(slots[t]))
+        token, *taken = choose(log_p, jnp.int32(t), rows)
+        chosen.append([x[None] for x in (token, *taken)])
+        parents, previous = rows, token
+        if t + 1 < prefixes:
+            prefix = np.arange(widths[t + 1], dtype=np.int32)
+            parents, previous = (jnp.broadcast_to(i, (batch, len(i))) for i in np.divmod(prefix, np.int32(sizes[t])))
+            rows = rows * sizes[t] + token
+        cache = cache.continued(parents)
+
+    def step(carry: tuple, t: Array) -> tuple[tuple, tuple]:
+        cache, previous = carry
+        log_p, cache = model.step(cache, memory, t, previous, slots[prefixes] + (t - prefixes) * candidates)
+        token, *taken = choose(log_p, t)
         return (cache, token), (token, *taken)
 
-    cache = model.start(memory, candidates, length * candidates if shared_slots else None)
-    start = (cache, jnp.zeros((memory.lengths.shape[0], candidates), jnp.int32))
-    _, (tokens, log_p, tempered) = jax.lax.scan(step, start, jnp.arange(length))
+    _, rest = jax.lax.scan(step, (cache, previous), jnp.arange(prefixes, len(sizes)))
+    tokens, log_p, tempered = (jnp.concatenate(parts) for parts in zip(*chosen, rest, strict=True))
     return Candidates(jnp.moveaxis(tokens, 0, -1), log_p.sum(0), tempered.sum(0))
 
 

@@ -117,10 +117,8 @@ def _expand(model: GeoTokenModel, memory: Memory, rules: _Rules, state: _State) 
     valid = jnp.isfinite(log_p)
     parent, token = (jnp.where(valid, i, 0) for i in (chosen // vocabulary, chosen % vocabulary))
     depth = jnp.where(valid, state.depth[photos, parent] + 1, 0)
-    slots = slot + jnp.arange(rules.width)
-    seen = state.seen[photos, parent] | (slots[:, None] == jnp.arange(rules.expansions))
-    cache = state.cache._replace(agree=state.agree[photos, parent])
-    children, cache = model.step(cache, memory, depth, token, slot, seen)
+    cache = state.cache._replace(seen=state.seen[photos, parent], agree=state.agree[photos, parent])
+    children, cache = model.step(cache, memory, depth, token, slot)
     if rules.temperature != 1.0:
         children = jax.nn.log_softmax(children / rules.temperature)
     children = jnp.where(valid[..., None], log_p[..., None] + children, -jnp.inf)
@@ -132,7 +130,7 @@ def _expand(model: GeoTokenModel, memory: Memory, rules: _Rules, state: _State) 
         cache,
         update(state.tokens, tokens, (0, slot, 0)),
         update(state.depth, depth, (0, slot)),
-        update(state.seen, seen, (0, slot, 0)),
+        update(state.seen, cache.seen, (0, slot, 0)),
         update(state.agree, cache.agree, (0, slot, 0)),
         update(closed, children, (0, slot, 0)),
     )
@@ -156,7 +154,7 @@ def _start(model: GeoTokenModel, memory: Memory, width: int, expansions: int) ->
     """Returns the state before any expansion. `children` has one entry that is not -inf: the root, the whole Earth at
     depth 0."""
     cells, batch = model.settings.cells, len(memory.lengths)
-    cache = model.start(memory, width, shared=expansions)
+    cache = model.start(memory, width, expansions)
     return _State(
         jnp.int32(0),
         cache,

@@ -2,7 +2,7 @@
 
 Threads decode photos ahead of the accelerator, beyond the end of a shard too, so that the accelerator need not wait for
 them. Process k of n makes the shards k, k + n, k + 2 n and so on. Processes need not run at the same time: the one that
-makes the last missing shard completes features/.
+makes the last missing shard completes features/. Each computes on all of its local devices.
 """
 
 import collections

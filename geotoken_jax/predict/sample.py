@@ -113,8 +113,9 @@ def draw(
         token, *taken = choose(log_p, t)
         return (cache, token), (token, *taken)
 
-    _, rest = jax.lax.scan(step, (cache, previous), jnp.arange(prefixes, len(sizes)))
-    tokens, log_p, tempered = (jnp.concatenate(parts) for parts in zip(*chosen, rest, strict=True))
+    if prefixes < len(sizes):
+        chosen.append(jax.lax.scan(step, (cache, previous), jnp.arange(prefixes, len(sizes)))[1])
+    tokens, log_p, tempered = (jnp.concatenate(parts) for parts in zip(*chosen, strict=True))
     return Candidates(jnp.moveaxis(tokens, 0, -1), log_p.sum(0), tempered.sum(0))
 
 

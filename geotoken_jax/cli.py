@@ -63,10 +63,15 @@ def _parser() -> argparse.ArgumentParser:
     verb.set_defaults(config=None)
     verb = verbs.add_parser("plan", help=_PLAN, description=_PLAN, epilog=_EPILOG)
     verb.add_argument("--config", help="configuration file, such as configs/common.py")
-    verb.add_argument("--topology", help="chips and their shape, such as v5e:16x16, v5p:4x4x4 or h100:8")
+    verb.add_argument("--topology", help="chips and their shape, such as v5e:16x16, 2xv5e:16x16 or h100:8")
+    verb.add_argument(
+        "--workload", choices=("train", "align", "embed", "predict"), default="train",
+        help="program to plan: the decoder's or the alignment's train step, the backbone's image tower, or the "
+        "decoding of candidates (default: train)",
+    )  # fmt: skip
     verb.add_argument("--gallery", type=int, help="number of gallery photos (default: 4,120,000, as in the paper)")
     verb.add_argument("--output", help="JSON file to which the plan is written too")
-    verb.add_argument("--quick", action="store_true", help="compile 3 to 6 times faster, into a slower program")
+    verb.add_argument("--quick", action="store_true", help="compile in a third of the time, into a slower program")
     verb.add_argument("--document", action="store_true", help="print docs/scale.md instead, for all its topologies")
     return parser
 

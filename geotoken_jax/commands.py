@@ -171,15 +171,15 @@ def _plan(options: argparse.Namespace, config: Any) -> int:
             f"{'--config=FILE' if config is None else '--topology=CHIP:SHAPE'} is missing: add it, as in "
             "`geotoken plan --config=configs/common.py --topology=v5e:16x16`"
         )
-    from geotoken_jax import plan
+    from geotoken_jax.plan import planning, text, topology
 
-    workload = plan.read(config, options.gallery or plan.GALLERY)
+    rows = options.gallery or planning.GALLERY
     if options.document:
         command = f"geotoken plan --document {'--quick ' * options.quick}--config={options.config}"
-        print(plan.document(workload, command, options.quick), end="")
+        print(text.document(config, command, rows, options.quick), end="")
         return 0
-    result = plan.run(workload, plan.topology(options.topology), options.quick)
-    print(plan.table(result))
+    result = planning.run(config, topology.read(options.topology), options.workload, rows, options.quick)
+    print(text.table(result))
     if options.output:
         Path(options.output).write_text(json.dumps(result, indent=1) + "\n")
     return 0

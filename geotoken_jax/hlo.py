@@ -1,4 +1,4 @@
-"""Counts floating-point operations, memory traffic and collectives in the text of a compiled XLA program.
+"""Counts operations, memory traffic, collectives and estimated cycles in the text of a compiled XLA program.
 
 The body of a loop counts as often as it runs. XLA's own cost analysis counts it once, so that a step that scans ten
 layers seems to cost a tenth of its real cost.
@@ -17,6 +17,16 @@ _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2}
 _ARRAY = re.compile(r"\b(pred|bf16|[sufc]\d+\w*)\[([\d,<=]*)\](\{[^}]*\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|branch_computations)=(\{[^}]*\}|%[\w.\-]+)")
+#: Element-wise instructions, which a chip's vector unit runs. A reduction counts as one operation per element too.
+_ELEMENTWISE = {
+    "abs", "add", "and", "atan2", "cbrt", "ceil", "clamp", "clz", "compare", "convert", "cosine", "divide", "erf",
+    "exponential", "exponential-minus-one", "floor", "is-finite", "log", "log-plus-one", "logistic", "maximum",
+    "minimum", "multiply", "negate", "not", "or", "popcnt", "power", "reduce", "remainder", "round-nearest-afz",
+    "round-nearest-even", "rsqrt", "select", "shift-left", "shift-right-arithmetic", "shift-right-logical", "sign",
+    "sine", "sqrt", "subtract", "tan", "tanh", "xor",
+}  # fmt: skip
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_KERNEL_COST = re.compile(r'"cost_estimate":\{"flops":"(\d+)".*?"bytes_accessed":"(\d+)"')
 #: Instructions without memory traffic. Loops and calls are counted in the computations that they run.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
@@ -54,16 +64,26 @@ class Instruction:
 class Costs:
     """Costs of a program on one device.
 
-    flops: floating-point operations of dots and convolutions. traffic: bytes read from and written to memory. payload:
-    kind of collective -> bytes per device of the operands, or of the result of an all-gather. sent: kind of collective
-    -> bytes that a device sends if the collective runs in rings. unknown_loops: number of loops with an unknown number
-    of iterations, which count as one iteration.
+    flops: floating-point operations of dots, convolutions and kernels. vector: element-wise operations outside of
+    kernels. traffic: bytes read from and written to memory. cycles: sum of the TPU compiler's estimates of each
+    instruction's clock cycles; it has none for kernels, collectives and asynchronous copies. kernels: (runs,
+    floating-point operations per run, bytes per run) of each Pallas kernel, by the kernel's own cost estimate. A kernel
+    without an estimate counts with its operands and results, and no operations. payload: kind of collective -> bytes
+    per device of the operands, or of the result of an all-gather. sent: kind of collective -> bytes that a device sends
+    if the collective runs in rings. runs: kind of collective -> number of runs. between_slices: bytes that a device
+    sends to other slices, over the network of the data center. unknown_loops: number of loops with an unknown number of
+    iterations, which count as one iteration.
     """
 
     flops: float = 0.0
+    vector: float = 0.0
     traffic: float = 0.0
+    cycles: float = 0.0
+    kernels: list[tuple[float, float, float]] = dataclasses.field(default_factory=list)
     payload: dict[str, float] = dataclasses.field(default_factory=lambda: defaultdict(float))
     sent: dict[str, float] = dataclasses.field(default_factory=lambda: defaultdict(float))
+    runs: dict[str, float] = dataclasses.field(default_factory=lambda: defaultdict(float))
+    between_slices: float = 0.0
     unknown_loops: int = 0
 
 
@@ -97,11 +117,21 @@ class Program:
         for instruction in instructions.values():
             if instruction.opcode in ("dot", "convolution"):
                 total.flops += times * _product(instruction, instructions)
+            elif instruction.opcode in _ELEMENTWISE:
+                reads = instructions[instruction.operands[0]] if instruction.opcode == "reduce" else instruction
+                total.vector += times * _elements(reads.type)
+            elif 'custom_call_target="tpu_custom_call"' in instruction.rest:
+                total.kernels.append((times, *_kernel(instruction, instructions)))
+                total.flops += times * total.kernels[-1][1]
+            elif instruction.opcode == "send" and "xla_megascale" in instruction.rest:
+                total.between_slices += times * _to_other_slices(instruction, instructions)
             kind = instruction.opcode.removesuffix("-start")
             if kind in COLLECTIVES:
                 self._add_collective(total, kind, instruction, instructions, times)
             if top and instruction.opcode not in _FREE:
                 total.traffic += times * self._traffic(instruction, instructions)
+            if top and (cycles := _CYCLES.search(instruction.rest)):
+                total.cycles += times * int(cycles[1])
             runs = times
             if instruction.opcode == "while":
                 n = self._iterations(instruction)
@@ -139,6 +169,7 @@ class Program:
             kind = "reduce-scatter"
         rings = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}
         total.payload[kind] += payload
+        total.runs[kind] += times
         total.sent[kind] += payload * rings.get(kind, (n - 1) / n)
 
     def _traffic(self, instruction: Instruction, instructions: dict[str, Instruction]) -> float:
@@ -160,35 +191,39 @@ class Program:
     def _fusion_traffic(self, fusion: Instruction, types: list[str]) -> float:
         """Returns a fusion's memory traffic. Of an operand that is sliced or updated in place, only the slice
         counts."""
-        body = self.computations[fusion.called[0]]
-        users = defaultdict(list)
-        for i in body.values():
-            for o in i.operands:
-                users[o].append(i)
-
-        def uses(name: str) -> Iterator[tuple[str, Instruction]]:
-            for user in users[name]:
-                if user.opcode == "bitcast":
-                    yield from uses(user.name)
-                else:
-                    yield name, user
-
         moved, in_place = 0.0, 0.0
-        for parameter in (i for i in body.values() if i.opcode == "parameter"):
-            kind = types[int(parameter.inside)]
-            if not _off_chip(kind):
-                continue
-            read = 0.0
-            for name, user in uses(parameter.name):
-                first = user.operands[0] == name
-                if user.opcode in ("dynamic-slice", "gather", "slice") and first:
-                    read += _bytes(user.type)
-                elif user.opcode == "dynamic-update-slice" and first:
-                    in_place += _bytes(user.type) - _bytes(body[user.operands[1]].type)
-                else:
-                    read = math.inf
-            moved += min(read, _memory_bytes(kind))
+        for at, kind in enumerate(types):
+            if _off_chip(kind):
+                read, updated = self._reads(fusion.called[0], at)
+                moved += min(read, _memory_bytes(kind))
+                in_place += updated
         return moved + max(0.0, _memory_bytes(fusion.type) - in_place)
+
+    def _reads(self, computation: str, at: int) -> tuple[float, float]:
+        """Returns the bytes that a fusion reads of its operand, infinite for the whole operand, and the bytes of it
+        that the result contains unchanged, because it is updated in place.
+
+        computation: the fusion's computation; the fusions in it are followed. at: index of the operand.
+        """
+        body = self.computations[computation]
+        names = [i.name for i in body.values() if i.opcode == "parameter" and int(i.inside) == at]
+        read, in_place = 0.0, 0.0
+        while names:
+            name = names.pop()
+            for user in body.values():
+                for position in (n for n, operand in enumerate(user.operands) if operand == name):
+                    if user.opcode == "bitcast":
+                        names.append(user.name)
+                    elif user.opcode in ("dynamic-slice", "gather", "slice") and position == 0:
+                        read += _bytes(user.type)
+                    elif user.opcode == "dynamic-update-slice" and position == 0:
+                        in_place += _bytes(user.type) - _bytes(body[user.operands[1]].type)
+                    elif user.opcode == "fusion":
+                        inner = self._reads(user.called[0], position)
+                        read, in_place = read + inner[0], in_place + inner[1]
+                    else:
+                        read = math.inf
+        return read, in_place
 
 
 def _instruction(line: str) -> Instruction | None:
@@ -237,6 +272,10 @@ def _bytes(kind: str) -> float:
     return sum(size for size, _ in _arrays(kind))
 
 
+def _elements(kind: str) -> float:
+    return sum(math.prod(_sizes(sizes)) for _, sizes, _ in _ARRAY.findall(kind))
+
+
 def _memory_bytes(kind: str) -> float:
     """Returns a type's bytes in main memory (HBM). Layouts of TPUs mark on-chip memory, for example S(1)."""
     return sum(size for size, layout in _arrays(kind) if not re.search(r"S\([1-9]", layout))
@@ -244,6 +283,27 @@ def _memory_bytes(kind: str) -> float:
 
 def _off_chip(kind: str) -> bool:
     return _memory_bytes(kind) > 0
+
+
+def _kernel(kernel: Instruction, instructions: dict[str, Instruction]) -> tuple[float, float]:
+    """Returns the floating-point operations and the bytes of a Pallas kernel, by its cost estimate if it has one."""
+    if estimate := _KERNEL_COST.search(kernel.rest):
+        return float(estimate[1]), float(estimate[2])
+    return 0.0, _bytes(kernel.type) + sum(_bytes(instructions[o].type) for o in kernel.operands)
+
+
+def _to_other_slices(send: Instruction, instructions: dict[str, Instruction]) -> float:
+    """Returns the bytes that a device sends to other slices in one transfer.
+
+    The target `{1,2}x{0:15}` contains the slices in the first braces. A sum goes around them in a ring.
+    """
+    payload = _bytes(instructions[send.operands[0]].type)
+    target = re.search(r'_xla_megascale_target="\{([\d,:]*)\}', send.rest)
+    if '"ALL_REDUCE"' not in send.rest or not target:
+        return payload
+    spans = [[int(n) for n in span.split(":")] for span in target[1].split(",")]
+    slices = sum(span[-1] - span[0] + 1 for span in spans)
+    return payload * 2 * (slices - 1) / slices
 
 
 def _product(i: Instruction, instructions: dict[str, Instruction]) -> float:

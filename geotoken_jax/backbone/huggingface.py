@@ -21,7 +21,7 @@ from geotoken_jax.batch import padded, padded_size
 from geotoken_jax.settings import SettingsError
 
 #: Supported values of model_type in config.json.
-_KINDS = {"clip": Clip, "siglip": Siglip}
+KINDS = {"clip": Clip, "siglip": Siglip}
 #: Texts per batch and device. Fixed, because products of other shapes round differently.
 _TEXTS = 32
 
@@ -42,17 +42,17 @@ class HuggingFace:
         folder = pathlib.Path(settings.path)
         config = checkpoint.read_json(folder, "config.json")
         kind = config.get("model_type")
-        if kind not in _KINDS:
+        if kind not in KINDS:
             raise SettingsError(
                 f"{folder} has a checkpoint of model_type {kind!r}: choose a checkpoint of model_type "
-                f"{' or '.join(_KINDS)} (SigLIP 2 with a fixed image size is siglip)"
+                f"{' or '.join(KINDS)} (SigLIP 2 with a fixed image size is siglip)"
             )
         self._mesh = mesh or sharding.local_mesh()
         self._batch = sharding.batch_sharding(self._mesh)
         self._batch_devices = self._batch.num_devices // self._mesh.shape["tensor"]
         self._batch_size, self.dtype = settings.batch_size, settings.dtype
         self.model = checkpoint.read_module(
-            folder, lambda rngs: _KINDS[kind](config, jnp.dtype(settings.dtype), rngs), self._mesh
+            folder, lambda rngs: KINDS[kind](config, jnp.dtype(settings.dtype), rngs), self._mesh
         )
         #: C, the width of image and text features.
         self.width = self.model.width
@@ -93,7 +93,7 @@ class HuggingFace:
 
         @jax.jit
         def run(state: Any, batch: jax.Array) -> jax.Array:
-            with jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh), _exact(self.dtype):
+            with jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh), precision(self.dtype):
                 return features(nnx.merge(graph, state), batch).astype(jnp.float32)
 
         return lambda batch: run(state, jax.device_put(batch, self._batch))
@@ -152,11 +152,12 @@ class ImageTower:
     def features(self, parameters: Any, prepared: UInt8[jax.Array, "B h w 3"]) -> Float32[jax.Array, "B C"]:
         """Returns the features of prepared photos, computed with these parameters inside a compiled step."""
         tower: Any = self.module(parameters)
-        with _exact(self._dtype):
+        with precision(self._dtype):
             return tower.image_features(self._processor.normalize(prepared)).astype(jnp.float32)
 
 
-def _exact(dtype: str) -> Any:
+def precision(dtype: str) -> Any:
+    """Returns a context in which products of a dtype have the precision of published features."""
     # By default GPUs and TPUs multiply float32 in fewer bits: features then differ from the published ones by 1e-3.
     return jax.default_matmul_precision("highest" if dtype == "float32" else "default")
 

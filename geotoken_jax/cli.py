@@ -228,7 +228,7 @@ def _has(config: Any, keys: list[str]) -> bool:
 _EXPERIMENT = "make runs that differ in a few settings, and compare them in one table"
 _SCALING = "measure how loss and accuracy change with size, data, neighbors, gallery and candidates"
 _SERVE = "predict photos over HTTP with an exported model"
-_PLAN = "estimate memory, compute, collectives and time of a train step on a pod, without the pod"
+_PLAN = "estimate memory, compute, collectives and time of training and other work on a pod, without the pod"
 #: Verb of a stage -> summary for --help.
 STAGES = {
     "prepare": "read and check the photos of a source, and add their S2 tokens",

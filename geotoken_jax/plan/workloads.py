@@ -197,7 +197,7 @@ def _inference(
     return Workload(
         mesh,
         function,
-        (parameters, *batch_arrays.values()),
+        (parameters, *(batch_arrays[name] for name in arguments)),
         {"parameters": parameters, "batch": batch_arrays},
         _count(parameters),
         photos,

@@ -4,7 +4,7 @@ import io
 import math
 from typing import Any
 
-from PIL import ExifTags, Image
+from PIL import ExifTags
 
 from data_prep.csv_rows import seconds
 from geotoken_jax.backbone import preprocess
@@ -26,7 +26,7 @@ _SIGNS = {"N": 1, "E": 1, "S": -1, "W": -1}
 def drop_reason(image: bytes) -> str:
     """Returns the reason to drop an encoded image, empty if it can be decoded. A large JPEG is decoded at 1/8 size."""
     try:
-        preprocess.open_image(image, min_side=1)
+        preprocess.open_image(image, min_side=1, whole=True)
     except preprocess.ImageError as error:
         return next(reason for words, reason in _REASONS.items() if words in str(error))
     return ""
@@ -61,7 +61,10 @@ def captured(image: bytes) -> float:
 
 
 def _exif(image: bytes, part: ExifTags.IFD) -> dict[int, Any]:
-    with Image.open(io.BytesIO(image), formats=preprocess.FORMATS) as opened:
+    opened = preprocess.open_header(io.BytesIO(image))
+    if opened is None:
+        return {}
+    with opened:
         return opened.getexif().get_ifd(part)
 
 

@@ -5,6 +5,7 @@
 
 import argparse
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,6 +39,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except _refusals() as error:
         print(f"geotoken {options.verb}: {error}", file=sys.stderr)
         processes.leave(REFUSED)
+    except BrokenPipeError:
+        # The reader of standard output has ended, as `head` does. Python would fail again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except KeyboardInterrupt:
         print(f"\ngeotoken {options.verb}: interrupted; run the same command again to continue", file=sys.stderr)
         processes.leave(130)
@@ -93,12 +98,19 @@ def _add_studies(verbs: Any) -> None:
 
 
 def _predict_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("photos", nargs="*", help="with --model or --method: photos or folders of photos to predict")
+    verb.add_argument(
+        "photos",
+        nargs="*",
+        help="with --model or --method: photos or folders of photos to predict; - is a photo on standard input",
+    )
     _model(verb, "--model", "predict PHOTOS with ")
     verb.add_argument("--method", choices=("geoclip",), help="predict PHOTOS with GeoCLIP as published")
     verb.add_argument("--clip", help="with --method=geoclip: folder of a CLIP ViT-L/14 checkpoint")
     verb.add_argument("--geoclip", help="with --method=geoclip: GeoCLIP's wheel (pip download --no-deps geoclip)")
     verb.add_argument("--json", action="store_true", help="with PHOTOS: print JSON lines with all candidates")
+    verb.add_argument(
+        "--output", help="with PHOTOS: write the answers to a file that ends in .csv, .jsonl, .geojson, .kml or .html"
+    )
 
 
 def _evaluate_options(verb: argparse.ArgumentParser) -> None:

@@ -4,8 +4,7 @@ lacks most packages that training needs."""
 import argparse
 import json
 import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,29 +67,17 @@ def _predict(options: argparse.Namespace, config: Any) -> int:
                 "no model for the photos: add --model=DIR, a folder that `geotoken export` made, or --method=geoclip"
             )
         return _on_workdir(options, config)
-    from geotoken_jax.backbone.preprocess import ImageError
-
     if not options.photos:
         raise settings.SettingsError(
             "no photos to predict: name a photo or a folder, as in `geotoken predict --model=DIR photo.jpg`"
         )
     _quiet()
-    failed = False
+    from geotoken_jax.predict import folder
+
+    found = folder.find(options.photos)
     model = _predictor(options)
-    for photo in _expand(options.photos):
-        try:
-            answer = model.predict(photo)
-        except ImageError as error:
-            print(f"geotoken predict: {error}", file=sys.stderr)
-            failed = True
-            continue
-        if options.json:
-            print(json.dumps({"id": photo, **answer.plain()}), flush=True)
-        else:
-            print(
-                f"{photo}  {answer.latitude:.5f}, {answer.longitude:.5f}  within {answer.radius_km:,.0f} km", flush=True
-            )
-    return 2 if failed else 0
+    identity = folder.identity(options.model or options.geoclip)
+    return folder.run(model, identity, found, options.output, options.json)
 
 
 def _predictor(options: argparse.Namespace) -> Any:
@@ -107,18 +94,6 @@ def _predictor(options: argparse.Namespace) -> Any:
     from geotoken_jax.interop import geoclip
 
     return geoclip.GeoCLIPPredictor(options.clip, options.geoclip)
-
-
-def _expand(photos: Sequence[str]) -> list[str]:
-    """Returns the given files in order, with each folder replaced by the photos in it, sorted by path."""
-    from geotoken_jax.backbone.preprocess import ENDINGS
-
-    files = []
-    for photo in photos:
-        path = Path(photo)
-        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in ENDINGS) if path.is_dir() else [path]
-        files += [str(p) for p in inside]
-    return files
 
 
 def _evaluate(options: argparse.Namespace, config: Any) -> int:
@@ -155,13 +130,14 @@ def _serve(options: argparse.Namespace, config: Any) -> int:
     _quiet()
     try:
         from geotoken_jax.predict import hub
-        from geotoken_jax.serve import app, batching
+        from geotoken_jax.predict.predictor import GeoToken
+        from geotoken_jax.serve import app
     except ModuleNotFoundError as error:
         raise settings.SettingsError(
             f"`geotoken serve` needs {error.name}: install it with pip install 'geotoken-jax[serve]'"
         ) from None
     folder = hub.resolve(options.model, options.revision)
-    return app.run(batching.ServedGeoToken(folder, options.backbone), chosen, folder)
+    return app.run(GeoToken(folder, backbone=options.backbone), chosen, folder)
 
 
 def _plan(options: argparse.Namespace, config: Any) -> int:

@@ -93,7 +93,11 @@ class Clock(Predictor):
 
     batch_size, reads_time = 2, True
 
-    def _predict(self, photos, captured):
+    def prepare(self, photo):
+        return photo
+
+    def predict_prepared(self, photos, captured=None):
+        assert captured is not None
         return list(zip(photos, captured.tolist(), strict=True))
 
 

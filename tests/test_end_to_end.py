@@ -19,7 +19,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from geotoken_jax import GeoToken, cli, records
-from geotoken_jax.serve import app, batching, limits
+from geotoken_jax.serve import app, limits
 from tests import hub, test_judge
 
 CONFIG = str(Path(__file__).with_name("tiny.py"))
@@ -247,7 +247,7 @@ def test_one_photo_in_any_form_gives_one_answer(workdir: Path, photo: bytes, tmp
 
 def test_the_exported_model_is_served_as_it_answers(workdir: Path, photo: bytes):
     photos = [photo] * 2
-    model = app.make(batching.ServedGeoToken(workdir / "export"), limits.ServeSettings(batch_size=2))
+    model = app.make(GeoToken(workdir / "export"), limits.ServeSettings(batch_size=2))
     with TestClient(model) as client:
         while client.get("/ready").status_code != 200:
             time.sleep(0.1)

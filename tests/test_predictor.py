@@ -26,13 +26,15 @@ class Echo(Predictor):
         self.may = threading.Event()
         self.may.set()
 
-    def _predict(self, photos: Sequence[Any], captured: Any) -> list[Prediction]:
+    def prepare(self, photo: Any) -> Any:
+        if not isinstance(photo, int):
+            raise ImageError(f"{photo!r} is not a photo")
+        return photo
+
+    def predict_prepared(self, photos: Sequence[Any], captured: Any = None) -> list[Prediction]:
         self.batches.append(list(photos))
         self.threads.add(threading.get_ident())
         assert self.may.wait(20)
-        for photo in photos:
-            if not isinstance(photo, int):
-                raise ImageError(f"{photo!r} is not a photo")
         return [Prediction(float(n), 0.0, 1.0, 2.0, {}, (), (), ()) for n in photos]
 
 
@@ -126,3 +128,27 @@ def test_the_public_face_has_help():
     assert "GeoToken.load(" in told and "radius_90_km" in told and "predict_async" in told
     with pytest.raises(AttributeError, match="Nothing"):
         _ = geotoken_jax.Nothing
+
+
+def test_a_photo_that_cannot_be_read_does_not_end_the_others():
+    model = Echo()
+    answers = model.predict([1, "x", 2, 3, "y", 4], on_error="return")
+    assert [str(a) if isinstance(a, ImageError) else int(a.latitude) for a in answers] == [
+        1, "'x' is not a photo", 2, 3, "'y' is not a photo", 4
+    ]  # fmt: skip
+    assert model.batches == [[1, 2, 3], [4]]  # bad photos do not make batches smaller
+    with pytest.raises(ImageError, match="'x' is not"):
+        model.predict([1, "x", 2])
+
+
+def test_a_stream_takes_photos_as_it_needs_them():
+    taken = []
+
+    def photos():
+        for n in range(100):
+            taken.append(n)
+            yield n
+
+    stream = Echo().stream(photos())
+    assert next(stream).latitude == 0 and len(taken) < 12  # two batches ahead
+    assert latitudes(list(stream)) == list(range(1, 100))

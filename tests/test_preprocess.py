@@ -6,8 +6,9 @@ import warnings
 import zlib
 
 import numpy as np
+import pillow_heif
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from geotoken_jax.backbone import preprocess
 from geotoken_jax.settings import SettingsError
@@ -131,7 +132,61 @@ def test_refuses_in_one_sentence(tmp_path):
         assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
     for source, reason in ((b"", "is empty"), (photo[:-100], "damaged or cut short"), (7, "not int")):
         with pytest.raises(preprocess.ImageError, match=reason):
-            preprocess.open_image(source)
+            preprocess.open_image(source, whole=True)
+
+
+def test_a_jpeg_without_its_last_bytes_is_used_with_a_warning(caplog):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (200, 64, 3), np.uint8))
+    photo = encoded(image, "JPEG")
+    found = np.asarray(preprocess.open_image(photo[:-300]))
+    np.testing.assert_array_equal(found[:160], np.asarray(preprocess.open_image(photo))[:160])
+    assert "lacks its last bytes" in caplog.text
+    with pytest.raises(preprocess.ImageError, match=r"lacks [3-9].% of its rows"):
+        preprocess.open_image(photo[: len(photo) // 2])
+
+
+@pytest.mark.parametrize(("top", "dtype"), [(4095, np.uint16), (65_535, np.uint16), (2**31 - 1, np.int32)])
+def test_gray_of_more_than_8_bits_is_scaled_by_its_full_scale(top, dtype):
+    gray = (np.linspace(0, 1, 64) * top).round().astype(dtype).reshape(8, 8)
+    expected = (gray / (top if top < 2**31 - 1 else 2**32 - 1) * 255).round()
+    found = np.asarray(preprocess.open_image(Image.fromarray(gray)))
+    assert abs(found[..., 0] - expected).max() <= 1
+
+
+def test_float_gray_from_0_to_1_is_not_black():
+    gray = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    assert np.asarray(preprocess.open_image(Image.fromarray(gray))).max() == 255
+
+
+def test_a_callers_image_is_not_changed(tmp_path):
+    Image.fromarray(np.zeros((300, 400, 3), np.uint8)).save(tmp_path / "a.jpg")
+    image = Image.open(tmp_path / "a.jpg")
+    small = preprocess.open_image(image, min_side=32)
+    assert image.size == (400, 300) and small.size == preprocess.open_image(tmp_path / "a.jpg", 32).size
+    image.close()
+    with pytest.raises(preprocess.ImageError, match="the image is closed: pass it before"):
+        preprocess.open_image(image)
+
+
+def test_a_png_with_2_mb_of_text_is_read():
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("XML:com.adobe.xmp", "x" * 2_000_000, zip=True)
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(file, "PNG", pnginfo=info)
+    assert preprocess.open_image(file.getvalue()).getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("kind", ["HEIF", "AVIF"])
+def test_reads_what_phones_write(kind):
+    image = Image.fromarray(np.full((40, 60, 3), (200, 30, 60), np.uint8))
+    if kind == "HEIF":
+        file = io.BytesIO()
+        pillow_heif.from_pillow(image).save(file, quality=90)
+        photo = file.getvalue()
+    else:
+        photo = encoded(image, kind)
+    found = preprocess.open_image(photo)
+    assert found.size == (60, 40) and abs(np.asarray(found).mean((0, 1)) - (200, 30, 60)).max() < 6
 
 
 @pytest.mark.parametrize("size", [(40_000, 40_000), (12_000, 12_000), (30_001, 1), (100_000, 2)])

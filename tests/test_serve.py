@@ -57,7 +57,7 @@ class Shade:
     def prepare(self, photo: Any) -> np.ndarray:
         return np.asarray(open_image(photo).resize((4, 4)))
 
-    def predict(self, photos: list[np.ndarray]) -> list[Prediction]:
+    def predict_prepared(self, photos: list[np.ndarray]) -> list[Prediction]:
         self.free.wait(20)
         self.batches.append(len(photos))
         if self.fails:
@@ -564,7 +564,7 @@ from tests.test_serve import Shade
 
 class Slow(Shade):
     warm = 0
-    def predict(self, photos):
+    def predict_prepared(self, photos):
         self.warm += 1
         if self.warm > 5:
             print("begun", flush=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import logging
 import os
 from collections.abc import Mapping
 from typing import IO, Any
@@ -17,9 +18,16 @@ from geotoken_jax.settings import SettingsError
 MAX_PIXELS = 100_000_000
 MAX_SIDE = 30_000
 #: Accepted formats, by Pillow's names. Pillow's other readers are never called.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "HEIF", "AVIF")
 #: Endings by which photos in a folder are recognized. A file given by name can have any ending.
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+ENDINGS = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif",
+    ".hif", ".avif",
+)  # fmt: skip
+#: Largest values of grayscale images with more than 8 bits. A camera with 12 bits writes 0 ... 4095 into 16 bits.
+_FULL_SCALE = (1, 255, 1023, 4095, 16_383, 65_535, 2**32 - 1)
+#: Largest share of a JPEG's rows that may be missing at its end.
+_MISSING_ROWS = 0.1
 
 #: EXIF orientation -> transposition that turns the photo upright.
 _UPRIGHT = {
@@ -38,25 +46,29 @@ class ImageError(ValueError):
     """A photo cannot be read. The message is one sentence: the photo, the fault and the remedy."""
 
 
-def open_image(source: Any, min_side: int | None = None) -> Image.Image:
+def open_image(source: Any, min_side: int | None = None, whole: bool = False) -> Image.Image:
     """Returns a photo decoded as an upright RGB image.
 
-    EXIF orientation is applied. Transparent images are composited over white, 16-bit gray is scaled to 8 bits, and of
-    an animation the first frame is returned.
+    EXIF orientation is applied. Transparent images are composited over white, and of an animation the first frame is
+    returned. Gray with more than 8 bits, and float gray, is scaled by the smallest full scale that holds its values (1,
+    255, 1023, 4095, 16383, 65535 or 2^32 - 1).
 
-    source: path, bytes of an encoded file, PIL image, or uint8 array [h, w, 3] or [h, w].
+    source: path, bytes of an encoded file, PIL image, or uint8 array [h, w, 3] or [h, w]. A PIL image is not changed.
     min_side: shorter side, in pixels, that the caller needs. A larger JPEG may be decoded at 1/2, 1/4 or 1/8 of
     its size, as long as its shorter side keeps min_side pixels. If None, photos are decoded in full size.
+    whole: if False, a JPEG that lacks up to a tenth of its rows at its end is decoded too, with gray in their place,
+    and a warning is logged.
 
     Raises ImageError if the source has another type, if the file is missing, damaged, or not in FORMATS, or if the
     image is larger than MAX_PIXELS or MAX_SIDE. The size is checked before any pixel is decoded.
     """
     if isinstance(source, Image.Image):
-        return _decode(source, "the image", min_side)
+        encoded = _unread_bytes(source)
+        return _decode(_copied(source), "the image") if encoded is None else open_image(encoded, min_side, whole)
     if isinstance(source, np.ndarray):
-        return _decode(_from_array(source), "the array", min_side)
+        return _decode(_from_array(source), "the array")
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return _read(io.BytesIO(source), "the image given as bytes", min_side)
+        return _read(io.BytesIO(source), "the image given as bytes", min_side, whole)
     if not isinstance(source, (str, os.PathLike)):
         raise ImageError(
             f"a photo is a path, bytes, a PIL image or a uint8 array, not {type(source).__name__}: convert it"
@@ -68,7 +80,8 @@ def open_image(source: Any, min_side: int | None = None) -> Image.Image:
         raise ImageError(f"{path} is a folder: give the path of a photo in it")
     try:
         with path.open("rb") as file:
-            return _read(file, str(path), min_side)
+            # A pipe, such as /dev/stdin, cannot be read from its start again.
+            return _read(file if file.seekable() else io.BytesIO(file.read()), str(path), min_side, whole)
     except OSError as error:
         raise ImageError(f"{path} cannot be opened ({error.strerror or error}): check its permissions") from error
 
@@ -168,28 +181,120 @@ def _from_array(array: np.ndarray) -> Image.Image:
     return Image.fromarray(array)
 
 
-def _read(file: IO[bytes], where: str, min_side: int | None) -> Image.Image:
+def open_header(file: IO[bytes]) -> Image.Image | None:
+    """Returns an image whose header is read and whose pixels are not, or None if it is in none of FORMATS.
+
+    Pillow's readers raise nearly any exception if the header is damaged.
+    """
     # Not Image.open: it warns above 89 million pixels and raises above 179 million, by limits global to the process.
     Image.init()
     prefix = file.read(16)
-    if not prefix:
-        raise ImageError(f"{where} is empty (0 bytes): copy or download it again")
     for name in FORMATS:
-        factory, accept = Image.OPEN[name]
+        factory, accept = (_heif_image, _is_heif) if name == "HEIF" else Image.OPEN[name]
         if accept is None or accept(prefix) is True:
             file.seek(0)
-            try:
-                image = factory(file, "")
-            except Image.DecompressionBombError as error:  # the WebP reader checks the size itself
-                raise ImageError(f"{where} is too large ({error}): make it smaller") from error
-            except Exception as error:  # a damaged header makes Pillow raise nearly anything
-                raise _damaged(where, error) from error
-            with image:
-                return _decode(image, where, min_side)
-    raise ImageError(f"{where} is not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image: convert it to JPEG")
+            return factory(file, "")
+    return None
 
 
-def _decode(image: Image.Image, where: str, min_side: int | None) -> Image.Image:
+def _heif_image(file: IO[bytes], name: str) -> Image.Image:
+    # Not registered with Pillow, so that the process's other code keeps its formats.
+    import pillow_heif
+
+    return pillow_heif.HeifImageFile(file, name)
+
+
+def _is_heif(prefix: bytes) -> bool:
+    return prefix[4:8] == b"ftyp" and prefix[8:12] in (b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1", b"hevc")
+
+
+def _read(file: IO[bytes], where: str, min_side: int | None, whole: bool) -> Image.Image:
+    if not file.read(1):
+        raise ImageError(f"{where} is empty (0 bytes): copy or download it again")
+    file.seek(0)
+    try:
+        image = open_header(file)
+    except Image.DecompressionBombError as error:  # the WebP reader checks the size itself
+        raise ImageError(f"{where} is too large ({error}): make it smaller") from error
+    except Exception as error:
+        repaired = _without_png_texts(file)
+        if repaired is None:
+            raise _damaged(where, error) from error
+        return _read(repaired, where, min_side, whole)
+    if image is None:
+        raise ImageError(f"{where} is not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image: convert it to JPEG")
+    with image:
+        try:
+            return _decode(image, where, min_side)
+        except ImageError:
+            repaired = None if whole else _with_jpeg_end(file)
+            if repaired is None:
+                raise
+    return _complete(_decode(repaired, where, min_side), where)
+
+
+def _without_png_texts(file: IO[bytes]) -> IO[bytes] | None:
+    """Returns a PNG without its texts, such as 2 MB of XMP, which Pillow refuses; None if there are none."""
+    file.seek(0)
+    data = file.read()
+    if not data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return None
+    kept, at = [data[:8]], 8
+    while at + 12 <= len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4])
+        if data[at + 4 : at + 8] not in (b"tEXt", b"zTXt", b"iTXt"):
+            kept.append(data[at:end])
+        at = end
+    repaired = b"".join(kept)
+    return io.BytesIO(repaired) if len(repaired) < len(data) else None
+
+
+def _with_jpeg_end(file: IO[bytes]) -> Image.Image | None:
+    """Returns a JPEG with an end marker added, with which libjpeg fills missing rows; None if it is no JPEG."""
+    file.seek(0)
+    data = file.read()
+    return open_header(io.BytesIO(data + b"\xff\xd9")) if data.startswith(b"\xff\xd8") else None
+
+
+def _complete(image: Image.Image, where: str) -> Image.Image:
+    """Returns an image that lacks few rows, and logs a warning. Raises ImageError if it lacks many."""
+    pixels = np.asarray(image)
+    varied = np.flatnonzero((pixels != pixels[-1, -1]).any((1, 2)))
+    missing = 1 - (varied[-1] + 1) / len(pixels) if len(varied) else 1.0
+    if missing > _MISSING_ROWS:
+        raise ImageError(f"{where} is damaged or cut short (it lacks {missing:.0%} of its rows): copy it again")
+    logging.getLogger(__name__).warning("%s lacks its last bytes; what is there is used: copy it again", where)
+    return image
+
+
+def _unread_bytes(image: Image.Image) -> bytes | None:
+    """Returns the file of a caller's image that is open and not decoded; None if it is decoded, or at a later frame.
+
+    From the file, the image is decoded as if its path were given, so that both give the same pixels.
+    """
+    file = getattr(image, "fp", None)
+    if not getattr(image, "tile", None) or file is None or file.closed or not file.seekable() or image.tell():
+        return None
+    position = file.tell()
+    file.seek(0)
+    try:
+        return file.read()
+    finally:
+        file.seek(position)
+
+
+def _copied(image: Image.Image) -> Image.Image:
+    """Returns a copy of a caller's image, so that it is not changed. Raises ImageError if it is closed or damaged."""
+    try:
+        return image.copy()
+    except Exception as error:
+        closed = getattr(image, "fp", True) is None or "closed" in str(error)
+        if closed:
+            raise ImageError("the image is closed: pass it before it is closed, or pass its path") from error
+        raise _damaged("the image", error) from error
+
+
+def _decode(image: Image.Image, where: str, min_side: int | None = None) -> Image.Image:
     width, height = image.size
     if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
         limit = f"{MAX_PIXELS // 1_000_000} million pixels or a side of {MAX_SIDE:,}"
@@ -213,9 +318,11 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # Pillow would clip 16-bit gray at 255
-        gray = np.asarray(image).astype(np.float32) * (255 / 65535)
-        image = Image.fromarray(gray.round().clip(0, 255).astype(np.uint8))
+    if image.mode.startswith("I") or image.mode == "F":  # Pillow would clip these at 255
+        gray = np.nan_to_num(np.asarray(image).astype(np.float64))
+        top = gray.max()
+        full = next((scale for scale in _FULL_SCALE[0 if image.mode == "F" else 1 :] if top <= scale), top)
+        image = Image.fromarray((gray * (255 / full)).round().clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))

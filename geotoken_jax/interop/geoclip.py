@@ -28,7 +28,7 @@ import numpy as np
 import safetensors.numpy
 from etils import epath
 from flax import nnx
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 
 from geotoken_jax import checkpoint
 from geotoken_jax.align.heads import AlignModel, Head
@@ -143,10 +143,12 @@ class GeoCLIPPredictor(Predictor):
 
         self._run = run
 
-    def _predict(self, photos: Sequence[Any], captured: Any) -> list[Prediction]:
+    def prepare(self, photo: Any) -> UInt8[np.ndarray, "h w 3"]:
+        return self._clip.prepare(photo)
+
+    def predict_prepared(self, photos: Sequence[np.ndarray], captured: Any = None) -> list[Prediction]:
         del captured
-        prepared = np.stack([self._clip.prepare(photo) for photo in photos])
-        return [self._answer(p) for p in np.asarray(self._run(jnp.asarray(self._clip.images(prepared))))]
+        return [self._answer(p) for p in np.asarray(self._run(jnp.asarray(self._clip.images(np.stack(photos)))))]
 
     def _answer(self, probability: Float[np.ndarray, "N"]) -> Prediction:
         best = np.argsort(-probability, kind="stable")[:_CANDIDATES]

@@ -2,22 +2,27 @@
 
 import abc
 import asyncio
+import collections
+import contextlib
 import dataclasses
 import functools
+import itertools
 import json
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import os
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 from etils import epath
-from jaxtyping import Float, Num
+from jaxtyping import Float, Num, UInt8
 
 from geotoken_jax import backbone as backbones
 from geotoken_jax import checkpoint, jax_modes, settings
 from geotoken_jax.align.heads import AlignSettings, embeddings
 from geotoken_jax.align.task import AlignTask
+from geotoken_jax.backbone.preprocess import ImageError
 from geotoken_jax.gallery import index
 from geotoken_jax.gallery.table import Table
 from geotoken_jax.geo.distance import THRESHOLDS_KM, great_circle_km
@@ -32,6 +37,9 @@ from geotoken_jax.predict.trained_selectors import selector_loader
 from geotoken_jax.predict.uncertainty import UNCALIBRATED, Calibration
 from geotoken_jax.predict.verifier import VerifierSettings
 
+#: Threads that decode photos while the model predicts. Pillow decodes outside Python's global lock.
+_DECODERS = min(16, os.cpu_count() or 1)
+
 
 class Predictor(abc.ABC):
     """A model that predicts where one photo, or each photo of a list, was taken."""
@@ -43,22 +51,43 @@ class Predictor(abc.ABC):
 
     @overload
     def predict(
-        self, photos: list[Any] | tuple[Any, ...], captured: Sequence[datetime | None] | None = None
+        self,
+        photos: list[Any] | tuple[Any, ...],
+        captured: Sequence[datetime | None] | None = None,
+        on_error: Literal["raise"] = "raise",
     ) -> list[Prediction]: ...
     @overload
+    def predict(
+        self,
+        photos: list[Any] | tuple[Any, ...],
+        captured: Sequence[datetime | None] | None = None,
+        *,
+        on_error: Literal["return"],
+    ) -> list[Prediction | ImageError]: ...
+    @overload
     def predict(self, photos: Any, captured: datetime | None = None) -> Prediction: ...
-    def predict(self, photos: Any, captured: Any = None) -> Prediction | list[Prediction]:
+    def predict(self, photos: Any, captured: Any = None, on_error: Literal["raise", "return"] = "raise") -> Any:
         """Returns the prediction for a photo, or a list of predictions for a list of photos.
 
         photos: a photo or a list of photos; each is a path, a PIL image, an array [height, width, 3] of uint8, or the
         bytes of an image file. Positions and times in EXIF are not read. captured: the photo's capture time, or a list
-        with one time per photo; None if unknown. A datetime without a zone is UTC.
-        Raises ImageError, with the photo's name, if a photo cannot be read. Raises ValueError if `captured` is given
-        and has another length than photos, or is given to a model that does not read times (config.model.context).
+        with one time per photo; None if unknown. A datetime without a zone is UTC. on_error: "return" puts an
+        ImageError into the list for each photo that cannot be read.
+        Raises ImageError, with the photo's name, if a photo cannot be read and on_error is "raise". Raises ValueError
+        if `captured` is given and has another length than photos, or is given to a model that does not read times
+        (config.model.context).
         """
         if not isinstance(photos, (list, tuple)):
-            return self.predict([photos], None if captured is None else [captured])[0]
-        return [answer for batch in self._batches(photos, captured) for answer in self._predict(*batch)]
+            return self._listed([photos], self._times([photos], None if captured is None else [captured]), on_error)[0]
+        return self._listed(photos, self._times(photos, captured), on_error)
+
+    def stream(self, photos: Iterable[Any]) -> Generator[Prediction | ImageError, None, None]:
+        """Yields the prediction of each photo, or the ImageError of a photo that cannot be read, in order.
+
+        Photos are taken from the iterable as they are needed, and threads decode them while the model predicts. Memory
+        does not grow with the number of photos. Capture times are unknown.
+        """
+        return self._stream((photo, np.nan) for photo in photos)
 
     @overload
     async def predict_async(
@@ -74,27 +103,87 @@ class Predictor(abc.ABC):
         """
         if not isinstance(photos, (list, tuple)):
             return (await self.predict_async([photos], None if captured is None else [captured]))[0]
-        run = functools.partial(asyncio.get_running_loop().run_in_executor, self._thread, self._predict)
-        return [answer for batch in self._batches(photos, captured) for answer in await run(*batch)]
+        run = functools.partial(asyncio.get_running_loop().run_in_executor, self._thread, self._listed)
+        times = self._times(photos, captured)
+        batches = (slice(first, first + self.batch_size) for first in range(0, len(photos), self.batch_size))
+        return [answer for batch in batches for answer in await run(photos[batch], times[batch], "raise")]
 
     @functools.cached_property
     def _thread(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(1, "predict")
 
-    def _batches(self, photos: Sequence[Any], captured: Any) -> Iterator[tuple[Sequence[Any], np.ndarray]]:
-        """Returns batches of photos with their capture times in seconds since 1970, NaN if unknown."""
+    def _times(self, photos: Sequence[Any], captured: Any) -> Float[np.ndarray, " b"]:
+        """Returns the capture times of photos in seconds since 1970, NaN if unknown."""
         if captured is not None and not self.reads_time:
             raise ValueError("captured is given, but this model does not read when a photo was taken: leave it out")
         if captured is not None and len(captured) != len(photos):
             raise ValueError(
                 f"captured has {len(captured)} times for {len(photos)} photos: give one per photo, None if unknown"
             )
-        times = np.array([_seconds(time) for time in captured or [None] * len(photos)])
-        batches = (slice(first, first + self.batch_size) for first in range(0, len(photos), self.batch_size))
-        return ((photos[batch], times[batch]) for batch in batches)
+        return np.array([_seconds(time) for time in captured or [None] * len(photos)])
+
+    def _listed(self, photos: Sequence[Any], times: Float[np.ndarray, " b"], on_error: str) -> list[Any]:
+        answers = []
+        with contextlib.closing(self._stream(zip(photos, times, strict=True))) as stream:
+            for answer in stream:
+                if on_error == "raise" and isinstance(answer, ImageError):
+                    raise answer
+                answers.append(answer)
+        return answers
+
+    def _stream(self, photos: Iterable[tuple[Any, float]]) -> Generator[Prediction | ImageError, None, None]:
+        """Yields the answers of photos with their capture times, see `stream`."""
+        source = iter(photos)
+        with ThreadPoolExecutor(_DECODERS, "decode") as pool:
+            ahead: collections.deque[tuple[Future, float]] = collections.deque()
+            try:
+                while True:
+                    batch: list[tuple[Any, float]] = []
+                    prepared = 0
+                    while prepared < self.batch_size:
+                        for photo, time in itertools.islice(source, 2 * self.batch_size - len(ahead)):
+                            ahead.append((pool.submit(self._prepared, photo), time))
+                        if not ahead:
+                            break
+                        future, time = ahead.popleft()
+                        batch.append((future.result(), time))
+                        prepared += not isinstance(batch[-1][0], ImageError)
+                    if not batch:
+                        return
+                    yield from self._answers(batch)
+            finally:
+                for future, _ in ahead:
+                    future.cancel()
+
+    def _prepared(self, photo: Any) -> Any:
+        try:
+            return self.prepare(photo)
+        except ImageError as error:
+            return error
+
+    def _answers(self, batch: list[tuple[Any, float]]) -> Iterator[Prediction | ImageError]:
+        read = [one for one in batch if not isinstance(one[0], ImageError)]
+        predictions = iter(())
+        if read:
+            photos, times = zip(*read, strict=True)
+            predictions = iter(self.predict_prepared(photos, np.array(times)))
+        return (one if isinstance(one, ImageError) else next(predictions) for one, _ in batch)
 
     @abc.abstractmethod
-    def _predict(self, photos: Sequence[Any], captured: Float[np.ndarray, " b"]) -> list[Prediction]: ...
+    def prepare(self, photo: Any) -> UInt8[np.ndarray, "h w 3"]:
+        """Returns a photo decoded and resized to one shape for all photos. Raises ImageError if it cannot be read.
+
+        photo: see `predict`.
+        """
+
+    @abc.abstractmethod
+    def predict_prepared(
+        self, photos: Sequence[UInt8[np.ndarray, "h w 3"]], captured: Float[np.ndarray, " b"] | None = None
+    ) -> list[Prediction]:
+        """Returns the predictions for a batch of photos that `prepare` returned.
+
+        captured: capture times in seconds since 1970, NaN if unknown; all unknown if None.
+        """
 
 
 def _seconds(time: datetime | None) -> float:
@@ -155,11 +244,16 @@ class GeoToken(Predictor):
         """
         return cls(hub.resolve(model, revision), verify, backbone)
 
+    def prepare(self, photo: Any) -> UInt8[np.ndarray, "h w 3"]:
+        return self._backbone.prepare(photo)
+
     @jax_modes.standard()
-    def _predict(self, photos: Sequence[Any], captured: Float[np.ndarray, " b"]) -> list[Prediction]:
-        prepared = np.stack([self._backbone.prepare(photo) for photo in photos])
-        vectors = embeddings(self._aligned, self._backbone.images(prepared))
-        predictions, distribution = self._answerer.from_vectors(self._index, vectors, captured)
+    def predict_prepared(
+        self, photos: Sequence[UInt8[np.ndarray, "h w 3"]], captured: Float[np.ndarray, " b"] | None = None
+    ) -> list[Prediction]:
+        times = np.full(len(photos), np.nan) if captured is None else captured
+        vectors = embeddings(self._aligned, self._backbone.images(np.stack(photos)))
+        predictions, distribution = self._answerer.from_vectors(self._index, vectors, times)
         if distribution is not None:
             return with_radii(predictions, distribution, self._calibration)
         return [_with_sample_radii(prediction) for prediction in predictions]

@@ -4,51 +4,31 @@ import asyncio
 import contextlib
 import logging
 import time
-import types
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
-from etils import epath
 from jaxtyping import UInt8
 from PIL import Image
 
-from geotoken_jax.backbone import Backbone
 from geotoken_jax.predict.prediction import Prediction
-from geotoken_jax.predict.predictor import GeoToken
 from geotoken_jax.serve.limits import Refused
 
-#: A decoded and resized photo, the input of Model.predict.
+#: A decoded and resized photo.
 Prepared = UInt8[np.ndarray, "h w 3"]
 
 
 class Model(Protocol):
-    """A model that prepares and predicts in separate calls, so threads can prepare while the model predicts."""
+    """The parts of `predictor.Predictor` that the service calls, apart from each other.
 
-    #: Largest batch of `predict`.
+    Threads prepare photos while the model predicts others.
+    """
+
     batch_size: int
 
-    def prepare(self, photo: Any) -> Prepared:
-        """Returns a photo decoded and resized to one shape for all photos. Raises ImageError if it cannot be read.
-
-        photo: anything that `preprocess.open_image` accepts.
-        """
-        ...
-
-    def predict(self, photos: Any) -> Any:
-        """Returns the predictions for a list of prepared photos."""
-        ...
-
-
-class ServedGeoToken(GeoToken):
-    """A GeoToken with the two calls of `Model`: its `predict` takes photos that `prepare` returned."""
-
-    def __init__(self, folder: epath.PathLike, backbone: epath.PathLike | None = None):
-        super().__init__(folder, backbone=backbone)
-        tower = self._backbone
-        self.prepare = tower.prepare
-        self._backbone = cast(Backbone, types.SimpleNamespace(prepare=lambda photo: photo, images=tower.images))
+    def prepare(self, photo: Any) -> Prepared: ...
+    def predict_prepared(self, photos: Any) -> Any: ...
 
 
 class Batcher:
@@ -124,7 +104,9 @@ class Batcher:
         """
         filled = photos + photos[:1] * (_padded(len(photos), self._size) - len(photos))
         start = time.perf_counter()
-        predictions = await asyncio.get_running_loop().run_in_executor(self._thread, self._model.predict, filled)
+        predictions = await asyncio.get_running_loop().run_in_executor(
+            self._thread, self._model.predict_prepared, filled
+        )
         self._last_s = time.perf_counter() - start
         return predictions[: len(photos)]
 

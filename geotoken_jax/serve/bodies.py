@@ -13,7 +13,7 @@ from PIL import Image
 from python_multipart.multipart import FormParser, parse_options_header
 from starlette.requests import ClientDisconnect
 
-from geotoken_jax.backbone.preprocess import FORMATS, ImageError
+from geotoken_jax.backbone.preprocess import ImageError, open_header
 from geotoken_jax.serve.limits import Refused
 
 #: Accepted content types.
@@ -128,9 +128,9 @@ def decoded(photo: bytes | str, max_pixels: int) -> bytes:
                 "the photo is not base64: send the file's contents as base64 without line breaks; URLs are not fetched"
             ) from None
     try:
-        with Image.open(io.BytesIO(photo), formats=FORMATS) as image:
-            pixels = math.prod(image.size)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        image = open_header(io.BytesIO(photo))
+        pixels = math.prod(image.size) if image else 0
+    except Image.DecompressionBombError:
         pixels = math.inf
     except Exception:  # no image or a damaged header, which `Model.prepare` reports; Pillow can raise nearly any type
         pixels = 0

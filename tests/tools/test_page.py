@@ -40,7 +40,7 @@ from geotoken_jax.serve import app, limits
 from tests.test_serve import Shade
 
 class Many(Shade):
-    def predict(self, photos):
+    def predict_prepared(self, photos):
         def more(p):
             near = [(p.latitude + k / 10, 20.0 + k) for k in range(1, 5)]
             return dataclasses.replace(

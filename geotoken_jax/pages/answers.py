@@ -1,0 +1,40 @@
+"""The page of a user's own photos: a map of all answers, and a card per photo, the most certain first."""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+
+from geotoken_jax.pages import frame, photos, worldmap
+
+#: Longer side of a photo on a card, in pixels.
+_SIDE = 240
+
+
+def page(answers: Sequence[tuple[Mapping[str, Any], Any]]) -> str:
+    """Returns the page as HTML. answers: answer (see predict.outputs.Answer), and path or bytes of its photo."""
+    certain_first = sorted(answers, key=lambda one: one[0]["radius_km"])
+    at = np.array([(answer["latitude"], answer["longitude"]) for answer, _ in answers]).reshape(-1, 2)
+    headline = (
+        f"<h1>Where {len(answers):,} photos were taken</h1><p>A model's answers. With a probability of 50 % a photo "
+        "was taken within the first distance of the answer, and with 90 % within the second.</p>"
+    )
+    cards = "".join(_card(answer, photo) for answer, photo in certain_first)
+    sections = [
+        frame.Section("map", "Map", "All answers", [worldmap.dot_map({"guess": at}, "Map of all answers")]),
+        frame.Section("photos", "Photos", "Photos, the most certain first", [f'<div class="answers">{cards}</div>']),
+    ]
+    return frame.page("GeoToken: answers", headline, sections)
+
+
+def _card(answer: Mapping[str, Any], photo: Any) -> str:
+    name = escape(str(answer["id"]))
+    point = {"guess": np.array([(answer["latitude"], answer["longitude"])])}
+    distances = f"50 % within {answer['radius_km']:,.0f} km, 90 % within {answer['radius_90_km']:,.0f} km"
+    return (
+        f'<figure class="photo"><img alt="{name}" src="{photos.data_uri(photo, _SIDE)}">'
+        f"{worldmap.small_map(point, f'Map around the answer for {name}', ['guess'])}"
+        f"<figcaption><b>{name}</b><br>{answer['latitude']:.5f}, {answer['longitude']:.5f}<br>{distances}</figcaption>"
+        "</figure>"
+    )

@@ -1,0 +1,163 @@
+"""Files of answers for tables, maps and browsers: CSV, JSON lines, GeoJSON, KML and HTML.
+
+Answers are first added to FILE.partial, a line of JSON each, so that an interrupted run loses none. At the end the file
+is written from these lines and takes its name in one step.
+"""
+
+import csv
+import io
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from xml.sax.saxutils import escape
+
+from geotoken_jax.geo.distance import THRESHOLDS_KM
+from geotoken_jax.predict.prediction import Prediction
+from geotoken_jax.settings import SettingsError
+
+#: An answer: `id`, and the fields of Prediction.plain.
+Answer = Mapping[str, Any]
+_COLUMNS = ("id", "latitude", "longitude", "radius_km", "radius_90_km", *(f"within_{km}" for km in THRESHOLDS_KM))
+#: Characters that XML 1.0 cannot contain, even escaped.
+_NOT_IN_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+class Output:
+    """A file of answers. Its ending chooses the format."""
+
+    def __init__(self, path: Path, identity: str):
+        """Begins the file, or continues one that was begun with the same model.
+
+        identity: text that is different for different models. Raises SettingsError if the ending is unknown, if the
+        file exists, if it was begun with another model, or if it cannot be written.
+        """
+        if path.suffix.lower() not in FORMATS:
+            raise SettingsError(f"--output={path} has no known ending: use one of {', '.join(FORMATS)}")
+        if path.exists():
+            raise SettingsError(f"--output={path} exists: remove it, or choose another name")
+        self._path, self._partial = path, path.with_name(path.name + ".partial")
+        try:
+            self._file = self._open(identity)
+        except OSError as error:
+            raise SettingsError(
+                f"--output={path} cannot be written ({error.strerror}): choose a file in a folder that you may write to"
+            ) from None
+        #: Ids of the photos that have answers.
+        self.done = {answer["id"] for answer in self._answers()}
+
+    def _open(self, identity: str) -> Any:
+        whole = b""
+        if self._partial.exists():
+            data = self._partial.read_bytes()
+            whole = data[: data.rfind(b"\n") + 1]  # an interruption can leave a part of the last line
+        if not whole:
+            self._partial.write_text(json.dumps({"model": identity}) + "\n")
+        elif json.loads(whole.split(b"\n", 1)[0]) != {"model": identity}:
+            raise SettingsError(f"{self._partial} was begun with another model: remove it, or choose another --output")
+        else:
+            os.truncate(self._partial, len(whole))
+        return self._partial.open("a", encoding="utf-8")
+
+    def _answers(self) -> Iterator[Answer]:
+        with self._partial.open(encoding="utf-8") as file:
+            next(file)
+            yield from map(json.loads, file)
+
+    def add(self, name: str, prediction: Prediction) -> None:
+        """Adds an answer."""
+        self._file.write(json.dumps({"id": name, **prediction.plain()}) + "\n")
+        self._file.flush()
+
+    def finish(self, photos: Mapping[str, Any]) -> int:
+        """Writes the file, removes FILE.partial, and returns the number of answers.
+
+        photos: id -> path or bytes of all photos, for pages that show them. The answers of other photos are left out.
+        """
+        self._file.close()
+        answers = (answer for answer in self._answers() if answer["id"] in photos)
+        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        count = 0
+
+        def counted() -> Iterator[Answer]:
+            nonlocal count
+            for answer in answers:
+                count += 1
+                yield answer
+
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+            for text in FORMATS[self._path.suffix.lower()](counted(), photos):
+                file.write(text)
+        temporary.replace(self._path)
+        self._partial.unlink()
+        return count
+
+
+def _json_lines(answers: Iterable[Answer], photos: Mapping[str, Any]) -> Iterator[str]:
+    for answer in answers:
+        yield json.dumps(answer) + "\n"
+
+
+def _csv(answers: Iterable[Answer], photos: Mapping[str, Any]) -> Iterator[str]:
+    yield _csv_line(_COLUMNS)
+    for answer in answers:
+        row = _row(answer)
+        yield _csv_line([row.get(name, "") for name in _COLUMNS])
+
+
+def _csv_line(values: Iterable[Any]) -> str:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\n").writerow(values)
+    return line.getvalue()
+
+
+def _row(answer: Answer) -> dict[str, Any]:
+    """Returns an answer as one row: id, coordinates, radii, and a column for each distance of `within`."""
+    return {**answer, **{f"within_{km}": share for km, share in answer.get("within", {}).items()}}
+
+
+def _geojson(answers: Iterable[Answer], photos: Mapping[str, Any]) -> Iterator[str]:
+    yield '{"type": "FeatureCollection", "features": ['
+    for number, answer in enumerate(answers):
+        row = _row(answer)
+        at = [row["longitude"], row["latitude"]]
+        properties = {name: row[name] for name in _COLUMNS if name in row and name not in ("latitude", "longitude")}
+        point = {"type": "Point", "coordinates": at}
+        yield ("\n" if number == 0 else ",\n") + json.dumps(
+            {"type": "Feature", "geometry": point, "properties": properties}
+        )
+    yield "\n]}\n"
+
+
+def _kml(answers: Iterable[Answer], photos: Mapping[str, Any]) -> Iterator[str]:
+    yield '<?xml version="1.0" encoding="UTF-8"?>\n<kml xmlns="http://www.opengis.net/kml/2.2"><Document>\n'
+    for answer in answers:
+        name = escape(_NOT_IN_XML.sub("\ufffd", answer["id"]))
+        yield (
+            f"<Placemark><name>{name}</name><description>{escape(radii(answer))}</description>"
+            f"<Point><coordinates>{answer['longitude']},{answer['latitude']}</coordinates></Point></Placemark>\n"
+        )
+    yield "</Document></kml>\n"
+
+
+def _html(answers: Iterable[Answer], photos: Mapping[str, Any]) -> Iterator[str]:
+    from geotoken_jax.pages import answers as page
+
+    yield page.page([(answer, photos[answer["id"]]) for answer in answers])
+
+
+def radii(answer: Answer) -> str:
+    """Returns the radii of an answer as words."""
+    return f"50 % within {answer['radius_km']:,.0f} km, 90 % within {answer['radius_90_km']:,.0f} km"
+
+
+#: Ending -> function that yields the text of a file with answers. photos: see Output.finish.
+FORMATS: dict[str, Callable[[Iterable[Answer], Mapping[str, Any]], Iterator[str]]] = {
+    ".csv": _csv,
+    ".jsonl": _json_lines,
+    ".geojson": _geojson,
+    ".kml": _kml,
+    ".html": _html,
+}

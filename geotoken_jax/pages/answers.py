@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from geotoken_jax.pages import frame, photos, worldmap
+from geotoken_jax.predict import outputs
 
 #: Longer side of a photo on a card, in pixels.
 _SIDE = 240
@@ -22,19 +23,18 @@ def page(answers: Sequence[tuple[Mapping[str, Any], Any]]) -> str:
     )
     cards = "".join(_card(answer, photo) for answer, photo in certain_first)
     sections = [
-        frame.Section("map", "Map", "All answers", [worldmap.dot_map({"guess": at}, "Map of all answers")]),
-        frame.Section("photos", "Photos", "Photos, the most certain first", [f'<div class="answers">{cards}</div>']),
+        frame.Section("where", "Map", "All answers", [worldmap.dot_map({"b1": at}, "Map of all answers")]),
+        frame.Section("photos", "Photos", "Photos, the most certain first", [f'<div class="grid">{cards}</div>']),
     ]
     return frame.page("GeoToken: answers", headline, sections)
 
 
 def _card(answer: Mapping[str, Any], photo: Any) -> str:
     name = escape(str(answer["id"]))
-    point = {"guess": np.array([(answer["latitude"], answer["longitude"])])}
-    distances = f"50 % within {answer['radius_km']:,.0f} km, 90 % within {answer['radius_90_km']:,.0f} km"
+    point = np.array([(answer["latitude"], answer["longitude"])])
+    small = worldmap.small_map({"halo": point, "guess": point}, f"Map around the answer for {name}", ["guess"])
     return (
-        f'<figure class="photo"><img alt="{name}" src="{photos.data_uri(photo, _SIDE)}">'
-        f"{worldmap.small_map(point, f'Map around the answer for {name}', ['guess'])}"
-        f"<figcaption><b>{name}</b><br>{answer['latitude']:.5f}, {answer['longitude']:.5f}<br>{distances}</figcaption>"
-        "</figure>"
+        f'<article class="card"><header><h4>{name}</h4></header><p class="at">{answer["latitude"]:.5f}, '
+        f'{answer["longitude"]:.5f}<br>{outputs.radii(answer)}</p><div class="pair"><img alt="{name}" '
+        f'src="{photos.data_uri(photo, _SIDE)}">{small}</div></article>'
     )

@@ -128,10 +128,7 @@ def run(model: Predictor, identity: str, found: Found, output: str | None, as_js
 def _line(name: str, answer: Prediction, as_json: bool) -> str:
     if as_json:
         return json.dumps({"id": name, **answer.plain()})
-    return (
-        f"{name}  {answer.latitude:.5f}, {answer.longitude:.5f}  50 % within {answer.radius_km:,.0f} km, 90 % within "
-        f"{answer.radius_90_km:,.0f} km"
-    )
+    return f"{name}  {answer.latitude:.5f}, {answer.longitude:.5f}  {outputs.radii(answer.plain())}"
 
 
 def identity(folder: str) -> str:

@@ -141,6 +141,7 @@ def _audit(options: argparse.Namespace, config: Config | None) -> None:
     _stages([run])(options, config)
 
 
+@jax_modes.standard()
 def _experiment(options: argparse.Namespace, config: Config | None) -> None:
     """Makes an experiment's runs and prints its table; with --document, prints docs/experiments.md."""
     if config is None or options.workdir is None or not (options.experiment or options.document):
@@ -157,6 +158,7 @@ def _experiment(options: argparse.Namespace, config: Config | None) -> None:
     print(scores.table(experiments.run(config, folder, options.experiment)))
 
 
+@jax_modes.standard()
 def _scaling(options: argparse.Namespace, config: Config | None) -> None:
     """Trains runs of config.scaling, fits the scaling law to finished runs, or plots the results."""
     if config is None or options.workdir is None or config.scaling is None:

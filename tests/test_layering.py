@@ -12,7 +12,16 @@ RANKS = {
     **dict.fromkeys(["__version__", "settings", "manifests", "records", "progress", "geo"], 0),
     **dict.fromkeys(
         [
-            "sharding", "stack", "checkpoint", "chips", "hlo", "jax_modes", "processes", "batch", "bootstrap", "vectors",
+            "sharding",
+            "stack",
+            "checkpoint",
+            "chips",
+            "hlo",
+            "jax_modes",
+            "processes",
+            "batch",
+            "bootstrap",
+            "vectors",
             "randomness",
         ],
         0,

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from geotoken_jax import sharding
+from geotoken_jax import randomness, sharding
 from geotoken_jax.align.task import AlignTask
 from geotoken_jax.backbone import checkpoint, huggingface, preprocess
 from geotoken_jax.batch import Spec
@@ -105,8 +105,15 @@ def _training(
             "devices"
         )
     schedule = make_schedule(settings.optimizer, settings.steps, max(1, rows // settings.batch_size))
-    trainer = Trainer(task, make_optimizer(settings.optimizer, schedule), mesh, settings.accumulate, settings.ema)
-    key = jax.eval_shape(lambda: jax.random.key(0))
+    trainer = Trainer(
+        task,
+        make_optimizer(settings.optimizer, schedule),
+        mesh,
+        settings.accumulate,
+        settings.ema,
+        settings.gradient_dtype,
+    )
+    key = jax.eval_shape(lambda: randomness.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
     photos, state = _placed(arrays, trainer.batch_sharding), trainer.abstract
     return Workload(

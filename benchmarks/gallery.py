@@ -13,11 +13,12 @@ from typing import Any
 import jax
 
 from configs import common
-from geotoken_jax import hlo, plan, settings, sharding
+from geotoken_jax import hlo, settings, sharding
 from geotoken_jax.gallery import placement
 from geotoken_jax.geo.cells import CellScheme
 from geotoken_jax.model import batch
 from geotoken_jax.model.geotoken import ModelSettings
+from geotoken_jax.plan import topology, workloads
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -26,13 +27,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     config.gallery.update(placement=options.placement, shards=options.shards)
     gallery = settings.read(placement.GallerySettings, config.gallery, "gallery")
     model = settings.read(ModelSettings, config.model, "model")
-    devices = plan._devices(plan.topology(options.topology)) if options.topology else jax.devices()
+    devices = topology.devices(topology.read(options.topology)) if options.topology else jax.devices()
     mesh = sharding.make_mesh(sharding.MeshSettings(-1, 1, options.tensor), devices)
     photos = options.photos * mesh.size // options.tensor if options.photos else options.batch
     rows = batch.spec(model, photos, True)["neighbor_rows"]
     arguments = {
         "neighbor_rows": jax.ShapeDtypeStruct(rows.shape, rows.dtype, sharding=sharding.batch_sharding(mesh)),
-        **placement.layout(plan.GALLERY, model.backbone_width, CellScheme(model.level, model.group), gallery, mesh),
+        **placement.layout(workloads.GALLERY, model.backbone_width, CellScheme(model.level, model.group), gallery, mesh),
     }
     compiled = jax.jit(placement.lookup(gallery, mesh)).lower(arguments).compile()
     program = hlo.Program(compiled.as_text() or "")

@@ -157,10 +157,7 @@ def run(task: Task, settings: TrainSettings, mesh: Mesh, folder: epath.PathLike,
             saved = step
             while step < settings.steps:
                 profile.before(step + 1)
-                processes.report_progress(f"reading the photos of step {step + 1}", log.begun)
-                waiting = time.monotonic()
-                batch = sharding.global_batch(next(data.batches), mesh, settings.batch_size)
-                log.waited(time.monotonic() - waiting)
+                batch = _next_batch(step + 1, data, settings.batch_size, trainer, log)
                 processes.report_progress(f"in step {step + 1}", log.begun)
                 state, values = trainer.step(state, batch, key, data.resident)
                 step += 1
@@ -176,17 +173,14 @@ def run(task: Task, settings: TrainSettings, mesh: Mesh, folder: epath.PathLike,
                 if validated or preempted or log.is_save_due(step - saved):
                     log.pause(step)
                     loss = _validate(trainer, step, state, data, writer, settings.batch_size) if validated else None
-                    processes.report_progress(f"saving step {step}")
-                    checkpoints.save(step, state, {"input": data.batches.get_state(), **log.position()}, loss)
-                    saved = step
+                    saved = _save(checkpoints, step, state, data, log, loss)
                 if preempted:
                     raise Preempted(f"{name} was interrupted, and is saved at step {step}: run the same command again")
         data.batches.close()
         processes.report_progress("writing the last checkpoint")
     with _full_disk_as_stage_error(folder):
         result = _finish(folder, trainer)
-    if first and log.begun:
-        print(f"{name}: {log.goodput():.0%} of {log.elapsed_s():,.0f} s trained new steps", file=sys.stderr)
+    log.print_goodput(name)
     return result
 
 
@@ -219,6 +213,22 @@ def _restore(
         return 0, trainer.init(key), {}
     batches.set_state(restored[2]["input"])
     return restored
+
+
+def _next_batch(step: int, data: Data, batch_size: int, trainer: Trainer, log: "_Log") -> dict[str, jax.Array]:
+    """Returns the batch of a step on the mesh, and logs the time that it took to read."""
+    processes.report_progress(f"reading the photos of step {step}", log.begun)
+    waiting = time.monotonic()
+    batch = sharding.global_batch(next(data.batches), trainer.mesh, batch_size)
+    log.waited(time.monotonic() - waiting)
+    return batch
+
+
+def _save(checkpoints: Checkpoints, step: int, state: State, data: Data, log: "_Log", loss: float | None) -> int:
+    """Starts to save a checkpoint, and returns its step. loss: validation loss; None without a validation."""
+    processes.report_progress(f"saving step {step}")
+    checkpoints.save(step, state, {"input": data.batches.get_state(), **log.position()}, loss)
+    return step
 
 
 def _validate(trainer: Trainer, step: int, state: State, data: Data, writer: metrics.Writer, batch_size: int) -> float:
@@ -417,6 +427,11 @@ class _Log:
         """Returns the share of `elapsed_s` that trained new steps."""
         training_s = time.monotonic() - self._training_since if self._training_since is not None else 0.0
         return (self._trained + training_s) / self.elapsed_s()
+
+    def print_goodput(self, name: str) -> None:
+        """Prints the goodput in process 0, unless no step was trained. name: name of the training."""
+        if self.begun and jax.process_index() == 0:
+            print(f"{name}: {self.goodput():.0%} of {self.elapsed_s():,.0f} s trained new steps", file=sys.stderr)
 
     def is_save_due(self, steps: int) -> bool:
         """Returns whether to save a checkpoint. steps: number of steps since the last one.

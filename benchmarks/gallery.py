@@ -31,9 +31,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     mesh = sharding.make_mesh(sharding.MeshSettings(-1, 1, options.tensor), devices)
     photos = options.photos * mesh.size // options.tensor if options.photos else options.batch
     rows = batch.spec(model, photos, True)["neighbor_rows"]
+    cells = CellScheme(model.level, model.group)
     arguments = {
         "neighbor_rows": jax.ShapeDtypeStruct(rows.shape, rows.dtype, sharding=sharding.batch_sharding(mesh)),
-        **placement.layout(workloads.GALLERY, model.backbone_width, CellScheme(model.level, model.group), gallery, mesh),
+        **placement.layout(workloads.GALLERY, model.backbone_width, cells, gallery, mesh),
     }
     compiled = jax.jit(placement.lookup(gallery, mesh)).lower(arguments).compile()
     program = hlo.Program(compiled.as_text() or "")

@@ -142,10 +142,12 @@ def _forward(lengths: Any, q: Any, k: Any, v: Any, out: Any, *, photos: int, d: 
     _each(photos, q.shape[-1], d, run)
 
 
-def _backward(
-    lengths: Any, q: Any, k: Any, v: Any, gradient: Any, dq: Any, dk: Any, dv: Any, *, photos: int, d: int
-) -> None:
-    """Kernel of the gradients. gradient: of the result. Scores are transposed: keys x queries."""
+def _backward(*arrays: Any, photos: int, d: int) -> None:
+    """Kernel of the gradients. Scores are transposed: keys x queries.
+
+    arrays: lengths, q, k, v and the gradient of the result; then the gradients of q, k and v, which are written.
+    """
+    lengths, q, k, v, gradient, dq, dk, dv = arrays
     first = pl.program_id(0) * photos
 
     def run(photo: Any, lanes: slice, heads: Sequence[Any]) -> None:

@@ -72,12 +72,12 @@ def _predict(options: argparse.Namespace, config: Any) -> int:
             "no photos to predict: name a photo or a folder, as in `geotoken predict --model=DIR photo.jpg`"
         )
     _quiet()
-    from geotoken_jax.predict import folder
+    from geotoken_jax.folder import photos
 
-    found = folder.find(options.photos)
+    found = photos.find(options.photos)
     model = _predictor(options)
-    identity = folder.identity(options.model or options.geoclip)
-    return folder.run(model, identity, found, options.output, options.json)
+    identity = photos.identity(options.model or options.geoclip)
+    return photos.run(model, identity, found, options.output, options.json)
 
 
 def _predictor(options: argparse.Namespace) -> Any:

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from geotoken_jax.backbone.preprocess import ImageError
-from geotoken_jax.predict import folder, outputs
+from geotoken_jax.folder import outputs
+from geotoken_jax.folder import photos as folder
 from geotoken_jax.predict.prediction import Candidate, Prediction
 from geotoken_jax.predict.predictor import Predictor
 from geotoken_jax.settings import SettingsError

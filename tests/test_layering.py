@@ -35,7 +35,7 @@ RANKS = {
     "workdir": 6,
     **dict.fromkeys(["analysis", "interop"], 7),
     **dict.fromkeys(["export", "plan", "pages"], 8),
-    "stages": 9,
+    **dict.fromkeys(["folder", "stages"], 9),
     "serve": 10,
     "workdir_commands": 11,
     "commands": 12,

@@ -355,15 +355,15 @@ class GeoTokenModel(nnx.Module):
         """
         if self.settings.norm == "pre":
             x = self.decoder_norm(x).astype(x.dtype)
-        head: Array = self.head[...]
+        head = self.head[...].astype(x.dtype)
         if isinstance(t, slice):
-            logits = sharding.einsum("btd,tdv->btv", x, head)
+            logits: Array = sharding.einsum("btd,tdv->btv", x, self.head[...])
         elif t.ndim == 0:
-            logits = x @ head[t].astype(x.dtype)
+            logits = x @ head[t]
         else:
             # Multiplies with the heads of all positions, 176 columns at group 2. To gather the right head instead would
             # copy 8,192 numbers for each of the Q outputs.
-            logits = jnp.take_along_axis(jnp.einsum("bqd,tdv->bqtv", x, head.astype(x.dtype)), t[..., None, None], 2)[:, :, 0]
+            logits = jnp.take_along_axis(jnp.einsum("bqd,tdv->bqtv", x, head), t[..., None, None], 2)[:, :, 0]
         logits = jnp.where(self._vocab_mask()[t], logits.astype(jnp.float32) + self.head_bias[...][t], -jnp.inf)
         if memory.copy_keys is None:
             return jax.nn.log_softmax(logits)

@@ -7,14 +7,16 @@ from typing import Any
 import numpy as np
 
 from geotoken_jax.pages import frame, photos, worldmap
-from geotoken_jax.predict import outputs
 
 #: Longer side of a photo on a card, in pixels.
 _SIDE = 240
 
 
 def page(answers: Sequence[tuple[Mapping[str, Any], Any]]) -> str:
-    """Returns the page as HTML. answers: answer (see predict.outputs.Answer), and path or bytes of its photo."""
+    """Returns the page as HTML.
+
+    answers: for each photo the fields of its Prediction with its `id`, and its path or bytes.
+    """
     certain_first = sorted(answers, key=lambda one: one[0]["radius_km"])
     at = np.array([(answer["latitude"], answer["longitude"]) for answer, _ in answers]).reshape(-1, 2)
     headline = (
@@ -29,12 +31,17 @@ def page(answers: Sequence[tuple[Mapping[str, Any], Any]]) -> str:
     return frame.page("GeoToken: answers", headline, sections)
 
 
+def radii(answer: Mapping[str, Any]) -> str:
+    """Returns the radii of an answer as words."""
+    return f"50 % within {answer['radius_km']:,.0f} km, 90 % within {answer['radius_90_km']:,.0f} km"
+
+
 def _card(answer: Mapping[str, Any], photo: Any) -> str:
     name = escape(str(answer["id"]))
     point = np.array([(answer["latitude"], answer["longitude"])])
     small = worldmap.small_map({"halo": point, "guess": point}, f"Map around the answer for {name}", ["guess"])
     return (
         f'<article class="card"><header><h4>{name}</h4></header><p class="at">{answer["latitude"]:.5f}, '
-        f'{answer["longitude"]:.5f}<br>{outputs.radii(answer)}</p><div class="pair"><img alt="{name}" '
+        f'{answer["longitude"]:.5f}<br>{radii(answer)}</p><div class="pair"><img alt="{name}" '
         f'src="{photos.data_uri(photo, _SIDE)}">{small}</div></article>'
     )

@@ -130,7 +130,7 @@ def run(task: Task, settings: TrainSettings, mesh: Mesh, folder: epath.PathLike,
 
     Raises Preempted after SIGTERM, Diverged if too many steps in a row are not finite, StageError if the disk is full.
     """
-    started = processes.take_start()
+    started, total = processes.take_start(), settings.steps * settings.batch_size
     schedule = make_schedule(settings.optimizer, settings.steps, max(1, data.photos // settings.batch_size))
     optimizer = make_optimizer(settings.optimizer, schedule)
     trainer = Trainer(task, optimizer, mesh, settings.accumulate, settings.ema, settings.gradient_dtype)
@@ -148,9 +148,7 @@ def run(task: Task, settings: TrainSettings, mesh: Mesh, folder: epath.PathLike,
         step, state, position = _restore(checkpoints, trainer, key, data.batches)
         with (
             metrics.Writer(folder, step, settings.wandb, name, shown=first) as writer,
-            Progress(
-                name, settings.steps * settings.batch_size, "photos", done=step * settings.batch_size, shown=first
-            ) as progress,
+            Progress(name, total, "photos", step * settings.batch_size, first) as progress,
             _Profile(settings.profile, folder / "profile") as profile,
             _Log(writer, settings, task.flops, mesh, started, position) as log,
         ):

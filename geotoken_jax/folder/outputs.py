@@ -15,6 +15,7 @@ from typing import Any
 from xml.sax.saxutils import escape
 
 from geotoken_jax.geo.distance import THRESHOLDS_KM
+from geotoken_jax.pages.answers import page, radii
 from geotoken_jax.predict.prediction import Prediction
 from geotoken_jax.settings import SettingsError
 
@@ -143,14 +144,7 @@ def _kml(answers: Iterable[Answer], photos: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _html(answers: Iterable[Answer], photos: Mapping[str, Any]) -> Iterator[str]:
-    from geotoken_jax.pages import answers as page
-
-    yield page.page([(answer, photos[answer["id"]]) for answer in answers])
-
-
-def radii(answer: Answer) -> str:
-    """Returns the radii of an answer as words."""
-    return f"50 % within {answer['radius_km']:,.0f} km, 90 % within {answer['radius_90_km']:,.0f} km"
+    yield page([(answer, photos[answer["id"]]) for answer in answers])
 
 
 #: Ending -> function that yields the text of a file with answers. photos: see Output.finish.

@@ -1,0 +1,1 @@
+"""`geotoken predict PHOTOS`: photos that a user names, and files of answers."""

@@ -31,7 +31,6 @@ def assert_same(folder: Path, expected: Path) -> None:
         ((2, 2, 2), "replicated"),
         pytest.param((8, 1, 1), "host", marks=pytest.mark.slow),
         pytest.param((1, 4, 2), "sharded", marks=pytest.mark.slow),
-        pytest.param((1, 8, 1), "replicated", marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from geotoken_jax import plan, sharding
+from geotoken_jax import sharding
+from geotoken_jax.plan import topology
 from geotoken_jax.settings import SettingsError
 
 
@@ -80,9 +81,9 @@ def test_slices_that_a_mesh_does_not_fit_are_refused(sizes, devices, message):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
-@pytest.mark.parametrize("topology", ["v4:4x4x4", "v5p:4x4x4", "v5e:16x16", "v6e:8x8"])
-def test_a_tpu_slice_is_laid_out_for_all_sizes_that_divide_it(topology):
-    devices = plan._devices(plan.topology(topology))
+@pytest.mark.parametrize("name", ["v4:4x4x4", "v5p:4x4x4", "v5e:16x16", "v6e:8x8"])
+def test_a_tpu_slice_is_laid_out_for_all_sizes_that_divide_it(name):
+    devices = topology.devices(topology.read(name))
     for fsdp, tensor in ((fsdp, tensor) for fsdp in (1, 2, 4, 8, 16) for tensor in (1, 2, 4)):
         mesh = sharding.make_mesh(sharding.MeshSettings(-1, fsdp, tensor), devices)
         assert mesh.devices.shape == (len(devices) // fsdp // tensor, fsdp, tensor)

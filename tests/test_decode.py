@@ -162,9 +162,7 @@ def test_each_token_is_the_one_that_noise_picks_from_the_model(model, top_p):
         np.testing.assert_array_equal((log_p + noise[:, k]).argmax(-1), drawn[:, k])
 
 
-@pytest.mark.parametrize(
-    ("samples", "rows"), [(0, [1] * 4), (5, [1, 6, 6, 6]), (30, [1, 6, 31, 31]), (200, [1, 6, 96, 201])]
-)
+@pytest.mark.parametrize(("samples", "rows"), [(0, [1]), (5, [1, 6]), (30, [7, 31]), (200, [103, 201]), (2000, [1639])])
 def test_candidates_with_the_same_prefix_are_decoded_once(model, monkeypatch, samples, rows):
     real, calls = type(model).step, []
 
@@ -180,7 +178,7 @@ def test_candidates_with_the_same_prefix_are_decoded_once(model, monkeypatch, sa
 
     drawn = jax.eval_shape(draw, fixtures.batch(2), jax.random.split(jax.random.key(0), 2))
     assert drawn.tokens.shape == (2, 1 + samples, 4)
-    assert list(dict.fromkeys(calls)) == list(dict.fromkeys(rows))
+    assert list(dict.fromkeys(calls)) == rows
 
 
 @pytest.mark.parametrize("photos", [1, 4, 11])

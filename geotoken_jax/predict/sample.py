@@ -1,5 +1,6 @@
 """Greedy decoding and sampling of candidates. All candidates of a photo share its encoder memory in the cache."""
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from geotoken_jax import randomness
-from geotoken_jax.model.geotoken import GeoTokenModel, Memory
+from geotoken_jax.model.geotoken import Cache, GeoTokenModel, Memory
 
 
 class Candidates(NamedTuple):
@@ -73,11 +74,11 @@ def draw(
 ) -> Candidates:
     """Returns the same as `sample`, with noise from the caller.
 
-    noise: function that returns the noise at position t. candidates: K. As long as there are fewer prefixes of tokens
-    than candidates, all prefixes are decoded instead of all candidates: one at the first position, which no token
-    precedes, and with S2 cells six at the second.
+    noise: function that returns the noise at position t. candidates: K. The first positions, which have fewer prefixes
+    of tokens than candidates, are decoded once per prefix, all in one step. With S2 cells and 7 to 96 candidates these
+    are 7 prefixes: none at the first position, and six faces at the second.
     """
-    sizes, batch = model.settings.cells.vocab_sizes, memory.lengths.shape[0]
+    sizes = model.settings.cells.vocab_sizes
     widths = [min(candidates, math.prod(sizes[:t])) for t in range(len(sizes))]
     slots = np.cumsum([0, *widths], dtype=np.int32)
     prefixes = sum(width < candidates for width in widths)  # number of positions at which all prefixes are decoded
@@ -92,31 +93,55 @@ def draw(
         log_p, tempered = (jnp.take_along_axis(p, token[..., None], -1)[..., 0] for p in (log_p, tempered))
         return token, log_p, tempered
 
-    cache = model.start(memory, widths[0], int(slots[-1]))
-    previous = jnp.zeros((batch, widths[0]), jnp.int32)
-    rows = jnp.zeros((batch, candidates), jnp.int32)  # each candidate's row among the prefixes
-    chosen = []
-    for t in range(prefixes):
-        log_p, cache = model.step(cache, memory, jnp.int32(t), previous, jnp.asarray(slots[t]))
-        token, *taken = choose(log_p, jnp.int32(t), rows)
-        chosen.append([x[None] for x in (token, *taken)])
-        parents, previous = rows, token
-        if t + 1 < prefixes:
-            prefix = np.arange(widths[t + 1], dtype=np.int32)
-            parents, previous = (jnp.broadcast_to(i, (batch, len(i))) for i in np.divmod(prefix, np.int32(sizes[t])))
-            rows = rows * sizes[t] + token
-        cache = cache.continued(parents)
-
     def step(carry: tuple, t: Array) -> tuple[tuple, tuple]:
         cache, previous = carry
         log_p, cache = model.step(cache, memory, t, previous, slots[prefixes] + (t - prefixes) * candidates)
         token, *taken = choose(log_p, t)
         return (cache, token), (token, *taken)
 
+    chosen, token = [], jnp.zeros((len(memory.lengths), candidates), jnp.int32)
+    if prefixes:
+        log_p, cache = _decode_prefixes(model, memory, sizes[:prefixes], int(slots[-1]))
+        prefix = rows = token
+        for t in range(prefixes):
+            rows = slots[t] + prefix
+            token, *taken = choose(log_p, jnp.int32(t), rows)
+            prefix = prefix * sizes[t] + token
+            chosen.append([x[None] for x in (token, *taken)])
+        cache = cache.continued(rows)
+    else:
+        cache = model.start(memory, candidates, int(slots[-1]))
     if prefixes < len(sizes):
-        chosen.append(jax.lax.scan(step, (cache, previous), jnp.arange(prefixes, len(sizes)))[1])
+        chosen.append(jax.lax.scan(step, (cache, token), jnp.arange(prefixes, len(sizes)))[1])
     tokens, log_p, tempered = (jnp.concatenate(parts) for parts in zip(*chosen, strict=True))
     return Candidates(jnp.moveaxis(tokens, 0, -1), log_p.sum(0), tempered.sum(0))
+
+
+def _decode_prefixes(
+    model: GeoTokenModel, memory: Memory, sizes: tuple[int, ...], slots: int
+) -> tuple[Float[Array, "B n V"], Cache]:
+    """Returns the log-probabilities of the token after each of n prefixes, and their cache.
+
+    The prefixes are all sequences of 0, 1, ... and len(sizes) - 1 tokens, in this order and each length in
+    lexicographic order. sizes: number of tokens at each position. slots: number of slots per photo; prefix i writes
+    slot i.
+    """
+    tokens = [i for t in range(len(sizes)) for i in itertools.product(*map(range, sizes[:t]))]
+    index = {prefix: i for i, prefix in enumerate(tokens)}
+    seen = np.zeros((len(tokens), slots), bool)
+    for i, prefix in enumerate(tokens):
+        seen[i, [index[prefix[:t]] for t in range(len(prefix))]] = True
+    batch, depth = len(memory.lengths), np.array([len(prefix) for prefix in tokens], np.int32)
+    previous = np.array([prefix[-1] if prefix else 0 for prefix in tokens], np.int32)
+    cache = model.start(memory, len(tokens), slots)
+    agree = cache.agree
+    for t in range(len(sizes) - 1):
+        at = np.array([prefix[t] if len(prefix) > t else 0 for prefix in tokens], np.int32)
+        same = memory.neighbors.tokens[:, None, :, t] == at[:, None]
+        agree = agree & (same | (depth <= t)[:, None])
+    cache = cache._replace(seen=cache.seen | seen, agree=agree)
+    depth, previous = (jnp.broadcast_to(x, (batch, len(x))) for x in (depth, previous))
+    return model.step(cache, memory, depth, previous, jnp.int32(0))
 
 
 def nucleus(log_p: Float[Array, "... V"], top_p: float) -> Float[Array, "... V"]:

@@ -105,7 +105,7 @@ class Head(nnx.Module):
         if self.whitening:
             x = self.whitening(x)
         hidden = jax.nn.relu(self.hidden(x))
-        return self.output(randomness.dropout(hidden, self.dropout, randomness.words(key, len(x))))
+        return self.output(randomness.dropout(hidden, self.dropout, randomness.words(key, x.shape[0])))
 
 
 #: Rows per compiled call. Fixed, because products of other shapes round differently, and a single photo must have the

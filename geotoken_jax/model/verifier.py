@@ -53,7 +53,7 @@ class Comparator(nnx.Module):
         """key: random key for dropout; no dropout if None."""
         # The factor brings the values of each column to a size of about 1, as the initial weights expect.
         x = (unit(image) - self.mean[...]) * np.sqrt(image.shape[-1])
-        x = randomness.dropout(x, self.dropout, randomness.words(key, len(x)))
+        x = randomness.dropout(x, self.dropout, randomness.words(key, x.shape[0]))
         return unit(self.output(jax.nn.gelu(self.hidden(x))))
 
 

@@ -28,7 +28,7 @@ class Candidates(NamedTuple):
 
 def greedy(model: GeoTokenModel, memory: Memory) -> Candidates:
     """Returns one candidate per photo: the most probable token at each position in turn."""
-    unused = jax.random.split(randomness.key(0), len(memory.lengths))
+    unused = jax.random.split(randomness.key(0), memory.lengths.shape[0])
     return sample(model, memory, unused, 0, 1.0)
 
 
@@ -99,7 +99,7 @@ def draw(
         token, *taken = choose(log_p, t)
         return (cache, token), (token, *taken)
 
-    chosen, token = [], jnp.zeros((len(memory.lengths), candidates), jnp.int32)
+    chosen, token = [], jnp.zeros((memory.lengths.shape[0], candidates), jnp.int32)
     if prefixes:
         log_p, cache = _decode_prefixes(model, memory, sizes[:prefixes], int(slots[-1]))
         prefix = rows = token
@@ -131,7 +131,7 @@ def _decode_prefixes(
     seen = np.zeros((len(tokens), slots), bool)
     for i, prefix in enumerate(tokens):
         seen[i, [index[prefix[:t]] for t in range(len(prefix))]] = True
-    batch, depth = len(memory.lengths), np.array([len(prefix) for prefix in tokens], np.int32)
+    batch, depth = memory.lengths.shape[0], np.array([len(prefix) for prefix in tokens], np.int32)
     previous = np.array([prefix[-1] if prefix else 0 for prefix in tokens], np.int32)
     cache = model.start(memory, len(tokens), slots)
     agree = cache.agree

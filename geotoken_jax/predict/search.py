@@ -110,7 +110,7 @@ class _Rules(NamedTuple):
 
 def _expand(model: GeoTokenModel, memory: Memory, rules: _Rules, state: _State) -> _State:
     """Returns the state after each photo's most probable open nodes are expanded."""
-    photos = jnp.arange(len(memory.lengths))[:, None]
+    photos = jnp.arange(memory.lengths.shape[0])[:, None]
     vocabulary, slot = state.children.shape[-1], state.iteration * rules.width
     eligible = _open(state, rules.length) & ~_done(state, rules.length, rules.count)[:, None, None]
     log_p, chosen = jax.lax.top_k(jnp.where(eligible, state.children, -jnp.inf).reshape(len(photos), -1), rules.width)
@@ -153,7 +153,7 @@ def _result(state: _State, length: int, capacity: int) -> SearchResult:
 def _start(model: GeoTokenModel, memory: Memory, width: int, expansions: int) -> _State:
     """Returns the state before any expansion. `children` has one entry that is not -inf: the root, the whole Earth at
     depth 0."""
-    cells, batch = model.settings.cells, len(memory.lengths)
+    cells, batch = model.settings.cells, memory.lengths.shape[0]
     cache = model.start(memory, width, expansions)
     return _State(
         jnp.int32(0),

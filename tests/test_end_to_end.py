@@ -271,7 +271,7 @@ def test_a_bad_photo_costs_one_line_and_the_others_are_answered(
     status = geotoken("predict", f"--model={workdir / 'export'}", *map(str, bad), str(folder))
     out, err = capsys.readouterr()
     assert status == cli.REFUSED
-    assert sorted(line.split("  ")[0] for line in out.splitlines()) == sorted(str(p) for p in folder.iterdir())
+    assert sorted(line.split("  ")[0] for line in out.splitlines()) == sorted(p.name for p in folder.iterdir())
     errors = [line for line in err.splitlines() if line.startswith("geotoken predict:")]
     assert len(errors) == len(bad) and all(str(p) in line for p, line in zip(bad, errors, strict=True))
 

@@ -335,8 +335,9 @@ def test_a_photo_is_answered_on_the_command_line(published, tmp_path, capsys):
     assert [answer["latitude"], answer["longitude"]] in at.tolist() and len(answer["candidates"]) == 20
     assert geotoken(*command, photo, tmp_path / "missing.jpg") == cli.REFUSED
     out, err = capsys.readouterr()
-    assert (
-        out == f"{photo}  {answer['latitude']:.5f}, {answer['longitude']:.5f}  within {answer['radius_km']:,.0f} km\n"
+    assert out == (
+        f"{photo}  {answer['latitude']:.5f}, {answer['longitude']:.5f}  50 % within {answer['radius_km']:,.0f} km, "
+        f"90 % within {answer['radius_90_km']:,.0f} km\n"
     )
     assert "missing.jpg" in err
 

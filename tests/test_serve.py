@@ -569,7 +569,7 @@ class Slow(Shade):
         if self.warm > 5:
             print("begun", flush=True)
             sys.stdin.readline()
-        return super().predict(photos)
+        return super().predict_prepared(photos)
 
 sys.exit(app.run(Slow(), limits.ServeSettings(port=0, rate=0)))
 """

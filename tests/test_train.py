@@ -18,10 +18,9 @@ import safetensors.numpy
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from geotoken_jax import settings, sharding
+from geotoken_jax import randomness, settings, sharding
 from geotoken_jax.checkpoint import Checkpoints
 from geotoken_jax.data import pipeline
-from geotoken_jax.model import layers
 from geotoken_jax.train import loop, metrics
 from geotoken_jax.train.optimizer import OptimizerSettings, make_optimizer, make_schedule
 from geotoken_jax.train.step import Trainer
@@ -49,7 +48,11 @@ class LineTask:
         return Line(rngs)
 
     def loss(self, model, batch, key):
-        errors = model.factor[...] * model.linear(layers.dropout(batch["x"], 0.2, key)) - batch["y"]
+        errors = (
+            model.factor[...]
+            * model.linear(randomness.dropout(batch["x"], 0.2, randomness.words(key, len(batch["x"]))))
+            - batch["y"]
+        )
         loss = jnp.average((errors**2).sum(-1), weights=batch.get("valid"))
         return loss, {"largest": jnp.abs(errors).max()}
 

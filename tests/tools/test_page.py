@@ -48,7 +48,7 @@ class Many(Shade):
                 candidates=(*p.candidates, *(Candidate(*at, 0.1 / k) for k, at in enumerate(near, 1))),
                 neighbors=tuple(Neighbor(str(k), *at, 2.5 - k / 10, k) for k, at in enumerate(near)),
             )
-        return [more(prediction) for prediction in super().predict(photos)]
+        return [more(prediction) for prediction in super().predict_prepared(photos)]
 
 settings = limits.ServeSettings(port=0, rate=0, batch_size=2, token_variable=sys.argv[2])
 sys.exit(app.run(Many(), settings, sys.argv[1]))

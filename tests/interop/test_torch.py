@@ -139,7 +139,7 @@ class Trap:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (lambda path, w: {**w, "trap": Trap(path)}, "more than tensors"),
+        (lambda path, w: {**w, "trap": Trap(path)}, "other than tensors"),
         (lambda path, w: {**w, "epoch": 3}, "entry epoch is not a tensor"),
         (lambda path, w: [1, 2], "no state dict"),
     ],

@@ -31,7 +31,7 @@ _LINGER_S = 3.0
 _ANSWER_S = 2.0
 _IMPORTED = time.monotonic()
 #: Beginnings of XLA errors that the end of another process can cause. All other errors come from this process.
-_LOSSES = ("UNAVAILABLE", "UNKNOWN", "INTERNAL", "ABORTED", "CANCELLED", "DEADLINE_EXCEEDED")
+_LOSSES = ("UNAVAILABLE:", "UNKNOWN:", "INTERNAL:", "ABORTED:", "CANCELLED:", "DEADLINE_EXCEEDED:")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,7 +219,8 @@ def is_process_loss(error: BaseException | None) -> bool:
     import jax
 
     while error:
-        if isinstance(error, jax.errors.JaxRuntimeError) and str(error).startswith(_LOSSES):
+        # XLA's status can arrive as a ValueError too: that of a step, when its results are copied to the host.
+        if isinstance(error, (jax.errors.JaxRuntimeError, ValueError)) and str(error).startswith(_LOSSES):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -75,17 +75,18 @@ def _predict(options: argparse.Namespace, config: Any) -> int:
     from geotoken_jax.folder import photos
 
     found = photos.find(options.photos)
-    model = _predictor(options)
-    identity = photos.identity(options.model or options.geoclip)
-    return photos.run(model, identity, found, options.output, options.json)
+    model, folder = _predictor(options)
+    return photos.run(model, photos.identity(folder), found, options.output, options.json)
 
 
-def _predictor(options: argparse.Namespace) -> Any:
-    """Returns the predictor: an exported model with --model, or GeoCLIP as published with --method=geoclip."""
+def _predictor(options: argparse.Namespace) -> tuple[Any, Any]:
+    """Returns the predictor, an exported model with --model or GeoCLIP with --method=geoclip, and its local files."""
     if options.method is None:
+        from geotoken_jax.predict import hub
         from geotoken_jax.predict.predictor import GeoToken
 
-        return GeoToken.load(options.model, revision=options.revision, backbone=options.backbone)
+        folder = hub.resolve(options.model, options.revision)
+        return GeoToken(folder, backbone=options.backbone), folder
     if options.model or not (options.clip and options.geoclip):
         raise settings.SettingsError(
             "--method=geoclip needs --clip=DIR, a checkpoint of CLIP ViT-L/14, and --geoclip=FILE, the wheel that "
@@ -93,7 +94,7 @@ def _predictor(options: argparse.Namespace) -> Any:
         )
     from geotoken_jax.interop import geoclip
 
-    return geoclip.GeoCLIPPredictor(options.clip, options.geoclip)
+    return geoclip.GeoCLIPPredictor(options.clip, options.geoclip), options.geoclip
 
 
 def _evaluate(options: argparse.Namespace, config: Any) -> int:

@@ -64,9 +64,14 @@ def open_image(source: Any, min_side: int | None = None, whole: bool = False) ->
     """
     if isinstance(source, Image.Image):
         encoded = _unread_bytes(source)
-        return _decode(_copied(source), "the image") if encoded is None else open_image(encoded, min_side, whole)
+        if encoded is not None:
+            return open_image(encoded, min_side, whole)
+        _check_size(source, "the image")
+        return _decode(_copied(source), "the image")
     if isinstance(source, np.ndarray):
-        return _decode(_from_array(source), "the array")
+        image = _from_array(source)
+        _check_size(image, "the array")
+        return _decode(image, "the array")
     if isinstance(source, (bytes, bytearray, memoryview)):
         return _read(io.BytesIO(source), "the image given as bytes", min_side, whole)
     if not isinstance(source, (str, os.PathLike)):
@@ -224,6 +229,7 @@ def _read(file: IO[bytes], where: str, min_side: int | None, whole: bool) -> Ima
     if image is None:
         raise ImageError(f"{where} is not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image: convert it to JPEG")
     with image:
+        _check_size(image, where)
         try:
             return _decode(image, where, min_side)
         except ImageError:
@@ -294,11 +300,14 @@ def _copied(image: Image.Image) -> Image.Image:
         raise _damaged("the image", error) from error
 
 
-def _decode(image: Image.Image, where: str, min_side: int | None = None) -> Image.Image:
+def _check_size(image: Image.Image, where: str) -> None:
     width, height = image.size
     if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
         limit = f"{MAX_PIXELS // 1_000_000} million pixels or a side of {MAX_SIDE:,}"
         raise ImageError(f"{where} is {width:,} x {height:,} pixels, more than {limit}: make it smaller")
+
+
+def _decode(image: Image.Image, where: str, min_side: int | None = None) -> Image.Image:
     try:
         if min_side:
             image.draft(None, (min_side, min_side))

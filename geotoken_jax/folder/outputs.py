@@ -71,6 +71,7 @@ class Output:
         """Adds an answer."""
         self._file.write(json.dumps({"id": name, **prediction.plain()}) + "\n")
         self._file.flush()
+        self.done.add(name)
 
     def finish(self, photos: Mapping[str, Any]) -> int:
         """Writes the file, removes FILE.partial, and returns the number of answers.
@@ -80,20 +81,12 @@ class Output:
         self._file.close()
         answers = (answer for answer in self._answers() if answer["id"] in photos)
         temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
-        count = 0
-
-        def counted() -> Iterator[Answer]:
-            nonlocal count
-            for answer in answers:
-                count += 1
-                yield answer
-
         with temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-            for text in FORMATS[self._path.suffix.lower()](counted(), photos):
+            for text in FORMATS[self._path.suffix.lower()](answers, photos):
                 file.write(text)
         temporary.replace(self._path)
         self._partial.unlink()
-        return count
+        return len(self.done & photos.keys())
 
 
 def _json_lines(answers: Iterable[Answer], photos: Mapping[str, Any]) -> Iterator[str]:

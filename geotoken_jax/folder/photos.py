@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import os
-import stat
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -81,18 +80,11 @@ def _search(folder: str, found: Found) -> None:
                 continue
             if ending not in ENDINGS:
                 found.skipped[ending or "without an ending"] += 1
-            elif not _is_file(path):
+            elif not os.path.isfile(path):
                 found.skipped["pipes, sockets or broken links"] += 1
             else:
                 relative = os.path.relpath(path, folder)
                 found.photos[path if relative in found.photos else relative] = path
-
-
-def _is_file(path: str) -> bool:
-    try:
-        return stat.S_ISREG(os.stat(path).st_mode)
-    except OSError:
-        return False
 
 
 def run(model: Predictor, identity: str, found: Found, output: str | None, as_json: bool) -> int:
@@ -132,7 +124,7 @@ def _line(name: str, answer: Prediction, as_json: bool) -> str:
     return f"{name}  {answer.latitude:.5f}, {answer.longitude:.5f}  {radii(answer.plain())}"
 
 
-def identity(folder: str) -> str:
-    """Returns a text that is different for different models. folder: export, checkpoint, wheel or name on the hub."""
-    sums = Path(folder) / "SHA256SUMS"
-    return hashlib.sha256(sums.read_bytes()).hexdigest() if sums.exists() else folder
+def identity(model: Any) -> str:
+    """Returns a text that is different for different models. model: folder of an export, or a wheel with weights."""
+    sums = Path(model) / "SHA256SUMS"
+    return hashlib.sha256(sums.read_bytes()).hexdigest() if sums.exists() else str(model)

@@ -9,6 +9,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float32, Int32
 
+from geotoken_jax.batch import padded, padded_size
+
 #: Queries and rows per block of scores on each device: 34 MB of scores.
 _QUERIES, _ROWS = 512, 16_384
 _SPLIT, _WHOLE = PartitionSpec("devices"), PartitionSpec()
@@ -44,10 +46,9 @@ class DeviceSearch:
         found = []
         for first in range(0, len(queries), _QUERIES):
             block = queries[first : first + _QUERIES]
-            # Padded to a power of two, so that few sizes are compiled.
-            padded = np.pad(block, ((0, (1 << (len(block) - 1).bit_length()) - len(block)), (0, 0)))
-            padded = jax.device_put(padded.astype(self._vectors.dtype), NamedSharding(self._mesh, _WHOLE))
-            scores, rows = _search(self._mesh, self._n, count, self._vectors, padded)
+            filled = padded(block, padded_size(len(block), _QUERIES)).astype(self._vectors.dtype)
+            placed = jax.device_put(filled, NamedSharding(self._mesh, _WHOLE))
+            scores, rows = _search(self._mesh, self._n, count, self._vectors, placed)
             found.append((scores, rows, len(block)))  # as device arrays: later blocks start before this one ends
         results = [_best(np.asarray(s)[:n], np.asarray(r)[:n], count) for s, r, n in found]
         return np.concatenate(results) if results else np.zeros((0, count), np.int32)

@@ -23,9 +23,7 @@ from geotoken_jax.model.geotoken import GeoTokenModel
 from geotoken_jax.model.task import GeoTokenTask
 from geotoken_jax.predict import programs
 from geotoken_jax.settings import SettingsError
-from geotoken_jax.train.loop import TrainSettings
-from geotoken_jax.train.optimizer import make_optimizer, make_schedule
-from geotoken_jax.train.step import Trainer
+from geotoken_jax.train.loop import TrainSettings, make_trainer
 
 #: Number of photos in the paper's gallery: the usable ones of MP16-Pro.
 GALLERY = 4_120_000
@@ -104,15 +102,7 @@ def _training(
             f"config.{section}.accumulate = {settings.accumulate} times data x fsdp = {unit // settings.accumulate} "
             "devices"
         )
-    schedule = make_schedule(settings.optimizer, settings.steps, max(1, rows // settings.batch_size))
-    trainer = Trainer(
-        task,
-        make_optimizer(settings.optimizer, schedule),
-        mesh,
-        settings.accumulate,
-        settings.ema,
-        settings.gradient_dtype,
-    )
+    trainer, _ = make_trainer(task, settings, mesh, rows)
     key = jax.eval_shape(lambda: randomness.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
     photos, state = _placed(arrays, trainer.batch_sharding), trainer.abstract

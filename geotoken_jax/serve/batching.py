@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from geotoken_jax.batch import padded_size
 from geotoken_jax.predict.prediction import Prediction
 from geotoken_jax.serve.limits import Refused
 
@@ -58,7 +59,7 @@ class Batcher:
         """Compiles the model for all batch sizes, then predicts until canceled."""
         try:
             blank = self._model.prepare(Image.new("RGB", (64, 64)))
-            for size in sorted({_padded(n + 1, self._size) for n in range(self._size)}):
+            for size in sorted({padded_size(n + 1, self._size) for n in range(self._size)}):
                 await self._timed([blank] * size)
             await self._timed([blank] * self._size)  # again: the stored duration includes compilation
             self.ready = True
@@ -102,14 +103,10 @@ class Batcher:
 
         Copies of the first photo fill the batch to the next compiled size.
         """
-        filled = photos + photos[:1] * (_padded(len(photos), self._size) - len(photos))
+        filled = photos + photos[:1] * (padded_size(len(photos), self._size) - len(photos))
         start = time.perf_counter()
         predictions = await asyncio.get_running_loop().run_in_executor(
             self._thread, self._model.predict_prepared, filled
         )
         self._last_s = time.perf_counter() - start
         return predictions[: len(photos)]
-
-
-def _padded(photos: int, most: int) -> int:
-    return min(1 << (photos - 1).bit_length(), most)

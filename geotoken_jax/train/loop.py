@@ -120,6 +120,13 @@ class Data:
     resident: Resident = dataclasses.field(default_factory=dict)
 
 
+def make_trainer(task: Task, settings: TrainSettings, mesh: Mesh, photos: int) -> tuple[Trainer, Any]:
+    """Returns the trainer of a task, and its learning-rate schedule. photos: number of training photos, an epoch."""
+    schedule = make_schedule(settings.optimizer, settings.steps, max(1, photos // settings.batch_size))
+    optimizer = make_optimizer(settings.optimizer, schedule)
+    return Trainer(task, optimizer, mesh, settings.accumulate, settings.ema, settings.gradient_dtype), schedule
+
+
 @jax_modes.standard()
 def run(task: Task, settings: TrainSettings, mesh: Mesh, folder: epath.PathLike, data: Data, name: str) -> Result:
     """Trains the task on `settings.examples` photos, continuing from the newest checkpoint in `folder` if there is one.
@@ -131,9 +138,7 @@ def run(task: Task, settings: TrainSettings, mesh: Mesh, folder: epath.PathLike,
     Raises Preempted after SIGTERM, Diverged if too many steps in a row are not finite, StageError if the disk is full.
     """
     started, total = processes.take_start(), settings.steps * settings.batch_size
-    schedule = make_schedule(settings.optimizer, settings.steps, max(1, data.photos // settings.batch_size))
-    optimizer = make_optimizer(settings.optimizer, schedule)
-    trainer = Trainer(task, optimizer, mesh, settings.accumulate, settings.ema, settings.gradient_dtype)
+    trainer, schedule = make_trainer(task, settings, mesh, data.photos)
     folder = epath.Path(folder)
     first = jax.process_index() == 0
     key = randomness.key(settings.seed)

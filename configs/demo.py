@@ -1,4 +1,4 @@
-"""The demo: all stages on EarthView in some minutes on two CPU cores, with an ablation and the paper's architecture.
+"""The demo: all stages on EarthView, in about ten minutes on two CPU cores.
 
 docs/settings.md has the effect of each setting of the model. Further settings were tried in one run each, before views
 of the training photos were added. Their validation losses:
@@ -60,7 +60,6 @@ def get_config() -> ConfigDict:
     # Gives 1,421 cells. Training takes a minute and a half.
     config.baselines.classifier.update(max_photos=50, min_photos=5, hidden=512, dropout=0.5)
     config.baselines.train.update(batch_size=512, examples=720_000, evaluate_every=282, log_every=25)
-    config.variants = _variants()
     config.export.update(thumbnails=64, examples=12)  # no person can be seen on a map
     config.evaluate.labels = dict(
         top1_neighbor="Top-1 neighbor",
@@ -68,38 +67,8 @@ def get_config() -> ConfigDict:
         geoclip="GeoCLIP retrieval",
         classifier="Cell classifier",
         geotoken="GeoToken",
-        without_neighbor_tokens="GeoToken without neighbor tokens",
-        paper="GeoToken, the paper's architecture, 12,800 examples",
     )
     return config
-
-
-def _variants() -> dict[str, Any]:
-    """Returns GeoToken, an ablation without neighbor tokens, and the paper's architecture."""
-    greedy_only = dict(samples=0, choice="greedy", selectors=("greedy",), search=dict(expansions=0))
-    return dict(
-        geotoken=dict(),
-        without_neighbor_tokens=dict(
-            model=dict(neighbor_tokens=False, copy_head=False), train=dict(examples=100_000), predict=greedy_only
-        ),
-        # A twelfth of the examples, because the full memory takes 6 times the computation of the compact one.
-        paper=dict(
-            model=dict(
-                norm="post",
-                activation="relu",
-                positions="sinusoidal",
-                memory="full",
-                tie_tokens=False,
-                copy_head=False,
-                similarities=False,
-                neighbors=15,
-                dropout=0.0,  # 12,800 examples are too few to overfit, and dropout takes half of a CPU's time
-            ),
-            loss=dict(last_weight=1.0),
-            train=dict(batch_size=64, examples=12_800, evaluate_every=40, optimizer=dict(learning_rate=3e-4)),
-            predict=greedy_only,
-        ),
-    )
 
 
 def _set_selectors(config: Any) -> None:

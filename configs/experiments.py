@@ -15,16 +15,11 @@ from configs import demo
 _BOTH = ("test", "test_shift")
 _GREEDY = dict(samples=0, choice="greedy", selectors=("greedy",), search=dict(expansions=0))
 
-#: Methods whose labels are kept from the demo; its other variants are not part of the experiments.
-_SHOWN = ("top1_neighbor", "knn", "geoclip", "classifier", "geotoken")
-
 
 def get_config() -> ConfigDict:
     """Returns the demo's configuration with every experiment."""
     config: Any = demo.get_config()
     config.name = "experiments"
-    config.evaluate.labels = {name: label for name, label in config.evaluate.labels.items() if name in _SHOWN}
-    config.variants = dict(geotoken=dict())
     goals = ("1_km", "25_km", "200_km", "750_km", "2500_km", "geoscore")
     config.predict.selectors = (
         *("greedy", "log_probability", "similarity", "consensus", "reward", "verifier", "comparator", "likeness"),

@@ -52,9 +52,6 @@ def get_config() -> ConfigDict:
     # the learning rate is low, and not when the run begins to overfit.
     config.train.ema = 0.98
     config.loss.update(first_weight=1.0, last_weight=1.0)
-    others = set(config.variants) - {"geotoken"}
-    config.evaluate.labels = {name: label for name, label in config.evaluate.labels.items() if name not in others}
-    config.variants = dict(geotoken=dict())
     config.predict.update(samples=30, selectors=("greedy", "log_probability"), choice="greedy")
     config.predict.search.expansions = 0
     config.scaling = dict(

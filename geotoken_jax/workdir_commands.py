@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from geotoken_jax import jax_modes, processes
 from geotoken_jax.analysis import evaluate as scores
@@ -31,8 +31,11 @@ from geotoken_jax.workdir import TOP1, Workdir
 Stage = Callable[[Config, Workdir, Sequence[str]], Iterable[Manifest]]
 
 
-def _stages(stages: Sequence[Stage]) -> Callable[[argparse.Namespace, Config | None], None]:
-    """Returns a verb's function, which runs the stages in order and prints a line per folder, made or kept."""
+def _stages(stages: Mapping[str, Stage]) -> Callable[[argparse.Namespace, Config | None], None]:
+    """Returns a verb's function, which runs the stages in order and prints a line per folder, made or kept.
+
+    If there are several stages, it also prints the number and the name of each stage before it starts.
+    """
 
     def run(options: argparse.Namespace, config: Config | None) -> None:
         if config is None or options.workdir is None:
@@ -46,7 +49,9 @@ def _stages(stages: Sequence[Stage]) -> Callable[[argparse.Namespace, Config | N
             stack.enter_context(jax_modes.standard())
             if options.verb in _DISTRIBUTED:
                 stack.enter_context(_connected(config))
-            for stage in stages:
+            for number, (name, stage) in enumerate(stages.items(), 1):
+                if len(stages) > 1:
+                    print(f"stage {number} of {len(stages)}: {name}", flush=True)
                 folder = Workdir(options.workdir)
                 for manifest in stage(config, folder, getattr(options, "variant", None) or list(config.variants)):
                     _report(manifest, manifest.folder in folder.made)
@@ -125,7 +130,9 @@ def _evaluate(options: argparse.Namespace, config: Config | None) -> None:
         for name in options.method:
             yield from baselines.run(config, folder, name)
 
-    _stages([answer, _evaluate_all])(options, config)
+    _stages({"baselines": answer, "evaluate": _evaluate_all} if options.method else {"evaluate": _evaluate_all})(
+        options, config
+    )
 
 
 def _audit(options: argparse.Namespace, config: Config | None) -> None:
@@ -138,7 +145,7 @@ def _audit(options: argparse.Namespace, config: Config | None) -> None:
         print(f"open {made / 'index.html'}")
 
     options.verb += f" {options.audit}"
-    _stages([run])(options, config)
+    _stages({options.verb: run})(options, config)
 
 
 @jax_modes.standard()
@@ -196,8 +203,8 @@ _PATH: dict[str, Stage] = {
 }
 #: Verb that needs a work directory -> its function.
 VERBS: dict[str, Callable[[argparse.Namespace, Config | None], None]] = {
-    **{verb: _stages([stage]) for verb, stage in _PATH.items()},
-    "all": _stages(list(_PATH.values())),
+    **{verb: _stages({verb: stage}) for verb, stage in _PATH.items()},
+    "all": _stages(_PATH),
     "evaluate": _evaluate,
     "audit": _audit,
     "experiment": _experiment,

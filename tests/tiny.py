@@ -22,9 +22,25 @@ def get_config() -> ConfigDict:
         backbone_width=48, width=16, heads=2, encoder_layers=1, decoder_layers=1, feed_forward=16, neighbors=4, group=4
     )
     config.train.update(batch_size=32, examples=640, evaluate_every=5, log_every=5)
-    del config.variants.without_neighbor_tokens  # one model less to train; the paper's variant stays
-    config.variants.paper.model.neighbors = 4
-    config.variants.paper.train.update(batch_size=32, examples=320, evaluate_every=5)
+    config.variants = dict(
+        geotoken=dict(),
+        paper=dict(
+            model=dict(
+                norm="post",
+                activation="relu",
+                positions="sinusoidal",
+                memory="full",
+                tie_tokens=False,
+                copy_head=False,
+                similarities=False,
+                dropout=0.0,
+            ),
+            loss=dict(last_weight=1.0),
+            train=dict(examples=320, optimizer=dict(learning_rate=3e-4)),
+            predict=dict(samples=0, choice="greedy", selectors=("greedy",), search=dict(expansions=0)),
+        ),
+    )
+    config.evaluate.labels["paper"] = "GeoToken, the paper's architecture"
     config.predict.update(samples=5, batch_size=32)
     config.predict.search.update(expansions=16, leaves=4, width=4)
     config.pools.photos = 60

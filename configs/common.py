@@ -50,6 +50,7 @@ def _train(batch_size: int, examples: int, evaluate_every: int, optimizer: dict[
         accumulate=1,
         gradient_dtype="float32",
         examples=examples,
+        epochs=0,
         evaluate_every=evaluate_every,
         save_every_s=900.0,
         keep=2,
@@ -304,7 +305,7 @@ def _export() -> dict[str, Any]:
     return dict(
         gallery="bfloat16",
         weights=True,
-        # Gallery photos may show people, so an export has no thumbnails and no examples by default.
-        thumbnails=0,
-        examples=0,
+        # Photos may show people, so an export contains no photos by default, except those of EarthView.
+        thumbnails=-1,
+        examples=-1,
     )

@@ -60,7 +60,6 @@ def get_config() -> ConfigDict:
     # Gives 1,421 cells. Training takes a minute and a half.
     config.baselines.classifier.update(max_photos=50, min_photos=5, hidden=512, dropout=0.5)
     config.baselines.train.update(batch_size=512, examples=720_000, evaluate_every=282, log_every=25)
-    config.export.update(thumbnails=64, examples=12)  # no person can be seen on a map
     config.evaluate.labels = dict(
         top1_neighbor="Top-1 neighbor",
         knn="kNN vote",

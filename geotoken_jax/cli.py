@@ -57,6 +57,9 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("--workdir", help="folder for the results of all stages")
         if name in ("train", "learn", "predict", "all"):
             verb.add_argument("--variant", action="append", help="only this variant of config.variants (repeatable)")
+        if name == "all":
+            stages = tuple(dict.fromkeys(verb for verb in manifests.PATH.values() if verb != "audit"))
+            verb.add_argument("--remake", choices=stages, metavar="STAGE", help=f"{_REMAKE} ({', '.join(stages)})")
         if name in _OPTIONS:
             _OPTIONS[name](verb)
     _add_studies(verbs)
@@ -237,6 +240,7 @@ def _has(config: Any, keys: list[str]) -> bool:
     return True
 
 
+_REMAKE = "first remove the folders of this stage, and all folders that were made from them"
 _EXPERIMENT = "make runs that differ in a few settings, and compare them in one table"
 _SCALING = "measure how loss and accuracy change with size, data, neighbors, gallery and candidates"
 _SERVE = "predict photos over HTTP with an exported model"
@@ -244,6 +248,7 @@ _PLAN = "estimate memory, compute, collectives and time of training and other wo
 #: Verb of a stage -> summary for --help.
 STAGES = {
     "prepare": "read and check the photos of a source, and add their S2 tokens",
+    "check": "compare the settings of all stages with the prepared photos, before the stages that take long",
     "embed": "compute the frozen backbone's features of photos and place names",
     "align": "train the alignment model: heads that map images, texts and coordinates to similar vectors",
     "index": "make the gallery, its index, the neighbors of all photos, and token records",

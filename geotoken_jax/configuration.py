@@ -87,7 +87,8 @@ class ExportSettings:
     gallery: number type of the gallery's vectors, bfloat16 or int8; the model card reports the accuracy that int8
     costs. weights: whether the export contains the checkpoint of a Hugging Face backbone; if False, the export needs
     the checkpoint's folder to predict. thumbnails: longest side, in pixels, of the gallery photos on the service's
-    page; 0 exports no photos. examples: number of `test` photos to try on that page, 0 or more.
+    page. examples: number of `test` photos to try on that page. With 0 none of these photos are exported. The default,
+    -1, exports photos of EarthView only, which show no person: thumbnails of 64 pixels, and 12 examples.
     """
 
     gallery: str
@@ -99,8 +100,10 @@ class ExportSettings:
         if self.gallery not in ("bfloat16", "int8"):
             raise ValueError(f"config.export.gallery is {self.gallery!r}: use 'bfloat16' or 'int8'")
         for name in ("thumbnails", "examples"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"config.export.{name} is {getattr(self, name)}: use 0 for none, or more")
+            if getattr(self, name) < -1:
+                raise ValueError(
+                    f"config.export.{name} is {getattr(self, name)}: use 0 for none, more than 0, or -1 for the default"
+                )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -104,10 +104,10 @@ def begin(workdir: epath.PathLike, folder: str, config: Mapping[str, Any], input
     begun = path / "begun.json"
     if manifest.exists():
         stored = json.loads(manifest.read_text())
-        _check_same(path, stored, requested)
+        _check_same(path, folder, stored, requested)
         return Stage(path, folder, **requested, manifest=Manifest(**stored))
     if begun.exists():
-        _check_same(path, json.loads(begun.read_text()), requested)
+        _check_same(path, folder, json.loads(begun.read_text()), requested)
     else:
         path.mkdir(parents=True, exist_ok=True)
         write_json(begun, requested)
@@ -172,7 +172,15 @@ def first_difference(stored: Mapping[str, Any], requested: Mapping[str, Any]) ->
     return None
 
 
-def _check_same(path: epath.Path, stored: Mapping[str, Any], requested: Mapping[str, Any]) -> None:
+def how_to_remake(path: epath.Path, folder: str) -> str:
+    """Returns the end of a message: how to make a folder of a work directory again. path: the folder."""
+    verb = PATH.get(folder.split("/")[0], "audit")
+    if verb == "audit":
+        return f"remove {path} to make it again"
+    return f"make it again with `geotoken all --remake={verb}`"
+
+
+def _check_same(path: epath.Path, folder: str, stored: Mapping[str, Any], requested: Mapping[str, Any]) -> None:
     for part in ("settings", "inputs"):
         difference = _first_difference(stored[part], requested[part], "")
         if difference is None:
@@ -183,7 +191,7 @@ def _check_same(path: epath.Path, stored: Mapping[str, Any], requested: Mapping[
             if part == "settings"
             else f"{path} was made with another {key}/"
         )
-        raise OtherSettingsError(f"{problem}: use another --workdir, or remove {path} to make it again", path)
+        raise OtherSettingsError(f"{problem}: use another --workdir, or {how_to_remake(path, folder)}", path)
 
 
 def _first_difference(old: Any, new: Any, place: str) -> tuple[str, Any, Any] | None:

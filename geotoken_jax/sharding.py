@@ -165,6 +165,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, spec("batch"))
 
 
+def batch_shards(mesh: Mesh) -> int:
+    """Returns the number of shards of a batch, data x fsdp."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 @functools.cache
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     """Returns the rows of a global batch that this process's devices hold, sorted and unique.
@@ -172,7 +177,7 @@ def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     Processes whose devices differ only on axis tensor hold the same rows. Rows need not be consecutive. Raises
     SettingsError if the batch does not divide over the mesh.
     """
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = batch_shards(mesh)
     if batch_size % shards:
         raise SettingsError(
             f"batch_size is {batch_size}, which does not divide over data x fsdp = {shards} of config.mesh: set it to "

@@ -7,7 +7,8 @@ differs from the settings of any folder that a stage reads, directly or through 
 import functools
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -103,7 +104,7 @@ class Workdir:
             key, stored, requested = difference
             raise manifests.OtherSettingsError(
                 f"config.{key} is {requested!r}, but {self.path / folder} was made with {stored!r}: set config.{key} "
-                f"to {stored!r}, or use another --workdir",
+                f"to {stored!r}, use another --workdir, or {manifests.how_to_remake(self.path / folder, folder)}",
                 self.path / folder,
             )
 
@@ -121,6 +122,26 @@ class Workdir:
             file.parent for pattern in ("*", "*/*") for file in sorted(self.path.glob(f"{pattern}/manifest.json"))
         ]
         return [folder.relative_to(self.path).as_posix() for folder in folders]
+
+    def remove_made_by(self, verb: str) -> Iterator[str]:
+        """Removes the folders that a verb makes and all that were made from them, complete or not.
+
+        Yields the name of each folder before it is removed. Studies under experiments/ and scaling/ are kept.
+        """
+        inputs: dict[str, set[str]] = {}
+        for pattern in ("*", "*/*"):
+            for name in ("manifest.json", "begun.json"):
+                for file in self.path.glob(f"{pattern}/{name}"):
+                    folder = file.parent.relative_to(self.path).as_posix()
+                    if folder.split("/")[0] in manifests.PATH:
+                        inputs.setdefault(folder, set()).update(json.loads(file.read_text())["inputs"])
+        removed = {folder for folder in inputs if manifests.PATH[folder.split("/")[0]] == verb}
+        while more := {folder for folder, needed in inputs.items() if needed & removed} - removed:
+            removed |= more
+        for folder in sorted(removed):
+            yield folder
+            path = Path(self.path / folder)
+            path.unlink() if path.is_symlink() else shutil.rmtree(path)  # a link is a folder of another work directory
 
     def digest(self, folder: str) -> str:
         """Returns the SHA-256 of a complete folder's manifest."""

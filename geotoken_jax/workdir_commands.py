@@ -16,6 +16,7 @@ from geotoken_jax.stages import (
     align,
     audit,
     baselines,
+    check,
     evaluate,
     experiments,
     export,
@@ -45,6 +46,9 @@ def _stages(stages: Mapping[str, Stage]) -> Callable[[argparse.Namespace, Config
             )
         if options.verb not in _DISTRIBUTED + _SHARDED:
             _check_single_process(options.verb)
+        if getattr(options, "remake", None):
+            for folder in Workdir(options.workdir).remove_made_by(options.remake):
+                print(f"removing {folder}/", flush=True)
         with contextlib.ExitStack() as stack:
             stack.enter_context(jax_modes.standard())
             if options.verb in _DISTRIBUTED:
@@ -192,6 +196,7 @@ def _scaling(options: argparse.Namespace, config: Config | None) -> None:
 #: Verb -> its stage, in the order in which `geotoken all` runs them.
 _PATH: dict[str, Stage] = {
     "prepare": _preparation("photos"),
+    "check": _once(check.run),
     "embed": _preparation("embed"),
     "align": _once(align.run),
     "index": _preparation("index"),

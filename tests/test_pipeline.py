@@ -12,7 +12,6 @@ from geotoken_jax.data import join, pipeline
 from geotoken_jax.gallery import table
 from geotoken_jax.geo.cells import CellScheme
 from geotoken_jax.model import batch
-from geotoken_jax.settings import SettingsError
 from tests import fixtures
 
 
@@ -78,11 +77,6 @@ def test_a_position_is_gone_back_to_exactly_on_any_number_of_processes():
     for part in parts:
         part.set_state(state)
     assert [joined(step) for step in zip(*(take(part, 5) for part in parts), strict=True)] == rest
-
-
-def test_a_batch_that_is_larger_than_the_data_is_refused():
-    with pytest.raises(SettingsError, match=r"batch_size is 32, but there are only 20 photos"):
-        pipeline.training(20, read, 32, 0)
 
 
 @pytest.mark.parametrize("n", [1, 6, 12, 15])

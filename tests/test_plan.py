@@ -245,7 +245,7 @@ def test_a_topology_has_slices():
             r"--topology=v5e:2x2 needs libtpu==0.0.42.\*, the TPU compiler .* but libtpu 0.0.52 is installed: run",
         ),
         ("0.0.421", "but libtpu 0.0.421 is installed"),
-        (None, r"but no libtpu is installed: run pip install 'libtpu==0.0.42.\*'"),
+        (None, r"but no libtpu is installed: run pip install --target=.tpu --no-deps 'libtpu==0.0.42.\*'"),
     ],
 )
 def test_a_compiler_that_does_not_fit_jax_is_refused_before_compiling(monkeypatch, installed, message):

@@ -1,5 +1,7 @@
 """A configuration of all stages that takes seconds, as a file for `--config`."""
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from configs import demo
@@ -13,14 +15,9 @@ def get_config() -> ConfigDict:
     )
     config.embed.thumbnail.size = 4
     config.embed.views.count = 1
-    config.align.model.hidden = 32
-    config.align.model.location.update(fourier=16, hidden=32, out=32)
     config.align.train.update(batch_size=32, examples=640, evaluate_every=5, log_every=5)
-    config.index.neighbors.count = 6
     config.index.search.update(kind="exact", sample=50)
-    config.model.update(
-        backbone_width=48, width=16, heads=2, encoder_layers=1, decoder_layers=1, feed_forward=16, neighbors=4, group=4
-    )
+    shrink(config, width=48)
     config.train.update(batch_size=32, examples=640, evaluate_every=5, log_every=5)
     config.variants = dict(
         geotoken=dict(),
@@ -41,14 +38,26 @@ def get_config() -> ConfigDict:
         ),
     )
     config.evaluate.labels["paper"] = "GeoToken, the paper's architecture"
-    config.predict.update(samples=5, batch_size=32)
-    config.predict.search.update(expansions=16, leaves=4, width=4)
     config.pools.photos = 60
-    config.reward.model.hidden = 8
     config.reward.train.update(batch_size=16, examples=160, evaluate_every=5, log_every=5)
-    config.verifier.model.update(near=4, similar=8)
-    config.verifier.model.comparator.update(hidden=16, width=8)
     config.verifier.train_comparator.update(batch_size=16, examples=160, evaluate_every=5, log_every=5)
     config.verifier.train_scorer.update(batch_size=16, examples=160, evaluate_every=5, log_every=5)
-    config.evaluate.resamples = 100
     return config
+
+
+def shrink(config: Any, width: int) -> None:
+    """Makes all models of a configuration tiny. width: width of the backbone's features."""
+    config.align.model.hidden = 32
+    config.align.model.location.update(fourier=16, hidden=32, out=32)
+    config.index.neighbors.count = 6
+    config.model.update(
+        backbone_width=width, width=16, heads=2, encoder_layers=1, decoder_layers=1, feed_forward=16, neighbors=4,
+        group=4,
+    )  # fmt: skip
+    config.predict.update(samples=5, batch_size=32)
+    config.predict.search.update(expansions=16, leaves=4, width=4)
+    config.baselines.knn.neighbors = 6
+    config.reward.model.hidden = 8
+    config.verifier.model.update(near=4, similar=8)
+    config.verifier.model.comparator.update(hidden=16, width=8)
+    config.evaluate.resamples = 100

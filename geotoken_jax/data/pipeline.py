@@ -11,8 +11,6 @@ from typing import Protocol, runtime_checkable
 import grain
 import numpy as np
 
-from geotoken_jax.settings import SettingsError
-
 #: Function from row numbers [b] to named arrays [b, ...].
 Read = Callable[[np.ndarray], dict[str, np.ndarray]]
 
@@ -47,11 +45,7 @@ def training(n: int, read: Read, batch_size: int, seed: int, local: np.ndarray |
     `get_state` and `set_state` of the iterator read and set its position. n: number of rows. batch_size: rows per
     batch, over all processes. local [b]: positions in a batch that this process reads, such as `sharding.local_rows`;
     all if None.
-
-    Raises SettingsError if batch_size is larger than n.
     """
-    if batch_size > n:
-        raise SettingsError(f"batch_size is {batch_size}, but there are only {n} photos: set it to {n} or less")
     rows = grain.MapDataset.range(n).seed(seed).shuffle().repeat().batch(batch_size, drop_remainder=True)
     read_local = rows.map_with_index(_ReadLocal(read, np.arange(batch_size) if local is None else local))
     return iter(read_local.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))

@@ -75,13 +75,16 @@ def write(workdir: Workdir, folder: epath.Path, config: Config, variant: str, id
 
     folder: folder of the export. ids: ids of the gallery photos.
     """
-    side, counts = config.export.thumbnails, {}
+    stated, counts = card.source(workdir, config), {}
+    side, number = (
+        default * (stated["source"] == "earthview") if asked < 0 else asked
+        for asked, default in ((config.export.thumbnails, 64), (config.export.examples, 12))
+    )
     if side:
         counts[_THUMBNAILS] = write_thumbnails(workdir.photos(GALLERY), ids, side, folder)
-    examples = write_examples(workdir, variant, config.export.examples, folder) if config.export.examples else []
+    examples = write_examples(workdir, variant, number, folder) if number else []
     if examples:
         counts[_EXAMPLES] = len(examples)
-    stated = card.source(workdir, config)
     default = "The model can locate photos similar to its training photos. For other photos it is often wrong."
     words = {
         "name": config.evaluate.labels.get(variant, variant),

@@ -103,9 +103,10 @@ def _check_compiler(pod: Topology) -> None:
         return
     package = f"libtpu=={wanted}" if wanted else "libtpu"
     found = f"libtpu {installed} is" if installed else "no libtpu is"
+    # In a folder of its own, because any JAX program that finds libtpu on a machine without TPUs prints its errors.
     raise SettingsError(
         f"--topology={pod.name} needs {package}, the TPU compiler that jax {jax.__version__} requires, but {found} "
-        f"installed: run pip install '{package}'"
+        f"installed: run pip install --target=.tpu --no-deps '{package}', then repeat the command with PYTHONPATH=.tpu"
     )
 
 

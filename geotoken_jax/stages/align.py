@@ -41,10 +41,9 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
     if stage.manifest or not parts:
         return [workdir.manifest("align")]
     task, splits, resident = parts
-    options = config.align.train
     result = training.fit(task, config, "align.train", splits, stage.path, "align", mesh, resident)
     after = task.write_tower if from_pixels else None
-    return [training.finish(workdir, stage, options, result, "align", after)]
+    return [training.finish(workdir, stage, result, "align", after)]
 
 
 def aligner(config: Config, workdir: Workdir, mesh: Mesh) -> tuple[Any, list, dict[str, Any]]:

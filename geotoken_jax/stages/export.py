@@ -31,7 +31,8 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
         f"geotoken/{variant}",
         *(f"{name}/{variant}" for name in selector_folders(variant_config.predict)),
     ]
-    inputs = [*trained, "photos", "gallery", "report"]
+    workdir.manifest("report")  # for the card; rows of baselines that it gains later do not make the export another
+    inputs = [*trained, "photos", "gallery", f"predictions/{variant}"]
     stage = workdir.begin(config, "export", (), inputs, variant_config.select("predict", "export"))
     if stage.manifest:
         return [stage.manifest]

@@ -7,6 +7,7 @@ from geotoken_jax.configuration import Config
 from geotoken_jax.data.join import Concatenation, Subset, choose_rows
 from geotoken_jax.gallery import placement
 from geotoken_jax.manifests import Manifest
+from geotoken_jax.model.geotoken import ModelSettings
 from geotoken_jax.model.task import GeoTokenTask
 from geotoken_jax.predict import sample
 from geotoken_jax.settings import SettingsError
@@ -21,12 +22,7 @@ def run(config: Config, workdir: Workdir, variant: str) -> list[Manifest]:
     Raises SettingsError if the variant's settings do not fit the prepared data.
     """
     variant_config, folder = config.variant(variant), f"geotoken/{variant}"
-    features = workdir.finished("features")
-    if features and features.facts["width"] != variant_config.model.backbone_width:
-        raise SettingsError(
-            f"config.model.backbone_width is {variant_config.model.backbone_width}, but the width of "
-            f"{workdir.path / 'features'} is {features.facts['width']}: set it to {features.facts['width']}"
-        )
+    check_model(variant_config.model, workdir.width)
     check_context(variant_config, workdir)
     data = variant_config.select("data") if variant_config.data.photos else {"data": {"photos": 0}}
     stage = training.begin(
@@ -37,7 +33,23 @@ def run(config: Config, workdir: Workdir, variant: str) -> list[Manifest]:
     mesh = make_mesh(variant_config.mesh)
     task, splits, resident = decoder(variant_config, workdir, mesh)
     result = training.fit(task, variant_config, "train", splits, stage.path, f"train {variant}", mesh, resident)
-    return [training.finish(workdir, stage, variant_config.train, result, f"train {variant}")]
+    return [training.finish(workdir, stage, result, f"train {variant}")]
+
+
+def check_model(model: ModelSettings, width: int) -> None:
+    """Raises SettingsError if the decoder's settings fit neither the features nor the stored cells.
+
+    width: width of the backbone's features.
+    """
+    if model.backbone_width != width:
+        raise SettingsError(
+            f"config.model.backbone_width is {model.backbone_width}, but the backbone's features have {width} numbers: "
+            f"set it to {width}"
+        )
+    if model.level > records.LEVEL:
+        raise SettingsError(
+            f"config.model.level is {model.level}, finer than the gallery's cells: set it to {records.LEVEL} or less"
+        )
 
 
 def check_context(config: Config, workdir: Workdir) -> None:
@@ -55,8 +67,7 @@ def decoder(config: Config, workdir: Workdir, mesh: Any) -> tuple[Any, list, dic
     (none if config.gallery.placement is "host").
 
     config: configuration with the variant's changes applied. Raises SettingsError if config.model.neighbors exceeds the
-    neighbors per photo in neighbors/, if config.model.level exceeds the level of the stored cells, 20, or if
-    config.data.photos exceeds the number of training photos.
+    neighbors per photo in neighbors/, or if config.data.photos exceeds the number of training photos.
     """
     model, options, gallery = config.model, config.gallery, workdir.gallery
     if workdir.neighbor_count < model.neighbors:
@@ -64,10 +75,6 @@ def decoder(config: Config, workdir: Workdir, mesh: Any) -> tuple[Any, list, dic
             f"config.model.neighbors is {model.neighbors}, but {workdir.path / 'neighbors'} has "
             f"{workdir.neighbor_count} per photo: set it to at most {workdir.neighbor_count}, or set "
             f"config.index.neighbors.count to at least {model.neighbors} and run `geotoken index` in another --workdir"
-        )
-    if model.level > records.LEVEL:
-        raise SettingsError(
-            f"config.model.level is {model.level}, finer than the gallery's cells: set it to {records.LEVEL} or less"
         )
     host, names = None if options.on_device else gallery, workdir.training_splits
     train = Concatenation([workdir.tokens(split, model, host) for split in names])

@@ -12,7 +12,7 @@ from geotoken_jax.configuration import Config
 from geotoken_jax.data import pipeline
 from geotoken_jax.manifests import Manifest, Stage
 from geotoken_jax.settings import SettingsError
-from geotoken_jax.sharding import local_rows, make_mesh
+from geotoken_jax.sharding import batch_shards, local_rows, make_mesh
 from geotoken_jax.train import loop
 from geotoken_jax.train.loop import TrainSettings
 from geotoken_jax.workdir import Workdir
@@ -55,6 +55,7 @@ def fit(
     mesh = mesh or make_mesh(config.mesh)
     train, validation = splits
     try:
+        options = options.for_photos(len(train), batch_shards(mesh) * options.accumulate)
         local = local_rows(mesh, options.batch_size)
         batches = pipeline.training(len(train), train, options.batch_size, options.seed, local)
         data = loop.Data(
@@ -71,9 +72,12 @@ def fit(
 
 
 def finish(
-    workdir: Workdir, stage: Stage, options: TrainSettings, result: loop.Result, label: str,
+    workdir: Workdir,
+    stage: Stage,
+    result: loop.Result,
+    label: str,
     after: Callable[[epath.Path], None] | None = None,
-) -> Manifest:  # fmt: skip
+) -> Manifest:
     """Writes the manifest of a trained folder in process 0, while the other processes wait, and returns it.
 
     label: name of the training. after: function of the folder, called before the manifest is written.
@@ -82,7 +86,7 @@ def finish(
         if after:
             after(stage.path)
         stage.finish(
-            {"steps": options.steps, "examples": options.steps * options.batch_size},
+            {"steps": result.steps, "examples": result.examples},
             best_step=result.best_step,
             best_loss=result.best_loss,
             parameters=result.parameters,

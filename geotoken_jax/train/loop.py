@@ -20,7 +20,7 @@ from geotoken_jax import checkpoint, chips, jax_modes, processes, randomness, sh
 from geotoken_jax.checkpoint import Checkpoints
 from geotoken_jax.manifests import StageError
 from geotoken_jax.progress import Progress
-from geotoken_jax.settings import Runtime
+from geotoken_jax.settings import Runtime, SettingsError
 from geotoken_jax.train import metrics
 from geotoken_jax.train.optimizer import OptimizerSettings, make_optimizer, make_schedule
 from geotoken_jax.train.step import Metrics, Resident, State, Task, Trainer
@@ -48,24 +48,26 @@ class TrainingInput(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class TrainSettings:
-    """batch_size: photos per step, over all devices. accumulate: number of parts of a batch processed one after
-    another, for batches that do not fit into memory. gradient_dtype: type in which gradients are summed over devices
-    and over these parts: "float32", or "bfloat16", which halves the bytes that devices send. examples: number of photos
-    to train on; a photo counts each time it is read. evaluate_every: steps between two validations, each with a
-    checkpoint; the last step has both too. save_every_s: seconds of training after which a checkpoint is saved without
-    a validation; none if 0. With several processes the first one's clock counts. keep: number of newest checkpoints to
-    keep beside the best one. log_every: steps between two lines of metrics. seed: seed of the initial parameters, the
-    order of photos and dropout. ema: decay of the moving average of the parameters, which replaces them in validation
-    and export; no average if 0. max_skipped: largest number of steps in a row that may have a loss or gradient that is
-    not finite; after more, training ends with Diverged. profile: first and last step of a trace for TensorBoard; no
-    trace if (0, 0). profiler_port: port of the first process for TensorBoard's profiler, the next port for the second
-    process, and so on; no port if 0. wandb: project of Weights & Biases to write to; none if empty. optimizer: see
-    OptimizerSettings."""
+    """batch_size: photos per step, over all devices; fewer if there are fewer training photos. accumulate: number of
+    parts of a batch processed one after another, for batches that do not fit into memory. gradient_dtype: type in which
+    gradients are summed over devices and over these parts: "float32", or "bfloat16", which halves the bytes that
+    devices send. examples: number of photos to train on; a photo counts each time it is read. epochs: largest number of
+    times that each photo is read, which ends a training on few photos before `examples`; no limit if 0. evaluate_every:
+    steps between two validations, each with a checkpoint; the last step has both too. save_every_s: seconds of training
+    after which a checkpoint is saved without a validation; none if 0. With several processes the first one's clock
+    counts. keep: number of newest checkpoints to keep beside the best one. log_every: steps between two lines of
+    metrics. seed: seed of the initial parameters, the order of photos and dropout. ema: decay of the moving average of
+    the parameters, which replaces them in validation and export; no average if 0. max_skipped: largest number of steps
+    in a row that may have a loss or gradient that is not finite; after more, training ends with Diverged. profile:
+    first and last step of a trace for TensorBoard; no trace if (0, 0). profiler_port: port of the first process for
+    TensorBoard's profiler, the next port for the second process, and so on; no port if 0. wandb: project of Weights &
+    Biases to write to; none if empty. optimizer: see OptimizerSettings."""
 
     batch_size: int
     accumulate: Runtime[int]
     gradient_dtype: str
     examples: int
+    epochs: int
     evaluate_every: int
     save_every_s: Runtime[float]
     keep: Runtime[int]
@@ -94,14 +96,35 @@ class TrainSettings:
     def steps(self) -> int:
         return self.examples // self.batch_size
 
+    def for_photos(self, photos: int, unit: int) -> "TrainSettings":
+        """Returns the settings for this number of training photos: none in a batch twice, none read too often.
+
+        batch_size becomes at most `photos`, as a multiple of `unit`; examples becomes at most epochs x photos, and at
+        least a batch. Raises SettingsError if there are fewer photos than `unit`.
+        """
+        size, examples = self.batch_size, self.examples
+        if photos < size:
+            size = photos // unit * unit
+            if not size:
+                raise SettingsError(
+                    f"batch_size needs at least {unit} photos, one for each device and each part of accumulate, but "
+                    f"there are {photos} to train on: use more photos or fewer devices"
+                )
+        if self.epochs:
+            examples = min(examples, self.epochs * photos)
+        return dataclasses.replace(self, batch_size=size, examples=max(examples, size))
+
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """best_step: step with the smallest validation loss. best_loss: that loss. parameters: number of parameters."""
+    """best_step: step with the smallest validation loss. best_loss: that loss. parameters: number of parameters.
+    steps, examples: number of steps, and of photos read in them."""
 
     best_step: int
     best_loss: float
     parameters: int
+    steps: int
+    examples: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +205,7 @@ def run(task: Task, settings: TrainSettings, mesh: Mesh, folder: epath.PathLike,
         data.batches.close()
         processes.report_progress("writing the last checkpoint")
     with _full_disk_as_stage_error(folder):
-        result = _finish(folder, trainer)
+        result = _finish(folder, trainer, settings)
     log.print_goodput(name)
     return result
 
@@ -241,13 +264,15 @@ def _validate(trainer: Trainer, step: int, state: State, data: Data, writer: met
     return means["loss"]
 
 
-def _finish(folder: epath.Path, trainer: Trainer) -> Result:
+def _finish(folder: epath.Path, trainer: Trainer, settings: TrainSettings) -> Result:
     with Checkpoints(folder / "checkpoints") as checkpoints:
         processes.report_progress("restoring the best checkpoint")
         best, state, _ = checkpoints.restore_best(trainer.abstract)
         processes.report_progress(f"writing the parameters of step {best}")
         checkpoint.write_parameters(folder / "parameters.safetensors", *trainer.exported(state))
-        return Result(best, checkpoints.loss(best), sum(p.size for p in jax.tree.leaves(state["params"])))
+        parameters = sum(p.size for p in jax.tree.leaves(state["params"]))
+        examples = settings.steps * settings.batch_size
+        return Result(best, checkpoints.loss(best), parameters, settings.steps, examples)
 
 
 def evaluate(

@@ -1,6 +1,6 @@
 """Experiments on questions that the paper leaves open, with the demo's data (stages/experiments.py).
 
-Run one with `geotoken experiment NAME`. An experiment that trains uses 30,000 examples per run, a fifth as many as the
+Run one with `geotoken experiment NAME`. An experiment that trains uses 30,000 examples per run, a third as many as the
 demo, and takes a minute per run on two cores. Each `note` interprets the experiment's table and was written after the
 table was made.
 """

@@ -117,7 +117,7 @@ def test_only_missing_shards_are_made_again(whole, tmp_path):
     shards = sorted(folder.glob("*.array_record-*"))
     shards[0].unlink()
     (folder / "ledgers" / f"{shards[3].name}.json").unlink()
-    (folder / f".{shards[0].name}.partial").write_bytes(b"half a shard")
+    (folder / f".{shards[0].name}.0.1.partial").write_bytes(b"half a shard")
     before = {shard: shard.stat().st_mtime_ns for shard in shards[1:]}
     _make(tmp_path)
     assert [shard for shard, time in before.items() if shard.stat().st_mtime_ns != time] == [shards[3]]

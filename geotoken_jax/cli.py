@@ -193,7 +193,9 @@ _EPILOG = "--config.KEY=VALUE changes a key of the configuration, for example --
 
 def _place(options: argparse.Namespace) -> str:
     """Returns the folder or file that a verb works on, for errors of the system that name none."""
-    return next((str(value) for name in ("workdir", "output", "model") if (value := getattr(options, name, None))), "")
+    names = ("workdir", "output", "model", "source", "predictions", "config")
+    place = next((value for name in names if (value := getattr(options, name, None))), "")
+    return place[0] if isinstance(place, list) else place
 
 
 def _errors(*names: tuple[str, str]) -> tuple[type[Exception], ...]:

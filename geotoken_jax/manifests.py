@@ -107,11 +107,11 @@ def begin(workdir: epath.PathLike, folder: str, config: Mapping[str, Any], input
     manifest = path / "manifest.json"
     begun = path / "begun.json"
     if manifest.exists():
-        stored = json.loads(manifest.read_text())
+        stored = _load(manifest, settings.names(Manifest))
         _check_same(path, folder, stored, requested)
         return Stage(path, folder, **requested, manifest=Manifest(**stored))
     if begun.exists():
-        _check_same(path, folder, json.loads(begun.read_text()), requested)
+        _check_same(path, folder, _load(begun, list(requested)), requested)
     path.mkdir(parents=True, exist_ok=True)
     disk.lock(path)
     if not begun.exists():
@@ -129,7 +129,10 @@ def local(path: epath.PathLike) -> epath.Path:
             f"--workdir is a URL ({url[1]}://...), but stages read and write local files only: mount the bucket and "
             "use the mounted folder, or use a local folder and copy it afterwards (docs/launch.md)"
         )
-    return epath.Path(os.path.expanduser(path))
+    path = os.path.expanduser(path)
+    if re.search("[\ud800-\udfff]", path):
+        raise StageError(f"--workdir is {path!r}, which is not UTF-8: rename the folder, as record files need UTF-8")
+    return epath.Path(path)
 
 
 def read_manifest(workdir: epath.PathLike, folder: str) -> Manifest:
@@ -138,7 +141,27 @@ def read_manifest(workdir: epath.PathLike, folder: str) -> Manifest:
     if not path.exists():
         verb = PATH.get(folder.split("/")[0], folder)
         raise StageError(f"{path.parent} is not complete: run `geotoken {verb}` with the same --workdir first")
-    return Manifest(**json.loads(path.read_text()))
+    return Manifest(**_load(path, settings.names(Manifest)))
+
+
+def _load(path: epath.Path, keys: Sequence[str]) -> dict[str, Any]:
+    """Returns these keys of a JSON file of a stage. Raises StageError if the file is damaged or lacks one of them."""
+    try:
+        stored = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise StageError(
+            f"{path} is damaged ({error}): restore it, or remove {path.parent} and run its stage again"
+        ) from None
+    if (
+        not isinstance(stored, dict)
+        or not stored.keys() >= set(keys)
+        or not all(isinstance(stored[key], dict) for key in ("settings", "inputs"))
+    ):
+        raise StageError(
+            f"{path} has not the keys {', '.join(keys)}, so it is damaged or of another version: restore it, or remove "
+            f"{path.parent} and run its stage again"
+        )
+    return {key: stored[key] for key in keys}
 
 
 def digest(workdir: epath.PathLike, folder: str) -> str:

@@ -167,12 +167,18 @@ def write_shard(path: epath.Path, data: Iterable[bytes], options: str = _WRITER_
 
 @contextlib.contextmanager
 def _writing(path: epath.Path) -> Iterator[None]:
-    """Raises OSError for the errors of ArrayRecord, which writes the message of the system into a RuntimeError."""
+    """Raises OSError with a number for the errors of writers that have none.
+
+    ArrayRecord writes the message of the system into a RuntimeError. numpy raises an OSError for each short write.
+    """
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         path.unlink(missing_ok=True)
-        number = next((n for n in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) if os.strerror(n) in str(error)), errno.EIO)
+        if isinstance(error, OSError) and error.errno:
+            raise
+        short = errno.ENOSPC if isinstance(error, OSError) else errno.EIO
+        number = next((n for n in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) if os.strerror(n) in str(error)), short)
         raise OSError(number, os.strerror(number), str(path.parent)) from error
 
 
@@ -214,7 +220,7 @@ def save_array(path: epath.PathLike, values: np.ndarray) -> None:
     path = epath.Path(path)
     temporary = disk.partial(path)
     try:
-        with temporary.open("wb") as f:
+        with _writing(temporary), temporary.open("wb") as f:
             np.save(f, values.view(np.uint16) if values.dtype == ml_dtypes.bfloat16 else values)
         temporary.replace(path)
     except BaseException:

@@ -211,7 +211,7 @@ class _Columns:
         accepted = self._accepted(keys)
         found = {}
         for field, columns in accepted.items():
-            positions = [i for i, key in enumerate(keys) if key in columns]
+            positions = [i for i, key in enumerate(keys) if key in map(str.lower, columns)]
             if not positions and field in self.required:
                 raise TableError(
                     f"{self.path}{place} has no column {columns[0] if len(columns) == 1 else field} among "
@@ -233,8 +233,7 @@ class _Columns:
 
     def _accepted(self, keys: Sequence[str]) -> dict[str, Sequence[str]]:
         """Returns field -> accepted names. If there are columns of predicted coordinates, no others are accepted."""
-        names = {**self.required, **(self.optional or {})}
-        accepted = {field: [name.lower() for name in columns] for field, columns in names.items()}
+        accepted = {**self.required, **(self.optional or {})}
         if self.predicted:
             marked = {
                 field: [key for key in keys if _unmarked(key) in accepted[field] and _unmarked(key) != key]

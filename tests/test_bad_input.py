@@ -211,7 +211,7 @@ TABLES: dict[str, tuple[bytes, str]] = {
     "tabs": ((HEADER + GOOD + BAD).replace(b",", b"\t"), KEPT),
     "bars": ((HEADER + GOOD + BAD).replace(b",", b"|"), KEPT),
     "column names in capitals": (HEADER.upper() + GOOD + BAD, KEPT),
-    "two delimiters that fit": (b"id,latitude,longitude;id;latitude;longitude\n", "fix line 1"),
+    "two delimiters that fit": (b"id,latitude,longitude,x;id;latitude;longitude\n", "separated by ',' and by ';': fix"),
     "gzip": (gzip.compress(HEADER + GOOD + BAD), KEPT),
     "gzip cut short": (gzip.compress(HEADER + GOOD + BAD)[:-12], "is damaged or cut short"),
     "JSON lines": (
@@ -223,7 +223,10 @@ TABLES: dict[str, tuple[bytes, str]] = {
         KEPT,
     ),
     "a workbook": (b"PK\x03\x04" + bytes(100), "is a zip archive or an Excel workbook: save the table as a CSV"),
-    "a missing column": (b"id,latitude,lon\n" + GOOD, "has no column longitude: add it, or rename one to longitude"),
+    "a missing column": (
+        b"id,latitude,lon\n" + GOOD,
+        "has no column longitude among 'id, latitude, lon': add it, or rename one to longitude",
+    ),
     "no header": (GOOD + BAD, "has no column id"),
     "a column twice": (b"id,latitude,longitude,latitude\n" + GOOD, "more than one column latitude"),
     "a quote left open": (HEADER + b'"' + GOOD + BAD + GOOD, "a quote in line 2 that does not close there"),

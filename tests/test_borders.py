@@ -1,5 +1,7 @@
 """Faults of the system at the borders: each verb ends each of them with one sentence and exit status 2."""
 
+import argparse
+import contextlib
 import errno
 import json
 import os
@@ -29,9 +31,11 @@ VERBS: dict[str, Callable[[Path], list[str]]] = {
     ],
     **dict.fromkeys(
         ("embed", "align", "index", "train", "learn", "predict", "evaluate", "export", "audit coverage",
-         "audit leakage", "experiment beam", "scaling fit", "all"),
+         "audit leakage", "all"),
         lambda folder: [CONFIG, f"--workdir={folder}"],
     ),
+    "experiment beam": lambda folder: [CONFIG.replace("demo", "experiments"), f"--workdir={folder}"],
+    "scaling run": lambda folder: [CONFIG.replace("demo", "scaling"), f"--workdir={folder}"],
     "evaluate --strict": lambda folder: [f"--predictions={folder / 'x.csv'}", f"--truth={folder / 'x.csv'}"],
     "predict --json": lambda folder: [f"--model={folder}", str(folder / "x.jpg")],
     "export --push=a/b": lambda folder: [f"--from={folder}"],
@@ -178,4 +182,60 @@ def test_every_message_has_a_cure_and_names_keys_that_exist():
     for message in found:
         assert troubleshooting.split(message)[1], f"{message!r} has no cure after a colon"
         for key in re.findall(r"config\.([a-z_0-9.]*[a-z0-9])(?![a-z_0-9…]|\.…)", message):
-            assert key == "py" or cli._has(config, key.split(".")), f"{message!r} names config.{key}, which is no key"
+            assert key in ("py", "json") or cli._has(config, key.split(".")), (
+                f"{message!r} names config.{key}, which is no key"
+            )
+
+
+#: Pieces of overrides.
+KEYS = (
+    "train.batch_size train photos.source photos.folder.path variants name mesh.data evaluate.compare no.such.key . "
+    "train.optimizer.learning_rate train..x model.width.x keys update"
+).split(" ")
+VALUES = "8 -1 0 1e400 nan True None () (1,2 'x x {} [1] lambda:1 é ~ 8.5 __import__('os') \ud800".split(" ") + [
+    "1" * 5000
+]
+
+
+def test_random_overrides_are_read_or_refused():
+    hypothesis = pytest.importorskip("hypothesis")
+    strategies = hypothesis.strategies
+    texts = strategies.text(strategies.characters(codec="utf-8", exclude_characters="\n"), max_size=6)
+    keys, values = strategies.sampled_from(KEYS) | texts, strategies.sampled_from(VALUES) | texts
+    changes = strategies.lists(strategies.builds("--config.{}={}".format, keys, values), min_size=1, max_size=3)
+
+    @hypothesis.settings(max_examples=300, deadline=None, database=None, derandomize=True)
+    @hypothesis.given(changes)
+    def check(rest):
+        options = argparse.Namespace(config=CONFIG.removeprefix("--config="), verb="train")
+        try:
+            cli._config(options, rest)
+        except errors.UserError as error:
+            assert str(error)
+
+    check()
+
+
+def test_random_manifests_are_read_or_refused(tmp_path):
+    hypothesis = pytest.importorskip("hypothesis")
+    strategies = hypothesis.strategies
+    names = strategies.sampled_from(["folder", "settings", "inputs", "counts", "dropped", "facts", "x"])
+    leaves = strategies.none() | strategies.integers() | strategies.text(max_size=3)
+    values = strategies.recursive(
+        leaves, lambda inner: strategies.dictionaries(names, inner, max_size=7), max_leaves=12
+    )
+    data = values.map(lambda value: json.dumps(value).encode()) | strategies.binary(max_size=20)
+    (tmp_path / "photos").mkdir()
+
+    @hypothesis.settings(max_examples=300, deadline=None, database=None, derandomize=True)
+    @hypothesis.given(data, data.map(lambda text: text[:-1]), strategies.sampled_from(["manifest.json", "begun.json"]))
+    def check(whole, cut, name):
+        for text in (whole, cut):
+            (tmp_path / "photos" / name).write_bytes(text)
+            for read in (manifests.read_manifest, lambda *place: manifests.begin(*place, {"a": 1}, ())):
+                with contextlib.suppress(errors.UserError):
+                    read(tmp_path, "photos")
+            (tmp_path / "photos" / name).unlink()
+        disk.unlock(tmp_path / "photos")
+
+    check()

@@ -303,7 +303,7 @@ def test_rows_stream(tmp_path):
 
 
 def test_the_command_line_makes_with_two_processes_what_one_makes(tmp_path):
-    path = write_files(tmp_path / "in", {f"{n:02d}.jpg": jpeg(exif=exif(n, -3 * n)) for n in range(30)})
+    path = write_files(tmp_path / "in", {f"{n:02d}.jpg": jpeg(exif=exif(n, 3 - 3 * n)) for n in range(30)})
     changes = [f"--config.photos.folder.path={path}", "--config.photos.folder.photos_per_shard=20"]
     config = f"--config={Path(__file__).parents[1] / 'configs' / 'demo.py'}"
     with pytest.raises(SystemExit) as ended:
@@ -480,12 +480,16 @@ def test_a_source_that_has_grown_or_changed_since_is_named(tmp_path):
 
 @pytest.mark.parametrize("name", ["run [m] {x} *?", "~tilde", "back\\slash", os.fsdecode(b"latin-1 \xe5"), "e\u0301"])
 def test_paths_are_data(tmp_path, name):
+    at = tmp_path / (name if name.isprintable() else "w")
     path = write_files(tmp_path / name / "in", {"[a]*.jpg": jpeg(exif=exif(1, 2)), "å {b}.jpg": jpeg(exif=exif(1, 2))})
-    manifest, found = prepare(tmp_path / name / "w", "folder", **{**ONE_SPLIT, "path": path})
+    manifest, found = prepare(at / "w", "folder", **{**ONE_SPLIT, "path": path})
     assert list(found["test"]) == ["[a]*.jpg", "å {b}.jpg"]
-    folder = Workdir(tmp_path / name / "w")
+    folder = Workdir(at / "w")
     assert folder.complete_folders() == ["photos"] and folder.manifest("photos") == manifest
     assert records.shard_paths(folder.path / "photos", "folder-test")
+    if at != tmp_path / name:
+        with pytest.raises(StageError, match="which is not UTF-8: rename the folder"):
+            Workdir(tmp_path / name)
 
 
 def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):

@@ -188,13 +188,14 @@ def test_every_message_has_a_cure_and_names_keys_that_exist():
 
 
 #: Pieces of overrides.
-KEYS = (
-    "train.batch_size train photos.source photos.folder.path variants name mesh.data evaluate.compare no.such.key . "
-    "train.optimizer.learning_rate train..x model.width.x keys update"
-).split(" ")
-VALUES = "8 -1 0 1e400 nan True None () (1,2 'x x {} [1] lambda:1 é ~ 8.5 __import__('os') \ud800".split(" ") + [
-    "1" * 5000
-]
+KEYS = [
+    "train.batch_size", "train", "photos.source", "photos.folder.path", "variants", "name", "mesh.data", ".", "keys",
+    "evaluate.compare", "no.such.key", "train.optimizer.learning_rate", "train..x", "model.width.x", "update",
+]  # fmt: skip
+VALUES = [
+    "8", "-1", "0", "1e400", "nan", "True", "None", "()", "(1, 2", "'x", "x", "", "{}", "[1]", "lambda: 1", "~", "8.5",
+    "__import__('os')", "\ud800", "1" * 5000,
+]  # fmt: skip
 
 
 def test_random_overrides_are_read_or_refused():

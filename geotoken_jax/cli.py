@@ -226,11 +226,17 @@ def _config(options: argparse.Namespace, rest: list[str]) -> Any:
     sys.path.insert(0, str(file.resolve().parent.parent))
     try:
         values, unread = _parsed(options.config, rest)
-    except (AttributeError, KeyError):
-        _refuse_unknown_key(file, _parsed(options.config, [])[0], rest)
-        raise
     except flags.Error as error:
-        raise settings.SettingsError(" ".join(str(error).split("\n\nTraceback")[0].split())) from None
+        reason = " ".join(str(error).split("\n\nTraceback")[0].split())
+        where = "" if rest else f"--config={file} cannot be read: "
+        raise settings.SettingsError(f"{where}{reason}: mend the file or the value; see configs/common.py") from None
+    except (AttributeError, IndexError, KeyError, SyntaxError, TypeError, ValueError) as error:
+        if not rest:
+            raise
+        _refuse_unknown_key(file, _parsed(options.config, [])[0], rest)
+        raise settings.SettingsError(
+            f"{' '.join(rest)} cannot be applied to {file} ({error}): see configs/common.py for all keys and values"
+        ) from None
     if unread:
         raise settings.SettingsError(f"{unread[0]} is not an option: see `geotoken {options.verb} --help`")
     flags.FLAGS.mark_as_parsed()

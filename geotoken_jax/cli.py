@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (OSError, MemoryError, UnicodeError) as error:
-        if sys.flags.dev_mode:  # python -X dev shows where
+        # python -X dev shows where. The end of another process ends this one to be started again.
+        if sys.flags.dev_mode or processes.is_process_loss(error):
             raise
         print(f"geotoken {options.verb}: {errors.explain(error, _place(options))}", file=sys.stderr)
         processes.leave(REFUSED)

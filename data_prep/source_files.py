@@ -51,8 +51,9 @@ def check(stage: Stage, source: Source, keep_changed: bool) -> None:
     change = _difference(json.loads(file.read_text()), now) if file.exists() else ""
     if change and stage.manifest:
         raise StageError(
-            f"the source of {stage.path} has changed since it was made: {change}: use another --workdir to prepare the "
-            f"photos as they are, restore the source, or keep {stage.path} with config.photos.keep_changed=True"
+            f"the source of {stage.path} has changed since it was made: {change}: use another --workdir, make all "
+            "again with `geotoken all --remake=prepare`, restore the source, or keep the photos as they were with "
+            "config.photos.keep_changed=True"
         )
     if change:
         print(f"the source has changed: {change}; the photos in {stage.path} are made again", file=sys.stderr)

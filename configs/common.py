@@ -103,6 +103,8 @@ def _photos() -> dict[str, Any]:
         workers=2,
         beam=dict(runner="", options=()),
         max_dropped=0.01,
+        null_island=False,
+        keep_changed=False,
         earthview=dict(
             seed=0,
             places=60_000,

@@ -50,7 +50,8 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
     stage = workdir.begin(config, "features", (), ["photos"], made_with)
     if stage.manifest:
         return [stage.manifest]
-    splits = workdir.manifest("photos").counts
+    photos = workdir.manifest("photos")
+    splits, id_facts = photos.counts, {name: photos.facts[name] for name in ("id_bytes",) if name in photos.facts}
     viewed = {views.VIEWS_SPLIT: splits[views.SOURCE_SPLIT]} if options.views.count else {}
     (stage.path / "ledgers").mkdir(exist_ok=True)
     shards = [shard for split, photos in (splits | viewed).items() for shard in _shards(stage.path, split, photos)]
@@ -68,7 +69,7 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
         width = ledger["width"]
         counts[shard.split] += ledger["records"]
         dropped += len(ledger["failures"]) if shard.split in splits else 0
-    return [stage.finish(counts, {"unreadable image": dropped} if dropped else {}, width=width)]
+    return [stage.finish(counts, {"unreadable image": dropped} if dropped else {}, width=width, **id_facts)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +124,8 @@ def _write_shards(shards: list[_Shard], options: EmbedSettings, workdir: Workdir
     One pool of threads decodes photos, a second one encodes images, and the calling thread encodes texts.
     """
     tower = backbone.make(options)
-    layout = records.feature_layout(tower.width)
+    facts = workdir.manifest("photos").facts
+    layout = records.feature_layout(tower.width, facts.get("id_bytes", records.ID_BYTES))
     sources = {shard.split: workdir.photos(_photo_split(shard.split)) for shard in shards}
     prepare = {
         split: _prepare_views(tower, options.views) if split == views.VIEWS_SPLIT else _prepare_photo(tower)

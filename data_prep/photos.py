@@ -14,19 +14,21 @@ import math
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from data_prep import images
+from data_prep import images, source_files
 from data_prep.beam import run_tasks
-from data_prep.sources import Drop, Photo, Source
+from data_prep.sources import NOT_DOWNLOADED, Drop, Photo, Source, folder
 from data_prep.sources.earthview import EarthView
 from data_prep.sources.folder import Folder
 from data_prep.sources.im2gps3k import Im2gps3k
@@ -70,23 +72,61 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
         raise SettingsError(f"config.photos.source is {photos.source!r}: use one of {', '.join(SOURCES)}")
     settings = getattr(photos, photos.source)
     # A change in the section of another source does not make photos/ outdated.
-    stage = workdir.begin(config, "photos", ["photos.source", f"photos.{photos.source}"], inputs=())
+    keys = ["photos.source", f"photos.{photos.source}"]
+    if photos.null_island:  # not in the manifests of earlier versions
+        keys.append("photos.null_island")
+    stage = workdir.begin(config, "photos", keys, inputs=())
     kind = SOURCES[photos.source]
     # MP16-Pro also needs the stage's folder, in which it stores an index of its files.
     source = MP16Pro(settings, str(stage.path)) if kind is MP16Pro else kind(settings)
-    return [make(stage, source, photos.workers, photos.max_dropped, photos.beam)]
+    settled = photos.null_island, photos.keep_changed
+    return [make(stage, source, photos.workers, photos.max_dropped, photos.beam, *settled)]
 
 
-def make(stage: Stage, source: Source, workers: int, max_dropped: float, beam: BeamSettings | None = None) -> Manifest:
+def make(
+    stage: Stage,
+    source: Source,
+    workers: int,
+    max_dropped: float,
+    beam: BeamSettings | None = None,
+    null_island: bool = False,
+    keep_changed: bool = False,
+) -> Manifest:
     """Fills a stage's folder from a source and returns its manifest. Returns a complete folder's manifest at once.
 
-    workers, max_dropped, beam: as in PhotosSettings; if beam is None, only processes on this machine are used.
-    Raises StageError if too many photos are dropped, if two shards contain the same id, or if Beam does not make all
-    shards.
+    workers, max_dropped, beam, null_island, keep_changed: as in PhotosSettings; if beam is None, only processes on this
+    machine are used. Raises StageError if too many photos are dropped, if two shards contain the same id, if Beam does
+    not make all shards, or if the source has changed since the folder was completed.
     """
+    folder.forget()
+    splits = {} if stage.manifest else source.splits
+    source_files.check(stage, source, keep_changed)
     if stage.manifest:
         return stage.manifest
-    tasks = [_Task(str(stage.path), source, split, n) for split, shards in source.splits.items() for n in range(shards)]
+    if isinstance(source, folder.ListedSource):
+        for note in source.notes():
+            print(note, file=sys.stderr)
+    tasks = [
+        _Task(str(stage.path), source, split, n, null_island) for split, shards in splits.items() for n in range(shards)
+    ]
+    _make_missing(stage, tasks, workers, beam)
+    ledgers: dict[str, list[dict[str, Any]]] = {split: [] for split in splits}
+    for task in tasks:
+        ledgers[task.split].append(json.loads(task.ledger.read_text()))
+    every = [ledger for split in ledgers.values() for ledger in split]
+    counts = {split: sum(ledger["photos"] for ledger in ledgers[split]) for split in ledgers}
+    dropped = _check_dropped(
+        stage, [tuple(drop) for ledger in every for drop in ledger["dropped"]], counts, max_dropped
+    )
+    _refuse_repeated(tasks)
+    _write_metadata(stage.path, source.name, ledgers)
+    times = {name: sum(ledger[name] for ledger in every) for name in ("captured", "nonsense_times")}
+    facts = records.id_facts(max((ledger.get("id_bytes", 0) for ledger in every), default=0))
+    return stage.finish(counts, dropped, provenance=dataclasses.asdict(source.provenance), **times, **facts)
+
+
+def _make_missing(stage: Stage, tasks: Sequence["_Task"], workers: int, beam: BeamSettings | None) -> None:
+    """Makes the shards that are missing."""
     (stage.path / "ledgers").mkdir(exist_ok=True)
     missing = [task for task in tasks if not (task.ledger.exists() and task.shard_path.exists())]
     with Progress("photos", len(tasks), "shard", done=len(tasks) - len(missing)) as progress:
@@ -104,39 +144,56 @@ def make(stage: Stage, source: Source, workers: int, max_dropped: float, beam: B
     if (stage.path / _ATTEMPTS).exists():  # from workers that were killed
         (stage.path / _ATTEMPTS).rmtree()
 
-    ledgers: dict[str, list[dict[str, Any]]] = {split: [] for split in source.splits}
-    for task in tasks:
-        ledgers[task.split].append(json.loads(task.ledger.read_text()))
-    every = [ledger for split in ledgers.values() for ledger in split]
-    drops = [drop for ledger in every for drop in ledger["dropped"]]
+
+def _check_dropped(
+    stage: Stage, drops: Sequence[tuple[str, str]], counts: Mapping[str, int], max_dropped: float
+) -> Counter[str]:
+    """Writes dropped.jsonl and returns reason -> number of drops. Raises StageError if they are too many.
+
+    drops: pairs of an id and a reason. counts: split -> number of photos.
+    """
     lines = [json.dumps({"id": name, "reason": reason}) + "\n" for name, reason in drops]
     write_bytes(stage.path / "dropped.jsonl", "".join(lines).encode())
     dropped = Counter(reason for _, reason in drops)
-    counts = {split: sum(ledger["photos"] for ledger in ledgers[split]) for split in ledgers}
-    share = len(drops) / max(1, len(drops) + sum(counts.values()))
+    faults = len(drops) - dropped[NOT_DOWNLOADED]
+    share = faults / max(1, faults + sum(counts.values()))
     if share > max_dropped:
         raise StageError(
             f"{share:.1%} of the photos were dropped ({dict(dropped)}), more than config.photos.max_dropped = "
-            f"{max_dropped}: read {stage.path / 'dropped.jsonl'}, then fix the source or raise the limit"
+            f"{max_dropped}{_example(dict(reversed([(reason, name) for name, reason in drops])))}: read "
+            f"{stage.path / 'dropped.jsonl'}, then fix the source or raise the limit"
         )
-    _refuse_repeated(tasks)
-    _write_metadata(stage.path, source.name, ledgers)
-    times = {name: sum(ledger[name] for ledger in every) for name in ("captured", "nonsense_times")}
-    return stage.finish(counts, dropped, provenance=dataclasses.asdict(source.provenance), **times)
+    return dropped
+
+
+def _example(names: Mapping[str, str]) -> str:
+    """Returns text on drops that have a cure of their own. names: reason -> id of the first drop."""
+    if "no image" in names and "no metadata" in names:
+        return (
+            f"; the table has {names['no image']!r}, which is no file, and the folder has {names['no metadata']!r}, "
+            "which is not in the table"
+        )
+    if "link out of the folder" in names:
+        return (
+            f"; {names['link out of the folder']!r} is a link to a file outside the folder, so copy the folder with "
+            "cp -rL, or name a folder that has these files too"
+        )
+    return ""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Task:
     """A shard to make, with the paths of its three files.
 
-    shard_path: records. ids: array of the ids, in the order of the records. ledger: JSON of the shard's counts and
-    drops, written last.
+    null_island: whether photos at latitude 0, longitude 0 are kept. shard_path: records. ids: array of the ids, in the
+    order of the records. ledger: JSON of the shard's counts and drops, written last.
     """
 
     folder: str
     source: Source
     split: str
     shard: int
+    null_island: bool = False
 
     @property
     def shard_path(self) -> epath.Path:
@@ -161,6 +218,11 @@ def _run_all(tasks: list[_Task], workers: int) -> Iterator[int]:
         try:
             for done in concurrent.futures.as_completed([pool.submit(_make_shard, task) for task in tasks]):
                 yield done.result()
+        except BrokenProcessPool:
+            raise StageError(
+                f"one of {workers} worker processes was killed, perhaps because the memory is used up: set "
+                "config.photos.workers to fewer, and run the same command again"
+            ) from None
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -185,19 +247,22 @@ def _make_shard(task: _Task) -> int:
     ids: dict[str, None] = {}
     dropped: list[tuple[str, str]] = []
     sizes: list[int] = []
+    longest = 0
     times = {"captured": 0, "nonsense_times": 0}
 
     def accepted() -> Iterator[Photo]:
+        nonlocal longest
         for item in task.source.read(task.split, task.shard):
             reason = (
                 item.reason
                 if isinstance(item, Drop)
-                else drop_reason(item) or ("repeated id" if item.id in ids else "")
+                else drop_reason(item, task.null_island) or ("repeated id" if item.id in ids else "")
             )
             if isinstance(item, Drop) or reason:
                 dropped.append((item.id.encode(errors="backslashreplace").decode(), reason))
             else:
                 ids[item.id] = None
+                longest = max(longest, len(item.id.encode()), len(item.author.encode()))
                 valid = plausible(item.captured)
                 times["captured"] += valid
                 times["nonsense_times"] += not (valid or math.isnan(item.captured))
@@ -209,8 +274,10 @@ def _make_shard(task: _Task) -> int:
             yield record
 
     n = records.write_shard(task.shard_path, encoded())
-    records.save_array(task.ids, np.array([name.encode() for name in ids], f"S{records.ID_BYTES}"))
-    write_json(task.ledger, {"photos": n, "bytes": sum(sizes), "dropped": dropped, **times})
+    names = [name.encode() for name in ids]
+    records.save_array(task.ids, np.array(names, f"S{max(records.ID_BYTES, *map(len, names), 0)}"))
+    facts = records.id_facts(longest)
+    write_json(task.ledger, {"photos": n, "bytes": sum(sizes), "dropped": dropped, **times, **facts})
     return n
 
 
@@ -233,21 +300,23 @@ def _make_attempt(task: _Task) -> None:
     folder.rmtree()
 
 
-def drop_reason(photo: Photo) -> str:
-    """Returns the reason to drop a photo, empty if there is none."""
+def drop_reason(photo: Photo, null_island: bool = False) -> str:
+    """Returns the reason to drop a photo, empty if there is none. null_island: as in PhotosSettings."""
     coordinates = photo.latitude, photo.longitude
     if not photo.id:
         return "empty id"
     if not photo.id.isprintable():  # has control characters, or surrogates, which UTF-8 cannot encode
         return "unprintable id"
-    if len(photo.id.encode()) > records.ID_BYTES:
+    if len(photo.id.encode()) > records.LONGEST_ID:
         return "long id"
-    if len(photo.author.encode(errors="replace")) > records.ID_BYTES:
+    if len(photo.author.encode(errors="replace")) > records.LONGEST_ID:
         return "long author"
     if not all(map(math.isfinite, coordinates)):
         return "coordinates not finite"
     if abs(photo.latitude) > 90 or abs(photo.longitude) > 180:
         return "coordinates out of range"
+    if not (any(coordinates) or null_island):
+        return "null island"
     return images.drop_reason(photo.image)
 
 

@@ -21,13 +21,14 @@ from orbax.checkpoint import v1 as ocp
 from orbax.checkpoint._src.futures.synchronization import OperationIdGenerator
 
 from geotoken_jax import manifests, processes
+from geotoken_jax.errors import UserError
 
 #: Errors that Orbax raises for incomplete or damaged files.
 _UNREADABLE = (OSError, ValueError, KeyError)
 M = TypeVar("M", bound=nnx.Module)
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint cannot be written."""
 
 

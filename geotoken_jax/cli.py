@@ -5,13 +5,15 @@
 
 import argparse
 import dataclasses
+import difflib
+import io
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from geotoken_jax import commands, manifests, processes, settings
+from geotoken_jax import commands, errors, manifests, processes, settings
 from geotoken_jax.interop import targets
 from geotoken_jax.serve import limits
 
@@ -26,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     The exit status is 0, 2 after a one-line error, 75 if the same command can continue, or 130 after Ctrl-C.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files can be in any encoding
     parser = _parser()
     options, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     try:
@@ -36,13 +40,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     except _errors(("geotoken_jax.train.loop", "Preempted")) as error:
         print(f"geotoken {options.verb}: {error}", file=sys.stderr)
         sys.exit(PREEMPTED)
-    except _refusals() as error:
+    except errors.UserError as error:
         print(f"geotoken {options.verb}: {error}", file=sys.stderr)
         processes.leave(REFUSED)
     except BrokenPipeError:
         # The reader of standard output has ended, as `head` does. Python would fail again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except (OSError, MemoryError, UnicodeError) as error:
+        # python -X dev shows where. The end of another process ends this one to be started again.
+        if sys.flags.dev_mode or processes.is_process_loss(error):
+            raise
+        print(f"geotoken {options.verb}: {errors.explain(error, _place(options))}", file=sys.stderr)
+        processes.leave(REFUSED)
     except KeyboardInterrupt:
         print(f"\ngeotoken {options.verb}: interrupted; run the same command again to continue", file=sys.stderr)
         processes.leave(130)
@@ -53,8 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, summary in STAGES.items():
         verb = verbs.add_parser(name, help=summary, description=summary, epilog=_EPILOG)
-        verb.add_argument("--config", help="configuration file, such as configs/demo.py")
-        verb.add_argument("--workdir", help="folder for the results of all stages")
+        verb.add_argument("--config", type=os.path.expanduser, help="configuration file, such as configs/demo.py")
+        verb.add_argument("--workdir", type=os.path.expanduser, help="folder for the results of all stages")
         if name in ("train", "learn", "predict", "all"):
             verb.add_argument("--variant", action="append", help="only this variant of config.variants (repeatable)")
         if name == "all":
@@ -70,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument(limits.flag(field.name), type=field.type, default=field.default, help=summary)
     verb.set_defaults(config=None)
     verb = verbs.add_parser("plan", help=_PLAN, description=_PLAN, epilog=_EPILOG)
-    verb.add_argument("--config", help="configuration file, such as configs/common.py")
+    verb.add_argument("--config", type=os.path.expanduser, help="configuration file, such as configs/common.py")
     verb.add_argument("--topology", help="chips and their shape, such as v5e:16x16, 2xv5e:16x16 or h100:8")
     verb.add_argument(
         "--workload", choices=("train", "align", "embed", "predict"), default="train",
@@ -78,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         "decoding of candidates (default: train)",
     )  # fmt: skip
     verb.add_argument("--gallery", type=int, help="number of gallery photos (default: 4,120,000, as in the paper)")
-    verb.add_argument("--output", help="JSON file to which the plan is written too")
+    verb.add_argument("--output", type=os.path.expanduser, help="JSON file to which the plan is written too")
     verb.add_argument("--quick", action="store_true", help="compile in a third of the time, into a slower program")
     verb.add_argument("--document", action="store_true", help="print docs/scale.md instead, for all its topologies")
     return parser
@@ -87,13 +97,13 @@ def _parser() -> argparse.ArgumentParser:
 def _add_studies(verbs: Any) -> None:
     verb = verbs.add_parser("experiment", help=_EXPERIMENT, description=_EXPERIMENT, epilog=_EPILOG)
     verb.add_argument("experiment", nargs="?", metavar="NAME", help="one of config.experiments")
-    verb.add_argument("--config", help="configuration file, such as configs/experiments.py")
-    verb.add_argument("--workdir", help="work directory to start from, such as runs/demo")
+    verb.add_argument("--config", type=os.path.expanduser, help="configuration file, such as configs/experiments.py")
+    verb.add_argument("--workdir", type=os.path.expanduser, help="work directory to start from, such as runs/demo")
     verb.add_argument("--document", action="store_true", help="print docs/experiments.md instead, from finished runs")
     verb = verbs.add_parser("scaling", help=_SCALING, description=_SCALING, epilog=_EPILOG)
     verb.add_argument("part", choices=("run", "fit", "plot"), help="train the runs, fit the law, or plot the results")
-    verb.add_argument("--config", help="configuration file, such as configs/scaling.py")
-    verb.add_argument("--workdir", help="work directory to start from, such as runs/demo")
+    verb.add_argument("--config", type=os.path.expanduser, help="configuration file, such as configs/scaling.py")
+    verb.add_argument("--workdir", type=os.path.expanduser, help="work directory to start from, such as runs/demo")
     verb.add_argument(
         "--index", type=int, help="with run: only this run, from 0 (default: $SLURM_ARRAY_TASK_ID or all)"
     )
@@ -104,27 +114,40 @@ def _predict_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "photos",
         nargs="*",
+        type=os.path.expanduser,
         help="with --model or --method: photos or folders of photos to predict; - is a photo on standard input",
     )
     _model(verb, "--model", "predict PHOTOS with ")
     verb.add_argument("--method", choices=("geoclip",), help="predict PHOTOS with GeoCLIP as published")
-    verb.add_argument("--clip", help="with --method=geoclip: folder of a CLIP ViT-L/14 checkpoint")
-    verb.add_argument("--geoclip", help="with --method=geoclip: GeoCLIP's wheel (pip download --no-deps geoclip)")
+    verb.add_argument(
+        "--clip", type=os.path.expanduser, help="with --method=geoclip: folder of a CLIP ViT-L/14 checkpoint"
+    )
+    verb.add_argument(
+        "--geoclip",
+        type=os.path.expanduser,
+        help="with --method=geoclip: GeoCLIP's wheel (pip download --no-deps geoclip)",
+    )
     verb.add_argument("--json", action="store_true", help="with PHOTOS: print JSON lines with all candidates")
     verb.add_argument(
-        "--output", help="with PHOTOS: write the answers to a file that ends in .csv, .jsonl, .geojson, .kml or .html"
+        "--output",
+        type=os.path.expanduser,
+        help="with PHOTOS: write the answers to a file that ends in .csv, .jsonl, .geojson, .kml or .html",
     )
 
 
 def _evaluate_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--predictions", action="append", help="file to score, JSON lines or CSV (repeatable)")
-    verb.add_argument("--truth", help="with --predictions: file with id, latitude and longitude")
+    verb.add_argument(
+        "--predictions", action="append", type=os.path.expanduser, help="file to score, JSON lines or CSV (repeatable)"
+    )
+    verb.add_argument(
+        "--truth", type=os.path.expanduser, help="with --predictions: file with id, latitude and longitude"
+    )
     verb.add_argument(
         "--method", action="append", default=[],
         help="with --workdir: baseline to predict with and to score (repeatable): knn, geoclip or classifier",
     )  # fmt: skip
     verb.add_argument(
-        "--compare", action="append", nargs=2, default=[], metavar=("A", "B"),
+        "--compare", action="append", nargs=2, type=os.path.expanduser, default=[], metavar=("A", "B"),
         help="with --predictions: two files to compare with each other too (repeatable)",
     )  # fmt: skip
     verb.add_argument("--ellipsoid", action="store_true", help="with --predictions: use distances on WGS84")
@@ -134,7 +157,9 @@ def _evaluate_options(verb: argparse.ArgumentParser) -> None:
 
 
 def _export_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--from", dest="source", help="folder of an export to use, instead of a work directory")
+    verb.add_argument(
+        "--from", dest="source", type=os.path.expanduser, help="folder of an export to use, instead of a work directory"
+    )
     verb.add_argument(
         "--target", action="append", default=[], choices=tuple(targets.TARGETS),
         help="runtime for which the model is converted too (repeatable)",
@@ -157,29 +182,21 @@ _OPTIONS = {
 
 def _model(verb: argparse.ArgumentParser, name: str, prefix: str) -> None:
     summary = "a folder that `geotoken export` made, or ORG/NAME on the Hugging Face hub"
-    verb.add_argument(name, metavar="MODEL", help=prefix + summary)
+    verb.add_argument(name, metavar="MODEL", type=os.path.expanduser, help=prefix + summary)
     verb.add_argument("--revision", help="with ORG/NAME: branch, tag or commit")
-    verb.add_argument("--backbone", help="folder of the backbone's checkpoint, if MODEL does not contain it")
+    verb.add_argument(
+        "--backbone", type=os.path.expanduser, help="folder of the backbone's checkpoint, if MODEL does not contain it"
+    )
 
 
 _EPILOG = "--config.KEY=VALUE changes a key of the configuration, for example --config.train.examples=50000."
 
 
-def _refusals() -> tuple[type[Exception], ...]:
-    """Returns the exceptions that are printed as one line, without a traceback."""
-    return (
-        settings.SettingsError,
-        manifests.StageError,
-        FileNotFoundError,
-        *_errors(
-            ("geotoken_jax.backbone.preprocess", "ImageError"),
-            ("geotoken_jax.predict.bundle", "ExportError"),
-            ("geotoken_jax.gallery.index", "IndexQualityError"),
-            ("geotoken_jax.checkpoint", "CheckpointError"),
-            ("geotoken_jax.train.loop", "Diverged"),
-            ("geotoken_jax.analysis.coordinates", "TableError"),
-        ),
-    )
+def _place(options: argparse.Namespace) -> str:
+    """Returns the folder or file that a verb works on, for errors of the system that name none."""
+    names = ("workdir", "output", "model", "source", "predictions", "config")
+    place = next((value for name in names if (value := getattr(options, name, None))), "")
+    return place[0] if isinstance(place, list) else place
 
 
 def _errors(*names: tuple[str, str]) -> tuple[type[Exception], ...]:
@@ -202,33 +219,66 @@ def _config(options: argparse.Namespace, rest: list[str]) -> Any:
             raise settings.SettingsError(f"{rest[0]} is not an option: see `geotoken {options.verb} --help`")
         return None
     from absl import flags
-    from ml_collections import config_flags
 
     file = Path(options.config.partition(":")[0])  # the part after ":" is get_config's argument
     if not file.exists():
         raise settings.SettingsError(f"--config={file} does not exist: use a file of configs/, such as configs/demo.py")
     # Configurations import each other as `configs.NAME`, so the folder above configs/ must be on the path.
     sys.path.insert(0, str(file.resolve().parent.parent))
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "", flag_values=values)
-    arguments = ["geotoken", f"--config={options.config}", *rest]
-    sys_argv, sys.argv = sys.argv, arguments  # config_flags reads the changes from sys.argv
     try:
-        unread = values(arguments)[1:]
-    except (AttributeError, KeyError):
-        wrong = next(a for a in rest if not _has(values["config"].value, a.split("=")[0].split(".")[1:]))
-        key = wrong.split("=")[0].lstrip("-")
-        raise settings.SettingsError(f"{key} is not a key of {file}: see configs/common.py for all keys") from None
+        values, unread = _parsed(options.config, rest)
     except flags.Error as error:
-        raise settings.SettingsError(" ".join(str(error).split("\n\nTraceback")[0].split())) from None
-    finally:
-        sys.argv = sys_argv
+        reason = " ".join(str(error).split("\n\nTraceback")[0].split())
+        where = "" if rest else f"--config={file} cannot be read: "
+        raise settings.SettingsError(f"{where}{reason}: mend the file or the value; see configs/common.py") from None
+    except (AttributeError, IndexError, KeyError, SyntaxError, TypeError, ValueError) as error:
+        if not rest:
+            raise
+        _refuse_unknown_key(file, _parsed(options.config, [])[0], rest)
+        raise settings.SettingsError(
+            f"{' '.join(rest)} cannot be applied to {file} ({error}): see configs/common.py for all keys and values"
+        ) from None
     if unread:
         raise settings.SettingsError(f"{unread[0]} is not an option: see `geotoken {options.verb} --help`")
     flags.FLAGS.mark_as_parsed()
     from geotoken_jax import configuration
 
-    return configuration.read(values["config"].value)  # pyright: ignore[reportArgumentType]
+    return configuration.read(values)
+
+
+def _parsed(config: str, changes: list[str]) -> tuple[Any, list[str]]:
+    """Returns the ConfigDict of a file with the command line's changes, and the arguments that are no changes."""
+    from absl import flags
+    from ml_collections import config_flags
+
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "", flag_values=values)
+    arguments = ["geotoken", f"--config={config}", *changes]
+    sys_argv, sys.argv = sys.argv, arguments  # config_flags reads the changes from sys.argv
+    try:
+        unread = values(arguments)[1:]
+    finally:
+        sys.argv = sys_argv
+    return values["config"].value, unread
+
+
+def _refuse_unknown_key(file: Path, config: Any, changes: list[str]) -> None:
+    """Raises SettingsError for the first change of a key that a configuration does not have, with the nearest key."""
+    for change in changes:
+        name = change.split("=")[0].lstrip("-")
+        key = name.removeprefix("config.")
+        if key != name and not _has(config, key.split(".")):
+            near = difflib.get_close_matches(key, _keys(config, ""), 1)
+            hint = f"use config.{near[0]}, or " if near else ""
+            raise settings.SettingsError(f"{name} is not a key of {file}: {hint}see configs/common.py for all keys")
+
+
+def _keys(config: Any, prefix: str) -> list[str]:
+    """Returns the dotted keys of a configuration's sections and values."""
+    keys = []
+    for key in config.keys() if hasattr(config, "keys") else ():
+        keys += [prefix + key, *_keys(config[key], f"{prefix}{key}.")]
+    return keys
 
 
 def _has(config: Any, keys: list[str]) -> bool:

@@ -9,13 +9,15 @@ configuration have equal manifests, interrupted or not.
 import dataclasses
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
-from geotoken_jax import processes, settings
+from geotoken_jax import disk, settings
+from geotoken_jax.errors import UserError
 
 #: Folder of the work directory -> the verb that makes it, in the order in which the verbs run.
 PATH = {
@@ -37,7 +39,7 @@ PATH = {
 }
 
 
-class StageError(RuntimeError):
+class StageError(UserError, RuntimeError):
     """A stage cannot run: an input is missing, or the folder was made with other settings or inputs."""
 
 
@@ -86,6 +88,7 @@ class Stage:
         )
         write_json(self.path / "manifest.json", dataclasses.asdict(manifest))
         (self.path / "begun.json").unlink(missing_ok=True)
+        disk.unlock(self.path)
         return manifest
 
 
@@ -95,7 +98,8 @@ def begin(workdir: epath.PathLike, folder: str, config: Mapping[str, Any], input
     config: section name -> section (ConfigDict, dataclass or mapping) that the folder depends on. inputs: folders of
     the work directory that the stage reads; all must be complete.
 
-    Raises StageError if an input is missing, or if the folder was begun or made with other settings or inputs.
+    Raises StageError if an input is missing, or if the folder was begun or made with other settings or inputs, and
+    LockedError if another process writes the folder.
     """
     workdir = local(workdir)
     requested = {"settings": settings.plain(config), "inputs": {name: digest(workdir, name) for name in inputs}}
@@ -103,13 +107,14 @@ def begin(workdir: epath.PathLike, folder: str, config: Mapping[str, Any], input
     manifest = path / "manifest.json"
     begun = path / "begun.json"
     if manifest.exists():
-        stored = json.loads(manifest.read_text())
+        stored = _load(manifest, settings.names(Manifest))
         _check_same(path, folder, stored, requested)
         return Stage(path, folder, **requested, manifest=Manifest(**stored))
     if begun.exists():
-        _check_same(path, folder, json.loads(begun.read_text()), requested)
-    else:
-        path.mkdir(parents=True, exist_ok=True)
+        _check_same(path, folder, _load(begun, list(requested)), requested)
+    path.mkdir(parents=True, exist_ok=True)
+    disk.lock(path)
+    if not begun.exists():
         write_json(begun, requested)
     return Stage(path, folder, **requested, manifest=None)
 
@@ -124,6 +129,9 @@ def local(path: epath.PathLike) -> epath.Path:
             f"--workdir is a URL ({url[1]}://...), but stages read and write local files only: mount the bucket and "
             "use the mounted folder, or use a local folder and copy it afterwards (docs/launch.md)"
         )
+    path = os.path.expanduser(path)
+    if re.search("[\ud800-\udfff]", path):
+        raise StageError(f"--workdir is {path!r}, which is not UTF-8: rename the folder, as record files need UTF-8")
     return epath.Path(path)
 
 
@@ -133,7 +141,27 @@ def read_manifest(workdir: epath.PathLike, folder: str) -> Manifest:
     if not path.exists():
         verb = PATH.get(folder.split("/")[0], folder)
         raise StageError(f"{path.parent} is not complete: run `geotoken {verb}` with the same --workdir first")
-    return Manifest(**json.loads(path.read_text()))
+    return Manifest(**_load(path, settings.names(Manifest)))
+
+
+def _load(path: epath.Path, keys: Sequence[str]) -> dict[str, Any]:
+    """Returns these keys of a JSON file of a stage. Raises StageError if the file is damaged or lacks one of them."""
+    try:
+        stored = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise StageError(
+            f"{path} is damaged ({error}): restore it, or remove {path.parent} and run its stage again"
+        ) from None
+    if (
+        not isinstance(stored, dict)
+        or not stored.keys() >= set(keys)
+        or not all(isinstance(stored[key], dict) for key in ("settings", "inputs"))
+    ):
+        raise StageError(
+            f"{path} has not the keys {', '.join(keys)}, so it is damaged or of another version: restore it, or remove "
+            f"{path.parent} and run its stage again"
+        )
+    return {key: stored[key] for key in keys}
 
 
 def digest(workdir: epath.PathLike, folder: str) -> str:
@@ -144,15 +172,21 @@ def digest(workdir: epath.PathLike, folder: str) -> str:
 
 def write_json(path: epath.Path, value: Any) -> None:
     """Writes a JSON file atomically: after a crash `path` is absent, the old file or the whole new file."""
-    write_bytes(path, (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
+    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False)
+    if re.search("[\ud800-\udfff]", text):
+        text = json.dumps(value, indent=1, sort_keys=True)  # a path has bytes that are not UTF-8
+    write_bytes(path, (text + "\n").encode())
 
 
 def write_bytes(path: epath.Path, data: bytes) -> None:
     """Writes a file atomically: after a crash `path` is absent, the old file or the whole new file."""
-    # The temporary name contains the index of the process, because several processes may write the same file.
-    temporary = path.parent / f".{path.name}.{processes.index()}.partial"
-    temporary.write_bytes(data)
-    temporary.replace(path)
+    temporary = disk.partial(path)
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def first_difference(stored: Mapping[str, Any], requested: Mapping[str, Any]) -> tuple[str, Any, Any] | None:

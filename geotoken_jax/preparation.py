@@ -6,12 +6,20 @@ They are not declared in data_prep/, because the installed package reads whole c
 import dataclasses
 import math
 import re
+from typing import Any
 
 from geotoken_jax.backbone import BackboneSettings
 from geotoken_jax.backbone.views import ViewsSettings
 from geotoken_jax.gallery.exclude import ExcludeSettings
 from geotoken_jax.gallery.index import IndexSettings
 from geotoken_jax.settings import Runtime
+
+
+def _check_counts(settings: Any, *names: str) -> None:
+    """Raises ValueError if a number of things, such as photos per shard, is below 1."""
+    for name in names:
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name} is {getattr(settings, name)}: use 1 or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +78,12 @@ class EarthViewSettings:
     test_shift: int
     photos_per_shard: int
 
+    def __post_init__(self):
+        _check_counts(self, "places", "photos_per_shard")
+        for name in ("train", "validation", "test", "test_unseen", "test_shift"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: use 0 for no photos, or more")
+
 
 @dataclasses.dataclass(frozen=True)
 class FolderSettings:
@@ -89,6 +103,7 @@ class FolderSettings:
     photos_per_shard: int
 
     def __post_init__(self):
+        _check_counts(self, "photos_per_shard")
         if min(self.shares.values()) < 0 or not math.isclose(sum(self.shares.values()), 1):
             raise ValueError(
                 f"config.photos.folder has the shares {self.shares}: set train, validation and test to 0 or more, with "
@@ -110,6 +125,9 @@ class Im2gps3kSettings:
     csv: str
     photos_per_shard: int
 
+    def __post_init__(self):
+        _check_counts(self, "photos_per_shard")
+
 
 @dataclasses.dataclass(frozen=True)
 class MP16ProSettings:
@@ -130,8 +148,7 @@ class MP16ProSettings:
     def __post_init__(self):
         if not 0 <= self.validation < 1:
             raise ValueError(f"config.photos.mp16_pro.validation is {self.validation}: use a share from 0 to below 1")
-        if self.photos_per_shard < 1:
-            raise ValueError(f"config.photos.mp16_pro.photos_per_shard is {self.photos_per_shard}: use 1 or more")
+        _check_counts(self, "photos_per_shard")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +169,7 @@ class YfccSettings:
     photos_per_shard: int
 
     def __post_init__(self):
+        _check_counts(self, "photos_per_shard")
         if self.name not in ("yfcc4k", "yfcc26k"):
             raise ValueError(f"config.photos.yfcc.name is {self.name!r}: use yfcc4k or yfcc26k")
 
@@ -162,19 +180,28 @@ class PhotosSettings:
 
     source: name of the source's section. workers: number of processes; 1 works in the current process. beam: settings
     of Apache Beam, which can replace the processes. max_dropped: share of dropped photos, 0-1, above which `prepare`
-    fails.
+    fails. null_island: whether photos at latitude 0, longitude 0 are kept; there is only sea, and devices that do not
+    know their place write 0, 0. keep_changed: whether a complete photos/ is kept if the source has changed since; if
+    False, a change is an error.
     """
 
     source: str
     workers: Runtime[int]
     beam: Runtime[BeamSettings]
     max_dropped: Runtime[float]
+    null_island: bool
+    keep_changed: Runtime[bool]
     earthview: EarthViewSettings
     mp16_pro: MP16ProSettings
     folder: FolderSettings
     im2gps3k: Im2gps3kSettings
     yfcc: YfccSettings
     osv5m: Osv5mSettings
+
+    def __post_init__(self):
+        _check_counts(self, "workers")
+        if not 0 <= self.max_dropped <= 1:
+            raise ValueError(f"max_dropped is {self.max_dropped}: use a share of the photos, 0 to 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,6 +211,9 @@ class EmbedSettings(BackboneSettings):
 
     threads: Runtime[int]
     views: ViewsSettings
+
+    def __post_init__(self):
+        _check_counts(self, "threads")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,6 +228,10 @@ class NeighborsSettings:
     count: int
     exclude: ExcludeSettings
     exclude_in_evaluation: ExcludeSettings
+
+    def __post_init__(self):
+        if self.count < 0:
+            raise ValueError(f"count is {self.count}: use 0 for no neighbors, or more")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,8 +5,12 @@ gallery/, queries/ and neighbors/ are memory-mapped arrays (.npy). Files are wri
 renamed, so an existing shard is complete. TensorFlow is never imported.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+import errno
+import glob
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -14,11 +18,15 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
+from geotoken_jax import disk
+
 #: Level of the stored S2 tokens, which have group 1. A CellScheme regroups them.
 LEVEL = 20
-#: Size of the fields for id and author in fixed-layout records, in UTF-8 bytes. `prepare` drops photos with longer
-#: ones.
+#: Size of the fields for id and author in fixed-layout records, in UTF-8 bytes, unless a photo of the data set has a
+#: longer one: then the manifests of photos/ and features/ have the size as the fact id_bytes, a multiple of this one.
 ID_BYTES = 64
+#: Bytes of the longest id or author. `prepare` drops photos with longer ones.
+LONGEST_ID = 1024
 
 #: One record per group, because global shuffling reads single records; groups of 256 make this 6 to 7 times slower.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
@@ -74,18 +82,23 @@ class Layout:
         return columns
 
 
-def feature_layout(width: int) -> Layout:
+def id_facts(longest: int) -> dict[str, int]:
+    """Returns the facts of a manifest about ids and authors of up to `longest` bytes; none if ID_BYTES is enough."""
+    return {"id_bytes": -(-longest // ID_BYTES) * ID_BYTES} if longest > ID_BYTES else {}
+
+
+def feature_layout(width: int, id_bytes: int = ID_BYTES) -> Layout:
     """Returns the layout of features/, the records that all stages after `embed` read instead of pixels.
 
-    width: C, the width of image and text features.
+    width: C, the width of image and text features. id_bytes: size of the fields for id and author.
 
     The field `tokens` contains level-20 S2 tokens of group 1. The field `captured` is the time at which the photo was
     taken, in seconds since 1970, NaN if unknown.
     """
     return Layout(
         (
-            Field("id", f"S{ID_BYTES}"),
-            Field("author", f"S{ID_BYTES}"),
+            Field("id", f"S{id_bytes}"),
+            Field("author", f"S{id_bytes}"),
             Field("coordinates", "<f8", (2,)),
             Field("tokens", "u1", (1 + LEVEL,)),
             Field("image", "bfloat16", (width,)),
@@ -122,8 +135,7 @@ def shard_paths(folder: epath.PathLike, stem: str) -> list[epath.Path]:
 
     stem: beginning of the files' names, such as a split.
     """
-    folder = epath.Path(folder)
-    paths = sorted(folder.glob(f"{stem}.array_record-?????-of-?????"))
+    paths = disk.matching(folder, f"{glob.escape(stem)}.array_record-?????-of-?????")
     count = int(paths[0].name[-5:]) if paths else 0
     if not paths or len(paths) != count:
         number = f"{len(paths)} of {count}" if paths else "no"
@@ -133,20 +145,41 @@ def shard_paths(folder: epath.PathLike, stem: str) -> list[epath.Path]:
 
 def write_shard(path: epath.Path, data: Iterable[bytes], options: str = _WRITER_OPTIONS) -> int:
     """Writes one ArrayRecord shard atomically, and returns the number of records."""
-    temporary = path.parent / f".{path.name}.partial"
-    writer = ArrayRecordWriter(str(temporary), options)
-    n = 0
+    temporary = disk.partial(path)
+    n, source = 0, iter(data)
+    with _writing(temporary):
+        writer = ArrayRecordWriter(str(temporary), options)
     try:
-        for record in data:
-            writer.write(record)
+        for record in source:
+            with _writing(temporary):
+                writer.write(record)
             n += 1
     except BaseException:
-        writer.close()
-        temporary.unlink()
+        with contextlib.suppress(RuntimeError):  # the file is removed, even if its end cannot be written
+            writer.close()
+        temporary.unlink(missing_ok=True)
         raise
-    writer.close()
+    with _writing(temporary):
+        writer.close()
     temporary.replace(path)
     return n
+
+
+@contextlib.contextmanager
+def _writing(path: epath.Path) -> Iterator[None]:
+    """Raises OSError with a number for the errors of writers that have none.
+
+    ArrayRecord writes the message of the system into a RuntimeError. numpy raises an OSError for each short write.
+    """
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        path.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno:
+            raise
+        short = errno.ENOSPC if isinstance(error, OSError) else errno.EIO
+        number = next((n for n in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) if os.strerror(n) in str(error)), short)
+        raise OSError(number, os.strerror(number), str(path.parent)) from error
 
 
 class Records:
@@ -185,10 +218,14 @@ class Records:
 def save_array(path: epath.PathLike, values: np.ndarray) -> None:
     """Writes an array as .npy atomically. bfloat16 is stored as uint16, because .npy has no name for it."""
     path = epath.Path(path)
-    temporary = path.parent / f".{path.name}.partial"
-    with temporary.open("wb") as f:
-        np.save(f, values.view(np.uint16) if values.dtype == ml_dtypes.bfloat16 else values)
-    temporary.replace(path)
+    temporary = disk.partial(path)
+    try:
+        with _writing(temporary), temporary.open("wb") as f:
+            np.save(f, values.view(np.uint16) if values.dtype == ml_dtypes.bfloat16 else values)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def open_array(path: epath.PathLike, dtype: Any = None) -> np.ndarray:

@@ -6,10 +6,13 @@ one start of a stage to the next.
 """
 
 import dataclasses
+import os
 import types
 import typing
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
+
+from geotoken_jax.errors import UserError
 
 S = TypeVar("S")
 _RUNTIME = "runtime"
@@ -18,7 +21,7 @@ _RUNTIME = "runtime"
 Runtime = Annotated[S, _RUNTIME]
 
 
-class SettingsError(ValueError):
+class SettingsError(UserError, ValueError):
     """A setting, or something that a setting names, cannot be used. The message names it and the fix."""
 
 
@@ -75,6 +78,8 @@ def _value(hint: Any, value: Any, place: str) -> Any:
         return dict(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if hint is str and isinstance(value, str) and value.startswith("~"):  # a shell does not expand --config.KEY=~/x
+        return os.path.expanduser(value)
     if isinstance(hint, type) and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):
         raise SettingsError(f"config.{place} is {value!r}: it must be of type {hint.__name__}")
     return value

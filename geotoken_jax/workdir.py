@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float, Float32, Int
 
-from geotoken_jax import backbone, checkpoint, manifests, records, settings
+from geotoken_jax import backbone, checkpoint, disk, manifests, records, settings
 from geotoken_jax.align.heads import AlignModel, AlignSettings
 from geotoken_jax.align.task import AlignTask
 from geotoken_jax.backbone import views
@@ -118,10 +118,10 @@ class Workdir:
 
     def complete_folders(self) -> list[str]:
         """Returns the names of all complete folders, top-level folders before their subfolders."""
-        folders = [
-            file.parent for pattern in ("*", "*/*") for file in sorted(self.path.glob(f"{pattern}/manifest.json"))
-        ]
-        return [folder.relative_to(self.path).as_posix() for folder in folders]
+        top = disk.matching(self.path, "*")
+        folders = [*top, *(inner for folder in top for inner in disk.matching(folder, "*"))]
+        complete = [folder for folder in folders if (folder / "manifest.json").exists()]
+        return [folder.relative_to(self.path).as_posix() for folder in complete]
 
     def remove_made_by(self, verb: str) -> Iterator[str]:
         """Removes the folders that a verb makes and all that were made from them, complete or not.
@@ -161,7 +161,8 @@ class Workdir:
 
     def features(self, split: str) -> records.Records:
         """Returns the frozen backbone's features of a split."""
-        return records.Records(self.path / "features", split, records.feature_layout(self.width))
+        id_bytes = self.manifest("features").facts.get("id_bytes", records.ID_BYTES)
+        return records.Records(self.path / "features", split, records.feature_layout(self.width, id_bytes))
 
     def check_backbone(self, options: backbone.BackboneSettings) -> None:
         """Raises StageError if features/ was made with other settings of the backbone than `options` has.
@@ -337,7 +338,8 @@ class Workdir:
 
     def predicted_variants(self) -> list[str]:
         """Returns the variants and baselines whose predictions are complete."""
-        return sorted(path.parent.name for path in (self.path / "predictions").glob("*/manifest.json"))
+        folders = disk.matching(self.path / "predictions", "*")
+        return [folder.name for folder in folders if (folder / "manifest.json").exists()]
 
     def calibration_file(self, variant: str) -> epath.Path:
         """Returns the path of a variant's calibration. The file exists only if the predictions are calibrated."""
@@ -350,7 +352,8 @@ class Workdir:
 
     def training_logs(self) -> list[epath.Path]:
         """Returns the paths of the training metrics of the alignment model, which may not exist, and all decoders."""
-        return [self.path / "align" / "metrics.jsonl", *sorted((self.path / "geotoken").glob("*/metrics.jsonl"))]
+        logs = [folder / "metrics.jsonl" for folder in disk.matching(self.path / "geotoken", "*")]
+        return [self.path / "align" / "metrics.jsonl", *(log for log in logs if log.exists())]
 
     def metrics(self) -> dict[str, Any]:
         """Returns the contents of report/metrics.json."""

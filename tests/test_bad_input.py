@@ -1,6 +1,7 @@
 """Bad input: each kind ends as a drop with its reason or as one clear error, and changes nothing else."""
 
 import dataclasses
+import gzip
 import io
 import struct
 import zipfile
@@ -18,6 +19,8 @@ from data_prep.sources.folder import Folder, FolderSettings
 from data_prep.sources.osv5m import Osv5m, Osv5mSettings
 from data_prep.sources.yfcc import Yfcc, YfccSettings
 from geotoken_jax import manifests, records
+from geotoken_jax.errors import UserError
+from geotoken_jax.tables import TableError
 from tests.test_sources import exif, jpeg, write_files
 
 KEPT = "kept"
@@ -31,7 +34,7 @@ def make(path: Path, source: Source) -> manifests.Manifest:
     stage = manifests.begin(path / "work", "photos", {"photos": {}}, inputs=())
     try:
         return photos.make(stage, source, workers=1, max_dropped=1.0)
-    except manifests.StageError as error:
+    except UserError as error:
         assert "\n" not in str(error) and len(str(error)) < 600
         raise
     finally:
@@ -157,7 +160,7 @@ def test_coordinates(tmp_path, kind):
     assert make(tmp_path, source).dropped == {expected: 1, "no metadata": 1}
 
 
-LONG = "/".join(["d" * 20] * 4) + "/x.jpg"
+LONG, TOO_LONG = ("/".join(["d" * 20] * n) + "/x.jpg" for n in (4, 60))
 IDS = {
     "empty id": (b"", "empty id"),
     "not there": (b"gone.jpg", "no image"),
@@ -169,7 +172,8 @@ IDS = {
     "a folder": (b"a", "no image"),
     "a web address": (b"https://example.org/x.jpg", "no image"),
     "very long": (b"x" * 5000 + b".jpg", "no image"),
-    "longer than records hold": (LONG.encode(), "long id"),
+    "longer than usual": (LONG.encode(), KEPT),
+    "longer than records hold": (TOO_LONG.encode(), "long id"),
     "control character": (b"a\x07.jpg", "control characters"),
     "escape sequence": (b"\x1b[31ma.jpg", "control characters"),
     "NUL byte": (b"good.jpg\0.png", "control characters"),
@@ -181,7 +185,7 @@ IDS = {
 @pytest.mark.parametrize("kind", IDS)
 def test_ids(tmp_path, kind):
     name, expected = IDS[kind]
-    files = {LONG: jpeg()} if kind == "longer than records hold" else {}
+    files = {name.decode(): jpeg()} if "longer" in kind else {}
     check(tmp_path, a_folder(tmp_path, files, HEADER + GOOD + name + b",1,2,me\n"), expected)
 
 
@@ -191,7 +195,7 @@ def test_an_id_in_two_shards_is_dropped_once(tmp_path):
 
 
 def test_an_author_longer_than_records_hold(tmp_path):
-    table = HEADER + GOOD + b"bad.jpg,1,2," + b"a" * 65 + b"\n"
+    table = HEADER + GOOD + b"bad.jpg,1,2," + b"a" * 1025 + b"\n"
     check(tmp_path, a_folder(tmp_path, {"bad.jpg": jpeg()}, table), "long author")
 
 
@@ -203,15 +207,43 @@ TABLES: dict[str, tuple[bytes, str]] = {
     "quotes everywhere": (b'"' + (HEADER + GOOD + BAD).replace(b",", b'","').replace(b"\n", b'"\n"')[:-1], KEPT),
     "no line end at the end": ((HEADER + GOOD + BAD)[:-1], KEPT),
     "empty": (b"", "has no column id"),
-    "semicolons": ((HEADER + GOOD).replace(b",", b";"), "separated by ';': save it separated by commas"),
-    "tabs": ((HEADER + GOOD).replace(b",", b"\t"), r"separated by '\\t'"),
-    "a missing column": (b"id,latitude,lon\n" + GOOD, "has no column longitude: add it or rename one"),
+    "semicolons": ((HEADER + GOOD + BAD).replace(b",", b";"), KEPT),
+    "tabs": ((HEADER + GOOD + BAD).replace(b",", b"\t"), KEPT),
+    "bars": ((HEADER + GOOD + BAD).replace(b",", b"|"), KEPT),
+    "column names in capitals": (HEADER.upper() + GOOD + BAD, KEPT),
+    "two delimiters that fit": (b"id,latitude,longitude,x;id;latitude;longitude\n", "separated by ',' and by ';': fix"),
+    "gzip": (gzip.compress(HEADER + GOOD + BAD), KEPT),
+    "gzip cut short": (gzip.compress(HEADER + GOOD + BAD)[:-12], "is damaged or cut short"),
+    "JSON lines": (
+        b'{"id": "good.jpg", "latitude": 35.7, "longitude": 139.7}\n{"id":"bad.jpg","latitude":1,"longitude":2}',
+        KEPT,
+    ),
+    "a JSON array": (
+        b'[{"id": "good.jpg", "latitude": 35.7, "longitude": 139.7},{"id":"bad.jpg","latitude":1,"longitude":2}]',
+        KEPT,
+    ),
+    "a workbook": (b"PK\x03\x04" + bytes(100), "is a zip archive or an Excel workbook: save the table as a CSV"),
+    "a missing column": (
+        b"id,latitude,lon\n" + GOOD,
+        "has no column longitude among 'id, latitude, lon': add it, or rename one to longitude",
+    ),
     "no header": (GOOD + BAD, "has no column id"),
     "a column twice": (b"id,latitude,longitude,latitude\n" + GOOD, "more than one column latitude"),
     "a quote left open": (HEADER + b'"' + GOOD + BAD + GOOD, "a quote in line 2 that does not close there"),
     "a quote that the next row closes": (HEADER + GOOD + b'"' + BAD + b'"' + GOOD, "a quote in line 3"),
     "a quote open in the header": (b'"' + HEADER + GOOD, "fix line 1"),
-    "UTF-16": ((HEADER + GOOD).decode().encode("utf-16"), "is not UTF-8 text"),
+    "UTF-16": ((HEADER + GOOD + BAD).decode().encode("utf-16"), KEPT),
+    "UTF-16 without a mark": ((HEADER + GOOD + BAD).decode().encode("utf-16-be"), KEPT),
+    "UTF-16 cut short": ((HEADER + GOOD + BAD).decode().encode("utf-16")[:-1], "is not whole UTF-16 text"),
+    "UTF-32": ((HEADER + GOOD).decode().encode("utf-32"), "is UTF-32 text: save it in UTF-8"),
+    "a quote that a later row closes, in the last column": (
+        HEADER + GOOD + b'bad.jpg,1,2,"me\nx,3,4,you\ny,3,4,her"\n',
+        "a quote in line 3 that does not close there",
+    ),
+    "a quote that the next row closes, in the last column": (
+        HEADER + GOOD + b'bad.jpg,1,2,"me\nx,3,4,you"\n',
+        "a quote in line 3 that does not close there",
+    ),
     "a JPEG": (PHOTO, "is not UTF-8 text"),
     "a line without an end": (HEADER + b"x" * (2 << 20), "line 2 of .* has 1,048,576 characters or more"),
     "swapped columns": (
@@ -227,7 +259,7 @@ def test_tables(tmp_path, kind):
     source = a_folder(tmp_path, {"bad.jpg": jpeg()}, table)
     if expected == KEPT:
         return check(tmp_path, source, KEPT)
-    with pytest.raises(manifests.StageError, match=expected):
+    with pytest.raises(TableError, match=expected):
         make(tmp_path, source)
 
 

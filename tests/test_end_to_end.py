@@ -41,7 +41,7 @@ def results(workdir: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("unbroken")
+    path = tmp_path_factory.mktemp("run [m] {x} é")
     assert geotoken("all", f"--config={CONFIG}", f"--workdir={path}") == 0
     return path
 

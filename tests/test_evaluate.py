@@ -11,7 +11,6 @@ from geotoken_jax.analysis.coordinates import (
     FARTHEST_KM,
     CoordinateTable,
     Method,
-    TableError,
     in_order,
     methods_of,
     read_coordinates,
@@ -22,6 +21,7 @@ from geotoken_jax.geo.cells import CellScheme
 from geotoken_jax.geo.distance import EARTH_RADIUS_KM
 from geotoken_jax.predict.prediction import Candidate, Cell, Neighbor, Prediction
 from geotoken_jax.settings import SettingsError
+from geotoken_jax.tables import TableError
 
 KM = 180 / (math.pi * EARTH_RADIUS_KM)  # degrees of latitude
 
@@ -72,8 +72,11 @@ def test_json_lines_and_csv_read_alike(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("id,latitude\nx,1\n", "line 2: no column longitude among id, latitude: name one longitude or lon or lng"),
-        ('{"id": "x", "latitude": 1, "longitude": 2}\n{"latitude": 1}\n', "line 2: no column id"),
+        (
+            "id,latitude\nx,1\n",
+            "has no column longitude among 'id, latitude': add it, or rename one to longitude or lon or lng",
+        ),
+        ('{"id": "x", "latitude": 1, "longitude": 2}\n{"latitude": 1}\n', "line 2 has no column id"),
         ("id,lat,lng\nx,1,2\n\nx,1,2\n", "line 4: id 'x' is on line 2 too"),
         ('{"id": "x", "latitude": NaN, "longitude": 2}', "line 1: latitude of 'x' is nan: give degrees from -90 to 90"),
         ("id,lat,lng\nx,1,190\n", "line 2: longitude of 'x' is '190': give degrees from -180 to 180"),

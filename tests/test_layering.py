@@ -9,7 +9,9 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 RANKS = {
-    **dict.fromkeys(["__version__", "settings", "manifests", "records", "progress", "geo"], 0),
+    **dict.fromkeys(
+        ["__version__", "errors", "settings", "disk", "manifests", "records", "tables", "progress", "geo"], 0
+    ),
     **dict.fromkeys(
         [
             "sharding",

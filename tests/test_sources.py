@@ -5,8 +5,10 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import tracemalloc
+import unicodedata
 import zipfile
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,10 +20,11 @@ from PIL.TiffImagePlugin import IFDRational
 
 from configs import common
 from data_prep import csv_rows, photos
-from data_prep.sources import Photo, folder
+from data_prep.sources import NOT_DOWNLOADED, Photo, folder
 from geotoken_jax import cli, configuration, records
 from geotoken_jax.manifests import StageError
 from geotoken_jax.settings import SettingsError
+from geotoken_jax.tables import TableError
 from geotoken_jax.workdir import Workdir
 
 #: Real places, on both sides of the equator, Greenwich and 90 degrees east.
@@ -164,15 +167,22 @@ def test_a_csv_may_say_when_photos_were_taken(tmp_path):
     assert manifest.facts | {"captured": 6, "nonsense_times": 6} == manifest.facts
 
 
-def test_links_are_not_followed_and_ids_find_nothing_outside(tmp_path):
+def test_links_out_of_the_folder_are_not_followed_and_ids_find_nothing_outside(tmp_path):
     write_files(tmp_path, {"secret/x.jpg": jpeg(exif=exif(1, 2))})
     path = Path(write_files(tmp_path / "in", {"good.jpg": jpeg(exif=exif(3, 4))}))
     (path / "link.jpg").symlink_to(tmp_path / "secret" / "x.jpg")
     (path / "around").symlink_to(tmp_path / "secret")
     (path / "loop").symlink_to(path)
     os.mkfifo(path / "pipe.jpg")
+    (path / "a").mkdir()
+    (path / "a" / "twin.jpg").symlink_to("../good.jpg")
     _, found = prepare(tmp_path / "w", "folder", 0.5, **{**ONE_SPLIT, "path": str(path)})
-    assert list(found["test"]) == ["good.jpg"] and dropped(tmp_path / "w") == {"link.jpg": "symbolic link"}
+    assert list(found["test"]) == ["a/twin.jpg", "good.jpg"]
+    assert dropped(tmp_path / "w") == {"link.jpg": "link out of the folder"}
+    with pytest.raises(
+        StageError, match=r"'link\.jpg' is a link to a file outside the folder, so copy the folder with"
+    ):
+        prepare(tmp_path / "v", "folder", 0.1, **{**ONE_SPLIT, "path": str(path)})
 
 
 def test_authors_are_in_one_split_and_shares_are_met(tmp_path):
@@ -213,7 +223,7 @@ def test_im2gps3k_is_one_test_split(tmp_path):
 
 def test_im2gps3k_with_swapped_headers_is_refused_with_the_rows_that_prove_it(tmp_path):
     changes, _ = _im2gps3k(tmp_path, IM2GPS3K.replace("LAT,LON", "LON,LAT"))
-    with pytest.raises(StageError, match=r"swapped: 20 of 40 rows .*\(the first: 'tokyo0\S* in line 3, LAT 139.69\)"):
+    with pytest.raises(TableError, match=r"swapped: 20 of 40 rows .*\(the first: 'tokyo0\S* in line 3, LAT 139.69\)"):
         prepare(tmp_path / "w", "im2gps3k", **changes)
 
 
@@ -266,8 +276,8 @@ def test_osv5m_reads_its_zips_in_place_and_namibia_stays_text(tmp_path):
         file.write("99,1,100,,,,,,,,,\n10,1,100,,,,,,,,,\n")
     before = {p: p.read_bytes() for p in (tmp_path / "in").rglob("*") if p.is_file()}
     manifest, found = prepare(tmp_path / "w", "osv5m", 0.5, path=str(tmp_path / "in"))
-    assert manifest.dropped == {"no image": 1, "no metadata": 1, "repeated id": 1}
-    assert dropped(tmp_path / "w") == {"99": "no image", "77": "no metadata", "10": "repeated id"}
+    assert manifest.dropped == {NOT_DOWNLOADED: 1, "no metadata": 1, "repeated id": 1}
+    assert dropped(tmp_path / "w") == {"99": NOT_DOWNLOADED, "77": "no metadata", "10": "repeated id"}
     assert where(found["train"]) == {f"{n}{i}": p for n in (1, 2) for i, p in enumerate(PLACES.values())}
     assert taken(found["train"])["13"] == "2019-07-14T12:30:05" and taken(found["train"])["10"] == ""
     assert manifest.facts | {"captured": 6, "nonsense_times": 2} == manifest.facts
@@ -293,7 +303,7 @@ def test_rows_stream(tmp_path):
 
 
 def test_the_command_line_makes_with_two_processes_what_one_makes(tmp_path):
-    path = write_files(tmp_path / "in", {f"{n:02d}.jpg": jpeg(exif=exif(n, -3 * n)) for n in range(30)})
+    path = write_files(tmp_path / "in", {f"{n:02d}.jpg": jpeg(exif=exif(n, 3 - 3 * n)) for n in range(30)})
     changes = [f"--config.photos.folder.path={path}", "--config.photos.folder.photos_per_shard=20"]
     config = f"--config={Path(__file__).parents[1] / 'configs' / 'demo.py'}"
     with pytest.raises(SystemExit) as ended:
@@ -308,3 +318,199 @@ def test_the_command_line_makes_with_two_processes_what_one_makes(tmp_path):
     assert one == two
     shutil.rmtree(path)
     assert prepare(tmp_path / "one", "folder", path=path, photos_per_shard=20)[0] == manifest  # complete: not read
+
+
+def test_a_subset_of_osv5m_is_no_fault_and_unpacked_images_are_told_how_to_be_read(tmp_path):
+    write_osv5m(tmp_path / "in")
+    (tmp_path / "in/images/train/02.zip").unlink()
+    manifest, found = prepare(tmp_path / "w", "osv5m", 0.0, path=str(tmp_path / "in"))
+    assert manifest.dropped == {NOT_DOWNLOADED: len(PLACES)} and len(found["train"]) == len(PLACES)
+    with zipfile.ZipFile(tmp_path / "in/images/train/01.zip") as archive:
+        archive.extractall(tmp_path / "in/images/train")
+    (tmp_path / "in/images/train/01.zip").unlink()
+    with pytest.raises(SettingsError, match="unpacked") as error:
+        prepare(tmp_path / "v", "osv5m", 0.0, path=str(tmp_path / "in"))
+    path, table = re.findall(r"'(/[^']*)'", str(error.value).partition("unpacked")[2])
+    table = write_csv(tmp_path / "t.csv", *_rows_of(Path(table), "1"))
+    _, found = prepare(tmp_path / "u", "folder", **{**ONE_SPLIT, "path": path, "csv": table})
+    assert where(found["test"]) == {f"1{i}": place for i, place in enumerate(PLACES.values())}
+
+
+def _rows_of(table: Path, prefix: str) -> tuple[list[str], list[list[str]]]:
+    header, *rows = csv.reader(table.open())
+    return header, [row for row in rows if row[0].startswith(prefix)]
+
+
+#: Id in the table -> file that it belongs to; "" if that is not certain.
+FORMS = {
+    "same/x.jpg": "same/x.jpg",
+    unicodedata.normalize("NFC", "Café/é.jpg"): unicodedata.normalize("NFD", "Café/é.jpg"),
+    "back\\slash\\b.jpg": "back/slash/b.jpg",
+    "./dot.jpg": "dot.jpg",
+    "no/ending": "no/ending.jpeg",
+    "Upper/CASE.JPG": "upper/case.jpg",
+    "base.jpg": "deep/er/base.jpg",
+    "stem": "deep/stem.png",
+    "twice.jpg": "",  # there are a/twice.jpg and b/twice.jpg
+    "other/place.jpg": "",  # there is another/place.jpg
+    "../up.jpg": "",  # there is up.jpg
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_ids_in_other_forms_find_their_file_if_that_is_certain(tmp_path, name):
+    others = ["a/twice.jpg", "b/twice.jpg", "another/place.jpg", "up.jpg", "no/other.jpg"]
+    files = {path: jpeg(quality=30 + n) for n, path in enumerate([*filter(None, FORMS.values()), *others])}
+    path = write_files(tmp_path / "in", files)
+    table = write_csv(tmp_path / "t.csv", ["id", "latitude", "longitude"], [[name, 1, 2]])
+    _, found = prepare(tmp_path / "w", "folder", 1.0, **{**ONE_SPLIT, "path": path, "csv": table})
+    images = [row["image"] for row in found["test"].values()]
+    assert images == ([files[FORMS[name]]] if FORMS[name] else [])
+
+
+def test_all_forms_in_one_table_and_two_ids_of_one_file(tmp_path):
+    path = write_files(tmp_path / "in", {path: jpeg() for path in FORMS.values() if path} | {"only.jpg": jpeg()})
+    rows = [[name, 1, 2] for name in FORMS if FORMS[name]] + [["only", 1, 2], ["./only.jpg", 1, 2]]
+    table = write_csv(tmp_path / "t.csv", ["id", "latitude", "longitude"], rows)
+    _, found = prepare(tmp_path / "w", "folder", 1.0, **{**ONE_SPLIT, "path": path, "csv": table})
+    assert list(found["test"]) == [name for name in FORMS if FORMS[name]] + ["./only.jpg"]
+    assert dropped(tmp_path / "w") == {"only": "no image"}
+
+
+def test_ids_that_find_nothing_are_shown_beside_a_file(tmp_path):
+    path = write_files(tmp_path / "in", {"2019/a.jpg": jpeg()})
+    table = write_csv(tmp_path / "t.csv", ["id", "latitude", "longitude"], [["2020/a.jpg", 1, 2]])
+    with pytest.raises(
+        StageError, match=r"the table has '2020/a\.jpg', which is no file, and the folder has '2019/a\.jpg'"
+    ):
+        prepare(tmp_path / "w", "folder", **{**ONE_SPLIT, "path": path, "csv": table})
+
+
+def heic(**options) -> bytes:
+    import pillow_heif
+
+    file = io.BytesIO()
+    image = pillow_heif.from_pillow(Image.new("RGB", (64, 48), "green"))
+    image.save(file, quality=50, **options)
+    return file.getvalue()
+
+
+def test_a_folder_of_a_phone_has_heic_counted_others_and_no_clutter(tmp_path, capsys):
+    tags = exif(1, 2).tobytes()
+    files = {
+        "a.HEIC": heic(exif=tags),
+        "b.heic": heic(),
+        "c.jpg": jpeg(exif=exif(3, 4)),
+        "d.cr2": b"raw",
+        "e.mov": b"m",
+    }
+    clutter = {"._c.jpg": b"\0\5\x16\7", "__MACOSX/._c.jpg": b"\0\5\x16\7", ".DS_Store": b"x", "Thumbs.db": b"x"}
+    path = write_files(tmp_path / "in", files | clutter)
+    os.mkfifo(tmp_path / "in" / "pipe.jpg")
+    manifest, found = prepare(tmp_path / "w", "folder", 0.5, **{**ONE_SPLIT, "path": path})
+    assert list(found["test"]) == ["a.HEIC", "c.jpg"] and manifest.dropped == {"no GPS": 1}
+    np.testing.assert_allclose(found["test"]["a.HEIC"]["coordinates"], (1, 2), atol=1e-8)
+    assert "left out 3 files that are no photos in a known format: 1 .cr2, 1 .mov, 1 pipes," in capsys.readouterr().err
+    raw = write_files(tmp_path / "raw", {"d.cr2": b"raw"})
+    with pytest.raises(
+        StageError, match=r"has no photos \(left out 1 files .*: 1 \.cr2\): set it to a folder with files"
+    ):
+        prepare(tmp_path / "v", "folder", **{**ONE_SPLIT, "path": raw})
+
+
+def test_a_subfolder_that_cannot_be_read_is_counted_and_the_rest_goes_on(tmp_path, monkeypatch):
+    path = write_files(tmp_path / "in", {"a/x.jpg": jpeg(exif=exif(1, 2)), "closed/y.jpg": jpeg(exif=exif(1, 2))})
+    scandir = os.scandir
+
+    def refuse(folder):
+        if str(folder).endswith("closed"):
+            raise PermissionError(13, "Permission denied", folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    _, found = prepare(tmp_path / "w", "folder", 0.5, **{**ONE_SPLIT, "path": path})
+    assert list(found["test"]) == ["a/x.jpg"] and dropped(tmp_path / "w") == {"closed/": "unreadable folder"}
+
+
+def test_null_island_is_dropped_unless_asked(tmp_path):
+    path = write_files(tmp_path / "in", {"zero.jpg": jpeg(exif=exif(0, 0)), "line.jpg": jpeg(exif=exif(0, 5))})
+    manifest, found = prepare(tmp_path / "w", "folder", 0.5, **{**ONE_SPLIT, "path": path})
+    assert manifest.dropped == {"null island": 1} and list(found["test"]) == ["line.jpg"]
+    config = common.get_config()
+    config.photos.update(source="folder", workers=1, null_island=True)
+    config.photos.folder.update({**ONE_SPLIT, "path": path})
+    assert photos.run(configuration.read(config), Workdir(tmp_path / "v"))[0].counts == {"test": 2}
+
+
+def test_a_mended_table_is_seen_after_a_refusal(tmp_path, capsys):
+    path = write_files(tmp_path / "in", {f"{n}.jpg": jpeg() for n in range(4)})
+    rows = [[f"q/{n}.jpg", n + 1, 100 + n] for n in range(4)]
+    table = write_csv(tmp_path / "t.csv", ["id", "latitude", "longitude"], rows)
+    changes = {**ONE_SPLIT, "path": path, "csv": table}
+    for _ in range(2):
+        with pytest.raises(StageError, match=r"100\.0% of the photos were dropped"):
+            prepare(tmp_path / "w", "folder", **changes)
+    write_csv(tmp_path / "t.csv", ["id", "latitude", "longitude"], [[name[2:], *at] for name, *at in rows])
+    capsys.readouterr()
+    manifest, _ = prepare(tmp_path / "w", "folder", **changes)
+    assert manifest.counts == {"test": 4} and not manifest.dropped
+    assert re.search(r"the source has changed: 1 changed, such as '.*t\.csv'; the photos in", capsys.readouterr().err)
+
+
+def test_a_source_that_has_grown_or_changed_since_is_named(tmp_path):
+    path = write_files(tmp_path / "in", {f"{n}.jpg": jpeg(exif=exif(1, n)) for n in range(4)})
+    changes = {**ONE_SPLIT, "path": path}
+    before = prepare(tmp_path / "w", "folder", **changes)[0]
+    assert prepare(tmp_path / "w", "folder", **changes)[0] == before
+    write_files(tmp_path / "in", {f"new {n}.jpg": jpeg(exif=exif(1, n)) for n in range(10)} | {"notes.txt": b"x"})
+    os.utime(tmp_path / "in" / "3.jpg", (1, 1))
+    (tmp_path / "in" / "2.jpg").unlink()
+    said = (
+        r"10 added, such as 'new 0.jpg', 1 removed, such as '2.jpg', 1 changed, such as '3.jpg': use another --workdir"
+    )
+    with pytest.raises(StageError, match=said):
+        prepare(tmp_path / "w", "folder", **changes)
+    config = common.get_config()
+    config.photos.update(source="folder", workers=1, keep_changed=True)
+    config.photos.folder.update(changes)
+    assert photos.run(configuration.read(config), Workdir(tmp_path / "w")) == [before]
+    shutil.rmtree(path)
+    assert prepare(tmp_path / "w", "folder", **changes)[0] == before  # moved away
+
+
+@pytest.mark.parametrize("name", ["run [m] {x} *?", "~tilde", "back\\slash", os.fsdecode(b"latin-1 \xe5"), "e\u0301"])
+def test_paths_are_data(tmp_path, name):
+    at = tmp_path / (name if name.isprintable() else "w")
+    path = write_files(tmp_path / name / "in", {"[a]*.jpg": jpeg(exif=exif(1, 2)), "å {b}.jpg": jpeg(exif=exif(1, 2))})
+    manifest, found = prepare(at / "w", "folder", **{**ONE_SPLIT, "path": path})
+    assert list(found["test"]) == ["[a]*.jpg", "å {b}.jpg"]
+    folder = Workdir(at / "w")
+    assert folder.complete_folders() == ["photos"] and folder.manifest("photos") == manifest
+    assert records.shard_paths(folder.path / "photos", "folder-test")
+    if at != tmp_path / name:
+        with pytest.raises(StageError, match="which is not UTF-8: rename the folder"):
+            Workdir(tmp_path / name)
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_files(tmp_path / "in", {"a.jpg": jpeg(exif=exif(1, 2))})
+    config = f"--config={Path(__file__).parents[1] / 'configs' / 'demo.py'}"
+    changes = ["--config.photos.source=folder", "--config.photos.folder.path=~/in", "--config.photos.workers=1"]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["prepare", config, "--workdir=~/run", *changes])
+    assert ended.value.code == 0 and (tmp_path / "run" / "photos" / "manifest.json").exists()
+    assert str(Workdir("~/run").path) == str(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["workers=0", "workers=-1", "max_dropped=1.5", "folder.photos_per_shard=0", "im2gps3k.photos_per_shard=0",
+     "yfcc.photos_per_shard=-1", "mp16_pro.photos_per_shard=0", "earthview.photos_per_shard=0", "earthview.train=-1"],
+)  # fmt: skip
+def test_absurd_settings_are_refused_when_they_are_read(change):
+    config = common.get_config()
+    key, _, value = change.partition("=")
+    config.photos.update_from_flattened_dict({key: json.loads(value)})
+    with pytest.raises(SettingsError, match=rf"config\.photos\.{re.escape(key)} is {re.escape(value)}: use"):
+        configuration.read(config)

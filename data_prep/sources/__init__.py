@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +63,10 @@ UNKNOWN = Provenance(
 FLICKR = "Each photo belongs to the Flickr user who took it and is under the license that this user chose."
 
 
+#: Reason of rows whose photo was not downloaded. A subset is no fault, so such drops do not count for max_dropped.
+NOT_DOWNLOADED = "not in a downloaded zip"
+
+
 class Source(Protocol):
     """A set of photos in shards, which can be read independently and in any order."""
 
@@ -83,4 +87,13 @@ class Source(Protocol):
 
     def read(self, split: str, shard: int) -> Iterator[Photo | Drop]:
         """Yields one shard's photos and drops, always in the same order."""
+        ...
+
+
+@runtime_checkable
+class FileSource(Protocol):
+    """A source that reads files, which can change."""
+
+    def fingerprint(self) -> dict[str, str]:
+        """Returns file -> text that changes if the file changes."""
         ...

@@ -1,7 +1,7 @@
 """A user's folder of photos. Coordinates and times are in a CSV, or in the photos' EXIF.
 
 A photo's id is its path relative to the folder, with `/` between folders. Files are found by walking the folder, and no
-path is ever made from an id, so nothing outside the folder is read. Symbolic links are not followed.
+path is ever made from an id, so nothing outside the folder is read. Links to files in the folder are followed.
 """
 
 import abc
@@ -10,13 +10,16 @@ import functools
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from data_prep import images
 from data_prep.csv_rows import read_rows
+from data_prep.source_files import fingerprint
 from data_prep.sources import UNKNOWN, Drop, Photo, Provenance
+from data_prep.sources.matching import pair
 from geotoken_jax.backbone.preprocess import ENDINGS
+from geotoken_jax.folder.walk import Files, walk
 from geotoken_jax.manifests import StageError
 from geotoken_jax.preparation import FolderSettings
 from geotoken_jax.settings import SettingsError
@@ -52,6 +55,7 @@ class Listing:
 class ListedSource(abc.ABC):
     """A source of photos (`data_prep.sources.Source`) that lists all photos once per process, before it reads any."""
 
+    name: str
     provenance: Provenance
 
     @abc.abstractmethod
@@ -60,6 +64,22 @@ class ListedSource(abc.ABC):
 
         Raises SettingsError if the folder or the table does not exist, StageError if one of them cannot be used.
         """
+
+    @property
+    @abc.abstractmethod
+    def places(self) -> tuple[str, str]:
+        """Path of the folder, and path of the table; "" if there is no table."""
+
+    def notes(self) -> Iterator[str]:
+        """Yields sentences on files of the folder that are left out. With a table, it chooses the files."""
+        folder, table = self.places
+        if not table:
+            yield from files_of(folder, f"{self.name}.path").notes()
+
+    def fingerprint(self) -> dict[str, str]:
+        """Returns size and time of each photo, and the sum of the table. Raises the errors of `listing`."""
+        folder, table = self.places
+        return fingerprint(files_of(folder, f"{self.name}.path").photos(), [table] if table else [])
 
     @property
     def splits(self) -> Mapping[str, int]:
@@ -76,6 +96,17 @@ def _listing(source: ListedSource) -> Listing:
     return source.listing()
 
 
+@functools.lru_cache(maxsize=1)
+def _walk(path: str) -> Files:
+    return walk(path)
+
+
+def forget() -> None:
+    """Makes sources list their files and photos again, which may have changed."""
+    _listing.cache_clear()
+    _walk.cache_clear()
+
+
 @dataclasses.dataclass(frozen=True)
 class Folder(ListedSource):
     """The folder as a source. No author is in two splits.
@@ -87,41 +118,46 @@ class Folder(ListedSource):
     name = "folder"
     provenance = UNKNOWN
 
+    @property
+    def places(self) -> tuple[str, str]:
+        return self.settings.path, self.settings.csv
+
     def listing(self) -> Listing:
         settings = self.settings
-        files = walk(settings.path, "folder.path")
+        files = files_of(settings.path, "folder.path")
         if settings.csv:
             rows = read_rows(existing_file(settings.csv, "folder.csv"), _COLUMNS, _OPTIONAL)
         else:
-            rows = (Photo(name, name, b"", math.nan, math.nan) for name in files if name.lower().endswith(ENDINGS))
+            rows = (Photo(name, name, b"", math.nan, math.nan) for name in files.photos())
         photos: dict[str, list] = {split: [] for split in settings.shares}
         for row, file in pair(rows, files, lambda name: name):
             author = row.author if isinstance(row, Photo) else row.id
             photos[split_of(author, settings.shares)].append((row, file))
+        if not any(photos.values()):
+            notes = "; ".join(files.notes())
+            raise StageError(
+                f"config.photos.folder.path is {settings.path!r}, which has no photos ({notes}): set it to a folder "
+                f"with files that end in {', '.join(ENDINGS)}"
+            )
         return Listing(photos, settings.photos_per_shard, exif=not settings.csv)
 
 
-def walk(path: str, key: str) -> dict[str, str]:
-    """Returns relative path -> path of each file in a folder and its subfolders, sorted; "" as a symbolic link's path.
+def files_of(path: str, key: str) -> Files:
+    """Returns the files of a folder, and reports the files that are left out.
 
     key: key in config.photos that names the folder, for messages. Raises SettingsError if the folder does not exist,
     StageError if there are no files in it.
     """
     if not path or not Path(path).is_dir():
         raise SettingsError(f"config.photos.{key} is {path!r}, which is not a folder: set it to the photos' folder")
-    files = {}
-    pending = [(path, "")]
-    while pending:
-        folder, prefix = pending.pop()
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    pending.append((entry.path, f"{prefix}{entry.name}/"))
-                elif entry.is_symlink() or entry.is_file():  # neither sockets nor pipes
-                    files[prefix + entry.name] = "" if entry.is_symlink() else entry.path
-    if not files:
-        raise StageError(f"config.photos.{key} is {path!r}, which has no files: set it to the photos' folder")
-    return dict(sorted(files.items()))
+    files = _walk(path)
+    if not files.paths:
+        notes = "; ".join(files.notes())
+        raise StageError(
+            f"config.photos.{key} is {path!r}, which has no files{f' ({notes})' if notes else ''}: set it to the "
+            "photos' folder"
+        )
+    return files
 
 
 def existing_file(path: str, key: str) -> Path:
@@ -134,35 +170,6 @@ def existing_file(path: str, key: str) -> Path:
             f"config.photos.{key} is {path!r}, which is not a file: set it to the table that lists the photos"
         )
     return Path(path)
-
-
-def pair(
-    rows: Iterable[Photo | Drop], files: Mapping[str, str], file_name: Callable[[str], str]
-) -> Iterator[tuple[Photo | Drop, str]]:
-    """Yields each row of a table with the path of its file, or as a drop with "" if its id is repeated or has no file.
-
-    Then yields a drop, with "", for each image file without a row. files: relative path -> path, from `walk`.
-    file_name: function that returns the relative path for an id. The result is only looked up in `files`, never opened.
-    """
-    ids, requested = set(), set()
-    for row in rows:
-        name = file_name(row.id)
-        requested.add(name)
-        if isinstance(row, Photo):
-            reason = "repeated id" if row.id in ids else _missing(name, files)
-            ids.add(row.id)
-            row = Drop(row.id, reason) if reason else row
-        yield row, "" if isinstance(row, Drop) else files[name]
-    for name in files:
-        if name not in requested and name.lower().endswith(ENDINGS):
-            yield Drop(name, "no metadata"), ""
-
-
-def _missing(name: str, files: Mapping[str, str]) -> str:
-    if name in files:
-        return "" if files[name] else "symbolic link"
-    parts = PurePosixPath(name.replace("\\", "/"))
-    return "outside the folder" if parts.is_absolute() or ".." in parts.parts else "no image"
 
 
 def split_of(author: str, shares: Mapping[str, float]) -> str:

@@ -7,7 +7,8 @@ import dataclasses
 
 from data_prep.csv_rows import read_rows
 from data_prep.sources import FLICKR, Provenance
-from data_prep.sources.folder import ListedSource, Listing, existing_file, pair, walk
+from data_prep.sources.folder import ListedSource, Listing, existing_file, files_of
+from data_prep.sources.matching import pair
 from geotoken_jax.preparation import Im2gps3kSettings
 
 _COLUMNS = {"id": "IMG_ID", "author": "AUTHOR", "latitude": "LAT", "longitude": "LON"}
@@ -23,7 +24,11 @@ class Im2gps3k(ListedSource):
         "other", "IM2GPS3K: 2,997 Flickr photos.", FLICKR, "Vo, Jacobs and Hays 2017, Revisiting IM2GPS, ICCV."
     )
 
+    @property
+    def places(self) -> tuple[str, str]:
+        return self.settings.path, self.settings.csv
+
     def listing(self) -> Listing:
         rows = read_rows(existing_file(self.settings.csv, "im2gps3k.csv"), _COLUMNS)
-        files = walk(self.settings.path, "im2gps3k.path")
+        files = files_of(self.settings.path, "im2gps3k.path")
         return Listing({"test": list(pair(rows, files, lambda name: name))}, self.settings.photos_per_shard)

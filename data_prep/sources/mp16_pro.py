@@ -29,7 +29,7 @@ from jaxtyping import Bool, Int, UInt8
 from data_prep import csv_rows, tar_parts
 from data_prep.placeholder import is_placeholder, repeated_files
 from data_prep.sources import FLICKR, Drop, Photo, Provenance
-from geotoken_jax import manifests, records
+from geotoken_jax import disk, manifests, records
 from geotoken_jax.manifests import StageError
 from geotoken_jax.preparation import MP16ProSettings
 from geotoken_jax.progress import Progress, track
@@ -102,6 +102,12 @@ class MP16Pro:
                 row = _row(rows, offset)
                 yield row if isinstance(row, Drop) else Drop(row.id, "repeated id" if repeated else "no image")
 
+    def fingerprint(self) -> dict[str, str]:
+        """Returns the sizes of the parts and of the CSV. A survey that was made from other sizes is an error there."""
+        parts, metadata = self._parts, self._metadata
+        sizes = dict(zip((path.name for path in parts.paths), map(str, parts.lengths), strict=True))
+        return {**sizes, metadata.name: str(metadata.stat().length)}
+
     def _load(self, parts: tar_parts.Parts, info: tarfile.TarInfo, row: Photo | Drop) -> Photo | Drop:
         if _stem(row.id) != _stem(info.name.rpartition("/")[2]):  # different names with the same hash
             return Drop(info.name, "no metadata")
@@ -117,7 +123,7 @@ class MP16Pro:
     @property
     def _parts(self) -> tar_parts.Parts:
         folder = epath.Path(self.settings.folder)
-        paths = sorted(folder.glob(f"{PARTS}[0-9][0-9]")) if self.settings.folder else []
+        paths = disk.matching(folder, f"{PARTS}[0-9][0-9]") if self.settings.folder else []
         if not paths:
             raise StageError(
                 f"config.photos.mp16_pro.folder is {self.settings.folder!r}, which has no {PARTS}00: set it to the "

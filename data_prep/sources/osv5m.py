@@ -11,7 +11,8 @@ from pathlib import Path
 
 from data_prep import images
 from data_prep.csv_rows import read_rows
-from data_prep.sources import Drop, Photo, Provenance
+from data_prep.source_files import fingerprint
+from data_prep.sources import NOT_DOWNLOADED, Drop, Photo, Provenance
 from geotoken_jax.manifests import StageError
 from geotoken_jax.preparation import Osv5mSettings
 from geotoken_jax.settings import SettingsError
@@ -46,14 +47,15 @@ class Osv5m:
         if not any(splits.values()):
             raise SettingsError(
                 f"config.photos.osv5m.path is {self.settings.path!r}, which has no images/train/*.zip or "
-                "images/test/*.zip: set it to the folder that contains images/"
+                f"images/test/*.zip: set it to the folder that contains images/{self._unpacked()}"
             )
         return {split: zips for split, zips in splits.items() if zips}
 
     def read(self, split: str, shard: int) -> Iterator[Photo | Drop]:
         """Yields one zip's photos in the order of the zip, after the drops for repeated images and ids.
 
-        Shard 0 also yields a drop for each row without an image in any zip. Reads all rows of the split's CSV but
+        Shard 0 also yields a drop for each row without an image in any zip, which is no fault: a subset of the zips has
+        the CSV of all. Reads all rows of the split's CSV but
         stores only the rows of this zip: 40 MB for 50,000 photos, instead of 4 GB per process for all of OSV-5M. Raises
         SettingsError if the CSV does not exist, StageError if the CSV or a zip cannot be read.
         """
@@ -77,10 +79,27 @@ class Osv5m:
                 elif row.id in members:
                     rows[row.id] = row
                 elif shard == 0 and row.id not in elsewhere:
-                    yield row if isinstance(row, Drop) else Drop(row.id, "no image")
+                    yield row if isinstance(row, Drop) else Drop(row.id, NOT_DOWNLOADED)
             for name, info in members.items():
                 row = rows.get(name, Drop(name, "no metadata"))
                 yield row if isinstance(row, Drop) else _load(row, archive, info)
+
+    def fingerprint(self) -> dict[str, str]:
+        """Returns size and time of each zip, and the sums of the CSVs."""
+        files = {f"{split}/{path.name}": str(path) for split in SPLITS for path in self._zips(split)}
+        tables = (Path(self.settings.path) / f"{split}.csv" for split in self.splits)
+        return fingerprint(files, [str(table) for table in tables if table.is_file()])
+
+    def _unpacked(self) -> str:
+        """Returns how to read images that were unpacked; "" if there are none."""
+        path = Path(self.settings.path)
+        split = next((split for split in SPLITS if any((path / "images" / split).glob("*/*.jpg"))), None)
+        if split is None:
+            return ""
+        return (
+            f"; for images that were unpacked, set config.photos.source to 'folder', config.photos.folder.path to "
+            f"{str(path / 'images' / split)!r} and config.photos.folder.csv to {str(path / f'{split}.csv')!r}"
+        )
 
     def _zips(self, split: str) -> list[Path]:
         return sorted((Path(self.settings.path) / "images" / split).glob("*.zip"))

@@ -7,7 +7,8 @@ import dataclasses
 
 from data_prep.csv_rows import read_rows
 from data_prep.sources import FLICKR, Provenance
-from data_prep.sources.folder import ListedSource, Listing, existing_file, pair, walk
+from data_prep.sources.folder import ListedSource, Listing, existing_file, files_of
+from data_prep.sources.matching import pair
 from geotoken_jax.preparation import YfccSettings
 
 _COLUMNS = {"id": "IMG_ID", "latitude": "LAT", "longitude": "LON"}
@@ -30,6 +31,10 @@ class Yfcc(ListedSource):
         """Name of the data set, yfcc4k or yfcc26k."""
         return self.settings.name
 
+    @property
+    def places(self) -> tuple[str, str]:
+        return self.settings.path, self.settings.table
+
     def listing(self) -> Listing:
         settings = self.settings
         table = existing_file(settings.table, "yfcc.table")
@@ -37,7 +42,7 @@ class Yfcc(ListedSource):
             rows = read_rows(table, _INFO)
         else:
             rows = read_rows(table, {**_COLUMNS, **(_AUTHOR if settings.name == "yfcc4k" else {})})
-        files = walk(settings.path, "yfcc.path")
+        files = files_of(settings.path, "yfcc.path")
         return Listing({"test": list(pair(rows, files, _file_name))}, settings.photos_per_shard)
 
 

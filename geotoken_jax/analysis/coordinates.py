@@ -1,12 +1,9 @@
-"""Readers of true and predicted coordinates from JSON lines and CSV, and the methods in a file of predictions.
+"""Readers of true and predicted coordinates from tables, and the methods in a file of predictions.
 
 A method is one set of coordinates to score: the answers of a file, the choices of another selector, or a bound.
 """
 
-import csv
 import dataclasses
-import io
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -15,20 +12,14 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float
 
-from geotoken_jax import records
+from geotoken_jax import records, tables
 from geotoken_jax.analysis.claims import Claims, concatenate, pop_claims
 from geotoken_jax.geo import distance
+from geotoken_jax.tables import TableError
 from geotoken_jax.workdir import Workdir
 
 #: Error of a missing prediction: half the Earth's circumference, 20,015 km.
 FARTHEST_KM = math.pi * distance.EARTH_RADIUS_KM
-
-#: Accepted names of each of the three required columns, in lower case.
-_COLUMNS = {"id": ("id", "img_id"), "latitude": ("latitude", "lat"), "longitude": ("longitude", "lon", "lng")}
-
-
-class TableError(ValueError):
-    """A file of coordinates cannot be scored; the message has the file, the line and the fix."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,25 +71,26 @@ class Method:
         return int(np.isnan(self.coordinates[:, 0]).sum())
 
 
-def read_coordinates(path: epath.PathLike) -> CoordinateTable:
-    """Returns the coordinates in a file of JSON lines, or in a CSV file with a header.
+def read_coordinates(path: epath.PathLike, predicted: bool = False) -> CoordinateTable:
+    """Returns the coordinates in a table, in a format that `tables.read` reads.
 
     Required columns, in any case: id (or img_id), latitude (or lat), longitude (or lon, lng). Optional are candidates,
     choices, choice and the uncertainty columns of claims.pop_claims; other columns go to `extra`.
+
+    predicted: whether the file has predictions, so that columns such as LAT_pred take precedence over LAT.
 
     Raises TableError if the file has no rows, a required column is missing, an id is repeated, or a row or a value has
     another form or is out of range.
     """
     source = str(path)
-    first_line, ids, coordinates, candidates, claims, extra = {}, [], [], [], [], []
+    first_place, ids, coordinates, candidates, claims, extra = {}, [], [], [], [], []
     generated = ranked = False
-    for line, row in _rows(epath.Path(path)):
-        location = f"{source}, line {line}"
-        required = _pop_required(row, location)
+    for location, row in _rows(path, predicted):
+        required = {field: row.pop(field) for field in tables.COLUMNS}
         name = str(required["id"]).strip()
-        if name in first_line:
-            raise TableError(f"{location}: id {name!r} is on line {first_line[name]} too: keep one row per id")
-        first_line[name] = line
+        if name in first_place:
+            raise TableError(f"{location}: id {name!r} is on {first_place[name]} too: keep one row per id")
+        first_place[name] = location.removeprefix(f"{source}, ")
         ids.append(name)
         coordinates.append(
             (_degrees(required, "latitude", 90, location), _degrees(required, "longitude", 180, location))
@@ -204,47 +196,27 @@ def read_truth(workdir: Workdir, split: str) -> CoordinateTable:
     return CoordinateTable(f"photos/ ({split})", ids, np.array(coordinates), _padded([[]] * len(ids)), False, extra)
 
 
-def _rows(path: epath.Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields the line number and the columns of each row of a JSON lines or CSV file; column names in lower case."""
-    text = path.read_text().removeprefix("\ufeff")
-    if not text.lstrip().startswith("{"):
-        reader = csv.DictReader(io.StringIO(text))
-        for row in reader:
-            if None in row:
-                raise TableError(
-                    f"{path}, line {reader.line_num}: the row has more columns than the header: put values with commas "
-                    "in double quotes"
-                )
-            yield reader.line_num, {name.strip().lower(): value for name, value in row.items()}
-        return
-    for line, data in enumerate(text.split("\n"), start=1):
-        if not data.strip():
-            continue
-        try:
-            row = json.loads(data)
-        except json.JSONDecodeError as error:
-            raise TableError(f"{path}, line {line}: {error}: write one JSON object per line") from None
-        if not isinstance(row, dict):
-            raise TableError(f"{path}, line {line}: {row!r} is not a JSON object: write one object per line")
-        yield line, {name.strip().lower(): value for name, value in row.items()}
-
-
-def _pop_required(row: dict[str, Any], location: str) -> dict[str, Any]:
-    """Removes id, latitude and longitude from the row, under any of their accepted names, and returns them."""
-    present = {name: [column for column in accepted if column in row] for name, accepted in _COLUMNS.items()}
-    for name, columns in present.items():
-        if not columns:
-            accepted = " or ".join(_COLUMNS[name])
-            raise TableError(f"{location}: no column {name} among {', '.join(row)}: name one {accepted}")
-    return {name: row.pop(columns[0]) for name, columns in present.items()}
+def _rows(path: epath.PathLike, predicted: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields the place and the columns of each row of a table. Raises TableError for a row that cannot be scored."""
+    for row in tables.read(path, optional=None, predicted=predicted):
+        location = f"{path}, {row.place}"
+        if row.fault:
+            raise TableError(f"{location}: the row {row.fault}")
+        texts = [value for value in row.values.values() if isinstance(value, str)]
+        if any(map(tables.UNDECODED.search, texts)):
+            raise TableError(
+                f"{location}: the row is not UTF-8 text, but perhaps Windows-1252, as Excel saves a CSV: save the "
+                'table as "CSV UTF-8"'
+            )
+        name = row.values["id"]
+        if isinstance(name, (dict, list, bool)) or name is None or not str(name).strip() or "\n" in str(name):
+            raise TableError(f"{location}: the id is {name!r}: give each row the id of its photo")
+        yield location, dict(row.values)
 
 
 def _degrees(row: Mapping[str, Any], name: str, limit: int, location: str) -> float:
-    try:
-        value = float(row[name])
-    except (TypeError, ValueError):
-        value = math.nan
-    if not -limit <= value <= limit:
+    value = tables.number(row[name])
+    if value is None or not -limit <= value <= limit:
         raise TableError(
             f"{location}: {name} of {row['id']!r} is {row[name]!r}: give degrees from -{limit} to {limit}, or "
             "remove the row (a photo without a prediction counts as wrong)"

@@ -6,6 +6,7 @@ methods use the same resamples, so differences between methods are paired.
 """
 
 import dataclasses
+import operator
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from geotoken_jax.analysis import overlap, regions, reliability
 from geotoken_jax.analysis.coordinates import CoordinateTable, Method, in_order, methods_of, read_coordinates
 from geotoken_jax.configuration import EvaluateSettings
 from geotoken_jax.geo import distance
+from geotoken_jax.tables import TableError
 
 
 def compare_files(
@@ -30,13 +32,36 @@ def compare_files(
     options.compare names a method that no file has.
     """
     points = read_coordinates(truth)
-    methods = []
-    for path in map(str, predictions):
-        label = options.labels.get(path, epath.Path(path).stem)
-        methods += methods_of(read_coordinates(path), points, path, label, options.earth)
+    methods, labels = [], _labels([str(path) for path in predictions])
+    for path, label in labels.items():
+        predicted = read_coordinates(path, predicted=True)
+        _refuse_truth(predicted, points)
+        methods += methods_of(predicted, points, path, options.labels.get(path, label), options.earth)
     methods, split = in_order(methods, options.reference), epath.Path(truth).stem
     _check_pairs({split: methods}, options)
     return _metrics({split: _score_split(methods, points, options)}, options)
+
+
+def _labels(paths: Sequence[str]) -> dict[str, str]:
+    """Returns path -> name in tables: the file's name without ending if it is unique, else the path.
+
+    Raises TableError if a path is repeated.
+    """
+    stems = [epath.Path(path).stem for path in paths]
+    for path in paths:
+        if paths.count(path) > 1:
+            raise TableError(f"--predictions={path} is given more than once: give it once")
+    return {path: stem if stems.count(stem) == 1 else path for path, stem in zip(paths, stems, strict=True)}
+
+
+def _refuse_truth(predicted: CoordinateTable, truth: CoordinateTable) -> None:
+    """Raises TableError if all predictions are exactly true, as in a copy of the truth."""
+    true = dict(zip(truth.ids, truth.coordinates.tolist(), strict=True))
+    if len(predicted.ids) > 1 and all(map(operator.eq, map(true.get, predicted.ids), predicted.coordinates.tolist())):
+        raise TableError(
+            f"{predicted.source} has exactly the coordinates of {truth.source} for all {len(predicted.ids)} photos, "
+            "so it has the truth and no predictions: give the file of predictions"
+        )
 
 
 def score_splits(

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float32, Int, Shaped
 
-from geotoken_jax import records
 from geotoken_jax.analysis.coordinates import CoordinateTable
 from geotoken_jax.gallery.table import Table
 from geotoken_jax.vectors import unit
@@ -73,7 +72,7 @@ def match(wanted: Shaped[np.ndarray, "n"], among: Shaped[np.ndarray, "m"]) -> In
 
 def encoded(ids: Sequence[str]) -> Shaped[np.ndarray, "n"]:
     """Returns ids or authors as fixed-width bytes, the form that tables store."""
-    return np.array([name.encode() for name in ids], f"S{records.ID_BYTES}")
+    return np.array([name.encode() for name in ids], np.bytes_)
 
 
 class _Images:

@@ -12,6 +12,7 @@ from etils import epath
 from jaxtyping import Float32, UInt8
 from PIL import Image
 
+from geotoken_jax.errors import UserError
 from geotoken_jax.settings import SettingsError
 
 #: Largest image that is decoded: number of pixels (300 MB as RGB), and pixels on its longer side.
@@ -42,7 +43,7 @@ _UPRIGHT = {
 _ORIENTATION = 0x0112
 
 
-class ImageError(ValueError):
+class ImageError(UserError, ValueError):
     """A photo cannot be read. The message is one sentence: the photo, the fault and the remedy."""
 
 

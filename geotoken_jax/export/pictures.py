@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from etils import epath
 
-from geotoken_jax import records
+from geotoken_jax import disk, records
 from geotoken_jax.backbone import preprocess
 from geotoken_jax.configuration import Config
 from geotoken_jax.export import card
@@ -131,7 +131,7 @@ def _version(folder: epath.Path) -> str:
 
 
 def _parts(folder: epath.Path, name: str) -> list[epath.Path]:
-    return sorted((folder / _THUMBNAILS).glob(f"{name}-*-of-*.npy"))
+    return disk.matching(folder / _THUMBNAILS, f"{name}-*-of-*.npy")
 
 
 def _example(folder: epath.Path, number: int) -> epath.Path:

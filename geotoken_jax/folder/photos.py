@@ -1,9 +1,7 @@
 """Finds the photos that a user names, predicts them, and writes the answers to a file that survives interruptions."""
 
-import collections
 import dataclasses
 import hashlib
-import io
 import json
 import os
 import sys
@@ -12,16 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from geotoken_jax.backbone.preprocess import ENDINGS, ImageError
-from geotoken_jax.folder import outputs
+from geotoken_jax.folder import outputs, walk
 from geotoken_jax.pages.answers import radii
 from geotoken_jax.predict.prediction import Prediction
 from geotoken_jax.predict.predictor import Predictor
 from geotoken_jax.progress import Progress
 from geotoken_jax.settings import SettingsError
-
-#: Files and folders that macOS and Windows add to folders, and beginnings of such names.
-_CLUTTER = {"__MACOSX", ".DS_Store", "Thumbs.db", "desktop.ini"}
-_CLUTTER_PREFIX = "._"
 
 
 @dataclasses.dataclass
@@ -29,20 +23,21 @@ class Found:
     """Photos that the user names.
 
     photos: id -> path, or bytes of standard input. The id of a photo in a named folder is its path relative to that
-    folder, so that tables of the folder fit; the id of a named file is its path as given. skipped: ending -> number of
-    files of a folder that have no ending of a photo. unreadable: folders that cannot be opened, with the reason.
+    folder, so that tables of the folder fit; the id of a named file is its path as given. folders: the named folders.
     """
 
     photos: dict[str, Any] = dataclasses.field(default_factory=dict)
-    skipped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    unreadable: list[str] = dataclasses.field(default_factory=list)
+    folders: list[walk.Files] = dataclasses.field(default_factory=list)
+
+    @property
+    def unreadable(self) -> bool:
+        """Whether a folder cannot be opened."""
+        return any(files.unreadable for files in self.folders)
 
     def notes(self) -> Iterator[str]:
-        """Yields a sentence on the files that are left out, and one on each folder that cannot be opened."""
-        if self.skipped:
-            counts = ", ".join(f"{n:,} {ending}" for ending, n in self.skipped.most_common())
-            yield f"left out {sum(self.skipped.values()):,} files that are no photos in a known format: {counts}"
-        yield from self.unreadable
+        """Yields sentences on the files that are left out, and on folders that cannot be opened."""
+        for files in self.folders:
+            yield from files.notes()
 
 
 def find(arguments: Sequence[str]) -> Found:
@@ -55,7 +50,9 @@ def find(arguments: Sequence[str]) -> Found:
         if argument == "-":
             found.photos["-"] = sys.stdin.buffer.read()
         elif os.path.isdir(argument):
-            _search(argument, found)
+            found.folders.append(walk.walk(argument))
+            for relative, path in found.folders[-1].photos().items():
+                found.photos[path if relative in found.photos else relative] = path
         else:
             found.photos[argument] = argument
     if not found.photos:
@@ -67,26 +64,6 @@ def find(arguments: Sequence[str]) -> Found:
     return found
 
 
-def _search(folder: str, found: Found) -> None:
-    def note(error: OSError) -> None:
-        found.unreadable.append(f"{error.filename} cannot be opened ({error.strerror}): check its permissions")
-
-    for parent, folders, files in os.walk(folder, onerror=note):
-        folders[:] = sorted(name for name in folders if name not in _CLUTTER)
-        for name in sorted(files):
-            path = os.path.join(parent, name)
-            ending = os.path.splitext(name)[1].lower()
-            if name in _CLUTTER or name.startswith(_CLUTTER_PREFIX):
-                continue
-            if ending not in ENDINGS:
-                found.skipped[ending or "without an ending"] += 1
-            elif not os.path.isfile(path):
-                found.skipped["pipes, sockets or broken links"] += 1
-            else:
-                relative = os.path.relpath(path, folder)
-                found.photos[path if relative in found.photos else relative] = path
-
-
 def run(model: Predictor, identity: str, found: Found, output: str | None, as_json: bool) -> int:
     """Predicts the photos, prints or writes the answers, and returns the exit status: 2 if any photo failed, else 0.
 
@@ -94,8 +71,6 @@ def run(model: Predictor, identity: str, found: Found, output: str | None, as_js
     different for different models. output: file for the answers (see outputs.FORMATS); if None, they are printed, as
     JSON lines if as_json. If the file was begun before, its answers are kept.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # file names can be in any encoding
     file = outputs.Output(Path(output), identity) if output else None
     todo = {name: photo for name, photo in found.photos.items() if not file or name not in file.done}
     shown = len(found.photos) > 1 and (file is not None or not sys.stdout.isatty())

@@ -12,7 +12,7 @@ from etils import epath
 from flax import nnx
 from jaxtyping import Float, Float32, Int32
 
-from geotoken_jax import records
+from geotoken_jax import disk, records
 from geotoken_jax.batch import blocks
 from geotoken_jax.gallery import index, int8
 from geotoken_jax.gallery.index import Vectors
@@ -49,7 +49,7 @@ def save(path: epath.Path, blocks: Iterable[Float32[np.ndarray, "n E"]], n: int,
 
     Blocks go to disk one by one, since 4.12 million vectors of width 768 are 6.3 GB.
     """
-    partial = path.parent / f".{path.name}.partial"
+    partial = disk.partial(path)
     array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint16, shape=(n, width))
     first = 0
     for block in blocks:

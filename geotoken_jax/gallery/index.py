@@ -21,6 +21,7 @@ from etils import epath
 from jaxtyping import Float, Float32, Int32
 
 from geotoken_jax import manifests, records
+from geotoken_jax.errors import UserError
 from geotoken_jax.gallery import int8
 from geotoken_jax.gallery.device_search import DeviceSearch
 from geotoken_jax.progress import track
@@ -45,7 +46,7 @@ _CODE_ROWS = 10_000
 _SOAR = 1.5
 
 
-class IndexQualityError(RuntimeError):
+class IndexQualityError(UserError, RuntimeError):
     """The index has less recall than config.index.search.min_recall."""
 
 

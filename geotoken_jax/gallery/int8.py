@@ -6,7 +6,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float, Float32, Int8
 
-from geotoken_jax import records
+from geotoken_jax import disk, records
 
 #: Rows quantized at a time: at width 2304, 38 MB of float32.
 _BLOCK = 4096
@@ -29,7 +29,7 @@ def write(vectors: Float[Any, "N *n C"], path: epath.Path, scales: epath.Path) -
 
     vectors: array in memory or memory-mapped. It may be mapped from `path`, which is replaced at the end.
     """
-    partial = path.parent / f".{path.name}.partial"
+    partial = disk.partial(path)
     values = np.lib.format.open_memmap(partial, mode="w+", dtype=np.int8, shape=vectors.shape)
     scale = np.empty(vectors.shape[:-1], np.float32)
     for first in range(0, len(vectors), _BLOCK):

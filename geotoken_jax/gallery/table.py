@@ -9,12 +9,13 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float
 
-from geotoken_jax import records
+from geotoken_jax import disk, records
 from geotoken_jax.gallery import int8
 from geotoken_jax.vectors import unit
 
 #: Column -> numpy type and shape per row. None stands for C, the width of the backbone's features.
 COLUMNS: dict[str, tuple[Any, tuple[int | None, ...]]] = {
+    # ids and authors are wider if a photo of the data set has a longer one.
     # Written first, since Table accepts a folder without it: an interrupted write then lacks a required column.
     "captured": (np.dtype(np.float64), ()),
     "embeddings": (np.dtype(ml_dtypes.bfloat16), (3, None)),
@@ -51,12 +52,13 @@ def write_shard(folder: epath.PathLike, shard: int, shards: int, columns: Mappin
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, (dtype, _) in COLUMNS.items():
-        records.save_array(_path(folder, name, shard, shards), columns[name].astype(dtype, copy=False))
+        stored = np.promote_types(dtype, columns[name].dtype) if dtype.kind == "S" else dtype
+        records.save_array(_path(folder, name, shard, shards), columns[name].astype(stored, copy=False))
 
 
 def quantize(folder: epath.PathLike) -> None:
     """Converts a table's embeddings from bfloat16 to int8: from 4,608 to 2,316 bytes per photo at C = 768."""
-    for path in sorted(epath.Path(folder).glob("embeddings-*-of-*.npy")):
+    for path in disk.matching(folder, "embeddings-*-of-*.npy"):
         scales = path.parent / path.name.replace("embeddings", SCALES)
         int8.write(records.open_array(path, ml_dtypes.bfloat16), path, scales)
 
@@ -143,7 +145,7 @@ class Table:
 
     def _open(self, name: str) -> list[np.ndarray]:
         folder = epath.Path(self._folder)
-        files = sorted(folder.glob(f"{name}-*-of-*.npy"))
+        files = disk.matching(folder, f"{name}-*-of-*.npy")
         if not files and name == "captured":
             return []
         if not files:

@@ -7,6 +7,8 @@ from typing import Any
 
 from etils import epath
 
+from geotoken_jax.errors import UserError
+
 #: Name of the file with one line `SHA-256  name` per file of the export.
 SUMS = "SHA256SUMS"
 #: Types of files that are read in full when an export is opened; others are memory-mapped and may have many gigabytes.
@@ -16,7 +18,7 @@ _READ_IN_FULL = (".json", ".safetensors")
 _AGAIN = "copy the export again, or make it again with `geotoken export`"
 
 
-class ExportError(ValueError):
+class ExportError(UserError, ValueError):
     """An export cannot be used; the message names the file and the fix."""
 
 

@@ -50,7 +50,7 @@ def make(config: Config, workdir: Workdir, variant: str, verbs: Iterable[str]) -
 def _relink(linked: Path, root: Path, others: dict[Path, list[Path]]) -> None:
     folder = linked.relative_to(root)
     if folder not in others:
-        manifests = sorted(root.parents[1].glob(f"*/*/{folder}/manifest.json"), reverse=True)
+        manifests = sorted(root.parents[1].glob(f"*/*/{glob.escape(str(folder))}/manifest.json"), reverse=True)
         others[folder] = [file.parent for file in manifests if file.parent != linked]
     linked.unlink()
     if others[folder]:

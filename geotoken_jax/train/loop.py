@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from geotoken_jax import checkpoint, chips, jax_modes, processes, randomness, sharding
 from geotoken_jax.checkpoint import Checkpoints
+from geotoken_jax.errors import UserError
 from geotoken_jax.manifests import StageError
 from geotoken_jax.progress import Progress
 from geotoken_jax.settings import Runtime, SettingsError
@@ -33,7 +34,7 @@ class Preempted(RuntimeError):
     """Training was interrupted by SIGTERM and has saved a checkpoint. The same command continues from it."""
 
 
-class Diverged(RuntimeError):
+class Diverged(UserError, RuntimeError):
     """More than TrainSettings.max_skipped steps in a row had a loss or gradient that was not finite."""
 
 

@@ -1,0 +1,105 @@
+"""Pairs the rows of a table with the files of a folder."""
+
+import os
+import unicodedata
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import PurePosixPath
+
+from data_prep.sources import Drop, Photo
+from geotoken_jax.backbone.preprocess import ENDINGS
+from geotoken_jax.folder.walk import Files
+
+
+def pair(
+    rows: Iterable[Photo | Drop], files: Files, file_name: Callable[[str], str]
+) -> Iterator[tuple[Photo | Drop, str]]:
+    """Yields each row of a table with the path of its file, or as a drop with "" if its id is repeated or has no file.
+
+    Then yields a drop, with "", for each photo without a row and each folder that cannot be opened. file_name: function
+    that returns the relative path for an id. The result is only looked up in `files`, never opened.
+    """
+    rows = list(rows)
+    names = [file_name(row.id) for row in rows]
+    found = _find(names, files.paths)
+    ids = set()
+    for row, name in zip(rows, names, strict=True):
+        file = found.get(name, "")
+        if isinstance(row, Photo):
+            reason = "repeated id" if row.id in ids else _reason(name, file, files)
+            ids.add(row.id)
+            row = Drop(row.id, reason) if reason else row
+        yield row, "" if isinstance(row, Drop) else files.paths[file]
+    used = set(found.values())
+    for name in files.photos():
+        if name not in used:
+            yield Drop(name, "link out of the folder" if name in files.outside else "no metadata"), ""
+    for name in files.unreadable:
+        yield Drop(name or files.folder, "unreadable folder"), ""
+
+
+def _reason(name: str, file: str, files: Files) -> str:
+    if file:
+        return "link out of the folder" if file in files.outside else ""
+    return "outside the folder" if _leads_out(name) else "no image"
+
+
+def _leads_out(name: str) -> bool:
+    parts = PurePosixPath(name.replace("\\", "/"))
+    return parts.is_absolute() or ".." in parts.parts
+
+
+def _find(names: Sequence[str], paths: Mapping[str, str]) -> dict[str, str]:
+    """Returns name -> relative path of the name's file, for the names that have one.
+
+    The other names are compared with files in the forms of _FORMS. A form is certain, and is used, if one name and one
+    file have it, and no other name has this file.
+    """
+    found = {name: name for name in names if name in paths}
+    rest = [name for name in dict.fromkeys(names) if name not in paths and not _leads_out(name)]
+    free = paths.keys() - found.keys()
+    for of_name, of_path in _FORMS if rest else ():
+        by_name, by_path = _grouped(rest, of_name), _grouped(paths, of_path)
+        for form, [name, *others] in by_name.items():
+            same = by_path.get(form, [])
+            if form and not others and len(same) == 1 and same[0] in free:
+                found[name] = same[0]
+        rest = [name for name in rest if name not in found]
+        free = free - set(found.values())
+    return found
+
+
+def _grouped(names: Iterable[str], form: Callable[[str], str]) -> dict[str, list[str]]:
+    groups = defaultdict(list)
+    for name in names:
+        groups[form(name)].append(name)
+    return groups
+
+
+def _spelled(name: str) -> str:
+    """Returns a path in one spelling: composed characters, `/` between folders, and no `./`."""
+    return PurePosixPath(unicodedata.normalize("NFC", name).replace("\\", "/")).as_posix()
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", _spelled(name).casefold())
+
+
+def _without_ending(path: str) -> str:
+    stem, ending = os.path.splitext(_folded(path))
+    return stem if ending in ENDINGS else ""
+
+
+def _without_folder(name: str) -> str:
+    """Returns a name in one spelling if it has no folder, else ""."""
+    return "" if "/" in _spelled(name) else _folded(name)
+
+
+#: Pairs of functions that return a form of a name of the table, and the same form of a file's path; "" for none.
+_FORMS: tuple[tuple[Callable[[str], str], Callable[[str], str]], ...] = (
+    (_spelled, _spelled),
+    (_folded, _folded),
+    (_folded, _without_ending),
+    (_without_folder, lambda path: _folded(path).rsplit("/", 1)[-1]),
+    (_without_folder, lambda path: _without_ending(path).rsplit("/", 1)[-1]),
+)

@@ -1,0 +1,80 @@
+"""Finds the files of a folder of photos, for `prepare` and for `predict` alike."""
+
+import collections
+import dataclasses
+import os
+from collections.abc import Iterator
+
+from geotoken_jax.backbone.preprocess import ENDINGS
+
+#: Files and folders that macOS and Windows add to folders, and the beginning of such names.
+_CLUTTER = {"__MACOSX", ".DS_Store", "Thumbs.db", "desktop.ini"}
+_CLUTTER_PREFIX = "._"
+
+
+@dataclasses.dataclass
+class Files:
+    """The files of a folder and its subfolders, without clutter.
+
+    paths: path relative to the folder, with `/` between folders -> path of the file. outside: relative path of a link
+    out of the folder -> path of its file; such files are also in `paths`. special: number of pipes, sockets, broken
+    links and linked folders. unreadable: relative path of a folder that cannot be opened -> reason.
+    """
+
+    folder: str
+    paths: dict[str, str] = dataclasses.field(default_factory=dict)
+    outside: dict[str, str] = dataclasses.field(default_factory=dict)
+    special: int = 0
+    unreadable: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def photos(self) -> dict[str, str]:
+        """Returns relative path -> path of the files with an ending of a photo."""
+        return {name: path for name, path in self.paths.items() if name.lower().endswith(ENDINGS)}
+
+    def notes(self) -> Iterator[str]:
+        """Yields a sentence on the files that are no photos, and one on each folder that cannot be opened."""
+        endings = (os.path.splitext(name)[1].lower() for name in self.paths if not name.lower().endswith(ENDINGS))
+        skipped = collections.Counter(ending or "without an ending" for ending in endings)
+        skipped += collections.Counter({"pipes, sockets, broken links or linked folders": self.special})
+        if skipped:
+            counts = ", ".join(f"{n:,} {ending}" for ending, n in skipped.most_common())
+            yield f"left out {sum(skipped.values()):,} files that are no photos in a known format: {counts}"
+        for name, reason in self.unreadable.items():
+            yield f"{os.path.join(self.folder, name)} cannot be opened ({reason}): check its permissions"
+
+
+def walk(folder: str) -> Files:
+    """Returns the files of a folder, sorted by relative path. Links to files are followed, links to folders are not."""
+    found = Files(folder)
+    inside = os.path.join(os.path.realpath(folder), "")
+    pending = [(folder, "")]
+    while pending:
+        parent, prefix = pending.pop()
+        try:
+            with os.scandir(parent) as entries:
+                for entry in entries:
+                    _add(found, entry, prefix + entry.name, inside, pending)
+        except OSError as error:
+            found.unreadable[prefix] = error.strerror or str(error)
+    found.paths = dict(sorted(found.paths.items()))
+    return found
+
+
+def _add(found: Files, entry: os.DirEntry, name: str, inside: str, pending: list[tuple[str, str]]) -> None:
+    if entry.name in _CLUTTER or entry.name.startswith(_CLUTTER_PREFIX):
+        return
+    if entry.is_dir(follow_symlinks=False):
+        pending.append((entry.path, f"{name}/"))
+    elif not _is_file(entry):
+        found.special += 1
+    else:
+        found.paths[name] = entry.path
+        if entry.is_symlink() and not (target := os.path.realpath(entry.path)).startswith(inside):
+            found.outside[name] = target
+
+
+def _is_file(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:  # a link that leads to itself
+        return False

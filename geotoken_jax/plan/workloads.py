@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -131,13 +130,8 @@ def embed(config: Config, rows: int, devices: Sequence[Any]) -> Workload:
             f"config.embed.backbone is {config.embed.backbone!r}, which uses no accelerator: set it to 'huggingface' "
             "to plan --workload=embed"
         )
-    described = checkpoint.read_json(pathlib.Path(options.path), "config.json") if options.path else _L14
-    kind = huggingface.KINDS.get(str(described.get("model_type")))
-    if kind is None:
-        raise SettingsError(
-            f"{options.path} has a checkpoint of model_type {described.get('model_type')!r}: choose a checkpoint of "
-            f"model_type {' or '.join(huggingface.KINDS)}"
-        )
+    described = checkpoint.read_config(options.path) if options.path else _L14
+    kind = huggingface.KINDS[checkpoint.kind(options.path, described)]
     model: Any = nnx.eval_shape(lambda: kind(described, jnp.dtype(options.dtype), nnx.Rngs(0)))
     side = model.image_shape.image_size
     # Any mean and standard deviation: the program differs only in constants.

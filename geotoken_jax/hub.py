@@ -7,7 +7,6 @@ that `hf auth login` writes. This module never reads the token.
 
 import contextlib
 import dataclasses
-import errno
 import fnmatch
 import hashlib
 import os
@@ -102,14 +101,14 @@ def _download(name: str, revision: str | None, kind: Kind) -> epath.Path:
     snapshot = client().snapshot_download
     with one_line_errors(name, revision):
         # hf_hub_download would retry for 24 s when there is no network.
-        folder = epath.Path(snapshot(name, revision=revision, allow_patterns=[kind.first]))
+        folder = epath.Path(snapshot(name, revision=revision, allow_patterns=[kind.first], tqdm_class=_Hidden))
     if not (folder / kind.first).exists():
         raise SettingsError(f"{name} has no {kind.first}: {kind.lacking}")
     _check_hashes(name, folder, [kind.first])
     # The commit is fixed: without it, a push between the two downloads would mix two versions.
     commit, patterns = folder.name, kind.patterns(name, folder)
-    with one_line_errors(name, commit), _reported(name, commit, patterns):
-        snapshot(name, revision=commit, allow_patterns=[kind.first, *patterns])
+    with one_line_errors(name, commit), _reported(name, commit, patterns) as bar:
+        snapshot(name, revision=commit, allow_patterns=[kind.first, *patterns], tqdm_class=bar)
     if not kind.has_sums:
         _check_hashes(name, folder, patterns)
     return folder
@@ -152,19 +151,27 @@ class _Hidden(tqdm.tqdm):
 
 
 @contextlib.contextmanager
-def _reported(name: str, commit: str, patterns: Sequence[str]) -> Iterator[None]:
-    """Prints to standard error which download begins and how long it took. A terminal also shows the hub's own bars."""
+def _reported(name: str, commit: str, patterns: Sequence[str]) -> Iterator[type[tqdm.tqdm] | None]:
+    """Prints to standard error which download begins, and how long it took.
+
+    Yields the class of progress bars for snapshot_download: None, for the hub's own bars, if there is something to
+    download and standard error is a terminal; else bars that are not shown.
+    """
     hub, missing = client(), []
     with contextlib.suppress(hub.errors.DryRunError, hub.errors.LocalEntryNotFoundError):
         files = hub.snapshot_download(name, revision=commit, allow_patterns=patterns, dry_run=True, tqdm_class=_Hidden)
         missing = [file for file in files if file.will_download]
-    size = f"{len(missing)} files, {sum(file.file_size for file in missing) / 1e6:,.1f} MB"
-    begun = time.monotonic()
-    if missing:
-        print(f"download {name} from {hub.constants.ENDPOINT}: {size}", file=sys.stderr, flush=True)
-    yield
-    if missing:
-        print(f"download {name}: complete in {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
+    if not missing:
+        yield _Hidden
+        return
+    size, begun = sum(file.file_size for file in missing), time.monotonic()
+    print(
+        f"download {name} from {hub.constants.ENDPOINT}: {len(missing)} files, {size / 1e6:,.1f} MB",
+        file=sys.stderr,
+        flush=True,
+    )
+    yield None if sys.stderr.isatty() else _Hidden
+    print(f"download {name}: complete in {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -207,12 +214,13 @@ def one_line_errors(name: str, revision: str | None) -> Iterator[None]:
             "again"
         ) from None
     except broken as error:
-        if getattr(error, "errno", None) == errno.ENOSPC:
+        if getattr(error, "errno", None):  # of the disk: errors of the network have no number
             raise SettingsError(
-                f"the disk with the cache {constants.HF_HUB_CACHE} is full, so {name} cannot be downloaded: make room "
-                "there, or set HF_HOME to a folder on another disk, then run the same command again"
+                f"{name} cannot be stored in the cache {constants.HF_HUB_CACHE} ({os.strerror(error.errno)}): make "
+                "room there and check its permissions, or set HF_HOME to another folder, then run the same command "
+                "again"
             ) from None
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SettingsError(
-            f"the transfer of {name} failed ({' '.join(str(error).split())}): check the network, then run the same "
-            "command again"
+            f"the transfer of {name} failed ({reason}): check the network, then run the same command again"
         ) from None

@@ -220,6 +220,11 @@ def test_why_a_checkpoint_cannot_be_had_is_said_in_one_sentence(server: hub.Hub,
     (Path(found) / "vocab.json").resolve().write_bytes(b"{}")
     [damaged] = run(server, tmp_path, [FOLDER, "someone/short"])
     assert damaged.startswith("refused: someone/short: vocab.json does not match its hash on the hub")
+    (tmp_path / "file").touch()
+    [stored] = run(server, tmp_path / "file", [FOLDER, CLIP])
+    assert stored.startswith(
+        f"refused: {CLIP} cannot be stored in the cache {tmp_path}/file/hub (Not a directory): make"
+    )
     # The rest of it cannot be downloaded offline.
     [offline] = run(server, tmp_path, [FOLDER, "someone/short"], HF_HUB_OFFLINE="1")
     assert offline.startswith("refused: there is no folder someone/short here, HF_HUB_OFFLINE is set, and no model")

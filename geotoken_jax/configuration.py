@@ -76,7 +76,19 @@ class GeoClipSettings:
 class InitSettings:
     """config.align.init. location: GeoCLIP's weights, such as its name on the Hugging Face hub or its wheel (see
     interop.geoclip.read_weights), which initialize the location encoder's capsules; if empty, the capsules are
-    initialized at random.
+    initialized at random."""
+
+    location: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportSettings:
+    """config.export.
+
+    gallery: number type of the gallery's vectors, bfloat16 or int8; the model card reports the accuracy that int8
+    costs. weights: whether the export contains the checkpoint of a Hugging Face backbone; if False, the export needs
+    the checkpoint's folder to predict. thumbnails: longest side, in pixels, of the gallery photos on the service's
+    page; 0 exports no photos. examples: number of `test` photos to try on that page, 0 or more.
     """
 
     gallery: str

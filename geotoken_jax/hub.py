@@ -106,9 +106,9 @@ def _download(name: str, revision: str | None, kind: Kind) -> epath.Path:
         raise SettingsError(f"{name} has no {kind.first}: {kind.lacking}")
     _check_hashes(name, folder, [kind.first])
     # The commit is fixed: without it, a push between the two downloads would mix two versions.
-    commit, patterns = folder.name, kind.patterns(name, folder)
+    commit, patterns = folder.name, [kind.first, *kind.patterns(name, folder)]
     with one_line_errors(name, commit), _reported(name, commit, patterns) as bar:
-        snapshot(name, revision=commit, allow_patterns=[kind.first, *patterns], tqdm_class=bar)
+        snapshot(name, revision=commit, allow_patterns=patterns, tqdm_class=bar)
     if not kind.has_sums:
         _check_hashes(name, folder, patterns)
     return folder

@@ -171,20 +171,24 @@ def test_a_checkpoint_is_downloaded_once_with_the_files_that_are_read(server: hu
     wanted = {path.name: path.read_bytes() for path in (tmp_path / kind).iterdir()}
     assert {p.name: p.read_bytes() for p in Path(found).rglob("*") if p.is_file()} == wanted
     assert set(server.fetched) == set(wanted) and not server.cut
-    begun, *_, ended = (line for line in done.stderr.splitlines() if line.startswith("download "))
+    begun, ended = (line for line in done.stderr.splitlines() if line.startswith("download "))
     size = sum(map(len, wanted.values())) - len(wanted["config.json"])
     assert begun == f"download {CLIP} from {server.url}: {len(wanted) - 1} files, {size / 1e6:.1f} MB"
     assert ended.startswith(f"download {CLIP}: complete in ")
-    # From the cache: without a network, offline, and with an empty list of fetched files.
-    server.fetched.clear()
+
+
+def test_a_checkpoint_in_the_cache_needs_no_network_and_keeps_its_identity(server: hub.Hub, tmp_path: Path):
+    first = commit_checkpoint(server, CLIP, "clip", tmp_path / "clip")
     calls = [IDENTITY, CLIP], [FOLDER, f"{CLIP}@{first}"]
-    for more in ({"HF_ENDPOINT": "http://127.0.0.1:9"}, {"HF_HUB_OFFLINE": "1"}, {}):
+    identity, found = run(server, tmp_path / "home", *calls)
+    server.fetched.clear()
+    for more in ({"HF_ENDPOINT": "http://127.0.0.1:9"}, {"HF_HUB_OFFLINE": "1"}):
         assert run(server, tmp_path / "home", *calls, **more) == [identity, found]
-    assert not server.fetched
-    # Another version has another identity; the first one stays available by its commit.
-    server.commit(CLIP, {"config.json": wanted["config.json"] + b" "})
-    again, pinned = run(server, tmp_path / "home", [IDENTITY, CLIP], [IDENTITY, f"{CLIP}@{first}"])
+    server.commit(CLIP, {"config.json": (tmp_path / "clip" / "config.json").read_bytes() + b" "})
+    (tmp_path / "home").rename(tmp_path / "moved")
+    again, pinned, _ = run(server, tmp_path / "moved", [IDENTITY, CLIP], [IDENTITY, f"{CLIP}@{first}"], calls[1])
     assert again == f"{CLIP}@{server.commits[CLIP][-1][0]}" != pinned == identity
+    assert server.fetched == ["config.json"]  # the one of the new commit
 
 
 def test_why_a_checkpoint_cannot_be_had_is_said_in_one_sentence(server: hub.Hub, tmp_path: Path):
@@ -246,9 +250,7 @@ def test_geoclip_needs_nothing_but_photos(server: hub.Hub, tmp_path: Path):
     environment = server.environment(tmp_path / "home")
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    assert not {"README.md", "model.bin"} & set(server.fetched) and len(set(server.fetched)) == 2 + len(
-        [*clip.iterdir()]
-    )
+    assert set(server.fetched) == {*release, *(path.name for path in clip.iterdir())}  # no README.md, no pickle
     assert f"download {geoclip.HUB} from {server.url}: 2 files" in done.stderr
     folder = tmp_path / "release"
     folder.mkdir()

@@ -386,14 +386,14 @@ def test_a_checkpoint_that_geoclip_does_not_stand_on_is_refused(published, tmp_p
 
 def test_what_geoclip_lacks_is_said_in_one_line(published, tmp_path, capsys):
     clip = clip_of(tmp_path / "clip", WIDTH)
-    (tmp_path / "none.whl").write_bytes(b"no zip")
+    (tmp_path / "damaged.whl").write_bytes(b"no zip")
     for arguments, said in (
         (["--method=geoclip", "--model=export"], "--model and --method=geoclip name two models"),
         (["--method=geoclip", "--clip=nowhere", f"--geoclip={published[0]}"], "there is no file or folder nowhere"),
         (["--method=geoclip", f"--clip={clip}", "--geoclip=none.whl"], "there is no file or folder none.whl"),
         (
-            ["--method=geoclip", f"--clip={clip}", f"--geoclip={tmp_path}/none.whl"],
-            "none.whl cannot be read as GeoCLIP",
+            ["--method=geoclip", f"--clip={clip}", f"--geoclip={tmp_path}/damaged.whl"],
+            "damaged.whl cannot be read as GeoCLIP",
         ),
     ):
         assert geotoken("predict", *arguments, "photo.jpg") == cli.REFUSED

@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files can be in any encoding
     parser = _parser()
-    options, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    options, rest = parser.parse_known_args([_at_home(a) for a in (sys.argv[1:] if argv is None else argv)])
     try:
         config = _config(options, rest)
         if getattr(options, "workdir", None) is not None:
@@ -63,8 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, summary in STAGES.items():
         verb = verbs.add_parser(name, help=summary, description=summary, epilog=_EPILOG)
-        verb.add_argument("--config", type=os.path.expanduser, help="configuration file, such as configs/demo.py")
-        verb.add_argument("--workdir", type=os.path.expanduser, help="folder for the results of all stages")
+        verb.add_argument("--config", help="configuration file, such as configs/demo.py")
+        verb.add_argument("--workdir", help="folder for the results of all stages")
         if name in ("train", "learn", "predict", "all"):
             verb.add_argument("--variant", action="append", help="only this variant of config.variants (repeatable)")
         if name == "all":
@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument(limits.flag(field.name), type=field.type, default=field.default, help=summary)
     verb.set_defaults(config=None)
     verb = verbs.add_parser("plan", help=_PLAN, description=_PLAN, epilog=_EPILOG)
-    verb.add_argument("--config", type=os.path.expanduser, help="configuration file, such as configs/common.py")
+    verb.add_argument("--config", help="configuration file, such as configs/common.py")
     verb.add_argument("--topology", help="chips and their shape, such as v5e:16x16, 2xv5e:16x16 or h100:8")
     verb.add_argument(
         "--workload", choices=("train", "align", "embed", "predict"), default="train",
@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         "decoding of candidates (default: train)",
     )  # fmt: skip
     verb.add_argument("--gallery", type=int, help="number of gallery photos (default: 4,120,000, as in the paper)")
-    verb.add_argument("--output", type=os.path.expanduser, help="JSON file to which the plan is written too")
+    verb.add_argument("--output", help="JSON file to which the plan is written too")
     verb.add_argument("--quick", action="store_true", help="compile in a third of the time, into a slower program")
     verb.add_argument("--document", action="store_true", help="print docs/scale.md instead, for all its topologies")
     return parser
@@ -97,13 +97,13 @@ def _parser() -> argparse.ArgumentParser:
 def _add_studies(verbs: Any) -> None:
     verb = verbs.add_parser("experiment", help=_EXPERIMENT, description=_EXPERIMENT, epilog=_EPILOG)
     verb.add_argument("experiment", nargs="?", metavar="NAME", help="one of config.experiments")
-    verb.add_argument("--config", type=os.path.expanduser, help="configuration file, such as configs/experiments.py")
-    verb.add_argument("--workdir", type=os.path.expanduser, help="work directory to start from, such as runs/demo")
+    verb.add_argument("--config", help="configuration file, such as configs/experiments.py")
+    verb.add_argument("--workdir", help="work directory to start from, such as runs/demo")
     verb.add_argument("--document", action="store_true", help="print docs/experiments.md instead, from finished runs")
     verb = verbs.add_parser("scaling", help=_SCALING, description=_SCALING, epilog=_EPILOG)
     verb.add_argument("part", choices=("run", "fit", "plot"), help="train the runs, fit the law, or plot the results")
-    verb.add_argument("--config", type=os.path.expanduser, help="configuration file, such as configs/scaling.py")
-    verb.add_argument("--workdir", type=os.path.expanduser, help="work directory to start from, such as runs/demo")
+    verb.add_argument("--config", help="configuration file, such as configs/scaling.py")
+    verb.add_argument("--workdir", help="work directory to start from, such as runs/demo")
     verb.add_argument(
         "--index", type=int, help="with run: only this run, from 0 (default: $SLURM_ARRAY_TASK_ID or all)"
     )
@@ -114,40 +114,28 @@ def _predict_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "photos",
         nargs="*",
-        type=os.path.expanduser,
         help="with --model or --method: photos or folders of photos to predict; - is a photo on standard input",
     )
     _model(verb, "--model", "predict PHOTOS with ")
     verb.add_argument("--method", choices=("geoclip",), help="predict PHOTOS with GeoCLIP as published")
-    verb.add_argument(
-        "--clip", type=os.path.expanduser, help="with --method=geoclip: folder of a CLIP ViT-L/14 checkpoint"
-    )
-    verb.add_argument(
-        "--geoclip",
-        type=os.path.expanduser,
-        help="with --method=geoclip: GeoCLIP's wheel (pip download --no-deps geoclip)",
-    )
+    verb.add_argument("--clip", help="with --method=geoclip: CLIP ViT-L/14, a folder or ORG/NAME on the hub")
+    verb.add_argument("--geoclip", help="with --method=geoclip: GeoCLIP's wheel, or its folder or ORG/NAME on the hub")
     verb.add_argument("--json", action="store_true", help="with PHOTOS: print JSON lines with all candidates")
     verb.add_argument(
         "--output",
-        type=os.path.expanduser,
         help="with PHOTOS: write the answers to a file that ends in .csv, .jsonl, .geojson, .kml or .html",
     )
 
 
 def _evaluate_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument(
-        "--predictions", action="append", type=os.path.expanduser, help="file to score, JSON lines or CSV (repeatable)"
-    )
-    verb.add_argument(
-        "--truth", type=os.path.expanduser, help="with --predictions: file with id, latitude and longitude"
-    )
+    verb.add_argument("--predictions", action="append", help="file to score, JSON lines or CSV (repeatable)")
+    verb.add_argument("--truth", help="with --predictions: file with id, latitude and longitude")
     verb.add_argument(
         "--method", action="append", default=[],
         help="with --workdir: baseline to predict with and to score (repeatable): knn, geoclip or classifier",
     )  # fmt: skip
     verb.add_argument(
-        "--compare", action="append", nargs=2, type=os.path.expanduser, default=[], metavar=("A", "B"),
+        "--compare", action="append", nargs=2, default=[], metavar=("A", "B"),
         help="with --predictions: two files to compare with each other too (repeatable)",
     )  # fmt: skip
     verb.add_argument("--ellipsoid", action="store_true", help="with --predictions: use distances on WGS84")
@@ -157,9 +145,7 @@ def _evaluate_options(verb: argparse.ArgumentParser) -> None:
 
 
 def _export_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument(
-        "--from", dest="source", type=os.path.expanduser, help="folder of an export to use, instead of a work directory"
-    )
+    verb.add_argument("--from", dest="source", help="folder of an export to use, instead of a work directory")
     verb.add_argument(
         "--target", action="append", default=[], choices=tuple(targets.TARGETS),
         help="runtime for which the model is converted too (repeatable)",
@@ -181,15 +167,21 @@ _OPTIONS = {
 
 
 def _model(verb: argparse.ArgumentParser, name: str, prefix: str) -> None:
-    summary = "a folder that `geotoken export` made, or ORG/NAME on the Hugging Face hub"
-    verb.add_argument(name, metavar="MODEL", type=os.path.expanduser, help=prefix + summary)
+    summary = "a folder that `geotoken export` made, or ORG/NAME or ORG/NAME@REVISION on the Hugging Face hub"
+    verb.add_argument(name, metavar="MODEL", help=prefix + summary)
     verb.add_argument("--revision", help="with ORG/NAME: branch, tag or commit")
     verb.add_argument(
-        "--backbone", type=os.path.expanduser, help="folder of the backbone's checkpoint, if MODEL does not contain it"
+        "--backbone", help="the backbone's checkpoint, a folder or ORG/NAME on the hub, if MODEL does not contain it"
     )
 
 
 _EPILOG = "--config.KEY=VALUE changes a key of the configuration, for example --config.train.examples=50000."
+
+
+def _at_home(argument: str) -> str:
+    """Returns an argument with ~ as the home folder, which shells replace in `~/x` and not in `--option=~/x`."""
+    option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    return option + equals + os.path.expanduser(value)
 
 
 def _place(options: argparse.Namespace) -> str:

@@ -10,7 +10,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 RANKS = {
     **dict.fromkeys(
-        ["__version__", "errors", "settings", "disk", "manifests", "records", "tables", "progress", "geo"], 0
+        ["__version__", "errors", "settings", "disk", "manifests", "records", "tables", "progress", "geo", "hub"], 0
     ),
     **dict.fromkeys(
         [

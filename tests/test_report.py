@@ -324,7 +324,7 @@ def test_a_reference_that_does_not_say_how_sure_it_is_gets_no_charts(made, confi
     assert "accuracy of the most certain photos" not in page
     metrics = json.loads((made / "report" / "metrics.json").read_text())
     assert metrics["splits"]["test"]["uncertainty"] is None
-    assert "uncertainty" not in table(metrics)
+    assert "stated uncertainty of Top-1" not in table(metrics) and "stated uncertainty of GeoToken" in table(metrics)
 
 
 def test_the_metrics_have_what_is_left_without_the_photos_that_the_gallery_knows(made, config):

@@ -20,6 +20,7 @@ from geotoken_jax.stages import (
     evaluate,
     experiments,
     export,
+    judge,
     predict,
     preparation,
     scaling,
@@ -119,6 +120,7 @@ def _predict_all(config: Config, folder: Workdir, variants: Sequence[str]) -> It
     yield from baselines.run(config, folder, TOP1)
     for variant in variants:
         yield from predict.run(config, folder, variant)
+        yield from judge.run(config, folder, variant)
 
 
 def _evaluate_all(config: Config, folder: Workdir, variants: Sequence[str]) -> Iterable[Manifest]:

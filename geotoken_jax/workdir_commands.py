@@ -169,6 +169,7 @@ def _experiment(options: argparse.Namespace, config: Config | None) -> None:
         print(experiments.document(config, folder), end="")
         return
     print(scores.table(experiments.run(config, folder, options.experiment)))
+    print(f"open {folder.path / 'experiments' / options.experiment / 'index.html'}")
 
 
 @jax_modes.standard()

@@ -89,7 +89,7 @@ def make(stage: Stage, source: Source, workers: int, max_dropped: float, beam: B
     tasks = [_Task(str(stage.path), source, split, n) for split, shards in source.splits.items() for n in range(shards)]
     (stage.path / "ledgers").mkdir(exist_ok=True)
     missing = [task for task in tasks if not (task.ledger.exists() and task.shard_path.exists())]
-    with Progress("photos", len(tasks), "shard", done=len(tasks) - len(missing)) as progress:
+    with Progress("photos", len(tasks), "shards", done=len(tasks) - len(missing)) as progress:
         if beam and beam.runner and missing:
             run_tasks(_make_attempt, missing, beam)
             progress.add(len(missing))
@@ -115,8 +115,9 @@ def make(stage: Stage, source: Source, workers: int, max_dropped: float, beam: B
     counts = {split: sum(ledger["photos"] for ledger in ledgers[split]) for split in ledgers}
     share = len(drops) / max(1, len(drops) + sum(counts.values()))
     if share > max_dropped:
+        reasons = ", ".join(f"{n:,} {reason}" for reason, n in dropped.most_common())
         raise StageError(
-            f"{share:.1%} of the photos were dropped ({dict(dropped)}), more than config.photos.max_dropped = "
+            f"{share:.1%} of the photos were dropped ({reasons}), more than config.photos.max_dropped = "
             f"{max_dropped}: read {stage.path / 'dropped.jsonl'}, then fix the source or raise the limit"
         )
     _refuse_repeated(tasks)

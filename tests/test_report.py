@@ -298,6 +298,10 @@ def test_ticks_are_few_round_and_enclose_the_range(low, high):
     np.testing.assert_allclose(steps, steps[0])
 
 
+def test_an_axis_of_zeros_ends_at_one():
+    assert chart._ticks(0.0, 0.0) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+
+
 @pytest.mark.parametrize("guess", [(10.0, 20.0), (10.001, 20.001), (-89.0, 179.0), (80.0, -179.9)])
 def test_a_small_map_shows_truth_and_prediction(guess):
     points = {"truth": np.array([(10.0, 20.0)]), "guess": np.array([guess])}

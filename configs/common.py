@@ -257,6 +257,7 @@ def _judge() -> dict[str, Any]:
         base_url="",  # empty: there is no judge
         model="",
         splits=("test",),
+        photos=0,  # all
         answer="choose",
         candidates=30,
         side=768,

@@ -129,7 +129,7 @@ def _make_missing(stage: Stage, tasks: Sequence["_Task"], workers: int, beam: Be
     """Makes the shards that are missing."""
     (stage.path / "ledgers").mkdir(exist_ok=True)
     missing = [task for task in tasks if not (task.ledger.exists() and task.shard_path.exists())]
-    with Progress("photos", len(tasks), "shard", done=len(tasks) - len(missing)) as progress:
+    with Progress("photos", len(tasks), "shards", done=len(tasks) - len(missing)) as progress:
         if beam and beam.runner and missing:
             run_tasks(_make_attempt, missing, beam)
             progress.add(len(missing))
@@ -158,8 +158,9 @@ def _check_dropped(
     faults = len(drops) - dropped[NOT_DOWNLOADED]
     share = faults / max(1, faults + sum(counts.values()))
     if share > max_dropped:
+        reasons = ", ".join(f"{n:,} {reason}" for reason, n in dropped.most_common())
         raise StageError(
-            f"{share:.1%} of the photos were dropped ({dict(dropped)}), more than config.photos.max_dropped = "
+            f"{share:.1%} of the photos were dropped ({reasons}), more than config.photos.max_dropped = "
             f"{max_dropped}{_example(dict(reversed([(reason, name) for name, reason in drops])))}: read "
             f"{stage.path / 'dropped.jsonl'}, then fix the source or raise the limit"
         )

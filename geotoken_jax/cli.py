@@ -138,6 +138,9 @@ def _evaluate_options(verb: argparse.ArgumentParser) -> None:
         "--compare", action="append", nargs=2, default=[], metavar=("A", "B"),
         help="with --predictions: two files to compare with each other too (repeatable)",
     )  # fmt: skip
+    verb.add_argument(
+        "--output", help="with --predictions: write the metrics to a file that ends in .json, or the table to .csv"
+    )
     verb.add_argument("--ellipsoid", action="store_true", help="with --predictions: use distances on WGS84")
     verb.add_argument(
         "--strict", action="store_true", help="with --predictions: count distances below a threshold only"

@@ -96,6 +96,10 @@ def _predictor(options: argparse.Namespace) -> Any:
 def _evaluate(options: argparse.Namespace, config: Any) -> int:
     """Scores the files named by --predictions; if there are none, scores a work directory."""
     if not options.predictions:
+        if options.output:
+            raise settings.SettingsError(
+                "--output needs --predictions=FILE: for a work directory the metrics are in report/metrics.json"
+            )
         if options.compare or options.ellipsoid or options.strict:
             raise settings.SettingsError(
                 "--compare, --ellipsoid and --strict need --predictions=FILE: for a work directory set "
@@ -116,7 +120,20 @@ def _evaluate(options: argparse.Namespace, config: Any) -> int:
         earth="ellipsoid" if options.ellipsoid else "sphere",
         strict=options.strict,
     )
-    print(evaluate.table(evaluate.compare_files(options.predictions, options.truth, chosen)))
+    output = Path(options.output) if options.output else None
+    if output and output.suffix.lower() not in evaluate.FORMATS:
+        raise settings.SettingsError(f"--output={output} has no known ending: use {' or '.join(evaluate.FORMATS)}")
+    metrics = evaluate.compare_files(options.predictions, options.truth, chosen)
+    print(evaluate.table(metrics))
+    if output:
+        try:
+            output.write_text(evaluate.FORMATS[output.suffix.lower()](metrics), encoding="utf-8")
+        except OSError as error:
+            raise settings.SettingsError(
+                f"--output={output} cannot be written ({error.strerror}): choose a file in a folder that exists and "
+                "that you may write to"
+            ) from None
+        print(f"wrote {output}")
     return 0
 
 

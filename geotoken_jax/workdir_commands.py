@@ -20,6 +20,7 @@ from geotoken_jax.stages import (
     evaluate,
     experiments,
     export,
+    judge,
     predict,
     preparation,
     scaling,
@@ -119,6 +120,7 @@ def _predict_all(config: Config, folder: Workdir, variants: Sequence[str]) -> It
     yield from baselines.run(config, folder, TOP1)
     for variant in variants:
         yield from predict.run(config, folder, variant)
+        yield from judge.run(config, folder, variant)
 
 
 def _evaluate_all(config: Config, folder: Workdir, variants: Sequence[str]) -> Iterable[Manifest]:
@@ -167,6 +169,7 @@ def _experiment(options: argparse.Namespace, config: Config | None) -> None:
         print(experiments.document(config, folder), end="")
         return
     print(scores.table(experiments.run(config, folder, options.experiment)))
+    print(f"open {folder.path / 'experiments' / options.experiment / 'index.html'}")
 
 
 @jax_modes.standard()

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -101,26 +102,35 @@ def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bytes(workdir: Pa
 
 def test_a_language_model_may_choose_too(workdir: Path, tmp_path: Path):
     """A judge that chooses the second candidate in its list."""
+    shutil.copytree(workdir / "predictions", tmp_path / "predictions")
     for folder in ("photos", "queries", "gallery", "neighbors", "tokens", "align", "geotoken", "pools", "verifier"):
         (tmp_path / folder).symlink_to(workdir / folder)
+    made = []
     server = test_judge.Server(lambda body, n: test_judge.says('{"number": 2}'))
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     judge = [f"--config.judge.base_url={server.url}", "--config.judge.model=any", "--variant=geotoken"]
     try:
-        assert geotoken("predict", f"--config={CONFIG}", f"--workdir={tmp_path}", *judge) == 0
+        for photos in (3, 0):
+            more = f"--config.judge.photos={photos}"
+            assert geotoken("predict", f"--config={CONFIG}", f"--workdir={tmp_path}", *judge, more) == 0
+            made.append(
+                json.loads((tmp_path / "predictions/geotoken_judge/manifest.json").read_text())["counts"]["test"]
+            )
     finally:
         server.shutdown()
         server.server_close()
-    lines = [json.loads(line) for line in (tmp_path / "predictions/geotoken/test.jsonl").read_text().splitlines()]
-    unasked = (workdir / "predictions/geotoken/test.jsonl").read_text().splitlines()
-    for line, without in zip(lines, map(json.loads, unasked), strict=True):
-        order = np.argsort([-c["log_probability"] for c in line["candidates"]], kind="stable")
-        assert line["choices"].pop("judge") == order[min(1, len(order) - 1)]
-        assert line == without  # all other fields, such as prediction and radii, are unchanged
-    report = json.loads((tmp_path / "predictions/geotoken/judge/test.json").read_text())
-    assert report["photos"] == len(lines) and len(server.bodies) == report["requests"]
-    validation = (tmp_path / "predictions/geotoken/validation.jsonl").read_text().splitlines()
-    assert not any("judge" in json.loads(line)["choices"] for line in validation)
+    judged = tmp_path / "predictions/geotoken_judge"
+    lines = [json.loads(line) for line in (judged / "test.jsonl").read_text().splitlines()]
+    answered = (workdir / "predictions/geotoken/test.jsonl").read_text().splitlines()
+    for line, unasked in zip(lines, map(json.loads, answered), strict=True):
+        order = np.argsort([-c["log_probability"] for c in unasked["candidates"]], kind="stable")
+        second = unasked["candidates"][order[min(1, len(order) - 1)]]
+        assert (line["id"], line["latitude"], line["longitude"], line["choice"]) == (
+            unasked["id"], second["latitude"], second["longitude"], "judge",
+        )  # fmt: skip
+    report = json.loads((judged / "judge/test.json").read_text())
+    assert report["photos"] == len(lines) and len(server.bodies) == report["requests"] == len(lines)
+    assert made == [3, 40] and not (judged / "validation.jsonl").exists()
 
 
 def test_changed_settings_are_refused_by_name(workdir: Path, capsys: pytest.CaptureFixture[str]):
@@ -286,7 +296,7 @@ def test_json_lines_of_photos(workdir: Path, photo: bytes, tmp_path: Path, capsy
     answer = json.loads(capsys.readouterr().out)
     assert (
         answer["id"] == str(tmp_path / "a.jpg")
-        and {"latitude", "longitude", "radius_km", "candidates"} <= answer.keys()
+        and {"latitude", "longitude", "place", "radius_km", "candidates"} <= answer.keys()
     )
 
 

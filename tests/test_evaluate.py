@@ -1,10 +1,13 @@
+import csv
 import dataclasses
 import json
 import math
+import re
 
 import numpy as np
 import pytest
 
+from geotoken_jax import cli
 from geotoken_jax.analysis import evaluate, reliability
 from geotoken_jax.analysis.claims import Claims
 from geotoken_jax.analysis.coordinates import (
@@ -61,9 +64,9 @@ def values(scored):
 
 def test_json_lines_and_csv_read_alike(tmp_path):
     lines = write(tmp_path / "a.jsonl", [row("x", 1.5, -2.25, author="a"), row("7", -90, 180, author="b")])
-    csv = tmp_path / "b.csv"
-    csv.write_text('\ufeffIMG_ID,LAT, Lon,Author\nx,1.5,-2.25,a\n"7",-90,180,b\n')
-    for points in (read_coordinates(lines), read_coordinates(csv)):
+    table = tmp_path / "b.csv"
+    table.write_text('\ufeffIMG_ID,LAT, Lon,Author\nx,1.5,-2.25,a\n"7",-90,180,b\n')
+    for points in (read_coordinates(lines), read_coordinates(table)):
         assert points.ids == ["x", "7"]
         np.testing.assert_array_equal(points.coordinates, [[1.5, -2.25], [-90, 180]])
         assert [more["author"] for more in points.extra] == ["a", "b"]
@@ -154,7 +157,7 @@ def test_choices_are_methods_and_the_best_candidate_is_a_bound(tmp_path):
         "Top-1 neighbor",
         "GeoToken: greedy",
         "GeoToken: log probability",
-        "Best of 2 neighbors",
+        "Top-1 neighbor: ideal of 2 candidates",
         "GeoToken: ideal of up to 3 candidates",
     ]
     assert [m.bound for m in ordered] == [False, False, False, True, True]
@@ -162,7 +165,7 @@ def test_choices_are_methods_and_the_best_candidate_is_a_bound(tmp_path):
     np.testing.assert_allclose(km["GeoToken: greedy"], [500, 20])
     np.testing.assert_allclose(km["GeoToken: log probability"], [100, 3000])
     np.testing.assert_allclose(km["GeoToken: ideal of up to 3 candidates"], [10, 20])
-    np.testing.assert_allclose(km["Best of 2 neighbors"], [0.5, 0.5])
+    np.testing.assert_allclose(km["Top-1 neighbor: ideal of 2 candidates"], [0.5, 0.5])
     differences = score(ordered, truth)["differences"]
     assert [d["name"] for d in differences] == ["Top-1 neighbor", "GeoToken: log probability"]
 
@@ -426,3 +429,75 @@ def test_what_is_predicted_is_what_evaluation_reads(tmp_path):
     assert claims.radius_km.tolist() == [[30, 400]]
     np.testing.assert_equal(claims.within, [[np.nan, 0.4, 0.9, np.nan, np.nan]])
     assert claims.cells.tolist() == [[[20, 1, 2, 0.3], [3, 10, 2, 0.2]]]
+
+
+def test_files_with_equal_names_have_different_names_in_tables(tmp_path):
+    truth = write(tmp_path / "truth.jsonl", [row("a", 0)])
+    files = [tmp_path / name for name in ("a/test.csv", "b/test.csv", "b/other.csv")]
+    for file in files:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("id,lat,lng\na,0,0\n")
+
+    def names(*paths):
+        metrics = evaluate.compare_files(paths, truth, options(str(paths[0])))
+        return [m["name"] for m in metrics["splits"]["truth"]["methods"]]
+
+    assert names(files[0], files[2]) == ["test", "other"]
+    assert names(*files) == [str(files[0]), str(files[1]), "other"]
+    both = write(tmp_path / "test.jsonl", [row("a", 0, candidates=[{"latitude": 0, "longitude": n} for n in range(2)])])
+    assert names(both, files[0])[:2] == [str(both), str(files[0])]
+    assert names(both)[1] == "test: ideal of 2 candidates"
+    with pytest.raises(TableError, match=r"test\.csv is given more than once: give it once"):
+        names(files[0], files[0])
+
+
+def test_all_tables_of_differences_have_one_sign_and_spaces_between_intervals(tmp_path):
+    truth = write(tmp_path / "truth.jsonl", [row(str(n), 0) for n in range(20)])
+    a, b, c = (
+        write(tmp_path / f"{name}.jsonl", [row(str(n), km * KM) for n in range(20)])
+        for name, km in (("a", 5000), ("b", 0.5), ("c", 5000))
+    )
+    metrics = evaluate.compare_files([a, b, c], truth, options(str(a), compare=((str(b), str(c)), (str(a), str(b)))))
+    text = evaluate.table(metrics)
+    tables = text.split("above (+) or below (-) ")[1:]
+    assert [table.split("\n")[0] for table in tables] == ["a", "c", "b"]
+    rows = [next(line.split() for line in table.splitlines()[2:]) for table in tables]
+    assert rows == [["b", *["+100.0"] * 5], ["b", *["+100.0"] * 5], ["a", *["-100.0"] * 5]]
+    assert text.count("+100..+100 ") > 4 and text.count("-100..-100 ") == 4 and "100-100" in text
+
+
+def test_every_file_with_radii_has_its_uncertainty_in_the_table(tmp_path):
+    truth = write(tmp_path / "truth.jsonl", [row("a", 0), row("b", 0)])
+    files = [write(tmp_path / f"{n}.jsonl", [row("a", 0, radius_km=5), row("b", n, radius_km=5)]) for n in (1, 2)]
+    bare = write(tmp_path / "bare.jsonl", [row("a", 0)])
+    text = evaluate.table(evaluate.compare_files([bare, *files], truth, options(str(bare))))
+    assert "stated uncertainty of 1\n" in text and "stated uncertainty of 2\n" in text
+    assert "stated uncertainty of bare" not in text and text.count("50 % radius contains") == 2
+
+
+def test_metrics_are_written_to_a_file_whose_ending_chooses_the_form(tmp_path, capsys):
+    truth, ours = (
+        write(tmp_path / f"{name}.jsonl", [row("a", km * KM), row("b", 0, 1)])
+        for name, km in (("truth", 0), ("ours", 0.5))
+    )
+    arguments = ["evaluate", f"--predictions={ours}", f"--truth={truth}"]
+    for name in ("metrics.json", "metrics.CSV"):
+        with pytest.raises(SystemExit) as done:
+            cli.main([*arguments, f"--output={tmp_path / name}"])
+        assert done.value.code == 0 and f"wrote {tmp_path / name}" in capsys.readouterr().out
+    assert json.loads((tmp_path / "metrics.json").read_text())["splits"]["truth"]["photos"] == 2
+    (line,) = csv.DictReader((tmp_path / "metrics.CSV").open())
+    assert (line["name"], line["within_1_km"], line["within_2500_km_high"], line["median_km"]) == (
+        "ours", "1.0", "1.0", "0.25",
+    )  # fmt: skip
+    wrong = {
+        "metrics.txt": r"no known ending: use \.json or \.csv",
+        "none/m.csv": r"cannot be written \(No such file or directory\): choose a file in a folder that exists",
+    }
+    for name, message in wrong.items():
+        with pytest.raises(SystemExit) as done:
+            cli.main([*arguments, f"--output={tmp_path / name}"])
+        assert done.value.code == 2 and re.search(message, capsys.readouterr().err)
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", "--output=x.csv"])
+    assert "--output needs --predictions=FILE" in capsys.readouterr().err

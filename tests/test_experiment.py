@@ -186,6 +186,10 @@ def test_the_page_has_what_is_there(tmp_path, stages):
     for stage in found.values():
         stage(given, Workdir(tmp_path), "geotoken")
     experiments.run(given, Workdir(tmp_path), "one")
+    html = (tmp_path / "experiments/one/index.html").read_text()
+    assert "<h1>One</h1>" in html and "What?" in html and "Nearer is better." in html
+    assert 'aria-label="Percent of the photos of test within each distance' in html and "&quot;" not in html
+    assert '<span class="up">+100.0</span>' in html and '"seed": 1' in html
     page = experiments.document(given, Workdir(tmp_path))
     assert "## One\n\nWhat?\n\nNearer is better.\n" in page and "## Two" not in page
     base, near = (line for line in page.splitlines() if line.startswith(("| base", "| near")))

@@ -39,7 +39,11 @@ class Sizes(Predictor):
         self.asked += photos
         sizes = [os.path.getsize(p) if isinstance(p, str) else len(p) for p in photos]
         within = {1: 0.1, 25: 0.5, 200: 0.9, 750: 0.95, 2500: 1.0}
-        return [Prediction(float(n), -170.0, 10.0, 99.0, within, (Candidate(float(n), -170.0),), (), ()) for n in sizes]
+        place = "99 km from Ō & B, C"
+        return [
+            Prediction(float(n), -170.0, 10.0, 99.0, within, (Candidate(float(n), -170.0),), (), (), place=place)
+            for n in sizes
+        ]
 
 
 @pytest.fixture
@@ -77,7 +81,9 @@ def test_a_folder_without_photos_says_what_it_has(tmp_path):
 def test_a_bad_photo_is_reported_and_the_others_are_printed(photos, capsys):
     assert folder.run(Sizes(), "m", folder.find([str(photos)]), None, False) == 2
     printed = capsys.readouterr()
-    assert printed.out.splitlines()[0] == "a.JPG  15.00000, -170.00000  50 % within 10 km, 90 % within 99 km"
+    assert printed.out.splitlines()[0] == (
+        "a.JPG  15.00000, -170.00000  99 km from Ō & B, C  50 % within 10 km, 90 % within 99 km"
+    )
     assert len(printed.out.splitlines()) == 5
     assert "bad.jpg is damaged: copy it again" in printed.err and "left out 5 files" in printed.err
 
@@ -115,7 +121,11 @@ def test_files_open_in_readers_of_their_format(photos, tmp_path):
     kml = xml.etree.ElementTree.parse(tmp_path / "answers.kml")
     names = [e.text for e in kml.iter("{http://www.opengis.net/kml/2.2}name")]
     assert names[-1] == "sub/ü é.png"
-    assert "sub/ü é.png" in (tmp_path / "answers.html").read_text()
+    assert "sub/ü é.png" in (page := (tmp_path / "answers.html").read_text())
+    described = next(kml.iter("{http://www.opengis.net/kml/2.2}description")).text
+    assert described == "99 km from Ō & B, C; 50 % within 10 km, 90 % within 99 km"
+    found_places = [rows[0]["place"], lines[0]["place"], points[0]["properties"]["place"]]
+    assert found_places == ["99 km from Ō & B, C"] * 3 and "99 km from Ō &amp; B, C" in page
 
 
 @pytest.mark.parametrize(

@@ -365,8 +365,8 @@ def test_a_photo_is_answered_on_the_command_line(published, tmp_path, capsys):
     assert geotoken(*command, photo, tmp_path / "missing.jpg") == cli.REFUSED
     out, err = capsys.readouterr()
     assert out == (
-        f"{photo}  {answer['latitude']:.5f}, {answer['longitude']:.5f}  50 % within {answer['radius_km']:,.0f} km, "
-        f"90 % within {answer['radius_90_km']:,.0f} km\n"
+        f"{photo}  {answer['latitude']:.5f}, {answer['longitude']:.5f}  {answer['place']}  "
+        f"50 % within {answer['radius_km']:,.0f} km, 90 % within {answer['radius_90_km']:,.0f} km\n"
     )
     assert "missing.jpg" in err
 

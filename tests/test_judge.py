@@ -16,34 +16,22 @@ from PIL import Image
 
 from geotoken_jax import settings
 from geotoken_jax.manifests import StageError
-from geotoken_jax.predict.judge import Judge, JudgeSettings
-from geotoken_jax.predict.pool import Pool
-from geotoken_jax.predict.sample import Candidates
+from geotoken_jax.predict.judge import Judge, JudgeSettings, Question
 
 KEY = "sk-Secret0123456789"
 SECTION = dict(
-    base_url="", model="looker", splits=("test",), answer="choose", candidates=3, side=48, options=dict(),
+    base_url="", model="looker", splits=("test",), photos=0, answer="choose", candidates=3, side=48, options=dict(),
     timeout_s=5.0, attempts=2, concurrent=4, price_in=2.0, price_out=10.0, key_variable="",
 )  # fmt: skip
-#: Candidates of every photo. The first two are equal. In order of falling log-probability the list is 3, 0, 2, 4.
-COORDINATES = np.array([[10.0, 20.0], [10.0, 20.0], [-33.5, 151.25], [48.85837, 2.29448], [70.0, -150.0]])
-LOG_P = np.array([-2.0, -2.0, -4.0, -1.0, -9.0], np.float32)
-LISTED = [3, 0, 2, 4]
+#: Candidates of every photo. In order of falling log-probability the list is 3, 0, 2, 1, 4.
+COORDINATES = np.array([[10.0, 20.0], [0.0, 0.0], [-33.5, 151.25], [48.85837, 2.29448], [70.0, -150.0]])
+LOG_P = np.array([-2.0, -8.0, -4.0, -1.0, -9.0])
+LISTED = [3, 0, 2]
 
 
-def pool(b: int) -> Pool:
-    """A photo has three neighbors, of which the last is padding."""
-    log_p = np.tile(LOG_P, (b, 1))
-    return Pool(
-        candidates=Candidates(np.zeros((b, 5, 4), np.int32), log_p, log_p),
-        coordinates=np.tile(COORDINATES, (b, 1, 1)),
-        query=np.zeros((b, 3, 2)),
-        neighbors=np.zeros((b, 3, 3, 2)),
-        neighbor_coordinates=np.tile([[48.9, 2.3], [41.9, 12.5], [0.0, 0.0]], (b, 1, 1)),
-        neighbor_scores=np.tile(np.array([2.7, 1.5, 0.0], np.float32), (b, 1)),
-        neighbor_count=np.full(b, 2),
-        distribution=None,
-    )
+def question(name: str, image: bytes) -> Question:
+    neighbors = np.array([[48.9, 2.3], [41.9, 12.5]])
+    return Question(name, image, COORDINATES, LOG_P, neighbors, np.array([2.7, 1.5]))
 
 
 def photo(number: int) -> bytes:
@@ -142,10 +130,10 @@ def options(url: str, **changes) -> JudgeSettings:
     return settings.read(JudgeSettings, ConfigDict({**SECTION, "base_url": url, **changes}), "judge")
 
 
-def ask(judge: Judge, b: int, first: int = 0):
-    """Returns the judge's choices for b photos, or candidate 4 if the judge fails."""
-    numbers = range(first, first + b)
-    return judge([f"photo-{n}" for n in numbers], [photo(n) for n in numbers], pool(b), np.full(b, 4))
+def ask(judge: Judge, b: int, first: int = 0) -> np.ndarray:
+    """Returns the index of the candidate that is chosen for each of b photos, 4 if the reply is not usable."""
+    answers = judge([question(f"photo-{n}", photo(n)) for n in range(first, first + b)])
+    return np.array([4 if place is None else np.flatnonzero((COORDINATES == place).all(1))[0] for place in answers])
 
 
 def lines(path) -> list[dict]:
@@ -161,7 +149,7 @@ def test_it_chooses_by_the_number_it_was_shown(serve, file):
     server = serve(lambda body, n: says('{"number": 2}'))
     judge = Judge(options(server.url), file)
     chosen = ask(judge, 2)
-    assert chosen.tolist() == [0, 0] and chosen.dtype.kind == "i"
+    assert chosen.tolist() == [0, 0]
     (line, _) = lines(file)
     assert (line["place"], line["reason"], line["replied"]) == ([10.0, 20.0], "", True)
     assert line["requests"] == 1 and line["text"] == '{"number": 2}'
@@ -206,11 +194,8 @@ def test_a_free_answer_is_a_place_of_its_own(serve, file):
     server = serve(
         lambda body, n: says('{"latitude": 41.5, "longitude": -8}' if number_in(body) == 0 else "I cannot tell.")
     )
-    given = pool(2)
     judge = Judge(options(server.url, answer="free"), file)
-    found = judge(["a", "b"], [photo(0), photo(1)], given, np.array([0, 2]))
-    assert found.tolist() == [[41.5, -8.0], [-33.5, 151.25]] and found.dtype == np.float64
-    np.testing.assert_array_equal(given.coordinates, pool(2).coordinates)
+    assert judge([question("a", photo(0)), question("b", photo(1))]) == [[41.5, -8.0], None]
     assert "not listed" in server.bodies[0]["messages"][0]["content"][0]["text"]
 
 
@@ -257,7 +242,7 @@ def test_a_reply_is_an_answer_or_counted_under_its_reason(serve, file, answer, r
     if isinstance(expected, int):
         assert found.tolist() == [expected] and line["reason"] == "" and judge.report()["answered"] == 1
     else:
-        assert found.tolist() == ([4] if answer == "choose" else [COORDINATES[4].tolist()])
+        assert found.tolist() == [4]
         assert line["reason"] == expected and line["place"] is None and len(line["text"]) < 20_000
         assert judge.report()["fallbacks"] == {expected: 1} and judge.report()["answered"] == 0
         assert line["replied"] == (not expected.startswith(("no chat", "HTTP")))
@@ -377,7 +362,7 @@ def test_a_crash_in_the_middle_keeps_every_reply_and_asks_no_more(serve, file):
     server = serve(behave)
     photos = [photo(0), photo(1), b"not a photo", *[photo(2)] * 17]
     with pytest.raises(ValueError, match="not a JPEG"):
-        Judge(options(server.url, concurrent=1), file)([f"{n}" for n in range(20)], photos, pool(20), np.full(20, 4))
+        Judge(options(server.url, concurrent=1), file)([question(f"{n}", image) for n, image in enumerate(photos)])
     kept = lines(file)
     assert [line["id"] for line in kept[:3]] == ["0", "1", "3"] and all(line["replied"] for line in kept)
     assert len(kept) == len(server.bodies) < 10
@@ -402,6 +387,19 @@ def test_a_hopeless_endpoint_ends_in_one_sentence_and_answers_are_kept(serve, no
         ask(Judge(options(nowhere, attempts=1), file), 30)
     again = serve(lambda body, n: says('{"number": 1}'))
     assert ask(Judge(options(again.url), file), 5).tolist() == [0, 0, 0, 3, 3] and len(again.bodies) == 2
+
+
+def test_a_model_without_usable_replies_is_asked_twenty_times(serve, file):
+    server = serve(lambda body, n: says('{"number": 1}' if number_in(body) == 2 else "I cannot help with that."))
+    judge = Judge(options(server.url, concurrent=1), file)
+    with pytest.raises(StageError) as raised:
+        ask(judge, 30)
+    message = str(raised.value)
+    assert "config.judge.model is 'looker': the last 20 photos got replies without an answer" in message
+    assert "(last reply: refusal, I cannot help with that.)" in message and str(file.parent.parent) in message
+    assert len(server.bodies) == 23 and message.count(". ") == 0  # the third reply is usable
+    assert ask(Judge(options(server.url, concurrent=1), file), 30).tolist() == [4, 4, 3, *[4] * 27]
+    assert len(server.bodies) == 30
 
 
 def test_the_key_is_sent_and_is_nowhere_else(serve, nowhere, tmp_path, monkeypatch, caplog, capfd):
@@ -439,6 +437,7 @@ def test_a_key_that_cannot_be_sent_is_not_shown(file, monkeypatch, value):
     [
         ({"answer": "guess"}, "config.judge.answer is 'guess': choose one of choose, free"),
         ({"attempts": 0}, "config.judge.attempts is 0: it must be above 0"),
+        ({"photos": -1}, "config.judge.photos is -1: set it to a number of photos, or to 0 for all"),
         ({"timeout_s": -1.0}, "config.judge.timeout_s"),
         ({"model": ""}, "config.judge.model is ''"),
         ({"base_url": "localhost:8000/v1"}, "config.judge.base_url must be like http://localhost:8000/v1"),

@@ -298,6 +298,10 @@ def test_ticks_are_few_round_and_enclose_the_range(low, high):
     np.testing.assert_allclose(steps, steps[0])
 
 
+def test_an_axis_of_zeros_ends_at_one():
+    assert chart._ticks(0.0, 0.0) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+
+
 @pytest.mark.parametrize("guess", [(10.0, 20.0), (10.001, 20.001), (-89.0, 179.0), (80.0, -179.9)])
 def test_a_small_map_shows_truth_and_prediction(guess):
     points = {"truth": np.array([(10.0, 20.0)]), "guess": np.array([guess])}
@@ -324,7 +328,7 @@ def test_a_reference_that_does_not_say_how_sure_it_is_gets_no_charts(made, confi
     assert "accuracy of the most certain photos" not in page
     metrics = json.loads((made / "report" / "metrics.json").read_text())
     assert metrics["splits"]["test"]["uncertainty"] is None
-    assert "uncertainty" not in table(metrics)
+    assert "stated uncertainty of Top-1" not in table(metrics) and "stated uncertainty of GeoToken" in table(metrics)
 
 
 def test_the_metrics_have_what_is_left_without_the_photos_that_the_gallery_knows(made, config):

@@ -306,7 +306,7 @@ def _index_rows(path: epath.Path, saved: epath.Path, settings: MP16ProSettings) 
     limit = settings.validation * 2**64
     with saved.open("wb") as file:
         rows: Any = csv_rows.read_rows(path, COLUMNS, _PLACES)  # pyright: ignore[reportArgumentType]
-        for row in track(rows, "rows", unit="row"):
+        for row in track(rows, "rows", unit="rows"):
             offset.append(file.tell())
             key.append(_key(_stem(row.id)))
             held.append(isinstance(row, Photo) and _key(row.author, settings.seed) < limit)

@@ -28,9 +28,8 @@ class CoordinateTable:
 
     source: path or name of the file, for messages. candidates: coordinates that the predictor chose among, padded with
     NaN to K, the largest number per photo. generated: whether a decoder generated the candidates token by token. extra:
-    all other columns per photo, column names in lower case. ranked: whether candidates have probabilities; candidates
-    that are neither generated nor ranked are neighbors. claims: stated uncertainty per photo; None if the file has
-    none.
+    all other columns per photo, column names in lower case. claims: stated uncertainty per photo; None if the file
+    has none.
     """
 
     source: str
@@ -39,7 +38,6 @@ class CoordinateTable:
     candidates: Float[np.ndarray, "n K 2"]
     generated: bool
     extra: list[dict[str, Any]]
-    ranked: bool = False
     claims: Claims | None = None
 
 
@@ -84,7 +82,7 @@ def read_coordinates(path: epath.PathLike, predicted: bool = False) -> Coordinat
     """
     source = str(path)
     first_place, ids, coordinates, candidates, claims, extra = {}, [], [], [], [], []
-    generated = ranked = False
+    generated = False
     for location, row in _rows(path, predicted):
         required = {field: row.pop(field) for field in tables.COLUMNS}
         name = str(required["id"]).strip()
@@ -101,7 +99,6 @@ def read_coordinates(path: epath.PathLike, predicted: bool = False) -> Coordinat
         try:
             listed = row.pop("candidates", ())
             generated = generated or any("tokens" in c for c in listed)
-            ranked = ranked or any("probability" in c for c in listed)
             candidates.append([(float(c["latitude"]), float(c["longitude"])) for c in listed])
             row["choices"] = {name: _point(choice, candidates[-1]) for name, choice in row.get("choices", {}).items()}
         except (TypeError, KeyError, ValueError, AttributeError):
@@ -118,7 +115,7 @@ def read_coordinates(path: epath.PathLike, predicted: bool = False) -> Coordinat
     if not ids:
         raise TableError(f"{path} has no rows: write one row per photo with id, latitude and longitude")
     return CoordinateTable(
-        source, ids, np.array(coordinates), _padded(candidates), generated, extra, ranked, concatenate(claims)
+        source, ids, np.array(coordinates), _padded(candidates), generated, extra, concatenate(claims)
     )
 
 
@@ -168,8 +165,7 @@ def methods_of(
         nearest = np.nan_to_num(off, nan=np.inf).argmin(axis=1)
         # Photos have different numbers of candidates, because equal samples are one candidate.
         number = f"up to {count}" if np.isnan(candidates).any() else str(count)
-        is_neighbors = baseline and not predicted.ranked
-        name = f"Best of {number} neighbors" if is_neighbors else f"{label}: ideal of {number} candidates"
+        name = f"{label}: ideal of {number} candidates"
         methods.append(method("ideal", name, candidates[photos, nearest], bound=True))
     return methods
 

@@ -138,17 +138,19 @@ def table(figures: Mapping[str, Any]) -> str:
     split = masked["split"]
     lines = [f"{split}: percent within 200 km, by distance to the nearest gallery photo"]
     names = [m["name"] for m in figures["distance"][split]["all"]["methods"]]
-    lines += [f"  {'':16}{'photos':>8}  " + "  ".join(f"{name[:22]:>22}" for name in names)]
+    width = max(map(len, names))
+    lines += [f"  {'':16}{'photos':>8}  " + "  ".join(f"{name:>{width}}" for name in names)]
     for counted in figures["distance"][split]["bins"]:
-        within = [f"{100 * m['accuracy'][BIN_AT]['value']:22.1f}" for m in counted["methods"]]
+        within = [f"{100 * m['accuracy'][BIN_AT]['value']:{width}.1f}" for m in counted["methods"]]
         lines.append(f"  {counted['name']:16}{counted['photos']:8,}  " + "  ".join(within))
     lines += ["", f"{split}: percent within 2,500 km -> with the photos of their region left out of the gallery"]
+    width = max((len(region["name"]) for region in masked["regions"]), default=0)
     for region in masked["regions"]:
         pairs = (
-            f"{m['name'][:22]} {100 * m['plain'][LOST_AT]['value']:.1f} -> {100 * m['masked'][LOST_AT]['value']:.1f}"
+            f"{m['name']} {100 * m['plain'][LOST_AT]['value']:.1f} -> {100 * m['masked'][LOST_AT]['value']:.1f}"
             for m in region["methods"]
         )
-        lines.append(f"  {region['name'][:18]:18}{region['photos']:6,}  " + ";  ".join(pairs))
+        lines.append(f"  {region['name']:{width}}{region['photos']:6,}  " + ";  ".join(pairs))
     return "\n".join(line.rstrip() for line in lines)
 
 

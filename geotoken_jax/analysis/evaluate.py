@@ -5,7 +5,10 @@ bootstrap intervals. Authors are resampled if they are known, because photos of 
 methods use the same resamples, so differences between methods are paired.
 """
 
+import csv
 import dataclasses
+import io
+import json
 import operator
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -28,12 +31,12 @@ def compare_files(
 ) -> dict[str, Any]:
     """Returns the metrics of files of predictions against a file of true coordinates.
 
-    The path of a file is the name of its variant. Raises TableError if a file cannot be scored, SettingsError if
-    options.compare names a method that no file has.
+    The path of a file is the name of its variant. Raises TableError if a file cannot be scored or is given
+    twice, SettingsError if options.compare names a method that no file has.
     """
     points = read_coordinates(truth)
-    methods, labels = [], _labels([str(path) for path in predictions])
-    for path, label in labels.items():
+    methods = []
+    for path, label in _labels([str(path) for path in predictions]).items():
         predicted = read_coordinates(path, predicted=True)
         _refuse_truth(predicted, points)
         methods += methods_of(predicted, points, path, options.labels.get(path, label), options.earth)
@@ -104,10 +107,15 @@ def _score_split(methods: Sequence[Method], truth: CoordinateTable, options: Eva
     scores = score(
         methods, truth, options.reference, options.resamples, options.seed, options.strict, tuple(options.compare)
     )
-    main = next((m for m in methods if m.main and m.variant == options.reference), None)
+    stated = {
+        m.variant: figures
+        for m in methods
+        if m.main and (figures := reliability.figures(m, truth.coordinates, options.strict))
+    }
     return scores | {
         "continents": _continents(methods, truth, options),
-        "uncertainty": main and reliability.figures(main, truth.coordinates, options.strict),
+        "uncertainty": stated.pop(options.reference, None),
+        "other_uncertainty": list(stated.values()),
     }
 
 
@@ -225,7 +233,7 @@ def table(metrics: Mapping[str, Any]) -> str:
         lines += [f"{split}: {scores['photos']:,} photos{authors}", "-" * 100]
         for row in scores["methods"]:
             above = [f"{100 * a['value']:.1f}" for a in row["accuracy"]]
-            below = [f"{100 * a['low']:.1f}-{100 * a['high']:.1f}" for a in row["accuracy"]]
+            below = [f"{_percent(a['low'])}-{_percent(a['high'])}" for a in row["accuracy"]]
             tail = [f"{row['median_km']:,.1f}", f"{row['geoscore']['value']:,.0f}"]
             lines += _aligned(row["name"] + (" (bound)" if row["bound"] else ""), above + tail, below)
         if any(row["bound"] for row in scores["methods"]):
@@ -235,11 +243,11 @@ def table(metrics: Mapping[str, Any]) -> str:
         for row in scores["differences"]:
             lines += _difference(row["name"], row["accuracy"])
         for row in scores["comparisons"]:
-            title = f"{split}: percentage points of {row['name']} above (+) or below (-)"
+            title = f"{split}: percentage points above (+) or below (-) {row['against']}"
             lines += ["", *textwrap.wrap(title, 100), "-" * 100]
-            lines += _difference(row["against"], row["accuracy"])
-        if scores["uncertainty"]:
-            lines += ["", *reliability.lines(split, scores["uncertainty"])]
+            lines += _difference(row["name"], row["accuracy"])
+        for figures in filter(None, (scores["uncertainty"], *scores.get("other_uncertainty", ()))):
+            lines += ["", *reliability.lines(split, figures)]
         for row in scores["methods"]:
             if row["missing"]:
                 note = f"{row['name']}: {row['missing']:,} photos have no prediction and count as wrong"
@@ -247,10 +255,42 @@ def table(metrics: Mapping[str, Any]) -> str:
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
 
+def csv_table(metrics: Mapping[str, Any]) -> str:
+    """Returns the metrics as CSV, a row per split and method; accuracies are fractions with their intervals."""
+    text = io.StringIO()
+    rows = [
+        {
+            "split": split,
+            "photos": scores["photos"],
+            **{name: row[name] for name in ("name", "variant", "choice", "bound", "missing")},
+            **{f"within_{a['km']}_km{end}": a[part] for a in row["accuracy"] for part, end in _PARTS.items()},
+            "median_km": row["median_km"],
+            **{f"{name}{end}": row[name][part] for name in ("mean_km", "geoscore") for part, end in _PARTS.items()},
+        }
+        for split, scores in metrics["splits"].items()
+        for row in scores["methods"]
+    ]
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+#: Part of an estimate -> ending of its column.
+_PARTS = {"value": "", "low": "_low", "high": "_high"}
+#: Ending of a file -> function from metrics to its text.
+FORMATS = {".json": lambda metrics: json.dumps(metrics, indent=1) + "\n", ".csv": csv_table}
+
+
 def _difference(name: str, accuracy: Sequence[Mapping[str, float]]) -> list[str]:
     above = [f"{100 * a['value']:+.1f}" for a in accuracy]
-    below = [f"{100 * a['low']:+.1f}..{100 * a['high']:+.1f}" for a in accuracy]
+    below = [f"{_percent(a['low'], '+')}..{_percent(a['high'], '+')}" for a in accuracy]
     return _aligned(name, above, below, width=13)
+
+
+def _percent(share: float, sign: str = "") -> str:
+    """Returns a share in percent, 100 without a decimal, so that intervals of two such numbers fit their column."""
+    return f"{100 * share:{sign}.{0 if abs(share) >= 0.9995 else 1}f}"
 
 
 def _aligned(name: str, above: Sequence[str], below: Sequence[str], width: int = 11) -> list[str]:

@@ -28,18 +28,18 @@ _AT = distance.THRESHOLDS_KM.index(25)
 
 def table(figures: Mapping[str, Any]) -> str:
     """Returns text tables: leaked photos by kind, and accuracy with and without the leaked photos."""
-    lines = [f"{'':16}{'photos':>8}" + "".join(f"{kind:>18}" for kind in KINDS) + f"{'clean':>8}"]
+    width = 1 + max(map(len, figures["splits"]), default=0)
+    lines = [f"{'':{width}}{'photos':>8}" + "".join(f"{kind:>18}" for kind in KINDS) + f"{'clean':>8}"]
     for split, of in figures["splits"].items():
         kinds = "".join(f"{of['kinds'][kind]['photos']:18,}" for kind in KINDS)
-        lines.append(f"{split[:15]:16}{of['photos']:8,}{kinds}{of['clean']:8,}")
+        lines.append(f"{split:{width}}{of['photos']:8,}{kinds}{of['clean']:8,}")
     lines += ["", "Percent within 25 km: all photos -> without leaked photos"]
     for split, of in figures["splits"].items():
         for i, method in enumerate(of["accuracy"]["all"]["methods"]):
             clean = of["accuracy"]["clean"]
             without = f"{100 * clean['methods'][i]['accuracy'][_AT]['value']:.1f}" if clean else "no photos left"
-            lines.append(
-                f"{split[:15]:16}{method['name'][:50]:52}{100 * method['accuracy'][_AT]['value']:6.1f} -> {without}"
-            )
+            value = 100 * method["accuracy"][_AT]["value"]
+            lines.append(f"{split:{width}}{method['name']:50}{value:6.1f} -> {without}")
     return "\n".join(lines)
 
 

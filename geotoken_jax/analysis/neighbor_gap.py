@@ -87,11 +87,12 @@ def table(figures: Mapping[str, Any]) -> str:
     """Returns a text table of the percent of photos whose first, and whose nearest, neighbor is within each threshold,
     and a verdict per split that is not trained on."""
     columns = [f"{km:,} km" for km in distance.THRESHOLDS_KM]
-    lines = [f"{'':40}{'photos':>8}" + "".join(f"{column:>10}" for column in columns)]
+    width = 1 + max(map(len, figures["splits"]), default=0)
+    lines = [f"{'':{width + 24}}{'photos':>8}" + "".join(f"{column:>10}" for column in columns)]
     for split, of in figures["splits"].items():
         for method in of["methods"]:
             within = "".join(f"{100 * a['value']:10.1f}" for a in method["accuracy"])
-            lines.append(f"{split[:15]:16}{method['name'][:23]:24}{of['photos']:8,}{within}")
+            lines.append(f"{split:{width}}{method['name']:24}{of['photos']:8,}{within}")
     return "\n".join([*lines, "", *(verdict(gap) for gap in figures["gaps"])])
 
 

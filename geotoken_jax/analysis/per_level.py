@@ -122,7 +122,7 @@ def table(figures: Mapping[str, Any]) -> str:
     heads = ("accuracy", "loss", "error", "in cell", "wrong", "lost", "neighbor", "near", "km")
     names = ("accuracy", "of_uniform", "calibration_error", "right", "first_wrong", "lost", "held_wrong", "near")
     for split, of in figures["splits"].items():
-        lines += ["", f"{split[:15]:16}" + "".join(f"{head:>9}" for head in heads)]
+        lines += ["", f"{split:15} " + "".join(f"{head:>9}" for head in heads)]
         for at, level in zip(of["levels"], figures["levels"], strict=True):
             cells = [f"{100 * at[name]['value']:.1f}" if at[name] else "-" for name in names]
             cells += [formats.number(at["km_quartiles"][1]) if at["photos_wrong"] else "-"]
@@ -134,7 +134,7 @@ def table(figures: Mapping[str, Any]) -> str:
     lines += ["right cell, and the percent of them that left it there"]
     lines += [f"{'':16}" + "".join(f"{limit:>10,} km" for limit in distance.THRESHOLDS_KM)]
     for split, of in figures["splits"].items():
-        lines += [f"{split[:15]:16}" + "".join(_most(figures, of, f"missed_{at}") for at in distance.THRESHOLDS_KM)]
+        lines += [f"{split:15} " + "".join(_most(figures, of, f"missed_{at}") for at in distance.THRESHOLDS_KM)]
     lines += ["", "In parentheses: 95 % intervals."]
     sentences = [
         f"\n{of(figures, split)}" for of in (bottleneck_sentence, cause_sentence) for split in figures["splits"]

@@ -1,6 +1,7 @@
 """Quality of stated uncertainty: calibration of probabilities and radii, abstention, and recall by searched area."""
 
 import math
+import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -181,7 +182,7 @@ def lines(split: str, uncertainty: Mapping[str, Any]) -> list[str]:
         rows["surest half: within, %"] = {
             km: f"{100 * value:.1f}" for km, value in zip(distance.THRESHOLDS_KM, half, strict=True)
         }
-    text = [f"{split}: stated uncertainty of {uncertainty['name'][:70]}", "-" * 100]
+    text = [*textwrap.wrap(f"{split}: stated uncertainty of {uncertainty['name']}", 100), "-" * 100]
     for name, cells in rows.items():
         if cells:
             text.append(f"{name:26}" + "".join(f"{cells.get(km, ''):>11}" for km in distance.THRESHOLDS_KM))

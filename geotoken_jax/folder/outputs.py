@@ -21,7 +21,15 @@ from geotoken_jax.settings import SettingsError
 
 #: An answer: `id`, and the fields of Prediction.plain.
 Answer = Mapping[str, Any]
-_COLUMNS = ("id", "latitude", "longitude", "radius_km", "radius_90_km", *(f"within_{km}" for km in THRESHOLDS_KM))
+_COLUMNS = (
+    "id",
+    "latitude",
+    "longitude",
+    "place",
+    "radius_km",
+    "radius_90_km",
+    *(f"within_{km}" for km in THRESHOLDS_KM),
+)
 #: Characters that XML 1.0 cannot contain, even escaped.
 _NOT_IN_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
@@ -129,8 +137,9 @@ def _kml(answers: Iterable[Answer], photos: Mapping[str, Any]) -> Iterator[str]:
     yield '<?xml version="1.0" encoding="UTF-8"?>\n<kml xmlns="http://www.opengis.net/kml/2.2"><Document>\n'
     for answer in answers:
         name = escape(_NOT_IN_XML.sub("\ufffd", answer["id"]))
+        text = "; ".join([*([answer["place"]] if "place" in answer else []), radii(answer)])
         yield (
-            f"<Placemark><name>{name}</name><description>{escape(radii(answer))}</description>"
+            f"<Placemark><name>{name}</name><description>{escape(text)}</description>"
             f"<Point><coordinates>{answer['longitude']},{answer['latitude']}</coordinates></Point></Placemark>\n"
         )
     yield "</Document></kml>\n"

@@ -12,7 +12,7 @@ from typing import Any
 from geotoken_jax import hub
 from geotoken_jax.backbone.preprocess import ENDINGS, ImageError
 from geotoken_jax.folder import outputs, walk
-from geotoken_jax.pages.answers import radii
+from geotoken_jax.pages.answers import place, radii
 from geotoken_jax.predict.prediction import Prediction
 from geotoken_jax.predict.predictor import Predictor
 from geotoken_jax.progress import Progress
@@ -97,7 +97,7 @@ def run(model: Predictor, identity: str, found: Found, output: str | None, as_js
 def _line(name: str, answer: Prediction, as_json: bool) -> str:
     if as_json:
         return json.dumps({"id": name, **answer.plain()})
-    return f"{name}  {answer.latitude:.5f}, {answer.longitude:.5f}  {radii(answer.plain())}"
+    return f"{name}  {place(answer.plain())}  {radii(answer.plain())}"
 
 
 def identity(model: Any) -> str:

@@ -48,6 +48,7 @@ from geotoken_jax.configuration import InitSettings
 from geotoken_jax.gallery import encodings
 from geotoken_jax.interop import official
 from geotoken_jax.interop.official import Weights
+from geotoken_jax.predict.answer import with_places
 from geotoken_jax.predict.prediction import Candidate, Prediction
 from geotoken_jax.predict.predictor import Predictor, spread
 from geotoken_jax.settings import SettingsError
@@ -166,7 +167,8 @@ class GeoCLIPPredictor(Predictor):
 
     def predict_prepared(self, photos: Sequence[np.ndarray], captured: Any = None) -> list[Prediction]:
         del captured
-        return [self._answer(p) for p in np.asarray(self._run(jnp.asarray(self._clip.images(np.stack(photos)))))]
+        probabilities = np.asarray(self._run(jnp.asarray(self._clip.images(np.stack(photos)))))
+        return with_places([self._answer(p) for p in probabilities])
 
     def _answer(self, probability: Float[np.ndarray, "N"]) -> Prediction:
         best = np.argsort(-probability, kind="stable")[:_CANDIDATES]

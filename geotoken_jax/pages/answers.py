@@ -21,7 +21,8 @@ def page(answers: Sequence[tuple[Mapping[str, Any], Any]]) -> str:
     at = np.array([(answer["latitude"], answer["longitude"]) for answer, _ in answers]).reshape(-1, 2)
     headline = (
         f"<h1>Where {len(answers):,} photos were taken</h1><p>A model's answers. With a probability of 50 % a photo "
-        "was taken within the first distance of the answer, and with 90 % within the second.</p>"
+        "was taken within the first distance of the answer, and with 90 % within the second. Each name is that of the "
+        "city nearest to the answer (GeoNames, CC BY 4.0).</p>"
     )
     cards = "".join(_card(answer, photo) for answer, photo in certain_first)
     sections = [
@@ -36,12 +37,18 @@ def radii(answer: Mapping[str, Any]) -> str:
     return f"50 % within {answer['radius_km']:,.0f} km, 90 % within {answer['radius_90_km']:,.0f} km"
 
 
+def place(answer: Mapping[str, Any]) -> str:
+    """Returns the coordinates of an answer and the name of the nearest city as words."""
+    name = f"  {answer['place']}" if "place" in answer else ""
+    return f"{answer['latitude']:.5f}, {answer['longitude']:.5f}{name}"
+
+
 def _card(answer: Mapping[str, Any], photo: Any) -> str:
     name = escape(str(answer["id"]))
     point = np.array([(answer["latitude"], answer["longitude"])])
     small = worldmap.small_map({"halo": point, "guess": point}, f"Map around the answer for {name}", ["guess"])
     return (
-        f'<article class="card"><header><h4>{name}</h4></header><p class="at">{answer["latitude"]:.5f}, '
-        f'{answer["longitude"]:.5f}<br>{radii(answer)}</p><div class="pair"><img alt="{name}" '
+        f'<article class="card"><header><h4>{name}</h4></header><p class="at">{escape(place(answer))}<br>'
+        f'{radii(answer)}</p><div class="pair"><img alt="{name}" '
         f'src="{photos.data_uri(photo, _SIDE)}">{small}</div></article>'
     )

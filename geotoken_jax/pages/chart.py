@@ -196,11 +196,11 @@ def _labels(x_label: str, y_label: str) -> list[str]:
 
 def _ticks(low: float, high: float) -> list[float]:
     """Returns two to eight evenly spaced round numbers, whose first and last enclose the range."""
-    rough = max(high - low, 1e-9) / 5
+    rough = (high - low if high > low else 1) / 5  # an axis from 0 to 1 if all values are 0
     power = 10 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [i * step for i in range(first, max(last, first + 1) + 1)]
+    return [i * step for i in range(first, max(last, first + (1 if high > low else 5)) + 1)]
 
 
 def _decades(low: float, high: float) -> list[float]:

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 
 import jax
 import numpy as np
@@ -15,10 +14,11 @@ from geotoken_jax.gallery.index import Index
 from geotoken_jax.gallery.neighbors import search_neighbors
 from geotoken_jax.gallery.table import index_vectors
 from geotoken_jax.geo.distance import THRESHOLDS_KM
+from geotoken_jax.geo.places import place_names
 from geotoken_jax.predict.decode import Decoder
 from geotoken_jax.predict.pool import PlaceDistribution, Pool
 from geotoken_jax.predict.prediction import Candidate, Cell, Prediction, coordinates, neighbors, rounded
-from geotoken_jax.predict.select import SELECTORS, Choice, Selector, SelectorInputs
+from geotoken_jax.predict.select import SELECTORS, Choice, SelectorInputs
 from geotoken_jax.predict.uncertainty import Calibration, fit
 
 #: Largest number of cells in a prediction; 64 are 5 KB of JSON.
@@ -38,16 +38,15 @@ class Answerer:
         rows: Int[np.ndarray, "b M"],
         scores: Float[np.ndarray, "b M"],
         numbers: Int[np.ndarray, " b"],
-        others: Mapping[str, Selector] = MappingProxyType({}),
         exclude: Sequence[Exclusion] = (),
     ) -> tuple[list[Prediction], PlaceDistribution | None]:
         """Returns the predictions of b photos, without radii, and the model's distribution over places.
 
         The distribution is None if the model is not searched. batch, rows, scores, numbers: see Decoder.__call__.
-        others: more selectors for this batch, by name. exclude: rules that the neighbors were searched with (see Pool).
+        exclude: rules that the neighbors were searched with (see Pool).
         """
         pool = self.decoder(batch, rows, scores, numbers)._replace(exclude=exclude)
-        chosen = {name: select(pool) for name, select in {**self._selectors, **others}.items()}
+        chosen = {name: select(pool) for name, select in self._selectors.items()}
         predictions = pool_predictions(pool, chosen, self.decoder.settings.choice)
         listed = neighbors(self.decoder.gallery, rows, scores)
         predictions = [dataclasses.replace(p, neighbors=n) for p, n in zip(predictions, listed, strict=True)]
@@ -118,6 +117,12 @@ def with_radii(
         within = {limit: round(float(value), 5) for limit, value in zip(THRESHOLDS_KM, p, strict=True)}
         updated.append(dataclasses.replace(prediction, radius_km=radius, radius_90_km=radius_90, within=within))
     return updated
+
+
+def with_places(predictions: list[Prediction]) -> list[Prediction]:
+    """Returns predictions with the name of the city nearest to the answer."""
+    names = place_names(coordinates(predictions))
+    return [dataclasses.replace(prediction, place=name) for prediction, name in zip(predictions, names, strict=True)]
 
 
 def calibrate(

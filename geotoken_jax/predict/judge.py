@@ -1,9 +1,9 @@
 """The judge: a multimodal language model that looks at the photo itself, behind an OpenAI-compatible endpoint.
 
 The judge gets the photo, the most probable candidates and the coordinates of similar photos. Depending on
-config.judge.answer it chooses a candidate or gives coordinates of its own (GeoToken's paper). Without a usable reply
-a fallback, the candidate that the caller names, is the answer, and the reason is counted. Each outcome is appended to a
-file of JSON lines at once, so that no reply is paid for twice.
+config.judge.answer it chooses a candidate or gives coordinates of its own (GeoToken's paper). If it gives no usable
+reply, the reason is counted. Each outcome is appended to a file of JSON lines at once, so that no reply is paid for
+twice.
 """
 
 import base64
@@ -20,20 +20,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from urllib3 import PoolManager, Retry, Timeout
 from urllib3.exceptions import ConnectTimeoutError, HTTPError, MaxRetryError, ReadTimeoutError
 
 from geotoken_jax import manifests
 from geotoken_jax.backbone.preprocess import thumbnail
-from geotoken_jax.geo.distance import great_circle_km
 from geotoken_jax.manifests import StageError
-from geotoken_jax.predict.pool import Pool
 from geotoken_jax.settings import Runtime, SettingsError, plain
 
 #: config.judge.answer -> keys of the numbers in the JSON object that the model is asked for.
 _ANSWERS = {"choose": ("number",), "free": ("latitude", "longitude")}
-#: Number of photos in a row without a reply after which `Judge` raises StageError.
+#: Number of photos in a row without a usable reply after which `Judge` raises StageError.
 _MAX_FAILURES = 20
 #: HTTP statuses after which a request is retried; 529 is Anthropic's status for an overloaded server.
 _RETRIED = (408, 425, 429, 500, 502, 503, 504, 529)
@@ -52,18 +50,20 @@ class JudgeSettings:
     """Settings of the judge (config.judge).
 
     base_url: address of the endpoint, up to and including /v1; no judge if empty. model: the model's name at the
-    endpoint. splits: splits whose photos are judged. answer: "choose" for one of the candidates, "free" for any
-    coordinates. candidates: largest number of candidates in the prompt; the most probable ones are listed. side:
-    longest side of the photo that is sent, in pixels. options: more fields of the request, under the endpoint's names.
-    timeout_s: seconds without data after which an attempt ends. attempts: largest number of attempts per request,
-    including the first, if the endpoint is busy, broken or unreachable. concurrent: requests at a time. price_in: price
-    of a million input tokens. price_out: price of a million output tokens. key_variable: name of the environment
-    variable with the API key; no key is sent if empty.
+    endpoint. splits: splits whose photos are judged. photos: number of photos that are judged per split, drawn at
+    random; all if 0. A larger number continues. answer: "choose" for one of the candidates, "free" for any coordinates.
+    candidates: largest number of candidates in the prompt; the most probable ones are listed. side: longest side of the
+    photo that is sent, in pixels. options: more fields of the request, under the endpoint's names. timeout_s: seconds
+    without data after which an attempt ends. attempts: largest number of attempts per request, including the first, if
+    the endpoint is busy, broken or unreachable. concurrent: requests at a time. price_in: price of a million input
+    tokens. price_out: price of a million output tokens. key_variable: name of the environment variable with the API
+    key; no key is sent if empty.
     """
 
     base_url: Runtime[str]
     model: str
     splits: tuple[str, ...]
+    photos: Runtime[int]
     answer: str
     candidates: int
     side: int
@@ -79,6 +79,8 @@ class JudgeSettings:
         for key in ("candidates", "side", "timeout_s", "attempts", "concurrent"):
             if getattr(self, key) <= 0:
                 raise ValueError(f"config.judge.{key} is {getattr(self, key)}: it must be above 0")
+        if self.photos < 0:
+            raise ValueError(f"config.judge.photos is {self.photos}: set it to a number of photos, or to 0 for all")
         if self.answer not in _ANSWERS:
             raise ValueError(f"config.judge.answer is {self.answer!r}: choose one of {', '.join(_ANSWERS)}")
         # Neither message shows the value, which may be or contain the key.
@@ -119,6 +121,22 @@ class _Outcome:
     text: str
 
 
+class Question(NamedTuple):
+    """A photo to judge.
+
+    photo: encoded image file. candidates: distinct coordinates in degrees. log_probability: logarithm of the
+    probability of each candidate. neighbors: coordinates of similar photos, best first. scores: score of each neighbor,
+    at most 3.
+    """
+
+    id: str
+    photo: bytes
+    candidates: Float[np.ndarray, "n 2"]
+    log_probability: Float[np.ndarray, "n"]
+    neighbors: Float[np.ndarray, "m 2"]
+    scores: Float[np.ndarray, "m"]
+
+
 class _Sent(NamedTuple):
     """Result of a request. problem: why it failed, "" if it did not. body: the response's body; without a response, the
     error. retries: number of retries."""
@@ -153,7 +171,7 @@ class _Reply(NamedTuple):
 
 
 class Judge:
-    """A selector that asks a multimodal model about the photos of one split, in any number of batches."""
+    """Asks a multimodal model about the photos of one split, in any number of batches."""
 
     def __init__(self, settings: JudgeSettings, file: epath.Path):
         """file: JSON lines of outcomes, created if missing. Replies that an earlier run wrote there are used again.
@@ -178,7 +196,7 @@ class Judge:
             ),
         )
         self._schema = True  # whether requests contain a JSON schema; False once the endpoint rejects it
-        self._failures = 0  # photos in a row without a reply
+        self._failures = 0  # photos in a row without a usable reply
         self._lock = threading.Lock()
         file.parent.mkdir(parents=True, exist_ok=True)
         lines = file.read_text().splitlines(keepends=True) if file.exists() else []
@@ -188,31 +206,18 @@ class Judge:
         self._outcomes = [_Outcome(**json.loads(line)) for line in lines]
         self._replied = {outcome.id: outcome for outcome in self._outcomes if outcome.replied}
 
-    def __call__(
-        self, ids: Sequence[str], photos: Sequence[bytes], pool: Pool, fallback: Int[np.ndarray, " b"]
-    ) -> Int[np.ndarray, " b"] | Float[np.ndarray, "b 2"]:
-        """Returns the choice for each of b photos.
+    def __call__(self, questions: Sequence[Question]) -> list[list[float] | None]:
+        """Returns the coordinates that the model answers for each photo, in degrees; None without a usable reply.
 
-        If config.judge.answer is "choose", it is the index of a candidate; if "free", coordinates in degrees.
-        photos: encoded image files. fallback: index of the candidate that is chosen for each photo without a usable
-        reply. Raises StageError after 20 photos in a row without a reply; earlier replies are kept in the file.
+        If config.judge.answer is "choose", they are those of a candidate. Raises StageError after 20 photos in a row
+        without a usable reply. Earlier replies are kept in the file.
         """
         workers = ThreadPoolExecutor(self._settings.concurrent)
         try:
-            futures = [workers.submit(self._outcome, ids[i], photos[i], pool, i) for i in range(len(ids))]
-            places = [future.result().place for future in futures]
+            futures = [workers.submit(self._outcome, question) for question in questions]
+            return [future.result().place for future in futures]
         finally:
             workers.shutdown(cancel_futures=True)
-        if self._settings.answer == "free":
-            coordinates = pool.coordinates[np.arange(len(ids)), fallback]
-            for i, place in enumerate(places):
-                coordinates[i] = place or coordinates[i]
-            return coordinates
-        chosen = np.array(fallback)
-        for i, place in enumerate(places):
-            if place:
-                chosen[i] = np.argmin(great_circle_km(*place, *pool.coordinates[i].T))
-        return chosen
 
     def report(self) -> dict[str, Any]:
         """Returns counts, times and costs of all outcomes in the file, including earlier runs, for JSON.
@@ -240,33 +245,41 @@ class Judge:
             "cost": round((tokens_in * prices[0] + tokens_out * prices[1]) / 1e6, 6),
         }
 
-    def _outcome(self, photo_id: str, photo: bytes, pool: Pool, i: int) -> _Outcome:
-        if photo_id in self._replied:
-            return self._replied[photo_id]
+    def _outcome(self, question: Question) -> _Outcome:
+        if question.id in self._replied:
+            return self._replied[question.id]
         if self._failures >= _MAX_FAILURES:
-            raise self._unavailable()
-        outcome = self._judge(photo_id, photo, _prompt(pool, i, self._settings))
+            raise self._hopeless()
+        outcome = self._judge(question)
         with self._lock:
-            self._failures = 0 if outcome.replied else self._failures + 1
+            self._failures = 0 if outcome.place else self._failures + 1
             self._outcomes.append(outcome)
             with self._file.open("a") as file:
                 file.write(json.dumps(dataclasses.asdict(outcome)) + "\n")
         if self._failures >= _MAX_FAILURES:
-            raise self._unavailable()
+            raise self._hopeless()
         return outcome
 
-    def _unavailable(self) -> StageError:
-        last = next(outcome for outcome in reversed(self._outcomes) if not outcome.replied)
-        text = " ".join(last.text.split())[:200]
+    def _hopeless(self) -> StageError:
+        last = self._outcomes[-_MAX_FAILURES:]
+        shown = next((outcome for outcome in reversed(last) if not outcome.replied), last[-1])
+        text = " ".join(shown.text.split())[:200]
+        problem = f"{shown.reason}{f', {text}' if text else ''}"
+        if shown.replied:
+            return StageError(
+                f"config.judge.model is {self._settings.model!r}: the last {_MAX_FAILURES} photos got replies without "
+                f"an answer (last reply: {problem}); run the same command again to go on with the next photos, or "
+                f"remove {self._file.parent.parent} and set another config.judge.model or config.judge.options"
+            )
         return StageError(
-            f"config.judge.base_url is {self._settings.base_url!r}: the last {_MAX_FAILURES} photos got no reply from "
-            f"there (last problem: {last.reason}{f', {text}' if text else ''}); repair the endpoint or its settings, "
-            f"then run the same command again, which keeps the replies in {self._file}"
+            f"config.judge.base_url is {self._settings.base_url!r}: the last {_MAX_FAILURES} photos got no answer from "
+            f"there (last problem: {problem}); repair the endpoint or its settings, then run the same command again, "
+            f"which keeps the replies in {self._file}"
         )
 
-    def _judge(self, photo_id: str, photo: bytes, prompt: _Prompt) -> _Outcome:
-        side = self._settings.side
-        image = base64.b64encode(thumbnail(photo, side, _JPEG_QUALITY, side)).decode()
+    def _judge(self, question: Question) -> _Outcome:
+        side, prompt = self._settings.side, _prompt(question, self._settings)
+        image = base64.b64encode(thumbnail(question.photo, side, _JPEG_QUALITY, side)).decode()
         content = [
             {"type": "text", "text": prompt.text},
             {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{image}"}},
@@ -291,7 +304,7 @@ class Judge:
         place, reason = _place(reply, prompt) if reply else (None, problem or "no chat completion")
         retries = sum(s.retries for s in sent)
         return _Outcome(
-            id=photo_id,
+            id=question.id,
             place=place,
             reason=reason,
             replied=reply is not None,
@@ -331,23 +344,19 @@ def _key(variable: str) -> str:
     return key
 
 
-def _prompt(pool: Pool, i: int, settings: JudgeSettings) -> _Prompt:
-    """Returns the prompt about photo i. It lists distinct candidates, most probable first."""
-    log_p = pool.candidates.log_probability[i].astype(np.float64)
-    best_first = np.argsort(-log_p, kind="stable")
-    _, first = np.unique(pool.coordinates[i][best_first], axis=0, return_index=True)
-    shown = best_first[np.sort(first)][: settings.candidates]
-    weights = np.exp(log_p[shown] - log_p[shown[0]])
+def _prompt(question: Question, settings: JudgeSettings) -> _Prompt:
+    """Returns the prompt about a photo. It lists candidates, most probable first."""
+    log_p = question.log_probability
+    shown = np.argsort(-log_p, kind="stable")[: settings.candidates]
+    candidates, weights = question.candidates[shown], np.exp(log_p[shown] - log_p[shown[0]])
     listed = [
         f"{n}. {latitude:.5f}, {longitude:.5f} ({share:.1%})"
-        for n, ((latitude, longitude), share) in enumerate(
-            zip(pool.coordinates[i][shown], weights / weights.sum(), strict=True), 1
-        )
+        for n, ((latitude, longitude), share) in enumerate(zip(candidates, weights / weights.sum(), strict=True), 1)
     ]
     neighbors = [
         f"{latitude:.5f}, {longitude:.5f} ({score / 3:.2f})"  # the mean of three cosines
-        for (latitude, longitude), score in zip(pool.neighbor_coordinates[i], pool.neighbor_scores[i], strict=True)
-    ][: int(pool.neighbor_count[i])]
+        for (latitude, longitude), score in zip(question.neighbors, question.scores, strict=True)
+    ]
     text = [
         "Where on Earth was this photo taken? Weigh all that tells places apart: writing and its language, buildings, "
         "roads, signs and vehicles, the side they drive on, plants, soil, landform, light, clothes.",
@@ -373,7 +382,7 @@ def _prompt(pool: Pool, i: int, settings: JudgeSettings) -> _Prompt:
         "required": list(properties),
         "additionalProperties": False,
     }
-    return _Prompt("\n".join(text), schema, settings.answer, pool.coordinates[i][shown])
+    return _Prompt("\n".join(text), schema, settings.answer, candidates)
 
 
 def _problem(cause: Exception | None) -> str:

@@ -79,7 +79,7 @@ class Prediction:
     probable cells, disjoint; if their probabilities sum to less than 1, the rest is elsewhere. neighbors: the photo's
     neighbors in the gallery, best first. Each of the three is empty if the method has none. choice: name of the
     selector whose choice is the answer. choices: selector name -> its choice, an index into `candidates` or coordinates
-    in degrees.
+    in degrees. place: name of the city nearest to the answer, see geo.places.place_names; None in a work directory.
     """
 
     latitude: float
@@ -92,6 +92,7 @@ class Prediction:
     neighbors: tuple[Neighbor, ...]
     choice: str = ""
     choices: dict[str, int | tuple[float, float]] = dataclasses.field(default_factory=dict)
+    place: str | None = None
 
     def plain(self) -> dict[str, Any]:
         """Returns the fields for JSON. Fields that are None or NaN are left out, also in candidates."""

@@ -29,7 +29,7 @@ from geotoken_jax.geo.distance import THRESHOLDS_KM, great_circle_km
 from geotoken_jax.model.geotoken import GeoTokenModel, ModelSettings
 from geotoken_jax.model.reward import RewardSettings
 from geotoken_jax.predict import bundle, hub
-from geotoken_jax.predict.answer import Answerer, with_radii
+from geotoken_jax.predict.answer import Answerer, with_places, with_radii
 from geotoken_jax.predict.decode import Decoder, PredictSettings
 from geotoken_jax.predict.prediction import Prediction
 from geotoken_jax.predict.select import SelectorInputs
@@ -270,8 +270,8 @@ class GeoToken(Predictor):
         vectors = embeddings(self._aligned, self._backbone.images(np.stack(photos)))
         predictions, distribution = self._answerer.from_vectors(self._index, vectors, times)
         if distribution is not None:
-            return with_radii(predictions, distribution, self._calibration)
-        return [_with_sample_radii(prediction) for prediction in predictions]
+            return with_places(with_radii(predictions, distribution, self._calibration))
+        return with_places([_with_sample_radii(prediction) for prediction in predictions])
 
 
 def _with_sample_radii(prediction: Prediction) -> Prediction:

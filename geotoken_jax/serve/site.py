@@ -1,6 +1,7 @@
 """The web page at `/`, and the endpoints for its texts and pictures."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
 
 from geotoken_jax.export.pictures import About, Pictures
+from geotoken_jax.geo import places
 from geotoken_jax.serve.answers import Failure
 
 _FOLDER = Path(__file__).with_name("page")
@@ -68,6 +70,11 @@ def add(app: FastAPI, export: Any, guard: list[Any]) -> None:
 
 
 class _Files(StaticFiles):
+    """The files of the page, and the file of cities, which is elsewhere because predictions use it too."""
+
+    def lookup_path(self, path: str) -> tuple[str, os.stat_result | None]:
+        return (str(places.FILE), places.FILE.stat()) if path == places.FILE.name else super().lookup_path(path)
+
     def file_response(self, *args: Any, **options: Any) -> Response:
         response = super().file_response(*args, **options)
         response.headers.update(_HEADERS)

@@ -19,7 +19,8 @@ from geotoken_jax.analysis import evaluate
 from geotoken_jax.analysis.coordinates import methods_of, read_coordinates, read_truth
 from geotoken_jax.configuration import Config, EvaluateSettings, Experiment
 from geotoken_jax.geo.distance import THRESHOLDS_KM
-from geotoken_jax.manifests import write_json
+from geotoken_jax.manifests import write_bytes, write_json
+from geotoken_jax.pages.experiment import page
 from geotoken_jax.settings import SettingsError
 from geotoken_jax.stages import sweep
 from geotoken_jax.stages.train import check_context
@@ -35,16 +36,17 @@ _TRAINED = ("geotoken", "pools", "reward", "verifier")
 _HEAD = """# Experiments
 
 Each table is the result of one command, `geotoken experiment NAME --config=configs/experiments.py --workdir=runs/demo`,
-and `geotoken experiment --document` with the same options writes this page ({date}, {cores} {machine} cores). The first
-row of a table is the baseline: other rows state their difference to it in percentage points, with the 95 % interval of
-the paired bootstrap over authors. The validation loss is in nats per token, with the run's own loss weights, so it is
-comparable only between runs with equal tokens and weights. `geotoken experiment context` compares models that read a
-photo's capture time (`config.model.context`). EarthView's photos have no such times, so this page has no table of it.
+which also writes a page of its own, `experiments/NAME/index.html`. `geotoken experiment --document` with the same
+options writes this page ({date}, {cores} {machine} cores). The first row of a table is the baseline: other rows state
+their difference to it in percentage points, with the 95 % interval of the paired bootstrap over authors. The validation
+loss is in nats per token, with the run's own loss weights, so it is comparable only between runs with equal tokens and
+weights. `geotoken experiment context` compares models that read a photo's capture time (`config.model.context`).
+EarthView's photos have no such times, so this page has no table of it.
 """
 
 
 def run(config: Config, workdir: Workdir, name: str) -> dict[str, Any]:
-    """Makes all runs of an experiment, writes experiments/NAME/results.json and returns its contents.
+    """Makes all runs of an experiment, writes results.json and index.html to experiments/NAME, and returns the results.
 
     Raises SettingsError if there is no experiment of that name, or if the settings of a run are invalid.
     """
@@ -74,6 +76,8 @@ def run(config: Config, workdir: Workdir, name: str) -> dict[str, Any]:
         "splits": {split: _score(experiment, runs, split, options) for split in experiment.splits},
     }
     write_json(epath.Path(folder / "results.json"), results)
+    text = page(name, experiment, results, options.resamples)
+    write_bytes(epath.Path(folder / "index.html"), text.encode())
     return results
 
 

@@ -2,23 +2,17 @@
 
 import json
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import numpy as np
 from etils import epath
 
-from geotoken_jax import records
 from geotoken_jax.configuration import Config
 from geotoken_jax.data import pipeline
-from geotoken_jax.gallery.table import Table
-from geotoken_jax.manifests import Manifest, write_bytes, write_json
+from geotoken_jax.manifests import Manifest, write_bytes
 from geotoken_jax.predict.answer import Answerer, calibrate, with_radii
-from geotoken_jax.predict.judge import Judge
-from geotoken_jax.predict.pool import PlaceDistribution, Pool
+from geotoken_jax.predict.pool import PlaceDistribution
 from geotoken_jax.predict.prediction import Prediction
-from geotoken_jax.predict.select import log_probability
 from geotoken_jax.progress import Progress
-from geotoken_jax.settings import SettingsError
 from geotoken_jax.workdir import VALIDATION, Workdir, selector_folders
 
 
@@ -30,81 +24,45 @@ def run(config: Config, workdir: Workdir, variant: str) -> list[Manifest]:
     config.predict.search.expansions is 0, predictions have no radii.
     """
     variant_config, folder = config.variant(variant), f"predictions/{variant}"
-    keys = ["predict", "judge"] if variant_config.judge.base_url else ["predict"]
     inputs = [
         "tokens",
         f"geotoken/{variant}",
         *(f"{name}/{variant}" for name in selector_folders(variant_config.predict)),
     ]
-    stage = workdir.begin(config, folder, keys, inputs)
+    stage = workdir.begin(config, folder, ["predict"], inputs)
     if stage.manifest:
         return [stage.manifest]
     answerer, counts = workdir.answerer(variant_config, variant), workdir.query_counts
     calibrated = bool(variant_config.predict.search.expansions) and VALIDATION in counts
-    judges = _judges(variant_config, stage.path, counts)
     with Progress(f"predict {variant}", sum(counts.values()), "photos") as progress:
         for split in sorted(counts, key=lambda name: name != VALIDATION):
             file = workdir.predictions_file(variant, split)
             if file.exists():
                 progress.add(counts[split])
                 continue
-            batches = _predictions(answerer, workdir, split, judges.get(split), progress)
+            batches = _predictions(answerer, workdir, split, progress)
             if calibrated and split == VALIDATION:
                 batches = list(batches)
                 calibrate(batches, workdir.table(split).coordinates()).save(workdir.calibration_file(variant))
             calibration = workdir.calibration(variant)
             answers = [answer for batch in batches for answer in with_radii(*batch, calibration)]
-            if judge := judges.get(split):
-                write_json(stage.path / "judge" / f"{split}.json", judge.report())
             write(file, zip(workdir.table(split).ids(), answers, strict=True))
     return [stage.finish(counts, calibrated=calibrated)]
 
 
-def _judges(config: Config, folder: epath.Path, counts: dict[str, int]) -> dict[str, Judge]:
-    """Returns the MLLM judge of every split in config.judge.splits.
-
-    Returns no judges if config.judge.base_url is empty, or if there is only the greedy candidate. Raises SettingsError
-    if config.judge.splits contains a split that is not in `counts`.
-    """
-    options = config.judge
-    if not options.base_url or not (config.predict.samples or config.predict.beam):
-        return {}
-    if unknown := sorted(set(options.splits) - set(counts)):
-        raise SettingsError(f"config.judge.splits contains {unknown[0]!r}: choose among {', '.join(counts)}")
-    return {split: Judge(options, folder / "judge" / f"{split}.jsonl") for split in options.splits}
-
-
 def _predictions(
-    answerer: Answerer, workdir: Workdir, split: str, judge: Judge | None, progress: Progress
+    answerer: Answerer, workdir: Workdir, split: str, progress: Progress
 ) -> Iterator[tuple[list[Prediction], PlaceDistribution | None]]:
     """Yields, per batch of a split, the predictions without radii and the model's distribution over cells."""
     decoder, table = answerer.decoder, workdir.table(split)
     read = workdir.tokens(split, decoder.model, decoder.gallery)
     neighbors, scores = workdir.neighbors(split, decoder.neighbors)
     excluded, size = workdir.exclusions(split), decoder.settings.batch_size
-    images = _images(workdir.photos(split), table) if judge else iter(())
     for number, batch in enumerate(pipeline.evaluation(len(table), read, size)):
         rows = np.arange(number * size, number * size + int(batch["valid"].sum()))
         real = {name: values[: len(rows)] for name, values in batch.items()}
-        ids = [photo.decode() for photo in table.ids(rows)]
-
-        def judged(pool: Pool, ids: list[str] = ids) -> Any:
-            assert judge
-            return judge(ids, [next(images) for _ in ids], pool, log_probability(pool))
-
-        selectors = {"judge": judged} if judge else {}
-        yield answerer(real, neighbors[rows], scores[rows], rows, selectors, excluded(rows))
+        yield answerer(real, neighbors[rows], scores[rows], rows, excluded(rows))
         progress.add(len(rows))
-
-
-def _images(photos: records.Photos, table: Table) -> Iterator[bytes]:
-    """Yields the encoded images of a table's photos.
-
-    Reads photos/ once, front to back: tables keep the order of photos/.
-    """
-    every = (photos[row] for row in range(len(photos)))
-    for wanted in table.ids():
-        yield next(photo["image"] for photo in every if photo["id"] == wanted.decode())
 
 
 def write(file: epath.Path, answers: Iterable[tuple[bytes, Prediction]]) -> None:

@@ -71,7 +71,8 @@ export class Globe {
   get whole() { return 0.46 * this.room; }
   get finest() { return EARTH_KM / 0.02 * this.whole; }
 
-  load({unit: step, land, borders, cities}) {
+  // The arguments are world.json and cities.json.
+  load({unit: step, land, borders}, {unit: part, countries, cities}) {
     const decode = moves => {
       const points = [];
       for (let k = 0, x = 0, y = 0; k < moves.length; k += 2) points.push(direction([(y += moves[k + 1]) * step, (x += moves[k]) * step]));
@@ -80,12 +81,12 @@ export class Globe {
     };
     this.world = {
       land: land.map(decode), borders: borders.map(decode),
-      cities: cities.map(([name, country, x, y]) => ({name, country, at: [y * step, x * step], up: direction([y * step, x * step])})),
+      cities: cities.map(([name, code, x, y]) => ({name, country: countries[code], at: [y * part, x * part], up: direction([y * part, x * part])})),
     };
     this.redraw();
   }
 
-  // The nearest of the largest cities, and how far it is.
+  // The nearest city, and how far it is.
   city(at) {
     const up = direction(at);
     let best = null, most = -1;

@@ -21,14 +21,15 @@ const degrees = ([latitude, longitude], digits = 4) =>
   `${Math.abs(latitude).toFixed(digits)}° ${latitude < 0 ? "S" : "N"}, ${Math.abs(longitude).toFixed(digits)}° ${longitude < 0 ? "W" : "E"}`;
 const at = ({latitude, longitude}) => [latitude, longitude];
 const likeliest = answer => answer.candidates.toSorted((a, b) => b.probability - a.probability).slice(0, SHOWN_CANDIDATES);
-const countries = new Intl.DisplayNames("en", {type: "region"});
-
+// The name of the nearest city, in the words of geo/places.py.
 function near(spot) {
   const city = globe.city(spot);
   if (!city) return "";
-  const name = `${city.name}, ${countries.of(city.country) || city.country}`;
+  const name = `${city.name}, ${city.country}`;
   return city.km < 15 ? name : `${distance(city.km)} from ${name}`;
 }
+
+const named = answer => answer.place || near(at(answer)) || degrees(at(answer), 2);
 
 // --- The service ---
 
@@ -137,8 +138,8 @@ function show(found, example) {
   answer = found;
   truth = example && at(example);
   chosen = null;
-  const spot = at(answer), place = near(spot);
-  get("where").textContent = place || degrees(spot, 2);
+  const spot = at(answer);
+  get("where").textContent = named(answer);
   get("sure").textContent = `The photo was taken within ${distance(answer.radius_km)} of it with 50 % probability, and within ${distance(answer.radius_90_km)} with 90 %.`;
   get("off").hidden = get("truth").hidden = !truth;
   if (truth) get("off").textContent = `It was taken ${distance(kilometers(spot, truth))} from there${example.place ? `, near ${example.place}` : ""}.`;
@@ -192,7 +193,7 @@ function view(k) {
 
 function said(k) {
   const level = answer.levels[k];
-  if (!level) return `${near(at(answer)) || degrees(at(answer), 2)}: 50 % probability within ${distance(answer.radius_km)}.`;
+  if (!level) return `${named(answer)}: 50 % probability within ${distance(answer.radius_km)}.`;
   return `${k ? `Level ${k}` : "Face"}: ${distance(level.edge_km)} wide, ${percent(level.probability)}.`;
 }
 
@@ -321,5 +322,5 @@ get("copy").onclick = async () => {
   setTimeout(() => { get("copy").textContent = "Copy"; }, 2000);
 };
 
-fetch("page/world.json").then(response => response.json()).then(world => globe.load(world));
+Promise.all(["world", "cities"].map(name => fetch(`page/${name}.json`).then(response => response.json()))).then(([world, cities]) => globe.load(world, cities));
 introduce().catch(error => problem(error.message));

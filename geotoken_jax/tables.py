@@ -352,7 +352,7 @@ def _item(columns: _Columns, item: Any, place: str) -> Row:
 
 def _parquet(columns: _Columns, opened: IO[bytes]) -> Iterator[Row]:
     try:
-        from pyarrow import lib, parquet  # here, as it takes 0.2 s, and an environment that only predicts lacks it
+        from pyarrow import ArrowException, parquet  # here: it takes 0.2 s, and environments that only predict lack it
     except ModuleNotFoundError:
         raise TableError(f"{columns.path} is Parquet, which needs pyarrow: install pyarrow, or save a CSV") from None
     n = 0
@@ -362,5 +362,5 @@ def _parquet(columns: _Columns, opened: IO[bytes]) -> Iterator[Row]:
                 for item in batch.to_pylist():
                     n += 1
                     yield _item(columns, item, f"row {n}")
-    except lib.ArrowException as error:
+    except ArrowException as error:
         raise TableError(f"{columns.path} is damaged or cut short ({error}): copy or download it again") from None

@@ -4,6 +4,7 @@ The runs of a scaling study share one work directory. Each run of an experiment 
 not depend on the run's changed settings are links into another work directory, so only the other folders are made.
 """
 
+import glob
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 

@@ -14,7 +14,7 @@ geotoken_jax/geo/places.py describes the file of cities.
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,12 +83,12 @@ def cities() -> dict[str, Any]:
     }
 
 
-def _without_districts(listed: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _without_districts(listed: Sequence[Any]) -> list[Any]:
     """Returns the cities that have no city of the same country and _DISTRICT times the size within _DISTRICT_KM."""
     up = to_unit_vectors(*np.array([(c["latitude"], c["longitude"]) for c in listed]).T)
     near = KDTree(up).query_ball_point(up, 2 * np.sin(_DISTRICT_KM / EARTH_RADIUS_KM / 2))
 
-    def larger(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    def larger(a: Any, b: Any) -> bool:
         return a["countrycode"] == b["countrycode"] and a["population"] >= _DISTRICT * b["population"]
 
     return [c for c, rows in zip(listed, near, strict=True) if not any(larger(listed[row], c) for row in rows)]

@@ -46,9 +46,10 @@ def place(answer: Mapping[str, Any]) -> str:
 def _card(answer: Mapping[str, Any], photo: Any) -> str:
     name = escape(str(answer["id"]))
     point = np.array([(answer["latitude"], answer["longitude"])])
+    at = "<br>".join(escape(place(answer)).split("  "))
     small = worldmap.small_map({"halo": point, "guess": point}, f"Map around the answer for {name}", ["guess"])
     return (
-        f'<article class="card"><header><h4>{name}</h4></header><p class="at">{escape(place(answer))}<br>'
+        f'<article class="card"><header><h4>{name}</h4></header><p class="at">{at}<br>'
         f'{radii(answer)}</p><div class="pair"><img alt="{name}" '
         f'src="{photos.data_uri(photo, _SIDE)}">{small}</div></article>'
     )

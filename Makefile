@@ -8,7 +8,7 @@ TORCH := torch==2.13.0 transformers==5.23.0
 # Contains CLIP's vocabulary; its code is not run.
 VOCABULARY := clip-anytorch==2.6.0
 # Contains GeoCLIP's trained encoders; the wheel is downloaded but not installed.
-GEOCLIP := geoclip==1.2.0
+GEOCLIP := geoclip==1.3.0
 # Outside the locked environment, because it requires Pillow < 13 and pyarrow < 26.
 BEAM := apache-beam==2.77.0
 # A browser driver and an accessibility audit, two fuzzers, MkDocs for the documentation, and Jupyter for the notebook.

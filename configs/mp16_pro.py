@@ -1,8 +1,7 @@
-"""The paper's configuration on MP16-Pro. Two folders must be set:
+"""The paper's configuration on MP16-Pro, with the paper's backbone, CLIP ViT-L/14 from the Hugging Face hub.
 
-- `--config.photos.mp16_pro.folder=DIR`, the folder of the downloaded data set.
-- `--config.embed.huggingface.path=DIR`, the folder of the downloaded backbone. The paper's backbone is CLIP ViT-L/14,
-  `clip-vit-large-patch14`.
+The folder of the downloaded data set must be set, `--config.photos.mp16_pro.folder=DIR`. Where there is no network,
+`--config.embed.huggingface.path=DIR` can name a folder of the backbone, in every command.
 """
 
 from typing import Any
@@ -20,6 +19,7 @@ def get_config() -> ConfigDict:
     # G3's filter leaves 4.12 of 4.65 million photos, so it drops 11.5 %. A broken download drops far more than 15 %.
     config.photos.max_dropped = 0.15
     config.embed.backbone = "huggingface"
+    config.embed.huggingface.path = "openai/clip-vit-large-patch14"
     config.embed.threads = 16
     # PyTorch's layers, which the paper uses, drop attention weights at their one dropout rate. No fused kernel does:
     # --config.model.attention_dropout=0 trains with them.

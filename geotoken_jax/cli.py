@@ -108,8 +108,8 @@ def _predict_options(verb: argparse.ArgumentParser) -> None:
     )
     _model(verb, "--model", "predict PHOTOS with ")
     verb.add_argument("--method", choices=("geoclip",), help="predict PHOTOS with GeoCLIP as published")
-    verb.add_argument("--clip", help="with --method=geoclip: folder of a CLIP ViT-L/14 checkpoint")
-    verb.add_argument("--geoclip", help="with --method=geoclip: GeoCLIP's wheel (pip download --no-deps geoclip)")
+    verb.add_argument("--clip", help="with --method=geoclip: CLIP ViT-L/14, a folder or ORG/NAME on the hub")
+    verb.add_argument("--geoclip", help="with --method=geoclip: GeoCLIP's wheel, or its folder or ORG/NAME on the hub")
     verb.add_argument("--json", action="store_true", help="with PHOTOS: print JSON lines with all candidates")
     verb.add_argument(
         "--output", help="with PHOTOS: write the answers to a file that ends in .csv, .jsonl, .geojson, .kml or .html"
@@ -156,10 +156,12 @@ _OPTIONS = {
 
 
 def _model(verb: argparse.ArgumentParser, name: str, prefix: str) -> None:
-    summary = "a folder that `geotoken export` made, or ORG/NAME on the Hugging Face hub"
+    summary = "a folder that `geotoken export` made, or ORG/NAME or ORG/NAME@REVISION on the Hugging Face hub"
     verb.add_argument(name, metavar="MODEL", help=prefix + summary)
     verb.add_argument("--revision", help="with ORG/NAME: branch, tag or commit")
-    verb.add_argument("--backbone", help="folder of the backbone's checkpoint, if MODEL does not contain it")
+    verb.add_argument(
+        "--backbone", help="the backbone's checkpoint, a folder or ORG/NAME on the hub, if MODEL does not contain it"
+    )
 
 
 _EPILOG = "--config.KEY=VALUE changes a key of the configuration, for example --config.train.examples=50000."

@@ -64,7 +64,8 @@ def _predict(options: argparse.Namespace, config: Any) -> int:
     if options.model is None and options.method is None:
         if options.photos:
             raise settings.SettingsError(
-                "no model for the photos: add --model=DIR, a folder that `geotoken export` made, or --method=geoclip"
+                "no model for the photos: add --model=DIR, a folder that `geotoken export` made, or --method=geoclip "
+                "for GeoCLIP as published"
             )
         return _on_workdir(options, config)
     if not options.photos:
@@ -75,26 +76,21 @@ def _predict(options: argparse.Namespace, config: Any) -> int:
     from geotoken_jax.folder import photos
 
     found = photos.find(options.photos)
-    model, folder = _predictor(options)
-    return photos.run(model, photos.identity(folder), found, options.output, options.json)
+    model = _predictor(options)
+    return photos.run(model, photos.identity(model.folder), found, options.output, options.json)
 
 
-def _predictor(options: argparse.Namespace) -> tuple[Any, Any]:
-    """Returns the predictor, an exported model with --model or GeoCLIP with --method=geoclip, and its local files."""
+def _predictor(options: argparse.Namespace) -> Any:
+    """Returns the predictor: an exported model with --model, or GeoCLIP with --method=geoclip."""
     if options.method is None:
-        from geotoken_jax.predict import hub
         from geotoken_jax.predict.predictor import GeoToken
 
-        folder = hub.resolve(options.model, options.revision)
-        return GeoToken(folder, backbone=options.backbone), folder
-    if options.model or not (options.clip and options.geoclip):
-        raise settings.SettingsError(
-            "--method=geoclip needs --clip=DIR, a checkpoint of CLIP ViT-L/14, and --geoclip=FILE, the wheel that "
-            "`pip download --no-deps geoclip` downloads: add both, and leave out --model"
-        )
+        return GeoToken.load(options.model, revision=options.revision, backbone=options.backbone)
+    if options.model:
+        raise settings.SettingsError("--model and --method=geoclip name two models: leave out one of them")
     from geotoken_jax.interop import geoclip
 
-    return geoclip.GeoCLIPPredictor(options.clip, options.geoclip), options.geoclip
+    return geoclip.GeoCLIPPredictor(options.clip, options.geoclip or geoclip.HUB)
 
 
 def _evaluate(options: argparse.Namespace, config: Any) -> int:
@@ -130,15 +126,14 @@ def _serve(options: argparse.Namespace, config: Any) -> int:
     chosen = limits.ServeSettings(**{name: getattr(options, name) for name in settings.names(limits.ServeSettings)})
     _quiet()
     try:
-        from geotoken_jax.predict import hub
         from geotoken_jax.predict.predictor import GeoToken
         from geotoken_jax.serve import app
     except ModuleNotFoundError as error:
         raise settings.SettingsError(
             f"`geotoken serve` needs {error.name}: install it with pip install 'geotoken-jax[serve]'"
         ) from None
-    folder = hub.resolve(options.model, options.revision)
-    return app.run(GeoToken(folder, backbone=options.backbone), chosen, folder)
+    model = GeoToken.load(options.model, revision=options.revision, backbone=options.backbone)
+    return app.run(model, chosen, model.folder)
 
 
 def _plan(options: argparse.Namespace, config: Any) -> int:

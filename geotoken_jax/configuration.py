@@ -74,8 +74,9 @@ class GeoClipSettings:
 
 @dataclasses.dataclass(frozen=True)
 class InitSettings:
-    """config.align.init. location: file of GeoCLIP's weights, such as its wheel (see interop.geoclip.read_weights),
-    which initialize the location encoder's capsules; if empty, the capsules are initialized at random."""
+    """config.align.init. location: GeoCLIP's weights, such as its name on the Hugging Face hub or its wheel (see
+    interop.geoclip.read_weights), which initialize the location encoder's capsules; if empty, the capsules are
+    initialized at random."""
 
     location: str
 

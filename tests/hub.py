@@ -1,7 +1,7 @@
 """A stand-in for the Hugging Face hub over one folder. It has the part of the API that pushing and loading a model use.
 
-The real huggingface_hub connects to it by HF_ENDPOINT. Files of 100 bytes or more are uploaded as large files (LFS).
-Only requests with TOKEN may write; all may read what is not in `gated`.
+The real huggingface_hub connects to it by HF_ENDPOINT. Files of 100 bytes or more are large files (LFS), which the hub
+names by SHA-256; it names others as git does. Only requests with TOKEN may write; all may read what is not in `gated`.
 """
 
 import base64
@@ -21,7 +21,10 @@ _LARGE = 100
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """objects: SHA-256 -> bytes. commits: model -> each commit's name and files by SHA-256. puts: large files sent."""
+    """objects: SHA-256 -> bytes. commits: model -> each commit's name and files by SHA-256. puts: large files sent.
+
+    names: SHA-256 -> name of the file's data on the hub. cut: files of which the next answer ends in the middle.
+    """
 
     daemon_threads = True
 
@@ -30,7 +33,9 @@ class Hub(http.server.ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.objects: dict[str, bytes] = {}
         self.commits: dict[str, list[tuple[str, dict[str, str]]]] = {}
+        self.names: dict[str, str] = {}
         self.gated: set[str] = set()
+        self.cut: set[str] = set()
         self.puts: list[str] = []
         self.fetched: list[str] = []
 
@@ -40,6 +45,8 @@ class Hub(http.server.ThreadingHTTPServer):
         for name, data in files.items():
             tree[name] = hashlib.sha256(data).hexdigest()
             self.objects[tree[name]] = data
+            git = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+            self.names[tree[name]] = tree[name] if len(data) >= _LARGE else git
         self.commits.setdefault(model, []).append((f"{len(self.commits.get(model, [])) + 1:040x}", tree))
 
     def environment(self, home: Path, token: str | None = None) -> dict[str, str]:
@@ -140,13 +147,16 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return self._json({"id": model, "sha": commit, "siblings": [{"rfilename": name} for name in tree]})
         if found:
             sizes = {name: len(self.server.objects[oid]) for name, oid in tree.items()}
-            return self._json([{"type": "file", "path": n, "size": sizes[n], "oid": tree[n]} for n in tree])
+            oids = {name: self.server.names[oid] for name, oid in tree.items()}
+            return self._json([{"type": "file", "path": n, "size": sizes[n], "oid": oids[n]} for n in tree])
         if not file or file[3] not in tree:
             return self._json({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"})
         if self.command == "GET":
             self.server.fetched.append(file[3])
         oid = tree[file[3]]
-        self._send(self.server.objects[oid], 200, {"ETag": f'"{oid}"', "X-Repo-Commit": commit})
+        headers = {"ETag": f'"{self.server.names[oid]}"', "X-Repo-Commit": commit}
+        self._send(self.server.objects[oid], 200, headers, cut=self.command == "GET" and file[3] in self.server.cut)
+        self.server.cut.discard(file[3] if self.command == "GET" else "")
 
     def _lfs(self, oid: str) -> str:
         return f"{self.server.url}/lfs/{oid}"
@@ -160,11 +170,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _json(self, value, status: int = 200, headers: dict[str, str] | None = None) -> None:
         self._send(json.dumps(value).encode(), status, {"Content-Type": "application/json", **(headers or {})})
 
-    def _send(self, data: bytes, status: int, headers: dict[str, str]) -> None:
+    def _send(self, data: bytes, status: int, headers: dict[str, str], cut: bool = False) -> None:
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(data)
+            self.wfile.write(data[: len(data) // 2] if cut else data)
+        self.close_connection |= cut

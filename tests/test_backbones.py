@@ -143,7 +143,7 @@ def test_shards_are_read_as_one_file(copied, tower):
 
 FC1 = "vision_model.encoder.layers.1.mlp.fc1.weight"
 FAULTS = {
-    "no folder": (lambda f: shutil.rmtree(f), "config.json cannot be read"),
+    "no folder": (lambda f: shutil.rmtree(f), "there is no file or folder"),
     "no parameters": (lambda f: (f / "model.safetensors").unlink(), "has no model.safetensors"),
     "a pickle": (
         lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "only as a pickle.*convert it with `python"

@@ -20,6 +20,7 @@ from starlette.testclient import TestClient
 
 from geotoken_jax import GeoToken, cli, records
 from geotoken_jax.serve import app, limits
+from geotoken_jax.settings import SettingsError
 from tests import hub, test_judge
 
 CONFIG = str(Path(__file__).with_name("tiny.py"))
@@ -212,8 +213,11 @@ def test_an_int8_export_goes_to_the_hub_and_answers_from_there(workdir: Path, ph
         printed = run("export", *made_with, f"--workdir={tmp_path}", "--push=someone/geotoken")
         assert printed.splitlines()[-1] == f"open {server.url}/someone/geotoken"
         answer = json.loads(run("predict", "--model=someone/geotoken", "--json", str(tmp_path / "a.jpg")))
-    expected = dataclasses.asdict(GeoToken.load(tmp_path / "export", verify=True).predict(photo))
+    exported = GeoToken.from_pretrained(tmp_path / "export", verify=True)
+    expected = dataclasses.asdict(exported.predict(photo))
     assert answer == {"id": str(tmp_path / "a.jpg"), **json.loads(json.dumps(expected))}
+    with pytest.raises(SettingsError, match="'someone' is not a name on the hub"):
+        exported.push_to_hub("someone")
     figures = json.loads((tmp_path / "export/manifest.json").read_text())["facts"]["int8"]
     assert figures["photos"] == 30 and figures["bytes"][1] < 0.6 * figures["bytes"][0]
     card = huggingface_hub.ModelCard((tmp_path / "export/README.md").read_text()).data

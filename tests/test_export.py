@@ -169,7 +169,11 @@ def test_a_backbone_travels_with_the_export_or_is_asked_for_by_name(tmp_path: Pa
         folder = epath.Path(tmp_path / f"export-{weights}")
         folder.mkdir()
         section, referred = export.copy_backbone(folder, configuration.read(config).embed, weights)
-        assert referred and referred["name"] == "org/tiny-clip" and str(tmp_path) not in json.dumps([section, referred])
+        assert (
+            referred
+            and (referred["name"], referred["commit"]) == ("org/tiny-clip", "c0ffee")
+            and str(tmp_path) not in json.dumps([section, referred])
+        )
         assert set(referred["sha256"]) == {
             "config.json", "model.safetensors", "preprocessor_config.json", "vocab.json", "merges.txt",
             "tokenizer_config.json",
@@ -179,7 +183,9 @@ def test_a_backbone_travels_with_the_export_or_is_asked_for_by_name(tmp_path: Pa
         features.append(made.images(np.stack([made.prepare(photo) for photo in checkpoints.images()])))
     np.testing.assert_array_equal(*features)
     assert set(referred["sha256"]) == {p.name for p in (tmp_path / "export-True" / "backbone").iterdir()}
-    with pytest.raises(bundle.ExportError, match=r"does not contain its backbone org/tiny-clip: .* --backbone=DIR"):
+    with pytest.raises(
+        bundle.ExportError, match=r"does not contain its backbone org/tiny-clip@c0ffee: .* --backbone=DIR"
+    ):
         bundle.backbone(folder, section, referred, None)
     (source / "model.safetensors").write_bytes(b"of another model")
     with pytest.raises(bundle.ExportError, match=r"model\.safetensors does not match its SHA-256 sum"):

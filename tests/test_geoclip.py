@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import safetensors.numpy
 from flax import nnx
 
 from geotoken_jax import cli, sharding
@@ -202,6 +203,34 @@ def test_a_check_past_the_tolerance_exits_with_1(monkeypatch, wheel, weights, tm
     assert run(monkeypatch, "check", wheel, tmp_path / "stored.npz") == status
 
 
+def release(weights, coordinates, clip: str = "") -> dict[str, bytes]:
+    """Returns name -> contents of GeoCLIP's files on the hub. clip: name and commit of the backbone on the hub."""
+    config = {"model_type": "geoclip-geolocation", "format_version": 1, "gallery_file": "gallery.csv", "sigma": [1, 16]}
+    if clip:
+        config["backbone"] = dict(zip(("repo_id", "revision"), clip.split("@"), strict=True))
+    rows = "".join(f"{latitude},{longitude}\n" for latitude, longitude in coordinates.tolist())
+    return {
+        "config.json": json.dumps(config).encode(),
+        "model.safetensors": safetensors.numpy.save(weights),
+        "gallery.csv": f"LAT,LON\n{rows}".encode(),
+    }
+
+
+def test_the_files_of_the_hub_hold_the_same(weights, tmp_path):
+    at = np.random.default_rng(2).uniform((-80, -180), (80, 180), (4, 2))
+    for name, data in release(weights, at).items():
+        (tmp_path / name).write_bytes(data)
+    found = geoclip.read_weights(tmp_path)
+    assert found.keys() == weights.keys()
+    assert all(np.array_equal(found[name], value) for name, value in weights.items())
+    np.testing.assert_allclose(geoclip.read_gallery(tmp_path), at)
+    for change in ({"model_type": "clip"}, {"format_version": 2}, {"gallery_file": "../gallery.csv"}):
+        config = json.loads(release(weights, at)["config.json"])
+        (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(SettingsError, match=r"not GeoCLIP's geoclip-geolocation, format 1, .*: give "):
+            geoclip.read_gallery(tmp_path)
+
+
 class Trap:
     """Writes a file if it is unpickled."""
 
@@ -357,10 +386,15 @@ def test_a_checkpoint_that_geoclip_does_not_stand_on_is_refused(published, tmp_p
 
 def test_what_geoclip_lacks_is_said_in_one_line(published, tmp_path, capsys):
     clip = clip_of(tmp_path / "clip", WIDTH)
+    (tmp_path / "damaged.whl").write_bytes(b"no zip")
     for arguments, said in (
-        (["--method=geoclip", f"--clip={clip}"], "--geoclip=FILE"),
-        (["--method=geoclip", "--clip=nowhere", f"--geoclip={published[0]}"], "nowhere"),
-        (["--method=geoclip", f"--clip={clip}", "--geoclip=none.whl"], "none.whl cannot be read"),
+        (["--method=geoclip", "--model=export"], "--model and --method=geoclip name two models"),
+        (["--method=geoclip", "--clip=nowhere", f"--geoclip={published[0]}"], "there is no file or folder nowhere"),
+        (["--method=geoclip", f"--clip={clip}", "--geoclip=none.whl"], "there is no file or folder none.whl"),
+        (
+            ["--method=geoclip", f"--clip={clip}", f"--geoclip={tmp_path}/damaged.whl"],
+            "damaged.whl cannot be read as GeoCLIP",
+        ),
     ):
         assert geotoken("predict", *arguments, "photo.jpg") == cli.REFUSED
         error = capsys.readouterr().err

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 RANKS = {
-    **dict.fromkeys(["__version__", "settings", "manifests", "records", "progress", "geo"], 0),
+    **dict.fromkeys(["__version__", "settings", "manifests", "records", "progress", "geo", "hub"], 0),
     **dict.fromkeys(
         [
             "sharding",

@@ -18,7 +18,7 @@ from geotoken_jax.align.heads import AlignModel, AlignSettings
 from geotoken_jax.align.loss import LossSettings
 from geotoken_jax.align.task import AlignTask
 from geotoken_jax.backbone import BackboneSettings
-from geotoken_jax.backbone.checkpoint import write_module
+from geotoken_jax.backbone import checkpoint as published
 from geotoken_jax.backbone.huggingface import HuggingFace, ImageTower
 from geotoken_jax.batch import Spec, spec
 from geotoken_jax.settings import Runtime, SettingsError
@@ -139,6 +139,6 @@ class PixelsTask(AlignTask):
         # Read from disk again: in training the parameters can be split over several processes.
         tower = _open_tower(self._backbone, "none")
         moved = self._moved(jax.tree.map(np.asarray, tower.parameters), traverse_util.unflatten_dict(change))
-        source = pathlib.Path(self._backbone.huggingface.path)
-        write_module(pathlib.Path(folder / "backbone"), source, tower.module(moved))
+        source = published.folder(self._backbone.huggingface.path)
+        published.write_module(pathlib.Path(folder / "backbone"), source, tower.module(moved))
         checkpoint.write_parameters(folder / "parameters.safetensors", stored)

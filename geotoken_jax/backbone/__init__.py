@@ -1,7 +1,5 @@
 """Frozen backbones, which encode photos and texts as feature vectors. `config.embed.backbone` names the one used."""
 
-import hashlib
-import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,9 +14,6 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
 __all__ = ["Backbone", "BackboneSettings", "HuggingFaceSettings", "ThumbnailSettings", "feature_settings", "make"]
-
-#: Bytes at the start and at the end of a file that its fingerprint covers.
-_END = 1 << 20
 
 
 class Backbone(Protocol):
@@ -54,38 +49,19 @@ class Backbone(Protocol):
 def feature_settings(settings: BackboneSettings) -> dict[str, Any]:
     """Returns the settings that features depend on.
 
-    For the backbone "huggingface" these are the type of products and a hash of the checkpoint, instead of its path.
-    Raises SettingsError if that backbone's path has no checkpoint.
+    For the backbone "huggingface" these are the type of products and, instead of a path, the checkpoint's name and
+    commit on the hub, or a hash of a local folder's files. Raises SettingsError if that backbone's path has no
+    checkpoint.
     """
     if settings.backbone != "huggingface":
         return {"backbone": settings.backbone, settings.backbone: getattr(settings, settings.backbone, None)}
+    from geotoken_jax.backbone import checkpoint  # its imports take a second
+
     section = settings.huggingface
     return {
         "backbone": settings.backbone,
-        "huggingface": {"checkpoint": _fingerprint(pathlib.Path(section.path)), "dtype": section.dtype},
+        "huggingface": {"checkpoint": checkpoint.identity(section.path), "dtype": section.dtype},
     }
-
-
-def _fingerprint(folder: pathlib.Path) -> str:
-    """Returns a hash of the JSON, text and safetensors files of a checkpoint folder.
-
-    Of every file, its name, its size and its first and last 1 MiB are hashed. Whole files would take seconds, and
-    checkpoints with other parameters differ in these bytes too.
-    """
-    files = sorted(path for ending in ("*.json", "*.txt", "*.safetensors") for path in folder.glob(ending))
-    if not files:
-        raise SettingsError(
-            f"config.embed.huggingface.path is {str(folder)!r}, where there is no checkpoint: set it to a folder with "
-            "a CLIP or SigLIP 2 checkpoint"
-        )
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            digest.update(f"{path.name} {size} ".encode() + file.read(_END))
-            file.seek(max(0, size - _END))
-            digest.update(file.read(_END))
-    return digest.hexdigest()
 
 
 def make(settings: BackboneSettings, mesh: "Mesh | None" = None) -> Backbone:

@@ -1,9 +1,14 @@
-"""Reads and writes checkpoint folders in Hugging Face's format: config.json and safetensors files, never pickles."""
+"""Reads and writes checkpoint folders in Hugging Face's format: config.json and safetensors files, never pickles.
+
+A checkpoint is named by its folder or by its name on the Hugging Face hub, ORG/NAME or ORG/NAME@REVISION.
+"""
 
 import contextlib
+import dataclasses
+import functools
+import hashlib
 import json
 import pathlib
-import re
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -14,14 +19,103 @@ from etils import epath
 from flax import nnx, traverse_util
 from jax.sharding import Mesh
 
-from geotoken_jax import manifests, sharding
+from geotoken_jax import hub, manifests, sharding
 from geotoken_jax.settings import SettingsError
 
 M = TypeVar("M", bound=nnx.Module)
+#: Supported values of model_type in config.json.
+KINDS = ("clip", "siglip")
+#: Files besides config.json that a backbone reads. No others are downloaded, and so no pickles.
+_READ = (
+    "preprocessor_config.json", "processor_config.json", "tokenizer_config.json", "tokenizer.json", "vocab.json",
+    "merges.txt", "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors",
+)  # fmt: skip
+#: Bytes at the start and at the end of a file that the hash of a folder covers.
+_END = 1 << 20
 #: Last part of a parameter's name here -> in the published checkpoint.
 _NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 #: Tensors of old files that are no parameters: the numbers 0, 1, 2, ...
 _UNUSED = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
+
+
+def folder(path: str) -> pathlib.Path:
+    """Returns the folder of a checkpoint, downloaded at its first use if `path` is a name on the hub.
+
+    path: folder, or ORG/NAME or ORG/NAME@REVISION. Raises SettingsError if there is no such checkpoint, if it is
+    neither CLIP nor SigLIP, or if the download fails.
+    """
+    found = _folder(path, _CHECKPOINT)
+    if not pathlib.Path(path).exists():
+        _files(found)  # a model on the hub may have pickles alone
+    return found
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """Returns the object in a checkpoint's config.json. Of a checkpoint on the hub, only this file is downloaded.
+
+    path: see `folder`. Raises SettingsError as `folder` does.
+    """
+    return read_json(_folder(path, _CONFIG), "config.json")
+
+
+def identity(path: str) -> str:
+    """Returns a text that is the same for the same parameters: ORG/NAME@COMMIT, or a hash of a local folder's files.
+
+    path: see `folder`. Of a checkpoint on the hub, only config.json is downloaded. Hashed are the names, the sizes, and
+    the first and last 1 MiB of all JSON, text and safetensors files. Whole files would take seconds, and checkpoints
+    with other parameters differ in these bytes too. Raises SettingsError if there is no checkpoint.
+    """
+    found = _folder(path, _CONFIG)
+    if not pathlib.Path(path).exists():
+        return str(hub.pinned(found))
+    files = sorted(file for ending in ("*.json", "*.txt", "*.safetensors") for file in found.glob(ending))
+    if not files:
+        raise SettingsError(
+            f"config.embed.huggingface.path is {path!r}, where there is no checkpoint: set it to a folder with a CLIP "
+            "or SigLIP 2 checkpoint, or to its name on the Hugging Face hub"
+        )
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size} ".encode() + opened.read(_END))
+            opened.seek(max(0, size - _END))
+            digest.update(opened.read(_END))
+    return digest.hexdigest()
+
+
+def kind(name: str, config: dict[str, Any]) -> str:
+    """Returns the model_type of a config.json, one of KINDS. Raises SettingsError for any other.
+
+    name: name or folder of the checkpoint, for the message.
+    """
+    found = str(config.get("model_type"))
+    if found not in KINDS:
+        raise SettingsError(
+            f"{name} has a checkpoint of model_type {found!r}: choose a checkpoint of model_type {' or '.join(KINDS)} "
+            "(SigLIP 2 with a fixed image size is siglip)"
+        )
+    return found
+
+
+def _patterns(name: str, first: epath.Path) -> tuple[str, ...]:
+    kind(name, read_json(pathlib.Path(first), "config.json"))
+    return _READ
+
+
+_CHECKPOINT = hub.Kind("config.json", "it is not a checkpoint of CLIP or SigLIP 2; name another model", _patterns)
+_CONFIG = dataclasses.replace(_CHECKPOINT, patterns=lambda name, first: ())
+
+
+@functools.cache  # one process uses one commit, and compares the files with their hashes once
+def _download(name: str, kind: hub.Kind) -> pathlib.Path:
+    return pathlib.Path(hub.resolve(name, kind))
+
+
+def _folder(path: str, kind: hub.Kind) -> pathlib.Path:
+    if pathlib.Path(path).exists():
+        return pathlib.Path(path)
+    return _download(str(hub.pinned(_download(path, _CONFIG))), kind)
 
 
 def read_json(folder: pathlib.Path, name: str) -> dict[str, Any]:
@@ -55,16 +149,17 @@ def needed(folder: pathlib.Path) -> list[pathlib.Path]:
     return [*(folder / name for name in names if (folder / name).exists()), *parameters]
 
 
-def name(folder: pathlib.Path) -> str:
-    """Returns the name of a checkpoint on the Hugging Face hub, ORG/NAME; if unknown, the name of its folder.
+def name(folder: pathlib.Path) -> tuple[str, str | None]:
+    """Returns the name of a checkpoint on the Hugging Face hub, ORG/NAME, and its commit there.
 
-    The hub's cache names folders models--ORG--NAME/snapshots/COMMIT. Elsewhere config.json may have _name_or_path.
+    If the folder is not in the hub's cache, the name is taken from config.json, which may have _name_or_path; else it
+    is the name of the folder. The commit is None then.
     """
-    for part in folder.absolute().parts:
-        if part.startswith("models--"):
-            return "/".join(part.split("--")[1:])
+    if found := hub.pinned(folder):
+        reference, _, commit = found.partition("@")
+        return reference, commit
     recorded = str(read_json(folder, "config.json").get("_name_or_path", ""))
-    return recorded if re.fullmatch(r"[\w.-]+/[\w.-]+", recorded) else folder.absolute().name
+    return (recorded if hub.is_name(recorded) else folder.absolute().name), None
 
 
 def read_module(folder: pathlib.Path, make: Callable[[nnx.Rngs], M], mesh: Mesh) -> M:
@@ -188,5 +283,10 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
             f"{folder} contains its parameters only as a pickle, which can run code: with torch and transformers "
             f'installed, convert it with `python -c "from transformers import AutoModel as M; '
             f'M.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"`'
+        )
+    if found := hub.pinned(folder):
+        raise SettingsError(
+            f"{found} has no model.safetensors on the hub, and pickles are not read, as they can run code: name a "
+            "model or a revision that has it"
         )
     raise SettingsError(f"{folder} has no model.safetensors: choose a checkpoint folder as Hugging Face publishes it")

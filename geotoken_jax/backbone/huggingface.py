@@ -1,4 +1,4 @@
-"""Backbones with published weights, read from a Hugging Face checkpoint folder of CLIP or SigLIP 2."""
+"""Backbones with published weights, read from a checkpoint of CLIP or SigLIP 2 in Hugging Face's format."""
 
 import pathlib
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ from geotoken_jax.backbone.tokenizer import Tokenizer
 from geotoken_jax.batch import padded, padded_size
 from geotoken_jax.settings import SettingsError
 
-#: Supported values of model_type in config.json.
+#: Value of model_type in config.json -> module.
 KINDS = {"clip": Clip, "siglip": Siglip}
 #: Texts per batch and device. Fixed, because products of other shapes round differently.
 _TEXTS = 32
@@ -32,21 +32,17 @@ class HuggingFace:
     def __init__(self, settings: HuggingFaceSettings, mesh: Mesh | None = None):
         """mesh: local devices to run on; if None, all local devices, each with a share of the batch.
 
-        Raises SettingsError if a setting does not fit, or if a file, key or tensor of the folder is missing or is not
-        one of CLIP or SigLIP 2. The message names it.
+        A checkpoint on the hub is downloaded. Raises SettingsError if a setting does not fit, or if a file, key or
+        tensor of the checkpoint is missing or is not one of CLIP or SigLIP 2. The message names it.
         """
         if not settings.path:
             raise SettingsError(
-                "config.embed.huggingface.path is empty: set it to a folder with a CLIP or SigLIP 2 checkpoint"
+                "config.embed.huggingface.path is empty: set it to a folder with a CLIP or SigLIP 2 checkpoint, or to "
+                "its name on the Hugging Face hub, such as openai/clip-vit-large-patch14"
             )
-        folder = pathlib.Path(settings.path)
+        folder = checkpoint.folder(settings.path)
         config = checkpoint.read_json(folder, "config.json")
-        kind = config.get("model_type")
-        if kind not in KINDS:
-            raise SettingsError(
-                f"{folder} has a checkpoint of model_type {kind!r}: choose a checkpoint of model_type "
-                f"{' or '.join(KINDS)} (SigLIP 2 with a fixed image size is siglip)"
-            )
+        kind = checkpoint.kind(settings.path, config)
         self._mesh = mesh or sharding.local_mesh()
         self._batch = sharding.batch_sharding(self._mesh)
         self._batch_devices = self._batch.num_devices // self._mesh.shape["tensor"]

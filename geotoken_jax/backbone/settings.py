@@ -10,8 +10,9 @@ from geotoken_jax.settings import Runtime
 class HuggingFaceSettings:
     """A backbone with published weights.
 
-    path: folder of the checkpoint. dtype: type in which products are computed, "float32" or "bfloat16"; parameters are
-    float32. batch_size: largest number of photos per batch, over all local devices.
+    path: folder of the checkpoint, or its name on the Hugging Face hub (see checkpoint.folder). dtype: type in which
+    products are computed, "float32" or "bfloat16"; parameters are float32. batch_size: largest number of photos per
+    batch, over all local devices.
     """
 
     path: Runtime[str]

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from geotoken_jax import hub
 from geotoken_jax.backbone.preprocess import ENDINGS, ImageError
 from geotoken_jax.folder import outputs
 from geotoken_jax.pages.answers import radii
@@ -125,6 +126,6 @@ def _line(name: str, answer: Prediction, as_json: bool) -> str:
 
 
 def identity(model: Any) -> str:
-    """Returns a text that is different for different models. model: folder of an export, or a wheel with weights."""
+    """Returns a text that is different for different models. model: folder of an export, or GeoCLIP's weights."""
     sums = Path(model) / "SHA256SUMS"
-    return hashlib.sha256(sums.read_bytes()).hexdigest() if sums.exists() else str(model)
+    return hashlib.sha256(sums.read_bytes()).hexdigest() if sums.exists() else hub.pinned(model) or str(model)

@@ -6,15 +6,22 @@
 - `import WEIGHTS OUT.safetensors`: converts published weights to a parameter file of `GeoCLIP`.
 - `export PARAMETERS.safetensors OUT`: converts a parameter file to a state dict of the published model.
 
-WEIGHTS is the wheel that `pip download --no-deps geoclip` fetches, a folder with the wheel's `.pth` files, or a state
-dict of the whole published model as a `.pth`, `.safetensors` or `.npz` file. Only a `.pth` state dict needs torch; the
-wheel's `.pth` files do not. No code of the wheel is run, and only tensors are unpickled. `GeoCLIPPredictor` runs the
-encoders for `geotoken predict --method=geoclip`.
+WEIGHTS is one of
+
+- GeoCLIP's name on the Hugging Face hub, VicenteVivanco/geoclip-geolocation, or a folder with these files
+  (`config.json`, `model.safetensors` and a CSV of coordinates);
+- the wheel that `pip download --no-deps geoclip` fetches, or a folder with the wheel's `.pth` files;
+- a state dict of the whole published model as a `.pth`, `.safetensors` or `.npz` file.
+
+Only a `.pth` state dict needs torch; the wheel's `.pth` files do not. No code of the wheel is run, and only tensors are
+unpickled. `GeoCLIPPredictor` runs the encoders for `geotoken predict --method=geoclip`.
 """
 
 import argparse
+import glob
 import io
 import math
+import pathlib
 import pickle
 import re
 import sys
@@ -30,10 +37,11 @@ from etils import epath
 from flax import nnx
 from jaxtyping import Float, UInt8
 
-from geotoken_jax import checkpoint
+from geotoken_jax import checkpoint, hub
 from geotoken_jax.align.heads import AlignModel, Head
 from geotoken_jax.align.location_encoder import Capsules, LocationSettings
 from geotoken_jax.backbone import HuggingFaceSettings
+from geotoken_jax.backbone.checkpoint import read_json
 from geotoken_jax.backbone.clip import Clip
 from geotoken_jax.backbone.huggingface import HuggingFace
 from geotoken_jax.configuration import InitSettings
@@ -44,6 +52,10 @@ from geotoken_jax.predict.prediction import Candidate, Prediction
 from geotoken_jax.predict.predictor import Predictor, spread
 from geotoken_jax.settings import SettingsError
 
+#: GeoCLIP on the Hugging Face hub: a release, as `GeoCLIP.from_pretrained` of geoclip 1.2.2 and later reads it.
+HUB = "VicenteVivanco/geoclip-geolocation"
+#: The backbone that GeoCLIP was trained on.
+_CLIP = "openai/clip-vit-large-patch14"
 #: Prefix of tensor names in the state dict of the whole model -> file in the wheel with these tensors.
 _FILES = {
     "location_encoder.": "location_encoder_weights.pth",
@@ -109,27 +121,33 @@ class GeoCLIPPredictor(Predictor):
 
     batch_size = 32
 
-    def __init__(self, clip: epath.PathLike, weights: epath.PathLike):
-        """Encodes the gallery, which takes some seconds.
+    def __init__(self, clip: epath.PathLike | None = None, weights: epath.PathLike = HUB):
+        """Encodes the gallery, which takes some seconds. Models on the Hugging Face hub are downloaded at first.
 
-        clip: checkpoint folder of CLIP ViT-L/14 from Hugging Face. weights: the wheel, or a folder with its `.pth`
-        files and its coordinates_100K.csv. Raises SettingsError if either cannot be read or does not fit the other.
+        clip: checkpoint of CLIP ViT-L/14, a folder or a name on the hub; if None, the one that GeoCLIP was trained on.
+        weights: GeoCLIP on the hub, a folder with these files, the wheel, or a folder with its `.pth` files and its
+        coordinates_100K.csv. Raises SettingsError if either cannot be read or does not fit the other.
         """
-        self._clip = HuggingFace(HuggingFaceSettings(str(clip), "float32", self.batch_size))
+        #: The local file or folder with GeoCLIP's weights.
+        self.folder = hub.resolve(weights, _RELEASE)
         try:
-            model = import_(weights)
-            self._coordinates = read_gallery(weights)
+            model = import_(self.folder)
+            self._coordinates = read_gallery(self.folder)
+            clip = str(clip or _backbone(self.folder))
+        except SettingsError:
+            raise
         except (ValueError, OSError, ModuleNotFoundError) as error:
             raise SettingsError(
-                f"{weights} cannot be read as GeoCLIP's weights ({error}): give the wheel that `pip download --no-deps "
-                "geoclip` fetches"
+                f"{weights} cannot be read as GeoCLIP's weights ({error}): give {HUB}, or the wheel that `pip download "
+                "--no-deps geoclip` fetches"
             ) from error
+        self._clip = HuggingFace(HuggingFaceSettings(clip, "float32", self.batch_size))
         width = model.image.hidden.in_features
         if self._clip.width != width or not isinstance(self._clip.model, Clip):
             kind = "CLIP" if isinstance(self._clip.model, Clip) else "SigLIP"
             raise SettingsError(
-                f"{clip} is {kind} of width {self._clip.width}, but GeoCLIP needs CLIP of width {width}: give a "
-                "checkpoint folder of CLIP ViT-L/14 (openai/clip-vit-large-patch14)"
+                f"{clip} is {kind} of width {self._clip.width}, but GeoCLIP needs CLIP of width {width}: give CLIP "
+                f"ViT-L/14 ({_CLIP})"
             )
         blocks = encodings.encoder(model.location, lambda location, x: location.features(x))(self._coordinates)
         encoded = jnp.concatenate([jnp.asarray(block) for block in blocks])
@@ -173,8 +191,8 @@ def start(settings: InitSettings) -> Callable[[AlignModel], None] | None:
         weights = read_weights(settings.location)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         raise SettingsError(
-            f"config.align.init.location is {settings.location!r}, which cannot be read ({error}): set it "
-            "to GeoCLIP's wheel, or to '' for random weights"
+            f"config.align.init.location is {settings.location!r}, which cannot be read ({error}): set it to {HUB}, to "
+            "GeoCLIP's wheel, or to '' for random weights"
         ) from error
     weights = {name: value for name, value in weights.items() if name.startswith("location_encoder.")}
 
@@ -237,10 +255,12 @@ def _load(variables: Mapping[str, nnx.Variable], weights: Weights) -> None:
 def read_weights(path: epath.PathLike) -> dict[str, np.ndarray]:
     """Returns the weights with the tensor names of the whole model's state dict.
 
-    path: the wheel, a folder with the wheel's `.pth` files, or a file with the state dict of the whole model. Raises
-    ValueError if the path is none of these, and FileNotFoundError that names a missing file.
+    path: see WEIGHTS in the module's docstring. Raises ValueError if the path is none of these or cannot be downloaded,
+    and FileNotFoundError that names a missing file.
     """
-    path = epath.Path(path)
+    path = hub.resolve(path, _RELEASE)
+    if _is_release(path):
+        return official.read_weights(path / "model.safetensors")
     if not path.is_dir() and path.suffix != ".whl":
         return official.read_weights(path)
     weights = {}
@@ -253,10 +273,44 @@ def read_weights(path: epath.PathLike) -> dict[str, np.ndarray]:
 def read_gallery(path: epath.PathLike) -> Float[np.ndarray, "N 2"]:
     """Returns GeoCLIP's gallery: 100,000 coordinates, in degrees.
 
-    path: the wheel, or a folder with coordinates_100K.csv.
+    path: GeoCLIP's name on the hub, a folder with these files, the wheel, or a folder with coordinates_100K.csv.
     """
-    data = _member(epath.Path(path), _GALLERY)
-    return np.loadtxt(io.BytesIO(data), delimiter=",", skiprows=1, ndmin=2)
+    path = hub.resolve(path, _RELEASE)
+    file = _release_config(path)["gallery_file"] if _is_release(path) else _GALLERY
+    return np.loadtxt(io.BytesIO(_member(path, file)), delimiter=",", skiprows=1, ndmin=2)
+
+
+def _is_release(path: epath.Path) -> bool:
+    return (path / "config.json").exists()
+
+
+def _release_config(folder: epath.Path, name: str | None = None) -> dict[str, Any]:
+    """Returns the config.json of a release. Raises SettingsError if it is of another model or format.
+
+    name: name of the release, for the message; its folder if None.
+    """
+    config = read_json(pathlib.Path(folder), "config.json")
+    kind, version = (config.get(key) for key in ("model_type", "format_version"))
+    gallery = config.get("gallery_file")
+    if (kind, version) != ("geoclip-geolocation", 1) or not isinstance(gallery, str) or "/" in gallery:
+        raise SettingsError(
+            f"{name or folder} has a model of model_type {kind!r}, format {version}, with the gallery {gallery!r}, not "
+            f"GeoCLIP's geoclip-geolocation, format 1, with a CSV file: give {HUB}"
+        )
+    return config
+
+
+def _patterns(name: str, folder: epath.Path) -> list[str]:
+    return ["model.safetensors", glob.escape(_release_config(folder, name)["gallery_file"])]
+
+
+_RELEASE = hub.Kind("config.json", f"it is not GeoCLIP; give {HUB}", _patterns)
+
+
+def _backbone(path: epath.Path) -> str:
+    """Returns the name on the hub of the CLIP that GeoCLIP's weights need. A release names a commit of it."""
+    backbone = _release_config(path).get("backbone", {}) if _is_release(path) else {}
+    return "@".join(backbone[key] for key in ("repo_id", "revision") if key in backbone) or _CLIP
 
 
 def _member(path: epath.Path, name: str) -> bytes:
@@ -394,7 +448,7 @@ def main() -> None:
         description="Imports, exports and checks GeoCLIP's published encoders.",
     )
     actions = parser.add_subparsers(required=True, metavar="ACTION")
-    weights = "the wheel, a folder with its .pth files, or a state dict of the whole model"
+    weights = f"{HUB} on the hub, the wheel, a folder with its .pth files, or a state dict of the whole model"
     action = actions.add_parser("check", help="compare our encoders with stored outputs of the published encoders")
     action.add_argument("weights", metavar="WEIGHTS", help=weights)
     action.add_argument("file", metavar="FILE.npz")

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,7 +26,8 @@ from geotoken_jax.train.loop import TrainSettings, make_trainer
 
 #: Number of photos in the paper's gallery: the usable ones of MP16-Pro.
 GALLERY = 4_120_000
-#: config.json of the paper's backbone, CLIP ViT-L/14, for a configuration without a checkpoint.
+#: The paper's backbone, CLIP ViT-L/14: its name on the hub, and its config.json, so that a plan needs no network.
+_L14_NAME = "openai/clip-vit-large-patch14"
 _L14 = {
     "model_type": "clip", "projection_dim": 768,
     "text_config": {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12},
@@ -131,13 +131,8 @@ def embed(config: Config, rows: int, devices: Sequence[Any]) -> Workload:
             f"config.embed.backbone is {config.embed.backbone!r}, which uses no accelerator: set it to 'huggingface' "
             "to plan --workload=embed"
         )
-    described = checkpoint.read_json(pathlib.Path(options.path), "config.json") if options.path else _L14
-    kind = huggingface.KINDS.get(str(described.get("model_type")))
-    if kind is None:
-        raise SettingsError(
-            f"{options.path} has a checkpoint of model_type {described.get('model_type')!r}: choose a checkpoint of "
-            f"model_type {' or '.join(huggingface.KINDS)}"
-        )
+    described = _L14 if options.path in ("", _L14_NAME) else checkpoint.read_config(options.path)
+    kind = huggingface.KINDS[checkpoint.kind(options.path, described)]
     model: Any = nnx.eval_shape(lambda: kind(described, jnp.dtype(options.dtype), nnx.Rngs(0)))
     side = model.image_shape.image_size
     # Any mean and standard deviation: the program differs only in constants.

@@ -60,29 +60,32 @@ def backbone(
 ) -> dict[str, Any]:
     """Returns the settings of an export's backbone, with the folder of its checkpoint filled in.
 
-    section: the export's settings of the backbone. referred: name and SHA-256 sums of the backbone's checkpoint; None
-    if the backbone has no checkpoint. given: folder of that checkpoint; if None, the copy in the export is used. For a
-    backbone without a checkpoint, `given` is ignored.
-    Raises ExportError if there is neither a folder nor a copy, or if a file in the folder is missing or does not match
-    its sum.
+    section: the export's settings of the backbone. referred: name, commit and SHA-256 sums of the backbone's
+    checkpoint; None if the backbone has no checkpoint. given: folder of that checkpoint, or its name on the hub; if
+    None, the copy in the export is used. For a backbone without a checkpoint, `given` is ignored.
+    Raises ExportError if there is neither a checkpoint nor a copy, or if a file of the checkpoint is missing or does
+    not match its sum, and SettingsError if the checkpoint cannot be downloaded.
     """
     referred = referred or {}
     copy = section["huggingface"]["path"]
     if section["backbone"] != "huggingface" or (copy and given is None):
         path = str(epath.Path(folder) / copy) if copy else ""
         return {**section, "huggingface": {**section["huggingface"], "path": path}}
+    required = "@".join(referred[key] for key in ("name", "commit") if key in referred)
     if given is None:
         raise ExportError(
-            f"{folder} does not contain its backbone {referred.get('name')}: download that checkpoint and give its "
-            "folder as GeoToken.load(..., backbone=DIR) or --backbone=DIR"
+            f"{folder} does not contain its backbone {required}: give that name on the Hugging Face hub, or a folder "
+            "with the checkpoint, as --backbone=DIR or GeoToken.load(..., backbone=DIR)"
         )
+    from geotoken_jax.backbone import checkpoint  # its imports take a second
+
+    given = checkpoint.folder(str(given))
     for name, expected in referred.get("sha256", {}).items():
         file = epath.Path(given) / name
         if not file.exists() or sha256(file) != expected:
             raise ExportError(
                 f"{file} {'does not match its SHA-256 sum' if file.exists() else 'is missing'}: "
-                f"{folder} requires the backbone {referred.get('name')}, with the sums in {folder}/config.json; "
-                "download that checkpoint again"
+                f"{folder} requires the backbone {required}, with the sums in {folder}/config.json; give that one"
             )
     return {**section, "huggingface": {**section["huggingface"], "path": str(given)}}
 

@@ -199,11 +199,12 @@ class GeoToken(Predictor):
         """Reads the export in a folder.
 
         folder: folder that `geotoken export` made. verify: if True, every file's SHA-256 sum is checked; if False, only
-        the sums of parameters and settings. backbone: folder of the backbone's checkpoint; None if the export contains
-        it. Raises FileNotFoundError if the folder is not an export. Raises ValueError if a file of the export or of the
-        checkpoint is missing or damaged, or if settings and parameters do not match.
+        the sums of parameters and settings. backbone: the backbone's checkpoint, a folder or a name on the Hugging Face
+        hub; None if the export contains it. Raises FileNotFoundError if the folder is not an export. Raises ValueError
+        if a file of the export or of the checkpoint is missing or damaged, or if settings and parameters do not match.
         """
-        folder = epath.Path(folder)
+        #: The folder of the export.
+        self.folder = folder = epath.Path(folder)
         if not (folder / "config.json").exists():
             raise FileNotFoundError(f"{folder} has no config.json: give the folder that `geotoken export` made")
         bundle.check(folder, verify)
@@ -239,10 +240,24 @@ class GeoToken(Predictor):
     ) -> "GeoToken":
         """Returns the model of an export.
 
-        model: folder that `geotoken export` made, or name ORG/NAME of a model on the Hugging Face hub. revision:
-        branch, tag or commit on the hub; the main branch if None. verify, backbone: see GeoToken.
+        model: folder that `geotoken export` made, or name ORG/NAME or ORG/NAME@REVISION of a model on the Hugging Face
+        hub. revision: branch, tag or commit on the hub, if `model` has none; the main branch if None. verify, backbone:
+        see GeoToken. Raises SettingsError if there is no such model or the download fails, and the errors of GeoToken.
         """
         return cls(hub.resolve(model, revision), verify, backbone)
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: epath.PathLike, **options: Any) -> "GeoToken":
+        """Returns the same as `load`, by the name of this method in transformers. options: see `load`."""
+        return cls.load(name_or_folder, **options)
+
+    def push_to_hub(self, name: str) -> str:
+        """Uploads the export to the Hugging Face hub as `geotoken export --push` does; returns the model's address.
+
+        name: ORG/NAME. A model of that name is created if there is none. Raises SettingsError if the name has another
+        form or the upload fails, and ExportError if a file of the export is missing or damaged.
+        """
+        return hub.push(self.folder, name)
 
     def prepare(self, photo: Any) -> UInt8[np.ndarray, "h w 3"]:
         return self._backbone.prepare(photo)

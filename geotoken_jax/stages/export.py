@@ -90,17 +90,19 @@ def _copy(config: Config, workdir: Workdir, variant: str, folder: epath.Path) ->
 def copy_backbone(
     folder: epath.Path, options: backbone.BackboneSettings, weights: bool
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Returns the backbone's settings for config.json, and name and SHA-256 sums of its checkpoint.
+    """Returns the backbone's settings for config.json, and name, commit and SHA-256 sums of its checkpoint.
 
-    Neither contains a local path. Name and sums are None if the backbone has no checkpoint.
+    Neither contains a local path. The second is None if the backbone has no checkpoint. It has a commit only if the
+    checkpoint is from the hub.
 
     weights: whether to copy the checkpoint into the folder.
     """
     section = settings.plain({name: getattr(options, name) for name in settings.names(backbone.BackboneSettings)})
-    source = pathlib.Path(section["huggingface"]["path"])
+    path = section["huggingface"]["path"]
     section["huggingface"]["path"] = ""
     if section["backbone"] != "huggingface":
         return section, None
+    source = published.folder(path)
     files = published.needed(source)
     if weights:
         (folder / _BACKBONE).mkdir(exist_ok=True)
@@ -108,4 +110,5 @@ def copy_backbone(
             shutil.copyfile(file, folder / _BACKBONE / file.name)
         section["huggingface"]["path"] = _BACKBONE
     sums = {file.name: bundle.sha256(file) for file in files}
-    return section, {"name": published.name(source), "sha256": sums}
+    name, commit = published.name(source)
+    return section, {"name": name, **({"commit": commit} if commit else {}), "sha256": sums}

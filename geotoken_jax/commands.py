@@ -73,11 +73,13 @@ def _predict(options: argparse.Namespace, config: Any) -> int:
             "no photos to predict: name a photo or a folder, as in `geotoken predict --model=DIR photo.jpg`"
         )
     _quiet()
-    from geotoken_jax.folder import photos
+    from geotoken_jax.folder import outputs, photos
 
+    min_within = outputs.MinWithin.read(options.min_within) if options.min_within else None
+    form = photos.Form(options.output, options.json, min_within, options.xmp, options.dry_run)
     found = photos.find(options.photos)
     model = _predictor(options)
-    return photos.run(model, photos.identity(model.folder), found, options.output, options.json)
+    return photos.run(model, photos.identity(model.folder), found, form)
 
 
 def _predictor(options: argparse.Namespace) -> Any:
@@ -149,8 +151,9 @@ def _serve(options: argparse.Namespace, config: Any) -> int:
         raise settings.SettingsError(
             f"`geotoken serve` needs {error.name}: install it with pip install 'geotoken-jax[serve]'"
         ) from None
+    sockets = chosen.bind()  # first, because loading a model takes seconds
     model = GeoToken.load(options.model, revision=options.revision, backbone=options.backbone)
-    return app.run(model, chosen, model.folder)
+    return app.run(model, chosen, sockets, model.folder)
 
 
 def _plan(options: argparse.Namespace, config: Any) -> int:

@@ -8,6 +8,7 @@ import abc
 import dataclasses
 import functools
 import hashlib
+import io
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ from data_prep.csv_rows import read_rows
 from data_prep.source_files import fingerprint
 from data_prep.sources import UNKNOWN, Drop, Photo, Provenance
 from data_prep.sources.matching import pair
+from geotoken_jax.backbone.exif import gps
 from geotoken_jax.backbone.preprocess import ENDINGS
 from geotoken_jax.folder.walk import Files, walk
 from geotoken_jax.manifests import StageError
@@ -195,7 +197,7 @@ def _load(photo: Photo, file: str, exif: bool) -> Photo | Drop:
         return Drop(photo.id, "unreadable file")
     if not exif:
         return dataclasses.replace(photo, image=image)
-    coordinates = images.gps(image)
+    coordinates = gps(io.BytesIO(image))
     if coordinates is None:
         return Drop(photo.id, images.drop_reason(image) or "no GPS")
     latitude, longitude = coordinates

@@ -31,12 +31,16 @@ class Files:
         """Returns relative path -> path of the files with an ending of a photo."""
         return {name: path for name, path in self.paths.items() if name.lower().endswith(ENDINGS)}
 
-    def notes(self) -> Iterator[str]:
-        """Yields a sentence on the files that are no photos, and one on each folder that cannot be opened."""
+    @property
+    def skipped(self) -> collections.Counter[str]:
+        """Number of files that are no photos, by ending."""
         endings = (os.path.splitext(name)[1].lower() for name in self.paths if not name.lower().endswith(ENDINGS))
         skipped = collections.Counter(ending or "without an ending" for ending in endings)
-        skipped += collections.Counter({"pipes, sockets, broken links or linked folders": self.special})
-        if skipped:
+        return skipped + collections.Counter({"pipes, sockets, broken links or linked folders": self.special})
+
+    def notes(self) -> Iterator[str]:
+        """Yields a sentence on the files that are no photos, and one on each folder that cannot be opened."""
+        if skipped := self.skipped:
             counts = ", ".join(f"{n:,} {ending}" for ending, n in skipped.most_common())
             yield f"left out {sum(skipped.values()):,} files that are no photos in a known format: {counts}"
         for name, reason in self.unreadable.items():

@@ -137,8 +137,9 @@ def _serve(options: argparse.Namespace, config: Any) -> int:
         raise settings.SettingsError(
             f"`geotoken serve` needs {error.name}: install it with pip install 'geotoken-jax[serve]'"
         ) from None
+    sockets = chosen.bind()  # first, because loading a model takes seconds
     folder = hub.resolve(options.model, options.revision)
-    return app.run(GeoToken(folder, backbone=options.backbone), chosen, folder)
+    return app.run(GeoToken(folder, backbone=options.backbone), chosen, sockets, folder)
 
 
 def _plan(options: argparse.Namespace, config: Any) -> int:

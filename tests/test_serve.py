@@ -4,12 +4,14 @@ import asyncio
 import base64
 import contextlib
 import gc
+import gzip
 import io
 import json
 import logging
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -27,6 +29,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from geotoken_jax import cli
 from geotoken_jax.backbone.preprocess import ImageError, open_image
 from geotoken_jax.geo.distance import THRESHOLDS_KM
 from geotoken_jax.predict.prediction import Candidate, Cell, Neighbor, Prediction
@@ -36,6 +39,7 @@ pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 jsonschema = pytest.importorskip("jsonschema")
 
 from starlette.requests import Request  # noqa: E402
+from starlette.responses import Response  # noqa: E402
 from starlette.testclient import TestClient  # noqa: E402
 
 from geotoken_jax.serve import app, batching, bodies, limits  # noqa: E402
@@ -261,6 +265,9 @@ def test_pixels_are_counted_before_they_are_decoded():
         (dict(json={"photo": "§§§§"}), 422, "base64"),
         (dict(content=b'{"photo": "\\ud800"}', headers={"content-type": "application/json"}), 422, "base64"),
         (dict(json={"photo": "http://localhost/x.jpg"}), 422, "URLs are not fetched"),
+        (dict(json={"photo": f"data:image/jpeg;base64,{text(photo())}"}), 422, "a data: URL: send only the base64"),
+        (dict(content=gzip.compress(b"{}"), headers={"content-type": "application/json"}), 415, "compressed"),
+        (dict(json={"photo": text(photo())}, headers={"content-encoding": "br"}), 415, "without Content-Encoding"),
     ],
 )
 def test_a_body_of_another_form_is_told_what_to_send(sent, status, word):
@@ -277,6 +284,32 @@ def test_a_list_has_at_least_one_photo_and_not_too_many():
         assert "more photos than 2" in says(client.post(MANY, json={"photos": ["x"] * 3}), 422)
         assert "more photos than 2" in says(client.post(MANY, files=many(*[photo()] * 3)), 422)
         assert client.post(MANY, files=many(photo(), photo())).status_code == 200
+
+
+def test_head_answers_as_get_does():
+    with serving() as (client, _):
+        for path in ("/", "/health", "/ready"):
+            assert client.head(path).status_code == client.get(path).status_code == 200
+
+
+def test_a_port_that_cannot_be_used_is_refused_before_the_model_is_loaded(monkeypatch, tmp_path, capsys):
+    with pytest.raises(SettingsError, match=r"--port is 99999: set it to a number from 1 to 65535, or to 0"):
+        limits.ServeSettings(port=99_999)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["serve", str(tmp_path / "no export"), f"--port={port}"])
+        assert ended.value.code == 2
+        assert (
+            f"--port={port} cannot be listened on (Address already in use): choose another" in capsys.readouterr().err
+        )
+    with pytest.raises(SettingsError, match=r"--host=203\.0\.113\.1 .*: choose another --host or --port"):
+        limits.ServeSettings(host="203.0.113.1").bind()
+    for one in limits.ServeSettings(host="localhost", port=port).bind():
+        assert one.getsockname()[1] == port
+        one.close()
 
 
 def test_unknown_paths_and_methods_are_refused_alike():
@@ -301,6 +334,35 @@ def test_a_large_body_is_refused_by_its_length_and_as_it_comes():
         with pytest.raises(limits.Refused) as refused:
             asyncio.run(bodies.read(request, 5_000, 10))
         assert refused.value.status == 413 and sum(pulled) == held
+
+
+def test_a_refused_body_is_discarded_within_limits():
+    async def refused(headers: list[Any], pieces: int, piece: bytes = b"x" * 100) -> tuple[int, list[Any]]:
+        """Returns the number of pieces that a refusal takes from a body, and the messages of its response."""
+        taken, sent = 0, []
+
+        async def receive() -> dict[str, Any]:
+            nonlocal taken
+            if taken == pieces:
+                await asyncio.sleep(60)
+            taken += 1
+            return {"type": "http.request", "body": piece, "more_body": taken < 50}
+
+        async def send(message: dict[str, Any]) -> None:
+            sent.append((message, taken))
+
+        drain = bodies.Drain(Response(b"no", 413), max_bytes=8_000, seconds=0.05)
+        await drain({"type": "http", "method": "POST", "headers": headers}, receive, send)
+        return taken, sent
+
+    long = [(b"content-length", b"1")]
+    taken, sent = asyncio.run(refused(long, 1000))
+    assert taken == 50 and (b"connection", b"close") in sent[0][0]["headers"]
+    assert [(message.get("body"), at) for message, at in sent[1:]] == [(b"no", 0), (None, 50)]
+    assert asyncio.run(refused(long, 1000, b"x" * 4_000))[0] == 2  # too large
+    assert asyncio.run(refused(long, 7))[0] == 7  # too slow
+    assert asyncio.run(refused([*long, (b"expect", b"100-continue")], 1000))[0] == 0  # not sent yet
+    assert asyncio.run(refused([], 1000))[0] == 0
 
 
 def test_a_slow_body_is_given_up_and_one_that_ends_early_too():
@@ -437,7 +499,10 @@ def test_ready_only_once_every_size_is_compiled():
     with serving(ready=False) as (client, model):
         model.free.clear()
         wait(lambda: client.get("/health").status_code == 200)
-        if client.get("/ready").status_code != 200:
+        if (state := client.get("/ready")).status_code != 200:
+            assert (
+                state.status_code == 503 and state.json() == {"status": "compiling"} and "retry-after" in state.headers
+            )
             assert "compiled" in says(client.post(ONE, files={"photo": photo()}), 503)
         model.free.set()
         wait(lambda: client.get("/ready").status_code == 200)
@@ -571,7 +636,8 @@ class Slow(Shade):
             sys.stdin.readline()
         return super().predict_prepared(photos)
 
-sys.exit(app.run(Slow(), limits.ServeSettings(port=0, rate=0)))
+settings = limits.ServeSettings(port=0, rate=0)
+sys.exit(app.run(Slow(), settings, settings.bind()))
 """
 
 

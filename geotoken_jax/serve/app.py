@@ -6,6 +6,7 @@ import hmac
 import http
 import logging
 import signal
+import socket
 import warnings
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,8 @@ from geotoken_jax.serve.metrics import Metrics, RequestMetrics
 Format = Literal["json", "geojson", "levels"]
 
 _ONE, _MANY = "/v1/predict", "/v1/predict-many"
+#: Bytes of a refused body that are read and discarded, as a multiple of --max-bytes.
+_DRAINED = 10
 #: Predictions may be personal: no cache between the service and the client may store them.
 _HEADERS = {"Cache-Control": "no-store"}
 #: A PNG of one gray pixel.
@@ -153,6 +156,7 @@ def make(
     site.add(app, export, guard)
     paths = {path for route in app.routes if isinstance(path := getattr(route, "path", None), str)}
     app.add_middleware(RequestMetrics, metrics=service.metrics, paths=paths)
+    app.add_middleware(bodies.Drain, max_bytes=_DRAINED * settings.max_bytes, seconds=settings.read_s)
     return app
 
 
@@ -188,16 +192,18 @@ def _add_photos(app: FastAPI, service: Service, guard: list[Any]) -> None:
 def _add_state(app: FastAPI, service: Service, guard: list[Any]) -> None:
     """Adds the endpoints for health, readiness and metrics."""
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", response_model=dict[str, str])
     async def health() -> Response:
         """Returns 200 while the process is alive."""
         return JSONResponse({"status": "alive"})
 
-    @app.get("/ready", response_model=dict[str, str], responses=_refusals(503))
+    @app.head("/ready", include_in_schema=False)
+    @app.get("/ready", response_model=dict[str, str], responses={503: {"model": dict[str, str]}})
     async def ready() -> Response:
-        """Returns 200 once the model is compiled for all batch sizes and the service accepts photos, 503 before."""
+        """Returns 200 and "ready" once the model is compiled for all batch sizes, 503 and "compiling" before."""
         if not service.batcher.ready:
-            raise Refused(503, "the model is being compiled: try again later", retry_after(5))
+            return JSONResponse({"status": "compiling"}, 503, retry_after(5))
         return JSONResponse({"status": "ready"})
 
     @app.get("/metrics", dependencies=guard, responses={200: {"content": {"text/plain": {}}}})
@@ -285,10 +291,11 @@ def _endpoint(kind: Any, name: str, encoded: Any, file: Any, example: Any) -> di
     }
 
 
-def run(model: Model, settings: ServeSettings, export: Any = None) -> int:
+def run(model: Model, settings: ServeSettings, sockets: list[socket.socket], export: Any = None) -> int:
     """Serves until SIGTERM or SIGINT, waits up to `drain_s` seconds for accepted requests, and returns the exit status.
 
-    The status is 1 if the model could not be run, otherwise 0. export: see `make`.
+    The status is 1 if the model could not be run, otherwise 0. sockets: result of `ServeSettings.bind`. export: see
+    `make`.
     """
     failed = []
 
@@ -299,8 +306,6 @@ def run(model: Model, settings: ServeSettings, export: Any = None) -> int:
     server = uvicorn.Server(
         uvicorn.Config(
             make(model, settings, on_failure, export),
-            settings.host,
-            settings.port,
             access_log=False,  # for privacy: a log would contain addresses and times
             server_header=False,
             timeout_graceful_shutdown=settings.drain_s,
@@ -313,5 +318,11 @@ def run(model: Model, settings: ServeSettings, export: Any = None) -> int:
     # this function returns its status.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    server.run()
+    for one in sockets:
+        host, port = one.getsockname()[:2]
+        # uvicorn prints this only for sockets that it binds itself.
+        logging.getLogger("uvicorn.error").info(
+            "geotoken running on http://%s:%d", f"[{host}]" if ":" in host else host, port
+        )
+    server.run(sockets)
     return int(bool(failed))

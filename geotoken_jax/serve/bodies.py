@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import io
 import json
 import math
@@ -18,17 +19,62 @@ from geotoken_jax.serve.limits import Refused
 
 #: Accepted content types.
 MULTIPART, JSON = "multipart/form-data", "application/json"
-#: Closes the connection after a refusal, because the rest of the body is unread.
-_CLOSE = {"Connection": "close"}
+#: First bytes of a gzip file.
+_GZIP = b"\x1f\x8b"
+_COMPRESSED = "the body is compressed: send it without Content-Encoding, and not as gzip"
+
+
+class Drain:
+    """ASGI middleware that reads and discards the rest of a body that was refused before its end.
+
+    Most clients send all of a body before they read the response. If the connection were closed earlier, they would see
+    a reset connection instead of the refusal.
+    """
+
+    def __init__(self, app: Any, max_bytes: int, seconds: float):
+        """max_bytes, seconds: limits of the discarded bytes and of the time that they take to arrive."""
+        self._app, self._max_bytes, self._seconds = app, max_bytes, seconds
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Passes the request to the application, and sends the end of its response after the end of the body."""
+        headers = {name for name, _ in scope.get("headers", ())}
+        # A client that sent "Expect: 100-continue" waits with its body until someone receives.
+        unread = bool(headers & {b"content-length", b"transfer-encoding"}) and b"expect" not in headers
+
+        async def received() -> Any:
+            nonlocal unread
+            message = await receive()
+            unread = message.get("more_body", False)
+            return message
+
+        async def discarded() -> None:
+            left = self._max_bytes
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._seconds):
+                    while unread and left > 0:
+                        left -= len((await received()).get("body", b""))
+
+        async def sent(message: Any) -> None:
+            if unread and message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
+            elif unread and message["type"] == "http.response.body" and not message.get("more_body"):
+                await send({**message, "more_body": True})
+                await discarded()
+                message = {"type": "http.response.body"}
+            await send(message)
+
+        await self._app(scope, received, sent)
 
 
 async def read(request: Request, max_bytes: int, seconds: float) -> bytes:
     """Returns a request's body.
 
     max_bytes: largest body; no more bytes are kept in memory. seconds: time limit. Raises Refused if the body is
-    larger, too slow or incomplete.
+    larger, compressed, too slow or incomplete.
     """
-    large = Refused(413, f"the request has more than {max_bytes:,} bytes: send fewer or smaller photos", _CLOSE)
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise Refused(415, _COMPRESSED)
+    large = Refused(413, f"the request has more than {max_bytes:,} bytes: send fewer or smaller photos")
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > max_bytes:
         raise large
@@ -40,7 +86,7 @@ async def read(request: Request, max_bytes: int, seconds: float) -> bytes:
                 if len(body) > max_bytes:
                     raise large
     except TimeoutError:
-        raise Refused(408, f"the request did not arrive within {seconds:g} seconds: send it again", _CLOSE) from None
+        raise Refused(408, f"the request did not arrive within {seconds:g} seconds: send it again") from None
     except ClientDisconnect:
         raise Refused(400, "the connection closed before the whole body arrived: send the request again") from None
     return bytes(body)
@@ -53,6 +99,8 @@ def photos(content_type: str, body: bytes, name: str, max_photos: int | None) ->
     largest number of photos; if None, the body contains one photo, which JSON does not wrap in a list. Raises Refused
     if the body contains no photo, too many photos or anything else, or if the content type is not supported.
     """
+    if body.startswith(_GZIP):
+        raise Refused(415, _COMPRESSED)
     mime, options = parse_options_header(content_type)
     if mime == MULTIPART.encode():
         items = _from_form(body, options.get(b"boundary", b""), name, max_photos or 1)
@@ -121,6 +169,8 @@ def decoded(photo: bytes | str, max_pixels: int) -> bytes:
     raise ImageError later, in `Model.prepare`.
     """
     if not isinstance(photo, bytes):
+        if photo[:5].lower() == "data:":
+            raise ImageError("the photo is a data: URL: send only the base64 after its comma")
         try:
             photo = base64.b64decode(photo, validate=True)
         except ValueError:

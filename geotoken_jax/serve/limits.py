@@ -2,9 +2,11 @@
 
 import contextlib
 import dataclasses
+import errno
 import ipaddress
 import math
 import os
+import socket
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +18,7 @@ from geotoken_jax.settings import SettingsError
 _CLIENTS = 10_000
 #: Bits of an IPv6 address that identify a client: one client usually has a whole /64 network.
 _NETWORK = 64
+_LAST_PORT = 65_535
 
 
 def _flag(default: Any, help: str) -> Any:
@@ -30,7 +33,7 @@ class ServeSettings:
     """
 
     host: str = _flag("127.0.0.1", "address to listen on; 0.0.0.0 listens on all interfaces")
-    port: int = _flag(8000, "port to listen on")
+    port: int = _flag(8000, "port to listen on; 0 takes any free port")
     batch_size: int = _flag(32, "largest batch of the model, in photos")
     wait_ms: float = _flag(4.0, "longest time that a free model waits to fill a batch, in ms")
     queue: int = _flag(64, "largest number of photos in the service, from arrival to response; more get 503")
@@ -51,6 +54,10 @@ class ServeSettings:
             least = 0 if field.name in ("port", "wait_ms", "rate") else 1
             if field.type in (int, float) and not least <= value < math.inf:
                 raise SettingsError(f"{flag(field.name)} is {value}: set it to a finite number, at least {least}")
+        if self.port > _LAST_PORT:
+            raise SettingsError(
+                f"--port is {self.port}: set it to a number from 1 to {_LAST_PORT}, or to 0 for any free port"
+            )
         for name in ("queue", "rate"):
             if self.max_photos > getattr(self, name) and (name == "queue" or self.rate):
                 raise SettingsError(
@@ -58,6 +65,32 @@ class ServeSettings:
                     f"requests of that size would always be refused: lower --max-photos or raise --{name}"
                 )
         self.token()
+
+    def bind(self) -> list[socket.socket]:
+        """Returns sockets bound to all addresses of `host`, on `port`, that do not listen yet.
+
+        Raises SettingsError if the host is unknown or the port cannot be used.
+        """
+        sockets: list[socket.socket] = []
+        faults: list[OSError] = []
+        try:
+            addresses = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        except OSError as error:
+            addresses, faults = [], [error]
+        for family, kind, protocol, _, address in addresses:
+            try:
+                sockets.append(_bound(socket.socket(family, kind, protocol), address))
+            except OSError as error:  # a name such as localhost can have an IPv6 address on a machine without IPv6
+                faults.append(error)
+        busy = any(fault.errno == errno.EADDRINUSE for fault in faults)
+        if busy or not sockets:
+            remedy = (
+                "choose another --port, or end the program that uses it" if busy else "choose another --host or --port"
+            )
+            raise SettingsError(
+                f"--host={self.host} --port={self.port} cannot be listened on ({faults[0].strerror}): {remedy}"
+            )
+        return sockets
 
     def token(self) -> str:
         """Returns the bearer token, or "" if none is required.
@@ -70,6 +103,14 @@ class ServeSettings:
                 "to the token"
             )
         return os.environ.get(self.token_variable, "")
+
+
+def _bound(one: socket.socket, address: Any) -> socket.socket:
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # the port of a service that has just ended is free
+    if one.family == socket.AF_INET6:
+        one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    one.bind(address)
+    return one
 
 
 def flag(name: str) -> str:

@@ -45,6 +45,7 @@ def add(app: FastAPI, export: Any, guard: list[Any]) -> None:
     """
     pictures = Pictures(export)
 
+    @app.head("/", include_in_schema=False)
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
         return FileResponse(_FOLDER / "index.html", headers=_HEADERS)

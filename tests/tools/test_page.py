@@ -51,7 +51,7 @@ class Many(Shade):
         return [more(prediction) for prediction in super().predict_prepared(photos)]
 
 settings = limits.ServeSettings(port=0, rate=0, batch_size=2, token_variable=sys.argv[2])
-sys.exit(app.run(Many(), settings, sys.argv[1]))
+sys.exit(app.run(Many(), settings, settings.bind(), sys.argv[1]))
 """
 
 

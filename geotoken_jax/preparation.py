@@ -130,8 +130,6 @@ class MP16ProSettings:
     def __post_init__(self):
         if not 0 <= self.validation < 1:
             raise ValueError(f"config.photos.mp16_pro.validation is {self.validation}: use a share from 0 to below 1")
-        if self.photos_per_shard < 1:
-            raise ValueError(f"config.photos.mp16_pro.photos_per_shard is {self.photos_per_shard}: use 1 or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,6 +173,13 @@ class PhotosSettings:
     im2gps3k: Im2gps3kSettings
     yfcc: YfccSettings
     osv5m: Osv5mSettings
+
+    def __post_init__(self):
+        sections = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        shards = {f"{n}.photos_per_shard": getattr(section, "photos_per_shard", 1) for n, section in sections.items()}
+        for key, value in {"workers": self.workers, **shards}.items():
+            if value < 1:
+                raise ValueError(f"config.photos.{key} is {value}: use 1 or more")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,6 +36,14 @@ def test_every_section_of_every_variant_is_read(name):
             assert np.isfinite(float(make_schedule(options.optimizer, options.steps, 10)(options.steps)))
 
 
+@pytest.mark.parametrize("key", ["workers", "folder.photos_per_shard", "mp16_pro.photos_per_shard"])
+def test_a_count_of_zero_in_photos_is_refused(key):
+    config = load("demo")
+    config.photos.update_from_flattened_dict({key: 0})
+    with pytest.raises(settings.SettingsError, match=rf"config\.photos\.{key} is 0: use 1 or more"):
+        configuration.read(config)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_key_that_nothing_reads_is_refused_wherever_it_is(name):
     def sections(of, where=""):

@@ -354,7 +354,6 @@ def test_only_files_of_a_common_size_are_read_to_find_identical_ones():
         ({"placeholder": {"distance": 64}}, "placeholder.distance is 64: use 0 to 63"),
         ({"placeholder": {"identical": 0}}, "placeholder.identical is 0: use 1 or more"),
         ({"validation": 1.0}, "validation is 1.0: use a share"),
-        ({"photos_per_shard": 0}, "photos_per_shard is 0: use 1 or more"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(tmp_path, changes, message):

@@ -8,6 +8,7 @@ import abc
 import dataclasses
 import functools
 import hashlib
+import io
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from data_prep import images
 from data_prep.csv_rows import read_rows
 from data_prep.sources import UNKNOWN, Drop, Photo, Provenance
+from geotoken_jax.backbone.exif import gps
 from geotoken_jax.backbone.preprocess import ENDINGS
 from geotoken_jax.manifests import StageError
 from geotoken_jax.preparation import FolderSettings
@@ -188,7 +190,7 @@ def _load(photo: Photo, file: str, exif: bool) -> Photo | Drop:
         return Drop(photo.id, "unreadable file")
     if not exif:
         return dataclasses.replace(photo, image=image)
-    coordinates = images.gps(image)
+    coordinates = gps(io.BytesIO(image))
     if coordinates is None:
         return Drop(photo.id, images.drop_reason(image) or "no GPS")
     latitude, longitude = coordinates

@@ -100,8 +100,8 @@ lint: $(INSTALLED) ## run ruff and pyright
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-bench: $(INSTALLED) ## run the benchmarks, one JSON line each (not serving, which needs locust, and not export, which makes environments)
-	@for file in $$(grep -l '__main__' benchmarks/*.py | grep -vE 'torch_reference|benchmarks/(clients|export|serving)'); do \
+bench: $(INSTALLED) ## run the benchmarks, one JSON line each (not serving, which needs locust, not export, which makes environments, and not folder, which needs an export)
+	@for file in $$(grep -l '__main__' benchmarks/*.py | grep -vE 'torch_reference|benchmarks/(clients|export|folder|serving)'); do \
 	  $(BIN)/python -m benchmarks.$$(basename $$file .py) || exit 1; \
 	done
 

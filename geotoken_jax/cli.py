@@ -114,6 +114,14 @@ def _predict_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--output", help="with PHOTOS: write the answers to a file that ends in .csv, .jsonl, .geojson, .kml or .html"
     )
+    verb.add_argument(
+        "--min-within", metavar="KM:P", help="with PHOTOS: answer \"unknown\" if the probability to be within KM is "
+        "less than P, as in 25:0.5",
+    )  # fmt: skip
+    verb.add_argument(
+        "--xmp", action="store_true", help="with PHOTOS: write a sidecar, PHOTO.xmp, for each photo without a position"
+    )
+    verb.add_argument("--dry-run", action="store_true", help="with --xmp: print the sidecars instead of writing them")
 
 
 def _evaluate_options(verb: argparse.ArgumentParser) -> None:

@@ -72,11 +72,13 @@ def _predict(options: argparse.Namespace, config: Any) -> int:
             "no photos to predict: name a photo or a folder, as in `geotoken predict --model=DIR photo.jpg`"
         )
     _quiet()
-    from geotoken_jax.folder import photos
+    from geotoken_jax.folder import outputs, photos
 
+    min_within = outputs.MinWithin.read(options.min_within) if options.min_within else None
+    form = photos.Form(options.output, options.json, min_within, options.xmp, options.dry_run)
     found = photos.find(options.photos)
     model, folder = _predictor(options)
-    return photos.run(model, photos.identity(folder), found, options.output, options.json)
+    return photos.run(model, photos.identity(folder), found, form)
 
 
 def _predictor(options: argparse.Namespace) -> tuple[Any, Any]:

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import os
 import sys
@@ -13,8 +14,8 @@ from typing import Any
 
 from geotoken_jax.backbone.preprocess import ENDINGS, ImageError
 from geotoken_jax.folder import outputs
-from geotoken_jax.pages.answers import radii
-from geotoken_jax.predict.prediction import Prediction
+from geotoken_jax.folder.sidecars import Sidecars
+from geotoken_jax.pages.answers import place, radii
 from geotoken_jax.predict.predictor import Predictor
 from geotoken_jax.progress import Progress
 from geotoken_jax.settings import SettingsError
@@ -57,7 +58,7 @@ def find(arguments: Sequence[str]) -> Found:
         elif os.path.isdir(argument):
             _search(argument, found)
         else:
-            found.photos[argument] = argument
+            found.photos[_text(argument)] = argument
     if not found.photos:
         notes = "; ".join(found.notes())
         raise SettingsError(
@@ -83,20 +84,52 @@ def _search(folder: str, found: Found) -> None:
             elif not os.path.isfile(path):
                 found.skipped["pipes, sockets or broken links"] += 1
             else:
-                relative = os.path.relpath(path, folder)
-                found.photos[path if relative in found.photos else relative] = path
+                name = _text(os.path.relpath(path, folder))
+                found.photos[_text(path) if name in found.photos else name] = path
 
 
-def run(model: Predictor, identity: str, found: Found, output: str | None, as_json: bool) -> int:
-    """Predicts the photos, prints or writes the answers, and returns the exit status: 2 if any photo failed, else 0.
+def _text(path: str) -> str:
+    """Returns a path as text that all files of answers can contain: bytes that are not UTF-8 become \\xNN."""
+    return os.fsencode(path).decode(errors="backslashreplace")
 
-    A photo that cannot be read is reported on standard error, and the others are predicted. identity: text that is
-    different for different models. output: file for the answers (see outputs.FORMATS); if None, they are printed, as
-    JSON lines if as_json. If the file was begun before, its answers are kept.
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """The form of the answers.
+
+    output: file for the answers (see outputs.FORMATS); if None, they are printed. json: whether they are printed as
+    JSON lines. min_within: condition on answers; those that do not meet it become unknown. xmp: whether photos get
+    sidecars. dry_run: whether sidecars are printed instead. Raises SettingsError if the values do not fit together.
+    """
+
+    output: str | None = None
+    json: bool = False
+    min_within: outputs.MinWithin | None = None
+    xmp: bool = False
+    dry_run: bool = False
+
+    def __post_init__(self):
+        if self.dry_run and not self.xmp:
+            raise SettingsError("--dry-run prints the sidecars that --xmp would write: add --xmp")
+        if self.dry_run and self.output:
+            raise SettingsError("--dry-run writes no file: leave out --output")
+
+
+def run(model: Predictor, identity: str, found: Found, form: Form) -> int:
+    """Predicts the photos, gives the answers in their form, and returns the exit status.
+
+    The status is 2 if any photo cannot be read or any sidecar cannot be written, else 0. A photo that cannot be read is
+    reported on standard error, and the others are predicted. identity: text that is different for different models. If
+    the output was begun before, its answers are kept.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names can be in any encoding
-    file = outputs.Output(Path(output), identity) if output else None
+    file = outputs.Output(Path(form.output), identity) if form.output else None
+    sidecars = Sidecars(form.dry_run) if form.xmp else None
+    if file and sidecars:
+        for answer in file.answers():
+            if answer["id"] in found.photos:
+                sidecars.add(found.photos[answer["id"]], outputs.judged(answer, form.min_within))
     todo = {name: photo for name, photo in found.photos.items() if not file or name not in file.done}
     shown = len(found.photos) > 1 and (file is not None or not sys.stdout.isatty())
     failed = 0
@@ -106,22 +139,26 @@ def run(model: Predictor, identity: str, found: Found, output: str | None, as_js
             if isinstance(answer, ImageError):
                 print(f"geotoken predict: {answer}", file=sys.stderr)
                 failed += 1
-            elif file:
-                file.add(name, answer)
-            else:
-                print(_line(name, answer, as_json), flush=True)
-    for note in found.notes():
+                continue
+            whole = {"id": name, **answer.plain()}
+            known = outputs.judged(whole, form.min_within)
+            beside = sidecars.add(todo[name], known) if sidecars else None
+            if file:
+                file.add(whole)
+            elif beside or not form.dry_run:
+                print(_line({**known, "id": beside} if form.dry_run else known, form.json), flush=True)
+    for note in itertools.chain(found.notes(), sidecars.notes() if sidecars else ()):
         print(f"geotoken predict: {note}", file=sys.stderr)
     if file:
-        written = file.finish(found.photos)
-        print(f"{output}: {written:,} answers", file=sys.stderr)
-    return 2 if failed or found.unreadable else 0
+        written = file.finish(found.photos, form.min_within)
+        print(f"{form.output}: {written:,} answers", file=sys.stderr)
+    return 2 if failed or found.unreadable or (sidecars and sidecars.failed) else 0
 
 
-def _line(name: str, answer: Prediction, as_json: bool) -> str:
+def _line(answer: outputs.Answer, as_json: bool) -> str:
     if as_json:
-        return json.dumps({"id": name, **answer.plain()})
-    return f"{name}  {answer.latitude:.5f}, {answer.longitude:.5f}  {radii(answer.plain())}"
+        return json.dumps(answer)
+    return f"{answer['id']}  {place(answer)}  {radii(answer)}"
 
 
 def identity(model: Any) -> str:

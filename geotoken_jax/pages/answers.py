@@ -18,10 +18,13 @@ def page(answers: Sequence[tuple[Mapping[str, Any], Any]]) -> str:
     answers: for each photo the fields of its Prediction with its `id`, and its path or bytes.
     """
     certain_first = sorted(answers, key=lambda one: one[0]["radius_km"])
-    at = np.array([(answer["latitude"], answer["longitude"]) for answer, _ in answers]).reshape(-1, 2)
+    known = [answer for answer, _ in answers if not answer.get("unknown")]
+    at = np.array([(answer["latitude"], answer["longitude"]) for answer in known]).reshape(-1, 2)
+    unknown = len(answers) - len(known)
+    rest = f" Too uncertain, and so unknown: {unknown:,} of {len(answers):,}." if unknown else ""
     headline = (
         f"<h1>Where {len(answers):,} photos were taken</h1><p>A model's answers. With a probability of 50 % a photo "
-        "was taken within the first distance of the answer, and with 90 % within the second.</p>"
+        f"was taken within the first distance of the answer, and with 90 % within the second.{rest}</p>"
     )
     cards = "".join(_card(answer, photo) for answer, photo in certain_first)
     sections = [
@@ -36,12 +39,18 @@ def radii(answer: Mapping[str, Any]) -> str:
     return f"50 % within {answer['radius_km']:,.0f} km, 90 % within {answer['radius_90_km']:,.0f} km"
 
 
+def place(answer: Mapping[str, Any]) -> str:
+    """Returns the coordinates of an answer as words."""
+    return "unknown" if answer.get("unknown") else f"{answer['latitude']:.5f}, {answer['longitude']:.5f}"
+
+
 def _card(answer: Mapping[str, Any], photo: Any) -> str:
-    name = escape(str(answer["id"]))
-    point = np.array([(answer["latitude"], answer["longitude"])])
-    small = worldmap.small_map({"halo": point, "guess": point}, f"Map around the answer for {name}", ["guess"])
+    name, small = escape(str(answer["id"])), ""
+    if not answer.get("unknown"):
+        point = np.array([(answer["latitude"], answer["longitude"])])
+        small = worldmap.small_map({"halo": point, "guess": point}, f"Map around the answer for {name}", ["guess"])
     return (
-        f'<article class="card"><header><h4>{name}</h4></header><p class="at">{answer["latitude"]:.5f}, '
-        f'{answer["longitude"]:.5f}<br>{radii(answer)}</p><div class="pair"><img alt="{name}" '
+        f'<article class="card"><header><h4>{name}</h4></header><p class="at">{place(answer)}<br>{radii(answer)}</p>'
+        f'<div class="pair"><img alt="{name}" '
         f'src="{photos.data_uri(photo, _SIDE)}">{small}</div></article>'
     )

@@ -94,14 +94,14 @@ class Prediction:
     choices: dict[str, int | tuple[float, float]] = dataclasses.field(default_factory=dict)
 
     def plain(self) -> dict[str, Any]:
-        """Returns the fields for JSON. Fields that are None or NaN are left out, also in candidates."""
+        """Returns the fields for JSON, with text as keys. Fields that are None or NaN are left out."""
         return _present(dataclasses.asdict(self))
 
 
 def _present(value: Any) -> Any:
     if isinstance(value, dict):
         # NaN is not equal to itself.
-        return {key: _present(item) for key, item in value.items() if item is not None and item == item}
+        return {str(key): _present(item) for key, item in value.items() if item is not None and item == item}
     return [_present(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 

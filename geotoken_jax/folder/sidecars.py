@@ -1,0 +1,137 @@
+"""XMP sidecars: small files beside photos, from which photo programs read a position.
+
+The sidecar of IMG_1.JPG is IMG_1.JPG.xmp, the name that darktable, digiKam, Immich and PhotoPrism read. Lightroom reads
+sidecars of raw files only, whatever their name.
+"""
+
+import collections
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+from xml.etree import ElementTree
+
+from geotoken_jax import __version__
+from geotoken_jax.backbone import exif, preprocess
+
+_NAMESPACES = {
+    "x": "adobe:ns:meta/",
+    "rdf": "http://www.w3.org/1999/02/22-rdf-syntax-ns#",
+    "exif": "http://ns.adobe.com/exif/1.0/",
+}
+for _prefix, _uri in _NAMESPACES.items():
+    ElementTree.register_namespace(_prefix, _uri)
+#: Names the toolkit that wrote a sidecar. Other programs replace it when they change the sidecar, which is then theirs.
+_TOOLKIT, _OURS = f"{{{_NAMESPACES['x']}}}xmptk", "geotoken-jax"
+#: Minutes of arc are written with 4 decimals, at most 9 cm off.
+_STEPS = 10_000
+_WRITTEN, _UNCHANGED, _REMOVED = "written", "as they were", "removed, since their photos have no answer now"
+_UNKNOWN, _PLACED = "not needed: the answer is unknown", "not needed: the photo has a position of its own"
+_FOREIGN = "left alone, since another program wrote or changed them"
+
+
+class Sidecars:
+    """Writes a sidecar for each answered photo without a position of its own, and counts the results.
+
+    Photos are never changed. A sidecar is replaced only if this class wrote it and no other program has changed it.
+    """
+
+    def __init__(self, dry_run: bool):
+        """dry_run: if True, no file is written or removed."""
+        self._dry_run = dry_run
+        self._counts: collections.Counter[str] = collections.Counter()
+        #: Sidecars that could not be written, as path and reason.
+        self.failed: list[str] = []
+
+    def add(self, photo: Any, answer: Mapping[str, Any]) -> str | None:
+        """Writes a photo's sidecar, and returns its path, or None if none is written.
+
+        An unknown answer has no sidecar, and neither has a photo with a position of its own. If such a photo has a
+        sidecar that this class wrote before, it is removed. photo: path, or bytes of standard input, which have none.
+        answer: see outputs.Answer.
+        """
+        if isinstance(photo, bytes):
+            return None
+        path = Path(os.fspath(photo) + ".xmp")
+        try:
+            result = self._put(path, Path(photo), answer)
+        except OSError as error:
+            self.failed.append(f"{path} cannot be written ({error.strerror}): check the permissions of its folder")
+            return None
+        self._counts[result] += 1
+        return str(path) if result == _WRITTEN else None
+
+    def _put(self, path: Path, photo: Path, answer: Mapping[str, Any]) -> str:
+        there = os.path.lexists(path)
+        if there and not _ours(path):
+            return _FOREIGN
+        with photo.open("rb") as file:
+            result = _UNKNOWN if answer.get("unknown") else _PLACED if _has_position(file) else _WRITTEN
+        if result == _WRITTEN:
+            data = sidecar(answer)
+            if there and path.read_bytes() == data:
+                return _UNCHANGED
+            if not self._dry_run:
+                temporary = path.with_name(f".{path.name}.tmp")
+                temporary.write_bytes(data)
+                temporary.replace(path)
+        elif there:
+            if not self._dry_run:
+                path.unlink()
+            return _REMOVED
+        return result
+
+    def notes(self) -> Iterator[str]:
+        """Yields a sentence on all sidecars, and one on each that could not be written."""
+        counts = ", ".join(f"{count:,} {result}" for result, count in self._counts.most_common())
+        yield f"{'sidecars, if they were written' if self._dry_run else 'sidecars'}: {counts or 'none'}"
+        yield from self.failed
+
+
+def sidecar(answer: Mapping[str, Any]) -> bytes:
+    """Returns the XMP of an answer: position, and the radius for 90 % as its error in meters."""
+    values = {
+        "GPSVersionID": "2.3.0.0",
+        "GPSLatitude": _angle(answer["latitude"], "NS"),
+        "GPSLongitude": _angle(answer["longitude"], "EW"),
+        "GPSMapDatum": "WGS-84",
+        "GPSProcessingMethod": f"estimated from the picture by {_OURS}",
+    }
+    if "radius_90_km" in answer:
+        values["GPSHPositioningError"] = f"{max(1, round(1000 * answer['radius_90_km']))}/1"
+    x, rdf, names = (f"{{{uri}}}" for uri in _NAMESPACES.values())
+    root = ElementTree.Element(f"{x}xmpmeta", {_TOOLKIT: f"{_OURS} {__version__}"})
+    described = ElementTree.SubElement(
+        ElementTree.SubElement(root, f"{rdf}RDF"), f"{rdf}Description", {f"{rdf}about": ""}
+    )
+    for name, value in values.items():
+        ElementTree.SubElement(described, names + name).text = value
+    ElementTree.indent(root)
+    return ElementTree.tostring(root, "utf-8", xml_declaration=True) + b"\n"
+
+
+def _angle(degrees: float, letters: str) -> str:
+    """Returns an angle in XMP's form, such as 48,51.5000N. letters: of positive and of negative angles."""
+    whole, steps = divmod(round(abs(degrees) * 60 * _STEPS), 60 * _STEPS)
+    return f"{whole},{steps / _STEPS:.4f}{letters[degrees < 0]}"
+
+
+def _ours(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    try:
+        return ElementTree.parse(path).getroot().get(_TOOLKIT, "").startswith(_OURS)
+    except (ElementTree.ParseError, ValueError, LookupError):  # the last two are for unknown encodings
+        return False
+
+
+def _has_position(file: IO[bytes]) -> bool:
+    """Returns whether the EXIF or the XMP inside an image file has a position."""
+    if exif.gps(file) is not None:
+        return True
+    file.seek(0)
+    try:
+        image = preprocess.open_header(file)
+        return image is not None and b"GPSLatitude" in image.info.get("xmp", b"")
+    except Exception:  # a damaged header makes Pillow raise nearly anything
+        return False

@@ -41,7 +41,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         root = Path(options.folder or work / "album")
-        ledger = album.make(root, options.photos, options.others, tuple(options.size))
+        ledger = album.make(root, options.photos, options.others, (options.size[0], options.size[1]))
         result = _whole(options.model, root, work, ledger)
         paths = [str(root / name) for name in sorted(ledger.answered | ledger.refused)]
         command = [sys.executable, "-c", _LIST, options.model]

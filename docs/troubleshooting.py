@@ -37,7 +37,7 @@ def messages(path: Path) -> Iterator[str]:
         for node in ast.walk(owner):
             if isinstance(node, ast.Call) and _name(node.func) in kinds and node.args:
                 text = re.sub(r"\s+", " ", _text(node.args[0])).strip()
-                yield from [text] if text.strip("… ") else []
+                yield from [text] if " " in text.strip("… ") else []
 
 
 def _name(node: ast.expr) -> str:

@@ -234,6 +234,8 @@ def _config(options: argparse.Namespace, rest: list[str]) -> Any:
         reason = " ".join(str(error).split("\n\nTraceback")[0].split())
         where = "" if rest else f"--config={file} cannot be read: "
         raise settings.SettingsError(f"{where}{reason}: mend the file or the value; see configs/common.py") from None
+    except OSError as error:
+        raise settings.SettingsError(f"--config={file} cannot be read ({error}): check it and its imports") from None
     except (AttributeError, IndexError, KeyError, SyntaxError, TypeError, ValueError) as error:
         if not rest:
             raise

@@ -127,7 +127,7 @@ def judged(answer: Answer, min_within: MinWithin | None) -> Answer:
     """Returns the answer as it is if it meets the condition or if there is none, else as unknown."""
     if min_within is None or answer["within"].get(str(min_within.km), 0.0) >= min_within.probability:
         return answer
-    kept = {name: value for name, value in answer.items() if name not in ("latitude", "longitude")}
+    kept = {name: value for name, value in answer.items() if name not in ("latitude", "longitude", "place")}
     return {"id": kept.pop("id"), "unknown": True, **kept}
 
 

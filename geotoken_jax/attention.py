@@ -10,17 +10,14 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType
 from jaxtyping import Array, Bool, Float, Int
 
-from geotoken_jax import sharding
+from geotoken_jax import sharding, stack
 from geotoken_jax.settings import SettingsError
 
 #: Values of config.model.attention.
 KERNELS = ("auto", "xla", "cudnn")
-#: Name of a fused kernel's result in jax.checkpoint's policies.
-RESULT = "attention"
 #: Fewest queries of a fused kernel, the rows of a float32 tile. The decoder's 11 queries fill one and a half.
 _QUERIES = 8
 #: Fewest keys of a fused kernel. cuDNN refused the decoder's sequences of 11 and 21 tokens ("Unsupported sequence
@@ -58,7 +55,10 @@ def attention(
         result = jax.nn.dot_product_attention(
             q, k, v, is_causal=causal, key_value_seq_lengths=lengths, implementation=chosen
         )
-    return result if chosen == "xla" else checkpoint_name(result, RESULT)
+    if chosen == "xla":
+        return result
+    # A fused kernel is no product. If its result were not kept, the backward pass would run it again.
+    return stack.keep(result.reshape(*result.shape[:2], -1)).reshape(result.shape)
 
 
 def by_head(
@@ -97,12 +97,19 @@ def choose(requested: str, q: Any, k: Any, *, causal: bool = False) -> Literal["
         return "cudnn" if keys >= _KEYS else "xla"
     if requested == "xla" or queries < _QUERIES or keys < _KEYS:
         return "xla"
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is None:
-        return "xla"
-    if device.platform == "gpu" and _fits_cudnn(q):
+    platform = sharding.platform()
+    if platform == "gpu" and _fits_cudnn(q):
         return "cudnn"
-    return "pallas" if device.platform == "tpu" and not causal and _fits_pallas(q, k) else "xla"
+    return "pallas" if platform == "tpu" and not causal and _fits_pallas(q, k) else "xla"
+
+
+def positions(length: int) -> int:
+    """Returns the number of positions, at least `length`, to which the platform of the mesh in use pads a sequence.
+
+    TPUs store arrays in tiles of 8 rows. With whole tiles, the arrays of a fused kernel and of matrix products have the
+    same layout. Otherwise XLA copies each array between them.
+    """
+    return -(-length // 8) * 8 if sharding.platform() == "tpu" else length
 
 
 def _fits_cudnn(q: Any) -> bool:

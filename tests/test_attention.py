@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 
-from geotoken_jax import attention, attention_tpu, randomness, settings, sharding
+from geotoken_jax import attention, attention_tpu, randomness, settings, sharding, stack
 from geotoken_jax.plan import topology
 from tests import fixtures, pod
 
@@ -118,6 +119,33 @@ def test_auto_on_a_tpu_takes_the_kernel_if_photos_heads_and_memory_allow_it():
     assert chosen("tpu", requested="xla") == chosen("tpu", dtype="float32") == "xla"
     assert chosen("tpu", sizes=(16, 1, 1)) == chosen("tpu", sizes=(1, 1, 16)) == "xla"  # 8 photos, 8 heads
     assert chosen("cpu") == "xla"
+
+
+def test_on_a_tpu_sequences_fill_whole_tiles():
+    assert attention.positions(214) == 214
+    with jax.sharding.use_abstract_mesh(abstract_mesh("cpu", 1, 1, 1)):
+        assert attention.positions(214) == 214
+    with jax.sharding.use_abstract_mesh(abstract_mesh("tpu", 2, 1, 1)):
+        assert [attention.positions(n) for n in (214, 216, 364, 19)] == [216, 216, 368, 24]
+
+
+@pytest.mark.parametrize("remat, kernels", [("none", 2), ("dots", 2), ("full", 3)])
+def test_the_backward_pass_runs_the_kernel_again_only_if_nothing_is_kept(interpreted, remat, kernels):
+    mesh, arrays = mesh_of(1, 1, 1), inputs(8, 16, 64, 2, 64, "bfloat16")
+
+    def body(layer, x, _):
+        return layer.scale[...] * attention.attention(x, *arrays[1:3], kernel="auto").astype(x.dtype), None
+
+    layers = stack.make(lambda rngs: nnx.RMSNorm(64, param_dtype=jnp.bfloat16, rngs=rngs), 3, nnx.Rngs(0))
+    graph, state = nnx.split(layers)
+
+    def total(state, x):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return jnp.sum(stack.scan(nnx.merge(graph, state), body, x, None, remat)[0].astype(jnp.float32))
+
+    text = str(jax.make_jaxpr(jax.grad(total))(state, arrays[0]))
+    assert text.count("name=forward_attention") + text.count("name=backward_attention") == kernels
+    assert "reduce_precision" not in text
 
 
 def test_auto_without_a_mesh_or_within_a_shard_map_is_xla():

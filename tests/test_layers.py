@@ -1,4 +1,4 @@
-"""Gated feed-forward and normalized attention logits."""
+"""Gated feed-forward, normalized attention logits, and the layer norm."""
 
 import jax
 import jax.numpy as jnp
@@ -62,3 +62,28 @@ def test_gated_and_normalized_on_a_mesh_is_what_it_is_on_one_device():
     for one, eight in zip(*(jax.tree.leaves(part) for part in found), strict=True):
         assert np.any(one)
         np.testing.assert_allclose(eight, one, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_layer_norm_has_the_values_and_gradients_of_flax(dtype):
+    rng = np.random.default_rng(0)
+    x, weight = (jnp.asarray(rng.normal(1.0, 2.0, size=(3, 5, 16)), dtype) for _ in range(2))
+    scale, bias = (jnp.asarray(rng.normal(size=16), jnp.float32) for _ in range(2))
+
+    def results(kind):
+        norm = kind(16, epsilon=1e-5, rngs=nnx.Rngs(0))
+        norm.scale[...], norm.bias[...] = scale, bias
+        graph, state = nnx.split(norm)
+
+        def total(state, x):
+            y = nnx.merge(graph, state)(x)
+            return jnp.sum(y.astype(x.dtype).astype(jnp.float32) * weight.astype(jnp.float32)), y
+
+        (_, y), gradients = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(state, x)
+        assert gradients[1].dtype == x.dtype
+        return [np.asarray(leaf, np.float32) for leaf in jax.tree.leaves((y.astype(x.dtype), gradients))]
+
+    assert layers.LayerNorm(16, rngs=nnx.Rngs(0))(x).dtype == x.dtype
+    close = dict(rtol=1e-5, atol=1e-5) if dtype == "float32" else dict(rtol=2**-7, atol=2**-7)
+    for found, expected in zip(results(layers.LayerNorm), results(nnx.LayerNorm), strict=True):
+        np.testing.assert_allclose(found, expected, **close)

@@ -9,6 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
+from geotoken_jax import attention
 from geotoken_jax.data import join
 from geotoken_jax.model import loss
 from geotoken_jax.model.geotoken import GeoTokenModel
@@ -205,6 +206,27 @@ def test_gradients_are_finite_and_the_same_whatever_is_kept():
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):
             np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["paper", "ours", "compact"])
+def test_further_padding_for_a_device_changes_nothing(monkeypatch, form):
+    model = fixtures.model(form, dropout=0.5)
+    task, batch = fixtures.task(model.settings), fixtures.batch()
+    graph, state = nnx.split(model)
+
+    def results():
+        def mean_loss(state):
+            return task.loss(nnx.merge(graph, state), batch, jax.random.key(0))[0]
+
+        loss, gradient = jax.value_and_grad(mean_loss)(state)
+        sequence, lengths = model.sequence(batch["query"], fixtures.neighbors(batch))
+        real = jnp.arange(model.settings.memory_form.length) < lengths[:, None]
+        return jax.tree.leaves((loss, gradient, jnp.where(real[..., None], sequence, 0.0)))
+
+    expected = results()
+    monkeypatch.setattr(attention, "positions", lambda length: length + 5)
+    for a, b in zip(results(), expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_the_loss_is_what_is_computed_by_hand():

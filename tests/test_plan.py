@@ -282,6 +282,18 @@ def test_the_verb_prints_and_writes(tmp_path, capsys):
 @pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")  # it was written without the chips
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+@pytest.mark.parametrize("kernel", ["auto", "xla"])
+def test_with_the_fused_kernel_a_step_stores_no_scores(kernel):
+    model = {"level": 20, "width": 128, "neighbors": 15, "encoder_layers": 1, "decoder_layers": 1, "attention": kernel}
+    program = workloads.train(tiny(model=model), 1000, topology.devices(topology.read("v5e:2x2")))
+    program_text = program.function.lower(*program.arguments).compile(compiler_options=planning._QUICK).as_text()
+    # 214 positions, and 216 with the padding to whole tiles. Scores are positions x positions.
+    scores = [sizes for sizes in re.findall(r"\[([\d,]+)\]", program_text) if len(re.findall(r"\b21[46]\b", sizes)) > 1]
+    assert bool(scores) == (kernel == "xla")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 @pytest.mark.parametrize("name", ["v5e:2x2", "2xv5e:2x2"])
 def test_a_pod_that_is_not_here_is_compiled_for(name):
     one = {"encoder_layers": 1, "decoder_layers": 1, "dropout": 0.0, "neighbors": 1, "remat": "none"}

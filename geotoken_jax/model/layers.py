@@ -8,6 +8,7 @@ of the encoder, and of the decoder, are stacked (geotoken_jax/stack.py) and scan
 
 import dataclasses
 import enum
+import functools
 from collections.abc import Callable
 
 import jax
@@ -32,7 +33,7 @@ class LayerSettings:
     attention_dropout: dropout rate of the attention weights, which PyTorch's layers drop at the rate `dropout`. Fused
     kernels cannot drop them, so "auto" takes "xla" in training if the rate is not 0. remat: values of a layer that are
     kept for the backward pass, which computes the others again: "none" keeps all values, "dots" the products with
-    parameters and the result of attention, "full" only the layer's input.
+    parameters, the result of fused attention and the sums that norms read, "full" only the layer's input.
     """
 
     width: int
@@ -100,6 +101,15 @@ class Site(enum.IntEnum):
     MEMORY_WEIGHTS = 5
 
 
+def _rows(x: Float[Array, "B S D"]) -> Float[Array, "BS D"] | Float[Array, "B S D"]:
+    """Returns x as a matrix if a TPU need not move numbers for that, else x.
+
+    In the layout of a matrix XLA reads and writes the arrays of the attention kernel directly. With three axes it puts
+    the positions first, and copies.
+    """
+    return x if x.shape[1] % 8 else x.reshape(-1, x.shape[-1])
+
+
 class Attention(nnx.Module):
     """Multi-head attention: projections of queries, keys, values and output.
 
@@ -116,15 +126,15 @@ class Attention(nnx.Module):
         if settings.qk_norm:
             self.q_norm, self.k_norm = (nnx.RMSNorm(d // settings.heads, epsilon=1e-6, rngs=rngs) for _ in range(2))
 
-    def _heads(self, x: Array) -> Array:
-        return x.reshape(*x.shape[:-1], self.heads, -1)
+    def _heads(self, project: Callable, x: Float[Array, "B S D"]) -> Float[Array, "B S H d"]:
+        return project(_rows(x)).reshape(*x.shape[:-1], self.heads, -1)
 
     def queries(self, x: Float[Array, "B T D"]) -> Float[Array, "B T H d"]:
-        q = self._heads(self.q(x))
+        q = self._heads(self.q, x)
         return self.q_norm(q).astype(q.dtype) if self.normalize else q
 
     def keys_values(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S H d"], Float[Array, "B S H d"]]:
-        k, v = self._heads(self.k(x)), self._heads(self.v(x))
+        k, v = self._heads(self.k, x), self._heads(self.v, x)
         return (self.k_norm(k).astype(k.dtype) if self.normalize else k), v
 
     def __call__(
@@ -149,7 +159,8 @@ class Attention(nnx.Module):
         attended = attention.attention(
             queries, keys, values, kernel=self.kernel, causal=causal, lengths=lengths, drop=drop
         )
-        return self.out(attended.reshape(*attended.shape[:-2], -1))
+        joined = attended.reshape(*attended.shape[:-2], -1)
+        return self.out(_rows(joined)).reshape(joined.shape)
 
 
 class FeedForward(nnx.Module):
@@ -169,6 +180,41 @@ class FeedForward(nnx.Module):
         return self.down(dropout(hidden, self.settings.dropout, words, Site.HIDDEN))
 
 
+class LayerNorm(nnx.LayerNorm):
+    """A layer norm, computed at least in float32, with the type of its input."""
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        return _normalize(x, self.scale[...], self.bias[...], self.epsilon)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _normalize(x: Array, scale: Array, bias: Array, epsilon: float) -> Array:
+    return _normalize_forward(x, scale, bias, epsilon)[0]
+
+
+def _normalize_forward(x: Array, scale: Array, bias: Array, epsilon: float) -> tuple[Array, tuple[Array, ...]]:
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    mean = wide.mean(-1, keepdims=True)
+    variance = jnp.maximum(0.0, (wide * wide).mean(-1, keepdims=True) - mean * mean)
+    # Kept, because else the backward pass would read all of x for them.
+    mean, factor = stack.stored(mean), stack.stored(jax.lax.rsqrt(variance + epsilon))
+    y = (wide - mean) * (factor * scale) + bias
+    return y.astype(x.dtype), (x, scale, mean, factor)
+
+
+def _normalize_backward(epsilon: float, saved: tuple[Array, ...], g: Array) -> tuple[Array, Array, Array]:
+    x, scale, mean, factor = saved
+    g, normal = g.astype(mean.dtype), (x.astype(mean.dtype) - mean) * factor
+    rows = tuple(range(g.ndim - 1))
+    scaled = g * scale
+    along = (scaled * normal).mean(-1, keepdims=True)
+    dx = factor * (scaled - scaled.mean(-1, keepdims=True) - normal * along)
+    return dx.astype(x.dtype), (g * normal).sum(rows).astype(scale.dtype), g.sum(rows).astype(scale.dtype)
+
+
+_normalize.defvjp(_normalize_forward, _normalize_backward)
+
+
 class _Layer(nnx.Module):
     """Base class of EncoderLayer and DecoderLayer: sublayers with residual connections and norms.
 
@@ -177,15 +223,14 @@ class _Layer(nnx.Module):
 
     def __init__(self, settings: LayerSettings, norms: int, rngs: nnx.Rngs):
         self.settings = settings
-        self.norms = nnx.List([nnx.LayerNorm(settings.width, epsilon=1e-5, rngs=rngs) for _ in range(norms)])
+        self.norms = nnx.List([LayerNorm(settings.width, epsilon=1e-5, rngs=rngs) for _ in range(norms)])
 
     def _residual(
-        self, norm: nnx.LayerNorm, x: Array, sublayer: Callable[[Array], Array], words: Array | None, site: Site
+        self, norm: LayerNorm, x: Array, sublayer: Callable[[Array], Array], words: Array | None, site: Site
     ) -> Array:
-        dtype = jnp.dtype(self.settings.dtype)
         if self.settings.norm == "pre":
-            return x + dropout(sublayer(norm(x).astype(dtype)), self.settings.dropout, words, site)
-        return norm(x + dropout(sublayer(x), self.settings.dropout, words, site)).astype(dtype)
+            return stack.keep(x + dropout(sublayer(norm(x)), self.settings.dropout, words, site))
+        return norm(stack.keep(x + dropout(sublayer(x), self.settings.dropout, words, site)))
 
 
 class EncoderLayer(_Layer):
@@ -200,11 +245,16 @@ class EncoderLayer(_Layer):
         self, x: Float[Array, "B S D"], lengths: Int[Array, " B"] | None, words: UInt32[Array, "B S"] | None
     ) -> Float[Array, "B S D"]:
         def attend(y: Array) -> Array:
+            y = y.reshape(x.shape)
             k, v = self.attention.keys_values(y)
-            return self.attention(self.attention.queries(y), k, v, words, Site.WEIGHTS, lengths=lengths)
+            attended = self.attention(self.attention.queries(y), k, v, words, Site.WEIGHTS, lengths=lengths)
+            return attended.reshape(rows.shape)
 
-        x = self._residual(self.norms[0], x, attend, words, Site.ATTENTION)
-        return self._residual(self.norms[1], x, lambda y: self.feed_forward(y, words), words, Site.FEED_FORWARD)
+        rows = _rows(x)
+        row_words = None if words is None else words.reshape(rows.shape[:-1])
+        rows = self._residual(self.norms[0], rows, attend, row_words, Site.ATTENTION)
+        feed_forward = functools.partial(self.feed_forward, words=row_words)
+        return self._residual(self.norms[1], rows, feed_forward, row_words, Site.FEED_FORWARD).reshape(x.shape)
 
 
 class DecoderLayer(_Layer):

@@ -173,10 +173,9 @@ class MemoryBuilder(nnx.Module):
             x = x + sinusoidal(x.shape[1], x.shape[2]).astype(self.dtype)
         return x, self.form.head + neighbors.count * body.shape[2]
 
-    def first_positions(self, m: int, length: int) -> np.ndarray:
-        """Returns the index [M] in the sequence of the first position of each neighbor. m: M. length: S."""
-        head = self.form.head
-        return head + np.arange(m) * ((length - head) // max(m, 1))
+    def first_positions(self, m: int) -> np.ndarray:
+        """Returns the index [M] in the sequence of the first position of each neighbor. m: M."""
+        return self.form.head + np.arange(m) * self.form.per_neighbor
 
 
 def cosines(query: Float[Array, "B 3 C"], neighbors: Float[Array, "B M 3 C"]) -> Float[Array, "B M 3"]:

@@ -6,8 +6,10 @@ mesh and any number of processes.
 
 import contextlib
 import logging
+import tempfile
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -28,6 +30,10 @@ _UNREADABLE = (OSError, ValueError, KeyError)
 M = TypeVar("M", bound=nnx.Module)
 
 
+#: Characters that Orbax expands in names of folders, as patterns do.
+_WILDCARDS = frozenset("*?[")
+
+
 class CheckpointError(UserError, RuntimeError):
     """A checkpoint cannot be written."""
 
@@ -41,6 +47,9 @@ class Checkpoints:
     def __init__(self, folder: epath.PathLike, keep: int = 2):
         self._keep = keep
         absolute = manifests.local(folder).resolve()  # Orbax accepts only absolute paths
+        if set(str(absolute)) & _WILDCARDS:
+            self._alias = tempfile.TemporaryDirectory(prefix="geotoken-")
+            absolute = _link(absolute, self._alias.name)
         self._orbax = ocp.training.Checkpointer(absolute, preservation_policy=self)
         # Losses are not stored as Orbax metrics: Orbax reads all metrics at the start, and one damaged file would make
         # every checkpoint unreadable.
@@ -248,3 +257,11 @@ def _flatten(tree: Any, prefix: tuple = ()) -> Iterator[tuple[tuple, Any]]:
             yield from _flatten(value, (*prefix, key))
     else:
         yield prefix, tree
+
+
+def _link(folder: epath.Path, inside: str) -> epath.Path:
+    """Returns a link to a folder. inside: folder in which the link is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    link = Path(inside) / "checkpoints"
+    link.symlink_to(folder)
+    return epath.Path(link)

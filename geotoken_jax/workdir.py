@@ -131,8 +131,8 @@ class Workdir:
         inputs: dict[str, set[str]] = {}
         for pattern in ("*", "*/*"):
             for name in ("manifest.json", "begun.json"):
-                for file in self.path.glob(f"{pattern}/{name}"):
-                    folder = file.parent.relative_to(self.path).as_posix()
+                for file in Path(self.path).glob(f"{pattern}/{name}"):
+                    folder = file.parent.relative_to(Path(self.path)).as_posix()
                     if folder.split("/")[0] in manifests.PATH:
                         inputs.setdefault(folder, set()).update(json.loads(file.read_text())["inputs"])
         removed = {folder for folder in inputs if manifests.PATH[folder.split("/")[0]] == verb}

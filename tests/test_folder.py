@@ -153,7 +153,7 @@ sys.exit(photos.run(Slow(), "m", photos.find([sys.argv[1]]), photos.Form(sys.arg
 @pytest.mark.parametrize(
     "ending", [".csv", *(pytest.param(e, marks=pytest.mark.slow) for e in list(outputs.FORMATS)[1:])]
 )
-@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_killed_command_continues_to_the_same_bytes(tmp_path, ending, kills):
     root, whole, broken = tmp_path / "photos", tmp_path / f"whole{ending}", tmp_path / f"broken{ending}"
     root.mkdir()

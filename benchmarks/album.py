@@ -116,4 +116,4 @@ def _foreign(root: Path, number: int) -> str:
         os.mkfifo(root / f"pipe{number:03}.jpg")
     elif kind > len(endings) and not (root / f"link{number:03}.jpg").is_symlink():
         (root / f"link{number:03}.jpg").symlink_to(root / "nothing.jpg")
-    return "pipes, sockets or broken links"
+    return "pipes, sockets, broken links or linked folders"

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 from etils import epath
 
-from geotoken_jax import backbone, processes, records, settings
+from geotoken_jax import backbone, disk, processes, records, settings
 from geotoken_jax.backbone import views
 from geotoken_jax.backbone.preprocess import ImageError, open_image, place_text
 from geotoken_jax.configuration import Config
@@ -62,6 +62,7 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
         if missing:
             _write_shards(missing, options, workdir, progress)
     if not all(shard.complete for shard in shards):
+        disk.unlock(stage.path)
         return []
     counts, dropped, width = dict.fromkeys(splits | viewed, 0), 0, 0
     for shard in shards:

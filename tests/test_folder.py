@@ -32,6 +32,7 @@ class Sizes(Predictor):
     """Predicts a photo's file size as its latitude. Files that contain "bad" cannot be read."""
 
     batch_size = 4
+    folder = "m"
 
     def __init__(self, stop_after: int | None = None):
         self.asked: list[str] = []
@@ -218,7 +219,7 @@ def test_uncertain_answers_are_unknown_in_every_form(photos, tmp_path, capsys):
     assert rule == outputs.MinWithin(25, 0.5)
     folder.run(Sizes(), "m", found, folder.Form(min_within=rule))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1] == "b.jpg  15.00000, -170.00000  50 % within 10 km, 90 % within 99 km"
+    assert lines[1] == "b.jpg  15.00000, -170.00000  99 km from Ō & B, C  50 % within 10 km, 90 % within 99 km"
     assert lines[2] == "sub/c.heic  unknown  50 % within 10 km, 90 % within 99 km"
     folder.run(Sizes(), "m", found, folder.Form(json=True, min_within=rule))
     printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -412,10 +413,10 @@ def test_names_in_any_bytes_are_printed_and_a_reader_may_leave_early(tmp_path):
 
 
 def test_the_command_line_passes_its_options_on(photos, monkeypatch, capsys):
-    monkeypatch.setattr(commands, "_predictor", lambda options: (Sizes(), "m"))
+    monkeypatch.setattr(commands, "_predictor", lambda options: Sizes())
     for options, status, words in (
         (["--min-within=25:0.6"], 0, "unknown  50 % within 10 km"),
-        (["--xmp", "--dry-run"], 0, "b.jpg.xmp  15.00000, -170.00000  50 % within 10 km"),
+        (["--xmp", "--dry-run"], 0, "b.jpg.xmp  15.00000, -170.00000  99 km from Ō & B, C  50 % within 10 km"),
         (["--min-within=26:0.6"], 2, "--min-within=26:0.6 is not KM:PROBABILITY"),
         (["--dry-run"], 2, "add --xmp"),
     ):

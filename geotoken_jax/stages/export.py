@@ -32,7 +32,7 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
         *(f"{name}/{variant}" for name in selector_folders(variant_config.predict)),
     ]
     workdir.manifest("report")  # for the card; rows of baselines that it gains later do not make the export another
-    inputs = [*trained, "photos", "gallery", f"predictions/{variant}"]
+    inputs = [f"predictions/{variant}", *trained, "photos", "gallery"]
     stage = workdir.begin(config, "export", (), inputs, variant_config.select("predict", "export"))
     if stage.manifest:
         return [stage.manifest]
@@ -46,7 +46,8 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
     counts = pictures.write(workdir, folder, variant_config, variant, Table(folder / "gallery").ids())
     shutil.rmtree(folder / "targets", ignore_errors=True)  # older targets contain older parameters
     card.write(folder, workdir, variant_config, variant, reference, int8_cost)
-    files = (file for file in sorted(pathlib.Path(folder).rglob("*")) if file.is_file())
+    # Hidden files are the lock of this stage, and what an interrupted one has left.
+    files = (file for file in sorted(pathlib.Path(folder).rglob("[!.]*")) if file.is_file())
     sums = {str(file.relative_to(folder)): bundle.sha256(file) for file in files}
     sums.pop("begun.json", None)
     lines = "".join(f"{digest}  {name}\n" for name, digest in sums.items())

@@ -232,7 +232,7 @@ def _config(options: argparse.Namespace, rest: list[str]) -> Any:
         values, unread = _parsed(options.config, rest)
     except flags.Error as error:
         reason = " ".join(str(error).split("\n\nTraceback")[0].split())
-        where = "" if rest and "failure to load" not in reason else f"--config={file} cannot be read: "
+        where = "" if rest else f"--config={file} cannot be read: "
         raise settings.SettingsError(f"{where}{reason}: mend the file or the value; see configs/common.py") from None
     except OSError as error:
         raise settings.SettingsError(f"--config={file} cannot be read ({error}): check it and its imports") from None
@@ -262,6 +262,7 @@ def _parsed(config: str, changes: list[str]) -> tuple[Any, list[str]]:
     sys_argv, sys.argv = sys.argv, arguments  # config_flags reads the changes from sys.argv
     try:
         unread = values(arguments)[1:]
+        values["config"].value.keys()  # raises the error with which loading has failed
     finally:
         sys.argv = sys_argv
     return values["config"].value, unread

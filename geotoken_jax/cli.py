@@ -262,10 +262,11 @@ def _parsed(config: str, changes: list[str]) -> tuple[Any, list[str]]:
     sys_argv, sys.argv = sys.argv, arguments  # config_flags reads the changes from sys.argv
     try:
         unread = values(arguments)[1:]
-        values["config"].value.keys()  # raises the error with which loading has failed
+        loaded: Any = values["config"].value
+        loaded.keys()  # raises the error with which loading has failed
     finally:
         sys.argv = sys_argv
-    return values["config"].value, unread
+    return loaded, unread
 
 
 def _refuse_unknown_key(file: Path, config: Any, changes: list[str]) -> None:

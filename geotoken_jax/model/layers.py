@@ -184,6 +184,7 @@ class LayerNorm(nnx.LayerNorm):
     """A layer norm, computed at least in float32, with the type of its input."""
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        assert self.scale is not None and self.bias is not None  # nnx.LayerNorm makes both by default
         return _normalize(x, self.scale[...], self.bias[...], self.epsilon)
 
 

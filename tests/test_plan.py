@@ -296,7 +296,10 @@ def test_with_the_fused_kernel_a_step_stores_no_scores(kernel):
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 @pytest.mark.parametrize("name", ["v5e:2x2", "2xv5e:2x2"])
 def test_a_pod_that_is_not_here_is_compiled_for(name):
-    one = {"encoder_layers": 1, "decoder_layers": 1, "dropout": 0.0, "neighbors": 1, "remat": "none"}
+    # With the paper's 214 positions and a width of 96, whole tiles and sums of rows as products, which
+    # the model's operations do not count, are a few percent.
+    one = {"encoder_layers": 1, "decoder_layers": 1, "dropout": 0.0, "remat": "none"}
+    one |= {"level": 20, "width": 96, "feed_forward": 192, "neighbors": 15}
     found = run(tiny(model=one), name, quick=True)
     assert found["method"].startswith("compiled with minimal effort") and found["fits"]
     assert topology.FLAGS in os.environ["LIBTPU_INIT_ARGS"]
@@ -305,5 +308,5 @@ def test_a_pod_that_is_not_here_is_compiled_for(name):
     assert (found["between_slices"] > 0) == (found["chips"] == 8)
     assert np.isfinite(list(found["bytes"].values())).all()
     if found["chips"] == 4:
-        # Gradients of products are summed in bfloat16; gradients of norms and token tables in float32.
-        assert 2 < found["collectives"]["all-reduce"]["payload"] / found["parameters"] < 4
+        # Gradients of products are summed in bfloat16; gradients of biases, norms and token tables in float32.
+        assert 2 < found["collectives"]["all-reduce"]["payload"] / found["parameters"] < 5

@@ -190,15 +190,23 @@ class LayerNorm(nnx.LayerNorm):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _normalize(x: Array, scale: Array, bias: Array, epsilon: float) -> Array:
-    return _normalize_forward(x, scale, bias, epsilon)[0]
+    wide, mean, factor = _moments(x, epsilon)
+    return ((wide - mean) * (factor * scale) + bias).astype(x.dtype)
 
 
-def _normalize_forward(x: Array, scale: Array, bias: Array, epsilon: float) -> tuple[Array, tuple[Array, ...]]:
+def _moments(x: Array, epsilon: float) -> tuple[Array, Array, Array]:
+    """Returns x, at least in float32, its means, and the factors that make its variances 1."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     mean = wide.mean(-1, keepdims=True)
     variance = jnp.maximum(0.0, (wide * wide).mean(-1, keepdims=True) - mean * mean)
-    # Kept, because else the backward pass would read all of x for them.
-    mean, factor = stack.stored(mean), stack.stored(jax.lax.rsqrt(variance + epsilon))
+    return wide, mean, jax.lax.rsqrt(variance + epsilon)
+
+
+def _normalize_forward(x: Array, scale: Array, bias: Array, epsilon: float) -> tuple[Array, tuple[Array, ...]]:
+    wide, mean, factor = _moments(x, epsilon)
+    # Stored here and not in `_normalize`, because ONNX cannot store numbers as integers. Otherwise the backward pass
+    # would read all of x for them.
+    mean, factor = stack.stored(mean), stack.stored(factor)
     y = (wide - mean) * (factor * scale) + bias
     return y.astype(x.dtype), (x, scale, mean, factor)
 

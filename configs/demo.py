@@ -1,4 +1,4 @@
-"""The demo: all stages on EarthView, in 15 to 20 minutes on two CPU cores.
+"""The demo: all stages on EarthView, in half an hour of processor time.
 
 docs/settings.md has the effect of each setting of the model. Further settings were tried in one run each, before views
 of the training photos were added. Their validation losses:

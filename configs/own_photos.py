@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
     config.embed.huggingface.update(path="openai/clip-vit-large-patch14", batch_size=32)
     config.embed.views.count = 0  # views cost a pass through the backbone each
     config.embed.threads = 2
-    # Exact search takes a millisecond for 100,000 photos. ScaNN's partitions need thousands of photos.
+    # Exact search works with any number of photos. ScaNN's partitions need thousands.
     config.index.search.kind = "exact"
     trainings = (
         (config.align.train, 10),

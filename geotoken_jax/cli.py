@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if getattr(options, "workdir", None) is not None:
             manifests.local(options.workdir)
         sys.exit(commands.run(options, config))
-    except _errors(("geotoken_jax.train.loop", "Preempted")) as error:
+    except _preempted() as error:
         print(f"geotoken {options.verb}: {error}", file=sys.stderr)
         sys.exit(PREEMPTED)
     except errors.UserError as error:
@@ -202,12 +202,13 @@ def _place(options: argparse.Namespace) -> str:
     return place[0] if isinstance(place, list) else place
 
 
-def _errors(*names: tuple[str, str]) -> tuple[type[Exception], ...]:
-    """Returns exception classes from pairs of module and name, without importing a module.
+def _preempted() -> tuple[type[Exception], ...]:
+    """Returns the error of a training that was interrupted, or nothing if no training has begun.
 
-    A module that is not imported yet cannot have raised its exceptions, so they are left out.
+    Importing its module takes seconds, so a module that is not imported stays so: it has raised nothing.
     """
-    return tuple(getattr(sys.modules[module], name) for module, name in names if module in sys.modules)
+    loop = sys.modules.get("geotoken_jax.train.loop")
+    return (loop.Preempted,) if loop else ()
 
 
 def _config(options: argparse.Namespace, rest: list[str]) -> Any:

@@ -118,10 +118,13 @@ class Workdir:
 
     def complete_folders(self) -> list[str]:
         """Returns the names of all complete folders, top-level folders before their subfolders."""
-        top = disk.matching(self.path, "*")
-        folders = [*top, *(inner for folder in top for inner in disk.matching(folder, "*"))]
-        complete = [folder for folder in folders if (folder / "manifest.json").exists()]
+        complete = [folder for folder in self._folders() if (folder / "manifest.json").exists()]
         return [folder.relative_to(self.path).as_posix() for folder in complete]
+
+    def _folders(self) -> list[epath.Path]:
+        """Returns the folders and files of the work directory, then those in its folders."""
+        top = disk.matching(self.path, "*")
+        return [*top, *(inner for folder in top for inner in disk.matching(folder, "*"))]
 
     def remove_made_by(self, verb: str) -> Iterator[str]:
         """Removes the folders that a verb makes and all that were made from them, complete or not.
@@ -129,11 +132,11 @@ class Workdir:
         Yields the name of each folder before it is removed. Studies under experiments/ and scaling/ are kept.
         """
         inputs: dict[str, set[str]] = {}
-        for pattern in ("*", "*/*"):
-            for name in ("manifest.json", "begun.json"):
-                for file in Path(self.path).glob(f"{pattern}/{name}"):
-                    folder = file.parent.relative_to(Path(self.path)).as_posix()
-                    if folder.split("/")[0] in manifests.PATH:
+        for path in self._folders():
+            folder = path.relative_to(self.path).as_posix()
+            if folder.split("/")[0] in manifests.PATH:
+                for file in (path / name for name in ("manifest.json", "begun.json")):
+                    if file.exists():
                         inputs.setdefault(folder, set()).update(json.loads(file.read_text())["inputs"])
         removed = {folder for folder in inputs if manifests.PATH[folder.split("/")[0]] == verb}
         while more := {folder for folder, needed in inputs.items() if needed & removed} - removed:
@@ -155,9 +158,11 @@ class Workdir:
 
     @property
     def width(self) -> int:
-        """C, the width of the backbone's features."""
-        features = self.finished("features")
-        return features.facts["width"] if features else self.gallery.width
+        """C, the width of the backbone's features. Raises StageError if neither features/ nor gallery/ is complete."""
+        if features := self.finished("features"):
+            return features.facts["width"]
+        self.manifest("gallery")
+        return self.gallery.width
 
     def features(self, split: str) -> records.Records:
         """Returns the frozen backbone's features of a split."""

@@ -9,6 +9,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from geotoken_jax import checkpoint, cli, manifests
+from geotoken_jax.workdir import Workdir
 
 
 def made(path, folder="photos", rate=1.0, inputs=()):
@@ -60,6 +61,11 @@ def test_a_missing_input_names_its_verb(tmp_path, folder, verb):
     with pytest.raises(manifests.StageError, match=rf"{folder} is not complete: run `geotoken {verb}`"):
         manifests.begin(tmp_path, "export", {}, [folder])
     assert not (tmp_path / "export").exists()
+
+
+def test_features_that_are_missing_are_asked_of_the_gallery_which_names_its_verb(tmp_path):
+    with pytest.raises(manifests.StageError, match=r"gallery is not complete: run `geotoken index`"):
+        Workdir(tmp_path).width  # noqa: B018
 
 
 def test_an_interrupted_stage_continues_to_the_same_manifest(tmp_path):

@@ -47,9 +47,9 @@ def _check_splits(workdir: Workdir, photos: Manifest) -> None:
         if not photos.counts.get(split):
             counts = ", ".join(f"{name} {count:,}" for name, count in photos.counts.items()) or "no photos"
             raise StageError(
-                f"{workdir.path / 'photos'} has no {split} photos ({counts}): set the shares in config.photos.folder, "
-                "add photos of more authors, or leave out a column `author` that has one name only, then run "
-                "`geotoken all` again with --remake=prepare"
+                f"{workdir.path / 'photos'} has no {split} photos ({counts}): change the shares of the splits in "
+                f"config.photos.{photos.settings['photos']['source']}, add photos of more authors, or leave out a "
+                "column `author` that has one name only, then run `geotoken all` again with --remake=prepare"
             )
 
 

@@ -98,7 +98,7 @@ class TrainSettings:
         return self.examples // self.batch_size
 
     def for_photos(self, photos: int, unit: int) -> "TrainSettings":
-        """Returns the settings for this number of training photos: none in a batch twice, none read too often.
+        """Returns the settings of a training on this number of photos.
 
         batch_size becomes at most `photos`, as a multiple of `unit`; examples becomes at most epochs x photos, and at
         least a batch. Raises SettingsError if there are fewer photos than `unit`.

@@ -9,7 +9,6 @@ import collections
 import concurrent.futures
 import dataclasses
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
@@ -21,13 +20,14 @@ from geotoken_jax import backbone, disk, processes, records, settings
 from geotoken_jax.backbone import views
 from geotoken_jax.backbone.preprocess import ImageError, open_image, place_text
 from geotoken_jax.configuration import Config
-from geotoken_jax.manifests import Manifest, write_json
+from geotoken_jax.manifests import LEDGERS, Manifest, read_ledger, write_ledger
 from geotoken_jax.preparation import EmbedSettings
 from geotoken_jax.progress import Progress
 from geotoken_jax.workdir import Workdir
 
-#: Photos per shard. After an interruption the unfinished shard is made again, so up to this number of photos.
-_SHARD = 4096
+#: Photos per shard: 252 shards for 4.12 million photos. After an interruption the unfinished shard is made again, so up
+#: to this number of photos.
+_SHARD = 16_384
 _BATCH = 256
 #: Batches on the accelerator at a time: one is computed while another is transferred.
 _ON_DEVICE = 2
@@ -53,20 +53,20 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
     photos = workdir.manifest("photos")
     splits, id_facts = photos.counts, {name: photos.facts[name] for name in ("id_bytes",) if name in photos.facts}
     viewed = {views.VIEWS_SPLIT: splits[views.SOURCE_SPLIT]} if options.views.count else {}
-    (stage.path / "ledgers").mkdir(exist_ok=True)
     shards = [shard for split, photos in (splits | viewed).items() for shard in _shards(stage.path, split, photos)]
     assigned = shards[processes.index() :: processes.count()]
-    missing = [shard for shard in assigned if not shard.complete]
-    done = sum(len(shard.rows) for shard in assigned if shard.complete)
+    missing = [shard for shard in assigned if not read_ledger(shard.ledger)]
+    done = sum(len(shard.rows) for shard in assigned) - sum(len(shard.rows) for shard in missing)
     with Progress("embed", sum(len(shard.rows) for shard in assigned), "photos", done) as progress:
         if missing:
             _write_shards(missing, options, workdir, progress)
-    if not all(shard.complete for shard in shards):
+    ledgers = [read_ledger(shard.ledger) for shard in shards]
+    if not all(ledgers):
         disk.unlock(stage.path)
         return []
     counts, dropped, width = dict.fromkeys(splits | viewed, 0), 0, 0
-    for shard in shards:
-        ledger = json.loads(shard.ledger.read_text())
+    for shard, ledger in zip(shards, ledgers, strict=True):
+        assert ledger
         width = ledger["width"]
         counts[shard.split] += ledger["records"]
         dropped += len(ledger["failures"]) if shard.split in splits else 0
@@ -87,11 +87,7 @@ class _Shard:
     @property
     def ledger(self) -> epath.Path:
         """Path of a JSON file with the number of records, the width of features and the failures, written last."""
-        return self.file.parent / "ledgers" / f"{self.file.name}.json"
-
-    @property
-    def complete(self) -> bool:
-        return self.ledger.exists() and self.file.exists()
+        return self.file.parent / LEDGERS / f"{self.file.name}.json"
 
 
 def _shards(folder: epath.Path, split: str, photos: int) -> list[_Shard]:
@@ -170,7 +166,7 @@ def _write_shards(shards: list[_Shard], options: EmbedSettings, workdir: Workdir
         for shard, shard_batches in itertools.groupby(batches, key=lambda batch: batch.shard):
             ledger: dict[str, Any] = {"records": 0, "width": tower.width, "failures": []}
             records.write_shard(shard.file, encoded(shard_batches, ledger))
-            write_json(shard.ledger, ledger)
+            write_ledger(shard.ledger, [shard.file], **ledger)
 
 
 def _encode(batch: _Batch, texts: "_Texts", layout: records.Layout) -> list[bytes]:

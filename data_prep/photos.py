@@ -16,7 +16,6 @@ import os
 import signal
 import sys
 import threading
-import time
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -38,7 +37,7 @@ from data_prep.sources.yfcc import Yfcc
 from geotoken_jax import records
 from geotoken_jax.configuration import Config
 from geotoken_jax.geo.cells import CellScheme
-from geotoken_jax.manifests import Manifest, Stage, StageError, write_bytes, write_json
+from geotoken_jax.manifests import LEDGERS, Manifest, Stage, StageError, read_ledger, write_bytes, write_ledger
 from geotoken_jax.preparation import BeamSettings
 from geotoken_jax.progress import Progress
 from geotoken_jax.settings import SettingsError
@@ -58,6 +57,9 @@ _BATCH = 256
 #: Earliest plausible time of a photo, 3 March 1973, in seconds since 1970. Lower numbers usually are not seconds but
 #: zeros, years, dates such as 20150401, or days.
 _EARLIEST = 1e8
+#: End of the plausible times, 1 January 2100: a fixed time, since photos/ must not depend on the day of its making.
+#: Higher numbers usually are milliseconds.
+_LATEST = 4_102_444_800.0
 #: Subfolder of photos/ for the shards that Beam's workers are writing.
 _ATTEMPTS = "attempts"
 
@@ -127,13 +129,12 @@ def make(
 
 def _make_missing(stage: Stage, tasks: Sequence["_Task"], workers: int, beam: BeamSettings | None) -> None:
     """Makes the shards that are missing."""
-    (stage.path / "ledgers").mkdir(exist_ok=True)
-    missing = [task for task in tasks if not (task.ledger.exists() and task.shard_path.exists())]
+    missing = [task for task in tasks if not read_ledger(task.ledger)]
     with Progress("photos", len(tasks), "shards", done=len(tasks) - len(missing)) as progress:
         if beam and beam.runner and missing:
             run_tasks(_make_attempt, missing, beam)
             progress.add(len(missing))
-            if not all(task.ledger.exists() for task in missing):
+            if not all(read_ledger(task.ledger) for task in missing):
                 raise StageError(
                     f"{beam.runner} has made all shards, but not all are in {stage.path}: mount this folder, and the "
                     "folder of the source's photos, under the same full path on every machine"
@@ -203,11 +204,11 @@ class _Task:
 
     @property
     def ids(self) -> epath.Path:
-        return epath.Path(self.folder) / "ledgers" / f"{self.shard_path.name}.ids.npy"
+        return epath.Path(self.folder) / LEDGERS / f"{self.shard_path.name}.ids.npy"
 
     @property
     def ledger(self) -> epath.Path:
-        return epath.Path(self.folder) / "ledgers" / f"{self.shard_path.name}.json"
+        return epath.Path(self.folder) / LEDGERS / f"{self.shard_path.name}.json"
 
 
 def _run_all(tasks: list[_Task], workers: int) -> Iterator[int]:
@@ -278,7 +279,8 @@ def _make_shard(task: _Task) -> int:
     names = [name.encode() for name in ids]
     records.save_array(task.ids, np.array(names, f"S{max(records.ID_BYTES, *map(len, names), 0)}"))
     facts = records.id_facts(longest)
-    write_json(task.ledger, {"photos": n, "bytes": sum(sizes), "dropped": dropped, **times, **facts})
+    values = {"photos": n, "bytes": sum(sizes), "dropped": dropped, **times, **facts}
+    write_ledger(task.ledger, [task.shard_path, task.ids], **values)
     return n
 
 
@@ -289,7 +291,7 @@ def _make_attempt(task: _Task) -> None:
     the same time, and in one folder they would write the same file.
     """
     folder = epath.Path(task.folder) / _ATTEMPTS / uuid.uuid4().hex
-    (folder / "ledgers").mkdir(parents=True)
+    (folder / LEDGERS).mkdir(parents=True)
     attempt = dataclasses.replace(task, folder=str(folder))
     _make_shard(attempt)
     for source, target in (
@@ -322,8 +324,8 @@ def drop_reason(photo: Photo, null_island: bool = False) -> str:
 
 
 def plausible(captured: float) -> bool:
-    """Returns whether a time in seconds since 1970 is between March 1973 and one day from now."""
-    return _EARLIEST <= captured <= time.time() + 86_400  # local time without an offset is up to 14 hours ahead of UTC
+    """Returns whether a time in seconds since 1970 is between March 1973 and the year 2100."""
+    return _EARLIEST <= captured < _LATEST
 
 
 def encode(photos: Iterable[Photo]) -> Iterator[bytes]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 
 from data_prep.sources import FileSource, Source
 from geotoken_jax.errors import UserError
-from geotoken_jax.manifests import Stage, StageError, write_json
+from geotoken_jax.manifests import LEDGERS, Stage, StageError, write_json
 
 #: Name of the file in photos/ with the fingerprint of the source.
 _FILE = "source.json"
@@ -58,7 +58,7 @@ def check(stage: Stage, source: Source, keep_changed: bool) -> None:
     if change:
         print(f"the source has changed: {change}; the photos in {stage.path} are made again", file=sys.stderr)
         for path in sorted(stage.path.iterdir()):
-            if path.name == "ledgers":
+            if path.name == LEDGERS:
                 path.rmtree()
             elif ".array_record-" in path.name or path.name == "dropped.jsonl":
                 path.unlink()

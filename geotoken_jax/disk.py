@@ -1,10 +1,14 @@
-"""Files of a work directory: listing them, their names while they are written, and the lock of a folder's writer."""
+"""Files of a work directory: listing them, their sums, how they are written, and the lock of a folder's writer."""
 
 import atexit
+import concurrent.futures
 import contextlib
 import fnmatch
+import hashlib
 import os
 import socket
+import zlib
+from collections.abc import Iterable, Iterator
 from typing import IO, Any
 
 from etils import epath
@@ -14,6 +18,10 @@ from geotoken_jax.errors import UserError
 
 #: Path of a lock that this process holds -> its open file.
 _held: dict[str, IO[str]] = {}
+#: This machine in names of files. Two machines can have processes of the same number.
+_MACHINE = f"{zlib.crc32(socket.gethostname().encode()):08x}"
+#: Files that are read at a time to compute sums.
+_READERS = min(8, os.cpu_count() or 1)
 
 
 class LockedError(UserError, RuntimeError):
@@ -33,7 +41,67 @@ def matching(folder: epath.PathLike, pattern: str) -> list[epath.Path]:
 def partial(path: epath.PathLike) -> epath.Path:
     """Returns the path of a file while it is written. No two processes use the same."""
     path = epath.Path(path)
-    return path.parent / f".{path.name}.{processes.index()}.{os.getpid()}.partial"
+    return path.parent / f".{path.name}.{processes.index()}.{_MACHINE}.{os.getpid()}.partial"
+
+
+def commit(temporary: epath.PathLike, path: epath.PathLike) -> None:
+    """Gives a file that is completely written its final name, so that it survives a crash of the machine.
+
+    Without the first fsync, the name can reach the disk before the contents; the second one stores the name.
+    """
+    _sync(temporary)
+    os.replace(temporary, path)
+    if os.name == "posix":  # Windows cannot open folders
+        _sync(os.path.dirname(os.path.abspath(path)))
+
+
+def _sync(path: epath.PathLike) -> None:
+    file = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+@contextlib.contextmanager
+def writing(path: epath.PathLike) -> Iterator[epath.Path]:
+    """Yields the temporary path of a file; when the context ends, the file is at `path`, and after an error nowhere."""
+    temporary = partial(path)
+    try:
+        yield temporary
+        commit(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def checksum(path: epath.PathLike) -> list[Any]:
+    """Returns the size of a file in bytes, and its SHA-256 in hexadecimal: the form of ledgers and manifests."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+        return [file.tell(), digest.hexdigest()]
+
+
+def checksums(folder: epath.PathLike, names: Iterable[str]) -> dict[str, list[Any]]:
+    """Returns name -> size and SHA-256 for files of a folder. Several files are read at a time."""
+    names = sorted(names)
+    with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
+        return dict(zip(names, pool.map(lambda name: checksum(os.path.join(folder, name)), names), strict=True))
+
+
+def files(folder: epath.PathLike, skipped: Iterable[str] = ()) -> list[str]:
+    """Returns the paths of all files in a folder and its subfolders, relative to the folder, sorted.
+
+    Hidden files and folders, such as locks and partial files, are left out. skipped: patterns of names of files and
+    folders that are left out too.
+    """
+    names = []
+    hidden = (".*", *skipped)
+    for parent, folders, entries in os.walk(folder):
+        folders[:] = [name for name in folders if not any(fnmatch.fnmatchcase(name, p) for p in hidden)]
+        kept = [name for name in entries if not any(fnmatch.fnmatchcase(name, p) for p in hidden)]
+        names += [os.path.relpath(os.path.join(parent, name), folder).replace(os.sep, "/") for name in kept]
+    return sorted(names)
 
 
 def lock(folder: epath.PathLike) -> None:

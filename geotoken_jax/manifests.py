@@ -3,7 +3,11 @@
 A stage writes `begun.json` first and `manifest.json` last, each atomically (to a temporary file, then renamed); the
 manifest marks the folder as complete. Both files contain the settings and the hashes of the input manifests, so that
 results of different settings or inputs are never mixed. A manifest depends on neither time nor machine: two runs of one
-configuration have equal manifests, interrupted or not.
+configuration by one version of the code have equal manifests, interrupted or not.
+
+A manifest contains the size and the SHA-256 of each file of its folder, and so does the ledger of a shard, a JSON file
+in the subfolder ledgers/ that is written after the shard's files. Sizes are compared when a stage begins, sums by
+`geotoken verify`.
 """
 
 import dataclasses
@@ -16,7 +20,7 @@ from typing import Any
 
 from etils import epath
 
-from geotoken_jax import disk, settings
+from geotoken_jax import __version__, disk, settings
 from geotoken_jax.errors import UserError
 
 #: Folder of the work directory -> the verb that makes it, in the order in which the verbs run.
@@ -39,6 +43,18 @@ PATH = {
 }
 
 
+#: Version of the form of a work directory's files. It grows when an earlier release cannot read or continue a folder.
+#: 1: without sums. 2: with sums, and larger shards of features.
+FORMAT = 2
+#: Subfolder of a stage's folder with the ledgers of its shards.
+LEDGERS = "ledgers"
+#: Files that a manifest does not record, because they depend on time and machine, or change after the stage.
+_UNRECORDED = (
+    "manifest.json", "begun.json", "checkpoints", "metrics.jsonl", "tensorboard", "profile", "source.json", "judge",
+    "targets",
+)  # fmt: skip
+
+
 class StageError(UserError, RuntimeError):
     """A stage cannot run: an input is missing, or the folder was made with other settings or inputs."""
 
@@ -57,7 +73,9 @@ class Manifest:
 
     folder: name in the work directory. settings: sections of the configuration that the folder was made with. inputs:
     input folder -> SHA-256 of the input's manifest. counts: number of records, per split or kind. dropped: reason ->
-    number of dropped photos. facts: other results of the stage, such as the width of features.
+    number of dropped photos. facts: other results of the stage, such as the width of features. files: path in the
+    folder -> size and SHA-256; empty in format 1. format: see FORMAT. code: version of this package that made the
+    folder; it is no part of the folder's digest.
     """
 
     folder: str
@@ -66,6 +84,9 @@ class Manifest:
     counts: dict[str, Any]
     dropped: dict[str, int]
     facts: dict[str, Any]
+    files: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
+    format: int = 1
+    code: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,13 +104,72 @@ class Stage:
 
     def finish(self, counts: Mapping[str, Any], dropped: Mapping[str, int] | None = None, **facts: Any) -> Manifest:
         """Writes the manifest, which marks the folder as complete, and returns it. The arguments: see Manifest."""
-        manifest = Manifest(
-            self.folder, self.settings, self.inputs, dict(counts), dict(dropped or {}), settings.plain(facts)
-        )
+        results = dict(counts), dict(dropped or {}), settings.plain(facts)
+        manifest = Manifest(self.folder, self.settings, self.inputs, *results, self._files(), FORMAT, __version__)
         write_json(self.path / "manifest.json", dataclasses.asdict(manifest))
         (self.path / "begun.json").unlink(missing_ok=True)
         disk.unlock(self.path)
         return manifest
+
+    def _files(self) -> dict[str, list[Any]]:
+        """Returns path -> size and SHA-256 for all files: from the ledgers, or else computed."""
+        names = disk.files(self.path, _UNRECORDED)
+        known = {}
+        for path in disk.matching(self.path / LEDGERS, "*.json"):
+            known |= json.loads(path.read_bytes()).get("files", {})
+        if wrong := _wrong_size(self.path, known):
+            raise StageError(
+                f"{self.path / wrong[0]} {wrong[1]}, unlike when it was written: run the same command again, which "
+                "makes it again"
+            )
+        return {**known, **disk.checksums(self.path, set(names) - known.keys())}
+
+
+def write_ledger(path: epath.Path, files: Sequence[epath.Path], **values: Any) -> None:
+    """Writes the ledger of a shard, which marks the shard as complete.
+
+    path: STAGE'S FOLDER/ledgers/NAME.json. files: the shard's files, all written. values: further contents. The ledger
+    has them, and `files`: path in the stage's folder -> size and SHA-256.
+    """
+    folder = path.parent.parent
+    path.parent.mkdir(exist_ok=True)
+    names = [file.relative_to(folder).as_posix() for file in files]
+    write_json(path, {**values, "files": disk.checksums(folder, names)})
+
+
+def read_ledger(path: epath.Path) -> dict[str, Any] | None:
+    """Returns the contents of a shard's ledger, or None if the shard has to be made again.
+
+    It has to be made again if the ledger is missing or damaged, or if a file is missing or has another size.
+    """
+    try:
+        ledger = json.loads(path.read_bytes())
+        complete = not _wrong_size(path.parent.parent, ledger["files"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return ledger if complete else None
+
+
+def check_sizes(workdir: epath.Path, folder: str, manifest: Manifest) -> None:
+    """Raises StageError that names the first file of a folder that is missing or has another size than recorded."""
+    if wrong := _wrong_size(workdir / folder, manifest.files):
+        name, found = wrong
+        raise StageError(
+            f"{workdir / folder / name} {found}, but {manifest.files[name][0]:,} bytes were written: restore "
+            f"it, or make it again with `geotoken verify {workdir} --mend --config=FILE`"
+        )
+
+
+def _wrong_size(folder: epath.PathLike, files: Mapping[str, Sequence[Any]]) -> tuple[str, str] | None:
+    """Returns the first file that is missing or has a wrong size, and a text on it; None if there is none."""
+    for name, (size, *_) in files.items():
+        try:
+            found = os.stat(os.path.join(folder, name)).st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return name, "is missing"
+        if found != size:
+            return name, f"has {found:,} bytes"
+    return None
 
 
 def begin(workdir: epath.PathLike, folder: str, config: Mapping[str, Any], inputs: Sequence[str]) -> Stage:
@@ -98,24 +178,32 @@ def begin(workdir: epath.PathLike, folder: str, config: Mapping[str, Any], input
     config: section name -> section (ConfigDict, dataclass or mapping) that the folder depends on. inputs: folders of
     the work directory that the stage reads; all must be complete.
 
-    Raises StageError if an input is missing, or if the folder was begun or made with other settings or inputs, and
-    LockedError if another process writes the folder.
+    Raises StageError if an input is missing, if a file of the folder or of an input is missing or has another size
+    than was recorded, or if the folder was begun or made with other settings or inputs, and LockedError if another
+    process writes the folder.
     """
     workdir = local(workdir)
     requested = {"settings": settings.plain(config), "inputs": {name: digest(workdir, name) for name in inputs}}
+    for name in inputs:
+        check_sizes(workdir, name, read_manifest(workdir, name))
     path = workdir / folder
-    manifest = path / "manifest.json"
     begun = path / "begun.json"
-    if manifest.exists():
-        stored = _load(manifest, settings.names(Manifest))
-        _check_same(path, folder, stored, requested)
-        return Stage(path, folder, **requested, manifest=Manifest(**stored))
+    if (path / "manifest.json").exists():
+        manifest = read_manifest(workdir, folder)
+        _check_same(path, folder, dataclasses.asdict(manifest), requested)
+        check_sizes(workdir, folder, manifest)
+        return Stage(path, folder, **requested, manifest=manifest)
     if begun.exists():
-        _check_same(path, folder, _load(begun, list(requested)), requested)
+        _check_same(path, folder, stored := _load(begun, list(requested)), requested)
+        if stored["format"] != FORMAT:
+            raise StageError(
+                f"{path} was begun in format {stored['format']}, which this release cannot continue (it writes format "
+                f"{FORMAT}): remove it and run its stage again, or finish it with the release that began it"
+            )
     path.mkdir(parents=True, exist_ok=True)
     disk.lock(path)
     if not begun.exists():
-        write_json(begun, requested)
+        write_json(begun, {**requested, "format": FORMAT})
     return Stage(path, folder, **requested, manifest=None)
 
 
@@ -144,49 +232,65 @@ def read_manifest(workdir: epath.PathLike, folder: str) -> Manifest:
     return Manifest(**_load(path, settings.names(Manifest)))
 
 
+#: Keys that files of format 1 do not have -> their values.
+_LATER = {"files": {}, "format": 1, "code": ""}
+
+
 def _load(path: epath.Path, keys: Sequence[str]) -> dict[str, Any]:
-    """Returns these keys of a JSON file of a stage. Raises StageError if the file is damaged or lacks one of them."""
+    """Returns these keys of a JSON file of a stage, and its format.
+
+    Raises StageError if the file is damaged or lacks a key, or if its format is later than this release's.
+    """
     try:
         stored = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise StageError(
             f"{path} is damaged ({error}): restore it, or remove {path.parent} and run its stage again"
         ) from None
+    if isinstance(stored, dict):
+        stored = {**_LATER, **stored}
+        if isinstance(stored["format"], int) and stored["format"] > FORMAT:
+            raise StageError(
+                f"{path} has format {stored['format']}, written by version {stored['code'] or 'unknown'}, and this "
+                f"release ({__version__}) reads up to format {FORMAT}: install that version or a later one"
+            )
     if (
         not isinstance(stored, dict)
         or not stored.keys() >= set(keys)
+        or not isinstance(stored["format"], int)
+        or not isinstance(stored["files"], dict)
         or not all(isinstance(stored[key], dict) for key in ("settings", "inputs"))
     ):
         raise StageError(
             f"{path} has not the keys {', '.join(keys)}, so it is damaged or of another version: restore it, or remove "
             f"{path.parent} and run its stage again"
         )
-    return {key: stored[key] for key in keys}
+    return {key: stored[key] for key in {**dict.fromkeys(keys), "format": None}}
 
 
 def digest(workdir: epath.PathLike, folder: str) -> str:
-    """Returns the SHA-256 of a folder's manifest. Raises StageError if the folder is not complete."""
+    """Returns the SHA-256 of a folder's manifest without `code`. Raises StageError if the folder is not complete."""
     read_manifest(workdir, folder)
-    return hashlib.sha256((epath.Path(workdir) / folder / "manifest.json").read_bytes()).hexdigest()
+    stored = json.loads((epath.Path(workdir) / folder / "manifest.json").read_bytes())
+    return hashlib.sha256(_json({key: value for key, value in stored.items() if key != "code"})).hexdigest()
 
 
 def write_json(path: epath.Path, value: Any) -> None:
     """Writes a JSON file atomically: after a crash `path` is absent, the old file or the whole new file."""
+    write_bytes(path, _json(value))
+
+
+def _json(value: Any) -> bytes:
     text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False)
     if re.search("[\ud800-\udfff]", text):
         text = json.dumps(value, indent=1, sort_keys=True)  # a path has bytes that are not UTF-8
-    write_bytes(path, (text + "\n").encode())
+    return (text + "\n").encode()
 
 
 def write_bytes(path: epath.Path, data: bytes) -> None:
     """Writes a file atomically: after a crash `path` is absent, the old file or the whole new file."""
-    temporary = disk.partial(path)
-    try:
+    with disk.writing(path) as temporary:
         temporary.write_bytes(data)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def first_difference(stored: Mapping[str, Any], requested: Mapping[str, Any]) -> tuple[str, Any, Any] | None:

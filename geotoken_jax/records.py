@@ -145,23 +145,21 @@ def shard_paths(folder: epath.PathLike, stem: str) -> list[epath.Path]:
 
 def write_shard(path: epath.Path, data: Iterable[bytes], options: str = _WRITER_OPTIONS) -> int:
     """Writes one ArrayRecord shard atomically, and returns the number of records."""
-    temporary = disk.partial(path)
     n, source = 0, iter(data)
-    with _writing(temporary):
-        writer = ArrayRecordWriter(str(temporary), options)
-    try:
-        for record in source:
-            with _writing(temporary):
-                writer.write(record)
-            n += 1
-    except BaseException:
-        with contextlib.suppress(RuntimeError):  # the file is removed, even if its end cannot be written
+    with disk.writing(path) as temporary:
+        with _writing(temporary):
+            writer = ArrayRecordWriter(str(temporary), options)
+        try:
+            for record in source:
+                with _writing(temporary):
+                    writer.write(record)
+                n += 1
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # the file is removed, even if its end cannot be written
+                writer.close()
+            raise
+        with _writing(temporary):
             writer.close()
-        temporary.unlink(missing_ok=True)
-        raise
-    with _writing(temporary):
-        writer.close()
-    temporary.replace(path)
     return n
 
 
@@ -217,15 +215,8 @@ class Records:
 
 def save_array(path: epath.PathLike, values: np.ndarray) -> None:
     """Writes an array as .npy atomically. bfloat16 is stored as uint16, because .npy has no name for it."""
-    path = epath.Path(path)
-    temporary = disk.partial(path)
-    try:
-        with _writing(temporary), temporary.open("wb") as f:
-            np.save(f, values.view(np.uint16) if values.dtype == ml_dtypes.bfloat16 else values)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with disk.writing(path) as temporary, _writing(temporary), temporary.open("wb") as f:
+        np.save(f, values.view(np.uint16) if values.dtype == ml_dtypes.bfloat16 else values)
 
 
 def open_array(path: epath.PathLike, dtype: Any = None) -> np.ndarray:

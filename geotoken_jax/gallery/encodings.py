@@ -49,14 +49,13 @@ def save(path: epath.Path, blocks: Iterable[Float32[np.ndarray, "n E"]], n: int,
 
     Blocks go to disk one by one, since 4.12 million vectors of width 768 are 6.3 GB.
     """
-    partial = disk.partial(path)
-    array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint16, shape=(n, width))
-    first = 0
-    for block in blocks:
-        array[first : first + len(block)] = block.astype(ml_dtypes.bfloat16).view(np.uint16)
-        first += len(block)
-    array.flush()
-    partial.replace(path)
+    with disk.writing(path) as partial:
+        array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint16, shape=(n, width))
+        first = 0
+        for block in blocks:
+            array[first : first + len(block)] = block.astype(ml_dtypes.bfloat16).view(np.uint16)
+            first += len(block)
+        array.flush()
 
 
 def open_encodings(path: epath.Path) -> Vectors:

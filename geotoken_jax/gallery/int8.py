@@ -29,15 +29,14 @@ def write(vectors: Float[Any, "N *n C"], path: epath.Path, scales: epath.Path) -
 
     vectors: array in memory or memory-mapped. It may be mapped from `path`, which is replaced at the end.
     """
-    partial = disk.partial(path)
-    values = np.lib.format.open_memmap(partial, mode="w+", dtype=np.int8, shape=vectors.shape)
-    scale = np.empty(vectors.shape[:-1], np.float32)
-    for first in range(0, len(vectors), _BLOCK):
-        part = slice(first, first + _BLOCK)
-        values[part], scale[part] = quantized(vectors[part])
-    values.flush()
-    records.save_array(scales, scale)
-    partial.replace(path)
+    with disk.writing(path) as partial:
+        values = np.lib.format.open_memmap(partial, mode="w+", dtype=np.int8, shape=vectors.shape)
+        scale = np.empty(vectors.shape[:-1], np.float32)
+        for first in range(0, len(vectors), _BLOCK):
+            part = slice(first, first + _BLOCK)
+            values[part], scale[part] = quantized(vectors[part])
+        values.flush()
+        records.save_array(scales, scale)
 
 
 class Int8Vectors:

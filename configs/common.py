@@ -58,6 +58,7 @@ def _train(batch_size: int, examples: int, evaluate_every: int, optimizer: dict[
         seed=0,
         ema=0.0,
         max_skipped=10,
+        max_damaged=0.001,
         profile=(0, 0),
         profiler_port=0,
         wandb="",

@@ -37,7 +37,7 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
             exclude = (
                 options.exclude if split in (views.SOURCE_SPLIT, views.VIEWS_SPLIT) else options.exclude_in_evaluation
             )
-            if not scores_file.exists():
+            if not (rows_file.exists() and scores_file.exists()):
                 results = []
                 for first in range(0, len(table), _BATCH):
                     part = slice(first, first + _BATCH)

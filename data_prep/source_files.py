@@ -40,16 +40,17 @@ def check(stage: Stage, source: Source, keep_changed: bool) -> None:
     after a change, so that they are made again.
     """
     file = stage.path / _FILE
-    if not isinstance(source, FileSource) or (stage.manifest and (keep_changed or not file.exists())):
+    complete = stage.manifest or stage.mended
+    if not isinstance(source, FileSource) or (complete and (keep_changed or not file.exists())):
         return
     try:
         now = source.fingerprint()
     except (UserError, OSError):
-        if stage.manifest:  # the source was moved away, and is not needed
+        if complete:  # the source was moved away, and is not needed
             return
         raise
     change = _difference(json.loads(file.read_text()), now) if file.exists() else ""
-    if change and stage.manifest:
+    if change and complete:
         raise StageError(
             f"the source of {stage.path} has changed since it was made: {change}: use another --workdir, make all "
             "again with `geotoken all --remake=prepare`, restore the source, or keep the photos as they were with "

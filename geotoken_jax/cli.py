@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from geotoken_jax import commands, errors, manifests, processes, settings
+from geotoken_jax import commands, disk, errors, manifests, processes, settings
 from geotoken_jax.interop import targets
 from geotoken_jax.serve import limits
 
@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files can be in any encoding
+    disk.raise_open_files_limit()
     parser = _parser()
     options, rest = parser.parse_known_args([_at_home(a) for a in (sys.argv[1:] if argv is None else argv)])
     try:
@@ -72,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
             verb.add_argument("--remake", choices=stages, metavar="STAGE", help=f"{_REMAKE} ({', '.join(stages)})")
         if name in _OPTIONS:
             _OPTIONS[name](verb)
+    _add_verify(verbs)
     _add_studies(verbs)
     verb = verbs.add_parser("serve", help=_SERVE, description=_SERVE)
     _model(verb, "model", "")
@@ -108,6 +110,15 @@ def _add_studies(verbs: Any) -> None:
         "--index", type=int, help="with run: only this run, from 0 (default: $SLURM_ARRAY_TASK_ID or all)"
     )
     verb.add_argument("--document", action="store_true", help="with plot: print docs/scaling.md instead")
+
+
+def _add_verify(verbs: Any) -> None:
+    verb = verbs.add_parser("verify", help=_VERIFY, description=_VERIFY, epilog=_EPILOG)
+    verb.add_argument("workdir", metavar="WORKDIR", help="folder with the results of all stages")
+    verb.add_argument(
+        "--mend", action="store_true", help="make the bad files of prepare, embed and index again, and no others"
+    )
+    verb.add_argument("--config", help="with --mend: configuration file that the work directory was made with")
 
 
 def _predict_options(verb: argparse.ArgumentParser) -> None:
@@ -300,6 +311,7 @@ def _has(config: Any, keys: list[str]) -> bool:
 
 _REMAKE = "first remove the folders of this stage, and all folders that were made from them"
 _EXPERIMENT = "make runs that differ in a few settings, and compare them in one table"
+_VERIFY = "compare the files of a work directory with the sums that were recorded when they were written"
 _SCALING = "measure how loss and accuracy change with size, data, neighbors, gallery and candidates"
 _SERVE = "predict photos over HTTP with an exported model"
 _PLAN = "estimate memory, compute, collectives and time of training and other work on a pod, without the pod"

@@ -4,9 +4,13 @@ import atexit
 import concurrent.futures
 import contextlib
 import fnmatch
+import functools
 import hashlib
 import os
 import socket
+import sys
+import threading
+import time
 import zlib
 from collections.abc import Iterable, Iterator
 from typing import IO, Any
@@ -16,12 +20,17 @@ from etils import epath
 from geotoken_jax import processes
 from geotoken_jax.errors import UserError
 
+#: Seconds between two renewals of a lock, seconds without one after which its process is dead, and the number of times
+#: that another process looks in these.
+_RENEW_S, _DEAD_S, _LOOKS = 5.0, 30.0, 30
 #: Path of a lock that this process holds -> its open file.
 _held: dict[str, IO[str]] = {}
 #: This machine in names of files. Two machines can have processes of the same number.
 _MACHINE = f"{zlib.crc32(socket.gethostname().encode()):08x}"
+#: Largest limit on open files that this package sets or uses.
+_MOST_FILES = 65_536
 #: Files that are read at a time to compute sums.
-_READERS = min(8, os.cpu_count() or 1)
+READERS = min(8, os.cpu_count() or 1)
 
 
 class LockedError(UserError, RuntimeError):
@@ -75,6 +84,27 @@ def writing(path: epath.PathLike) -> Iterator[epath.Path]:
         raise
 
 
+def raise_open_files_limit() -> None:
+    """Lets this process open as many files as the system allows."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+        if open_files_limit() < most:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def open_files_limit() -> int:
+    """Returns the number of files that this process may open."""
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return 512
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _MOST_FILES if soft == resource.RLIM_INFINITY else soft
+
+
 def checksum(path: epath.PathLike) -> list[Any]:
     """Returns the size of a file in bytes, and its SHA-256 in hexadecimal: the form of ledgers and manifests."""
     with open(path, "rb") as file:
@@ -85,7 +115,7 @@ def checksum(path: epath.PathLike) -> list[Any]:
 def checksums(folder: epath.PathLike, names: Iterable[str]) -> dict[str, list[Any]]:
     """Returns name -> size and SHA-256 for files of a folder. Several files are read at a time."""
     names = sorted(names)
-    with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
+    with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
         return dict(zip(names, pool.map(lambda name: checksum(os.path.join(folder, name)), names), strict=True))
 
 
@@ -107,33 +137,44 @@ def files(folder: epath.PathLike, skipped: Iterable[str] = ()) -> list[str]:
 def lock(folder: epath.PathLike) -> None:
     """Makes this process the only one of its index that writes a folder, until it unlocks the folder or ends.
 
-    Removes the partial files that an earlier process has left. Raises LockedError, with host and process, if another
-    process writes the folder. The system releases the lock of a process that is killed.
+    The lock is a file with process and machine, which the system locks where it can, and whose time its process renews.
+    A killed process loses the system's lock at once. On another machine, or on a file system without locks, a process
+    is dead if it has not renewed the time for 30 seconds, for which this function then waits.
+
+    Removes the partial files that an earlier process has left. Raises LockedError, with machine and process, if another
+    process writes the folder.
     """
     path = os.path.join(os.path.realpath(folder), f".lock.{processes.index()}")
     if path in _held:
         return
     while True:
         file = open(path, "a+", encoding="utf-8")  # noqa: SIM115  (stays open while the folder is written)
-        if not _try(file):
-            file.seek(0)
-            other = file.read().strip() or "another process"
+        locked = _try(file)
+        file.seek(0)
+        other = file.read().strip()
+        here = locked and other.endswith(f" on {socket.gethostname()}")
+        if locked is False or (other and not here and _alive(path, other)):
             file.close()
             raise LockedError(
-                f"{folder} is being written by {other}: wait until it ends, or use another --workdir; if it no longer "
-                f"runs, remove {path}"
+                f"{folder} is being written by {other or 'another process'}: wait until it ends, or use another "
+                f"--workdir; if it no longer runs, remove {path}"
             )
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 break
         file.close()  # its owner has removed it in the meantime
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.write(_name() + "\n")
     file.flush()
+    if not locked and not _claimed(path):
+        file.close()
+        raise LockedError(f"{folder} is being written by another process: wait until it ends")
     _held[path] = file
+    _start_renewing()
     for parent, _, names in os.walk(os.path.dirname(path)):
         for name in fnmatch.filter(names, f".*.{processes.index()}.*.partial"):
-            os.unlink(os.path.join(parent, name))
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(parent, name))
 
 
 def unlock(folder: epath.PathLike) -> None:
@@ -141,22 +182,76 @@ def unlock(folder: epath.PathLike) -> None:
     path = os.path.join(os.path.realpath(folder), f".lock.{processes.index()}")
     if file := _held.pop(path, None):
         with contextlib.suppress(OSError):
-            os.unlink(path)
+            if _owner(path) == _name():
+                os.unlink(path)
         file.close()
 
 
-def _try(file: Any) -> bool:
-    """Returns whether this process now holds the lock of an open file, or the file system has no locks."""
+def _name() -> str:
+    """Returns the name of this process in locks and messages."""
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def _owner(path: str) -> str:
+    with open(path, encoding="utf-8") as file:  # NFS renews what it knows of a file when the file is opened
+        return file.read().strip()
+
+
+def _alive(path: str, owner: str) -> bool:
+    """Returns whether a lock's owner renews its time, or another process takes it, within _DEAD_S seconds.
+
+    Only differences are looked at, since the clocks of two machines differ.
+    """
+    print(f"{owner} has begun {os.path.dirname(path)}: waiting up to {_DEAD_S:g} s to see if it runs", file=sys.stderr)
+    before = None
+    for _ in range(_LOOKS):
+        try:
+            with open(path, encoding="utf-8") as file:
+                now = file.read(), os.fstat(file.fileno()).st_mtime_ns
+        except FileNotFoundError:  # it has ended
+            return False
+        if before and now != before:
+            return True
+        before = now
+        time.sleep(_DEAD_S / _LOOKS)
+    return False
+
+
+def _claimed(path: str) -> bool:
+    """Returns whether a lock of a file system without locks is still ours after others could have taken it too."""
+    time.sleep(_DEAD_S / _LOOKS)
+    with contextlib.suppress(FileNotFoundError):
+        return _owner(path) == _name()
+    return False
+
+
+@functools.cache
+def _start_renewing() -> None:
+    threading.Thread(target=_renew, name="lock", daemon=True).start()
+
+
+def _renew() -> None:
+    """Renews the times of this process's locks."""
+    while True:
+        for path in list(_held):
+            with contextlib.suppress(OSError):
+                if _owner(path) == _name():
+                    os.utime(path)
+        time.sleep(_RENEW_S)
+
+
+def _try(file: Any) -> bool | None:
+    """Returns whether this process now holds the system's lock of an open file; None if there are no such locks."""
     try:
         import fcntl
     except ModuleNotFoundError:  # on Windows
-        return True
+        return None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:
-        return True
+        return None
     return True
 
 

@@ -10,12 +10,13 @@ in the subfolder ledgers/ that is written after the shard's files. Sizes are com
 `geotoken verify`.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -93,7 +94,8 @@ class Manifest:
 class Stage:
     """A folder opened for its stage. If `manifest` is not None the folder is complete and the stage has nothing to do.
 
-    path: the folder. settings, inputs: see Manifest.
+    path: the folder. settings, inputs: see Manifest. mended: manifest of a complete folder that was opened again to
+    make damaged files again; None for any other folder.
     """
 
     path: epath.Path
@@ -101,22 +103,40 @@ class Stage:
     settings: dict[str, Any]
     inputs: dict[str, str]
     manifest: Manifest | None
+    mended: Manifest | None = None
 
     def finish(self, counts: Mapping[str, Any], dropped: Mapping[str, int] | None = None, **facts: Any) -> Manifest:
-        """Writes the manifest, which marks the folder as complete, and returns it. The arguments: see Manifest."""
+        """Writes the manifest, which marks the folder as complete, and returns it. The arguments: see Manifest.
+
+        Raises StageError if a mended folder is not as it was before, since later stages were made from that.
+        """
         results = dict(counts), dict(dropped or {}), settings.plain(facts)
         manifest = Manifest(self.folder, self.settings, self.inputs, *results, self._files(), FORMAT, __version__)
+        if self.mended:
+            self._check_mended(manifest)
+            manifest = self.mended
         write_json(self.path / "manifest.json", dataclasses.asdict(manifest))
         (self.path / "begun.json").unlink(missing_ok=True)
         disk.unlock(self.path)
         return manifest
 
+    def _check_mended(self, made: Manifest) -> None:
+        before = self.mended
+        assert before
+        if dataclasses.replace(made, code=before.code) == before:
+            return
+        names = sorted(made.files.keys() | before.files.keys())
+        other = [name for name in names if made.files.get(name) != before.files.get(name)]
+        raise StageError(
+            f"{self.path / (other or ['manifest.json'])[0]} was made again, but not with the contents that it had, so "
+            "the version, a library or the machine is another: restore it, or make its stage and all later ones again "
+            f"with `geotoken all --remake={PATH[self.folder.split('/')[0]]}`"
+        )
+
     def _files(self) -> dict[str, list[Any]]:
         """Returns path -> size and SHA-256 for all files: from the ledgers, or else computed."""
         names = disk.files(self.path, _UNRECORDED)
-        known = {}
-        for path in disk.matching(self.path / LEDGERS, "*.json"):
-            known |= json.loads(path.read_bytes()).get("files", {})
+        known = recorded(self.path)
         if wrong := _wrong_size(self.path, known):
             raise StageError(
                 f"{self.path / wrong[0]} {wrong[1]}, unlike when it was written: run the same command again, which "
@@ -148,6 +168,60 @@ def read_ledger(path: epath.Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return ledger if complete else None
+
+
+def recorded(folder: epath.Path) -> dict[str, list[Any]]:
+    """Returns path -> size and SHA-256 for the files that the ledgers of a stage's folder record.
+
+    If the folder was opened again to be mended, these are all files that it had.
+    """
+    known: dict[str, list[Any]] = {}
+    if is_mended(folder):
+        known |= _load(folder / "begun.json", ["mended"])["mended"]["files"]
+    for path in disk.matching(folder / LEDGERS, "*.json"):
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a damaged ledger: its shard is made again
+            known |= json.loads(path.read_bytes())["files"]
+    return known
+
+
+def is_mended(folder: epath.Path) -> bool:
+    """Returns whether a stage's folder was complete, and was opened again to make damaged files again."""
+    begun = folder / "begun.json"
+    return begun.exists() and bool(_load(begun, ["mended"])["mended"])
+
+
+def reopen(workdir: epath.Path, folder: str, bad: Collection[str]) -> None:
+    """Removes the bad files of a folder, so that its stage makes only them again. A complete folder becomes begun.
+
+    The ledgers of the files are removed too. A file without a ledger in a subfolder is removed with its neighbors there
+    that have no ledger, as they were written together.
+    """
+    path = workdir / folder
+    disk.lock(path)
+    complete = (path / "manifest.json").exists()
+    if complete and "manifest.json" not in bad:
+        manifest = dataclasses.asdict(read_manifest(workdir, folder))
+        begun = {key: manifest[key] for key in ("settings", "inputs", "format")}
+        write_json(path / "begun.json", {**begun, "mended": manifest})
+    vouched: set[str] = set()
+    for ledger in disk.matching(path / LEDGERS, "*.json"):
+        try:
+            names = set(json.loads(ledger.read_bytes())["files"])
+        except (ValueError, KeyError, TypeError):
+            names = set()
+        vouched |= names
+        if not names or names & set(bad) or f"{LEDGERS}/{ledger.name}" in bad:
+            ledger.unlink()
+    removed = set(bad)
+    for name in set(bad) - vouched:
+        parent = os.path.dirname(name)
+        if parent and parent != LEDGERS:
+            removed |= {
+                f"{parent}/{file.name}" for file in disk.matching(path / parent, "*") if file.is_file()
+            } - vouched
+    for name in removed:
+        (path / name).unlink(missing_ok=True)
+    (path / "manifest.json").unlink(missing_ok=True)
 
 
 def check_sizes(workdir: epath.Path, folder: str, manifest: Manifest) -> None:
@@ -193,18 +267,20 @@ def begin(workdir: epath.PathLike, folder: str, config: Mapping[str, Any], input
         _check_same(path, folder, dataclasses.asdict(manifest), requested)
         check_sizes(workdir, folder, manifest)
         return Stage(path, folder, **requested, manifest=manifest)
+    mended = None
     if begun.exists():
-        _check_same(path, folder, stored := _load(begun, list(requested)), requested)
+        _check_same(path, folder, stored := _load(begun, [*requested, "mended"]), requested)
         if stored["format"] != FORMAT:
             raise StageError(
                 f"{path} was begun in format {stored['format']}, which this release cannot continue (it writes format "
                 f"{FORMAT}): remove it and run its stage again, or finish it with the release that began it"
             )
+        mended = stored["mended"]
     path.mkdir(parents=True, exist_ok=True)
     disk.lock(path)
     if not begun.exists():
         write_json(begun, {**requested, "format": FORMAT})
-    return Stage(path, folder, **requested, manifest=None)
+    return Stage(path, folder, **requested, manifest=None, mended=Manifest(**mended) if mended else None)
 
 
 def local(path: epath.PathLike) -> epath.Path:
@@ -232,8 +308,8 @@ def read_manifest(workdir: epath.PathLike, folder: str) -> Manifest:
     return Manifest(**_load(path, settings.names(Manifest)))
 
 
-#: Keys that files of format 1 do not have -> their values.
-_LATER = {"files": {}, "format": 1, "code": ""}
+#: Keys that not all files have, such as those of format 1 -> their values.
+_LATER = {"files": {}, "format": 1, "code": "", "mended": None}
 
 
 def _load(path: epath.Path, keys: Sequence[str]) -> dict[str, Any]:
@@ -259,7 +335,7 @@ def _load(path: epath.Path, keys: Sequence[str]) -> dict[str, Any]:
         or not stored.keys() >= set(keys)
         or not isinstance(stored["format"], int)
         or not isinstance(stored["files"], dict)
-        or not all(isinstance(stored[key], dict) for key in ("settings", "inputs"))
+        or not all(isinstance(stored.get(key, {}), dict) for key in ("settings", "inputs"))
     ):
         raise StageError(
             f"{path} has not the keys {', '.join(keys)}, so it is damaged or of another version: restore it, or remove "

@@ -8,6 +8,7 @@ renamed, so an existing shard is complete. TensorFlow is never imported.
 import contextlib
 import dataclasses
 import errno
+import functools
 import glob
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
 from geotoken_jax import disk
+from geotoken_jax.shards import DamagedError, Shards
 
 #: Level of the stored S2 tokens, which have group 1. A CellScheme regroups them.
 LEVEL = 20
@@ -48,6 +50,11 @@ class Layout:
     fields: tuple[Field, ...]
 
     @property
+    def size(self) -> int:
+        """Bytes of a record."""
+        return self._numpy.itemsize
+
+    @functools.cached_property
     def _numpy(self) -> np.dtype:
         stored = [(f.name, "<u2" if f.dtype == "bfloat16" else np.dtype(f.dtype), f.shape) for f in self.fields]
         return np.dtype(stored)
@@ -183,34 +190,29 @@ def _writing(path: epath.Path) -> Iterator[None]:
 class Records:
     """Random access to the records in all shards of a split. stem: see shard_paths.
 
-    `records[rows]` is a dict of arrays in the order of `rows`. Instances can be pickled: each process opens the files
-    on first use.
+    `records[rows]` is a dict of arrays in the order of `rows`; it raises DamagedError that names a damaged record.
+    Instances can be pickled: each process opens the files on first use.
     """
 
     def __init__(self, folder: epath.PathLike, stem: str, layout: Layout):
-        self.paths = [str(path) for path in shard_paths(folder, stem)]
+        self._shards = Shards(shard_paths(folder, stem))
         self.layout = layout
-        self._source = None
-
-    def __getstate__(self):
-        return {**self.__dict__, "_source": None}
 
     @property
-    def _open(self) -> Any:
-        if self._source is None:
-            # Imported here because grain is slow to import, and most users of this module do not read records.
-            from grain.sources import ArrayRecordDataSource
-
-            self._source = ArrayRecordDataSource(self.paths)
-        return self._source
+    def paths(self) -> list[str]:
+        return self._shards.paths
 
     def __len__(self) -> int:
-        return len(self._open)
+        return len(self._shards)
 
     def __getitem__(self, rows: Sequence[int] | np.ndarray | slice) -> dict[str, np.ndarray]:
         if isinstance(rows, slice):
             rows = range(*rows.indices(len(self)))
-        return self.layout.decode(self._open.__getitems__([int(row) for row in rows]))
+        data = self._shards.read(rows)
+        for row, record in zip(rows, data, strict=True):
+            if len(record) != self.layout.size:
+                raise DamagedError(self._shards.name(row), f"it has {len(record)} bytes, not {self.layout.size}")
+        return self.layout.decode(data)
 
 
 def save_array(path: epath.PathLike, values: np.ndarray) -> None:
@@ -220,8 +222,17 @@ def save_array(path: epath.PathLike, values: np.ndarray) -> None:
 
 
 def open_array(path: epath.PathLike, dtype: Any = None) -> np.ndarray:
-    """Returns a memory-mapped array (.npy). dtype: type of the result, such as bfloat16; the stored type if None."""
-    values = np.load(path, mmap_mode="r", allow_pickle=False)
+    """Returns a memory-mapped array (.npy). dtype: type of the result, such as bfloat16; the stored type if None.
+
+    Raises DamagedError if the file has no array, or another size than its array.
+    """
+    try:
+        values: Any = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, SyntaxError) as error:  # of the header, or of a size that is too small
+        raise DamagedError(os.fspath(path), error) from None
+    excess = os.path.getsize(path) - values.offset - values.nbytes if values.nbytes else 0
+    if excess:
+        raise DamagedError(os.fspath(path), f"it has {excess:,} bytes more than its array")
     return values if dtype is None else values.view(dtype)
 
 
@@ -271,14 +282,19 @@ class Photos:
             import tensorflow_datasets as tfds
 
             builder: Any = tfds.builder_from_directory(self.folder)
-            self._source = builder.as_data_source(self.split, decoders={"image": tfds.decode.SkipDecoding()})
+            shards = Shards([str(path) for path in builder.info.splits[self.split].filepaths])
+            decode = functools.partial(
+                builder.info.features.deserialize_example_np, decoders={"image": tfds.decode.SkipDecoding()}
+            )
+            self._source = shards, decode
         return self._source
 
     def __len__(self) -> int:
-        return len(self._open)
+        return len(self._open[0])
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        photo = dict(self._open[int(row)])
+        shards, decode = self._open
+        photo = dict(decode(shards.read([row])[0]))
         return {name: value.decode() if _is_text(name) else value for name, value in photo.items()}
 
 

@@ -45,7 +45,7 @@ VALIDATION = "validation"
 #: gallery's photos were taken, which are private.
 _NOT_EXPORTED = (
     "manifest.json", "begun.json", "checkpoints", "metrics.jsonl", "parameters.txt", "tensorboard", "features.npy",
-    "captured-*.npy",
+    "captured-*.npy", manifests.LEDGERS,
 )  # fmt: skip
 #: Names of the arrays in pools/VARIANT.
 _POOL = ("tokens", "log_probability", "tempered_log_probability", "states")
@@ -120,6 +120,12 @@ class Workdir:
         """Returns the names of all complete folders, top-level folders before their subfolders."""
         complete = [folder for folder in self._folders() if (folder / "manifest.json").exists()]
         return [folder.relative_to(self.path).as_posix() for folder in complete]
+
+    def begun_folders(self) -> list[str]:
+        """Returns the names of all folders of stages, complete or begun, top-level folders before their subfolders."""
+        names = ("manifest.json", "begun.json")
+        begun = [folder for folder in self._folders() if any((folder / name).exists() for name in names)]
+        return [folder.relative_to(self.path).as_posix() for folder in begun]
 
     def _folders(self) -> list[epath.Path]:
         """Returns the folders and files of the work directory, then those in its folders."""

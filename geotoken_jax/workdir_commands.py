@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from geotoken_jax import jax_modes, processes
+from geotoken_jax import jax_modes, manifests, processes, verification
 from geotoken_jax.analysis import evaluate as scores
 from geotoken_jax.configuration import Config
 from geotoken_jax.manifests import Manifest
@@ -105,13 +105,13 @@ def _preparation(module: str) -> Stage:
     """Returns a stage of data preparation. module: name of its module in data_prep."""
 
     def run(config: Config, folder: Workdir, variants: Sequence[str]) -> Iterable[Manifest]:
-        manifests = preparation.run(module, config, folder)
-        if not manifests:
+        made = preparation.run(module, config, folder)
+        if not made:
             print(
                 "made the shards of this process; the process that makes the last shard completes the folder",
                 flush=True,
             )
-        return manifests
+        return made
 
     return run
 
@@ -152,6 +152,36 @@ def _audit(options: argparse.Namespace, config: Config | None) -> None:
 
     options.verb += f" {options.audit}"
     _stages({options.verb: run})(options, config)
+
+
+def _verify(options: argparse.Namespace, config: Config | None) -> None:
+    """Compares all files of a work directory with their sums; with --mend, makes bad files again.
+
+    Raises DamageError if files are bad.
+    """
+    folder = Workdir(options.workdir)
+    if not folder.path.is_dir():
+        raise SettingsError(f"there is no work directory {folder.path}: correct the path")
+    bad = [report for report in map(_shown, verification.check(folder)) if report.bad]
+    if options.mend and bad:
+        if config is None:
+            raise SettingsError("--mend needs --config=FILE, the configuration that the work directory was made with")
+        for verb in verification.MENDED:
+            reports = [report for report in bad if report.verb == verb]
+            for report in reports:
+                manifests.reopen(folder.path, report.folder, report.bad.keys())
+            if any(report.complete for report in reports):
+                _stages({verb: _PATH[verb]})(argparse.Namespace(verb=verb, workdir=options.workdir), config)
+                bad = [report for report in bad if report not in reports]
+                again = [_shown(verification.check_folder(folder, report.folder)) for report in reports]
+                bad += [report for report in again if report.bad]
+    if bad:
+        raise verification.refusal(folder, bad)
+
+
+def _shown(report: verification.Report) -> verification.Report:
+    print(*report.lines(), sep="\n", flush=True)
+    return report
 
 
 @jax_modes.standard()
@@ -217,4 +247,5 @@ VERBS: dict[str, Callable[[argparse.Namespace, Config | None], None]] = {
     "audit": _audit,
     "experiment": _experiment,
     "scaling": _scaling,
+    "verify": _verify,
 }

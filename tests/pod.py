@@ -87,7 +87,7 @@ def run(
     options = loop.TrainSettings(
         batch_size=BATCH, accumulate=accumulate, examples=BATCH * steps, evaluate_every=evaluate_every, log_every=1,
         seed=0, ema=0.0, max_skipped=0, profile=(0, 0), profiler_port=0, save_every_s=0.0, keep=2, wandb="",
-        optimizer=OPTIMIZER, gradient_dtype="float32", epochs=0,
+        optimizer=OPTIMIZER, gradient_dtype="float32", epochs=0, max_damaged=0.0,
     )  # fmt: skip
     chosen = [jax.devices()[i] for i in order or range(int(np.prod(mesh)))]
     devices = sharding.make_mesh(sharding.MeshSettings(*mesh), chosen)

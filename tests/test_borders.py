@@ -6,7 +6,10 @@ import errno
 import json
 import os
 import re
+import socket
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,6 +43,7 @@ VERBS: dict[str, Callable[[Path], list[str]]] = {
     "predict --json": lambda folder: [f"--model={folder}", str(folder / "x.jpg")],
     "export --push=a/b": lambda folder: [f"--from={folder}"],
     "serve": lambda folder: [str(folder)],
+    "verify": lambda folder: [str(folder)],
     "plan": lambda folder: [f"--config={folder / 'x.py'}", "--topology=v5e:2x2"],
 }  # fmt: skip
 NUMBERS = (
@@ -155,6 +159,55 @@ def test_a_second_writer_of_a_folder_is_told_of_the_first(tmp_path):
     stage.finish({})
     assert [file.name for file in (tmp_path / "photos").iterdir()] == ["manifest.json"]
     assert json.loads((tmp_path / "photos" / "manifest.json").read_text())["folder"] == "photos"
+
+
+@pytest.fixture
+def fast_locks(monkeypatch):
+    monkeypatch.setattr(disk, "_RENEW_S", 0.02)
+    monkeypatch.setattr(disk, "_DEAD_S", 0.6)
+
+
+@pytest.mark.parametrize("system_locks", [True, False])
+@pytest.mark.parametrize("state", ["runs", "is dead", "ends"])
+def test_a_writer_on_another_machine_is_dead_if_it_renews_its_lock_no_more(
+    tmp_path, monkeypatch, fast_locks, system_locks, state
+):
+    if not system_locks:
+        monkeypatch.setattr(disk, "_try", lambda file: None)
+    lock = tmp_path / ".lock.0"
+    lock.write_text("process 7 on elsewhere\n")
+    ended = threading.Event()
+
+    def renew():
+        time.sleep(0.1)
+        while state == "runs" and not ended.wait(0.01):
+            os.utime(lock)
+        if state == "ends":
+            lock.unlink()
+
+    other = threading.Thread(target=renew)
+    other.start()
+    try:
+        if state == "runs":
+            with pytest.raises(
+                disk.LockedError, match="is being written by process 7 on elsewhere: wait until it ends"
+            ):
+                disk.lock(tmp_path)
+        else:
+            disk.lock(tmp_path)
+            assert lock.read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
+            disk.unlock(tmp_path)
+            assert not lock.exists()
+    finally:
+        ended.set()
+        other.join()
+
+
+def test_a_lock_that_another_has_taken_over_is_not_removed(tmp_path):
+    disk.lock(tmp_path)
+    (tmp_path / ".lock.0").write_text("process 7 on elsewhere\n")
+    disk.unlock(tmp_path)
+    assert (tmp_path / ".lock.0").exists()
 
 
 def test_the_wrong_key_is_blamed_and_the_nearest_is_named(tmp_path, capsys):

@@ -1,13 +1,17 @@
 """The stage `embed`: shards of several processes, runs after an interruption, and texts encoded once."""
 
 import concurrent.futures
+import math
 import shutil
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 
 from data_prep import embed
-from geotoken_jax import backbone, configuration, manifests
+from geotoken_jax import backbone, configuration, manifests, records
 from geotoken_jax.workdir import Workdir
 from tests import sample, tiny
 
@@ -132,3 +136,40 @@ def test_the_settings_of_a_tower_that_do_not_change_features_may_change(tmp_path
     assert made_with(moved, batch_size=64) == first != made_with(tmp_path, "bfloat16")
     (moved / "model.safetensors").write_bytes(b"0" * 99 + b"1")
     assert made_with(moved) != first
+
+
+#: A process that may open 1,024 files, and no more if it asks; it writes one photo per shard of features.
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
+from data_prep import embed
+from geotoken_jax import cli
+embed._SHARD = 1
+cli.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_a_thousand_shards_are_read_by_a_process_that_may_open_1024_files(tmp_path):
+    config = Path(tiny.__file__)
+    changes = [
+        "photos.earthview.train=1007", "embed.views.count=0", "align.train.batch_size=256", "train.batch_size=256",
+        "train.examples=2560", "align.train.examples=2560",
+    ]  # fmt: skip
+    for verb in ("prepare", "embed", "align", "index", "train"):
+        command = [verb, f"--config={config}", f"--workdir={tmp_path}", *(f"--config.{change}" for change in changes)]
+        run = subprocess.run(
+            [sys.executable, "-c", LIMITED, *command], cwd=config.parents[1], capture_output=True, text=True
+        )
+        assert run.returncode == 0, run.stderr
+    assert len(list((tmp_path / "features").glob("train.array_record-*"))) == 1007
+
+
+def test_fifteen_million_photos_need_few_shards(tmp_path, monkeypatch):
+    monkeypatch.undo()  # the shards of the other tests are small
+    shards = {
+        photos: len(embed._shards(embed.epath.Path(tmp_path), "train", photos)) for photos in (4_120_000, 15_000_000)
+    }
+    assert shards == {4_120_000: 252, 15_000_000: 916}
+    record = records.feature_layout(768).size
+    assert record == 3245 and math.ceil(record * embed._SHARD / 1e6) == 54

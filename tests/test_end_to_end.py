@@ -19,7 +19,8 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
-from geotoken_jax import GeoToken, cli, records
+from geotoken_jax import GeoToken, cli, manifests, records
+from geotoken_jax.manifests import StageError
 from geotoken_jax.serve import app, limits
 from geotoken_jax.settings import SettingsError
 from tests import hub, test_judge
@@ -98,6 +99,80 @@ def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bytes(workdir: Pa
     assert unbroken.keys() == broken.keys()
     assert [name for name in unbroken if unbroken[name] != broken[name]] == []
     assert list(tmp_path.rglob("*.partial")) == []
+
+
+PREPARED = ("photos", "features", "gallery", "queries", "neighbors", "tokens")
+
+
+def flip(file: Path, other: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def swap(file: Path, other: Path) -> None:
+    first, second = file.read_bytes(), other.read_bytes()
+    file.write_bytes(second), other.write_bytes(first)
+
+
+#: Kind of damage -> function of a file and of another file of its folder.
+DAMAGES = {
+    "truncated": lambda file, other: os.truncate(file, file.stat().st_size // 2),
+    "flipped": flip,
+    "removed": lambda file, other: file.unlink(),
+    "swapped": swap,
+}
+
+
+def largest(workdir: Path, folder: str, within: str = "") -> list[Path]:
+    """Returns the two largest files of a folder whose names begin with `within`."""
+    files = json.loads((workdir / folder / "manifest.json").read_text())["files"]
+    names = [name for name in files if name.startswith(within) and (within or not name.startswith("index/"))]
+    return [workdir / folder / name for name in sorted(names, key=lambda name: (files[name][0], name))[-2:]]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_files_are_found_and_made_again_to_the_same_bytes(workdir, tmp_path, capsys, damage):
+    for folder in (*PREPARED, "align"):
+        shutil.copytree(workdir / folder, tmp_path / folder)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    assert geotoken("verify", str(tmp_path)) == 0
+    capsys.readouterr()
+    for other, file in [*(largest(tmp_path, folder) for folder in PREPARED), largest(tmp_path, "gallery", "index/")]:
+        DAMAGES[damage](file, other)
+    bad = {p for p in before if not p.exists() or p.read_bytes() != before[p]}
+    assert len(bad) >= 7
+    assert geotoken("verify", str(tmp_path)) == cli.REFUSED
+    printed = capsys.readouterr()
+    assert {line.split()[0] for line in printed.out.splitlines() if line.startswith("  ")} == {
+        str(p.relative_to(tmp_path)) for p in bad
+    }
+    assert f"{len(bad)} files of {tmp_path} are bad, as listed" in printed.err and "--mend" in printed.err
+    if damage != "flipped":
+        folders = [folder for folder in PREPARED if any(p.is_relative_to(tmp_path / folder) for p in bad)]
+        for folder in folders:
+            changed = [p for p in bad if not p.exists() or p.stat().st_size != len(before[p])]
+            if any(p.is_relative_to(tmp_path / folder) for p in changed):
+                with pytest.raises(StageError, match=rf"{folder}/.* bytes were written: restore it"):
+                    manifests.begin(tmp_path, "audit/any", {}, [folder])
+    assert geotoken("verify", str(tmp_path), "--mend", f"--config={CONFIG}") == 0, capsys.readouterr().err
+    shutil.rmtree(tmp_path / "audit", ignore_errors=True)
+    after = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    assert after.keys() == before.keys() and [p for p in before if after[p] != before[p]] == []
+
+
+def test_other_stages_are_named_and_a_configuration_is_asked_for(workdir, tmp_path, capsys):
+    for folder in ("photos", "align"):
+        shutil.copytree(workdir / folder, tmp_path / folder)
+    flip(tmp_path / "align" / "parameters.safetensors", tmp_path)
+    assert geotoken("verify", str(tmp_path)) == cli.REFUSED
+    printed = capsys.readouterr()
+    assert "  align/parameters.safetensors has other contents than were written" in printed.out
+    assert "or make all of it again with `geotoken all --remake=align`" in printed.err
+    assert geotoken("verify", str(tmp_path), "--mend") == cli.REFUSED
+    assert "--mend needs --config=FILE" in capsys.readouterr().err
+    assert geotoken("verify", str(tmp_path / "none")) == cli.REFUSED
+    assert "there is no work directory" in capsys.readouterr().err
 
 
 def test_a_language_model_may_choose_too(workdir: Path, tmp_path: Path):

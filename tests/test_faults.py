@@ -88,7 +88,7 @@ def train(folder: Path, mesh: tuple[int, int, int] = (-1, 1, 1), make_input=lamb
     options = loop.TrainSettings(
         batch_size=8, accumulate=1, examples=8 * STEPS, evaluate_every=SAVED, log_every=1, seed=0, ema=0.0,
         max_skipped=0, profile=(0, 0), profiler_port=0, save_every_s=0.0, keep=2, wandb="", optimizer=OPTIMIZER,
-        gradient_dtype="float32", epochs=0,
+        gradient_dtype="float32", epochs=0, max_damaged=0.0,
     )  # fmt: skip
     axes = sharding.MeshSettings(*mesh)
     devices = sharding.make_mesh(axes, jax.devices()[: np.prod(mesh)] if min(mesh) > 0 else None)

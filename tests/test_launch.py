@@ -48,7 +48,7 @@ def train(folder: str, pause: str) -> None:
     options = loop.TrainSettings(
         batch_size=8, accumulate=1, examples=8 * STEPS, evaluate_every=STEPS, log_every=1, seed=0, ema=0.0,
         max_skipped=0, profile=(0, 0), profiler_port=0, save_every_s=0.0, keep=2, wandb="", optimizer=OPTIMIZER,
-        gradient_dtype="float32", epochs=0,
+        gradient_dtype="float32", epochs=0, max_damaged=0.0,
     )  # fmt: skip
     mesh = sharding.make_mesh(sharding.MeshSettings(-1, 1, 1))
     local = sharding.local_rows(mesh, 8)

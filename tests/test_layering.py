@@ -10,7 +10,20 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 RANKS = {
     **dict.fromkeys(
-        ["__version__", "errors", "settings", "disk", "manifests", "records", "tables", "progress", "geo", "hub"], 0
+        [
+            "__version__",
+            "errors",
+            "settings",
+            "disk",
+            "manifests",
+            "records",
+            "shards",
+            "tables",
+            "progress",
+            "geo",
+            "hub",
+        ],
+        0,
     ),
     **dict.fromkeys(
         [
@@ -35,7 +48,7 @@ RANKS = {
     **dict.fromkeys(["train", "predict"], 4),
     "configuration": 5,
     "workdir": 6,
-    **dict.fromkeys(["analysis", "interop"], 7),
+    **dict.fromkeys(["analysis", "interop", "verification"], 7),
     **dict.fromkeys(["export", "plan", "pages"], 8),
     **dict.fromkeys(["folder", "stages"], 9),
     "serve": 10,

@@ -12,6 +12,8 @@ from geotoken_jax.data import join, pipeline
 from geotoken_jax.gallery import table
 from geotoken_jax.geo.cells import CellScheme
 from geotoken_jax.model import batch
+from geotoken_jax.settings import SettingsError
+from geotoken_jax.shards import DamagedError
 from tests import fixtures
 
 
@@ -89,6 +91,58 @@ def test_evaluation_covers_every_row_once(n, local):
         assert found.keys() == expected.keys()
         for name, values in found.items():
             assert values.tolist() == expected[name][local].tolist()
+
+
+class Damaged:
+    """A reader of rows of which some are damaged. asked: rows of each call."""
+
+    def __init__(self, *rows):
+        self.rows, self.asked = rows, []
+
+    def __call__(self, rows):
+        self.asked.append(rows.tolist())
+        for row in rows:
+            if row in self.rows:
+                raise DamagedError(f"record {row} of x", "its sum is wrong")
+        return read(rows)
+
+
+def test_a_damaged_row_is_named_once_and_the_next_whole_row_is_read_instead(capsys):
+    whole, damaged = take(pipeline.training(24, read, 6, seed=3), 8), Damaged(3, 4, 23)
+    batches = pipeline.training(24, damaged, 6, seed=3, max_damaged=0.2)
+    expected = [[{3: 5, 4: 5, 23: 0}.get(row, row) for row in batch] for batch in whole]
+    assert take(batches, 3) == expected[:3]
+    state = batches.get_state()
+    assert take(batches, 5) == expected[3:]
+    lines = capsys.readouterr().err.splitlines()
+    assert sorted(line.split(",")[0] for line in lines) == [f"skipped record {n} of x" for n in (23, 3, 4)]
+    assert lines[-1].endswith("which is damaged; 3 of 24 records so far")
+    resumed = pipeline.training(24, Damaged(3, 4, 23), 6, seed=3, max_damaged=0.2)
+    resumed.set_state(state)
+    assert take(resumed, 5) == expected[3:]
+
+
+def test_a_damaged_row_is_replaced_in_varied_examples_too():
+    class Vary(Damaged):
+        def vary(self, rows, examples):
+            return {"row": np.stack([self(rows)["row"], examples], 1)}
+
+    found = np.array(take(pipeline.training(8, Vary(2), 4, seed=1, max_damaged=0.2), 4))
+    whole = np.array(take(pipeline.training(8, read, 4, seed=1), 4))
+    assert found[..., 0].tolist() == np.where(whole == 2, 3, whole).tolist()
+    assert found[..., 1].ravel().tolist() == list(range(16))
+
+
+def test_too_many_damaged_rows_end_training_and_none_are_allowed_by_default():
+    with pytest.raises(SettingsError, match=r"^max_damaged is 0.1, but 3 of 24 records are damaged, the last one rec"):
+        take(pipeline.training(24, Damaged(3, 4, 23), 6, seed=3, max_damaged=0.1), 8)
+    with pytest.raises(DamagedError, match="record 3 of x is damaged"):
+        take(pipeline.training(24, Damaged(3), 6, seed=3), 4)
+
+
+def test_a_damaged_row_counts_in_no_validation():
+    batches = list(pipeline.evaluation(9, Damaged(4), 6, max_damaged=0.2))
+    assert [row for batch in batches for row in batch["row"][batch["valid"]]] == [0, 1, 2, 3, 5, 6, 7, 8]
 
 
 @pytest.fixture

@@ -1,13 +1,16 @@
 """Record formats: numbers are read back exactly, and damaged, missing or wrongly shaped data are errors."""
 
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 from etils import epath
 
-from geotoken_jax import records
+from geotoken_jax import records, shards
 
 RNG = np.random.default_rng(0)
 
@@ -101,6 +104,81 @@ def test_readers_pickle_before_and_after_use(folder):
     used = pickle.dumps(found)
     assert fresh == used
     assert pickle.loads(used)[[13, 1]]["row"].tolist() == [13, 1]
+
+
+def test_more_shards_than_may_be_open_are_read(folder, monkeypatch):
+    monkeypatch.setattr(shards, "_most_open", lambda: 2)
+    found = records.Records(folder, "train", LAYOUTS["tokens"])
+    rows = [14, 0, 7, 3, 5, 9]
+    for _ in range(2):
+        assert found[rows]["row"].tolist() == rows
+        assert len(shards._open) == 2
+    del found
+    assert not shards._open
+
+
+def test_the_limit_on_open_files_is_raised_and_kept_to(tmp_path):
+    """70 shards under a limit of 64 files, of which 32 may be open shards, then with the limit raised to 128."""
+    resource = pytest.importorskip("resource")
+    layout = LAYOUTS["tokens"]
+    for shard in range(70):
+        path = records.shard_path(epath.Path(tmp_path), "train", shard, 70)
+        records.write_shard(path, layout.encode({**columns(layout, 1), "row": np.array([shard])}))
+    code = (
+        "import sys; from geotoken_jax import disk, records, shards; import numpy as np\n"
+        "found = records.Records(sys.argv[1], 'train', records.token_layout(4))\n"
+        "assert found[range(70)]['row'].tolist() == list(range(70)) and len(shards._open) == 32\n"
+        "disk.raise_open_files_limit(); assert disk.open_files_limit() == 128\n"
+        "found[range(70)]; assert len(shards._open) == 64"
+    )
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 128))
+
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    run = subprocess.run(command, cwd=Path(__file__).parents[1], preexec_fn=limit, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def cut(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def flipped(data: bytes) -> bytes:
+    """Returns the file with one bit of the record in its middle flipped."""
+    at = data.index(b"\7" * 16)
+    return data[:at] + b"\6" + data[at + 1 :]
+
+
+@pytest.mark.parametrize("damage, place", [(cut, "train.array_record-00001-of-00003 is"), (flipped, "record 2 of /")])
+def test_a_damaged_shard_and_a_damaged_record_are_named(folder, damage, place):
+    layout = LAYOUTS["tokens"]
+    given = {**columns(layout, 4), "row": np.arange(5, 9)}
+    given["tokens"][2] = 7
+    path = records.shard_path(folder, "train", 1, 3)
+    records.write_shard(path, layout.encode(given))
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(shards.DamagedError, match=place) as error:
+        records.Records(folder, "train", layout)[range(15)]
+    assert str(path) in str(error.value) and "geotoken verify" in str(error.value)
+
+
+def test_a_record_of_another_length_is_named(folder):
+    path = records.shard_path(folder, "train", 1, 3)
+    records.write_shard(path, [bytes(44)] * 4)
+    with pytest.raises(shards.DamagedError, match=rf"record 1 of {path} is damaged \(it has 44 bytes, not 45\)"):
+        records.Records(folder, "train", LAYOUTS["tokens"])[[0, 6, 14]]
+
+
+@pytest.mark.parametrize(
+    "damage", [cut, lambda data: b"", lambda data: data[:-1], lambda data: data + b"x", bytes.lower]
+)
+def test_a_damaged_array_is_named(tmp_path, damage):
+    path = tmp_path / "values.npy"
+    records.save_array(path, np.arange(100.0))
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(shards.DamagedError, match=rf"{path} is damaged \(.*\): restore the file, or make it again"):
+        records.open_array(path)
 
 
 def test_a_missing_shard_is_named(folder):

@@ -67,7 +67,7 @@ def train(folder, steps, task=None, make_input=None, **changes):
     values = dict(
         batch_size=8, accumulate=1, examples=8 * 4, evaluate_every=2, log_every=1, seed=0, ema=0.0, max_skipped=2,
         profile=(0, 0), profiler_port=0, save_every_s=0.0, keep=2, wandb="", optimizer=OPTIMIZER,
-        gradient_dtype="float32", epochs=0,
+        gradient_dtype="float32", epochs=0, max_damaged=0.0,
     )  # fmt: skip
     options = loop.TrainSettings(**{**values, **changes})
     mesh = sharding.make_mesh(sharding.MeshSettings(-1, 1, 1))

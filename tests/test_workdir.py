@@ -1,14 +1,17 @@
 """Stages: which folders are reused, resumed or refused, and that no file is ever half written."""
 
 import dataclasses
+import hashlib
 import json
+import os
 import pathlib
 
 import pytest
 from etils import epath
 from ml_collections import ConfigDict
 
-from geotoken_jax import checkpoint, cli, manifests
+import geotoken_jax
+from geotoken_jax import checkpoint, cli, manifests, verification
 from geotoken_jax.workdir import Workdir
 
 
@@ -24,8 +27,9 @@ def test_a_complete_stage_is_kept(tmp_path):
     stage = manifests.begin(tmp_path, "photos", {"embed": {"rate": 1.0, "sizes": [1, 2]}}, [])
     assert stage.manifest == manifest == manifests.read_manifest(tmp_path, "photos")
     assert manifest == manifests.Manifest(
-        "photos", {"embed": {"rate": 1.0, "sizes": [1, 2]}}, {}, {"train": 3}, {"too small": 2}, {"width": 8}
-    )
+        "photos", {"embed": {"rate": 1.0, "sizes": [1, 2]}}, {}, {"train": 3}, {"too small": 2}, {"width": 8}, {},
+        manifests.FORMAT, geotoken_jax.__version__,
+    )  # fmt: skip
     assert [path.name for path in (tmp_path / "photos").iterdir()] == ["manifest.json"]
     assert (tmp_path / "photos" / "manifest.json").read_bytes() == before
 
@@ -89,18 +93,122 @@ def test_a_manifest_has_no_time_in_it(tmp_path, monkeypatch):
     assert set(json.loads(files[0].read_text())) == {field.name for field in dataclasses.fields(manifests.Manifest)}
 
 
-@pytest.mark.parametrize("crash_in", ["write_bytes", "replace"])
+def sharded(path, code=geotoken_jax.__version__):
+    """Makes a folder of two shards and a file without a ledger; returns its files except for JSON, and its manifest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manifests, "__version__", code)
+        stage = manifests.begin(path, "photos", {}, ())
+        for n in "ab":
+            ledger = stage.path / "ledgers" / f"{n}.json"
+            if not manifests.read_ledger(ledger):
+                (stage.path / n).write_text(f"shard {n}")
+                manifests.write_ledger(ledger, [stage.path / n], rows=7)
+        (stage.path / "list").write_text("a b")
+        return stage.finish({"train": 14})
+
+
+def test_a_manifest_records_size_and_sum_of_every_file(tmp_path):
+    manifest = sharded(tmp_path)
+    assert manifest.files.keys() == {"a", "b", "ledgers/a.json", "ledgers/b.json", "list"}
+    for name, (size, digest) in manifest.files.items():
+        data = (tmp_path / "photos" / name).read_bytes()
+        assert (size, digest) == (len(data), hashlib.sha256(data).hexdigest())
+
+
+def test_the_version_of_the_code_makes_no_folder_another_and_a_later_format_is_refused(tmp_path):
+    sharded(tmp_path / "a", "0.1"), sharded(tmp_path / "b", "0.2")
+    assert manifests.read_manifest(tmp_path / "b", "photos").code == "0.2"
+    assert manifests.digest(tmp_path / "a", "photos") == manifests.digest(tmp_path / "b", "photos")
+    file = tmp_path / "b" / "photos" / "manifest.json"
+    stored = json.loads(file.read_text())
+    file.write_text(json.dumps({**stored, "format": 99}))
+    with pytest.raises(manifests.StageError, match=r"has format 99, written by version 0.2, and this release .* reads"):
+        manifests.begin(tmp_path / "b", "features", {}, ["photos"])
+
+
+def test_folders_of_format_1_are_read_and_begun_ones_are_not_continued(tmp_path):
+    made(tmp_path)
+    file = tmp_path / "photos" / "manifest.json"
+    old = {name: value for name, value in json.loads(file.read_text()).items() if name not in manifests._LATER}
+    manifests.write_json(file, old)
+    assert manifests.read_manifest(tmp_path, "photos").format == 1
+    assert manifests.digest(tmp_path, "photos") == hashlib.sha256(file.read_bytes()).hexdigest()  # as format 1 had it
+    file.rename(file.parent / "begun.json")
+    with pytest.raises(manifests.StageError, match=r"photos was begun in format 1, which this release cannot continue"):
+        made(tmp_path)
+
+
+def test_a_stage_that_begins_names_a_file_of_another_size(tmp_path):
+    sharded(tmp_path)
+    (tmp_path / "photos" / "b").write_text("shard")
+    for folder, inputs in (("features", ["photos"]), ("photos", ())):
+        with pytest.raises(
+            manifests.StageError, match=r"photos/b has 5 bytes, but 7 bytes were written: restore it, or"
+        ):
+            manifests.begin(tmp_path, folder, {}, inputs)
+    (tmp_path / "photos" / "b").unlink()
+    with pytest.raises(manifests.StageError, match=r"photos/b is missing, but 7 bytes were written"):
+        manifests.begin(tmp_path, "features", {}, ["photos"])
+
+
+def test_a_stage_that_continues_makes_a_shard_of_another_size_again(tmp_path):
+    whole = sharded(tmp_path / "whole")
+    stage = manifests.begin(tmp_path, "photos", {}, ())
+    ledger = stage.path / "ledgers" / "a.json"
+    (stage.path / "a").write_text("shard a")
+    manifests.write_ledger(ledger, [stage.path / "a"], rows=7)
+    read = manifests.read_ledger(ledger)
+    assert read and read["rows"] == 7
+    for damaged in (stage.path / "a", ledger):
+        before = damaged.read_bytes()
+        damaged.write_bytes(before[:-1])
+        assert manifests.read_ledger(ledger) is None
+        damaged.write_bytes(before)
+    (stage.path / "a").write_text("half")
+    assert sharded(tmp_path) == whole
+
+
+@pytest.mark.parametrize("bad", [["a"], ["ledgers/b.json"], ["list", "b"], ["manifest.json"]])
+def test_a_folder_is_mended_to_the_same_bytes(tmp_path, bad):
+    sharded(tmp_path, "0.1")
+    folder = tmp_path / "photos"
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for name in bad:
+        (folder / name).write_text("x" * (folder / name).stat().st_size)
+    report = verification.check_folder(Workdir(tmp_path), "photos")
+    assert report.bad.keys() == set(bad)
+    kept = {path: path.stat().st_mtime_ns for path in (folder / "a", folder / "b") if path.name not in bad}
+    manifests.reopen(epath.Path(tmp_path), "photos", report.bad)
+    sharded(tmp_path, "0.1" if bad == ["manifest.json"] else "0.2")
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    if bad != ["ledgers/b.json"]:
+        assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert not verification.check_folder(Workdir(tmp_path), "photos").bad
+
+
+def test_a_mended_folder_with_other_contents_is_refused(tmp_path):
+    sharded(tmp_path)
+    (tmp_path / "photos" / "a").write_text("damaged")
+    manifests.reopen(epath.Path(tmp_path), "photos", ["a"])
+    stage = manifests.begin(tmp_path, "photos", {}, ())
+    (stage.path / "a").write_text("another")
+    manifests.write_ledger(stage.path / "ledgers" / "a.json", [stage.path / "a"], rows=7)
+    with pytest.raises(manifests.StageError, match=r"photos/a was made again, but not with .* --remake=prepare"):
+        stage.finish({"train": 14})
+
+
+@pytest.mark.parametrize("crash_in", ["write_bytes", "fsync", "replace"])
 def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch, crash_in):
     path = epath.Path(tmp_path / "state.json")
     manifests.write_json(path, {"n": 1})
     kind, write = type(path), type(path).write_bytes
 
-    def crash(self, data):
+    def crash(self, data=None):
         if crash_in == "write_bytes":
             write(self, data[: len(data) // 2])
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(kind, crash_in, crash)
+    monkeypatch.setattr(kind if crash_in == "write_bytes" else os, crash_in, crash)
     with pytest.raises(OSError, match=r"full"):
         manifests.write_json(path, {"n": 2, "names": ["é"] * 100})
     monkeypatch.undo()

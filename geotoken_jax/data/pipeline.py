@@ -11,6 +11,8 @@ from typing import Protocol, runtime_checkable
 import grain
 import numpy as np
 
+from geotoken_jax.data.damage import Tolerant
+
 #: Function from row numbers [b] to named arrays [b, ...].
 Read = Callable[[np.ndarray], dict[str, np.ndarray]]
 
@@ -30,33 +32,42 @@ class Varying(Protocol):
 class _ReadLocal(grain.transforms.MapWithIndex):
     """Reads the rows of a global batch that this process needs. local: see `training`."""
 
-    def __init__(self, read: Read, local: np.ndarray):
-        self._read, self._local = read, local
+    def __init__(self, read: Read, local: np.ndarray, tolerant: Tolerant):
+        self._read, self._local, self._tolerant = read, local, tolerant
 
     def map_with_index(self, index: int, rows: np.ndarray) -> dict[str, np.ndarray]:  # pyright: ignore[reportIncompatibleMethodOverride]
         if isinstance(self._read, Varying):
-            return self._read.vary(rows[self._local], index * len(rows) + self._local)
-        return self._read(rows[self._local])
+            examples = index * len(rows) + self._local
+            return self._tolerant.read(self._read.vary, rows[self._local], examples)[0]
+        return self._tolerant.read(self._read, rows[self._local])[0]
 
 
-def training(n: int, read: Read, batch_size: int, seed: int, local: np.ndarray | None = None) -> grain.DatasetIterator:
+def training(
+    n: int, read: Read, batch_size: int, seed: int, local: np.ndarray | None = None, max_damaged: float = 0.0
+) -> grain.DatasetIterator:
     """Returns an endless iterator over shuffled batches. Each epoch has every row once, in a new order.
 
     `get_state` and `set_state` of the iterator read and set its position. n: number of rows. batch_size: rows per
     batch, over all processes. local [b]: positions in a batch that this process reads, such as `sharding.local_rows`;
-    all if None.
+    all if None. max_damaged: share of the rows that may be damaged; the next rows are read in their place.
     """
     rows = grain.MapDataset.range(n).seed(seed).shuffle().repeat().batch(batch_size, drop_remainder=True)
-    read_local = rows.map_with_index(_ReadLocal(read, np.arange(batch_size) if local is None else local))
+    local = np.arange(batch_size) if local is None else local
+    read_local = rows.map_with_index(_ReadLocal(read, local, Tolerant(n, max_damaged)))
     return iter(read_local.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
 
 
-def evaluation(n: int, read: Read, batch_size: int, local: np.ndarray | None = None) -> Iterator[dict[str, np.ndarray]]:
+def evaluation(
+    n: int, read: Read, batch_size: int, local: np.ndarray | None = None, max_damaged: float = 0.0
+) -> Iterator[dict[str, np.ndarray]]:
     """Yields batches of equal size with every row once, in order; of each batch, the rows that this process reads.
 
-    `valid` [b] is False for rows that only pad the last batch. n: number of rows. batch_size, local: see `training`.
+    `valid` [b] is False for rows that only pad the last batch, and for damaged rows. n: number of rows. batch_size,
+    local, max_damaged: see `training`.
     """
+    tolerant = Tolerant(n, max_damaged)
     for first in range(0, n, batch_size):
         rows = first + (np.arange(batch_size) if local is None else local)
         valid = rows < n
-        yield {**read(np.where(valid, rows, 0)), "valid": valid}
+        batch, whole = tolerant.read(read, np.where(valid, rows, 0))
+        yield {**batch, "valid": valid & whole}

@@ -57,10 +57,11 @@ def fit(
     try:
         options = options.for_photos(len(train), batch_shards(mesh) * options.accumulate)
         local = local_rows(mesh, options.batch_size)
-        batches = pipeline.training(len(train), train, options.batch_size, options.seed, local)
+        damaged = options.max_damaged
+        batches = pipeline.training(len(train), train, options.batch_size, options.seed, local, damaged)
         data = loop.Data(
             batches,
-            lambda: pipeline.evaluation(len(validation), validation, options.batch_size, local),
+            lambda: pipeline.evaluation(len(validation), validation, options.batch_size, local, damaged),
             len(train),
             dict(resident or {}),
         )

@@ -59,7 +59,9 @@ class TrainSettings:
     counts. keep: number of newest checkpoints to keep beside the best one. log_every: steps between two lines of
     metrics. seed: seed of the initial parameters, the order of photos and dropout. ema: decay of the moving average of
     the parameters, which replaces them in validation and export; no average if 0. max_skipped: largest number of steps
-    in a row that may have a loss or gradient that is not finite; after more, training ends with Diverged. profile:
+    in a row that may have a loss or gradient that is not finite; after more, training ends with Diverged. max_damaged:
+    largest share of the training photos, and of the validation photos, whose records may be damaged; training reads the
+    next photo in place of such a one, and validation leaves it out. profile:
     first and last step of a trace for TensorBoard; no trace if (0, 0). profiler_port: port of the first process for
     TensorBoard's profiler, the next port for the second process, and so on; no port if 0. wandb: project of Weights &
     Biases to write to; none if empty. optimizer: see OptimizerSettings."""
@@ -76,6 +78,7 @@ class TrainSettings:
     seed: int
     ema: float
     max_skipped: int
+    max_damaged: Runtime[float]
     profile: Runtime[tuple[int, int]]
     profiler_port: Runtime[int]
     wandb: Runtime[str]
@@ -84,6 +87,8 @@ class TrainSettings:
     def __post_init__(self):
         if self.save_every_s < 0:
             raise ValueError(f"save_every_s is {self.save_every_s}: use a number of seconds, or 0 for none")
+        if not 0 <= self.max_damaged <= 1:
+            raise ValueError(f"max_damaged is {self.max_damaged}: use a share of the photos, 0 to 1")
         if self.keep < 1:
             raise ValueError(
                 f"keep is {self.keep}: use 1 or more, because training continues from the newest checkpoint"

@@ -1,8 +1,7 @@
 """The stage `embed`: computes the frozen backbone's features of all photos, and stores them as records.
 
 Threads decode photos ahead of the accelerator, beyond the end of a shard too, so that the accelerator need not wait for
-them. Process k of n makes the shards k, k + n, k + 2 n and so on. Processes need not run at the same time: the one that
-makes the last missing shard completes features/. Each computes on all of its local devices.
+them. One or more processes make the shards (data_prep/sharded.py). Each computes on all of its local devices.
 """
 
 import collections
@@ -10,17 +9,18 @@ import concurrent.futures
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
-from etils import epath
 
-from geotoken_jax import backbone, disk, processes, records, settings
+from data_prep import sharded
+from data_prep.sharded import Shard
+from geotoken_jax import backbone, records, settings
 from geotoken_jax.backbone import views
 from geotoken_jax.backbone.preprocess import ImageError, open_image, place_text
 from geotoken_jax.configuration import Config
-from geotoken_jax.manifests import LEDGERS, Manifest, read_ledger, write_ledger
+from geotoken_jax.manifests import Manifest, Stage
 from geotoken_jax.preparation import EmbedSettings
 from geotoken_jax.progress import Progress
 from geotoken_jax.workdir import Workdir
@@ -50,52 +50,30 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
     stage = workdir.begin(config, "features", (), ["photos"], made_with)
     if stage.manifest:
         return [stage.manifest]
-    photos = workdir.manifest("photos")
-    splits, id_facts = photos.counts, {name: photos.facts[name] for name in ("id_bytes",) if name in photos.facts}
-    viewed = {views.VIEWS_SPLIT: splits[views.SOURCE_SPLIT]} if options.views.count else {}
-    shards = [shard for split, photos in (splits | viewed).items() for shard in _shards(stage.path, split, photos)]
-    assigned = shards[processes.index() :: processes.count()]
-    missing = [shard for shard in assigned if not read_ledger(shard.ledger)]
+    facts, counts = workdir.manifest("photos").facts, workdir.counts("photos")
+    id_facts = {name: facts[name] for name in ("id_bytes",) if name in facts}
+    viewed = {views.VIEWS_SPLIT: counts[views.SOURCE_SPLIT]} if options.views.count else {}
+    shards = sharded.divide(stage, counts | viewed, _SHARD)
+    assigned = sharded.own(shards)
+    missing = [shard for shard in assigned if not shard.ledger]
     done = sum(len(shard.rows) for shard in assigned) - sum(len(shard.rows) for shard in missing)
     with Progress("embed", sum(len(shard.rows) for shard in assigned), "photos", done) as progress:
         if missing:
             _write_shards(missing, options, workdir, progress)
-    ledgers = [read_ledger(shard.ledger) for shard in shards]
-    if not all(ledgers):
-        disk.unlock(stage.path)
+    if not sharded.wait(stage, shards):
         return []
-    counts, dropped, width = dict.fromkeys(splits | viewed, 0), 0, 0
-    for shard, ledger in zip(shards, ledgers, strict=True):
-        assert ledger
+    return [sharded.complete(workdir, stage, lambda: _finish(stage, shards, id_facts))]
+
+
+def _finish(stage: Stage, shards: Sequence[Shard], facts: Mapping[str, Any]) -> Manifest:
+    """Writes the manifest from the ledgers. facts: further facts."""
+    counts, dropped, width = dict.fromkeys((shard.split for shard in shards), 0), 0, 0
+    for shard in shards:
+        ledger = shard.ledger or {}
         width = ledger["width"]
         counts[shard.split] += ledger["records"]
-        dropped += len(ledger["failures"]) if shard.split in splits else 0
-    return [stage.finish(counts, {"unreadable image": dropped} if dropped else {}, width=width, **id_facts)]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Shard:
-    """A file of features/. split: its split of features/.
-
-    rows: rows of its photos in photos/, in the split that `_photo_split` returns.
-    """
-
-    split: str
-    rows: range
-    file: epath.Path
-
-    @property
-    def ledger(self) -> epath.Path:
-        """Path of a JSON file with the number of records, the width of features and the failures, written last."""
-        return self.file.parent / LEDGERS / f"{self.file.name}.json"
-
-
-def _shards(folder: epath.Path, split: str, photos: int) -> list[_Shard]:
-    n = max(1, math.ceil(photos / _SHARD))
-    return [
-        _Shard(split, range(k * _SHARD, min((k + 1) * _SHARD, photos)), records.shard_path(folder, split, k, n))
-        for k in range(n)
-    ]
+        dropped += len(ledger["failures"]) if shard.split != views.VIEWS_SPLIT else 0
+    return stage.finish(counts, {"unreadable image": dropped} if dropped else {}, width=width, **facts)
 
 
 @dataclasses.dataclass
@@ -108,14 +86,14 @@ class _Batch:
     readable.
     """
 
-    shard: _Shard
+    shard: Shard
     photos: list[dict[str, Any]]
     failures: list[dict[str, str]]
     prepared: np.ndarray | None
     images: np.ndarray | None = None
 
 
-def _write_shards(shards: list[_Shard], options: EmbedSettings, workdir: Workdir, progress: Progress) -> None:
+def _write_shards(shards: list[Shard], options: EmbedSettings, workdir: Workdir, progress: Progress) -> None:
     """Writes shards and their ledgers.
 
     One pool of threads decodes photos, a second one encodes images, and the calling thread encodes texts.
@@ -130,7 +108,7 @@ def _write_shards(shards: list[_Shard], options: EmbedSettings, workdir: Workdir
     }
     texts = _Texts(tower)
 
-    def decode(part: tuple[_Shard, int]) -> _Batch:
+    def decode(part: tuple[Shard, int]) -> _Batch:
         shard, first = part
         batch, pixels = _Batch(shard, [], [], None), []
         for row in range(first, min(first + _BATCH, shard.rows.stop)):
@@ -165,8 +143,9 @@ def _write_shards(shards: list[_Shard], options: EmbedSettings, workdir: Workdir
         batches = _ahead(devices, embed, decoded, _ON_DEVICE + 1)
         for shard, shard_batches in itertools.groupby(batches, key=lambda batch: batch.shard):
             ledger: dict[str, Any] = {"records": 0, "width": tower.width, "failures": []}
-            records.write_shard(shard.file, encoded(shard_batches, ledger))
-            write_ledger(shard.ledger, [shard.file], **ledger)
+            file = records.shard_path(shard.stage, shard.split, shard.number, shard.count)
+            records.write_shard(file, encoded(shard_batches, ledger))
+            shard.finish([file], **ledger)
 
 
 def _encode(batch: _Batch, texts: "_Texts", layout: records.Layout) -> list[bytes]:

@@ -1,27 +1,40 @@
-"""First step of the stage `index`: tables with three embeddings per photo, and the gallery's search index."""
+"""First step of the stage `index`: tables with three embeddings per photo, and the gallery's search index.
 
-import contextlib
+Both are made shard by shard, by one or more processes (data_prep/sharded.py). The memory of a process holds one shard:
+of a table, 1.5 GB at C = 768; of the index, as config.index.search.shard_rows explains, 6 GB at 262,144 rows.
+"""
+
+import functools
+import shutil
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-from etils import epath
 
+from data_prep import sharded
+from data_prep.sharded import Shard
+from geotoken_jax import disk
 from geotoken_jax.align.heads import AlignModel, embeddings
 from geotoken_jax.configuration import Config
 from geotoken_jax.gallery import index
+from geotoken_jax.gallery.index import IndexSettings
 from geotoken_jax.gallery.table import IndexVectors, Table, write_shard
-from geotoken_jax.manifests import Manifest, StageError
-from geotoken_jax.progress import track
+from geotoken_jax.manifests import Manifest, Stage, StageError
 from geotoken_jax.records import Records
 from geotoken_jax.workdir import GALLERY, Workdir
 
-_SHARD, _BATCH = 1 << 20, 4096
+#: Photos per shard of a table, and per batch of the alignment model.
+_SHARD, _BATCH = 1 << 18, 4096
+#: Names of the ledgers of the gallery's table and of its index.
+_TABLE, _INDEX = "table", "index"
 
 
 def run(config: Config, workdir: Workdir) -> list[Manifest]:
     """Makes gallery/ (the gallery's table and search index) and, for each other split, its table queries/SPLIT/.
 
-    Reads features/ and align/. Raises StageError if `align` has trained the backbone, because features/ are then
-    outdated, and IndexQualityError if the index misses too many neighbors.
+    Reads features/ and align/. Returns fewer manifests if shards of other processes are missing.
+
+    Raises StageError if `align` has trained the backbone, because features/ are then outdated, and IndexQualityError if
+    the index misses too many neighbors.
     """
     if workdir.manifest("align").settings["align"]["pixels"]["tower"] == "trained":
         folder = workdir.path
@@ -32,34 +45,64 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
         )
     queries = workdir.begin(config, "queries", (), ["features", "align"])
     gallery = workdir.begin(config, "gallery", ["index.search"], ["features", "align"])
+    counts = workdir.counts("features")
+    others = {split: numbers for split, numbers in counts.items() if split != GALLERY}
+    tables = _tables(config, workdir, queries, others), _tables(config, workdir, gallery, {_TABLE: counts[GALLERY]})
+    search, indexed = config.index.search, []
+    if not gallery.manifest and sharded.wait(gallery, tables[1]):
+        indexed = sharded.divide(gallery, {_INDEX: counts[GALLERY]}, search.shard_rows)
+        vectors = IndexVectors(Table(gallery.path))
+        sharded.make(indexed, "index", lambda shard: _index(vectors, search, indexed, shard))
     manifests = [queries.manifest, gallery.manifest]
-    splits = workdir.manifest("features").counts
-    aligned = None if all(manifests) else workdir.align_model(config.align.model)
-    if aligned and not queries.manifest:
-        others = {split: n for split, n in splits.items() if split != GALLERY}
-        for split in others:
-            _table(workdir.features(split), queries.path / split, split, aligned)
-        manifests[0] = queries.finish(others)
-    if aligned and not gallery.manifest:
-        _table(workdir.features(GALLERY), gallery.path, GALLERY, aligned)
-        built = index.build(IndexVectors(Table(gallery.path)), config.index.search, gallery.path / "index")
-        manifests[1] = gallery.finish({GALLERY: splits[GALLERY]}, index=built.facts)
+    if not queries.manifest and sharded.wait(queries, tables[0]):
+        totals = {split: numbers[-1] for split, numbers in others.items()}
+        manifests[0] = sharded.complete(workdir, queries, lambda: queries.finish(totals))
+    if indexed and sharded.wait(gallery, indexed):
+        manifests[1] = sharded.complete(
+            workdir, gallery, lambda: _finish(gallery, search, counts[GALLERY][-1], len(indexed))
+        )
     return [manifest for manifest in manifests if manifest]
 
 
-def _table(features: Records, folder: epath.Path, split: str, aligned: AlignModel) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        if len(Table(folder)):  # complete, from a run that was interrupted later
-            return
-    shards = max(1, -(-len(features) // _SHARD))
-    for shard in range(shards):
-        starts = range(shard * _SHARD, min((shard + 1) * _SHARD, len(features)), _BATCH)
-        parts = []
-        for start in track(starts, f"table of {split}", len(starts), "batch"):
-            part = features[start : min(start + _BATCH, (shard + 1) * _SHARD)]
-            image = part.pop("image").astype(np.float32)
-            del part["text"]
-            parts.append({**part, "embeddings": embeddings(aligned, image)})
-        columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        columns["ids"], columns["authors"] = columns.pop("id"), columns.pop("author")
-        write_shard(folder, shard, shards, columns)
+def _finish(gallery: Stage, search: IndexSettings, photos: int, shards: int) -> Manifest:
+    facts = index.finish(IndexVectors(Table(gallery.path)), search, gallery.path / "index", shards)
+    return gallery.finish({GALLERY: photos}, index=facts)
+
+
+def _tables(config: Config, workdir: Workdir, stage: Stage, counts: Mapping[str, Sequence[int]]) -> list[Shard]:
+    """Makes the shards of this process of the tables of some splits, and returns all shards.
+
+    counts: name of a table's ledgers -> numbers of photos, as in shards.ranges.
+    """
+    parts = [] if stage.manifest else sharded.divide(stage, counts, _SHARD)
+    aligned = functools.cache(lambda: workdir.align_model(config.align.model))
+
+    def write(part: Shard) -> None:
+        split, folder = (GALLERY, stage.path) if part.split == _TABLE else (part.split, stage.path / part.split)
+        columns = _columns(workdir.features(split), part.rows, aligned())
+        part.finish(write_shard(folder, part.number, part.count, columns))
+
+    sharded.make(parts, "table", write)
+    return parts
+
+
+def _columns(features: Records, rows: range, aligned: AlignModel) -> dict[str, np.ndarray]:
+    """Returns the columns of a table for some rows of features/."""
+    columns: dict[str, np.ndarray] = {}
+    for first in [*rows[::_BATCH]] or [rows.start]:
+        part = features[first : min(first + _BATCH, rows.stop)]
+        image = part.pop("image").astype(np.float32)
+        del part["text"]
+        part["ids"], part["authors"] = part.pop("id"), part.pop("author")
+        for name, values in {**part, "embeddings": embeddings(aligned, image)}.items():
+            if name not in columns:
+                columns[name] = np.empty((len(rows), *values.shape[1:]), values.dtype)
+            columns[name][first - rows.start : first - rows.start + len(values)] = values
+    return columns
+
+
+def _index(vectors: IndexVectors, search: IndexSettings, parts: Sequence[Shard], shard: Shard) -> None:
+    folder = shard.stage / "index"
+    shutil.rmtree(folder / index.shard_name(shard.number, shard.count), ignore_errors=True)  # without a ledger
+    built = index.build_shard(vectors, search, folder, [part.rows for part in parts], shard.number)
+    shard.finish([built / name for name in disk.files(built)])

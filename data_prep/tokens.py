@@ -1,19 +1,27 @@
-"""Last step of the stage `index`: one record per photo for training the decoder."""
+"""Last step of the stage `index`: one record per photo for training the decoder.
+
+Records are made shard by shard, by one or more processes (data_prep/sharded.py). The memory of a process holds one
+shard, 0.5 GB.
+"""
 
 import numpy as np
 
+from data_prep import sharded
+from data_prep.sharded import Shard
 from geotoken_jax import records
 from geotoken_jax.configuration import Config
 from geotoken_jax.manifests import Manifest
 from geotoken_jax.workdir import Workdir
 
+#: Photos per shard.
 _SHARD = 1 << 20
 
 
 def run(config: Config, workdir: Workdir) -> list[Manifest]:
     """Makes tokens/: one record per photo (records.token_layout), in the order of its split's table.
 
-    A record contains the photo's row in this table, its tokens and the gallery rows of its neighbors.
+    A record contains the photo's row in this table, its tokens and the gallery rows of its neighbors. Returns an empty
+    list if shards of other processes are missing.
     """
     stage = workdir.begin(config, "tokens", (), ["neighbors"])
     if stage.manifest:
@@ -21,16 +29,20 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
     neighbors = workdir.manifest("neighbors")
     count = neighbors.settings["index"]["neighbors"]["count"]
     layout = records.token_layout(count)
-    for split, photos in neighbors.counts.items():
-        table = workdir.table(split)
-        rows, _ = workdir.neighbors(split)
-        shards = max(1, -(-photos // _SHARD))
-        for shard in range(shards):
-            part = slice(shard * _SHARD, (shard + 1) * _SHARD)
-            columns = {
-                "row": np.arange(photos)[part],
-                "tokens": table.tokens(part),
-                "neighbors": rows[part],
-            }
-            records.write_shard(records.shard_path(stage.path, split, shard, shards), layout.encode(columns))
-    return [stage.finish(neighbors.counts, neighbors=count)]
+    parts = sharded.divide(stage, workdir.counts("features"), _SHARD)
+
+    def write(part: Shard) -> None:
+        here = slice(part.rows.start, part.rows.stop)
+        columns = {
+            "row": np.array(part.rows),
+            "tokens": workdir.table(part.split).tokens(here),
+            "neighbors": workdir.neighbors(part.split, rows=here)[0],
+        }
+        file = records.shard_path(stage.path, part.split, part.number, part.count)
+        records.write_shard(file, layout.encode(columns))
+        part.finish([file])
+
+    sharded.make(parts, "tokens", write)
+    if not sharded.wait(stage, parts):
+        return []
+    return [sharded.complete(workdir, stage, lambda: stage.finish(neighbors.counts, neighbors=count))]

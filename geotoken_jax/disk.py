@@ -240,6 +240,31 @@ def _renew() -> None:
         time.sleep(_RENEW_S)
 
 
+def writers(folder: epath.PathLike) -> list[int]:
+    """Returns the indices of the other processes that write a folder now."""
+    return [int(path.name.rpartition(".")[2]) for path in matching(folder, ".lock.*") if _is_held(path)]
+
+
+def _is_held(path: epath.Path) -> bool:
+    """Returns whether another process holds a lock.
+
+    Where the system cannot tell, as on another machine, the lock's time is compared with that of this process's own
+    lock in the folder, which is renewed as often.
+    """
+    own = path.parent / f".lock.{processes.index()}"
+    if path == own:
+        return False
+    try:
+        with open(path, "r+", encoding="utf-8") as file:
+            owner = file.read().strip()
+            locked = _try(file) if owner else False  # an empty lock is being taken: do not disturb
+            if locked is not None and owner.endswith(f" on {socket.gethostname()}"):
+                return not locked
+            return locked is False or os.stat(own).st_mtime - os.fstat(file.fileno()).st_mtime < _DEAD_S
+    except FileNotFoundError:
+        return False
+
+
 def _try(file: Any) -> bool | None:
     """Returns whether this process now holds the system's lock of an open file; None if there are no such locks."""
     try:

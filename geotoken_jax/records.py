@@ -142,11 +142,19 @@ def shard_paths(folder: epath.PathLike, stem: str) -> list[epath.Path]:
 
     stem: beginning of the files' names, such as a split.
     """
-    paths = disk.matching(folder, f"{glob.escape(stem)}.array_record-?????-of-?????")
-    count = int(paths[0].name[-5:]) if paths else 0
+    return numbered(folder, f"{stem}.array_record-", "", stem)
+
+
+def numbered(folder: epath.PathLike, beginning: str, ending: str, label: str) -> list[epath.Path]:
+    """Returns the paths of all files of shards in order. Raises FileNotFoundError if one is missing.
+
+    beginning, ending: texts before and after the numbers of a shard. label: name of the shards, for the error message.
+    """
+    paths = disk.matching(folder, f"{glob.escape(beginning)}?????-of-?????{ending}")
+    count = int(paths[0].name.removesuffix(ending)[-5:]) if paths else 0
     if not paths or len(paths) != count:
         number = f"{len(paths)} of {count}" if paths else "no"
-        raise FileNotFoundError(f"{folder} has {number} shards of {stem}: remove the folder and run its stage again")
+        raise FileNotFoundError(f"{folder} has {number} shards of {label}: remove the folder and run its stage again")
     return paths
 
 
@@ -219,6 +227,14 @@ def save_array(path: epath.PathLike, values: np.ndarray) -> None:
     """Writes an array as .npy atomically. bfloat16 is stored as uint16, because .npy has no name for it."""
     with disk.writing(path) as temporary, _writing(temporary), temporary.open("wb") as f:
         np.save(f, values.view(np.uint16) if values.dtype == ml_dtypes.bfloat16 else values)
+
+
+def save_arrays(path: epath.PathLike, **arrays: np.ndarray) -> None:
+    """Writes arrays as one .npz atomically."""
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with disk.writing(path) as temporary, _writing(temporary), temporary.open("wb") as f:
+        np.savez(f, **arrays)  # pyright: ignore[reportArgumentType]
 
 
 def open_array(path: epath.PathLike, dtype: Any = None) -> np.ndarray:

@@ -152,6 +152,10 @@ class Workdir:
             path = Path(self.path / folder)
             path.unlink() if path.is_symlink() else shutil.rmtree(path)  # a link is a folder of another work directory
 
+    def counts(self, folder: str) -> dict[str, list[int]]:
+        """Returns split -> numbers of photos of a complete folder, as in shards.ranges."""
+        return {split: [n] for split, n in self.manifest(folder).counts.items()}
+
     def digest(self, folder: str) -> str:
         """Returns the SHA-256 of a complete folder's manifest."""
         return manifests.digest(self.path, folder)
@@ -198,9 +202,13 @@ class Workdir:
         """Returns the table of a split's photos; for GALLERY, this is the gallery."""
         return self.gallery if split == GALLERY else Table(self.path / "queries" / split)
 
-    def index(self, threads: int) -> index.Index:
-        """Returns the index of the gallery. threads: number of threads per search."""
-        return index.load(self.path / "gallery" / "index", threads)
+    def index(self, threads: int, part: Sequence[int] = ()) -> index.Index:
+        """Returns the index of the gallery. Arguments: see gallery.index.load."""
+        return index.load(self.path / "gallery" / "index", threads, part)
+
+    def index_rows(self) -> list[range]:
+        """Returns the gallery rows of each shard of the index."""
+        return index.shard_rows(self.path / "gallery" / "index")
 
     @property
     def training_splits(self) -> list[str]:
@@ -220,17 +228,33 @@ class Workdir:
         """K, the number of neighbors stored per photo."""
         return self.manifest("tokens").facts["neighbors"]
 
-    def neighbors(self, split: str, k: int | None = None) -> tuple[Int[np.ndarray, "n k"], Float[np.ndarray, "n k"]]:
+    def neighbors(
+        self, split: str, k: int | None = None, rows: slice = slice(None)
+    ) -> tuple[Int[np.ndarray, "n k"], Float[np.ndarray, "n k"]]:
         """Returns gallery rows and scores of a split's neighbors, best first; a missing neighbor has row -1.
 
-        k: number of neighbors per photo; if None, all stored neighbors.
+        They are memory-mapped if they are in one file, else in memory. k: number of neighbors per photo; if None, all
+        stored neighbors. rows: rows of the split's table.
         """
-        rows, scores = (records.open_array(self.neighbors_file(split, name))[:, :k] for name in ("rows", "scores"))
-        return rows, scores
+        found, scores = (self._neighbors(split, name, rows)[:, :k] for name in ("rows", "scores"))
+        return found, scores
 
-    def neighbors_file(self, split: str, name: str) -> epath.Path:
-        """Returns the path of the file with a split's neighbors. name: "rows" or "scores"."""
-        return self.path / "neighbors" / f"{split}.{name}.npy"
+    def _neighbors(self, split: str, name: str, rows: slice) -> np.ndarray:
+        folder = self.path / "neighbors"
+        whole = folder / f"{split}.{name}.npy"  # of earlier versions
+        files = [whole] if whole.exists() else records.numbered(folder, f"{split}.{name}-", ".npy", split)
+        parts = [records.open_array(file) for file in files]
+        if len(parts) == 1:
+            return parts[0][rows]
+        starts = np.cumsum([0, *map(len, parts)])
+        first, end, _ = rows.indices(starts[-1])
+        return np.concatenate(
+            [part[max(first - start, 0) : max(end - start, 0)] for part, start in zip(parts, starts[:-1], strict=True)]
+        )
+
+    def neighbors_file(self, split: str, name: str, shard: int, shards: int) -> epath.Path:
+        """Returns the path of a shard of a split's neighbors. name: "rows" or "scores". shards: number of shards."""
+        return self.path / "neighbors" / f"{split}.{name}-{shard:05d}-of-{shards:05d}.npy"
 
     def exclusions(self, split: str) -> Callable[[np.ndarray], list[Exclusion]]:
         """Returns a function from rows of a split's table to the exclusion rules of their neighbors.

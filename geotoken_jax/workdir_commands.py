@@ -81,7 +81,7 @@ def _check_single_process(command: str) -> None:
 
 #: Verbs that may be started in several processes. In the first group the processes are connected; in the second each
 #: works on its own shards.
-_DISTRIBUTED, _SHARDED = ("align", "train"), ("embed",)
+_DISTRIBUTED, _SHARDED = ("align", "train"), ("embed", "index")
 _EXAMPLE = "geotoken {} --config=configs/demo.py --workdir=runs/demo"
 
 
@@ -104,16 +104,7 @@ def _each(run: Callable[[Config, Workdir, str], list[Manifest]]) -> Stage:
 def _preparation(module: str) -> Stage:
     """Returns a stage of data preparation. module: name of its module in data_prep."""
 
-    def run(config: Config, folder: Workdir, variants: Sequence[str]) -> Iterable[Manifest]:
-        made = preparation.run(module, config, folder)
-        if not made:
-            print(
-                "made the shards of this process; the process that makes the last shard completes the folder",
-                flush=True,
-            )
-        return made
-
-    return run
+    return lambda config, folder, variants: preparation.run(module, config, folder)
 
 
 def _predict_all(config: Config, folder: Workdir, variants: Sequence[str]) -> Iterable[Manifest]:

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 
 from data_prep import embed, images, photos
 from data_prep.sources import UNKNOWN, Photo
-from geotoken_jax import configuration, manifests, records
+from geotoken_jax import checkpoint, configuration, manifests, records
+from geotoken_jax.align.task import AlignTask
 from geotoken_jax.workdir import Workdir
 from tests import tiny
 
@@ -53,6 +55,17 @@ def embedded(prepared: Path, to: Path, count: int = 0, threads: int = 2) -> Path
     config.embed.views.count, config.embed.threads = count, threads
     embed.run(configuration.read(config), Workdir(to))
     return to
+
+
+def aligned(path: Path, config: configuration.Config) -> configuration.Config:
+    """Makes align/ with random parameters, and returns the configuration."""
+    task = AlignTask(config.align.model, 48)
+    made_with = {"align": {**config.select("align.model")["align"], "pixels": {"tower": "cached"}}}
+    stage = manifests.begin(path, "align", made_with, ["features"])
+    parameters = nnx.to_pure_dict(nnx.state(task.init(nnx.Rngs(0))))
+    checkpoint.write_parameters(stage.path / "parameters.safetensors", parameters)
+    stage.finish({})
+    return config
 
 
 def features(path: Path, split: str) -> records.Records:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import embed
+from data_prep import embed, sharded
 from geotoken_jax import backbone, configuration, manifests, records
 from geotoken_jax.workdir import Workdir
 from tests import sample, tiny
@@ -25,6 +25,7 @@ def prepared(tmp_path_factory):
 def small_shards(monkeypatch):
     monkeypatch.setattr(embed, "_BATCH", 4)
     monkeypatch.setattr(embed, "_SHARD", 8)  # five photos of `train`, one of `validation`
+    monkeypatch.setattr(sharded, "_START_S", 0)  # no other process starts
 
 
 def run(path, process=0, processes=1):

@@ -23,6 +23,7 @@ from geotoken_jax import GeoToken, cli, manifests, records
 from geotoken_jax.manifests import StageError
 from geotoken_jax.serve import app, limits
 from geotoken_jax.settings import SettingsError
+from geotoken_jax.workdir import Workdir
 from tests import hub, test_judge
 
 CONFIG = str(Path(__file__).with_name("tiny.py"))
@@ -269,7 +270,7 @@ def test_the_exported_model_answers_as_the_work_directory_did(workdir: Path):
     photos = records.Photos(workdir / "photos", "test")
     lines = [json.loads(line) for line in (workdir / "predictions/geotoken/test.jsonl").read_text().splitlines()]
     answers = model.predict([photos[i]["image"] for i in range(5)])
-    scores = np.load(workdir / "neighbors/test.scores.npy")
+    _, scores = Workdir(workdir).neighbors("test")
     for answer, line, near in zip(answers, lines, scores, strict=False):
         assert (answer.latitude, answer.longitude) == (line["latitude"], line["longitude"])
         np.testing.assert_allclose([n.score for n in answer.neighbors], near[:4], atol=1e-5)

@@ -1,6 +1,7 @@
 """Search: exact against numpy, ScaNN against exact, shards against the whole gallery, and an index below its recall."""
 
 import dataclasses
+import json
 import shutil
 import subprocess
 import sys
@@ -58,7 +59,7 @@ def searched(request, tmp_path_factory):
 def test_scann_reaches_the_recall_by_searching_more_leaves(searched):
     x, built, _ = searched
     assert built.facts["recall"] >= 0.99
-    assert built.facts["leaves"] == {1: 44, 3: 25}[built.facts["shards"]]
+    assert built.facts["leaves"] == {1: 44, 3: 26}[built.facts["shards"]]
     assert 2 < built.facts["leaves_searched"] <= built.facts["leaves"]
     found, scores = built.search(x[::10], 15)
     wanted, exactly = index.exact(x, x[::10], 15)
@@ -80,7 +81,7 @@ def test_opening_an_index_says_nothing(searched, capfd):
 
 def test_scann_built_again_in_another_process_finds_the_same(tmp_path, monkeypatch):
     pytest.importorskip("scann")
-    # The training samples are the same too: 667 rows in each of three shards.
+    # The training samples are the same too, of 700, 700 and 600 rows.
     code = """if True:
         import sys
         from geotoken_jax.gallery import device_search, index
@@ -171,19 +172,55 @@ def test_an_interrupted_build_goes_on_at_the_missing_shard(kind, tmp_path):
     x = vectors(2000)
     settings = dataclasses.replace(SETTINGS, kind=kind, shard_rows=700)
     with pytest.raises(KeyboardInterrupt):
-        index.build(Recorded(x, last=1334), settings, tmp_path / "broken")
+        index.build(Recorded(x, last=1400), settings, tmp_path / "broken")
     with pytest.raises(FileNotFoundError):
         index.load(tmp_path / "broken", threads=1)
     half = tmp_path / "broken" / "00001-of-00003" / "index.json"
     half.unlink()  # as after an interruption while this shard was written
     resumed = Recorded(x)
     built = index.build(resumed, settings, tmp_path / "broken")
-    assert resumed.asked[:2] == [(667, 1334), (1334, 2001)]
-    assert all(len(x[slice(*part)]) <= 700 for part in resumed.asked[:2])
+    assert resumed.asked[:2] == [(700, 1400), (1400, 2000)]
     unbroken = index.build(x, settings, tmp_path / "unbroken")
     assert built.facts == unbroken.facts
     for one, other in zip(built.search(x, 15), unbroken.search(x, 15), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("rows", [1401, 1403, 1420])
+def test_a_last_shard_of_few_rows_is_found(rows, tmp_path):
+    pytest.importorskip("scann")
+    x = vectors(rows)
+    built = index.build(x, dataclasses.replace(SETTINGS, shard_rows=700), tmp_path)
+    assert index.shard_rows(tmp_path) == [range(700), range(700, 1400), range(1400, rows)]
+    assert built.search(x[1400:], 5)[0][:, 0].tolist() == list(range(1400, rows))
+
+
+def test_candidates_are_divided_over_shards_until_recall_is_too_low(tmp_path):
+    pytest.importorskip("scann")
+    x = vectors(2000)
+    settings = dataclasses.replace(SETTINGS, shard_rows=500, leaves_searched=22, reorder=60)
+    built = index.build(x, settings, tmp_path / "many")
+    assert built.facts["shards"] == 4 and built.facts["reorder"] == 30 and built.facts["recall"] >= 0.99
+    few = index.build(x, dataclasses.replace(settings, reorder=32, components=4), tmp_path / "few")
+    assert few.facts["leaves_searched"] == few.facts["leaves"] and few.facts["reorder"] == 32
+
+
+def test_one_shard_is_opened_as_an_index_of_its_own(searched):
+    x, _, folder = searched
+    for number, rows in enumerate(index.shard_rows(folder)):
+        part = index.load(folder, 1, [number])
+        assert len(part) == len(rows)
+        assert (part.search(x[rows.start : rows.stop], 1)[0][:, 0] == np.arange(len(rows))).mean() > 0.98
+
+
+def test_an_index_of_an_earlier_version_is_searched_with_all_its_candidates(searched, tmp_path):
+    x, built, folder = searched
+    shutil.copytree(folder, tmp_path / "earlier")
+    facts = json.loads((folder / "index.json").read_text())
+    del facts["reorder"]
+    (tmp_path / "earlier" / "index.json").write_text(json.dumps(facts))
+    opened = index.load(tmp_path / "earlier", 1)
+    assert index.recall(opened.search(x[:50], 15)[0], built.search(x[:50], 15)[0]) > 0.98
 
 
 def test_a_saved_index_can_be_moved(searched, tmp_path):

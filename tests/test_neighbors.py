@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from data_prep import neighbors as stage_neighbors
-from geotoken_jax import configuration, manifests, records
+from geotoken_jax import configuration, manifests
 from geotoken_jax.gallery import exclude, index, neighbors, table
 from geotoken_jax.gallery.exclude import ExcludeSettings
 from geotoken_jax.settings import SettingsError, read
@@ -140,7 +140,7 @@ def test_a_split_is_excluded_from_as_it_is_used(tmp_path):
         stage.finish(counts)
     manifest = stage_neighbors.run(configuration.read(config), Workdir(tmp_path))[0]
     gallery = table.Table(tmp_path / "gallery")
-    train, test = (records.open_array(tmp_path / "neighbors" / f"{split}.rows.npy") for split in counts)
+    train, test = (Workdir(tmp_path).neighbors(split)[0] for split in counts)
     assert (train >= 0).all() and not (train == np.arange(60)[:, None]).any()
     assert not (gallery.authors(train) == gallery.authors()[:, None]).any()
     assert ((test >= 0).sum(1) == 30).all() and (test[:, :30] % 2 != np.arange(20)[:, None] % 2).all()

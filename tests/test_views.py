@@ -6,12 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flax import nnx
 from PIL import Image
 
 from data_prep import embed, index
-from geotoken_jax import checkpoint, configuration, manifests, records, settings
-from geotoken_jax.align.task import AlignTask
+from geotoken_jax import configuration, manifests, records, settings
 from geotoken_jax.backbone import views
 from geotoken_jax.backbone.preprocess import open_image
 from geotoken_jax.stages import train as train_stage
@@ -132,13 +130,7 @@ def indexed(prepared: Path, to: Path, exclude_author: bool) -> Path:
     path = embedded(prepared, to, 2)
     config = tiny.get_config()
     config.index.neighbors.exclude.author, config.embed.views.count = exclude_author, 2
-    config = configuration.read(config)
-    task = AlignTask(config.align.model, 48)
-    made_with = {"align": {**config.select("align.model")["align"], "pixels": {"tower": "cached"}}}
-    stage = manifests.begin(path, "align", made_with, ["features"])
-    parameters = nnx.to_pure_dict(nnx.state(task.init(nnx.Rngs(0))))
-    checkpoint.write_parameters(stage.path / "parameters.safetensors", parameters)
-    stage.finish({})
+    config = sample.aligned(path, configuration.read(config))
     index.run(config, Workdir(path))
     return path
 
@@ -147,7 +139,7 @@ def indexed(prepared: Path, to: Path, exclude_author: bool) -> Path:
 def test_a_view_has_neither_its_photo_nor_its_author_as_a_neighbor(prepared: Path, tmp_path: Path, exclude_author):
     path = indexed(prepared, tmp_path, exclude_author)
     gallery, own = (Workdir(path).table(split) for split in ("train", "train_views"))
-    rows = records.open_array(path / "neighbors" / "train_views.rows.npy")
+    rows, _ = Workdir(path).neighbors("train_views")
     assert len(gallery) == 39 and rows.shape == (78, 6) and (rows >= 0).all()
     assert not (gallery.ids(rows) == own.ids()[:, None]).any()
     assert (gallery.authors(rows) == own.authors()[:, None]).any() != exclude_author
@@ -165,5 +157,5 @@ def test_the_decoder_trains_on_photos_and_views(prepared: Path, tmp_path: Path):
     batch = train(np.array([116, 38, 39]))
     for row, wanted in enumerate((own.embeddings(77), gallery.embeddings(38), own.embeddings(0))):
         np.testing.assert_array_equal(batch["query"][row], wanted)
-    near = records.open_array(path / "neighbors" / "train_views.rows.npy")[77, :4]
+    near = Workdir(path).neighbors("train_views", 4)[0][77]
     np.testing.assert_array_equal(batch["neighbors"][0], gallery.embeddings(near))

@@ -1,14 +1,18 @@
 """Search for a photo's nearest neighbors in the gallery, exact, on devices or with ScaNN, over one or more shards.
 
 An index folder contains `index.json`, with the facts of `Shards`, and one folder per shard. Each shard's folder
-contains an `index.json` too. It is written last, so a shard without it is incomplete.
+contains an `index.json` too. It is written last, so a shard without it is incomplete. Shards are built independently,
+in any order and by any process.
 """
 
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
+import math
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -20,7 +24,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float, Float32, Int32
 
-from geotoken_jax import manifests, records
+from geotoken_jax import disk, manifests, records, shards
 from geotoken_jax.errors import UserError
 from geotoken_jax.gallery import int8
 from geotoken_jax.gallery.device_search import DeviceSearch
@@ -56,13 +60,16 @@ class IndexSettings:
 
     kind: "scann"; "exact", which reads the vectors from disk for each batch of queries; or "device", which is exact
     too and keeps the vectors on all local devices. Without an accelerator, "device" uses the CPU and its memory.
-    shard_rows: largest number of gallery rows per shard. Building a shard takes 10 D bytes of memory per row of D
-    components: 6 GB at 262,144 rows and D = 2304. Searching takes 4.25 D bytes per row of all shards with reorder_dtype
-    float32, 2.25 D with bfloat16 and 1.25 D with int8.
+    shard_rows: number of gallery rows per shard; the last shard has fewer. Building a shard takes 10 D bytes of memory
+    per row of D components: 6 GB at 262,144 rows and D = 2304. Searching takes 4.25 D bytes per row with reorder_dtype
+    float32, 2.25 D with bfloat16 and 1.25 D with int8. `geotoken index` has one shard in memory at a time, and a model
+    that predicts has all.
     components: number of principal components that ScaNN's tree and codes use. Reordering uses the whole vectors.
     leaves_searched: number of leaves searched per shard, of sqrt(rows) leaves. This is an initial value, which `build`
     doubles until recall reaches min_recall.
-    reorder: number of candidates per shard that are scored again with the whole vectors.
+    reorder: number of candidates that are scored again with the whole vectors, in an index of one shard. Of S shards,
+    each scores reorder / sqrt(S) of its candidates again. If this is too few for min_recall with all leaves searched,
+    `build` doubles it, up to reorder per shard.
     reorder_dtype: type of these vectors: float32, bfloat16 or int8. With bfloat16 one neighbor in twenty swaps places
     with the next one. An index of kind exact or device is stored in int8 if this is int8, else in float32. Kind device
     keeps 4 D bytes per row on the devices with float32, and 2 D with bfloat16 or int8.
@@ -121,51 +128,96 @@ class Index(Protocol):
 def build(vectors: Vectors, settings: IndexSettings, folder: epath.PathLike) -> "Shards":
     """Builds the index of `vectors`, writes it to `folder` and returns it.
 
-    Complete shards of an interrupted build are kept.
+    Complete shards of an interrupted build are kept. Memory holds the vectors of one shard at a time.
 
-    Memory holds the vectors of one shard at a time. If settings.kind is "scann" and ScaNN is not installed (macOS has
-    none), a warning is printed and the index is exact.
+    Raises IndexQualityError if recall is below min_recall with all leaves searched.
+    """
+    rows = shards.ranges([len(vectors)], settings.shard_rows)
+    for shard in track(range(len(rows)), "index", len(rows), "shards"):
+        build_shard(vectors, settings, folder, rows, shard)
+    finish(vectors, settings, folder, len(rows))
+    return load(folder, settings.threads)
+
+
+def build_shard(
+    vectors: Vectors, settings: IndexSettings, folder: epath.PathLike, rows: Sequence[range], shard: int
+) -> epath.Path:
+    """Builds one shard of an index, unless it is complete, and returns its folder.
+
+    If settings.kind is "scann" and ScaNN is not installed (macOS has none), a warning is printed and the index is
+    exact.
+
+    rows: rows of each shard. shard: number of the shard to build.
+    """
+    part = epath.Path(folder) / shard_name(shard, len(rows))
+    if not (part / "index.json").exists():
+        shutil.rmtree(part, ignore_errors=True)  # an incomplete shard
+        part.mkdir(parents=True)
+        facts = _kind(settings.kind, str(folder)).build(vectors[rows[shard].start : rows[shard].stop], settings, part)
+        manifests.write_json(part / "index.json", facts)
+    return part
+
+
+def finish(vectors: Vectors, settings: IndexSettings, folder: epath.PathLike, count: int) -> dict[str, Any]:
+    """Measures recall of an index whose shards are built, writes its index.json, and returns the contents.
+
+    Memory holds one shard at a time. count: number of shards.
 
     Raises IndexQualityError if recall is below min_recall with all leaves searched.
     """
     folder = epath.Path(folder)
-    kind: type[Scann] | type[Exact] | type[Device] = Device if settings.kind == "device" else Exact
-    if settings.kind == "scann":
+    parts = [json.loads((folder / shard_name(shard, count) / "index.json").read_text()) for shard in range(count)]
+    leaves = max(part.get("leaves", 0) for part in parts)
+    facts = {
+        "kind": parts[0]["kind"],
+        "rows": sum(part["rows"] for part in parts),
+        "shards": count,
+        "leaves": leaves,
+        "leaves_searched": min(settings.leaves_searched, leaves),
+    }
+    if leaves:
+        facts["reorder"] = math.ceil(settings.reorder / count**0.5)
+    _tune(Shards(_Opened(folder, range(count), count, settings.threads), facts), vectors, settings)
+    manifests.write_json(folder / "index.json", facts)
+    return facts
+
+
+@functools.cache
+def _kind(kind: str, folder: str) -> "type[Scann] | type[Exact] | type[Device]":
+    """Returns the class of an index's shards. folder: folder of the index, for the warning."""
+    if kind == "scann":
         try:
             _import_scann()
-            kind = Scann
+            return Scann
         except ImportError as error:
             print(
                 f"ScaNN is not available ({error}): {folder} gets an exact index instead, slower and with full recall. "
                 "To use ScaNN, install the package scann (Linux only) and make the folder again",
                 file=sys.stderr,
             )
-    shards = max(1, -(-len(vectors) // settings.shard_rows))
-    size = -(-len(vectors) // shards)
-    for shard in track(range(shards), "index", shards, "shards"):
-        part = _shard_folder(folder, shard, shards)
-        if not (part / "index.json").exists():
-            part.mkdir(parents=True, exist_ok=True)
-            facts = kind.build(vectors[shard * size : (shard + 1) * size], settings, part)
-            manifests.write_json(part / "index.json", facts)
-    index = Shards.open(folder, shards, settings.threads, settings.leaves_searched)
-    _tune(index, vectors, settings)
-    manifests.write_json(folder / "index.json", index.facts)
-    return index
+    return Device if kind == "device" else Exact
 
 
-def load(folder: epath.PathLike, threads: int) -> "Shards":
+def load(folder: epath.PathLike, threads: int, part: Sequence[int] = ()) -> "Shards":
     """Returns the index that `build` stored in a folder, which may have been moved since.
 
-    threads: number of threads per search.
+    threads: number of threads per search. part: numbers of the shards to open; all if empty. The rows of the first of
+    them are then numbered from 0.
 
     Raises FileNotFoundError if the folder has no index, ImportError if the index needs ScaNN and ScaNN is not
     installed, and ValueError if a ScaNN shard contains a pickle.
     """
     folder = epath.Path(folder)
     facts = json.loads((folder / "index.json").read_text())
-    index = Shards.open(folder, int(facts["shards"]), threads, int(facts["leaves_searched"]))
-    return Shards(index.shards, facts)
+    opened = list(_Opened(folder, part or range(facts["shards"]), facts["shards"], threads))
+    return Shards(opened, {**facts, "rows": sum(map(len, opened))} if part else facts)
+
+
+def shard_rows(folder: epath.PathLike) -> list[range]:
+    """Returns the rows of each shard of an index."""
+    files = [path / "index.json" for path in disk.matching(folder, "?????-of-?????")]
+    stops = np.cumsum([0, *(json.loads(file.read_text())["rows"] for file in files)]).tolist()
+    return [range(*ends) for ends in itertools.pairwise(stops)]
 
 
 def exact(
@@ -228,36 +280,35 @@ def merge(
     return np.take_along_axis(rows, best, axis=1), np.take_along_axis(scores, best, axis=1)
 
 
+class _Opened:
+    """The shards of an index, opened one at a time during iteration, so that memory holds one of them.
+
+    numbers: numbers of the shards. count: number of all shards. threads: number of threads per search.
+    """
+
+    def __init__(self, folder: epath.Path, numbers: Sequence[int], count: int, threads: int):
+        self._folders, self._threads = [folder / shard_name(shard, count) for shard in numbers], threads
+
+    def __iter__(self) -> "Iterator[Exact | Device | Scann]":
+        facts = [json.loads((folder / "index.json").read_text()) for folder in self._folders]
+        opened = (_open(*part, self._threads) for part in zip(self._folders, facts, strict=True))
+        if facts[0]["kind"] == "device":  # one search over all shards, whose candidates are read from disk once
+            yield Device.concatenation([shard for shard in opened if isinstance(shard, Device)])
+        else:
+            yield from opened
+
+
 class Shards:
     """An index over one or more shards, which hold consecutive ranges of rows.
 
     facts: contents of the index folder's index.json. kind: "scann", "exact" or "device". rows, shards: number of each.
     leaves: number of leaves of the largest shard. leaves_searched: number of leaves searched per shard. leaves and
-    leaves_searched are 0 if all vectors are compared. recall: recall of the whole index.
+    leaves_searched are 0 if all vectors are compared. reorder: number of candidates per shard that are scored again,
+    only for ScaNN. recall: recall of the whole index.
     """
 
-    def __init__(self, shards: "Sequence[Exact | Device | Scann]", facts: dict[str, Any]):
+    def __init__(self, shards: "Iterable[Exact | Device | Scann]", facts: dict[str, Any]):
         self.shards, self.facts = shards, facts
-
-    @classmethod
-    def open(cls, folder: epath.Path, shards: int, threads: int, leaves_searched: int) -> "Shards":
-        """Returns the index of the shards in a folder. Its facts do not contain recall.
-
-        shards: number of shards. threads: number of threads per search.
-        """
-        opened: Sequence[Exact | Device | Scann]
-        opened = [_open(_shard_folder(folder, shard, shards), threads) for shard in range(shards)]
-        if isinstance(opened[0], Device):  # one search over all shards, whose candidates are read from disk once
-            opened = [Device.concatenation([shard for shard in opened if isinstance(shard, Device)])]
-        leaves = max(shard.leaves for shard in opened)
-        facts = {
-            "kind": opened[0].kind,
-            "rows": sum(map(len, opened)),
-            "shards": shards,
-            "leaves": leaves,
-            "leaves_searched": min(leaves_searched, leaves),
-        }
-        return cls(opened, facts)
 
     def __len__(self) -> int:
         return self.facts["rows"]
@@ -266,7 +317,8 @@ class Shards:
         """Searches all shards and returns their best results, as `Index.search` does."""
         first, results = 0, []
         for shard in self.shards:
-            rows, scores = shard.search(queries, k, self.facts["leaves_searched"])
+            # Indexes of earlier versions have no number of candidates of their own, but one per shard.
+            rows, scores = shard.search(queries, k, self.facts["leaves_searched"], self.facts.get("reorder", 0))
             results.append((np.where(rows < 0, -1, rows + first), scores))
             first += len(shard)
         return merge(results, k)
@@ -293,8 +345,8 @@ class Exact:
     def __len__(self) -> int:
         return len(self._vectors)
 
-    def search(self, queries: np.ndarray, k: int, leaves_searched: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        del leaves_searched
+    def search(self, queries: np.ndarray, k: int, *limits: int) -> tuple[np.ndarray, np.ndarray]:
+        del limits  # all vectors are compared
         return exact(self._vectors, queries, k)
 
 
@@ -320,8 +372,8 @@ class Device(Exact):
     def _on_devices(self) -> DeviceSearch:
         return DeviceSearch(self._vectors, np.float32 if self.dtype == "float32" else jnp.bfloat16)
 
-    def search(self, queries: np.ndarray, k: int, leaves_searched: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        del leaves_searched
+    def search(self, queries: np.ndarray, k: int, *limits: int) -> tuple[np.ndarray, np.ndarray]:
+        del limits
         spare = _SPARE if self.dtype == "float32" else _SPARE_BFLOAT16
         candidates = self._on_devices.candidates(np.asarray(queries, np.float32), k + spare)
         return _rescored(self._vectors, queries, candidates, k)
@@ -384,25 +436,28 @@ class Scann:
     def __len__(self) -> int:
         return self._rows
 
-    def search(self, queries: np.ndarray, k: int, leaves_searched: int) -> tuple[np.ndarray, np.ndarray]:
+    def search(
+        self, queries: np.ndarray, k: int, leaves_searched: int, reorder: int = 0
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns rows and scores as `Index.search` does. reorder: as in `Shards`; if 0, as the shard was built."""
         # k is large if many neighbors are excluded: search at least as many leaves as contain 4 k rows on average.
         min_leaves = -(-4 * k * self.leaves // self._rows)
         rows, scores = self._searcher.search_batched_parallel(
             np.ascontiguousarray(queries, np.float32),
             final_num_neighbors=k,
-            pre_reorder_num_neighbors=max(self._reorder, k),
+            pre_reorder_num_neighbors=max(reorder or self._reorder, k),
             leaves_to_search=min(max(leaves_searched, min_leaves), self.leaves),
         )
         missing = np.isnan(scores)  # ScaNN pads its results with row 0 and NaN
         return np.where(missing, -1, rows).astype(np.int32), np.where(missing, -np.inf, scores).astype(np.float32)
 
 
-def _shard_folder(folder: epath.Path, shard: int, shards: int) -> epath.Path:
-    return folder / f"{shard:05d}-of-{shards:05d}"
+def shard_name(shard: int, count: int) -> str:
+    """Returns the name of a shard's folder. count: number of all shards."""
+    return f"{shard:05d}-of-{count:05d}"
 
 
-def _open(part: epath.Path, threads: int) -> Exact | Device | Scann:
-    facts = json.loads((part / "index.json").read_text())
+def _open(part: epath.Path, facts: dict[str, Any], threads: int) -> Exact | Device | Scann:
     if facts["kind"] != "scann":
         vectors = records.open_array(part / "vectors.npy")
         if vectors.dtype == np.int8:
@@ -419,9 +474,10 @@ def _open(part: epath.Path, threads: int) -> Exact | Device | Scann:
 
 
 def _tune(index: Shards, vectors: Vectors, settings: IndexSettings) -> None:
-    """Sets recall in index.facts, measured against exact search, and doubles leaves_searched until it is sufficient.
+    """Sets recall in index.facts, measured against exact search.
 
-    Raises IndexQualityError if recall is below settings.min_recall with all leaves searched.
+    Doubles leaves_searched, then reorder, until recall is sufficient. Raises IndexQualityError if recall is below
+    settings.min_recall with all leaves searched.
     """
     facts = index.facts
     rounded = facts["kind"] == "device" and settings.reorder_dtype != "float32"
@@ -443,13 +499,16 @@ def _tune(index: Shards, vectors: Vectors, settings: IndexSettings) -> None:
                 f"config.index.search.reorder_dtype={settings.reorder_dtype}, below config.index.search.min_recall="
                 f"{settings.min_recall}: set reorder_dtype to float32"
             )
-        if facts["leaves_searched"] == facts["leaves"]:
+        if facts["leaves_searched"] < facts["leaves"]:
+            facts["leaves_searched"] = min(2 * facts["leaves_searched"], facts["leaves"])
+        elif facts["reorder"] < settings.reorder:
+            facts["reorder"] = min(2 * facts["reorder"], settings.reorder)
+        else:
             raise IndexQualityError(
                 f"ScaNN's recall of the {RECALL_AT} nearest neighbors is {facts['recall']:.4f} with all "
                 f"{facts['leaves']} leaves searched, below config.index.search.min_recall={settings.min_recall}: set "
                 f"config.index.search.reorder above {settings.reorder}, or config.index.search.kind=exact"
             )
-        facts["leaves_searched"] = min(2 * facts["leaves_searched"], facts["leaves"])
 
 
 def recall(found: Int32[np.ndarray, "n _"], wanted: Int32[np.ndarray, "n k"], counted: Any = True) -> float:

@@ -6,22 +6,31 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from geotoken_jax.gallery.exclude import Exclusion
-from geotoken_jax.gallery.index import Index
+from geotoken_jax.gallery.index import Index, merge
 
 #: Neighbors searched beyond k, to replace excluded ones: at first and at most. One album can fill the first hundreds of
 #: a query's neighbors.
 _MARGIN, _LARGEST_MARGIN = 8, 2048
 
 
+#: Rows [n, k] and scores [n, k] of neighbors, best first; -1 and -inf if there are fewer.
+Neighbors = tuple[Int32[np.ndarray, "n k"], Float32[np.ndarray, "n k"]]
+
+
 def search_neighbors(
-    index: Index, query_vectors: Float32[np.ndarray, "n D"], k: int, exclude: Sequence[Exclusion] = ()
-) -> tuple[Int32[np.ndarray, "n k"], Float32[np.ndarray, "n k"]]:
+    index: Index,
+    query_vectors: Float32[np.ndarray, "n D"],
+    k: int,
+    exclude: Sequence[Exclusion] = (),
+    least: Float32[np.ndarray, " n"] | None = None,
+) -> Neighbors:
     """Returns gallery rows and scores of each query's k nearest neighbors that no rule excludes, best first.
 
     If fewer than k remain, the last rows are -1 and their scores -inf.
 
     exclude: rules; a neighbor is dropped if any rule excludes it. Queries left with fewer than k neighbors are searched
     again with more candidates: until they have k, the gallery is exhausted, or k + 2,048 candidates were searched.
+    least: smallest score that a neighbor of each query may have; neighbors with smaller ones are missing. If None, any.
     """
     rows = np.full((len(query_vectors), k), -1, np.int32)
     scores = np.full((len(query_vectors), k), -np.inf, np.float32)
@@ -29,6 +38,8 @@ def search_neighbors(
     margin = _MARGIN if exclude else 0
     while len(queries):
         candidates, candidate_scores = index.search(query_vectors[queries], k + margin)
+        if least is not None:
+            candidates = np.where(candidate_scores < least[queries, None], -1, candidates)
         allowed = candidates >= 0
         for rule in exclude:
             allowed &= ~rule(queries, candidates)
@@ -41,3 +52,11 @@ def search_neighbors(
         queries = queries[~present.all(axis=1) & (candidates >= 0).all(axis=1)]
         margin = min(4 * margin, _LARGEST_MARGIN)
     return rows, scores
+
+
+def merge_neighbors(one: Neighbors, other: Neighbors) -> Neighbors:
+    """Returns the best neighbors of two searches, as many as each has. A neighbor that both have counts once."""
+    rows, scores = other
+    repeated = (rows[:, :, None] == one[0][:, None, :]).any(axis=2)
+    known = np.where(repeated, -1, rows), np.where(repeated, -np.inf, scores).astype(np.float32)
+    return merge([one, known], rows.shape[1])

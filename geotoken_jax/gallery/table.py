@@ -30,8 +30,8 @@ SCALES = "scales"
 _ROWS = 4096
 
 
-def write_shard(folder: epath.PathLike, shard: int, shards: int, columns: Mapping[str, np.ndarray]) -> None:
-    """Writes one shard of a table. Rows are numbered through all shards in order.
+def write_shard(folder: epath.PathLike, shard: int, shards: int, columns: Mapping[str, np.ndarray]) -> list[epath.Path]:
+    """Writes one shard of a table, and returns its files. Rows are numbered through all shards in order.
 
     shard: number of this shard, from 0. shards: number of all shards. columns: name in COLUMNS -> array [n, *shape];
     captured is optional. Raises ValueError naming a column with a wrong type or shape.
@@ -54,6 +54,7 @@ def write_shard(folder: epath.PathLike, shard: int, shards: int, columns: Mappin
     for name, (dtype, _) in COLUMNS.items():
         stored = np.promote_types(dtype, columns[name].dtype) if dtype.kind == "S" else dtype
         records.save_array(_path(folder, name, shard, shards), columns[name].astype(stored, copy=False))
+    return [_path(folder, name, shard, shards) for name in COLUMNS]
 
 
 def quantize(folder: epath.PathLike) -> None:

@@ -1,0 +1,111 @@
+"""Divides the shards of a stage among processes: process k of n makes the shards k, k + n, k + 2 n and so on.
+
+Processes need not run at the same time. A process that needs shards of other processes waits as long as one of them
+writes the same folder. If none does, it ends, and the same command continues later.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from geotoken_jax import disk, processes, shards
+from geotoken_jax.manifests import LEDGERS, Manifest, Stage, read_ledger, write_ledger
+from geotoken_jax.progress import Progress
+from geotoken_jax.workdir import Workdir
+
+#: Seconds between two looks at the files of other processes, and seconds that a process waits for others to start.
+_POLL_S, _START_S = 1.0, 60.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """Some rows of a split, which one process makes at a time.
+
+    stage: the stage's folder. split: the split, or another name of the shards. rows: rows of the split. number, count:
+    number of this shard, from 0, and number of all shards of the split.
+    """
+
+    stage: epath.Path
+    split: str
+    rows: range
+    number: int
+    count: int
+
+    @property
+    def ledger(self) -> dict[str, Any] | None:
+        """Contents of the ledger, or None if the shard is not complete."""
+        return read_ledger(self._ledger)
+
+    def finish(self, files: Sequence[epath.Path], **values: Any) -> None:
+        """Writes the ledger, which marks the shard as complete. files, values: see manifests.write_ledger."""
+        write_ledger(self._ledger, files, rows=[self.rows.start, self.rows.stop], **values)
+
+    @property
+    def _ledger(self) -> epath.Path:
+        return self.stage / LEDGERS / f"{self.split}-{self.number:05d}-of-{self.count:05d}.json"
+
+
+def divide(stage: Stage, counts: Mapping[str, Sequence[int]], limit: int) -> list[Shard]:
+    """Returns all shards of a stage. counts: split -> numbers of rows, as in shards.ranges. limit: rows per shard."""
+    rows = {split: shards.ranges(numbers, limit) for split, numbers in counts.items()}
+    return [
+        Shard(stage.path, split, part, number, len(parts))
+        for split, parts in rows.items()
+        for number, part in enumerate(parts)
+    ]
+
+
+def own(parts: Sequence[Shard]) -> Sequence[Shard]:
+    """Returns the shards of this process."""
+    return parts[processes.index() :: processes.count()]
+
+
+def make(parts: Sequence[Shard], label: str, write: Callable[[Shard], None]) -> None:
+    """Makes the shards of this process that are not complete. label: name of the work."""
+    missing = [part for part in own(parts) if not part.ledger]
+    total = sum(len(part.rows) for part in own(parts))
+    with Progress(label, total, "photos", total - sum(len(part.rows) for part in missing)) as progress:
+        for part in missing:
+            write(part)
+            progress.add(len(part.rows))
+
+
+def wait(stage: Stage, parts: Sequence[Shard]) -> bool:
+    """Waits for the shards of other processes, and returns whether all shards are complete.
+
+    If they are not, and no other process writes the folder any more, the missing shards are reported, and this process
+    stops writing it.
+    """
+    missing, waited = list(parts), 0.0
+    while missing := [part for part in missing if not part.ledger]:
+        if disk.writers(stage.path):
+            waited = 0.0
+        elif waited >= _START_S:
+            print(
+                f"made the shards of this process; {stage.path} lacks {len(missing):,} of {len(parts):,} shards, which "
+                "other processes make: when they have ended, run the same command again",
+                flush=True,
+            )
+            disk.unlock(stage.path)
+            return False
+        time.sleep(_POLL_S)
+        waited += _POLL_S
+    return True
+
+
+def complete(workdir: Workdir, stage: Stage, finish: Callable[[], Manifest]) -> Manifest:
+    """Returns the manifest of a stage whose shards are all complete.
+
+    Of the processes that write the folder, the first one calls `finish`, which writes the manifest. The others wait.
+    """
+    while True:
+        first = min(disk.writers(stage.path), default=processes.count())
+        if manifest := workdir.finished(stage.folder):
+            disk.unlock(stage.path)
+            return manifest
+        if processes.index() < first:
+            return finish()
+        time.sleep(_POLL_S)

@@ -72,7 +72,7 @@ def _finish(gallery: Stage, search: IndexSettings, photos: int, shards: int) -> 
 def _tables(config: Config, workdir: Workdir, stage: Stage, counts: Mapping[str, Sequence[int]]) -> list[Shard]:
     """Makes the shards of this process of the tables of some splits, and returns all shards.
 
-    counts: name of a table's ledgers -> numbers of photos, as in shards.ranges.
+    counts: name of a table's ledgers -> numbers of photos, as in partition.ranges.
     """
     parts = [] if stage.manifest else sharded.divide(stage, counts, _SHARD)
     aligned = functools.cache(lambda: workdir.align_model(config.align.model))

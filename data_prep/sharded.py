@@ -11,7 +11,7 @@ from typing import Any
 
 from etils import epath
 
-from geotoken_jax import disk, processes, shards
+from geotoken_jax import disk, partition, processes
 from geotoken_jax.manifests import LEDGERS, Manifest, Stage, read_ledger, write_ledger
 from geotoken_jax.progress import Progress
 from geotoken_jax.workdir import Workdir
@@ -49,8 +49,8 @@ class Shard:
 
 
 def divide(stage: Stage, counts: Mapping[str, Sequence[int]], limit: int) -> list[Shard]:
-    """Returns all shards of a stage. counts: split -> numbers of rows, as in shards.ranges. limit: rows per shard."""
-    rows = {split: shards.ranges(numbers, limit) for split, numbers in counts.items()}
+    """Returns all shards of a stage. counts: split -> numbers of rows, as in partition.ranges. limit: rows per shard."""
+    rows = {split: partition.ranges(numbers, limit) for split, numbers in counts.items()}
     return [
         Shard(stage.path, split, part, number, len(parts))
         for split, parts in rows.items()

@@ -153,7 +153,7 @@ class Workdir:
             path.unlink() if path.is_symlink() else shutil.rmtree(path)  # a link is a folder of another work directory
 
     def counts(self, folder: str) -> dict[str, list[int]]:
-        """Returns split -> numbers of photos of a complete folder, as in shards.ranges."""
+        """Returns split -> numbers of photos of a complete folder, as in partition.ranges."""
         return {split: [n] for split, n in self.manifest(folder).counts.items()}
 
     def digest(self, folder: str) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from data_prep import gallery, index, neighbors, sharded, tokens
-from geotoken_jax import configuration, disk, records, shards
+from geotoken_jax import configuration, disk, partition, records
 from geotoken_jax.workdir import Workdir
 from tests import sample, tiny
 
@@ -133,11 +133,11 @@ def test_a_process_waits_for_one_that_writes_the_folder(tmp_path, monkeypatch):
 
 
 def test_full_shards_stay_and_small_ones_grow_with_what_is_added():
-    assert shards.ranges([12], 5) == [range(5), range(5, 10), range(10, 12)]
-    assert shards.ranges([12, 13], 5) == [range(5), range(5, 10), range(10, 12), range(12, 13)]
-    assert shards.ranges([12, 14], 5) == [range(5), range(5, 10), range(10, 14)]
-    assert shards.ranges([10, 11], 5) == [range(5), range(5, 10), range(10, 11)]
-    assert shards.ranges([0, 3], 5) == [range(3)] and shards.ranges([0], 5) == [range(0)]
-    assert shards.ranges([3, 3], 5) == [range(3)]
-    grown = shards.ranges(range(1, 1001), 100)
+    assert partition.ranges([12], 5) == [range(5), range(5, 10), range(10, 12)]
+    assert partition.ranges([12, 13], 5) == [range(5), range(5, 10), range(10, 12), range(12, 13)]
+    assert partition.ranges([12, 14], 5) == [range(5), range(5, 10), range(10, 14)]
+    assert partition.ranges([10, 11], 5) == [range(5), range(5, 10), range(10, 11)]
+    assert partition.ranges([0, 3], 5) == [range(3)] and partition.ranges([0], 5) == [range(0)]
+    assert partition.ranges([3, 3], 5) == [range(3)]
+    grown = partition.ranges(range(1, 1001), 100)
     assert len(grown) < 15 and [row for part in grown for row in part] == list(range(1000))

@@ -24,7 +24,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float, Float32, Int32
 
-from geotoken_jax import disk, manifests, records, shards
+from geotoken_jax import disk, manifests, partition, records
 from geotoken_jax.errors import UserError
 from geotoken_jax.gallery import int8
 from geotoken_jax.gallery.device_search import DeviceSearch
@@ -132,7 +132,7 @@ def build(vectors: Vectors, settings: IndexSettings, folder: epath.PathLike) -> 
 
     Raises IndexQualityError if recall is below min_recall with all leaves searched.
     """
-    rows = shards.ranges([len(vectors)], settings.shard_rows)
+    rows = partition.ranges([len(vectors)], settings.shard_rows)
     for shard in track(range(len(rows)), "index", len(rows), "shards"):
         build_shard(vectors, settings, folder, rows, shard)
     finish(vectors, settings, folder, len(rows))

@@ -49,7 +49,10 @@ class Shard:
 
 
 def divide(stage: Stage, counts: Mapping[str, Sequence[int]], limit: int) -> list[Shard]:
-    """Returns all shards of a stage. counts: split -> numbers of rows, as in partition.ranges. limit: rows per shard."""
+    """Returns all shards of a stage.
+
+    counts: split -> numbers of rows, as in partition.ranges. limit: rows per shard.
+    """
     rows = {split: partition.ranges(numbers, limit) for split, numbers in counts.items()}
     return [
         Shard(stage.path, split, part, number, len(parts))

@@ -54,10 +54,10 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
     id_facts = {name: facts[name] for name in ("id_bytes",) if name in facts}
     viewed = {views.VIEWS_SPLIT: counts[views.SOURCE_SPLIT]} if options.views.count else {}
     shards = sharded.divide(stage, counts | viewed, _SHARD)
-    assigned = sharded.own(shards)
-    missing = [shard for shard in assigned if not shard.ledger]
-    done = sum(len(shard.rows) for shard in assigned) - sum(len(shard.rows) for shard in missing)
-    with Progress("embed", sum(len(shard.rows) for shard in assigned), "photos", done) as progress:
+    missing = sharded.missing(shards, id_bytes=id_facts.get("id_bytes", records.ID_BYTES))
+    total = sum(len(shard.rows) for shard in sharded.own(shards))
+    done = total - sum(len(shard.rows) for shard in missing)
+    with Progress("embed", total, "photos", done) as progress:
         if missing:
             _write_shards(missing, options, workdir, progress)
     if not sharded.wait(stage, shards):
@@ -100,7 +100,8 @@ def _write_shards(shards: list[Shard], options: EmbedSettings, workdir: Workdir,
     """
     tower = backbone.make(options)
     facts = workdir.manifest("photos").facts
-    layout = records.feature_layout(tower.width, facts.get("id_bytes", records.ID_BYTES))
+    id_bytes = facts.get("id_bytes", records.ID_BYTES)
+    layout = records.feature_layout(tower.width, id_bytes)
     sources = {shard.split: workdir.photos(_photo_split(shard.split)) for shard in shards}
     prepare = {
         split: _prepare_views(tower, options.views) if split == views.VIEWS_SPLIT else _prepare_photo(tower)
@@ -145,7 +146,7 @@ def _write_shards(shards: list[Shard], options: EmbedSettings, workdir: Workdir,
             ledger: dict[str, Any] = {"records": 0, "width": tower.width, "failures": []}
             file = records.shard_path(shard.stage, shard.split, shard.number, shard.count)
             records.write_shard(file, encoded(shard_batches, ledger))
-            shard.finish([file], **ledger)
+            shard.finish([file], id_bytes=id_bytes, **ledger)
 
 
 def _encode(batch: _Batch, texts: "_Texts", layout: records.Layout) -> list[bytes]:

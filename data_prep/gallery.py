@@ -12,7 +12,7 @@ import numpy as np
 
 from data_prep import sharded
 from data_prep.sharded import Shard
-from geotoken_jax import disk
+from geotoken_jax import disk, records
 from geotoken_jax.align.heads import AlignModel, embeddings
 from geotoken_jax.configuration import Config
 from geotoken_jax.gallery import index
@@ -52,7 +52,8 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
     if not gallery.manifest and sharded.wait(gallery, tables[1]):
         indexed = sharded.divide(gallery, {_INDEX: counts[GALLERY]}, search.shard_rows)
         vectors = IndexVectors(Table(gallery.path))
-        sharded.make(indexed, "index", lambda shard: _index(vectors, search, indexed, shard))
+        needed = sharded.missing(indexed)
+        sharded.make(indexed, needed, "index", lambda shard: _index(vectors, search, indexed, shard))
     manifests = [queries.manifest, gallery.manifest]
     if not queries.manifest and sharded.wait(queries, tables[0]):
         totals = {split: numbers[-1] for split, numbers in others.items()}
@@ -80,9 +81,10 @@ def _tables(config: Config, workdir: Workdir, stage: Stage, counts: Mapping[str,
     def write(part: Shard) -> None:
         split, folder = (GALLERY, stage.path) if part.split == _TABLE else (part.split, stage.path / part.split)
         columns = _columns(workdir.features(split), part.rows, aligned())
-        part.finish(write_shard(folder, part.number, part.count, columns))
+        part.finish(write_shard(folder, part.number, part.count, columns), id_bytes=id_bytes)
 
-    sharded.make(parts, "table", write)
+    id_bytes = workdir.manifest("features").facts.get("id_bytes", records.ID_BYTES)
+    sharded.make(parts, sharded.missing(parts, id_bytes=id_bytes), "table", write)
     return parts
 
 

@@ -22,7 +22,7 @@ from geotoken_jax.configuration import Config
 from geotoken_jax.gallery.exclude import ExcludeSettings, exclusions
 from geotoken_jax.gallery.neighbors import merge_neighbors, search_neighbors
 from geotoken_jax.gallery.table import Table, index_vectors
-from geotoken_jax.manifests import Manifest
+from geotoken_jax.manifests import Manifest, read_ledger
 from geotoken_jax.preparation import NeighborsSettings
 from geotoken_jax.progress import Progress
 from geotoken_jax.workdir import Workdir
@@ -75,11 +75,16 @@ class _Neighbors:
 
     @classmethod
     def load(cls, part: Shard, count: int) -> "_Neighbors":
-        """Returns the neighbors found before an interruption, or none. count: K."""
+        """Returns the neighbors found before an interruption or before photos were added, or none. count: K."""
         file = _unfinished(part)
         if file.exists():
             with np.load(file, allow_pickle=False) as stored:
                 return cls(**stored)
+        for path in part.earlier():
+            if ledger := read_ledger(path):
+                names = sorted(ledger["files"])  # rows, scores
+                rows, scores = (np.array(records.open_array(path.parent.parent / name)) for name in names)
+                return cls(rows, scores, np.array(ledger["searched"]))
         shape = len(part.rows), count
         return cls(np.full(shape, -1, np.int32), np.full(shape, -np.inf, np.float32), np.zeros((0, 2), np.int64))
 
@@ -138,8 +143,11 @@ def _search_all(parts: Sequence[Shard], workdir: Workdir, options: NeighborsSett
     whole = workdir.manifest("gallery").facts["index"]["kind"] == "device"
     plan: dict[tuple[int, ...], list[Shard]] = {}
     for part in parts:
-        missing = _Neighbors.load(part, options.count).missing(indexed)
-        for numbers in [tuple(missing)] if whole else [(number,) for number in missing]:
+        found = _Neighbors.load(part, options.count)
+        missing = found.missing(indexed)
+        if not missing:  # photos were added to other splits only
+            found.save(part, workdir, indexed)
+        for numbers in [tuple(missing)][: len(missing)] if whole else [(number,) for number in missing]:
             plan.setdefault(numbers, []).append(part)
     total = sum(len(part.rows) for some in plan.values() for part in some)
     with Progress("neighbors", total, "searches") as progress:

@@ -25,8 +25,9 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from data_prep import images, source_files
+from data_prep import images, sharded, source_files
 from data_prep.beam import run_tasks
+from data_prep.extended import INCOMPLETE, Extended, kept_shards
 from data_prep.sources import NOT_DOWNLOADED, Drop, Photo, Source, folder
 from data_prep.sources.earthview import EarthView
 from data_prep.sources.folder import Folder
@@ -34,10 +35,10 @@ from data_prep.sources.im2gps3k import Im2gps3k
 from data_prep.sources.mp16_pro import MP16Pro
 from data_prep.sources.osv5m import Osv5m
 from data_prep.sources.yfcc import Yfcc
-from geotoken_jax import records
+from geotoken_jax import disk, records
 from geotoken_jax.configuration import Config
 from geotoken_jax.geo.cells import CellScheme
-from geotoken_jax.manifests import LEDGERS, Manifest, Stage, StageError, read_ledger, write_bytes, write_ledger
+from geotoken_jax.manifests import EARLIER, LEDGERS, Manifest, Stage, StageError, read_ledger, write_bytes, write_ledger
 from geotoken_jax.preparation import BeamSettings
 from geotoken_jax.progress import Progress
 from geotoken_jax.settings import SettingsError
@@ -81,7 +82,7 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
     kind = SOURCES[photos.source]
     # MP16-Pro also needs the stage's folder, in which it stores an index of its files.
     source = MP16Pro(settings, str(stage.path)) if kind is MP16Pro else kind(settings)
-    settled = photos.null_island, photos.keep_changed
+    settled = photos.null_island, photos.keep_changed, workdir.update
     return [make(stage, source, photos.workers, photos.max_dropped, photos.beam, *settled)]
 
 
@@ -93,18 +94,23 @@ def make(
     beam: BeamSettings | None = None,
     null_island: bool = False,
     keep_changed: bool = False,
+    update: bool = False,
 ) -> Manifest:
     """Fills a stage's folder from a source and returns its manifest. Returns a complete folder's manifest at once.
 
     workers, max_dropped, beam, null_island, keep_changed: as in PhotosSettings; if beam is None, only processes on this
-    machine are used. Raises StageError if too many photos are dropped, if two shards contain the same id, if Beam does
+    machine are used. update: whether a complete folder takes in the photos that were added to its source.
+
+    Raises StageError if too many photos are dropped, if two shards contain the same id, if Beam does
     not make all shards, or if the source has changed since the folder was completed.
     """
     folder.forget()
-    splits = {} if stage.manifest else source.splits
-    source_files.check(stage, source, keep_changed)
+    stage = source_files.check(stage, source, keep_changed, update)
     if stage.manifest:
         return stage.manifest
+    if stage.earlier:
+        source = Extended(source, str(stage.path / EARLIER / "1"))  # pyright: ignore[reportArgumentType]
+    splits = source.splits
     if isinstance(source, folder.ListedSource):
         for note in source.notes():
             print(note, file=sys.stderr)
@@ -115,6 +121,8 @@ def make(
     ledgers: dict[str, list[dict[str, Any]]] = {split: [] for split in splits}
     for task in tasks:
         ledgers[task.split].append(json.loads(task.ledger.read_text()))
+    if isinstance(source, Extended):
+        _forget_completed(tasks, ledgers)
     every = [ledger for split in ledgers.values() for ledger in split]
     counts = {split: sum(ledger["photos"] for ledger in ledgers[split]) for split in ledgers}
     dropped = _check_dropped(
@@ -129,7 +137,8 @@ def make(
 
 def _make_missing(stage: Stage, tasks: Sequence["_Task"], workers: int, beam: BeamSettings | None) -> None:
     """Makes the shards that are missing."""
-    missing = [task for task in tasks if not read_ledger(task.ledger)]
+    (stage.path / LEDGERS).mkdir(exist_ok=True)
+    missing = [task for task in tasks if not (read_ledger(task.ledger) or task.keep())]
     with Progress("photos", len(tasks), "shards", done=len(tasks) - len(missing)) as progress:
         if beam and beam.runner and missing:
             run_tasks(_make_attempt, missing, beam)
@@ -209,6 +218,21 @@ class _Task:
     @property
     def ledger(self) -> epath.Path:
         return epath.Path(self.folder) / LEDGERS / f"{self.shard_path.name}.json"
+
+    @property
+    def kept(self) -> bool:
+        """Whether the shard was made before photos were added."""
+        return isinstance(self.source, Extended) and self.shard < kept_shards(self.source.before).get(self.split, 0)
+
+    def keep(self) -> bool:
+        """Takes the shard over from before photos were added. Returns False if it is a new shard."""
+        if not self.kept:
+            return False
+        assert isinstance(self.source, Extended)
+        before, name = epath.Path(self.source.before), self.ledger.name
+        (path,) = disk.matching(before / LEDGERS, f"*-{self.split}.array_record-{self.shard:05d}-of-?????.json")
+        sharded.take_over(path, self.ledger, path.name[-19:-5], name[-19:-5])
+        return True
 
 
 def _run_all(tasks: list[_Task], workers: int) -> Iterator[int]:
@@ -345,6 +369,18 @@ def encode(photos: Iterable[Photo]) -> Iterator[bytes]:
             row = features.encode_example({**text, "image": photo.image, **numbers})
             # By default the order of a protobuf map differs between processes, so shards would have different bytes.
             yield serializer.get_tf_example(row).SerializeToString(deterministic=True)
+
+
+def _forget_completed(tasks: Sequence[_Task], ledgers: Mapping[str, list[dict[str, Any]]]) -> None:
+    """Removes the drops of rows without images, and images without rows, that the added shards have now."""
+    new = [task for task in tasks if not task.kept]
+    found = {name.decode() for task in new for name in records.open_array(task.ids).tolist()}
+    found |= {name for task in new for name, _ in ledgers[task.split][task.shard]["dropped"]}
+    for task in tasks:
+        ledger = ledgers[task.split][task.shard]
+        if task.kept:
+            drops = [drop for drop in ledger["dropped"] if drop[1] not in INCOMPLETE or drop[0] not in found]
+            ledgers[task.split][task.shard] = {**ledger, "dropped": drops}
 
 
 def _refuse_repeated(tasks: list[_Task]) -> None:

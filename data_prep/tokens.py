@@ -42,7 +42,8 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
         records.write_shard(file, layout.encode(columns))
         part.finish([file])
 
-    sharded.make(parts, "tokens", write)
+    needed = [part for part in sharded.own(parts) if not part.ledger]
+    sharded.make(parts, needed, "tokens", write)
     if not sharded.wait(stage, parts):
         return []
     return [sharded.complete(workdir, stage, lambda: stage.finish(neighbors.counts, neighbors=count))]

@@ -16,12 +16,14 @@ import hashlib
 import json
 import os
 import re
+import shutil
+import time
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
-from geotoken_jax import __version__, disk, settings
+from geotoken_jax import __version__, disk, processes, settings
 from geotoken_jax.errors import UserError
 
 #: Folder of the work directory -> the verb that makes it, in the order in which the verbs run.
@@ -49,6 +51,12 @@ PATH = {
 FORMAT = 2
 #: Subfolder of a stage's folder with the ledgers of its shards.
 LEDGERS = "ledgers"
+#: Subfolder of a stage's folder with its files before photos were added to its inputs, while it is updated.
+EARLIER = "earlier"
+#: Verbs that take in photos that were added to the source.
+UPDATED = ("prepare", "embed", "index")
+#: Folders that stay valid if photos are added to their inputs: a model that was trained on fewer photos is a model.
+_TRAINED = ("align", "geotoken", "pools", "reward", "verifier")
 #: Files that a manifest does not record, because they depend on time and machine, or change after the stage.
 _UNRECORDED = (
     "manifest.json", "begun.json", "checkpoints", "metrics.jsonl", "tensorboard", "profile", "source.json", "judge",
@@ -95,7 +103,8 @@ class Stage:
     """A folder opened for its stage. If `manifest` is not None the folder is complete and the stage has nothing to do.
 
     path: the folder. settings, inputs: see Manifest. mended: manifest of a complete folder that was opened again to
-    make damaged files again; None for any other folder.
+    make damaged files again; None for any other folder. earlier: SHA-256 of the manifests that the folder had before
+    photos were added, and their counts, in order.
     """
 
     path: epath.Path
@@ -104,12 +113,15 @@ class Stage:
     inputs: dict[str, str]
     manifest: Manifest | None
     mended: Manifest | None = None
+    earlier: Sequence[Mapping[str, Any]] = ()
 
     def finish(self, counts: Mapping[str, Any], dropped: Mapping[str, int] | None = None, **facts: Any) -> Manifest:
         """Writes the manifest, which marks the folder as complete, and returns it. The arguments: see Manifest.
 
         Raises StageError if a mended folder is not as it was before, since later stages were made from that.
         """
+        shutil.rmtree(self.path / EARLIER, ignore_errors=True)
+        facts |= {"earlier": self.earlier} if self.earlier else {}
         results = dict(counts), dict(dropped or {}), settings.plain(facts)
         manifest = Manifest(self.folder, self.settings, self.inputs, *results, self._files(), FORMAT, __version__)
         if self.mended:
@@ -246,11 +258,14 @@ def _wrong_size(folder: epath.PathLike, files: Mapping[str, Sequence[Any]]) -> t
     return None
 
 
-def begin(workdir: epath.PathLike, folder: str, config: Mapping[str, Any], inputs: Sequence[str]) -> Stage:
+def begin(
+    workdir: epath.PathLike, folder: str, config: Mapping[str, Any], inputs: Sequence[str], update: bool = False
+) -> Stage:
     """Opens a folder for its stage; if the folder is new, makes it and writes `begun.json`.
 
     config: section name -> section (ConfigDict, dataclass or mapping) that the folder depends on. inputs: folders of
-    the work directory that the stage reads; all must be complete.
+    the work directory that the stage reads; all must be complete. update: whether a folder to whose inputs photos were
+    added is opened again, to take them in. A folder with a trained model is kept instead.
 
     Raises StageError if an input is missing, if a file of the folder or of an input is missing or has another size
     than was recorded, or if the folder was begun or made with other settings or inputs, and LockedError if another
@@ -262,25 +277,101 @@ def begin(workdir: epath.PathLike, folder: str, config: Mapping[str, Any], input
         check_sizes(workdir, name, read_manifest(workdir, name))
     path = workdir / folder
     begun = path / "begun.json"
+    if update:
+        _reopen_grown(workdir, folder, requested)
     if (path / "manifest.json").exists():
         manifest = read_manifest(workdir, folder)
-        _check_same(path, folder, dataclasses.asdict(manifest), requested)
+        grown = _has_grown(workdir, manifest.inputs, requested["inputs"])
+        accepted = {"inputs": manifest.inputs} if grown and folder.split("/")[0] in _TRAINED else {}
+        _check_same(path, folder, dataclasses.asdict(manifest), {**requested, **accepted}, grown)
         check_sizes(workdir, folder, manifest)
         return Stage(path, folder, **requested, manifest=manifest)
-    mended = None
+    stored: dict[str, Any] = {"mended": None, "earlier": []}
     if begun.exists():
-        _check_same(path, folder, stored := _load(begun, [*requested, "mended"]), requested)
+        stored = _load(begun, [*requested, "mended", "earlier", "moves"])
+        _check_same(path, folder, stored, requested, _has_grown(workdir, stored["inputs"], requested["inputs"]))
         if stored["format"] != FORMAT:
             raise StageError(
                 f"{path} was begun in format {stored['format']}, which this release cannot continue (it writes format "
                 f"{FORMAT}): remove it and run its stage again, or finish it with the release that began it"
             )
-        mended = stored["mended"]
     path.mkdir(parents=True, exist_ok=True)
     disk.lock(path)
     if not begun.exists():
         write_json(begun, {**requested, "format": FORMAT})
-    return Stage(path, folder, **requested, manifest=None, mended=Manifest(**mended) if mended else None)
+    _move_earlier(path, stored.get("moves", 0))
+    mended = Manifest(**stored["mended"]) if stored["mended"] else None
+    earlier = mended.facts.get("earlier", []) if mended else stored["earlier"]
+    return Stage(path, folder, **requested, manifest=None, mended=mended, earlier=earlier)
+
+
+def _has_grown(workdir: epath.Path, stored: Mapping[str, str], requested: Mapping[str, str]) -> bool:
+    """Returns whether inputs differ from the present ones, and only by photos that were added to these since."""
+    if stored == requested or stored.keys() != requested.keys():
+        return False
+    return all(
+        stored[name] == requested[name]
+        or stored[name] in [state["sha256"] for state in read_manifest(workdir, name).facts.get("earlier", [])]
+        for name in stored
+    )
+
+
+def _reopen_grown(workdir: epath.Path, folder: str, requested: Mapping[str, Any]) -> None:
+    """Opens a complete or begun folder again if photos were added to its inputs. The first process does so."""
+    path = workdir / folder
+    while True:
+        manifest = read_manifest(workdir, folder) if (path / "manifest.json").exists() else None
+        if manifest:
+            settings_before, inputs = manifest.settings, manifest.inputs
+        elif (path / "begun.json").exists():
+            stored = _load(path / "begun.json", [*requested, "earlier", "moves", "mended"])
+            settings_before, inputs = stored["settings"], stored["inputs"]
+        else:
+            return
+        if settings_before != requested["settings"] or not _has_grown(workdir, inputs, requested["inputs"]):
+            return
+        if not processes.index():
+            reopen_to_extend(workdir, folder, requested)
+            return
+        time.sleep(1.0)
+
+
+def reopen_to_extend(workdir: epath.PathLike, folder: str, requested: Mapping[str, Any]) -> Stage:
+    """Opens a folder again to add photos to it, and returns it. Its files move to the subfolder EARLIER/NUMBER.
+
+    requested: settings and inputs from now on. A folder that was not complete keeps the shards that it has too.
+    """
+    path = local(workdir) / folder
+    disk.lock(path)
+    begun = {"earlier": [], "moves": 0}
+    if (path / "begun.json").exists():
+        begun = _load(path / "begun.json", list(begun))
+    if (path / "manifest.json").exists():
+        manifest = read_manifest(workdir, folder)
+        state = {"sha256": digest(workdir, folder), "counts": manifest.counts}
+        begun = {"earlier": [*manifest.facts.get("earlier", []), state], "moves": 0}
+    else:
+        _move_earlier(path, begun["moves"])  # the last time, it was interrupted
+    begun = {**begun, "moves": begun["moves"] + 1}
+    write_json(path / "begun.json", {**requested, **begun, "format": FORMAT})
+    (path / "manifest.json").unlink(missing_ok=True)
+    _move_earlier(path, begun["moves"])
+    return Stage(path, folder, **requested, manifest=None, earlier=begun["earlier"])
+
+
+def _move_earlier(path: epath.Path, number: int) -> None:
+    """Moves the files of a folder that is opened again into EARLIER/NUMBER, unless this has been done."""
+    folder = path / EARLIER / str(number)
+    moved = folder / "moved"
+    while number and not moved.exists():
+        if processes.index():
+            time.sleep(1.0)
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        for entry in path.iterdir():
+            if entry.name not in ("begun.json", "manifest.json", EARLIER) and not entry.name.startswith("."):
+                entry.replace(folder / entry.name)
+        write_bytes(moved, b"")
 
 
 def local(path: epath.PathLike) -> epath.Path:
@@ -309,7 +400,7 @@ def read_manifest(workdir: epath.PathLike, folder: str) -> Manifest:
 
 
 #: Keys that not all files have, such as those of format 1 -> their values.
-_LATER = {"files": {}, "format": 1, "code": "", "mended": None}
+_LATER = {"files": {}, "format": 1, "code": "", "mended": None, "earlier": [], "moves": 0}
 
 
 def _load(path: epath.Path, keys: Sequence[str]) -> dict[str, Any]:
@@ -394,7 +485,10 @@ def how_to_remake(path: epath.Path, folder: str) -> str:
     return f"make it again with `geotoken all --remake={verb}`"
 
 
-def _check_same(path: epath.Path, folder: str, stored: Mapping[str, Any], requested: Mapping[str, Any]) -> None:
+def _check_same(
+    path: epath.Path, folder: str, stored: Mapping[str, Any], requested: Mapping[str, Any], grown: bool
+) -> None:
+    """Raises OtherSettingsError if settings or inputs differ. grown: whether photos were added to the inputs."""
     for part in ("settings", "inputs"):
         difference = _first_difference(stored[part], requested[part], "")
         if difference is None:
@@ -405,6 +499,9 @@ def _check_same(path: epath.Path, folder: str, stored: Mapping[str, Any], reques
             if part == "settings"
             else f"{path} was made with another {key}/"
         )
+        if part == "inputs" and grown and PATH.get(folder) in UPDATED:
+            problem = f"{path} was made before photos were added to {key}/: take them in with --update"
+            raise OtherSettingsError(f"{problem}, or {how_to_remake(path, folder)}", path)
         raise OtherSettingsError(f"{problem}: use another --workdir, or {how_to_remake(path, folder)}", path)
 
 

@@ -7,6 +7,7 @@ differs from the settings of any folder that a stage reads, directly or through 
 import functools
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -54,12 +55,13 @@ _POOL = ("tokens", "log_probability", "tempered_log_probability", "states")
 class Workdir:
     """A work directory.
 
-    made: folders that were not complete when this object opened them for their stages.
+    made: folders that were not complete when this object opened them for their stages. update: whether folders take in
+    photos that were added to their inputs.
     """
 
-    def __init__(self, path: epath.PathLike):
+    def __init__(self, path: epath.PathLike, update: bool = False):
         """Opens a work directory on a local disk. Raises StageError if `path` is a URL."""
-        self.path = manifests.local(path)
+        self.path, self.update = manifests.local(path), update
         self.made: set[str] = set()
 
     # Manifests
@@ -85,9 +87,16 @@ class Workdir:
         inputs = list(inputs)
         requested = {**_variant_config(config, folder).select(*keys), **further}
         self._check_settings(config, inputs)
-        stage = manifests.begin(self.path, folder, requested, inputs)
+        update = self.update and manifests.PATH.get(folder) in manifests.UPDATED
+        stage = manifests.begin(self.path, folder, requested, inputs, update)
         if not stage.manifest:
             self.made.add(folder)
+        elif stage.manifest.inputs != stage.inputs:
+            print(
+                f"{stage.path} is kept: it was trained before photos were added; to train with them, "
+                f"{manifests.how_to_remake(stage.path, folder)}",
+                file=sys.stderr,
+            )
         return stage
 
     def _check_settings(self, config: Config, folders: Iterable[str]) -> None:
@@ -154,7 +163,9 @@ class Workdir:
 
     def counts(self, folder: str) -> dict[str, list[int]]:
         """Returns split -> numbers of photos of a complete folder, as in partition.ranges."""
-        return {split: [n] for split, n in self.manifest(folder).counts.items()}
+        manifest = self.manifest(folder)
+        states = [*(state["counts"] for state in manifest.facts.get("earlier", [])), manifest.counts]
+        return {split: [counts.get(split, 0) for counts in states] for split in manifest.counts}
 
     def digest(self, folder: str) -> str:
         """Returns the SHA-256 of a complete folder's manifest."""

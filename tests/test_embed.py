@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from data_prep import embed, sharded
-from geotoken_jax import backbone, configuration, manifests, records
+from geotoken_jax import backbone, configuration, manifests, partition, records
 from geotoken_jax.workdir import Workdir
 from tests import sample, tiny
 
@@ -166,11 +166,9 @@ def test_a_thousand_shards_are_read_by_a_process_that_may_open_1024_files(tmp_pa
     assert len(list((tmp_path / "features").glob("train.array_record-*"))) == 1007
 
 
-def test_fifteen_million_photos_need_few_shards(tmp_path, monkeypatch):
+def test_fifteen_million_photos_need_few_shards(monkeypatch):
     monkeypatch.undo()  # the shards of the other tests are small
-    shards = {
-        photos: len(embed._shards(embed.epath.Path(tmp_path), "train", photos)) for photos in (4_120_000, 15_000_000)
-    }
+    shards = {photos: len(partition.ranges([photos], embed._SHARD)) for photos in (4_120_000, 15_000_000)}
     assert shards == {4_120_000: 252, 15_000_000: 916}
     record = records.feature_layout(768).size
     assert record == 3245 and math.ceil(record * embed._SHARD / 1e6) == 54

@@ -67,8 +67,21 @@ FLICKR = "Each photo belongs to the Flickr user who took it and is under the lic
 NOT_DOWNLOADED = "not in a downloaded zip"
 
 
-class Source(Protocol):
-    """A set of photos in shards, which can be read independently and in any order."""
+class Readable(Protocol):
+    """Photos in shards, which can be read independently and in any order."""
+
+    @property
+    def splits(self) -> Mapping[str, int]:
+        """Split -> number of shards."""
+        ...
+
+    def read(self, split: str, shard: int) -> Iterator[Photo | Drop]:
+        """Yields one shard's photos and drops, always in the same order."""
+        ...
+
+
+class Source(Readable, Protocol):
+    """A data set of photos."""
 
     @property
     def name(self) -> str:
@@ -76,17 +89,8 @@ class Source(Protocol):
         ...
 
     @property
-    def splits(self) -> Mapping[str, int]:
-        """Split -> number of shards."""
-        ...
-
-    @property
     def provenance(self) -> Provenance:
         """Origin and terms of the photos."""
-        ...
-
-    def read(self, split: str, shard: int) -> Iterator[Photo | Drop]:
-        """Yields one shard's photos and drops, always in the same order."""
         ...
 
 
@@ -96,4 +100,17 @@ class FileSource(Protocol):
 
     def fingerprint(self) -> dict[str, str]:
         """Returns file -> text that changes if the file changes."""
+        ...
+
+
+@runtime_checkable
+class GrowingSource(Source, FileSource, Protocol):
+    """A source that can tell which photos were added to it."""
+
+    def has_rows_added(self, file: str, before: str) -> bool:
+        """Returns whether a file has changed only by rows after its end. before: its text in an earlier fingerprint."""
+        ...
+
+    def added(self, before: str) -> Readable:
+        """Returns the photos and drops that were added. before: folder with the files of photos/ before."""
         ...

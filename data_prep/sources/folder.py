@@ -16,7 +16,8 @@ from pathlib import Path
 
 from data_prep import images
 from data_prep.csv_rows import read_rows
-from data_prep.source_files import fingerprint
+from data_prep.extended import Known
+from data_prep.source_files import fingerprint, has_rows_added
 from data_prep.sources import UNKNOWN, Drop, Photo, Provenance
 from data_prep.sources.matching import pair
 from geotoken_jax.backbone.exif import gps
@@ -123,6 +124,16 @@ class Folder(ListedSource):
     @property
     def places(self) -> tuple[str, str]:
         return self.settings.path, self.settings.csv
+
+    def has_rows_added(self, file: str, before: str) -> bool:
+        """Returns whether the table has changed only by rows after its end."""
+        return file == self.settings.csv and has_rows_added(file, before)
+
+    def added(self, before: str) -> Listing:
+        """Returns the photos and drops that were added since the files in the folder `before` were made."""
+        known, listing = Known.load(before), _listing(self)
+        photos = {split: [item for item in items if not known.has(item[0])] for split, items in listing.photos.items()}
+        return dataclasses.replace(listing, photos=photos)
 
     def listing(self) -> Listing:
         settings = self.settings

@@ -22,7 +22,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
 # jax2onnx and TensorFlow have requirements that conflict with .venv, so each has its own environment.
 PACKAGES = $$($(BIN)/python -c 'from geotoken_jax.interop.targets import TARGETS; print(TARGETS["$(1)"][1])')
 
-.PHONY: help demo test test-slow test-interop test-tools test-targets docs lint bench lock clean
+.PHONY: help demo test test-slow test-interop test-tools test-targets docs lint bench bench-small lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
@@ -101,9 +101,10 @@ lint: $(INSTALLED) ## run ruff and pyright
 	$(BIN)/pyright
 
 bench: $(INSTALLED) ## run the benchmarks, one JSON line each (not serving, which needs locust, not export, which makes environments, and not folder, which needs an export)
-	@for file in $$(grep -l '__main__' benchmarks/*.py | grep -vE 'torch_reference|benchmarks/(clients|export|folder|serving)'); do \
-	  $(BIN)/python -m benchmarks.$$(basename $$file .py) || exit 1; \
-	done
+	@$(BIN)/python -m benchmarks
+
+bench-small: $(INSTALLED) ## run the same benchmarks at the smallest sizes, to test that they run
+	@$(BIN)/python -m benchmarks --small
 
 lock: $(INSTALLED) ## update requirements-lock.txt, keeping versions that still fit (UPGRADE=--upgrade for new versions)
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest --generate-hashes \

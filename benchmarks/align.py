@@ -191,6 +191,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--workdir", default="runs/demo")
     parser.add_argument("--only", action="append", help="a setting of CHANGES (may be repeated)")
+    parser.add_argument("--examples", type=int, help="examples of a short training, which measures nothing")
     parser.add_argument("--document", action="store_true", help="format lines from standard input")
     options = parser.parse_args()
     if options.document:
@@ -205,6 +206,8 @@ def main() -> None:
         config: Any = demo.get_config()
         for change in (BASE, CHANGES[name]):
             config.align.update(change)
+        if options.examples:
+            config.align.train.update(examples=options.examples, evaluate_every=1)
         began = time.monotonic()
         model, parameters = train(config, options.workdir)
         seconds = round(time.monotonic() - began)

@@ -36,7 +36,7 @@ from geotoken_jax.workdir import Workdir
 from tests import checkpoints
 
 #: Name -> width, layers, heads and patch size of the image tower, and the width of the text tower and the output.
-SHAPES = {"b32": (768, 12, 12, 32, 512), "l14": (1024, 24, 16, 14, 768)}
+SHAPES = {"b32": (768, 12, 12, 32, 512), "l14": (1024, 24, 16, 14, 768), "tiny": (64, 1, 1, 32, 64)}
 #: Special tokens of the tests' tokenizer.
 _ENDS = {"bos_token_id": 512, "eos_token_id": 513}
 #: Side of a photo in pixels. Its JPEG has about 79 KB, as a photo of MP16-Pro has.
@@ -96,7 +96,8 @@ class Jpegs:
 
     def read(self, split: str, shard: int) -> Iterator[Photo]:
         """Yields n photos for `train`, and one for `validation`. There are up to 16 different files."""
-        files = [self._file(seed) for seed in range(min(16, self._n))]
+        seeds = range(min(16, self._n)) if split == "train" else [16]  # else `prepare` would find duplicates
+        files = [self._file(seed) for seed in seeds]
         for i in range(self._n if split == "train" else 1):
             yield Photo(f"{split} {i}", f"author {i}", files[i % len(files)], 45.0, i % 180, city=f"City {i % 50}")
 

@@ -51,7 +51,8 @@ def command(data: Path, work: Path, options: argparse.Namespace) -> list[str]:
         "mp16_pro.photos_per_shard": options.photos_per_shard,
         "mp16_pro.placeholder.hashes": f'("{dhash(mp16.flickr()):016x}",)',
         # Less than the number of photos with identical bytes, so that these are dropped.
-        "mp16_pro.placeholder.repeated_files": min(100, options.photos // 200),
+        "mp16_pro.placeholder.identical": min(100, options.photos // 200),
+        "duplicates.keep": True,  # the data set has 50 different pictures
     }
     arguments = [f"--config.photos.{key}={value}" for key, value in changes.items()]
     return [

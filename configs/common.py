@@ -106,6 +106,8 @@ def _photos() -> dict[str, Any]:
         max_dropped=0.01,
         null_island=False,
         keep_changed=False,
+        dataset=dict(name="", version="1.0.0", license="", terms="", citation="", homepage=""),
+        duplicates=dict(difference=2.0, keep=False),
         earthview=dict(
             seed=0,
             places=60_000,

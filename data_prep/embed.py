@@ -20,7 +20,7 @@ from geotoken_jax import backbone, records, settings
 from geotoken_jax.backbone import views
 from geotoken_jax.backbone.preprocess import ImageError, open_image, place_text
 from geotoken_jax.configuration import Config
-from geotoken_jax.manifests import Manifest, Stage
+from geotoken_jax.manifests import Manifest, Stage, write_json
 from geotoken_jax.preparation import EmbedSettings
 from geotoken_jax.progress import Progress
 from geotoken_jax.workdir import Workdir
@@ -73,6 +73,8 @@ def _finish(stage: Stage, shards: Sequence[Shard], facts: Mapping[str, Any]) -> 
         width = ledger["width"]
         counts[shard.split] += ledger["records"]
         dropped += len(ledger["failures"]) if shard.split != views.VIEWS_SPLIT else 0
+    layout = records.feature_layout(width, facts.get("id_bytes", records.ID_BYTES))
+    write_json(stage.path / "schema.json", records.schema(layout, records.SHARD_FILES))
     return stage.finish(counts, {"unreadable image": dropped} if dropped else {}, width=width, **facts)
 
 

@@ -15,10 +15,10 @@ from data_prep.sharded import Shard
 from geotoken_jax import disk, records
 from geotoken_jax.align.heads import AlignModel, embeddings
 from geotoken_jax.configuration import Config
-from geotoken_jax.gallery import index
+from geotoken_jax.gallery import index, table
 from geotoken_jax.gallery.index import IndexSettings
 from geotoken_jax.gallery.table import IndexVectors, Table, write_shard
-from geotoken_jax.manifests import Manifest, Stage, StageError
+from geotoken_jax.manifests import Manifest, Stage, StageError, write_json
 from geotoken_jax.records import Records
 from geotoken_jax.workdir import GALLERY, Workdir
 
@@ -57,15 +57,27 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
     manifests = [queries.manifest, gallery.manifest]
     if not queries.manifest and sharded.wait(queries, tables[0]):
         totals = {split: numbers[-1] for split, numbers in others.items()}
-        manifests[0] = sharded.complete(workdir, queries, lambda: queries.finish(totals))
+        manifests[0] = sharded.complete(workdir, queries, lambda: _finish_queries(workdir, queries, totals))
     if indexed and sharded.wait(gallery, indexed):
+        total = counts[GALLERY][-1]
         manifests[1] = sharded.complete(
-            workdir, gallery, lambda: _finish(gallery, search, counts[GALLERY][-1], len(indexed))
+            workdir, gallery, lambda: _finish(workdir, gallery, search, total, len(indexed))
         )
     return [manifest for manifest in manifests if manifest]
 
 
-def _finish(gallery: Stage, search: IndexSettings, photos: int, shards: int) -> Manifest:
+def _finish_queries(workdir: Workdir, queries: Stage, counts: Mapping[str, int]) -> Manifest:
+    _write_schema(workdir, queries, f"{{split}}/{table.FILES}")
+    return queries.finish(counts)
+
+
+def _write_schema(workdir: Workdir, stage: Stage, files: str) -> None:
+    id_bytes = workdir.manifest("features").facts.get("id_bytes", records.ID_BYTES)
+    write_json(stage.path / "schema.json", records.schema(table.layout(workdir.width, id_bytes), files))
+
+
+def _finish(workdir: Workdir, gallery: Stage, search: IndexSettings, photos: int, shards: int) -> Manifest:
+    _write_schema(workdir, gallery, table.FILES)
     facts = index.finish(IndexVectors(Table(gallery.path)), search, gallery.path / "index", shards)
     return gallery.finish({GALLERY: photos}, index=facts)
 

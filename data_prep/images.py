@@ -1,9 +1,12 @@
-"""Checks that a photo's file can be decoded, and reads its time from EXIF."""
+"""Decodes a photo's file once, for a check and for a thumbnail, and reads its time from EXIF."""
 
+import functools
 import io
 import math
 
-from PIL import ExifTags
+import numpy as np
+from jaxtyping import UInt8
+from PIL import ExifTags, Image
 
 from data_prep.csv_rows import seconds
 from geotoken_jax.backbone import exif, preprocess
@@ -18,16 +21,32 @@ _REASONS = {
     "is too large": "too large",
     "more than": "too large",
 }
+#: Rows and columns of a thumbnail.
+THUMBNAIL = (8, 9)
+#: Shorter side in pixels that is decoded at least: four pixels per row of the thumbnail. A JPEG whose shorter side is
+#: 256 pixels or more is then decoded at 1/8 of its size, as fast as without a thumbnail.
+_MIN_SIDE = 32
 _ORIGINAL, _OFFSET = ExifTags.Base.DateTimeOriginal, ExifTags.Base.OffsetTimeOriginal
 
 
 def drop_reason(image: bytes) -> str:
-    """Returns the reason to drop an encoded image, empty if it can be decoded. A large JPEG is decoded at 1/8 size."""
+    """Returns the reason to drop an encoded image, empty if it can be decoded."""
+    return _decoded(image)[0]
+
+
+def thumbnail(image: bytes) -> UInt8[np.ndarray, "8 9"] | None:
+    """Returns the upright picture of an encoded image as a gray thumbnail, or None if it cannot be decoded."""
+    return _decoded(image)[1]
+
+
+@functools.lru_cache(maxsize=1)  # a source that looks for placeholders and `prepare` ask for the same photo
+def _decoded(image: bytes) -> tuple[str, np.ndarray | None]:
+    """Returns the reason to drop an encoded image and its thumbnail."""
     try:
-        preprocess.open_image(image, min_side=1, whole=True)
+        picture = preprocess.open_image(image, min_side=_MIN_SIDE, whole=True)
     except preprocess.ImageError as error:
-        return next(reason for words, reason in _REASONS.items() if words in str(error))
-    return ""
+        return next(reason for words, reason in _REASONS.items() if words in str(error)), None
+    return "", np.asarray(picture.convert("L").resize(THUMBNAIL[::-1], Image.Resampling.BOX))
 
 
 def captured(image: bytes) -> float:

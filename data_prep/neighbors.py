@@ -22,10 +22,10 @@ from geotoken_jax.configuration import Config
 from geotoken_jax.gallery.exclude import ExcludeSettings, exclusions
 from geotoken_jax.gallery.neighbors import merge_neighbors, search_neighbors
 from geotoken_jax.gallery.table import Table, index_vectors
-from geotoken_jax.manifests import Manifest, read_ledger
+from geotoken_jax.manifests import Manifest, read_ledger, write_json
 from geotoken_jax.preparation import NeighborsSettings
 from geotoken_jax.progress import Progress
-from geotoken_jax.workdir import Workdir
+from geotoken_jax.workdir import NEIGHBOR_FILES, Workdir
 
 #: Photos per shard, and per search.
 _SHARD, _BATCH = 1 << 16, 8192
@@ -57,6 +57,8 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
         fewer = dict.fromkeys(counts, 0)
         for part in parts:
             fewer[part.split] += (part.ledger or {})["fewer"]
+        schema = records.schema(records.neighbor_layout(options.count), NEIGHBOR_FILES)
+        write_json(stage.path / "schema.json", schema)
         return stage.finish({split: numbers[-1] for split, numbers in counts.items()}, fewer=fewer)
 
     return [sharded.complete(workdir, stage, finish)]

@@ -1,9 +1,12 @@
 """The stage `prepare`: checks a source's photos, computes their tokens, and stores both as a TFDS data set in photos/.
 
-Processes write shards independently, on this machine or, with Apache Beam, on several machines that share the work
-directory. The shards have the same bytes either way. A shard's ledger, a JSON file of its counts and drops, is written
-last and marks the shard as complete. So a run after an interruption makes only the missing shards. Ids and authors are
-never used in paths, so an id such as `../../x` does no harm.
+photos/NAME/VERSION/ contains the data set. Processes write its shards independently, on this machine or, with Apache
+Beam, on several machines that share the work directory. The shards have the same bytes either way. A shard's ledger, a
+JSON file of its counts and drops, is written last and marks the shard as complete. So a run after an interruption makes
+only the missing shards. Ids and authors are never used in paths, so an id such as `../../x` does no harm.
+
+When all shards are complete, duplicates are found by the fingerprints of all photos. If a picture is in several splits,
+its photos are removed from the shards of the other splits.
 """
 
 import concurrent.futures
@@ -18,14 +21,15 @@ import sys
 import threading
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader
 from etils import epath
 
-from data_prep import images, sharded, source_files
+from data_prep import dataset, duplicates, images, sharded, source_files
 from data_prep.beam import run_tasks
 from data_prep.extended import INCOMPLETE, Extended, kept_shards
 from data_prep.sources import NOT_DOWNLOADED, Drop, Photo, Source, folder
@@ -39,7 +43,7 @@ from geotoken_jax import disk, records
 from geotoken_jax.configuration import Config
 from geotoken_jax.geo.cells import CellScheme
 from geotoken_jax.manifests import EARLIER, LEDGERS, Manifest, Stage, StageError, read_ledger, write_bytes, write_ledger
-from geotoken_jax.preparation import BeamSettings
+from geotoken_jax.preparation import BeamSettings, DatasetSettings, DuplicateSettings
 from geotoken_jax.progress import Progress
 from geotoken_jax.settings import SettingsError
 from geotoken_jax.workdir import Workdir
@@ -61,8 +65,29 @@ _EARLIEST = 1e8
 #: End of the plausible times, 1 January 2100: a fixed time, since photos/ must not depend on the day of its making.
 #: Higher numbers usually are milliseconds.
 _LATEST = 4_102_444_800.0
+#: Reason of photos that are left out because another split has their picture. Like NOT_DOWNLOADED it is no fault.
+_IN_ANOTHER_SPLIT = "duplicate in another split"
+#: Split -> rank. Of a picture in several splits, the photos of the highest rank stay. Other splits have _TEST_RANK: a
+#: test split stays complete, so that its scores can be compared with published ones.
+_RANKS = {"train": 0, "validation": 1}
+_TEST_RANK = 2
 #: Subfolder of photos/ for the shards that Beam's workers are writing.
 _ATTEMPTS = "attempts"
+
+
+#: Defaults, as in configs/common.py. Manifests of photos/ have these sections only if they differ.
+_DATASET = DatasetSettings("", "1.0.0", "", "", "", "")
+_DUPLICATES = DuplicateSettings(difference=2.0, keep=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Keys of config.photos on which the photos of all sources depend: see PhotosSettings."""
+
+    null_island: bool = False
+    keep_changed: bool = False
+    dataset: DatasetSettings = _DATASET
+    duplicates: DuplicateSettings = _DUPLICATES
 
 
 def run(config: Config, workdir: Workdir) -> list[Manifest]:
@@ -76,14 +101,15 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
     settings = getattr(photos, photos.source)
     # A change in the section of another source does not make photos/ outdated.
     keys = ["photos.source", f"photos.{photos.source}"]
-    if photos.null_island:  # not in the manifests of earlier versions
-        keys.append("photos.null_island")
+    options = Options(**{field.name: getattr(photos, field.name) for field in dataclasses.fields(Options)})
+    for name in ("null_island", "dataset", "duplicates"):  # not in the manifests of earlier versions
+        if getattr(options, name) != getattr(Options(), name):
+            keys.append(f"photos.{name}")
     stage = workdir.begin(config, "photos", keys, inputs=())
     kind = SOURCES[photos.source]
     # MP16-Pro also needs the stage's folder, in which it stores an index of its files.
     source = MP16Pro(settings, str(stage.path)) if kind is MP16Pro else kind(settings)
-    settled = photos.null_island, photos.keep_changed, workdir.update
-    return [make(stage, source, photos.workers, photos.max_dropped, photos.beam, *settled)]
+    return [make(stage, source, photos.workers, photos.max_dropped, photos.beam, options, workdir.update)]
 
 
 def make(
@@ -92,20 +118,19 @@ def make(
     workers: int,
     max_dropped: float,
     beam: BeamSettings | None = None,
-    null_island: bool = False,
-    keep_changed: bool = False,
+    options: Options = Options(),
     update: bool = False,
 ) -> Manifest:
     """Fills a stage's folder from a source and returns its manifest. Returns a complete folder's manifest at once.
 
-    workers, max_dropped, beam, null_island, keep_changed: as in PhotosSettings; if beam is None, only processes on this
-    machine are used. update: whether a complete folder takes in the photos that were added to its source.
+    workers, max_dropped, beam: as in PhotosSettings; if beam is None, only processes on this machine are used. update:
+    whether a complete folder takes in the photos that were added to its source.
 
-    Raises StageError if too many photos are dropped, if two shards contain the same id, if Beam does
-    not make all shards, or if the source has changed since the folder was completed.
+    Raises StageError if too many photos are dropped, if two shards contain the same id, if Beam does not make all
+    shards, or if the source has changed since the folder was completed.
     """
     folder.forget()
-    stage = source_files.check(stage, source, keep_changed, update)
+    stage = source_files.check(stage, source, options.keep_changed, update)
     if stage.manifest:
         return stage.manifest
     if stage.earlier:
@@ -115,9 +140,14 @@ def make(
         for note in source.notes():
             print(note, file=sys.stderr)
     tasks = [
-        _Task(str(stage.path), source, split, n, null_island) for split, shards in splits.items() for n in range(shards)
+        _Task(str(stage.path), source, split, n, options.null_island, options.dataset)
+        for split, shards in splits.items()
+        for n in range(shards)
     ]
     _make_missing(stage, tasks, workers, beam)
+    ids = _concatenated([task.ids for task in tasks])
+    _refuse_repeated(ids)
+    found = _separate(stage, tasks, ids, workers, options.duplicates)
     ledgers: dict[str, list[dict[str, Any]]] = {split: [] for split in splits}
     for task in tasks:
         ledgers[task.split].append(json.loads(task.ledger.read_text()))
@@ -125,14 +155,14 @@ def make(
         _forget_completed(tasks, ledgers)
     every = [ledger for split in ledgers.values() for ledger in split]
     counts = {split: sum(ledger["photos"] for ledger in ledgers[split]) for split in ledgers}
-    dropped = _check_dropped(
-        stage, [tuple(drop) for ledger in every for drop in ledger["dropped"]], counts, max_dropped
-    )
-    _refuse_repeated(tasks)
-    _write_metadata(stage.path, source.name, ledgers)
+    drops = [tuple(drop) for ledger in every for drop in ledger["dropped"]]
+    drops += [(name, _IN_ANOTHER_SPLIT) for ledger in every for _, name in _left_out(ledger)]
+    dropped = _check_dropped(stage, drops, counts, max_dropped)
+    provenance = dataset.provenance(source.provenance, options.dataset)
+    dataset.write(tasks[0].data, tasks[0].name, ledgers, provenance)
     times = {name: sum(ledger[name] for ledger in every) for name in ("captured", "nonsense_times")}
     facts = records.id_facts(max((ledger.get("id_bytes", 0) for ledger in every), default=0))
-    return stage.finish(counts, dropped, provenance=dataclasses.asdict(source.provenance), **times, **facts)
+    return stage.finish(counts, dropped, provenance=dataclasses.asdict(provenance), duplicates=found, **times, **facts)
 
 
 def _make_missing(stage: Stage, tasks: Sequence["_Task"], workers: int, beam: BeamSettings | None) -> None:
@@ -149,7 +179,7 @@ def _make_missing(stage: Stage, tasks: Sequence["_Task"], workers: int, beam: Be
                     "folder of the source's photos, under the same full path on every machine"
                 )
         else:
-            for photos in _run_all(missing, workers):
+            for photos in _run_all(_make_shard, missing, workers):
                 progress.add(note=f"{photos:,} photos in the last shard")
     if (stage.path / _ATTEMPTS).exists():  # from workers that were killed
         (stage.path / _ATTEMPTS).rmtree()
@@ -165,7 +195,7 @@ def _check_dropped(
     lines = [json.dumps({"id": name, "reason": reason}) + "\n" for name, reason in drops]
     write_bytes(stage.path / "dropped.jsonl", "".join(lines).encode())
     dropped = Counter(reason for _, reason in drops)
-    faults = len(drops) - dropped[NOT_DOWNLOADED]
+    faults = len(drops) - dropped[NOT_DOWNLOADED] - dropped[_IN_ANOTHER_SPLIT]
     share = faults / max(1, faults + sum(counts.values()))
     if share > max_dropped:
         reasons = ", ".join(f"{n:,} {reason}" for reason, n in dropped.most_common())
@@ -194,26 +224,44 @@ def _example(names: Mapping[str, str]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Task:
-    """A shard to make, with the paths of its three files.
+    """A shard to make, with the paths of its four files.
 
-    null_island: whether photos at latitude 0, longitude 0 are kept. shard_path: records. ids: array of the ids, in the
-    order of the records. ledger: JSON of the shard's counts and drops, written last.
+    null_island: whether photos at latitude 0, longitude 0 are kept. dataset: see DatasetSettings. shard_path: records.
+    ids, fingerprints: arrays of the photos' ids and of their `duplicates.FINGERPRINT`, in the order of the records.
+    They also have the photos that were left out later. ledger: JSON of the shard's counts and drops, written last. Its
+    key left_out, if present, has the row and the id of each photo that was removed from the records, because another
+    split has its picture. left_out: photos to remove.
     """
 
     folder: str
     source: Source
     split: str
     shard: int
-    null_island: bool = False
+    null_island: bool
+    dataset: DatasetSettings
+    left_out: tuple[tuple[int, str], ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Name of the data set."""
+        return self.dataset.name or self.source.name
+
+    @property
+    def data(self) -> epath.Path:
+        """Folder of the data set, where TFDS looks for it."""
+        return epath.Path(self.folder) / self.name / self.dataset.version
 
     @property
     def shard_path(self) -> epath.Path:
-        stem = f"{self.source.name}-{self.split}"
-        return records.shard_path(epath.Path(self.folder), stem, self.shard, self.source.splits[self.split])
+        return records.shard_path(self.data, f"{self.name}-{self.split}", self.shard, self.source.splits[self.split])
 
     @property
     def ids(self) -> epath.Path:
         return epath.Path(self.folder) / LEDGERS / f"{self.shard_path.name}.ids.npy"
+
+    @property
+    def fingerprints(self) -> epath.Path:
+        return epath.Path(self.folder) / LEDGERS / f"{self.shard_path.name}.fingerprints.npy"
 
     @property
     def ledger(self) -> epath.Path:
@@ -235,14 +283,15 @@ class _Task:
         return True
 
 
-def _run_all(tasks: list[_Task], workers: int) -> Iterator[int]:
+def _run_all(function: Callable[[_Task], int], tasks: list[_Task], workers: int) -> Iterator[int]:
+    """Yields the results of a function of each task, in any order. It is called in worker processes."""
     if workers == 1 or len(tasks) < 2:
-        yield from map(_make_shard, tasks)
+        yield from map(function, tasks)
         return
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(min(workers, len(tasks)), context, _end_with_parent) as pool:
         try:
-            for done in concurrent.futures.as_completed([pool.submit(_make_shard, task) for task in tasks]):
+            for done in concurrent.futures.as_completed([pool.submit(function, task) for task in tasks]):
                 yield done.result()
         except BrokenProcessPool:
             raise StageError(
@@ -271,6 +320,7 @@ def _end_with_parent() -> None:
 def _make_shard(task: _Task) -> int:
     """Writes a shard, its ids and its ledger. Returns the number of photos."""
     ids: dict[str, None] = {}
+    fingerprints: list[np.ndarray] = []
     dropped: list[tuple[str, str]] = []
     sizes: list[int] = []
     longest = 0
@@ -288,6 +338,7 @@ def _make_shard(task: _Task) -> int:
                 dropped.append((item.id.encode(errors="backslashreplace").decode(), reason))
             else:
                 ids[item.id] = None
+                fingerprints.append(duplicates.fingerprint(item.image))
                 longest = max(longest, len(item.id.encode()), len(item.author.encode()))
                 valid = plausible(item.captured)
                 times["captured"] += valid
@@ -299,13 +350,94 @@ def _make_shard(task: _Task) -> int:
             sizes.append(len(record))
             yield record
 
+    task.data.mkdir(parents=True, exist_ok=True)
+    task.ledger.parent.mkdir(parents=True, exist_ok=True)
     n = records.write_shard(task.shard_path, encoded())
     names = [name.encode() for name in ids]
     records.save_array(task.ids, np.array(names, f"S{max(records.ID_BYTES, *map(len, names), 0)}"))
+    records.save_array(task.fingerprints, np.array(fingerprints, duplicates.FINGERPRINT))
     facts = records.id_facts(longest)
     values = {"photos": n, "bytes": sum(sizes), "dropped": dropped, **times, **facts}
-    write_ledger(task.ledger, [task.shard_path, task.ids], **values)
+    write_ledger(task.ledger, [task.shard_path, task.ids, task.fingerprints], **values)
     return n
+
+
+def _separate(
+    stage: Stage, tasks: Sequence[_Task], ids: np.ndarray, workers: int, options: DuplicateSettings
+) -> dict[str, int]:
+    """Makes shards in which no picture is in two splits, unless options.keep. Returns counts of duplicates.
+
+    ids: ids of all photos, in the order of the shards. Writes duplicates.jsonl, with the photos of each group of
+    duplicates. A photo of `train` is left out if its picture is in another split, and one of `validation` if its
+    picture is in a test split. Two test splits may share a picture, because neither is trained on. Shards that were
+    made before photos were added stay as they are, and `remaining` counts their photos that should be left out.
+    """
+    groups, equal = duplicates.groups(_concatenated([task.fingerprints for task in tasks]), options.difference)
+    lengths = [len(records.open_array(task.ids)) for task in tasks]
+    starts = np.cumsum([0, *lengths])
+    left_out: list[list[tuple[int, str]]] = [[] for _ in tasks]
+    lines = []
+    for group in groups:
+        shards = np.searchsorted(starts, group, side="right") - 1
+        ranks = [_RANKS.get(tasks[shard].split, _TEST_RANK) for shard in shards]
+        photos = []
+        for row, shard, rank in zip(group, shards, ranks, strict=True):
+            photos.append({"split": tasks[shard].split, "id": ids[row].decode()})
+            if rank < max(ranks) and not options.keep:
+                left_out[shard].append((int(row - starts[shard]), photos[-1]["id"]))
+        lines.append(json.dumps(photos) + "\n")
+    write_bytes(stage.path / "duplicates.jsonl", "".join(lines).encode())
+    before = [_left_out(json.loads(task.ledger.read_text())) for task in tasks]
+    remaining = 0  # in shards that were made before photos were added, which do not change
+    for n, task in enumerate(tasks):
+        if task.kept:
+            remaining += len(set(left_out[n]) - set(before[n]))
+            left_out[n] = before[n]
+    changes = [n for n, photos in enumerate(left_out) if photos != before[n]]
+    for _ in _run_all(
+        _remove_left_out, [dataclasses.replace(tasks[n], left_out=tuple(left_out[n])) for n in changes], workers
+    ):
+        pass
+    found = {"groups": len(groups), "photos": sum(map(len, groups)), "equal_bytes": equal}
+    return {**found, "left_out": sum(map(len, left_out)), **({"remaining": remaining} if remaining else {})}
+
+
+def _concatenated(files: Sequence[epath.Path]) -> np.ndarray:
+    """Returns the values of arrays in files, of which one is open at a time."""
+    return np.concatenate([np.array(records.open_array(file)) for file in files])
+
+
+def _left_out(ledger: Mapping[str, Any]) -> list[tuple[int, str]]:
+    """Returns row and id of the photos that were removed from a shard."""
+    return [(row, name) for row, name in ledger.get("left_out", [])]
+
+
+def _remove_left_out(task: _Task) -> int:
+    """Writes a shard again without the photos in `task.left_out`. Returns the number of photos that stay.
+
+    If other photos were removed from it before, the shard is first made from the source.
+    """
+    if _left_out(json.loads(task.ledger.read_text())):
+        _make_shard(task)
+    ledger = json.loads(task.ledger.read_text())
+    del ledger["files"]
+    removed = {row for row, _ in task.left_out}
+    reader = ArrayRecordReader(str(task.shard_path))
+    sizes: list[int] = []
+
+    def kept() -> Iterator[bytes]:
+        for row in range(reader.num_records()):
+            record = reader.read()
+            if row not in removed:
+                sizes.append(len(record))
+                yield record
+
+    if removed:
+        records.write_shard(task.shard_path, kept())
+        changed = {"photos": len(sizes), "bytes": sum(sizes), "left_out": task.left_out}
+        write_ledger(task.ledger, [task.shard_path, task.ids, task.fingerprints], **{**ledger, **changed})
+    reader.close()
+    return len(sizes)
 
 
 def _make_attempt(task: _Task) -> None:
@@ -316,11 +448,13 @@ def _make_attempt(task: _Task) -> None:
     """
     folder = epath.Path(task.folder) / _ATTEMPTS / uuid.uuid4().hex
     (folder / LEDGERS).mkdir(parents=True)
+    task.data.mkdir(parents=True, exist_ok=True)
     attempt = dataclasses.replace(task, folder=str(folder))
     _make_shard(attempt)
     for source, target in (
         (attempt.shard_path, task.shard_path),
         (attempt.ids, task.ids),
+        (attempt.fingerprints, task.fingerprints),
         (attempt.ledger, task.ledger),
     ):
         source.replace(target)
@@ -383,8 +517,7 @@ def _forget_completed(tasks: Sequence[_Task], ledgers: Mapping[str, list[dict[st
             ledgers[task.split][task.shard] = {**ledger, "dropped": drops}
 
 
-def _refuse_repeated(tasks: list[_Task]) -> None:
-    ids = np.concatenate([records.open_array(task.ids) for task in tasks])
+def _refuse_repeated(ids: np.ndarray) -> None:
     names, counts = np.unique(ids, return_counts=True)
     if len(names) < len(ids):
         repeated = names[counts > 1]
@@ -392,33 +525,3 @@ def _refuse_repeated(tasks: list[_Task]) -> None:
             f"{len(repeated)} ids, such as {repeated[0].decode()!r}, are in more than one shard: remove the repeated "
             "photos from the source"
         )
-
-
-def _write_metadata(folder: epath.Path, name: str, ledgers: dict[str, list[dict[str, Any]]]) -> None:
-    """Writes TFDS's metadata, with which `tfds.builder_from_directory(folder)` reads the data set.
-
-    name: name of the data set. ledgers: split -> ledger of each shard.
-    """
-    import tensorflow_datasets as tfds
-
-    split_infos = []
-    for split, split_ledgers in ledgers.items():
-        template = tfds.core.ShardedFileTemplate(
-            data_dir=folder, dataset_name=name, split=split, filetype_suffix="array_record"
-        )
-        split_infos.append(
-            tfds.core.SplitInfo(
-                name=split,
-                shard_lengths=[ledger["photos"] for ledger in split_ledgers],
-                num_bytes=sum(ledger["bytes"] for ledger in split_ledgers),
-                filename_template=template,
-            )
-        )
-    tfds.folder_dataset.write_metadata(
-        data_dir=folder,
-        features=records.photo_features(),
-        split_infos=split_infos,
-        filename_template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
-        description=f"Photos of {name} with their coordinates, place names and level-20 S2 tokens.",
-        check_data=False,  # the check needs TensorFlow, which is not installed
-    )

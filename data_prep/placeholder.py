@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Bool, Int
-from PIL import Image
 
-from geotoken_jax.backbone.preprocess import ImageError, open_image
+from data_prep import images
+from data_prep.duplicates import hashes
 from geotoken_jax.preparation import PlaceholderSettings
 
 
@@ -17,25 +17,14 @@ def is_placeholder(image: bytes, known: PlaceholderSettings) -> bool:
 
     image: encoded image. Returns False if it cannot be decoded. If there are no hashes, it is not decoded.
     """
-    if not known.hashes:
-        return False
-    try:
-        image_hash = dhash(image)
-    except ImageError:
-        return False
-    return any((image_hash ^ int(value, 16)).bit_count() <= known.distance for value in known.hashes)
+    code = dhash(image) if known.hashes else None
+    return code is not None and any((code ^ int(one, 16)).bit_count() <= known.distance for one in known.hashes)
 
 
-def dhash(image: bytes) -> int:
-    """Returns the difference hash of an encoded image, of 64 bits. Raises ImageError if it cannot be decoded.
-
-    A bit is 1 if a pixel of the 9 x 8 gray thumbnail is darker than its right neighbor. The highest bit is for the top
-    left pixel; the others follow row by row.
-    """
-    # Sides of 72 pixels are enough for the thumbnail, and let a large JPEG be decoded at 1/8 of its size.
-    gray = open_image(image, min_side=72).convert("L").resize((9, 8), Image.Resampling.BOX)
-    pixels = np.asarray(gray)
-    return int.from_bytes(np.packbits(pixels[:, :-1] < pixels[:, 1:]).tobytes())
+def dhash(image: bytes) -> int | None:
+    """Returns the difference hash of an encoded image, of 64 bits, or None if it cannot be decoded."""
+    gray = images.thumbnail(image)
+    return None if gray is None else int(hashes(gray[None])[0])
 
 
 def repeated_files(sizes: Int[np.ndarray, " n"], read: Callable[[int], bytes], limit: int) -> Bool[np.ndarray, " n"]:

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 from data_prep.sources import FileSource, GrowingSource, Source
 from geotoken_jax import disk, manifests
@@ -70,9 +71,9 @@ def check(stage: Stage, source: Source, keep_changed: bool, update: bool = False
     elif change:
         print(f"the source has changed: {change}; the photos in {stage.path} are made again", file=sys.stderr)
         for path in sorted(stage.path.iterdir()):
-            if path.name == LEDGERS:
+            if path.name == LEDGERS or any(Path(path).glob("*/*.array_record-*")):
                 path.rmtree()
-            elif ".array_record-" in path.name or path.name == "dropped.jsonl":
+            elif path.name in ("dropped.jsonl", "duplicates.jsonl"):
                 path.unlink()
     if change or not (stage.path / _FILE).exists():
         write_json(stage.path / _FILE, now)

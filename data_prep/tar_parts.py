@@ -1,7 +1,11 @@
-"""Reads one tar that is split into parts, without joining them. A member or a header may span two parts."""
+"""Reads one tar that is split into parts, without joining them. A member or a header may span two parts.
+
+Parts may be files or objects of a bucket (s3://, gs://).
+"""
 
 import bisect
 import itertools
+import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from typing import IO
@@ -14,13 +18,18 @@ from geotoken_jax.manifests import StageError
 MAX_READ = 1 << 26
 #: Most bytes of zeros that may follow the last member; GNU tar writes up to 20 blocks (10 KiB).
 _MAX_END = 1 << 20
+#: Bytes per request if all of a part of a bucket is read in order. A request takes as long as reading some megabytes.
+_AHEAD = 1 << 23
 
 
 class Parts:
-    """The parts of a tar as one file with `read`, `seek` and `tell`. Each part is opened when it is first read."""
+    """The parts of a tar as one file with `read`, `seek` and `tell`. Each part is opened when it is first read.
 
-    def __init__(self, paths: Sequence[epath.Path]):
-        self.paths = list(paths)
+    ahead: whether the parts of a bucket are read ahead. Otherwise only the bytes that are asked for are transferred.
+    """
+
+    def __init__(self, paths: Sequence[epath.Path], ahead: bool = False):
+        self.paths, self._ahead = list(paths), ahead
         self.lengths = [path.stat().length for path in self.paths]
         self._starts = [0, *itertools.accumulate(self.lengths)]
         self._files: dict[int, IO[bytes]] = {}
@@ -57,7 +66,7 @@ class Parts:
         while self._position < end:
             part = self._part(self._position)
             if part not in self._files:
-                self._files[part] = self.paths[part].open("rb")
+                self._files[part] = _open_part(self.paths[part], self._ahead)
             file = self._files[part]
             file.seek(self._position - self._starts[part])
             piece = file.read(min(end, self._starts[part + 1]) - self._position)
@@ -77,6 +86,22 @@ class Parts:
 
     def _part(self, position: int) -> int:
         return bisect.bisect_right(self._starts, position) - 1
+
+
+def is_url(path: epath.PathLike) -> bool:
+    """Returns whether a path is in a bucket."""
+    return "://" in os.fspath(path)
+
+
+def _open_part(path: epath.Path, ahead: bool) -> IO[bytes]:
+    if not is_url(path):
+        # A buffer has the size of the file system's blocks, 4 MB on Lustre: to read the headers, all would be read.
+        return open(path, "rb", buffering=0)
+    from fsspec.core import url_to_fs  # here, because few callers need it
+
+    files, name = url_to_fs(os.fspath(path))
+    cache = {"cache_type": "readahead", "block_size": _AHEAD} if ahead else {"cache_type": "none"}
+    return files.open(name, "rb", **cache)  # pyright: ignore[reportReturnType]
 
 
 def find_header(parts: Parts, start: int, end: int) -> int:

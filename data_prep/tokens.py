@@ -10,7 +10,7 @@ from data_prep import sharded
 from data_prep.sharded import Shard
 from geotoken_jax import records
 from geotoken_jax.configuration import Config
-from geotoken_jax.manifests import Manifest
+from geotoken_jax.manifests import Manifest, write_json
 from geotoken_jax.workdir import Workdir
 
 #: Photos per shard.
@@ -42,8 +42,12 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
         records.write_shard(file, layout.encode(columns))
         part.finish([file])
 
+    def finish() -> Manifest:
+        write_json(stage.path / "schema.json", records.schema(layout, records.SHARD_FILES))
+        return stage.finish(neighbors.counts, neighbors=count)
+
     needed = [part for part in sharded.own(parts) if not part.ledger]
     sharded.make(parts, needed, "tokens", write)
     if not sharded.wait(stage, parts):
         return []
-    return [sharded.complete(workdir, stage, lambda: stage.finish(neighbors.counts, neighbors=count))]
+    return [sharded.complete(workdir, stage, finish)]

@@ -47,7 +47,7 @@ PATH = {
 
 
 #: Version of the form of a work directory's files. It grows when an earlier release cannot read or continue a folder.
-#: 1: without sums. 2: with sums, and larger shards of features.
+#: 1: without sums. 2: with sums, larger shards of features, and photos/ with the subfolders NAME/VERSION.
 FORMAT = 2
 #: Subfolder of a stage's folder with the ledgers of its shards.
 LEDGERS = "ledgers"

@@ -61,6 +61,46 @@ class PlaceholderSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class DatasetSettings:
+    """config.photos.dataset: name, version and terms of photos/ as a data set of TensorFlow Datasets.
+
+    name: lower-case letters, digits and `_`; photos/ contains the folder NAME/VERSION. version: three numbers, such as
+    1.0.0. license, terms, citation, homepage: as in data_prep.sources.Provenance. An empty text is replaced by the text
+    of the source, except for the version.
+    """
+
+    name: str
+    version: str
+    license: str
+    terms: str
+    citation: str
+    homepage: str
+
+    def __post_init__(self):
+        if self.name and not re.fullmatch("[a-z][a-z0-9]*(_[a-z0-9]+)*", self.name):
+            raise ValueError(f"name is {self.name!r}: use lower-case letters, digits and single _, such as my_photos")
+        if not re.fullmatch(r"(0|[1-9]\d*)(\.(0|[1-9]\d*)){2}", self.version):
+            raise ValueError(f"version is {self.version!r}: use three numbers, such as 1.0.0")
+
+
+@dataclasses.dataclass(frozen=True)
+class DuplicateSettings:
+    """config.photos.duplicates: photos of equal bytes, and photos of nearly the same picture.
+
+    difference: largest root-mean-square difference of the thumbnails of nearly equal pictures, in gray levels of 255; 0
+    finds photos of equal bytes only. keep: whether duplicates may be in several splits. If False, a picture that is in
+    a split of evaluation is left out of `train`, and a picture of a test split is left out of `validation`.
+    """
+
+    difference: float
+    keep: bool
+
+    def __post_init__(self):
+        if not 0 <= self.difference <= 5:
+            raise ValueError(f"difference is {self.difference}: use 0 for photos of equal bytes only, or up to 5")
+
+
+@dataclasses.dataclass(frozen=True)
 class EarthViewSettings:
     """config.photos.earthview.
 
@@ -89,8 +129,8 @@ class EarthViewSettings:
 class FolderSettings:
     """config.photos.folder.
 
-    path: folder of photos, with subfolders. csv: file with id, latitude and longitude and, if available, author, city,
-    state, country, continent and captured (a time that data_prep.csv_rows.seconds reads); if empty, coordinates and
+    path: folder of photos, with subfolders. csv: file with id, latitude and longitude and, if available, author, the
+    names in records.PLACE_FIELDS and captured (a time that data_prep.csv_rows.seconds reads); if empty, coordinates and
     time come from EXIF. train, validation, test: shares of authors, 0-1; a benchmark has test=1. photos_per_shard:
     photos per shard; the last shard may have fewer.
     """
@@ -182,7 +222,7 @@ class PhotosSettings:
     of Apache Beam, which can replace the processes. max_dropped: share of dropped photos, 0-1, above which `prepare`
     fails. null_island: whether photos at latitude 0, longitude 0 are kept; there is only sea, and devices that do not
     know their place write 0, 0. keep_changed: whether a complete photos/ is kept if the source has changed since; if
-    False, a change is an error.
+    False, a change is an error. dataset, duplicates: see DatasetSettings and DuplicateSettings.
     """
 
     source: str
@@ -191,6 +231,8 @@ class PhotosSettings:
     max_dropped: Runtime[float]
     null_island: bool
     keep_changed: Runtime[bool]
+    dataset: DatasetSettings
+    duplicates: DuplicateSettings
     earthview: EarthViewSettings
     mp16_pro: MP16ProSettings
     folder: FolderSettings

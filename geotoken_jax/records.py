@@ -34,6 +34,10 @@ LONGEST_ID = 1024
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 
 
+#: Names of ArrayRecord shards, as in TFDS. split: beginning of the name, usually a split.
+SHARD_FILES = "{split}.array_record-{shard:05d}-of-{shards:05d}"
+
+
 @dataclasses.dataclass(frozen=True)
 class Field:
     """One field of a fixed-layout record. dtype: name of a numpy type, or bfloat16. shape: shape within the record."""
@@ -132,9 +136,37 @@ def token_layout(neighbors: int) -> Layout:
     )
 
 
+def neighbor_layout(neighbors: int) -> Layout:
+    """Returns the layout of neighbors/, whose fields are separate arrays. neighbors: number of neighbors per photo.
+
+    The field `rows` contains gallery rows, best first, and -1 for missing neighbors; `scores` their scores, -inf for
+    missing neighbors.
+    """
+    return Layout((Field("rows", "<i4", (neighbors,)), Field("scores", "<f4", (neighbors,))))
+
+
+def schema(layout: Layout, files: str) -> dict[str, Any]:
+    """Returns the contents of schema.json, from which a folder's files can be read without this package.
+
+    files: names of the files, as a format string. If it has `{field}`, each field is stored in .npy files of its own,
+    one row per photo; otherwise the files are ArrayRecord, and each record has all fields of one photo.
+    """
+    columns = "{field}" in files
+    dtype, fields = layout._numpy, []
+    for field in layout.fields:
+        stored, offset = dtype.fields[field.name][:2]  # pyright: ignore[reportOptionalSubscript]
+        kind = field.dtype if field.dtype == "bfloat16" else stored.base.str
+        entry: dict[str, Any] = {"name": field.name, "dtype": kind, "stored_as": stored.base.str}
+        entry["shape"] = ["photos", *field.shape] if columns else list(field.shape)
+        fields.append(entry if columns else {**entry, "offset": offset, "bytes": stored.itemsize})
+    record = {} if columns else {"record_bytes": dtype.itemsize}
+    form = {"format": "npy" if columns else "ArrayRecord", "files": files, "byte_order": "little"}
+    return {**form, **record, "fields": fields}
+
+
 def shard_path(folder: epath.Path, stem: str, shard: int, shards: int) -> epath.Path:
     """Returns the path of a shard, named as in TFDS: `folder/stem.array_record-00003-of-00016` for shard 3 of 16."""
-    return folder / f"{stem}.array_record-{shard:05d}-of-{shards:05d}"
+    return folder / SHARD_FILES.format(split=stem, shard=shard, shards=shards)
 
 
 def shard_paths(folder: epath.PathLike, stem: str) -> list[epath.Path]:
@@ -274,15 +306,18 @@ def photo_features() -> Any:
     )
 
 
-PLACE_FIELDS = ("city", "state", "country", "continent")
+#: Names of a photo's place, "" if unknown.
+PLACE_FIELDS = ("city", "state", "country", "continent", "neighbourhood", "county", "region")
 
 
 class Photos:
     """Random access to the photos of a split, in the order of the shards. `photos[i]` is a dict.
 
-    id, author, city, state, country, continent: strings. image: bytes of the encoded file. coordinates: float64 [2],
-    latitude and longitude in degrees. tokens: uint8 [21], level-20 S2 tokens of group 1. captured: float64, seconds
-    since 1970, NaN if unknown; missing in photos/ of earlier versions.
+    id, author and PLACE_FIELDS: strings. image: bytes of the encoded file. coordinates: float64 [2], latitude and
+    longitude in degrees. tokens: uint8 [21], level-20 S2 tokens of group 1. captured: float64, seconds since 1970, NaN
+    if unknown; missing in photos/ of earlier versions.
+
+    folder: photos/, which contains the data set as NAME/VERSION/, or the data set's files, as in earlier versions.
     """
 
     def __init__(self, folder: epath.PathLike, split: str):
@@ -297,7 +332,7 @@ class Photos:
         if self._source is None:
             import tensorflow_datasets as tfds
 
-            builder: Any = tfds.builder_from_directory(self.folder)
+            builder: Any = tfds.builder_from_directory(str(_data_set(epath.Path(self.folder))))
             shards = Shards([str(path) for path in builder.info.splits[self.split].filepaths])
             decode = functools.partial(
                 builder.info.features.deserialize_example_np, decoders={"image": tfds.decode.SkipDecoding()}
@@ -311,7 +346,22 @@ class Photos:
     def __getitem__(self, row: int) -> dict[str, Any]:
         shards, decode = self._open
         photo = dict(decode(shards.read([row])[0]))
-        return {name: value.decode() if _is_text(name) else value for name, value in photo.items()}
+        text = {name: value.decode() if _is_text(name) else value for name, value in photo.items()}
+        return {**dict.fromkeys(PLACE_FIELDS, ""), **text}  # earlier versions have fewer names of the place
+
+
+def _data_set(folder: epath.Path) -> epath.Path:
+    """Returns the folder with the files of the TFDS data set in photos/."""
+    if (folder / "features.json").exists():
+        return folder
+    versions = (version for name in disk.matching(folder, "*") for version in disk.matching(name, "*"))
+    folders = [version for version in versions if (version / "features.json").exists()]
+    if len(folders) != 1:
+        raise FileNotFoundError(
+            f"{folder} has {len(folders)} data sets of the form NAME/VERSION/features.json, not one: remove the folder "
+            "and run `geotoken prepare` again"
+        )
+    return folders[0]
 
 
 def _is_text(name: str) -> bool:

@@ -48,6 +48,8 @@ _NOT_EXPORTED = (
     "manifest.json", "begun.json", "checkpoints", "metrics.jsonl", "parameters.txt", "tensorboard", "features.npy",
     "captured-*.npy", manifests.LEDGERS,
 )  # fmt: skip
+#: Names of the files of neighbors/, as a format string.
+NEIGHBOR_FILES = "{split}.{field}-{shard:05d}-of-{shards:05d}.npy"
 #: Names of the arrays in pools/VARIANT.
 _POOL = ("tokens", "log_probability", "tempered_log_probability", "states")
 
@@ -265,7 +267,7 @@ class Workdir:
 
     def neighbors_file(self, split: str, name: str, shard: int, shards: int) -> epath.Path:
         """Returns the path of a shard of a split's neighbors. name: "rows" or "scores". shards: number of shards."""
-        return self.path / "neighbors" / f"{split}.{name}-{shard:05d}-of-{shards:05d}.npy"
+        return self.path / "neighbors" / NEIGHBOR_FILES.format(split=split, field=name, shard=shard, shards=shards)
 
     def exclusions(self, split: str) -> Callable[[np.ndarray], list[Exclusion]]:
         """Returns a function from rows of a split's table to the exclusion rules of their neighbors.

@@ -2,9 +2,11 @@
 
 import dataclasses
 import io
+import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +21,9 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
+from data_prep import images
 from geotoken_jax import GeoToken, cli, manifests, records
+from geotoken_jax.gallery.table import COLUMNS
 from geotoken_jax.manifests import StageError
 from geotoken_jax.serve import app, limits
 from geotoken_jax.settings import SettingsError
@@ -29,7 +33,7 @@ from tests import hub, test_judge
 CONFIG = str(Path(__file__).with_name("tiny.py"))
 #: Files that later stages use; event files and metrics also contain times.
 RESULTS = ("*/manifest.json", "*/*/manifest.json", "*/*.safetensors", "*/*/*.safetensors", "predictions/*/*.jsonl",
-           "photos/*array_record*", "features/*array_record*", "tokens/*array_record*", "gallery/*.npy",
+           "photos/*/*/*array_record*", "features/*array_record*", "tokens/*array_record*", "gallery/*.npy",
            "neighbors/*.npy", "report/metrics.json", "export/SHA256SUMS")  # fmt: skip
 
 
@@ -67,6 +71,39 @@ def test_every_folder_of_the_path_is_there(workdir: Path):
     assert sum(c["count"] for c in lines[0]["candidates"]) == 6  # the greedy one and 5 samples
     assert (workdir / "queries/train_views").exists()  # read by training only
     assert not list(workdir.glob("predictions/*/train*"))
+
+
+def test_the_page_of_formats_reads_each_folder_without_this_package(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    page = (Path(__file__).parents[1] / "docs" / "formats.md").read_text()
+    sections = {part.split("\n")[0]: re.findall(r"```python\n(.*?)```", part, re.S) for part in page.split("\n## ")[1:]}
+    assert "geotoken_jax" not in "".join(itertools.chain(*sections.values()))
+    monkeypatch.chdir(workdir)
+    found = {}
+    for section, blocks in sections.items():
+        for block in blocks:
+            exec(block, made := {})
+            found[section] = {**found.get(section, {}), **made}
+    assert capsys.readouterr().out.count("\n") >= sum(map(len, sections.values()))
+
+    opened = Workdir(workdir)
+    photos, features = opened.photos("train"), opened.features("train")[:]
+    assert found["photos/"]["photo"]["id"].decode() == photos[0]["id"]
+    np.testing.assert_array_equal(found["photos/"]["photo"]["coordinates"], photos[0]["coordinates"])
+    np.testing.assert_array_equal(found["photos/"]["gray"][0], images.thumbnail(photos[0]["image"]))
+    np.testing.assert_array_equal(found["features/"]["rows"]["tokens"], features["tokens"])
+    np.testing.assert_array_equal(found["features/"]["image"], features["image"].astype(np.float32))
+    table = found["gallery/ and queries/"]["table"]
+    assert table.keys() == COLUMNS.keys()
+    for name, values in table.items():
+        np.testing.assert_array_equal(values, getattr(opened.gallery, name)().astype(values.dtype))
+    for name, values in zip(("rows", "scores"), opened.neighbors("test"), strict=True):
+        np.testing.assert_array_equal(found["neighbors/"][name], values)
+    tokens = records.Records(workdir / "tokens", "train", records.token_layout(opened.neighbor_count))[:]
+    np.testing.assert_array_equal(found["tokens/"]["rows"]["neighbors"], tokens["neighbors"])
+    for folder in ("features", "tokens", "gallery", "queries", "neighbors"):
+        assert "schema.json" in opened.manifest(folder).files
 
 
 def test_a_second_run_keeps_everything(workdir: Path, capsys: pytest.CaptureFixture[str]):

@@ -1,10 +1,13 @@
+import builtins
 import io
 import json
 import pickle
 import shutil
 import tarfile
 import types
+from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from etils import epath
@@ -41,6 +44,7 @@ def prepare(config, path):
 def config(folder, workers=1, **changes):
     config = common.get_config()
     config.photos.update(source="mp16_pro", workers=workers, max_dropped=0.5)
+    config.photos.duplicates.keep = True  # the data set has 50 different pictures
     config.photos.mp16_pro.update(folder=str(folder), metadata=mp16.CSV, validation=0.2, photos_per_shard=100)
     config.photos.mp16_pro.placeholder.update(
         hashes=(f"{placeholder.dhash(mp16.flickr()):016x}",), distance=2, identical=mp16.IDENTICAL
@@ -128,7 +132,7 @@ def test_an_interrupted_run_does_not_scan_again_and_ends_in_the_same_bytes(whole
     shutil.copytree(whole.path / "work", tmp_path / "work")
     folder = tmp_path / "work" / "photos"
     (folder / "manifest.json").rename(folder / "begun.json")
-    next(folder.glob("*validation*-00001-of-*")).unlink()
+    next(folder.glob("mp16_pro/1.0.0/*validation*-00001-of-*")).unlink()
     monkeypatch.setattr(tar_parts, "members", lambda *_: pytest.fail("scanned again"))
     assert prepare(config(whole.data), tmp_path / "work") == whole.manifest
     for file in (whole.path / "work").rglob("*"):
@@ -263,6 +267,111 @@ def test_names_are_never_paths_and_other_kinds_of_members_are_dropped(tmp_path):
     found = records.Photos(tmp_path / "work" / "photos", "train")
     assert [found[n]["id"] for n in range(3)] == ["x.jpg", "a/b/c.jpg", "again.jpg"]
     assert {path.name for path in tmp_path.iterdir()} == {"data", "work"}
+
+
+def test_the_first_usable_member_of_an_id_is_kept(tmp_path):
+    good = mp16.padded(mp16.flickr(), 6000)
+    entries = [
+        entry("1/a.jpg", good[:9]),  # too small, which the header shows
+        entry("2/a.jpg", b"x" * 6000),  # not an image, which its bytes show
+        entry("3/a.jpg", good + b"1"),
+        entry("4/a.jpg", good + b"2"),
+        entry("1/b.jpg", good + b"3"),
+        entry("2/b.jpg", b"x" * 6001),
+    ]
+    write_set(tmp_path / "data", entries, [(name, "", 1, 2, "France") for name in ("a", "b")])
+    for per_shard in (1, 6):
+        changes = {"validation": 0.0, "photos_per_shard": per_shard, "placeholder": {"hashes": ()}}
+        changed = config(tmp_path / "data", **changes)
+        changed.photos.max_dropped = 0.7
+        work = tmp_path / str(per_shard)
+        assert prepare(changed, work).dropped == {"small file": 1, "not an image": 2, "repeated id": 1}
+        found = records.Photos(work / "photos", "train")
+        assert [found[n]["image"] for n in range(len(found))] == [good + b"1", good + b"3"]
+
+
+def test_all_names_of_a_place_are_kept(small, tmp_path):
+    header, *lines = (small / mp16.CSV).read_text().splitlines()
+    filled = header.split(",")
+    mend(small, lambda text: text.replace('"São ""Paulo"", SP",,,,', '"São ""Paulo"", SP",Kyoto,Kansai,Honshu,'))
+    assert filled[6:11] == ["neighbourhood", "city", "county", "state", "region"] and len(lines) >= 60
+    prepare(config(small, validation=0.0), tmp_path / "work")
+    photo = records.Photos(tmp_path / "work" / "photos", "train")[0]
+    names = {name: photo[name] for name in ("city", "county", "state", "region", "country", "neighbourhood")}
+    assert names == {
+        "city": 'São "Paulo", SP', "county": "Kyoto", "state": "Kansai", "region": "Honshu", "country": "Brazil",
+        "neighbourhood": "",
+    }  # fmt: skip
+
+
+class Bucket(fsspec.AbstractFileSystem):
+    """Objects of a bucket, stored in a folder. `requests` has the number of bytes of each request."""
+
+    protocol = ("s3", "gcs", "gs")
+    cachable = False
+    root, requests = "", []
+
+    def info(self, path, **kwargs):
+        file = Path(self.root) / self._strip_protocol(path)
+        if not file.exists():
+            raise FileNotFoundError(path)
+        return {"name": path, "size": file.stat().st_size, "type": "directory" if file.is_dir() else "file"}
+
+    def ls(self, path, detail=True, **kwargs):
+        names = [f"{path.rstrip('/')}/{file.name}" for file in (Path(self.root) / self._strip_protocol(path)).iterdir()]
+        return [self.info(name) for name in names] if detail else names
+
+    def _open(self, path, mode="rb", **kwargs):
+        return Object(self, path, mode, size=self.info(path)["size"], **kwargs)
+
+
+class Object(fsspec.spec.AbstractBufferedFile):
+    def _fetch_range(self, start, end):
+        Bucket.requests.append(end - start)
+        with (Path(Bucket.root) / self.fs._strip_protocol(self.path)).open("rb") as file:
+            file.seek(start)
+            return file.read(end - start)
+
+
+@pytest.fixture
+def bucket(small, monkeypatch):
+    """The data set without faults, in buckets."""
+    for protocol in ("s3", "gcs", "gs"):
+        fsspec.register_implementation(protocol, Bucket, clobber=True)
+    monkeypatch.setattr(Bucket, "root", str(small.parent))
+    monkeypatch.setattr(Bucket, "requests", [])
+    epath.backend.fsspec_backend._get_filesystem.cache_clear()
+    yield small
+    fsspec.registry._registry.clear()
+    epath.backend.fsspec_backend._get_filesystem.cache_clear()
+
+
+@pytest.mark.parametrize("scheme", ["s3", "gs"])
+def test_parts_in_a_bucket_give_the_same_photos_and_the_survey_reads_headers_only(bucket, tmp_path, scheme):
+    made = source(f"{scheme}://data", tmp_path / "bucket")
+    assert made.splits == {"train": 1, "validation": 1}
+    parts = [file.stat().st_size for file in bucket.glob("mp-*")]
+    table = (bucket / mp16.CSV).stat().st_size
+    assert sum(Bucket.requests) - table < 0.5 * sum(parts)  # of photos of 6 KB, a fifth are headers
+    assert taken(made) == taken(source(bucket, tmp_path / "disk"))
+
+
+def test_a_bucket_without_its_package_is_one_sentence(tmp_path, monkeypatch):
+    def missing(name, **kwargs):
+        raise ImportError("Install s3fs to access S3")
+
+    epath.backend.fsspec_backend._get_filesystem.cache_clear()
+    monkeypatch.setattr(fsspec, "filesystem", missing)
+    with pytest.raises(settings.SettingsError, match=r"'s3://b/data', which needs the package s3fs: install it with"):
+        _ = source("s3://b/data", tmp_path).splits
+
+
+def test_headers_are_read_without_a_buffer(small, monkeypatch):
+    buffers = []
+    monkeypatch.setattr(builtins, "open", lambda *args, opened=open, **kw: (buffers.append(kw), opened(*args, **kw))[1])
+    with tar_parts.Parts(sorted(map(epath.Path, small.glob("mp-*")))) as parts:
+        assert len(list(tar_parts.members(parts))) == 60
+    assert buffers == [{"buffering": 0}] * 4
 
 
 def cut(tmp_path, data, size):

@@ -3,6 +3,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,11 +16,12 @@ import pytest
 from PIL import Image
 
 from configs import common
-from data_prep import photos
+from data_prep import duplicates, photos
 from data_prep.beam import BeamSettings
 from data_prep.sources import UNKNOWN, Drop, Photo
 from geotoken_jax import configuration, manifests, records
 from geotoken_jax.geo.cells import CellScheme
+from geotoken_jax.preparation import DatasetSettings, DuplicateSettings
 from geotoken_jax.settings import SettingsError
 from geotoken_jax.workdir import Workdir
 
@@ -56,9 +58,9 @@ class Sample:
             yield from self.extra
 
 
-def _make(path, source=None, workers=1, max_dropped=0.0):
+def _make(path, source=None, workers=1, max_dropped=0.0, options=None):
     stage = manifests.begin(path, "photos", {"photos": {"source": "sample"}}, inputs=())
-    return photos.make(stage, source or Sample(), workers, max_dropped)
+    return photos.make(stage, source or Sample(), workers, max_dropped, options=options or photos.Options())
 
 
 def _files(path):
@@ -98,8 +100,134 @@ def test_photos_are_a_tfds_data_set_without_tensorflow(whole):
         "print(len(train), train[0]['image'].shape, train[0]['coordinates'].dtype, len(test))\n"
         "print(builder.info.splits['test'].num_examples, 'tensorflow' in sys.modules)\n"
     )
-    command = [sys.executable, "-c", script, str(whole[0] / "photos")]
+    command = [sys.executable, "-c", script, str(whole[0] / "photos" / "sample" / "1.0.0")]
     assert subprocess.check_output(command, text=True).split("\n")[:2] == ["30 (8, 8, 3) float64 10", "20 False"]
+
+
+def test_tfds_finds_the_data_set_by_its_name_with_its_terms(tmp_path):
+    terms = DatasetSettings("mine", "2.0.1", "cc-by-4.0", "Say my name.", "Me 2026.", "https://example.org")
+    manifest = _make(tmp_path, options=photos.Options(dataset=terms))
+    script = (
+        "import json, sys, tensorflow_datasets as tfds\n"
+        "source = tfds.data_source('mine', data_dir=sys.argv[1])\n"
+        "info = tfds.builder('mine', data_dir=sys.argv[1]).info\n"
+        "license = info.redistribution_info.license\n"
+        "print(json.dumps([len(source['train']), str(info.version), license, info.citation, info.homepage]))\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "photos")]
+    found = json.loads(subprocess.check_output(command, text=True).splitlines()[0])
+    assert found == [30, "2.0.1", "cc-by-4.0. Say my name.", "Me 2026.", "https://example.org"]
+    assert (
+        manifest.facts["provenance"] | {"license": "cc-by-4.0", "terms": "Say my name."}
+        == (manifest.facts["provenance"])
+    )
+    croissant = json.loads((tmp_path / "photos" / "mine" / "2.0.1" / "croissant.json").read_text())
+    assert (croissant["name"], croissant["license"], croissant["citeAs"]) == ("mine", "cc-by-4.0", "Me 2026.")
+    fields = {field["name"] for field in croissant["recordSet"][0]["field"]}
+    assert fields == set(records.photo_features())
+
+
+def test_photos_of_earlier_versions_without_a_folder_of_their_name_are_read(whole, tmp_path):
+    shutil.copytree(whole[0] / "photos" / "sample" / "1.0.0", tmp_path / "photos")
+    for split in ("train", "test"):
+        found, wanted = (records.Photos(path / "photos", split) for path in (tmp_path, whole[0]))
+        assert [found[n]["image"] for n in range(20)] == [wanted[n]["image"] for n in range(20)]
+
+
+def _noise(seed, side=80, quality=90, size=None):
+    pixels = np.random.default_rng(seed).integers(0, 256, (4, 4), np.uint8)
+    file = io.BytesIO()
+    picture = Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC)
+    picture.resize((size or side,) * 2, Image.Resampling.LANCZOS).save(file, "JPEG", quality=quality)
+    return file.getvalue()
+
+
+@dataclasses.dataclass(frozen=True)
+class Copies:
+    """A source with copies: in train and test, train and validation, twice in train, and in two test splits."""
+
+    name = "copies"
+    provenance = UNKNOWN
+    splits = types.MappingProxyType({"train": 3, "validation": 1, "test": 1, "test_far": 1})
+
+    def read(self, split, shard):
+        red = _jpeg("red")
+        pictures = {
+            ("train", 0): {"a": _noise(0, quality=50), "b": _noise(1), "c": _noise(2)},
+            ("train", 1): {"d": _noise(2, size=200), "e": _noise(3), "f": red, "g": _jpeg("blue")},
+            ("train", 2): {"h": _noise(6)},
+            ("validation", 0): {"i": _noise(1, size=60), "j": _noise(4)},
+            ("test", 0): {"k": _noise(0), "l": red, "m": _noise(5)},
+            ("test_far", 0): {"n": _noise(5, quality=70), "o": _jpeg("#0000f8")},
+        }
+        for name, image in pictures[split, shard].items():
+            yield Photo(name, name, image, 1.0, 2.0)
+
+
+def _ids(path, split):
+    found = records.Photos(path / "photos", split)
+    return "".join(found[n]["id"] for n in range(len(found)))
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_picture_of_an_evaluation_is_left_out_of_training(tmp_path, workers):
+    manifest = _make(tmp_path, Copies(), workers)
+    assert manifest.counts == {"train": 5, "validation": 2, "test": 3, "test_far": 2}
+    assert manifest.dropped == {"duplicate in another split": 3}  # which is no fault
+    assert manifest.facts["duplicates"] == {"groups": 5, "photos": 10, "equal_bytes": 2, "left_out": 3}
+    assert [_ids(tmp_path, split) for split in Copies.splits] == ["cdegh", "ij", "klm", "no"]
+    lines = [json.loads(line) for line in (tmp_path / "photos" / "duplicates.jsonl").read_text().splitlines()]
+    groups = [[photo["id"] for photo in line] for line in lines]
+    assert groups == [["a", "k"], ["b", "i"], ["c", "d"], ["f", "l"], ["m", "n"]]
+    if workers == 3:
+        _make(tmp_path / "alone", Copies())
+        assert _files(tmp_path) == _files(tmp_path / "alone")
+
+
+def test_an_interruption_while_duplicates_are_removed_ends_in_the_same_bytes(tmp_path, monkeypatch):
+    _make(tmp_path / "whole", Copies())
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        remove = photos._remove_left_out
+        patch.setattr(photos, "_remove_left_out", lambda task: remove(task) if task.shard == 0 else _interrupt())
+        _make(tmp_path / "again", Copies())
+    _make(tmp_path / "again", Copies())
+    assert _files(tmp_path / "again") == _files(tmp_path / "whole")
+
+
+def _interrupt():
+    raise KeyboardInterrupt
+
+
+def test_duplicates_may_stay_and_be_of_equal_bytes_only(tmp_path):
+    kept = _make(tmp_path / "kept", Copies(), options=photos.Options(duplicates=DuplicateSettings(2.0, True)))
+    assert kept.dropped == {} and kept.facts["duplicates"]["groups"] == 5
+    equal = _make(tmp_path / "equal", Copies(), options=photos.Options(duplicates=DuplicateSettings(0.0, False)))
+    assert equal.facts["duplicates"] == {"groups": 1, "photos": 2, "equal_bytes": 2, "left_out": 1}
+
+
+def test_similar_pictures_are_found_among_many():
+    rng = np.random.default_rng(0)
+    fingerprints = np.zeros(20_000, duplicates.FINGERPRINT)
+    fingerprints["digest"] = rng.integers(0, 256, (20_000, 16))
+    fingerprints["gray"] = rng.integers(10, 246, (20_000, 8, 9))
+    fingerprints["gray"][:500] = rng.integers(99, 104, (500, 8, 9))  # without contrast
+    copies = rng.permutation(np.arange(500, 20_000))[:800].reshape(2, 400)
+    noise = np.clip(np.round(rng.normal(0, 1.5, (400, 8, 9))), -4, 4).astype(int)
+    fingerprints["gray"][copies[1]] = fingerprints["gray"][copies[0]] + noise
+    found, equal = duplicates.groups(fingerprints, 2.0)
+    wanted = {tuple(sorted(pair)) for pair in copies.T.tolist()}
+    assert {tuple(group.tolist()) for group in found} <= wanted
+    assert len(found) >= 392 and equal == 0
+
+
+def test_many_copies_are_one_group(monkeypatch):
+    monkeypatch.setattr(duplicates, "_WAITING", 100)
+    fingerprints = np.zeros(3_000, duplicates.FINGERPRINT)
+    fingerprints["digest"][:, :2] = np.arange(3_000).astype(">u2").view(np.uint8).reshape(-1, 2)
+    fingerprints["gray"] = np.random.default_rng(0).integers(0, 256, (3, 8, 9))[np.arange(3_000) % 3]
+    found, equal = duplicates.groups(fingerprints, 2.0)
+    assert [group.tolist() for group in found] == [list(range(n, 3_000, 3)) for n in range(3)] and equal == 0
+    assert duplicates.groups(fingerprints[:0], 2.0) == ([], 0)
 
 
 def test_a_complete_folder_is_left_alone_and_two_processes_make_the_same_bytes(whole, tmp_path):
@@ -114,10 +242,10 @@ def test_only_missing_shards_are_made_again(whole, tmp_path):
     _make(tmp_path)
     folder = tmp_path / "photos"
     (folder / "manifest.json").rename(folder / "begun.json")
-    shards = sorted(folder.glob("*.array_record-*"))
+    shards = sorted(folder.glob("sample/1.0.0/*.array_record-*"))
     shards[0].unlink()
     (folder / "ledgers" / f"{shards[3].name}.json").unlink()
-    (folder / f".{shards[0].name}.0.1.partial").write_bytes(b"half a shard")
+    (shards[0].parent / f".{shards[0].name}.0.1.partial").write_bytes(b"half a shard")
     before = {shard: shard.stat().st_mtime_ns for shard in shards[1:]}
     _make(tmp_path)
     assert [shard for shard, time in before.items() if shard.stat().st_mtime_ns != time] == [shards[3]]

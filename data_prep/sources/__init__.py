@@ -11,9 +11,9 @@ class Photo:
     """A photo with its metadata.
 
     id: unique in the data set. author: the id if the author is unknown. image: bytes of the encoded file. latitude,
-    longitude: degrees. city, state, country, continent: names, empty if unknown. captured: time in seconds since 1970,
-    in UTC if the time zone is known; NaN if the time is unknown. The stage `prepare` counts a time that cannot be true
-    (photos.plausible) as nonsense and stores NaN.
+    longitude: degrees. city, state, country, continent, neighbourhood, county, region: names, empty if unknown.
+    captured: time in seconds since 1970, in UTC if the time zone is known; NaN if the time is unknown. The stage
+    `prepare` counts a time that cannot be true (photos.plausible) as nonsense and stores NaN.
     """
 
     id: str
@@ -25,6 +25,9 @@ class Photo:
     state: str = ""
     country: str = ""
     continent: str = ""
+    neighbourhood: str = ""
+    county: str = ""
+    region: str = ""
     captured: float = math.nan
 
 
@@ -44,13 +47,14 @@ class Provenance:
     """Origin and terms of a data set, which a model card must state.
 
     license: license of a model made from the data, by its name on the Hugging Face hub, which may be "other" or
-    "unknown". origin, terms: sentences. citation: sentences, may be empty.
+    "unknown". origin, terms: sentences. citation: sentences, may be empty. homepage: URL, may be empty.
     """
 
     license: str
     origin: str
     terms: str
     citation: str = ""
+    homepage: str = ""
 
 
 #: Provenance of a user's own folder, which only the user can describe.

@@ -20,6 +20,7 @@ from data_prep.extended import Known
 from data_prep.source_files import fingerprint, has_rows_added
 from data_prep.sources import UNKNOWN, Drop, Photo, Provenance
 from data_prep.sources.matching import pair
+from geotoken_jax import records
 from geotoken_jax.backbone.exif import gps
 from geotoken_jax.backbone.preprocess import ENDINGS
 from geotoken_jax.folder.walk import Files, walk
@@ -28,7 +29,7 @@ from geotoken_jax.preparation import FolderSettings
 from geotoken_jax.settings import SettingsError
 
 _COLUMNS = {name: name for name in ("id", "latitude", "longitude")}
-_OPTIONAL = {name: name for name in ("author", "city", "state", "country", "continent", "captured")}
+_OPTIONAL = {name: name for name in ("author", *records.PLACE_FIELDS, "captured")}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """MP16-Pro: 4.7 million Flickr photos with place names, read from the files as they were downloaded.
 
-The files `mp-16-images00`, `mp-16-images01`, ... are consecutive parts of one tar. A CSV has one row per photo.
+The files `mp-16-images00`, `mp-16-images01`, ... are consecutive parts of one tar, on a disk or in a bucket. A CSV has
+one row per photo.
 
 Before any photo is yielded, a survey reads the CSV and the headers of the tar. In the folder photos/ it stores the rows
 (0.2 KB each) and an index of the tar, which is described at `Survey`. The survey needs about 100 bytes of memory per
@@ -16,6 +17,7 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 import tarfile
 import threading
 from array import array
@@ -26,13 +28,14 @@ import numpy as np
 from etils import epath
 from jaxtyping import Bool, Int, UInt8
 
-from data_prep import csv_rows, tar_parts
+from data_prep import csv_rows, images, tar_parts
 from data_prep.placeholder import is_placeholder, repeated_files
 from data_prep.sources import FLICKR, Drop, Photo, Provenance
 from geotoken_jax import disk, manifests, records
 from geotoken_jax.manifests import StageError
 from geotoken_jax.preparation import MP16ProSettings
 from geotoken_jax.progress import Progress, track
+from geotoken_jax.settings import SettingsError
 
 PARTS = "mp-16-images"
 #: Field of Photo -> column of the CSV.
@@ -46,6 +49,9 @@ REASONS = (
     *("", "not a file", "not .jpg", "truncated", "small file", "too large"),  # known from the member's header
     *("no metadata", "repeated id", "identical bytes"),
 )
+_REPEATED = REASONS.index("repeated id")
+#: Scheme of a bucket's address -> package that reads such buckets.
+_PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "az": "adlfs", "hf": "huggingface_hub"}
 #: A member of the tar during the survey. offset: position of its first header in the tar. size: bytes of its data.
 #: key: hash of its file name without .jpg. fate: index in REASONS, or _FOLDER if the member is a folder.
 _MEMBER = np.dtype([("offset", "i8"), ("size", "i8"), ("key", "u8"), ("fate", "u1")])
@@ -70,6 +76,7 @@ class MP16Pro:
         f"Academic use only: everyone who receives MP16-Pro agrees to this. {FLICKR}",
         "Jia et al. 2024, G3, arXiv 2405.14702. Larson et al. 2017, The Benchmarking Initiative for Multimedia "
         "Evaluation, IEEE MultiMedia 24. Thomee et al. 2016, YFCC100M, CACM 59(2).",
+        "https://huggingface.co/datasets/Jia-py/MP16-Pro",
     )
 
     def __reduce__(self):
@@ -88,27 +95,45 @@ class MP16Pro:
 
         A shard of `train` then yields a drop for each row in its share of the rows without a member.
         """
-        survey, n = self._survey, self.settings.photos_per_shard
-        members = np.flatnonzero(survey.held == (split == "validation"))[shard * n : (shard + 1) * n]
-        with self._parts as parts, self._rows.open("rb") as rows:
-            for member in members:
-                info = tar_parts.member(parts, int(survey.member[member]))
-                if reason := REASONS[survey.fate[member]]:
-                    yield Drop(info.name, reason)
-                else:
-                    yield self._load(parts, info, _row(rows, survey.row[member]))
-            spare = slice(shard, None, self.splits["train"]) if split == "train" else slice(0)
+        survey, n, dense = self._survey, self.settings.photos_per_shard, split == "train"
+        members = np.flatnonzero(survey.held != dense)[shard * n : (shard + 1) * n]
+        with self._parts(ahead=dense) as parts, self._rows.open("rb") as rows:
+            for member in members.tolist():
+                yield self._load(parts, member, rows)
+            spare = slice(shard, None, self.splits["train"]) if dense else slice(0)
             for offset, repeated in zip(survey.spare[spare], survey.repeated[spare], strict=True):
                 row = _row(rows, offset)
                 yield row if isinstance(row, Drop) else Drop(row.id, "repeated id" if repeated else "no image")
 
     def fingerprint(self) -> dict[str, str]:
         """Returns the sizes of the parts and of the CSV. A survey that was made from other sizes is an error there."""
-        parts, metadata = self._parts, self._metadata
+        parts, metadata = self._parts(), self._metadata
         sizes = dict(zip((path.name for path in parts.paths), map(str, parts.lengths), strict=True))
         return {**sizes, metadata.name: str(metadata.stat().length)}
 
-    def _load(self, parts: tar_parts.Parts, info: tarfile.TarInfo, row: Photo | Drop) -> Photo | Drop:
+    def _load(self, parts: tar_parts.Parts, member: int, rows: IO[bytes]) -> Photo | Drop:
+        """Returns the photo of a member, or the reason to drop it.
+
+        Of several members of a row, the first usable one is the photo, and later usable ones are repeated.
+        """
+        fate = self._survey.fate[member]
+        if fate not in (0, _REPEATED):
+            return Drop(tar_parts.member(parts, int(self._survey.member[member])).name, REASONS[fate])
+        photo = self._read(parts, member, rows)
+        rivals = self._rivals.get(int(self._survey.row[member]), [])
+        if not rivals or isinstance(photo, Drop):
+            return photo
+        if reason := images.drop_reason(photo.image):
+            return Drop(photo.id, reason)
+        for other in rivals[: rivals.index(member)]:
+            earlier = self._read(parts, other, rows)
+            if isinstance(earlier, Photo) and not images.drop_reason(earlier.image):
+                return Drop(photo.id, REASONS[_REPEATED])
+        return photo
+
+    def _read(self, parts: tar_parts.Parts, member: int, rows: IO[bytes]) -> Photo | Drop:
+        info = tar_parts.member(parts, int(self._survey.member[member]))
+        row = _row(rows, self._survey.row[member])
         if _stem(row.id) != _stem(info.name.rpartition("/")[2]):  # different names with the same hash
             return Drop(info.name, "no metadata")
         if isinstance(row, Drop):
@@ -120,9 +145,19 @@ class MP16Pro:
             return Drop(row.id, "placeholder")
         return dataclasses.replace(row, image=image)
 
-    @property
-    def _parts(self) -> tar_parts.Parts:
+    @functools.cached_property
+    def _rivals(self) -> dict[int, list[int]]:
+        """Row -> its members without a known fault, for rows with several such members."""
+        survey, rivals = self._survey, {}
+        repeated = np.isin(survey.row, survey.row[survey.fate == _REPEATED])
+        for member in np.flatnonzero(repeated & np.isin(survey.fate, (0, _REPEATED))).tolist():
+            rivals.setdefault(int(survey.row[member]), []).append(member)
+        return rivals
+
+    def _parts(self, ahead: bool = False) -> tar_parts.Parts:
+        """Returns the tar. ahead: see tar_parts.Parts. Raises StageError or SettingsError if there are no parts."""
         folder = epath.Path(self.settings.folder)
+        _check_storage(folder)
         paths = disk.matching(folder, f"{PARTS}[0-9][0-9]") if self.settings.folder else []
         if not paths:
             raise StageError(
@@ -132,7 +167,7 @@ class MP16Pro:
         for n, path in enumerate(paths):
             if path.name != f"{PARTS}{n:02d}":
                 raise StageError(f"{folder} has {path.name} but no {PARTS}{n:02d}: download the missing part there")
-        return tar_parts.Parts(paths)
+        return tar_parts.Parts(paths, ahead)
 
     @property
     def _metadata(self) -> epath.Path:
@@ -154,7 +189,7 @@ class MP16Pro:
 
         Raises StageError if, since it was made, a part was added or removed, or a part or the CSV has changed its size.
         """
-        parts, metadata, folder = self._parts, self._metadata, self._rows.parent
+        parts, metadata, folder = self._parts(), self._metadata, self._rows.parent
         files = {path.name: length for path, length in zip(parts.paths, parts.lengths, strict=True)}
         files[metadata.name] = metadata.stat().length
         done = folder / "files.json"
@@ -174,6 +209,19 @@ class MP16Pro:
                     "and prepare again from the files as they are"
                 )
         return Survey(*(records.open_array(folder / f"{field.name}.npy") for field in dataclasses.fields(Survey)))
+
+
+def _check_storage(folder: epath.Path) -> None:
+    """Raises SettingsError if a folder is in a bucket and the package that reads such buckets is not installed."""
+    if tar_parts.is_url(folder):
+        package = _PACKAGES[os.fspath(folder).split("://")[0]]
+        try:
+            folder.exists()
+        except ImportError:
+            raise SettingsError(
+                f"config.photos.mp16_pro.folder is {os.fspath(folder)!r}, which needs the package {package}: install "
+                f"it with `pip install {package}`, or copy the files to a disk"
+            ) from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,10 +250,7 @@ def _make_survey(parts: tar_parts.Parts, rows: tuple[np.ndarray, ...], settings:
     keys, first = np.unique(row_key, return_index=True)  # of rows with the same id, the first is used
     position = np.minimum(np.searchsorted(keys, member_key), len(keys) - 1)
     row = np.where(keys[position] == member_key, first[position], -1)
-    first_of_row = np.zeros(len(row), bool)
-    first_of_row[np.unique(row, return_index=True)[1]] = True
     fate[(fate == 0) & (row < 0)] = REASONS.index("no metadata")
-    fate[(fate == 0) & ~first_of_row] = REASONS.index("repeated id")
 
     kept = np.flatnonzero(fate == 0)
 
@@ -213,6 +258,9 @@ def _make_survey(parts: tar_parts.Parts, rows: tuple[np.ndarray, ...], settings:
         return tar_parts.data(parts, tar_parts.member(parts, int(offset[kept[n]])))
 
     fate[kept[repeated_files(size[kept], read, settings.placeholder.identical)]] = REASONS.index("identical bytes")
+    kept = np.flatnonzero(fate == 0)
+    first_of_row = np.unique(row[kept], return_index=True)[1]
+    fate[np.delete(kept, first_of_row)] = _REPEATED
     taken, earliest = np.zeros(len(row_key), bool), np.zeros(len(row_key), bool)
     taken[row[row >= 0]] = True
     earliest[first] = True

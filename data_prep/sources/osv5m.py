@@ -35,6 +35,7 @@ class Osv5m:
         "OpenStreetView-5M: street-level images from Mapillary.",
         "CC BY-SA 4.0: credit the data set and Mapillary, and share what you make from it under the same license.",
         "Astruc et al. 2024, OpenStreetView-5M: The Many Roads to Global Visual Geolocation, CVPR.",
+        "https://huggingface.co/datasets/osv5m/osv5m",
     )
 
     @property

@@ -24,6 +24,8 @@ COLUMNS: dict[str, tuple[Any, tuple[int | None, ...]]] = {
     "ids": (np.dtype(f"S{records.ID_BYTES}"), ()),
     "authors": (np.dtype(f"S{records.ID_BYTES}"), ()),
 }
+#: Names of a table's files, as a format string.
+FILES = "{field}-{shard:05d}-of-{shards:05d}.npy"
 #: Additional column of a table with int8 embeddings: scale of each vector, [n, 3] float32.
 SCALES = "scales"
 #: Rows converted to index vectors at a time: 38 MB at C = 768.
@@ -55,6 +57,15 @@ def write_shard(folder: epath.PathLike, shard: int, shards: int, columns: Mappin
         stored = np.promote_types(dtype, columns[name].dtype) if dtype.kind == "S" else dtype
         records.save_array(_path(folder, name, shard, shards), columns[name].astype(stored, copy=False))
     return [_path(folder, name, shard, shards) for name in COLUMNS]
+
+
+def layout(width: int, id_bytes: int = records.ID_BYTES) -> records.Layout:
+    """Returns the layout of a table, whose columns are separate arrays. Arguments: see records.feature_layout."""
+    fields = []
+    for name, (dtype, shape) in COLUMNS.items():
+        stored = f"S{id_bytes}" if dtype.kind == "S" else dtype.name if dtype == ml_dtypes.bfloat16 else dtype.str
+        fields.append(records.Field(name, stored, tuple(width if size is None else size for size in shape)))
+    return records.Layout(tuple(fields))
 
 
 def quantize(folder: epath.PathLike) -> None:
@@ -186,4 +197,4 @@ class IndexVectors:
 
 
 def _path(folder: epath.Path, name: str, shard: int, shards: int) -> epath.Path:
-    return folder / f"{name}-{shard:05d}-of-{shards:05d}.npy"
+    return folder / FILES.format(field=name, shard=shard, shards=shards)

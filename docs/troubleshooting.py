@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 #: Errors that end a verb with one sentence and exit status 2.
 ERRORS = {
     "SettingsError", "StageError", "OtherSettingsError", "ImageError", "ExportError", "IndexQualityError",
-    "CheckpointError", "Diverged", "TableError", "LockedError",
+    "CheckpointError", "Diverged", "TableError", "LockedError", "DamagedError",
 }  # fmt: skip
 #: Errors that a settings class raises, which become SettingsErrors.
 _IN_SETTINGS = {"ValueError"}

@@ -20,7 +20,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
 from geotoken_jax import disk
-from geotoken_jax.shards import DamagedError, Shards
+from geotoken_jax.shards import Shards, damaged
 
 #: Level of the stored S2 tokens, which have group 1. A CellScheme regroups them.
 LEVEL = 20
@@ -251,7 +251,7 @@ class Records:
         data = self._shards.read(rows)
         for row, record in zip(rows, data, strict=True):
             if len(record) != self.layout.size:
-                raise DamagedError(self._shards.name(row), f"it has {len(record)} bytes, not {self.layout.size}")
+                raise damaged(self._shards.name(row), f"it has {len(record)} bytes, not {self.layout.size}")
         return self.layout.decode(data)
 
 
@@ -277,10 +277,10 @@ def open_array(path: epath.PathLike, dtype: Any = None) -> np.ndarray:
     try:
         values: Any = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, SyntaxError) as error:  # of the header, or of a size that is too small
-        raise DamagedError(os.fspath(path), error) from None
+        raise damaged(os.fspath(path), error) from None
     excess = os.path.getsize(path) - values.offset - values.nbytes if values.nbytes else 0
     if excess:
-        raise DamagedError(os.fspath(path), f"it has {excess:,} bytes more than its array")
+        raise damaged(os.fspath(path), f"it has {excess:,} bytes more than its array")
     return values if dtype is None else values.view(dtype)
 
 
@@ -332,7 +332,13 @@ class Photos:
         if self._source is None:
             import tensorflow_datasets as tfds
 
-            builder: Any = tfds.builder_from_directory(str(_data_set(epath.Path(self.folder))))
+            folder = _data_set(epath.Path(self.folder))
+            try:
+                builder: Any = tfds.builder_from_directory(str(folder))
+            except OSError:
+                raise
+            except Exception as error:  # of any type, as JSON and protobuf have their own
+                raise damaged(f"dataset_info.json or features.json in {folder}", error) from None
             shards = Shards([str(path) for path in builder.info.splits[self.split].filepaths])
             decode = functools.partial(
                 builder.info.features.deserialize_example_np, decoders={"image": tfds.decode.SkipDecoding()}

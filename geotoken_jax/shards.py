@@ -31,15 +31,23 @@ _numbers = itertools.count()
 
 
 class DamagedError(UserError, RuntimeError):
-    """A file or a record of a work directory cannot be read. The message names the file."""
+    """A file or a record of a work directory cannot be read. place: the file, or the record and its file."""
 
-    def __init__(self, place: str, reason: Any):
-        reason = " ".join(str(reason).split())
-        super().__init__(
-            f"{place} is damaged ({reason}): restore the file, or make it again with `geotoken verify WORKDIR --mend "
-            "--config=FILE`"
-        )
+    def __init__(self, message: str, place: str):
+        super().__init__(message)
         self.place = place
+
+    def __reduce__(self):
+        return type(self), (str(self), self.place)
+
+
+def damaged(place: str, reason: Any) -> DamagedError:
+    """Returns the error for a damaged file or record. place: see DamagedError."""
+    return DamagedError(
+        f"{place} is damaged ({' '.join(str(reason).split())}): restore the file, or make it again with `geotoken "
+        "verify WORKDIR --mend --config=FILE`",
+        place,
+    )
 
 
 class Shards:
@@ -117,7 +125,7 @@ class Shards:
                 try:
                     reader.read([position])
                 except RuntimeError as error:
-                    raise DamagedError(f"record {position} of {self.paths[shard]}", error) from None
+                    raise damaged(f"record {position} of {self.paths[shard]}", error) from None
             raise
 
     def _reader(self, shard: int) -> Any:
@@ -134,7 +142,7 @@ class Shards:
             try:
                 reader.read([0])
             except RuntimeError as error:
-                raise DamagedError(path, error) from None
+                raise damaged(path, error) from None
         with _lock:
             _open[key] = reader
             while len(_open) > _most_open():

@@ -9,16 +9,11 @@ from typing import Any
 from etils import epath
 
 from geotoken_jax import disk, manifests
-from geotoken_jax.errors import UserError
 from geotoken_jax.manifests import StageError
 from geotoken_jax.workdir import Workdir
 
 #: Verbs whose folders consist of shards, so that `geotoken verify --mend` makes only the bad files again.
 MENDED = ("prepare", "embed", "index")
-
-
-class DamageError(UserError, RuntimeError):
-    """A work directory has files that are missing or damaged."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +84,7 @@ def _bad(path: epath.Path, recorded: Mapping[str, Sequence[Any]]) -> dict[str, s
         return {name: reason for name, reason in reasons if reason}
 
 
-def refusal(workdir: Workdir, bad: Sequence[Report]) -> DamageError:
+def refusal(workdir: Workdir, bad: Sequence[Report]) -> StageError:
     """Returns the error for a work directory with bad files. bad: reports on the folders with bad files."""
     files = sum(len(report.bad) for report in bad)
     verbs = list(dict.fromkeys(report.verb for report in bad))
@@ -100,4 +95,4 @@ def refusal(workdir: Workdir, bad: Sequence[Report]) -> DamageError:
         cures.append(f"make them again with `geotoken verify {workdir.path} --mend --config=FILE`")
     cures += [f"make {report.folder} again: remove it, and run its audit" for report in bad if report.verb == "audit"]
     cures += [f"make all of it again with `geotoken all --remake={verb}`" for verb in others if verb != "audit"]
-    return DamageError(f"{files:,} files of {workdir.path} are bad, as listed: restore them, or {', and '.join(cures)}")
+    return StageError(f"{files:,} files of {workdir.path} are bad, as listed: restore them, or {', and '.join(cures)}")

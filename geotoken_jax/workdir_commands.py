@@ -148,7 +148,7 @@ def _audit(options: argparse.Namespace, config: Config | None) -> None:
 def _verify(options: argparse.Namespace, config: Config | None) -> None:
     """Compares all files of a work directory with their sums; with --mend, makes bad files again.
 
-    Raises DamageError if files are bad.
+    Raises StageError if files are bad.
     """
     folder = Workdir(options.workdir)
     if not folder.path.is_dir():
@@ -156,7 +156,9 @@ def _verify(options: argparse.Namespace, config: Config | None) -> None:
     bad = [report for report in map(_shown, verification.check(folder)) if report.bad]
     if options.mend and bad:
         if config is None:
-            raise SettingsError("--mend needs --config=FILE, the configuration that the work directory was made with")
+            raise SettingsError(
+                "--config=FILE is missing: --mend needs the configuration that the work directory was made with"
+            )
         for verb in verification.MENDED:
             reports = [report for report in bad if report.verb == verb]
             for report in reports:

@@ -104,7 +104,7 @@ def test_a_fault_is_one_sentence_and_status_2(place, capfd, verb, fault):
 def test_every_error_that_a_user_can_mend_has_one_base(place):
     raised = {
         "SettingsError", "StageError", "OtherSettingsError", "ImageError", "ExportError", "IndexQualityError",
-        "CheckpointError", "Diverged", "TableError", "LockedError",
+        "CheckpointError", "Diverged", "TableError", "LockedError", "DamagedError",
     }  # fmt: skip
     import geotoken_jax.predict.bundle
     import geotoken_jax.tables

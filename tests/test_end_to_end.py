@@ -208,7 +208,7 @@ def test_other_stages_are_named_and_a_configuration_is_asked_for(workdir, tmp_pa
     assert "  align/parameters.safetensors has other contents than were written" in printed.out
     assert "or make all of it again with `geotoken all --remake=align`" in printed.err
     assert geotoken("verify", str(tmp_path), "--mend") == cli.REFUSED
-    assert "--mend needs --config=FILE" in capsys.readouterr().err
+    assert "--config=FILE is missing: --mend needs" in capsys.readouterr().err
     assert geotoken("verify", str(tmp_path / "none")) == cli.REFUSED
     assert "there is no work directory" in capsys.readouterr().err
 

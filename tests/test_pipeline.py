@@ -13,7 +13,7 @@ from geotoken_jax.gallery import table
 from geotoken_jax.geo.cells import CellScheme
 from geotoken_jax.model import batch
 from geotoken_jax.settings import SettingsError
-from geotoken_jax.shards import DamagedError
+from geotoken_jax.shards import DamagedError, damaged
 from tests import fixtures
 
 
@@ -103,7 +103,7 @@ class Damaged:
         self.asked.append(rows.tolist())
         for row in rows:
             if row in self.rows:
-                raise DamagedError(f"record {row} of x", "its sum is wrong")
+                raise damaged(f"record {row} of x", "its sum is wrong")
         return read(rows)
 
 

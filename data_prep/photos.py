@@ -62,9 +62,9 @@ _BATCH = 256
 #: Earliest plausible time of a photo, 3 March 1973, in seconds since 1970. Lower numbers usually are not seconds but
 #: zeros, years, dates such as 20150401, or days.
 _EARLIEST = 1e8
-#: End of the plausible times, 1 January 2100: a fixed time, since photos/ must not depend on the day of its making.
-#: Higher numbers usually are milliseconds.
-_LATEST = 4_102_444_800.0
+#: End of the plausible times, 19 January 2038: a fixed time, since photos/ must not depend on the day of its making.
+#: This number itself stands for an unknown time in some tables; higher ones usually are milliseconds.
+_LATEST = 2.0**31 - 1
 #: Reason of photos that are left out because another split has their picture. Like NOT_DOWNLOADED it is no fault.
 _IN_ANOTHER_SPLIT = "duplicate in another split"
 #: Split -> rank. Of a picture in several splits, the photos of the highest rank stay. Other splits have _TEST_RANK: a
@@ -482,7 +482,7 @@ def drop_reason(photo: Photo, null_island: bool = False) -> str:
 
 
 def plausible(captured: float) -> bool:
-    """Returns whether a time in seconds since 1970 is between March 1973 and the year 2100."""
+    """Returns whether a time in seconds since 1970 is between March 1973 and January 2038."""
     return _EARLIEST <= captured < _LATEST
 
 

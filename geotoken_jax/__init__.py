@@ -13,13 +13,14 @@ coordinates to tokens and back.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from geotoken_jax.version import __version__
+
 if TYPE_CHECKING:
     from geotoken_jax.geo.cells import CellScheme
     from geotoken_jax.predict.prediction import Prediction
     from geotoken_jax.predict.predictor import GeoToken
 
-__version__ = "0.1.0"
-__all__ = ["CellScheme", "GeoToken", "Prediction"]
+__all__ = ["CellScheme", "GeoToken", "Prediction", "__version__"]
 
 _HOME = {
     "CellScheme": "geotoken_jax.geo.cells",

@@ -23,8 +23,9 @@ from typing import Any
 
 from etils import epath
 
-from geotoken_jax import __version__, disk, processes, settings
+from geotoken_jax import disk, processes, settings
 from geotoken_jax.errors import UserError
+from geotoken_jax.version import __version__
 
 #: Folder of the work directory -> the verb that makes it, in the order in which the verbs run.
 PATH = {

@@ -23,6 +23,8 @@ _THREADS = 32
 #: Without readahead: the records of a training batch are in random places.
 _OPTIONS = "readahead_buffer_size:0"
 _BUFFER = 32_768
+#: Bytes of a shard without records, which has two blocks.
+_SMALLEST = 1 << 17
 
 #: Number of a Shards and of a shard -> its open reader, the least recently used first.
 _open: "collections.OrderedDict[tuple[int, int], Any]" = collections.OrderedDict()
@@ -136,13 +138,15 @@ class Shards:
                 _open.move_to_end(key)
                 return _open[key]
         reader = ArrayRecordReader(path, options=_OPTIONS, file_reader_buffer_size=_BUFFER)
-        if not reader.ok():
+        # A shard that is cut at the first of its blocks looks like an empty one.
+        if not reader.ok() or os.path.getsize(path) < _SMALLEST:
             with open(path, "rb") as file:  # the system's own error, such as too many open files
                 file.read(1)
             try:
                 reader.read([0])
-            except RuntimeError as error:
+            except (RuntimeError, IndexError) as error:
                 raise damaged(path, error) from None
+            raise damaged(path, "it is too short")
         with _lock:
             _open[key] = reader
             while len(_open) > _most_open():

@@ -12,6 +12,7 @@ RANKS = {
     **dict.fromkeys(
         [
             "__version__",
+            "version",
             "errors",
             "settings",
             "disk",

@@ -149,7 +149,7 @@ class Stage:
     def _files(self) -> dict[str, list[Any]]:
         """Returns path -> size and SHA-256 for all files: from the ledgers, or else computed."""
         names = disk.files(self.path, _UNRECORDED)
-        known = recorded(self.path)
+        known = _in_ledgers(self.path)
         if wrong := _wrong_size(self.path, known):
             raise StageError(
                 f"{self.path / wrong[0]} {wrong[1]}, unlike when it was written: run the same command again, which "
@@ -184,13 +184,16 @@ def read_ledger(path: epath.Path) -> dict[str, Any] | None:
 
 
 def recorded(folder: epath.Path) -> dict[str, list[Any]]:
-    """Returns path -> size and SHA-256 for the files that the ledgers of a stage's folder record.
+    """Returns path -> size and SHA-256 for the files that a begun folder must have: those that its ledgers record.
 
     If the folder was opened again to be mended, these are all files that it had.
     """
+    before = _load(folder / "begun.json", ["mended"])["mended"]["files"] if is_mended(folder) else {}
+    return {**before, **_in_ledgers(folder)}
+
+
+def _in_ledgers(folder: epath.Path) -> dict[str, list[Any]]:
     known: dict[str, list[Any]] = {}
-    if is_mended(folder):
-        known |= _load(folder / "begun.json", ["mended"])["mended"]["files"]
     for path in disk.matching(folder / LEDGERS, "*.json"):
         with contextlib.suppress(ValueError, KeyError, TypeError):  # a damaged ledger: its shard is made again
             known |= json.loads(path.read_bytes())["files"]

@@ -187,14 +187,16 @@ def test_a_folder_is_mended_to_the_same_bytes(tmp_path, bad):
     assert not verification.check_folder(Workdir(tmp_path), "photos").bad
 
 
-def test_a_mended_folder_with_other_contents_is_refused(tmp_path):
+@pytest.mark.parametrize("name, contents", [("a", "another"), ("list", "b a")])
+def test_a_mended_folder_with_other_contents_is_refused(tmp_path, name, contents):
     sharded(tmp_path)
-    (tmp_path / "photos" / "a").write_text("damaged")
-    manifests.reopen(epath.Path(tmp_path), "photos", ["a"])
+    (tmp_path / "photos" / name).write_text("x" * len(contents))
+    manifests.reopen(epath.Path(tmp_path), "photos", [name])
     stage = manifests.begin(tmp_path, "photos", {}, ())
-    (stage.path / "a").write_text("another")
-    manifests.write_ledger(stage.path / "ledgers" / "a.json", [stage.path / "a"], rows=7)
-    with pytest.raises(manifests.StageError, match=r"photos/a was made again, but not with .* --remake=prepare"):
+    (stage.path / name).write_text(contents)
+    if name == "a":
+        manifests.write_ledger(stage.path / "ledgers" / "a.json", [stage.path / "a"], rows=7)
+    with pytest.raises(manifests.StageError, match=rf"photos/{name} was made again, but not with .* --remake=prepare"):
         stage.finish({"train": 14})
 
 

@@ -1,7 +1,6 @@
 """The stage `embed`: shards of several processes, runs after an interruption, and texts encoded once."""
 
 import concurrent.futures
-import math
 import shutil
 import subprocess
 import sys
@@ -143,7 +142,7 @@ def test_the_settings_of_a_tower_that_do_not_change_features_may_change(tmp_path
 LIMITED = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
-from data_prep import embed
+from data_prep import embed, gallery, neighbors, tokens
 from geotoken_jax import cli
 embed._SHARD = 1
 cli.main(sys.argv[1:])
@@ -166,9 +165,18 @@ def test_a_thousand_shards_are_read_by_a_process_that_may_open_1024_files(tmp_pa
     assert len(list((tmp_path / "features").glob("train.array_record-*"))) == 1007
 
 
-def test_fifteen_million_photos_need_few_shards(monkeypatch):
+def test_fifteen_million_photos_need_few_files(monkeypatch):
+    """The counts of docs/data.md."""
     monkeypatch.undo()  # the shards of the other tests are small
-    shards = {photos: len(partition.ranges([photos], embed._SHARD)) for photos in (4_120_000, 15_000_000)}
-    assert shards == {4_120_000: 252, 15_000_000: 916}
-    record = records.feature_layout(768).size
-    assert record == 3245 and math.ceil(record * embed._SHARD / 1e6) == 54
+    limits = {"features": embed._SHARD, "tokens": tokens._SHARD, "table": gallery._SHARD, "neighbors": neighbors._SHARD}
+    assert {
+        photos: {name: len(partition.ranges([photos], limit)) for name, limit in limits.items()}
+        for photos in (4_120_000, 15_000_000)
+    } == {
+        4_120_000: {"features": 252, "tokens": 4, "table": 16, "neighbors": 63},
+        15_000_000: {"features": 916, "tokens": 15, "table": 58, "neighbors": 229},
+    }
+    assert records.feature_layout(768).size == 3245
+    # Under a limit of 1,024 files: half of them are shards of records; tables and neighbors stay mapped.
+    mapped = 58 * len(table.COLUMNS), 229 * 2
+    assert mapped == (348, 458) and mapped[0] + 512 < 900 and sum(mapped) + 15 < 900

@@ -107,7 +107,7 @@ def _photos() -> dict[str, Any]:
         null_island=False,
         keep_changed=False,
         dataset=dict(name="", version="1.0.0", license="", terms="", citation="", homepage=""),
-        duplicates=dict(difference=2.0, keep=False),
+        duplicates=dict(difference=3.0, keep=False),
         earthview=dict(
             seed=0,
             places=60_000,

@@ -17,7 +17,7 @@ FINGERPRINT = np.dtype([("digest", "u1", (16,)), ("gray", "u1", images.THUMBNAIL
 #: Smallest standard deviation of a thumbnail that is compared, in gray levels.
 _CONTRAST = 12.0
 #: Keys per thumbnail; products per key; width of the steps to which products are rounded, in gray levels. Copies whose
-#: thumbnails differ by 1 level have one of 8 keys in common with a probability of 0.9999, by 2 levels of 0.99.
+#: thumbnails differ by 1 level have one of 8 keys in common with a probability of 0.9999, by 3 levels of 0.9.
 _KEYS, _PRODUCTS, _STEP = 8, 12, 24.0
 #: A photo is compared with up to this number of photos with the same key.
 _FOLLOWING = 64

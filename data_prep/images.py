@@ -23,9 +23,9 @@ _REASONS = {
 }
 #: Rows and columns of a thumbnail.
 THUMBNAIL = (8, 9)
-#: Shorter side in pixels that is decoded at least: four pixels per row of the thumbnail. A JPEG whose shorter side is
-#: 256 pixels or more is then decoded at 1/8 of its size, as fast as without a thumbnail.
-_MIN_SIDE = 32
+#: Shorter side in pixels that is decoded at least: six pixels per row of the thumbnail. A JPEG whose shorter side is
+#: 384 pixels or more is then decoded at 1/8 of its size, as fast as without a thumbnail.
+_MIN_SIDE = 48
 _ORIGINAL, _OFFSET = ExifTags.Base.DateTimeOriginal, ExifTags.Base.OffsetTimeOriginal
 
 

@@ -77,7 +77,7 @@ _ATTEMPTS = "attempts"
 
 #: Defaults, as in configs/common.py. Manifests of photos/ have these sections only if they differ.
 _DATASET = DatasetSettings("", "1.0.0", "", "", "", "")
-_DUPLICATES = DuplicateSettings(difference=2.0, keep=False)
+_DUPLICATES = DuplicateSettings(difference=3.0, keep=False)
 
 
 @dataclasses.dataclass(frozen=True)

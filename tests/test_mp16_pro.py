@@ -342,7 +342,6 @@ def bucket(small, monkeypatch):
     monkeypatch.setattr(Bucket, "requests", [])
     epath.backend.fsspec_backend._get_filesystem.cache_clear()
     yield small
-    fsspec.registry._registry.clear()
     epath.backend.fsspec_backend._get_filesystem.cache_clear()
 
 

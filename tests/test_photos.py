@@ -199,7 +199,7 @@ def _interrupt():
 
 
 def test_duplicates_may_stay_and_be_of_equal_bytes_only(tmp_path):
-    kept = _make(tmp_path / "kept", Copies(), options=photos.Options(duplicates=DuplicateSettings(2.0, True)))
+    kept = _make(tmp_path / "kept", Copies(), options=photos.Options(duplicates=DuplicateSettings(3.0, True)))
     assert kept.dropped == {} and kept.facts["duplicates"]["groups"] == 5
     equal = _make(tmp_path / "equal", Copies(), options=photos.Options(duplicates=DuplicateSettings(0.0, False)))
     assert equal.facts["duplicates"] == {"groups": 1, "photos": 2, "equal_bytes": 2, "left_out": 1}

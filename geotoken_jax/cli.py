@@ -68,6 +68,8 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("--workdir", help="folder for the results of all stages")
         if name in ("train", "learn", "predict", "all"):
             verb.add_argument("--variant", action="append", help="only this variant of config.variants (repeatable)")
+        if name in (*manifests.UPDATED, "all"):
+            verb.add_argument("--update", action="store_true", help=_UPDATE)
         if name == "all":
             stages = tuple(dict.fromkeys(verb for verb in manifests.PATH.values() if verb != "audit"))
             verb.add_argument("--remake", choices=stages, metavar="STAGE", help=f"{_REMAKE} ({', '.join(stages)})")
@@ -309,6 +311,7 @@ def _has(config: Any, keys: list[str]) -> bool:
     return True
 
 
+_UPDATE = "take in photos that were added to the source, at their own cost (docs/data.md)"
 _REMAKE = "first remove the folders of this stage, and all folders that were made from them"
 _EXPERIMENT = "make runs that differ in a few settings, and compare them in one table"
 _VERIFY = "compare the files of a work directory with the sums that were recorded when they were written"

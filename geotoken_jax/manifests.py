@@ -320,6 +320,13 @@ def _has_grown(workdir: epath.Path, stored: Mapping[str, str], requested: Mappin
     )
 
 
+def is_outdated(workdir: epath.Path, folder: str) -> bool:
+    """Returns whether a complete folder was made before its inputs were, and has no trained model."""
+    inputs = read_manifest(workdir, folder).inputs
+    now = {name: digest(workdir, name) if (workdir / name / "manifest.json").exists() else "" for name in inputs}
+    return inputs != now and folder.split("/")[0] not in _TRAINED
+
+
 def _reopen_grown(workdir: epath.Path, folder: str, requested: Mapping[str, Any]) -> None:
     """Opens a complete or begun folder again if photos were added to its inputs. The first process does so."""
     path = workdir / folder

@@ -160,14 +160,23 @@ class Workdir:
             removed |= more
         for folder in sorted(removed):
             yield folder
-            path = Path(self.path / folder)
-            path.unlink() if path.is_symlink() else shutil.rmtree(path)  # a link is a folder of another work directory
+            _remove(Path(self.path / folder))
 
     def counts(self, folder: str) -> dict[str, list[int]]:
         """Returns split -> numbers of photos of a complete folder, as in partition.ranges."""
         manifest = self.manifest(folder)
         states = [*(state["counts"] for state in manifest.facts.get("earlier", [])), manifest.counts]
         return {split: [counts.get(split, 0) for counts in states] for split in manifest.counts}
+
+    def remove_outdated(self, verb: str) -> Iterator[str]:
+        """Removes the folders that a verb makes, if they were made before photos were added to their inputs.
+
+        Trained models are kept. Yields the name of each folder before it is removed.
+        """
+        for folder in self.complete_folders():
+            if manifests.PATH.get(folder.split("/")[0]) == verb and manifests.is_outdated(self.path, folder):
+                yield folder
+                _remove(Path(self.path / folder))
 
     def digest(self, folder: str) -> str:
         """Returns the SHA-256 of a complete folder's manifest."""
@@ -411,6 +420,11 @@ class Workdir:
         """Copies a folder to `to`, in an export, without the files in _NOT_EXPORTED; an existing `to` is replaced."""
         shutil.rmtree(to, ignore_errors=True)
         shutil.copytree(self.path / folder, to, ignore=shutil.ignore_patterns(*_NOT_EXPORTED))
+
+
+def _remove(path: Path) -> None:
+    """Removes a folder, or a link to a folder of another work directory."""
+    path.unlink() if path.is_symlink() else shutil.rmtree(path)
 
 
 def _variant_config(config: Config, folder: str) -> Config:

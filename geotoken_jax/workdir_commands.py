@@ -57,7 +57,11 @@ def _stages(stages: Mapping[str, Stage]) -> Callable[[argparse.Namespace, Config
             for number, (name, stage) in enumerate(stages.items(), 1):
                 if len(stages) > 1:
                     print(f"stage {number} of {len(stages)}: {name}", flush=True)
-                folder = Workdir(options.workdir)
+                update = getattr(options, "update", False)
+                folder = Workdir(options.workdir, update)
+                if update and name not in manifests.UPDATED:
+                    for outdated in folder.remove_outdated(name):
+                        print(f"removing {outdated}/, which was made before photos were added", flush=True)
                 for manifest in stage(config, folder, getattr(options, "variant", None) or list(config.variants)):
                     _report(manifest, manifest.folder in folder.made)
 

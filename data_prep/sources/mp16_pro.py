@@ -61,6 +61,7 @@ _FOLDER = 255
 @dataclasses.dataclass(frozen=True)
 class MP16Pro:
     """The data set as a source of photos (`data_prep.sources.Source`). work: folder that gets the subfolder survey/.
+    since: folder with the files of photos/ before parts or rows were added; only these are then read.
 
     No author is in two splits. If a row has no author, its id is used as the author. A shard contains consecutive
     members of its split, in the order of the tar. Shards of `train` also contain a drop for each member without a row
@@ -69,6 +70,7 @@ class MP16Pro:
 
     settings: MP16ProSettings
     work: str
+    since: str = ""
     name = "mp16_pro"
     provenance = Provenance(
         "other",
@@ -80,15 +82,43 @@ class MP16Pro:
     )
 
     def __reduce__(self):
-        return type(self), (self.settings, self.work)  # without the survey, whose arrays each process maps from disk
+        return type(self), (
+            self.settings,
+            self.work,
+            self.since,
+        )  # without the survey, whose arrays each process maps from disk
 
     @property
     def splits(self) -> Mapping[str, int]:
         """Split -> number of shards; `validation` is left out if no photo is in it."""
-        held = int(self._survey.held.sum())
-        shards = {"train": len(self._survey.held) - held, "validation": held}
+        members, _ = self._chosen
+        held = int(self._survey.held[members].sum())
+        shards = {"train": len(members) - held, "validation": held}
         shards = {split: -(-n // self.settings.photos_per_shard) for split, n in shards.items()}
-        return {"train": max(1, shards["train"]), **({"validation": shards["validation"]} if held else {})}
+        train = shards["train"] if self.since else max(1, shards["train"])
+        return {"train": train, **({"validation": shards["validation"]} if held else {})}
+
+    def has_rows_added(self, file: str, before: str) -> bool:
+        """Returns whether the CSV has grown. `added` compares its rows."""
+        return file == self._metadata.name and int(self.fingerprint()[file]) > int(before)
+
+    def added(self, before: str) -> "MP16Pro":
+        """Returns the members and rows that were added. before: folder with the files of photos/ before.
+
+        A member that was cut short or had no row before counts as added if it is whole or has a row now. Raises
+        StageError if the rows that the CSV had before are not the same now.
+        """
+        source = dataclasses.replace(self, since=before)
+        _ = source._survey  # writes the rows
+        with (epath.Path(before) / "survey" / self._rows.name).open("rb") as old, self._rows.open("rb") as new:
+            while data := old.read(tar_parts.MAX_READ):
+                if new.read(len(data)) != data:
+                    raise StageError(
+                        f"{self._metadata} has other rows than when {self.work} was made: --update takes in only rows "
+                        "that were added at its end, so restore the file, or make all again with `geotoken all "
+                        "--remake=prepare`"
+                    )
+        return source
 
     def read(self, split: str, shard: int) -> Iterator[Photo | Drop]:
         """Yields a photo or a drop for each member of one shard, in the order of the tar.
@@ -96,12 +126,13 @@ class MP16Pro:
         A shard of `train` then yields a drop for each row in its share of the rows without a member.
         """
         survey, n, dense = self._survey, self.settings.photos_per_shard, split == "train"
-        members = np.flatnonzero(survey.held != dense)[shard * n : (shard + 1) * n]
+        chosen, rest = self._chosen
+        members = chosen[survey.held[chosen] != dense][shard * n : (shard + 1) * n]
         with self._parts(ahead=dense) as parts, self._rows.open("rb") as rows:
             for member in members.tolist():
                 yield self._load(parts, member, rows)
             spare = slice(shard, None, self.splits["train"]) if dense else slice(0)
-            for offset, repeated in zip(survey.spare[spare], survey.repeated[spare], strict=True):
+            for offset, repeated in zip(survey.spare[rest][spare], survey.repeated[rest][spare], strict=True):
                 row = _row(rows, offset)
                 yield row if isinstance(row, Drop) else Drop(row.id, "repeated id" if repeated else "no image")
 
@@ -144,6 +175,18 @@ class MP16Pro:
         if is_placeholder(image, self.settings.placeholder):
             return Drop(row.id, "placeholder")
         return dataclasses.replace(row, image=image)
+
+    @functools.cached_property
+    def _chosen(self) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers of the members, and of the rows without a member, that this source reads: all, or those added."""
+        survey = self._survey
+        if not self.since:
+            return np.arange(len(survey.member)), np.arange(len(survey.spare))
+        before = _read_survey(epath.Path(self.since) / "survey")
+        at = np.minimum(np.searchsorted(before.member, survey.member), len(before.member) - 1)
+        incomplete = np.isin(before.fate[at], [REASONS.index(reason) for reason in ("truncated", "no metadata")])
+        added = (before.member[at] != survey.member) | (incomplete & (before.fate[at] != survey.fate))
+        return np.flatnonzero(added), np.flatnonzero(~np.isin(survey.spare, before.spare))
 
     @functools.cached_property
     def _rivals(self) -> dict[int, list[int]]:
@@ -208,7 +251,7 @@ class MP16Pro:
                     f"{surveyed.get(name, 'no')} when {self.work} was begun: restore the file, or remove {self.work} "
                     "and prepare again from the files as they are"
                 )
-        return Survey(*(records.open_array(folder / f"{field.name}.npy") for field in dataclasses.fields(Survey)))
+        return _read_survey(folder)
 
 
 def _check_storage(folder: epath.Path) -> None:
@@ -240,6 +283,10 @@ class Survey:
     held: Bool[np.ndarray, " members"]
     spare: Int[np.ndarray, " spare"]
     repeated: Bool[np.ndarray, " spare"]
+
+
+def _read_survey(folder: epath.Path) -> Survey:
+    return Survey(*(records.open_array(folder / f"{field.name}.npy") for field in dataclasses.fields(Survey)))
 
 
 def _make_survey(parts: tar_parts.Parts, rows: tuple[np.ndarray, ...], settings: MP16ProSettings) -> Survey:

@@ -60,10 +60,11 @@ def check(stage: Stage, source: Source, keep_changed: bool, update: bool = False
     change = _difference(before, now)
     if change and (complete or stage.earlier):
         if not update:
+            added = "" if _difference(before, now, ("removed", "changed")) else "take these in with --update, "
             raise StageError(
-                f"the source of {stage.path} has changed since it was made: {change}: take added photos in with "
-                "--update, use another --workdir, make all again with `geotoken all --remake=prepare`, restore the "
-                "source, or keep the photos as they were with config.photos.keep_changed=True"
+                f"the source of {stage.path} has changed since it was made: {change}: {added}use another --workdir, "
+                "make all again with `geotoken all --remake=prepare`, restore the source, or keep the photos as they "
+                "were with config.photos.keep_changed=True"
             )
         _check_added(stage, source, before, now)
         requested = {"settings": stage.settings, "inputs": stage.inputs}

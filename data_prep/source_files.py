@@ -60,11 +60,12 @@ def check(stage: Stage, source: Source, keep_changed: bool, update: bool = False
     change = _difference(before, now)
     if change and (complete or stage.earlier):
         if not update:
-            added = "" if _difference(before, now, ("removed", "changed")) else "take these in with --update, "
+            added = isinstance(source, GrowingSource) and not _not_added(source, before, now)
             raise StageError(
-                f"the source of {stage.path} has changed since it was made: {change}: {added}use another --workdir, "
-                "make all again with `geotoken all --remake=prepare`, restore the source, or keep the photos as they "
-                "were with config.photos.keep_changed=True"
+                f"the source of {stage.path} has changed since it was made: {change}: "
+                f"{'take this in with --update, ' if added else ''}use another --workdir, make all again "
+                "with `geotoken all --remake=prepare`, restore the source, or keep the photos as they were with "
+                "config.photos.keep_changed=True"
             )
         _check_added(stage, source, before, now)
         requested = {"settings": stage.settings, "inputs": stage.inputs}
@@ -88,13 +89,18 @@ def _check_added(stage: Stage, source: Source, before: Mapping[str, str], now: M
             f"--update cannot take in photos that were added to {source.name}, the source of {stage.path}: make all "
             "again with `geotoken all --remake=prepare`, or use another --workdir"
         )
-    extended = {name for name in before if name in now and before[name] != now[name]}
-    extended = {name for name in extended if source.has_rows_added(name, before[name])}
-    if change := _difference(before, {**now, **{name: before[name] for name in extended}}, ("removed", "changed")):
+    if change := _not_added(source, before, now):
         raise StageError(
             f"--update takes in only photos that were added, but the source of {stage.path} has {change}: restore "
             "these files, or make all again with `geotoken all --remake=prepare`"
         )
+
+
+def _not_added(source: GrowingSource, before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """Returns a text on the files that were removed or changed, except by rows added at their ends; "" if none."""
+    changed = [name for name in before if name in now and before[name] != now[name]]
+    extended = {name: before[name] for name in changed if source.has_rows_added(name, before[name])}
+    return _difference(before, {**now, **extended}, ("removed", "changed"))
 
 
 def has_rows_added(path: str, before: str) -> bool:

@@ -57,7 +57,10 @@ def run(path: Path, process: int, processes: int) -> list[str]:
         patch.setenv("JAX_COORDINATOR_ADDRESS", "nobody:1")  # no process connects to it
         patch.setenv("JAX_NUM_PROCESSES", str(processes))
         patch.setenv("JAX_PROCESS_ID", str(process))
-        return [made.folder for made in index.run(config(), Workdir(path))]
+        try:
+            return [made.folder for made in index.run(config(), Workdir(path))]
+        finally:
+            disk._unlock_all()  # as the system does at the end of a process
 
 
 def test_the_neighbors_are_those_of_one_search(whole: dict[str, bytes], tmp_path: Path):
@@ -109,7 +112,6 @@ def test_interrupted_at_every_file_it_makes_the_same_bytes(aligned, whole, tmp_p
             if run(path, attempt % processes, processes) == list(FOLDERS):
                 break
         except KeyboardInterrupt:
-            disk._unlock_all()  # as the system does at the end of a process
             breaks += 1
     assert breaks > 10
     assert contents(path) == whole

@@ -156,6 +156,7 @@ def take_over(before: epath.Path, ledger: epath.Path, number: str, own: str) -> 
     files = {name.replace(number, own): name for name in stored["files"]}
     for name, old in files.items():
         _link(source / old, target / name)
+    ledger.parent.mkdir(exist_ok=True)
     write_json(ledger, {**stored, "files": {name: stored["files"][old] for name, old in files.items()}})
 
 

@@ -137,7 +137,7 @@ def test_a_split_is_excluded_from_as_it_is_used(tmp_path):
             vectors = table.index_vectors(table.Table(stage.path).embeddings())
             search = read(index.IndexSettings, config.index.search, "index.search")
             index.build(vectors, search, stage.path / "index")
-        stage.finish(counts)
+        stage.finish(counts, index={"kind": "exact"})
     manifest = stage_neighbors.run(configuration.read(config), Workdir(tmp_path))[0]
     gallery = table.Table(tmp_path / "gallery")
     train, test = (Workdir(tmp_path).neighbors(split)[0] for split in counts)

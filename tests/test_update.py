@@ -213,7 +213,7 @@ def test_parts_of_mp16_pro_that_come_later_are_taken_in(tmp_path):
     parts = sorted(whole.glob("mp-16-images*"))
     assert len(parts) >= 3
     shutil.copytree(whole, tmp_path / "data", ignore=lambda folder, names: {path.name for path in parts[1:]})
-    made_with: Any = test_mp16_pro.config(tmp_path / "data", max_dropped=1.0, photos_per_shard=20)
+    made_with: Any = test_mp16_pro.config(tmp_path / "data", photos_per_shard=20)
     made_with.photos.max_dropped = 1.0
     read = configuration.read(made_with)
     first = photos.run(read, Workdir(tmp_path / "run"))[0]

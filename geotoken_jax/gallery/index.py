@@ -45,6 +45,8 @@ _TRAINING_ROWS = 100_000
 #: Rows that ScaNN's codes (16 per pair of components) are trained on. 100,000 rows give the same recall and take 5 s
 #: longer at width 768.
 _CODE_ROWS = 10_000
+#: A shard of fewer rows is searched exactly: ScaNN cannot train its 16 codes on fewer rows, and comparing all is fast.
+_FEW = 256
 #: Lambda of SOAR (Sun et al. 2023), which stores every vector in a second leaf too. The second leaf's center is in
 #: another direction from the vector than the first one's. Searching half as many leaves then gives the same recall.
 _SOAR = 1.5
@@ -153,7 +155,10 @@ def build_shard(
     if not (part / "index.json").exists():
         shutil.rmtree(part, ignore_errors=True)  # an incomplete shard
         part.mkdir(parents=True)
-        facts = _kind(settings.kind, str(folder)).build(vectors[rows[shard].start : rows[shard].stop], settings, part)
+        kind = _kind(settings.kind, str(folder))
+        if kind is Scann and len(rows[shard]) < _FEW:
+            kind = Exact
+        facts = kind.build(vectors[rows[shard].start : rows[shard].stop], settings, part)
         manifests.write_json(part / "index.json", facts)
     return part
 
@@ -169,7 +174,7 @@ def finish(vectors: Vectors, settings: IndexSettings, folder: epath.PathLike, co
     parts = [json.loads((folder / shard_name(shard, count) / "index.json").read_text()) for shard in range(count)]
     leaves = max(part.get("leaves", 0) for part in parts)
     facts = {
-        "kind": parts[0]["kind"],
+        "kind": "scann" if leaves else parts[0]["kind"],
         "rows": sum(part["rows"] for part in parts),
         "shards": count,
         "leaves": leaves,

@@ -69,6 +69,12 @@ def kept_shards(before: str) -> dict[str, int]:
     return shards
 
 
+def forget() -> None:
+    """Makes sources find the added photos again, which may be others."""
+    _added.cache_clear()
+    kept_shards.cache_clear()
+
+
 @dataclasses.dataclass(frozen=True)
 class Known:
     """Photos and drops of the shards that were made before. ids: accepted photos. dropped: id -> its reasons."""

@@ -29,7 +29,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 from etils import epath
 
-from data_prep import dataset, duplicates, images, sharded, source_files
+from data_prep import dataset, duplicates, extended, images, sharded, source_files
 from data_prep.beam import run_tasks
 from data_prep.extended import INCOMPLETE, Extended, kept_shards
 from data_prep.sources import NOT_DOWNLOADED, Drop, Photo, Source, folder
@@ -112,7 +112,10 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
     if kind is EarthView:
         # Its authors can see the same pixels of a map from one place. Of 32,000 photos of `train`, 3 would be left out.
         options = dataclasses.replace(options, duplicates=dataclasses.replace(options.duplicates, keep=True))
-    return [make(stage, source, photos.workers, photos.max_dropped, photos.beam, options, workdir.update)]
+    manifest = make(stage, source, photos.workers, photos.max_dropped, photos.beam, options, workdir.update)
+    if manifest != stage.manifest:
+        workdir.made.add("photos")
+    return [manifest]
 
 
 def make(
@@ -133,6 +136,7 @@ def make(
     shards, or if the source has changed since the folder was completed.
     """
     folder.forget()
+    extended.forget()
     stage = source_files.check(stage, source, options.keep_changed, update)
     if stage.manifest:
         return stage.manifest

@@ -84,8 +84,8 @@ class Readable(Protocol):
         ...
 
 
-class Source(Readable, Protocol):
-    """A data set of photos."""
+class Named(Protocol):
+    """A data set."""
 
     @property
     def name(self) -> str:
@@ -98,6 +98,10 @@ class Source(Readable, Protocol):
         ...
 
 
+class Source(Readable, Named, Protocol):
+    """A data set of photos."""
+
+
 @runtime_checkable
 class FileSource(Protocol):
     """A source that reads files, which can change."""
@@ -108,8 +112,8 @@ class FileSource(Protocol):
 
 
 @runtime_checkable
-class GrowingSource(Source, FileSource, Protocol):
-    """A source that can tell which photos were added to it."""
+class GrowingSource(Named, FileSource, Protocol):
+    """A source that can tell which photos were added to it. Checking for it reads no photos, as a Source would."""
 
     def has_rows_added(self, file: str, before: str) -> bool:
         """Returns whether a file has changed only by rows after its end. before: its text in an earlier fingerprint."""

@@ -12,6 +12,7 @@ import unicodedata
 import zipfile
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ from geotoken_jax.workdir import Workdir
 PLACES = {"oslo": (59.91, 10.75), "tokyo": (35.68, 139.69), "lima": (-12.05, -77.04), "perth": (-31.95, 115.86)}
 
 
-def jpeg(color="red", size=(16, 12), **options) -> bytes:
+def jpeg(color: Any = "red", size=(16, 12), **options) -> bytes:
     file = io.BytesIO()
     Image.new("RGB", size, color).save(file, "JPEG", **options)
     return file.getvalue()

@@ -67,8 +67,8 @@ class IndexSettings:
     float32, 2.25 D with bfloat16 and 1.25 D with int8. `geotoken index` has one shard in memory at a time, and a model
     that predicts has all.
     components: number of principal components that ScaNN's tree and codes use. Reordering uses the whole vectors.
-    leaves_searched: number of leaves searched per shard, of sqrt(rows) leaves. This is an initial value, which `build`
-    doubles until recall reaches min_recall.
+    leaves_searched: number of leaves searched in a shard, of sqrt(rows) leaves; the same share is searched of a shard
+    with fewer rows. This is an initial value, which `build` doubles until recall reaches min_recall.
     reorder: number of candidates that are scored again with the whole vectors, in an index of one shard. Of S shards,
     each scores reorder / sqrt(S) of its candidates again. If this is too few for min_recall with all leaves searched,
     `build` doubles it, up to reorder per shard.
@@ -307,9 +307,9 @@ class Shards:
     """An index over one or more shards, which hold consecutive ranges of rows.
 
     facts: contents of the index folder's index.json. kind: "scann", "exact" or "device". rows, shards: number of each.
-    leaves: number of leaves of the largest shard. leaves_searched: number of leaves searched per shard. leaves and
-    leaves_searched are 0 if all vectors are compared. reorder: number of candidates per shard that are scored again,
-    only for ScaNN. recall: recall of the whole index.
+    leaves: number of leaves of the largest shard. leaves_searched: number of leaves searched in that shard; of a
+    smaller one, the same share is searched. Both are 0 if all vectors are compared. reorder: number of candidates per
+    shard that are scored again, only for ScaNN. recall: recall of the whole index.
     """
 
     def __init__(self, shards: "Iterable[Exact | Device | Scann]", facts: dict[str, Any]):
@@ -321,9 +321,10 @@ class Shards:
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Searches all shards and returns their best results, as `Index.search` does."""
         first, results = 0, []
+        searched, leaves = self.facts["leaves_searched"], max(self.facts["leaves"], 1)
         for shard in self.shards:
             # Indexes of earlier versions have no number of candidates of their own, but one per shard.
-            rows, scores = shard.search(queries, k, self.facts["leaves_searched"], self.facts.get("reorder", 0))
+            rows, scores = shard.search(queries, k, -(-searched * shard.leaves // leaves), self.facts.get("reorder", 0))
             results.append((np.where(rows < 0, -1, rows + first), scores))
             first += len(shard)
         return merge(results, k)

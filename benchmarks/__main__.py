@@ -144,11 +144,11 @@ def main() -> None:
     print(json.dumps(machine()), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         work, printed = Path(folder) / "demo", Path(folder) / "lines"
-        if options.small:
-            small_demo(work)
         printed.touch()
         for name in options.only or names():
             arguments = SMALL[name].format(work=work).split() if options.small else []
+            if str(work) in " ".join(arguments) and not work.exists():
+                small_demo(work)
             for line in run(name, [str(printed)] if name == "data_costs" else arguments):
                 print(line, flush=True)
                 with printed.open("a") as file:

@@ -45,8 +45,12 @@ def sums(folder: epath.PathLike) -> dict[str, str]:
     folder = epath.Path(folder)
     if not (folder / SUMS).exists():
         raise ExportError(f"{folder} has no {SUMS}: {_AGAIN}")
+    try:
+        lines = (folder / SUMS).read_text().splitlines()
+    except UnicodeDecodeError:
+        raise ExportError(f"{folder / SUMS} is damaged, as it is not UTF-8: {_AGAIN}") from None
     digests = {}
-    for line in (folder / SUMS).read_text().splitlines():
+    for line in lines:
         digest, _, name = line.partition("  ")
         path = pathlib.PurePosixPath(name)
         if not name or path.is_absolute() or ".." in path.parts:

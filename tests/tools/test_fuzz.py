@@ -16,20 +16,10 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-import ml_dtypes
-import numpy as np
 import pytest
-from flax import nnx
 
-from geotoken_jax import backbone, checkpoint, settings
-from geotoken_jax.align.heads import AlignSettings
-from geotoken_jax.align.task import AlignTask
-from geotoken_jax.gallery import index, table
-from geotoken_jax.geo.cells import CellScheme
-from geotoken_jax.model.geotoken import GeoTokenModel, ModelSettings
-from geotoken_jax.predict import bundle
 from geotoken_jax.serve import limits
-from tests import tiny
+from tests import exports
 
 hypothesis = pytest.importorskip("hypothesis")
 schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
@@ -46,43 +36,6 @@ SECONDS = 20
 #: What nothing that is answered may have in it. JSON's own \\/ aside, a slash is part of few words.
 TOLD = re.compile(rb"Traceback|site-packages|\.py\b|/(home|root|tmp|usr|work|var|opt)\b|0x[0-9a-f]{6}|object at")
 PHOTO = next(fuzz_bodies.images())
-
-
-def export(folder: Path) -> None:
-    """Writes what `geotoken export` would of a model that has learned nothing, and a gallery of 64 photos."""
-    config = tiny.get_config()
-    config.predict.update(selectors=("greedy", "expected_geoscore"), choice="expected_geoscore")
-    config.predict.search.update(expansions=8)
-    read = {
-        "backbone": {name: config.embed[name] for name in settings.names(backbone.BackboneSettings)},
-        "align": config.align.model,
-        "model": {**config.model, "attention": "xla"},
-        "predict": config.predict,
-        "learned": {},
-        "index": {"threads": 1},
-    }
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(settings.plain(read)))
-    align = AlignTask(settings.read(AlignSettings, read["align"], "align"), config.model.backbone_width)
-    model = settings.read(ModelSettings, read["model"], "model")
-    for name, module in (("align", align.init(nnx.Rngs(0))), ("geotoken", GeoTokenModel(model, nnx.Rngs(0)))):
-        checkpoint.write_parameters(folder / f"{name}.safetensors", nnx.to_pure_dict(nnx.state(module)))
-    rng = np.random.default_rng(0)
-    places = rng.uniform((-80, -180), (80, 180), (64, 2))
-    names = np.array([f"photo-{n}" for n in range(len(places))], "S32")
-    columns = {
-        "embeddings": rng.normal(size=(len(places), 3, config.model.backbone_width)).astype(ml_dtypes.bfloat16),
-        "coordinates": places,
-        "tokens": CellScheme(20, 1).encode(*places.T).astype(np.uint8),
-        "ids": names,
-        "authors": names,
-    }
-    table.write_shard(folder / "gallery", 0, 1, columns)
-    how = settings.read(index.IndexSettings, config.index.search, "index.search")
-    index.build(table.index_vectors(columns["embeddings"]), how, folder / "gallery" / "index")
-    files = (file for file in sorted(folder.rglob("*")) if file.is_file())
-    sums = "".join(f"{bundle.sha256(file)}  {file.relative_to(folder)}\n" for file in files)
-    (folder / bundle.SUMS).write_text(sums)
 
 
 @contextlib.contextmanager
@@ -113,7 +66,7 @@ def serving(folder: Path, log: Path) -> Iterator[str]:
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     """The address of a service, and its log."""
     folder = tmp_path_factory.mktemp("served")
-    export(folder / "export")
+    exports.write(folder / "export")
     with serving(folder / "export", folder / "log") as address:
         yield address, folder / "log"
 

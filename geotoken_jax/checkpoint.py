@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors
 import safetensors.numpy
 from etils import epath
 from flax import nnx
@@ -36,6 +37,10 @@ _WILDCARDS = frozenset("*?[")
 
 class CheckpointError(UserError, RuntimeError):
     """A checkpoint cannot be written."""
+
+
+class ParametersError(UserError, ValueError):
+    """A file of parameters is damaged, or has other parameters than its model."""
 
 
 class Checkpoints:
@@ -232,15 +237,19 @@ def read_module(path: epath.PathLike, make: Callable[[nnx.Rngs], M]) -> M:
 
     make: function that builds the module from random number generators.
 
-    Raises ValueError with the name of the first parameter that is missing, extra or of another shape.
+    Raises ParametersError if the file is damaged, or with the name of the first parameter that is missing, extra or of
+    another shape.
     """
-    stored = safetensors.numpy.load(epath.Path(path).read_bytes())
+    try:
+        stored = safetensors.numpy.load(epath.Path(path).read_bytes())
+    except (safetensors.SafetensorError, KeyError) as error:  # KeyError: a type that numpy does not have
+        raise ParametersError(f"{path} is damaged ({error}): restore it, or make its folder again") from None
     graph, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
     flat = {"/".join(map(str, key)): variable for key, variable in nnx.to_flat_state(state)}
     wrong = sorted(flat.keys() ^ stored.keys())
     wrong += [name for name in flat.keys() & stored.keys() if flat[name].shape != stored[name].shape]
     if wrong:
-        raise ValueError(
+        raise ParametersError(
             f"{path} does not fit this configuration: {wrong[0]} is missing, extra or of another shape; use the "
             "configuration that the model was trained with"
         )

@@ -90,7 +90,7 @@ def test_damaged_exports_are_read_or_refused(export, tmp_path):
     """Half of the exports have the sums of their damaged files, as if someone had edited them."""
     files = sorted(file for file in export.rglob("*") if file.is_file())
 
-    @random
+    @hypothesis.settings(random, max_examples=100)  # each takes half a second
     @hypothesis.given(strategies.data(), strategies.sampled_from(files), strategies.booleans())
     def check(data, file, summed):
         folder = tmp_path / "export"

@@ -30,6 +30,7 @@ from geotoken_jax.gallery import int8
 from geotoken_jax.gallery.device_search import DeviceSearch
 from geotoken_jax.progress import track
 from geotoken_jax.settings import Runtime
+from geotoken_jax.shards import DamagedError
 
 #: Queries and gallery rows per block of scores: 34 MB of scores, and 151 MB of gallery vectors of width 2304.
 _QUERIES, _ROWS = 512, 16_384
@@ -213,7 +214,7 @@ def load(folder: epath.PathLike, threads: int, part: Sequence[int] = ()) -> "Sha
     installed, and ValueError if a ScaNN shard contains a pickle.
     """
     folder = epath.Path(folder)
-    facts = json.loads((folder / "index.json").read_text())
+    facts = _facts(folder, {"rows": int, "shards": int, "leaves_searched": int})
     opened = list(_Opened(folder, part or range(facts["shards"]), facts["shards"], threads))
     return Shards(opened, {**facts, "rows": sum(map(len, opened))} if part else facts)
 
@@ -295,7 +296,7 @@ class _Opened:
         self._folders, self._threads = [folder / shard_name(shard, count) for shard in numbers], threads
 
     def __iter__(self) -> "Iterator[Exact | Device | Scann]":
-        facts = [json.loads((folder / "index.json").read_text()) for folder in self._folders]
+        facts = [_facts(folder, {"kind": str, "rows": int}) for folder in self._folders]
         opened = (_open(*part, self._threads) for part in zip(self._folders, facts, strict=True))
         if facts[0]["kind"] == "device":  # one search over all shards, whose candidates are read from disk once
             yield Device.concatenation([shard for shard in opened if isinstance(shard, Device)])
@@ -461,6 +462,18 @@ class Scann:
 def shard_name(shard: int, count: int) -> str:
     """Returns the name of a shard's folder. count: number of all shards."""
     return f"{shard:05d}-of-{count:05d}"
+
+
+def _facts(folder: epath.Path, kinds: dict[str, type]) -> dict[str, Any]:
+    """Returns the contents of an index.json. kinds: key -> type. Raises DamagedError if a value is missing."""
+    try:
+        facts = json.loads((folder / "index.json").read_bytes())
+    except ValueError as error:
+        raise DamagedError(str(folder / "index.json"), error) from None
+    for key, kind in kinds.items():
+        if not isinstance(facts, dict) or not isinstance(facts.get(key), kind) or isinstance(facts[key], bool):
+            raise DamagedError(str(folder / "index.json"), f"it has no {key}")
+    return facts
 
 
 def _open(part: epath.Path, facts: dict[str, Any], threads: int) -> Exact | Device | Scann:

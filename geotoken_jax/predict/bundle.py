@@ -1,8 +1,9 @@
 """Checks the files of an export, and the checkpoint of its backbone, against their SHA-256 sums."""
 
+import contextlib
 import hashlib
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from etils import epath
@@ -20,6 +21,20 @@ _AGAIN = "copy the export again, or make it again with `geotoken export`"
 
 class ExportError(UserError, ValueError):
     """An export cannot be used; the message names the file and the fix."""
+
+
+@contextlib.contextmanager
+def reading(folder: epath.PathLike) -> Iterator[None]:
+    """Raises ExportError for errors inside the context that come from an export's contents, such as a missing key."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ExportError(
+            f"{folder} cannot be used ({type(error).__name__}: {error}): it was edited, or made by another version; "
+            f"{_AGAIN}"
+        ) from error
 
 
 def check(folder: epath.PathLike, everything: bool) -> None:

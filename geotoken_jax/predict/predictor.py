@@ -200,14 +200,19 @@ class GeoToken(Predictor):
 
         folder: folder that `geotoken export` made. verify: if True, every file's SHA-256 sum is checked; if False, only
         the sums of parameters and settings. backbone: the backbone's checkpoint, a folder or a name on the Hugging Face
-        hub; None if the export contains it. Raises FileNotFoundError if the folder is not an export. Raises ValueError
-        if a file of the export or of the checkpoint is missing or damaged, or if settings and parameters do not match.
+        hub; None if the export contains it. Raises FileNotFoundError if the folder is not an export, and UserError if a
+        file of the export or of the checkpoint is missing or damaged, or if settings and parameters do not match.
         """
         #: The folder of the export.
         self.folder = folder = epath.Path(folder)
         if not (folder / "config.json").exists():
             raise FileNotFoundError(f"{folder} has no config.json: give the folder that `geotoken export` made")
         bundle.check(folder, verify)
+        with bundle.reading(folder):
+            self._read(folder, backbone)
+
+    def _read(self, folder: epath.Path, backbone: epath.PathLike | None) -> None:
+        """Reads settings, parameters and gallery of an export."""
         config = json.loads((folder / "config.json").read_text())
         tower = bundle.backbone(folder, config["backbone"], config.get("checkpoint"), backbone)
         self._backbone = backbones.make(settings.read(backbones.BackboneSettings, tower, "backbone"))

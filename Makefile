@@ -22,10 +22,12 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
 # jax2onnx and TensorFlow have requirements that conflict with .venv, so each has its own environment.
 PACKAGES = $$($(BIN)/python -c 'from geotoken_jax.interop.targets import TARGETS; print(TARGETS["$(1)"][1])')
 
-.PHONY: help demo test test-slow test-interop test-tools test-targets docs lint bench bench-small lock clean
+.PHONY: help venv demo test test-slow test-interop test-tools test-targets docs lint bench bench-small lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
+
+venv: $(INSTALLED) ## install the locked packages and geotoken into .venv, and nothing else
 
 demo: $(INSTALLED) ## run all stages on EarthView, and write a report to open in a browser
 	$(BIN)/geotoken all --config=configs/demo.py --workdir=runs/demo

@@ -79,7 +79,8 @@ def _predict(options: argparse.Namespace, config: Any) -> int:
     form = photos.Form(options.output, options.json, min_within, options.xmp, options.dry_run)
     found = photos.find(options.photos)
     model = _predictor(options)
-    return photos.run(model, photos.identity(model.folder), found, form)
+    with photos.warnings():
+        return photos.run(model, photos.identity(model.folder), found, form)
 
 
 def _predictor(options: argparse.Namespace) -> Any:

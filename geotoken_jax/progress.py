@@ -38,8 +38,10 @@ class Progress:
             leave=False,
         )
         self._label, self._total, self._unit, self._shown = label, total, unit, shown
-        self._first, self._done = done, done
+        self._done = done
         self._began = self._last = time.monotonic()
+        #: Units and time from which the rate is computed: after the first ones, which wait for compilation.
+        self._start: tuple[int, float] | None = None
 
     def __enter__(self):
         return self
@@ -57,12 +59,13 @@ class Progress:
         if note:
             self._bar.set_postfix_str(note, refresh=False)
         now = time.monotonic()
+        self._start = self._start or (self._done, now)
         if self._shown and self._bar.disable and now - self._last > LOG_EVERY:
             self._last = now
-            rate = (self._done - self._first) / (now - self._began)
-            left = f", {(self._total - self._done) / rate:.0f} s left" if self._total and rate else ""
             total = f" of {self._total:,}" if self._total else ""
-            print(
-                f"{self._label}: {self._done:,}{total} {self._unit}, {rate:,.0f}/s{left} {note}".rstrip(),
-                file=sys.stderr,
-            )
+            text = f"{self._label}: {self._done:,}{total} {self._unit}"
+            if gained := self._done - self._start[0]:
+                rate = gained / (now - self._start[1])
+                left = f", {(self._total - self._done) / rate:.0f} s left" if self._total else ""
+                text += f", {rate:,.0f}/s{left}"
+            print(f"{text} {note}".rstrip(), file=sys.stderr)

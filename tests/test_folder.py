@@ -425,3 +425,20 @@ def test_the_command_line_passes_its_options_on(photos, monkeypatch, capsys):
         said = capsys.readouterr()
         assert ended.value.code == status and words in said.out + said.err
     assert not list(photos.glob("*.xmp"))
+
+
+def test_a_warning_about_a_photo_is_printed_once_as_a_sentence(tmp_path, monkeypatch, capsys):
+    class Opens(Sizes):
+        def prepare(self, photo: Any) -> Any:
+            open_image(photo)
+            return photo
+
+    Image.effect_noise((64, 200), 90).save(tmp_path / "a.jpg")
+    (tmp_path / "a.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:-9])
+    monkeypatch.setattr(commands, "_predictor", lambda options: Opens())
+    with pytest.raises(SystemExit):
+        cli.main(["predict", "--model=x", str(tmp_path / "a.jpg"), f"--output={tmp_path / 'page.html'}"])
+    said = [line for line in capsys.readouterr().err.splitlines() if "last bytes" in line]
+    assert said == [
+        f"geotoken predict: {tmp_path / 'a.jpg'} lacks its last bytes; what is there is used: copy it again"
+    ]

@@ -15,11 +15,11 @@ def clock(monkeypatch):
 
 def test_a_line_now_and_then_with_rate_and_time_left(capsys, clock):
     with progress.Progress("train", 1000, "photo", done=200) as bar:
-        for seconds in (10.0, 16.0, 20.0, 40.0):
+        for seconds in (10.0, 18.0, 20.0, 40.0):
             clock[0] = seconds
             bar.add(100, note=f"loss {seconds}")
     assert capsys.readouterr().err.splitlines() == [
-        "train: 400 of 1,000 photo, 12/s, 48 s left loss 16.0",
+        "train: 400 of 1,000 photo, 12/s, 48 s left loss 18.0",
         "train: 600 of 1,000 photo, 10/s, 40 s left loss 40.0",
         "train: 600 photo in 40 s",
     ]
@@ -27,9 +27,22 @@ def test_a_line_now_and_then_with_rate_and_time_left(capsys, clock):
 
 def test_without_a_total_no_time_left_is_told(capsys, clock):
     with progress.Progress("embed", None) as bar:
-        clock[0] = 20.0
-        bar.add(5000)
-    assert capsys.readouterr().err.splitlines() == ["embed: 5,000 it, 250/s", "embed: 5,000 it in 20 s"]
+        for clock[0] in (1.0, 21.0):
+            bar.add(5000)
+    assert capsys.readouterr().err.splitlines() == ["embed: 10,000 it, 250/s", "embed: 10,000 it in 21 s"]
+
+
+def test_the_seconds_before_the_first_photo_do_not_count_for_the_time_left(capsys, clock):
+    with progress.Progress("predict", 20, "photos") as bar:
+        clock[0] = 32.0  # loading and compiling
+        bar.add()
+        clock[0] = 50.0
+        bar.add(9)
+    assert capsys.readouterr().err.splitlines() == [
+        "predict: 1 of 20 photos",
+        "predict: 10 of 20 photos, 0/s, 20 s left",
+        "predict: 10 photos in 50 s",
+    ]
 
 
 def test_track_yields_every_item_and_counts_steps(capsys, clock):

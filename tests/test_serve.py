@@ -495,7 +495,8 @@ def test_a_setting_that_allows_nothing_is_refused(wrong):
         limits.ServeSettings(max_photos=100)
 
 
-def test_ready_only_once_every_size_is_compiled():
+def test_ready_only_once_every_size_is_compiled(caplog):
+    caplog.set_level(logging.INFO, "uvicorn.error")
     with serving(ready=False) as (client, model):
         model.free.clear()
         wait(lambda: client.get("/health").status_code == 200)
@@ -504,10 +505,12 @@ def test_ready_only_once_every_size_is_compiled():
                 state.status_code == 503 and state.json() == {"status": "compiling"} and "retry-after" in state.headers
             )
             assert "compiled" in says(client.post(ONE, files={"photo": photo()}), 503)
+            assert "geotoken is ready" not in caplog.text
         model.free.set()
         wait(lambda: client.get("/ready").status_code == 200)
         assert model.batches == [1, 2, 4, 8, 8]
         assert "geotoken_ready 1.0" in client.get("/metrics").text
+        assert "geotoken is ready" in caplog.text
 
 
 def test_a_model_that_cannot_be_compiled_ends_the_service(caplog):

@@ -1,9 +1,11 @@
 """Finds the photos that a user names, predicts them, and writes the answers to a file that survives interruptions."""
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -92,6 +94,27 @@ class Form:
             raise SettingsError("--dry-run prints the sidecars that --xmp would write: add --xmp")
         if self.dry_run and self.output:
             raise SettingsError("--dry-run writes no file: leave out --output")
+
+
+@contextlib.contextmanager
+def warnings() -> Iterator[None]:
+    """Prints warnings about photos like other sentences on standard error. A page reads a photo again: each once."""
+    seen: set[str] = set()
+
+    def first(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        return text not in seen and not seen.add(text)
+
+    logger, handler = logging.getLogger("geotoken_jax"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("geotoken predict: %(message)s"))
+    handler.addFilter(first)
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.propagate = True
+        logger.removeHandler(handler)
 
 
 def run(model: Predictor, identity: str, found: Found, form: Form) -> int:

@@ -33,8 +33,8 @@ def make(folder: epath.PathLike, name: str) -> epath.Path:
         target = importlib.import_module(f"geotoken_jax.interop.{module}")
     except ModuleNotFoundError as error:
         raise SettingsError(
-            f"--target={name} needs {error.name}: in a separate environment, run `pip install {packages}` and "
-            "`pip install --no-deps geotoken-jax`"
+            f"--target={name} needs {error.name}: in a separate environment, run `pip install {packages}`, and "
+            "`pip install --no-deps FOLDER` with the folder of a clone of geotoken-jax"
         ) from None
     if name != "pytorch" and not (folder / "standalone.py").exists():
         raise SettingsError(

@@ -322,7 +322,7 @@ def run(model: Model, settings: ServeSettings, sockets: list[socket.socket], exp
         host, port = one.getsockname()[:2]
         # uvicorn prints this only for sockets that it binds itself.
         logging.getLogger("uvicorn.error").info(
-            "geotoken running on http://%s:%d", f"[{host}]" if ":" in host else host, port
+            "geotoken running on http://%s:%d, compiling the model", f"[{host}]" if ":" in host else host, port
         )
     server.run(sockets)
     return int(bool(failed))

@@ -63,6 +63,7 @@ class Batcher:
                 await self._timed([blank] * size)
             await self._timed([blank] * self._size)  # again: the stored duration includes compilation
             self.ready = True
+            logging.getLogger("uvicorn.error").info("geotoken is ready")
             while True:
                 await self._answer(await self._next())
         finally:

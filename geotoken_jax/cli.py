@@ -239,7 +239,10 @@ def _config(options: argparse.Namespace, rest: list[str]) -> Any:
 
     file = Path(options.config.partition(":")[0])  # the part after ":" is get_config's argument
     if not file.exists():
-        raise settings.SettingsError(f"--config={file} does not exist: use a file of configs/, such as configs/demo.py")
+        raise settings.SettingsError(
+            f"--config={file} does not exist: run the command in a clone of geotoken-jax, which has configs/demo.py "
+            "and others, or correct the path"
+        )
     # Configurations import each other as `configs.NAME`, so the folder above configs/ must be on the path.
     sys.path.insert(0, str(file.resolve().parent.parent))
     try:

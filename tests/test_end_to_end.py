@@ -418,7 +418,7 @@ def test_json_lines_of_photos(workdir: Path, photo: bytes, tmp_path: Path, capsy
     [
         (["train", "--workdir=x"], "--config=FILE"),
         (["train", f"--config={CONFIG}"], "--workdir=DIR"),
-        (["train", "--config=nowhere.py", "--workdir=x"], "nowhere.py does not exist"),
+        (["train", "--config=nowhere.py", "--workdir=x"], "nowhere.py does not exist: run the command in a clone"),
         (["embed", f"--config={CONFIG}", "--workdir={empty}"], "run `geotoken prepare`"),
         (["train", f"--config={CONFIG}", "--workdir=x", "--config.model.widht=3"], "config.model.widht"),
         (["train", f"--config={CONFIG}", "--workdir=x", "--variant=other"], "choose one of geotoken"),

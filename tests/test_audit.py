@@ -422,3 +422,5 @@ def test_the_page_is_made_if_no_continent_is_known(figures):
     maps = coverage.Maps(cell, np.ones(1, int), np.zeros((1, 2)), lost)
     page = coverage_page.page(found, maps, "geotoken", frame.Source({}, 10))
     assert "Each photo's own continent" not in page
+    masked["regions"] = []
+    assert coverage.table(found).endswith("have no country or continent in common")

@@ -151,6 +151,8 @@ def table(figures: Mapping[str, Any]) -> str:
             for m in region["methods"]
         )
         lines.append(f"  {region['name']:{width}}{region['photos']:6,}  " + ";  ".join(pairs))
+    if not masked["regions"]:
+        lines.append("  none: the gallery and these photos have no country or continent in common")
     return "\n".join(line.rstrip() for line in lines)
 
 

@@ -127,7 +127,7 @@ def _keys(gray: np.ndarray) -> tuple[UInt64[np.ndarray, "n keys"], Bool[np.ndarr
     """
     rng = np.random.default_rng(0)
     pixels = images.THUMBNAIL[0] * images.THUMBNAIL[1]
-    directions = rng.choice(np.float32([-1, 1]), (pixels, _KEYS * _PRODUCTS)) / np.float32(pixels**0.5)
+    directions = rng.choice(np.array([-1, 1], np.float32), (pixels, _KEYS * _PRODUCTS)) / np.float32(pixels**0.5)
     offsets = rng.uniform(0, _STEP, _KEYS * _PRODUCTS).astype(np.float32)
     factors = rng.integers(0, 1 << 63, (_KEYS, _PRODUCTS), np.uint64) * np.uint64(2) + np.uint64(1)
     keys, contrast = np.empty((len(gray), _KEYS), np.uint64), np.empty(len(gray), bool)

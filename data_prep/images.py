@@ -46,7 +46,7 @@ def _decoded(image: bytes) -> tuple[str, np.ndarray | None]:
         picture = preprocess.open_image(image, min_side=_MIN_SIDE, whole=True)
     except preprocess.ImageError as error:
         return next(reason for words, reason in _REASONS.items() if words in str(error)), None
-    return "", np.asarray(picture.convert("L").resize(THUMBNAIL[::-1], Image.Resampling.BOX))
+    return "", np.asarray(picture.convert("L").resize((THUMBNAIL[1], THUMBNAIL[0]), Image.Resampling.BOX))
 
 
 def captured(image: bytes) -> float:

@@ -389,7 +389,7 @@ def _separate(
         ranks = [_RANKS.get(tasks[shard].split, _TEST_RANK) for shard in shards]
         photos = []
         for row, shard, rank in zip(group, shards, ranks, strict=True):
-            photos.append({"split": tasks[shard].split, "id": ids[row].decode()})
+            photos.append({"split": tasks[shard].split, "id": bytes(ids[row]).decode()})
             if rank < max(ranks) and not options.keep:
                 left_out[shard].append((int(row - starts[shard]), photos[-1]["id"]))
         lines.append(json.dumps(photos) + "\n")

@@ -154,7 +154,7 @@ def schema(layout: Layout, files: str) -> dict[str, Any]:
     columns = "{field}" in files
     dtype, fields = layout._numpy, []
     for field in layout.fields:
-        stored, offset = dtype.fields[field.name][:2]  # pyright: ignore[reportOptionalSubscript]
+        stored, offset = dict(dtype.fields or {})[field.name][:2]
         kind = field.dtype if field.dtype == "bfloat16" else stored.base.str
         entry: dict[str, Any] = {"name": field.name, "dtype": kind, "stored_as": stored.base.str}
         entry["shape"] = ["photos", *field.shape] if columns else list(field.shape)

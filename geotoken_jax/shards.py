@@ -46,8 +46,8 @@ class DamagedError(UserError, RuntimeError):
 def damaged(place: str, reason: Any) -> DamagedError:
     """Returns the error for a damaged file or record. place: see DamagedError."""
     return DamagedError(
-        f"{place} is damaged ({' '.join(str(reason).split())}): restore the file, or make it again with `geotoken "
-        "verify WORKDIR --mend --config=FILE`",
+        f"{place} is damaged ({' '.join(str(reason).split())}): restore the file; in a work directory, `geotoken "
+        "verify WORKDIR --mend --config=FILE` makes it again",
         place,
     )
 

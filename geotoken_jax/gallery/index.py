@@ -30,7 +30,7 @@ from geotoken_jax.gallery import int8
 from geotoken_jax.gallery.device_search import DeviceSearch
 from geotoken_jax.progress import track
 from geotoken_jax.settings import Runtime
-from geotoken_jax.shards import DamagedError
+from geotoken_jax.shards import damaged
 
 #: Queries and gallery rows per block of scores: 34 MB of scores, and 151 MB of gallery vectors of width 2304.
 _QUERIES, _ROWS = 512, 16_384
@@ -469,10 +469,10 @@ def _facts(folder: epath.Path, kinds: dict[str, type]) -> dict[str, Any]:
     try:
         facts = json.loads((folder / "index.json").read_bytes())
     except ValueError as error:
-        raise DamagedError(str(folder / "index.json"), error) from None
+        raise damaged(str(folder / "index.json"), error) from None
     for key, kind in kinds.items():
         if not isinstance(facts, dict) or not isinstance(facts.get(key), kind) or isinstance(facts[key], bool):
-            raise DamagedError(str(folder / "index.json"), f"it has no {key}")
+            raise damaged(str(folder / "index.json"), f"it has no {key}")
     return facts
 
 

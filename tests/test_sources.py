@@ -196,13 +196,13 @@ def test_authors_are_in_one_split_and_shares_are_met(tmp_path):
     names = [f"{n:02d}.jpg" for n in range(60)]
     rows = [[name, 10, 100, f"author {n // 3}"] for n, name in enumerate(names)]
     table = write_csv(tmp_path / "t.csv", ["id", "latitude", "longitude", "author"], rows)
-    path = write_files(tmp_path / "in", {name: jpeg() for name in names})
+    path = write_files(tmp_path / "in", {name: jpeg(size=(8 + n, 8)) for n, name in enumerate(names)})
     changes = dict(path=path, csv=table, train=0.5, validation=0.25, test=0.25, photos_per_shard=7)
     _, found = prepare(tmp_path / "w", "folder", **changes)
     assert sorted(name for rows in found.values() for name in rows) == names
     authors = [{row["author"] for row in rows.values()} for rows in found.values()]
     assert len(found) == 3 and sum(map(len, authors)) == len(set().union(*authors)) == 20
-    assert len(list((tmp_path / "w/photos").glob("*-train.array_record*"))) == -(-len(found["train"]) // 7) > 1
+    assert len(list((tmp_path / "w/photos").glob("*/*/*-train.array_record*"))) == -(-len(found["train"]) // 7) > 1
 
 
 IM2GPS3K = "IMG_ID,AUTHOR,LAT,LON,S3_Label,S16_Label,S365_Label,Prob_indoor,Prob_natural,Prob_urban"
@@ -248,7 +248,7 @@ def test_yfcc_is_read_in_each_of_its_forms(tmp_path, form):
     name = form if form.startswith("yfcc") else "yfcc4k"
     _, found = prepare(tmp_path / "w", "yfcc", name=name, path=path, table=table)
     assert where(found["test"]) == places and {row["author"] for row in found["test"].values()} == authors
-    assert list((tmp_path / "w/photos").glob(f"{name}-test.array_record*"))
+    assert list((tmp_path / "w/photos").glob(f"{name}/1.0.0/{name}-test.array_record*"))
 
 
 OSV5M = (
@@ -487,7 +487,7 @@ def test_paths_are_data(tmp_path, name):
     assert list(found["test"]) == ["[a]*.jpg", "å {b}.jpg"]
     folder = Workdir(at / "w")
     assert folder.complete_folders() == ["photos"] and folder.manifest("photos") == manifest
-    assert records.shard_paths(folder.path / "photos", "folder-test")
+    assert records.shard_paths(folder.path / "photos" / "folder" / "1.0.0", "folder-test")
     if at != tmp_path / name:
         with pytest.raises(StageError, match="which is not UTF-8: rename the folder"):
             Workdir(tmp_path / name)

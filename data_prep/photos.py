@@ -137,6 +137,8 @@ def make(
     """
     folder.forget()
     extended.forget()
+    if not (stage.manifest or stage.mended or stage.earlier):
+        _ = source.splits  # names a missing setting, before the files of the source are compared
     stage = source_files.check(stage, source, options.keep_changed, update)
     if stage.manifest:
         return stage.manifest

@@ -17,6 +17,7 @@ RANKS = {
             "settings",
             "disk",
             "manifests",
+            "partition",
             "records",
             "shards",
             "tables",

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import embed, sharded
+from data_prep import embed, gallery, neighbors, sharded, tokens
 from geotoken_jax import backbone, configuration, manifests, partition, records
+from geotoken_jax.gallery import table
 from geotoken_jax.workdir import Workdir
 from tests import sample, tiny
 

@@ -153,8 +153,9 @@ def schema(layout: Layout, files: str) -> dict[str, Any]:
     """
     columns = "{field}" in files
     dtype, fields = layout._numpy, []
+    places: Any = dtype.fields
     for field in layout.fields:
-        stored, offset = dict(dtype.fields or {})[field.name][:2]
+        stored, offset = places[field.name][:2]
         kind = field.dtype if field.dtype == "bfloat16" else stored.base.str
         entry: dict[str, Any] = {"name": field.name, "dtype": kind, "stored_as": stored.base.str}
         entry["shape"] = ["photos", *field.shape] if columns else list(field.shape)

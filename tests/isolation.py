@@ -3,6 +3,7 @@
 conftest.py uses it; it imports nothing that reads the environment.
 """
 
+import importlib.metadata
 import os
 from pathlib import Path
 
@@ -23,10 +24,15 @@ def xla_flags(devices: int) -> str:
     # Tests compile far longer than they run. Without LLVM's optimizations a gradient takes 2.9 s instead of 6.4 s, and
     # without the emitters of fusions in MLIR a run of tests/pod.py takes 37 s of CPU instead of 52 s.
     # Eight devices that meet on two busy cores may be minutes apart, and XLA ends the process after 40 s of waiting.
-    return (
-        f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0 "
-        "--xla_cpu_use_fusion_emitters=false --xla_cpu_collective_call_terminate_timeout_seconds=600"
-    )
+    flags = [
+        f"--xla_force_host_platform_device_count={devices}",
+        "--xla_backend_optimization_level=0",
+        "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+    ]
+    # XLA ends the process for a flag that it does not know, and later versions have only the emitters.
+    if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
+        flags.append("--xla_cpu_use_fusion_emitters=false")
+    return " ".join(flags)
 
 
 def environment(root: Path, session: Path, platform: str) -> dict[str, str]:

@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
     # geotoken_jax/model/reward.py
     config.reward = dict(model=dict(hidden=2048, dropout=0.1), train=_train_selector())
     config.verifier = _verifier()
-    # Name of a variant of the decoder -> sections and keys that it changes. The commands `geotoken train`, `learn` and
+    # Name of a variant of the decoder -> changed sections and keys. The commands `geotoken train`, `learn` and
     # `predict` run once per variant.
     config.variants = dict(geotoken=dict())
     config.predict = _predict()
@@ -311,7 +311,7 @@ def _export() -> dict[str, Any]:
     return dict(
         gallery="bfloat16",
         weights=True,
-        # Photos may show people, so an export contains no photos by default, except those of EarthView.
+        # Photos may show people, so an export contains no photos by default, except from EarthView.
         thumbnails=-1,
         examples=-1,
     )

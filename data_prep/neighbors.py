@@ -1,7 +1,7 @@
 """Second step of the stage `index`: the nearest gallery photos of every photo in every split.
 
 Neighbors are found shard by shard, by one or more processes (data_prep/sharded.py). A process opens one shard of the
-index at a time, searches it for the neighbors of all its photos, and merges them with those of the shards before. Its
+index at a time, searches it for the neighbors of all its photos, and merges them with earlier shards' neighbors. Its
 memory holds this shard of the index (config.index.search.shard_rows) and 0.2 GB, for any number of photos. An index of
 kind `device` is opened as a whole: its vectors are in the memory of the devices.
 """

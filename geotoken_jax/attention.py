@@ -81,9 +81,10 @@ def by_head(
 def choose(requested: str, q: Any, k: Any, *, causal: bool = False) -> Literal["xla", "cudnn", "pallas"]:
     """Returns the kernel for queries q [B, T, H, d] and keys k [B, S, H, d], which are arrays or their shapes.
 
-    "auto" is the fused kernel of the platform if the shapes allow it, else "xla". The platform is that of the mesh in
-    use, which may be of absent devices, as in `geotoken plan`. Without a mesh "auto" is "xla", because the platform is
-    unknown then, and because XLA cannot divide a Pallas kernel over devices. "cudnn" is "xla" for fewer than 64 keys.
+    "auto" is the fused kernel of the platform if the shapes allow it, else "xla". The platform is read from the
+    mesh in use, also if its devices are absent, as in `geotoken plan`. Without a mesh "auto" is "xla", because the
+    platform is unknown then, and because XLA cannot divide a Pallas kernel over devices. "cudnn" is "xla" for fewer
+    than 64 keys.
 
     Raises SettingsError for "cudnn" without a GPU.
     """

@@ -146,8 +146,8 @@ class CoverageSettings:
     """config.audit.coverage.
 
     level: level of the S2 cells in which gallery photos are counted. split: split whose photos are predicted again,
-    each without the gallery photos of its region. countries: number of countries treated as regions, those with most
-    photos of `split`; all continents are regions too.
+    each without the gallery photos of its region. countries: number of countries treated as regions, beginning with the
+    one with most photos of `split`; all continents are regions too.
     """
 
     level: int
@@ -173,7 +173,7 @@ class Experiment:
 
     question: question that the experiment answers. note: conclusion from its table, added by hand after the runs. runs:
     tuples of a run's name and its changes (nested sections and keys). A third item, if there is one, names an earlier
-    run whose trained models are used; then nothing is trained, and the changes are added to those of the earlier run.
+    run whose trained models are used; then nothing is trained, and the changes are added to the earlier run's changes.
     The first run is compared with all others. choices: rows of the table per run: names of selectors, "" for the run's
     config.predict.choice, "ideal" for the best candidate. splits: splits that are scored.
     """

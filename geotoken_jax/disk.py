@@ -248,8 +248,8 @@ def writers(folder: epath.PathLike) -> list[int]:
 def _is_held(path: epath.Path) -> bool:
     """Returns whether another process holds a lock.
 
-    Where the system cannot tell, as on another machine, the lock's time is compared with that of this process's own
-    lock in the folder, which is renewed as often.
+    Where the system cannot tell, as on another machine, the lock's time is compared with the time of this process's
+    own lock in the folder, which is renewed as often.
     """
     own = path.parent / f".lock.{processes.index()}"
     if path == own:

@@ -27,7 +27,7 @@ _ELEMENTWISE = {
 }  # fmt: skip
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _KERNEL_COST = re.compile(r'"cost_estimate":\{"flops":"(\d+)".*?"bytes_accessed":"(\d+)"')
-#: Instructions without memory traffic. Loops and calls are counted in the computations that they run.
+#: Instructions without memory traffic. Loops and calls are counted in their computations.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
     "while", "call", "conditional", "opt-barrier",
@@ -66,7 +66,7 @@ class Costs:
 
     flops: floating-point operations of dots, convolutions and kernels. vector: element-wise operations outside of
     kernels. traffic: bytes read from and written to memory. cycles: sum of the TPU compiler's estimates of each
-    instruction's clock cycles; it has none for kernels, collectives and asynchronous copies. kernels: (runs,
+    instruction's clock cycles, without kernels, collectives and asynchronous copies. kernels: (runs,
     floating-point operations per run, bytes per run) of each Pallas kernel, by the kernel's own cost estimate. A kernel
     without an estimate counts with its operands and results, and no operations. payload: kind of collective -> bytes
     per device of the operands, or of the result of an all-gather. sent: kind of collective -> bytes that a device sends

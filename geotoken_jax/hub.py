@@ -76,7 +76,7 @@ def is_name(text: str) -> bool:
 
 
 def pinned(folder: epath.PathLike) -> str | None:
-    """Returns ORG/NAME@COMMIT of a model in the hub's cache, or None for any other folder.
+    """Returns ORG/NAME@COMMIT of a model in the hub's cache, or None if the folder is another one.
 
     The cache names folders models--ORG--NAME/snapshots/COMMIT.
     """

@@ -104,7 +104,7 @@ class Stage:
     """A folder opened for its stage. If `manifest` is not None the folder is complete and the stage has nothing to do.
 
     path: the folder. settings, inputs: see Manifest. mended: manifest of a complete folder that was opened again to
-    make damaged files again; None for any other folder. earlier: SHA-256 of the manifests that the folder had before
+    make damaged files again, else None. earlier: SHA-256 of the manifests that the folder had before
     photos were added, and their counts, in order.
     """
 
@@ -186,7 +186,7 @@ def read_ledger(path: epath.Path) -> dict[str, Any] | None:
 def recorded(folder: epath.Path) -> dict[str, list[Any]]:
     """Returns path -> size and SHA-256 for the files that a begun folder must have: those that its ledgers record.
 
-    If the folder was opened again to be mended, these are all files that it had.
+    If the folder was opened again to be mended, these are all its earlier files.
     """
     before = _load(folder / "begun.json", ["mended"])["mended"]["files"] if is_mended(folder) else {}
     return {**before, **_in_ledgers(folder)}
@@ -350,7 +350,7 @@ def _reopen_grown(workdir: epath.Path, folder: str, requested: Mapping[str, Any]
 def reopen_to_extend(workdir: epath.PathLike, folder: str, requested: Mapping[str, Any]) -> Stage:
     """Opens a folder again to add photos to it, and returns it. Its files move to the subfolder EARLIER/NUMBER.
 
-    requested: settings and inputs from now on. A folder that was not complete keeps the shards that it has too.
+    requested: settings and inputs from now on. The shards of an incomplete folder are kept too.
     """
     path = local(workdir) / folder
     disk.lock(path)
@@ -410,7 +410,7 @@ def read_manifest(workdir: epath.PathLike, folder: str) -> Manifest:
     return Manifest(**_load(path, settings.names(Manifest)))
 
 
-#: Keys that not all files have, such as those of format 1 -> their values.
+#: Keys that some files lack, such as files of format 1 -> their values there.
 _LATER = {"files": {}, "format": 1, "code": "", "mended": None, "earlier": [], "moves": 0}
 
 

@@ -55,7 +55,7 @@ class WatchSettings:
 class _Watch(threading.Thread):
     """Ends the process with RESTART if it has reported no progress for too long.
 
-    The thread counts the seconds that it waits. So the clock may be changed, and a process that is suspended (Ctrl-Z)
+    The thread counts the seconds of its waits. So the clock may be changed, and a process that is suspended (Ctrl-Z)
     and continued does not count as hanging.
     """
 
@@ -219,7 +219,7 @@ def is_process_loss(error: BaseException | None) -> bool:
     import jax
 
     while error:
-        # XLA's status can arrive as a ValueError too: that of a step, when its results are copied to the host.
+        # XLA's status can arrive as a ValueError too: as the error of a step, when its results are copied to the host.
         if isinstance(error, (jax.errors.JaxRuntimeError, ValueError)) and str(error).startswith(_LOSSES):
             return True
         error = error.__cause__ or error.__context__
@@ -243,7 +243,7 @@ def _exit_on_error(kind: type[BaseException], error: BaseException, trace: Trace
 def _catch_abort() -> None:
     """Makes this process end with RESTART if JAX aborts it because another process or the coordinator is lost.
 
-    JAX's client calls abort() then, in a thread of its own; the callback that it offers instead cannot be written in
+    JAX's client calls abort() then, in a thread of its own; its callback for this purpose cannot be written in
     Python (std::bad_cast). All other aborts keep their effect.
     """
     libc = ctypes.CDLL(None)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from geotoken_jax.gallery import device_search, index
+from geotoken_jax.shards import DamagedError
 
 SETTINGS = index.IndexSettings(
     "scann",
@@ -277,3 +278,22 @@ def test_without_scann_search_is_exact_and_says_so(monkeypatch, capsys, tmp_path
 def test_settings_that_cannot_be_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(SETTINGS, **changes)
+
+
+DAMAGE = {
+    "cut": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+    "gone": lambda file: file.unlink(),
+    "other": lambda file: file.write_bytes(b"\xff" * 100),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_shard_of_scann_is_named(damage, tmp_path):
+    pytest.importorskip("scann")
+    index.build(vectors(700), dataclasses.replace(SETTINGS, kind="scann"), tmp_path / "whole")
+    for name in ("scann_assets.pbtxt", "scann_config.pb", "hashed_dataset.npy", "serialized_partitioner.pb"):
+        broken = tmp_path / f"{damage} {name}"
+        shutil.copytree(tmp_path / "whole", broken)
+        DAMAGE[damage](broken / "00000-of-00001" / name)
+        with pytest.raises(DamagedError, match=r"00000-of-00001 is damaged \(.+\): restore the file"):
+            index.load(broken, threads=1)

@@ -291,8 +291,8 @@ def score_without_regions(
 ) -> dict[str, Any]:
     """Returns, per region, the scores of the region's photos with the whole gallery and without that region.
 
-    Regions are all continents, and up to `countries` countries, those with the most photos of the split. Regions that
-    the gallery lacks anyway are left out of the list. `every_continent` has the scores of all photos, each without its
+    Regions are all continents, and the `countries` countries with the most photos of the split. Regions that the
+    gallery lacks anyway are left out of the list. `every_continent` has the scores of all photos, each without its
     own continent; None if there is no continent. of: photos of the split. of_gallery: continent and country per gallery
     photo. row_of: row of each photo in the split's table; -1 if the table lacks the photo. answer: see Answer.
     """

@@ -29,7 +29,7 @@ from geotoken_jax.errors import UserError
 from geotoken_jax.gallery import int8
 from geotoken_jax.gallery.device_search import DeviceSearch
 from geotoken_jax.progress import track
-from geotoken_jax.settings import Runtime
+from geotoken_jax.settings import Runtime, SettingsError
 from geotoken_jax.shards import damaged
 
 #: Queries and gallery rows per block of scores: 34 MB of scores, and 151 MB of gallery vectors of width 2304.
@@ -211,7 +211,7 @@ def load(folder: epath.PathLike, threads: int, part: Sequence[int] = ()) -> "Sha
     them are then numbered from 0.
 
     Raises FileNotFoundError if the folder has no index, ImportError if the index needs ScaNN and ScaNN is not
-    installed, and ValueError if a ScaNN shard contains a pickle.
+    installed, DamagedError that names a damaged shard, and SettingsError if a ScaNN shard contains a pickle.
     """
     folder = epath.Path(folder)
     facts = _facts(folder, {"rows": int, "shards": int, "leaves_searched": int})
@@ -484,12 +484,17 @@ def _open(part: epath.Path, facts: dict[str, Any], threads: int) -> Exact | Devi
         return Device(vectors, facts["reorder_dtype"]) if facts["kind"] == "device" else Exact(vectors)
     scann = _import_scann()
     if (part / "scann_docids.pkl").exists():  # ScaNN would unpickle it, and so run any code in it
-        raise ValueError(
+        raise SettingsError(
             f"{part} contains scann_docids.pkl, a pickle that can run code and that no index built here has: do not "
             "trust this folder, and build the index again"
         )
-    with _without_progress_log():
-        return Scann(scann.load_searcher(str(part)), facts, threads)
+    if not (part / "scann_assets.pbtxt").exists():  # ScaNN would write one
+        raise damaged(str(part), "scann_assets.pbtxt is missing")
+    try:
+        with _without_progress_log():
+            return Scann(scann.load_searcher(str(part)), facts, threads)
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise damaged(str(part), error) from None
 
 
 def _tune(index: Shards, vectors: Vectors, settings: IndexSettings) -> None:

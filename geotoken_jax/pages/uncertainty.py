@@ -18,7 +18,7 @@ from geotoken_jax.predict.uncertainty import MASSES
 def reliability(splits: Mapping[str, Any]) -> list[Piece | str]:
     """Returns the section on calibration and abstention.
 
-    splits: result of `figures` in analysis.reliability, by split; None for a split without stated uncertainty.
+    splits: result of `figures` in analysis.reliability, by split; None if a split has no uncertainty.
     """
     known = {split: figures for split, figures in splits.items() if figures}
     if not known:
@@ -98,7 +98,7 @@ def _abstention(split: str, curves: Mapping[str, Any]) -> list[Piece | str]:
 def area(splits: Mapping[str, Any]) -> list[Piece | str]:
     """Returns the section on the area that is searched until the place is found.
 
-    splits: result of `figures` in analysis.reliability, by split; None for a split without stated uncertainty.
+    splits: result of `figures` in analysis.reliability, by split; None if a split has no uncertainty.
     """
     charts, rows, areas = [], [], []
     for split, figures in splits.items():

@@ -135,7 +135,7 @@ class Goal:
         """Returns the point with the highest expected value that a local search finds, in degrees.
 
         The search starts at the best point among all candidates and the centers of the 32 most probable cells, takes 10
-        steps, and returns the best point that it has seen.
+        steps, and returns the best point of all.
         """
         distribution = _searched(pool)
         starts = np.concatenate([pool.coordinates, distribution.coordinates[:, :_STARTS]], 1)
@@ -161,7 +161,7 @@ class Goal:
         """Returns the factor of each cell, besides its probability, in the mean of centers that is the next point.
 
         If limit_km is None, the expected value is stationary at a point that is equal to this mean. With a limit, the
-        mean is a heuristic, which may also lower the value; `point` keeps the best point that it has seen.
+        mean is a heuristic, which may also lower the value; `point` keeps the best point of all steps.
         """
         if self.limit_km is None:
             mean = _mean_km(km, distribution.level)

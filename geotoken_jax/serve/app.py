@@ -320,7 +320,7 @@ def run(model: Model, settings: ServeSettings, sockets: list[socket.socket], exp
         signal.signal(number, lambda *_: None)
     for one in sockets:
         host, port = one.getsockname()[:2]
-        # uvicorn prints this only for sockets that it binds itself.
+        # uvicorn prints this only for its own sockets.
         logging.getLogger("uvicorn.error").info(
             "geotoken running on http://%s:%d, compiling the model", f"[{host}]" if ":" in host else host, port
         )

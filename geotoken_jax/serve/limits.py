@@ -149,7 +149,7 @@ class Rate:
     """Limits the photos per minute from one address, with a token bucket."""
 
     def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic):
-        """per_minute: size of the bucket and number of photos that it regains per minute; no limit if 0. clock:
+        """per_minute: size of the bucket and number of photos regained per minute; no limit if 0. clock:
         function that returns seconds.
         """
         self._per_minute, self._clock = per_minute, clock
@@ -157,7 +157,7 @@ class Rate:
         self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
     def take(self, address: str, photos: int) -> None:
-        """Counts photos. Raises Refused, and counts none of them, if they exceed the rate."""
+        """Counts photos. If they exceed the rate, raises Refused without counting."""
         if not self._per_minute:
             return
         now, client = self._clock(), _client(address)

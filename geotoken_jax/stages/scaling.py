@@ -43,7 +43,7 @@ def run(config: Config, workdir: Workdir, index: int | None) -> None:
 def _timed(file: epath.Path) -> Iterator[None]:
     """Adds the context's wall-clock and CPU seconds to those in a JSON file, which sums all attempts of a run.
 
-    The seconds are those of process 0, which writes the file.
+    Process 0 measures the seconds and writes the file.
     """
     wall, cpu = time.monotonic(), time.process_time()
     try:

@@ -248,7 +248,7 @@ def _restore(
 
 
 def _next_batch(step: int, data: Data, batch_size: int, trainer: Trainer, log: "_Log") -> dict[str, jax.Array]:
-    """Returns the batch of a step on the mesh, and logs the time that it took to read."""
+    """Returns the batch of a step on the mesh, and logs how long reading took."""
     processes.report_progress(f"reading the photos of step {step}", log.begun)
     waiting = time.monotonic()
     batch = sharding.global_batch(next(data.batches), trainer.mesh, batch_size)

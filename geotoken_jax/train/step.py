@@ -1,4 +1,4 @@
-"""The training step and the state that it updates in place, split over the devices of any mesh."""
+"""The training step and its state, which it updates in place, split over the devices of any mesh."""
 
 import dataclasses
 import functools

@@ -29,7 +29,7 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
     neighbors = workdir.manifest("neighbors")
     count = neighbors.settings["index"]["neighbors"]["count"]
     layout = records.token_layout(count)
-    parts = sharded.divide(stage, workdir.counts("features"), _SHARD)
+    parts = sharded.divide(stage, workdir.counts("neighbors"), _SHARD)
 
     def write(part: Shard) -> None:
         here = slice(part.rows.start, part.rows.stop)

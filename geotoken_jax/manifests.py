@@ -244,9 +244,12 @@ def check_sizes(workdir: epath.Path, folder: str, manifest: Manifest) -> None:
     """Raises StageError that names the first file of a folder that is missing or has another size than recorded."""
     if wrong := _wrong_size(workdir / folder, manifest.files):
         name, found = wrong
+        cure = how_to_remake(workdir / folder, folder)
+        if PATH.get(folder) in UPDATED:  # its shards can be made again one by one
+            cure = f"make it again with `geotoken verify {workdir} --mend --config=FILE`"
         raise StageError(
-            f"{workdir / folder / name} {found}, but {manifest.files[name][0]:,} bytes were written: restore "
-            f"it, or make it again with `geotoken verify {workdir} --mend --config=FILE`"
+            f"{workdir / folder / name} {found}, but {manifest.files[name][0]:,} bytes were written: restore it, or "
+            f"{cure}"
         )
 
 
@@ -511,8 +514,11 @@ def _check_same(
             else f"{path} was made with another {key}/"
         )
         if part == "inputs" and grown and PATH.get(folder) in UPDATED:
-            problem = f"{path} was made before photos were added to {key}/: take them in with --update"
-            raise OtherSettingsError(f"{problem}, or {how_to_remake(path, folder)}", path)
+            raise OtherSettingsError(
+                f"{path} was made before photos were added to {key}/: take them in with --update, or "
+                f"{how_to_remake(path, folder)}",
+                path,
+            )
         raise OtherSettingsError(f"{problem}: use another --workdir, or {how_to_remake(path, folder)}", path)
 
 

@@ -58,10 +58,8 @@ def world():
                 "id": f"{split}-{country}-{n}{NASTY if n == 2 else ''}",
                 "author": f"{split} {country} {n}",
                 "coordinates": np.array([latitude, longitude]) + rng.normal(0, 0.2, 2),
-                "city": "",
-                "state": "",
+                **dict.fromkeys(records.PLACE_FIELDS, ""),
                 "country": "" if (split, country) == ("test", "France") else country,
-                "continent": "",
             }
             for country, (_, latitude, longitude) in WORLD.items()
             for n in range(each)

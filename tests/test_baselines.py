@@ -20,6 +20,7 @@ from geotoken_jax.gallery.table import Table, index_vectors, write_shard
 from geotoken_jax.geo.cells import CellScheme
 from geotoken_jax.geo.distance import great_circle_km
 from geotoken_jax.predict import classifier
+from geotoken_jax.preparation import DuplicateSettings
 from geotoken_jax.stages import baselines, evaluate
 from geotoken_jax.workdir import Workdir
 
@@ -66,7 +67,8 @@ def config():
 def path(tmp_path_factory, config):
     """A work directory up to neighbors/, with predictions of the reference variant."""
     path = tmp_path_factory.mktemp("world")
-    photos.make(manifests.begin(path, "photos", {"photos": {"source": "sample"}}, ()), Source(), 1, 0.0)
+    kept = photos.Options(duplicates=DuplicateSettings(0.0, keep=True))
+    photos.make(manifests.begin(path, "photos", {"photos": {"source": "sample"}}, ()), Source(), 1, 0.0, options=kept)
     rng = np.random.default_rng(0)
     looks = rng.normal(size=(6, 3, C))
     for split, n in SPLITS.items():

@@ -121,8 +121,9 @@ def test_a_bad_photo_is_the_error_of_who_sent_it_and_a_second_event_loop_works()
 
 
 def test_the_public_face_has_help():
-    assert {*geotoken_jax.__all__} == {"CellScheme", "GeoToken", "Prediction"} <= {*dir(geotoken_jax)}
-    for name in geotoken_jax.__all__:
+    names = {"CellScheme", "GeoToken", "Prediction"}
+    assert {*geotoken_jax.__all__} == names | {"__version__"} <= {*dir(geotoken_jax)}
+    for name in names:
         assert getattr(geotoken_jax, name).__name__ == name
     told = pydoc.plain(pydoc.render_doc(geotoken_jax))
     assert "GeoToken.load(" in told and "radius_90_km" in told and "predict_async" in told

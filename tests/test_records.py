@@ -177,7 +177,7 @@ def test_a_damaged_array_is_named(tmp_path, damage):
     path = tmp_path / "values.npy"
     records.save_array(path, np.arange(100.0))
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(shards.DamagedError, match=rf"{path} is damaged \(.*\): restore the file, or make it again"):
+    with pytest.raises(shards.DamagedError, match=rf"{path} is damaged \(.*\): restore the file; in a work directory,"):
         records.open_array(path)
 
 

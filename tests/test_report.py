@@ -3,6 +3,7 @@ import html.parser
 import io
 import json
 import math
+import os
 import re
 
 import ml_dtypes
@@ -21,6 +22,7 @@ from geotoken_jax.geo import distance
 from geotoken_jax.pages import chart, worldmap
 from geotoken_jax.pages import table as tables
 from geotoken_jax.pages.photos import candidate_table, data_uri, thumbnail
+from geotoken_jax.preparation import DuplicateSettings
 from geotoken_jax.stages import evaluate
 from geotoken_jax.stages import evaluate as report_stage
 from geotoken_jax.workdir import Workdir
@@ -84,7 +86,10 @@ def made(tmp_path, monkeypatch):
     Photo 0 of test has the embedding of a gallery photo, photos 4 to 7 an author of the gallery.
     """
     monkeypatch.setattr(images, "drop_reason", lambda image: "")  # the report must also work with unchecked images
-    photos.make(manifests.begin(tmp_path, "photos", {"photos": {"source": "sample"}}, ()), Source(), 1, 0.0)
+    kept = photos.Options(duplicates=DuplicateSettings(0.0, keep=True))
+    photos.make(
+        manifests.begin(tmp_path, "photos", {"photos": {"source": "sample"}}, ()), Source(), 1, 0.0, options=kept
+    )
     whole = {split: [p for p in Source().read(split, 0) if p.image != b"broken"] for split in Source.splits}
     train = whole["train"]
     places = np.array([(photo.latitude, photo.longitude) for photo in Source().read("train", 0)])
@@ -221,9 +226,12 @@ def test_the_map_has_every_method_and_the_true_error(made, config):
 def test_two_runs_make_the_same_bytes_and_a_complete_report_is_kept(made, config):
     first = report_stage.run(config, Workdir(made))
     files = {path.name: path.read_bytes() for path in (made / "report").iterdir()}
-    (made / "report" / "index.html").write_text("kept")
+    os.utime(made / "report" / "index.html", (0, 0))
     assert report_stage.run(config, Workdir(made)) == first
-    assert (made / "report" / "index.html").read_text() == "kept"
+    assert (made / "report" / "index.html").stat().st_mtime == 0  # not written again
+    (made / "report" / "index.html").write_text("edited")
+    with pytest.raises(manifests.StageError, match=r"has 6 bytes, .* make it again with `geotoken all --remake=eval"):
+        report_stage.run(config, Workdir(made))
     (made / "report" / "manifest.json").unlink()
     report_stage.run(config, Workdir(made))
     assert {path.name: path.read_bytes() for path in (made / "report").iterdir()} == files

@@ -221,7 +221,7 @@ def _degrees(row: Mapping[str, Any], name: str, limit: int, location: str) -> fl
 
 
 def _padded(lists: Sequence[Sequence[tuple[float, float]]]) -> Float[np.ndarray, "n K 2"]:
-    coordinates = np.full((len(lists), max(map(len, lists)), 2), np.nan)
+    coordinates = np.full((len(lists), max(map(len, lists), default=0), 2), np.nan)
     for row, listed in enumerate(lists):
         if listed:
             coordinates[row, : len(listed)] = listed

@@ -34,7 +34,7 @@ def test_beam_and_processes_make_the_same_bytes_and_go_on_where_the_other_stoppe
 
     folder = tmp_path / "beam" / "photos"  # as a run leaves it that was killed
     (folder / "manifest.json").rename(folder / "begun.json")
-    shards = sorted(folder.glob("*.array_record-*"))
+    shards = sorted(folder.glob("*/*/*.array_record-*"))
     shards[1].unlink()
     (folder / "ledgers" / f"{shards[2].name}.json").unlink()
     (folder / "attempts" / "0123").mkdir(parents=True)

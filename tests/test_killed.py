@@ -83,7 +83,7 @@ def contents(workdir: Path, verb: str) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(
-    "verb, kills", [("prepare", 1), ("embed", 1), *(pytest.param(verb, 20, marks=pytest.mark.slow) for verb in MADE)]
+    "verb, kills", [("prepare", 1), ("embed", 1), *(pytest.param(verb, 4, marks=pytest.mark.slow) for verb in MADE)]
 )
 def test_two_writers_of_which_one_is_killed_leave_a_whole_folder(tmp_path, unbroken, verb, kills):
     whole, seconds = unbroken

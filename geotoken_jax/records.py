@@ -277,7 +277,9 @@ def open_array(path: epath.PathLike, dtype: Any = None) -> np.ndarray:
     """
     try:
         values: Any = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, SyntaxError) as error:  # of the header, or of a size that is too small
+    except OSError:
+        raise
+    except Exception as error:  # numpy's reader of headers raises errors of many types, such as TokenError
         raise damaged(os.fspath(path), error) from None
     excess = os.path.getsize(path) - values.offset - values.nbytes if values.nbytes else 0
     if excess:

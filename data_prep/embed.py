@@ -9,7 +9,7 @@ import concurrent.futures
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -50,11 +50,10 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
     stage = workdir.begin(config, "features", (), ["photos"], made_with)
     if stage.manifest:
         return [stage.manifest]
-    facts, counts = workdir.manifest("photos").facts, workdir.counts("photos")
-    id_facts = {name: facts[name] for name in ("id_bytes",) if name in facts}
+    counts, id_bytes = workdir.counts("photos"), workdir.id_bytes("photos")
     viewed = {views.VIEWS_SPLIT: counts[views.SOURCE_SPLIT]} if options.views.count else {}
     shards = sharded.divide(stage, counts | viewed, _SHARD)
-    missing = sharded.missing(shards, id_bytes=id_facts.get("id_bytes", records.ID_BYTES))
+    missing = sharded.missing(shards, id_bytes=id_bytes)
     total = sum(len(shard.rows) for shard in sharded.own(shards))
     done = total - sum(len(shard.rows) for shard in missing)
     with Progress("embed", total, "photos", done) as progress:
@@ -62,20 +61,22 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
             _write_shards(missing, options, workdir, progress)
     if not sharded.wait(stage, shards):
         return []
-    return [sharded.complete(workdir, stage, lambda: _finish(stage, shards, id_facts))]
+    return [sharded.complete(workdir, stage, lambda: _finish(stage, shards, id_bytes))]
 
 
-def _finish(stage: Stage, shards: Sequence[Shard], facts: Mapping[str, Any]) -> Manifest:
-    """Writes the manifest from the ledgers. facts: further facts."""
+def _finish(stage: Stage, shards: Sequence[Shard], id_bytes: int) -> Manifest:
+    """Writes the manifest from the ledgers. id_bytes: size of the fields for id and author."""
     counts, dropped, width = dict.fromkeys((shard.split for shard in shards), 0), 0, 0
     for shard in shards:
         ledger = shard.ledger or {}
         width = ledger["width"]
         counts[shard.split] += ledger["records"]
         dropped += len(ledger["failures"]) if shard.split != views.VIEWS_SPLIT else 0
-    layout = records.feature_layout(width, facts.get("id_bytes", records.ID_BYTES))
+    layout = records.feature_layout(width, id_bytes)
     write_json(stage.path / "schema.json", records.schema(layout, records.SHARD_FILES))
-    return stage.finish(counts, {"unreadable image": dropped} if dropped else {}, width=width, **facts)
+    return stage.finish(
+        counts, {"unreadable image": dropped} if dropped else {}, width=width, **records.id_facts(id_bytes)
+    )
 
 
 @dataclasses.dataclass
@@ -101,8 +102,7 @@ def _write_shards(shards: list[Shard], options: EmbedSettings, workdir: Workdir,
     One pool of threads decodes photos, a second one encodes images, and the calling thread encodes texts.
     """
     tower = backbone.make(options)
-    facts = workdir.manifest("photos").facts
-    id_bytes = facts.get("id_bytes", records.ID_BYTES)
+    id_bytes = workdir.id_bytes("photos")
     layout = records.feature_layout(tower.width, id_bytes)
     sources = {shard.split: workdir.photos(_photo_split(shard.split)) for shard in shards}
     prepare = {

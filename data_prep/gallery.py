@@ -72,8 +72,8 @@ def _finish_queries(workdir: Workdir, queries: Stage, counts: Mapping[str, int])
 
 
 def _write_schema(workdir: Workdir, stage: Stage, files: str) -> None:
-    id_bytes = workdir.manifest("features").facts.get("id_bytes", records.ID_BYTES)
-    write_json(stage.path / "schema.json", records.schema(table.layout(workdir.width, id_bytes), files))
+    layout = table.layout(workdir.width, workdir.id_bytes("features"))
+    write_json(stage.path / "schema.json", records.schema(layout, files))
 
 
 def _finish(workdir: Workdir, gallery: Stage, search: IndexSettings, photos: int, shards: int) -> Manifest:
@@ -95,7 +95,7 @@ def _tables(config: Config, workdir: Workdir, stage: Stage, counts: Mapping[str,
         columns = _columns(workdir.features(split), part.rows, aligned())
         part.finish(write_shard(folder, part.number, part.count, columns), id_bytes=id_bytes)
 
-    id_bytes = workdir.manifest("features").facts.get("id_bytes", records.ID_BYTES)
+    id_bytes = workdir.id_bytes("features")
     sharded.make(parts, sharded.missing(parts, id_bytes=id_bytes), "table", write)
     return parts
 

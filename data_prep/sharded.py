@@ -67,7 +67,7 @@ class Shard:
             # Shards with the same rows have the same number, as no shard before them has changed.
             pattern = f"{glob.escape(self.split)}-{self.number:05d}-of-?????.json"
             for path in disk.matching(folder / LEDGERS, pattern):
-                if (json.loads(path.read_bytes()).get("rows")) == [self.rows.start, self.rows.stop]:
+                if json.loads(path.read_bytes()).get("rows") == [self.rows.start, self.rows.stop]:
                     yield path
 
     @property

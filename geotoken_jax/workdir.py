@@ -198,8 +198,12 @@ class Workdir:
 
     def features(self, split: str) -> records.Records:
         """Returns the frozen backbone's features of a split."""
-        id_bytes = self.manifest("features").facts.get("id_bytes", records.ID_BYTES)
-        return records.Records(self.path / "features", split, records.feature_layout(self.width, id_bytes))
+        layout = records.feature_layout(self.width, self.id_bytes("features"))
+        return records.Records(self.path / "features", split, layout)
+
+    def id_bytes(self, folder: str) -> int:
+        """Returns the size of the fields for id and author. folder: "photos" or "features"."""
+        return self.manifest(folder).facts.get("id_bytes", records.ID_BYTES)
 
     def check_backbone(self, options: backbone.BackboneSettings) -> None:
         """Raises StageError if features/ was made with other settings of the backbone than `options` has.

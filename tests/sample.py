@@ -4,6 +4,7 @@ import dataclasses
 import io
 import shutil
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import Image
 
 from data_prep import embed, images, photos
 from data_prep.sources import UNKNOWN, Photo
-from geotoken_jax import checkpoint, configuration, manifests, records
+from geotoken_jax import checkpoint, configuration, disk, manifests, records
 from geotoken_jax.align.task import AlignTask
 from geotoken_jax.workdir import Workdir
 from tests import tiny
@@ -46,6 +47,25 @@ def prepared(path: Path) -> Path:
         patch.setattr(images, "drop_reason", lambda image: "")
         photos.make(manifests.begin(path, "photos", {}, inputs=()), Sample(), workers=1, max_dropped=0.0)
     return path
+
+
+def interruptible(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Makes a KeyboardInterrupt possible at each file. Returns a function that sets after how many files it comes."""
+    commit, left = disk.commit, 0
+
+    def interrupted(temporary, final):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        commit(temporary, final)
+
+    def interrupt_after(files: int) -> None:
+        nonlocal left
+        left = files
+
+    monkeypatch.setattr(disk, "commit", interrupted)
+    return interrupt_after
 
 
 def embedded(prepared: Path, to: Path, count: int = 0, threads: int = 2) -> Path:

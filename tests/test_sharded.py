@@ -96,19 +96,10 @@ def test_processes_in_any_order_make_the_same_bytes(aligned, whole, tmp_path, ca
 @pytest.mark.parametrize("processes", [1, 2])
 def test_interrupted_at_every_file_it_makes_the_same_bytes(aligned, whole, tmp_path, monkeypatch, processes):
     path = shutil.copytree(aligned, tmp_path / "broken")
-    commit, left = disk.commit, 0
-
-    def interrupted(temporary, final):
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise KeyboardInterrupt
-        commit(temporary, final)
-
-    monkeypatch.setattr(disk, "commit", interrupted)
+    interrupt_after = sample.interruptible(monkeypatch)
     rng, breaks = np.random.default_rng(processes), 0
     for attempt in range(1000):
-        left = int(rng.integers(1, 12))
+        interrupt_after(int(rng.integers(1, 12)))
         try:
             if run(path, attempt % processes, processes) == list(FOLDERS):
                 break

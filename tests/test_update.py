@@ -124,19 +124,10 @@ def test_an_update_interrupted_at_any_file_ends_the_same(grown, tmp_path, monkey
     made_with = config(source, csv)
     other = shutil.copytree(path, tmp_path / "other")
     run(made_with, other, update=True)
-    commit, left, breaks = disk.commit, 0, 0
-
-    def interrupted(temporary, final):
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise KeyboardInterrupt
-        commit(temporary, final)
-
-    monkeypatch.setattr(disk, "commit", interrupted)
-    rng = np.random.default_rng(0)
+    interrupt_after = sample.interruptible(monkeypatch)
+    rng, breaks = np.random.default_rng(0), 0
     for _ in range(500):
-        left = int(rng.integers(1, 25))
+        interrupt_after(int(rng.integers(1, 25)))
         try:
             run(made_with, path, update=True)
             break

@@ -11,9 +11,11 @@ VOCABULARY := clip-anytorch==2.6.0
 GEOCLIP := geoclip==1.3.0
 # Outside the locked environment, because it requires Pillow < 13 and pyarrow < 26.
 BEAM := apache-beam==2.77.0
-# A browser driver and an accessibility audit, two fuzzers, MkDocs for the documentation, and Jupyter for the notebook.
+# A browser driver and an accessibility audit, two fuzzers, MkDocs for the documentation, Jupyter for the notebook, and
+# Triton's client, which is the public client of the Open Inference Protocol.
 TOOLS := playwright==1.65.2 axe-playwright-python==0.1.8 schemathesis==4.32.5 atheris==3.0.0 \
-  mkdocs-material==9.8.2 mkdocstrings==1.0.8 mkdocstrings-python==2.0.11 nbclient==0.11.0 ipykernel==7.4.0
+  mkdocs-material==9.8.2 mkdocstrings==1.0.8 mkdocstrings-python==2.0.11 nbclient==0.11.0 ipykernel==7.4.0 \
+  tritonclient[http]==2.73.0
 # Compiles for TPUs. The version is the one that the locked jax[tpu] requires.
 LIBTPU := libtpu==0.0.42.1
 # Stops Pyright's wheel from checking for newer versions over the network.
@@ -72,7 +74,7 @@ test-interop: $(INSTALLED) .torch/.installed .beam/.installed ## test with PyTor
 	@touch $@
 
 # Chromium must be installed on the system; playwright only drives it.
-test-tools: $(INSTALLED) .tools/.installed ## test with Chromium, fuzzers, Jupyter and MkDocs (.tools, 600 MB)
+test-tools: $(INSTALLED) .tools/.installed ## test with Chromium, fuzzers, Jupyter, MkDocs and Triton's client (.tools, 650 MB)
 	PYTHONPATH=$(CURDIR):$(CURDIR)/.tools $(BIN)/python -m pytest -q tests/tools
 
 test-targets: $(INSTALLED) .onnx/.installed .tensorflow/.installed ## test with jax2onnx (.onnx, 1.1 GB) and TensorFlow (.tensorflow, 2.1 GB)
@@ -91,7 +93,7 @@ docs: $(INSTALLED) .tools/.installed ## build the documentation as a site, in si
 	@echo "The site: $(CURDIR)/site/index.html"
 
 .tools/.installed:
-	@echo "Installing playwright, schemathesis, atheris, mkdocs and nbclient into .tools (once; a minute, 600 MB)"
+	@echo "Installing playwright, schemathesis, atheris, mkdocs, nbclient and tritonclient into .tools (once; a minute, 650 MB)"
 	@rm -rf .tools && mkdir .tools
 	@$(BIN)/python -m pip freeze --exclude-editable > .tools/constraints.txt
 	@$(PIP) --target .tools --constraint .tools/constraints.txt $(TOOLS)

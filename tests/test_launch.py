@@ -24,6 +24,8 @@ ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
 MANIFESTS = sorted(LAUNCH.glob("*.yaml"))
+#: The manifests of jobs; the other is a service.
+JOBS = [path for path in MANIFESTS if path.name != "serve.yaml"]
 #: Steps of the training that scripts run here, and steps after which it is interrupted.
 STEPS, BROKEN = 40, 3
 
@@ -120,7 +122,7 @@ def commands(text: str) -> Iterator[list[str]]:
 def test_every_command_has_its_verb_its_configuration_and_its_keys(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
     found = [command for file in (*LAUNCH.iterdir(), ROOT / "docs/launch.md") for command in commands(file.read_text())]
-    found += [args[args.index("geotoken") + 1 :] for manifest in MANIFESTS for args in arguments(manifest)]
+    found += [args[args.index("geotoken") + 1 :] for manifest in JOBS for args in arguments(manifest)]
     assert len(found) > 10
     for command in found:
         options, rest = cli._parser().parse_known_args(command)
@@ -195,11 +197,42 @@ def schema(short: dict | list) -> dict:
 def test_a_manifest_is_what_kubernetes_takes(manifest: Path):
     validate = pytest.importorskip("kubernetes_validate").validate
     jsonschema = pytest.importorskip("jsonschema")
-    for job in jobs(manifest):
-        validate(job, "1.33", strict=True)
+    for document in jobs(manifest) if manifest in JOBS else rendered(manifest):
+        validate(document, "1.33", strict=True)
     for document in rendered(manifest):
         if document["kind"] == "JobSet":
             jsonschema.validate(document, schema(JOBSET))
+
+
+def test_the_manifest_of_the_service_fits_the_service():
+    """Its flags, paths, metric, names and times."""
+    app = pytest.importorskip("geotoken_jax.serve.app", reason="the extra `serve` is not installed")
+    limits = pytest.importorskip("geotoken_jax.serve.limits")
+    prometheus = pytest.importorskip("prometheus_client")
+    from tests.test_serve import Shade
+
+    documents = {document["kind"]: document for document in rendered(LAUNCH / "serve.yaml")}
+    pod, scaler = documents["Deployment"]["spec"]["template"], documents["HorizontalPodAutoscaler"]["spec"]
+    (container,) = pod["spec"]["containers"]
+    options, rest = cli._parser().parse_known_args(container["args"][1:])
+    assert not rest and options.verb == "serve" and options.host == "0.0.0.0"
+    mounts = {mount["mountPath"]: mount.get("readOnly") for mount in container["volumeMounts"]}
+    assert mounts[str(Path(options.model).parent)] and container["env"][0]["value"] in mounts
+    service = app.make(Shade(), limits.ServeSettings(queue=options.queue, rate=options.rate))
+    probes = [container[f"{name}Probe"]["httpGet"] for name in ("startup", "liveness", "readiness")]
+    assert {probe["path"] for probe in probes} <= {getattr(route, "path", "") for route in service.routes}
+    assert pod["metadata"]["annotations"]["prometheus.io/port"] == str(options.port)
+    assert container["ports"] == [{"name": "http", "containerPort": options.port}]
+    (metric,) = [metric["pods"] for metric in scaler["metrics"]]
+    published = prometheus.generate_latest(service.state.service.metrics.registry).decode()
+    assert f"\n{metric['metric']['name']} " in published
+    assert int(metric["target"]["averageValue"]) < options.queue
+    assert scaler["scaleTargetRef"]["name"] == documents["Deployment"]["metadata"]["name"]
+    labels = pod["metadata"]["labels"]
+    assert documents["Service"]["spec"]["selector"] == labels
+    assert documents["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"] == labels
+    waits = container["lifecycle"]["preStop"]["sleep"]["seconds"] + options.drain_s
+    assert pod["spec"]["terminationGracePeriodSeconds"] > waits
 
 
 @pytest.mark.parametrize("manifest", sorted(LAUNCH.glob("jobset*.yaml")), ids=lambda path: path.name)

@@ -672,11 +672,14 @@ def test_sigterm_answers_what_was_accepted_and_takes_nothing_new(tmp_path):
             accepted = pool.submit(ask, ONE, json.dumps({"photo": text(photo())}).encode())
             assert process.stdout.readline() == "begun\n"
             process.send_signal(signal.SIGTERM)
-            wait(lambda: ask("/health") == 0)
+            wait(lambda: ask("/ready") == 503)
+            assert ask("/health") == ask("/v2/health/live") == 200 and ask("/v2/health/ready") == 503
+            assert ask(ONE, json.dumps({"photo": text(photo())}).encode()) == 503
             assert not accepted.done()
             process.stdin.write("\n")
             process.stdin.flush()
             assert accepted.result(120) == 200
+        wait(lambda: ask("/health") == 0)
         assert process.wait(60) == 0, log.read_text()
         assert SECRET not in log.read_text() and "Traceback" not in log.read_text()
     finally:

@@ -1,15 +1,14 @@
 """The HTTP application: its endpoints, startup and shutdown."""
 
-import asyncio
 import contextlib
 import hmac
 import http
 import logging
 import signal
 import socket
+import time
 import warnings
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import pydantic
@@ -22,14 +21,14 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
 from geotoken_jax import __version__
-from geotoken_jax.backbone.preprocess import ImageError
 from geotoken_jax.predict.prediction import Prediction
-from geotoken_jax.serve import bodies, site
+from geotoken_jax.serve import bodies, inference, site
 from geotoken_jax.serve.answers import GEOJSON, GEOJSON_SCHEMA, Answers, Failure, geojson
-from geotoken_jax.serve.batching import Batcher, Model
-from geotoken_jax.serve.levels import LeveledPrediction, with_levels
-from geotoken_jax.serve.limits import Capacity, Rate, Refused, ServeSettings, retry_after
-from geotoken_jax.serve.metrics import Metrics, RequestMetrics
+from geotoken_jax.serve.batching import Model
+from geotoken_jax.serve.levels import LeveledPrediction
+from geotoken_jax.serve.limits import Refused, ServeSettings, retry_after
+from geotoken_jax.serve.metrics import RequestMetrics
+from geotoken_jax.serve.service import Service
 
 Format = Literal["json", "geojson", "levels"]
 
@@ -51,77 +50,6 @@ _REFUSALS = {
     500: "the service failed",
     503: "the service is full or not ready; wait the seconds in Retry-After",
 }
-
-
-class Service:
-    """A served model with its batcher, limits and metrics."""
-
-    def __init__(self, model: Model, settings: ServeSettings):
-        self.settings = settings
-        self.metrics = Metrics(lambda: self.room.taken, lambda: self.batcher.ready)
-        self.batcher = Batcher(model, settings.batch_size, settings.wait_ms / 1000, self.metrics.batch)
-        self.room = Capacity(settings.queue, self.batcher.wait_s)
-        self._rate, self._prepare = Rate(settings.rate), model.prepare
-        self._threads = ThreadPoolExecutor(settings.threads, "decode")
-
-    @contextlib.asynccontextmanager
-    async def running(self, on_failure: Callable[[], None]) -> AsyncIterator[None]:
-        """Runs the batcher inside the context.
-
-        If the batcher ends with an error, as when the model cannot be compiled, logs it and calls `on_failure`.
-        """
-
-        def ended(task: asyncio.Task[None]) -> None:
-            if not task.cancelled():
-                logging.getLogger(__name__).critical("the model cannot be run", exc_info=task.exception())
-                on_failure()
-
-        task = asyncio.create_task(self.batcher.run())
-        task.add_done_callback(ended)
-        try:
-            yield
-        finally:
-            task.cancel()
-            self._threads.shutdown(wait=False, cancel_futures=True)
-
-    async def answers(
-        self, request: Request, name: str, max_photos: int | None, format: Format
-    ) -> list[Prediction | Failure]:
-        """Returns predictions or errors for a request's photos, in order.
-
-        Raises Refused if the service is not ready or is full, or if the request exceeds a limit or cannot be read.
-
-        name, max_photos: see `bodies.photos`.
-        """
-        settings, address = self.settings, request.client.host if request.client else ""
-        if not self.batcher.ready:
-            raise Refused(503, "the model is being compiled: try again later", retry_after(5))
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(self.room.take(1))
-            self._rate.take(address, 1)
-            body = await bodies.read(request, settings.max_bytes, settings.read_s)
-            kind = request.headers.get("content-type", "")
-            photos = await self._in_thread(bodies.photos, kind, body, name, max_photos)
-            del body
-            stack.enter_context(self.room.take(len(photos) - 1))
-            self._rate.take(address, len(photos) - 1)
-            return await asyncio.gather(*(self._answer(photo, format) for photo in photos))
-
-    async def _answer(self, photo: Any, format: Format) -> Prediction | Failure:
-        try:
-            prepared = await self._in_thread(self._prepared, photo)
-        except ImageError as error:
-            self.metrics.photos.labels("unreadable").inc()
-            return Failure(bodies.sentence(error))
-        prediction = await self.batcher(prepared)
-        self.metrics.photos.labels("answered").inc()
-        return await self._in_thread(with_levels, prediction) if format == "levels" else prediction
-
-    def _prepared(self, photo: Any) -> Any:
-        return self._prepare(bodies.decoded(photo, self.settings.max_pixels))
-
-    def _in_thread(self, function: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
-        return asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
 
 
 def make(
@@ -153,7 +81,9 @@ def make(
     guard = [Depends(_bearer(token))] if token else []
     _add_photos(app, service, guard)
     _add_state(app, service, guard)
-    site.add(app, export, guard)
+    about = site.add(app, export, guard)
+    inference.add(app, service, about.version or "1", guard)
+    app.state.service = service
     paths = {path for route in app.routes if isinstance(path := getattr(route, "path", None), str)}
     app.add_middleware(RequestMetrics, metrics=service.metrics, paths=paths)
     app.add_middleware(bodies.Drain, max_bytes=_DRAINED * settings.max_bytes, seconds=settings.read_s)
@@ -177,7 +107,7 @@ def _add_photos(app: FastAPI, service: Service, guard: list[Any]) -> None:
     @app.post(_ONE, dependencies=guard, **_endpoint(Prediction | LeveledPrediction, "photo", photo, file, _EXAMPLE))
     async def predict(request: Request, format: Format = "json") -> Response:
         """Predicts where a photo was taken."""
-        answers = await service.answers(request, "photo", None, format)
+        answers = await service.answers(request, _reader(request, "photo", None), format == "levels")
         if isinstance(answers[0], Failure):
             raise Refused(422, answers[0].error)
         return _response(answers, format, None)
@@ -185,8 +115,14 @@ def _add_photos(app: FastAPI, service: Service, guard: list[Any]) -> None:
     @app.post(_MANY, dependencies=guard, **_endpoint(Answers, "photos", photos, files, [_EXAMPLE, _EXAMPLE]))
     async def predict_many(request: Request, format: Format = "json") -> Response:
         """Predicts where each photo was taken. Photos that cannot be read have an error instead of a prediction."""
-        answers = await service.answers(request, "photos", max_photos, format)
+        answers = await service.answers(request, _reader(request, "photos", max_photos), format == "levels")
         return _response(answers, format, Answers)
+
+
+def _reader(request: Request, name: str, max_photos: int | None) -> Callable[[bytes], Sequence[Any]]:
+    """Returns a function from a request's body to its photos. name, max_photos: see `bodies.photos`."""
+    kind = request.headers.get("content-type", "")
+    return lambda body: bodies.photos(kind, body, name, max_photos)
 
 
 def _add_state(app: FastAPI, service: Service, guard: list[Any]) -> None:
@@ -201,10 +137,13 @@ def _add_state(app: FastAPI, service: Service, guard: list[Any]) -> None:
     @app.head("/ready", include_in_schema=False)
     @app.get("/ready", response_model=dict[str, str], responses={503: {"model": dict[str, str]}})
     async def ready() -> Response:
-        """Returns 200 and "ready" once the model is compiled for all batch sizes, 503 and "compiling" before."""
-        if not service.batcher.ready:
-            return JSONResponse({"status": "compiling"}, 503, retry_after(5))
-        return JSONResponse({"status": "ready"})
+        """Returns 200 and "ready" once the model is compiled for all batch sizes.
+
+        Returns 503 and "compiling" before, and 503 and "draining" after SIGTERM.
+        """
+        if service.state == "ready":
+            return JSONResponse({"status": "ready"})
+        return JSONResponse({"status": service.state}, 503, retry_after(5))
 
     @app.get("/metrics", dependencies=guard, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:
@@ -291,6 +230,34 @@ def _endpoint(kind: Any, name: str, encoded: Any, file: Any, example: Any) -> di
     }
 
 
+class _Server(uvicorn.Server):
+    """A server that answers probes until accepted photos are answered, or until `drain_s` seconds after a signal.
+
+    A server that closed its port at once could not tell a load balancer that it is ending. A second signal ends it.
+    """
+
+    def __init__(self, config: uvicorn.Config, service: Service):
+        super().__init__(config)
+        self._service, self._end = service, 0.0
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        """Begins to drain at the first signal."""
+        if self._service.draining:
+            super().handle_exit(sig, frame)
+            return
+        self._service.draining = True
+        self._end = time.monotonic() + self._service.settings.drain_s
+
+    async def on_tick(self, counter: int) -> bool:
+        """Returns whether to close the port and end; is called ten times per second."""
+        if self._service.draining:
+            left = self._end - time.monotonic()
+            if not self._service.room.taken or left <= 0:
+                self.config.timeout_graceful_shutdown = max(1, int(left))
+                self.should_exit = True
+        return await super().on_tick(counter)
+
+
 def run(model: Model, settings: ServeSettings, sockets: list[socket.socket], export: Any = None) -> int:
     """Serves until SIGTERM or SIGINT, waits up to `drain_s` seconds for accepted requests, and returns the exit status.
 
@@ -303,17 +270,17 @@ def run(model: Model, settings: ServeSettings, sockets: list[socket.socket], exp
         failed.append(True)
         server.should_exit = True
 
-    server = uvicorn.Server(
-        uvicorn.Config(
-            make(model, settings, on_failure, export),
-            access_log=False,  # for privacy: a log would contain addresses and times
-            server_header=False,
-            timeout_graceful_shutdown=settings.drain_s,
-            # Longer than proxies keep idle connections, usually 60 s. If the service closed one first, a request that
-            # the proxy sends at that moment would be lost.
-            timeout_keep_alive=75,
-        )
+    app = make(model, settings, on_failure, export)
+    config = uvicorn.Config(
+        app,
+        access_log=False,  # for privacy: a log would contain addresses and times
+        server_header=False,
+        timeout_graceful_shutdown=settings.drain_s,
+        # Longer than proxies keep idle connections, usually 60 s. If the service closed one first, a request that
+        # the proxy sends at that moment would be lost.
+        timeout_keep_alive=75,
     )
+    server = _Server(config, app.state.service)
     # After the accepted requests, uvicorn sends its own process the signal again. These handlers ignore it, so that
     # this function returns its status.
     for number in (signal.SIGTERM, signal.SIGINT):

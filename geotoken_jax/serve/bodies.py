@@ -9,7 +9,9 @@ import math
 import re
 from typing import Any
 
+import numpy as np
 from fastapi import Request
+from jaxtyping import UInt8
 from PIL import Image
 from python_multipart.multipart import FormParser, parse_options_header
 from starlette.requests import ClientDisconnect
@@ -161,13 +163,17 @@ def _from_json(body: bytes, name: str, max_photos: int | None) -> list[str]:
     return items
 
 
-def decoded(photo: bytes | str, max_pixels: int) -> bytes:
-    """Returns the encoded image file of a photo.
+def decoded(photo: bytes | str | UInt8[np.ndarray, "h w 3"], max_pixels: int) -> bytes | UInt8[np.ndarray, "h w 3"]:
+    """Returns the encoded image file of a photo, or its pixels as given.
 
-    photo: the file's bytes, or base64. max_pixels: largest number of pixels, compared with the file's header before any
-    pixel is decoded. Raises ImageError if the base64 is invalid or the photo is too large. Other faults of the file
-    raise ImageError later, in `Model.prepare`.
+    photo: the file's bytes, base64, or pixels. max_pixels: largest number of pixels, compared with the file's header
+    before any pixel is decoded. Raises ImageError if the base64 is invalid or the photo is too large. Other faults of
+    the file raise ImageError later, in `Model.prepare`.
     """
+    if isinstance(photo, np.ndarray):
+        if photo.size // 3 > max_pixels:
+            raise ImageError(_large(max_pixels))
+        return photo
     if not isinstance(photo, bytes):
         if photo[:5].lower() == "data:":
             raise ImageError("the photo is a data: URL: send only the base64 after its comma")
@@ -185,8 +191,12 @@ def decoded(photo: bytes | str, max_pixels: int) -> bytes:
     except Exception:  # no image or a damaged header, which `Model.prepare` reports; Pillow can raise nearly any type
         pixels = 0
     if pixels > max_pixels:
-        raise ImageError(f"the photo has more than {max_pixels:,} pixels: make it smaller")
+        raise ImageError(_large(max_pixels))
     return photo
+
+
+def _large(max_pixels: int) -> str:
+    return f"the photo has more than {max_pixels:,} pixels: make it smaller"
 
 
 def sentence(error: ImageError) -> str:

@@ -39,8 +39,8 @@ _JPEG: dict[str, Any] = {
 }
 
 
-def add(app: FastAPI, export: Any, guard: list[Any]) -> None:
-    """Adds the page and its endpoints to an application.
+def add(app: FastAPI, export: Any, guard: list[Any]) -> About:
+    """Adds the page and its endpoints to an application, and returns the page's information about the model.
 
     export: folder of the model; the page has no pictures if None. guard: dependencies of the endpoints that require the
     token.
@@ -68,6 +68,8 @@ def add(app: FastAPI, export: Any, guard: list[Any]) -> None:
     async def example(number: int) -> Response:
         """Returns an example photo. number: index in the `examples` of /v1/about, from 0."""
         return _jpeg(pictures.example(number))
+
+    return pictures.about
 
 
 class _Files(StaticFiles):

@@ -174,6 +174,11 @@ def _export_options(verb: argparse.ArgumentParser) -> None:
         "--target", action="append", default=[], choices=tuple(targets.TARGETS),
         help="runtime for which the model is converted too (repeatable)",
     )  # fmt: skip
+    verb.add_argument(
+        "--upgrade", nargs="?", const="", metavar="DIR",
+        help="with --from=EXPORT: write an export of an earlier release to the new folder DIR (default: "
+        "EXPORT-upgraded), as this release makes exports",
+    )  # fmt: skip
     verb.add_argument("--push", metavar="ORG/NAME", help="Hugging Face repository to which the export is uploaded")
 
 

@@ -37,8 +37,11 @@ def _quiet() -> None:
 def _export(options: argparse.Namespace, config: Any) -> int:
     """Makes export/, converts it for each --target, and uploads it to the hub with --push.
 
-    With --target or --push, --config is not needed if export/ is complete. With --from, no work directory is needed.
+    With --target or --push, --config is not needed if export/ is complete. With --from, no work directory is needed;
+    with --upgrade too, the export is written again to a new folder first.
     """
+    if options.upgrade is not None and options.source is None:
+        raise settings.SettingsError("--upgrade has no export: add --from=EXPORT, an export of an earlier release")
     further = options.target or options.push
     if options.source is None and (config is not None or not further):
         _on_workdir(options, config)
@@ -46,9 +49,13 @@ def _export(options: argparse.Namespace, config: Any) -> int:
         raise settings.SettingsError("--target and --push need an export: add --workdir=DIR or --from=EXPORT")
     if options.source is None:
         manifests.read_manifest(options.workdir, "export")
-    elif not further:
-        raise settings.SettingsError(f"--from needs --push=ORG/NAME or --target={'|'.join(targets.TARGETS)}: add one")
+    elif not further and options.upgrade is None:
+        raise settings.SettingsError(
+            f"--from needs --upgrade, --push=ORG/NAME or --target={'|'.join(targets.TARGETS)}: add one"
+        )
     folder = Path(options.source or Path(options.workdir) / "export")
+    if options.upgrade is not None:
+        folder = _upgraded(options, folder)
     for name in options.target:
         _quiet()
         print(f"made {targets.make(folder, name)}", flush=True)
@@ -57,6 +64,16 @@ def _export(options: argparse.Namespace, config: Any) -> int:
 
         print(f"open {hub.push(folder, options.push)}")
     return 0
+
+
+def _upgraded(options: argparse.Namespace, folder: Path) -> Path:
+    """Returns the folder to which the export of --from was written in the present format."""
+    _quiet()
+    from geotoken_jax.export import upgrade
+
+    made = upgrade.run(folder, options.upgrade or folder.resolve().with_name(f"{folder.resolve().name}-upgraded"))
+    print(f"made {made}", flush=True)
+    return Path(made)
 
 
 def _predict(options: argparse.Namespace, config: Any) -> int:

@@ -1,7 +1,9 @@
 """An export that is written in a second, without data and training."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -13,16 +15,22 @@ from geotoken_jax.align.task import AlignTask
 from geotoken_jax.gallery import index, table
 from geotoken_jax.geo.cells import CellScheme
 from geotoken_jax.model.geotoken import GeoTokenModel, ModelSettings
-from geotoken_jax.predict import bundle
+from geotoken_jax.predict import bundle, export_format
 from tests import tiny
 
 
-def write(folder: Path) -> None:
-    """Writes an export like `geotoken export` does: a model of random parameters, and a gallery of 64 photos."""
+def write(folder: Path, change: Callable[[Any], None] | None = None) -> None:
+    """Writes an export like `geotoken export` does: a model of random parameters, and a gallery of 64 photos.
+
+    change: function that changes the configuration first.
+    """
     config = tiny.get_config()
     config.predict.update(selectors=("greedy", "expected_geoscore"), choice="expected_geoscore")
     config.predict.search.update(expansions=8)
+    if change:
+        change(config)
     read = {
+        "format": export_format.FORMAT,
         "backbone": {name: config.embed[name] for name in settings.names(backbone.BackboneSettings)},
         "align": config.align.model,
         "model": {**config.model, "attention": "xla"},

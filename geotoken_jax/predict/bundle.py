@@ -8,6 +8,7 @@ from typing import Any
 
 from etils import epath
 
+from geotoken_jax import disk
 from geotoken_jax.errors import UserError
 
 #: Name of the file with one line `SHA-256  name` per file of the export.
@@ -50,6 +51,20 @@ def check(folder: epath.PathLike, everything: bool) -> None:
             raise ExportError(f"{folder} lacks {name}, which is in its {SUMS}: {_AGAIN}")
         if (everything or file.suffix in _READ_IN_FULL) and sha256(file) != expected:
             raise ExportError(f"{file} does not match its sum in {SUMS}: it is damaged or was edited; {_AGAIN}")
+
+
+def write_sums(folder: epath.PathLike) -> dict[str, str]:
+    """Writes SHA256SUMS for all files of an export, and returns file name -> SHA-256.
+
+    Left out are hidden files, which are locks and what interrupted processes have left, and the stage's begun.json.
+    """
+    folder = epath.Path(folder)
+    files = (file for file in sorted(pathlib.Path(folder).rglob("[!.]*")) if file.is_file())
+    digests = {str(file.relative_to(folder)): sha256(file) for file in files if file.name not in (SUMS, "begun.json")}
+    lines = "".join(f"{digest}  {name}\n" for name, digest in digests.items())
+    with disk.writing(folder / SUMS) as temporary:
+        temporary.write_bytes(lines.encode())
+    return digests
 
 
 def sums(folder: epath.PathLike) -> dict[str, str]:

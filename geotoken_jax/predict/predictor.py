@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import json
 import os
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,7 +27,7 @@ from geotoken_jax.gallery.table import Table
 from geotoken_jax.geo.distance import THRESHOLDS_KM, great_circle_km
 from geotoken_jax.model.geotoken import GeoTokenModel, ModelSettings
 from geotoken_jax.model.reward import RewardSettings
-from geotoken_jax.predict import bundle, hub
+from geotoken_jax.predict import bundle, export_format, hub
 from geotoken_jax.predict.answer import Answerer, with_places, with_radii
 from geotoken_jax.predict.decode import Decoder, PredictSettings
 from geotoken_jax.predict.prediction import Prediction
@@ -213,7 +212,7 @@ class GeoToken(Predictor):
 
     def _read(self, folder: epath.Path, backbone: epath.PathLike | None) -> None:
         """Reads settings, parameters and gallery of an export."""
-        config = json.loads((folder / "config.json").read_text())
+        config = export_format.read_config(folder)
         tower = bundle.backbone(folder, config["backbone"], config.get("checkpoint"), backbone)
         self._backbone = backbones.make(settings.read(backbones.BackboneSettings, tower, "backbone"))
         align = AlignTask(settings.read(AlignSettings, config["align"], "align"), self._backbone.width)
@@ -223,7 +222,6 @@ class GeoToken(Predictor):
             folder / "geotoken.safetensors", lambda rngs: GeoTokenModel(model_settings, rngs)
         )
         options = settings.read(PredictSettings, config["predict"], "predict")
-        options = dataclasses.replace(options, selectors=(options.choice,))  # the others would only cost time
         self._gallery = Table(folder / "gallery")
         decoder = Decoder(model, options, self._gallery)
         kinds = {"reward": RewardSettings, "verifier": VerifierSettings}

@@ -5,7 +5,6 @@ of its neighbors to candidates.
 """
 
 import dataclasses
-import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ from geotoken_jax.align.heads import AlignModel, AlignSettings
 from geotoken_jax.align.task import AlignTask
 from geotoken_jax.model.geotoken import GeoTokenModel, ModelSettings
 from geotoken_jax.model.memory import Neighbors
-from geotoken_jax.predict import beam, sample
+from geotoken_jax.predict import beam, export_format, sample
 from geotoken_jax.predict.decode import PredictSettings
 
 
@@ -102,7 +101,7 @@ def with_noise(folder: epath.PathLike) -> tuple[dict[str, Program], Float[np.nda
     no bfloat16. Raises SettingsError if the export decodes by beam search, whose sorting has only been run in jax.
     """
     folder = epath.Path(folder)
-    config = json.loads((folder / "config.json").read_text())
+    config = export_format.read_config(folder)
     options = dataclasses.replace(settings.read(ModelSettings, config["model"], "model"), dtype="float32")
     width = options.backbone_width
     aligned = AlignTask(settings.read(AlignSettings, config["align"], "align"), width)

@@ -172,7 +172,7 @@ def decoded(photo: bytes | str | UInt8[np.ndarray, "h w 3"], max_pixels: int) ->
     """
     if isinstance(photo, np.ndarray):
         if photo.size // 3 > max_pixels:
-            raise ImageError(_large(max_pixels))
+            raise _large(max_pixels)
         return photo
     if not isinstance(photo, bytes):
         if photo[:5].lower() == "data:":
@@ -191,12 +191,12 @@ def decoded(photo: bytes | str | UInt8[np.ndarray, "h w 3"], max_pixels: int) ->
     except Exception:  # no image or a damaged header, which `Model.prepare` reports; Pillow can raise nearly any type
         pixels = 0
     if pixels > max_pixels:
-        raise ImageError(_large(max_pixels))
+        raise _large(max_pixels)
     return photo
 
 
-def _large(max_pixels: int) -> str:
-    return f"the photo has more than {max_pixels:,} pixels: make it smaller"
+def _large(max_pixels: int) -> ImageError:
+    return ImageError(f"the photo has more than {max_pixels:,} pixels: make it smaller")
 
 
 def sentence(error: ImageError) -> str:

@@ -1,6 +1,5 @@
 """The stage `export`: writes a self-contained folder for prediction, with a model card."""
 
-import pathlib
 import shutil
 from typing import Any
 
@@ -12,7 +11,7 @@ from geotoken_jax.configuration import Config
 from geotoken_jax.export import card, pictures, quantized, stablehlo
 from geotoken_jax.gallery.table import Table
 from geotoken_jax.manifests import Manifest, write_bytes, write_json
-from geotoken_jax.predict import bundle
+from geotoken_jax.predict import bundle, export_format
 from geotoken_jax.workdir import Workdir, selector_folders
 
 #: Folder of an export that holds its backbone's checkpoint.
@@ -46,12 +45,7 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
     counts = pictures.write(workdir, folder, variant_config, variant, Table(folder / "gallery").ids())
     shutil.rmtree(folder / "targets", ignore_errors=True)  # older targets contain older parameters
     card.write(folder, workdir, variant_config, variant, reference, int8_cost)
-    # Hidden files are the lock of this stage, and what an interrupted one has left.
-    files = (file for file in sorted(pathlib.Path(folder).rglob("[!.]*")) if file.is_file())
-    sums = {str(file.relative_to(folder)): bundle.sha256(file) for file in files}
-    sums.pop("begun.json", None)
-    lines = "".join(f"{digest}  {name}\n" for name, digest in sums.items())
-    write_bytes(folder / bundle.SUMS, lines.encode())
+    sums = bundle.write_sums(folder)
     manifest = stage.finish({"files": len(sums), **counts}, sha256=sums, **({"int8": int8_cost} if int8_cost else {}))
     return [manifest]
 
@@ -66,6 +60,7 @@ def _copy(config: Config, workdir: Workdir, variant: str, folder: epath.Path) ->
     selectors = workdir.selectors(config, variant)
     aligned, model = workdir.aligned_settings(config.align.model), workdir.model_settings(variant, config.model)
     read = {
+        "format": export_format.FORMAT,
         "backbone": tower,
         "checkpoint": reference,
         "align": aligned,

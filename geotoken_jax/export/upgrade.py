@@ -1,0 +1,57 @@
+"""Writes an export of an earlier format again, in the present one."""
+
+import json
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from geotoken_jax import settings
+from geotoken_jax.align.heads import AlignSettings
+from geotoken_jax.export import stablehlo
+from geotoken_jax.manifests import write_json
+from geotoken_jax.model.geotoken import ModelSettings
+from geotoken_jax.predict import bundle, export_format
+from geotoken_jax.predict.decode import PredictSettings
+from geotoken_jax.settings import SettingsError
+
+
+def run(source: epath.PathLike, target: epath.PathLike) -> epath.Path:
+    """Writes an export of an earlier format to a new folder in the present format, and returns that folder.
+
+    The new export has the same model, gallery, radii and card, and answers alike. Its programs and its standalone.py
+    are written again. The folder appears when it is complete. Raises ExportError if the export is damaged or cannot be
+    upgraded, and SettingsError if it needs no upgrade or if the new folder exists.
+    """
+    source, target = epath.Path(source), epath.Path(target)
+    if not (source / "config.json").exists():
+        raise FileNotFoundError(f"{source} has no config.json: give the folder that `geotoken export` made")
+    if target.exists():
+        raise SettingsError(f"{target} exists: remove it, or write another folder with --upgrade=DIR")
+    bundle.check(source, everything=True)
+    with bundle.reading(source):
+        config = export_format.read_config(source)
+        if export_format.read_format(source) == export_format.FORMAT:
+            raise SettingsError(f"{source} has the present format, {export_format.FORMAT}: use it as it is")
+        partial = target.with_name(f"{target.name}.part")  # renamed when complete
+        shutil.rmtree(partial, ignore_errors=True)
+        unused = json.loads((source / "config.json").read_text()).get("learned", {}).keys() - config["learned"].keys()
+        for name in bundle.sums(source):
+            if pathlib.PurePosixPath(name).parts[0] not in unused:
+                (partial / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source / name, partial / name)
+        write_json(partial / "config.json", config)
+        _write_programs(partial, config)
+    bundle.write_sums(partial)
+    partial.rename(target)
+    return target
+
+
+def _write_programs(folder: epath.Path, config: Mapping[str, Any]) -> None:
+    model = settings.read(ModelSettings, config["model"], "model")
+    align = settings.read(AlignSettings, config["align"], "align")
+    predict = settings.read(PredictSettings, config["predict"], "predict")
+    if model.scheme == "s2":  # standalone.py decodes S2 cells only
+        stablehlo.write(folder, align, model, predict, model.backbone_width)

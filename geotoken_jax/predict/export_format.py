@@ -1,0 +1,53 @@
+"""Reads the settings of an export, of the present format and of earlier ones."""
+
+import json
+from typing import Any
+
+from etils import epath
+
+from geotoken_jax.predict.bundle import ExportError
+from geotoken_jax.predict.select import SELECTORS, TRAINED
+from geotoken_jax.version import __version__
+
+#: Version of the form of an export. It grows when an earlier release cannot read an export.
+#: 1: config.json has no key `format`. 2: it has.
+FORMAT = 2
+
+
+def read_format(folder: epath.PathLike) -> int:
+    """Returns the format of an export. Raises ExportError if it is later than this release's."""
+    number = _stored(folder).get("format", 1)
+    if number not in range(1, FORMAT + 1):
+        raise ExportError(
+            f"{folder} has format {number}, and this release ({__version__}) reads up to format {FORMAT}: install a "
+            "newer geotoken-jax"
+        )
+    return number
+
+
+def read_config(folder: epath.PathLike) -> dict[str, Any]:
+    """Returns config.json of an export as this release writes it, whatever format the export has.
+
+    Selectors other than the one that chooses the answer, and the models that were trained for them, are left out: this
+    release need not have them, and they would only cost time. Raises ExportError if the format is later than this
+    release's, or if this release does not have the selector.
+    """
+    read_format(folder)
+    config = _stored(folder)
+    choice = config["predict"]["choice"]
+    if choice not in SELECTORS:
+        raise ExportError(
+            f"{folder} chooses its answers by {choice!r}, a selector that this release ({__version__}) does not have: "
+            "export again from the work directory, with `geotoken all --remake=learn`"
+        )
+    needed = {name: section for name, section in config.get("learned", {}).items() if choice in TRAINED.get(name, ())}
+    return {
+        **config,
+        "format": FORMAT,
+        "predict": {**config["predict"], "selectors": [choice]},
+        "learned": needed,
+    }
+
+
+def _stored(folder: epath.PathLike) -> dict[str, Any]:
+    return json.loads((epath.Path(folder) / "config.json").read_text())

@@ -13,15 +13,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
 from etils import epath
 from flax import nnx
 from jax.experimental import multihost_utils
-from orbax.checkpoint import v1 as ocp
-from orbax.checkpoint._src.futures.synchronization import OperationIdGenerator
 
 from geotoken_jax import manifests, processes
 from geotoken_jax.errors import UserError
@@ -50,6 +47,8 @@ class Checkpoints:
     """
 
     def __init__(self, folder: epath.PathLike, keep: int = 2):
+        from orbax.checkpoint import v1 as ocp  # here, because it takes a second, and prediction does not need it
+
         self._keep = keep
         absolute = manifests.local(folder).resolve()  # Orbax accepts only absolute paths
         if set(str(absolute)) & _WILDCARDS:
@@ -189,6 +188,8 @@ class Checkpoints:
 
     def _load(self, step: int, abstract: Any) -> Any:
         """Returns parts of a checkpoint. Does not wait for other processes, as they may fail to read it."""
+        from orbax.checkpoint import v1 as ocp
+
         context = ocp.Context()
         if processes.count() > 1:
             context.multiprocessing.primary_host = processes.index()
@@ -211,6 +212,8 @@ def _agree_on_operations() -> None:
     Orbax counts the operations of each process and waits for the others by that number. After `_load`, which some
     processes may not call or in which they fail, the numbers differ, and the next save would wait forever.
     """
+    from orbax.checkpoint._src.futures.synchronization import OperationIdGenerator
+
     highest = max(processes.gather(int(OperationIdGenerator.get_current_operation_id())))
     while int(OperationIdGenerator.get_current_operation_id()) < highest:
         OperationIdGenerator.next_operation_id()
@@ -253,10 +256,8 @@ def read_module(path: epath.PathLike, make: Callable[[nnx.Rngs], M]) -> M:
             f"{path} does not fit this configuration: {wrong[0]} is missing, extra or of another shape; use the "
             "configuration that the model was trained with"
         )
-    filled = [
-        (key, variable.replace(jnp.asarray(stored["/".join(map(str, key))])))
-        for key, variable in nnx.to_flat_state(state)
-    ]
+    values = jax.device_put(stored)  # all at once: hundreds of calls would take longer than the copies
+    filled = [(key, variable.replace(values["/".join(map(str, key))])) for key, variable in nnx.to_flat_state(state)]
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
 

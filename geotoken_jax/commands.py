@@ -102,6 +102,9 @@ def _predict(options: argparse.Namespace, config: Any) -> int:
 
 def _predictor(options: argparse.Namespace) -> Any:
     """Returns the predictor: an exported model with --model, or GeoCLIP with --method=geoclip."""
+    from geotoken_jax import compiled
+
+    compiled.keep()
     if options.method is None:
         from geotoken_jax.predict.predictor import GeoToken
 
@@ -163,6 +166,7 @@ def _serve(options: argparse.Namespace, config: Any) -> int:
     chosen = limits.ServeSettings(**{name: getattr(options, name) for name in settings.names(limits.ServeSettings)})
     _quiet()
     try:
+        from geotoken_jax import compiled
         from geotoken_jax.predict.predictor import GeoToken
         from geotoken_jax.serve import app
     except ModuleNotFoundError as error:
@@ -170,6 +174,7 @@ def _serve(options: argparse.Namespace, config: Any) -> int:
             f"`geotoken serve` needs {error.name}: install it with pip install 'geotoken-jax[serve]'"
         ) from None
     sockets = chosen.bind()  # first, because loading a model takes seconds
+    compiled.keep()
     model = GeoToken.load(options.model, revision=options.revision, backbone=options.backbone)
     return app.run(model, chosen, sockets, model.folder)
 

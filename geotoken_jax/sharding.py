@@ -19,6 +19,7 @@ from flax import nnx, traverse_util
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from geotoken_jax import compiled
 from geotoken_jax.settings import SettingsError
 
 #: Logical axis -> mesh axes; None if the axis is not split.
@@ -120,17 +121,19 @@ def local_mesh() -> Mesh:
     return Mesh(devices, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
 
-def over_local_devices(function: Callable[..., Any], state: Any) -> tuple[Callable[..., Any], int]:
+def over_local_devices(function: Callable[..., Any], state: Any, key: Any = None) -> tuple[Callable[..., Any], int]:
     """Returns the compiled function(*arrays) of function(state, *arrays), and the number of local devices it runs on.
 
     Every device has a copy of the state and computes an equal share of the rows. There is no communication, so a loop
     may take more turns on one device than on another. The leading axis of all arrays and results is the batch, whose
     size must be a multiple of the number of devices (see batch.padded_size).
+
+    key: see compiled.jit. If it is None, or if there are several devices, the function is traced by every process.
     """
     mesh, rows = local_mesh(), spec("batch")
     if mesh.size == 1:
-        compiled = jax.jit(function)
-        return lambda *arrays: compiled(state, *jax.device_put(arrays)), 1
+        program = jax.jit(function) if key is None else compiled.jit(function, key)
+        return lambda *arrays: program(state, *jax.device_put(arrays)), 1
     state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
 
     @jax.jit

@@ -29,6 +29,7 @@ RANKS = {
     ),
     **dict.fromkeys(
         [
+            "compiled",
             "sharding",
             "stack",
             "checkpoint",

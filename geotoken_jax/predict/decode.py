@@ -136,7 +136,7 @@ class Decoder:
                 capacity=_CAPACITY,
             )
 
-        self._run, self._devices = sharding.over_local_devices(run, state)
+        self._run, self._devices = sharding.over_local_devices(run, state, [model.settings, settings])
 
     def __call__(
         self,

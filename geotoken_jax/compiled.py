@@ -1,0 +1,124 @@
+"""Keeps compiled programs in the user's cache, so that the next process on this machine need not compile them.
+
+Loading a compiled program runs code. So no export contains one, as exports come from other people too, and the cache
+is used only if nobody else can write to it.
+"""
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import pickle
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import serialize_executable
+
+from geotoken_jax import disk, settings
+
+#: Variables of the environment that change how a program is compiled.
+_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_DEFAULT_MATMUL_PRECISION", "CUDA_VISIBLE_DEVICES")
+#: Folder in which programs are kept; none are kept if None.
+_folder: Path | None = None
+
+
+def keep() -> None:
+    """Makes this process keep compiled programs in the user's cache, and look there before it compiles.
+
+    Call it before the first computation. Nothing changes if the user has chosen another folder for jax's own cache
+    (JAX_COMPILATION_CACHE_DIR) or has switched it off (JAX_ENABLE_COMPILATION_CACHE=0), or if the folder cannot be
+    written.
+    """
+    global _folder
+    if _folder or jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+        return
+    folder = _users_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o700)
+    except OSError:  # it is another user's, or the disk cannot be written
+        return
+    if folder.stat().st_uid == os.getuid() and os.access(folder, os.W_OK):
+        _folder = folder
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        # By default jax does not keep programs that compile within a second. A prediction has dozens of these.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def jit(function: Callable[..., Any], key: Any) -> Callable[..., Any]:
+    """Returns jax.jit(function). If programs are kept, a kept program is loaded without tracing the function.
+
+    key: values that decide, with the code of this package and the arguments' types, what the function computes.
+    """
+    traced, programs = jax.jit(function), {}
+
+    def run(*arguments: Any) -> Any:
+        if _folder is None:
+            return traced(*arguments)
+        leaves, tree = jax.tree.flatten_with_path((arguments, {}))
+        types = tuple((jax.tree_util.keystr(path), leaf.shape, str(leaf.dtype)) for path, leaf in leaves)
+        if types not in programs:
+            file = _folder / f"{_digest([settings.plain(key), types])}.program"
+            programs[types] = _load(file, tree) or _compile(traced, arguments, file)
+        return programs[types](*arguments)
+
+    return run
+
+
+def _compile(traced: Any, arguments: Any, file: Path) -> Callable[..., Any]:
+    program = traced.lower(*arguments).compile()
+    try:
+        data, _, out = serialize_executable.serialize(program)
+        example = jax.tree.unflatten(out, range(out.num_leaves))
+        with disk.writing(file) as temporary:
+            temporary.write_bytes(pickle.dumps((data, example)))
+    except Exception as error:  # a backend that cannot serialize, or a full disk: the program runs all the same
+        logging.getLogger(__name__).debug("a compiled program is not kept: %s", error)
+    return program
+
+
+def _load(file: Path, tree: Any) -> Callable[..., Any] | None:
+    try:
+        data, example = pickle.loads(file.read_bytes())
+        out, devices = jax.tree.structure(example), jax.local_devices()[:1]
+        return serialize_executable.deserialize_and_load(data, tree, out, execution_devices=devices)
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # damaged: it is compiled and written again
+        logging.getLogger(__name__).debug("%s cannot be loaded: %s", file, error)
+        return None
+
+
+def _users_folder() -> Path:
+    """Returns the folder for this kind of processor, as programs use instructions that other processors lack."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "geotoken" / "compiled" / hashlib.sha256(_processor().encode()).hexdigest()[:12]
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return f"{platform.machine()} {platform.processor()}"
+    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+
+
+def _digest(key: Any) -> str:
+    return hashlib.sha256(json.dumps([_environment(), key], sort_keys=True, default=str).encode()).hexdigest()
+
+
+@functools.cache
+def _environment() -> list[Any]:
+    """Returns what else decides how a program is compiled: the code of this package, versions, device and flags."""
+    code = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
+        code.update(file.read_bytes())
+    versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")]
+    device = jax.local_devices()[0]
+    machine = [device.device_kind, device.client.platform_version, jax.config.jax_default_matmul_precision]
+    return [code.hexdigest(), versions, machine, [os.environ.get(name) for name in _VARIABLES]]

@@ -1,4 +1,4 @@
-"""Projects hours and dollars to prepare all of MP16-Pro from the figures of other benchmarks. Prints a table.
+"""Projects hours and dollars to prepare all of MP16-Pro from the figures of other benchmarks. Prints two tables.
 
     python -m benchmarks.data_costs FILE
 
@@ -6,7 +6,8 @@ FILE contains JSON lines of `benchmarks.photos --side=405`, `neighbors`, `cells`
 several lines of one benchmark, the one with the largest photos or most rows counts; a missing benchmark is shown as
 "not measured". Assumptions: a machine has `--cores`, each as fast as one of the `--measured_cores`, and disks are fast
 enough for the rate in the column "MB/s". A stage that runs on one machine only takes as long, and costs as much, with
-several machines.
+several machines. The second table has the costs of each backbone, which are computed and not measured; `--backbones`
+prints it alone, without FILE.
 """
 
 import argparse
@@ -29,11 +30,41 @@ KINDS = {
     "host": ("input", "photos"),
     "decode_photos_per_second_per_core": ("embed", "jpeg_bytes"),
 }
-#: FLOPs per image of CLIP's ViT-L/14 at 224 pixels. 24 layers of width 1024 over 257 tokens have products with 12 x
-#: 1024 x 1024 parameters and the two products of attention; the embedding reads 256 patches of 588 numbers.
-IMAGE_FLOPS = 24 * (2 * 257 * 12 * 1024**2 + 4 * 257**2 * 1024) + 2 * 256 * 588 * 1024
+#: Bytes of the index per number of a vector: 9.5 GB for a million vectors of 2304 numbers.
+INDEX_BYTES = 9.5e9 / 1e6 / 2304
 #: Peak of an H100 in bf16, FLOP/s, from its data sheet, and the share of the peak that is assumed to be reached.
 H100, UTILIZATION = 989e12, 0.4
+
+
+@dataclasses.dataclass(frozen=True)
+class Tower:
+    """The image tower of a backbone, and the width of its features. patch: numbers of a patch, three per pixel.
+    pooled: whether attention over all positions pools them, and not a position of its own."""
+
+    name: str
+    layers: int
+    width: int
+    feed_forward: int
+    patches: int
+    patch: int
+    features: int
+    pooled: bool
+
+    @property
+    def flops(self) -> float:
+        """FLOPs per photo: products with weights, and the two products of attention."""
+        positions, d = self.patches + (not self.pooled), self.width
+        layer = 2 * positions * (4 * d * d + 2 * d * self.feed_forward) + 4 * positions**2 * d
+        head = 2 * self.patches * 2 * d * d if self.pooled else 0  # keys and values
+        return self.layers * layer + 2 * self.patches * self.patch * d + head
+
+
+#: Backbones of configs/mp16_pro.py and configs/mp16_siglip2.py.
+TOWERS = (
+    Tower("CLIP ViT-L/14, 224 pixels", 24, 1024, 4096, 256, 588, 768, False),
+    Tower("SigLIP 2 so400m/14, 384 pixels", 27, 1152, 4304, 729, 588, 1152, True),
+    Tower("SigLIP 2 giant-opt/16, 384 pixels", 40, 1536, 6144, 576, 768, 1536, True),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,9 +160,22 @@ def table(rows: list[Stage], cores: int, machines: int, price: float) -> str:
             rate = f"{row.bytes / seconds / 1e6:,.0f}" if row.bytes else ""
             cells += [_rounded(seconds / 3600), _rounded(dollars), rate]
         lines.append(f"| {' | '.join(cells)} |")
-    hours = USABLE * IMAGE_FLOPS / (H100 * UTILIZATION) / 3600
-    estimate = f"not measured; estimate {hours:.2f} | | | not measured; estimate {hours / machines:.2f} | | |"
-    return "\n".join([*lines, f"| embed: ViT-L/14, one H100 a machine | {estimate}"])
+    return "\n".join(lines)
+
+
+def backbones() -> str:
+    """Returns the costs of each backbone as a Markdown table."""
+    lines = [
+        "| backbone | numbers per feature | GFLOP per photo | H100 hours | features, GB | gallery, GB | index, GB |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for tower in TOWERS:
+        hours, numbers = USABLE * tower.flops / (H100 * UTILIZATION) / 3600, USABLE * tower.features
+        # In bfloat16: a photo's and its text's features; three vectors per photo of the gallery.
+        sizes = (2 * 2 * numbers, 3 * 2 * numbers, 3 * numbers * INDEX_BYTES)
+        cells = [f"{tower.features:,}", f"{tower.flops / 1e9:,.0f}", f"{hours:.2f}"]
+        lines.append(f"| {' | '.join([tower.name, *cells, *(f'{size / 1e9:,.0f}' for size in sizes)])} |")
+    return "\n".join(lines)
 
 
 def _rounded(value: float) -> str:
@@ -139,19 +183,24 @@ def _rounded(value: float) -> str:
 
 
 def main() -> None:
-    """Prints the table."""
+    """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", nargs="?", type=Path)
     parser.add_argument("--cores", type=int, default=16, help="cores of a machine")
     parser.add_argument("--machines", type=int, default=16)
     parser.add_argument("--measured_cores", type=int, default=2, help="cores of the machine that printed FILE")
     parser.add_argument("--dollars_per_core_hour", type=float, default=0.05)
+    parser.add_argument("--backbones", action="store_true", help="print the table of backbones alone")
     options = parser.parse_args()
+    if options.backbones:
+        print(backbones())
+        return
     if options.file is None:
         print(json.dumps({"skipped": "FILE is missing: name a file with JSON lines of the other benchmarks"}))
         return
     rows = stages(choose(options.file.read_text().splitlines()), options.measured_cores)
     print(table(rows, options.cores, options.machines, options.dollars_per_core_hour))
+    print(f"\n{backbones()}")
 
 
 if __name__ == "__main__":

@@ -67,6 +67,16 @@ def test_a_key_that_nothing_reads_is_refused_wherever_it_is(name):
     assert set(config.evaluate.labels) == {*BASELINES, *config.variants}
 
 
+@pytest.mark.parametrize("name", ["mp16_siglip2", "best"])
+def test_a_backbone_sets_the_width_of_the_decoders_input(name):
+    get_config = importlib.import_module(f"configs.{name}").get_config
+    for backbone, width in (("so400m", 1152), ("giant", 1536)):
+        config = configuration.read(get_config(backbone))
+        assert backbone in config.embed.huggingface.path and config.model.backbone_width == width
+    with pytest.raises(ValueError, match="backbone 'large' is unknown: use one of so400m, giant"):
+        get_config("large")
+
+
 EXPERIMENTS = load("experiments").experiments
 
 

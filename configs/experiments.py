@@ -27,8 +27,9 @@ def get_config() -> ConfigDict:
         *(f"point_{goal}" for goal in goals),
         *("point_comparator", "point_likeness"),
     )
-    experiments = {**_prediction(config), **_architecture(), **_training()}
-    config.experiments = {name: {"note": "", "splits": _BOTH, **fields} for name, fields in experiments.items()}
+    experiments = {**_prediction(config), **_architecture(), **_training(), "published_form": _published_form()}
+    defaults = {"note": "", "splits": _BOTH, "curve": False}
+    config.experiments = {name: {**defaults, **fields} for name, fields in experiments.items()}
     return config
 
 
@@ -216,4 +217,25 @@ def _training() -> dict[str, Any]:
             ),
             choices=("",),
         ),
+    )
+
+
+def _published_form() -> dict[str, Any]:
+    """Returns the experiment on the published architecture, which trains two decoders on 400,000 examples each.
+
+    The learning rate stays constant after its warm-up, and the parameters that are validated are a moving average. So
+    each point of the curves is a finished model, and no point depends on how long the training goes on.
+    """
+    train = dict(batch_size=64, examples=400_000, evaluate_every=390, log_every=195, ema=0.99)
+    train["optimizer"] = dict(schedule="exponential", decay=1.0, warmup=0.05)
+    published = dict(norm="post", activation="relu", positions="sinusoidal", memory="full", neighbors=15)
+    published |= dict(tie_tokens=False, copy_head=False, similarities=False)
+    return dict(
+        question="Does the published architecture learn to use its neighbors, and how fast?",
+        runs=(
+            ("published", dict(predict=_GREEDY, train=train, model=published)),
+            ("demo", dict(predict=_GREEDY, train=train)),
+        ),
+        choices=("",),
+        curve=True,
     )

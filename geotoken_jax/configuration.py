@@ -175,7 +175,8 @@ class Experiment:
     tuples of a run's name and its changes (nested sections and keys). A third item, if there is one, names an earlier
     run whose trained models are used; then nothing is trained, and the changes are added to the earlier run's changes.
     The first run is compared with all others. choices: rows of the table per run: names of selectors, "" for the run's
-    config.predict.choice, "ideal" for the best candidate. splits: splits that are scored.
+    config.predict.choice, "ideal" for the best candidate. splits: splits that are scored. curve: whether results
+    include the runs' validations during training.
     """
 
     question: str
@@ -183,6 +184,7 @@ class Experiment:
     runs: tuple
     choices: tuple
     splits: tuple
+    curve: bool
 
 
 @dataclasses.dataclass(frozen=True)

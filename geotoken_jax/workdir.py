@@ -413,8 +413,12 @@ class Workdir:
 
     def training_logs(self) -> list[epath.Path]:
         """Returns the paths of the training metrics of the alignment model, which may not exist, and all decoders."""
-        logs = [folder / "metrics.jsonl" for folder in disk.matching(self.path / "geotoken", "*")]
+        logs = [self.training_log(folder.name) for folder in disk.matching(self.path / "geotoken", "*")]
         return [self.path / "align" / "metrics.jsonl", *(log for log in logs if log.exists())]
+
+    def training_log(self, variant: str) -> epath.Path:
+        """Returns the path of the training metrics of a variant's decoder."""
+        return self.path / "geotoken" / variant / "metrics.jsonl"
 
     def metrics(self) -> dict[str, Any]:
         """Returns the contents of report/metrics.json."""

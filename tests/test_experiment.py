@@ -2,12 +2,14 @@
 
 import json
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 from configs import demo
 from geotoken_jax import configuration, manifests, records, settings
 from geotoken_jax.analysis import evaluate
+from geotoken_jax.gallery import table
 from geotoken_jax.stages import experiments, sweep
 from geotoken_jax.workdir import Workdir
 
@@ -28,6 +30,19 @@ class Photos:
         return {"id": str(row), "author": str(row), "coordinates": tuple(PLACES[row]), **names}
 
 
+def write_table(folder, places):
+    """Writes a table of photos at the given places."""
+    n = len(places)
+    columns = {
+        "embeddings": np.zeros((n, 3, 4), ml_dtypes.bfloat16),
+        "coordinates": places,
+        "tokens": np.zeros((n, 21), np.uint8),
+        "ids": np.array([f"{i}".encode() for i in range(n)]),
+        "authors": np.array([b"someone"] * n),
+    }
+    table.write_shard(folder, 0, 1, columns)
+
+
 def config(**experiments):
     """The demo's configuration. Of it the stages below read config.data.seed (of tokens/), train.seed (of the decoder)
     and predict.seed (tenths of a degree that answers are off)."""
@@ -38,7 +53,7 @@ def config(**experiments):
     found.evaluate.update(resamples=50, reference="geotoken", compare=())
     found.evaluate.labels = dict(geotoken="Ours")
     found.experiments = {
-        name: {"question": "What?", "note": "", "choices": ("",), "splits": ("test",), **what}
+        name: {"question": "What?", "note": "", "choices": ("",), "splits": ("test",), "curve": False, **what}
         for name, what in experiments.items()
     }
     return configuration.read(found)
@@ -197,6 +212,47 @@ def test_the_page_has_what_is_there(tmp_path, stages):
     assert (
         near
         == "| near | 0.0 | 100.0 | 100.0 | 100.0 | 100.0 | 4,963 | +100.0 (100.0..100.0) | +0.0 (0.0..0.0) | 0.500 |"
+    )
+
+
+def test_a_curve_has_each_validation_beside_the_first_neighbor(tmp_path, stages, monkeypatch):
+    found, _ = stages(tmp_path)
+    train = found["train"]
+    given = config(one=dict(runs=(("base", {}), ("other", dict(train=dict(seed=1)))), curve=True))
+    for stage in found.values():
+        stage(given, Workdir(tmp_path), "geotoken")
+    for folder, places in (("gallery", PLACES[1:]), ("queries/validation", PLACES)):
+        write_table(tmp_path / folder, places)
+    manifests.begin(tmp_path, "gallery", {}, []).finish({})
+    manifests.begin(tmp_path, "queries", {}, []).finish({"validation": 3})
+    manifests.begin(tmp_path, "neighbors", {}, []).finish({"validation": 3})
+    # The first neighbor of the first photo is 1,500 km from it, that of the second one at its place.
+    for field, values in (("rows", [[0, 1], [0, 1], [-1, -1]]), ("scores", np.zeros((3, 2)))):
+        records.save_array(tmp_path / "neighbors" / f"validation.{field}.npy", np.array(values))
+
+    def logged(config, path, variant):
+        made = train(config, path, variant)
+        shares = {f"validation/within_{km}_km": 0.25 for km in (1, 25, 200, 750, 2500)}
+        lines = (
+            {"step": 1, "examples": 64, "processor_s": 30.0},
+            {"step": 1, "validation/loss": 2.0 + config.train.seed, **shares},
+        )
+        path.training_log(variant).write_text("\n".join(map(json.dumps, lines)))
+        return made
+
+    monkeypatch.setitem(found, "train", logged)
+    results = experiments.run(given, Workdir(tmp_path), "one")
+    assert results["curve"]["first_neighbor"] == [1 / 3, 1 / 3, 1 / 3, 1 / 3, 2 / 3]
+    assert results["curve"]["runs"]["other"] == [
+        {"examples": 64, "processor_s": 30.0, "loss": 3.0, "within": [0.25] * 5}
+    ]
+    page = experiments.document(given, Workdir(tmp_path))
+    assert "\n| 64 | 0.5 | 2.000 | 25.0 | 25.0 | 25.0 | 0.5 | 3.000 | 25.0 | 25.0 | 25.0 |\n" in page
+    assert "The first neighbor has 33.3 within 1 km, 33.3 within 25 km and 33.3 within 200 km." in page
+    assert "figures/one_light.webp" in page
+    html = (tmp_path / "experiments/one/index.html").read_text()
+    assert (
+        'aria-label="Percent of the validation photos within 25 km against train examples, one curve per run"' in html
     )
 
 

@@ -297,6 +297,20 @@ def test_curves_keep_the_last_of_a_repeated_step_and_forgive_a_torn_line(tmp_pat
     np.testing.assert_array_equal(curve, [[1, 2], [3, 2]])
 
 
+def test_validations_have_the_examples_and_processor_time_until_then():
+    rows = (
+        {"step": 2, "examples": 8, "processor_s": 1.0, "train/loss": 9},
+        {"step": 2, "validation/loss": 4, "validation/within_1_km": 0.0},
+        {"step": 4, "examples": 16, "processor_s": 3.0},
+        {"step": 5, "validation/loss": 3, "validation/within_1_km": 0.5},
+        {"step": 4, "examples": 16, "processor_s": 2.0},
+    )
+    assert training.validations("\n".join(map(json.dumps, rows)) + '\n{"st') == [
+        {"examples": 8, "processor_s": 1.0, "loss": 4, "within_1_km": 0.0},
+        {"examples": 16, "processor_s": 2.0, "loss": 3, "within_1_km": 0.5},
+    ]
+
+
 @pytest.mark.parametrize(("low", "high"), [(0, 100), (1.61, 3.9), (-0.3, 0.2), (0, 0), (12, 150_000)])
 def test_ticks_are_few_round_and_enclose_the_range(low, high):
     ticks = chart._ticks(low, high)

@@ -94,7 +94,15 @@ class Stopping:
         return next(self.batches)
 
 
-TIMES = ("examples_per_second", "input_wait", "seconds_left", "tflops_per_second", "elapsed_s", "goodput")
+TIMES = (
+    "examples_per_second",
+    "input_wait",
+    "seconds_left",
+    "tflops_per_second",
+    "elapsed_s",
+    "goodput",
+    "processor_s",
+)
 
 
 def lines(folder):
@@ -314,6 +322,28 @@ def test_goodput_counts_pauses_and_repeated_steps_as_lost(tmp_path):
     again = next(line for line in after if line["step"] == 5)
     assert again["elapsed_s"] > before["elapsed_s"]
     assert again["goodput"] * again["elapsed_s"] < trained - 0.1  # steps 5 to 7 were lost
+
+
+def test_processor_time_is_kept_over_a_restart_and_has_no_waiting(tmp_path):
+    class Working(Stopping):
+        """Computes for 0.05 s, and sleeps for 0.05 s, per batch."""
+
+        def __next__(self):
+            end = time.process_time() + 0.05
+            while time.process_time() < end:
+                pass
+            time.sleep(0.05)
+            return super().__next__()
+
+    with pytest.raises(Interrupted):
+        train(tmp_path, 4, examples=8 * 8, evaluate_every=4, make_input=Working)
+    train(tmp_path, 4, examples=8 * 8, evaluate_every=4, make_input=Working)
+    found = [
+        line for line in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()) if "skipped" in line
+    ]
+    seconds = {line["step"]: line["processor_s"] for line in found}
+    assert 0.05 * 3 <= seconds[4] < seconds[8]  # the first step of a start, which compiles, does not count
+    assert 0.05 * 6 <= seconds[8] and seconds[8] <= found[-1]["goodput"] * found[-1]["elapsed_s"] + 0.5
 
 
 @pytest.mark.parametrize("key, value", [("save_every_s", -1.0), ("keep", 0), ("profiler_port", 70_000)])

@@ -1,7 +1,7 @@
 """Page of `geotoken experiment NAME`, experiments/NAME/index.html: the question, and accuracy and settings per run."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -25,6 +25,7 @@ def page(name: str, experiment: Experiment, results: Mapping[str, Any], resample
     headline = f'<h1>{escape(title)}</h1><p class="lead">{escape(results["question"])}</p>{note}'
     first = results["runs"][0]["name"]
     sections = [
+        *([Section("curve", "Training", "During training", _curve(results["curve"]))] if results["curve"] else []),
         Section("accuracy", "Accuracy", "Accuracy", _accuracy(results)),
         Section("differences", "Differences", f"Differences from {first}", _differences(results, first)),
         Section("runs", "Runs", "Runs", _runs(experiment, results)),
@@ -63,6 +64,32 @@ def _chart(split: str, methods: list[Mapping[str, Any]]) -> Chart:
     title = f"Percent of the photos of {split} within each distance, one bar per run"
     groups = [f"{km:,}" for km in THRESHOLDS_KM]
     return Chart(split, title, "distance from the truth, km", "percent of photos", series, groups)
+
+
+def _curve(curve: Mapping[str, Any]) -> list[Piece | str]:
+    """Returns charts of each run's accuracy on validation, against examples and against processor time."""
+    charts = []
+    for key, name, unit in (("examples", "train examples", 1), ("processor_s", "minutes of processor time", 60)):
+        for at in (0, 1):
+            series = [
+                Series(label, i, 100 * np.array([row["within"][at] for row in rows]), _x(rows, key, unit))
+                for i, (label, rows) in enumerate(curve["runs"].items())
+            ]
+            ends = np.array([min(s.x[0] for s in series), max(s.x[-1] for s in series)])
+            level = np.full(2, 100 * curve["first_neighbor"][at])
+            series.append(Series("first neighbor", len(series), level, ends, style="dashed"))
+            km = f"{THRESHOLDS_KM[at]:,} km"
+            title = f"Percent of the validation photos within {km} against {name}, one curve per run"
+            charts.append(Chart(f"within {km}, by {name}", title, name, f"percent within {km}", series))
+    lead = (
+        f"<p>Greedy decoding of {curve['photos']:,} photos of validation. Processor time is that of training alone, "
+        "without compilation and validation.</p>"
+    )
+    return [lead, Panels(charts)]
+
+
+def _x(rows: Sequence[Mapping[str, Any]], key: str, unit: float) -> np.ndarray:
+    return np.array([row[key] for row in rows]) / unit
 
 
 def _differences(results: Mapping[str, Any], first: str) -> list[Piece | str]:

@@ -8,23 +8,24 @@ import json
 import os
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from etils import epath
 
-from geotoken_jax.analysis import evaluate
+from geotoken_jax.analysis import evaluate, training
 from geotoken_jax.analysis.coordinates import methods_of, read_coordinates, read_truth
 from geotoken_jax.configuration import Config, EvaluateSettings, Experiment
-from geotoken_jax.geo.distance import THRESHOLDS_KM
+from geotoken_jax.geo.distance import THRESHOLDS_KM, great_circle_km, within
 from geotoken_jax.manifests import write_bytes, write_json
 from geotoken_jax.pages.experiment import page
 from geotoken_jax.settings import SettingsError
 from geotoken_jax.stages import sweep
 from geotoken_jax.stages.train import check_context
-from geotoken_jax.workdir import Workdir
+from geotoken_jax.workdir import VALIDATION, Workdir
 
 #: Folders that a run links to instead of making them again. Folders in _SHARED are in the base work directory. Of the
 #: folders in _TRAINED, only the variant's subfolder is linked: to the run whose trained models are reused,
@@ -42,6 +43,11 @@ their difference to it in percentage points, with the 95 % interval of the paire
 loss is in nats per token, with the run's own loss weights, so it is comparable only between runs with equal tokens and
 weights. `geotoken experiment context` compares models that read a photo's capture time (`config.model.context`).
 EarthView's photos have no such times, so this page has no table of it.
+"""
+
+#: An experiment's figure, which docs/figures.py draws.
+_FIGURE = """![Accuracy of each run on validation during training.](figures/{name}_light.webp#gh-light-mode-only)
+![Accuracy of each run on validation during training.](figures/{name}_dark.webp#gh-dark-mode-only)
 """
 
 
@@ -74,6 +80,7 @@ def run(config: Config, workdir: Workdir, name: str) -> dict[str, Any]:
         "strict": options.strict,
         "runs": [{"name": label, **_facts(place, variant)} for label, place in runs.items()],
         "splits": {split: _score(experiment, runs, split, options) for split in experiment.splits},
+        "curve": _curve(runs, variant) if experiment.curve else None,
     }
     write_json(epath.Path(folder / "results.json"), results)
     text = page(name, experiment, results, options.resamples)
@@ -92,6 +99,9 @@ def document(config: Config, workdir: Workdir) -> str:
         parts.append(f"## {name.replace('_', ' ').capitalize()}\n\n{experiment.question}\n")
         if experiment.note:
             parts.append(f"{experiment.note}\n")
+        if results.get("curve"):
+            parts.append(_FIGURE.format(name=name))
+            parts.append(_curve_table(results["curve"]))
         for split, scores in results["splits"].items():
             parts.append(_table(split, scores, {run["name"]: run for run in results["runs"]}))
     return "\n".join(parts)
@@ -125,6 +135,55 @@ def _score(
                 methods.append(method)
     scores = evaluate.score(methods, truth, first, options.resamples, options.seed, options.strict)
     return {**scores, "uncertainty": None}  # the table has no column for it
+
+
+def _curve(runs: Mapping[str, Workdir], variant: str) -> dict[str, Any]:
+    """Returns the validations of each run during training, and the accuracy of the first neighbor on the same photos.
+
+    Accuracies are fractions within each of THRESHOLDS_KM, of greedy decoding. processor_s: processor time of training
+    until the validation, in seconds.
+    """
+
+    def rows(place: Workdir) -> Iterator[dict[str, Any]]:
+        for row in training.validations(place.training_log(variant).read_text()):
+            found = [row[f"within_{km}_km"] for km in THRESHOLDS_KM]
+            yield {**{key: row[key] for key in ("examples", "processor_s", "loss")}, "within": found}
+
+    first = next(iter(runs.values()))
+    true, (nearest, _) = first.table(VALIDATION).coordinates(), first.neighbors(VALIDATION, 1)
+    km = np.asarray(great_circle_km(*true.T, *first.gallery.coordinates(np.maximum(nearest[:, 0], 0)).T))
+    km = np.where(nearest[:, 0] < 0, np.inf, km)  # a photo without a neighbor
+    return {
+        "photos": len(true),
+        "first_neighbor": within(km[:, None]).mean(0).tolist(),
+        "runs": {label: list(rows(place)) for label, place in runs.items()},
+    }
+
+
+def _curve_table(curve: Mapping[str, Any]) -> str:
+    """Returns a Markdown table of all runs' validations, one row per number of examples."""
+    heads = ["minutes", "loss", *(f"{km:,} km" for km in THRESHOLDS_KM[:3])]
+    lines = [
+        f"`validation`, {curve['photos']:,} photos, percent within, decoded greedily, after each number of examples. "
+        "Minutes are processor time of the training alone. The first neighbor has "
+        f"{_percent(curve['first_neighbor'])}.\n",
+        f"| examples | {' | '.join(f'{run}: {head}' for run in curve['runs'] for head in heads)} |",
+        "|---:|" + "---:|" * (len(heads) * len(curve["runs"])),
+    ]
+    by_examples = [{row["examples"]: row for row in rows} for rows in curve["runs"].values()]
+    for examples in sorted(set().union(*by_examples)):
+        cells = [f"{examples:,}"]
+        for rows in by_examples:
+            row = rows.get(examples)
+            shown = [f"{100 * share:.1f}" for share in row["within"][:3]] if row else []
+            cells += [f"{row['processor_s'] / 60:.1f}", f"{row['loss']:.3f}", *shown] if row else [""] * len(heads)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _percent(shares: Sequence[float]) -> str:
+    figures = [f"{100 * share:.1f} within {km:,} km" for share, km in zip(shares[:3], THRESHOLDS_KM, strict=False)]
+    return f"{', '.join(figures[:-1])} and {figures[-1]}"
 
 
 def _table(split: str, scores: Mapping[str, Any], runs: Mapping[str, Mapping[str, Any]]) -> str:

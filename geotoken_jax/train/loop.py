@@ -362,6 +362,26 @@ class _Profile:
 
 
 @dataclasses.dataclass
+class _Stopwatch:
+    """Adds up the seconds of a clock while it runs. total: seconds until the last stop. since: start; None if it does
+    not run."""
+
+    clock: Callable[[], float]
+    total: float = 0.0
+    since: float | None = None
+
+    def start(self, ago: float = 0.0) -> None:
+        """Starts the stopwatch as of `ago` seconds ago."""
+        self.since = self.clock() - ago
+
+    def stop(self) -> None:
+        self.total, self.since = self.seconds(), None
+
+    def seconds(self) -> float:
+        return self.total + (self.clock() - self.since if self.since is not None else 0.0)
+
+
+@dataclasses.dataclass
 class _Window:
     """Steps of one line of metrics. vectors: their metrics. The other fields are set when the window ends. waits:
     gathered shares of waiting for input and seconds per step. waited: seconds of waiting for input in this process."""
@@ -403,8 +423,9 @@ class _Log:
         self._seconds_per_step = 0.0
         self._since = time.monotonic()
         self._paused_at: float | None = None
-        # Seconds that trained new steps: until the last pause, and the time from which they count again.
-        self._trained, self._training_since = position.get("trained_s", 0.0), None
+        # Seconds that trained new steps, and the processor time that this process used in them.
+        self._trained = _Stopwatch(time.monotonic, position.get("trained_s", 0.0))
+        self._processor = _Stopwatch(time.process_time, position.get("processor_s", 0.0))
         self._started = started - writer.elapsed_s
 
     def __enter__(self):
@@ -418,13 +439,14 @@ class _Log:
     @property
     def begun(self) -> bool:
         """Whether a step has ended in this process, so that the programs are compiled."""
-        return self._training_since is not None or self._paused_at is not None
+        return self._trained.since is not None or self._paused_at is not None
 
     def waited(self, seconds: float) -> None:
         """Counts seconds of waiting for a batch, and ends a pause before them."""
         if self._paused_at is not None:
-            self._training_since = time.monotonic() - seconds
-            self._since += self._training_since - self._paused_at
+            self._trained.start(seconds)
+            self._processor.start()
+            self._since += time.monotonic() - seconds - self._paused_at
             self._paused_at = None
         self._window.waited += seconds
 
@@ -434,7 +456,8 @@ class _Log:
         self._window.vectors.append(self._copies.begin({**values, **counts}))
         if not self.begun:
             jax.block_until_ready(self._window.vectors)
-            self._training_since = time.monotonic()
+            self._trained.start()
+            self._processor.start()
 
     def pause(self, step: int) -> None:
         """Writes all lines and begins a pause, which lasts until the next batch is requested.
@@ -445,13 +468,13 @@ class _Log:
         self._write_ended()
         jax.block_until_ready(self._window.vectors)
         self._paused_at = time.monotonic()
-        if self._training_since is not None:
-            self._trained += self._paused_at - self._training_since
-            self._training_since = None
+        self._trained.stop()
+        self._processor.stop()
 
     def position(self) -> dict[str, Any]:
         """Returns the state of the log, as JSON values. Call it in a pause."""
-        return {"window": self._metrics(self._window), "trained_s": self._trained}
+        seconds = {"trained_s": self._trained.total, "processor_s": self._processor.total}
+        return {"window": self._metrics(self._window), **seconds}
 
     def elapsed_s(self) -> float:
         """Returns the seconds since the training was started, over all starts."""
@@ -459,8 +482,7 @@ class _Log:
 
     def goodput(self) -> float:
         """Returns the share of `elapsed_s` that trained new steps."""
-        training_s = time.monotonic() - self._training_since if self._training_since is not None else 0.0
-        return (self._trained + training_s) / self.elapsed_s()
+        return self._trained.seconds() / self.elapsed_s()
 
     def print_goodput(self, name: str) -> None:
         """Prints the goodput in process 0, unless no step was trained. name: name of the training."""
@@ -506,6 +528,7 @@ class _Log:
             "seconds_left": (self._settings.steps - window.step) * self._settings.batch_size / rate,
             "elapsed_s": self.elapsed_s(),
             "goodput": self.goodput(),
+            "processor_s": self._processor.seconds(),
         }
         waits = self._copies.end_gather(window.waits)
         self._seconds_per_step = waits[0][1]

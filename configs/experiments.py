@@ -226,8 +226,8 @@ def _published_form() -> dict[str, Any]:
     The learning rate stays constant after its warm-up, and the parameters that are validated are a moving average. So
     each point of the curves is a finished model, and no point depends on how long the training goes on.
     """
-    train = dict(batch_size=64, examples=400_000, evaluate_every=390, log_every=195, ema=0.99)
-    train["optimizer"] = dict(schedule="exponential", decay=1.0, warmup=0.05)
+    optimizer = dict(schedule="exponential", decay=1.0, warmup=0.05)
+    train = dict(batch_size=64, examples=400_000, evaluate_every=390, log_every=195, ema=0.99, optimizer=optimizer)
     published = dict(norm="post", activation="relu", positions="sinusoidal", memory="full", neighbors=15)
     published |= dict(tie_tokens=False, copy_head=False, similarities=False)
     return dict(

@@ -1,7 +1,8 @@
 """Draws the figures of docs/ from a work directory that is complete: `python docs/figures.py --workdir=runs/demo`.
 
 Each is drawn for a light and for a dark page, as WebP on a transparent ground; the same work directory gives the same
-bytes. The photo that most of them show is found by a rule (`example`), not by hand.
+bytes. The photo that most of them show is found by a rule (`example`), not by hand. A figure of an experiment needs the
+experiment's runs, and is drawn with `--only=NAME`.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from PIL import Image, ImageEnhance
 from geotoken_jax.analysis import reliability
 from geotoken_jax.analysis.coordinates import methods_of, read_coordinates, read_truth
 from geotoken_jax.geo.cells import CellScheme
-from geotoken_jax.geo.distance import EARTH_RADIUS_KM, great_circle_km
+from geotoken_jax.geo.distance import EARTH_RADIUS_KM, THRESHOLDS_KM, great_circle_km
 from geotoken_jax.predict.uncertainty import MASSES
 from geotoken_jax.workdir import TOP1, Workdir
 
@@ -353,9 +354,33 @@ def uncertainty(demo: Demo, c: dict[str, str]) -> Any:
     return figure
 
 
+def published_form(demo: Demo, c: dict[str, str]) -> Any:
+    """Accuracy of the published architecture and of the demo's during training, by examples and by processor time."""
+    from configs import experiments as configs  # other figures need neither, and importing them takes seconds
+    from geotoken_jax import configuration
+    from geotoken_jax.stages import experiments
+
+    curve: Any = experiments.curve(configuration.read(configs.get_config()), demo.workdir, "published_form")
+    figure, axes = plt.subplots(1, 3, figsize=(9.6, 3.2))
+    colors = {"published": c["truth"], "demo": c["answer"]}
+    examples, minutes = ("examples", 1e3, "thousand examples"), ("processor_s", 60, "minutes of processor time")
+    for axis, (at, (key, unit, name)) in zip(axes, ((1, examples), (1, minutes), (0, examples)), strict=True):
+        for label, rows in curve["runs"].items():
+            x, y = [row[key] / unit for row in rows], [100 * row["within"][at] for row in rows]
+            axis.plot(x, y, "o-", color=colors[label], markersize=3, linewidth=1.3, label=label)
+        first = 100 * curve["first_neighbor"][at]
+        axis.axhline(first, color=c["pale"], linewidth=1, linestyle="--", label="first neighbor")
+        axis.set(xlabel=name, title=f"% of validation within {THRESHOLDS_KM[at]} km", xlim=(0, None), ylim=(0, None))
+    axes[0].legend(frameon=False, fontsize=8.5)
+    figure.tight_layout()
+    return figure
+
+
 FIGURES: dict[str, Callable[[Demo, dict[str, str]], Any]] = {
     f.__name__: f for f in (cells, neighbors, memory, decoding, choosing, uncertainty)
 }
+#: Figures of experiments, each drawn only with --only, after `geotoken experiment` of its name.
+EXPERIMENTS = {published_form.__name__: published_form}
 
 
 def main() -> None:
@@ -363,7 +388,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workdir", type=Path, default=Path("runs/demo"), help="a complete work directory")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("figures"), help="folder of the figures")
-    parser.add_argument("--only", choices=FIGURES)
+    parser.add_argument("--only", choices=[*FIGURES, *EXPERIMENTS])
     options = parser.parse_args()
     options.out.mkdir(exist_ok=True)
     demo = Demo(options.workdir)
@@ -372,7 +397,7 @@ def main() -> None:
         plt.rcParams.update({**look, "axes.edgecolor": colors["pale"], "axes.facecolor": "none", "font.size": 9.5})
         plt.rcParams.update({"axes.titlesize": 9.5, "axes.spines.top": False, "axes.spines.right": False})
         for name in [options.only] if options.only else FIGURES:
-            drawn = FIGURES[name](demo, colors)
+            drawn = {**FIGURES, **EXPERIMENTS}[name](demo, colors)
             held = io.BytesIO()
             drawn.savefig(held, format="png", dpi=_DPI, transparent=True, bbox_inches="tight", pad_inches=0.04)
             plt.close(drawn)

@@ -1,7 +1,7 @@
 """Page of `geotoken experiment NAME`, experiments/NAME/index.html: the question, and accuracy and settings per run."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 from typing import Any
 
@@ -71,11 +71,12 @@ def _curve(curve: Mapping[str, Any]) -> list[Piece | str]:
     charts = []
     for key, name, unit in (("examples", "train examples", 1), ("processor_s", "minutes of processor time", 60)):
         for at in (0, 1):
+            x = [np.array([row[key] for row in rows]) / unit for rows in curve["runs"].values()]
             series = [
-                Series(label, i, 100 * np.array([row["within"][at] for row in rows]), _x(rows, key, unit))
+                Series(label, i, 100 * np.array([row["within"][at] for row in rows]), x[i])
                 for i, (label, rows) in enumerate(curve["runs"].items())
             ]
-            ends = np.array([min(s.x[0] for s in series), max(s.x[-1] for s in series)])
+            ends = np.array([min(values[0] for values in x), max(values[-1] for values in x)])
             level = np.full(2, 100 * curve["first_neighbor"][at])
             series.append(Series("first neighbor", len(series), level, ends, style="dashed"))
             km = f"{THRESHOLDS_KM[at]:,} km"
@@ -86,10 +87,6 @@ def _curve(curve: Mapping[str, Any]) -> list[Piece | str]:
         "without compilation and validation.</p>"
     )
     return [lead, Panels(charts)]
-
-
-def _x(rows: Sequence[Mapping[str, Any]], key: str, unit: float) -> np.ndarray:
-    return np.array([row[key] for row in rows]) / unit
 
 
 def _differences(results: Mapping[str, Any], first: str) -> list[Piece | str]:

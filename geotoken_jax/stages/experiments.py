@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ def run(config: Config, workdir: Workdir, name: str) -> dict[str, Any]:
         check_context(configs[label], workdir)
     for label, _, *trained_by in experiment.runs:
         print(f"{name}: {label}", flush=True)
-        place = folder / re.sub(r"[^a-z0-9]+", "_", label.lower()).strip("_")
+        place = folder / _folder(label)
         source = Path(runs[trained_by[0]].path).resolve() if trained_by else base
         sweep.link(source, place, [f"{part}/{variant}" for part in _TRAINED])
         sweep.link(base, place, [*_SHARED, f"predictions/{variant}"])
@@ -80,7 +80,7 @@ def run(config: Config, workdir: Workdir, name: str) -> dict[str, Any]:
         "strict": options.strict,
         "runs": [{"name": label, **_facts(place, variant)} for label, place in runs.items()],
         "splits": {split: _score(experiment, runs, split, options) for split in experiment.splits},
-        "curve": _curve(runs, variant) if experiment.curve else None,
+        "curve": curve(config, workdir, name) if experiment.curve else None,
     }
     write_json(epath.Path(folder / "results.json"), results)
     text = page(name, experiment, results, options.resamples)
@@ -88,20 +88,51 @@ def run(config: Config, workdir: Workdir, name: str) -> dict[str, Any]:
     return results
 
 
+def curve(config: Config, workdir: Workdir, name: str) -> dict[str, Any] | None:
+    """Returns the validations of an experiment's runs until now, and the first neighbor's accuracy on the same photos.
+
+    None if no run has a validation yet. Accuracies are fractions within each of THRESHOLDS_KM, of greedy decoding.
+    processor_s: processor time of training until the validation, in seconds.
+    """
+    experiment, variant = _experiment(config, name), config.evaluate.reference
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for label, *_ in experiment.runs:
+        log = Workdir(Path(workdir.path) / "experiments" / name / _folder(label)).training_log(variant)
+        for row in training.validations(log.read_text()) if log.exists() else ():
+            shares = [row[f"within_{km}_km"] for km in THRESHOLDS_KM]
+            found = {key: row[key] for key in ("examples", "processor_s", "loss")}
+            runs.setdefault(label, []).append({**found, "within": shares})
+    if not runs:
+        return None
+    true, nearest = workdir.table(VALIDATION).coordinates(), workdir.neighbors(VALIDATION, 1)[0][:, 0]
+    km = np.asarray(great_circle_km(*true.T, *workdir.gallery.coordinates(np.maximum(nearest, 0)).T))
+    km = np.where(nearest < 0, np.inf, km)  # a photo without a neighbor
+    return {"photos": len(true), "first_neighbor": within(km[:, None]).mean(0).tolist(), "runs": runs}
+
+
+def _folder(label: str) -> str:
+    """Returns the name of a run's folder."""
+    return re.sub(r"[^a-z0-9]+", "_", label.lower()).strip("_")
+
+
 def document(config: Config, workdir: Workdir) -> str:
-    """Returns the text of docs/experiments.md: all experiments of the configuration that have a results.json."""
+    """Returns the text of docs/experiments.md: all experiments of the configuration that have a results.json.
+
+    A curve is included as soon as one of its runs has a validation.
+    """
     parts = [_HEAD.format(cores=os.cpu_count(), machine=platform.machine(), date=date.today())]
     for name in config.experiments:
         file, experiment = Path(workdir.path) / "experiments" / name / "results.json", _experiment(config, name)
-        if not file.exists():
+        trained = curve(config, workdir, name) if experiment.curve else None
+        if not file.exists() and not trained:
             continue
-        results = json.loads(file.read_text())
+        results = json.loads(file.read_text()) if file.exists() else {"splits": {}}
         parts.append(f"## {name.replace('_', ' ').capitalize()}\n\n{experiment.question}\n")
         if experiment.note:
             parts.append(f"{experiment.note}\n")
-        if results.get("curve"):
+        if trained:
             parts.append(_FIGURE.format(name=name))
-            parts.append(_curve_table(results["curve"]))
+            parts.append(_curve_table(trained))
         for split, scores in results["splits"].items():
             parts.append(_table(split, scores, {run["name"]: run for run in results["runs"]}))
     return "\n".join(parts)
@@ -137,40 +168,17 @@ def _score(
     return {**scores, "uncertainty": None}  # the table has no column for it
 
 
-def _curve(runs: Mapping[str, Workdir], variant: str) -> dict[str, Any]:
-    """Returns the validations of each run during training, and the accuracy of the first neighbor on the same photos.
-
-    Accuracies are fractions within each of THRESHOLDS_KM, of greedy decoding. processor_s: processor time of training
-    until the validation, in seconds.
-    """
-
-    def rows(place: Workdir) -> Iterator[dict[str, Any]]:
-        for row in training.validations(place.training_log(variant).read_text()):
-            found = [row[f"within_{km}_km"] for km in THRESHOLDS_KM]
-            yield {**{key: row[key] for key in ("examples", "processor_s", "loss")}, "within": found}
-
-    first = next(iter(runs.values()))
-    true, (nearest, _) = first.table(VALIDATION).coordinates(), first.neighbors(VALIDATION, 1)
-    km = np.asarray(great_circle_km(*true.T, *first.gallery.coordinates(np.maximum(nearest[:, 0], 0)).T))
-    km = np.where(nearest[:, 0] < 0, np.inf, km)  # a photo without a neighbor
-    return {
-        "photos": len(true),
-        "first_neighbor": within(km[:, None]).mean(0).tolist(),
-        "runs": {label: list(rows(place)) for label, place in runs.items()},
-    }
-
-
-def _curve_table(curve: Mapping[str, Any]) -> str:
-    """Returns a Markdown table of all runs' validations, one row per number of examples."""
+def _curve_table(trained: Mapping[str, Any]) -> str:
+    """Returns a Markdown table of all runs' validations, one row per number of examples. trained: see `curve`."""
     heads = ["minutes", "loss", *(f"{km:,} km" for km in THRESHOLDS_KM[:3])]
     lines = [
-        f"`validation`, {curve['photos']:,} photos, percent within, decoded greedily, after each number of examples. "
+        f"`validation`, {trained['photos']:,} photos, percent within, decoded greedily, after each number of examples. "
         "Minutes are processor time of the training alone. The first neighbor has "
-        f"{_percent(curve['first_neighbor'])}.\n",
-        f"| examples | {' | '.join(f'{run}: {head}' for run in curve['runs'] for head in heads)} |",
-        "|---:|" + "---:|" * (len(heads) * len(curve["runs"])),
+        f"{_percent(trained['first_neighbor'])}.\n",
+        f"| examples | {' | '.join(f'{run}: {head}' for run in trained['runs'] for head in heads)} |",
+        "|---:|" + "---:|" * (len(heads) * len(trained["runs"])),
     ]
-    by_examples = [{row["examples"]: row for row in rows} for rows in curve["runs"].values()]
+    by_examples = [{row["examples"]: row for row in rows} for rows in trained["runs"].values()]
     for examples in sorted(set().union(*by_examples)):
         cells = [f"{examples:,}"]
         for rows in by_examples:

@@ -1,8 +1,8 @@
 """Experiments on questions that the paper leaves open, with the demo's data (stages/experiments.py).
 
 Run one with `geotoken experiment NAME`. An experiment that trains uses 30,000 examples per run, a third as many as the
-demo, and takes a minute per run on two cores. Each `note` interprets the experiment's table and was written after the
-table was made.
+demo, and takes a minute per run on two cores; only `published_form` takes hours. Each `note` interprets the experiment's
+table and was written after the table was made.
 """
 
 from typing import Any

@@ -36,7 +36,7 @@ def test_a_missing_converter_is_named_with_what_to_install(made, capsys, target:
 
 def test_a_target_needs_an_export_and_an_export_a_target(made, tmp_path: Path, capsys):
     assert "has no config.json" in refused(capsys, f"--from={tmp_path}", "--target=pytorch")
-    assert "--from needs --push=ORG/NAME or --target=onnx|savedmodel|pytorch: add one" in refused(
+    assert "--from needs --upgrade, --push=ORG/NAME or --target=onnx|savedmodel|pytorch: add one" in refused(
         capsys, f"--from={made[0]}"
     )
 

@@ -54,7 +54,7 @@ test-slow: $(INSTALLED) .tpu/.installed ## test more interruptions, SLURM, and c
 	@touch $@
 
 test-interop: $(INSTALLED) .torch/.installed .beam/.installed ## test with PyTorch and transformers (.torch, 1.1 GB) and with Beam (.beam, 460 MB)
-	PYTHONPATH=$(CURDIR)/.torch $(BIN)/python -m pytest -q tests/interop
+	PYTHONPATH=$(CURDIR)/.torch $(PYTEST) tests/interop
 	PYTHONPATH=$(CURDIR)/.beam $(BIN)/python -m pytest -q tests/interop/test_beam.py
 
 .torch/.installed:
@@ -75,7 +75,7 @@ test-interop: $(INSTALLED) .torch/.installed .beam/.installed ## test with PyTor
 
 # Chromium must be installed on the system; playwright only drives it.
 test-tools: $(INSTALLED) .tools/.installed ## test with Chromium, fuzzers, Jupyter, MkDocs and Triton's client (.tools, 650 MB)
-	PYTHONPATH=$(CURDIR):$(CURDIR)/.tools $(BIN)/python -m pytest -q tests/tools
+	PYTHONPATH=$(CURDIR):$(CURDIR)/.tools $(PYTEST) tests/tools
 
 test-targets: $(INSTALLED) .onnx/.installed .tensorflow/.installed ## test with jax2onnx (.onnx, 1.1 GB) and TensorFlow (.tensorflow, 2.1 GB)
 	$(BIN)/python -m pytest -q tests/targets

@@ -47,7 +47,7 @@ def get_config(backbone: str = "giant") -> ConfigDict:
 
 def _set_choice(config: Any) -> None:
     """Sets how the answer is chosen among candidates and gallery photos."""
-    # +8.6 points at 25 km and +10.2 at 200 km over the most probable candidate. Its constants (config.verifier.model)
-    # were fitted to the demo's features.
-    config.predict.selectors = (*config.predict.selectors, "point_likeness")
-    config.predict.choice = "point_likeness"
+    # Its scales and weights are fitted to the validation photos, so none of its settings depends on the backbone
+    # (docs/experiments.md). Views of the gallery's photos would each cost a pass through the backbone: there are none.
+    config.predict.selectors = (*config.predict.selectors, "reranker")
+    config.predict.choice = "reranker"

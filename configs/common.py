@@ -28,7 +28,8 @@ def get_config() -> ConfigDict:
     config.pools = dict(photos=50_000, seed=0)  # geotoken_jax/configuration.py
     # geotoken_jax/model/reward.py
     config.reward = dict(model=dict(hidden=2048, dropout=0.1), train=_train_selector())
-    config.verifier = _verifier()
+    config.channels = _channels()
+    config.reranker = _reranker()
     # Name of a variant of the decoder -> changed sections and keys. The commands `geotoken train`, `learn` and
     # `predict` run once per variant.
     config.variants = dict(geotoken=dict())
@@ -218,23 +219,43 @@ def _model() -> dict[str, Any]:
     )
 
 
-def _verifier() -> dict[str, Any]:
-    """Returns settings of the verifier (geotoken_jax/predict/verifier.py) and of its networks' training."""
+def _channels() -> dict[str, Any]:
+    """Returns settings of the channels and of the comparator (geotoken_jax/model/comparator.py)."""
+    return dict(
+        kind="scann",
+        dtype="bfloat16",
+        views=dict(count=0, seed=1, rotation=15.0, crop=0.75, gamma=0.15, color=0.1, flip=False),
+        comparator=dict(hidden=2048, width=256, dropout=0.1, noise=0.8, same_within_km=20.0),
+        train=_train_selector(),
+    )
+
+
+def _reranker() -> dict[str, Any]:
+    """Returns settings of the reranker (geotoken_jax/model/reranker.py) and of its fit (geotoken_jax/model/reranker_fit.py).
+
+    docs/experiments.md has what each group of features is worth.
+    """
     return dict(
         model=dict(
-            near=64,
-            similar=64,
-            widths_km=(3, 10, 30, 100, 300),
-            width_km=100.0,  # on EarthView's validation photos 30 is as good as 100; 10 and 300 are worse
-            point_km=60.0,  # on EarthView's validation photos the best of 30, 60 and 100
-            sharpness=40.0,  # on EarthView's validation photos 30 and 50 are as good as 40
-            floor=8.0,
-            temperature=0.05,
-            comparator=dict(hidden=2048, width=256, dropout=0.1, noise=0.8, same_within_km=20.0),
-            scorer=dict(hidden=16, dropout=0.0),
+            channels=("index", "backbone", "comparator", "location"),
+            depth=64,
+            candidates=24,
+            cells=16,
+            widths_km=(1, 5, 25, 100, 400),
+            sharpness=(2, 6),
+            hidden=0,
+            objective="accuracy",
         ),
-        train_comparator=_train_selector(),
-        train_scorer=_train_selector(),
+        fit=dict(
+            photos=20_000,
+            folds=5,
+            epochs=30,
+            batch_size=64,
+            learning_rate=1e-2,
+            weight_decay=1e-2,
+            dropped=0.2,
+            seed=0,
+        ),
     )
 
 

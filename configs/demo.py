@@ -72,12 +72,13 @@ def get_config() -> ConfigDict:
 
 def _set_selectors(config: Any) -> None:
     """Sets which selectors are used, and shortens their training for two cores."""
-    config.predict.selectors = (*config.predict.selectors, "point_likeness")
-    config.predict.choice = "point_likeness"
+    config.predict.selectors = (*config.predict.selectors, "reranker")
+    config.predict.choice = "reranker"
     config.pools.photos = 3_000
     config.reward.model.update(hidden=256, dropout=0.2)
     config.reward.train.update(batch_size=128, examples=60_160, evaluate_every=94, log_every=25)
     config.reward.train.optimizer.learning_rate = 3e-3
-    config.verifier.train_comparator.update(examples=307_200, evaluate_every=200, log_every=25)
-    config.verifier.train_scorer.update(batch_size=256, examples=128_000, evaluate_every=50, log_every=25)
-    config.verifier.train_scorer.optimizer.update(learning_rate=5e-3, weight_decay=0.1)
+    # For so few photos, exact search takes less time than building the indexes would.
+    config.channels.update(kind="exact", dtype="int8")
+    config.channels.views.count = 6
+    config.channels.train.update(examples=307_200, evaluate_every=200, log_every=25)

@@ -1,8 +1,8 @@
 """Experiments on questions that the paper leaves open, with the demo's data (stages/experiments.py).
 
 Run one with `geotoken experiment NAME`. An experiment that trains uses 30,000 examples per run, a third as many as the
-demo, and takes a minute per run on two cores; only `published_form` takes hours. Each `note` interprets the experiment's
-table and was written after the table was made.
+demo, and takes a minute per run on two cores; only `published_form` takes hours. Each `note` interprets the
+experiment's table and was written after the table was made.
 """
 
 from typing import Any
@@ -22,10 +22,9 @@ def get_config() -> ConfigDict:
     config.name = "experiments"
     goals = ("1_km", "25_km", "200_km", "750_km", "2500_km", "geoscore")
     config.predict.selectors = (
-        *("greedy", "log_probability", "similarity", "consensus", "reward", "verifier", "comparator", "likeness"),
+        *("greedy", "log_probability", "similarity", "consensus", "reward", "reranker"),
         *(f"expected_{goal}" for goal in goals),
         *(f"point_{goal}" for goal in goals),
-        *("point_comparator", "point_likeness"),
     )
     experiments = {**_prediction(config), **_architecture(), **_training(), "published_form": _published_form()}
     defaults = {"note": "", "splits": _BOTH, "curve": False}
@@ -55,16 +54,10 @@ def _prediction(config: Any) -> dict[str, Any]:
         ),
         selection=dict(
             question="The pool has 30 samples and the greedy candidate: which selector finds the best of them?",
-            note="Only `point_likeness` closes at least half of the gap between log-probability and the ideal choice: "
-            "91 and 79 % of it at 25 and 200 km on test, 92 and 61 % on test_shift. It does not choose from the pool: "
-            "it scores points with the whole gallery and predicts the point around which photos are most similar to "
-            "the query. Among selectors that choose from the pool, the comparator is best on test (40 and 49 %) and "
-            "likeness is best on test_shift (23 and 23 %). The verifier, which reads all features, is no better than "
-            "the comparator on test and gains little on test_shift. The reward head is worse than greedy decoding. "
+            note="The table is older than the selector `reranker`, which has replaced `verifier`, `comparator`, "
+            "`likeness` and their points (README has its results). The reward head is worse than greedy decoding. "
             "Expected accuracy under the decoder's distribution gains for a coarse goal (2,500 km: +2.2 and +0.2) and "
-            "loses for all others, because the decoder is underconfident. test and test_shift were in use while the "
-            "selectors were developed. On another draw of EarthView, which was not (seed 1), `point_likeness` closed "
-            "all of the gap on test, and 114 and 83 % of it on test_shift.",
+            "loses for all others, because the decoder is underconfident.",
             runs=(("pool", dict(predict=dict(choice="log_probability"))),),
             choices=("", "ideal", *config.predict.selectors),
         ),

@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
     config.photos.max_dropped = 0.5  # a folder of one's own has photos without a place; each drop is counted
     config.embed.backbone = "huggingface"
     config.embed.huggingface.update(path="openai/clip-vit-large-patch14", batch_size=32)
-    config.embed.views.count = 0  # views cost a pass through the backbone each
+    config.embed.views.count = config.channels.views.count = 0  # views cost a pass through the backbone each
     config.embed.threads = 2
     # Exact search works with any number of photos. ScaNN's partitions need thousands.
     config.index.search.kind = "exact"
@@ -31,8 +31,7 @@ def get_config() -> ConfigDict:
         (config.align.train, 10),
         (config.train, 15),
         (config.reward.train, 20),
-        (config.verifier.train_comparator, 20),
-        (config.verifier.train_scorer, 40),
+        (config.channels.train, 20),
         (config.baselines.train, 20),
     )
     for train, epochs in trainings:

@@ -16,16 +16,20 @@ from geotoken_jax import preparation, records, settings
 from geotoken_jax.align.heads import AlignSettings
 from geotoken_jax.align.loss import LossSettings as AlignLossSettings
 from geotoken_jax.align.pixels import PixelsSettings
+from geotoken_jax.backbone.views import ViewsSettings
 from geotoken_jax.data.join import DataSettings
+from geotoken_jax.gallery import index
 from geotoken_jax.gallery.placement import GallerySettings
 from geotoken_jax.geo import distance
+from geotoken_jax.model.comparator import ComparatorSettings
 from geotoken_jax.model.geotoken import ModelSettings
+from geotoken_jax.model.reranker import RerankerSettings
+from geotoken_jax.model.reranker_fit import FitSettings
 from geotoken_jax.model.reward import RewardSettings
 from geotoken_jax.model.task import LossSettings
 from geotoken_jax.predict.classifier import ClassifierSettings
 from geotoken_jax.predict.decode import PredictSettings
 from geotoken_jax.predict.judge import JudgeSettings
-from geotoken_jax.predict.verifier import VerifierSettings
 from geotoken_jax.processes import WatchSettings
 from geotoken_jax.sharding import MeshSettings
 from geotoken_jax.train.loop import TrainSettings
@@ -33,7 +37,7 @@ from geotoken_jax.train.loop import TrainSettings
 
 @dataclasses.dataclass(frozen=True)
 class PoolsSettings:
-    """config.pools: train photos whose candidates are stored for training selectors.
+    """config.pools: train photos whose candidates are stored for training the reward head.
 
     photos: number of these photos; their authors are drawn at random. seed: random seed of the draw.
     """
@@ -263,12 +267,32 @@ class RewardSection:
 
 
 @dataclasses.dataclass(frozen=True)
-class VerifierSection:
-    """config.verifier. The comparator is trained first, then the scorer."""
+class ChannelsSection:
+    """config.channels.
 
-    model: VerifierSettings
-    train_comparator: TrainSettings
-    train_scorer: TrainSettings
+    kind, dtype: how the channels' indexes are built, in place of config.index.search.kind and reorder_dtype; see
+    gallery.index.IndexSettings. views: further views of gallery photos that `geotoken learn` makes, beside those of
+    config.embed.views; the comparator is trained on all views, and two channels search them. comparator: the
+    comparator. train: its training.
+    """
+
+    kind: str
+    dtype: str
+    views: ViewsSettings
+    comparator: ComparatorSettings
+    train: TrainSettings
+
+    def search(self, gallery: index.IndexSettings) -> index.IndexSettings:
+        """Returns settings of the channels' indexes. gallery: those of the gallery's index, config.index.search."""
+        return dataclasses.replace(gallery, kind=self.kind, reorder_dtype=self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class RerankerSection:
+    """config.reranker. fit: fit to the validation photos."""
+
+    model: RerankerSettings
+    fit: FitSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,7 +327,8 @@ class Config:
     train: TrainSettings
     pools: PoolsSettings
     reward: RewardSection
-    verifier: VerifierSection
+    channels: ChannelsSection
+    reranker: RerankerSection
     variants: Mapping[str, Any]
     predict: PredictSettings
     judge: JudgeSettings

@@ -39,7 +39,8 @@ PATH = {
     "geotoken": "train",
     "pools": "learn",
     "reward": "learn",
-    "verifier": "learn",
+    "channels": "learn",
+    "reranker": "learn",
     "predictions": "predict",
     "report": "evaluate",
     "export": "export",
@@ -57,7 +58,7 @@ EARLIER = "earlier"
 #: Verbs that take in photos that were added to the source.
 UPDATED = ("prepare", "embed", "index")
 #: Folders that stay valid if photos are added to their inputs: a model that was trained on fewer photos is a model.
-_TRAINED = ("align", "geotoken", "pools", "reward", "verifier")
+_TRAINED = ("align", "geotoken", "pools", "reward", "channels", "reranker")
 #: Files that a manifest does not record, because they depend on time and machine, or change after the stage.
 _UNRECORDED = (
     "manifest.json", "begun.json", "checkpoints", "metrics.jsonl", "tensorboard", "profile", "source.json", "judge",

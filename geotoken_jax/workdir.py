@@ -29,6 +29,7 @@ from geotoken_jax.gallery.table import Table
 from geotoken_jax.manifests import Manifest, Stage, StageError
 from geotoken_jax.model.geotoken import GeoTokenModel, ModelSettings
 from geotoken_jax.predict.answer import Answerer
+from geotoken_jax.predict.channels import Channels
 from geotoken_jax.predict.decode import Decoder, PredictSettings
 from geotoken_jax.predict.pool import Pool
 from geotoken_jax.predict.sample import Candidates
@@ -45,8 +46,8 @@ VALIDATION = "validation"
 #: Files that an export leaves out. Either only training or indexing needs them, or they contain the times at which the
 #: gallery's photos were taken, which are private.
 _NOT_EXPORTED = (
-    "manifest.json", "begun.json", "checkpoints", "metrics.jsonl", "parameters.txt", "tensorboard", "features.npy",
-    "captured-*.npy", manifests.LEDGERS,
+    "manifest.json", "begun.json", "checkpoints", "metrics.jsonl", "parameters.txt", "tensorboard",
+    "fold-*.safetensors", "captured-*.npy", manifests.LEDGERS,
 )  # fmt: skip
 #: Names of the files of neighbors/, as a format string.
 NEIGHBOR_FILES = "{split}.{field}-{shard:05d}-of-{shards:05d}.npy"
@@ -328,14 +329,29 @@ class Workdir:
         return checkpoint.read_module(file, lambda rngs: GeoTokenModel(options, rngs))
 
     def selectors(self, config: Config, variant: str) -> dict[str, Any]:
-        """Returns name of a folder -> model settings, for the trained selectors that config.predict.selectors needs."""
-        sections = {"reward": config.reward.model, "verifier": config.verifier.model}
-        return {
+        """Returns name -> model settings, for the trained selectors that config.predict.selectors needs.
+
+        With the reranker come the settings of the comparator, named "comparator".
+        """
+        sections = {"reward": config.reward.model, "reranker": config.reranker.model}
+        found = {
             name: settings.restored(
                 self.manifest(f"{name}/{variant}").settings[name]["model"], sections[name], f"{name}.model"
             )
-            for name in selector_folders(config.predict)
+            for name in trained_selectors(config.predict)
         }
+        if "reranker" in found:
+            stored = self.manifest("channels").settings["channels"]["comparator"]
+            found["comparator"] = settings.restored(stored, config.channels.comparator, "channels.comparator")
+        return found
+
+    def channels(self, config: Config) -> Channels:
+        """Returns the channels that config.reranker.model.channels names, opened for search."""
+        stored = self.manifest("channels").settings["channels"]["comparator"]
+        comparator = settings.restored(stored, config.channels.comparator, "channels.comparator")
+        threads = config.index.search.threads
+        names = config.reranker.model.channels
+        return Channels(names, self.path / "channels", comparator, self.gallery, self.index(threads), threads)
 
     def answerer(self, config: Config, variant: str, exported: epath.Path | None = None) -> Answerer:
         """Returns the answerer of a variant: trained decoder, selectors and gallery.
@@ -348,9 +364,15 @@ class Workdir:
         aligned = functools.cache(lambda: self.align_model(config.align.model))
 
         def folder(name: str) -> epath.Path:
-            return exported / name if exported else self.path / name / variant
+            if exported or name == "channels":
+                return (exported or self.path) / name
+            return self.path / name / variant
 
-        trained = selector_loader(self.selectors(config, variant), folder, gallery, model, aligned)
+        def searched() -> tuple[index.Index, int]:
+            threads = config.index.search.threads
+            return index.load((exported or self.path) / "gallery" / "index", threads), threads
+
+        trained = selector_loader(self.selectors(config, variant), folder, gallery, model, searched)
         return Answerer(Decoder(model, config.predict, gallery), SelectorInputs(config.predict.vote, aligned, trained))
 
     # Pools
@@ -397,6 +419,10 @@ class Workdir:
         """Returns the path of the predictions of a variant or baseline for a split."""
         return self.path / "predictions" / name / f"{split}.jsonl"
 
+    def recall_file(self, variant: str, split: str) -> epath.Path:
+        """Returns the path of the recall of a split's pools. The file exists only if the reranker is a selector."""
+        return self.path / "predictions" / variant / f"{split}.recall.json"
+
     def predicted_variants(self) -> list[str]:
         """Returns the variants and baselines whose predictions are complete."""
         folders = disk.matching(self.path / "predictions", "*")
@@ -441,6 +467,6 @@ def _variant_config(config: Config, folder: str) -> Config:
     return config.variant(name) if name in config.variants else config
 
 
-def selector_folders(options: PredictSettings) -> list[str]:
-    """Returns the folders of the trained selectors that config.predict.selectors needs."""
-    return [name for name, selectors in TRAINED.items() if set(selectors) & set(options.selectors)]
+def trained_selectors(options: PredictSettings) -> list[str]:
+    """Returns the trained selectors in config.predict.selectors, which are also names of folders."""
+    return [name for name in TRAINED if name in options.selectors]

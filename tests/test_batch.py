@@ -12,8 +12,8 @@ from geotoken_jax.align.location_encoder import LocationSettings
 from geotoken_jax.align.loss import LossSettings
 from geotoken_jax.align.task import AlignTask
 from geotoken_jax.model import batch as decoder
+from geotoken_jax.model.comparator import ComparatorSettings, ComparatorTask
 from geotoken_jax.model.reward import RewardSettings, RewardTask
-from geotoken_jax.model.verifier import ComparatorSettings, ComparatorTask, ScorerSettings, ScorerTask
 from geotoken_jax.predict.classifier import ClassifierSettings, ClassifierTask
 from tests import fixtures
 
@@ -31,7 +31,6 @@ TASKS = {
         (task := ComparatorTask(COMPARATOR, np.zeros(C, np.float32))),
         task.batch(N),
     ),
-    "scorer": lambda: ((task := ScorerTask(ScorerSettings(8, 0.0), np.ones((2, C), np.float32))), task.batch(N, K)),
     "classifier": lambda: ((task := ClassifierTask(ClassifierSettings(9, 1, 8, 0.0, 2), C, 5)), task.batch(N)),
 }
 

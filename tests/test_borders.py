@@ -26,8 +26,8 @@ from tests.test_sources import jpeg
 CONFIG = f"--config={Path(__file__).parents[1] / 'configs' / 'demo.py'}"
 #: Folders whose manifests the stages read first.
 FOLDERS = (
-    "photos", "features", "align", "gallery", "queries", "neighbors", "tokens", "geotoken/geotoken", "pools/geotoken",
-    "predictions/geotoken", "report",
+    "photos", "features", "align", "gallery", "queries", "neighbors", "tokens", "geotoken/geotoken", "channels",
+    "reranker/geotoken",    "predictions/geotoken", "report",
 )  # fmt: skip
 #: Verb with its options -> how it is told the folder in which the fault is.
 VERBS: dict[str, Callable[[Path], list[str]]] = {

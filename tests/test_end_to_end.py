@@ -60,8 +60,8 @@ def test_every_folder_of_the_path_is_there(workdir: Path):
         *folders,
         "geotoken/geotoken",
         "geotoken/paper",
-        "pools/geotoken",
-        "verifier/geotoken",
+        "channels",
+        "reranker/geotoken",
         "predictions/top1_neighbor",
         "predictions/geotoken",
     ]:
@@ -216,7 +216,7 @@ def test_other_stages_are_named_and_a_configuration_is_asked_for(workdir, tmp_pa
 def test_a_language_model_may_choose_too(workdir: Path, tmp_path: Path):
     """A judge that chooses the second candidate in its list."""
     shutil.copytree(workdir / "predictions", tmp_path / "predictions")
-    for folder in ("photos", "queries", "gallery", "neighbors", "tokens", "align", "geotoken", "pools", "verifier"):
+    for folder in ("photos", "queries", "gallery", "neighbors", "tokens", "align", "geotoken", "channels", "reranker"):
         (tmp_path / folder).symlink_to(workdir / folder)
     made = []
     server = test_judge.Server(lambda body, n: test_judge.says('{"number": 2}'))
@@ -285,7 +285,7 @@ def test_other_settings_than_a_trained_parts_own_are_refused(workdir, capsys, ve
         ("align", "align.loss.chunk=64"),
         ("train", "train.accumulate=2"),
         ("train", "model.remat=dots"),
-        ("learn", "verifier.train_scorer.log_every=9"),
+        ("learn", "channels.train.log_every=9"),
         ("predict", "predict.batch_size=7"),
         ("predict", "judge.timeout_s=7.0"),
         ("export", "embed.threads=3"),

@@ -40,8 +40,7 @@ def get_config() -> ConfigDict:
     config.evaluate.labels["paper"] = "GeoToken, the paper's architecture"
     config.pools.photos = 60
     config.reward.train.update(batch_size=16, examples=160, evaluate_every=5, log_every=5)
-    config.verifier.train_comparator.update(batch_size=16, examples=160, evaluate_every=5, log_every=5)
-    config.verifier.train_scorer.update(batch_size=16, examples=160, evaluate_every=5, log_every=5)
+    config.channels.train.update(batch_size=16, examples=160, evaluate_every=5, log_every=5)
     return config
 
 
@@ -58,6 +57,8 @@ def shrink(config: Any, width: int) -> None:
     config.predict.search.update(expansions=16, leaves=4, width=4)
     config.baselines.knn.neighbors = 6
     config.reward.model.hidden = 8
-    config.verifier.model.update(near=4, similar=8)
-    config.verifier.model.comparator.update(hidden=16, width=8)
+    config.channels.comparator.update(hidden=16, width=8)
+    config.channels.views.count = 1
+    config.reranker.model.update(depth=33, candidates=4, cells=2)
+    config.reranker.fit.update(epochs=2, folds=2)
     config.evaluate.resamples = 100

@@ -57,8 +57,9 @@ class MaskedGallery:
             batch = {"query": query, **join.neighbors(self._gallery, neighbor_rows[part], decoder.cells)}
             exclude = [*self._excluded(rows[part]), lambda queries, found: hidden[found]]
             # A photo's random draws depend on the seed and its row number, so they are the same as in predictions/.
-            answers, _ = self._answerer(batch, neighbor_rows[part], scores[part], rows[part], exclude=exclude)
-            placed[1, part] = coordinates(answers)
+            found = neighbor_rows[part], scores[part]
+            pool = decoder(batch, *found, rows[part])._replace(exclude=exclude)
+            placed[1, part] = coordinates(self._answerer(pool, *found).predictions)
         return placed
 
 

@@ -31,9 +31,9 @@ class ViewsSettings:
 
     def __post_init__(self):
         if self.count < 0:
-            raise ValueError(f"config.embed.views.count is {self.count}: choose 0 or more")
+            raise ValueError(f"count is {self.count}: choose 0 or more")
         if not 0 < self.crop <= 1:
-            raise ValueError(f"config.embed.views.crop is {self.crop}: choose a share above 0 and at most 1")
+            raise ValueError(f"crop is {self.crop}: choose a share above 0 and at most 1")
 
 
 def views(image: Image.Image, row: int, settings: ViewsSettings) -> list[Image.Image]:

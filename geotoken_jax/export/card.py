@@ -206,11 +206,10 @@ def _cost(cost: Any) -> str:
         ("int8 minus bfloat16", *(_percent(a, "+.2f") for a in difference)),
     ]
     summary = _wrapped(
-        f"Vectors have one byte per number: the gallery, its index and the vectors of trained selectors, "
-        f"if any, take {after} instead of {before}. The index finds "
-        f"{quantized} of a photo's 15 nearest neighbors instead of {original}. Both galleries were compared on the "
-        f"{cost['photos']:,} photos of {cost['split']}: percentage of photos within each distance, and its change in "
-        "percentage points with the paired 95 % interval."
+        f"Vectors have one byte per number: the gallery and its index take {after} instead of {before}. The index "
+        f"finds {quantized} of a photo's 15 nearest neighbors instead of {original}. Both galleries were compared on "
+        f"the {cost['photos']:,} photos of {cost['split']}: percentage of photos within each distance, and its change "
+        "in percentage points with the paired 95 % interval."
     )
     return f"""
 ## The gallery in int8

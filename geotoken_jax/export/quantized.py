@@ -13,7 +13,7 @@ from etils import epath
 
 from geotoken_jax import bootstrap, settings
 from geotoken_jax.configuration import Config
-from geotoken_jax.gallery import encodings, index, table
+from geotoken_jax.gallery import index, table
 from geotoken_jax.gallery.index import IndexSettings
 from geotoken_jax.gallery.table import IndexVectors, Table
 from geotoken_jax.geo import distance
@@ -21,30 +21,25 @@ from geotoken_jax.predict.prediction import coordinates
 from geotoken_jax.progress import track
 from geotoken_jax.workdir import Workdir
 
-#: Files of trained selectors that contain vectors of gallery photos.
-_SELECTOR_VECTORS = ("verifier/keys.npy", "verifier/views.npy")
-
 
 def quantize(workdir: Workdir, options: IndexSettings, folder: epath.Path) -> dict[str, Any]:
-    """Converts the vectors in an export's folder to int8: the gallery, its index and the selectors' vectors.
+    """Converts the vectors of an export's gallery and its index to int8.
 
-    The index is built again from the dequantized vectors, with the settings of the gallery's index. Returns "bytes" and
-    the index's "recall", each before and after.
+    The index is built again from the dequantized vectors, with the settings of the gallery's index. The channels'
+    indexes stay as config.channels.dtype has made them. Returns "bytes" and the index's "recall", each before and
+    after.
 
     options: config.index.search, of which only the keys that affect nothing but run time are used.
     """
-    parts = [folder / "gallery", *(folder / name for name in _SELECTOR_VECTORS if (folder / name).exists())]
     manifest = workdir.manifest("gallery")
     search = settings.restored(manifest.settings["index"]["search"], options, "index.search")
-    before = sum(map(_bytes, parts))
+    before = _bytes(folder / "gallery")
     table.quantize(folder / "gallery")
     shutil.rmtree(folder / "gallery" / "index")
     search = dataclasses.replace(search, reorder_dtype="int8")
     built = index.build(IndexVectors(Table(folder / "gallery")), search, folder / "gallery" / "index")
-    for part in parts[1:]:
-        encodings.quantize(part)
     recall = [manifest.facts["index"]["recall"], built.facts["recall"]]
-    return {"bytes": [before, sum(map(_bytes, parts))], "recall": recall}
+    return {"bytes": [before, _bytes(folder / "gallery")], "recall": recall}
 
 
 def cost(config: Config, workdir: Workdir, variant: str, folder: epath.Path) -> dict[str, Any]:
@@ -67,7 +62,7 @@ def cost(config: Config, workdir: Workdir, variant: str, folder: epath.Path) -> 
         rows = [slice(first, first + size) for first in range(0, len(queries), size)]
         kind = "int8" if exported else "bfloat16"
         predicted = [
-            coordinates(answerer.from_vectors(searched, queries.embeddings(part), queries.captured(part))[0])
+            coordinates(answerer.from_vectors(searched, queries.embeddings(part), queries.captured(part)).predictions)
             for part in track(rows, f"predict with {kind}", len(rows), "batches")
         ]
         predicted, truth = np.concatenate(predicted), queries.coordinates()
@@ -85,7 +80,5 @@ def cost(config: Config, workdir: Workdir, variant: str, folder: epath.Path) -> 
 
 
 def _bytes(path: epath.Path) -> int:
-    """Returns the size of a folder, or of a file and its scales, in bytes."""
-    if path.is_file():
-        return sum(p.stat().st_size for p in pathlib.Path(path).parent.glob(f"{path.stem}.*"))
+    """Returns the size of a folder in bytes."""
     return sum(p.stat().st_size for p in pathlib.Path(path).rglob("*") if p.is_file())

@@ -14,7 +14,7 @@ from jaxtyping import Float, Float32, Int32
 
 from geotoken_jax import disk, records
 from geotoken_jax.batch import blocks
-from geotoken_jax.gallery import index, int8
+from geotoken_jax.gallery import index
 from geotoken_jax.gallery.index import Vectors
 
 #: Coordinates per compiled call. A capsule of width 1,024 then has 17 MB of activations per layer.
@@ -59,20 +59,8 @@ def save(path: epath.Path, blocks: Iterable[Float32[np.ndarray, "n E"]], n: int,
 
 
 def open_encodings(path: epath.Path) -> Vectors:
-    """Returns the vectors stored by `save` or `quantize`, memory-mapped."""
-    values = records.open_array(path)
-    if values.dtype == np.int8:
-        return int8.Int8Vectors(values, records.open_array(_scales(path)))
-    return values.view(ml_dtypes.bfloat16)
-
-
-def quantize(path: epath.Path) -> None:
-    """Replaces the bfloat16 vectors stored by `save` with int8 vectors and one scale per vector."""
-    int8.write(records.open_array(path, ml_dtypes.bfloat16), path, _scales(path))
-
-
-def _scales(path: epath.Path) -> epath.Path:
-    return path.with_suffix(".scales.npy")
+    """Returns the vectors stored by `save`, memory-mapped."""
+    return records.open_array(path, ml_dtypes.bfloat16)
 
 
 def rank(

@@ -10,13 +10,13 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from geotoken_jax import randomness, sharding
 from geotoken_jax.batch import Spec, spec
 from geotoken_jax.geo.distance import THRESHOLDS_KM
-from geotoken_jax.model.verifier import listwise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,5 +68,34 @@ class RewardTask:
     def loss(
         self, model: RewardHead, batch: Mapping[str, Array], key: jax.Array | None
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-        """Returns the loss and metrics of `verifier.listwise`. key: random key for dropout; no dropout if None."""
+        """Returns the loss and metrics of `listwise`. key: random key for dropout; no dropout if None."""
         return listwise(model(batch["states"], key), batch["km"], batch.get("valid"))
+
+
+def listwise(
+    logits: Float[Array, "B K 5"], km: Float[Array, "B K"], valid: Array | None
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """Returns the loss of choosing from pools, in nats, and the share of photos whose choice is within each threshold.
+
+    A pool is the K candidates of one photo. The loss is 0.9 times a listwise loss plus 0.1 times a pointwise loss, each
+    a mean over THRESHOLDS_KM. The listwise loss is minus the log of the probability, by a softmax over the pool, that a
+    candidate within the threshold is chosen; 0 if the pool has none. The pointwise loss is the mean binary
+    cross-entropy of the candidates. Because of it the logits can also be read as log-odds.
+
+    km: distance of each candidate from the truth. valid [B]: False leaves a photo out; if None, no photo is left out.
+    """
+    within = km[..., None] <= jnp.asarray(THRESHOLDS_KM, jnp.float32)
+    log_p = jax.nn.log_softmax(logits, 1)
+    log_within = jax.nn.logsumexp(jnp.where(within, log_p, -1e9), 1)
+    listwise_losses = jnp.where(within.any(1), -log_within, 0).mean(-1)
+    pointwise_losses = optax.sigmoid_binary_cross_entropy(logits, within.astype(jnp.float32)).mean((1, 2))
+    chosen_within = jnp.take_along_axis(within, choose(logits)[:, None, None], 1)[:, 0]
+    metrics = {
+        f"within_{limit}_km": jnp.average(chosen_within[:, t], weights=valid) for t, limit in enumerate(THRESHOLDS_KM)
+    }
+    return jnp.average(0.9 * listwise_losses + 0.1 * pointwise_losses, weights=valid), metrics
+
+
+def choose(logits: Float[Array, "B K 5"]) -> Float[Array, " B"]:
+    """Returns the index of the candidate with the highest expected accuracy, averaged over all thresholds."""
+    return jax.nn.softmax(logits, 1).sum(-1).argmax(1)

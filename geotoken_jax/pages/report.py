@@ -18,6 +18,16 @@ from geotoken_jax.pages.frame import Piece, Section
 from geotoken_jax.pages.table import THRESHOLDS, Cell, Group, Row, Table, explanation, interval, method, points
 from geotoken_jax.records import Photos
 
+#: Sources of candidates (predict/channels.py, predict/rerank.py) -> name in the table of recall.
+_SOURCES = {
+    "index": "neighbors by image, location and text vectors",
+    "backbone": "neighbors by whitened image embeddings",
+    "comparator": "neighbors by the comparator",
+    "location": "neighbors by encoded location",
+    "samples": "samples of the decoder",
+    "cells": "most probable cells of the decoder",
+    "all": "all together",
+}
 #: Loss curves of models: name of the model, and steps and values by name of the loss.
 Losses = Sequence[tuple[str, Mapping[str, tuple[np.ndarray, np.ndarray]]]]
 
@@ -64,6 +74,11 @@ def page(report: Report) -> str:
     sections = [
         Section("world-map", "Map", "True and predicted places", [drawn]),
         Section("accuracy", "Accuracy", "Accuracy", _accuracy(report.metrics, reference)),
+        *(
+            [Section("recall", "Recall", "Recall of the pool", _recall(report.metrics))]
+            if report.metrics["recall"]
+            else []
+        ),
         Section("differences", "Differences", "Differences between methods", _differences(splits)),
         Section("distance", "Distance", "Accuracy at every distance", _distance(report.methods, reference)),
         Section("sure", "Uncertainty", "Stated uncertainty", uncertainty.reliability(sure)),
@@ -175,6 +190,31 @@ def _accuracy(metrics: Mapping[str, Any], reference: str) -> list[Piece | str]:
         frame.folded(parts),
         _explanations(metrics["splits"]),
         *notes,
+    ]
+
+
+def _recall(metrics: Mapping[str, Any]) -> list[Piece | str]:
+    """Returns a table per split: the share of photos whose pool has a candidate near the truth, by source."""
+    parts = []
+    for split, sources in metrics["recall"].items():
+        best = [max(shares[i] for name, shares in sources.items() if name != "all") for i in range(len(THRESHOLDS))]
+        rows = [
+            Row(
+                _SOURCES[name],
+                [
+                    Cell(f"{100 * share:.1f}", look="best" if name != "all" and share == top > 0 else "")
+                    for share, top in zip(shares, best, strict=True)
+                ],
+                "bound" if name == "all" else "",
+            )
+            for name, shares in sources.items()
+        ]
+        parts.append((split, _size(metrics["splits"][split]), [Table(["Source", *THRESHOLDS], [Group(rows)])]))
+    return [
+        "<p>The reranker chooses among candidates from several sources. The table has the percent of photos for which "
+        "a source brings a candidate within a distance of the truth. No choice can be more accurate than the last row. "
+        "The best value of each column is bold.</p>",
+        frame.folded(parts),
     ]
 
 

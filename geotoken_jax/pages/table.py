@@ -27,14 +27,8 @@ _SELECTORS = {
         )
     },
     "reward": "the candidate that the trained reward head rates highest",
-    "verifier": "the candidate with the highest expected accuracy over all thresholds, by the trained verifier",
-    "comparator": "the candidate surrounded by the most similar gallery photos, by the trained comparator",
-    "likeness": "the candidate surrounded by the most similar gallery photos, by the trained comparator and the "
-    "backbone",
-    "point_comparator": "the place surrounded by the most similar gallery photos, candidate or not, by the trained "
-    "comparator",
-    "point_likeness": "the place surrounded by the most similar gallery photos, candidate or not, by the trained "
-    "comparator and the backbone",
+    "reranker": "the candidate or gallery photo with the highest expected accuracy over all thresholds, by the "
+    "trained reranker",
     "ideal": "the candidate or neighbor nearest to the truth, which no selector can surpass",
 }
 

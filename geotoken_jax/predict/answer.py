@@ -3,26 +3,40 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Float, Int
 
 from geotoken_jax.data import join
-from geotoken_jax.gallery.exclude import Exclusion
 from geotoken_jax.gallery.index import Index
 from geotoken_jax.gallery.neighbors import search_neighbors
 from geotoken_jax.gallery.table import index_vectors
 from geotoken_jax.geo.distance import THRESHOLDS_KM
 from geotoken_jax.geo.places import place_names
+from geotoken_jax.predict import rerank
 from geotoken_jax.predict.decode import Decoder
 from geotoken_jax.predict.pool import PlaceDistribution, Pool
-from geotoken_jax.predict.prediction import Candidate, Cell, Prediction, coordinates, neighbors, rounded
+from geotoken_jax.predict.prediction import Candidate, Cell, Place, Prediction, coordinates, neighbors, rounded
+from geotoken_jax.predict.rerank import Ranking
 from geotoken_jax.predict.select import SELECTORS, Choice, SelectorInputs
 from geotoken_jax.predict.uncertainty import Calibration, fit
 
 #: Largest number of cells in a prediction; 64 are 5 KB of JSON.
 _CELLS = 64
+#: Largest number of ranked places in a prediction; 16 are 3 KB of JSON.
+_PLACES = 16
+
+
+class Answers(NamedTuple):
+    """Answers for b photos. predictions: without radii. distribution: distribution over places that radii are computed
+    from, the reranker's if it chooses, else the decoder's; None if the model is not searched. ranking: the reranker's
+    ranking; None if it is not among the selectors."""
+
+    predictions: list[Prediction]
+    distribution: PlaceDistribution | None
+    ranking: Ranking | None
 
 
 class Answerer:
@@ -32,30 +46,21 @@ class Answerer:
         self.decoder = decoder
         self._selectors = {name: SELECTORS[name](inputs) for name in decoder.settings.selectors}
 
-    def __call__(
-        self,
-        batch: Mapping[str, np.ndarray],
-        rows: Int[np.ndarray, "b M"],
-        scores: Float[np.ndarray, "b M"],
-        numbers: Int[np.ndarray, " b"],
-        exclude: Sequence[Exclusion] = (),
-    ) -> tuple[list[Prediction], PlaceDistribution | None]:
-        """Returns the predictions of b photos, without radii, and the model's distribution over places.
-
-        The distribution is None if the model is not searched. batch, rows, scores, numbers: see Decoder.__call__.
-        exclude: rules that the neighbors were searched with (see Pool).
-        """
-        pool = self.decoder(batch, rows, scores, numbers)._replace(exclude=exclude)
+    def __call__(self, pool: Pool, rows: Int[np.ndarray, "b M"], scores: Float[np.ndarray, "b M"]) -> Answers:
+        """Returns the answers for a pool of the decoder. rows, scores: see Decoder.__call__."""
         chosen = {name: select(pool) for name, select in self._selectors.items()}
         predictions = pool_predictions(pool, chosen, self.decoder.settings.choice)
         listed = neighbors(self.decoder.gallery, rows, scores)
         predictions = [dataclasses.replace(p, neighbors=n) for p, n in zip(predictions, listed, strict=True)]
-        return predictions, pool.distribution
+        ranking = next((one for one in chosen.values() if isinstance(one, Ranking)), None)
+        best = chosen[self.decoder.settings.choice]
+        distribution = rerank.places(best, pool.distribution) if isinstance(best, Ranking) else pool.distribution
+        return Answers(predictions, distribution, ranking)
 
     def from_vectors(
         self, index: Index, vectors: Float[np.ndarray, "b 3 C"], captured: Float[np.ndarray, " b"]
-    ) -> tuple[list[Prediction], PlaceDistribution | None]:
-        """Returns the same as a call, for b photos whose neighbors this method searches in the gallery.
+    ) -> Answers:
+        """Returns the answers for b photos whose neighbors this method searches in the gallery.
 
         index: index of the gallery. vectors: image, location and text vector of each photo. captured: seconds since
         1970, NaN if unknown (see data.join.context).
@@ -64,7 +69,7 @@ class Answerer:
         batch = {"query": vectors, **join.neighbors(self.decoder.gallery, rows, self.decoder.cells)}
         batch["context"] = join.context(captured, self.decoder.times)
         # Every photo has number 0, so that its samples do not depend on its position in the batch.
-        return self(batch, rows, scores, np.zeros(len(rows), np.int64))
+        return self(self.decoder(batch, rows, scores, np.zeros(len(rows), np.int64)), rows, scores)
 
 
 def pool_predictions(pool: Pool, chosen: Mapping[str, Choice], choice: str) -> list[Prediction]:
@@ -74,6 +79,7 @@ def pool_predictions(pool: Pool, chosen: Mapping[str, Choice], choice: str) -> l
     choices for the pool's photos. choice: name of the selector whose choice is the answer.
     """
     predictions = []
+    points = {name: one.answers if isinstance(one, Ranking) else one for name, one in chosen.items()}
     for i, tokens in enumerate(pool.candidates.tokens):
         unique, first, inverse, counts = np.unique(
             tokens, axis=0, return_index=True, return_inverse=True, return_counts=True
@@ -92,12 +98,14 @@ def pool_predictions(pool: Pool, chosen: Mapping[str, Choice], choice: str) -> l
         ]
         position = np.argsort(order)[inverse.reshape(-1)]  # candidate's index in the pool -> its index in `listed`
         choices = {
-            name: int(position[index[i]]) if index.ndim == 1 else rounded(index[i]) for name, index in chosen.items()
+            name: int(position[index[i]]) if index.ndim == 1 else rounded(index[i]) for name, index in points.items()
         }
         best = choices[choice]
         at = (listed[best].latitude, listed[best].longitude) if isinstance(best, int) else best
         cells = _cells(pool.distribution, i) if pool.distribution else ()
-        predictions.append(Prediction(*at, math.nan, math.nan, {}, tuple(listed), cells, (), choice, choices))
+        ranked = next((_places(one, i) for one in chosen.values() if isinstance(one, Ranking)), ())
+        answer = Prediction(*at, math.nan, math.nan, {}, tuple(listed), cells, (), choice, choices, places=ranked)
+        predictions.append(answer)
     return predictions
 
 
@@ -125,16 +133,30 @@ def with_places(predictions: list[Prediction]) -> list[Prediction]:
     return [dataclasses.replace(prediction, place=name) for prediction, name in zip(predictions, names, strict=True)]
 
 
-def calibrate(
-    answered: Sequence[tuple[list[Prediction], PlaceDistribution | None]], truth: Float[np.ndarray, "n 2"]
-) -> Calibration:
+def calibrate(answered: Sequence[Answers], truth: Float[np.ndarray, "n 2"]) -> Calibration:
     """Returns the calibration of radii that fits a split's predictions to the truth.
 
-    answered: batches of predictions with their distributions, none of which is None. truth: true coordinates of the
-    same photos in the same order, in degrees.
+    answered: batches of answers with their distributions, none of which is None. truth: true coordinates of the same
+    photos in the same order, in degrees.
     """
-    distribution = jax.tree.map(lambda *batches: np.concatenate(batches), *(batch for _, batch in answered))
-    return fit(distribution, np.concatenate([coordinates(predictions) for predictions, _ in answered]), truth)
+    distribution = jax.tree.map(lambda *batches: np.concatenate(batches), *(batch.distribution for batch in answered))
+    return fit(distribution, np.concatenate([coordinates(batch.predictions) for batch in answered]), truth)
+
+
+def _places(ranking: Ranking, i: int) -> tuple[Place, ...]:
+    """Returns the most probable places of photo i in a ranking, at most 16, all with a probability above 0."""
+    probability, candidates = ranking.probability[i], ranking.candidates
+    listed = []
+    for j in np.argsort(-probability, kind="stable")[:_PLACES]:
+        if probability[j] <= 0:
+            break
+        channels = {
+            name: (int(rank), round(float(score), 5))
+            for name, rank, score in zip(ranking.sources, candidates.ranks[i, j], candidates.scores[i, j], strict=True)
+            if rank
+        }
+        listed.append(Place(*rounded(candidates.coordinates[i, j]), round(float(probability[j]), 6), channels))
+    return tuple(listed)
 
 
 def _cells(distribution: PlaceDistribution, i: int) -> tuple[Cell, ...]:

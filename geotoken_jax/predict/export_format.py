@@ -6,7 +6,7 @@ from typing import Any
 from etils import epath
 
 from geotoken_jax.predict.bundle import ExportError
-from geotoken_jax.predict.select import SELECTORS, TRAINED
+from geotoken_jax.predict.select import SELECTORS
 from geotoken_jax.version import __version__
 
 #: Version of the form of an export. It grows when an earlier release cannot read an export.
@@ -40,7 +40,8 @@ def read_config(folder: epath.PathLike) -> dict[str, Any]:
             f"{folder} chooses its answers by {choice!r}, a selector that this release ({__version__}) does not have: "
             "export again from the work directory, with `geotoken all --remake=learn`"
         )
-    needed = {name: section for name, section in config.get("learned", {}).items() if choice in TRAINED.get(name, ())}
+    models = ("reranker", "comparator") if choice == "reranker" else (choice,)
+    needed = {name: section for name, section in config.get("learned", {}).items() if name in models}
     return {
         **config,
         "format": FORMAT,

@@ -33,7 +33,8 @@ class Pool(NamedTuple):
     neighbor, at most 3. neighbor_count: number of neighbors of each photo; the remaining rows are padding.
     distribution: the model's distributions over places; None if the model was not searched. exclude: rules that
     kept gallery photos out of the neighbors; selectors that search the gallery apply them too. context: capture times,
-    encoded by data.join.context; None if the model does not read them.
+    encoded by data.join.context; None if the model does not read them. fold: number of the fold of each photo that the
+    reranker was fitted to (see predict.rerank.folds); None for new photos.
     """
 
     candidates: Candidates
@@ -46,11 +47,4 @@ class Pool(NamedTuple):
     distribution: PlaceDistribution | None
     exclude: Sequence[Exclusion] = ()
     context: Float[np.ndarray, "b times"] | None = None
-
-
-def subset(pool: Pool, rows: Int[np.ndarray, " n"]) -> Pool:
-    """Returns the pool of some of a pool's photos. rows: indices of these photos."""
-    import jax
-
-    exclude = [lambda queries, neighbors, rule=rule: rule(rows[queries], neighbors) for rule in pool.exclude]
-    return jax.tree.map(lambda values: values[rows], pool._replace(exclude=()))._replace(exclude=exclude)
+    fold: Int[np.ndarray, " b"] | None = None

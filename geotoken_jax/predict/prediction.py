@@ -63,6 +63,20 @@ class Cell:
 
 
 @dataclasses.dataclass(frozen=True)
+class Place:
+    """A place that the reranker ranked, in degrees.
+
+    probability: the reranker's probability that this is the photo's place, among all places that it ranked. channels:
+    source that brought the place -> its rank there, from 1, and its score there (see predict.rerank.Candidates).
+    """
+
+    latitude: float
+    longitude: float
+    probability: float
+    channels: dict[str, tuple[int, float]]
+
+
+@dataclasses.dataclass(frozen=True)
 class Prediction:
     """The answer to where a photo was taken, latitude and longitude in degrees, with its uncertainty.
 
@@ -80,6 +94,7 @@ class Prediction:
     neighbors in the gallery, best first. Each of the three is empty if the method has none. choice: name of the
     selector whose choice is the answer. choices: selector name -> its choice, an index into `candidates` or coordinates
     in degrees. place: name of the city nearest to the answer, see geo.places.place_names; None in a work directory.
+    places: the most probable places of the reranker's ranking; empty if the model has no reranker.
     """
 
     latitude: float
@@ -93,6 +108,7 @@ class Prediction:
     choice: str = ""
     choices: dict[str, int | tuple[float, float]] = dataclasses.field(default_factory=dict)
     place: str | None = None
+    places: tuple[Place, ...] = ()
 
     def plain(self) -> dict[str, Any]:
         """Returns the fields for JSON, with text as keys. Fields that are None or NaN are left out."""

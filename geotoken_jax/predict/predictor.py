@@ -25,7 +25,9 @@ from geotoken_jax.backbone.preprocess import ImageError
 from geotoken_jax.gallery import index
 from geotoken_jax.gallery.table import Table
 from geotoken_jax.geo.distance import THRESHOLDS_KM, great_circle_km
+from geotoken_jax.model.comparator import ComparatorSettings
 from geotoken_jax.model.geotoken import GeoTokenModel, ModelSettings
+from geotoken_jax.model.reranker import RerankerSettings
 from geotoken_jax.model.reward import RewardSettings
 from geotoken_jax.predict import bundle, export_format, hub
 from geotoken_jax.predict.answer import Answerer, with_places, with_radii
@@ -34,7 +36,6 @@ from geotoken_jax.predict.prediction import Prediction
 from geotoken_jax.predict.select import SelectorInputs
 from geotoken_jax.predict.trained_selectors import selector_loader
 from geotoken_jax.predict.uncertainty import UNCALIBRATED, Calibration
-from geotoken_jax.predict.verifier import VerifierSettings
 
 #: Threads that decode photos while the model predicts. Pillow decodes outside Python's global lock.
 _DECODERS = min(16, os.cpu_count() or 1)
@@ -224,14 +225,17 @@ class GeoToken(Predictor):
         options = settings.read(PredictSettings, config["predict"], "predict")
         self._gallery = Table(folder / "gallery")
         decoder = Decoder(model, options, self._gallery)
-        kinds = {"reward": RewardSettings, "verifier": VerifierSettings}
+        kinds = {"reward": RewardSettings, "reranker": RerankerSettings, "comparator": ComparatorSettings}
         sections = {n: settings.read(kinds[n], section, f"{n}.model") for n, section in config["learned"].items()}
-        trained = selector_loader(sections, lambda name: folder / name, self._gallery, model, lambda: self._aligned)
+        threads = config["index"]["threads"]
+        self._index = index.load(folder / "gallery" / "index", threads)
+        trained = selector_loader(
+            sections, lambda name: folder / name, self._gallery, model, lambda: (self._index, threads)
+        )
         self._answerer = Answerer(decoder, SelectorInputs(options.vote, lambda: self._aligned, trained))
         calibration = folder / "calibration.json"
         self._calibration = Calibration.load(calibration) if calibration.exists() else UNCALIBRATED
         self.batch_size, self.reads_time = options.batch_size, model_settings.times > 0
-        self._index = index.load(folder / "gallery" / "index", config["index"]["threads"])
 
     @classmethod
     def load(
@@ -271,7 +275,7 @@ class GeoToken(Predictor):
     ) -> list[Prediction]:
         times = np.full(len(photos), np.nan) if captured is None else captured
         vectors = embeddings(self._aligned, self._backbone.images(np.stack(photos)))
-        predictions, distribution = self._answerer.from_vectors(self._index, vectors, times)
+        predictions, distribution, _ = self._answerer.from_vectors(self._index, vectors, times)
         if distribution is not None:
             return with_places(with_radii(predictions, distribution, self._calibration))
         return with_places([_with_sample_radii(prediction) for prediction in predictions])

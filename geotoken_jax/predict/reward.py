@@ -15,8 +15,7 @@ from geotoken_jax import checkpoint, sharding
 from geotoken_jax.batch import blocks
 from geotoken_jax.model.geotoken import GeoTokenModel
 from geotoken_jax.model.memory import Neighbors
-from geotoken_jax.model.reward import RewardSettings, RewardTask
-from geotoken_jax.model.verifier import choose
+from geotoken_jax.model.reward import RewardSettings, RewardTask, choose
 from geotoken_jax.predict.pool import Pool
 
 #: Photos per block, always the same number, so that one shape is compiled; rounded up to a multiple of the devices.

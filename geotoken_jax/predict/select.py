@@ -9,16 +9,14 @@ from jaxtyping import Float, Int
 
 from geotoken_jax.geo import distance
 from geotoken_jax.predict.pool import PlaceDistribution, Pool
+from geotoken_jax.predict.rerank import Ranking
 
-#: Choices for b photos: indices [b] into the candidates, or points [b, 2] in degrees.
-Choice = Int[np.ndarray, " b"] | Float[np.ndarray, "b 2"]
+#: Choices for b photos: indices [b] into the candidates, points [b, 2] in degrees, or a ranking of further candidates.
+Choice = Int[np.ndarray, " b"] | Float[np.ndarray, "b 2"] | Ranking
 Selector = Callable[[Pool], Choice]
 
-#: Folder that `geotoken learn` makes -> selectors in it. Those of the verifier are described in predict/verifier.py.
-TRAINED = {
-    "reward": ("reward",),
-    "verifier": ("verifier", "comparator", "likeness", "point_comparator", "point_likeness"),
-}
+#: Selectors that `geotoken learn` trains, each in the folder NAME/VARIANT.
+TRAINED = ("reward", "reranker")
 #: Number of steps in which `Goal.point` improves a point; none of 2,000 photos of EarthView gained from an eleventh.
 _STEPS = 10
 _HALF_AROUND_KM = np.pi * distance.EARTH_RADIUS_KM
@@ -213,7 +211,7 @@ SELECTORS: dict[str, Callable[[SelectorInputs], Selector]] = {
     "consensus": lambda inputs: consensus(inputs.vote),
     **{f"expected_{name}": lambda inputs, goal=goal: goal.candidate for name, goal in _GOALS.items()},
     **{f"point_{name}": lambda inputs, goal=goal: goal.point for name, goal in _GOALS.items()},
-    **{name: lambda inputs, name=name: inputs.trained(name) for names in TRAINED.values() for name in names},
+    **{name: lambda inputs, name=name: inputs.trained(name) for name in TRAINED},
 }
 #: Selectors that need the model's distribution over places.
 SEARCHED = tuple(f"{kind}_{name}" for kind in ("expected", "point") for name in _GOALS)

@@ -1,17 +1,17 @@
 """Loads trained selectors by name, from a work directory or an export."""
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from etils import epath
 
-from geotoken_jax.align.heads import AlignModel
+from geotoken_jax.gallery.index import Index
 from geotoken_jax.gallery.table import Table
 from geotoken_jax.model.geotoken import GeoTokenModel
+from geotoken_jax.predict.channels import Channels
+from geotoken_jax.predict.rerank import Ranker, read
 from geotoken_jax.predict.reward import Reward
-from geotoken_jax.predict.select import TRAINED, Selector
-from geotoken_jax.predict.verifier import Verifier
+from geotoken_jax.predict.select import Selector
 
 
 def selector_loader(
@@ -19,22 +19,21 @@ def selector_loader(
     folder: Callable[[str], epath.Path],
     gallery: Table,
     model: GeoTokenModel,
-    aligned: Callable[[], AlignModel],
+    searched: Callable[[], tuple[Index, int]],
 ) -> Callable[[str], Selector]:
     """Returns a function that loads a trained selector by its name.
 
-    All selectors of the verifier share one Verifier. sections: key of TRAINED -> settings of that trained model.
-    folder: function from a key of TRAINED to the folder with that model's parameters. model: decoder whose outputs the
-    reward head reads. aligned: function that returns the alignment model.
+    sections: name of a trained selector, or "comparator" -> its model settings. folder: function from the name of a
+    trained selector, or "channels", to the folder with its parameters. model: decoder whose outputs the reward head
+    reads. searched: function that returns the gallery's index and the number of threads per search.
     """
 
-    @functools.cache
-    def verifier() -> Verifier:
-        return Verifier(folder("verifier"), sections["verifier"], gallery, aligned())
-
     def load(name: str) -> Selector:
-        if name in TRAINED["verifier"]:
-            return verifier().selector(name)
-        return Reward(folder("reward"), sections["reward"], model)
+        if name == "reward":
+            return Reward(folder("reward"), sections["reward"], model)
+        settings = sections["reranker"]
+        index, threads = searched()
+        channels = Channels(settings.channels, folder("channels"), sections["comparator"], gallery, index, threads)
+        return Ranker(read(folder("reranker"), settings), channels, gallery)
 
     return load

@@ -40,7 +40,9 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
     options, above = config.evaluate, config.audit.leakage.cosine_above
     truths, methods = read_predictions(workdir, options)
     overlaps = overlap.find_leaks(workdir, truths, above)
-    metrics = evaluate.score_splits(truths, methods, overlaps, options) | {"cosine_above": above}
+    files = {split: workdir.recall_file(options.reference, split) for split in truths}
+    recall = {split: json.loads(file.read_text()) for split, file in files.items() if file.exists()}
+    metrics = evaluate.score_splits(truths, methods, overlaps, options) | {"cosine_above": above, "recall": recall}
     write_json(stage.path / "metrics.json", metrics)
     page = report_page.page(_report(workdir, config.name, metrics, truths, methods, options))
     write_bytes(stage.path / "index.html", page.encode())

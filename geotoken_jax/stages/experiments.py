@@ -31,7 +31,7 @@ from geotoken_jax.workdir import VALIDATION, Workdir
 #: folders in _TRAINED, only the variant's subfolder is linked: to the run whose trained models are reused,
 #: or else to the base work directory.
 _SHARED = ("photos", "features", "align", "gallery", "queries", "neighbors", "tokens")
-_TRAINED = ("geotoken", "pools", "reward", "verifier")
+_TRAINED = ("geotoken", "pools", "reward", "reranker")
 
 
 _HEAD = """# Experiments

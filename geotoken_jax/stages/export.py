@@ -12,7 +12,7 @@ from geotoken_jax.export import card, pictures, quantized, stablehlo
 from geotoken_jax.gallery.table import Table
 from geotoken_jax.manifests import Manifest, write_bytes, write_json
 from geotoken_jax.predict import bundle, export_format
-from geotoken_jax.workdir import Workdir, selector_folders
+from geotoken_jax.workdir import Workdir, trained_selectors
 
 #: Folder of an export that holds its backbone's checkpoint.
 _BACKBONE = "backbone"
@@ -28,7 +28,7 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
     trained = [
         "align",
         f"geotoken/{variant}",
-        *(f"{name}/{variant}" for name in selector_folders(variant_config.predict)),
+        *(f"{name}/{variant}" for name in trained_selectors(variant_config.predict)),
     ]
     workdir.manifest("report")  # for the card; rows of baselines that it gains later do not make the export another
     inputs = [f"predictions/{variant}", *trained, "photos", "gallery"]
@@ -73,7 +73,9 @@ def _copy(config: Config, workdir: Workdir, variant: str, folder: epath.Path) ->
     for source, name in (("align", "align"), (f"geotoken/{variant}", "geotoken")):
         data = (workdir.path / source / "parameters.safetensors").read_bytes()
         write_bytes(folder / f"{name}.safetensors", data)
-    for source, name in (("gallery", "gallery"), *((f"{name}/{variant}", name) for name in selectors)):
+    trained = [(f"{name}/{variant}", name) for name in trained_selectors(config.predict)]
+    channels = [("channels", "channels")] if "comparator" in selectors else []
+    for source, name in (("gallery", "gallery"), *channels, *trained):
         workdir.copy_trained(source, folder / name)
     calibration = workdir.calibration_file(variant)
     if calibration.exists():

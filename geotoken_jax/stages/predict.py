@@ -5,15 +5,18 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 from etils import epath
+from jaxtyping import Float, Int
 
+from geotoken_jax import disk
 from geotoken_jax.configuration import Config
-from geotoken_jax.data import pipeline
-from geotoken_jax.manifests import Manifest, write_bytes
+from geotoken_jax.manifests import Manifest, write_bytes, write_json
 from geotoken_jax.predict.answer import Answerer, calibrate, with_radii
-from geotoken_jax.predict.pool import PlaceDistribution
+from geotoken_jax.predict.decode import Decoder
+from geotoken_jax.predict.pool import Pool
 from geotoken_jax.predict.prediction import Prediction
+from geotoken_jax.predict.rerank import Recall, folds
 from geotoken_jax.progress import Progress
-from geotoken_jax.workdir import VALIDATION, Workdir, selector_folders
+from geotoken_jax.workdir import VALIDATION, Workdir, trained_selectors
 
 
 def run(config: Config, workdir: Workdir, variant: str) -> list[Manifest]:
@@ -21,48 +24,73 @@ def run(config: Config, workdir: Workdir, variant: str) -> list[Manifest]:
 
     Radii are calibrated with calibration.json, which is fitted to the predictions of the validation split. Without a
     validation split there is no such file: radii are uncalibrated and the manifest has `calibrated` false. If
-    config.predict.search.expansions is 0, predictions have no radii.
+    config.predict.search.expansions is 0 and the reranker does not choose, predictions have no radii.
     """
     variant_config, folder = config.variant(variant), f"predictions/{variant}"
     inputs = [
         "tokens",
         f"geotoken/{variant}",
-        *(f"{name}/{variant}" for name in selector_folders(variant_config.predict)),
+        *(f"{name}/{variant}" for name in trained_selectors(variant_config.predict)),
     ]
     stage = workdir.begin(config, folder, ["predict"], inputs)
     if stage.manifest:
         return [stage.manifest]
     answerer, counts = workdir.answerer(variant_config, variant), workdir.query_counts
-    calibrated = bool(variant_config.predict.search.expansions) and VALIDATION in counts
     with Progress(f"predict {variant}", sum(counts.values()), "photos") as progress:
         for split in sorted(counts, key=lambda name: name != VALIDATION):
             file = workdir.predictions_file(variant, split)
             if file.exists():
                 progress.add(counts[split])
                 continue
-            batches = _predictions(answerer, workdir, split, progress)
-            if calibrated and split == VALIDATION:
-                batches = list(batches)
-                calibrate(batches, workdir.table(split).coordinates()).save(workdir.calibration_file(variant))
-            calibration = workdir.calibration(variant)
-            answers = [answer for batch in batches for answer in with_radii(*batch, calibration)]
+            answers, recall = _answers(workdir, answerer, variant, split, progress)
+            if recall.photos:
+                write_json(workdir.recall_file(variant, split), recall.shares())
             write(file, zip(workdir.table(split).ids(), answers, strict=True))
-    return [stage.finish(counts, calibrated=calibrated)]
+    return [stage.finish(counts, calibrated=workdir.calibration_file(variant).exists())]
 
 
-def _predictions(
-    answerer: Answerer, workdir: Workdir, split: str, progress: Progress
-) -> Iterator[tuple[list[Prediction], PlaceDistribution | None]]:
-    """Yields, per batch of a split, the predictions without radii and the model's distribution over cells."""
-    decoder, table = answerer.decoder, workdir.table(split)
+def _answers(
+    workdir: Workdir, answerer: Answerer, variant: str, split: str, progress: Progress
+) -> tuple[list[Prediction], Recall]:
+    """Returns the predictions of a split's photos, and the recall of their pools.
+
+    The validation photos are ranked fold by fold, and their answers calibrate the radii.
+    """
+    table, recall = workdir.table(split), Recall()
+    calibrates = split == VALIDATION
+    count = len(disk.matching(workdir.path / "reranker" / variant, "fold-*.safetensors"))
+    fold = folds(table.authors(), table.ids(), count) if calibrates and count else None
+    calibration, waiting, predictions = workdir.calibration(variant), [], []
+    for pool, rows, *found in decoded(workdir, answerer.decoder, split, np.arange(len(table))):
+        answers = answerer(pool if fold is None else pool._replace(fold=fold[rows]), *found)
+        recall.add(answers.ranking, table.coordinates(rows))
+        if calibrates and answers.distribution is not None:
+            waiting.append(answers._replace(ranking=None))
+        else:
+            predictions += with_radii(answers.predictions, answers.distribution, calibration)
+        progress.add(len(rows))
+    if waiting:
+        calibration = calibrate(waiting, table.coordinates())
+        calibration.save(workdir.calibration_file(variant))
+        predictions = [p for a in waiting for p in with_radii(a.predictions, a.distribution, calibration)]
+    return predictions, recall
+
+
+def decoded(
+    workdir: Workdir, decoder: Decoder, split: str, rows: Int[np.ndarray, " n"]
+) -> Iterator[tuple[Pool, Int[np.ndarray, " b"], Int[np.ndarray, "b M"], Float[np.ndarray, "b M"]]]:
+    """Yields, per batch of a split's photos, the pool, the photos' rows, and rows and scores of their neighbors.
+
+    rows: rows of the photos in the split's table.
+    """
     read = workdir.tokens(split, decoder.model, decoder.gallery)
     neighbors, scores = workdir.neighbors(split, decoder.neighbors)
     excluded, size = workdir.exclusions(split), decoder.settings.batch_size
-    for number, batch in enumerate(pipeline.evaluation(len(table), read, size)):
-        rows = np.arange(number * size, number * size + int(batch["valid"].sum()))
-        real = {name: values[: len(rows)] for name, values in batch.items()}
-        yield answerer(real, neighbors[rows], scores[rows], rows, excluded(rows))
-        progress.add(len(rows))
+    for first in range(0, len(rows), size):
+        some = rows[first : first + size]
+        found = neighbors[some], scores[some]
+        # A photo's random draws depend on the seed and its row number.
+        yield decoder(read(some), *found, some)._replace(exclude=excluded(some)), some, *found
 
 
 def write(file: epath.Path, answers: Iterable[tuple[bytes, Prediction]]) -> None:

@@ -1,41 +1,36 @@
 """The stage `learn`: trains the selectors, which choose among a photo's candidates.
 
-pools/VARIANT contains the decoder's candidates for all training photos of some authors. reward/VARIANT and
-verifier/VARIANT are trained on these pools. The verifier's comparator is trained on the photos of all other authors, so
-the comparator has not seen the photos of the pools, just as it will not have seen a user's photo.
+pools/VARIANT contains the decoder's candidates for all training photos of some authors. reward/VARIANT is trained on
+these pools. channels/ contains the comparator and the indexes of the channels, which search the gallery for further
+candidates, and reranker/VARIANT the reranker, which ranks all candidates.
 """
 
 import dataclasses
 
 import numpy as np
-from etils import epath
 
-from geotoken_jax import checkpoint, records
 from geotoken_jax.backbone import views
 from geotoken_jax.configuration import Config
 from geotoken_jax.data.join import context, neighbors
-from geotoken_jax.gallery import encodings
-from geotoken_jax.gallery.table import Table
-from geotoken_jax.geo.distance import great_circle_km, to_unit_vectors
+from geotoken_jax.gallery.draws import rows_by_author
+from geotoken_jax.geo.distance import great_circle_km
 from geotoken_jax.manifests import Manifest
+from geotoken_jax.model.reranker import names as feature_names
+from geotoken_jax.model.reranker import scales
+from geotoken_jax.model.reranker_fit import fit
 from geotoken_jax.model.reward import RewardTask
-from geotoken_jax.model.verifier import Comparator, ComparatorTask, ScorerTask
 from geotoken_jax.predict.decode import Decoder
 from geotoken_jax.predict.pool import Pool
+from geotoken_jax.predict.rerank import featurize, folds, gather, write
 from geotoken_jax.predict.reward import States
-from geotoken_jax.predict.verifier import (
-    AugmentedGallery,
-    CandidateFeatures,
-    NearestPhotos,
-    encode,
-    open_augmented_gallery,
-)
-from geotoken_jax.progress import Progress
-from geotoken_jax.stages import training
-from geotoken_jax.workdir import Workdir, selector_folders
+from geotoken_jax.progress import Progress, track
+from geotoken_jax.settings import SettingsError
+from geotoken_jax.stages import channels, training
+from geotoken_jax.stages.predict import decoded
+from geotoken_jax.workdir import VALIDATION, Workdir, trained_selectors
 
-#: Share of the pools used for validation, taken from the end. Pools are grouped by author, so at most one author has
-#: photos in both training and validation.
+#: Share of the photos used for validation. Of the pools it is taken from the end. Pools are grouped by author, so at
+#: most one author has photos in both training and validation.
 _VALIDATION = 0.1
 #: Images per block when encoding the augmented gallery or copying views.
 _BLOCK = 4096
@@ -46,14 +41,14 @@ _CANDIDATE_KEYS = [f"predict.{key}" for key in ("samples", "temperature", "top_p
 
 
 def run(config: Config, workdir: Workdir, variant: str) -> list[Manifest]:
-    """Writes pools/VARIANT, reward/VARIANT and verifier/VARIANT, as far as the variant's selectors need them.
-
-    An interrupted folder is completed.
-    """
-    wanted = selector_folders(config.variant(variant).predict)
-    makers = {"reward": reward, "verifier": verifier}
-    manifests = [pools(config, workdir, variant)] if wanted else []
-    return manifests + [makers[name](config, workdir, variant) for name in wanted]
+    """Writes pools/VARIANT and reward/VARIANT, channels/ and reranker/VARIANT, as far as the variant's selectors need
+    them. An interrupted folder is completed."""
+    made, wanted = [], trained_selectors(config.variant(variant).predict)
+    if "reward" in wanted:
+        made += [pools(config, workdir, variant), reward(config, workdir, variant)]
+    if "reranker" in wanted:
+        made += [channels.run(config, workdir), reranker(config, workdir, variant)]
+    return made
 
 
 def pools(config: Config, workdir: Workdir, variant: str) -> Manifest:
@@ -95,121 +90,48 @@ def reward(config: Config, workdir: Workdir, variant: str) -> Manifest:
     return stage.finish({"photos": len(km)})
 
 
-def verifier(config: Config, workdir: Workdir, variant: str) -> Manifest:
-    """Trains the comparator, then the scorer, and writes verifier/VARIANT.
+def reranker(config: Config, workdir: Workdir, variant: str) -> Manifest:
+    """Fits the reranker to the validation photos and writes reranker/VARIANT.
 
-    The folder contains comparator/ and scorer/; views.npy and owner.npy (see `save_views`); keys.npy, the comparator's
-    vectors of all gallery photos and views; features.npy, the scorer's inputs, and moments.npy, their mean and
-    standard deviation.
+    Validation photos are new to the decoder and to the comparator, so their candidates are like those of a user's
+    photo. Each fold of authors gets a reranker of its own, fitted to the other folds, with which the stage `predict`
+    ranks its photos; the radii are then calibrated on answers for photos that the reranker has not seen.
     """
-    inputs = [f"pools/{variant}", "align", "gallery", "queries", "neighbors"]
-    stage = workdir.begin(config, f"verifier/{variant}", ["verifier"], inputs)
+    inputs = ["tokens", f"geotoken/{variant}", "neighbors", "channels"]
+    stage = workdir.begin(config, f"reranker/{variant}", ["reranker", *_CANDIDATE_KEYS, "predict.search"], inputs)
     if stage.manifest:
         return stage.manifest
-    variant_config, rows, folder = config.variant(variant), workdir.pool_rows(variant), stage.path
-    if not (folder / "views.npy").exists():
-        save_views(folder, workdir)
-    augmented = open_augmented_gallery(folder, workdir.gallery)
-    comparator = _comparator(variant_config, folder, augmented, workdir.gallery, rows)
-    _, pool = workdir.pools(variant, variant_config.model)
-    if not (folder / "features.npy").exists():
-        aligned, keys = workdir.align_model(variant_config.align.model), encodings.open_encodings(folder / "keys.npy")
-        featurize = CandidateFeatures(
-            variant_config.verifier.model, comparator, keys, augmented, workdir.gallery, aligned
+    config = config.variant(variant)
+    if not workdir.query_counts.get(VALIDATION):
+        raise SettingsError(
+            "the selector `reranker` is fitted to photos of the split validation, but the data has none: remove "
+            "'reranker' from config.predict.selectors, or prepare photos with a larger share of validation"
         )
-        features = featurize(pool._replace(exclude=workdir.exclusions(views.SOURCE_SPLIT)(rows)))
-        records.save_array(folder / "moments.npy", np.stack([features.mean((0, 1)), features.std((0, 1))]))
-        records.save_array(folder / "features.npy", features)
-    task = ScorerTask(variant_config.verifier.model.scorer, np.load(folder / "moments.npy"))
-    km = _km(pool, workdir.gallery.coordinates(rows))
-    splits = _splits(features=records.open_array(folder / "features.npy"), km=km)
-    training.fit(task, variant_config, "verifier.train_scorer", splits, folder / "scorer", f"scorer {variant}")
-    return stage.finish({"photos": len(rows), "looks": len(augmented)})
-
-
-def _comparator(
-    config: Config, folder: epath.Path, augmented: AugmentedGallery, gallery: Table, rows: np.ndarray
-) -> Comparator:
-    """Trains the comparator on the gallery photos outside the pools, and writes comparator/ and keys.npy.
-
-    Returns the comparator.
-
-    rows: gallery rows of the pools, used for validation.
-    """
-    options = config.verifier.model.comparator
-    task = ComparatorTask(options, _mean(augmented))
-    others = np.flatnonzero(~np.isin(np.arange(len(gallery)), rows))
-    pairs = [
-        _Pairs(augmented, gallery, some, options.same_within_km, config.pools.seed) for some in (others, np.sort(rows))
-    ]
-    trained = folder / "comparator"
-    training.fit(task, config, "verifier.train_comparator", pairs, trained, "comparator")
-    comparator = checkpoint.read_module(trained / "parameters.safetensors", task.init)
-    file = folder / "keys.npy"
-    if not file.exists():
-        parts = (np.arange(first, min(first + _BLOCK, len(augmented))) for first in range(0, len(augmented), _BLOCK))
-        blocks = (encode(comparator, augmented.images(part)) for part in parts)
-        encodings.save(file, blocks, len(augmented), options.width)
-    return comparator
-
-
-def rows_by_author(authors: np.ndarray, photos: int, seed: int) -> np.ndarray:
-    """Returns the rows of all photos by randomly drawn authors, grouped by author.
-
-    Authors are drawn until they have `photos` photos in all, or half of all photos if that is less. A photo without an
-    author counts as an author with one photo.
-    """
-    _, author = np.unique(authors, return_inverse=True)
-    unknown = authors == authors.dtype.type()
-    author = np.where(unknown, author.max() + 1 + np.arange(len(authors)), author)
-    rank = np.random.default_rng(seed).permutation(author.max() + 1)[author]
-    order = np.argsort(rank, kind="stable")
-    ends = np.flatnonzero(np.diff(rank[order], append=-1)) + 1
-    wanted = min(photos, len(authors) // 2)
-    return order[: ends[np.searchsorted(ends, wanted)]] if wanted < len(authors) else order
-
-
-class _Pairs:
-    """Reads positive pairs for the comparator.
-
-    A batch contains `image` and `other` [b, C], embeddings of two images of one place, and `place` [b, 3], unit vectors
-    of the photos' coordinates.
-    """
-
-    def __init__(self, augmented: AugmentedGallery, gallery: Table, rows: np.ndarray, km: float, seed: int):
-        """rows: gallery rows that form pairs with each other. km: largest distance between two photos of one place."""
-        self._augmented, self._rows, self._km, self._seed = augmented, rows, km, seed
-        self._coordinates = gallery.coordinates(rows)
-        self._points = np.asarray(to_unit_vectors(*self._coordinates.T), np.float32)
-        self._nearest = NearestPhotos(self._coordinates)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __call__(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        return self.vary(rows, rows)
-
-    def vary(self, rows: np.ndarray, examples: np.ndarray) -> dict[str, np.ndarray]:
-        """Returns one random pair of images per photo.
-
-        The first image is the photo or one of its views. The second image is another photo of the same place, a view of
-        one, or another image of the photo itself (the same image if the photo lacks views).
-
-        Called for each batch (see data.pipeline.Varying). rows: rows of this reader. examples: position of each row in
-        the order of training. The first position seeds the draws.
-        """
-        rng = np.random.default_rng([self._seed, int(examples[0])])
-        neighbors, km = self._nearest(self._coordinates[rows], _PAIR_NEIGHBORS)
-        drawn = (rng.random(len(rows)) * (km <= self._km).sum(1)).astype(int)
-        other = np.take_along_axis(neighbors, drawn[:, None], 1)[:, 0]
-        v = self._augmented.of.shape[1]
-        view = rng.integers(v, size=len(rows))
-        step = np.where(other == rows, rng.integers(min(1, v - 1), v, size=len(rows)), rng.integers(v, size=len(rows)))
-        return {
-            "image": self._augmented.images(self._augmented.of[self._rows[rows], view]),
-            "other": self._augmented.images(self._augmented.of[self._rows[other], (view + step) % v]),
-            "place": self._points[rows],
-        }
+    settings, options, queries = config.reranker.model, config.reranker.fit, workdir.table(VALIDATION)
+    rows = np.unique(np.linspace(0, len(queries) - 1, min(options.photos, len(queries))).astype(int))
+    truth = queries.coordinates(rows)
+    predict = dataclasses.replace(config.predict, selectors=("greedy",), choice="greedy")
+    decoder = Decoder(workdir.decoder(variant, config.model), predict, workdir.gallery)
+    searched, found = workdir.channels(config), []
+    with Progress(f"candidates {variant}", len(rows), "photos") as progress:
+        for pool, *_ in decoded(workdir, decoder, VALIDATION, rows):
+            found.append(gather(settings, searched, workdir.gallery, pool))
+            progress.add(len(pool.coordinates))
+    scale = scales(np.concatenate([one.evidence.scores for one in found]))
+    features = np.concatenate([np.asarray(featurize(settings, scale, one.evidence)) for one in found])
+    present, coordinates = (np.concatenate([getattr(c, name) for c in found]) for name in ("present", "coordinates"))
+    km = great_circle_km(*np.moveaxis(coordinates, -1, 0), *truth.T[..., None])
+    km = np.where(present, np.asarray(km), np.inf).astype(np.float32)
+    fold = folds(queries.authors(rows), queries.ids(rows), options.folds)
+    rerankers = []
+    for left_out in track((-1, *range(options.folds)), "reranker", options.folds + 1, "fits"):
+        kept = fold != left_out
+        kept = kept if kept.any() else np.ones(len(kept), bool)
+        rerankers.append(fit(settings, options, scale, features[kept], present[kept], km[kept]))
+    write(stage.path, rerankers)
+    weights = np.asarray(rerankers[0].linear.kernel[...])[:, 0].tolist()
+    names = [" ".join(one) for one in feature_names(settings)]
+    return stage.finish({"photos": len(rows)}, scale=scale.tolist(), weights=dict(zip(names, weights, strict=True)))
 
 
 class _Arrays:
@@ -231,28 +153,5 @@ def _splits(**arrays: np.ndarray) -> list[_Arrays]:
     return [_Arrays(0, cut, arrays), _Arrays(cut, n, arrays)]
 
 
-def save_views(folder: epath.Path, workdir: Workdir) -> None:
-    """Writes views.npy [W, C], the image embeddings of all augmented views, and owner.npy [W], their gallery rows.
-
-    Views of photos that are not in the gallery are left out.
-    """
-    gallery = workdir.gallery
-    owner, blocks = np.zeros(0, np.int64), iter(())
-    if views.VIEWS_SPLIT in workdir.manifest("queries").counts:
-        table, ids = workdir.table(views.VIEWS_SPLIT), gallery.ids()
-        order = np.argsort(ids)
-        owner = order[np.minimum(np.searchsorted(ids, table.ids(), sorter=order), len(ids) - 1)]
-        present = np.flatnonzero(ids[owner] == table.ids())  # the gallery may lack a photo
-        owner = owner[present]
-        parts = (present[first : first + _BLOCK] for first in range(0, len(present), _BLOCK))
-        blocks = (table.embeddings(part)[:, 0] for part in parts)
-    records.save_array(folder / "owner.npy", owner)
-    encodings.save(folder / "views.npy", blocks, len(owner), gallery.width)
-
-
 def _km(pool: Pool, truth: np.ndarray) -> np.ndarray:
     return np.asarray(great_circle_km(*np.moveaxis(pool.coordinates, -1, 0), *truth.T[..., None]), np.float32)
-
-
-def _mean(augmented: AugmentedGallery) -> np.ndarray:
-    return augmented.images(np.unique(np.linspace(0, len(augmented.of) - 1, 20_000).astype(int))).mean(0)

@@ -1,0 +1,209 @@
+"""The reranker: candidates from all channels and the decoder, ranked by the probability of being near the truth."""
+
+import functools
+import zlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import nnx
+from jaxtyping import Bool, Float, Int
+
+from geotoken_jax import checkpoint, disk
+from geotoken_jax.batch import padded, padded_size
+from geotoken_jax.gallery.table import Table
+from geotoken_jax.geo import distance
+from geotoken_jax.model import reranker as model
+from geotoken_jax.model.reranker import Evidence, Reranker, RerankerSettings
+from geotoken_jax.predict.channels import Channels
+from geotoken_jax.predict.pool import PlaceDistribution, Pool
+
+#: Sources of candidates in addition to the channels.
+DECODER_SOURCES = ("samples", "cells")
+#: Photos per batch: with 143 candidates and 256 neighbors, they make 2.3 million distances.
+_BATCH = 64
+#: S2 level of the discs that candidates stand for in a distribution over places: 1.6 km in radius at level 12.
+_LEVEL = 12
+#: Files of the reranker for new photos and of the folds' rerankers, as a format string.
+_NEW, _FILES = "parameters.safetensors", "fold-{}.safetensors"
+
+
+class Candidates(NamedTuple):
+    """Candidates of b photos with what brought them, on the host.
+
+    coordinates: degrees. present: False for padding and for a place that an earlier candidate has too. ranks: 1-based
+    rank of the candidate in each source, 0 if the source did not bring it. scores: its score there: the channel's, the
+    log-probability of a sample's cell, or the probability of a cell; 0 if the source did not bring it. The last axis
+    has the channels, then DECODER_SOURCES. evidence: the arrays that the features are computed from.
+    """
+
+    coordinates: Float[np.ndarray, "b K 2"]
+    present: Bool[np.ndarray, "b K"]
+    ranks: Int[np.ndarray, "b K S"]
+    scores: Float[np.ndarray, "b K S"]
+    evidence: Evidence
+
+
+class Ranking(NamedTuple):
+    """The ranked candidates of b photos. candidates: see Candidates. probability: probability of each candidate, in
+    sum 1. chosen: index of the answer. sources: names of the sources."""
+
+    candidates: Candidates
+    probability: Float[np.ndarray, "b K"]
+    chosen: Int[np.ndarray, " b"]
+    sources: tuple[str, ...]
+
+    @property
+    def answers(self) -> Float[np.ndarray, "b 2"]:
+        """The chosen places, in degrees."""
+        return self.candidates.coordinates[np.arange(len(self.chosen)), self.chosen]
+
+
+def gather(settings: RerankerSettings, channels: Channels, gallery: Table, pool: Pool) -> Candidates:
+    """Returns the candidates of a pool's photos: the decoder's samples, its cells and the channels' neighbors."""
+    rows, scores = channels.search(pool, settings.depth)
+    b, c, _ = rows.shape
+    n, m = pool.coordinates.shape[1], settings.candidates
+    listed = rows[:, :, :m].reshape(b, c * m)
+    places = gallery.coordinates(np.maximum(rows, 0))
+    cells, radius, probability = _discs(pool)
+    f = min(settings.cells, cells.shape[1])
+    coordinates = np.concatenate([pool.coordinates, cells[:, :f], places[:, :, :m].reshape(b, c * m, 2)], 1)
+
+    # A gallery photo is one candidate, however many channels list it.
+    same = (listed[:, :, None] == listed[:, None, :]) & (listed >= 0)[:, :, None]
+    first = np.arange(c * m) == same.argmax(2)
+    brought = same.reshape(b, c * m, c, m)
+    ranks = np.zeros((b, n + f + c * m, c + 2), np.int32)
+    ranks[:, n + f :, :c] = np.where(brought.any(3), brought.argmax(3) + 1, 0)
+    ranks[:, :n, c] = np.arange(1, n + 1)
+    ranks[:, n : n + f, c + 1] = np.where(probability[:, :f] > 0, np.arange(1, f + 1), 0)
+    values = np.zeros(ranks.shape, np.float32)
+    at = np.maximum(ranks[:, n + f :, :c] - 1, 0).swapaxes(1, 2)
+    values[:, n + f :, :c] = np.take_along_axis(scores[:, :, :m], at, 2).swapaxes(1, 2)
+    values[:, :n, c], values[:, n : n + f, c + 1] = pool.candidates.log_probability, probability[:, :f]
+    present = np.concatenate([np.ones((b, n), bool), probability[:, :f] > 0, first & (listed >= 0)], 1)
+    evidence = Evidence(
+        *(_unit(coordinates), present, ranks > 0, _unit(places), scores),
+        *(_unit(pool.coordinates), _unit(cells), radius, probability.astype(np.float32)),
+    )
+    return Candidates(coordinates, present, ranks, np.where(ranks > 0, values, 0), evidence)
+
+
+def _discs(pool: Pool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns centers [b, F, 2], radii [b, F] in km and probabilities [b, F] of the decoder's distribution."""
+    if pool.distribution is None:
+        empty = np.zeros((len(pool.coordinates), 0))
+        return np.zeros((*empty.shape, 2)), empty.astype(np.float32), empty
+    share = 4.0 ** -np.maximum(pool.distribution.level, 0) / 6
+    radius = 2 * distance.EARTH_RADIUS_KM * np.arcsin(np.sqrt(share))
+    return pool.distribution.coordinates, radius.astype(np.float32), pool.distribution.probability
+
+
+def _unit(coordinates: Float[np.ndarray, "... 2"]) -> Float[np.ndarray, "... 3"]:
+    return np.asarray(distance.to_unit_vectors(*np.moveaxis(coordinates, -1, 0)), np.float32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def featurize(settings: RerankerSettings, scale: jax.Array, evidence: Evidence) -> jax.Array:
+    """Returns the features [b, K, F] of candidates; see model.reranker.features."""
+    return model.features(settings, scale, evidence)
+
+
+class Ranker:
+    """A trained reranker with its channels: pools in, rankings out."""
+
+    def __init__(self, rerankers: list[Reranker], channels: Channels, gallery: Table):
+        """rerankers: the one for new photos, then one per fold, each fitted without the photos of that fold."""
+        self.settings, self._channels, self._gallery = rerankers[0].settings, channels, gallery
+        self.sources = (*channels.names, *DECODER_SOURCES)
+        graph, _ = nnx.split(rerankers[0])
+        states = [nnx.split(one)[1] for one in rerankers]
+
+        def run(state: nnx.State, evidence: Evidence) -> tuple[jax.Array, jax.Array]:
+            network, settings = nnx.merge(graph, state), self.settings
+            found = model.features(settings, network.scale[...], evidence)
+            log_p = network(found, evidence.present)
+            return jnp.exp(log_p), model.choose(settings.objective, log_p, evidence)
+
+        compiled = jax.jit(run)
+        self._run = [functools.partial(compiled, state) for state in states]
+
+    def __call__(self, pool: Pool) -> Ranking:
+        """Returns the ranking of a pool's photos. A photo of a fold is ranked by the reranker without that fold."""
+        candidates = gather(self.settings, self._channels, self._gallery, pool)
+        b, k = candidates.present.shape
+        probability, chosen = np.zeros((b, k), np.float32), np.zeros(b, np.int64)
+        number = np.zeros(b, np.int64) if pool.fold is None else pool.fold + 1
+        for i in np.unique(number):
+            mine = np.flatnonzero(number == i)
+            for first in range(0, len(mine), _BATCH):
+                rows = mine[first : first + _BATCH]
+                size = padded_size(len(rows), _BATCH)
+                part = Evidence(*(padded(values[rows], size) for values in candidates.evidence))
+                p, best = self._run[i](part)
+                probability[rows], chosen[rows] = np.asarray(p)[: len(rows)], np.asarray(best)[: len(rows)]
+        return Ranking(candidates, probability, chosen, self.sources)
+
+
+class Recall:
+    """Counts the photos whose pool has a candidate within each of THRESHOLDS_KM, per source and together.
+
+    photos: number of photos counted.
+    """
+
+    def __init__(self):
+        self.photos = 0
+        self._within: dict[str, np.ndarray] = {}
+
+    def add(self, ranking: Ranking | None, truth: Float[np.ndarray, "b 2"]) -> None:
+        """Counts the photos of a ranking; nothing if it is None. truth: their coordinates, in degrees."""
+        if ranking is None:
+            return
+        candidates = ranking.candidates
+        km = np.asarray(distance.great_circle_km(*np.moveaxis(candidates.coordinates, -1, 0), *truth.T[..., None]))
+        brought = {name: candidates.ranks[..., i] > 0 for i, name in enumerate(ranking.sources)}
+        for name, by in {**brought, "all": candidates.present}.items():
+            near = (km[..., None] <= np.array(distance.THRESHOLDS_KM)) & by[..., None]
+            self._within[name] = self._within.get(name, 0) + near.any(1).sum(0)
+        self.photos += len(truth)
+
+    def shares(self) -> dict[str, list[float]]:
+        """Returns source, or "all" -> share of photos for each of THRESHOLDS_KM."""
+        return {name: (counts / self.photos).round(6).tolist() for name, counts in self._within.items()}
+
+
+def places(ranking: Ranking, cells: PlaceDistribution | None) -> PlaceDistribution:
+    """Returns a ranking as a distribution over places: a disc around each candidate, most probable first."""
+    del cells
+    order = np.argsort(-ranking.probability, 1, kind="stable")
+    coordinates = np.take_along_axis(ranking.candidates.coordinates, order[..., None], 1)
+    probability = np.take_along_axis(ranking.probability, order, 1).astype(np.float64)
+    return PlaceDistribution(coordinates, np.full(probability.shape, _LEVEL), probability)
+
+
+def folds(authors: np.ndarray, ids: np.ndarray, count: int) -> Int[np.ndarray, " n"]:
+    """Returns the fold of each photo, from 0 to count - 1. All photos of an author are in one fold.
+
+    authors: bytes, empty if unknown; such a photo's fold depends on its id.
+    """
+    names = np.where(authors == authors.dtype.type(), ids, authors)
+    return np.array([zlib.crc32(name) % count for name in names.tolist()], np.int64).reshape(-1)
+
+
+def write(folder: epath.Path, rerankers: Sequence[Reranker]) -> None:
+    """Writes the reranker for new photos and those of the folds, in the order of `Ranker`."""
+    for i, one in enumerate(rerankers):
+        parameters = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(one)))
+        checkpoint.write_parameters(folder / _FILES.format(i - 1) if i else folder / _NEW, parameters)
+
+
+def read(folder: epath.Path, settings: RerankerSettings) -> list[Reranker]:
+    """Returns the rerankers that `write` stored. An export has only the first, for new photos."""
+    width = len(model.names(settings))
+    moments, scale = np.ones((2, width), np.float32), np.ones(len(settings.channels), np.float32)
+    files = [folder / _NEW, *disk.matching(folder, "fold-*.safetensors")]
+    return [checkpoint.read_module(file, lambda rngs: Reranker(settings, moments, scale, rngs=rngs)) for file in files]

@@ -73,9 +73,11 @@ test-interop: $(INSTALLED) .torch/.installed .beam/.installed ## test with PyTor
 	@$(PIP) --target .beam --constraint .beam/constraints.txt $(BEAM)
 	@touch $@
 
-# Chromium must be installed on the system; playwright only drives it.
+# Chromium must be installed on the system; playwright only drives it. Nothing runs beside the fuzzers, which must ask
+# often in a limited time.
 test-tools: $(INSTALLED) .tools/.installed ## test with Chromium, fuzzers, Jupyter, MkDocs and Triton's client (.tools, 650 MB)
-	PYTHONPATH=$(CURDIR):$(CURDIR)/.tools $(PYTEST) tests/tools
+	PYTHONPATH=$(CURDIR):$(CURDIR)/.tools $(BIN)/python -m pytest -q tests/tools/test_fuzz.py
+	PYTHONPATH=$(CURDIR):$(CURDIR)/.tools $(PYTEST) tests/tools --ignore=tests/tools/test_fuzz.py
 
 test-targets: $(INSTALLED) .onnx/.installed .tensorflow/.installed ## test with jax2onnx (.onnx, 1.1 GB) and TensorFlow (.tensorflow, 2.1 GB)
 	$(BIN)/python -m pytest -q tests/targets

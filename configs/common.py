@@ -16,6 +16,7 @@ def get_config() -> ConfigDict:
     config.mesh = dict(data=-1, fsdp=1, tensor=1, slices=-1)  # geotoken_jax/sharding.py
     config.watch = dict(connect_s=300.0, stalled_s=900.0, step_s=100.0, lost_s=60.0)  # geotoken_jax/processes.py
     config.photos = _photos()
+    config.benchmarks = _benchmarks()
     config.embed = _embed()
     config.align = _align()
     config.index = _index()
@@ -134,6 +135,34 @@ def _photos() -> dict[str, Any]:
     )
 
 
+def _benchmarks() -> dict[str, Any]:
+    """Returns the benchmarks, none of which is used before its path is set, and the rules that exclude gallery photos.
+
+    The sections are explained in geotoken_jax/preparation.py, and the rules in geotoken_jax/gallery/exclude.py.
+    """
+
+    def benchmark(author: str) -> dict[str, Any]:
+        return dict(path="", table="", author=author, authors="", rows="", photos_per_shard=1_000)
+
+    def rules(author: bool = False, cosine_above: float = 1.0) -> dict[str, Any]:
+        return dict(author=author, cosine_above=cosine_above, within_km=0.0)
+
+    return dict(
+        photos=dict(
+            im2gps3k=benchmark("AUTHOR"),
+            yfcc4k=benchmark("OwnerNSID"),
+            yfcc26k=benchmark(""),  # its table names no authors
+            commons26=benchmark("group"),
+            labeled=benchmark("author"),
+        ),
+        exclude=dict(
+            same_author=rules(author=True),
+            near_duplicate=rules(cosine_above=0.95),  # as config.audit.leakage.cosine_above
+            both=rules(author=True, cosine_above=0.95),
+        ),
+    )
+
+
 def _embed() -> dict[str, Any]:
     """Returns settings of the frozen backbone and of further views of training photos (geotoken_jax/preparation.py)."""
     return dict(
@@ -231,7 +260,7 @@ def _channels() -> dict[str, Any]:
 
 
 def _reranker() -> dict[str, Any]:
-    """Returns settings of the reranker (geotoken_jax/model/reranker.py) and of its fit (geotoken_jax/model/reranker_fit.py).
+    """Returns settings of the reranker (geotoken_jax/model/reranker.py) and of its fit (model/reranker_fit.py).
 
     docs/experiments.md has what each group of features is worth.
     """
@@ -332,6 +361,7 @@ def _export() -> dict[str, Any]:
     return dict(
         gallery="bfloat16",
         weights=True,
+        authors=False,  # the authors of the gallery's photos are private unless somebody needs them
         # Photos may show people, so an export contains no photos by default, except from EarthView.
         thumbnails=-1,
         examples=-1,

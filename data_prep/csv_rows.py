@@ -21,29 +21,36 @@ from geotoken_jax.tables import NUMBER, UNDECODED, TableError
 #: Share of rows with |latitude| > 90 above which latitude and longitude count as swapped. A smaller share is due to
 #: typing errors: if they are swapped and the photos are from all over the world, the share is about 0.3.
 _SWAPPED = 0.05
+#: Beginning of a field whose value decides whether a row is used. No field of Photo begins so.
+_CONDITION = "="
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
 
 
 def read_rows(
-    path: os.PathLike | str, columns: Mapping[str, str | int], optional: Mapping[str, str] = MappingProxyType({})
+    path: os.PathLike | str,
+    columns: Mapping[str, str | int | tuple[str, ...]],
+    optional: Mapping[str, str] = MappingProxyType({}),
+    only: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[Photo | Drop]:
     """Yields each row in the file's order, as a photo with an empty image or as a drop.
 
-    columns: field of Photo -> name of its column, at any position and in any case; id, latitude and longitude are
-    required. If the columns are numbers instead of names, they are positions from 0, and the file is read as separated
-    by tabs, without a header or quotes. optional: field of Photo -> name of a column that the file may lack. A photo
-    without an author gets its id as author. `captured` is parsed by `seconds`.
+    columns: field of Photo -> name of its column, or names of which the file has one, at any position and in any case;
+    id, latitude and longitude are required. If the columns are numbers instead of names, they are positions from 0, and
+    the file is read as separated by tabs, without a header or quotes. optional: field of Photo -> name of a column that
+    the file may lack. only: name of a column -> its value in the rows to yield. A photo without an author gets its id
+    as author. `captured` is parsed by `seconds`.
 
     Raises the errors of `tables.read`, and TableError if latitude and longitude are swapped. Swapped columns are
     detected at the end of the file only, so read all rows before using any.
     """
     path = epath.Path(path)
-    swaps = _Swaps(path, str(columns["latitude"]), str(columns["longitude"]))
+    swaps = _Swaps(path, _label(columns, "latitude"), _label(columns, "longitude"))
     positions = {field: column for field, column in columns.items() if isinstance(column, int)}
     if positions:
         rows = tables.read_positions(path, positions)
     else:
-        names = {field: (str(column),) for field, column in columns.items()}
+        names = {field: column if isinstance(column, tuple) else (str(column),) for field, column in columns.items()}
+        names |= {_CONDITION + column: (column,) for column in only}
         rows = tables.read(path, names, {field: (column,) for field, column in optional.items()})
     for row in rows:
         place = f"{path.name}, {row.place}"
@@ -51,10 +58,17 @@ def read_rows(
             yield Drop(place, "malformed row")
             continue
         values = {field: _text(value) for field, value in row.values.items()}
+        if any([values.pop(_CONDITION + column) != value for column, value in only.items()]):
+            continue
         photo = _photo(values) if values["id"] else Drop(place, "empty id")
         swaps.add(photo, row.place)
         yield photo
     swaps.check()
+
+
+def _label(columns: Mapping[str, Any], field: str) -> str:
+    """Returns the name of a field's column for messages: the field itself if the column can have several names."""
+    return field if isinstance(columns[field], tuple) else str(columns[field])
 
 
 def _text(value: Any) -> str:

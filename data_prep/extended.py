@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 from etils import epath
@@ -83,14 +83,15 @@ class Known:
     dropped: Mapping[str, frozenset[str]]
 
     @classmethod
-    def load(cls, before: str) -> "Known":
-        """Reads the ledgers in a folder with the files of photos/."""
+    def load(cls, before: str, splits: Iterable[str]) -> "Known":
+        """Reads the ledgers of some splits in a folder with the files of photos/."""
         folder, ids, dropped = epath.Path(before) / LEDGERS, set(), {}
-        for path in disk.matching(folder, "*.ids.npy"):
-            ids.update(np.char.decode(records.open_array(path)).tolist())
-        for path in disk.matching(folder, "*.array_record-?????-of-?????.json"):
-            for name, reason in json.loads(path.read_bytes())["dropped"]:
-                dropped[name] = dropped.get(name, frozenset()) | {reason}
+        for split in splits:
+            for path in disk.matching(folder, f"*-{split}.array_record-*.ids.npy"):
+                ids.update(np.char.decode(records.open_array(path)).tolist())
+            for path in disk.matching(folder, f"*-{split}.array_record-?????-of-?????.json"):
+                for name, reason in json.loads(path.read_bytes())["dropped"]:
+                    dropped[name] = dropped.get(name, frozenset()) | {reason}
         return cls(frozenset(ids), dropped)
 
     def has(self, item: Photo | Drop) -> bool:

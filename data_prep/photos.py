@@ -21,7 +21,7 @@ import sys
 import threading
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
@@ -33,6 +33,7 @@ from data_prep import dataset, duplicates, extended, images, sharded, source_fil
 from data_prep.beam import run_tasks
 from data_prep.extended import INCOMPLETE, Extended, kept_shards
 from data_prep.sources import NOT_DOWNLOADED, Drop, Photo, Source, folder
+from data_prep.sources.benchmarks import Benchmark, WithBenchmarks
 from data_prep.sources.earthview import EarthView
 from data_prep.sources.folder import Folder
 from data_prep.sources.im2gps3k import Im2gps3k
@@ -112,6 +113,8 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
     if kind is EarthView:
         # Its authors can see the same pixels of a map from one place. Of 32,000 photos of `train`, 3 would be left out.
         options = dataclasses.replace(options, duplicates=dataclasses.replace(options.duplicates, keep=True))
+    if config.benchmarks.used:
+        source = WithBenchmarks(source, tuple(Benchmark(*one) for one in config.benchmarks.used.items()))
     manifest = make(stage, source, photos.workers, photos.max_dropped, photos.beam, options, workdir.update)
     if manifest != stage.manifest:
         workdir.made.add("photos")
@@ -139,13 +142,15 @@ def make(
     extended.forget()
     if not (stage.manifest or stage.mended or stage.earlier):
         _ = source.splits  # names a missing setting, before the files of the source are compared
-    stage = source_files.check(stage, source, options.keep_changed, update)
+    benchmarks = source.benchmarks if isinstance(source, WithBenchmarks) else ()
+    unrecorded = source.of_source() if isinstance(source, WithBenchmarks) else None
+    stage = source_files.check(stage, source, options.keep_changed, update, unrecorded)
     if stage.manifest:
         return stage.manifest
     if stage.earlier:
         source = Extended(source, str(stage.path / EARLIER / "1"))  # pyright: ignore[reportArgumentType]
     splits = source.splits
-    if isinstance(source, folder.ListedSource):
+    if isinstance(source, (folder.ListedSource, WithBenchmarks)):
         for note in source.notes():
             print(note, file=sys.stderr)
     tasks = [
@@ -155,7 +160,7 @@ def make(
     ]
     _make_missing(stage, tasks, workers, beam)
     ids = _concatenated([task.ids for task in tasks])
-    _refuse_repeated(ids)
+    _refuse_repeated(tasks, {benchmark.name for benchmark in benchmarks})
     found = _separate(stage, tasks, ids, workers, options.duplicates)
     ledgers: dict[str, list[dict[str, Any]]] = {split: [] for split in splits}
     for task in tasks:
@@ -170,7 +175,9 @@ def make(
     provenance = dataset.provenance(source.provenance, options.dataset)
     dataset.write(tasks[0].data, tasks[0].name, ledgers, provenance)
     times = {name: sum(ledger[name] for ledger in every) for name in ("captured", "nonsense_times")}
-    facts = records.id_facts(max((ledger.get("id_bytes", 0) for ledger in every), default=0))
+    facts: dict[str, Any] = records.id_facts(max((ledger.get("id_bytes", 0) for ledger in every), default=0))
+    if benchmarks:
+        facts["benchmarks"] = [benchmark.name for benchmark in benchmarks]
     return stage.finish(counts, dropped, provenance=dataclasses.asdict(provenance), duplicates=found, **times, **facts)
 
 
@@ -526,11 +533,17 @@ def _forget_completed(tasks: Sequence[_Task], ledgers: Mapping[str, list[dict[st
             ledgers[task.split][task.shard] = {**ledger, "dropped": drops}
 
 
-def _refuse_repeated(ids: np.ndarray) -> None:
-    names, counts = np.unique(ids, return_counts=True)
-    if len(names) < len(ids):
-        repeated = names[counts > 1]
-        raise StageError(
-            f"{len(repeated)} ids, such as {repeated[0].decode()!r}, are in more than one shard: remove the repeated "
-            "photos from the source"
-        )
+def _refuse_repeated(tasks: Sequence[_Task], benchmarks: Collection[str]) -> None:
+    """Raises StageError if an id is in two shards of the source, or in two shards of one benchmark."""
+    parts: dict[str, list[epath.Path]] = {}
+    for task in tasks:
+        parts.setdefault(task.split if task.split in benchmarks else "", []).append(task.ids)
+    for part, files in parts.items():
+        ids = _concatenated(files)
+        names, counts = np.unique(ids, return_counts=True)
+        if len(names) < len(ids):
+            repeated = names[counts > 1]
+            raise StageError(
+                f"{len(repeated)} ids, such as {repeated[0].decode()!r}, are in more than one shard: remove the "
+                f"repeated photos from {f'the benchmark {part}' if part else 'the source'}"
+            )

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeGuard
 
 from data_prep.sources import FileSource, GrowingSource, Source
 from geotoken_jax import disk, manifests
@@ -37,18 +38,26 @@ def fingerprint(files: Mapping[str, str], tables: Iterable[str] = ()) -> dict[st
     return found
 
 
-def check(stage: Stage, source: Source, keep_changed: bool, update: bool = False) -> Stage:
+def check(
+    stage: Stage,
+    source: Source,
+    keep_changed: bool,
+    update: bool = False,
+    unrecorded: Mapping[str, str] | None = None,
+) -> Stage:
     """Compares the source with the one that a folder was begun or made from, and returns the folder's stage.
 
     If the folder is complete, a change is an error, unless keep_changed. If it is not complete, its shards are removed
     after a change, so that they are made again. With `update`, files that were added to the source are no error: the
-    folder is opened again to take them in.
+    folder is opened again to take them in. unrecorded: fingerprint of the source of a complete folder that has stored
+    none; if None, such a folder is not compared.
     """
     complete = stage.manifest or stage.mended
     file = stage.path / _FILE
     if not file.exists() and stage.earlier:  # an update was interrupted
         file = max(disk.matching(stage.path / EARLIER, "*"), key=lambda path: int(path.name)) / _FILE
-    if not isinstance(source, FileSource) or (complete and ((keep_changed and not update) or not file.exists())):
+    known = file.exists() or unrecorded is not None
+    if not isinstance(source, FileSource) or (complete and ((keep_changed and not update) or not known)):
         return stage
     try:
         now = source.fingerprint()
@@ -56,11 +65,12 @@ def check(stage: Stage, source: Source, keep_changed: bool, update: bool = False
         if complete:  # the source was moved away, and is not needed
             return stage
         raise
-    before = json.loads(file.read_text()) if file.exists() else now
+    before = json.loads(file.read_text()) if file.exists() else unrecorded if complete else now
+    assert before is not None  # else `known` is False
     change = _difference(before, now)
     if change and (complete or stage.earlier):
         if not update:
-            added = isinstance(source, GrowingSource) and not _not_added(source, before, now)
+            added = _can_take(source, before, now) and not _not_added(source, before, now)
             raise StageError(
                 f"the source of {stage.path} has changed since it was made: {change}: "
                 f"{'take this in with --update, ' if added else ''}use another --workdir, make all again "
@@ -84,7 +94,7 @@ def check(stage: Stage, source: Source, keep_changed: bool, update: bool = False
 
 def _check_added(stage: Stage, source: Source, before: Mapping[str, str], now: Mapping[str, str]) -> None:
     """Raises StageError unless a source that can grow has changed only by what was added."""
-    if not isinstance(source, GrowingSource):
+    if not _can_take(source, before, now):
         raise StageError(
             f"--update cannot take in photos that were added to {source.name}, the source of {stage.path}: make all "
             "again with `geotoken all --remake=prepare`, or use another --workdir"
@@ -94,6 +104,11 @@ def _check_added(stage: Stage, source: Source, before: Mapping[str, str], now: M
             f"--update takes in only photos that were added, but the source of {stage.path} has {change}: restore "
             "these files, or make all again with `geotoken all --remake=prepare`"
         )
+
+
+def _can_take(source: Source, before: Mapping[str, str], now: Mapping[str, str]) -> TypeGuard[GrowingSource]:
+    """Returns whether a source can grow by all files that were added to it."""
+    return isinstance(source, GrowingSource) and all(source.takes(file) for file in now.keys() - before.keys())
 
 
 def _not_added(source: GrowingSource, before: Mapping[str, str], now: Mapping[str, str]) -> str:

@@ -145,6 +145,14 @@ def _predict_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--xmp", action="store_true", help="with PHOTOS: write a sidecar, PHOTO.xmp, for each photo without a position"
     )
+    verb.add_argument(
+        "--exclude-author", metavar="TABLE", help="with --model: table with id and author of photos; gallery photos by "
+        "a photo's author are not used for it",
+    )  # fmt: skip
+    verb.add_argument(
+        "--exclude-ids", metavar="TABLE", help="with --model: table with id and excluded_id; the gallery photo "
+        "excluded_id is not used for the photo id",
+    )  # fmt: skip
     verb.add_argument("--dry-run", action="store_true", help="with --xmp: print the sidecars instead of writing them")
 
 

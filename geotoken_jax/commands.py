@@ -90,14 +90,26 @@ def _predict(options: argparse.Namespace, config: Any) -> int:
             "no photos to predict: name a photo or a folder, as in `geotoken predict --model=DIR photo.jpg`"
         )
     _quiet()
-    from geotoken_jax.folder import outputs, photos
+    from geotoken_jax.folder import exclusion, outputs, photos
 
     min_within = outputs.MinWithin.read(options.min_within) if options.min_within else None
     form = photos.Form(options.output, options.json, min_within, options.xmp, options.dry_run)
     found = photos.find(options.photos)
+    tables = options.exclude_author, options.exclude_ids
+    if any(tables) and options.method:
+        raise settings.SettingsError(
+            "--exclude-author and --exclude-ids need --model=DIR: GeoCLIP as published has no gallery of photos"
+        )
+    excluded = exclusion.read(list(found.photos), *tables)
     model = _predictor(options)
+    if options.exclude_author and not model.knows_authors:
+        raise settings.SettingsError(
+            f"--exclude-author needs the authors of the gallery's photos, which {options.model} does not contain: make "
+            "the export with --config.export.authors=True"
+        )
+    identity = " ".join(filter(None, (photos.identity(model.folder), exclusion.digest(tables))))
     with photos.warnings():
-        return photos.run(model, photos.identity(model.folder), found, form)
+        return photos.run(model, identity, found, form, excluded)
 
 
 def _predictor(options: argparse.Namespace) -> Any:

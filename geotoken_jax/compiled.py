@@ -35,7 +35,8 @@ def keep() -> None:
     written.
     """
     global _folder
-    if _folder or jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+    options: Any = jax.config
+    if _folder or options.jax_compilation_cache_dir or not options.jax_enable_compilation_cache:
         return
     folder = _users_folder()
     try:
@@ -120,5 +121,6 @@ def _environment() -> list[Any]:
         code.update(file.read_bytes())
     versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")]
     device = jax.local_devices()[0]
-    machine = [device.device_kind, device.client.platform_version, jax.config.jax_default_matmul_precision]
+    options: Any = jax.config
+    machine = [device.device_kind, device.client.platform_version, options.jax_default_matmul_precision]
     return [code.hexdigest(), versions, machine, [os.environ.get(name) for name in _VARIABLES]]

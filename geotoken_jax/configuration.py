@@ -91,13 +91,15 @@ class ExportSettings:
 
     gallery: number type of the gallery's vectors, bfloat16 or int8; the model card reports the accuracy that int8
     costs. weights: whether the export contains the checkpoint of a Hugging Face backbone; if False, the export needs
-    the checkpoint's folder to predict. thumbnails: longest side, in pixels, of the gallery photos on the service's
-    page. examples: number of `test` photos to try on that page. With 0 none of these photos are exported. The default,
-    -1, exports photos of EarthView only, which show no person: thumbnails of 64 pixels, and 12 examples.
+    the checkpoint's folder to predict. authors: whether the export contains the authors of the gallery's photos, which
+    `geotoken predict --exclude-author` needs. thumbnails: longest side, in pixels, of the gallery photos on the
+    service's page. examples: number of `test` photos to try on that page. With 0 none of these photos are exported. The
+    default, -1, exports photos of EarthView only, which show no person: thumbnails of 64 pixels, and 12 examples.
     """
 
     gallery: str
     weights: bool
+    authors: bool
     thumbnails: int
     examples: int
 
@@ -317,6 +319,7 @@ class Config:
     mesh: MeshSettings
     watch: WatchSettings
     photos: preparation.PhotosSettings
+    benchmarks: preparation.BenchmarksSection
     embed: preparation.EmbedSettings
     align: AlignSection
     index: preparation.IndexSection

@@ -42,6 +42,8 @@ PATH = {
     "channels": "learn",
     "reranker": "learn",
     "predictions": "predict",
+    "exclusion": "predict",
+    "excluded": "predict",
     "report": "evaluate",
     "export": "export",
     "audit": "audit",

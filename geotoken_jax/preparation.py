@@ -6,6 +6,7 @@ They are not declared in data_prep/, because the installed package reads whole c
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from geotoken_jax.backbone import BackboneSettings
@@ -212,6 +213,57 @@ class YfccSettings:
         _check_counts(self, "photos_per_shard")
         if self.name not in ("yfcc4k", "yfcc26k"):
             raise ValueError(f"config.photos.yfcc.name is {self.name!r}: use yfcc4k or yfcc26k")
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkSettings:
+    """config.benchmarks.photos.NAME: a benchmark, whose photos become the split NAME.
+
+    path: folder of photos, with subfolders; if empty, the benchmark is not used. table: file with id, latitude and
+    longitude (also IMG_ID, LAT and LON) and, if available, the names in records.PLACE_FIELDS and captured; or YFCC's
+    info.txt; if empty, coordinates and time come from EXIF. author: name of the table's column of authors; without such
+    a column the authors are unknown. authors: second table, with id and author, that names the authors of photos for
+    which `table` does not; if empty, there is none. rows: value of the table's column `split` in the rows to use; if
+    empty, all rows are used. photos_per_shard: photos per shard; the last shard may have fewer.
+    """
+
+    path: str
+    table: str
+    author: str
+    authors: str
+    rows: str
+    photos_per_shard: int
+
+    def __post_init__(self):
+        _check_counts(self, "photos_per_shard")
+        if not self.table and (self.authors or self.rows):
+            raise ValueError("table is '': set it to the table that lists the photos, or leave authors and rows empty")
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarksSection:
+    """config.benchmarks: labeled photos beside the data set, which are predicted with its gallery.
+
+    photos: name -> benchmark. exclude: name -> rules. Each benchmark is predicted once as any other split, and once
+    more per entry of `exclude`, without the gallery photos that its rules exclude.
+    """
+
+    photos: Mapping[str, BenchmarkSettings]
+    exclude: Mapping[str, ExcludeSettings]
+
+    def __post_init__(self):
+        for key in ("photos", "exclude"):
+            for name in getattr(self, key):
+                if not re.fullmatch("[a-z][a-z0-9_]*", name):
+                    raise ValueError(f"{key} has the name {name!r}: use lower-case letters, digits and _")
+        for name in self.photos:
+            if name.startswith("train") or name == "validation":
+                raise ValueError(f"photos has the name {name!r}, which is a split of training: use another name")
+
+    @property
+    def used(self) -> dict[str, BenchmarkSettings]:
+        """Name -> benchmark, for the benchmarks that have a folder of photos, sorted by name."""
+        return {name: benchmark for name, benchmark in sorted(self.photos.items()) if benchmark.path}
 
 
 @dataclasses.dataclass(frozen=True)

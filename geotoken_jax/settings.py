@@ -75,6 +75,9 @@ def _value(hint: Any, value: Any, place: str) -> Any:
     if origin is tuple:
         return tuple(value)
     if origin is dict or origin is Mapping:
+        kind = typing.get_args(hint)[-1]
+        if dataclasses.is_dataclass(kind):
+            return {name: _value(kind, section, _join(place, name)) for name, section in value.items()}
         return dict(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

@@ -22,7 +22,7 @@ from geotoken_jax.align.heads import AlignModel, AlignSettings
 from geotoken_jax.align.task import AlignTask
 from geotoken_jax.backbone import views
 from geotoken_jax.configuration import Config
-from geotoken_jax.data.join import Features, Tokens
+from geotoken_jax.data.join import Features, Searched, Tokens
 from geotoken_jax.gallery import index
 from geotoken_jax.gallery.exclude import ExcludeSettings, Exclusion, exclusions
 from geotoken_jax.gallery.table import Table
@@ -51,6 +51,8 @@ _NOT_EXPORTED = (
 )  # fmt: skip
 #: Names of the files of neighbors/, as a format string.
 NEIGHBOR_FILES = "{split}.{field}-{shard:05d}-of-{shards:05d}.npy"
+#: Between the names of a benchmark and of exclusion rules, in the name of the benchmark's split under these rules.
+_UNDER = "-"
 #: Names of the arrays in pools/VARIANT.
 _POOL = ("tokens", "log_probability", "tempered_log_probability", "states")
 
@@ -227,7 +229,7 @@ class Workdir:
 
     def table(self, split: str) -> Table:
         """Returns the table of a split's photos; for GALLERY, this is the gallery."""
-        return self.gallery if split == GALLERY else Table(self.path / "queries" / split)
+        return self.gallery if split == GALLERY else Table(self.path / "queries" / split.partition(_UNDER)[0])
 
     def index(self, threads: int, part: Sequence[int] = ()) -> index.Index:
         """Returns the index of the gallery. Arguments: see gallery.index.load."""
@@ -248,6 +250,26 @@ class Workdir:
         """Split -> number of photos, for the splits that are predicted: all queries except the augmented views."""
         return {split: n for split, n in self.manifest("queries").counts.items() if split != views.VIEWS_SPLIT}
 
+    @property
+    def benchmarks(self) -> list[str]:
+        """Splits that are benchmarks, by name; none if photos/ is missing."""
+        manifest = self.finished("photos")
+        return manifest.facts.get("benchmarks", []) if manifest else []
+
+    @staticmethod
+    def split_under(benchmark: str, rules: str) -> str:
+        """Returns the name of a benchmark's split under exclusion rules. rules: a key of config.benchmarks.exclude.
+
+        Its photos are the benchmark's, and its neighbors are those that the rules leave.
+        """
+        return f"{benchmark}{_UNDER}{rules}"
+
+    @property
+    def counts_under_rules(self) -> dict[str, int]:
+        """Name of a benchmark's split under exclusion rules -> number of photos; empty if exclusion/ is missing."""
+        manifest = self.finished("exclusion")
+        return manifest.counts if manifest else {}
+
     # Neighbors and token records
 
     @property
@@ -267,8 +289,8 @@ class Workdir:
         return found, scores
 
     def _neighbors(self, split: str, name: str, rows: slice) -> np.ndarray:
-        folder = self.path / "neighbors"
-        whole = folder / f"{split}.{name}.npy"  # of earlier versions
+        folder = self.path / ("exclusion" if _UNDER in split else "neighbors")
+        whole = folder / f"{split}.{name}.npy"  # of exclusion/, and of earlier versions
         files = [whole] if whole.exists() else records.numbered(folder, f"{split}.{name}-", ".npy", split)
         parts = [records.open_array(file) for file in files]
         if len(parts) == 1:
@@ -283,24 +305,40 @@ class Workdir:
         """Returns the path of a shard of a split's neighbors. name: "rows" or "scores". shards: number of shards."""
         return self.path / "neighbors" / NEIGHBOR_FILES.format(split=split, field=name, shard=shard, shards=shards)
 
-    def exclusions(self, split: str) -> Callable[[np.ndarray], list[Exclusion]]:
+    def exclusions(self, split: str) -> Callable[[np.ndarray | slice], list[Exclusion]]:
         """Returns a function from rows of a split's table to the exclusion rules of their neighbors.
 
-        These are the rules with which neighbors/ was made.
+        These are the rules with which neighbors/ was made and, for a benchmark under further rules, also these.
         """
         key = "exclude" if split in (views.SOURCE_SPLIT, views.VIEWS_SPLIT) else "exclude_in_evaluation"
         section = self.manifest("neighbors").settings["index"]["neighbors"][key]
-        exclude = settings.read(ExcludeSettings, section, f"index.neighbors.{key}")
+        every = [settings.read(ExcludeSettings, section, f"index.neighbors.{key}")]
+        if rules := split.partition(_UNDER)[2]:
+            section = self.manifest("exclusion").settings["benchmarks"]["exclude"][rules]
+            every.append(settings.read(ExcludeSettings, section, f"benchmarks.exclude.{rules}"))
+        return self.exclusions_by(every, split)
+
+    def exclusions_by(
+        self, every: Sequence[ExcludeSettings], split: str
+    ) -> Callable[[np.ndarray | slice], list[Exclusion]]:
+        """Returns a function from rows of a split's table to all exclusion rules in `every`."""
         queries, gallery = self.table(split), self.gallery
         columns = {name: getattr(gallery, name)() for name in ("ids", "authors", "coordinates")}
-        return lambda rows: exclusions(exclude, queries, rows, columns, lambda some: gallery.embeddings(some)[:, 0])
+
+        def images(rows: np.ndarray) -> np.ndarray:
+            return gallery.embeddings(rows)[:, 0]
+
+        return lambda rows: [rule for one in every for rule in exclusions(one, queries, rows, columns, images)]
 
     def tokens(self, split: str, model: ModelSettings, gallery: Table | None) -> Tokens:
         """Returns the reader of a split's training examples for the decoder.
 
         gallery: gallery to read neighbors from; None if the gallery is on the devices.
         """
-        stored = records.Records(self.path / "tokens", split, records.token_layout(self.neighbor_count))
+        if _UNDER in split:
+            stored = Searched(self.table(split), self.neighbors(split)[0])
+        else:
+            stored = records.Records(self.path / "tokens", split, records.token_layout(self.neighbor_count))
         return Tokens(stored, self.table(split), gallery, model.cells, model.neighbors, model.times)
 
     def pairs(self, split: str) -> Features:
@@ -417,7 +455,7 @@ class Workdir:
 
     def predictions_file(self, name: str, split: str) -> epath.Path:
         """Returns the path of the predictions of a variant or baseline for a split."""
-        return self.path / "predictions" / name / f"{split}.jsonl"
+        return self.path / ("excluded" if _UNDER in split else "predictions") / name / f"{split}.jsonl"
 
     def recall_file(self, variant: str, split: str) -> epath.Path:
         """Returns the path of the recall of a split's pools. The file exists only if the reranker is a selector."""
@@ -427,6 +465,15 @@ class Workdir:
         """Returns the variants and baselines whose predictions are complete."""
         folders = disk.matching(self.path / "predictions", "*")
         return [folder.name for folder in folders if (folder / "manifest.json").exists()]
+
+    def excluded_folders(self) -> list[str]:
+        """Returns the folders of complete predictions under exclusion rules."""
+        return [folder for folder in self.complete_folders() if folder.startswith("excluded/")]
+
+    def exclusion_facts(self) -> dict[str, Any]:
+        """Returns what the rules exclude, by benchmark: see stages.exclusion. Empty if exclusion/ is missing."""
+        manifest = self.finished("exclusion")
+        return manifest.facts["benchmarks"] if manifest else {}
 
     def calibration_file(self, variant: str) -> epath.Path:
         """Returns the path of a variant's calibration. The file exists only if the predictions are calibrated."""

@@ -18,6 +18,7 @@ from geotoken_jax.stages import (
     baselines,
     check,
     evaluate,
+    exclusion,
     experiments,
     export,
     judge,
@@ -111,10 +112,17 @@ def _preparation(module: str) -> Stage:
     return lambda config, folder, variants: preparation.run(module, config, folder)
 
 
+def _baseline(config: Config, folder: Workdir, name: str) -> Iterable[Manifest]:
+    yield from baselines.run(config, folder, name)
+    yield from baselines.run_excluded(config, folder, name)
+
+
 def _predict_all(config: Config, folder: Workdir, variants: Sequence[str]) -> Iterable[Manifest]:
-    yield from baselines.run(config, folder, TOP1)
+    yield from exclusion.run(config, folder)
+    yield from _baseline(config, folder, TOP1)
     for variant in variants:
         yield from predict.run(config, folder, variant)
+        yield from predict.run_excluded(config, folder, variant)
         yield from judge.run(config, folder, variant)
 
 
@@ -129,7 +137,7 @@ def _evaluate(options: argparse.Namespace, config: Config | None) -> None:
 
     def answer(config: Config, folder: Workdir, variants: Sequence[str]) -> Iterable[Manifest]:
         for name in options.method:
-            yield from baselines.run(config, folder, name)
+            yield from _baseline(config, folder, name)
 
     _stages({"baselines": answer, "evaluate": _evaluate_all} if options.method else {"evaluate": _evaluate_all})(
         options, config

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -26,6 +27,8 @@ from geotoken_jax.folder import photos as folder
 from geotoken_jax.predict.prediction import Candidate, Prediction
 from geotoken_jax.predict.predictor import Predictor
 from geotoken_jax.settings import SettingsError
+from tests import exports
+from tests.test_sources import write_csv
 
 
 class Sizes(Predictor):
@@ -442,3 +445,60 @@ def test_a_warning_about_a_photo_is_printed_once_as_a_sentence(tmp_path, monkeyp
     assert said == [
         f"geotoken predict: {tmp_path / 'a.jpg'} lacks its last bytes; what is there is used: copy it again"
     ]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> Path:
+    """An export of 64 gallery photos, each by an author with its id, and a folder of three photos."""
+    path = tmp_path_factory.mktemp("exported")
+    exports.write(path / "export")
+    (path / "photos" / "sub").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name in ("a.jpg", "b.jpg", "sub/c.jpg"):
+        Image.fromarray(rng.integers(0, 256, (24, 32, 3), np.uint8)).save(path / "photos" / name)
+    return path
+
+
+def predicted(path: Path, *options: str) -> dict[str, list[str]]:
+    """Returns photo -> ids of its neighbors, as the command line answers with the export."""
+    output = path / f"{len(list(path.iterdir()))}.jsonl"
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["predict", f"--model={path / 'export'}", str(path / "photos"), f"--output={output}", *options])
+    assert not ended.value.code
+    rows = map(json.loads, output.read_text().splitlines())
+    return {row["id"]: [neighbor["id"] for neighbor in row["neighbors"]] for row in rows}
+
+
+def test_gallery_photos_are_left_out_by_author_and_by_id(exported, tmp_path, capsys):
+    before = predicted(exported)
+    first = {name: near[0] for name, near in before.items()}
+    authors = write_csv(tmp_path / "a.csv", ["IMG_ID", "AUTHOR"],
+                        [["a.jpg", first["a.jpg"]], ["c", first["sub/c.jpg"]], ["gone.jpg", "x"]])  # fmt: skip
+    found = predicted(exported, f"--exclude-author={authors}")
+    assert "gallery photos were excluded for 2 of 3 photos" in capsys.readouterr().err
+    assert found["b.jpg"] == before["b.jpg"] and len(found["a.jpg"]) == len(before["a.jpg"])
+    for name in ("a.jpg", "sub/c.jpg"):
+        assert found[name][:-1] == before[name][1:]
+    listed = [["b.jpg", name] for name in before["b.jpg"][:2]]
+    ids = write_csv(tmp_path / "i.csv", ["id", "excluded_id"], listed)
+    found = predicted(exported, f"--exclude-author={authors}", f"--exclude-ids={ids}")
+    assert found["b.jpg"][:-2] == before["b.jpg"][2:] and found["a.jpg"][:-1] == before["a.jpg"][1:]
+    assert predicted(exported, f"--exclude-ids={ids}")["a.jpg"] == before["a.jpg"]
+
+
+def test_tables_of_excluded_photos_that_do_not_fit_are_refused(exported, tmp_path, capsys):
+    without = shutil.copytree(exported / "export", tmp_path / "export")
+    (without / "gallery" / "authors-00000-of-00001.npy").unlink()
+    exports.write_sums(without)
+    table = write_csv(tmp_path / "a.csv", ["id", "author"], [["a.jpg", "x"]])
+    twice = write_csv(tmp_path / "t.csv", ["id", "author"], [["a.jpg", "x"], ["a.jpg", "y"]])
+    other = write_csv(tmp_path / "o.csv", ["id", "author"], [["z.jpg", "x"]])
+    for model, option, message in (
+        (f"--model={without}", f"--exclude-author={table}", "make the export with --config.export.authors=True"),
+        (f"--model={without}", f"--exclude-author={other}", "names none of the 3 photos, such as 'a.jpg'"),
+        (f"--model={without}", f"--exclude-author={twice}", "several authors of 'a.jpg', such as 'x' and 'y'"),
+        ("--method=geoclip", f"--exclude-ids={table}", "need --model=DIR"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["predict", model, str(exported / "photos"), option])
+        assert ended.value.code == 2 and message in capsys.readouterr().err

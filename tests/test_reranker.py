@@ -1,6 +1,7 @@
 """The reranker and the channels: their parts one by one, then all that `learn` makes, in a small world."""
 
 import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -218,7 +219,7 @@ def test_channels_find_the_place_and_obey_the_rules(config, made):
     for listed in rows.reshape(-1, 40):
         assert len(set(listed)) == 40
     place, own = np.arange(N) % 6, np.arange(VALIDATION) % 6
-    found = dict(zip(channels.CHANNELS, (place[rows[:, :, 0]] == own[:, None]).mean(0), strict=True))
+    found = dict(zip(model.CHANNELS, (place[rows[:, :, 0]] == own[:, None]).mean(0), strict=True))
     assert found["backbone"] > 0.5 and found["comparator"] > 0.7, found
     hidden = np.arange(N) % 2 == 0
     rows, _ = searched.search(pool_of(columns, 9, [lambda queries, some: hidden[some]]), 40)
@@ -403,7 +404,7 @@ def test_a_ranking_is_a_distribution_over_places():
     candidates = rerank.Candidates(
         places, np.ones((1, 2), bool), np.ones((1, 2, 1), int), np.ones((1, 2, 1)), random_evidence()[0]
     )
-    found = rerank.places(rerank.Ranking(candidates, np.array([[0.2, 0.8]]), np.array([1]), ("a",)), None)
+    found = rerank.places(rerank.Ranking(candidates, np.array([[0.2, 0.8]]), np.array([1]), ("a",)))
     np.testing.assert_allclose(found.probability, [[0.8, 0.2]])
     np.testing.assert_array_equal(found.coordinates, places[:, ::-1])
 
@@ -414,3 +415,16 @@ def test_without_validation_photos_there_is_one_sentence(config, made, tmp_path)
     manifests.begin(tmp_path, "queries", {}, ()).finish({})
     with pytest.raises(SettingsError, match="fitted to photos of the split validation, but the data has none"):
         selectors.reranker(config, Workdir(tmp_path), "geotoken")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(channels=("index", "smell")), "config.reranker.model.channels has 'smell': choose among index, backbone"),
+        (dict(objective="luck"), "config.reranker.model.objective is 'luck': choose one of accuracy, 1_km"),
+        (dict(depth=20), "config.reranker.model.depth is 20 with 4 candidates: set depth above 32"),
+    ],
+)
+def test_wrong_settings_are_named(change, message):
+    with pytest.raises(SettingsError, match=re.escape(message)):
+        settings.read(RerankerSettings, {**dataclasses.asdict(SMALL), **change}, "reranker.model")

@@ -515,3 +515,87 @@ def test_absurd_settings_are_refused_when_they_are_read(change):
     config.photos.update_from_flattened_dict({key: json.loads(value)})
     with pytest.raises(SettingsError, match=rf"config\.photos\.{re.escape(key)} is {re.escape(value)}: use"):
         configuration.read(config)
+
+
+def with_benchmarks(path: Path, benchmarks: dict[str, dict[str, str]], **folder_settings):
+    """Prepares a folder of two training photos with benchmarks beside it; like `prepare`."""
+    config = common.get_config()
+    source = write_files(path / "own", {f"{n}.jpg": jpeg((n, 0, 0), exif=exif(n, n)) for n in (1, 2)})
+    config.photos.update(source="folder", workers=1, max_dropped=0.0)
+    config.photos.folder.update(path=source, train=1.0, validation=0.0, test=0.0)
+    for name, values in benchmarks.items():
+        config.benchmarks.photos[name].update(values)
+    [manifest] = photos.run(configuration.read(config), Workdir(path / "w"))
+    found = {}
+    for split, count in manifest.counts.items():
+        rows = records.Photos(path / "w/photos", split)
+        found[split] = {rows[n]["id"]: rows[n] for n in range(count)}
+    return manifest, found
+
+
+def test_benchmarks_are_further_splits_with_authors_from_their_own_columns(tmp_path):
+    files = {f"{name}.jpg": jpeg((9, n, 9)) for n, name in enumerate(PLACES)}
+    rows = [[f"{name}.jpg", *place] for name, place in PLACES.items()]
+    folders = {name: write_files(tmp_path / name, files) for name in ("im2gps3k", "yfcc4k", "commons26")}
+    folders["labeled"] = write_files(tmp_path / "labeled", {"1.jpg": jpeg((3, 3, 3), exif=exif(7, 8))})
+    tables = {
+        "im2gps3k": write_csv(tmp_path / "i.csv", ["IMG_ID", "LAT", "LON", "AUTHOR"], [[*r, "me"] for r in rows]),
+        "yfcc4k": write_csv(tmp_path / "y.csv", ["IMG_ID", "OwnerNSID", "LAT", "LON"],
+                            [[r[0], "12@N00" if n else "", *r[1:]] for n, r in enumerate(rows)]),
+        "commons26": write_csv(tmp_path / "c.csv", ["IMG_ID", "LAT", "LON", "split", "group", "continent", "tier"],
+                               [[*r, "test" if n else "dev", f"u{n}", "Asia", 1] for n, r in enumerate(rows)]),
+    }  # fmt: skip
+    benchmarks = {name: dict(path=folder, table=tables.get(name, "")) for name, folder in folders.items()}
+    benchmarks["commons26"]["rows"] = "test"
+    with pytest.raises(StageError, match="1 no metadata"):  # the photo of `dev`
+        with_benchmarks(tmp_path, benchmarks)
+    (tmp_path / "commons26" / "oslo.jpg").unlink()
+    manifest, found = with_benchmarks(tmp_path, benchmarks)
+    assert manifest.counts == {"train": 2, "commons26": 3, "im2gps3k": 4, "labeled": 1, "yfcc4k": 4}
+    assert manifest.facts["benchmarks"] == ["commons26", "im2gps3k", "labeled", "yfcc4k"]
+    assert where(found["im2gps3k"]) == {f"{name}.jpg": place for name, place in PLACES.items()}
+    authors = {split: [row["author"] for row in rows.values()] for split, rows in found.items()}
+    assert authors["im2gps3k"] == ["me"] * 4 and authors["yfcc4k"] == ["oslo.jpg", *["12@N00"] * 3]
+    assert authors["commons26"] == ["u1", "u2", "u3"] and authors["labeled"] == ["1.jpg"]
+    assert found["commons26"]["lima.jpg"]["continent"] == "Asia"
+    np.testing.assert_allclose(found["labeled"]["1.jpg"]["coordinates"], (7, 8))
+
+
+@pytest.mark.parametrize("form", ["csv", "txt"])
+def test_authors_of_a_benchmark_come_from_a_second_table(tmp_path, form):
+    path = write_files(tmp_path / "in", {f"{n}.jpg": jpeg((n, 5, 5)) for n in (7, 8, 9)})
+    table = write_csv(tmp_path / "t.csv", ["IMG_ID", "LAT", "LON"], [[n, n, n] for n in (7, 8, 9)])
+    if form == "csv":
+        named = [["ab/cd/7.jpg", "12@N00", "x"], ["8.jpg", "", "x"], ["99.jpg", "34@N00", "x"]]
+        authors = write_csv(tmp_path / "mp16.csv", ["IMG_ID", "AUTHOR", "country"], named)
+    else:
+        named = [[0, 7, "hash", "12@N00", *[""] * 8, 1, 1], [1, 99, "hash", "34@N00", *[""] * 8, 1, 1]]
+        authors = write_csv(tmp_path / "yfcc100m.txt", (), named, "\t")
+    _, found = with_benchmarks(tmp_path, {"yfcc26k": dict(path=path, table=table, authors=authors)})
+    assert {name: row["author"] for name, row in found["yfcc26k"].items()} == {"7": "12@N00", "8": "8", "9": "9"}
+
+
+def test_benchmarks_that_cannot_be_read_name_the_key(tmp_path):
+    path = write_files(tmp_path / "in", {"7.jpg": jpeg()})
+    for values, message in (
+        (dict(path="nowhere"), r"config\.benchmarks\.photos\.labeled\.path is 'nowhere', which is not a folder"),
+        (dict(path=path, table="none.csv"), r"config\.benchmarks\.photos\.labeled\.table is 'none.csv'"),
+        (dict(path=path, rows="test"), r"config\.benchmarks\.photos\.labeled\.table is '': set it"),
+    ):
+        with pytest.raises((SettingsError, StageError), match=message):
+            with_benchmarks(tmp_path, {"labeled": values})
+    config = common.get_config()
+    config.benchmarks.photos = {"train_2": config.benchmarks.photos.labeled}
+    with pytest.raises(SettingsError, match=r"config\.benchmarks\.photos has the name 'train_2'"):
+        configuration.read(config)
+
+
+def test_a_benchmark_may_not_have_the_name_of_a_split(tmp_path):
+    config = common.get_config()
+    path = write_files(tmp_path / "in", {"7.jpg": jpeg(exif=exif(1, 2))})
+    config.photos.update(source="folder", workers=1)
+    config.photos.folder.update(path=path, train=0.0, validation=0.0, test=1.0)
+    config.benchmarks.photos.labeled.path = path
+    config.benchmarks.photos = {"test": config.benchmarks.photos.labeled}
+    with pytest.raises(StageError, match=r"config\.benchmarks\.photos\.test has the name of a split"):
+        photos.run(configuration.read(config), Workdir(tmp_path / "w"))

@@ -1,5 +1,6 @@
 """Photos added to the source of a finished work directory: taken in at their own cost, interrupted or not."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +11,8 @@ import pytest
 
 from benchmarks import mp16
 from data_prep import embed, gallery, index, neighbors, photos, sharded, tokens
-from geotoken_jax import configuration, disk, manifests
+from data_prep.sources.benchmarks import Benchmark, WithBenchmarks
+from geotoken_jax import configuration, disk, manifests, preparation
 from geotoken_jax.manifests import StageError
 from geotoken_jax.workdir import Workdir
 from tests import sample, test_mp16_pro, tiny
@@ -220,3 +222,48 @@ def test_parts_of_mp16_pro_that_come_later_are_taken_in(tmp_path):
         assert sorted(names) == sorted(wanted[n]["id"] for n in range(len(wanted)))
     dropped = [json.loads(line) for line in (tmp_path / "run/photos/dropped.jsonl").read_text().splitlines()]
     assert "no image" not in {drop["reason"] for drop in dropped}
+
+
+def test_a_benchmark_can_be_added_to_a_finished_work_directory(grown, tmp_path):
+    source, csv, path = grown
+    made_with = config(source, csv)
+    run(made_with, path, update=True)
+    before, order = contents(path), {split: ids(path, split) for split in ("train", "validation")}
+    folder = write_files(
+        tmp_path / "bench", {f"{n}.jpg": jpeg((n, n, 250), exif=exif(n % 60, n % 90)) for n in range(100, 109)}
+    )
+    labeled = dataclasses.replace(made_with.benchmarks.photos["labeled"], path=folder)
+    section = dataclasses.replace(made_with.benchmarks, photos={"labeled": labeled})
+    with_benchmark = dataclasses.replace(made_with, benchmarks=section)
+    with pytest.raises(StageError, match=r"added, such as 'benchmark labeled: .*take this in with --update"):
+        run(with_benchmark, path)
+    assert run(with_benchmark, path, update=True) == ["photos", "features", *sorted(DATA[2:])]
+    found = Workdir(path)
+    assert found.benchmarks == ["labeled"] and found.query_counts["labeled"] == 9
+    assert ids(path, "labeled") == sorted(f"{n}.jpg" for n in range(100, 109))  # ids of training photos, too
+    assert {split: ids(path, split) for split in order} == order
+    assert {data for name, data in before.items() if "index/" in name and name.endswith(".npy")} <= set(
+        contents(path).values()
+    )
+    assert (found.neighbors("labeled")[0] >= 0).all()
+    # Photos of the source can be added later, although a benchmark has their ids.
+    add(source, csv, 230, 233)
+    run(with_benchmark, path, update=True)
+    assert sum(Workdir(path).manifest("photos").counts.values()) == 56 + 9 + 3
+    (tmp_path / "bench" / "100.jpg").unlink()
+    with pytest.raises(StageError, match=r"has 1 removed, such as 'benchmark labeled: 100\.jpg'"):
+        run(with_benchmark, path, update=True)
+
+
+def test_a_benchmark_can_be_added_to_a_source_that_cannot_grow(tmp_path):
+    class Fixed(sample.Sample):
+        pass
+
+    photos.make(manifests.begin(tmp_path, "photos", {}, ()), Fixed(), 1, 1.0)
+    folder = write_files(tmp_path / "bench", {"7.jpg": jpeg(exif=exif(1, 2))})
+    benchmark = Benchmark("labeled", preparation.BenchmarkSettings(folder, "", "", "", "", 10))
+    source = WithBenchmarks(Fixed(), (benchmark,))
+    with pytest.raises(StageError, match="take this in with --update"):
+        photos.make(manifests.begin(tmp_path, "photos", {}, ()), source, 1, 1.0)
+    manifest = photos.make(manifests.begin(tmp_path, "photos", {}, ()), source, 1, 1.0, update=True)
+    assert manifest.counts == {"train": 39, "validation": 5, "labeled": 1}

@@ -119,6 +119,10 @@ class GrowingSource(Named, FileSource, Protocol):
         """Returns whether a file has changed only by rows after its end. before: its text in an earlier fingerprint."""
         ...
 
+    def takes(self, file: str) -> bool:
+        """Returns whether the source can grow by a file that was added."""
+        ...
+
     def added(self, before: str) -> Readable:
         """Returns the photos and drops that were added. before: folder with the files of photos/ before."""
         ...

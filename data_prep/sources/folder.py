@@ -29,7 +29,8 @@ from geotoken_jax.preparation import FolderSettings
 from geotoken_jax.settings import SettingsError
 
 _COLUMNS = {name: name for name in ("id", "latitude", "longitude")}
-_OPTIONAL = {name: name for name in ("author", *records.PLACE_FIELDS, "captured")}
+#: Field of Photo -> column that a table may lack.
+OPTIONAL = {name: name for name in ("author", *records.PLACE_FIELDS, "captured")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +63,11 @@ class ListedSource(abc.ABC):
     name: str
     provenance: Provenance
 
+    @property
+    def section(self) -> str:
+        """Dotted key of the source's settings, for messages."""
+        return f"photos.{self.name}"
+
     @abc.abstractmethod
     def listing(self) -> Listing:
         """Returns all photos of the source.
@@ -78,12 +84,12 @@ class ListedSource(abc.ABC):
         """Yields sentences on files of the folder that are left out. With a table, it chooses the files."""
         folder, table = self.places
         if not table:
-            yield from files_of(folder, f"{self.name}.path").notes()
+            yield from files_of(folder, f"{self.section}.path").notes()
 
     def fingerprint(self) -> dict[str, str]:
         """Returns size and time of each photo, and the sum of the table. Raises the errors of `listing`."""
         folder, table = self.places
-        return fingerprint(files_of(folder, f"{self.name}.path").photos(), [table] if table else [])
+        return fingerprint(files_of(folder, f"{self.section}.path").photos(), [table] if table else [])
 
     @property
     def splits(self) -> Mapping[str, int]:
@@ -95,12 +101,12 @@ class ListedSource(abc.ABC):
         return _listing(self).read(split, shard)
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache  # of a source and its benchmarks
 def _listing(source: ListedSource) -> Listing:
     return source.listing()
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def _walk(path: str) -> Files:
     return walk(path)
 
@@ -130,17 +136,22 @@ class Folder(ListedSource):
         """Returns whether the table has changed only by rows after its end."""
         return file == self.settings.csv and has_rows_added(file, before)
 
+    def takes(self, file: str) -> bool:
+        """Returns True: any file can be added."""
+        del file
+        return True
+
     def added(self, before: str) -> Listing:
         """Returns the photos and drops that were added since the files in the folder `before` were made."""
-        known, listing = Known.load(before), _listing(self)
+        known, listing = Known.load(before, self.settings.shares), _listing(self)
         photos = {split: [item for item in items if not known.has(item[0])] for split, items in listing.photos.items()}
         return dataclasses.replace(listing, photos=photos)
 
     def listing(self) -> Listing:
         settings = self.settings
-        files = files_of(settings.path, "folder.path")
+        files = files_of(settings.path, f"{self.section}.path")
         if settings.csv:
-            rows = read_rows(existing_file(settings.csv, "folder.csv"), _COLUMNS, _OPTIONAL)
+            rows = read_rows(existing_file(settings.csv, f"{self.section}.csv"), _COLUMNS, OPTIONAL)
         else:
             rows = (Photo(name, name, b"", math.nan, math.nan) for name in files.photos())
         photos: dict[str, list] = {split: [] for split in settings.shares}
@@ -159,16 +170,16 @@ class Folder(ListedSource):
 def files_of(path: str, key: str) -> Files:
     """Returns the files of a folder, and reports the files that are left out.
 
-    key: key in config.photos that names the folder, for messages. Raises SettingsError if the folder does not exist,
+    key: dotted key that names the folder, for messages. Raises SettingsError if the folder does not exist,
     StageError if there are no files in it.
     """
     if not path or not Path(path).is_dir():
-        raise SettingsError(f"config.photos.{key} is {path!r}, which is not a folder: set it to the photos' folder")
+        raise SettingsError(f"config.{key} is {path!r}, which is not a folder: set it to the photos' folder")
     files = _walk(path)
     if not files.paths:
         notes = "; ".join(files.notes())
         raise StageError(
-            f"config.photos.{key} is {path!r}, which has no files{f' ({notes})' if notes else ''}: set it to the "
+            f"config.{key} is {path!r}, which has no files{f' ({notes})' if notes else ''}: set it to the "
             "photos' folder"
         )
     return files
@@ -177,12 +188,10 @@ def files_of(path: str, key: str) -> Files:
 def existing_file(path: str, key: str) -> Path:
     """Returns the path of a table, or raises SettingsError if it does not exist.
 
-    key: key in config.photos that names the table, for the message.
+    key: dotted key that names the table, for the message.
     """
     if not path or not Path(path).is_file():
-        raise SettingsError(
-            f"config.photos.{key} is {path!r}, which is not a file: set it to the table that lists the photos"
-        )
+        raise SettingsError(f"config.{key} is {path!r}, which is not a file: set it to the table that lists the photos")
     return Path(path)
 
 

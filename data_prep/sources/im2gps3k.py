@@ -29,6 +29,6 @@ class Im2gps3k(ListedSource):
         return self.settings.path, self.settings.csv
 
     def listing(self) -> Listing:
-        rows = read_rows(existing_file(self.settings.csv, "im2gps3k.csv"), _COLUMNS)
-        files = files_of(self.settings.path, "im2gps3k.path")
+        rows = read_rows(existing_file(self.settings.csv, f"{self.section}.csv"), _COLUMNS)
+        files = files_of(self.settings.path, f"{self.section}.path")
         return Listing({"test": list(pair(rows, files, lambda name: name))}, self.settings.photos_per_shard)

@@ -102,6 +102,11 @@ class MP16Pro:
         """Returns whether the CSV has grown. `added` compares its rows."""
         return file == self._metadata.name and int(self.fingerprint()[file]) > int(before)
 
+    def takes(self, file: str) -> bool:
+        """Returns True: parts may be added."""
+        del file
+        return True
+
     def added(self, before: str) -> "MP16Pro":
         """Returns the members and rows that were added. before: folder with the files of photos/ before.
 

@@ -14,7 +14,7 @@ from geotoken_jax.preparation import YfccSettings
 _COLUMNS = {"id": "IMG_ID", "latitude": "LAT", "longitude": "LON"}
 _AUTHOR = {"author": "OwnerNSID"}
 #: Field of Photo -> position of its column in info.txt, from 0.
-_INFO = {"id": 1, "longitude": 12, "latitude": 13}
+INFO = {"id": 1, "author": 3, "longitude": 12, "latitude": 13}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,17 +32,21 @@ class Yfcc(ListedSource):
         return self.settings.name
 
     @property
+    def section(self) -> str:
+        return "photos.yfcc"
+
+    @property
     def places(self) -> tuple[str, str]:
         return self.settings.path, self.settings.table
 
     def listing(self) -> Listing:
         settings = self.settings
-        table = existing_file(settings.table, "yfcc.table")
+        table = existing_file(settings.table, f"{self.section}.table")
         if table.suffix == ".txt":
-            rows = read_rows(table, _INFO)
+            rows = read_rows(table, INFO)
         else:
             rows = read_rows(table, {**_COLUMNS, **(_AUTHOR if settings.name == "yfcc4k" else {})})
-        files = files_of(settings.path, "yfcc.path")
+        files = files_of(settings.path, f"{self.section}.path")
         return Listing({"test": list(pair(rows, files, _file_name))}, settings.photos_per_shard)
 
 

@@ -146,6 +146,47 @@ def _clean(
     return {"left_out": left_out, **scores}
 
 
+def score_exclusion(
+    methods: Sequence[Method],
+    under: Mapping[str, Sequence[Method]],
+    truth: CoordinateTable,
+    options: EvaluateSettings,
+) -> list[dict[str, Any]]:
+    """Returns the scores of each main method without further exclusion and under each rule, ready for JSON.
+
+    methods: methods without further exclusion. under: name of rules -> the same methods under these rules; a method
+    that searches no neighbors is not in it. `change` is the accuracy under the rules minus the accuracy without them,
+    by the paired bootstrap.
+    """
+    clusters = bootstrap.clusters([str(row.get("author") or "") for row in truth.extra], truth.ids)
+    rows = []
+    for method in (method for method in methods if method.main):
+        found = {
+            rules: other
+            for rules, listed in under.items()
+            for other in listed
+            if (other.variant, other.choice, other.bound) == (method.variant, method.choice, False)
+        }
+        if not found:
+            continue
+        outcomes = np.stack([bootstrap.outcomes(m.km, options.strict) for m in (method, *found.values())], axis=1)
+        values, samples = outcomes.mean(axis=0), bootstrap.resample(outcomes, clusters, options.resamples, options.seed)
+        rows.append(
+            {
+                **{name: getattr(method, name) for name in ("variant", "choice", "name")},
+                **bootstrap.estimates(values[0], samples[:, 0]),
+                "rules": {
+                    rules: {
+                        **bootstrap.estimates(values[i], samples[:, i]),
+                        "change": bootstrap.estimates(values[i] - values[0], samples[:, i] - samples[:, 0], p=True),
+                    }
+                    for i, rules in enumerate(found, 1)
+                },
+            }
+        )
+    return rows
+
+
 def score_subset(
     methods: Sequence[Method], truth: CoordinateTable, rows: Int[np.ndarray, "n"], options: EvaluateSettings
 ) -> dict[str, Any]:
@@ -246,6 +287,8 @@ def table(metrics: Mapping[str, Any]) -> str:
             title = f"{split}: percentage points above (+) or below (-) {row['against']}"
             lines += ["", *textwrap.wrap(title, 100), "-" * 100]
             lines += _difference(row["name"], row["accuracy"])
+        if "exclusion" in scores:
+            lines += ["", *_exclusion_lines(split, scores)]
         for figures in filter(None, (scores["uncertainty"], *scores.get("other_uncertainty", ()))):
             lines += ["", *reliability.lines(split, figures)]
         for row in scores["methods"]:
@@ -253,6 +296,23 @@ def table(metrics: Mapping[str, Any]) -> str:
                 note = f"{row['name']}: {row['missing']:,} photos have no prediction and count as wrong"
                 lines += textwrap.wrap(note, 100)
     return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def _exclusion_lines(split: str, scores: Mapping[str, Any]) -> list[str]:
+    """Returns the lines on exclusion for a benchmark: what each rule excludes, and accuracies without and with it."""
+    exclusion = scores["exclusion"]
+    lines = [f"{split}: gallery photos excluded, and percent within each distance without and with exclusion"]
+    lines += [f"authors known of {scores['photos'] - exclusion['unknown_authors']:,} of {scores['photos']:,} photos"]
+    lines += [f"{'':26}{'photos':>12}{'gallery rows':>14}{'other neighbors':>17}{'too few':>9}", "-" * 100]
+    for rules, n in exclusion["rules"].items():
+        name = rules.replace("_", " ")
+        lines += [f"{name:26}{n['photos']:>12,}{n['gallery']:>14,}{n['neighbors']:>17,}{n['fewer']:>9,}"]
+    for method in exclusion["methods"]:
+        for name, row in (("no further rule", method), *method["rules"].items()):
+            above = [f"{100 * a['value']:.1f}" for a in row["accuracy"]]
+            below = [f"{_percent(a['low'])}-{_percent(a['high'])}" for a in row["accuracy"]]
+            lines += _aligned(f"{method['name']}: {name.replace('_', ' ')}", above, below)
+    return lines
 
 
 def csv_table(metrics: Mapping[str, Any]) -> str:

@@ -40,6 +40,19 @@ class Features:
         return {name: records[name].astype(np.float32) for name in ("image", "text", "coordinates")}
 
 
+class Searched:
+    """Rows of a table with their neighbors, in the form of the records of tokens/. neighbors: gallery rows [n, K]."""
+
+    def __init__(self, table: Table, neighbors: Int[np.ndarray, "n K"]):
+        self._table, self._neighbors = table, neighbors
+
+    def __len__(self) -> int:
+        return len(self._neighbors)
+
+    def __getitem__(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        return {"row": rows, "tokens": self._table.tokens(rows), "neighbors": self._neighbors[rows]}
+
+
 class Tokens:
     """Reads rows of tokens/ for the decoder, joined with the embeddings of the photos and their neighbors.
 
@@ -54,7 +67,13 @@ class Tokens:
     """
 
     def __init__(
-        self, records: Records, own: Table, gallery: Table | None, cells: Scheme, neighbors: int, times: int = 0
+        self,
+        records: Records | Searched,
+        own: Table,
+        gallery: Table | None,
+        cells: Scheme,
+        neighbors: int,
+        times: int = 0,
     ):
         self._records, self._own, self._gallery = records, own, gallery
         self._cells, self._neighbors, self._times = cells, neighbors, times

@@ -8,14 +8,16 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from geotoken_jax import hub
 from geotoken_jax.backbone.preprocess import ENDINGS, ImageError
 from geotoken_jax.folder import outputs, walk
 from geotoken_jax.folder.sidecars import Sidecars
+from geotoken_jax.gallery.exclude import Excluded
 from geotoken_jax.pages.answers import place, radii
 from geotoken_jax.predict.predictor import Predictor
 from geotoken_jax.progress import Progress
@@ -117,12 +119,14 @@ def warnings() -> Iterator[None]:
         logger.removeHandler(handler)
 
 
-def run(model: Predictor, identity: str, found: Found, form: Form) -> int:
+def run(
+    model: Predictor, identity: str, found: Found, form: Form, excluded: Mapping[str, Excluded] = MappingProxyType({})
+) -> int:
     """Predicts the photos, gives the answers in their form, and returns the exit status.
 
     The status is 2 if any photo cannot be read or any sidecar cannot be written, else 0. A photo that cannot be read is
     reported on standard error, and the others are predicted. identity: text that is different for different models. If
-    the output was begun before, its answers are kept.
+    the output was begun before, its answers are kept. excluded: id -> gallery photos that are not used for the photo.
     """
     file = outputs.Output(Path(form.output), identity) if form.output else None
     sidecars = Sidecars(form.dry_run) if form.xmp else None
@@ -134,7 +138,8 @@ def run(model: Predictor, identity: str, found: Found, form: Form) -> int:
     shown = len(found.photos) > 1 and (file is not None or not sys.stdout.isatty())
     failed = 0
     with Progress("predict", len(found.photos), "photos", len(found.photos) - len(todo), shown=shown) as progress:
-        for name, answer in zip(todo, model.stream(todo.values()), strict=True):
+        stream = model.stream(todo.values(), [excluded.get(name, Excluded()) for name in todo] if excluded else None)
+        for name, answer in zip(todo, stream, strict=True):
             progress.add()
             if isinstance(answer, ImageError):
                 print(f"geotoken predict: {answer}", file=sys.stderr)
@@ -147,6 +152,8 @@ def run(model: Predictor, identity: str, found: Found, form: Form) -> int:
                 file.add(whole)
             elif beside or not form.dry_run:
                 print(_line({**known, "id": beside} if form.dry_run else known, form.json), flush=True)
+    if excluded:
+        print(f"gallery photos were excluded for {len(excluded):,} of {len(found.photos):,} photos", file=sys.stderr)
     for note in itertools.chain(found.notes(), sidecars.notes() if sidecars else ()):
         print(f"geotoken predict: {note}", file=sys.stderr)
     if file:

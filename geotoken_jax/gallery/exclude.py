@@ -1,8 +1,8 @@
 """Rules that exclude gallery photos from the neighbors of a photo. Any number of rules can be combined."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -12,6 +12,8 @@ from geotoken_jax.vectors import unit
 
 #: Pairs of photos compared at a time. Reading 16,384 rows of three bfloat16 vectors of width 768 takes 75 MB.
 _PAIRS = 16_384
+#: Queries, and gallery rows, in a block of compared pairs: 17 MB of float32 cosines.
+_BLOCK = 2048
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +39,16 @@ class ExcludeSettings:
             raise ValueError(f"within_km is {self.within_km}: choose a distance above 0, or 0 to exclude none")
 
 
+class Excluded(NamedTuple):
+    """Gallery photos excluded from the neighbors of a photo that is in no table.
+
+    author: photos by this author are excluded; none if empty. ids: photos with these ids are excluded.
+    """
+
+    author: str = ""
+    ids: tuple[str, ...] = ()
+
+
 class Exclusion(Protocol):
     """A rule that excludes gallery rows from the neighbors of queries."""
 
@@ -56,6 +68,17 @@ class SameId:
 
     def __call__(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
         return self._gallery[rows] == self._queries[queries][:, None]
+
+
+class ListedIds:
+    """Excludes photos by their ids. query_ids: ids to exclude of each query, an array of bytes per query."""
+
+    def __init__(self, query_ids: Sequence[np.ndarray], gallery_ids: np.ndarray):
+        self._queries, self._gallery = query_ids, gallery_ids
+
+    def __call__(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        excluded = [np.isin(self._gallery[row], self._queries[query]) for query, row in zip(queries, rows, strict=True)]
+        return np.array(excluded, bool).reshape(rows.shape)
 
 
 class SameAuthor:
@@ -112,6 +135,63 @@ class Within:
         latitude, longitude = np.moveaxis(self._queries[queries], -1, 0)[..., None]
         km = great_circle_km(latitude, longitude, *np.moveaxis(self._gallery[rows], -1, 0))
         return np.asarray(km) < self._km
+
+
+def exclusions_of(excluded: Sequence[Excluded], gallery: Table) -> list[Exclusion]:
+    """Returns the exclusion rules for photos that are in no table. excluded: gallery photos to exclude, per photo."""
+    rules: list[Exclusion] = []
+    if any(one.author for one in excluded):
+        rules.append(SameAuthor(np.array([one.author.encode() for one in excluded], np.bytes_), gallery.authors()))
+    if any(one.ids for one in excluded):
+        ids = [np.array([name.encode() for name in one.ids], np.bytes_) for one in excluded]
+        rules.append(ListedIds(ids, gallery.ids()))
+    return rules
+
+
+def affected(
+    exclude: ExcludeSettings, queries: Table, gallery: Table
+) -> tuple[Bool[np.ndarray, "n"], Bool[np.ndarray, "N"]]:
+    """Returns whether the rules exclude any gallery row for each query, and whether each gallery row is excluded for
+    any query.
+
+    The photo itself does not count. The whole gallery is read, not only neighbors.
+    """
+    photos, rows = np.zeros(len(queries), bool), np.zeros(len(gallery), bool)
+    if exclude.author:
+        own, others = queries.authors(), gallery.authors()
+        own_known = own[own != own.dtype.type()]
+        photos |= np.isin(own, others[others != others.dtype.type()])
+        rows |= np.isin(others, own_known)
+    if exclude.within_km > 0:
+        within = Within(queries.coordinates(), gallery.coordinates(), exclude.within_km)
+        _add_pairs(photos, rows, lambda block: lambda some: within(some, np.tile(block, (len(some), 1))))
+    if exclude.cosine_above < 1:
+        images = unit(queries.embeddings()[:, 0])
+
+        def duplicates(block: np.ndarray) -> _PairsOf:
+            others = unit(gallery.embeddings(block)[:, 0]).T
+            return lambda some: images[some] @ others > exclude.cosine_above
+
+        _add_pairs(photos, rows, duplicates)
+    return photos, rows
+
+
+#: Function of queries [q] that returns True [q, m] for each excluded pair with some gallery rows [m].
+_PairsOf = Callable[[np.ndarray], np.ndarray]
+
+
+def _add_pairs(
+    photos: Bool[np.ndarray, "n"], rows: Bool[np.ndarray, "N"], excluded: Callable[[np.ndarray], _PairsOf]
+) -> None:
+    """Sets the queries and gallery rows that are in an excluded pair. excluded: function of gallery rows [m]."""
+    for first in range(0, len(rows), _BLOCK):
+        block = np.arange(first, min(first + _BLOCK, len(rows)))
+        pairs_of = excluded(block)
+        for start in range(0, len(photos), _BLOCK):
+            some = np.arange(start, min(start + _BLOCK, len(photos)))
+            pairs = pairs_of(some)
+            photos[some] |= pairs.any(axis=1)
+            rows[block] |= pairs.any(axis=0)
 
 
 def exclusions(

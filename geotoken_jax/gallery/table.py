@@ -16,7 +16,6 @@ from geotoken_jax.vectors import unit
 #: Column -> numpy type and shape per row. None stands for C, the width of the backbone's features.
 COLUMNS: dict[str, tuple[Any, tuple[int | None, ...]]] = {
     # ids and authors are wider if a photo of the data set has a longer one.
-    # Written first, since Table accepts a folder without it: an interrupted write then lacks a required column.
     "captured": (np.dtype(np.float64), ()),
     "embeddings": (np.dtype(ml_dtypes.bfloat16), (3, None)),
     "coordinates": (np.dtype(np.float64), (2,)),
@@ -24,6 +23,9 @@ COLUMNS: dict[str, tuple[Any, tuple[int | None, ...]]] = {
     "ids": (np.dtype(f"S{records.ID_BYTES}"), ()),
     "authors": (np.dtype(f"S{records.ID_BYTES}"), ()),
 }
+#: Column that may be absent -> its value for every row then. Tables of earlier versions have no column `captured`, and
+#: an export leaves it out, and authors unless config.export.authors is set.
+OPTIONAL: dict[str, Any] = {"captured": np.nan, "authors": np.bytes_(b"")}
 #: Names of a table's files, as a format string.
 FILES = "{field}-{shard:05d}-of-{shards:05d}.npy"
 #: Additional column of a table with int8 embeddings: scale of each vector, [n, 3] float32.
@@ -53,7 +55,9 @@ def write_shard(folder: epath.PathLike, shard: int, shards: int, columns: Mappin
             raise ValueError(f"column {name} of the table has type {values.dtype}: convert it to {dtype}")
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, (dtype, _) in COLUMNS.items():
+    # Columns in OPTIONAL are written first: an interrupted write then lacks a required column.
+    for name in sorted(COLUMNS, key=lambda column: column not in OPTIONAL):
+        dtype = COLUMNS[name][0]
         stored = np.promote_types(dtype, columns[name].dtype) if dtype.kind == "S" else dtype
         records.save_array(_path(folder, name, shard, shards), columns[name].astype(stored, copy=False))
     return [_path(folder, name, shard, shards) for name in COLUMNS]
@@ -84,14 +88,16 @@ class Table:
     """
 
     def __init__(self, folder: epath.PathLike):
-        """Raises FileNotFoundError if a shard of a column is missing. The column `captured` may be absent."""
+        """Raises FileNotFoundError if a shard of a column is missing. Columns in OPTIONAL may be absent."""
         self._folder = str(folder)
         self._columns = {name: self._open(name) for name in COLUMNS}
         if self._columns["embeddings"][0].dtype == np.int8:
             self._columns[SCALES] = self._open(SCALES)
         lengths = [len(part) for part in self._columns["ids"]]
-        # Tables of earlier versions and of exports have no column `captured`.
-        self._columns["captured"] = self._columns["captured"] or [np.broadcast_to(np.nan, n) for n in lengths]
+        #: Names of the columns that the folder has.
+        self.stored = frozenset(name for name, parts in self._columns.items() if parts)
+        for name, unknown in OPTIONAL.items():
+            self._columns[name] = self._columns[name] or [np.broadcast_to(unknown, n) for n in lengths]
         #: First row of each shard, then the number of rows.
         self._starts = np.cumsum([0, *lengths])
 
@@ -158,7 +164,7 @@ class Table:
     def _open(self, name: str) -> list[np.ndarray]:
         folder = epath.Path(self._folder)
         files = disk.matching(folder, f"{name}-*-of-*.npy")
-        if not files and name == "captured":
+        if not files and name in OPTIONAL:
             return []
         if not files:
             raise FileNotFoundError(f"{folder} has no shards of {name}: make the folder again")

@@ -28,7 +28,7 @@ def make(folder: epath.PathLike, name: str) -> epath.Path:
     folder = epath.Path(folder)
     if not (folder / "config.json").exists():
         raise FileNotFoundError(f"{folder} has no config.json: give the folder that `geotoken export` made")
-    from geotoken_jax.predict import export_format  # it imports jax, which takes a second
+    from geotoken_jax.predict import export_format
 
     export_format.read_format(folder)
     module, packages = TARGETS[name]

@@ -18,6 +18,11 @@ from jaxtyping import Bool, Float, Int
 from geotoken_jax.geo.distance import EARTH_RADIUS_KM, THRESHOLDS_KM
 from geotoken_jax.model.comparator import Measured
 
+#: Names of the channels. "index" searches by the vectors of the gallery's own index: image, location and text;
+#: "backbone" by whitened image embeddings; "comparator" by the vectors of the trained comparator; "location" compares
+#: the photo's location vector with the encoded coordinates of gallery photos. The comparator's channel searches images,
+#: which are the gallery's photos and their augmented views; the others search photos.
+CHANNELS = ("index", "backbone", "comparator", "location")
 #: Distances in km within which a channel's best neighbor and the share of the decoder's samples are features.
 _NEIGHBOR_KM, _SAMPLE_KM = (1.0, 25.0, 200.0), (1.0, 25.0, 200.0, 750.0)
 #: Distances in km within which the decoder's probability is a feature.
@@ -28,6 +33,8 @@ _LEAST_DENSITY, _LEAST_MASS = 1e-6, 1e-7
 _LEAST_SCORE = -4.0
 #: Rank of the neighbor whose distance in score from the best one is a channel's scale.
 SCALE_RANK = 32
+#: Weight of a candidate's probability beside its expected value; it decides only between equal values.
+_TIE = 1e-5
 #: Kilometers in which the value of an answer falls to 1 / e in GeoGuessr's points.
 _POINTS_KM = 1492.7
 
@@ -36,7 +43,7 @@ _POINTS_KM = 1492.7
 class RerankerSettings:
     """Settings of the reranker (config.reranker.model).
 
-    channels: names of the channels that search the gallery, see predict.channels.CHANNELS. depth: number of neighbors
+    channels: names of the channels that search the gallery, see CHANNELS. depth: number of neighbors
     per channel that features are computed from, above 32. candidates: number of these neighbors, the best ones, whose
     places are candidates. cells: number of the decoder's most probable cells whose centers are candidates. widths_km:
     standard deviations of the Gaussians around neighbors in the features. sharpness: factors on relative scores in
@@ -55,13 +62,14 @@ class RerankerSettings:
 
     def __post_init__(self):
         if self.objective not in OBJECTIVES:
-            raise ValueError(
-                f"config.reranker.model.objective is {self.objective!r}: choose one of {', '.join(OBJECTIVES)}"
-            )
+            raise ValueError(f"objective is {self.objective!r}: choose one of {', '.join(OBJECTIVES)}")
+        for name in self.channels:
+            if name not in CHANNELS:
+                raise ValueError(f"channels has {name!r}: choose among {', '.join(CHANNELS)}")
         if self.depth <= SCALE_RANK or not 0 < self.candidates <= self.depth:
             raise ValueError(
-                f"config.reranker.model has depth {self.depth} and {self.candidates} candidates: set depth above "
-                f"{SCALE_RANK}, and candidates from 1 to depth"
+                f"depth is {self.depth} with {self.candidates} candidates: set depth above {SCALE_RANK}, and "
+                "candidates from 1 to depth"
             )
 
 
@@ -233,7 +241,10 @@ OBJECTIVES = {
 
 
 def choose(objective: str, log_p: Float[Any, "b K"], evidence: Evidence) -> Int[Any, " b"]:
-    """Returns the index of the candidate with the highest expected value, if the truth were drawn from the pool."""
+    """Returns the index of the candidate with the highest expected value, if the truth were drawn from the pool.
+
+    Of candidates with equal values, as near ones often have, the most probable is chosen.
+    """
     value = OBJECTIVES[objective](kilometers(evidence.candidates, evidence.candidates))
     expected = jnp.einsum("bij,bj->bi", value, jnp.exp(log_p))
-    return jnp.where(evidence.present, expected, -1.0).argmax(-1)
+    return jnp.where(evidence.present, expected + _TIE * jnp.exp(log_p), -1.0).argmax(-1)

@@ -35,11 +35,11 @@ class FitSettings:
     def __post_init__(self):
         for name in ("photos", "epochs", "batch_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"config.reranker.fit.{name} is {getattr(self, name)}: use 1 or more")
+                raise ValueError(f"{name} is {getattr(self, name)}: use 1 or more")
         if self.folds < 2:
-            raise ValueError(f"config.reranker.fit.folds is {self.folds}: use 2 or more")
+            raise ValueError(f"folds is {self.folds}: use 2 or more")
         if not 0 <= self.dropped < 1:
-            raise ValueError(f"config.reranker.fit.dropped is {self.dropped}: use a share from 0 to below 1")
+            raise ValueError(f"dropped is {self.dropped}: use a share from 0 to below 1")
 
 
 def fit(

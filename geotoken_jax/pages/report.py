@@ -85,6 +85,7 @@ def page(report: Report) -> str:
         Section("area", "Area", "Area to search until the place is found", uncertainty.area(sure)),
         Section("continents", "Continents", "Accuracy by continent", _continents(splits, reference)),
         Section("clean", "New photos", "Accuracy without leaked photos", _clean(report.metrics, reference)),
+        *_exclusion(splits, reference),
         Section("photos", "Photos", "Photos with the smallest, median and largest errors", [shown]),
         Section("training", "Training", "Training", _training(report.losses)),
         Section("made", "How it was made", "How it was made", [_made(report)]),
@@ -207,7 +208,7 @@ def _recall(metrics: Mapping[str, Any]) -> list[Piece | str]:
                 ],
                 "bound" if name == "all" else "",
             )
-            for name, shares in sources.items()
+            for name, shares in ((name, sources[name]) for name in _SOURCES if name in sources)
         ]
         parts.append((split, _size(metrics["splits"][split]), [Table(["Source", *THRESHOLDS], [Group(rows)])]))
     return [
@@ -306,6 +307,50 @@ def _clean(metrics: Mapping[str, Any], reference: str) -> list[Piece | str]:
         *([Table(["Method", *THRESHOLDS], groups)] if groups else []),
         *notes,
     ]
+
+
+def _exclusion(splits: Mapping[str, Any], reference: str) -> list[Section]:
+    """Returns a section on benchmarks with and without exclusion; an empty list without benchmarks."""
+    counts, accuracies = [], []
+    for split, scores in splits.items():
+        if "exclusion" not in scores:
+            continue
+        exclusion = scores["exclusion"]
+        known = scores["photos"] - exclusion["unknown_authors"]
+        note = f"{_size(scores)}; authors known of {known:,} photos"
+        names = ("photos", "gallery", "neighbors", "fewer")
+        rows = [
+            Row(rules.replace("_", " "), [f"{n[name]:,}" for name in names]) for rules, n in exclusion["rules"].items()
+        ]
+        counts.append(Group(rows, split, note))
+        rows = []
+        for m in exclusion["methods"]:
+            rows.append(Row(method(m["name"], m["choice"]), [*map(interval, m["accuracy"])], _look(m, reference)))
+            rows += [
+                Row(f"without {rules.replace('_', ' ')}", [*map(_changed, of["accuracy"], of["change"]["accuracy"])])
+                for rules, of in m["rules"].items()
+            ]
+        accuracies.append(Group(rows, split, _size(scores)))
+    if not counts:
+        return []
+    columns = ["Rules", "Photos", "Gallery photos", "Other neighbors", "Too few neighbors"]
+    explained = (
+        "<p>Photos of a benchmark are often by authors whose other photos are in the gallery, or are nearly equal to "
+        "photos in it. Each benchmark is predicted again without the gallery photos that the rules of "
+        "config.benchmarks.exclude exclude. The first table counts the photos for which a rule excludes any gallery "
+        "photo, the gallery photos that it excludes for any photo, the photos that get other neighbors, and those that "
+        "are left with too few. The trained models are the same: they were trained on all gallery photos.</p>"
+    )
+    changed = "<p>Percent of photos placed within a distance; below it the change by the exclusion, in points.</p>"
+    tables = [Table(columns, counts), changed, Table(["Method", *THRESHOLDS], accuracies)]
+    return [Section("exclusion", "Exclusion", "Benchmarks with and without exclusion", [explained, *tables])]
+
+
+def _changed(estimate: Mapping[str, float], change: Mapping[str, float]) -> Cell:
+    """Returns a cell with an accuracy, its interval, and its change with the interval of the change."""
+    cell, difference = interval(estimate), points(change)
+    notes = [*cell.notes, f"{difference.text} ({difference.notes[0]})"]
+    return Cell(cell.text, notes, sign=difference.sign, title=difference.title)
 
 
 def _size(scores: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from geotoken_jax.data import join
+from geotoken_jax.gallery.exclude import Exclusion
 from geotoken_jax.gallery.index import Index
 from geotoken_jax.gallery.neighbors import search_neighbors
 from geotoken_jax.gallery.table import index_vectors
@@ -54,22 +55,27 @@ class Answerer:
         predictions = [dataclasses.replace(p, neighbors=n) for p, n in zip(predictions, listed, strict=True)]
         ranking = next((one for one in chosen.values() if isinstance(one, Ranking)), None)
         best = chosen[self.decoder.settings.choice]
-        distribution = rerank.places(best, pool.distribution) if isinstance(best, Ranking) else pool.distribution
+        distribution = rerank.places(best) if isinstance(best, Ranking) else pool.distribution
         return Answers(predictions, distribution, ranking)
 
     def from_vectors(
-        self, index: Index, vectors: Float[np.ndarray, "b 3 C"], captured: Float[np.ndarray, " b"]
+        self,
+        index: Index,
+        vectors: Float[np.ndarray, "b 3 C"],
+        captured: Float[np.ndarray, " b"],
+        exclude: Sequence[Exclusion] = (),
     ) -> Answers:
         """Returns the answers for b photos whose neighbors this method searches in the gallery.
 
         index: index of the gallery. vectors: image, location and text vector of each photo. captured: seconds since
-        1970, NaN if unknown (see data.join.context).
+        1970, NaN if unknown (see data.join.context). exclude: rules that keep gallery photos out of the neighbors.
         """
-        rows, scores = search_neighbors(index, index_vectors(vectors), self.decoder.neighbors)
+        rows, scores = search_neighbors(index, index_vectors(vectors), self.decoder.neighbors, exclude)
         batch = {"query": vectors, **join.neighbors(self.decoder.gallery, rows, self.decoder.cells)}
         batch["context"] = join.context(captured, self.decoder.times)
         # Every photo has number 0, so that its samples do not depend on its position in the batch.
-        return self(self.decoder(batch, rows, scores, np.zeros(len(rows), np.int64)), rows, scores)
+        pool = self.decoder(batch, rows, scores, np.zeros(len(rows), np.int64))._replace(exclude=exclude)
+        return self(pool, rows, scores)
 
 
 def pool_predictions(pool: Pool, chosen: Mapping[str, Choice], choice: str) -> list[Prediction]:

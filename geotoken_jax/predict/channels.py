@@ -24,11 +24,6 @@ from geotoken_jax.predict.pool import Pool
 from geotoken_jax.settings import SettingsError
 from geotoken_jax.vectors import unit
 
-#: Names of the channels. "index" searches by the vectors of the gallery's own index: image, location and text;
-#: "backbone" by whitened image embeddings; "comparator" by the vectors of the trained comparator; "location" compares
-#: the photo's location vector with the encoded coordinates of gallery photos. The comparator's channel searches images,
-#: which are the gallery's photos and their augmented views; the others search photos.
-CHANNELS = ("index", "backbone", "comparator", "location")
 #: Images per block, always the same number, so that one shape is compiled.
 _BLOCK = 256
 

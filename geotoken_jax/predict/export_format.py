@@ -6,7 +6,6 @@ from typing import Any
 from etils import epath
 
 from geotoken_jax.predict.bundle import ExportError
-from geotoken_jax.predict.select import SELECTORS
 from geotoken_jax.version import __version__
 
 #: Version of the form of an export. It grows when an earlier release cannot read an export.
@@ -32,6 +31,8 @@ def read_config(folder: epath.PathLike) -> dict[str, Any]:
     release need not have them, and they would only cost time. Raises ExportError if the format is later than this
     release's, or if this release does not have the selector.
     """
+    from geotoken_jax.predict.select import SELECTORS  # the environments of converters lack what it imports
+
     read_format(folder)
     config = _stored(folder)
     choice = config["predict"]["choice"]

@@ -23,6 +23,7 @@ from geotoken_jax.align.heads import AlignSettings, embeddings
 from geotoken_jax.align.task import AlignTask
 from geotoken_jax.backbone.preprocess import ImageError
 from geotoken_jax.gallery import index
+from geotoken_jax.gallery.exclude import Excluded, exclusions_of
 from geotoken_jax.gallery.table import Table
 from geotoken_jax.geo.distance import THRESHOLDS_KM, great_circle_km
 from geotoken_jax.model.comparator import ComparatorSettings
@@ -81,13 +82,17 @@ class Predictor(abc.ABC):
             return self._listed([photos], self._times([photos], None if captured is None else [captured]), on_error)[0]
         return self._listed(photos, self._times(photos, captured), on_error)
 
-    def stream(self, photos: Iterable[Any]) -> Generator[Prediction | ImageError, None, None]:
+    def stream(
+        self, photos: Iterable[Any], exclude: Iterable[Excluded] | None = None
+    ) -> Generator[Prediction | ImageError, None, None]:
         """Yields the prediction of each photo, or the ImageError of a photo that cannot be read, in order.
 
         Photos are taken from the iterable as they are needed, and threads decode them while the model predicts. Memory
-        does not grow with the number of photos. Capture times are unknown.
+        does not grow with the number of photos. Capture times are unknown. exclude: gallery photos that may not be
+        neighbors, per photo; only for models with a gallery.
         """
-        return self._stream((photo, np.nan) for photo in photos)
+        each = itertools.repeat(Excluded()) if exclude is None else exclude
+        return self._stream((photo, np.nan, excluded) for photo, excluded in zip(photos, each, strict=False))
 
     @overload
     async def predict_async(
@@ -124,35 +129,36 @@ class Predictor(abc.ABC):
 
     def _listed(self, photos: Sequence[Any], times: Float[np.ndarray, " b"], on_error: str) -> list[Any]:
         answers = []
-        with contextlib.closing(self._stream(zip(photos, times, strict=True))) as stream:
+        items = ((photo, time, Excluded()) for photo, time in zip(photos, times, strict=True))
+        with contextlib.closing(self._stream(items)) as stream:
             for answer in stream:
                 if on_error == "raise" and isinstance(answer, ImageError):
                     raise answer
                 answers.append(answer)
         return answers
 
-    def _stream(self, photos: Iterable[tuple[Any, float]]) -> Generator[Prediction | ImageError, None, None]:
-        """Yields the answers of photos with their capture times, see `stream`."""
+    def _stream(self, photos: Iterable[tuple[Any, float, Excluded]]) -> Generator[Prediction | ImageError, None, None]:
+        """Yields the answers of photos with their capture times and excluded gallery photos, see `stream`."""
         source = iter(photos)
         with ThreadPoolExecutor(_DECODERS, "decode") as pool:
-            ahead: collections.deque[tuple[Future, float]] = collections.deque()
+            ahead: collections.deque[tuple[Future, float, Excluded]] = collections.deque()
             try:
                 while True:
-                    batch: list[tuple[Any, float]] = []
+                    batch: list[tuple[Any, float, Excluded]] = []
                     prepared = 0
                     while prepared < self.batch_size:
-                        for photo, time in itertools.islice(source, 2 * self.batch_size - len(ahead)):
-                            ahead.append((pool.submit(self._prepared, photo), time))
+                        for photo, time, excluded in itertools.islice(source, 2 * self.batch_size - len(ahead)):
+                            ahead.append((pool.submit(self._prepared, photo), time, excluded))
                         if not ahead:
                             break
-                        future, time = ahead.popleft()
-                        batch.append((future.result(), time))
+                        future, time, excluded = ahead.popleft()
+                        batch.append((future.result(), time, excluded))
                         prepared += not isinstance(batch[-1][0], ImageError)
                     if not batch:
                         return
                     yield from self._answers(batch)
             finally:
-                for future, _ in ahead:
+                for future, *_ in ahead:
                     future.cancel()
 
     def _prepared(self, photo: Any) -> Any:
@@ -161,13 +167,14 @@ class Predictor(abc.ABC):
         except ImageError as error:
             return error
 
-    def _answers(self, batch: list[tuple[Any, float]]) -> Iterator[Prediction | ImageError]:
+    def _answers(self, batch: list[tuple[Any, float, Excluded]]) -> Iterator[Prediction | ImageError]:
         read = [one for one in batch if not isinstance(one[0], ImageError)]
         predictions = iter(())
         if read:
-            photos, times = zip(*read, strict=True)
-            predictions = iter(self.predict_prepared(photos, np.array(times)))
-        return (one if isinstance(one, ImageError) else next(predictions) for one, _ in batch)
+            photos, times, exclude = zip(*read, strict=True)
+            options = {"exclude": exclude} if any(map(any, exclude)) else {}
+            predictions = iter(self.predict_prepared(photos, np.array(times), **options))
+        return (one if isinstance(one, ImageError) else next(predictions) for one, *_ in batch)
 
     @abc.abstractmethod
     def prepare(self, photo: Any) -> UInt8[np.ndarray, "h w 3"]:
@@ -269,13 +276,24 @@ class GeoToken(Predictor):
     def prepare(self, photo: Any) -> UInt8[np.ndarray, "h w 3"]:
         return self._backbone.prepare(photo)
 
+    @property
+    def knows_authors(self) -> bool:
+        """Whether the gallery contains the authors of its photos (config.export.authors)."""
+        return "authors" in self._gallery.stored
+
     @jax_modes.standard()
     def predict_prepared(
-        self, photos: Sequence[UInt8[np.ndarray, "h w 3"]], captured: Float[np.ndarray, " b"] | None = None
+        self,
+        photos: Sequence[UInt8[np.ndarray, "h w 3"]],
+        captured: Float[np.ndarray, " b"] | None = None,
+        exclude: Sequence[Excluded] = (),
     ) -> list[Prediction]:
+        """Returns the predictions for a batch of photos. exclude: gallery photos that may not be neighbors, per photo;
+        none if empty. captured: see Predictor.predict_prepared."""
         times = np.full(len(photos), np.nan) if captured is None else captured
         vectors = embeddings(self._aligned, self._backbone.images(np.stack(photos)))
-        predictions, distribution, _ = self._answerer.from_vectors(self._index, vectors, times)
+        rules = exclusions_of(exclude, self._gallery)
+        predictions, distribution, _ = self._answerer.from_vectors(self._index, vectors, times, rules)
         if distribution is not None:
             return with_places(with_radii(predictions, distribution, self._calibration))
         return with_places([_with_sample_radii(prediction) for prediction in predictions])

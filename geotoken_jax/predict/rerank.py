@@ -28,7 +28,7 @@ _BATCH = 64
 #: S2 level of the discs that candidates stand for in a distribution over places: 1.6 km in radius at level 12.
 _LEVEL = 12
 #: Files of the reranker for new photos and of the folds' rerankers, as a format string.
-_NEW, _FILES = "parameters.safetensors", "fold-{}.safetensors"
+_NEW, _FILES = "parameters.safetensors", "fold-{:03d}.safetensors"
 
 
 class Candidates(NamedTuple):
@@ -176,9 +176,8 @@ class Recall:
         return {name: (counts / self.photos).round(6).tolist() for name, counts in self._within.items()}
 
 
-def places(ranking: Ranking, cells: PlaceDistribution | None) -> PlaceDistribution:
+def places(ranking: Ranking) -> PlaceDistribution:
     """Returns a ranking as a distribution over places: a disc around each candidate, most probable first."""
-    del cells
     order = np.argsort(-ranking.probability, 1, kind="stable")
     coordinates = np.take_along_axis(ranking.candidates.coordinates, order[..., None], 1)
     probability = np.take_along_axis(ranking.probability, order, 1).astype(np.float64)

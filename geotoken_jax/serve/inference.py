@@ -23,7 +23,8 @@ def add(app: FastAPI, service: Service, version: str, guard: list[Any]) -> None:
 
     version: version of the model. guard: dependencies of the endpoints that require the token.
     """
-    model, hidden = "/v2/models/{name}", {"include_in_schema": False}
+    model = "/v2/models/{name}"
+    hidden: Any = {"include_in_schema": False}
 
     @app.get("/v2/health/live", **hidden)
     async def live() -> Response:

@@ -153,7 +153,7 @@ def _requested(content: Mapping[str, Any]) -> dict[str, bool]:
     return outputs
 
 
-def _photos(declared: Tensor, given: Mapping[str, Any], binary: bytes, max_photos: int) -> Sequence[Any]:
+def _photos(declared: Tensor, given: Mapping[str, Any], binary: bytes, max_photos: int) -> list[Any] | np.ndarray:
     name, shape = declared.name, given.get("shape")
     if given.get("datatype") != declared.datatype:
         raise _bad(f"{name} has another datatype: send {declared.datatype}")

@@ -65,6 +65,23 @@ def run(config: Config, workdir: Workdir, name: str) -> list[Manifest]:
     return [stage.finish(counts, **facts)]
 
 
+def run_excluded(config: Config, workdir: Workdir, name: str) -> list[Manifest]:
+    """Writes excluded/NAME/BENCHMARK-RULES.jsonl for the benchmarks and rules in exclusion/.
+
+    Returns an empty list without exclusion/, and for a baseline that reads no neighbors.
+    """
+    baseline, counts = BASELINES[name], workdir.counts_under_rules
+    if not counts or "neighbors" not in baseline.inputs:
+        return []
+    stage = workdir.begin(config, f"excluded/{name}", baseline.keys, ["exclusion", f"predictions/{name}"])
+    if stage.manifest:
+        return [stage.manifest]
+    answer, _ = baseline.open(config, workdir, stage.path)
+    for split in counts:
+        write(workdir.predictions_file(name, split), answer(split))
+    return [stage.finish(counts)]
+
+
 def _top1(config: Config, workdir: Workdir, folder: epath.Path) -> tuple[Answer, dict[str, Any]]:
     """Returns a function that predicts the photos of a split, and an empty dict: the manifest gets no facts.
 

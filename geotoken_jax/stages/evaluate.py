@@ -28,7 +28,7 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
     A report is made again if predictions were added since. Raises StageError if config.evaluate.reference
     has no predictions.
     """
-    folders = predicted(config, workdir)
+    folders = [*predicted(config, workdir), *workdir.excluded_folders()]
     for name in ("manifest.json", "begun.json"):
         earlier = workdir.path / "report" / name
         if earlier.exists() and not set(folders) <= json.loads(earlier.read_text())["inputs"].keys():
@@ -43,6 +43,8 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
     files = {split: workdir.recall_file(options.reference, split) for split in truths}
     recall = {split: json.loads(file.read_text()) for split, file in files.items() if file.exists()}
     metrics = evaluate.score_splits(truths, methods, overlaps, options) | {"cosine_above": above, "recall": recall}
+    for benchmark, facts in workdir.exclusion_facts().items():
+        metrics["splits"][benchmark]["exclusion"] = _exclusion(workdir, benchmark, facts, truths, methods, options)
     write_json(stage.path / "metrics.json", metrics)
     page = report_page.page(_report(workdir, config.name, metrics, truths, methods, options))
     write_bytes(stage.path / "index.html", page.encode())
@@ -78,6 +80,29 @@ def read_predictions(
                 listed += methods_of(points, truth, variant, options.labels.get(variant, variant), options.earth)
         methods[split] = in_order(listed, options.reference)
     return truths, methods
+
+
+def _exclusion(
+    workdir: Workdir,
+    benchmark: str,
+    facts: Mapping[str, Any],
+    truths: Mapping[str, CoordinateTable],
+    methods: Mapping[str, Sequence[Method]],
+    options: EvaluateSettings,
+) -> dict[str, Any]:
+    """Returns the scores of a benchmark with and without exclusion, and what each rule excludes.
+
+    facts: facts of exclusion/ about the benchmark.
+    """
+    truth, under = truths[benchmark], {}
+    for rules in facts["rules"]:
+        split = workdir.split_under(benchmark, rules)
+        under[rules] = []
+        for variant in workdir.predicted_variants():
+            if (file := workdir.predictions_file(variant, split)).exists():
+                label = options.labels.get(variant, variant)
+                under[rules] += methods_of(read_coordinates(file), truth, variant, label, options.earth)
+    return {**facts, "methods": evaluate.score_exclusion(methods[benchmark], under, truth, options)}
 
 
 def gallery(workdir: Workdir, wanted: Sequence[str], split: str = GALLERY) -> examples.PhotoLookup:

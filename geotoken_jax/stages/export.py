@@ -5,7 +5,7 @@ from typing import Any
 
 from etils import epath
 
-from geotoken_jax import backbone, settings
+from geotoken_jax import backbone, disk, settings
 from geotoken_jax.backbone import checkpoint as published
 from geotoken_jax.configuration import Config
 from geotoken_jax.export import card, pictures, quantized, stablehlo
@@ -32,7 +32,10 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
     ]
     workdir.manifest("report")  # for the card; rows of baselines that it gains later do not make the export another
     inputs = [f"predictions/{variant}", *trained, "photos", "gallery"]
-    stage = workdir.begin(config, "export", (), inputs, variant_config.select("predict", "export"))
+    section = variant_config.select("predict", "export")
+    if not variant_config.export.authors:  # as in the exports of earlier versions, whose manifests lack this key
+        del section["export"]["authors"]
+    stage = workdir.begin(config, "export", (), inputs, section)
     if stage.manifest:
         return [stage.manifest]
     workdir.check_backbone(variant_config.embed)
@@ -77,6 +80,9 @@ def _copy(config: Config, workdir: Workdir, variant: str, folder: epath.Path) ->
     channels = [("channels", "channels")] if "comparator" in selectors else []
     for source, name in (("gallery", "gallery"), *channels, *trained):
         workdir.copy_trained(source, folder / name)
+    if not config.export.authors:
+        for file in disk.matching(folder / "gallery", "authors-*.npy"):
+            file.unlink()
     calibration = workdir.calibration_file(variant)
     if calibration.exists():
         write_bytes(folder / calibration.name, calibration.read_bytes())

@@ -49,6 +49,29 @@ def run(config: Config, workdir: Workdir, variant: str) -> list[Manifest]:
     return [stage.finish(counts, calibrated=workdir.calibration_file(variant).exists())]
 
 
+def run_excluded(config: Config, workdir: Workdir, variant: str) -> list[Manifest]:
+    """Writes excluded/VARIANT/BENCHMARK-RULES.jsonl for the benchmarks and rules in exclusion/.
+
+    The radii are calibrated as those in predictions/VARIANT. Returns an empty list without exclusion/.
+    """
+    counts = workdir.counts_under_rules
+    if not counts:
+        return []
+    stage = workdir.begin(config, f"excluded/{variant}", ["predict"], ["exclusion", f"predictions/{variant}"])
+    if stage.manifest:
+        return [stage.manifest]
+    answerer = workdir.answerer(config.variant(variant), variant)
+    with Progress(f"predict {variant}, with exclusion", sum(counts.values()), "photos") as progress:
+        for split, photos in counts.items():
+            file = workdir.predictions_file(variant, split)
+            if file.exists():
+                progress.add(photos)
+            else:
+                answers, _ = _answers(workdir, answerer, variant, split, progress)
+                write(file, zip(workdir.table(split).ids(), answers, strict=True))
+    return [stage.finish(counts)]
+
+
 def _answers(
     workdir: Workdir, answerer: Answerer, variant: str, split: str, progress: Progress
 ) -> tuple[list[Prediction], Recall]:

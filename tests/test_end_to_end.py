@@ -310,7 +310,7 @@ def test_the_exported_model_answers_as_the_work_directory_did(workdir: Path):
     answers = model.predict([photos[i]["image"] for i in range(5)])
     _, scores = Workdir(workdir).neighbors("test")
     for answer, line, near in zip(answers, lines, scores, strict=False):
-        # Of candidates a few meters apart, whose values are equal, either may be the answer.
+        # Of candidates some meters apart, whose values are equal, either may be the answer.
         place = pytest.approx((line["latitude"], line["longitude"]), abs=1e-4)
         assert (answer.latitude, answer.longitude) == place
         np.testing.assert_allclose([n.score for n in answer.neighbors], near[:4], atol=1e-5)

@@ -56,9 +56,9 @@ class MaskedGallery:
             query = self._queries.embeddings(rows[part])
             batch = {"query": query, **join.neighbors(self._gallery, neighbor_rows[part], decoder.cells)}
             exclude = [*self._excluded(rows[part]), lambda queries, found: hidden[found]]
-            # A photo's random draws depend on the seed and its row number, so they are the same as in predictions/.
+            # Every photo has number 0, so that the random draws are the same as in predictions/.
             found = neighbor_rows[part], scores[part]
-            pool = decoder(batch, *found, rows[part])._replace(exclude=exclude)
+            pool = decoder(batch, *found, np.zeros(len(query), np.int64))._replace(exclude=exclude)
             placed[1, part] = coordinates(self._answerer(pool, *found).predictions)
         return placed
 

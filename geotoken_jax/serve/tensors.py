@@ -80,7 +80,7 @@ class InferenceRequest:
         if len(names) != 1 or names[0] not in known:
             raise _bad(f"the request does not have exactly one known input: send either {' or '.join(known)}")
         assert isinstance(given, list)
-        return _photos(INPUTS[known.index(names[0])], given[0], binary, self._max_photos)
+        return list(_photos(INPUTS[known.index(names[0])], given[0], binary, self._max_photos))
 
     def response(self, predictions: Sequence[Prediction], head: Mapping[str, Any]) -> tuple[bytes, dict[str, str]]:
         """Returns the body of a response and its headers. head: name and version of the model."""

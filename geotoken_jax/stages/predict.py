@@ -112,8 +112,8 @@ def decoded(
     for first in range(0, len(rows), size):
         some = rows[first : first + size]
         found = neighbors[some], scores[some]
-        # A photo's random draws depend on the seed and its row number.
-        yield decoder(read(some), *found, some)._replace(exclude=excluded(some)), some, *found
+        # Every photo has number 0, as in an export, so that both draw the same samples.
+        yield decoder(read(some), *found, np.zeros(len(some), np.int64))._replace(exclude=excluded(some)), some, *found
 
 
 def write(file: epath.Path, answers: Iterable[tuple[bytes, Prediction]]) -> None:

@@ -48,6 +48,6 @@ def get_config(backbone: str = "giant") -> ConfigDict:
 def _set_choice(config: Any) -> None:
     """Sets how the answer is chosen among candidates and gallery photos."""
     # Its scales and weights are fitted to the validation photos, so none of its settings depends on the backbone
-    # (docs/experiments.md). Views of the gallery's photos would each cost a pass through the backbone: there are none.
+    # (docs/concepts.md). Views of the gallery's photos would each cost a pass through the backbone: there are none.
     config.predict.selectors = (*config.predict.selectors, "reranker")
     config.predict.choice = "reranker"

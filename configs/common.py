@@ -260,10 +260,7 @@ def _channels() -> dict[str, Any]:
 
 
 def _reranker() -> dict[str, Any]:
-    """Returns settings of the reranker (geotoken_jax/model/reranker.py) and of its fit (model/reranker_fit.py).
-
-    docs/experiments.md has what each group of features is worth.
-    """
+    """Returns settings of the reranker (geotoken_jax/model/reranker.py) and of its fit (model/reranker_fit.py)."""
     return dict(
         model=dict(
             channels=("index", "backbone", "comparator", "location"),

@@ -84,9 +84,10 @@ class Prediction:
     radius_90_km: the same for 90 %. within: distance (1, 25, 200, 750 and 2500 km) -> probability that the true
     location is no farther from the answer.
 
-    If the model's distribution over places was searched, the radii and `within` come from it, calibrated on the
-    validation photos if there are any. Without a search, `GeoToken.predict` computes them from its candidates, weighted
-    by `count`, and predictions in a work directory have radii of NaN and an empty `within`. GeoCLIP's predictor
+    If the reranker chooses the answer, the radii and `within` come from its probabilities; else from the decoder's
+    distribution over places, if this was searched. Both are calibrated on the validation photos if there are any. With
+    neither, `GeoToken.predict` computes them from its candidates, weighted by `count`, and predictions in a work
+    directory have radii of NaN and an empty `within`. GeoCLIP's predictor
     computes them from the probabilities in its gallery.
 
     candidates: distinct candidates by falling probability, but the greedy one, if there is one, first. cells: the most

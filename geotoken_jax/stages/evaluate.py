@@ -73,13 +73,18 @@ def read_predictions(
     truths, methods = {}, {}
     for split in sorted(workdir.query_counts, key=lambda name: (not name.startswith("test"), name)):
         truth = truths[split] = read_truth(workdir, split)
-        listed = []
-        for variant in workdir.predicted_variants():
-            if (file := workdir.predictions_file(variant, split)).exists():
-                points = read_coordinates(file)
-                listed += methods_of(points, truth, variant, options.labels.get(variant, variant), options.earth)
-        methods[split] = in_order(listed, options.reference)
+        methods[split] = in_order(_methods(workdir, split, truth, options), options.reference)
     return truths, methods
+
+
+def _methods(workdir: Workdir, split: str, truth: CoordinateTable, options: EvaluateSettings) -> list[Method]:
+    """Returns the methods of all variants that have predictions for a split. truth: coordinates of the same photos."""
+    listed = []
+    for variant in workdir.predicted_variants():
+        if (file := workdir.predictions_file(variant, split)).exists():
+            label = options.labels.get(variant, variant)
+            listed += methods_of(read_coordinates(file), truth, variant, label, options.earth)
+    return listed
 
 
 def _exclusion(
@@ -94,14 +99,10 @@ def _exclusion(
 
     facts: facts of exclusion/ about the benchmark.
     """
-    truth, under = truths[benchmark], {}
-    for rules in facts["rules"]:
-        split = workdir.split_under(benchmark, rules)
-        under[rules] = []
-        for variant in workdir.predicted_variants():
-            if (file := workdir.predictions_file(variant, split)).exists():
-                label = options.labels.get(variant, variant)
-                under[rules] += methods_of(read_coordinates(file), truth, variant, label, options.earth)
+    truth = truths[benchmark]
+    under = {
+        rules: _methods(workdir, workdir.split_under(benchmark, rules), truth, options) for rules in facts["rules"]
+    }
     return {**facts, "methods": evaluate.score_exclusion(methods[benchmark], under, truth, options)}
 
 

@@ -12,10 +12,13 @@ GEOCLIP := geoclip==1.3.0
 # Outside the locked environment, because it requires Pillow < 13 and pyarrow < 26.
 BEAM := apache-beam==2.77.0
 # A browser driver and an accessibility audit, two fuzzers, MkDocs for the documentation, Jupyter for the notebook, and
-# Triton's client, which is the public client of the Open Inference Protocol.
+# what Triton's client imports.
 TOOLS := playwright==1.65.2 axe-playwright-python==0.1.8 schemathesis==4.32.5 atheris==3.0.0 \
   mkdocs-material==9.8.2 mkdocstrings==1.0.8 mkdocstrings-python==2.0.11 nbclient==0.11.0 ipykernel==7.4.0 \
-  tritonclient[http]==2.73.0
+  geventhttpclient==2.6.1 python-rapidjson==1.25
+# The public client of the Open Inference Protocol. It is installed without its requirements, because it asks for
+# ml-dtypes <= 0.5.4, while jax has a newer one.
+TRITON := tritonclient==2.73.0
 # Compiles for TPUs. The version is the one that the locked jax[tpu] requires.
 LIBTPU := libtpu==0.0.42.1
 # Stops Pyright's wheel from checking for newer versions over the network.
@@ -99,6 +102,7 @@ docs: $(INSTALLED) .tools/.installed ## build the documentation as a site, in si
 	@rm -rf .tools && mkdir .tools
 	@$(BIN)/python -m pip freeze --exclude-editable > .tools/constraints.txt
 	@$(PIP) --target .tools --constraint .tools/constraints.txt $(TOOLS)
+	@$(PIP) --target .tools --no-deps $(TRITON)
 	@touch $@
 
 lint: $(INSTALLED) ## run ruff and pyright

@@ -1,4 +1,6 @@
-"""Predicts where a photo was taken, with an uncertainty, as a sequence of tokens that name an S2 cell.
+"""Predicts where a photo was taken, and within which radius the prediction is likely to be right.
+
+The model generates tokens that name an S2 cell, a cell of a hierarchical grid on the globe.
 
     from geotoken_jax import GeoToken
 
@@ -22,7 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CellScheme", "GeoToken", "Prediction", "__version__"]
 
-_HOME = {
+#: Public name -> module that defines it.
+_MODULES = {
     "CellScheme": "geotoken_jax.geo.cells",
     "GeoToken": "geotoken_jax.predict.predictor",
     "Prediction": "geotoken_jax.predict.prediction",
@@ -30,10 +33,11 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    # Imported on first use, so that `import geotoken_jax` takes milliseconds; importing JAX takes a second.
-    if name not in _HOME:
+    # A module is imported when its name is first used, because importing JAX takes a second. So `import geotoken_jax`
+    # takes milliseconds.
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -1,6 +1,8 @@
-"""Softmax attention, and the choice of its kernel: XLA's products, cuDNN on GPUs, a Pallas kernel on TPUs.
+"""Computes softmax attention, and chooses the kernel that computes it.
 
-Fused kernels keep the scores in on-chip memory. With XLA's products the scores of a training step leave it.
+There are three kernels: XLA's matrix products on any platform, cuDNN's fused kernel on GPUs, and a fused Pallas kernel
+on TPUs. A fused kernel keeps the attention scores in on-chip memory. XLA writes the scores of a training step to main
+memory.
 """
 
 import re
@@ -18,12 +20,13 @@ from geotoken_jax.settings import SettingsError
 
 #: Values of config.model.attention.
 KERNELS = ("auto", "xla", "cudnn")
-#: Fewest queries of a fused kernel, the rows of a float32 tile. The decoder's 11 queries fill one and a half.
-_QUERIES = 8
-#: Fewest keys of a fused kernel. cuDNN refused the decoder's sequences of 11 and 21 tokens ("Unsupported sequence
-#: length"), and accepted 214 keys, the length of the paper's memory at group 2. On TPUs the scores of 11 x 11 tokens
-#: fit into on-chip memory anyway: in float32, with tiles filled up, they take 64 KB a photo, so 8 MB for 128 photos.
-_KEYS = 64
+#: Fewest queries for which "auto" chooses a fused kernel: the number of rows in a tile of float32 numbers.
+_MIN_QUERIES = 8
+#: Fewest keys for which a fused kernel is chosen. cuDNN refused the decoder's self-attention, over sequences of 11 or
+#: 21 tokens ("Unsupported sequence length"). It accepted 214 keys, as in the attention of the paper's decoder to the
+#: encoded photo and neighbors. On TPUs short sequences need no fused kernel, because XLA can keep their scores in
+#: on-chip memory: 11 x 11 float32 scores, padded to whole tiles, take 64 KB per photo, or 8 MB for 128 photos.
+_MIN_KEYS = 64
 
 
 def attention(
@@ -36,19 +39,20 @@ def attention(
     lengths: Int[Array, " B"] | None = None,
     drop: Callable[[Array], Array] | None = None,
 ) -> Float[Array, "B T H d"]:
-    """Returns softmax attention. Query t attends to the keys s < lengths, and if causal, only to keys s <= t.
+    """Returns softmax attention. A query attends to the first `lengths` keys. If causal, query t attends to the keys
+    s <= t among them.
 
     kernel: one of KERNELS (see `choose`). lengths: number of keys per example, at least 1; all S keys if None. There is
-    no mask argument, because the fused kernels refuse a mask tensor, or break on it. drop: dropout of the attention
-    weights [B, H, T, S], which makes every kernel "xla".
+    no argument for a mask, because the fused kernels do not support one. drop: function that applies dropout to the
+    attention weights [B, H, T, S]. With `drop`, XLA's products are used and `kernel` has no effect.
 
-    Raises SettingsError for "cudnn" without a GPU.
+    Raises SettingsError if `kernel` is "cudnn" but there is no GPU.
     """
     if drop is not None:
-        return _dropped(q, k, v, _seen(q, k, causal, lengths), drop)
+        return _with_dropout(q, k, v, _mask(q, k, causal, lengths), drop)
     chosen = choose(kernel, q, k, causal=causal)
     if chosen == "pallas":
-        from geotoken_jax import attention_tpu  # importing Pallas takes half a second, which only TPUs need
+        from geotoken_jax import attention_tpu  # here, because it imports Pallas, which takes half a second
 
         result = attention_tpu.attention(q, k, v, lengths)
     else:
@@ -57,7 +61,8 @@ def attention(
         )
     if chosen == "xla":
         return result
-    # A fused kernel is no product. If its result were not kept, the backward pass would run it again.
+    # config.model.remat "dots" stores the results of matrix products only. `keep` also stores the result of a fused
+    # kernel, so the backward pass does not run the kernel again.
     return stack.keep(result.reshape(*result.shape[:2], -1)).reshape(result.shape)
 
 
@@ -67,11 +72,14 @@ def by_head(
     v: Float[Array, "B H S d"],
     seen: Bool[Array, "#B #H #Q S"],
 ) -> Float[Array, "B H Q d"]:
-    """Returns softmax attention of a few queries to keys and values laid out head by head, for decoding.
+    """Returns softmax attention of a few queries, for decoding. In all arrays, heads come before positions.
 
-    seen: keys that each query attends to. The products read this layout directly. The layout of `attention`,
-    [B, S, H, d], would be transposed at every step. With the paper's shape and 31 candidates on a CPU, a layer attends
-    to the memory in 1.5 ms (3.2 ms with transposition). config.model.attention has no effect here.
+    seen: whether each query attends to each key.
+
+    Matrix products read this layout without a copy. Arrays in the layout of `attention`, [B, S, H, d], would be
+    transposed in every decoding step. On a CPU, with the paper's model and 31 candidates per photo, a layer attends to
+    the encoded photo and neighbors in 1.5 ms (3.2 ms with transposition). The products are always XLA's;
+    config.model.attention has no effect here.
     """
     logits = jnp.einsum("bhqd,bhsd->bhqs", q, k, preferred_element_type=jnp.float32) / np.sqrt(q.shape[-1])
     weights = jax.nn.softmax(jnp.where(seen, logits, -1e30)).astype(v.dtype)
@@ -79,14 +87,16 @@ def by_head(
 
 
 def choose(requested: str, q: Any, k: Any, *, causal: bool = False) -> Literal["xla", "cudnn", "pallas"]:
-    """Returns the kernel for queries q [B, T, H, d] and keys k [B, S, H, d], which are arrays or their shapes.
+    """Returns the kernel to use.
 
-    "auto" is the fused kernel of the platform if the shapes allow it, else "xla". The platform is read from the
-    mesh in use, also if its devices are absent, as in `geotoken plan`. Without a mesh "auto" is "xla", because the
-    platform is unknown then, and because XLA cannot divide a Pallas kernel over devices. "cudnn" is "xla" for fewer
-    than 64 keys.
+    requested: one of KERNELS. q, k: queries [B, T, H, d] and keys [B, S, H, d], as arrays or ShapeDtypeStructs.
 
-    Raises SettingsError for "cudnn" without a GPU.
+    For "auto", this is the fused kernel of the platform if the shapes allow it, else "xla". The platform is the
+    platform of the mesh in use, whose devices need not exist on this machine (as in `geotoken plan`). Without a mesh,
+    "auto" gives "xla": the platform is unknown then, and XLA cannot divide a Pallas kernel over devices. For fewer than
+    64 keys, "cudnn" gives "xla" too.
+
+    Raises SettingsError if `requested` is "cudnn" but there is no GPU.
     """
     queries, keys = q.shape[1], k.shape[1]
     if requested == "cudnn":
@@ -95,8 +105,8 @@ def choose(requested: str, q: Any, k: Any, *, causal: bool = False) -> Literal["
                 f"config.model.attention is 'cudnn', which needs a GPU, but JAX uses a {jax.default_backend()}: set it "
                 "to 'auto'"
             )
-        return "cudnn" if keys >= _KEYS else "xla"
-    if requested == "xla" or queries < _QUERIES or keys < _KEYS:
+        return "cudnn" if keys >= _MIN_KEYS else "xla"
+    if requested == "xla" or queries < _MIN_QUERIES or keys < _MIN_KEYS:
         return "xla"
     platform = sharding.platform()
     if platform == "gpu" and _fits_cudnn(q):
@@ -105,16 +115,17 @@ def choose(requested: str, q: Any, k: Any, *, causal: bool = False) -> Literal["
 
 
 def positions(length: int) -> int:
-    """Returns the number of positions, at least `length`, to which the platform of the mesh in use pads a sequence.
+    """Returns the length to which a sequence of `length` positions is padded: on TPUs the next multiple of 8, elsewhere
+    `length` itself.
 
-    TPUs store arrays in tiles of 8 rows. With whole tiles, the arrays of a fused kernel and of matrix products have the
-    same layout. Otherwise XLA copies each array between them.
+    TPUs store arrays in tiles of 8 rows. If a sequence fills whole tiles, the fused kernel and XLA's matrix products
+    use the same layout in memory. If not, XLA copies each array from one layout to the other.
     """
     return -(-length // 8) * 8 if sharding.platform() == "tpu" else length
 
 
 def _fits_cudnn(q: Any) -> bool:
-    """Returns whether cuDNN's fused attention takes these queries on this machine's GPU."""
+    """Returns whether cuDNN's fused attention supports queries q on this machine's GPU."""
     # cuDNN needs an NVIDIA GPU of compute capability 8.0 (A100) or more. AMD's GPUs have names such as gfx942.
     capability = str(getattr(jax.devices()[0], "compute_capability", ""))
     recent = re.fullmatch(r"\d+\.\d+", capability) is not None and float(capability) >= 8.0
@@ -122,9 +133,13 @@ def _fits_cudnn(q: Any) -> bool:
 
 
 def _fits_pallas(q: Any, k: Any) -> bool:
-    """Returns whether the mesh divides photos and heads, and their rows fit into a TPU's on-chip memory."""
+    """Returns whether the Pallas kernel supports queries q and keys k.
+
+    It does if they are bfloat16, if the mesh divides photos and heads evenly, and if the arrays of one photo fit into a
+    TPU's on-chip memory.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    if any(kind != AxisType.Auto for kind in mesh.axis_types):  # inside another shard_map
+    if any(kind != AxisType.Auto for kind in mesh.axis_types):  # already inside a shard_map
         return False
     if not set(mesh.axis_names) >= {*sharding.RULES["batch"], sharding.RULES["heads"]}:
         return False
@@ -137,14 +152,14 @@ def _fits_pallas(q: Any, k: Any) -> bool:
     return attention_tpu.fits(q.shape[1], k.shape[1], q.shape[2] // heads, q.shape[3])
 
 
-def _seen(q: Array, k: Array, causal: bool, lengths: Array | None) -> Bool[Array, "#B 1 #T S"]:
+def _mask(q: Array, k: Array, causal: bool, lengths: Array | None) -> Bool[Array, "#B 1 #T S"]:
     t, s = jnp.arange(q.shape[1])[:, None], jnp.arange(k.shape[1])
     seen = (s <= t if causal else s >= 0)[None, None]
     return seen if lengths is None else seen & (s < lengths[:, None, None, None])
 
 
-def _dropped(q: Array, k: Array, v: Array, seen: Array, drop: Callable[[Array], Array]) -> Array:
-    """Returns attention with `drop` applied to the weights [B, H, T, S]."""
+def _with_dropout(q: Array, k: Array, v: Array, seen: Array, drop: Callable[[Array], Array]) -> Array:
+    """Returns attention with `drop` applied to the weights [B, H, T, S]. seen: mask from `_mask`."""
     logits = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32) / np.sqrt(q.shape[-1])
     weights = jax.nn.softmax(jnp.where(seen, logits, -1e30)).astype(v.dtype)
     return jnp.einsum("bhts,bshd->bthd", drop(weights), v)

@@ -1,9 +1,10 @@
-"""Fused attention on TPUs, as Pallas kernels for sequences whose rows fit into on-chip memory (VMEM).
+"""Pallas kernels for fused attention on TPUs, for sequences that fit into on-chip memory (VMEM) as a whole.
 
-The kernels read and write arrays [B, S, H * d], the layout of the projections, so no array is transposed in memory. A
-program handles a few photos and all heads. It holds the scores of one group of heads at a time, so softmax needs no
-second pass. The backward kernel computes the scores again, transposed: sums over keys are then sums over rows, which
-the vector unit adds without moving numbers between lanes.
+The kernels read and write arrays [B, S, H * d]. The projections before and after attention use the same layout, so no
+array is transposed in memory. A kernel runs several programs. A program computes all heads of a few photos, and has the
+scores of a head for all keys at once, so softmax takes a single pass. The backward kernel computes the scores again, in
+transposed form: keys x queries. Its sums over keys are then sums over rows, which the vector unit adds without moving
+numbers between lanes.
 """
 
 import functools
@@ -23,24 +24,24 @@ from geotoken_jax import sharding
 INTERPRET = False
 #: Numbers in a row of a TPU's vector register.
 _LANES = 128
-#: On-chip bytes that every kernel may use without asking for more, on all TPUs.
+#: Bytes of on-chip memory that a kernel may use by default, on all TPUs.
 _VMEM = 16 * 2**20
-#: Most scores of a program (heads x queries x keys). Heads are unrolled, so a program's size and its time to compile
-#: grow with them; 16 heads of SigLIP's 729 positions would be 8.5 million.
-_SCORES = 2**20 + 2**18
-#: Most photos a program handles, and fewest programs, so that copies of the next program's arrays overlap with
-#: computation.
-_PHOTOS, _PROGRAMS = 8, 4
+#: Largest number of scores (heads x queries x keys) per photo. The loop over heads is unrolled, so the size of the code
+#: and the time to compile it grow with this number. SigLIP, with 16 heads and 729 positions, has 8.5 million.
+_MAX_SCORES = 2**20 + 2**18
+#: Largest number of photos per program, and smallest number of programs if a program has several photos. With several
+#: programs, the arrays of the next program are copied while the current program computes.
+_MAX_PHOTOS, _MIN_PROGRAMS = 8, 4
 _HIDDEN = -1e30  # added to the scores of padding
 
-# Dimensions of two matrices that a product sums over: a b^T, a b, a^T b.
+# Dimensions over which a product of two matrices sums, for the products a b^T, a b and a^T b.
 _NT, _NN, _TN = ((1,), (1,)), ((1,), (0,)), ((0,), (0,))
 
 
 def attention(
     q: Float[Array, "B T H d"], k: Float[Array, "B S H d"], v: Float[Array, "B S H d"], lengths: Int[Array, " B"] | None
 ) -> Float[Array, "B T H d"]:
-    """Returns softmax attention to the first `lengths` keys, or to all S keys if None, on the mesh in use."""
+    """Returns softmax attention, computed on the mesh in use. lengths: number of keys per photo; all S keys if None."""
     b, t, heads, d = q.shape
     if lengths is None:
         lengths = jnp.full(b, k.shape[1], jnp.int32)
@@ -56,11 +57,11 @@ def attention(
 
 
 def fits(queries: int, keys: int, heads: int, d: int) -> bool:
-    """Returns whether a program's arrays fit into on-chip memory and its code has a reasonable size.
+    """Returns whether the arrays of one photo fit into on-chip memory, and the code has a reasonable size.
 
-    heads: number of heads on a device. d: width of a head.
+    queries, keys: numbers of positions. heads: number of heads per device. d: width of a head.
     """
-    return heads * queries * keys <= _SCORES and _bytes(1, queries, keys, heads * d) <= _VMEM
+    return heads * queries * keys <= _MAX_SCORES and _vmem_bytes(1, queries, keys, heads * d) <= _VMEM
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -85,10 +86,13 @@ _attention.defvjp(_attention_forward, _attention_backward)
 def _call(
     kernel: Callable, lengths: Array, arrays: Sequence[Array], results: Sequence[Array], d: int, products: int
 ) -> Sequence[Array]:
-    """Runs a kernel for all photos. results: arrays with the shapes of the results. products: number of products of the
-    size of the scores' product."""
+    """Runs a kernel for all photos, and returns its results.
+
+    results: arrays with the shapes and types of the results. products: number of matrix products in the kernel, for the
+    estimate of its cost; each is as large as the product of queries and keys.
+    """
     (b, queries, width), keys = arrays[0].shape, arrays[1].shape[1]
-    photos = _photos(b, queries, keys, width)
+    photos = _photos_per_program(b, queries, keys, width)
 
     def block(x: Array) -> pl.BlockSpec:
         return pl.BlockSpec((photos, *x.shape[1:]), lambda program, lengths: (program, 0, 0))
@@ -109,24 +113,30 @@ def _call(
     )(lengths, *arrays)  # fmt: skip
 
 
-def _photos(b: int, queries: int, keys: int, width: int) -> int:
-    """Returns the number of photos per program, a divisor of the number b of photos on the device."""
+def _photos_per_program(b: int, queries: int, keys: int, width: int) -> int:
+    """Returns the number of photos per program, which divides b, the number of photos per device."""
     return max(
-        n for n in range(1, _PHOTOS + 1)
-        if n == 1 or (b % n == 0 and b // n >= _PROGRAMS and _bytes(n, queries, keys, width) <= _VMEM)
+        n for n in range(1, _MAX_PHOTOS + 1)
+        if n == 1 or (b % n == 0 and b // n >= _MIN_PROGRAMS and _vmem_bytes(n, queries, keys, width) <= _VMEM)
     )  # fmt: skip
 
 
-def _bytes(photos: int, queries: int, keys: int, width: int) -> int:
-    """Returns the on-chip bytes of a backward program, in which tiles are filled up: blocks for two programs (queries
-    and keys with their gradients, values, gradients of the result), and six arrays of scores."""
+def _vmem_bytes(photos: int, queries: int, keys: int, width: int) -> int:
+    """Returns the on-chip bytes of a program of the backward kernel, with all dimensions rounded up to whole tiles.
+
+    The current and the next program each have queries, keys, values, the gradients of these three, and the gradient of
+    the result. In addition there are six arrays of scores.
+    """
     rows, columns = math.ceil(queries / 16) * 16, math.ceil(keys / 16) * 16
     blocks = 2 * photos * (3 * rows + 4 * columns) * math.ceil(width / _LANES) * _LANES * 2
     return blocks + 6 * columns * math.ceil(queries / _LANES) * _LANES * 4
 
 
 def _forward(lengths: Any, q: Any, k: Any, v: Any, out: Any, *, photos: int, d: int) -> None:
-    """Kernel of the result. lengths: number of keys of each photo. Other arguments: blocks [photos, S, H * d]."""
+    """Kernel that computes attention and writes it to `out`.
+
+    lengths: number of keys of each photo on the device. q, k, v, out: blocks of a program, [photos, positions, H * d].
+    """
     first = pl.program_id(0) * photos
 
     def run(photo: Any, lanes: slice, heads: Sequence[Any]) -> None:
@@ -139,13 +149,14 @@ def _forward(lengths: Any, q: Any, k: Any, v: Any, out: Any, *, photos: int, d: 
             parts.append(_product(weights.astype(vs.dtype), vs, _NN) / weights.sum(1, keepdims=True))
         out[photo, :, lanes] = _join(heads, parts).astype(out.dtype)
 
-    _each(photos, q.shape[-1], d, run)
+    _for_each_group(photos, q.shape[-1], d, run)
 
 
 def _backward(*arrays: Any, photos: int, d: int) -> None:
-    """Kernel of the gradients. Scores are transposed: keys x queries.
+    """Kernel that computes the gradients of queries, keys and values. Its scores are transposed: keys x queries.
 
-    arrays: lengths, q, k, v and the gradient of the result; then the gradients of q, k and v, which are written.
+    arrays: `lengths`, q, k, v and the gradient of the result, as in `_forward`; then the gradients of q, k and v, which
+    the kernel writes.
     """
     lengths, q, k, v, gradient, dq, dk, dv = arrays
     first = pl.program_id(0) * photos
@@ -168,33 +179,40 @@ def _backward(*arrays: Any, photos: int, d: int) -> None:
         dk[photo, :, lanes] = _join(heads, dks).astype(dk.dtype)
         dv[photo, :, lanes] = _join(heads, dvs).astype(dv.dtype)
 
-    _each(photos, q.shape[-1], d, run)
+    _for_each_group(photos, q.shape[-1], d, run)
 
 
-def _each(photos: int, width: int, d: int, run: Callable) -> None:
-    """Calls `run(photo, lanes, heads)` for all photos of a program and all groups of heads.
+def _for_each_group(photos: int, width: int, d: int, run: Callable) -> None:
+    """Calls `run(photo, lanes, heads)` for every photo of a program and every group of heads.
 
-    lanes: slice of a group's numbers. heads: for each head of the group the lanes it owns, bool [1, lanes], or None if
-    it owns all. A group has as many heads as fit into a vector register. A product of masked queries with the whole
-    group's keys costs as much as one of a head's own 64 lanes, because the matrix unit sums over 128, and takes no
-    moves of lanes: for 214 positions the forward kernel has 2,734 instead of 3,597 instructions a photo on v5e.
+    A group contains the heads that fill one row of a vector register, e.g. two heads of width 64. lanes: slice of the
+    last axis with the group's numbers. heads: per head, a mask of the head's numbers in this slice, bool [1, lanes];
+    None if the group has one head only.
+
+    For a product with the keys of one head, the kernels set the queries of the group's other heads to 0, and multiply
+    them by the keys of the whole group. The matrix unit sums over 128 numbers at once, so this costs no more than a
+    product of one head's 64 numbers. It also moves no numbers between lanes: for 214 positions, the forward kernel has
+    2,734 instructions per photo on v5e, instead of 3,597.
     """
-    together = _LANES // d if _LANES % d == 0 and width % _LANES == 0 else 1
-    lane = jax.lax.broadcasted_iota(jnp.int32, (1, together * d), 1)
-    heads = [(lane >= n * d) & (lane < (n + 1) * d) for n in range(together)] if together > 1 else [None]
+    group = _LANES // d if _LANES % d == 0 and width % _LANES == 0 else 1
+    lane = jax.lax.broadcasted_iota(jnp.int32, (1, group * d), 1)
+    heads = [(lane >= n * d) & (lane < (n + 1) * d) for n in range(group)] if group > 1 else [None]
 
-    def one(photo: Any, _: Any) -> None:
-        for first in range(0, width, together * d):
-            run(photo, slice(first, first + together * d), heads)
+    def run_photo(photo: Any, _: Any) -> None:
+        for first in range(0, width, group * d):
+            run(photo, slice(first, first + group * d), heads)
 
     if photos == 1:
-        one(0, None)
+        run_photo(0, None)
     else:
-        jax.lax.fori_loop(0, photos, one, None)
+        jax.lax.fori_loop(0, photos, run_photo, None)
 
 
 def _hidden(length: Any, shape: tuple[int, int]) -> Array:
-    """Returns 0 for each of a photo's keys and _HIDDEN for its padding, as a row or column of the scores."""
+    """Returns the numbers that are added to a photo's scores: 0 for its keys, _HIDDEN for padding after them.
+
+    length: number of the photo's keys. shape: [1, keys] for scores queries x keys, [keys, 1] for transposed scores.
+    """
     key = jax.lax.broadcasted_iota(jnp.int32, shape, shape.index(max(shape)))
     return jnp.where(key < length, 0.0, _HIDDEN)
 
@@ -212,7 +230,7 @@ def _only(own: Array | None, x: Array) -> Array:
 
 
 def _join(heads: Sequence[Any], parts: Sequence[Array]) -> Array:
-    """Returns the lanes of each head from that head's part."""
+    """Returns one array for a group of heads: each head's lanes come from this head's array in `parts`."""
     joined = parts[0]
     for own, part in zip(heads[1:], parts[1:], strict=True):
         joined = jnp.where(own, part, joined)

@@ -1,4 +1,4 @@
-"""Batch specifications (name -> shape and type), random batches for tests and benchmarks, and blocks of equal size."""
+"""Describes the arrays of a batch, draws random batches for tests and benchmarks, and pads and divides batches."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,14 +11,15 @@ Spec = dict[str, jax.ShapeDtypeStruct]
 
 
 def spec(size: int, **arrays: tuple[tuple[int, ...], Any]) -> Spec:
-    """Returns the specification of a batch of `size` examples. arrays: shape and type of each array of one example."""
+    """Returns the specification of a batch of `size` examples. arrays: array name -> shape and type for one example."""
     return {name: jax.ShapeDtypeStruct((size, *shape), dtype) for name, (shape, dtype) in arrays.items()}
 
 
 def random_batch(spec: Spec, seed: int = 0, below: Mapping[str, Any] | None = None) -> dict[str, np.ndarray]:
-    """Returns random arrays of a specification: standard normal numbers, or integers from 0.
+    """Returns random arrays with the shapes and types of a specification: standard normal numbers, or integers >= 0.
 
-    below: name -> exclusive upper limit of the integers, a number or an array that broadcasts; 2 if a name is missing.
+    below: array name -> exclusive upper limit of its integers, a number or an array that broadcasts. The limit is 2 for
+    arrays that are not in `below`.
     """
     rng, bounds = np.random.default_rng(seed), below or {}
 
@@ -31,23 +32,27 @@ def random_batch(spec: Spec, seed: int = 0, below: Mapping[str, Any] | None = No
 
 
 def padded(rows: np.ndarray, size: int) -> np.ndarray:
-    """Returns `rows` padded to `size` with copies of the first row, so that compiled functions see fewer shapes."""
+    """Returns `rows`, padded to `size` rows with copies of the first row. jit then compiles for fewer shapes."""
     return np.concatenate([rows, np.repeat(rows[:1], size - len(rows), 0)]) if len(rows) < size else rows
 
 
 def padded_size(rows: int, most: int, devices: int = 1) -> int:
-    """Returns the batch size that `rows` are padded to on a number of devices, so that few batch sizes are compiled.
+    """Returns the size to which a batch is padded, so that jit compiles for few sizes.
 
-    Each device gets the same number of rows: the next power of two, or its share of `most` if that is less but enough.
+    Each device gets the same number of rows: the next power of two, but at most `most` / devices, rounded up. If `rows`
+    is above `most`, each device gets `rows` / devices, rounded up.
+
+    rows: number of rows before padding. most: usual largest number of rows. devices: number of devices.
     """
     share, limit = -(-rows // devices), -(-most // devices)
     return devices * min(1 << (share - 1).bit_length(), max(limit, share))
 
 
 def blocks(rows: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Yields blocks of `size` rows and the number of real rows in each; the last block is padded (see `padded`).
+    """Yields blocks of `size` rows, each with the number of its rows without padding. Only the last block is padded.
 
-    So a function is compiled for one shape only, and a row's result does not depend on the number of other rows.
+    Because all blocks have one shape, a function is compiled once, and a row's result does not depend on the number of
+    other rows. For the padding, see `padded`.
     """
     for first in range(0, len(rows), size):
         block = rows[first : first + size]

@@ -28,7 +28,7 @@ _UNREADABLE = (OSError, ValueError, KeyError)
 M = TypeVar("M", bound=nnx.Module)
 
 
-#: Characters that Orbax expands in names of folders, as patterns do.
+#: Characters that Orbax interprets as wildcards in the path of a folder.
 _WILDCARDS = frozenset("*?[")
 
 
@@ -37,13 +37,14 @@ class CheckpointError(UserError, RuntimeError):
 
 
 class ParametersError(UserError, ValueError):
-    """A file of parameters is damaged, or has other parameters than its model."""
+    """A file of parameters is damaged, or its parameters do not fit the model."""
 
 
 class Checkpoints:
-    """The checkpoints in a folder. The last `keep` and the one with the smallest validation loss are kept.
+    """The checkpoints in a folder.
 
-    If there are several processes, all of them must call the same methods in the same order.
+    Old checkpoints are removed, except the last `keep` and the one with the smallest validation loss. If there are
+    several processes, all of them must call the same methods in the same order.
     """
 
     def __init__(self, folder: epath.PathLike, keep: int = 2):
@@ -55,15 +56,15 @@ class Checkpoints:
             self._alias = tempfile.TemporaryDirectory(prefix="geotoken-")
             absolute = _link(absolute, self._alias.name)
         self._orbax = ocp.training.Checkpointer(absolute, preservation_policy=self)
-        # Losses are not stored as Orbax metrics: Orbax reads all metrics at the start, and one damaged file would make
-        # every checkpoint unreadable.
+        # Losses are stored in each checkpoint, not as Orbax metrics. Orbax reads the metrics of all checkpoints when it
+        # opens the folder, so one damaged file would make every checkpoint unreadable.
         losses: dict[int, float | None] = {}
         for step in self.steps if not processes.index() else []:
             try:
                 losses[step] = self._load(step, {"progress": None})["progress"]["loss"]
             except _UNREADABLE as error:
                 self._warn_skipped(step, error)
-        _agree_on_operations()
+        _agree_on_operation_number()
         self._losses: dict[int, float | None] = dict(processes.first(list(losses.items())))
 
     def __enter__(self):
@@ -95,7 +96,7 @@ class Checkpoints:
         return min(validated, key=validated.__getitem__, default=None)
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Returns for each checkpoint whether to keep it. Orbax calls this after each save, as a preservation policy.
+        """Returns for each checkpoint whether to keep it. Orbax calls this method after each save.
 
         checkpoints: all checkpoints; the last one was just saved.
         """
@@ -111,19 +112,20 @@ class Checkpoints:
         return loss
 
     def save(self, step: int, state: Any, position: dict[str, Any], loss: float | None) -> None:
-        """Starts to save a checkpoint, and returns as soon as `state` may be changed.
+        """Starts to save a checkpoint. Returns before it is written, as soon as the caller may change `state`.
 
         An existing checkpoint of the same step is replaced.
 
-        state: pytree of dicts and arrays. position: position of the input, as JSON values. loss: validation loss,
-        smaller is better; None if the step was not validated.
+        state: pytree of dicts and arrays. position: position in the training data, as JSON values. loss: validation
+        loss, smaller is better; None if the step was not validated.
 
-        Raises CheckpointError if this checkpoint or the one before cannot be written.
+        Raises CheckpointError if this checkpoint or the previous one cannot be written.
         """
         self._losses[step] = loss
         checkpointables = {"state": state, "progress": {"position": position, "loss": loss}}
         with self._saving():
-            # Without force Orbax skips a step while it saves another one, or if a damaged later step exists.
+            # Without `force`, Orbax would not save this step if another save is in progress, or if a damaged checkpoint
+            # of a later step exists.
             self._orbax.save_checkpointables_async(step, checkpointables, overwrite=True, force=True)
 
     @contextlib.contextmanager
@@ -133,29 +135,34 @@ class Checkpoints:
         except (OSError, ValueError, RuntimeError) as error:  # tensorstore's errors are ValueErrors
             if isinstance(error, jax.errors.JaxRuntimeError) or processes.is_process_loss(error):
                 raise  # the train step or another process failed, not the disk
-            cause = str(error.__cause__ or error).split(": ")[-1]  # the parts before it are names of files
+            cause = str(error.__cause__ or error).split(": ")[-1]  # without the names of files before the reason
             raise CheckpointError(
                 f"a checkpoint cannot be written to {self._orbax.directory} ({cause}): free disk space there and run "
                 "the same command again; it continues from the last complete checkpoint"
             ) from error
 
     def restore(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
-        """Returns state and input position of a step. abstract: ShapeDtypeStructs with the shardings of the result."""
+        """Returns the state and the position in the training data of a step.
+
+        abstract: pytree like the state, with a ShapeDtypeStruct in place of each array; the result has its shardings.
+        """
         stored = self._load(step, {"state": abstract, "progress": None})
         return stored["state"], stored["progress"]["position"]
 
     def restore_last(self, abstract: Any) -> tuple[int, Any, dict[str, Any]] | None:
-        """Returns step, state and input position of the newest readable checkpoint, or None if there are none.
+        """Returns step, state and data position of the newest readable checkpoint, or None if there are no checkpoints.
 
-        A checkpoint is readable if every process can read it. Logs a warning for each newer checkpoint. If no
-        checkpoint can be read, raises the error of the newest one; then `abstract` is likely wrong, not the files.
+        A checkpoint is readable if every process can read it. Newer checkpoints are skipped, and each is reported as a
+        warning in the log. If there are checkpoints but none is readable, raises the error of the newest one. In this
+        case it is likely that `abstract` is wrong, and not that all files are damaged.
         """
         return self._restore_any(self.steps[::-1], abstract)
 
     def restore_best(self, abstract: Any) -> tuple[int, Any, dict[str, Any]]:
-        """Returns step, state and input position of the readable checkpoint with the smallest validation loss.
+        """Returns step, state and data position of the readable checkpoint with the smallest validation loss.
 
-        Logs a warning for each better checkpoint. Raises the errors of `best` and `restore_last`.
+        Checkpoints with a smaller loss that are not readable are reported as warnings in the log. Raises the errors of
+        `best` and `restore_last`.
         """
         steps, order = self.steps, []
         while (step := self._best_of(steps)) is not None:
@@ -165,7 +172,10 @@ class Checkpoints:
         return restored or (self.best, None, {})  # without a validated checkpoint, `best` raises its error
 
     def _restore_any(self, steps: Sequence[int], abstract: Any) -> tuple[int, Any, dict[str, Any]] | None:
-        """Returns the first of the first process's steps that all processes can read; None if it has no steps."""
+        """Returns the first checkpoint that all processes can read, in the order of `steps`; None if `steps` is empty.
+
+        All processes use the `steps` of process 0.
+        """
         errors: list[Exception] = []
         for step in processes.first(steps):
             restored, error = None, None
@@ -175,7 +185,7 @@ class Checkpoints:
                 error = e
                 self._warn_skipped(step, error)
             failed = [i for i, ok in enumerate(processes.gather(restored is not None)) if not ok]
-            _agree_on_operations()
+            _agree_on_operation_number()
             if restored is not None and not failed:
                 return step, *restored
             error = error or OSError(f"process {failed[0]} cannot read checkpoint {step} in {self._orbax.directory}")
@@ -187,7 +197,10 @@ class Checkpoints:
         return None
 
     def _load(self, step: int, abstract: Any) -> Any:
-        """Returns parts of a checkpoint. Does not wait for other processes, as they may fail to read it."""
+        """Returns the items of a checkpoint that `abstract` names.
+
+        The process reads them alone. It would wait forever for another process that cannot read the checkpoint.
+        """
         from orbax.checkpoint import v1 as ocp
 
         context = ocp.Context()
@@ -206,11 +219,12 @@ class Checkpoints:
         logging.warning("%s (%s): skipping it", problem, textwrap.shorten(str(cause), 200))
 
 
-def _agree_on_operations() -> None:
+def _agree_on_operation_number() -> None:
     """Gives Orbax's next operation the same number in all processes.
 
-    Orbax counts the operations of each process and waits for the others by that number. After `_load`, which some
-    processes may not call or in which they fail, the numbers differ, and the next save would wait forever.
+    In each process, Orbax numbers its operations, and an operation waits for the operation with the same number in all
+    other processes. The numbers differ if some processes did not call `_load`, or failed in it. The next save would
+    then wait forever.
     """
     from orbax.checkpoint._src.futures.synchronization import OperationIdGenerator
 
@@ -220,9 +234,9 @@ def _agree_on_operations() -> None:
 
 
 def write_parameters(path: epath.PathLike, *states: Any) -> None:
-    """Writes nested dicts of arrays as one safetensors file, atomically. Names of parameters are keys joined by "/".
+    """Writes nested dicts of arrays as one safetensors file, atomically. An array's name is its keys, joined by "/".
 
-    If arrays are sharded over several processes, all processes must call this; process 0 writes.
+    If arrays are sharded over several processes, all processes must call this function; process 0 writes the file.
     """
     flat = {"/".join(map(str, key)): _whole(value) for state in states for key, value in _flatten(state)}
     if jax.process_index() == 0:
@@ -240,8 +254,8 @@ def read_module(path: epath.PathLike, make: Callable[[nnx.Rngs], M]) -> M:
 
     make: function that builds the module from random number generators.
 
-    Raises ParametersError if the file is damaged, or with the name of the first parameter that is missing, extra or of
-    another shape.
+    Raises ParametersError if the file is damaged, or if a parameter is missing, extra or of another shape; the message
+    names the first such parameter.
     """
     try:
         stored = safetensors.numpy.load(epath.Path(path).read_bytes())
@@ -270,7 +284,7 @@ def _flatten(tree: Any, prefix: tuple = ()) -> Iterator[tuple[tuple, Any]]:
 
 
 def _link(folder: epath.Path, inside: str) -> epath.Path:
-    """Returns a link to a folder. inside: folder in which the link is made."""
+    """Makes a folder and a symbolic link to it, and returns the link. inside: folder in which the link is made."""
     folder.mkdir(parents=True, exist_ok=True)
     link = Path(inside) / "checkpoints"
     link.symlink_to(folder)

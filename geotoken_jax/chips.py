@@ -1,4 +1,4 @@
-"""Peak rates and memory of accelerators, as published by their makers. Rooflines and utilization use this table."""
+"""Peak rates and memory of accelerators, as published by their makers, for rooflines and utilization."""
 
 import dataclasses
 
@@ -8,9 +8,10 @@ class Chip:
     """Peak rates and memory of a chip.
 
     kinds: prefixes of JAX's `device_kind`. flops: floating-point operations per second, bf16 products with f32 sums.
-    memory: bytes. bandwidth: bytes of memory traffic per second. links: bytes per second from and to other chips, the
-    sum of both directions. vector: element-wise operations per second, 32 bits each. clock: cycles per second; 0 for
-    GPUs. network: bytes per second that a chip sends to other slices, a share of its host's network; 0 for GPUs.
+    memory: bytes. bandwidth: bytes of memory traffic per second. links: bytes per second that a chip can send to and
+    receive from the chips of its slice, the sum of both directions. vector: element-wise operations on 32-bit numbers
+    per second. clock: cycles per second; 0 for GPUs. network: bytes per second that a chip can send to other slices,
+    which is its share of the host's network; 0 for GPUs.
     """
 
     kinds: tuple[str, ...]
@@ -23,14 +24,15 @@ class Chip:
     network: float = 0.0
 
 
-#: Element-wise operations per cycle of a TPU core: 8 x 128 lanes, each with 4 units. The TPU compiler counts 93 % of
-#: them for a long chain of multiplications on v5e and v6e.
+#: Element-wise operations per cycle of a TPU core: 8 x 128 lanes, each with 4 units. For a long chain of
+#: multiplications, the TPU compiler estimates 93 % of this rate on v5e and v6e.
 _VECTOR = 8 * 128 * 4
-# TPUs: cloud.google.com/tpu/docs (v4, v5e, v5p, v6e). Clocks follow from the peak, which is cores x 4 product units
-# x 128 x 128 x 2 x clock; v6e has 2 units of 256 x 256, with two rows per cycle. The network of a pod of 256 chips has
-# 6.4 Tb/s (v5e) or 25.6 Tb/s (v6e), and the network of a host of four v4 or v5p chips 200 Gb/s.
-# GPUs: NVIDIA's data sheets, without sparsity. `vector` is half of the peak in float32, which counts a multiply-add as
-# two operations.
+# Source of the TPUs: cloud.google.com/tpu/docs (v4, v5e, v5p, v6e). Their clock is computed from their peak, which is
+# cores x 4 matrix units x 128 x 128 x 2 x clock. v6e instead has 2 matrix units of 256 x 256 numbers, which take two
+# rows per cycle. The network of a pod of 256 chips has 6.4 Tb/s (v5e) or 25.6 Tb/s (v6e). The network of a host with
+# four v4 or v5p chips has 200 Gb/s.
+# Source of the GPUs: NVIDIA's data sheets, without sparsity. `vector` is half of the float32 peak, because the peak
+# counts a multiply-add as two operations.
 #: Name -> chip.
 CHIPS = {
     "v4": Chip(("TPU v4",), 275e12, 32 * 2**30, 1228e9, 600e9, 2 * _VECTOR * 1.05e9, 1.05e9, 6.25e9),

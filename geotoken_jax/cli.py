@@ -1,4 +1,4 @@
-"""The command line `geotoken`: a verb per stage, and further verbs such as `serve` and `plan`.
+"""The command line `geotoken VERB`. Each stage has a verb; other verbs, such as `serve` and `plan`, are no stages.
 
 `predict` and `evaluate` also accept a user's own photos and predictions.
 """
@@ -17,39 +17,42 @@ from geotoken_jax import commands, disk, errors, manifests, processes, settings
 from geotoken_jax.interop import targets
 from geotoken_jax.serve import limits
 
-#: Exit status after an error that a user can fix; its message is one line.
+#: Exit status after an error that a user can fix, which is reported in one line.
 REFUSED = 2
-#: Exit status of training that saved a checkpoint and ended after SIGTERM. The same command continues it.
+#: Exit status of a training that saved a checkpoint and ended after SIGTERM. The same command continues the training.
 PREEMPTED = processes.RESTART
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one verb and exits.
 
-    The exit status is 0, 2 after a one-line error, 75 if the same command can continue, or 130 after Ctrl-C.
+    Exit status: 0 after success, 2 after an error that the user can fix, 75 after an interruption from which the same
+    command continues, 130 after Ctrl-C, 1 after any other error.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files can be in any encoding
     disk.raise_open_files_limit()
     parser = _parser()
-    options, rest = parser.parse_known_args([_at_home(a) for a in (sys.argv[1:] if argv is None else argv)])
+    options, rest = parser.parse_known_args([_expand_home(a) for a in (sys.argv[1:] if argv is None else argv)])
     try:
         config = _config(options, rest)
         if getattr(options, "workdir", None) is not None:
             manifests.local(options.workdir)
         sys.exit(commands.run(options, config))
-    except _preempted() as error:
+    except _preempted_error() as error:
         print(f"geotoken {options.verb}: {error}", file=sys.stderr)
         sys.exit(PREEMPTED)
     except errors.UserError as error:
         print(f"geotoken {options.verb}: {error}", file=sys.stderr)
         processes.leave(REFUSED)
     except BrokenPipeError:
-        # The reader of standard output has ended, as `head` does. Python would fail again when it flushes at exit.
+        # The program that reads standard output has ended, e.g. `head`. With this closed pipe, Python would fail again
+        # when it flushes standard output at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (OSError, MemoryError, UnicodeError) as error:
-        # python -X dev shows where. The end of another process ends this one to be started again.
+        # `python -X dev` shows the traceback. If another process was lost, the exit status must be that of a restart,
+        # which the hook of `processes.start` for uncaught errors sets.
         if sys.flags.dev_mode or processes.is_process_loss(error):
             raise
         print(f"geotoken {options.verb}: {errors.explain(error, _place(options))}", file=sys.stderr)
@@ -88,8 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--topology", help="chips and their shape, such as v5e:16x16, 2xv5e:16x16 or h100:8")
     verb.add_argument(
         "--workload", choices=("train", "align", "embed", "predict"), default="train",
-        help="program to plan: the decoder's or the alignment's train step, the backbone's image tower, or the "
-        "decoding of candidates (default: train)",
+        help="program to plan: train step of the decoder (train) or of the alignment model (align), the backbone's "
+        "image tower (embed), or decoding of candidates (predict); default: train",
     )  # fmt: skip
     verb.add_argument("--gallery", type=int, help="number of gallery photos (default: 4,120,000, as in the paper)")
     verb.add_argument("--output", help="JSON file to which the plan is written too")
@@ -127,7 +130,7 @@ def _predict_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "photos",
         nargs="*",
-        help="with --model or --method: photos or folders of photos to predict; - is a photo on standard input",
+        help="with --model or --method: photos or folders of photos to predict; - reads a photo from standard input",
     )
     _model(verb, "--model", "predict PHOTOS with ")
     verb.add_argument("--method", choices=("geoclip",), help="predict PHOTOS with GeoCLIP as published")
@@ -146,12 +149,12 @@ def _predict_options(verb: argparse.ArgumentParser) -> None:
         "--xmp", action="store_true", help="with PHOTOS: write a sidecar, PHOTO.xmp, for each photo without a position"
     )
     verb.add_argument(
-        "--exclude-author", metavar="TABLE", help="with --model: table with id and author of photos; gallery photos by "
-        "a photo's author are not used for it",
+        "--exclude-author", metavar="TABLE", help="with --model: table of PHOTOS with the columns id and author; each "
+        "photo is predicted without the gallery photos of its author",
     )  # fmt: skip
     verb.add_argument(
-        "--exclude-ids", metavar="TABLE", help="with --model: table with id and excluded_id; the gallery photo "
-        "excluded_id is not used for the photo id",
+        "--exclude-ids", metavar="TABLE", help="with --model: table with the columns id and excluded_id; the photo id "
+        "is predicted without the gallery photo excluded_id",
     )  # fmt: skip
     verb.add_argument("--dry-run", action="store_true", help="with --xmp: print the sidecars instead of writing them")
 
@@ -172,7 +175,7 @@ def _evaluate_options(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument("--ellipsoid", action="store_true", help="with --predictions: use distances on WGS84")
     verb.add_argument(
-        "--strict", action="store_true", help="with --predictions: count distances below a threshold only"
+        "--strict", action="store_true", help="with --predictions: count distances below a threshold (<) instead of <="
     )
 
 
@@ -184,8 +187,8 @@ def _export_options(verb: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     verb.add_argument(
         "--upgrade", nargs="?", const="", metavar="DIR",
-        help="with --from=EXPORT: write an export of an earlier release to the new folder DIR (default: "
-        "EXPORT-upgraded), as this release makes exports",
+        help="with --from=EXPORT: convert an export of an earlier release to the format of this release, in the new "
+        "folder DIR (default: EXPORT-upgraded)",
     )  # fmt: skip
     verb.add_argument("--push", metavar="ORG/NAME", help="Hugging Face repository to which the export is uploaded")
 
@@ -215,23 +218,30 @@ def _model(verb: argparse.ArgumentParser, name: str, prefix: str) -> None:
 _EPILOG = "--config.KEY=VALUE changes a key of the configuration, for example --config.train.examples=50000."
 
 
-def _at_home(argument: str) -> str:
-    """Returns an argument with ~ as the home folder, which shells replace in `~/x` and not in `--option=~/x`."""
+def _expand_home(argument: str) -> str:
+    """Returns an argument of the command line, with ~ replaced by the home folder.
+
+    Shells replace ~ in `~/x`, but not in `--option=~/x`.
+    """
     option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
     return option + equals + os.path.expanduser(value)
 
 
 def _place(options: argparse.Namespace) -> str:
-    """Returns the folder or file that a verb works on, for errors of the system that name none."""
+    """Returns the folder or file that a verb works on, or "" if there is none.
+
+    Messages about errors of the operating system contain it if the error itself names no file.
+    """
     names = ("workdir", "output", "model", "source", "predictions", "config")
     place = next((value for name in names if (value := getattr(options, name, None))), "")
     return place[0] if isinstance(place, list) else place
 
 
-def _preempted() -> tuple[type[Exception], ...]:
-    """Returns the error of a training that was interrupted, or nothing if no training has begun.
+def _preempted_error() -> tuple[type[Exception], ...]:
+    """Returns the class of the error that an interrupted training raises, or () if the training loop is not imported.
 
-    Importing its module takes seconds, so a module that is not imported stays so: it has raised nothing.
+    This function does not import the training loop, because that takes seconds. A module that is not imported cannot
+    have raised an error.
     """
     loop = sys.modules.get("geotoken_jax.train.loop")
     return (loop.Preempted,) if loop else ()
@@ -256,7 +266,7 @@ def _config(options: argparse.Namespace, rest: list[str]) -> Any:
             f"--config={file} does not exist: run the command in a clone of geotoken-jax, which has configs/demo.py "
             "and others, or correct the path"
         )
-    # Configurations import each other as `configs.NAME`, so the folder above configs/ must be on the path.
+    # Configurations import each other as `configs.NAME`, so sys.path must contain the folder above configs/.
     sys.path.insert(0, str(file.resolve().parent.parent))
     try:
         values, unread = _parsed(options.config, rest)
@@ -282,7 +292,10 @@ def _config(options: argparse.Namespace, rest: list[str]) -> Any:
 
 
 def _parsed(config: str, changes: list[str]) -> tuple[Any, list[str]]:
-    """Returns the ConfigDict of a file with the command line's changes, and the arguments that are no changes."""
+    """Returns a file's ConfigDict with the command line's changes applied, and the arguments that are not changes.
+
+    config: value of --config. changes: arguments such as --config.model.width=256.
+    """
     from absl import flags
     from ml_collections import config_flags
 
@@ -293,14 +306,17 @@ def _parsed(config: str, changes: list[str]) -> tuple[Any, list[str]]:
     try:
         unread = values(arguments)[1:]
         loaded: Any = values["config"].value
-        loaded.keys()  # raises the error with which loading has failed
+        loaded.keys()  # if the file could not be loaded, config_flags raises the error here
     finally:
         sys.argv = sys_argv
     return loaded, unread
 
 
 def _refuse_unknown_key(file: Path, config: Any, changes: list[str]) -> None:
-    """Raises SettingsError for the first change of a key that a configuration does not have, with the nearest key."""
+    """Raises SettingsError for the first change whose key the configuration lacks, and suggests the most similar key.
+
+    file: file of the configuration. changes: arguments such as --config.model.width=256.
+    """
     for change in changes:
         name = change.split("=")[0].lstrip("-")
         key = name.removeprefix("config.")
@@ -311,7 +327,7 @@ def _refuse_unknown_key(file: Path, config: Any, changes: list[str]) -> None:
 
 
 def _keys(config: Any, prefix: str) -> list[str]:
-    """Returns the dotted keys of a configuration's sections and values."""
+    """Returns the dotted keys of a configuration's sections and values, such as `model` and `model.width`."""
     keys = []
     for key in config.keys() if hasattr(config, "keys") else ():
         keys += [prefix + key, *_keys(config[key], f"{prefix}{key}.")]
@@ -319,7 +335,7 @@ def _keys(config: Any, prefix: str) -> list[str]:
 
 
 def _has(config: Any, keys: list[str]) -> bool:
-    """Returns whether a configuration has a dotted key, given as the list of its parts."""
+    """Returns whether a configuration has a key. keys: parts of the dotted key, such as ["model", "width"]."""
     for key in keys:
         if not hasattr(config, "keys") or key not in config:
             return False
@@ -327,7 +343,7 @@ def _has(config: Any, keys: list[str]) -> bool:
     return True
 
 
-_UPDATE = "take in photos that were added to the source, at their own cost (docs/data.md)"
+_UPDATE = "add photos that were added to the source, without processing the others again (docs/data.md)"
 _REMAKE = "first remove the folders of this stage, and all folders that were made from them"
 _EXPERIMENT = "make runs that differ in a few settings, and compare them in one table"
 _VERIFY = "compare the files of a work directory with the sums that were recorded when they were written"

@@ -1,5 +1,8 @@
-"""Runs the verbs of `geotoken`. Each verb imports its modules itself, since an environment that only converts exports
-lacks most packages that training needs."""
+"""Runs the verbs of `geotoken`.
+
+Each verb imports the modules that it needs when it runs. So an environment that only converts exports need not have the
+packages for training.
+"""
 
 import argparse
 import json
@@ -37,8 +40,8 @@ def _quiet() -> None:
 def _export(options: argparse.Namespace, config: Any) -> int:
     """Makes export/, converts it for each --target, and uploads it to the hub with --push.
 
-    With --target or --push, --config is not needed if export/ is complete. With --from, no work directory is needed;
-    with --upgrade too, the export is written again to a new folder first.
+    If export/ is complete, --target and --push need no --config. With --from, an existing export is used instead of a
+    work directory. With --upgrade, this export is first converted to the present format, in a new folder.
     """
     if options.upgrade is not None and options.source is None:
         raise settings.SettingsError("--upgrade has no export: add --from=EXPORT, an export of an earlier release")
@@ -67,7 +70,7 @@ def _export(options: argparse.Namespace, config: Any) -> int:
 
 
 def _upgraded(options: argparse.Namespace, folder: Path) -> Path:
-    """Returns the folder to which the export of --from was written in the present format."""
+    """Converts the export of --from to the present format, in a new folder, and returns the new folder."""
     _quiet()
     from geotoken_jax.export import upgrade
 

@@ -1,7 +1,7 @@
-"""Keeps compiled programs in the user's cache, so that the next process on this machine need not compile them.
+"""Stores compiled programs in a cache of the user. The next process on this machine loads them instead of compiling.
 
-Loading a compiled program runs code. So no export contains one, as exports come from other people too, and the cache
-is used only if nobody else can write to it.
+Loading a compiled program can run any code. For this reason exports, which may come from other people, contain no
+compiled programs. The cache is used only if no other user can write to it.
 """
 
 import functools
@@ -21,40 +21,43 @@ from jax.experimental import serialize_executable
 
 from geotoken_jax import disk, settings
 
-#: Variables of the environment that change how a program is compiled.
+#: Environment variables that change how a program is compiled.
 _VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_DEFAULT_MATMUL_PRECISION", "CUDA_VISIBLE_DEVICES")
-#: Folder in which programs are kept; none are kept if None.
+#: Folder of the cache. If None, programs are not stored.
 _folder: Path | None = None
 
 
 def keep() -> None:
-    """Makes this process keep compiled programs in the user's cache, and look there before it compiles.
+    """Makes this process store compiled programs in the user's cache, and load the programs that are already there.
 
-    Call it before the first computation. Nothing changes if the user has chosen another folder for jax's own cache
-    (JAX_COMPILATION_CACHE_DIR) or has switched it off (JAX_ENABLE_COMPILATION_CACHE=0), or if the folder cannot be
-    written.
+    Call it before the first computation. Nothing changes if the user has chosen a folder for JAX's own cache
+    (JAX_COMPILATION_CACHE_DIR), has switched JAX's cache off (JAX_ENABLE_COMPILATION_CACHE=0), or cannot write to the
+    folder of this cache.
     """
     global _folder
     options: Any = jax.config
     if _folder or options.jax_compilation_cache_dir or not options.jax_enable_compilation_cache:
         return
-    folder = _users_folder()
+    folder = _cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(0o700)
-    except OSError:  # it is another user's, or the disk cannot be written
+    except OSError:  # the folder belongs to another user, or the disk cannot be written
         return
     if folder.stat().st_uid == os.getuid() and os.access(folder, os.W_OK):
         _folder = folder
         jax.config.update("jax_compilation_cache_dir", str(folder))
-        # By default jax does not keep programs that compile within a second. A prediction has dozens of these.
+        # By default JAX does not store programs that compile in less than a second. A prediction runs dozens of these.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def jit(function: Callable[..., Any], key: Any) -> Callable[..., Any]:
-    """Returns jax.jit(function). If programs are kept, a kept program is loaded without tracing the function.
+    """Returns the compiled function. If the cache has its program, the function is not traced and not compiled.
 
-    key: values that decide, with the code of this package and the arguments' types, what the function computes.
+    Until `keep` is called, this is the same as jax.jit(function).
+
+    key: values that the function's computation depends on, besides its arguments and the code of this package, such as
+    the settings of a model. Functions that compute different results must have different keys.
     """
     traced, programs = jax.jit(function), {}
 
@@ -78,7 +81,7 @@ def _compile(traced: Any, arguments: Any, file: Path) -> Callable[..., Any]:
         example = jax.tree.unflatten(out, range(out.num_leaves))
         with disk.writing(file) as temporary:
             temporary.write_bytes(pickle.dumps((data, example)))
-    except Exception as error:  # a backend that cannot serialize, or a full disk: the program runs all the same
+    except Exception as error:  # the backend cannot serialize programs, or the disk is full: the program runs anyway
         logging.getLogger(__name__).debug("a compiled program is not kept: %s", error)
     return program
 
@@ -90,13 +93,14 @@ def _load(file: Path, tree: Any) -> Callable[..., Any] | None:
         return serialize_executable.deserialize_and_load(data, tree, out, execution_devices=devices)
     except FileNotFoundError:
         return None
-    except Exception as error:  # damaged: it is compiled and written again
+    except Exception as error:  # the file is damaged: the program is compiled and written again
         logging.getLogger(__name__).debug("%s cannot be loaded: %s", file, error)
         return None
 
 
-def _users_folder() -> Path:
-    """Returns the folder for this kind of processor, as programs use instructions that other processors lack."""
+def _cache_folder() -> Path:
+    """Returns the cache's folder. Each kind of processor has a folder of its own, because programs contain instructions
+    that other processors lack."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "geotoken" / "compiled" / hashlib.sha256(_processor().encode()).hexdigest()[:12]
 
@@ -115,7 +119,7 @@ def _digest(key: Any) -> str:
 
 @functools.cache
 def _environment() -> list[Any]:
-    """Returns what else decides how a program is compiled: the code of this package, versions, device and flags."""
+    """Returns further values that a compiled program depends on: code of this package, versions, device and flags."""
     code = hashlib.sha256()
     for file in sorted(Path(__file__).parent.rglob("*.py")):
         code.update(file.read_bytes())

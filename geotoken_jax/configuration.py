@@ -1,8 +1,8 @@
 """The configuration as one tree of frozen dataclasses.
 
-The command line reads one file of `configs/` with `read`. Stages receive the whole Config; networks, losses and the
-training loop receive only their own sections. Settings that a single module reads are declared there; the settings of
-stages are declared here.
+The command line reads a file in `configs/` with `read`. Stages receive the whole Config. Networks, losses and the
+training loop receive only their own sections. A section that one module reads is declared in that module. Sections that
+stages read are declared here.
 """
 
 import dataclasses
@@ -37,9 +37,9 @@ from geotoken_jax.train.loop import TrainSettings
 
 @dataclasses.dataclass(frozen=True)
 class PoolsSettings:
-    """config.pools: train photos whose candidates are stored for training the reward head.
+    """config.pools: train photos for which `geotoken learn` stores the decoder's candidates, to train the reward head.
 
-    photos: number of these photos; their authors are drawn at random. seed: random seed of the draw.
+    photos: number of these photos; they are all photos of authors drawn at random. seed: random seed of the draw.
     """
 
     photos: int
@@ -52,10 +52,10 @@ class PoolsSettings:
 
 @dataclasses.dataclass(frozen=True)
 class KnnSettings:
-    """config.baselines.knn.
+    """config.baselines.knn: a baseline that predicts the densest point among a photo's nearest neighbors.
 
-    neighbors: number of neighbors per photo, at most config.index.neighbors.count. temperature: softness of the
-    neighbors' weights, exp(similarity / temperature); similarities are in [-3, 3]. sigma_km: standard deviation, in km,
+    neighbors: number of neighbors per photo, at most config.index.neighbors.count. temperature: temperature of the
+    neighbors' weights exp(similarity / temperature); similarities are in [-3, 3]. sigma_km: standard deviation, in km,
     of the Gaussian around each neighbor.
     """
 
@@ -71,16 +71,22 @@ class KnnSettings:
 
 @dataclasses.dataclass(frozen=True)
 class GeoClipSettings:
-    """config.baselines.geoclip. candidates: number of gallery coordinates stored per photo, best first."""
+    """config.baselines.geoclip: a baseline that predicts with GeoCLIP.
+
+    candidates: number of candidates stored per photo, the coordinates of gallery photos, best first.
+    """
 
     candidates: int
 
 
 @dataclasses.dataclass(frozen=True)
 class InitSettings:
-    """config.align.init. location: GeoCLIP's weights, such as its name on the Hugging Face hub or its wheel (see
-    interop.geoclip.read_weights), which initialize the location encoder's capsules; if empty, the capsules are
-    initialized at random."""
+    """config.align.init: initial parameters of the alignment model.
+
+    location: source of GeoCLIP's weights, which initialize the networks (capsules) of the location encoder. It is a
+    name on the Hugging Face hub or the path of GeoCLIP's wheel (see interop.geoclip.read_weights). If empty, the
+    networks are initialized at random.
+    """
 
     location: str
 
@@ -89,12 +95,13 @@ class InitSettings:
 class ExportSettings:
     """config.export.
 
-    gallery: number type of the gallery's vectors, bfloat16 or int8; the model card reports the accuracy that int8
-    costs. weights: whether the export contains the checkpoint of a Hugging Face backbone; if False, the export needs
-    the checkpoint's folder to predict. authors: whether the export contains the authors of the gallery's photos, which
-    `geotoken predict --exclude-author` needs. thumbnails: longest side, in pixels, of the gallery photos on the
-    service's page. examples: number of `test` photos to try on that page. With 0 none of these photos are exported. The
-    default, -1, exports photos of EarthView only, which show no person: thumbnails of 64 pixels, and 12 examples.
+    gallery: number type of the gallery's vectors, bfloat16 or int8. int8 takes half the space; the model card reports
+    how much accuracy it costs. weights: whether the export contains the checkpoint of a Hugging Face backbone. If
+    False, the checkpoint's folder is needed to predict. authors: whether the export contains the authors of the gallery
+    photos. `geotoken predict --exclude-author` needs them. thumbnails: longest side, in pixels, of the gallery photos
+    that the page of `geotoken serve` shows; 0 exports none. examples: number of `test` photos that visitors of this
+    page can try; 0 exports none. For both keys, -1 is the default: 64 pixels and 12 examples for EarthView, whose
+    photos show no person, and 0 for any other source.
     """
 
     gallery: str
@@ -118,9 +125,10 @@ class EvaluateSettings:
     """config.evaluate.
 
     resamples: number of bootstrap resamples. seed: random seed of the bootstrap. reference: variant that all others are
-    compared with. compare: further pairs of methods to compare, each method as VARIANT or VARIANT:CHOICE. labels:
-    variant -> name in tables. earth: shape on which distances are computed, `sphere` or `ellipsoid`. strict: whether a
-    distance must be below a threshold (<) instead of at most the threshold (<=).
+    compared with. compare: further pairs of methods to compare. A method is VARIANT, or VARIANT:CHOICE for another
+    selector than config.predict.choice. labels: variant -> its name in tables. earth: shape of the Earth for distances,
+    `sphere` or `ellipsoid`. strict: whether a prediction within a threshold must have a distance below the threshold
+    (<) instead of at most the threshold (<=).
     """
 
     resamples: int
@@ -152,8 +160,8 @@ class CoverageSettings:
     """config.audit.coverage.
 
     level: level of the S2 cells in which gallery photos are counted. split: split whose photos are predicted again,
-    each without the gallery photos of its region. countries: number of countries treated as regions, beginning with the
-    one with most photos of `split`; all continents are regions too.
+    each without the gallery photos of its region. A region is a continent or a country. countries: number of countries
+    that are regions, those with the most photos in `split`. All continents are regions.
     """
 
     level: int
@@ -177,12 +185,13 @@ class AuditSettings:
 class Experiment:
     """config.experiments.NAME.
 
-    question: question that the experiment answers. note: conclusion from its table, added by hand after the runs. runs:
-    tuples of a run's name and its changes (nested sections and keys). A third item, if there is one, names an earlier
-    run whose trained models are used; then nothing is trained, and the changes are added to the earlier run's changes.
-    The first run is compared with all others. choices: rows of the table per run: names of selectors, "" for the run's
-    config.predict.choice, "ideal" for the best candidate. splits: splits that are scored. curve: whether results
-    include the runs' validations during training.
+    question: question that the experiment answers. note: conclusion from the experiment's table, written by hand after
+    the runs. runs: a tuple per run, of the run's name and its changes to the configuration (nested sections and keys).
+    A tuple may have a third item, the name of an earlier run. Then nothing is trained: the run uses the trained models
+    of the earlier run, and its changes are added to the earlier run's changes. All runs are compared with the first.
+    choices: names of the selectors that have a row in the table for each run. "" is the selector in the run's
+    config.predict.choice, "ideal" the choice of the best candidate. splits: splits that are scored. curve: whether the
+    results include the validations during training.
     """
 
     question: str
@@ -197,17 +206,24 @@ class Experiment:
 class ScalingSettings:
     """config.scaling.
 
-    sizes: pairs of a model's name and its changes (nested sections and keys), smallest model first. held_out: size left
-    out of the fit, for a forecast. held_out_photos: number of photos that the held-out size is trained on, one of
-    `photos`. photos: pairs of a number of train photos and the number of examples until the loss stops falling, fewest
-    photos first. validations: number of validations per run; the best one counts. reference: size at which neighbors,
-    seeds, gallery and candidates are varied. neighbors: further numbers of neighbors. seeds: further seeds, run at the
-    fewest photos. budgets: floating-point operations of a training; every size except the held-out one is trained with
-    each budget. gallery: numbers of gallery photos at test time; each gallery contains the smaller ones. candidates:
-    numbers of candidates per photo at test time, up to config.predict.samples. split: split that is tested. resamples:
-    number of bootstrap resamples over runs. seed: random seed of the bootstrap and of the choice of gallery photos and
-    candidates. note: remarks on the study, printed in docs/scaling.md and written by hand after the runs. limits:
-    conclusions that may not transfer to other data, also printed in docs/scaling.md.
+    Sizes of the model. sizes: pairs of a size's name and its changes to the configuration (nested sections and keys),
+    smallest model first. held_out: name of the size that is left out of the fit; its loss is compared with the forecast
+    of the fitted law. reference: name of the size for which neighbors, seeds, gallery and candidates are varied.
+
+    Training. photos: pairs of a number of train photos and the number of examples to train on, fewest photos first;
+    after this number of examples the loss no longer falls. held_out_photos: number of photos on which the held-out size
+    is trained, one of the numbers in `photos`. budgets: numbers of floating-point operations per training; every size
+    except the held-out one is trained with each budget. neighbors: further numbers of neighbors to train with. seeds:
+    further random seeds to train with, on the fewest photos. validations: number of validations per training; the one
+    with the smallest loss counts.
+
+    Test. split: split that is tested. gallery: numbers of gallery photos at test time; larger galleries contain the
+    smaller ones. candidates: numbers of candidates per photo at test time, up to config.predict.samples. resamples:
+    number of bootstrap resamples over runs. seed: random seed of the bootstrap, and of the choice of gallery photos and
+    candidates.
+
+    Text for docs/scaling.md. note: remarks on the study, written by hand after the runs. limits: conclusions that may
+    not hold for other data.
     """
 
     sizes: tuple[tuple[str, Any], ...]
@@ -270,12 +286,14 @@ class RewardSection:
 
 @dataclasses.dataclass(frozen=True)
 class ChannelsSection:
-    """config.channels.
+    """config.channels: the channels, which search the gallery with different vectors, and their comparator.
 
-    kind, dtype: how the channels' indexes are built, in place of config.index.search.kind and reorder_dtype; see
-    gallery.index.IndexSettings. views: further views of gallery photos that `geotoken learn` makes, beside those of
-    config.embed.views; the comparator is trained on all views, and two channels search them. comparator: the
-    comparator. train: its training.
+    The comparator is a network that maps image embeddings to vectors, similar for photos of one place.
+
+    kind, dtype: values of `kind` and `reorder_dtype` in gallery.index.IndexSettings, for the indexes of the channels.
+    They replace the values in config.index.search. views: further augmented views of the gallery photos. `geotoken
+    learn` makes them in addition to the views of config.embed.views. The comparator is trained on all views, and two
+    channels search all views. comparator: settings of the comparator. train: settings of its training.
     """
 
     kind: str
@@ -285,13 +303,13 @@ class ChannelsSection:
     train: TrainSettings
 
     def search(self, gallery: index.IndexSettings) -> index.IndexSettings:
-        """Returns settings of the channels' indexes. gallery: those of the gallery's index, config.index.search."""
+        """Returns the settings of the channels' indexes. gallery: config.index.search, for the gallery's own index."""
         return dataclasses.replace(gallery, kind=self.kind, reorder_dtype=self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class RerankerSection:
-    """config.reranker. fit: fit to the validation photos."""
+    """config.reranker. fit: settings of the reranker's fit to the validation photos."""
 
     model: RerankerSettings
     fit: FitSettings
@@ -299,7 +317,7 @@ class RerankerSection:
 
 @dataclasses.dataclass(frozen=True)
 class BaselinesSection:
-    """config.baselines. train: training of the classifier."""
+    """config.baselines. train: settings of the classifier's training."""
 
     knn: KnnSettings
     geoclip: GeoClipSettings
@@ -311,8 +329,9 @@ class BaselinesSection:
 class Config:
     """A whole configuration.
 
-    name: name of its file. variants: name -> changes (nested sections and keys). experiments: name -> Experiment.
-    scaling: settings of the scaling study; None if the configuration has no study.
+    name: name of the configuration's file. variants: name of a variant -> its changes to the configuration (nested
+    sections and keys). experiments: name -> Experiment. scaling: settings of the scaling study; None if the
+    configuration has no scaling study.
     """
 
     name: str
@@ -357,9 +376,9 @@ class Config:
         return functools.reduce(getattr, key.split("."), self)
 
     def select(self, *keys: str) -> dict[str, Any]:
-        """Returns the sections and values of dotted keys as nested JSON values, without runtime fields.
+        """Returns the sections and values of dotted keys as nested JSON values, e.g. {"model": {"width": 256, ...}}.
 
-        Manifests store settings in this form.
+        Manifests store settings in this form. Fields of type `settings.Runtime` are left out.
         """
         selected: dict[str, Any] = {}
         for key in keys:
@@ -372,7 +391,7 @@ class Config:
 
 
 def read(config: ConfigDict) -> Config:
-    """Returns the Config of a configuration file's ConfigDict, after checking it with the changes of every variant.
+    """Returns the Config for the ConfigDict of a configuration file. Checks it with the changes of every variant too.
 
     Raises SettingsError with the first key that is missing, unknown, of a wrong type or out of range.
     """

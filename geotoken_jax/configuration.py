@@ -52,7 +52,7 @@ class PoolsSettings:
 
 @dataclasses.dataclass(frozen=True)
 class KnnSettings:
-    """config.baselines.knn: a baseline that predicts the densest point among a photo's nearest neighbors.
+    """config.baselines.knn: a baseline that predicts the coordinates of the neighbor with the most neighbors around it.
 
     neighbors: number of neighbors per photo, at most config.index.neighbors.count. temperature: temperature of the
     neighbors' weights exp(similarity / temperature); similarities are in [-3, 3]. sigma_km: standard deviation, in km,

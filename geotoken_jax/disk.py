@@ -1,4 +1,4 @@
-"""Files of a work directory: listing them, their sums, how they are written, and the lock of a folder's writer."""
+"""Handles the files of a work directory: lists them, computes checksums, writes them atomically and locks folders."""
 
 import atexit
 import concurrent.futures
@@ -20,16 +20,16 @@ from etils import epath
 from geotoken_jax import processes
 from geotoken_jax.errors import UserError
 
-#: Seconds between two renewals of a lock, seconds without one after which its process is dead, and the number of times
-#: that another process looks in these.
-_RENEW_S, _DEAD_S, _LOOKS = 5.0, 30.0, 30
+#: The owner of a lock renews it every _RENEW_S seconds. If a lock was not renewed for _DEAD_S seconds, its owner is
+#: dead. A process that waits for this checks the lock _CHECKS times.
+_RENEW_S, _DEAD_S, _CHECKS = 5.0, 30.0, 30
 #: Path of a lock that this process holds -> its open file.
 _held: dict[str, IO[str]] = {}
-#: This machine in names of files. Two machines can have processes of the same number.
+#: Short name of this machine, for names of files. Processes on two machines can have the same number.
 _MACHINE = f"{zlib.crc32(socket.gethostname().encode()):08x}"
 #: Largest limit on open files that this package sets or uses.
 _MOST_FILES = 65_536
-#: Files that are read at a time to compute sums.
+#: Number of files that are read at the same time to compute checksums.
 READERS = min(8, os.cpu_count() or 1)
 
 
@@ -38,9 +38,10 @@ class LockedError(UserError, RuntimeError):
 
 
 def matching(folder: epath.PathLike, pattern: str) -> list[epath.Path]:
-    """Returns the files of a folder with names of a pattern, such as *.npy, sorted; none if there is no such folder.
+    """Returns the paths in a folder whose names match a pattern, such as *.npy, sorted; [] if there is no folder.
 
-    The folder's own name is no pattern, unlike in `epath.Path.glob`: it can contain brackets and stars.
+    Only names in the folder are compared with the pattern. `epath.Path.glob` would compare the folder's path too, which
+    may contain brackets and stars.
     """
     folder = epath.Path(folder)
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
@@ -48,15 +49,16 @@ def matching(folder: epath.PathLike, pattern: str) -> list[epath.Path]:
 
 
 def partial(path: epath.PathLike) -> epath.Path:
-    """Returns the path of a file while it is written. No two processes use the same."""
+    """Returns the temporary path at which this process writes a file. It is different for every process."""
     path = epath.Path(path)
     return path.parent / f".{path.name}.{processes.index()}.{_MACHINE}.{os.getpid()}.partial"
 
 
 def commit(temporary: epath.PathLike, path: epath.PathLike) -> None:
-    """Gives a file that is completely written its final name, so that it survives a crash of the machine.
+    """Renames a complete file to its final name. Afterwards the file survives a crash of the machine.
 
-    Without the first fsync, the name can reach the disk before the contents; the second one stores the name.
+    The first fsync stores the contents. Without it, the disk could store the name before the contents. The second
+    fsync, of the folder, stores the name.
     """
     _sync(temporary)
     os.replace(temporary, path)
@@ -74,7 +76,7 @@ def _sync(path: epath.PathLike) -> None:
 
 @contextlib.contextmanager
 def writing(path: epath.PathLike) -> Iterator[epath.Path]:
-    """Yields the temporary path of a file; when the context ends, the file is at `path`, and after an error nowhere."""
+    """Yields a temporary path. When the context ends, renames the file there to `path`; after an error, removes it."""
     temporary = partial(path)
     try:
         yield temporary
@@ -106,14 +108,14 @@ def open_files_limit() -> int:
 
 
 def checksum(path: epath.PathLike) -> list[Any]:
-    """Returns the size of a file in bytes, and its SHA-256 in hexadecimal: the form of ledgers and manifests."""
+    """Returns [size in bytes, SHA-256 in hexadecimal] of a file, as ledgers and manifests store them."""
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256")
         return [file.tell(), digest.hexdigest()]
 
 
 def checksums(folder: epath.PathLike, names: Iterable[str]) -> dict[str, list[Any]]:
-    """Returns name -> size and SHA-256 for files of a folder. Several files are read at a time."""
+    """Returns name -> `checksum` of each file, for files in a folder. Several files are read at the same time."""
     names = sorted(names)
     with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
         return dict(zip(names, pool.map(lambda name: checksum(os.path.join(folder, name)), names), strict=True))
@@ -135,25 +137,29 @@ def files(folder: epath.PathLike, skipped: Iterable[str] = ()) -> list[str]:
 
 
 def lock(folder: epath.PathLike) -> None:
-    """Makes this process the only one of its index that writes a folder, until it unlocks the folder or ends.
+    """Locks a folder, so that no other process writes it until this process unlocks the folder or ends.
 
-    The lock is a file with process and machine, which the system locks where it can, and whose time its process renews.
-    A killed process loses the system's lock at once. On another machine, or on a file system without locks, a process
-    is dead if it has not renewed the time for 30 seconds, for which this function then waits.
+    If a stage runs in several processes that share a folder, each process locks it for its own index (processes.index).
 
-    Removes the partial files that an earlier process has left. Raises LockedError, with machine and process, if another
-    process writes the folder.
+    The lock is a file that contains the name of the process and of the machine. In addition, the operating system locks
+    this file, if the file system supports locks. If the owner is killed, the operating system releases its lock at
+    once. If the owner is on another machine, or if the file system has no locks, the time of the file decides: its
+    owner renews it every 5 seconds, and this function waits up to 30 seconds for a renewal. Without a renewal, the
+    owner is dead, and this process takes the lock.
+
+    Removes the partial files of earlier processes. Raises LockedError, with machine and process, if another process
+    writes the folder.
     """
     path = os.path.join(os.path.realpath(folder), f".lock.{processes.index()}")
     if path in _held:
         return
     while True:
         file = open(path, "a+", encoding="utf-8")  # noqa: SIM115  (stays open while the folder is written)
-        locked = _try(file)
+        locked = _try_lock(file)
         file.seek(0)
         other = file.read().strip()
         here = locked and other.endswith(f" on {socket.gethostname()}")
-        if locked is False or (other and not here and _alive(path, other)):
+        if locked is False or (other and not here and _is_renewed(path, other)):
             file.close()
             raise LockedError(
                 f"{folder} is being written by {other or 'another process'}: wait until it ends, or use another "
@@ -162,11 +168,11 @@ def lock(folder: epath.PathLike) -> None:
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 break
-        file.close()  # its owner has removed it in the meantime
+        file.close()  # the previous owner has removed the file in the meantime
     file.truncate(0)
-    file.write(_name() + "\n")
+    file.write(_process_name() + "\n")
     file.flush()
-    if not locked and not _claimed(path):
+    if not locked and not _is_owned(path):
         file.close()
         raise LockedError(f"{folder} is being written by another process: wait until it ends")
     _held[path] = file
@@ -182,74 +188,81 @@ def unlock(folder: epath.PathLike) -> None:
     path = os.path.join(os.path.realpath(folder), f".lock.{processes.index()}")
     if file := _held.pop(path, None):
         with contextlib.suppress(OSError):
-            if _owner(path) == _name():
+            if _owner(path) == _process_name():
                 os.unlink(path)
         file.close()
 
 
-def _name() -> str:
-    """Returns the name of this process in locks and messages."""
+def _process_name() -> str:
+    """Returns the name of this process in locks and messages, e.g. "process 4711 on host1"."""
     return f"process {os.getpid()} on {socket.gethostname()}"
 
 
 def _owner(path: str) -> str:
-    with open(path, encoding="utf-8") as file:  # NFS renews what it knows of a file when the file is opened
+    with open(path, encoding="utf-8") as file:  # NFS reads a file from the server again when it is opened
         return file.read().strip()
 
 
-def _alive(path: str, owner: str) -> bool:
-    """Returns whether a lock's owner renews its time, or another process takes it, within _DEAD_S seconds.
+def _is_renewed(path: str, owner: str) -> bool:
+    """Returns whether the file of a lock changes within _DEAD_S seconds.
 
-    Only differences are looked at, since the clocks of two machines differ.
+    The file changes if its owner renews its time, or if another process takes the lock. The time is compared with the
+    file's earlier time, not with the clock of this machine, because the clocks of two machines differ.
     """
-    print(f"{owner} has begun {os.path.dirname(path)}: waiting up to {_DEAD_S:g} s to see if it runs", file=sys.stderr)
+    print(
+        f"{owner} has locked {os.path.dirname(path)}: waiting up to {_DEAD_S:g} s to see if this process still runs",
+        file=sys.stderr,
+    )
     before = None
-    for _ in range(_LOOKS):
+    for _ in range(_CHECKS):
         try:
             with open(path, encoding="utf-8") as file:
                 now = file.read(), os.fstat(file.fileno()).st_mtime_ns
-        except FileNotFoundError:  # it has ended
+        except FileNotFoundError:  # the owner has released the lock
             return False
         if before and now != before:
             return True
         before = now
-        time.sleep(_DEAD_S / _LOOKS)
+        time.sleep(_DEAD_S / _CHECKS)
     return False
 
 
-def _claimed(path: str) -> bool:
-    """Returns whether a lock of a file system without locks is still ours after others could have taken it too."""
-    time.sleep(_DEAD_S / _LOOKS)
+def _is_owned(path: str) -> bool:
+    """Returns whether this process owns a lock that it has just written, on a file system without locks.
+
+    Another process may write the same file at the same time. After a short wait, the file contains its owner.
+    """
+    time.sleep(_DEAD_S / _CHECKS)
     with contextlib.suppress(FileNotFoundError):
-        return _owner(path) == _name()
+        return _owner(path) == _process_name()
     return False
 
 
 @functools.cache
 def _start_renewing() -> None:
-    threading.Thread(target=_renew, name="lock", daemon=True).start()
+    threading.Thread(target=_renew_forever, name="lock", daemon=True).start()
 
 
-def _renew() -> None:
-    """Renews the times of this process's locks."""
+def _renew_forever() -> None:
+    """Renews the times of the files of this process's locks, forever."""
     while True:
         for path in list(_held):
             with contextlib.suppress(OSError):
-                if _owner(path) == _name():
+                if _owner(path) == _process_name():
                     os.utime(path)
         time.sleep(_RENEW_S)
 
 
 def writers(folder: epath.PathLike) -> list[int]:
-    """Returns the indices of the other processes that write a folder now."""
+    """Returns the indices (see processes.index) of the other processes that write a folder now."""
     return [int(path.name.rpartition(".")[2]) for path in matching(folder, ".lock.*") if _is_held(path)]
 
 
 def _is_held(path: epath.Path) -> bool:
     """Returns whether another process holds a lock.
 
-    Where the system cannot tell, as on another machine, the lock's time is compared with the time of this process's
-    own lock in the folder, which is renewed as often.
+    The operating system cannot answer this if the owner is on another machine. Then the time of the lock's file is
+    compared with the time of this process's own lock in the folder. Both are renewed every _RENEW_S seconds.
     """
     own = path.parent / f".lock.{processes.index()}"
     if path == own:
@@ -257,7 +270,7 @@ def _is_held(path: epath.Path) -> bool:
     try:
         with open(path, "r+", encoding="utf-8") as file:
             owner = file.read().strip()
-            locked = _try(file) if owner else False  # an empty lock is being taken: do not disturb
+            locked = _try_lock(file) if owner else False  # if the file is empty, its owner is about to write it
             if locked is not None and owner.endswith(f" on {socket.gethostname()}"):
                 return not locked
             return locked is False or os.stat(own).st_mtime - os.fstat(file.fileno()).st_mtime < _DEAD_S
@@ -265,8 +278,11 @@ def _is_held(path: epath.Path) -> bool:
         return False
 
 
-def _try(file: Any) -> bool | None:
-    """Returns whether this process now holds the system's lock of an open file; None if there are no such locks."""
+def _try_lock(file: Any) -> bool | None:
+    """Tries to take the operating system's lock of an open file, and returns whether this process now holds it.
+
+    Returns None if the operating system or the file system has no locks.
+    """
     try:
         import fcntl
     except ModuleNotFoundError:  # on Windows

@@ -1,16 +1,16 @@
-"""The base class of all errors that a user can mend, and sentences for errors of the operating system."""
+"""The base class of all errors that a user can fix, and messages for errors of the operating system."""
 
 import errno
 import os
 from typing import Any
 
-#: Number of an OSError -> how a user mends it.
+#: Number of an OSError -> advice to the user, which ends the error message.
 CURES = {
     errno.EACCES: "change its permissions, or use another place",
     errno.EPERM: "change its permissions, or use another place",
     errno.EROFS: "use a place that you may write to",
     errno.ENOENT: "check the path",
-    errno.ENOTDIR: "check the path, of which a part is a file and not a folder",
+    errno.ENOTDIR: "check the path; a part of it is a file, not a folder",
     errno.EISDIR: "name a file in that folder",
     errno.EEXIST: "remove it, or use another place",
     errno.ELOOP: "remove the link that leads to itself",
@@ -26,13 +26,13 @@ CURES = {
 
 
 class UserError(Exception):
-    """Something that a user can mend. The message is one sentence: what is wrong, where, and how to mend it."""
+    """An error that a user can fix. The message is one sentence with the problem, its place and the fix."""
 
 
 def explain(error: BaseException, place: Any = "") -> str:
-    """Returns one sentence on an error of the operating system, of memory or of text encoding.
+    """Returns a message of one sentence for an error of the operating system, of memory or of text encoding.
 
-    place: file or folder that was in use, for errors that do not name one.
+    place: file or folder that was in use. The message contains it if the error itself names no file.
     """
     if isinstance(error, MemoryError):
         return (

@@ -1,7 +1,7 @@
 """Counts operations, memory traffic, collectives and estimated cycles in the text of a compiled XLA program.
 
-The body of a loop counts as often as it runs. XLA's own cost analysis counts it once, so that a step that scans ten
-layers seems to cost a tenth of its real cost.
+The body of a loop is counted once per iteration. XLA's own cost analysis counts it only once: a train step that scans
+over ten layers would seem to cost a tenth of its real cost.
 """
 
 import dataclasses
@@ -12,12 +12,12 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-#: Type -> bytes per number. For other types it follows from the bits in the name, as in f32, u8, f8e4m3fn and c64.
-_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2}
+#: Type -> bytes per number. Names of other types contain the number of bits, as in f32, u8, f8e4m3fn and c64.
+_BYTES_PER_NUMBER = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2}
 _ARRAY = re.compile(r"\b(pred|bf16|[sufc]\d+\w*)\[([\d,<=]*)\](\{[^}]*\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|branch_computations)=(\{[^}]*\}|%[\w.\-]+)")
-#: Element-wise instructions, which a chip's vector unit runs. A reduction counts as one operation per element too.
+#: Element-wise instructions, which a chip's vector unit runs. A reduction counts as one operation per input element.
 _ELEMENTWISE = {
     "abs", "add", "and", "atan2", "cbrt", "ceil", "clamp", "clz", "compare", "convert", "cosine", "divide", "erf",
     "exponential", "exponential-minus-one", "floor", "is-finite", "log", "log-plus-one", "logistic", "maximum",
@@ -27,8 +27,9 @@ _ELEMENTWISE = {
 }  # fmt: skip
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _KERNEL_COST = re.compile(r'"cost_estimate":\{"flops":"(\d+)".*?"bytes_accessed":"(\d+)"')
-#: Instructions without memory traffic. Loops and calls are counted in their computations.
-_FREE = {
+#: Instructions without memory traffic of their own. The traffic of a loop or a call is counted in the computation that
+#: it runs.
+_WITHOUT_TRAFFIC = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
     "while", "call", "conditional", "opt-barrier",
 }  # fmt: skip
@@ -36,11 +37,11 @@ _FREE = {
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a computation.
+    """One instruction of a computation, e.g. `%sum.2 = f32[8]{0} add(%x, %y), metadata={...}`.
 
-    type: type of the result, an array or a tuple of arrays. operands: names of the operands. inside: text between the
-    parentheses after the opcode: operands, a constant's value or a parameter's index. rest: text after the closing
-    parenthesis. root: whether the computation returns this result.
+    name: name of the result. type: type of the result, an array or a tuple of arrays. operands: names of the operands.
+    inside: text between the parentheses after the opcode: the operands, the value of a constant, or the index of a
+    parameter. rest: text after the closing parenthesis. root: whether the computation returns this result.
     """
 
     name: str
@@ -53,7 +54,10 @@ class Instruction:
 
     @property
     def called(self) -> list[str]:
-        """Names of the computations that this instruction runs, without the computations of reductions and sorts."""
+        """Names of the computations that this instruction runs.
+
+        Left out are the small computations that reductions, sorts and collectives apply to pairs of numbers.
+        """
         if self.opcode.endswith(("-done", "-update")) or self.opcode in COLLECTIVES:
             return []
         runs = ("fusion", "call", "while", "conditional", "async-start")
@@ -65,14 +69,18 @@ class Costs:
     """Costs of a program on one device.
 
     flops: floating-point operations of dots, convolutions and kernels. vector: element-wise operations outside of
-    kernels. traffic: bytes read from and written to memory. cycles: sum of the TPU compiler's estimates of each
-    instruction's clock cycles, without kernels, collectives and asynchronous copies. kernels: (runs,
-    floating-point operations per run, bytes per run) of each Pallas kernel, by the kernel's own cost estimate. A kernel
-    without an estimate counts with its operands and results, and no operations. payload: kind of collective -> bytes
-    per device of the operands, or of the result of an all-gather. sent: kind of collective -> bytes that a device sends
-    if the collective runs in rings. runs: kind of collective -> number of runs. between_slices: bytes that a device
-    sends to other slices, over the network of the data center. unknown_loops: number of loops with an unknown number of
-    iterations, which count as one iteration.
+    kernels. traffic: bytes read from and written to main memory. cycles: clock cycles that the TPU compiler estimates,
+    summed over instructions; it estimates none for kernels, collectives and asynchronous copies.
+
+    kernels: a tuple per Pallas kernel: number of runs, floating-point operations per run, bytes per run. The operations
+    and bytes come from the kernel's own cost estimate. Without an estimate, a kernel has no operations, and the bytes
+    of its operands and results.
+
+    payload: kind of collective -> bytes of its operands per device; for an all-gather, bytes of its result. sent: kind
+    of collective -> bytes that a device sends if the devices pass data around a ring. runs: kind of collective ->
+    number of runs. between_slices: bytes that a device sends to other slices, over the network of the data center.
+
+    unknown_loops: number of loops with an unknown number of iterations; one iteration of each is counted.
     """
 
     flops: float = 0.0
@@ -106,29 +114,33 @@ class Program:
                 current[instruction.name] = instruction
 
     def costs(self, turns: bool = True) -> Costs:
-        """Returns the costs of the entry computation. turns: whether a loop's body counts per iteration; else once."""
+        """Returns the costs of the program. turns: whether the body of a loop is counted once per iteration or once."""
         total = Costs()
         self._add(total, self.entry, 1.0, turns, top=True)
         return total
 
     def _add(self, total: Costs, computation: str, times: float, turns: bool, top: bool) -> None:
-        """Adds a computation's costs to `total`. top: whether its arrays are in memory, and not inside a fusion."""
+        """Adds the costs of a computation to `total`.
+
+        computation: name of the computation. times: number of its runs. top: whether its arrays are stored in memory;
+        inside a fusion they are not.
+        """
         instructions = self.computations[computation]
         for instruction in instructions.values():
             if instruction.opcode in ("dot", "convolution"):
-                total.flops += times * _product(instruction, instructions)
+                total.flops += times * _product_flops(instruction, instructions)
             elif instruction.opcode in _ELEMENTWISE:
                 reads = instructions[instruction.operands[0]] if instruction.opcode == "reduce" else instruction
                 total.vector += times * _elements(reads.type)
             elif 'custom_call_target="tpu_custom_call"' in instruction.rest:
-                total.kernels.append((times, *_kernel(instruction, instructions)))
+                total.kernels.append((times, *_kernel_cost(instruction, instructions)))
                 total.flops += times * total.kernels[-1][1]
             elif instruction.opcode == "send" and "xla_megascale" in instruction.rest:
                 total.between_slices += times * _to_other_slices(instruction, instructions)
             kind = instruction.opcode.removesuffix("-start")
             if kind in COLLECTIVES:
                 self._add_collective(total, kind, instruction, instructions, times)
-            if top and instruction.opcode not in _FREE:
+            if top and instruction.opcode not in _WITHOUT_TRAFFIC:
                 total.traffic += times * self._traffic(instruction, instructions)
             if top and (cycles := _CYCLES.search(instruction.rest)):
                 total.cycles += times * int(cycles[1])
@@ -143,7 +155,8 @@ class Program:
     def _iterations(self, loop: Instruction) -> int | None:
         """Returns a loop's number of iterations, or None if it is unknown.
 
-        It is the compiler's trip count if there is one, else the constant that a counter from 0 is compared with.
+        The number is the trip count in the program's text, if there is one. If not, the loop's condition must compare a
+        counter, which starts at 0, with a constant; the constant decides.
         """
         if known := re.search(r'"known_trip_count":\{"n":"?(\d+)', loop.rest):
             return int(known[1])
@@ -159,11 +172,11 @@ class Program:
     def _add_collective(
         self, total: Costs, kind: str, instruction: Instruction, instructions: dict[str, Instruction], times: float
     ) -> None:
-        n = _group(instruction.rest, self.devices)
+        n = _group_size(instruction.rest, self.devices)
         payload = times * sum(_bytes(instructions[o].type) for o in instruction.operands)
         if kind == "all-gather":
             payload *= n
-        # The TPU compiler writes a reduce-scatter as an all-reduce of which each device takes a slice.
+        # The TPU compiler writes a reduce-scatter as an all-reduce, from whose result each device takes a slice.
         users = [i for i in instructions.values() if instruction.name in i.operands]
         if kind == "all-reduce" and users and all(i.opcode == "dynamic-slice" for i in users):
             kind = "reduce-scatter"
@@ -189,8 +202,10 @@ class Program:
         return _memory_bytes(instruction.type) + sum(_memory_bytes(o.type) for o in operands)
 
     def _fusion_traffic(self, fusion: Instruction, types: list[str]) -> float:
-        """Returns a fusion's memory traffic. Of an operand that is sliced or updated in place, only the slice
-        counts."""
+        """Returns a fusion's memory traffic in bytes. types: types of the operands.
+
+        If the fusion slices an operand, or updates a slice of it in place, only the slice is counted.
+        """
         moved, in_place = 0.0, 0.0
         for at, kind in enumerate(types):
             if _off_chip(kind):
@@ -200,10 +215,13 @@ class Program:
         return moved + max(0.0, _memory_bytes(fusion.type) - in_place)
 
     def _reads(self, computation: str, at: int) -> tuple[float, float]:
-        """Returns the bytes that a fusion reads of its operand, infinite for the whole operand, and the bytes of it
-        that the result contains unchanged, because it is updated in place.
+        """Returns two numbers of bytes for one operand of a fusion.
 
-        computation: the fusion's computation; the fusions in it are followed. at: index of the operand.
+        The first number is the bytes that the fusion reads from the operand; it is infinite if the fusion reads all of
+        it. The second number is the bytes that the fusion does not write: if it updates a slice of the operand in
+        place, the other bytes of the operand stay in the result unchanged.
+
+        computation: name of the fusion's computation; fusions in it are followed. at: index of the operand.
         """
         body = self.computations[computation]
         names = [i.name for i in body.values() if i.opcode == "parameter" and int(i.inside) == at]
@@ -244,19 +262,22 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _closing(line: str, start: int) -> int:
-    """Returns the index after the bracket that closes the one at `start`."""
+    """Returns the index after the bracket that closes the bracket at `start`."""
     depth = 0
     for at in range(start, len(line)):
         depth += (line[at] == "(") - (line[at] == ")")
         if depth == 0:
             return at + 1
-    raise ValueError(f"an instruction of the compiled program has an open bracket: {line[:80]}")
+    raise ValueError(
+        f"the compiled program has a bracket that is never closed, in {line[:80]!r}: this release cannot read programs "
+        "of this version of XLA, so install the version of jax in requirements-lock.txt"
+    )
 
 
 def _arrays(kind: str) -> Iterator[tuple[float, str]]:
     """Yields bytes and layout of each array in a type."""
     for name, sizes, layout in _ARRAY.findall(kind):
-        width = _BYTES.get(name) or int(re.search(r"\d+", name)[0]) / 8  # pyright: ignore[reportOptionalSubscript]
+        width = _BYTES_PER_NUMBER.get(name) or int(re.search(r"\d+", name)[0]) / 8  # pyright: ignore[reportOptionalSubscript]
         yield width * math.prod(_sizes(sizes)), layout
 
 
@@ -277,7 +298,8 @@ def _elements(kind: str) -> float:
 
 
 def _memory_bytes(kind: str) -> float:
-    """Returns a type's bytes in main memory (HBM). Layouts of TPUs mark on-chip memory, for example S(1)."""
+    """Returns the bytes that a type takes in main memory (HBM). Arrays in on-chip memory take none; TPU layouts mark
+    them, for example with S(1)."""
     return sum(size for size, layout in _arrays(kind) if not re.search(r"S\([1-9]", layout))
 
 
@@ -285,7 +307,7 @@ def _off_chip(kind: str) -> bool:
     return _memory_bytes(kind) > 0
 
 
-def _kernel(kernel: Instruction, instructions: dict[str, Instruction]) -> tuple[float, float]:
+def _kernel_cost(kernel: Instruction, instructions: dict[str, Instruction]) -> tuple[float, float]:
     """Returns the floating-point operations and the bytes of a Pallas kernel, by its cost estimate if it has one."""
     if estimate := _KERNEL_COST.search(kernel.rest):
         return float(estimate[1]), float(estimate[2])
@@ -295,7 +317,8 @@ def _kernel(kernel: Instruction, instructions: dict[str, Instruction]) -> tuple[
 def _to_other_slices(send: Instruction, instructions: dict[str, Instruction]) -> float:
     """Returns the bytes that a device sends to other slices in one transfer.
 
-    The target `{1,2}x{0:15}` contains the slices in the first braces. A sum goes around them in a ring.
+    The instruction names a target, e.g. `{1,2}x{0:15}`; the numbers in the first braces are slices. An all-reduce
+    passes its data around a ring of these slices.
     """
     payload = _bytes(instructions[send.operands[0]].type)
     target = re.search(r'_xla_megascale_target="\{([\d,:]*)\}', send.rest)
@@ -306,7 +329,7 @@ def _to_other_slices(send: Instruction, instructions: dict[str, Instruction]) ->
     return payload * 2 * (slices - 1) / slices
 
 
-def _product(i: Instruction, instructions: dict[str, Instruction]) -> float:
+def _product_flops(i: Instruction, instructions: dict[str, Instruction]) -> float:
     """Returns the floating-point operations of a dot or a convolution: two per multiplication."""
     out, (left, right) = _shape(i.type), (_shape(instructions[o].type) for o in i.operands)
     if i.opcode == "dot":
@@ -330,16 +353,19 @@ def _product(i: Instruction, instructions: dict[str, Instruction]) -> float:
 
 
 def _taps(out: int, size: int, stride: int, low: int, dilate_left: int, dilate_right: int, base: int) -> int:
-    """Returns the number of multiplications of a one-dimensional convolution, without those by inserted zeros.
+    """Returns the number of multiplications of a one-dimensional convolution.
 
-    Padding and dilation insert zeros. The TPU compiler writes batched matrix products as dilated convolutions, whose
-    windows cover mostly such zeros.
+    Multiplications by zeros that padding and dilation insert are not counted. The TPU compiler writes batched matrix
+    products as dilated convolutions, in which most multiplications are by such zeros.
+
+    out: size of the result. size: size of the window. low: padding before the first number. dilate_left: dilation of
+    the input. dilate_right: dilation of the window. base: size of the input.
     """
     at = (o * stride + k * dilate_right - low for o, k in itertools.product(range(out), range(size)))
     return sum(a % dilate_left == 0 and 0 <= a < base * dilate_left for a in at)
 
 
-def _group(rest: str, devices: int) -> int:
+def _group_size(rest: str, devices: int) -> int:
     """Returns the number of devices per replica group, from any of XLA's notations for replica groups."""
     if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", rest):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))

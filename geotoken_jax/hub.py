@@ -1,8 +1,8 @@
 """Finds the files of a model: a local folder, or a download from the Hugging Face hub by the model's name there.
 
-huggingface_hub downloads, and reads its own environment variables: HF_ENDPOINT (address of the hub), HF_HOME (folder
-of the cache), HF_HUB_OFFLINE (use the cache alone) and HF_TOKEN. It finds the token itself, in HF_TOKEN or in the file
-that `hf auth login` writes. This module never reads the token.
+The package huggingface_hub downloads the files. It reads the environment variables HF_ENDPOINT (address of the hub),
+HF_HOME (folder of the cache), HF_HUB_OFFLINE (if set, use only the cache) and HF_TOKEN (access token). Without
+HF_TOKEN, it reads the token from the file that `hf auth login` writes. This module never reads the token.
 """
 
 import contextlib
@@ -25,8 +25,8 @@ from geotoken_jax.settings import SettingsError
 #: Name of a model on the hub, ORG/NAME, where ORG is an organization or a user; then, optionally, an @ and a branch, a
 #: tag or a commit.
 _REFERENCE = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>\S+))?")
-#: Length of a file's name in the cache -> prefix of the data, function of the size, and algorithm. The name is the
-#: hash of the file: SHA-256 of a large file, or git's SHA-1 of another file.
+#: The cache names a file by its hash: SHA-256 (64 digits) for a large file, git's SHA-1 (40 digits) for any other file.
+#: Length of the name -> function from the file's size to the bytes that are hashed before the contents, and algorithm.
 _HASHES: dict[int, tuple[Callable[[int], bytes], Callable[..., Any]]] = {
     64: (lambda size: b"", hashlib.sha256),
     40: (lambda size: b"blob %d\0" % size, hashlib.sha1),
@@ -37,10 +37,11 @@ _HASHES: dict[int, tuple[Callable[[int], bytes], Callable[..., Any]]] = {
 class Kind:
     """A kind of model on the hub, such as exports.
 
-    first: file that every such model has; it is downloaded first. lacking: end of the message if a model lacks that
-    file. patterns: function that returns the names, or glob patterns, of all files to download. Its arguments are the
-    model's name, for messages, and a folder with the first file. It raises SettingsError if the model cannot be used.
-    has_sums: whether the caller compares sums of its own, so that the hub's hashes need not be compared.
+    first: name of a file that every such model has; it is downloaded first. lacking: end of the error message if a
+    model lacks this file. patterns: function that returns the names, or glob patterns, of all files to download. Its
+    arguments are the model's name, for messages, and the folder with the file `first`. It raises SettingsError if the
+    model cannot be used. has_sums: whether the caller compares the files with checksums of its own. Then only the file
+    `first` is compared with its hash on the hub.
     """
 
     first: str
@@ -50,12 +51,15 @@ class Kind:
 
 
 def resolve(model: epath.PathLike, kind: Kind, revision: str | None = None) -> epath.Path:
-    """Returns the path of a model: `model` itself if it exists, else the folder of its files in the hub's cache.
+    """Returns the path of a model: `model` itself if this path exists, else the model's folder in the hub's cache.
 
-    Files in the cache are not downloaded again and need no network. Each of them matches the hash that the hub states.
+    Files that the cache has are not downloaded again, and need no network. Files are compared with their hashes on the
+    hub (see Kind.has_sums).
 
-    model: local path, or name on the hub, ORG/NAME or ORG/NAME@REVISION. revision: branch, tag or commit on the hub, if
-    `model` has none; the main branch if None. Raises SettingsError if there is neither, or if the download fails.
+    model: local path, or name on the hub, ORG/NAME or ORG/NAME@REVISION. revision: branch, tag or commit on the hub; it
+    replaces the REVISION in `model`. Without both, the main branch is used.
+
+    Raises SettingsError if there is neither such a path nor such a model, or if the download fails.
     """
     path = epath.Path(model)
     if path.exists():
@@ -76,9 +80,9 @@ def is_name(text: str) -> bool:
 
 
 def pinned(folder: epath.PathLike) -> str | None:
-    """Returns ORG/NAME@COMMIT of a model in the hub's cache, or None if the folder is another one.
+    """Returns the name ORG/NAME@COMMIT of a model in the hub's cache, or None if the folder is not in the cache.
 
-    The cache names folders models--ORG--NAME/snapshots/COMMIT.
+    The folder of a model in the cache is models--ORG--NAME/snapshots/COMMIT.
     """
     *_, model, snapshots, commit = ("", "", "", *pathlib.Path(folder).absolute().parts)
     if not model.startswith("models--") or snapshots != "snapshots":
@@ -105,7 +109,7 @@ def _download(name: str, revision: str | None, kind: Kind) -> epath.Path:
     if not (folder / kind.first).exists():
         raise SettingsError(f"{name} has no {kind.first}: {kind.lacking}")
     _check_hashes(name, folder, [kind.first])
-    # The commit is fixed: without it, a push between the two downloads would mix two versions.
+    # The second download names the commit of the first. Otherwise, after a push in between, versions would be mixed.
     commit, patterns = folder.name, [kind.first, *kind.patterns(name, folder)]
     with one_line_errors(name, commit), _reported(name, commit, patterns) as bar:
         snapshot(name, revision=commit, allow_patterns=patterns, tqdm_class=bar)
@@ -127,7 +131,10 @@ def _check_hashes(name: str, folder: epath.Path, patterns: Sequence[str]) -> Non
 
 
 def _damaged(path: pathlib.Path) -> bool:
-    """Returns whether a file in the cache differs from its hash. A cache without links does not have the hashes."""
+    """Returns whether the contents of a file in the cache do not match its hash.
+
+    In a cache without links, file names are no hashes, and nothing is compared.
+    """
     stored = pathlib.Path(os.path.realpath(path))
     if stored.name == path.name or len(stored.name) not in _HASHES:
         return False
@@ -154,8 +161,8 @@ class _Hidden(tqdm.tqdm):
 def _reported(name: str, commit: str, patterns: Sequence[str]) -> Iterator[type[tqdm.tqdm] | None]:
     """Prints to standard error which download begins, and how long it took.
 
-    Yields the class of progress bars for snapshot_download: None, for the hub's own bars, if there is something to
-    download and standard error is a terminal; else bars that are not shown.
+    Yields the class of progress bars for snapshot_download. It is None, for the hub's own bars, if there are files to
+    download and standard error is a terminal. If not, the bars are hidden.
     """
     hub, missing = client(), []
     with contextlib.suppress(hub.errors.DryRunError, hub.errors.LocalEntryNotFoundError):
@@ -214,7 +221,7 @@ def one_line_errors(name: str, revision: str | None) -> Iterator[None]:
             "again"
         ) from None
     except broken as error:
-        if getattr(error, "errno", None):  # of the disk: errors of the network have no number
+        if getattr(error, "errno", None):  # an error of the disk: errors of the network have no number
             raise SettingsError(
                 f"{name} cannot be stored in the cache {constants.HF_HUB_CACHE} ({os.strerror(error.errno)}): make "
                 "room there and check its permissions, or set HF_HOME to another folder, then run the same command "

@@ -10,7 +10,8 @@ import jax
 def standard() -> Iterator[None]:
     """Sets JAX's default modes inside the context or the decorated function, in the calling thread.
 
-    They are: 32-bit types, standard promotion of types and ranks, and all transfers between host and devices.
+    In these modes numbers have 32 bits, types and ranks are promoted as usual, and arrays may be copied between host
+    and devices.
     """
     with (
         jax.enable_x64(False),

@@ -1,15 +1,19 @@
-"""Rows of the shards into which tables, indexes, neighbors and records are divided."""
+"""Computes the rows of each shard of a table, an index, neighbors or token records."""
 
 from collections.abc import Sequence
 
 
 def ranges(counts: Sequence[int], limit: int) -> list[range]:
-    """Returns the rows of each shard: `limit` rows, fewer in the last shard; one empty shard if there are no rows.
+    """Returns the rows of each shard. If there are no rows, there is one empty shard.
 
-    counts: numbers of rows, ascending. The last one is the present number; those before are the numbers when the shards
-    were made and extended. Rows that were added since are in shards of their own, so that full shards never change. A
-    shard at the end that is not full is joined with rows that are added later, if they are at least as many: so the
-    number of such shards grows with the logarithm of the additions, and no row is written again more often than that.
+    counts: numbers of rows, ascending: the number when the shards were first made, then the number after each addition
+    of rows. limit: largest number of rows per shard.
+
+    Without additions, all shards have `limit` rows, except the last. Added rows form new shards, so full shards never
+    change. There is one exception: if the last shard is not full, and at least as many rows are added as it has, it is
+    merged with the added rows. Merging keeps the number of small shards low: with additions of equal size, it grows
+    with the logarithm of their number. A merge about doubles the size of a shard, so a row is written again about
+    log2(limit) times at most.
     """
     shards: list[range] = []
     for count in counts:

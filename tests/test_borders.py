@@ -176,7 +176,7 @@ def test_a_writer_on_another_machine_is_dead_if_it_renews_its_lock_no_more(
     tmp_path, monkeypatch, fast_locks, system_locks, state
 ):
     if not system_locks:
-        monkeypatch.setattr(disk, "_try", lambda file: None)
+        monkeypatch.setattr(disk, "_try_lock", lambda file: None)
     lock = tmp_path / ".lock.0"
     lock.write_text("process 7 on elsewhere\n")
     ended = threading.Event()

@@ -169,7 +169,7 @@ def test_products_written_as_convolutions():
     product = hlo._instruction(line)
     assert product.operands == ("l", "r")
     known = {"l": dataclasses.replace(product, type="f32[6,5,7]"), "r": dataclasses.replace(product, type="f32[6,7,3]")}
-    assert hlo._product(product, known) == 2 * 6 * 5 * 7 * 3
+    assert hlo._product_flops(product, known) == 2 * 6 * 5 * 7 * 3
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_products_written_as_convolutions():
     ],
 )
 def test_groups(text, size):
-    assert hlo._group(text, 16) == size
+    assert hlo._group_size(text, 16) == size
 
 
 def test_the_program_of_a_real_scan():

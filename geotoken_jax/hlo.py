@@ -277,7 +277,7 @@ def _closing(line: str, start: int) -> int:
 def _arrays(kind: str) -> Iterator[tuple[float, str]]:
     """Yields bytes and layout of each array in a type."""
     for name, sizes, layout in _ARRAY.findall(kind):
-        width = _BYTES_PER_NUMBER.get(name) or int(re.search(r"\d+", name)[0]) / 8  # pyright: ignore[reportOptionalSubscript]
+        width = _BYTES_PER_NUMBER.get(name) or int(re.search(r"\d+", name)[0]) / 8  # pyright: ignore
         yield width * math.prod(_sizes(sizes)), layout
 
 

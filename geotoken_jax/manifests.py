@@ -1,13 +1,14 @@
-"""Manifests of a work directory's folders, by which a stage finds out if a folder is complete and fits its settings.
+"""Reads and writes the manifests of a work directory's folders.
 
-A stage writes `begun.json` first and `manifest.json` last, each atomically (to a temporary file, then renamed); the
-manifest marks the folder as complete. Both files contain the settings and the hashes of the input manifests, so that
-results of different settings or inputs are never mixed. A manifest depends on neither time nor machine: two runs of one
-configuration by one version of the code have equal manifests, interrupted or not.
+A manifest is the file `manifest.json` of a folder, which a stage writes last. It marks the folder as complete. The
+stage writes `begun.json` first. Both files contain the settings and the SHA-256 of the manifests of the input folders,
+so results of different settings or inputs are never mixed. Both are written atomically: to a temporary file, which is
+then renamed. A manifest depends on neither time nor machine: two runs of one configuration by one version of the code
+have equal manifests, interrupted or not.
 
-A manifest contains the size and the SHA-256 of each file of its folder, and so does the ledger of a shard, a JSON file
-in the subfolder ledgers/ that is written after the shard's files. Sizes are compared when a stage begins, sums by
-`geotoken verify`.
+A manifest contains the size and the SHA-256 of each file in its folder. If a stage writes shards, each shard has a
+ledger: a JSON file in the subfolder ledgers/, written after the shard's files, with their sizes and SHA-256. A stage
+compares the sizes when it begins. `geotoken verify` compares the SHA-256 too.
 """
 
 import contextlib
@@ -50,16 +51,17 @@ PATH = {
 }
 
 
-#: Version of the form of a work directory's files. It grows when an earlier release cannot read or continue a folder.
-#: 1: without sums. 2: with sums, larger shards of features, and photos/ with the subfolders NAME/VERSION.
+#: Version of the file formats in a work directory. It increases if earlier releases cannot read or continue a folder.
+#: 1: no checksums. 2: checksums, larger shards of features, and photos/ with the subfolders NAME/VERSION.
 FORMAT = 2
 #: Subfolder of a stage's folder with the ledgers of its shards.
 LEDGERS = "ledgers"
-#: Subfolder of a stage's folder with its files before photos were added to its inputs, while it is updated.
+#: Subfolder that a stage's folder has while photos are added to it. It contains the folder's files from before.
 EARLIER = "earlier"
-#: Verbs that take in photos that were added to the source.
+#: Verbs that can add photos to their folders after photos were added to the source.
 UPDATED = ("prepare", "embed", "index")
-#: Folders that stay valid if photos are added to their inputs: a model that was trained on fewer photos is a model.
+#: Folders that `geotoken train` and similar verbs make. They stay valid if photos are added to their inputs, because a
+#: model that was trained on fewer photos can still be used.
 _TRAINED = ("align", "geotoken", "pools", "reward", "channels", "reranker")
 #: Files that a manifest does not record, because they depend on time and machine, or change after the stage.
 _UNRECORDED = (
@@ -84,11 +86,11 @@ class OtherSettingsError(StageError):
 class Manifest:
     """Contents of a complete folder's `manifest.json`.
 
-    folder: name in the work directory. settings: sections of the configuration that the folder was made with. inputs:
-    input folder -> SHA-256 of the input's manifest. counts: number of records, per split or kind. dropped: reason ->
-    number of dropped photos. facts: other results of the stage, such as the width of features. files: path in the
-    folder -> size and SHA-256; empty in format 1. format: see FORMAT. code: version of this package that made the
-    folder; it is no part of the folder's digest.
+    folder: name of the folder in the work directory. settings: sections of the configuration that the folder was made
+    with. inputs: input folder -> SHA-256 of its manifest. counts: split, or kind of record -> number of records.
+    dropped: reason -> number of dropped photos. facts: other results of the stage, such as the width of features.
+    files: path in the folder -> size and SHA-256; empty in format 1. format: see FORMAT. code: version of this package
+    that made the folder; `digest` leaves it out.
     """
 
     folder: str
@@ -104,11 +106,12 @@ class Manifest:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A folder opened for its stage. If `manifest` is not None the folder is complete and the stage has nothing to do.
+    """A folder that is opened for its stage.
 
-    path: the folder. settings, inputs: see Manifest. mended: manifest of a complete folder that was opened again to
-    make damaged files again, else None. earlier: SHA-256 of the manifests that the folder had before
-    photos were added, and their counts, in order.
+    path, folder: path, and name in the work directory. settings, inputs: see Manifest. manifest: manifest of the folder
+    if it is complete; then the stage has nothing to do. mended: manifest from before files of the folder were damaged,
+    if the stage makes these files again; else None. earlier: the earlier manifests of the folder, one before each
+    addition of photos, oldest first. A manifest is given as a dict with its SHA-256 and its counts.
     """
 
     path: epath.Path
@@ -120,9 +123,10 @@ class Stage:
     earlier: Sequence[Mapping[str, Any]] = ()
 
     def finish(self, counts: Mapping[str, Any], dropped: Mapping[str, int] | None = None, **facts: Any) -> Manifest:
-        """Writes the manifest, which marks the folder as complete, and returns it. The arguments: see Manifest.
+        """Writes the manifest, which marks the folder as complete, and returns it. For the arguments, see Manifest.
 
-        Raises StageError if a mended folder is not as it was before, since later stages were made from that.
+        Raises StageError if files that were damaged and made again differ from the files before the damage. Later
+        stages were made from those files.
         """
         shutil.rmtree(self.path / EARLIER, ignore_errors=True)
         facts |= {"earlier": self.earlier} if self.earlier else {}
@@ -144,19 +148,19 @@ class Stage:
         names = sorted(made.files.keys() | before.files.keys())
         other = [name for name in names if made.files.get(name) != before.files.get(name)]
         raise StageError(
-            f"{self.path / (other or ['manifest.json'])[0]} was made again, but not with the contents that it had, so "
-            "the version, a library or the machine is another: restore it, or make its stage and all later ones again "
-            f"with `geotoken all --remake={PATH[self.folder.split('/')[0]]}`"
+            f"{self.path / (other or ['manifest.json'])[0]} was made again, but its contents differ from before, "
+            "because the version of this package, a library or the machine is another: restore the file, or make its "
+            f"stage and all later stages again with `geotoken all --remake={PATH[self.folder.split('/')[0]]}`"
         )
 
     def _files(self) -> dict[str, list[Any]]:
-        """Returns path -> size and SHA-256 for all files: from the ledgers, or else computed."""
+        """Returns path -> size and SHA-256 for all files, from ledgers; computes them for files without a ledger."""
         names = disk.files(self.path, _UNRECORDED)
         known = _in_ledgers(self.path)
         if wrong := _wrong_size(self.path, known):
             raise StageError(
-                f"{self.path / wrong[0]} {wrong[1]}, unlike when it was written: run the same command again, which "
-                "makes it again"
+                f"{self.path / wrong[0]} {wrong[1]}, unlike when this file was written: run the same command again, "
+                "which makes the file again"
             )
         return {**known, **disk.checksums(self.path, set(names) - known.keys())}
 
@@ -164,8 +168,9 @@ class Stage:
 def write_ledger(path: epath.Path, files: Sequence[epath.Path], **values: Any) -> None:
     """Writes the ledger of a shard, which marks the shard as complete.
 
-    path: STAGE'S FOLDER/ledgers/NAME.json. files: the shard's files, all written. values: further contents. The ledger
-    has them, and `files`: path in the stage's folder -> size and SHA-256.
+    path: path of the ledger, ledgers/NAME.json in the stage's folder. files: paths of the shard's files, which must be
+    complete. values: further contents of the ledger. The key `files` of the ledger is a dict: path in the stage's
+    folder -> size and SHA-256.
     """
     folder = path.parent.parent
     path.parent.mkdir(exist_ok=True)
@@ -187,9 +192,10 @@ def read_ledger(path: epath.Path) -> dict[str, Any] | None:
 
 
 def recorded(folder: epath.Path) -> dict[str, list[Any]]:
-    """Returns path -> size and SHA-256 for the files that a begun folder must have: those that its ledgers record.
+    """Returns path -> size and SHA-256 for the files that a begun folder must have.
 
-    If the folder was opened again to be mended, these are all its earlier files.
+    These are the files that its ledgers record. If the folder was complete and damaged files are made again, these are
+    also all files of its earlier manifest.
     """
     before = _load(folder / "begun.json", ["mended"])["mended"]["files"] if is_mended(folder) else {}
     return {**before, **_in_ledgers(folder)}
@@ -204,16 +210,18 @@ def _in_ledgers(folder: epath.Path) -> dict[str, list[Any]]:
 
 
 def is_mended(folder: epath.Path) -> bool:
-    """Returns whether a stage's folder was complete, and was opened again to make damaged files again."""
+    """Returns whether a folder was complete, and is now opened again to make its damaged files again."""
     begun = folder / "begun.json"
     return begun.exists() and bool(_load(begun, ["mended"])["mended"])
 
 
 def reopen(workdir: epath.Path, folder: str, bad: Collection[str]) -> None:
-    """Removes the bad files of a folder, so that its stage makes only them again. A complete folder becomes begun.
+    """Removes the bad files of a folder, and marks the folder as not complete. Its stage then makes only these files.
 
-    The ledgers of the files are removed too. A file without a ledger in a subfolder is removed with its neighbors there
-    that have no ledger, as they were written together.
+    The ledgers of bad files are removed too. If a bad file in a subfolder has no ledger, all files of this subfolder
+    that have no ledger are removed, because a stage writes such files together.
+
+    bad: paths of the bad files in the folder.
     """
     path = workdir / folder
     disk.lock(path)
@@ -222,29 +230,29 @@ def reopen(workdir: epath.Path, folder: str, bad: Collection[str]) -> None:
         manifest = dataclasses.asdict(read_manifest(workdir, folder))
         begun = {key: manifest[key] for key in ("settings", "inputs", "format")}
         write_json(path / "begun.json", {**begun, "mended": manifest})
-    vouched: set[str] = set()
+    in_ledgers: set[str] = set()
     for ledger in disk.matching(path / LEDGERS, "*.json"):
         try:
             names = set(json.loads(ledger.read_bytes())["files"])
         except (ValueError, KeyError, TypeError):
             names = set()
-        vouched |= names
+        in_ledgers |= names
         if not names or names & set(bad) or f"{LEDGERS}/{ledger.name}" in bad:
             ledger.unlink()
     removed = set(bad)
-    for name in set(bad) - vouched:
+    for name in set(bad) - in_ledgers:
         parent = os.path.dirname(name)
         if parent and parent != LEDGERS:
             removed |= {
                 f"{parent}/{file.name}" for file in disk.matching(path / parent, "*") if file.is_file()
-            } - vouched
+            } - in_ledgers
     for name in removed:
         (path / name).unlink(missing_ok=True)
     (path / "manifest.json").unlink(missing_ok=True)
 
 
 def check_sizes(workdir: epath.Path, folder: str, manifest: Manifest) -> None:
-    """Raises StageError that names the first file of a folder that is missing or has another size than recorded."""
+    """Raises StageError if a file in a manifest is missing or has another size; the message names the first one."""
     if wrong := _wrong_size(workdir / folder, manifest.files):
         name, found = wrong
         cure = how_to_remake(workdir / folder, folder)
@@ -257,7 +265,10 @@ def check_sizes(workdir: epath.Path, folder: str, manifest: Manifest) -> None:
 
 
 def _wrong_size(folder: epath.PathLike, files: Mapping[str, Sequence[Any]]) -> tuple[str, str] | None:
-    """Returns the first file that is missing or has a wrong size, and a text on it; None if there is none."""
+    """Returns the first file that is missing or has a wrong size, with a text such as "is missing".
+
+    Returns None if all sizes are right. files: path in the folder -> size and SHA-256.
+    """
     for name, (size, *_) in files.items():
         try:
             found = os.stat(os.path.join(folder, name)).st_size
@@ -271,14 +282,14 @@ def _wrong_size(folder: epath.PathLike, files: Mapping[str, Sequence[Any]]) -> t
 def begin(
     workdir: epath.PathLike, folder: str, config: Mapping[str, Any], inputs: Sequence[str], update: bool = False
 ) -> Stage:
-    """Opens a folder for its stage; if the folder is new, makes it and writes `begun.json`.
+    """Opens a folder for its stage. If the folder is new, makes it and writes `begun.json`.
 
     config: section name -> section (ConfigDict, dataclass or mapping) that the folder depends on. inputs: folders of
-    the work directory that the stage reads; all must be complete. update: whether a folder to whose inputs photos were
-    added is opened again, to take them in. A folder with a trained model is kept instead.
+    the work directory that the stage reads; all must be complete. update: whether the stage adds photos that were added
+    to the inputs after the folder was made. If False, such a folder is refused, unless it contains a trained model.
 
-    Raises StageError if an input is missing, if a file of the folder or of an input is missing or has another size
-    than was recorded, or if the folder was begun or made with other settings or inputs, and LockedError if another
+    Raises StageError if an input is not complete, if a file of the folder or of an input is missing or has another size
+    than was recorded, or if the folder was begun or made with other settings or inputs. Raises LockedError if another
     process writes the folder.
     """
     workdir = local(workdir)
@@ -316,7 +327,10 @@ def begin(
 
 
 def _has_grown(workdir: epath.Path, stored: Mapping[str, str], requested: Mapping[str, str]) -> bool:
-    """Returns whether inputs differ from the present ones, and only by photos that were added to these since."""
+    """Returns whether inputs have changed, and only because photos were added to them.
+
+    stored, requested: input folder -> SHA-256 of its manifest when the folder was made, and now.
+    """
     if stored == requested or stored.keys() != requested.keys():
         return False
     return all(
@@ -327,14 +341,20 @@ def _has_grown(workdir: epath.Path, stored: Mapping[str, str], requested: Mappin
 
 
 def is_outdated(workdir: epath.Path, folder: str) -> bool:
-    """Returns whether a complete folder was made before its inputs were, and has no trained model."""
+    """Returns whether the inputs of a complete folder have changed since it was made.
+
+    Returns False for the folder of a trained model, which stays valid.
+    """
     inputs = read_manifest(workdir, folder).inputs
     now = {name: digest(workdir, name) if (workdir / name / "manifest.json").exists() else "" for name in inputs}
     return inputs != now and folder.split("/")[0] not in _TRAINED
 
 
 def _reopen_grown(workdir: epath.Path, folder: str, requested: Mapping[str, Any]) -> None:
-    """Opens a complete or begun folder again if photos were added to its inputs. The first process does so."""
+    """Opens a complete or begun folder again if photos were added to its inputs.
+
+    Process 0 opens the folder; other processes wait. requested: present settings and inputs of the folder.
+    """
     path = workdir / folder
     while True:
         manifest = read_manifest(workdir, folder) if (path / "manifest.json").exists() else None
@@ -354,9 +374,10 @@ def _reopen_grown(workdir: epath.Path, folder: str, requested: Mapping[str, Any]
 
 
 def reopen_to_extend(workdir: epath.PathLike, folder: str, requested: Mapping[str, Any]) -> Stage:
-    """Opens a folder again to add photos to it, and returns it. Its files move to the subfolder EARLIER/NUMBER.
+    """Opens a folder again to add photos to it, and returns it as a Stage.
 
-    requested: settings and inputs from now on. The shards of an incomplete folder are kept too.
+    The files of the folder are moved to its subfolder EARLIER/NUMBER. If the folder is not complete, its shards are
+    moved too, so they are not lost. requested: new settings and inputs of the folder.
     """
     path = local(workdir) / folder
     disk.lock(path)
@@ -368,7 +389,7 @@ def reopen_to_extend(workdir: epath.PathLike, folder: str, requested: Mapping[st
         state = {"sha256": digest(workdir, folder), "counts": manifest.counts}
         begun = {"earlier": [*manifest.facts.get("earlier", []), state], "moves": 0}
     else:
-        _move_earlier(path, begun["moves"])  # the last time, it was interrupted
+        _move_earlier(path, begun["moves"])  # the previous move may have been interrupted
     begun = {**begun, "moves": begun["moves"] + 1}
     write_json(path / "begun.json", {**requested, **begun, "format": FORMAT})
     (path / "manifest.json").unlink(missing_ok=True)
@@ -377,7 +398,10 @@ def reopen_to_extend(workdir: epath.PathLike, folder: str, requested: Mapping[st
 
 
 def _move_earlier(path: epath.Path, number: int) -> None:
-    """Moves the files of a folder that is opened again into EARLIER/NUMBER, unless this has been done."""
+    """Moves the files of a folder into its subfolder EARLIER/NUMBER, unless they have been moved.
+
+    Process 0 moves the files; other processes wait. If `number` is 0, nothing is moved.
+    """
     folder = path / EARLIER / str(number)
     moved = folder / "moved"
     while number and not moved.exists():
@@ -392,9 +416,10 @@ def _move_earlier(path: epath.Path, number: int) -> None:
 
 
 def local(path: epath.PathLike) -> epath.Path:
-    """Returns the path of a folder on this machine. Raises StageError for a URL, also with one slash (s3:/bucket/run).
+    """Returns the path of a local folder, with ~ replaced by the home folder.
 
-    The message contains only the URL's scheme, because the rest may contain a password.
+    Raises StageError if the path is a URL, also with a single slash (s3:/bucket/run), or is not UTF-8. The message
+    contains only the scheme of the URL, because the rest may contain a password.
     """
     if url := re.match("([A-Za-z][A-Za-z0-9+.-]+):/", str(path)):
         raise StageError(
@@ -416,14 +441,14 @@ def read_manifest(workdir: epath.PathLike, folder: str) -> Manifest:
     return Manifest(**_load(path, settings.names(Manifest)))
 
 
-#: Keys that some files lack, such as files of format 1 -> their values there.
-_LATER = {"files": {}, "format": 1, "code": "", "mended": None, "earlier": [], "moves": 0}
+#: Key that files of earlier releases can lack -> value of the key for such a file.
+_DEFAULTS = {"files": {}, "format": 1, "code": "", "mended": None, "earlier": [], "moves": 0}
 
 
 def _load(path: epath.Path, keys: Sequence[str]) -> dict[str, Any]:
-    """Returns these keys of a JSON file of a stage, and its format.
+    """Returns the values of some keys in `manifest.json` or `begun.json`, and of the key `format`.
 
-    Raises StageError if the file is damaged or lacks a key, or if its format is later than this release's.
+    Raises StageError if the file is damaged or lacks a key, or if its format is newer than FORMAT.
     """
     try:
         stored = json.loads(path.read_bytes())
@@ -432,7 +457,7 @@ def _load(path: epath.Path, keys: Sequence[str]) -> dict[str, Any]:
             f"{path} is damaged ({error}): restore it, or remove {path.parent} and run its stage again"
         ) from None
     if isinstance(stored, dict):
-        stored = {**_LATER, **stored}
+        stored = {**_DEFAULTS, **stored}
         if isinstance(stored["format"], int) and stored["format"] > FORMAT:
             raise StageError(
                 f"{path} has format {stored['format']}, written by version {stored['code'] or 'unknown'}, and this "
@@ -446,14 +471,17 @@ def _load(path: epath.Path, keys: Sequence[str]) -> dict[str, Any]:
         or not all(isinstance(stored.get(key, {}), dict) for key in ("settings", "inputs"))
     ):
         raise StageError(
-            f"{path} has not the keys {', '.join(keys)}, so it is damaged or of another version: restore it, or remove "
-            f"{path.parent} and run its stage again"
+            f"{path} lacks one of the keys {', '.join(keys)}, or has a value of a wrong type, so the file is damaged "
+            f"or of another version: restore it, or remove {path.parent} and run its stage again"
         )
     return {key: stored[key] for key in {**dict.fromkeys(keys), "format": None}}
 
 
 def digest(workdir: epath.PathLike, folder: str) -> str:
-    """Returns the SHA-256 of a folder's manifest without `code`. Raises StageError if the folder is not complete."""
+    """Returns the SHA-256 of a folder's manifest, without its key `code`.
+
+    Raises StageError if the folder is not complete.
+    """
     read_manifest(workdir, folder)
     stored = json.loads((epath.Path(workdir) / folder / "manifest.json").read_bytes())
     return hashlib.sha256(_json({key: value for key, value in stored.items() if key != "code"})).hexdigest()
@@ -495,7 +523,10 @@ def first_difference(stored: Mapping[str, Any], requested: Mapping[str, Any]) ->
 
 
 def how_to_remake(path: epath.Path, folder: str) -> str:
-    """Returns the end of a message: how to make a folder of a work directory again. path: the folder."""
+    """Returns the advice at the end of an error message: how to make a folder again.
+
+    path, folder: path of the folder, and its name in the work directory.
+    """
     verb = PATH.get(folder.split("/")[0], "audit")
     if verb == "audit":
         return f"remove {path} to make it again"
@@ -507,7 +538,7 @@ def _check_same(
 ) -> None:
     """Raises OtherSettingsError if settings or inputs differ. grown: whether photos were added to the inputs."""
     for part in ("settings", "inputs"):
-        difference = _first_difference(stored[part], requested[part], "")
+        difference = _any_difference(stored[part], requested[part], "")
         if difference is None:
             continue
         key, old, new = difference
@@ -525,10 +556,11 @@ def _check_same(
         raise OtherSettingsError(f"{problem}: use another --workdir, or {how_to_remake(path, folder)}", path)
 
 
-def _first_difference(old: Any, new: Any, place: str) -> tuple[str, Any, Any] | None:
+def _any_difference(old: Any, new: Any, place: str) -> tuple[str, Any, Any] | None:
+    """Returns the dotted key, the old and the new value of the first difference, also if only one side has the key."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
-            difference = _first_difference(old.get(key), new.get(key), f"{place}.{key}" if place else key)
+            difference = _any_difference(old.get(key), new.get(key), f"{place}.{key}" if place else key)
             if difference:
                 return difference
         return None

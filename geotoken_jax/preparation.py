@@ -1,6 +1,7 @@
-"""Settings of data preparation: config.photos, config.embed and config.index.
+"""Settings of data preparation: config.photos, config.benchmarks, config.embed and config.index.
 
-They are not declared in data_prep/, because the installed package reads whole configurations but lacks that folder.
+They are not declared in data_prep/, because the installed package does not contain that folder, but reads whole
+configurations.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from geotoken_jax.settings import Runtime
 
 
 def _check_counts(settings: Any, *names: str) -> None:
-    """Raises ValueError if a number of things, such as photos per shard, is below 1."""
+    """Raises ValueError if one of the named settings, such as photos_per_shard, is below 1."""
     for name in names:
         if getattr(settings, name) < 1:
             raise ValueError(f"{name} is {getattr(settings, name)}: use 1 or more")
@@ -27,9 +28,9 @@ def _check_counts(settings: Any, *names: str) -> None:
 class BeamSettings:
     """config.photos.beam.
 
-    runner: Beam runner (DirectRunner, FlinkRunner, SparkRunner or DataflowRunner); if empty, Beam is not used, but
-    config.photos.workers processes of this machine. options: options of the Beam pipeline, such as
-    `--flink_master=host:8081`.
+    runner: name of the Beam runner: DirectRunner, FlinkRunner, SparkRunner or DataflowRunner. If empty, Beam is not
+    used, and config.photos.workers processes on this machine prepare the photos. options: options of the Beam pipeline,
+    such as `--flink_master=host:8081`.
     """
 
     runner: str
@@ -38,11 +39,13 @@ class BeamSettings:
 
 @dataclasses.dataclass(frozen=True)
 class PlaceholderSettings:
-    """config.photos.mp16_pro.placeholder: images that sites show in place of removed photos, and that are dropped.
+    """config.photos.mp16_pro.placeholder: how to find placeholders, the images that web sites show instead of removed
+    photos. `geotoken prepare` drops them.
 
-    hashes: hashes of known placeholders from `dhash`, 16 hexadecimal digits each; if empty, no photo is decoded for
-    this check. distance: number of bits by which a photo's hash may differ from one of them. identical: number of
-    photos that may have the same bytes; if more have, all of them are placeholders.
+    hashes: hashes of known placeholders, computed by data_prep.placeholder.dhash, 16 hexadecimal digits each. If empty,
+    hashes are not compared. distance: largest number of bits by which the hash of a placeholder differs from one of
+    `hashes`. identical: largest number of photos with the same bytes. If more photos have the same bytes, they are
+    placeholders.
     """
 
     hashes: tuple[str, ...]
@@ -65,9 +68,9 @@ class PlaceholderSettings:
 class DatasetSettings:
     """config.photos.dataset: name, version and terms of photos/ as a data set of TensorFlow Datasets.
 
-    name: lower-case letters, digits and `_`; photos/ contains the folder NAME/VERSION. version: three numbers, such as
-    1.0.0. license, terms, citation, homepage: as in data_prep.sources.Provenance. An empty text is replaced by the text
-    of the source, except for the version.
+    name: name of the data set, of lower-case letters, digits and `_`. The data set is stored in photos/NAME/VERSION.
+    version: three numbers, such as 1.0.0. license, terms, citation, homepage: see data_prep.sources.Provenance. If one
+    of these four or the name is empty, it is replaced by the value of the source.
     """
 
     name: str
@@ -86,11 +89,12 @@ class DatasetSettings:
 
 @dataclasses.dataclass(frozen=True)
 class DuplicateSettings:
-    """config.photos.duplicates: photos of equal bytes, and photos of nearly the same picture.
+    """config.photos.duplicates: how to treat photos that have the same bytes or nearly the same picture.
 
-    difference: largest root-mean-square difference of the thumbnails of nearly equal pictures, in gray levels of 255; 0
-    finds photos of equal bytes only. keep: whether duplicates may be in several splits. If False, a picture that is in
-    a split of evaluation is left out of `train`, and a picture of a test split is left out of `validation`.
+    difference: largest root-mean-square difference between the thumbnails of two duplicates, in gray levels of 0 to
+    255. If 0, only photos with the same bytes are duplicates. keep: whether duplicates may be in several splits. If
+    False, duplicates of photos in evaluation splits are left out of `train`, and duplicates of photos in test splits
+    are left out of `validation`.
     """
 
     difference: float
@@ -105,9 +109,10 @@ class DuplicateSettings:
 class EarthViewSettings:
     """config.photos.earthview.
 
-    seed: random seed of the whole data set. places: number of places that authors visit, drawn from the GeoNames places
-    with 1,000 inhabitants or more; `test_unseen` has other places. train, validation, test, test_unseen, test_shift:
-    number of photos per split. photos_per_shard: photos per shard; the last shard may have fewer.
+    seed: random seed of the whole data set. places: number of places around which photos are made, drawn from the
+    GeoNames places with 1,000 inhabitants or more. The photos of `test_unseen` are made around other places. train,
+    validation, test, test_unseen, test_shift: number of photos per split. photos_per_shard: photos per shard; the last
+    shard may have fewer.
     """
 
     seed: int
@@ -130,10 +135,11 @@ class EarthViewSettings:
 class FolderSettings:
     """config.photos.folder.
 
-    path: folder of photos, with subfolders. csv: file with id, latitude and longitude and, if available, author, the
-    names in records.PLACE_FIELDS and captured (a time that data_prep.csv_rows.seconds reads); if empty, coordinates and
-    time come from EXIF. train, validation, test: shares of authors, 0-1; a benchmark has test=1. photos_per_shard:
-    photos per shard; the last shard may have fewer.
+    path: folder of photos; photos in its subfolders are included. csv: path of a table with the columns id, latitude
+    and longitude. Optional columns are author, captured (time of the photo, see data_prep.csv_rows.seconds) and the
+    names in records.PLACE_FIELDS. If `csv` is empty, coordinates and time are read from EXIF. train, validation, test:
+    share of the authors in each split, 0-1; for a benchmark, test is 1. photos_per_shard: photos per shard; the last
+    shard may have fewer.
     """
 
     path: str
@@ -219,12 +225,16 @@ class YfccSettings:
 class BenchmarkSettings:
     """config.benchmarks.photos.NAME: a benchmark, whose photos become the split NAME.
 
-    path: folder of photos, with subfolders; if empty, the benchmark is not used. table: file with id, latitude and
-    longitude (also IMG_ID, LAT and LON) and, if available, the names in records.PLACE_FIELDS and captured; or YFCC's
-    info.txt; if empty, coordinates and time come from EXIF. author: name of the table's column of authors; without such
-    a column the authors are unknown. authors: second table, with id and author, that names the authors of photos for
-    which `table` does not; if empty, there is none. rows: value of the table's column `split` in the rows to use; if
-    empty, all rows are used. photos_per_shard: photos per shard; the last shard may have fewer.
+    path: folder of photos; photos in its subfolders are included. If empty, the benchmark is not used.
+
+    table: path of a table with the columns id, latitude and longitude (or IMG_ID, LAT and LON), or of YFCC's info.txt.
+    Optional columns are captured (time of the photo) and the names in records.PLACE_FIELDS. If `table` is empty,
+    coordinates and time are read from EXIF.
+
+    author: name of the column of `table` that contains authors; if there is no such column, the authors are unknown.
+    authors: path of a second table with the columns id and author, for photos without an author in `table`; if empty,
+    there is no second table. rows: split to use: only rows with this value in the column `split` of `table`; if empty,
+    all rows. photos_per_shard: photos per shard; the last shard may have fewer.
     """
 
     path: str
@@ -244,8 +254,9 @@ class BenchmarkSettings:
 class BenchmarksSection:
     """config.benchmarks: labeled photos beside the data set, which are predicted with its gallery.
 
-    photos: name -> benchmark. exclude: name -> rules. Each benchmark is predicted once as any other split, and once
-    more per entry of `exclude`, without the gallery photos that its rules exclude.
+    photos: name -> benchmark. exclude: name -> rules that exclude gallery photos. Each benchmark is predicted once like
+    any other split. For each entry of `exclude` it is predicted once more, without the gallery photos that the rules
+    of this entry exclude.
     """
 
     photos: Mapping[str, BenchmarkSettings]
@@ -270,11 +281,12 @@ class BenchmarksSection:
 class PhotosSettings:
     """config.photos, with a section per source.
 
-    source: name of the source's section. workers: number of processes; 1 works in the current process. beam: settings
-    of Apache Beam, which can replace the processes. max_dropped: share of dropped photos, 0-1, above which `prepare`
-    fails. null_island: whether photos at latitude 0, longitude 0 are kept; there is only sea, and devices that do not
-    know their place write 0, 0. keep_changed: whether a complete photos/ is kept if the source has changed since; if
-    False, a change is an error. dataset, duplicates: see DatasetSettings and DuplicateSettings.
+    source: name of the section with the source's settings, such as folder. workers: number of processes; if 1, the
+    current process prepares the photos. beam: settings of Apache Beam, which can replace the processes. max_dropped:
+    share of dropped photos, 0-1, above which `prepare` fails. null_island: whether photos at latitude 0, longitude 0
+    are kept. Usually these coordinates are wrong: the place is open sea, and devices without a position write 0, 0.
+    keep_changed: whether a complete photos/ is kept if the source has changed since; if False, a change is an error.
+    dataset, duplicates: see DatasetSettings and DuplicateSettings.
     """
 
     source: str
@@ -300,8 +312,8 @@ class PhotosSettings:
 
 @dataclasses.dataclass(frozen=True)
 class EmbedSettings(BackboneSettings):
-    """config.embed. threads: number of threads that decode photos. views: augmented views of train photos. The other
-    keys: see BackboneSettings."""
+    """config.embed. threads: number of threads that decode photos. views: settings of the augmented views of train
+    photos. For all other keys, see BackboneSettings."""
 
     threads: Runtime[int]
     views: ViewsSettings
@@ -314,9 +326,10 @@ class EmbedSettings(BackboneSettings):
 class NeighborsSettings:
     """config.index.neighbors.
 
-    count: number of neighbors stored per photo. exclude: rules that exclude neighbors of train photos. The gallery
-    contains other photos of the same author and place, which are much easier to find than the neighbors of a new photo.
-    exclude_in_evaluation: rules for the photos of all other splits.
+    count: number of neighbors stored per photo. exclude: rules for train photos. They exclude gallery photos from a
+    photo's neighbors, such as photos by the same author of the same place. Without the rules, training would get
+    neighbors that are much more similar than the neighbors of a new photo. exclude_in_evaluation: rules for the photos
+    of all other splits.
     """
 
     count: int
@@ -330,7 +343,7 @@ class NeighborsSettings:
 
 @dataclasses.dataclass(frozen=True)
 class IndexSection:
-    """config.index. neighbors: number of stored neighbors, and exclusion rules. search: settings of the index."""
+    """config.index. neighbors: settings of the stored neighbors. search: settings of the gallery's index."""
 
     neighbors: NeighborsSettings
     search: IndexSettings

@@ -1,7 +1,7 @@
-"""Connects several processes for one training, and ends each process if the others are lost or make no progress.
+"""Connects the processes of one training. Ends a process if it makes no progress, or if another process is lost.
 
-A launcher sets JAX_COORDINATOR_ADDRESS (host:port of the first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID for every
-process. Without these variables there is one process, and this module does not import JAX.
+A launcher sets the environment variables JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and
+JAX_PROCESS_ID for every process. Without these variables there is one process, and this module does not import JAX.
 """
 
 import contextlib
@@ -22,24 +22,27 @@ from typing import Any, NoReturn
 from geotoken_jax.settings import SettingsError
 
 _ADDRESS, _COUNT, _INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
-#: Exit status of a process that continues when the same command is run again (EX_TEMPFAIL of sysexits.h).
+#: Exit status of a process that ends early, if the same command continues its work (EX_TEMPFAIL of sysexits.h).
 RESTART = 75
-#: Seconds that the first process waits before it ends after an error. All others end when it has ended; the wait lets
-#: them end with a message about their own loss.
+#: Seconds that process 0 waits after an error before it ends. Its end makes JAX end all other processes; the wait gives
+#: them the time to end by themselves, with their own messages.
 _LINGER_S = 3.0
-#: Seconds in which the coordination service answers, unless it is lost. It is idle: 0.001 s is usual.
+#: If JAX's coordination service does not answer within this number of seconds, it is lost. Usually it takes 0.001 s.
 _ANSWER_S = 2.0
 _IMPORTED = time.monotonic()
 #: Beginnings of XLA errors that the end of another process can cause. All other errors come from this process.
-_LOSSES = ("UNAVAILABLE:", "UNKNOWN:", "INTERNAL:", "ABORTED:", "CANCELLED:", "DEADLINE_EXCEEDED:")
+_LOSS_ERRORS = ("UNAVAILABLE:", "UNKNOWN:", "INTERNAL:", "ABORTED:", "CANCELLED:", "DEADLINE_EXCEEDED:")
 
 
 @dataclasses.dataclass(frozen=True)
 class WatchSettings:
-    """config.watch. connect_s: seconds until all processes must be connected. stalled_s: seconds that the first step,
-    the first batch of validation or a checkpoint may take; use more than compiling a step takes. step_s: seconds that
-    each later step, read or batch of validation may take. lost_s: seconds after which a process whose heartbeats do not
-    arrive is lost, which ends all others."""
+    """config.watch: limits in seconds. A process that exceeds a limit ends.
+
+    connect_s: limit for connecting all processes. stalled_s: limit for the first step, the first batch of validation
+    and every checkpoint; compiling a step must take less. step_s: limit for each later step, read or batch of
+    validation. lost_s: limit for the time without a heartbeat of a process; then this process is lost, and all others
+    end.
+    """
 
     connect_s: float
     stalled_s: float
@@ -53,10 +56,10 @@ class WatchSettings:
 
 
 class _Watch(threading.Thread):
-    """Ends the process with RESTART if it has reported no progress for too long.
+    """Ends the process with exit status RESTART if it has reported no progress for too long.
 
-    The thread counts the seconds of its waits. So the clock may be changed, and a process that is suspended (Ctrl-Z)
-    and continued does not count as hanging.
+    The thread adds up its waits of one second, and does not read the clock. So a change of the clock has no effect, and
+    the time for which a process was suspended (Ctrl-Z) is not counted.
     """
 
     def __init__(self, settings: WatchSettings):
@@ -79,7 +82,7 @@ class _Watch(threading.Thread):
                 report, waited_s = self._last_report, 0
                 limit_s = getattr(self.settings, report[1])
                 if count() > 1:
-                    _catch_abort()  # again and again, because libtpu replaces the handler when it finds its devices
+                    _catch_abort()  # after every report, because libtpu replaces the handler when it finds its devices
         if report and report[1] == "connect_s":
             _end(
                 RESTART,
@@ -116,10 +119,10 @@ def index() -> int:
 
 @contextlib.contextmanager
 def watched(settings: WatchSettings) -> Iterator[None]:
-    """Watches this process: if it makes no progress inside the context, it ends with RESTART.
+    """Watches this process. If it makes no progress inside the context, it ends with exit status RESTART.
 
     Enter the context before calling `start`. If there are several processes, the watch continues after the context,
-    because at exit JAX waits for all of them.
+    because at exit JAX waits for the other processes.
     """
     global _watch, _begun
     _watch, _begun = _Watch(settings), _IMPORTED
@@ -135,18 +138,19 @@ def watched(settings: WatchSettings) -> Iterator[None]:
 def report_progress(activity: str, repeated: bool = False) -> None:
     """Reports progress to the watch.
 
-    activity: next thing that may hang, such as "in step 12", for messages. repeated: whether it has been done before in
-    this process, so that nothing is compiled and the limit is WatchSettings.step_s.
+    activity: text for messages on the work that begins now, such as "in step 12". repeated: whether this process has
+    done the same work before. Then nothing must be compiled, and the limit is WatchSettings.step_s instead of
+    stalled_s.
     """
     if _watch:
         _watch.report(activity, "step_s" if repeated else "stalled_s")
 
 
 def take_start() -> float:
-    """Returns the time (time.monotonic) at which the work began that the caller times.
+    """Returns the time (time.monotonic) from which the caller measures a duration.
 
-    The first call inside `watched` returns the start of this process, so that imports and connecting count; every other
-    call returns the present.
+    The first call inside `watched` returns the time at which this process started, so the duration includes imports and
+    connecting. Every other call returns the present time.
     """
     global _begun
     start, _begun = _begun, None
@@ -156,8 +160,8 @@ def take_start() -> float:
 def start() -> None:
     """Connects the processes. Call it before JAX initializes its devices.
 
-    Afterwards an uncaught error ends this process at once, because JAX would wait for the other processes while they
-    wait for this one. If the end of another process can have caused the error, the exit status is RESTART.
+    After this call, an uncaught error ends this process at once. JAX would wait for the other processes at exit, while
+    they wait for this process. If the end of another process can have caused the error, the exit status is RESTART.
     """
     if count() == 1:
         return
@@ -170,9 +174,9 @@ def start() -> None:
     if _watch:
         _watch.report(f"connecting to the other processes at {os.environ[_ADDRESS]}", "connect_s")
         limits = {
-            # After this limit JAX ends without our message, so it must be longer than the watch's.
+            # After this time JAX ends the process without our message, so it is longer than the limit of the watch.
             "initialization_timeout": int(2 * _watch.settings.connect_s) + 60,
-            # JAX sends heartbeats from a thread in C++, which long calls that hold Python's lock do not delay.
+            # JAX sends heartbeats from a thread in C++. Python code that runs for long does not delay them.
             "heartbeat_timeout_seconds": math.ceil(_watch.settings.lost_s),
         }
     jax.distributed.initialize(os.environ[_ADDRESS], count(), index(), **limits)
@@ -190,7 +194,7 @@ def wait(name: str) -> None:
 
 
 def first(value: Any) -> Any:
-    """Returns the first process's value in all processes, which must all call this. value: any JSON value."""
+    """Returns the value of process 0 in all processes. All must call this function. value: any JSON value."""
     if count() == 1:
         return value
     import numpy as np
@@ -203,7 +207,7 @@ def first(value: Any) -> Any:
 
 
 def gather(number: int) -> list[int]:
-    """Returns the numbers of all processes, which must all call this."""
+    """Returns the numbers of all processes, in the order of their indices. All must call this function."""
     if count() == 1:
         return [number]
     import numpy as np
@@ -213,14 +217,14 @@ def gather(number: int) -> list[int]:
 
 
 def is_process_loss(error: BaseException | None) -> bool:
-    """Returns whether the end of another process can have caused an error, directly or as the cause of its cause."""
+    """Returns whether the end of another process can have caused an error, directly or through its chain of causes."""
     if count() == 1:
         return False
     import jax
 
     while error:
-        # XLA's status can arrive as a ValueError too: as the error of a step, when its results are copied to the host.
-        if isinstance(error, (jax.errors.JaxRuntimeError, ValueError)) and str(error).startswith(_LOSSES):
+        # If a step has failed, JAX raises XLA's error as a ValueError when the step's results are copied to the host.
+        if isinstance(error, (jax.errors.JaxRuntimeError, ValueError)) and str(error).startswith(_LOSS_ERRORS):
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -241,14 +245,14 @@ def _exit_on_error(kind: type[BaseException], error: BaseException, trace: Trace
 
 
 def _catch_abort() -> None:
-    """Makes this process end with RESTART if JAX aborts it because another process or the coordinator is lost.
+    """Makes this process end with exit status RESTART if another process or JAX's coordination service is lost.
 
-    JAX's client calls abort() then, in a thread of its own; its callback for this purpose cannot be written in
-    Python (std::bad_cast). All other aborts keep their effect.
+    In this case JAX calls abort() in a thread of its own. JAX has an option for a callback instead, but a callback in
+    Python fails with std::bad_cast. Aborts for other reasons have their usual effect.
     """
     libc = ctypes.CDLL(None)
     libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
-    libc.signal(signal.SIGABRT, ctypes.cast(_on_abort, ctypes.c_void_p))  # Python's own handlers do not stop an abort
+    libc.signal(signal.SIGABRT, ctypes.cast(_on_abort, ctypes.c_void_p))  # signal.signal cannot stop an abort
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
@@ -258,7 +262,10 @@ def _on_abort(_: int) -> None:
 
 
 def _is_service_lost() -> bool:
-    """Returns whether JAX's client is in an error: its calls fail or, while it aborts and keeps its lock, hang."""
+    """Returns whether JAX has lost its coordination service.
+
+    Calls to the service then fail, or they hang, because JAX holds a lock while it aborts the process.
+    """
     import jax
     from jax._src import distributed
 

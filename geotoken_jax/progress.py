@@ -1,4 +1,4 @@
-"""Shows the progress of long work: a bar with rate and time left on a terminal, a line every 15 s in a log."""
+"""Shows the progress of long work, with rate and time left: a bar on a terminal, a line every 15 s in a log."""
 
 import sys
 import time
@@ -23,8 +23,8 @@ def track(items: Iterable[T], label: str, total: int | None = None, unit: str = 
 class Progress:
     """A progress bar on a terminal, and lines in a log.
 
-    label: name of the work. total: number of units, unknown if None. done: units done before. shown: whether to print
-    anything; use False if another process shows the same progress.
+    label: name of the work. total: number of units, unknown if None. done: number of units that an earlier run has done
+    already. shown: whether to print anything; use False if another process shows the same progress.
     """
 
     def __init__(self, label: str, total: int | None, unit: str = "it", done: int = 0, shown: bool = True):
@@ -40,7 +40,8 @@ class Progress:
         self._label, self._total, self._unit, self._shown = label, total, unit, shown
         self._done = done
         self._began = self._last = time.monotonic()
-        #: Units and time from which the rate is computed: after the first ones, which wait for compilation.
+        #: Number of units and time at the end of the first `add`. The rate is computed from there, because the first
+        #: units include compilation.
         self._start: tuple[int, float] | None = None
 
     def __enter__(self):

@@ -1,9 +1,9 @@
-"""Random keys and dropout, the same on any mesh and for any value of JAX_DEFAULT_PRNG_IMPL.
+"""Random keys and dropout. Both are the same on any mesh, and for any value of JAX_DEFAULT_PRNG_IMPL.
 
-A dropout mask is made from random words, one word for each row of the array, and constants, one for each column. A
-number is dropped if a hash of its row's word and its column's constant is small. JAX's generator draws the words, far
-fewer than there are numbers. The hash has five operations per number; JAX's generator has about a hundred. The backward
-pass computes the hash again, so that no mask is stored.
+For dropout, JAX's generator draws one random 32-bit word per row of the array. Each column has a constant. A number of
+the array is dropped if a hash of its row's word and its column's constant is below a limit. This is faster than drawing
+a random number for each number of the array: the hash takes five operations, JAX's generator about a hundred. The
+backward pass computes the hash again, so no mask is stored.
 """
 
 import functools
@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, UInt32
 
-# The generator is fixed, because results would otherwise depend on the environment. Threefry is JAX's default, and the
-# only one that each device computes for its own rows alone.
+# The generator is fixed, so results do not depend on the environment. Threefry is JAX's default. With the other
+# generators, a device cannot compute the random numbers of its own rows alone.
 _GENERATOR = "threefry2x32"
 #: Odd multipliers of 32-bit hashes, from MurmurHash3 (Appleby).
 _MULTIPLIERS = np.array([0x85EBCA6B, 0xC2B2AE35], np.uint32)
-#: Largest number of columns of an array in `dropout`.
-_COLUMNS = 1 << 24
+#: Largest number of columns of an array in `dropout`. Each site has this number of constants of its own.
+_MAX_COLUMNS = 1 << 24
 
 
 def key(seed: int) -> Key[Array, ""]:
@@ -33,18 +33,24 @@ def split(key: Key[Array, ""] | None, n: int) -> list[Key[Array, ""] | None]:
 
 
 def words(key: Key[Array, ""] | None, *shape: int) -> UInt32[Array, "..."] | None:
-    """Returns random words for `dropout`, one per row, or None if key is None. shape: numbers of rows."""
+    """Returns random words for `dropout`, one per row of an array, or None if `key` is None.
+
+    shape: shape of the array without its last axis.
+    """
     return None if key is None else jax.random.bits(key, shape, jnp.uint32)
 
 
 def dropout(
     x: Float[Array, "... D"], rate: float, words: UInt32[Array, "..."] | None, site: int = 0
 ) -> Float[Array, "... D"]:
-    """Returns x with each number set to 0 with probability `rate` or else divided by 1 - rate; x if words is None.
+    """Returns x after dropout: each number is set to 0 with probability `rate`, or else divided by 1 - rate.
 
-    words: random word of each row of x. An axis of x, before the last one, along which `words` has size 1 belongs to
-    the columns: its rows share a word, and differ by their constants. site: number from 0 to 254; equal words give
-    different masks at different sites.
+    Returns x unchanged if `words` is None or `rate` is 0.
+
+    words: random words, an array with the axes of x except the last. Usually each row of x has a word of its own. If
+    `words` has size 1 along an axis, the rows along this axis share a word; they have different masks nevertheless,
+    because each of them has constants of its own. site: number from 0 to 254. With equal words, different sites have
+    different masks.
     """
     if words is None or rate == 0.0:
         return x
@@ -54,7 +60,7 @@ def dropout(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _dropout(x: Array, words: Array, rate: float, site: int) -> Array:
     kept = _kept(x.shape, words, rate, site)
-    # In 16 bits 1 / (1 - rate) would be off by up to 0.2 %.
+    # In bfloat16, 1 / (1 - rate) would be wrong by up to 0.2 %.
     wide = x.dtype if x.dtype.itemsize > 4 else jnp.dtype(jnp.float32)
     scaled = x.astype(wide) * jnp.asarray(1 / (1 - rate), wide)
     return jnp.where(kept, scaled, jnp.zeros((), wide)).astype(x.dtype)
@@ -72,14 +78,14 @@ _dropout.defvjp(_forward, _backward)
 
 
 def _kept(shape: tuple[int, ...], words: Array, rate: float, site: int) -> Array:
-    """Returns whether each number is kept."""
+    """Returns a mask of the numbers that are kept, bool, in the shape of x."""
     rows = (*words.shape, 1)
     columns = tuple(size if row == 1 else 1 for size, row in zip(shape, rows, strict=True))
-    # Odd factors: the product with an odd constant takes each value for one word.
-    factors = _hash(np.arange(np.prod(columns), dtype=np.uint32) + np.uint32((1 + site) * _COLUMNS)) | np.uint32(1)
+    # All factors are odd, because multiplication by an odd number maps different words to different products.
+    factors = _hash(np.arange(np.prod(columns), dtype=np.uint32) + np.uint32((1 + site) * _MAX_COLUMNS)) | np.uint32(1)
     word = words.reshape(rows) * jnp.asarray(factors.reshape(columns))
     word = (word ^ (word >> np.uint32(15))) * _MULTIPLIERS[1]
-    # Comparison of signed numbers, because TPUs have no unsigned one.
+    # The words are compared as signed numbers, because TPUs cannot compare unsigned numbers.
     return jax.lax.bitcast_convert_type(word, jnp.int32) >= np.int32(round(rate * 2**32) - 2**31)
 
 

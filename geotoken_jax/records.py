@@ -1,4 +1,4 @@
-"""Reads and writes the file formats of stages' results.
+"""Reads and writes the files in which stages store their results.
 
 photos/ is a TFDS data set of ArrayRecord shards. features/ and tokens/ are ArrayRecord shards of fixed-layout records.
 gallery/, queries/ and neighbors/ are memory-mapped arrays (.npy). Files are written to a temporary name and then
@@ -22,19 +22,22 @@ from etils import epath
 from geotoken_jax import disk
 from geotoken_jax.shards import Shards, damaged
 
-#: Level of the stored S2 tokens, which have group 1. A CellScheme regroups them.
+#: Level of the S2 cells of stored tokens. Stored tokens have one level per token (group 1). To use more levels per
+#: token, a CellScheme converts them.
 LEVEL = 20
-#: Size of the fields for id and author in fixed-layout records, in UTF-8 bytes, unless a photo of the data set has a
-#: longer one: then the manifests of photos/ and features/ have the size as the fact id_bytes, a multiple of this one.
+#: Size of the fields for id and author in fixed-layout records, in bytes of UTF-8. If a photo of the data set has a
+#: longer id or author, the size is a larger multiple of this number. The manifests of photos/ and features/ then contain
+#: the size as the fact id_bytes.
 ID_BYTES = 64
 #: Bytes of the longest id or author. `prepare` drops photos with longer ones.
 LONGEST_ID = 1024
 
-#: One record per group, because global shuffling reads single records; groups of 256 make this 6 to 7 times slower.
+#: A group of records is read as a whole. Groups have one record, because shuffled training reads single records; with
+#: 256 records per group this takes 6 to 7 times as long.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 
 
-#: Names of ArrayRecord shards, as in TFDS. split: beginning of the name, usually a split.
+#: Format string for the names of ArrayRecord shards, as in TFDS. split: beginning of the name, usually a split.
 SHARD_FILES = "{split}.array_record-{shard:05d}-of-{shards:05d}"
 
 
@@ -94,7 +97,7 @@ class Layout:
 
 
 def id_facts(longest: int) -> dict[str, int]:
-    """Returns the facts of a manifest about ids and authors of up to `longest` bytes; none if ID_BYTES is enough."""
+    """Returns the fact id_bytes for a manifest, or {} if ID_BYTES is enough. longest: bytes of longest id or author."""
     return {"id_bytes": -(-longest // ID_BYTES) * ID_BYTES} if longest > ID_BYTES else {}
 
 
@@ -137,16 +140,18 @@ def token_layout(neighbors: int) -> Layout:
 
 
 def neighbor_layout(neighbors: int) -> Layout:
-    """Returns the layout of neighbors/, whose fields are separate arrays. neighbors: number of neighbors per photo.
+    """Returns the layout of neighbors/, in which each field is an array of its own.
 
-    The field `rows` contains gallery rows, best first, and -1 for missing neighbors; `scores` their scores, -inf for
-    missing neighbors.
+    neighbors: number of neighbors per photo.
+
+    The field `rows` contains the gallery rows of the neighbors, best first; a missing neighbor has row -1. The field
+    `scores` contains the scores of the neighbors; a missing neighbor has score -inf.
     """
     return Layout((Field("rows", "<i4", (neighbors,)), Field("scores", "<f4", (neighbors,))))
 
 
 def schema(layout: Layout, files: str) -> dict[str, Any]:
-    """Returns the contents of schema.json, from which a folder's files can be read without this package.
+    """Returns the contents of schema.json, which describes a folder's files for programs without this package.
 
     files: names of the files, as a format string. If it has `{field}`, each field is stored in .npy files of its own,
     one row per photo; otherwise the files are ArrayRecord, and each record has all fields of one photo.
@@ -195,27 +200,28 @@ def write_shard(path: epath.Path, data: Iterable[bytes], options: str = _WRITER_
     """Writes one ArrayRecord shard atomically, and returns the number of records."""
     n, source = 0, iter(data)
     with disk.writing(path) as temporary:
-        with _writing(temporary):
+        with _os_errors(temporary):
             writer = ArrayRecordWriter(str(temporary), options)
         try:
             for record in source:
-                with _writing(temporary):
+                with _os_errors(temporary):
                     writer.write(record)
                 n += 1
         except BaseException:
             with contextlib.suppress(RuntimeError):  # the file is removed, even if its end cannot be written
                 writer.close()
             raise
-        with _writing(temporary):
+        with _os_errors(temporary):
             writer.close()
     return n
 
 
 @contextlib.contextmanager
-def _writing(path: epath.Path) -> Iterator[None]:
-    """Raises OSError with a number for the errors of writers that have none.
+def _os_errors(path: epath.Path) -> Iterator[None]:
+    """Turns the errors of a writer into OSErrors with an error number, and removes the file that it was writing.
 
-    ArrayRecord writes the message of the system into a RuntimeError. numpy raises an OSError for each short write.
+    The number is missing in the writers' own errors. ArrayRecord raises a RuntimeError that contains the message of the
+    operating system. numpy raises an OSError without a number if it cannot write all bytes.
     """
     try:
         yield
@@ -258,7 +264,7 @@ class Records:
 
 def save_array(path: epath.PathLike, values: np.ndarray) -> None:
     """Writes an array as .npy atomically. bfloat16 is stored as uint16, because .npy has no name for it."""
-    with disk.writing(path) as temporary, _writing(temporary), temporary.open("wb") as f:
+    with disk.writing(path) as temporary, _os_errors(temporary), temporary.open("wb") as f:
         np.save(f, values.view(np.uint16) if values.dtype == ml_dtypes.bfloat16 else values)
 
 
@@ -266,14 +272,14 @@ def save_arrays(path: epath.PathLike, **arrays: np.ndarray) -> None:
     """Writes arrays as one .npz atomically."""
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with disk.writing(path) as temporary, _writing(temporary), temporary.open("wb") as f:
+    with disk.writing(path) as temporary, _os_errors(temporary), temporary.open("wb") as f:
         np.savez(f, **arrays)  # pyright: ignore[reportArgumentType]
 
 
 def open_array(path: epath.PathLike, dtype: Any = None) -> np.ndarray:
     """Returns a memory-mapped array (.npy). dtype: type of the result, such as bfloat16; the stored type if None.
 
-    Raises DamagedError if the file has no array, or another size than its array.
+    Raises DamagedError if the file does not contain an array, or contains more bytes than its array.
     """
     try:
         values: Any = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -290,8 +296,8 @@ def open_array(path: epath.PathLike, dtype: Any = None) -> np.ndarray:
 def photo_features() -> Any:
     """Returns the TFDS features of photos/.
 
-    Coordinates are stored as 8-byte floats: TFDS would store a float64 Scalar as float32, with an error of up to 0.85
-    m.
+    Coordinates are stored as the bytes of float64 numbers. As a Scalar, TFDS would store them as float32, with an error
+    of up to 0.85 m.
     """
     import tensorflow_datasets as tfds  # imported here because the import takes 0.3 s, and few callers need it
 
@@ -309,7 +315,7 @@ def photo_features() -> Any:
     )
 
 
-#: Names of a photo's place, "" if unknown.
+#: Fields with the names of a photo's place; a name is "" if unknown.
 PLACE_FIELDS = ("city", "state", "country", "continent", "neighbourhood", "county", "region")
 
 
@@ -340,7 +346,7 @@ class Photos:
                 builder: Any = tfds.builder_from_directory(str(folder))
             except OSError:
                 raise
-            except Exception as error:  # of any type, as JSON and protobuf have their own
+            except Exception as error:  # errors of any type, because JSON and protobuf have types of their own
                 raise damaged(f"dataset_info.json or features.json in {folder}", error) from None
             shards = Shards([str(path) for path in builder.info.splits[self.split].filepaths])
             decode = functools.partial(
@@ -356,7 +362,7 @@ class Photos:
         shards, decode = self._open
         photo = dict(decode(shards.read([row])[0]))
         text = {name: value.decode() if _is_text(name) else value for name, value in photo.items()}
-        return {**dict.fromkeys(PLACE_FIELDS, ""), **text}  # earlier versions have fewer names of the place
+        return {**dict.fromkeys(PLACE_FIELDS, ""), **text}  # photos/ of earlier versions lacks some of PLACE_FIELDS
 
 
 def _data_set(folder: epath.Path) -> epath.Path:

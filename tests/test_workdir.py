@@ -130,7 +130,7 @@ def test_the_version_of_the_code_makes_no_folder_another_and_a_later_format_is_r
 def test_folders_of_format_1_are_read_and_begun_ones_are_not_continued(tmp_path):
     made(tmp_path)
     file = tmp_path / "photos" / "manifest.json"
-    old = {name: value for name, value in json.loads(file.read_text()).items() if name not in manifests._LATER}
+    old = {name: value for name, value in json.loads(file.read_text()).items() if name not in manifests._DEFAULTS}
     manifests.write_json(file, old)
     assert manifests.read_manifest(tmp_path, "photos").format == 1
     assert manifests.digest(tmp_path, "photos") == hashlib.sha256(file.read_bytes()).hexdigest()  # as format 1 had it
@@ -196,7 +196,7 @@ def test_a_mended_folder_with_other_contents_is_refused(tmp_path, name, contents
     (stage.path / name).write_text(contents)
     if name == "a":
         manifests.write_ledger(stage.path / "ledgers" / "a.json", [stage.path / "a"], rows=7)
-    with pytest.raises(manifests.StageError, match=rf"photos/{name} was made again, but not with .* --remake=prepare"):
+    with pytest.raises(manifests.StageError, match=rf"photos/{name} was made again, but .* differ .* --remake=prepare"):
         stage.finish({"train": 14})
 
 

@@ -26,8 +26,8 @@ from geotoken_jax.shards import Shards, damaged
 #: token, a CellScheme converts them.
 LEVEL = 20
 #: Size of the fields for id and author in fixed-layout records, in bytes of UTF-8. If a photo of the data set has a
-#: longer id or author, the size is a larger multiple of this number. The manifests of photos/ and features/ then contain
-#: the size as the fact id_bytes.
+#: longer id or author, the size is a larger multiple of this number, and the manifests of photos/ and features/ contain
+#: it as the fact id_bytes.
 ID_BYTES = 64
 #: Bytes of the longest id or author. `prepare` drops photos with longer ones.
 LONGEST_ID = 1024

@@ -1,8 +1,8 @@
 """Reads sections of a configuration as frozen dataclasses without defaults.
 
 All defaults are in `configs/common.py`. A section and its dataclass must have exactly the same keys; a missing or
-unknown key raises an error that names the key. Results do not depend on fields of type `Runtime`, which may change from
-one start of a stage to the next.
+unknown key raises an error that names the key. A field of type `Runtime` may have another value each time a stage is
+started, because results do not depend on it.
 """
 
 import dataclasses
@@ -22,7 +22,8 @@ Runtime = Annotated[S, _RUNTIME]
 
 
 class SettingsError(UserError, ValueError):
-    """A setting, or something that a setting names, cannot be used. The message names it and the fix."""
+    """A setting, or something that it names, such as a file, cannot be used. The message contains the setting and the
+    fix."""
 
 
 def read(kind: type[S], section: Any, place: str) -> S:
@@ -54,8 +55,11 @@ def read(kind: type[S], section: Any, place: str) -> S:
 
 
 def _message(error: ValueError, place: str) -> str:
-    """Returns the message of a section's error. A message that begins with a key alone, such as "chunk is 0: ...", gets
-    the prefix `config.PLACE.`; a SettingsError, or a message that begins with `config.`, is unchanged."""
+    """Returns the message for an error that `__post_init__` of a section's dataclass raised.
+
+    The prefix `config.PLACE.` is added to a message that begins with a bare key, such as "chunk is 0: ...". Messages of
+    SettingsErrors, and messages that begin with `config.`, are returned unchanged.
+    """
     message = str(error)
     complete = isinstance(error, SettingsError) or message.startswith("config.")
     return message if complete else f"config.{_join(place, message)}"
@@ -89,7 +93,7 @@ def _value(hint: Any, value: Any, place: str) -> Any:
 
 
 def result(section: Any) -> Any:
-    """Returns a section as JSON values, without fields of type `Runtime`, on which results do not depend."""
+    """Returns a section as JSON values, without its fields of type `Runtime`. Results do not depend on these fields."""
     if not dataclasses.is_dataclass(section) or isinstance(section, type):
         return plain(section)
     return {name: result(getattr(section, name)) for name, runtime in _fields(type(section)).items() if not runtime}
@@ -102,12 +106,12 @@ def _fields(kind: type) -> dict[str, bool]:
 
 
 def restored(stored: Mapping[str, Any], requested: S, place: str) -> S:
-    """Returns the settings that a folder was made with, with the runtime fields of `requested`.
+    """Returns the settings that a folder was made with. Fields of type `Runtime` have their current values instead.
 
     stored: section in the folder's manifest, as `result` returned it. requested: the same section of the current
     configuration. place: dotted key of the section.
 
-    Raises SettingsError with the key if one in `stored` is missing, unknown, of a wrong type or out of range.
+    Raises SettingsError if a key in `stored` is missing, unknown, of a wrong type or out of range.
     """
     return read(type(requested), _with_runtime(stored, requested), place)
 
@@ -126,8 +130,8 @@ def _with_runtime(stored: Mapping[str, Any], requested: Any) -> dict[str, Any]:
 def changed(section: S, changes: Mapping[str, Any], place: str) -> S:
     """Returns a section, or a whole configuration, with changes applied.
 
-    changes: nested sections and keys with their new values. place: dotted key under which the configuration has the
-    changes, such as variants.NAME, for messages.
+    changes: nested sections and keys with their new values. place: dotted key of the changes in the configuration, such
+    as variants.NAME, for messages.
 
     Raises SettingsError if a key is unknown or a value is not allowed.
     """

@@ -1,8 +1,8 @@
 """Makes the mesh, and shards arrays by a table from logical axis names to mesh axes.
 
-Modules give the axes of their arrays logical names (embed, mlp, heads, vocab, layers, batch). RULES alone maps these
-names to mesh axes: data (replicas), fsdp (replicas that shard parameters and optimizer state) and tensor (devices that
-share matrix products).
+Modules give the axes of their arrays logical names (embed, mlp, heads, vocab, layers, batch). The table RULES maps
+these names to mesh axes. There are three mesh axes: data (replicas of the model), fsdp (replicas that split parameters
+and optimizer state among them) and tensor (devices that split matrix products among them).
 """
 
 import collections
@@ -34,19 +34,23 @@ RULES: dict[str, Any] = {
 
 #: Mesh axes of the devices that train on different photos, in the order in which `update_spec` splits an axis.
 _REPLICAS = ("fsdp", "data")
-#: Smallest number of elements per device for which `update_spec` splits an array: one tile of a TPU's memory in float32
-#: (8 x 128). A smaller piece would be padded to a tile, and each further array that is split costs two collectives.
+#: Smallest number of elements per device for which `update_spec` splits an array. It is a tile of float32 numbers in a
+#: TPU's memory (8 x 128). A smaller piece would be padded to a tile, and splitting an array costs two collectives.
 SMALLEST_SHARD = 1024
 
-# Variables have logical names only; `shardings` maps the names of a whole state to a mesh.
+# By default, flax would shard each variable when it is made. Here variables only have logical names of their axes, from
+# which `shardings` computes the shardings of a whole state.
 nnx.use_eager_sharding(False)
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshSettings:
-    """config.mesh. data, fsdp, tensor: sizes of the mesh axes; one of them may be -1, for all remaining devices.
-    slices: number of groups of devices, each with a fast network inside, such as TPU slices or GPU nodes. Only data is
-    split over slices, because the network between them is slow. If -1, JAX's devices give the number."""
+    """config.mesh.
+
+    data, fsdp, tensor: sizes of the mesh axes; one of them may be -1, for all remaining devices. slices: number of
+    slices. A slice is a group of devices with a fast network, such as a TPU slice or a GPU node. Only axis data is
+    split over several slices, because the network between them is slow. If -1, the number is read from JAX's devices.
+    """
 
     data: int
     fsdp: int
@@ -62,15 +66,17 @@ class MeshSettings:
 def make_mesh(settings: MeshSettings, devices: Any = None) -> Mesh:
     """Returns a mesh over devices; over all devices if None.
 
-    Devices that share an index on axis data are in one slice. Raises SettingsError if the sizes do not fit the devices.
+    Devices with the same index on axis data are in the same slice. Raises SettingsError if the sizes of the axes do not
+    fit the devices.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = _axis_sizes(settings, len(devices))
     slices = _slices(settings.slices, devices)
     if sizes["data"] % len(slices):
         raise SettingsError(
-            f"config.mesh.data is {sizes['data']}, but only data is split over the {len(slices)} slices or nodes of "
-            f"devices: set it to a multiple of {len(slices)}, and lower config.mesh.fsdp or config.mesh.tensor"
+            f"config.mesh.data is {sizes['data']}, but the devices are in {len(slices)} slices or nodes, over which "
+            f"data must be split: set it to a multiple of {len(slices)}, and lower config.mesh.fsdp or "
+            "config.mesh.tensor"
         )
     shape = (sizes["data"] // len(slices), sizes["fsdp"], sizes["tensor"])
     try:
@@ -99,9 +105,9 @@ def _axis_sizes(settings: MeshSettings, devices: int) -> dict[str, int]:
 
 
 def _slices(requested: int, devices: list[Any]) -> list[list[Any]]:
-    """Returns the devices of each slice. requested: number of slices; the number of distinct slice_index if -1.
+    """Returns the devices of each slice. requested: config.mesh.slices.
 
-    JAX gives a slice_index to TPUs, and to GPUs by node. Devices without it are in one slice.
+    JAX's devices have a slice_index: TPUs one per slice, GPUs one per node. Devices without it are in one slice.
     """
     indices = [getattr(device, "slice_index", None) or 0 for device in devices]
     given = sorted(collections.Counter(indices).items())
@@ -122,13 +128,15 @@ def local_mesh() -> Mesh:
 
 
 def over_local_devices(function: Callable[..., Any], state: Any, key: Any = None) -> tuple[Callable[..., Any], int]:
-    """Returns the compiled function(*arrays) of function(state, *arrays), and the number of local devices it runs on.
+    """Compiles function(state, *arrays) for a fixed state. Returns the compiled function(*arrays), and the number of
+    local devices on which it runs.
 
-    Every device has a copy of the state and computes an equal share of the rows. There is no communication, so a loop
-    may take more turns on one device than on another. The leading axis of all arrays and results is the batch, whose
+    Every device has a copy of the state and computes an equal share of the rows. Devices do not communicate, so a loop
+    may have more iterations on one device than on another. The leading axis of all arrays and results is the batch. Its
     size must be a multiple of the number of devices (see batch.padded_size).
 
-    key: see compiled.jit. If it is None, or if there are several devices, the function is traced by every process.
+    key: key of the function in the cache of compiled programs, see compiled.jit. If it is None, or if there are several
+    devices, the cache is not used.
     """
     mesh, rows = local_mesh(), spec("batch")
     if mesh.size == 1:
@@ -139,14 +147,17 @@ def over_local_devices(function: Callable[..., Any], state: Any, key: Any = None
     @jax.jit
     def run(state: Any, *arrays: Any) -> Any:
         in_specs = (PartitionSpec(), *[rows] * len(arrays))
-        # check_vma refuses the loops of decoding, whose first carry is equal on all devices.
+        # check_vma would refuse the loops of decoding, because their initial carry is the same on all devices.
         return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=rows, check_vma=False)(state, *arrays)
 
     return lambda *arrays: run(state, *jax.device_put(arrays, NamedSharding(mesh, rows))), mesh.size
 
 
 def platform() -> str | None:
-    """Returns the platform of the mesh in use, whose devices may be absent, or None if no mesh is in use."""
+    """Returns the platform of the mesh in use, such as "tpu", or None if no mesh is in use.
+
+    The devices of the mesh need not exist on this machine.
+    """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device else None
 
@@ -157,12 +168,12 @@ def spec(*logical: str | None) -> PartitionSpec:
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
-    """Returns x, sharded along its first axes. logical: see `spec`.
+    """Returns x, constrained to a sharding of its first axes. logical: logical names of these axes, see `spec`.
 
-    x is unchanged if no mesh is in use, or inside a shard_map, where x is one device's share.
+    If no mesh is in use, x is returned unchanged. The same holds inside a shard_map, where x is one device's share.
 
-    Without this constraint XLA may split activations in the same way as parameters, so that every device computes on
-    all photos.
+    Without this constraint, XLA may split activations in the same way as parameters. Every device would then compute
+    on all photos.
     """
     if not jax.sharding.get_abstract_mesh().auto_axes:
         return x
@@ -183,8 +194,8 @@ def batch_shards(mesh: Mesh) -> int:
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     """Returns the rows of a global batch that this process's devices hold, sorted and unique.
 
-    Processes whose devices differ only on axis tensor hold the same rows. Rows need not be consecutive. Raises
-    SettingsError if the batch does not divide over the mesh.
+    Two processes hold the same rows if their devices differ only on axis tensor. The rows of a process need not be
+    consecutive. Raises SettingsError if the mesh does not divide the batch evenly.
     """
     shards = batch_shards(mesh)
     if batch_size % shards:
@@ -194,27 +205,29 @@ def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
         )
     local = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
     rows = np.unique([np.arange(batch_size)[index] for index in local])
-    rows.flags.writeable = False  # the cache returns it again
+    rows.flags.writeable = False  # because all calls with the same arguments return this array
     return rows
 
 
 def global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, batch_size: int) -> dict[str, jax.Array]:
-    """Returns a batch as arrays [batch_size, ...] split over the mesh along their first axis.
+    """Returns a batch as arrays [batch_size, ...] that are split over the mesh along their first axis.
 
-    batch: arrays with the rows of `local_rows`, in the same order. batch_size: rows over all processes.
+    batch: arrays with the rows of this process, in the order of `local_rows`. batch_size: number of rows of all
+    processes.
     """
     rows, layout = local_rows(mesh, batch_size), batch_sharding(mesh)
 
     def split(name: str, values: np.ndarray) -> jax.Array:
         if len(values) != len(rows):
-            raise ValueError(f"{name} has {len(values)} rows: this process must read the {len(rows)} of local_rows")
+            raise ValueError(f"{name} has {len(values)} rows: pass the {len(rows)} rows of local_rows")
 
         def shard(index: Any) -> np.ndarray:  # a tuple of slices
             first, end, _ = index[0].indices(batch_size)
-            start = int(np.searchsorted(rows, first))  # a shard's rows are consecutive in the batch, so also here
+            start = int(np.searchsorted(rows, first))  # a shard's rows are consecutive in the batch, so also in `rows`
             return values[start : start + end - first]
 
-        # jax.make_array_from_process_local_data fails if the rows of two processes overlap, or differ in number.
+        # jax.make_array_from_process_local_data would fail if two processes hold the same rows, or different numbers of
+        # rows.
         return jax.make_array_from_callback((batch_size, *values.shape[1:]), layout, shard)
 
     return {name: split(name, values) for name, values in batch.items()}
@@ -234,8 +247,8 @@ def shardings(state: Any, mesh: Mesh) -> Any:
             if size % shards:
                 name = "/".join(map(str, path))
                 raise SettingsError(
-                    f"{name}: axis of {size} does not divide over {axes} = {shards} of config.mesh: choose another "
-                    "config.mesh, or another width of the model"
+                    f"{name} has an axis of size {size}, which does not divide over {axes} = {shards} of config.mesh: "
+                    "choose another config.mesh, or another width of the model"
                 )
         flat[path] = NamedSharding(mesh, partition)
     return traverse_util.unflatten_dict(flat)
@@ -244,17 +257,19 @@ def shardings(state: Any, mesh: Mesh) -> Any:
 def update_spec(variable: nnx.Variable, mesh: Mesh) -> PartitionSpec:
     """Returns the PartitionSpec in which the optimizer stores and updates a variable.
 
-    Besides the split of RULES the variable is split over data-parallel devices, so that each of them updates its share
-    (Rajbhandari et al. 2020, arXiv 1910.02054, stage 1). The axis before the last is split if it divides, because the
-    last axis then keeps whole tiles. The axis of stacked layers is the last choice, because the loop over layers can
-    split the gradient of a layer, but not the layers. A variable stays as RULES split it if it has no logical names, if
-    no axis divides, or if a device would store fewer than SMALLEST_SHARD elements.
+    In the model, a variable is split by RULES. In the optimizer, one of its axes is also split over data-parallel
+    devices, and each device updates its share (Rajbhandari et al. 2020, arXiv 1910.02054, stage 1).
+
+    The first choice is the axis before the last, because the last axis then keeps whole tiles. The last choice is the
+    axis of stacked layers: the loop over layers can split the gradient of a layer, but not the axis over which it
+    loops. An axis is split only if its size is divisible, and if each device stores at least SMALLEST_SHARD elements.
+    If there is no such axis, or if the variable has no logical names, the split by RULES is returned.
     """
     names, shape = variable.get_metadata().get("out_sharding") or (), variable.shape
     axes = [(a,) if isinstance(a, str) else tuple(a or ()) for a in spec(*names)]
     further = tuple(a for a in _REPLICAS if mesh.shape[a] > 1 and not any(a in split for split in axes))
     order = sorted(range(len(names)), key=lambda i: (names[i] == "layers", i != len(shape) - 2, -i))
-    # All further mesh axes if an axis of the array divides over them, else the largest of them that fits.
+    # The variable is split over all further mesh axes at once if possible, else over one of them, the largest first.
     for added in (further, *sorted(((a,) for a in further), key=lambda a: -mesh.shape[a[0]])) if further else ():
         for at in order:
             tried = [split + added * (i == at) for i, split in enumerate(axes)]
@@ -266,9 +281,10 @@ def update_spec(variable: nnx.Variable, mesh: Mesh) -> PartitionSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Gradient:
-    """The type in which a variable's gradient is summed over devices, and the sharding of the sum.
+    """How the gradient of a variable is summed over devices.
 
-    dtype: type of the sums. layout: sharding of the variable in the model. update: sharding in the optimizer.
+    dtype: type of the sums. layout: sharding of the variable in the model. update: sharding of the variable in the
+    optimizer (see `update_spec`), which is also the sharding of the sum.
     """
 
     dtype: str
@@ -280,11 +296,12 @@ class Gradient:
         return Gradient(self.dtype, PartitionSpec(*self.layout[1:]), PartitionSpec(*self.update[1:]))
 
     def attach(self, x: jax.Array) -> jax.Array:
-        """Returns x in the type of the sums. The backward pass sums x's gradient and splits it as `update`.
+        """Returns x, converted to `dtype`. The backward pass sums the gradient of x, and shards the sum as `update`.
 
-        The gradient is constrained to `layout` first. Otherwise the compiler splits the products that compute it: for
-        the token table it exchanged the activations' gradients of all photos, and for 16 v5e chips it replaced each
-        product by a loop of 16 small ones.
+        The backward pass constrains the gradient to `layout` before it constrains it to `update`. Without the first
+        constraint, the compiler split the matrix products that compute the gradient. For the token table, it exchanged
+        the gradients of the activations of all photos. On 16 v5e chips, it replaced each product by a loop of 16 small
+        products.
         """
         return x if self.layout == self.update and x.dtype == self.dtype else _attach(x, self)
 
@@ -309,7 +326,7 @@ _attach.defvjp(_attach_forward, _attach_backward)
 
 
 def attach_gradients(layer: nnx.State) -> nnx.State:
-    """Returns the variables of one layer of a stack, each with the Gradient in its metadata attached."""
+    """Returns the variables of one layer of a stack. If a variable's metadata contain a Gradient, attaches it."""
 
     def attached(variable: Any) -> Any:
         gradient = variable.get_metadata().get("gradient")
@@ -322,8 +339,8 @@ def attach_gradients(layer: nnx.State) -> nnx.State:
 def einsum(subscripts: str, x: jax.Array, parameter: jax.Array) -> jax.Array:
     """Returns the product of activations x and a parameter, computed in the type of x.
 
-    The parameter's gradient has the type of the parameter. With a float32 parameter and bfloat16 activations, the
-    gradient of each device is therefore not rounded before it is summed over devices.
+    The gradient of the parameter has the type of the parameter. So with a float32 parameter and bfloat16 activations,
+    each device's gradient is not rounded to bfloat16 before the gradients are summed over devices.
     """
     return jnp.einsum(subscripts, x, parameter.astype(x.dtype))
 
@@ -352,8 +369,8 @@ def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
 def _add_bias_backward(bias: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
     if g.dtype != jnp.bfloat16 or bias.ndim > 1:
         return g, g.sum(tuple(range(g.ndim - bias.ndim)), dtype=bias.dtype)
-    # As a product with ones: a TPU's matrix unit adds up rows faster than its vector unit. Eight rows of ones fill a
-    # register; XLA would turn one row into a sum.
+    # The rows are summed by a product with ones, because a TPU's matrix unit adds rows faster than its vector unit.
+    # There are eight rows of ones, which fill a register. XLA would replace a product with a single row by a sum.
     rows = g.reshape(-1, g.shape[-1])
     ones = jnp.ones((8, len(rows)), g.dtype)
     return g, jnp.einsum("rn,nd->rd", ones, rows, preferred_element_type=jnp.float32)[0].astype(bias.dtype)
@@ -367,14 +384,14 @@ def parameter(
 ) -> nnx.Param:
     """Returns a float32 parameter.
 
-    axes: logical name of each axis. dtype: type to which the model casts the parameter wherever it reads it. Trainer
-    casts it to this type once per step.
+    axes: logical name of each axis. dtype: type to which the model casts the parameter whenever it reads it. During
+    training, Trainer casts the parameter to this type once per step.
     """
     return nnx.Param(initializer(key, shape, jnp.float32), out_sharding=axes, compute_dtype=jnp.dtype(dtype))
 
 
 class Linear(nnx.Linear):
-    """A linear layer whose products and sums with its parameters are `einsum` and `add_bias`."""
+    """A linear layer that is computed with `einsum` and `add_bias` of this module."""
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         y: Any = einsum("...i,ij->...j", inputs.astype(self.dtype), self.kernel[...])

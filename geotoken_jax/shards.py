@@ -1,6 +1,7 @@
-"""Random access to the records of ArrayRecord shards, with a bound on the number of open files.
+"""Random access to the records of ArrayRecord shards, with a limit on the number of open files.
 
-grain's ArrayRecordDataSource keeps every shard open, and takes a shard that was cut short for an empty one.
+It is used instead of grain's ArrayRecordDataSource, which keeps every shard open, and treats a shard that was cut short
+as an empty shard.
 """
 
 import collections
@@ -18,16 +19,17 @@ from array_record.python.array_record_module import ArrayRecordReader
 from geotoken_jax import disk
 from geotoken_jax.errors import UserError
 
-#: Shards that are opened or read at a time. File systems of clusters answer late, but many requests at once.
+#: Number of shards that are opened or read at the same time. File systems of clusters answer each request late, but
+#: answer many requests at once.
 _THREADS = 32
-#: Without readahead: the records of a training batch are in random places.
+#: Readers do not read ahead, because the records of a training batch are in random places.
 _OPTIONS = "readahead_buffer_size:0"
 _BUFFER = 32_768
-#: Bytes of a shard without records, which has two blocks.
+#: Size in bytes of the smallest shard: a shard without records consists of two blocks of 65,536 bytes.
 _SMALLEST = 1 << 17
 
-#: Number of a Shards and of a shard -> its open reader, the least recently used first.
-_open: "collections.OrderedDict[tuple[int, int], Any]" = collections.OrderedDict()
+#: (Number of a Shards object, index of a shard in it) -> open reader of the shard, the least recently used first.
+_open_readers: "collections.OrderedDict[tuple[int, int], Any]" = collections.OrderedDict()
 _lock = threading.Lock()
 _numbers = itertools.count()
 
@@ -55,8 +57,8 @@ def damaged(place: str, reason: Any) -> DamagedError:
 class Shards:
     """The records of several ArrayRecord shards, as one sequence. Instances can be pickled.
 
-    Files are opened on first use. If the process may not open more files, the file that was not used for longest is
-    closed; reading it again takes 1.4 ms more.
+    Files are opened on first use. If too many files are open, the least recently used file is closed (see
+    `_most_open`). Opening it again takes 1.4 ms.
     """
 
     def __init__(self, paths: Sequence[os.PathLike | str]):
@@ -78,7 +80,10 @@ class Shards:
 
     @property
     def starts(self) -> np.ndarray:
-        """First row of each shard, then the number of rows. Raises DamagedError or OSError for an unreadable shard."""
+        """First row of each shard, followed by the number of all rows.
+
+        Raises DamagedError or OSError if a shard cannot be read.
+        """
         if self._starts is None:
             lengths = self._each(lambda shard: self._reader(shard).num_records(), range(len(self.paths)))
             self._starts = np.cumsum([0, *lengths])
@@ -88,13 +93,13 @@ class Shards:
         return int(self.starts[-1])
 
     def read(self, rows: Sequence[int] | np.ndarray) -> list[bytes]:
-        """Returns the records of some rows, in their order.
+        """Returns the records of `rows`, in the same order.
 
-        Raises DamagedError that names the first damaged record, and IndexError for a row outside [0, len).
+        Raises DamagedError that names the first damaged record, and IndexError if a row is not in [0, len).
         """
         rows = np.asarray(rows, np.int64).reshape(-1)
         if len(rows) and not (0 <= rows.min() and rows.max() < len(self)):
-            raise IndexError(f"rows from {rows.min()} to {rows.max()} are requested of {len(self)}")
+            raise IndexError(f"rows are from {rows.min()} to {rows.max()}: use rows from 0 to {len(self) - 1}")
         shard = np.searchsorted(self.starts, rows, side="right") - 1
         needed = np.unique(shard).tolist()
         places = [np.flatnonzero(shard == i) for i in needed]
@@ -106,12 +111,12 @@ class Shards:
         return found
 
     def name(self, row: int) -> str:
-        """Returns the name of a row for messages: its file, and its number in the file."""
+        """Returns the name of a row for messages, e.g. "record 7 of runs/demo/tokens/train.array_record-..."."""
         shard = int(np.searchsorted(self.starts, row, side="right")) - 1
         return f"record {row - self.starts[shard]} of {self.paths[shard]}"
 
     def _each(self, function: Callable[..., Any], *arguments: Sequence[Any]) -> list[Any]:
-        """Returns the results of a function that opens or reads shards, several at a time."""
+        """Returns the results of `function` like map. It opens or reads a shard; several calls run at the same time."""
         if len(arguments[0]) < 2:
             return list(map(function, *arguments))
         if self._pool is None:
@@ -131,14 +136,17 @@ class Shards:
             raise
 
     def _reader(self, shard: int) -> Any:
-        """Returns the open reader of a shard. A reader that `_open` drops closes its file when no thread uses it."""
+        """Returns the open reader of a shard.
+
+        A reader that is removed from `_open_readers` closes its file when no thread uses it any longer.
+        """
         key, path = (self._number, shard), self.paths[shard]
         with _lock:
-            if key in _open:
-                _open.move_to_end(key)
-                return _open[key]
+            if key in _open_readers:
+                _open_readers.move_to_end(key)
+                return _open_readers[key]
         reader = ArrayRecordReader(path, options=_OPTIONS, file_reader_buffer_size=_BUFFER)
-        # A shard that is cut at the first of its blocks looks like an empty one.
+        # A shard that was cut short to fewer than two blocks would look like an empty shard.
         if not reader.ok() or os.path.getsize(path) < _SMALLEST:
             with open(path, "rb") as file:  # the system's own error, such as too many open files
                 file.read(1)
@@ -148,19 +156,19 @@ class Shards:
                 raise damaged(path, error) from None
             raise damaged(path, "it is too short")
         with _lock:
-            _open[key] = reader
-            while len(_open) > _most_open():
-                _open.popitem(last=False)
+            _open_readers[key] = reader
+            while len(_open_readers) > _most_open():
+                _open_readers.popitem(last=False)
         return reader
 
 
 def _most_open() -> int:
-    """Returns the number of shards that may be open at a time: half of the files that the process may open."""
+    """Returns the largest number of open shards: half of the number of files that the process may open."""
     return max(_THREADS, disk.open_files_limit() // 2)
 
 
 def _close(number: int) -> None:
-    """Closes all files of one Shards."""
+    """Closes all files of one Shards object. number: number of this object."""
     with _lock:
-        for key in [key for key in _open if key[0] == number]:
-            del _open[key]
+        for key in [key for key in _open_readers if key[0] == number]:
+            del _open_readers[key]

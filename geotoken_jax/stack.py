@@ -1,4 +1,7 @@
-"""Stacks equal layers along a leading axis of every parameter and scans them, so that one layer is compiled."""
+"""Stacks layers of equal shapes along a leading axis of every parameter, and scans over the stack.
+
+With the scan, only one layer is compiled.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +15,8 @@ from geotoken_jax import sharding
 
 _KEPT = "kept"
 
-#: Value of `config.model.remat` -> policy for the activations that are stored for gradients; others are recomputed.
+#: Value of `config.model.remat` -> policy that selects the activations to store for the backward pass, which recomputes
+#: all others.
 REMAT: dict[str, Any] = {
     "none": jax.checkpoint_policies.everything_saveable,
     "dots": jax.checkpoint_policies.save_from_both_policies(
@@ -35,10 +39,11 @@ def make(layer: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -
 
 
 def stored(x: jax.Array) -> jax.Array:
-    """Returns x, which "dots" of REMAT stores for the backward pass. For the forward rules of jax.custom_vjp.
+    """Returns x, and makes the policy "dots" of REMAT store it. Use it in forward rules of jax.custom_vjp.
 
-    The stored array has an integer type, because jax.checkpoint rounds stored floating-point numbers to their own type.
-    XLA cannot fuse this with a kernel that computes x, and it takes as long as the largest product of a layer.
+    x is stored as integers. For floating-point numbers, jax.checkpoint would add an operation that rounds them to their
+    type. XLA cannot fuse this operation with a kernel that computes x, so it takes as long as the largest matrix
+    product of a layer.
     """
     bits = checkpoint_name(jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")), _KEPT)
     return jax.lax.bitcast_convert_type(bits, x.dtype)
@@ -46,7 +51,7 @@ def stored(x: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def keep(x: jax.Array) -> jax.Array:
-    """Returns `stored(x)` with its gradient, which `stored` alone has not."""
+    """Returns `stored(x)`, and passes its gradient on to x. Without this, the gradient would end at the integers."""
     return x
 
 
@@ -58,9 +63,9 @@ def scan(
 ) -> tuple[Any, Any]:
     """Runs `body(layer, carry, x) -> (carry, y)` for each layer of a stack; returns the last carry and all ys.
 
-    xs and ys have a leading axis for the layer. remat: key of REMAT, which decides the activations that are stored.
-    unroll: whether to compile every layer on its own instead of a loop. The loop copies each stored activation into an
-    array of all layers, and back in the backward pass.
+    xs and ys have a leading axis for the layer. remat: key of REMAT. unroll: whether to compile every layer separately,
+    instead of a loop over the layers. Unrolled layers take longer to compile, but run faster: the loop would copy each
+    stored activation into an array of all layers, and back in the backward pass.
     """
     graph, state = nnx.split(stacked)
 
@@ -69,7 +74,8 @@ def scan(
         return body(nnx.merge(graph, sharding.attach_gradients(state)), carry, x)
 
     if remat != "none":
-        # Without a loop XLA would find that the backward pass computes the same again, and would store it instead. With
-        # "dots" it may, because that takes less memory than the products.
+        # Without a loop, XLA would find that the backward pass recomputes activations, and would store them instead.
+        # prevent_cse forbids this. With "dots" it is allowed, because these activations take less memory than the
+        # results of the matrix products.
         step = jax.checkpoint(step, policy=REMAT[remat], prevent_cse=unroll and remat == "full")
     return jax.lax.scan(step, carry, (state, xs), unroll=unroll)

@@ -112,9 +112,9 @@ def test_more_shards_than_may_be_open_are_read(folder, monkeypatch):
     rows = [14, 0, 7, 3, 5, 9]
     for _ in range(2):
         assert found[rows]["row"].tolist() == rows
-        assert len(shards._open) == 2
+        assert len(shards._open_readers) == 2
     del found
-    assert not shards._open
+    assert not shards._open_readers
 
 
 def test_the_limit_on_open_files_is_raised_and_kept_to(tmp_path):
@@ -127,9 +127,9 @@ def test_the_limit_on_open_files_is_raised_and_kept_to(tmp_path):
     code = (
         "import sys; from geotoken_jax import disk, records, shards; import numpy as np\n"
         "found = records.Records(sys.argv[1], 'train', records.token_layout(4))\n"
-        "assert found[range(70)]['row'].tolist() == list(range(70)) and len(shards._open) == 32\n"
+        "assert found[range(70)]['row'].tolist() == list(range(70)) and len(shards._open_readers) == 32\n"
         "disk.raise_open_files_limit(); assert disk.open_files_limit() == 128\n"
-        "found[range(70)]; assert len(shards._open) == 64"
+        "found[range(70)]; assert len(shards._open_readers) == 64"
     )
 
     def limit():

@@ -65,7 +65,7 @@ def test_the_number_of_slices_is_a_choice():
 @pytest.mark.parametrize(
     "sizes, devices, message",
     [
-        ((1, 16, 1), gpus(2, 8), r"config.mesh.data is 1, but only data is split over the 2 slices .* multiple of 2,"),
+        ((1, 16, 1), gpus(2, 8), r"config.mesh.data is 1, but the devices are in 2 slices .* multiple of 2,"),
         ((-1, 1, 8), gpus(4, 4), r"config.mesh.data is 2, .* 4 slices"),
         ((-1, 1, 1, 3), gpus(2, 8), r"config.mesh.slices is 3, but 16 devices in 2 slices .* use slices of equal size"),
         ((-1, 1, 1), gpus(4, 4)[:10], r"config.mesh.slices is -1, but 10 devices in 4 slices .* equal size"),
@@ -110,7 +110,7 @@ def test_a_batch_that_does_not_fit_the_mesh_is_refused():
     mesh = sharding.make_mesh(sharding.MeshSettings(2, 2, 2))
     with pytest.raises(SettingsError, match=r"batch_size is 6, which .* data x fsdp = 4 .*: set it to a multiple of 4"):
         sharding.local_rows(mesh, 6)
-    with pytest.raises(ValueError, match=r"row has 4 rows: this process must read the 8 of local_rows"):
+    with pytest.raises(ValueError, match=r"row has 4 rows: pass the 8 rows of local_rows"):
         sharding.global_batch({"row": np.arange(4)}, mesh, 8)
 
 
@@ -138,5 +138,5 @@ def test_a_state_lies_as_its_logical_names_say():
 
 def test_a_width_that_does_not_divide_is_named():
     state = nnx.state(nnx.eval_shape(lambda: Two(nnx.Rngs(0), width=9)), nnx.Param)
-    with pytest.raises(SettingsError, match=r"linear/kernel: axis of 9 does not divide over fsdp = 2"):
+    with pytest.raises(SettingsError, match=r"linear/kernel has an axis of size 9, which does not .* over fsdp = 2"):
         sharding.shardings(state, sharding.make_mesh(sharding.MeshSettings(2, 2, 2)))

@@ -1,7 +1,8 @@
-"""Reads tables of photos strictly: of sources, of true coordinates and of predictions. No other module parses a table.
+"""Reads tables of photos, such as the photos of a source, true coordinates and predictions. All tables are read here.
 
-A table is a CSV, JSON lines, a JSON array of objects, or Parquet, and may be compressed with gzip. The header tells the
-delimiter of a CSV: a comma, semicolon, tab or bar. Text is UTF-8, or UTF-16.
+A table is a CSV file, JSON lines, a JSON array of objects, or Parquet, and may be compressed with gzip. The delimiter
+of a CSV is a comma, a semicolon, a tab or a bar; its header decides which. Text is UTF-8 or UTF-16. A table with an
+error is refused, or the error is reported with its row.
 """
 
 import contextlib
@@ -26,15 +27,15 @@ from geotoken_jax.errors import UserError, explain
 COLUMNS = {"id": ("id", "img_id"), "latitude": ("latitude", "lat"), "longitude": ("longitude", "lon", "lng")}
 #: Text that is a number. float() alone would accept 1_0 and digits of any script.
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(nan|inf(inity)?)", re.ASCII | re.IGNORECASE)
-#: Bytes that are not UTF-8, in the form in which the error handler surrogateescape decodes them.
+#: Characters that stand for bytes that are not UTF-8, if text is decoded with the error handler surrogateescape.
 UNDECODED = re.compile("[\udc80-\udcff]")
 _DELIMITERS = ",;\t|"
-#: Number of characters from which on a line cannot be a row of a CSV. The longest known rows, from YFCC with
-#: descriptions, are under 0.2 MB.
+#: A line with this number of characters or more cannot be a row of a CSV. The longest known rows, from YFCC with
+#: descriptions, have less than 0.2 MB.
 _LONGEST_LINE = 1 << 20
 #: Words that mark a column of predictions, as in LAT_pred.
 _PREDICTED = {"pred", "predicted", "prediction"}
-#: First bytes of files that are no tables -> their format.
+#: First bytes of a file that cannot be read as a table -> format of this file, for messages.
 _OTHER_FORMATS = {
     b"PK\x03\x04": "a zip archive or an Excel workbook",
     b"\xd0\xcf\x11\xe0": "an Excel workbook",
@@ -46,16 +47,17 @@ _PARQUET = b"PAR1"
 
 
 class TableError(UserError, ValueError):
-    """A table cannot be read; the message has the file, the place in it and the fix."""
+    """A table cannot be read. The message contains the file, the place in the file and the fix."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
     """A row of a table.
 
-    place: "line 3" of a CSV or of JSON lines, "item 3" of a JSON array, "row 3" of Parquet. values: field, or the name
-    of another column in lower case -> text of a CSV, or a JSON value; empty if the row is malformed. fault: sentence on
-    why the row is malformed, with the fix; empty if it is not.
+    place: "line 3" of a CSV or of JSON lines, "item 3" of a JSON array, "row 3" of Parquet. values: field -> value,
+    which is text in a CSV, and else a JSON value; empty if the row is malformed. A column that is no field has its name
+    in lower case as its key. fault: error of a malformed row, with the fix, e.g. "has 3 columns, ..."; "" if the row is
+    well-formed.
     """
 
     place: str
@@ -71,9 +73,9 @@ def read(
 ) -> Iterator[Row]:
     """Yields the rows of a table, in its order.
 
-    columns: field -> names of its column, of which the table must have exactly one. Case does not matter. optional: the
-    same of columns that the table may lack; None for all its other columns. predicted: whether columns such as LAT_pred
-    take precedence over LAT.
+    columns: field -> accepted names of its column. The table must have exactly one column with one of these names; case
+    does not matter. optional: field -> accepted names, for columns that the table may lack. If None, all other columns
+    of the table are read too. predicted: whether a column such as LAT_pred takes precedence over LAT.
 
     Raises TableError if the file cannot be read or has another format, if a column is missing or repeated, if a line
     has 1,048,576 characters or more, or if a quote stays open over several rows.
@@ -95,9 +97,9 @@ def read(
 
 
 def read_positions(path: os.PathLike | str, positions: Mapping[str, int]) -> Iterator[Row]:
-    """Yields the rows of a file of UTF-8 text that is separated by tabs and has neither a header nor quotes.
+    """Yields the rows of a tab-separated file of UTF-8 text that has neither a header nor quotes.
 
-    positions: field -> position of its column, from 0. Raises TableError as `read` does.
+    positions: field -> position of its column, from 0. Raises TableError if the file cannot be read.
     """
     with _opened(path) as (file, _):
         lines = _Lines(os.fspath(path), io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline=""))
@@ -128,7 +130,7 @@ def number(value: Any) -> float | None:
 
 @contextlib.contextmanager
 def _opened(path: os.PathLike | str) -> Iterator[tuple[IO[bytes], bytes]]:
-    """Opens a table for reading, unpacked, with its first bytes."""
+    """Opens a table for reading. Yields the file, which decompresses gzip, and its first bytes."""
     try:
         with contextlib.ExitStack() as stack:
             file: Any = stack.enter_context(epath.Path(path).open("rb"))
@@ -150,7 +152,7 @@ def _opened(path: os.PathLike | str) -> Iterator[tuple[IO[bytes], bytes]]:
 
 
 def _encoding(head: bytes, path: str) -> tuple[str, str]:
-    """Returns the encoding of a text and the handler of its errors."""
+    """Returns the encoding of a text and the name of the handler of its errors. head: first bytes of the text."""
     if head.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
         raise TableError(f"{path} is UTF-32 text: save it in UTF-8")
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
@@ -161,7 +163,7 @@ def _encoding(head: bytes, path: str) -> tuple[str, str]:
 
 
 class _Lines:
-    """The lines of a text, counted. `raw` has the lines since `raw` was cleared."""
+    """Iterates over the lines of a text. count: number of lines read. raw: lines read since a user cleared this list."""
 
     def __init__(self, path: str, text: io.TextIOWrapper):
         self._path, self._text = path, text
@@ -185,7 +187,7 @@ class _Lines:
 
 
 class _Columns:
-    """Finds the columns that a reader needs in the names of a table; see `read`."""
+    """Finds the positions of the columns to read in the header of a table. For the arguments, see `read`."""
 
     def __init__(
         self,
@@ -198,11 +200,13 @@ class _Columns:
         self._found: dict[tuple[str, ...], dict[str, int]] = {}
 
     def find(self, names: tuple[str, ...], place: str = "") -> dict[str, int]:
-        """Returns field, or name of another column -> its position.
+        """Returns field -> position of its column. A column that is no field has its name in lower case as its key.
 
-        Raises TableError if a column is missing or repeated. place: place in the file, for its message.
+        names: names of all columns. place: place in the file, for messages.
+
+        Raises TableError if a column is missing or repeated.
         """
-        if names not in self._found:  # the objects of JSON lines have few different sets of names
+        if names not in self._found:  # every JSON object has names of its own, but most objects have the same names
             self._found[names] = self._find(names, place)
         return self._found[names]
 
@@ -232,7 +236,10 @@ class _Columns:
         return found
 
     def _accepted(self, keys: Sequence[str]) -> dict[str, Sequence[str]]:
-        """Returns field -> accepted names. If there are columns of predicted coordinates, no others are accepted."""
+        """Returns field -> accepted names of its column. keys: names of the columns in lower case.
+
+        If there are columns of predicted coordinates, no other columns of coordinates are accepted.
+        """
         accepted = {**self.required, **(self.optional or {})}
         if self.predicted:
             marked = {
@@ -245,7 +252,7 @@ class _Columns:
 
 
 def _unmarked(key: str) -> str:
-    """Returns the name of a column without the word that marks it as predicted, if it has one."""
+    """Returns the name of a column without the word that marks predictions, e.g. `lat` for `lat_pred` and for `lat`."""
     words = re.split(r"[\s_.-]+", key)
     return "_".join(word for word in words if word not in _PREDICTED) if _PREDICTED & set(words) else key
 
@@ -263,7 +270,7 @@ def _csv(columns: _Columns, first: str, lines: _Lines) -> Iterator[Row]:
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            cells, fault = [], f"cannot be read ({error}): write quotes in a value twice, and the value in quotes"
+            cells, fault = [], f"cannot be read ({error}): double each quote in a value, and put the value in quotes"
         else:
             if cells is None:
                 return
@@ -282,9 +289,10 @@ def _csv(columns: _Columns, first: str, lines: _Lines) -> Iterator[Row]:
 
 
 def _header(columns: _Columns, first: str) -> tuple[str, dict[str, int], int]:
-    """Returns the delimiter, the positions of columns, and the number of columns.
+    """Returns the delimiter of a CSV, field -> position of its column, and the number of columns.
 
-    The delimiter is the one that separates all required columns.
+    The header has all required columns if it is split at the delimiter. Raises TableError if this is true for no
+    delimiter, or for several. first: line of the header.
     """
     possible, problems = [], []
     for delimiter in _DELIMITERS:
@@ -306,9 +314,13 @@ def _header(columns: _Columns, first: str) -> tuple[str, dict[str, int], int]:
 def _check_quote(
     path: str, line: int, raw: Sequence[str], cells: Sequence[str], found: Mapping[str, int], width: int, delimiter: str
 ) -> None:
-    """Raises TableError for a row over several lines that has swallowed other rows, up to the next quote.
+    """Raises TableError if several rows were read as one row, because a quote in the first of them is never closed.
 
-    It has if its number of cells is wrong, if a line within it is a whole row, or if its first and last line are.
+    This is assumed if the row has a wrong number of cells, if one of its inner lines would be a complete row by itself,
+    or if both its first and its last line would be complete rows.
+
+    line: number of the first line. raw: lines of the row. cells: cells of the row. found: field -> position of its
+    column. width: number of columns.
     """
 
     def whole(text: str) -> bool:
@@ -352,7 +364,7 @@ def _item(columns: _Columns, item: Any, place: str) -> Row:
 
 def _parquet(columns: _Columns, opened: IO[bytes]) -> Iterator[Row]:
     try:
-        from pyarrow import ArrowException, parquet  # here: it takes 0.2 s, and environments that only predict lack it
+        from pyarrow import ArrowException, parquet  # here, because it takes 0.2 s, and prediction does not need it
     except ModuleNotFoundError:
         raise TableError(f"{columns.path} is Parquet, which needs pyarrow: install pyarrow, or save a CSV") from None
     n = 0

@@ -1,4 +1,4 @@
-"""Compares the files of a work directory with the sizes and SHA-256 sums that its manifests and ledgers record."""
+"""Compares the files of a work directory with the sizes and the SHA-256 that its manifests and ledgers record."""
 
 import concurrent.futures
 import dataclasses
@@ -12,14 +12,18 @@ from geotoken_jax import disk, manifests
 from geotoken_jax.manifests import StageError
 from geotoken_jax.workdir import Workdir
 
-#: Verbs whose folders consist of shards, so that `geotoken verify --mend` makes only the bad files again.
+#: Verbs for which `geotoken verify --mend` makes only the bad files again, because their folders consist of shards.
 MENDED = ("prepare", "embed", "index")
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Result of comparing a folder. files: number of recorded files. size: their bytes. bad: path of a file in the
-    folder -> text on it. complete: whether the folder's stage has finished it."""
+    """Result of comparing the files of a folder.
+
+    folder: name of the folder in the work directory. files: number of recorded files. size: sum of their sizes in
+    bytes. bad: path of a bad file in the folder -> reason, such as "is missing". complete: whether the folder's stage
+    has finished.
+    """
 
     folder: str
     files: int
@@ -29,13 +33,13 @@ class Report:
 
     @property
     def verb(self) -> str:
-        """The verb that makes the folder."""
+        """The verb of `geotoken` that makes the folder."""
         return manifests.PATH[self.folder.split("/")[0]]
 
     def lines(self) -> list[str]:
         """Returns one line on the folder, and one per bad file."""
         if not self.files and not self.bad:
-            return [f"{self.folder + '/':32} has no sums, as it was made by a release before them"]
+            return [f"{self.folder + '/':32} cannot be checked, because an earlier release made it without checksums"]
         state = f"{len(self.bad):,} bad" if self.bad else "ok"
         end = "" if self.complete else "; not complete"
         first = f"{self.folder + '/':32} {state}: {self.files:,} files, {self.size / 1e9:,.3f} GB{end}"
@@ -64,7 +68,7 @@ def check_folder(workdir: Workdir, folder: str) -> Report:
 
 
 def _bad(path: epath.Path, recorded: Mapping[str, Sequence[Any]]) -> dict[str, str]:
-    """Returns name -> text for the files of a folder that differ from what is recorded."""
+    """Returns path -> reason for the bad files of a folder. recorded: path in the folder -> size and SHA-256."""
 
     def compare(name: str) -> str:
         size, digest = recorded[name]

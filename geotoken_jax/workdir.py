@@ -1,4 +1,4 @@
-"""Opens the contents of a work directory as typed objects, so that other modules need no names of files.
+"""Opens the contents of a work directory as typed objects. Other modules do not need the names of its files.
 
 Trained models are built from the settings in their own manifests. `Workdir.begin` raises an error if the configuration
 differs from the settings of any folder that a stage reads, directly or through other folders.
@@ -43,25 +43,25 @@ GALLERY = views.SOURCE_SPLIT
 TOP1 = "top1_neighbor"
 #: Split on which predictions are calibrated.
 VALIDATION = "validation"
-#: Files that an export leaves out. Either only training or indexing needs them, or they contain the times at which the
-#: gallery's photos were taken, which are private.
+#: Files that are not copied to an export. Most are needed only for training or indexing. captured-*.npy contains the
+#: times at which the gallery photos were taken, which are private.
 _NOT_EXPORTED = (
     "manifest.json", "begun.json", "checkpoints", "metrics.jsonl", "parameters.txt", "tensorboard",
     "fold-*.safetensors", "captured-*.npy", manifests.LEDGERS,
 )  # fmt: skip
 #: Names of the files of neighbors/, as a format string.
 NEIGHBOR_FILES = "{split}.{field}-{shard:05d}-of-{shards:05d}.npy"
-#: Between the names of a benchmark and of exclusion rules, in the name of the benchmark's split under these rules.
+#: Separator in the name of a benchmark's split under exclusion rules, BENCHMARK-RULES (see `Workdir.split_under`).
 _UNDER = "-"
 #: Names of the arrays in pools/VARIANT.
-_POOL = ("tokens", "log_probability", "tempered_log_probability", "states")
+_POOL_ARRAYS = ("tokens", "log_probability", "tempered_log_probability", "states")
 
 
 class Workdir:
     """A work directory.
 
-    made: folders that were not complete when this object opened them for their stages. update: whether folders take in
-    photos that were added to their inputs.
+    made: names of the folders that stages make now; these folders were not complete when `begin` opened them. update:
+    whether stages add photos that were added to the inputs of their folders.
     """
 
     def __init__(self, path: epath.PathLike, update: bool = False):
@@ -81,13 +81,13 @@ class Workdir:
     ) -> Stage:
         """Opens a folder for its stage; see `manifests.begin`.
 
-        config: whole configuration, without the changes of a variant; if the folder belongs to a variant, the variant's
+        config: whole configuration, without the changes of a variant. If the folder belongs to a variant, the variant's
         changes are applied here. keys: dotted keys of the configuration that the folder depends on. inputs: folders
-        that the stage reads. further: section name -> further section that the folder depends on; it replaces a section
-        of the same name in `keys`.
+        that the stage reads. further: section name -> section that the folder also depends on; it replaces a section of
+        the same name in `keys`.
 
-        Raises StageError if an input is missing, or if the folder or any folder that it was made from, directly or
-        through others, was made with other settings.
+        Raises StageError if an input is not complete, or if the configuration differs from the settings of the folder,
+        of its inputs, of their inputs, and so on.
         """
         inputs = list(inputs)
         requested = {**_variant_config(config, folder).select(*keys), **further}
@@ -142,12 +142,12 @@ class Workdir:
         return [folder.relative_to(self.path).as_posix() for folder in begun]
 
     def _folders(self) -> list[epath.Path]:
-        """Returns the folders and files of the work directory, then those in its folders."""
+        """Returns the folders and files in the work directory, then the folders and files in each of these folders."""
         top = disk.matching(self.path, "*")
         return [*top, *(inner for folder in top for inner in disk.matching(folder, "*"))]
 
     def remove_made_by(self, verb: str) -> Iterator[str]:
-        """Removes the folders that a verb makes and all that were made from them, complete or not.
+        """Removes the folders that a verb makes, and all folders that were made from these, complete or not.
 
         Yields the name of each folder before it is removed. Studies under experiments/ and scaling/ are kept.
         """
@@ -166,7 +166,11 @@ class Workdir:
             _remove(Path(self.path / folder))
 
     def counts(self, folder: str) -> dict[str, list[int]]:
-        """Returns split -> numbers of photos of a complete folder, as in partition.ranges."""
+        """Returns split -> numbers of photos in a complete folder, ascending.
+
+        The first number is from the time when the folder was made. The others are from after each addition of photos;
+        the last one is the present number. partition.ranges computes shards from them.
+        """
         manifest = self.manifest(folder)
         states = [*(state["counts"] for state in manifest.facts.get("earlier", [])), manifest.counts]
         return {split: [counts.get(split, 0) for counts in states] for split in manifest.counts}
@@ -209,10 +213,10 @@ class Workdir:
         return self.manifest(folder).facts.get("id_bytes", records.ID_BYTES)
 
     def check_backbone(self, options: backbone.BackboneSettings) -> None:
-        """Raises StageError if features/ was made with other settings of the backbone than `options` has.
+        """Raises StageError if features/ was made with another backbone, or with other settings of it, than `options`.
 
-        Compared are the backbone, the checkpoint's contents and the settings that features depend on, such as dtype.
-        Raises SettingsError if the path in `options` has no checkpoint.
+        Features depend on the name of the backbone, the contents of its checkpoint, and settings such as dtype. All of
+        these are compared. Raises SettingsError if the path in `options` has no checkpoint.
         """
         stored = self.manifest("features").settings["embed"]
         if {**stored, **settings.plain(backbone.feature_settings(options))} != stored:
@@ -232,7 +236,7 @@ class Workdir:
         return self.gallery if split == GALLERY else Table(self.path / "queries" / split.partition(_UNDER)[0])
 
     def index(self, threads: int, part: Sequence[int] = ()) -> index.Index:
-        """Returns the index of the gallery. Arguments: see gallery.index.load."""
+        """Returns the index of the gallery. For the arguments, see gallery.index.load."""
         return index.load(self.path / "gallery" / "index", threads, part)
 
     def index_rows(self) -> list[range]:
@@ -260,7 +264,8 @@ class Workdir:
     def split_under(benchmark: str, rules: str) -> str:
         """Returns the name of a benchmark's split under exclusion rules. rules: a key of config.benchmarks.exclude.
 
-        Its photos are the benchmark's, and its neighbors are those that the rules leave.
+        This split has the same photos as the benchmark. Their neighbors are searched without the gallery photos that
+        the rules exclude.
         """
         return f"{benchmark}{_UNDER}{rules}"
 
@@ -282,15 +287,16 @@ class Workdir:
     ) -> tuple[Int[np.ndarray, "n k"], Float[np.ndarray, "n k"]]:
         """Returns gallery rows and scores of a split's neighbors, best first; a missing neighbor has row -1.
 
-        They are memory-mapped if they are in one file, else in memory. k: number of neighbors per photo; if None, all
-        stored neighbors. rows: rows of the split's table.
+        k: number of neighbors per photo; if None, all stored neighbors. rows: rows of the split's table. The arrays are
+        memory-mapped if each is stored in one file. If not, they are read into memory.
         """
         found, scores = (self._neighbors(split, name, rows)[:, :k] for name in ("rows", "scores"))
         return found, scores
 
     def _neighbors(self, split: str, name: str, rows: slice) -> np.ndarray:
         folder = self.path / ("exclusion" if _UNDER in split else "neighbors")
-        whole = folder / f"{split}.{name}.npy"  # of exclusion/, and of earlier versions
+        # Arrays in exclusion/, and in neighbors/ of earlier versions, have one file each.
+        whole = folder / f"{split}.{name}.npy"
         files = [whole] if whole.exists() else records.numbered(folder, f"{split}.{name}-", ".npy", split)
         parts = [records.open_array(file) for file in files]
         if len(parts) == 1:
@@ -306,9 +312,11 @@ class Workdir:
         return self.path / "neighbors" / NEIGHBOR_FILES.format(split=split, field=name, shard=shard, shards=shards)
 
     def exclusions(self, split: str) -> Callable[[np.ndarray | slice], list[Exclusion]]:
-        """Returns a function from rows of a split's table to the exclusion rules of their neighbors.
+        """Returns a function from rows of a split's table to their exclusions from the gallery.
 
-        These are the rules with which neighbors/ was made and, for a benchmark under further rules, also these.
+        Exclusions are objects that decide which gallery photos may not be neighbors of these rows. They follow the
+        rules with which neighbors/ was made and, for a benchmark's split under exclusion rules (see `split_under`),
+        also these rules.
         """
         key = "exclude" if split in (views.SOURCE_SPLIT, views.VIEWS_SPLIT) else "exclude_in_evaluation"
         section = self.manifest("neighbors").settings["index"]["neighbors"][key]
@@ -321,7 +329,7 @@ class Workdir:
     def exclusions_by(
         self, every: Sequence[ExcludeSettings], split: str
     ) -> Callable[[np.ndarray | slice], list[Exclusion]]:
-        """Returns a function from rows of a split's table to all exclusion rules in `every`."""
+        """Returns a function like `exclusions`, for other rules. every: settings of the rules to apply."""
         queries, gallery = self.table(split), self.gallery
         columns = {name: getattr(gallery, name)() for name in ("ids", "authors", "coordinates")}
 
@@ -353,7 +361,10 @@ class Workdir:
         return checkpoint.read_module(self.path / "align" / "parameters.safetensors", task.init)
 
     def aligned_settings(self, requested: AlignSettings) -> AlignSettings:
-        """Returns the settings of the trained alignment model, with the runtime fields of `requested`."""
+        """Returns the settings of the trained alignment model, with the runtime fields of `requested`.
+
+        requested: config.align.model. For runtime fields, see settings.Runtime.
+        """
         return settings.restored(self.manifest("align").settings["align"]["model"], requested, "align.model")
 
     def model_settings(self, variant: str, requested: ModelSettings) -> ModelSettings:
@@ -369,7 +380,7 @@ class Workdir:
     def selectors(self, config: Config, variant: str) -> dict[str, Any]:
         """Returns name -> model settings, for the trained selectors that config.predict.selectors needs.
 
-        With the reranker come the settings of the comparator, named "comparator".
+        If the reranker is one of them, the settings of the comparator are included, with the name "comparator".
         """
         sections = {"reward": config.reward.model, "reranker": config.reranker.model}
         found = {
@@ -422,7 +433,7 @@ class Workdir:
         tokens, log-probabilities, log-probabilities under the sampling distribution, and states of the decoder.
         """
         folder = self.path / "pools" / variant
-        for name, values in zip(_POOL, zip(*parts, strict=True), strict=True):
+        for name, values in zip(_POOL_ARRAYS, zip(*parts, strict=True), strict=True):
             records.save_array(folder / f"{name}.npy", np.concatenate(values))
         records.save_array(folder / "rows.npy", rows)
 
@@ -436,7 +447,7 @@ class Workdir:
         The Pool contains no embeddings of neighbors. requested: config.model, whose runtime fields are used.
         """
         folder = self.path / "pools" / variant
-        tokens, log_p, tempered, states = (records.open_array(folder / f"{name}.npy") for name in _POOL)
+        tokens, log_p, tempered, states = (records.open_array(folder / f"{name}.npy") for name in _POOL_ARRAYS)
         options, rows = self.model_settings(variant, requested), self.pool_rows(variant)
         neighbors, scores = (part[rows] for part in self.neighbors(views.SOURCE_SPLIT, options.neighbors))
         pool = Pool(
@@ -458,7 +469,8 @@ class Workdir:
         return self.path / ("excluded" if _UNDER in split else "predictions") / name / f"{split}.jsonl"
 
     def recall_file(self, variant: str, split: str) -> epath.Path:
-        """Returns the path of the recall of a split's pools. The file exists only if the reranker is a selector."""
+        """Returns the path of the file with the recall of a split's candidates. The file exists only if the reranker is
+        a selector."""
         return self.path / "predictions" / variant / f"{split}.recall.json"
 
     def predicted_variants(self) -> list[str]:
@@ -471,7 +483,10 @@ class Workdir:
         return [folder for folder in self.complete_folders() if folder.startswith("excluded/")]
 
     def exclusion_facts(self) -> dict[str, Any]:
-        """Returns what the rules exclude, by benchmark: see stages.exclusion. Empty if exclusion/ is missing."""
+        """Returns benchmark -> numbers of excluded photos per exclusion rules (see stages.exclusion).
+
+        Returns {} if exclusion/ is missing.
+        """
         manifest = self.finished("exclusion")
         return manifest.facts["benchmarks"] if manifest else {}
 
@@ -485,7 +500,10 @@ class Workdir:
         return Calibration.load(file) if file.exists() else UNCALIBRATED
 
     def training_logs(self) -> list[epath.Path]:
-        """Returns the paths of the training metrics of the alignment model, which may not exist, and all decoders."""
+        """Returns the paths of files with training metrics, of the alignment model and all decoders.
+
+        The file of the alignment model may not exist.
+        """
         logs = [self.training_log(folder.name) for folder in disk.matching(self.path / "geotoken", "*")]
         return [self.path / "align" / "metrics.jsonl", *(log for log in logs if log.exists())]
 

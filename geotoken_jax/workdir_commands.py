@@ -30,14 +30,16 @@ from geotoken_jax.stages import (
 )
 from geotoken_jax.workdir import TOP1, Workdir
 
-#: Function from configuration, work directory and variants to the manifests of the folders that the stage made or kept.
+#: A function that runs a stage. Its arguments are the configuration, the work directory and the names of the variants.
+#: It returns the manifests of the stage's folders, which the stage has made, or kept because they were complete.
 Stage = Callable[[Config, Workdir, Sequence[str]], Iterable[Manifest]]
 
 
-def _stages(stages: Mapping[str, Stage]) -> Callable[[argparse.Namespace, Config | None], None]:
-    """Returns a verb's function, which runs the stages in order and prints a line per folder, made or kept.
+def _verb(stages: Mapping[str, Stage]) -> Callable[[argparse.Namespace, Config | None], None]:
+    """Returns the function of a verb that runs some stages in order. stages: name -> stage.
 
-    If there are several stages, it also prints the number and the name of each stage before it starts.
+    The function prints a line per folder that was made or kept. If there are several stages, it also prints the number
+    and the name of each stage before the stage starts.
     """
 
     def run(options: argparse.Namespace, config: Config | None) -> None:
@@ -84,8 +86,8 @@ def _check_single_process(command: str) -> None:
         )
 
 
-#: Verbs that may be started in several processes. In the first group the processes are connected; in the second each
-#: works on its own shards.
+#: Verbs that may be started in several processes. The processes of a verb in _DISTRIBUTED are connected. Those in
+#: _SHARDED are not: each process makes shards of its own.
 _DISTRIBUTED, _SHARDED = ("align", "train"), ("embed", "index")
 _EXAMPLE = "geotoken {} --config=configs/demo.py --workdir=runs/demo"
 
@@ -139,7 +141,7 @@ def _evaluate(options: argparse.Namespace, config: Config | None) -> None:
         for name in options.method:
             yield from _baseline(config, folder, name)
 
-    _stages({"baselines": answer, "evaluate": _evaluate_all} if options.method else {"evaluate": _evaluate_all})(
+    _verb({"baselines": answer, "evaluate": _evaluate_all} if options.method else {"evaluate": _evaluate_all})(
         options, config
     )
 
@@ -154,13 +156,13 @@ def _audit(options: argparse.Namespace, config: Config | None) -> None:
         print(f"open {made / 'index.html'}")
 
     options.verb += f" {options.audit}"
-    _stages({options.verb: run})(options, config)
+    _verb({options.verb: run})(options, config)
 
 
 def _verify(options: argparse.Namespace, config: Config | None) -> None:
-    """Compares all files of a work directory with their sums; with --mend, makes bad files again.
+    """Compares all files of a work directory with their checksums. With --mend, makes bad files again.
 
-    Raises StageError if files are bad.
+    Raises StageError if there are bad files, also after --mend.
     """
     folder = Workdir(options.workdir)
     if not folder.path.is_dir():
@@ -176,7 +178,7 @@ def _verify(options: argparse.Namespace, config: Config | None) -> None:
             for report in reports:
                 manifests.reopen(folder.path, report.folder, report.bad.keys())
             if any(report.complete for report in reports):
-                _stages({verb: _PATH[verb]})(argparse.Namespace(verb=verb, workdir=options.workdir), config)
+                _verb({verb: _STAGES[verb]})(argparse.Namespace(verb=verb, workdir=options.workdir), config)
                 bad = [report for report in bad if report not in reports]
                 again = [_shown(verification.check_folder(folder, report.folder)) for report in reports]
                 bad += [report for report in again if report.bad]
@@ -232,7 +234,7 @@ def _scaling(options: argparse.Namespace, config: Config | None) -> None:
 
 
 #: Verb -> its stage, in the order in which `geotoken all` runs them.
-_PATH: dict[str, Stage] = {
+_STAGES: dict[str, Stage] = {
     "prepare": _preparation("photos"),
     "check": _once(check.run),
     "embed": _preparation("embed"),
@@ -246,8 +248,8 @@ _PATH: dict[str, Stage] = {
 }
 #: Verb that needs a work directory -> its function.
 VERBS: dict[str, Callable[[argparse.Namespace, Config | None], None]] = {
-    **{verb: _stages({verb: stage}) for verb, stage in _PATH.items()},
-    "all": _stages(_PATH),
+    **{verb: _verb({verb: stage}) for verb, stage in _STAGES.items()},
+    "all": _verb(_STAGES),
     "evaluate": _evaluate,
     "audit": _audit,
     "experiment": _experiment,

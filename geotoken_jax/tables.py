@@ -163,7 +163,7 @@ def _encoding(head: bytes, path: str) -> tuple[str, str]:
 
 
 class _Lines:
-    """Iterates over the lines of a text. count: number of lines read. raw: lines read since a user cleared this list."""
+    """Iterates over the lines of a text. count: number of lines read. raw: lines read since it was last cleared."""
 
     def __init__(self, path: str, text: io.TextIOWrapper):
         self._path, self._text = path, text

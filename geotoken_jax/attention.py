@@ -72,7 +72,7 @@ def by_head(
     v: Float[Array, "B H S d"],
     seen: Bool[Array, "#B #H #Q S"],
 ) -> Float[Array, "B H Q d"]:
-    """Returns softmax attention of a few queries, for decoding. In all arrays, heads come before positions.
+    """Returns softmax attention of a few queries, for decoding. In all arrays the axis of heads precedes positions.
 
     seen: whether each query attends to each key.
 
@@ -91,10 +91,10 @@ def choose(requested: str, q: Any, k: Any, *, causal: bool = False) -> Literal["
 
     requested: one of KERNELS. q, k: queries [B, T, H, d] and keys [B, S, H, d], as arrays or ShapeDtypeStructs.
 
-    For "auto", this is the fused kernel of the platform if the shapes allow it, else "xla". The platform is the
-    platform of the mesh in use, whose devices need not exist on this machine (as in `geotoken plan`). Without a mesh,
-    "auto" gives "xla": the platform is unknown then, and XLA cannot divide a Pallas kernel over devices. For fewer than
-    64 keys, "cudnn" gives "xla" too.
+    For "auto", the result is the fused kernel of the platform if the shapes allow it, else "xla". The mesh in use
+    decides the platform; its devices need not exist on this machine (as in `geotoken plan`). Without a mesh, "auto"
+    gives "xla": the platform is unknown then, and XLA cannot divide a Pallas kernel over devices. For fewer than 64
+    keys, "cudnn" gives "xla" too.
 
     Raises SettingsError if `requested` is "cudnn" but there is no GPU.
     """

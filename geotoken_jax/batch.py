@@ -42,7 +42,7 @@ def padded_size(rows: int, most: int, devices: int = 1) -> int:
     Each device gets the same number of rows: the next power of two, but at most `most` / devices, rounded up. If `rows`
     is above `most`, each device gets `rows` / devices, rounded up.
 
-    rows: number of rows before padding. most: usual largest number of rows. devices: number of devices.
+    rows: number of rows before padding. most: number of rows of a full batch. devices: number of devices.
     """
     share, limit = -(-rows // devices), -(-most // devices)
     return devices * min(1 << (share - 1).bit_length(), max(limit, share))

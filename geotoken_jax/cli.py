@@ -1,4 +1,4 @@
-"""The command line `geotoken VERB`. Each stage has a verb; other verbs, such as `serve` and `plan`, are no stages.
+"""Parses and runs the command line `geotoken VERB`. Each stage has a verb. Verbs such as `serve` are no stages.
 
 `predict` and `evaluate` also accept a user's own photos and predictions.
 """
@@ -51,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (OSError, MemoryError, UnicodeError) as error:
-        # `python -X dev` shows the traceback. If another process was lost, the exit status must be that of a restart,
-        # which the hook of `processes.start` for uncaught errors sets.
+        # `python -X dev` shows the traceback. If the cause is that another process was lost, the hook that
+        # `processes.start` sets for uncaught errors ends this process with the exit status RESTART.
         if sys.flags.dev_mode or processes.is_process_loss(error):
             raise
         print(f"geotoken {options.verb}: {errors.explain(error, _place(options))}", file=sys.stderr)

@@ -101,7 +101,8 @@ def _predict(options: argparse.Namespace, config: Any) -> int:
     tables = options.exclude_author, options.exclude_ids
     if any(tables) and options.method:
         raise settings.SettingsError(
-            "--exclude-author and --exclude-ids need --model=DIR: GeoCLIP as published has no gallery of photos"
+            "--exclude-author and --exclude-ids need --model=DIR: leave them out, because GeoCLIP as published has no "
+            "gallery of photos"
         )
     excluded = exclusion.read(list(found.photos), *tables)
     model = _predictor(options)
@@ -136,7 +137,8 @@ def _evaluate(options: argparse.Namespace, config: Any) -> int:
     if not options.predictions:
         if options.output:
             raise settings.SettingsError(
-                "--output needs --predictions=FILE: for a work directory the metrics are in report/metrics.json"
+                "--output needs --predictions=FILE: leave it out; the metrics of a work directory are in its file "
+                "report/metrics.json"
             )
         if options.compare or options.ellipsoid or options.strict:
             raise settings.SettingsError(

@@ -52,7 +52,10 @@ class PoolsSettings:
 
 @dataclasses.dataclass(frozen=True)
 class KnnSettings:
-    """config.baselines.knn: a baseline that predicts the coordinates of the neighbor with the most neighbors around it.
+    """config.baselines.knn: a baseline that predicts the coordinates of a neighbor.
+
+    Each neighbor is replaced by a weighted Gaussian. The neighbor at which the sum of all Gaussians is highest is the
+    prediction.
 
     neighbors: number of neighbors per photo, at most config.index.neighbors.count. temperature: temperature of the
     neighbors' weights exp(similarity / temperature); similarities are in [-3, 3]. sigma_km: standard deviation, in km,
@@ -93,7 +96,7 @@ class InitSettings:
 
 @dataclasses.dataclass(frozen=True)
 class ExportSettings:
-    """config.export.
+    """config.export: contents of the folder that `geotoken export` writes.
 
     gallery: number type of the gallery's vectors, bfloat16 or int8. int8 takes half the space; the model card reports
     how much accuracy it costs. weights: whether the export contains the checkpoint of a Hugging Face backbone. If
@@ -122,7 +125,7 @@ class ExportSettings:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateSettings:
-    """config.evaluate.
+    """config.evaluate: how `geotoken evaluate` scores and compares predictions.
 
     resamples: number of bootstrap resamples. seed: random seed of the bootstrap. reference: variant that all others are
     compared with. compare: further pairs of methods to compare. A method is VARIANT, or VARIANT:CHOICE for another
@@ -149,15 +152,17 @@ class EvaluateSettings:
 
 @dataclasses.dataclass(frozen=True)
 class OverlapSettings:
-    """config.audit.leakage. cosine_above: cosine of two photos' image embeddings above which the photos count as
-    near-duplicates."""
+    """config.audit.leakage: settings of the audit that searches for near-duplicates in different splits.
+
+    cosine_above: cosine of the image embeddings of two photos above which the photos count as near-duplicates.
+    """
 
     cosine_above: float
 
 
 @dataclasses.dataclass(frozen=True)
 class CoverageSettings:
-    """config.audit.coverage.
+    """config.audit.coverage: settings of the audit of the regions that the gallery covers.
 
     level: level of the S2 cells in which gallery photos are counted. split: split whose photos are predicted again,
     each without the gallery photos of its region. A region is a continent or a country. countries: number of countries
@@ -183,7 +188,7 @@ class AuditSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """config.experiments.NAME.
+    """config.experiments.NAME: runs with different settings, which are compared in one table.
 
     question: question that the experiment answers. note: conclusion from the experiment's table, written by hand after
     the runs. runs: a tuple per run, of the run's name and its changes to the configuration (nested sections and keys).
@@ -204,7 +209,7 @@ class Experiment:
 
 @dataclasses.dataclass(frozen=True)
 class ScalingSettings:
-    """config.scaling.
+    """config.scaling: the study of how loss and accuracy change with the size of the model and of the data.
 
     Sizes of the model. sizes: pairs of a size's name and its changes to the configuration (nested sections and keys),
     smallest model first. held_out: name of the size that is left out of the fit; its loss is compared with the forecast

@@ -141,10 +141,10 @@ def lock(folder: epath.PathLike) -> None:
 
     If a stage runs in several processes that share a folder, each process locks it for its own index (processes.index).
 
-    The lock is a file that contains the name of the process and of the machine. In addition, the operating system locks
-    this file, if the file system supports locks. If the owner is killed, the operating system releases its lock at
-    once. If the owner is on another machine, or if the file system has no locks, the time of the file decides: its
-    owner renews it every 5 seconds, and this function waits up to 30 seconds for a renewal. Without a renewal, the
+    The lock is a file that contains its owner: a process and the machine on which it runs. In addition, the operating
+    system locks this file, if the file system supports locks. If the owner is killed, the operating system releases its
+    lock at once. If the owner is on another machine, or if the file system has no locks, the time of the file decides:
+    the owner renews it every 5 seconds, and this function waits up to 30 seconds for a renewal. Without a renewal, the
     owner is dead, and this process takes the lock.
 
     Removes the partial files of earlier processes. Raises LockedError, with machine and process, if another process

@@ -60,7 +60,7 @@ LEDGERS = "ledgers"
 EARLIER = "earlier"
 #: Verbs that can add photos to their folders after photos were added to the source.
 UPDATED = ("prepare", "embed", "index")
-#: Folders that `geotoken train` and similar verbs make. They stay valid if photos are added to their inputs, because a
+#: Folders of trained models, or of data to train them. They stay valid if photos are added to their inputs, because a
 #: model that was trained on fewer photos can still be used.
 _TRAINED = ("align", "geotoken", "pools", "reward", "channels", "reranker")
 #: Files that a manifest does not record, because they depend on time and machine, or change after the stage.
@@ -545,7 +545,7 @@ def _check_same(
         problem = (
             f"config.{key} is {new!r}, but {path} was made with {old!r}"
             if part == "settings"
-            else f"{path} was made with another {key}/"
+            else f"{path} was made from other files in {key}/ than the present ones"
         )
         if part == "inputs" and grown and PATH.get(folder) in UPDATED:
             raise OtherSettingsError(

@@ -9,11 +9,12 @@ def ranges(counts: Sequence[int], limit: int) -> list[range]:
     counts: numbers of rows, ascending: the number when the shards were first made, then the number after each addition
     of rows. limit: largest number of rows per shard.
 
-    Without additions, all shards have `limit` rows, except the last. Added rows form new shards, so full shards never
-    change. There is one exception: if the last shard is not full, and at least as many rows are added as it has, it is
-    merged with the added rows. Merging keeps the number of small shards low: with additions of equal size, it grows
-    with the logarithm of their number. A merge about doubles the size of a shard, so a row is written again about
-    log2(limit) times at most.
+    Without additions, every shard except the last has `limit` rows. Added rows form new shards. But if the last shard
+    is not full, and at least as many rows are added as it has, it is merged with the added rows. Full shards never
+    change.
+
+    Merging keeps the number of small shards low: with additions of equal size, it grows with the logarithm of their
+    number. A merge about doubles the size of a shard, so a row is written again about log2(limit) times at most.
     """
     shards: list[range] = []
     for count in counts:

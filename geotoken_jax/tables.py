@@ -304,8 +304,11 @@ def _header(columns: _Columns, first: str) -> tuple[str, dict[str, int], int]:
         except TableError as error:
             problems.append((len(names), str(error)))  # pyright: ignore[reportPossiblyUnboundVariable]
     if len(possible) > 1:
-        delimiters = " and by ".join(repr(delimiter) for delimiter, *_ in possible)
-        raise TableError(f"{columns.path} has all columns if it is separated by {delimiters}: fix line 1")
+        delimiters = " or by ".join(repr(delimiter) for delimiter, *_ in possible)
+        raise TableError(
+            f"line 1 of {columns.path} has all columns, whether it is separated by {delimiters}: use only one of these "
+            "delimiters in this line"
+        )
     if not possible:
         raise TableError(max(problems, key=lambda problem: problem[0])[1])
     return possible[0]

@@ -194,7 +194,7 @@ def test_what_was_trained_before_is_kept_and_the_rest_is_outdated(grown, capsys)
     assert folder.begin(made_with, "geotoken/a", (), ["tokens", "gallery"]).manifest
     assert "geotoken/a is kept: it was trained before photos were added; to train with them" in capsys.readouterr().err
     assert (path / "geotoken" / "a" / "manifest.json").read_bytes() == trained
-    with pytest.raises(StageError, match="was made with another neighbors/"):
+    with pytest.raises(StageError, match="was made from other files in neighbors/ than"):
         folder.begin(made_with, "predictions/a", (), ["geotoken/a", "neighbors"])
     assert list(folder.remove_outdated("predict")) == ["predictions/a"]
     assert not list(folder.remove_outdated("train"))

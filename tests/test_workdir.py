@@ -55,7 +55,7 @@ def test_another_input_is_refused(tmp_path, complete):
         stage.finish({})
     (tmp_path / "photos" / "manifest.json").unlink()
     made(tmp_path, rate=2.0)
-    with pytest.raises(manifests.StageError, match=r"features was made with another photos/: use another --workdir"):
+    with pytest.raises(manifests.StageError, match=r"features was made from other files in photos/ .*: use another"):
         manifests.begin(tmp_path, "features", {}, ["photos"])
 
 

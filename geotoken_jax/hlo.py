@@ -114,7 +114,7 @@ class Program:
                 current[instruction.name] = instruction
 
     def costs(self, turns: bool = True) -> Costs:
-        """Returns the costs of the program. turns: whether the body of a loop is counted once per iteration or once."""
+        """Returns the costs of the program. turns: whether to count a loop's body per iteration; if False, once."""
         total = Costs()
         self._add(total, self.entry, 1.0, turns, top=True)
         return total

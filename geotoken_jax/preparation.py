@@ -26,7 +26,7 @@ def _check_counts(settings: Any, *names: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class BeamSettings:
-    """config.photos.beam.
+    """config.photos.beam: settings of Apache Beam, which can prepare the photos on many machines.
 
     runner: name of the Beam runner: DirectRunner, FlinkRunner, SparkRunner or DataflowRunner. If empty, Beam is not
     used, and config.photos.workers processes on this machine prepare the photos. options: options of the Beam pipeline,
@@ -40,7 +40,7 @@ class BeamSettings:
 @dataclasses.dataclass(frozen=True)
 class PlaceholderSettings:
     """config.photos.mp16_pro.placeholder: how to find placeholders, the images that web sites show instead of removed
-    photos. `geotoken prepare` drops them.
+    photos. `geotoken prepare` drops placeholders.
 
     hashes: hashes of known placeholders, computed by data_prep.placeholder.dhash, 16 hexadecimal digits each. If empty,
     hashes are not compared. distance: largest number of bits by which the hash of a placeholder differs from one of
@@ -107,7 +107,7 @@ class DuplicateSettings:
 
 @dataclasses.dataclass(frozen=True)
 class EarthViewSettings:
-    """config.photos.earthview.
+    """config.photos.earthview: a data set of small photos from above, which are made from world maps.
 
     seed: random seed of the whole data set. places: number of places around which photos are made, drawn from the
     GeoNames places with 1,000 inhabitants or more. The photos of `test_unseen` are made around other places. train,
@@ -133,7 +133,7 @@ class EarthViewSettings:
 
 @dataclasses.dataclass(frozen=True)
 class FolderSettings:
-    """config.photos.folder.
+    """config.photos.folder: a folder of a user's own photos.
 
     path: folder of photos; photos in its subfolders are included. csv: path of a table with the columns id, latitude
     and longitude. Optional columns are author, captured (time of the photo, see data_prep.csv_rows.seconds) and the
@@ -165,8 +165,11 @@ class FolderSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Im2gps3kSettings:
-    """config.photos.im2gps3k. path: folder of the images, named IMG_ID. csv: path of im2gps3k_places365.csv.
-    photos_per_shard: photos per shard; the last shard may have fewer."""
+    """config.photos.im2gps3k: the benchmark Im2GPS3k.
+
+    path: folder of the images. The name of an image is its IMG_ID in the CSV. csv: path of im2gps3k_places365.csv.
+    photos_per_shard: photos per shard; the last shard may have fewer.
+    """
 
     path: str
     csv: str
@@ -178,9 +181,9 @@ class Im2gps3kSettings:
 
 @dataclasses.dataclass(frozen=True)
 class MP16ProSettings:
-    """config.photos.mp16_pro.
+    """config.photos.mp16_pro: the data set MP16-Pro.
 
-    folder: folder of the downloaded parts. metadata: path of the CSV, relative to `folder`. seed: random seed of the
+    folder: folder of the downloaded files. metadata: path of the CSV, relative to `folder`. seed: random seed of the
     split of authors. validation: share of authors held out as the validation split, 0 to below 1. photos_per_shard:
     images per shard before any are dropped; the last shard may have fewer.
     """
@@ -200,15 +203,21 @@ class MP16ProSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Osv5mSettings:
-    """config.photos.osv5m. path: folder of the download, with images/, train.csv and test.csv."""
+    """config.photos.osv5m: the data set OpenStreetView-5M.
+
+    path: folder of the download, which contains images/, train.csv and test.csv.
+    """
 
     path: str
 
 
 @dataclasses.dataclass(frozen=True)
 class YfccSettings:
-    """config.photos.yfcc. name: yfcc4k or yfcc26k. path: folder of the images, named ID.jpg. table: path of the CSV or
-    info.txt. photos_per_shard: photos per shard; the last shard may have fewer."""
+    """config.photos.yfcc: one of the benchmarks YFCC4k and YFCC26k.
+
+    name: yfcc4k or yfcc26k. path: folder of the images, with names such as ID.jpg. table: path of the table, a CSV
+    or info.txt. photos_per_shard: photos per shard; the last shard may have fewer.
+    """
 
     name: str
     path: str
@@ -324,7 +333,7 @@ class EmbedSettings(BackboneSettings):
 
 @dataclasses.dataclass(frozen=True)
 class NeighborsSettings:
-    """config.index.neighbors.
+    """config.index.neighbors: the neighbors of each photo, which are photos of the gallery.
 
     count: number of neighbors stored per photo. exclude: rules for train photos. They exclude gallery photos from a
     photo's neighbors, such as photos by the same author of the same place. Without the rules, training would get

@@ -24,8 +24,8 @@ from geotoken_jax.settings import SettingsError
 _ADDRESS, _COUNT, _INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 #: Exit status of a process that ends early, if the same command continues its work (EX_TEMPFAIL of sysexits.h).
 RESTART = 75
-#: Seconds that process 0 waits after an error before it ends. Its end makes JAX end all other processes; the wait gives
-#: them the time to end by themselves, with their own messages.
+#: Seconds that process 0 waits after an error before it ends. When process 0 has ended, JAX ends all other processes.
+#: During the wait they can end by themselves, with their own messages.
 _LINGER_S = 3.0
 #: If JAX's coordination service does not answer within this number of seconds, it is lost. Usually it takes 0.001 s.
 _ANSWER_S = 2.0

@@ -29,7 +29,7 @@ LEVEL = 20
 #: longer id or author, the size is a larger multiple of this number, and the manifests of photos/ and features/ contain
 #: it as the fact id_bytes.
 ID_BYTES = 64
-#: Bytes of the longest id or author. `prepare` drops photos with longer ones.
+#: Largest number of bytes of an id or author. `geotoken prepare` drops photos with a longer id or author.
 LONGEST_ID = 1024
 
 #: A group of records is read as a whole. Groups have one record, because shuffled training reads single records; with

@@ -64,7 +64,7 @@ class MeshSettings:
 
 
 def make_mesh(settings: MeshSettings, devices: Any = None) -> Mesh:
-    """Returns a mesh over devices; over all devices if None.
+    """Returns a mesh over `devices`, or over all devices if None.
 
     Devices with the same index on axis data are in the same slice. Raises SettingsError if the sizes of the axes do not
     fit the devices.
@@ -262,8 +262,8 @@ def update_spec(variable: nnx.Variable, mesh: Mesh) -> PartitionSpec:
 
     The first choice is the axis before the last, because the last axis then keeps whole tiles. The last choice is the
     axis of stacked layers: the loop over layers can split the gradient of a layer, but not the axis over which it
-    loops. An axis is split only if its size is divisible, and if each device stores at least SMALLEST_SHARD elements.
-    If there is no such axis, or if the variable has no logical names, the split by RULES is returned.
+    loops. An axis is split only into parts of equal size, and only if each device stores at least SMALLEST_SHARD
+    elements. If there is no such axis, or if the variable has no logical names, the split by RULES is returned.
     """
     names, shape = variable.get_metadata().get("out_sharding") or (), variable.shape
     axes = [(a,) if isinstance(a, str) else tuple(a or ()) for a in spec(*names)]
@@ -292,16 +292,16 @@ class Gradient:
     update: PartitionSpec
 
     def of_layer(self) -> "Gradient":
-        """Returns the type and sharding for one layer of a stack."""
+        """Returns the Gradient of one layer of a stack, without the axis of layers."""
         return Gradient(self.dtype, PartitionSpec(*self.layout[1:]), PartitionSpec(*self.update[1:]))
 
     def attach(self, x: jax.Array) -> jax.Array:
         """Returns x, converted to `dtype`. The backward pass sums the gradient of x, and shards the sum as `update`.
 
         The backward pass constrains the gradient to `layout` before it constrains it to `update`. Without the first
-        constraint, the compiler split the matrix products that compute the gradient. For the token table, it exchanged
-        the gradients of the activations of all photos. On 16 v5e chips, it replaced each product by a loop of 16 small
-        products.
+        constraint, the compiler split the matrix products that compute the gradient. For the token table, the devices
+        then exchanged the gradients of the activations of all photos. On 16 v5e chips, each product was replaced by a
+        loop of 16 small products.
         """
         return x if self.layout == self.update and x.dtype == self.dtype else _attach(x, self)
 

@@ -54,10 +54,10 @@ class TableError(UserError, ValueError):
 class Row:
     """A row of a table.
 
-    place: "line 3" of a CSV or of JSON lines, "item 3" of a JSON array, "row 3" of Parquet. values: field -> value,
-    which is text in a CSV, and else a JSON value; empty if the row is malformed. A column that is no field has its name
-    in lower case as its key. fault: error of a malformed row, with the fix, e.g. "has 3 columns, ..."; "" if the row is
-    well-formed.
+    place: "line 3" of a CSV or of JSON lines, "item 3" of a JSON array, "row 3" of Parquet. values: field, such as
+    latitude -> value, which is text in a CSV, and else a JSON value. The key of a column that is no field is its name
+    in lower case. If the row is malformed, `values` is empty. fault: error of a malformed row, with the fix, e.g. "has
+    3 columns, ..."; "" if the row is well-formed.
     """
 
     place: str
@@ -200,13 +200,13 @@ class _Columns:
         self._found: dict[tuple[str, ...], dict[str, int]] = {}
 
     def find(self, names: tuple[str, ...], place: str = "") -> dict[str, int]:
-        """Returns field -> position of its column. A column that is no field has its name in lower case as its key.
+        """Returns field -> position of its column. The key of a column that is no field is its name in lower case.
 
         names: names of all columns. place: place in the file, for messages.
 
         Raises TableError if a column is missing or repeated.
         """
-        if names not in self._found:  # every JSON object has names of its own, but most objects have the same names
+        if names not in self._found:  # kept, because almost all JSON objects of a table have the same names
             self._found[names] = self._find(names, place)
         return self._found[names]
 

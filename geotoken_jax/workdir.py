@@ -279,7 +279,7 @@ class Workdir:
 
     @property
     def neighbor_count(self) -> int:
-        """K, the number of neighbors stored per photo."""
+        """Number of neighbors stored per photo."""
         return self.manifest("tokens").facts["neighbors"]
 
     def neighbors(
@@ -315,8 +315,8 @@ class Workdir:
         """Returns a function from rows of a split's table to their exclusions from the gallery.
 
         Exclusions are objects that decide which gallery photos may not be neighbors of these rows. They follow the
-        rules with which neighbors/ was made and, for a benchmark's split under exclusion rules (see `split_under`),
-        also these rules.
+        rules with which neighbors/ was made. For a benchmark's split under exclusion rules (see `split_under`), they
+        follow these rules too.
         """
         key = "exclude" if split in (views.SOURCE_SPLIT, views.VIEWS_SPLIT) else "exclude_in_evaluation"
         section = self.manifest("neighbors").settings["index"]["neighbors"][key]
@@ -356,23 +356,26 @@ class Workdir:
     # Trained models
 
     def align_model(self, requested: AlignSettings) -> AlignModel:
-        """Returns the trained alignment model. requested: config.align.model, whose runtime fields are used."""
+        """Returns the trained alignment model. requested: see `aligned_settings`."""
         task = AlignTask(self.aligned_settings(requested), self.width)
         return checkpoint.read_module(self.path / "align" / "parameters.safetensors", task.init)
 
     def aligned_settings(self, requested: AlignSettings) -> AlignSettings:
-        """Returns the settings of the trained alignment model, with the runtime fields of `requested`.
+        """Returns the settings of the trained alignment model, from its manifest.
 
-        requested: config.align.model. For runtime fields, see settings.Runtime.
+        requested: config.align.model. Only its fields of type settings.Runtime are used.
         """
         return settings.restored(self.manifest("align").settings["align"]["model"], requested, "align.model")
 
     def model_settings(self, variant: str, requested: ModelSettings) -> ModelSettings:
-        """Returns the settings of a variant's trained decoder, with the runtime fields of `requested`."""
+        """Returns the settings of a variant's trained decoder, from its manifest.
+
+        requested: config.model. Only its fields of type settings.Runtime are used.
+        """
         return settings.restored(self.manifest(f"geotoken/{variant}").settings["model"], requested, "model")
 
     def decoder(self, variant: str, requested: ModelSettings) -> GeoTokenModel:
-        """Returns the trained decoder of a variant. requested: config.model, whose runtime fields are used."""
+        """Returns the trained decoder of a variant. requested: see `model_settings`."""
         options = self.model_settings(variant, requested)
         file = self.path / "geotoken" / variant / "parameters.safetensors"
         return checkpoint.read_module(file, lambda rngs: GeoTokenModel(options, rngs))
@@ -403,7 +406,7 @@ class Workdir:
         return Channels(names, self.path / "channels", comparator, self.gallery, self.index(threads), threads)
 
     def answerer(self, config: Config, variant: str, exported: epath.Path | None = None) -> Answerer:
-        """Returns the answerer of a variant: trained decoder, selectors and gallery.
+        """Returns an Answerer, which predicts with the trained decoder and selectors of a variant, and the gallery.
 
         config: configuration with the variant's changes applied. exported: folder of an export, from which the gallery
         and the selectors are read; if None, both are read from the work directory.
@@ -444,7 +447,7 @@ class Workdir:
     def pools(self, variant: str, requested: ModelSettings) -> tuple[Float32[np.ndarray, "n K D"], Pool]:
         """Returns the decoder's states of all candidates in pools/VARIANT, and the candidates as a Pool.
 
-        The Pool contains no embeddings of neighbors. requested: config.model, whose runtime fields are used.
+        The Pool contains no embeddings of neighbors. requested: see `model_settings`.
         """
         folder = self.path / "pools" / variant
         tokens, log_p, tempered, states = (records.open_array(folder / f"{name}.npy") for name in _POOL_ARRAYS)
@@ -516,7 +519,10 @@ class Workdir:
         return json.loads((self.path / "report" / "metrics.json").read_text())
 
     def copy_trained(self, folder: str, to: epath.Path) -> None:
-        """Copies a folder to `to`, in an export, without the files in _NOT_EXPORTED; an existing `to` is replaced."""
+        """Copies a folder of a trained model into an export, without the files in _NOT_EXPORTED.
+
+        to: path of the copy. If it exists, it is replaced.
+        """
         shutil.rmtree(to, ignore_errors=True)
         shutil.copytree(self.path / folder, to, ignore=shutil.ignore_patterns(*_NOT_EXPORTED))
 
@@ -533,5 +539,5 @@ def _variant_config(config: Config, folder: str) -> Config:
 
 
 def trained_selectors(options: PredictSettings) -> list[str]:
-    """Returns the trained selectors in config.predict.selectors, which are also names of folders."""
+    """Returns the trained selectors in config.predict.selectors. Each has a folder of the same name."""
     return [name for name in TRAINED if name in options.selectors]

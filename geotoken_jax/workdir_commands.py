@@ -162,7 +162,7 @@ def _audit(options: argparse.Namespace, config: Config | None) -> None:
 def _verify(options: argparse.Namespace, config: Config | None) -> None:
     """Compares all files of a work directory with their checksums. With --mend, makes bad files again.
 
-    Raises StageError if there are bad files, also after --mend.
+    Raises StageError if there are bad files, or if there still are after --mend.
     """
     folder = Workdir(options.workdir)
     if not folder.path.is_dir():

@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_verify(verbs)
     _add_studies(verbs)
     verb = verbs.add_parser("serve", help=_SERVE, description=_SERVE)
-    _model(verb, "model", "")
+    _add_model_options(verb, "model", "")
     for field in dataclasses.fields(limits.ServeSettings):
         summary = f"{field.metadata['help']} (default: {field.default or 'none'})"
         verb.add_argument(limits.flag(field.name), type=field.type, default=field.default, help=summary)
@@ -132,7 +132,7 @@ def _predict_options(verb: argparse.ArgumentParser) -> None:
         nargs="*",
         help="with --model or --method: photos or folders of photos to predict; - reads a photo from standard input",
     )
-    _model(verb, "--model", "predict PHOTOS with ")
+    _add_model_options(verb, "--model", "predict PHOTOS with ")
     verb.add_argument("--method", choices=("geoclip",), help="predict PHOTOS with GeoCLIP as published")
     verb.add_argument("--clip", help="with --method=geoclip: CLIP ViT-L/14, a folder or ORG/NAME on the hub")
     verb.add_argument("--geoclip", help="with --method=geoclip: GeoCLIP's wheel, or its folder or ORG/NAME on the hub")
@@ -206,7 +206,7 @@ _OPTIONS = {
 }
 
 
-def _model(verb: argparse.ArgumentParser, name: str, prefix: str) -> None:
+def _add_model_options(verb: argparse.ArgumentParser, name: str, prefix: str) -> None:
     summary = "a folder that `geotoken export` made, or ORG/NAME or ORG/NAME@REVISION on the Hugging Face hub"
     verb.add_argument(name, metavar="MODEL", help=prefix + summary)
     verb.add_argument("--revision", help="with ORG/NAME: branch, tag or commit")

@@ -24,7 +24,7 @@ from geotoken_jax.errors import UserError
 #: dead. A process that waits for this checks the lock _CHECKS times.
 _RENEW_S, _DEAD_S, _CHECKS = 5.0, 30.0, 30
 #: Path of a lock that this process holds -> its open file.
-_held: dict[str, IO[str]] = {}
+_held_locks: dict[str, IO[str]] = {}
 #: Short name of this machine, for names of files. Processes on two machines can have the same number.
 _MACHINE = f"{zlib.crc32(socket.gethostname().encode()):08x}"
 #: Largest limit on open files that this package sets or uses.
@@ -87,7 +87,7 @@ def writing(path: epath.PathLike) -> Iterator[epath.Path]:
 
 
 def raise_open_files_limit() -> None:
-    """Lets this process open as many files as the system allows."""
+    """Lets this process open as many files as the system allows, up to _MOST_FILES."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
@@ -151,7 +151,7 @@ def lock(folder: epath.PathLike) -> None:
     writes the folder.
     """
     path = os.path.join(os.path.realpath(folder), f".lock.{processes.index()}")
-    if path in _held:
+    if path in _held_locks:
         return
     while True:
         file = open(path, "a+", encoding="utf-8")  # noqa: SIM115  (stays open while the folder is written)
@@ -175,7 +175,7 @@ def lock(folder: epath.PathLike) -> None:
     if not locked and not _is_owned(path):
         file.close()
         raise LockedError(f"{folder} is being written by another process: wait until it ends")
-    _held[path] = file
+    _held_locks[path] = file
     _start_renewing()
     for parent, _, names in os.walk(os.path.dirname(path)):
         for name in fnmatch.filter(names, f".*.{processes.index()}.*.partial"):
@@ -186,7 +186,7 @@ def lock(folder: epath.PathLike) -> None:
 def unlock(folder: epath.PathLike) -> None:
     """Releases the lock of a folder, if this process holds it."""
     path = os.path.join(os.path.realpath(folder), f".lock.{processes.index()}")
-    if file := _held.pop(path, None):
+    if file := _held_locks.pop(path, None):
         with contextlib.suppress(OSError):
             if _owner(path) == _process_name():
                 os.unlink(path)
@@ -246,7 +246,7 @@ def _start_renewing() -> None:
 def _renew_forever() -> None:
     """Renews the times of the files of this process's locks, forever."""
     while True:
-        for path in list(_held):
+        for path in list(_held_locks):
             with contextlib.suppress(OSError):
                 if _owner(path) == _process_name():
                     os.utime(path)
@@ -298,5 +298,5 @@ def _try_lock(file: Any) -> bool | None:
 
 @atexit.register
 def _unlock_all() -> None:
-    for path in list(_held):
+    for path in list(_held_locks):
         unlock(os.path.dirname(path))

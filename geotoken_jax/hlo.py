@@ -176,7 +176,7 @@ class Program:
         payload = times * sum(_bytes(instructions[o].type) for o in instruction.operands)
         if kind == "all-gather":
             payload *= n
-        # The TPU compiler writes a reduce-scatter as an all-reduce, from whose result each device takes a slice.
+        # The TPU compiler writes a reduce-scatter as an all-reduce that is followed by dynamic slices of its result.
         users = [i for i in instructions.values() if instruction.name in i.operands]
         if kind == "all-reduce" and users and all(i.opcode == "dynamic-slice" for i in users):
             kind = "reduce-scatter"
@@ -191,7 +191,7 @@ class Program:
         if instruction.opcode.endswith("-done"):
             source = instructions[instructions[instruction.operands[0]].operands[0]]
             moved = _bytes(instruction.type)
-            return moved * (_off_chip(instruction.type) + _off_chip(source.type))
+            return moved * (_is_in_memory(instruction.type) + _is_in_memory(source.type))
         operands = [instructions[o] for o in instruction.operands if o in instructions]
         if instruction.opcode == "fusion":
             return self._fusion_traffic(instruction, [o.type for o in operands])
@@ -208,7 +208,7 @@ class Program:
         """
         moved, in_place = 0.0, 0.0
         for at, kind in enumerate(types):
-            if _off_chip(kind):
+            if _is_in_memory(kind):
                 read, updated = self._reads(fusion.called[0], at)
                 moved += min(read, _memory_bytes(kind))
                 in_place += updated
@@ -303,7 +303,7 @@ def _memory_bytes(kind: str) -> float:
     return sum(size for size, layout in _arrays(kind) if not re.search(r"S\([1-9]", layout))
 
 
-def _off_chip(kind: str) -> bool:
+def _is_in_memory(kind: str) -> bool:
     return _memory_bytes(kind) > 0
 
 
@@ -366,7 +366,7 @@ def _taps(out: int, size: int, stride: int, low: int, dilate_left: int, dilate_r
 
 
 def _group_size(rest: str, devices: int) -> int:
-    """Returns the number of devices per replica group, from any of XLA's notations for replica groups."""
+    """Returns the number of devices per replica group, which XLA writes in several forms. rest: see Instruction."""
     if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", rest):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))

@@ -29,7 +29,7 @@ RESTART = 75
 _LINGER_S = 3.0
 #: If JAX's coordination service does not answer within this number of seconds, it is lost. Usually it takes 0.001 s.
 _ANSWER_S = 2.0
-_IMPORTED = time.monotonic()
+_IMPORT_TIME = time.monotonic()
 #: Beginnings of XLA errors that the end of another process can cause. All other errors come from this process.
 _LOSS_ERRORS = ("UNAVAILABLE:", "UNKNOWN:", "INTERNAL:", "ABORTED:", "CANCELLED:", "DEADLINE_EXCEEDED:")
 
@@ -92,8 +92,9 @@ class _Watch(threading.Thread):
         _end(RESTART, f"has made no progress for {limit_s:g} s, {self.activity}")
 
 
+#: The watch of this process, and the start time that `take_start` returns on its next call.
 _watch: _Watch | None = None
-_begun: float | None = None
+_untaken_start: float | None = None
 
 
 def count() -> int:
@@ -124,8 +125,8 @@ def watched(settings: WatchSettings) -> Iterator[None]:
     Enter the context before calling `start`. If there are several processes, the watch continues after the context,
     because at exit JAX waits for the other processes.
     """
-    global _watch, _begun
-    _watch, _begun = _Watch(settings), _IMPORTED
+    global _watch, _untaken_start
+    _watch, _untaken_start = _Watch(settings), _IMPORT_TIME
     _watch.start()
     try:
         yield
@@ -152,8 +153,8 @@ def take_start() -> float:
     The first call inside `watched` returns the time at which this process started, so the duration includes imports and
     connecting. Every other call returns the present time.
     """
-    global _begun
-    start, _begun = _begun, None
+    global _untaken_start
+    start, _untaken_start = _untaken_start, None
     return time.monotonic() if start is None else start
 
 

@@ -102,7 +102,7 @@ def id_facts(longest: int) -> dict[str, int]:
 
 
 def feature_layout(width: int, id_bytes: int = ID_BYTES) -> Layout:
-    """Returns the layout of features/, the records that all stages after `embed` read instead of pixels.
+    """Returns the layout of features/, whose records most later stages read instead of photos.
 
     width: C, the width of image and text features. id_bytes: size of the fields for id and author.
 

@@ -47,7 +47,7 @@ def read(kind: type[S], section: Any, place: str) -> S:
     if unknown:
         known = ", ".join(sorted(fields))
         raise SettingsError(f"config.{_join(place, unknown[0])} is not a known key: remove it, or use one of {known}")
-    values = {name: _value(hints[name], section[name], _join(place, name)) for name in fields}
+    values = {name: _converted(hints[name], section[name], _join(place, name)) for name in fields}
     try:
         return kind(**values)
     except ValueError as error:  # raised by __post_init__
@@ -69,19 +69,19 @@ def _join(place: str, key: str) -> str:
     return f"{place}.{key}" if place else key
 
 
-def _value(hint: Any, value: Any, place: str) -> Any:
+def _converted(hint: Any, value: Any, place: str) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return value if isinstance(value, hint) else read(hint, value, place)
     origin = typing.get_origin(hint)
     if origin is types.UnionType:  # an optional field: T | None
         kind = next(kind for kind in typing.get_args(hint) if kind is not type(None))
-        return None if value is None else _value(kind, value, place)
+        return None if value is None else _converted(kind, value, place)
     if origin is tuple:
         return tuple(value)
     if origin is dict or origin is Mapping:
         kind = typing.get_args(hint)[-1]
         if dataclasses.is_dataclass(kind):
-            return {name: _value(kind, section, _join(place, name)) for name, section in value.items()}
+            return {name: _converted(kind, section, _join(place, name)) for name, section in value.items()}
         return dict(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
@@ -96,10 +96,12 @@ def result(section: Any) -> Any:
     """Returns a section as JSON values, without its fields of type `Runtime`. Results do not depend on these fields."""
     if not dataclasses.is_dataclass(section) or isinstance(section, type):
         return plain(section)
-    return {name: result(getattr(section, name)) for name, runtime in _fields(type(section)).items() if not runtime}
+    return {
+        name: result(getattr(section, name)) for name, runtime in _runtime_flags(type(section)).items() if not runtime
+    }
 
 
-def _fields(kind: type) -> dict[str, bool]:
+def _runtime_flags(kind: type) -> dict[str, bool]:
     """Returns field name -> whether the field is of type `Runtime`."""
     hints = typing.get_type_hints(kind, include_extras=True)
     return {name: _RUNTIME in getattr(hints[name], "__metadata__", ()) for name in names(kind)}
@@ -118,7 +120,7 @@ def restored(stored: Mapping[str, Any], requested: S, place: str) -> S:
 
 def _with_runtime(stored: Mapping[str, Any], requested: Any) -> dict[str, Any]:
     values = dict(stored)
-    for name, runtime in _fields(type(requested)).items():
+    for name, runtime in _runtime_flags(type(requested)).items():
         value = getattr(requested, name)
         if runtime:
             values[name] = plain(value)
@@ -144,7 +146,7 @@ def changed(section: S, changes: Mapping[str, Any], place: str) -> S:
         if dataclasses.is_dataclass(old) and hasattr(value, "items"):
             values[key] = changed(old, value, f"{place}.{key}")
         else:
-            values[key] = _value(hints[key], value, f"{place}.{key}")
+            values[key] = _converted(hints[key], value, f"{place}.{key}")
     try:
         return dataclasses.replace(section, **values)  # pyright: ignore[reportArgumentType]
     except ValueError as error:  # raised by __post_init__

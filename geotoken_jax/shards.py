@@ -85,7 +85,7 @@ class Shards:
         Raises DamagedError or OSError if a shard cannot be read.
         """
         if self._starts is None:
-            lengths = self._each(lambda shard: self._reader(shard).num_records(), range(len(self.paths)))
+            lengths = self._map(lambda shard: self._reader(shard).num_records(), range(len(self.paths)))
             self._starts = np.cumsum([0, *lengths])
         return self._starts
 
@@ -104,7 +104,7 @@ class Shards:
         needed = np.unique(shard).tolist()
         places = [np.flatnonzero(shard == i) for i in needed]
         found: list[bytes] = [b""] * len(rows)
-        parts = self._each(lambda i, at: self._records(i, (rows[at] - self.starts[i]).tolist()), needed, places)
+        parts = self._map(lambda i, at: self._records(i, (rows[at] - self.starts[i]).tolist()), needed, places)
         for at, part in zip(places, parts, strict=True):
             for place, record in zip(at.tolist(), part, strict=True):
                 found[place] = record
@@ -115,7 +115,7 @@ class Shards:
         shard = int(np.searchsorted(self.starts, row, side="right")) - 1
         return f"record {row - self.starts[shard]} of {self.paths[shard]}"
 
-    def _each(self, function: Callable[..., Any], *arguments: Sequence[Any]) -> list[Any]:
+    def _map(self, function: Callable[..., Any], *arguments: Sequence[Any]) -> list[Any]:
         """Returns the results of `function` like map. It opens or reads a shard; several calls run at the same time."""
         if len(arguments[0]) < 2:
             return list(map(function, *arguments))

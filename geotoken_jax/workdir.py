@@ -486,9 +486,9 @@ class Workdir:
         return [folder for folder in self.complete_folders() if folder.startswith("excluded/")]
 
     def exclusion_facts(self) -> dict[str, Any]:
-        """Returns benchmark -> numbers of excluded photos per exclusion rules (see stages.exclusion).
+        """Returns benchmark -> facts on its exclusion rules, such as the number of photos that they exclude.
 
-        Returns {} if exclusion/ is missing.
+        See stages.exclusion. Returns {} if exclusion/ is missing.
         """
         manifest = self.finished("exclusion")
         return manifest.facts["benchmarks"] if manifest else {}

@@ -66,7 +66,7 @@ def _verb(stages: Mapping[str, Stage]) -> Callable[[argparse.Namespace, Config |
                     for outdated in folder.remove_outdated(name):
                         print(f"removing {outdated}/, which was made before photos were added", flush=True)
                 for manifest in stage(config, folder, getattr(options, "variant", None) or list(config.variants)):
-                    _report(manifest, manifest.folder in folder.made)
+                    _print_folder(manifest, manifest.folder in folder.made)
 
     return run
 
@@ -92,7 +92,7 @@ _DISTRIBUTED, _SHARDED = ("align", "train"), ("embed", "index")
 _EXAMPLE = "geotoken {} --config=configs/demo.py --workdir=runs/demo"
 
 
-def _report(manifest: Manifest, made: bool) -> None:
+def _print_folder(manifest: Manifest, made: bool) -> None:
     counts = ", ".join(f"{name} {n:,}" if isinstance(n, int) else f"{name} {n}" for name, n in manifest.counts.items())
     dropped = "".join(f"; dropped {n:,}: {reason}" for reason, n in manifest.dropped.items())
     print(f"{'made' if made else 'kept'} {manifest.folder + '/':32} {counts}{dropped}", flush=True)
@@ -167,7 +167,7 @@ def _verify(options: argparse.Namespace, config: Config | None) -> None:
     folder = Workdir(options.workdir)
     if not folder.path.is_dir():
         raise SettingsError(f"there is no work directory {folder.path}: correct the path")
-    bad = [report for report in map(_shown, verification.check(folder)) if report.bad]
+    bad = [report for report in map(_print_report, verification.check(folder)) if report.bad]
     if options.mend and bad:
         if config is None:
             raise SettingsError(
@@ -180,13 +180,13 @@ def _verify(options: argparse.Namespace, config: Config | None) -> None:
             if any(report.complete for report in reports):
                 _verb({verb: _STAGES[verb]})(argparse.Namespace(verb=verb, workdir=options.workdir), config)
                 bad = [report for report in bad if report not in reports]
-                again = [_shown(verification.check_folder(folder, report.folder)) for report in reports]
+                again = [_print_report(verification.check_folder(folder, report.folder)) for report in reports]
                 bad += [report for report in again if report.bad]
     if bad:
         raise verification.refusal(folder, bad)
 
 
-def _shown(report: verification.Report) -> verification.Report:
+def _print_report(report: verification.Report) -> verification.Report:
     print(*report.lines(), sep="\n", flush=True)
     return report
 

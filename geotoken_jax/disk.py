@@ -23,7 +23,7 @@ from geotoken_jax.errors import UserError
 #: The owner of a lock renews it every _RENEW_S seconds. If a lock was not renewed for _DEAD_S seconds, its owner is
 #: dead. A process that waits for this checks the lock _CHECKS times.
 _RENEW_S, _DEAD_S, _CHECKS = 5.0, 30.0, 30
-#: Path of a lock that this process holds -> its open file.
+#: Path of the file of a lock that this process holds -> the file, opened.
 _held_locks: dict[str, IO[str]] = {}
 #: Short name of this machine, for names of files. Processes on two machines can have the same number.
 _MACHINE = f"{zlib.crc32(socket.gethostname().encode()):08x}"

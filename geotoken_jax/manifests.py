@@ -54,7 +54,7 @@ PATH = {
 #: Version of the file formats in a work directory. It increases if earlier releases cannot read or continue a folder.
 #: 1: no checksums. 2: checksums, larger shards of features, and photos/ with the subfolders NAME/VERSION.
 FORMAT = 2
-#: Subfolder of a stage's folder with the ledgers of its shards.
+#: Subfolder of a stage's folder for ledgers. A ledger is a JSON file with the sizes and SHA-256 of the files of a shard.
 LEDGERS = "ledgers"
 #: Subfolder that a stage's folder has while photos are added to it. It contains the folder's files from before.
 EARLIER = "earlier"
@@ -488,7 +488,7 @@ def digest(workdir: epath.PathLike, folder: str) -> str:
 
 
 def write_json(path: epath.Path, value: Any) -> None:
-    """Writes a JSON file atomically: after a crash `path` is absent, the old file or the whole new file."""
+    """Writes a JSON file atomically: after a crash, the file is missing, unchanged or complete."""
     write_bytes(path, _json(value))
 
 
@@ -500,7 +500,7 @@ def _json(value: Any) -> bytes:
 
 
 def write_bytes(path: epath.Path, data: bytes) -> None:
-    """Writes a file atomically: after a crash `path` is absent, the old file or the whole new file."""
+    """Writes a file atomically: after a crash, the file is missing, unchanged or complete."""
     with disk.writing(path) as temporary:
         temporary.write_bytes(data)
 
@@ -508,7 +508,7 @@ def write_bytes(path: epath.Path, data: bytes) -> None:
 def first_difference(stored: Mapping[str, Any], requested: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
     """Returns the first setting that differs: its dotted key, its stored value and its requested value.
 
-    Only keys that both contain are compared. Returns None if their values are equal.
+    Only keys that are in both are compared. Returns None if their values are equal.
 
     stored: settings in a manifest. requested: settings of the current configuration.
     """

@@ -54,7 +54,7 @@ PATH = {
 #: Version of the file formats in a work directory. It increases if earlier releases cannot read or continue a folder.
 #: 1: no checksums. 2: checksums, larger shards of features, and photos/ with the subfolders NAME/VERSION.
 FORMAT = 2
-#: Subfolder of a stage's folder for ledgers. A ledger is a JSON file with the sizes and SHA-256 of the files of a shard.
+#: Subfolder of a stage's folder for ledgers: JSON files with the sizes and SHA-256 of the files of a shard.
 LEDGERS = "ledgers"
 #: Subfolder that a stage's folder has while photos are added to it. It contains the folder's files from before.
 EARLIER = "earlier"

@@ -518,7 +518,7 @@ class _Log:
         return 0 < self._settings.save_every_s <= steps * self._seconds_per_step
 
     def end_window(self, step: int, learning_rate: Any) -> dict[str, float] | None:
-        """Ends the window at a step. Writes and returns the line of the window before; None if it was already written."""
+        """Ends the window at a step. Writes and returns the line of the window before; None if it is written."""
         window = self._window
         window.step, window.learning_rate = step, learning_rate
         window.seconds = time.monotonic() - self._since

@@ -253,7 +253,7 @@ def _backward(
 ) -> tuple[Array, Array, Array, Array]:  # fmt: skip
     """Returns the gradients with respect to x, biases, the vectors of targets and the vectors of the queue.
 
-    maxima: largest logits of photos and of targets. gradients: gradients with respect to the sums of both.
+    maxima: largest logits of photos and of targets. gradients: gradients with respect to their sums over negatives.
     """
     (photo_maximum, target_maximum), (photo_gradient, target_gradient) = maxima, gradients
     queue_zeros = jnp.zeros(len(queue.present))

@@ -20,7 +20,7 @@ class Tolerant:
     This replacement depends only on the data, so a resumed training reads the same rows. Each damaged row is named on
     standard error and counted once.
 
-    n: number of rows. share: largest accepted share of damaged rows; if 0, their errors are raised.
+    n: number of rows. share: largest accepted share of damaged rows; if 0, the error of a damaged row is raised.
     """
 
     def __init__(self, n: int, share: float):
@@ -32,7 +32,7 @@ class Tolerant:
     def read(
         self, function: _ReadRows, rows: np.ndarray, *more: np.ndarray
     ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Returns function(rows, *more), and for each row whether the data are its own and not a replacement's.
+        """Returns function(rows, *more) with damaged rows replaced, and for each row whether it is not replaced.
 
         Raises SettingsError if the share of damaged rows found until now is too large.
         """
@@ -45,9 +45,10 @@ class Tolerant:
                     raise
 
     def _examine(self, function: _ReadRows, rows: np.ndarray, taken: np.ndarray, more: tuple[np.ndarray, ...]) -> bool:
-        """Finds the damaged rows in `taken`, and sets their replacements. Returns whether any replacement has changed.
+        """Finds the damaged rows in `taken`, and sets their replacements.
 
-        rows: requested rows. taken: rows that were read in their place, one per requested row.
+        Returns whether `rows` now have other replacements than `taken`. rows: requested rows. taken: the row itself or
+        its replacement until now, for each requested row.
         """
         with self._lock:
             for i, row in enumerate(taken.tolist()):

@@ -20,7 +20,7 @@ Read = Callable[[np.ndarray], dict[str, np.ndarray]]
 
 @runtime_checkable
 class Varying(Protocol):
-    """A reader whose data for a row vary from one reading in training to the next, such as random views of a photo."""
+    """A reader that returns other data each time training reads a row, such as another random view of a photo."""
 
     def vary(self, rows: np.ndarray, examples: np.ndarray) -> dict[str, np.ndarray]:
         """Returns the data of the rows, varied per example.

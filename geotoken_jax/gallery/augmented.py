@@ -12,8 +12,8 @@ from scipy.spatial import KDTree
 from geotoken_jax.gallery.table import Table
 from geotoken_jax.geo.distance import EARTH_RADIUS_KM, to_unit_vectors
 
-#: A set of W views of gallery photos: a function that returns the image embeddings [m, C] of views, given their numbers
-#: [m] from 0 to W - 1, and the gallery row of each view's photo [W].
+#: A set of W views of gallery photos, as a pair. First: function from numbers of views [m], 0 to W - 1, to their image
+#: embeddings [m, C]. Second: gallery row of each view's photo [W].
 Views = tuple[Callable[[np.ndarray], np.ndarray], Int[np.ndarray, " W"]]
 
 
@@ -63,10 +63,10 @@ class NearestPhotos:
     def __call__(
         self, coordinates: Float[np.ndarray, "n 2"], k: int
     ) -> tuple[Int[np.ndarray, "n k"], Float[np.ndarray, "n k"]]:
-        """Returns the k photos nearest to each point, and their distances in km; all photos if there are fewer.
+        """Returns the rows of the k photos nearest to each point, and their distances in km.
 
-        coordinates: latitude and longitude of the points, in degrees. A photo is returned as its row in the coordinates
-        of the photos.
+        A row is an index into the photos that the search was made for. If there are fewer than k photos, all are
+        returned. coordinates: latitude and longitude of the points, in degrees.
         """
         k = min(k, self._tree.n)
         chord, rows = map(np.asarray, self._tree.query(to_unit_vectors(*coordinates.T), k))

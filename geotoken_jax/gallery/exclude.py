@@ -154,7 +154,7 @@ def affected(
 ) -> tuple[Bool[np.ndarray, "n"], Bool[np.ndarray, "N"]]:
     """Returns which queries have excluded gallery photos, and which gallery rows are excluded for any query.
 
-    The rules are those that `exclude` turns on, without SameId. They are applied to all gallery photos, not only to
+    Only the rules that `exclude` turns on count, not SameId. They are applied to all gallery photos, not only to
     neighbors.
     """
     photos, rows = np.zeros(len(queries), bool), np.zeros(len(gallery), bool)
@@ -186,7 +186,7 @@ def _add_pairs(
 ) -> None:
     """Sets `photos` to True for queries, and `rows` to True for gallery rows, that are in an excluded pair.
 
-    excluded: function from gallery rows [m] to the function that returns the queries that exclude them.
+    excluded: function from gallery rows [m] to the _ExcludedFor of these rows.
     """
     for first in range(0, len(rows), _BLOCK):
         block = np.arange(first, min(first + _BLOCK, len(rows)))

@@ -192,9 +192,10 @@ def finish(vectors: Vectors, settings: IndexSettings, folder: epath.PathLike, co
 
 @functools.cache
 def _kind(kind: str, folder: str) -> "type[Scann] | type[Exact] | type[Device]":
-    """Returns the class of an index's shards. If it needs ScaNN and ScaNN is not installed, this is Exact.
+    """Returns the class of an index's shards: Scann, Exact or Device.
 
-    Then a warning is printed, once per folder. folder: folder of the index.
+    If `kind` is "scann" but ScaNN is not installed, returns Exact, and prints a warning once per folder. folder: folder
+    of the index.
     """
     if kind == "scann":
         try:
@@ -239,8 +240,8 @@ def exact(
     If there are fewer than k vectors, the last rows are -1 and their scores -inf.
 
     `vectors` can be larger than memory: it is read block by block. The best k + 8 candidates by float32 scores are then
-    read again and sorted by float64 scores. Float32 scores depend on the size of blocks; sorted by them, close
-    candidates of 6 of 1,000 EarthView photos would change their order with the size of blocks.
+    read again and sorted by float64 scores. Float32 scores depend on the size of blocks. If they decided, the order
+    of close candidates would change with the size of blocks (for 6 of 1,000 EarthView photos).
     """
     starts = range(0, len(queries), _QUERIES)
     blocks = [jnp.asarray(queries[q : q + _QUERIES], jnp.float32) for q in starts]

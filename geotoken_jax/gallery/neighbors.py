@@ -29,7 +29,8 @@ def search_neighbors(
     If fewer than k remain, the last rows are -1 and their scores -inf.
 
     exclude: rules; a neighbor is dropped if any rule excludes it. A query with fewer than k neighbors left is searched
-    again with more candidates, until it has k neighbors, all of the gallery is searched, or k + 2,048 candidates are.
+    again with more candidates. This ends when it has k neighbors, or when the candidates are the whole gallery, or when
+    they are k + 2,048.
     least: smallest score of a neighbor, per query. Gallery photos with smaller scores are no neighbors. If None, there
     is no such limit.
     """

@@ -39,9 +39,9 @@ class GallerySettings:
     placement: "host": the input pipeline reads the memory-mapped table. "replicated": every device has the whole table,
     4.7 KB per gallery photo at C = 768. "sharded": the table is split over devices, and in every step each device
     requests its photos' neighbors from the others.
-    shards: number of devices that one copy of a sharded table is split over; -1 stands for all devices. It must divide
-    the number of all devices. The devices of a copy are consecutive in the mesh. If it is the number of devices per
-    host or per slice, rows move only inside a host or slice.
+    shards: number of devices that one copy of a sharded table is split over; -1 stands for all devices. The number must
+    divide the number of all devices. The devices of a copy are consecutive in the mesh. If `shards` is the number of
+    devices per host or per slice, rows move only inside a host or slice.
     """
 
     placement: str

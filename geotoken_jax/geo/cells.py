@@ -400,7 +400,7 @@ _TO_POSITION, _TO_IJ = _tables(1)
 def _resplit(columns: Sequence[Any], old: int, new: int) -> list[Any]:
     """Returns columns of tokens with `new` quads each, from columns of tokens with `old` quads each.
 
-    One of both numbers must divide the other.
+    One of the two numbers must divide the other.
     """
     if old >= new:
         shifts = range(2 * (old - new), -1, -2 * new)

@@ -1,4 +1,4 @@
-"""Computes distances on Earth, which is a sphere or an ellipsoid, and scores from distances."""
+"""Computes distances on Earth, taken as a sphere or an ellipsoid, and scores from distances."""
 
 from types import ModuleType
 
@@ -31,7 +31,8 @@ def great_circle_km(
     xp, (lat1, lon1, lat2, lon2) = _arrays(lat1, lon1, lat2, lon2)
     cosines = xp.cos(xp.radians(lat1)) * xp.cos(xp.radians(lat2))
     east = xp.radians(lon2 - lon1) / 2
-    # For short distances the haversine is precise. For long distances the haversine of the distance to the antipode is.
+    # The haversine is precise for short distances. The haversine of the distance to the antipode is precise for long
+    # distances.
     haversine = xp.sin(xp.radians(lat2 - lat1) / 2) ** 2 + cosines * xp.sin(east) ** 2
     to_antipode = xp.sin(xp.radians(lat2 + lat1) / 2) ** 2 + cosines * xp.cos(east) ** 2
     return 2 * EARTH_RADIUS_KM * xp.arctan2(xp.sqrt(haversine), xp.sqrt(to_antipode))
@@ -70,7 +71,7 @@ def within(km: Float[np.ndarray, "n 1"], strict: bool = False) -> Bool[np.ndarra
 
 
 def geoscore(km: float | Float[Array, "..."]) -> Float[Array, "..."]:
-    """Returns the GeoGuessr score of answers, `km` kilometers from the truth: 5000 * exp(-km / 1492.7), in 0..5000."""
+    """Returns the GeoGuessr score of answers `km` kilometers from the truth: 5000 * exp(-km / 1492.7), in 0..5000."""
     xp, (km,) = _arrays(km)
     return 5000 * xp.exp(-km / _GEOSCORE_KM)
 

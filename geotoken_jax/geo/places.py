@@ -18,7 +18,7 @@ from geotoken_jax.geo.distance import EARTH_RADIUS_KM, to_unit_vectors
 #: coordinates. countries: ISO 3166 code -> English name. cities: one list [name, country code, longitude, latitude] per
 #: city, with coordinates in units.
 FILE = Path(__file__).with_name("cities.json")
-#: Distance from a city's center from which on the name of a coordinate includes the distance.
+#: Distance in km. The name of a coordinate this far or farther from the city's center includes the distance.
 _NEAR_KM = 15
 
 

@@ -255,7 +255,7 @@ def _h3() -> Any:
 
 
 class _Cities(NamedTuple):
-    """Cities by country, the largest first.
+    """Cities in the order of country codes, and in each country from the largest to the smallest.
 
     axes: unit vectors to the east, to the north and up at each city. country, number: first and second token of each
     city. first: index of each country's largest city. count: number of cities per country. tree: SciPy KDTree of the

@@ -23,8 +23,8 @@ class ComparatorSettings:
     """Settings of the comparator (config.channels.comparator).
 
     hidden: width of the hidden layer. width: width of the output vectors. dropout: dropout rate of the image
-    embedding, which is the input. noise: training adds a random multiple of another photo's embedding to an embedding;
-    this is the largest multiple. same_within_km: distance in km up to which two photos count as photos of the same
+    embedding, which is the input. noise: largest multiple of another photo's embedding that
+    training adds to an embedding. same_within_km: distance in km up to which two photos count as photos of the same
     place.
     """
 
@@ -85,14 +85,14 @@ class ComparatorTask:
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """Returns the loss in nats, and the metric `accuracy`.
 
-        The loss compares each `image` with the `other` of its own pair and with those of all pairs from another place.
-        Accuracy is the share of images that are most similar to the `other` of their own pair.
+        The loss compares each `image` with the `other` of its own pair, and with the `other` of every pair from another
+        place. Accuracy is the share of images that are most similar to the `other` of their own pair.
 
         key: random key for dropout and noise; None in evaluation, which has neither. Noise is a random multiple of
         another photo's embedding, added to each `image`. Without noise the comparator relies on fine detail, which
         photos of another style lack. On EarthView's validation photos, the share with a most similar photo within 25 km
-        is 50.6 % after training with noise, and 51.3 % after training without noise. If 0.7 of another photo's
-        embedding is added to each validation photo, the shares are 33 % and 24 %.
+        is 50.6 % after training with noise, and 51.3 % after training without noise. If 0.7 times
+        another photo's embedding is added to each validation photo, the shares are 33 % and 24 %.
         """
         image, other = unit(batch["image"]), batch["other"]
         noise_key, image_key, other_key = randomness.split(key, 3)

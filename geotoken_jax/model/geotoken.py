@@ -113,7 +113,7 @@ class Cache(NamedTuple):
 
     past: keys and values of the tokens decoded until now, in E slots per photo. A slot contains one token. The slots
     form a tree: candidates with the same first tokens share the slots of these tokens.
-    seen: whether the candidate attends to the slot, which contains one of its tokens.
+    seen: whether the candidate attends to the slot. A candidate attends to the slots that contain its own tokens.
     agree: whether a neighbor has the candidate's tokens at all decoded positions; False for padding.
     memory: keys and values of the memory, laid out head by head. Decoding does not change them.
     """
@@ -126,8 +126,7 @@ class Cache(NamedTuple):
     def continued(self, rows: Int[Array, "B n"]) -> "Cache":
         """Returns the cache of n candidates per photo, each of which continues a candidate of this cache.
 
-        rows: for each new candidate, index of the one that it continues, from 0 to K - 1. Keys and values are not
-        copied.
+        rows: index, from 0 to K - 1, of the candidate that each new one continues. Keys and values are not copied.
         """
         seen, agree = (jnp.take_along_axis(x, rows[..., None], 1) for x in (self.seen, self.agree))
         return self._replace(seen=seen, agree=agree)
@@ -330,9 +329,9 @@ class GeoTokenModel(nnx.Module):
         seen = jnp.zeros((b, candidates, slots), bool)
         real = self._real(memory.neighbors)[:, None]
         agree = jnp.broadcast_to(real, (b, candidates, real.shape[-1]))
-        # With the barrier, the keys and values are transposed once. Without it, XLA transposes the inputs that it
-        # computes them from, at every step. (A small model on a CPU encodes a photo and draws 30 samples in 16 ms with
-        # the barrier, in 24 ms without it.)
+        # With the barrier, the keys and values are transposed once. Without it, XLA transposes the arrays from which it
+        # computes the keys and values, at every step. (A small model on a CPU encodes a photo and draws 30 samples in
+        # 16 ms with the barrier, in 24 ms without it.)
         by_head = jax.lax.optimization_barrier(tuple(part.swapaxes(2, 3) for part in memory.keys_values))
         return Cache((past, past), seen, agree, by_head)
 
@@ -416,7 +415,7 @@ class GeoTokenModel(nnx.Module):
     def states(self, memory: Memory, tokens: Int[Array, "B K T"]) -> Float[Array, "B K D"]:
         """Returns the decoder's output at the last position, before the head, for each of K candidates.
 
-        At that position the decoder has read all tokens of the candidate but the last.
+        At that position the decoder has read all tokens of the candidate except the last.
         """
         s = self.settings
 

@@ -33,7 +33,7 @@ class LayerSettings:
     supports the shapes, else "xla".
     attention_dropout: dropout rate of the attention weights. (PyTorch's layers use the rate `dropout` for them.) Fused
     kernels have no such dropout, so "auto" is "xla" in training if the rate is above 0.
-    remat: values of a layer that are stored for the backward pass. It computes all other values again. "none" stores
+    remat: values of a layer that are stored for the backward pass, which computes all other values again. "none" stores
     all values. "dots" stores the products with parameters, the result of fused attention and the sums that norms read.
     "full" stores only the layer's input.
     """

@@ -20,7 +20,7 @@ from geotoken_jax import sharding
 
 #: Kinds of memory position. If config.model.positions is "factored", each kind has a learned vector.
 KINDS = ("cls", "image", "location", "text", "token")
-#: config.model.context -> number of values of a photo's capture time that the model reads (data.join.context).
+#: config.model.context -> number of values that describe a photo's capture time to the model (data.join.context).
 CONTEXTS = {"none": 0, "season": 3, "time": 5}
 
 
@@ -77,8 +77,9 @@ class MemoryForm:
     """The layout of the memory sequence.
 
     neighbors: M, number of neighbors. tokens: T, number of tokens per neighbor. form: "full" or "compact".
-    positions: "sinusoidal" (one index for the whole sequence, as published) or "factored" (learned vectors for the
-    neighbor's rank and for the kind of position; GeoTokenModel adds a vector for the level of a token).
+    positions: vectors that are added to positions. "sinusoidal": sines and cosines of the index in the whole sequence,
+    as published. "factored": learned vectors for the neighbor's rank and for the kind of position; GeoTokenModel adds a
+    vector for the level of a token.
     neighbor_tokens, neighbor_embeddings: False leaves out the neighbors' tokens or embeddings (ablation).
     similarities: whether an MLP maps the three cosines between a neighbor's embeddings and the photo's embeddings to a
     vector, which is added to the neighbor's vectors. (The projections to D do not keep these cosines.) No effect

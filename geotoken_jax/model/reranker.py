@@ -25,8 +25,8 @@ from geotoken_jax.model.comparator import Statistic
 #: trained comparator; this channel searches augmented views of gallery photos too. "location": the photo's location
 #: embedding, and the encoded coordinates of gallery photos.
 CHANNELS = ("index", "backbone", "comparator", "location")
-#: Radii in km around a candidate. For each of the first, score and rank of a channel's best neighbor within the radius
-#: are features. For each of the second, the share of the decoder's samples within the radius is a feature.
+#: Radii in km around a candidate. For each radius in _NEIGHBOR_KM, the score and the rank of a channel's best neighbor
+#: within it are features. For each radius in _SAMPLE_KM, the share of the decoder's samples within it is a feature.
 _NEIGHBOR_KM, _SAMPLE_KM = (1.0, 25.0, 200.0), (1.0, 25.0, 200.0, 750.0)
 #: Radii in km around a candidate. For each, the decoder's probability within it is a feature.
 _PROBABILITY_KM = (1.0, 5.0, 25.0, 200.0, 750.0)
@@ -36,7 +36,7 @@ _ADDED_DENSITY, _ADDED_PROBABILITY = 1e-6, 1e-7
 _MIN_RELATIVE_SCORE = -4.0
 #: Rank of a neighbor, from 1. A channel's scale is the difference between the best score and the score at this rank.
 SCALE_RANK = 32
-#: Factor of a candidate's probability, which is added to its expected value to decide between equal expected values.
+#: A candidate's probability times this number is added to its expected value, to decide between equal expected values.
 _TIE_BREAK = 1e-5
 #: Distance in km over which a GeoGuessr score falls by a factor of e.
 _GEOSCORE_KM = 1492.7
@@ -47,11 +47,11 @@ class RerankerSettings:
     """Settings of the reranker (config.reranker.model).
 
     channels: names of the channels, see CHANNELS. depth: number of neighbors per channel that features are computed
-    from, above 32. candidates: number of best neighbors per channel whose places are candidates. cells: number of the
-    decoder's most probable cells whose centers are candidates.
-    widths_km, sharpness: lists of settings of a channel's density, the sum of a Gaussian around each neighbor. Each
-    pair of a width and a sharpness gives one feature. A width is the standard deviation of the Gaussians in km. A
-    neighbor's weight is exp(sharpness x relative score), divided by the sum of all weights.
+    from, above 32. candidates: number of a channel's neighbors, the best ones, whose places are candidates. cells:
+    number of the decoder's most probable cells whose centers are candidates.
+    widths_km, sharpness: settings of the density of a channel's neighbors, which is a weighted sum of Gaussians around
+    them. Each pair of a width and a sharpness gives one density. The width is the standard deviation of the Gaussians.
+    A neighbor's weight is exp(sharpness x relative score), divided by the sum of these numbers over all neighbors.
     hidden: width of the hidden layer; if 0, the network is linear. objective: key of OBJECTIVES; the answer is the
     candidate with the highest expected value of this objective.
     """
@@ -81,9 +81,9 @@ class RerankerSettings:
 class Evidence(NamedTuple):
     """The inputs of the reranker's features for b photos. Places are unit vectors.
 
-    candidates: places of K candidates. present: False for padding, and for a gallery photo that an earlier candidate
-    stands for already. channels: whether each of S sources found the candidate. The sources are the channels, then the
-    decoder's samples, then its cells.
+    candidates: places of K candidates. present: False for padding, and for a gallery photo that is an earlier candidate
+    already. channels: whether each of S sources found the candidate. The sources are the channels, then the decoder's
+    samples, then its cells.
     neighbors: places of the L neighbors per channel, best first. scores: scores of the neighbors, -inf if missing.
     samples: places of the decoder's N samples. cells: centers of F discs, which stand for the decoder's cells.
     radius_km: radius of each disc. probability: the decoder's probability of each disc.
@@ -234,10 +234,10 @@ class Reranker(nnx.Module):
 
 
 def _initial_weights(settings: RerankerSettings) -> Float[np.ndarray, " F"]:
-    """Returns the initial weight of each feature. The features that it weights are logarithms.
+    """Returns the initial weight of each feature.
 
-    The weights of all densities of channels have the sum 1. The weights of the decoder's probabilities have the sum
-    1/2. All other weights are 0.
+    The weights of the logarithms of densities have the sum 1. The weights of the logarithms of the decoder's
+    probabilities have the sum 1/2. All other weights are 0.
     """
     listed, weights = names(settings), np.zeros(len(names(settings)), np.float32)
     for i, (group, name) in enumerate(listed):
@@ -270,8 +270,9 @@ OBJECTIVES = {
 def choose(objective: str, log_p: Float[Any, "b K"], evidence: Evidence) -> Int[Any, " b"]:
     """Returns the index of the candidate with the highest expected value as the answer.
 
-    The expectation is over the candidates as true places, with their probabilities. Candidates close to each other
-    often have the same expected value. Then the most probable of them is chosen. objective: key of OBJECTIVES.
+    For the expectation, the true place is one of the candidates, with the probabilities exp(log_p). Candidates close to
+    each other often have the same expected value. Then the most probable of them is chosen. objective: key of
+    OBJECTIVES.
     """
     value = OBJECTIVES[objective](kilometers(evidence.candidates, evidence.candidates))
     expected = jnp.einsum("bij,bj->bi", value, jnp.exp(log_p))

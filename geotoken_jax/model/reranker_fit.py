@@ -17,8 +17,8 @@ from geotoken_jax.model.reranker import Reranker, RerankerSettings, within_loss
 class FitSettings:
     """Settings of the fit (config.reranker.fit).
 
-    photos: largest number of validation photos that are used. folds: number of groups of authors. For each group there
-    is a reranker that predicts its photos, fitted to the photos of the other groups. epochs: number of passes over the
+    photos: largest number of validation photos that are used. folds: number of groups of authors. The photos of each
+    group are ranked by a reranker that is fitted to the photos of the other groups. epochs: number of passes over the
     photos. batch_size: photos per step. learning_rate: learning rate of the first step; the rate falls to 0 along a
     cosine. weight_decay: weight decay of AdamW. dropped: share of candidates left out at random in every step. seed:
     random seed of the initial weights, the order of photos and the candidates left out.

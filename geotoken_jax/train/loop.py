@@ -116,9 +116,9 @@ class TrainSettings:
     def for_photos(self, photos: int, unit: int) -> "TrainSettings":
         """Returns the settings of a training on this number of photos.
 
-        If batch_size is larger than `photos`, it becomes the largest multiple of `unit` up to `photos`. `examples`
-        becomes at most epochs x photos, but at least one batch. Raises SettingsError if there are fewer photos than
-        `unit`. unit: smallest possible batch size, one photo per device and part of a batch.
+        If batch_size is larger than `photos`, it becomes the largest multiple of `unit` up to `photos`. If `epochs` is
+        not 0, `examples` becomes at most epochs x photos. It is at least one batch. Raises SettingsError if there are
+        fewer photos than `unit`. unit: smallest possible batch size, one photo per device and part of a batch.
         """
         size, examples = self.batch_size, self.examples
         if photos < size:
@@ -314,7 +314,7 @@ def evaluate(
 
 
 class _Preemption:
-    """Reports SIGTERM through `requested`. With several processes, all of them stop after the same step."""
+    """Reports whether SIGTERM has asked this process to stop. With several processes, all stop after the same step."""
 
     def __init__(self):
         self._signaled = False
@@ -518,7 +518,10 @@ class _Log:
         return 0 < self._settings.save_every_s <= steps * self._seconds_per_step
 
     def end_window(self, step: int, learning_rate: Any) -> dict[str, float] | None:
-        """Ends the window at a step. Writes and returns the line of the window before; None if it is written."""
+        """Ends the window at a step. Writes the line of the window before, unless it is written already.
+
+        Returns the line that it has written, or None.
+        """
         window = self._window
         window.step, window.learning_rate = step, learning_rate
         window.seconds = time.monotonic() - self._since

@@ -86,7 +86,8 @@ class Writer:
         self.elapsed_s = max((values.get("elapsed_s", 0.0) for values, _ in lines), default=0.0)
         kept = [line for values, line in lines if values["step"] <= step]
         self._path.write_text("".join(kept))
-        # Not SummaryWriter: its thread ends at the first error, such as a full disk, and the next write hangs.
+        # EventsWriter has no thread. The thread of SummaryWriter ends at the first error, such as a full disk, and the
+        # next write hangs.
         (folder / "tensorboard").mkdir(exist_ok=True)
         self._events = event_file_writer.EventsWriter(str(folder / "tensorboard" / "events"))
         start = _MESSAGES.SessionLog(status=_MESSAGES.SessionLog.START)

@@ -1,4 +1,4 @@
-"""The training step, and its state, which the step updates in place. A mesh of devices splits both."""
+"""The training step and its state, for any mesh of devices. The step updates the state in place."""
 
 import dataclasses
 import functools

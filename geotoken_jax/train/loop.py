@@ -507,7 +507,7 @@ class _Log:
     def print_goodput(self, name: str) -> None:
         """Prints the goodput in process 0, unless no step was trained. name: name of the training."""
         if self.begun and jax.process_index() == 0:
-            print(f"{name}: {self.goodput():.0%} of {self.elapsed_s():,.0f} s trained new steps", file=sys.stderr)
+            print(f"{name}: {self.goodput():.0%} of {self.elapsed_s():,.0f} s were spent on new steps", file=sys.stderr)
 
     def is_save_due(self, steps: int) -> bool:
         """Returns whether to save a checkpoint. steps: number of steps since the last checkpoint.

@@ -273,7 +273,8 @@ def _backward(
         return jax.lax.psum_scatter(dy, axes, tiled=True)
 
     columns = Targets(*map(_join, targets, queue))
-    # Targets in the queue have no photo and so no sum: with a maximum of infinity, exp(logit - maximum) is 0.
+    # Targets in the queue have no photo, so they have no sum over negatives. With a maximum of infinity, their
+    # exp(logit - maximum) is 0.
     fixed = (columns, _join(target_maximum, queue_zeros + jnp.inf), _join(target_gradient, queue_zeros))
     (dx, dbiases), dy = _over_columns(
         step, (jnp.zeros_like(x), jnp.zeros_like(biases)), fixed, lambda fixed: jnp.zeros_like(fixed[0].vectors),

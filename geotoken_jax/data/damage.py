@@ -10,7 +10,8 @@ import numpy as np
 from geotoken_jax.settings import SettingsError
 from geotoken_jax.shards import DamagedError
 
-#: Function from row numbers [b] to named arrays [b, ...]. It may take further arrays [b], see data.pipeline.Varying.
+#: Function from row numbers [b] to named arrays [b, ...]. A function `vary` (data.pipeline.Varying) takes the index of
+#: each example too, [b].
 _ReadRows = Callable[..., dict[str, np.ndarray]]
 
 

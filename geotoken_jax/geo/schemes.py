@@ -78,9 +78,10 @@ class _Digits(Scheme):
 class LatLonScheme(_Digits):
     """Converts coordinates to tokens by halving latitude and longitude, and back.
 
-    The first token is one of 8 squares of 90 degrees: 4 * northern hemisphere + quarter of the longitude, counted from
-    -180 eastward. Then come `level` quads, which halve the square along both axes: a quad is 2 * north + east, with
-    north = 1 in the northern half and east = 1 in the eastern half.
+    The first token is one of 8 squares of 90 degrees: 4 * north + quarter. North is 1 in the northern hemisphere, else
+    0. The quarters of the longitude are 0..3, from -180 degrees eastward. Then come `level` quads, which halve the
+    square along both axes: a quad is 2 * north + east, with north = 1 in the northern half and east = 1 in the eastern
+    half.
 
     At level 20 a cell is 9.5 m tall and at most as wide, and its center is within 6.8 m (half the diagonal) of every
     coordinate in it. Cells narrow toward the poles, to 14 micrometers at a pole. A pole's tokens depend on the

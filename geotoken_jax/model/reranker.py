@@ -52,6 +52,7 @@ class RerankerSettings:
     widths_km, sharpness: settings of the density of a channel's neighbors, which is a weighted sum of Gaussians around
     them. Each pair of a width and a sharpness gives one density. The width is the standard deviation of the Gaussians.
     A neighbor's weight is exp(sharpness x relative score), divided by the sum of these numbers over all neighbors.
+    (Relative scores are defined at the beginning of this file.)
     hidden: width of the hidden layer; if 0, the network is linear. objective: key of OBJECTIVES; the answer is the
     candidate with the highest expected value of this objective.
     """

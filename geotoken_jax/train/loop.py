@@ -501,7 +501,7 @@ class _Log:
         return time.monotonic() - self._started
 
     def goodput(self) -> float:
-        """Returns the share of `elapsed_s` that trained new steps."""
+        """Returns the share of `elapsed_s` that was spent on new steps."""
         return self._trained.seconds() / self.elapsed_s()
 
     def print_goodput(self, name: str) -> None:

@@ -168,7 +168,7 @@ def test_blocks_change_nothing(monkeypatch):
     rng = np.random.default_rng(0)
     gallery, photos = rng.normal(size=(50, 6)).astype(np.float32), rng.normal(size=(7, 6)).astype(np.float32)
     wanted = encodings.rank(gallery, photos, 9)
-    monkeypatch.setattr(encodings, "_PLACES", 16)
+    monkeypatch.setattr(encodings, "_LOCATIONS", 16)
     monkeypatch.setattr(encodings, "_PHOTOS", 3)
     for found, whole in zip(encodings.rank(gallery, photos, 9), wanted, strict=True):
         np.testing.assert_allclose(found, whole, atol=1e-5)

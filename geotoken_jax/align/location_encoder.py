@@ -11,10 +11,11 @@ from jaxtyping import Array, Float
 from geotoken_jax import sharding
 from geotoken_jax.geo.distance import to_unit_vectors
 
-#: Coefficients of Equal Earth (Savric, Patterson, Jenny 2018), and GeoCLIP's factor, which brings x to about [-1, 1].
+#: Coefficients of the Equal Earth projection (Savric, Patterson, Jenny 2018), and GeoCLIP's factor, with which x is in
+#: about [-1, 1].
 _A1, _A2, _A3, _A4 = 1.340264, -0.081106, 0.000893, 0.003796
 _EQUAL_EARTH_SCALE = 66.50336 / 180
-#: Degrees of latitude at which Web Mercator's y is 1; the poles are at infinity.
+#: Latitude in degrees at which Web Mercator's y is 1. At the poles, y is infinite.
 _MERCATOR_LIMIT = 85.0511287798
 
 
@@ -22,7 +23,8 @@ _MERCATOR_LIMIT = 85.0511287798
 class LocationSettings:
     """Architecture of the location encoder.
 
-    G3 has, in the order of fields, mercator, (1, 16, 256), 256, 1024, 512. GeoCLIP has equal_earth instead of mercator.
+    A capsule encodes coordinates at one scale. The settings of G3 are projection="mercator", sigmas=(1, 16, 256),
+    fourier=256, hidden=1024 and out=512. GeoCLIP has projection="equal_earth", and the other settings of G3.
 
     projection: a key of PROJECTIONS. sigmas: standard deviation of the Fourier frequencies of each capsule.
     fourier: number of frequencies per capsule. hidden: width of a capsule's hidden layers. out: width of a capsule's
@@ -41,7 +43,8 @@ class LocationSettings:
 
 
 class Frequencies(nnx.Variable):
-    """Fourier frequencies: saved with the weights, but no nnx.Param, so optimizers leave them alone."""
+    """Fourier frequencies. They are saved with the weights. Optimizers change only variables of type nnx.Param, so they
+    leave them as they are."""
 
 
 class Capsules(nnx.Module):
@@ -84,8 +87,8 @@ class Capsule(nnx.Module):
         self.output = sharding.linear(settings.hidden, settings.out, ("mlp", "embed"), rngs=rngs)
 
     def __call__(self, projected: Float[Array, "B P"]) -> Float[Array, "B E"]:
-        # Angles reach 1,000 turns at sigma 256. So the product is computed in full float32 (accelerators keep 8 bits of
-        # it by default), and whole turns are subtracted, which is exact, before sine and cosine.
+        # Angles reach 1,000 turns at sigma 256. So the product needs full float32; by default accelerators would round
+        # its factors to 8 bits. Before sine and cosine, whole turns are subtracted, which is exact.
         turns = jnp.matmul(projected, self.frequencies[...].T, precision=jax.lax.Precision.HIGHEST)
         angles = 2 * jnp.pi * (turns - jnp.round(turns))
         x = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)

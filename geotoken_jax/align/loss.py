@@ -1,10 +1,12 @@
 """The contrastive losses of alignment, computed over the whole batch on any number of devices.
 
-Every device compares its photos with `chunk` targets at a time and adds up the sums of both directions, photos to
-targets and targets to photos. So it never holds more than `chunk` columns of its rows of the similarity matrix.
+The rows of the similarity matrix are photos; the columns are targets, which are texts or locations. Every device
+compares its photos with `chunk` targets at a time, and adds up the sums of the loss in both directions, photos to
+targets and targets to photos. So it never holds more than `chunk` columns of its rows of the matrix.
+
 If a device's targets are large, they travel from device to device in a ring, and a device never holds more than its
-share of them. If they are small, all devices gather all targets, because a ring's turns would only wait for links. The
-backward pass does the same again.
+share of them. If they are small, all devices gather all targets, because most of a ring's time would be spent waiting
+for messages. The backward pass does the same again.
 """
 
 import dataclasses
@@ -24,8 +26,9 @@ from geotoken_jax.settings import Runtime, SettingsError
 from geotoken_jax.vectors import unit
 
 KINDS = ("info_nce", "sigmoid")
-#: A device's targets are gathered if they are smaller than this. A turn of the ring then waits longer for its six
-#: messages (1.5 us each: 5,632 messages took an estimated 6 to 11 ms on 256 devices) than 100 GB/s take to move them.
+#: Size of a device's targets below which all devices gather them. For smaller targets, the latency of the six messages
+#: in a turn of the ring (1.5 us each: 5,632 messages took an estimated 6 to 11 ms on 256 devices) is longer than the
+#: time to move them at 100 GB/s.
 _TURN_BYTES = 750_000
 #: Largest size of all gathered targets: 1.6 % of the smallest chip's memory (16 GiB).
 _GATHERED_BYTES = 256 << 20
@@ -33,7 +36,7 @@ _GATHERED_BYTES = 256 << 20
 
 @dataclasses.dataclass(frozen=True)
 class LossSettings:
-    """The contrastive loss.
+    """Settings of the contrastive loss.
 
     kind: "info_nce", the loss of G3, or "sigmoid", the loss of SigLIP.
     chunk: columns of the similarity matrix that a device holds at a time.
@@ -64,9 +67,10 @@ class LossSettings:
 class Targets(NamedTuple):
     """Texts or locations that photos are compared with.
 
-    vectors: embeddings, which the losses normalize. key: two targets count as the same if their keys are at most
-    `reach` apart (an argument of the losses). A target that counts as the same as a photo's own target is no negative
-    of that photo. present: False for targets that are left out, as positives and as negatives.
+    vectors: embeddings, which the losses normalize. key: numbers that identify a target. Two targets count as the same
+    if the distance between their keys is at most `reach`, an argument of the losses. A target that counts as the same
+    as a photo's own target is no negative of that photo. present: False for targets that are left out, as positives and
+    as negatives.
     """
 
     vectors: Float[Array, "N C"]
@@ -122,8 +126,8 @@ def sigmoid(
 def text_keys(x: Float[Array, "B C"]) -> Float[Array, "B 4"]:
     """Returns a key per row, equal for equal rows: a hash of 64 bits, as four 16-bit integers in float32."""
     bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0, x.astype(jnp.float32)), jnp.uint32)  # -0.0 equals 0.0
-    # XOR with a random number per position, so that the order of values counts, and MurmurHash3's finalizer, so that
-    # adding up the positions gives a good hash.
+    # XOR with a random number per position makes the hash depend on the order of values. MurmurHash3's finalizer mixes
+    # the bits of each value, so that their sum is a good hash.
     mixed = bits ^ jnp.asarray(np.random.default_rng(0).integers(0, 2**32, (2, 1, x.shape[1]), np.uint32))
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
@@ -141,8 +145,8 @@ def reach(km: float) -> float:
     return 2 * math.sin(km / (2 * EARTH_RADIUS_KM))
 
 
-#: For every photo (or target): the maximum of the logits of its pair and its negatives, and the sum over its negatives
-#: of exp(logit - maximum) (InfoNCE) or softplus(logit) (sigmoid).
+#: Two numbers per photo, or per target. The first is the maximum of the logits of its pair and its negatives. The
+#: second is the sum over its negatives of exp(logit - maximum) for InfoNCE, or of softplus(logit) for the sigmoid loss.
 _Sums = tuple[Float[Array, "B"], Float[Array, "B"]]
 
 
@@ -249,7 +253,7 @@ def _backward(
 ) -> tuple[Array, Array, Array, Array]:  # fmt: skip
     """Returns the gradients with respect to x, biases, the vectors of targets and the vectors of the queue.
 
-    maxima: largest logits of photos and of targets. gradients: gradients with respect to the sums of both.
+    maxima: largest logits of photos and of targets. gradients: gradients with respect to their sums over negatives.
     """
     (photo_maximum, target_maximum), (photo_gradient, target_gradient) = maxima, gradients
     queue_zeros = jnp.zeros(len(queue.present))
@@ -269,7 +273,8 @@ def _backward(
         return jax.lax.psum_scatter(dy, axes, tiled=True)
 
     columns = Targets(*map(_join, targets, queue))
-    # Targets in the queue have no photo and so no sum: with a maximum of infinity, exp(logit - maximum) is 0.
+    # Targets in the queue have no photo, so they have no sum over negatives. With a maximum of infinity, their
+    # exp(logit - maximum) is 0.
     fixed = (columns, _join(target_maximum, queue_zeros + jnp.inf), _join(target_gradient, queue_zeros))
     (dx, dbiases), dy = _over_columns(
         step, (jnp.zeros_like(x), jnp.zeros_like(biases)), fixed, lambda fixed: jnp.zeros_like(fixed[0].vectors),
@@ -295,7 +300,7 @@ def _join(targets: Array, queue: Array) -> Array:
 def _chunks(chunk: int, columns: Array) -> Array:
     """Returns columns [n, ...] as [chunks, columns per chunk, ...], padded with zeros.
 
-    A zero in `present` is False, so padding takes no part.
+    A zero in `Targets.present` is False, so padding does not count.
     """
     parts = -(-len(columns) // chunk)
     missing = -len(columns) % parts
@@ -305,13 +310,16 @@ def _chunks(chunk: int, columns: Array) -> Array:
 def _over_columns(
     step: Callable, carry: Any, fixed: Any, start: Callable, *, chunk: int, axes: tuple[str, ...], add_up: Callable
 ) -> tuple[Any, Any]:
-    """Runs step(carry, (fixed, changing)) -> (carry, changing) over the columns of all devices, chunk by chunk.
+    """Runs `step` over the columns (targets) of all devices, chunk by chunk.
 
-    Returns the last carry, and `changing` of this device's columns after all devices updated it.
+    step(carry, (fixed, changing)) returns the new (carry, changing). `fixed` and `changing` are arrays of a chunk's
+    columns. `carry` belongs to the photos of this device.
 
-    fixed: arrays of this device's columns, [n, ...]. start: function of `fixed` of any columns that returns their
-    first `changing`. add_up: function of `changing` of all columns, as each device updated it alone, that returns
-    `changing` of this device's columns.
+    Returns the last carry, and `changing` of this device's columns after all devices have updated it.
+
+    fixed: arrays of this device's columns, [n, ...]. start: function from `fixed` of some columns to their first
+    `changing`. add_up: function that is called if all columns are gathered. It takes `changing` of all columns, which
+    has only this device's updates, and returns `changing` of this device's columns with the updates of all devices.
     """
     devices = jax.lax.axis_size(axes) if axes else 1
     columns, turn_bytes = len(jax.tree.leaves(fixed)[0]), sum(leaf.nbytes for leaf in jax.tree.leaves(fixed))

@@ -69,11 +69,11 @@ def _open_tower(settings: BackboneSettings, remat: str, mesh: Mesh | None = None
 class PixelsTask(AlignTask):
     """Trains the heads and the location encoder on photos and, if pixels.tower is "trained", the image tower.
 
-    The train loop adds `tower`, the published parameters, to every batch. A trained tower is the published parameters
-    plus `learning_rate` times a change, which the optimizer trains from zeros. So training starts at the published
-    parameters, bit for bit. The tower's learning rate is `learning_rate` times the rate of the heads, since Adam's
-    steps do not depend on the size of gradients. Weight decay draws the tower back to the published parameters (L2-SP,
-    Li et al. 2018).
+    The train loop adds the published parameters of the tower to every batch, as `tower`. The parameters of a trained
+    tower are the published parameters plus `learning_rate` times a change. The optimizer trains the change, which is
+    zero at first, so training starts exactly at the published parameters. The tower's learning rate is `learning_rate`
+    times the rate of the heads, since Adam's steps do not depend on the size of gradients. Weight decay draws the tower
+    back to the published parameters (L2-SP, Li et al. 2018).
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class PixelsTask(AlignTask):
 
     @property
     def flops(self) -> float:
-        """Floating-point operations of a training step per photo. A frozen tower has only the forward pass."""
+        """Floating-point operations of a training step per photo. For a frozen tower, only the forward pass counts."""
         return super().flops + self.tower.flops * (3 if self._trained else 1)
 
     @property
@@ -101,11 +101,11 @@ class PixelsTask(AlignTask):
         return self._pixels.tower == "trained"
 
     def batch(self, size: int) -> Spec:
-        """Returns AlignTask's specification, with prepared photos, [B, h, w, 3] uint8, as image instead of features."""
+        """Returns AlignTask's specification, in which `image` contains prepared photos, [B, h, w, 3] uint8."""
         return super().batch(size) | spec(size, image=((self.tower.side, self.tower.side, 3), jnp.uint8))
 
     def init(self, rngs: nnx.Rngs) -> AlignModel:
-        """Returns a new model; if the tower is trained, with the change of its parameters, zeros, as model.tower."""
+        """Returns a new model. If the tower is trained, `model.tower` is the change of its parameters, all zeros."""
         model: Any = super().init(rngs)
         if self._trained:
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.tower.parameters)
@@ -115,30 +115,30 @@ class PixelsTask(AlignTask):
     def loss(
         self, model: Any, batch: Mapping[str, jax.Array], key: jax.Array | None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Returns AlignTask's loss and metrics for photos, which the image tower encodes first."""
+        """Encodes the photos with the image tower, and returns AlignTask's loss and metrics."""
         parameters = batch["tower"]
         if self._trained:
-            parameters = self._moved(parameters, nnx.to_pure_dict(nnx.state(model.tower)))
+            parameters = self._with_change(parameters, nnx.to_pure_dict(nnx.state(model.tower)))
         return super().loss(model, {**batch, "image": self.tower.features(parameters, batch["image"])}, key)
 
-    def _moved(self, published: Any, change: Any) -> Any:
+    def _with_change(self, published: Any, change: Any) -> Any:
         rate = np.float32(self._pixels.learning_rate)
         return jax.tree.map(lambda p, c: p + rate * c, published, change)
 
     def write_tower(self, folder: epath.Path) -> None:
         """Moves a trained tower from folder/parameters.safetensors to the checkpoint folder folder/backbone.
 
-        folder/backbone has copies of the other files of the original checkpoint folder. If the tower is not trained,
-        nothing changes.
-        After an interruption the train loop writes parameters.safetensors anew, so this can be repeated.
+        The other files of folder/backbone are copies from the original checkpoint folder. If the tower is not trained,
+        nothing changes. After an interruption the train loop writes parameters.safetensors again, so that this method
+        can be repeated.
         """
         if not self._trained:
             return
         stored = safetensors.numpy.load((folder / "parameters.safetensors").read_bytes())
         change = {tuple(name.split("/")[1:]): stored.pop(name) for name in list(stored) if name.startswith("tower/")}
-        # Read from disk again: in training the parameters can be split over several processes.
+        # The published parameters are read from disk again, because in training several processes can each have a part.
         tower = _open_tower(self._backbone, "none")
-        moved = self._moved(jax.tree.map(np.asarray, tower.parameters), traverse_util.unflatten_dict(change))
+        changed = self._with_change(jax.tree.map(np.asarray, tower.parameters), traverse_util.unflatten_dict(change))
         source = published.folder(self._backbone.huggingface.path)
-        published.write_module(pathlib.Path(folder / "backbone"), source, tower.module(moved))
+        published.write_module(pathlib.Path(folder / "backbone"), source, tower.module(changed))
         checkpoint.write_parameters(folder / "parameters.safetensors", stored)

@@ -44,7 +44,7 @@ class AlignTask:
     ):
         """width: C, the width of the backbone's features. loss: settings of the loss. If None, the task can create a
         model to read parameters into, but not train it. start: function that loads pretrained parameters into a new
-        model; random initialization if None."""
+        model; if None, the model is initialized at random."""
         self.settings, self.width, self._loss, self._start = settings, width, loss, start
 
     @property
@@ -56,14 +56,15 @@ class AlignTask:
     def batch(self, size: int) -> Spec:
         """Returns the specification of a batch of `size` photos.
 
-        image [B, C]; text [B, C], zeros for a photo without text; coordinates [B, 2], latitude and longitude in
-        degrees; all float32. Evaluation adds valid [B] bool, False for examples that pad the batch.
+        All arrays are float32. image [B, C]: image features. text [B, C]: text features, zeros if a photo has no text.
+        coordinates [B, 2]: latitude and longitude in degrees. Batches of evaluation also have `valid` [B] bool, which
+        the specification leaves out. It is False for examples that do not count, such as padding.
         """
         features = ((self.width,), jnp.float32)
         return spec(size, image=features, text=features, coordinates=((2,), jnp.float32))
 
     def init(self, rngs: nnx.Rngs) -> AlignModel:
-        """Returns a new model, with training variables if the task has a loss."""
+        """Returns a new model. If the task has a loss, the model has the variables that only training needs."""
         if self._loss is None:
             return AlignModel(self.settings, self.width, rngs=rngs)
         model = TrainedAlignModel(self.settings, self.width, self._loss, rngs=rngs)

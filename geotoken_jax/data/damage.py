@@ -1,4 +1,4 @@
-"""Reading on where some records of training data are damaged."""
+"""Reads training data in which some records are damaged."""
 
 import itertools
 import sys
@@ -10,17 +10,18 @@ import numpy as np
 from geotoken_jax.settings import SettingsError
 from geotoken_jax.shards import DamagedError
 
-#: Function from row numbers [b], and further arrays [b] if the data vary, to named arrays [b, ...].
-_Function = Callable[..., dict[str, np.ndarray]]
+#: Function from row numbers [b] to named arrays [b, ...]. A function `vary` (data.pipeline.Varying) takes the index of
+#: each example too, [b].
+_ReadRows = Callable[..., dict[str, np.ndarray]]
 
 
 class Tolerant:
-    """Reads rows, and in place of a damaged row the next one that can be read.
+    """Reads rows. In place of a damaged row it reads the next row that is not damaged.
 
-    The row that is read instead depends only on the data, so a resumed training reads the same rows. Each damaged row
-    is named on standard error and counted once.
+    This replacement depends only on the data, so a resumed training reads the same rows. Each damaged row is named on
+    standard error and counted once.
 
-    n: number of rows. share: largest accepted share of damaged rows; if 0, their errors are raised.
+    n: number of rows. share: largest accepted share of damaged rows; if 0, the error of a damaged row is raised.
     """
 
     def __init__(self, n: int, share: float):
@@ -30,11 +31,11 @@ class Tolerant:
         self.replaced: dict[int, int] = {}
 
     def read(
-        self, function: _Function, rows: np.ndarray, *more: np.ndarray
+        self, function: _ReadRows, rows: np.ndarray, *more: np.ndarray
     ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Returns function(rows, *more), and for each row whether it is itself and no replacement.
+        """Returns function(rows, *more) with damaged rows replaced, and for each row whether it is not replaced.
 
-        Raises SettingsError if the share of damaged rows that were found is too large.
+        Raises SettingsError if the share of damaged rows found until now is too large.
         """
         while True:
             taken = np.array([self.replaced.get(int(row), row) for row in rows], np.int64) if self.replaced else rows
@@ -44,8 +45,12 @@ class Tolerant:
                 if not self._share or not self._examine(function, rows, taken, more):
                     raise
 
-    def _examine(self, function: _Function, rows: np.ndarray, taken: np.ndarray, more: tuple[np.ndarray, ...]) -> bool:
-        """Finds the damaged rows in `taken`. Returns whether `rows` are now replaced in another way."""
+    def _examine(self, function: _ReadRows, rows: np.ndarray, taken: np.ndarray, more: tuple[np.ndarray, ...]) -> bool:
+        """Finds the damaged rows in `taken`, and sets their replacements.
+
+        Returns whether `rows` now have other replacements than `taken`. rows: requested rows. taken: the row itself or
+        its replacement until now, for each requested row.
+        """
         with self._lock:
             for i, row in enumerate(taken.tolist()):
                 if row not in self.replaced:
@@ -53,7 +58,7 @@ class Tolerant:
             return [self.replaced.get(row, row) for row in rows.tolist()] != taken.tolist()
 
     def _find(self, row: int, read: Callable[[int], object]) -> None:
-        """Finds the row to read in place of `row`, if that is damaged."""
+        """Tests whether a row is damaged. If so, sets the row to read in its place."""
         damaged = []
         for candidate in itertools.chain(range(row, self._n), range(row)):
             if candidate in self.replaced:
@@ -71,6 +76,10 @@ class Tolerant:
         if count > self._share * self._n:
             raise SettingsError(
                 f"max_damaged is {self._share}, but {count:,} of {self._n:,} records are damaged, the last one "
-                f"{error.place}: make them again with `geotoken verify WORKDIR --mend --config=FILE`, or raise it"
+                f"{error.place}: make them again with `geotoken verify WORKDIR --mend --config=FILE`, or raise "
+                "max_damaged"
             ) from None
-        print(f"skipped {error.place}, which is damaged; {count:,} of {self._n:,} records so far", file=sys.stderr)
+        print(
+            f"skipped {error.place}, which is damaged; {count:,} of {self._n:,} records are damaged so far",
+            file=sys.stderr,
+        )

@@ -11,16 +11,18 @@ from geotoken_jax.geo.cells import Scheme
 from geotoken_jax.records import Records
 from geotoken_jax.settings import SettingsError
 
-#: Seconds in a mean calendar year, and in a day. The mean year puts the time of year at most two days wrong for dates
-#: from 1970 to 2100.
+#: Seconds in a mean calendar year, and in a day. With the mean year, the time of year is at most two days wrong for
+#: dates from 1970 to 2100.
 _PERIODS = 365.2425 * 86_400, 86_400
 
 
 @dataclasses.dataclass(frozen=True)
 class DataSettings:
-    """photos: number of photos that the decoder is trained on, with their views; all photos if 0. Neighbors still come
-    from the whole gallery. seed: seed of the random choice of photos. With the same seed, a smaller choice is part of
-    every larger one."""
+    """Choice of the photos that the decoder is trained on.
+
+    photos: number of photos, which are used with their views; all photos if 0. Neighbors still come from the whole
+    gallery. seed: seed of the random choice. With the same seed, a larger choice contains every smaller one.
+    """
 
     photos: int
     seed: int
@@ -41,7 +43,10 @@ class Features:
 
 
 class Searched:
-    """Rows of a table with their neighbors, in the form of the records of tokens/. neighbors: gallery rows [n, K]."""
+    """Reads rows of a table with their neighbors, in the form of the records of tokens/.
+
+    neighbors: gallery rows of each photo's neighbors, [n, K].
+    """
 
     def __init__(self, table: Table, neighbors: Int[np.ndarray, "n K"]):
         self._table, self._neighbors = table, neighbors
@@ -56,10 +61,10 @@ class Searched:
 class Tokens:
     """Reads rows of tokens/ for the decoder, joined with the embeddings of the photos and their neighbors.
 
-    own: table of the photos themselves. For the split that the gallery is built from, this is the gallery.
-    gallery: table of the neighbors; None if the table is on the devices (gallery/placement.py).
+    own: table of the photos themselves. For the split that the gallery is built from, this is the gallery's table.
+    gallery: table of the neighbors; None if it is on the devices (gallery/placement.py).
     neighbors: M, number of recorded neighbors to read, best first.
-    times: number of values of `context` to read; no context if 0.
+    times: number of values that describe the capture time (see `context`); if 0, no context is read.
 
     A call returns query [b, 3, C] bfloat16, tokens [b, T] int32 and neighbor_count [b] int32. If `gallery` is given, it
     also returns neighbors [b, M, 3, C] bfloat16 and neighbor_tokens [b, M, T] int32, else neighbor_rows [b, M] int32.
@@ -85,8 +90,8 @@ class Tokens:
         records = self._records[rows]
         best = records["neighbors"][:, : self._neighbors]
         return {
-            # The photo's own embeddings always come from the host. They are 4.6 KB, a 15th of the embeddings of 15
-            # neighbors, and the table on the devices contains photos of the gallery's split only.
+            # The photo's own embeddings always come from the host, even if the gallery is on the devices. They are
+            # 4.6 KB, a 15th of the embeddings of 15 neighbors. Photos of other splits are not in the gallery.
             "query": self._own.embeddings(records["row"]),
             "tokens": self._cells.from_stored(records["tokens"], self._own.coordinates(records["row"])),
             **(neighbor_rows(best) if self._gallery is None else neighbors(self._gallery, best, self._cells)),
@@ -133,7 +138,7 @@ class Subset:
 
 
 def choose_rows(ids: Sequence[np.ndarray], settings: DataSettings) -> Int[np.ndarray, "n"]:
-    """Returns the rows, ascending, of a random choice of photos and their views in a Concatenation of splits.
+    """Returns the rows of randomly chosen photos and their views in a Concatenation of splits, in ascending order.
 
     ids: ids of each split. The photos are chosen from the first split. The other splits contain views, which have the
     ids of their photos.

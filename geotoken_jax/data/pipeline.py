@@ -2,7 +2,8 @@
 
 Shuffling and batching move row numbers only, and a batch is read in one call. Grain would read one record at a time,
 which is 4-5 times slower (google/grain#688). The sequence of global batches depends on the number of rows, the batch
-size and the seed, but not on the number of processes. So a position in the sequence is valid for any number of them.
+size and the seed, but not on the number of processes. So a training can continue at a position in the sequence with
+another number of processes.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ Read = Callable[[np.ndarray], dict[str, np.ndarray]]
 
 @runtime_checkable
 class Varying(Protocol):
-    """A reader that in training returns different data each time it reads a row, such as random views of a photo."""
+    """A reader that returns other data each time training reads a row, such as another random view of a photo."""
 
     def vary(self, rows: np.ndarray, examples: np.ndarray) -> dict[str, np.ndarray]:
         """Returns the data of the rows, varied per example.
@@ -30,7 +31,7 @@ class Varying(Protocol):
 
 
 class _ReadLocal(grain.transforms.MapWithIndex):
-    """Reads the rows of a global batch that this process needs. local: see `training`."""
+    """Reads the rows of a global batch that this process needs. local: positions of these rows in the batch."""
 
     def __init__(self, read: Read, local: np.ndarray, tolerant: Tolerant):
         self._read, self._local, self._tolerant = read, local, tolerant
@@ -49,7 +50,7 @@ def training(
 
     `get_state` and `set_state` of the iterator read and set its position. n: number of rows. batch_size: rows per
     batch, over all processes. local [b]: positions in a batch that this process reads, such as `sharding.local_rows`;
-    all if None. max_damaged: share of the rows that may be damaged; the next rows are read in their place.
+    all if None. max_damaged: largest share of damaged rows. In place of a damaged row, the next row is read.
     """
     rows = grain.MapDataset.range(n).seed(seed).shuffle().repeat().batch(batch_size, drop_remainder=True)
     local = np.arange(batch_size) if local is None else local
@@ -60,7 +61,7 @@ def training(
 def evaluation(
     n: int, read: Read, batch_size: int, local: np.ndarray | None = None, max_damaged: float = 0.0
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yields batches of equal size with every row once, in order; of each batch, the rows that this process reads.
+    """Yields batches of equal size that contain every row once, in order. A process gets its own rows of each batch.
 
     `valid` [b] is False for rows that only pad the last batch, and for damaged rows. n: number of rows. batch_size,
     local, max_damaged: see `training`.

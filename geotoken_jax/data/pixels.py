@@ -1,4 +1,5 @@
-"""Reader of pixels, for alignment from pixels: photos are decoded, optionally varied, and prepared for a tower."""
+"""Reads photos as pixels, for alignment from pixels: decodes them, optionally makes random views, and prepares them for
+an image tower."""
 
 import concurrent.futures
 import math
@@ -25,10 +26,10 @@ class Preparing(Protocol):
 class Pixels:
     """Reads features/, with pixels from photos/ as `image` [b, h, w, 3] uint8. The other arrays are as in Features.
 
-    features, photos: readers in which a row number means the same photo. tower: backbone that prepares the photos.
+    features, photos: readers in which a row number stands for the same photo. tower: backbone that prepares the photos.
     threads: number of threads that decode. views: settings of the random views that replace the photos in training; if
-    None, training reads the photos themselves. seed: random seed of the views. The random numbers of a view depend only
-    on the seed and on the example's index in training.
+    None, training reads the photos themselves. seed: random seed of the views. A view depends only on its photo, the
+    seed and the example's index in training.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Pixels:
         return self._read(self._photo, rows)
 
     def vary(self, rows: np.ndarray, examples: np.ndarray) -> dict[str, np.ndarray]:
-        """Returns the rows with a random view of each photo, or the photos themselves without settings of views."""
+        """Returns the rows with a random view of each photo, or with the photos themselves if `views` is None."""
         return self._read(self._view, rows, examples) if self._views else self(rows)
 
     def _read(self, image: Callable[..., np.ndarray], rows: np.ndarray, *examples: np.ndarray) -> dict[str, np.ndarray]:

@@ -1,4 +1,7 @@
-"""Exact search for nearest neighbors on all local devices: the vectors are split over them, and all are compared."""
+"""Exact search for nearest neighbors on all local devices.
+
+The vectors are split over the devices. Each query is compared with all vectors.
+"""
 
 import functools
 from typing import Any
@@ -13,18 +16,18 @@ from geotoken_jax.batch import padded, padded_size
 
 #: Queries and rows per block of scores on each device: 34 MB of scores.
 _QUERIES, _ROWS = 512, 16_384
-_SPLIT, _WHOLE = PartitionSpec("devices"), PartitionSpec()
+_SPLIT, _REPLICATED = PartitionSpec("devices"), PartitionSpec()
 
 
 class DeviceSearch:
-    """Vectors on the local devices, of which the nearest to queries are found.
+    """Stores vectors on the local devices, and finds the vectors nearest to queries.
 
-    On a machine without an accelerator, the devices are its CPU.
+    On a machine without an accelerator, the device is its CPU.
     """
 
     def __init__(self, vectors: Any, dtype: Any):
-        """vectors: rows [N, D] as a geotoken_jax.gallery.index.Vectors. dtype: type on the devices and of the factors
-        of products, float32 or bfloat16; sums are float32."""
+        """vectors: vectors [N, D], as a geotoken_jax.gallery.index.Vectors. dtype: float32 or bfloat16, the type of
+        vectors and queries on the devices. The products of their components are summed in float32."""
         devices = jax.local_devices()
         self._mesh = Mesh(np.array(devices), ("devices",))
         self._n, parts = len(vectors), []
@@ -41,21 +44,24 @@ class DeviceSearch:
         self._vectors = jax.make_array_from_single_device_arrays(shape, split, parts)
 
     def candidates(self, queries: Float32[np.ndarray, "n D"], count: int) -> Int32[np.ndarray, "n count"]:
-        """Returns the rows with the largest inner products, best first, ties by row. If there are fewer, the last rows
-        are -1."""
+        """Returns the rows of the vectors with the largest inner products, best first, ties by row.
+
+        count: number of rows per query. If there are fewer vectors, the last rows are -1.
+        """
         found = []
         for first in range(0, len(queries), _QUERIES):
             block = queries[first : first + _QUERIES]
             filled = padded(block, padded_size(len(block), _QUERIES)).astype(self._vectors.dtype)
-            placed = jax.device_put(filled, NamedSharding(self._mesh, _WHOLE))
+            placed = jax.device_put(filled, NamedSharding(self._mesh, _REPLICATED))
             scores, rows = _search(self._mesh, self._n, count, self._vectors, placed)
-            found.append((scores, rows, len(block)))  # as device arrays: later blocks start before this one ends
+            # Scores and rows stay device arrays here, so that the search of the next block starts before this one ends.
+            found.append((scores, rows, len(block)))
         results = [_best(np.asarray(s)[:n], np.asarray(r)[:n], count) for s, r, n in found]
         return np.concatenate(results) if results else np.zeros((0, count), np.int32)
 
 
 def _best(scores: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
-    """Returns the rows of the largest scores of all devices, [n, count]."""
+    """Returns the rows of the largest scores, [n, count], from the best candidates of all devices."""
     missing = max(0, count - scores.shape[1])
     scores = np.pad(scores, ((0, 0), (0, missing)), constant_values=-np.inf)
     rows = np.pad(rows, ((0, 0), (0, missing)), constant_values=-1)
@@ -92,5 +98,5 @@ def _search(mesh: Mesh, n: int, count: int, vectors: Array, queries: Array) -> t
 
     results = PartitionSpec(None, "devices")
     return jax.shard_map(
-        on_each_device, mesh=mesh, in_specs=(_SPLIT, _WHOLE), out_specs=(results, results), check_vma=False
+        on_each_device, mesh=mesh, in_specs=(_SPLIT, _REPLICATED), out_specs=(results, results), check_vma=False
     )(vectors, queries)

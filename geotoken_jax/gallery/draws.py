@@ -1,4 +1,4 @@
-"""Random draws of gallery photos by whole authors."""
+"""Draws gallery photos at random: of each author, all photos or none."""
 
 import numpy as np
 
@@ -6,8 +6,10 @@ import numpy as np
 def rows_by_author(authors: np.ndarray, photos: int, seed: int) -> np.ndarray:
     """Returns the rows of all photos by randomly drawn authors, grouped by author.
 
-    Authors are drawn until they have `photos` photos in all, or half of all photos if that is less. A photo without an
-    author counts as an author with one photo.
+    Authors are drawn until they have at least `photos` photos in total, or half of all photos if `photos` is more than
+    that. Each photo with an unknown author counts as the only photo of an author of its own.
+
+    authors: author of each photo as bytes, empty if unknown.
     """
     _, author = np.unique(authors, return_inverse=True)
     unknown = authors == authors.dtype.type()

@@ -1,5 +1,7 @@
-"""Gallery coordinates encoded as vectors, and photos ranked against them (GeoCLIP: Vivanco Cepeda et al. 2023,
-section 3.2)."""
+"""Encodes the coordinates of gallery photos as vectors, and ranks these locations for a photo.
+
+Source: GeoCLIP (Vivanco Cepeda et al. 2023, section 3.2).
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -19,14 +21,14 @@ from geotoken_jax.gallery.index import Vectors
 
 #: Coordinates per compiled call. A capsule of width 1,024 then has 17 MB of activations per layer.
 _BLOCK = 4096
-#: Photos and encoded places per block of logits: 34 MB.
-_PHOTOS, _PLACES = 512, 16_384
+#: Photos and encoded locations per block of logits: 34 MB.
+_PHOTOS, _LOCATIONS = 512, 16_384
 
 
 def encoder(
     module: nnx.Module, vectors: Callable[[Any, jax.Array], jax.Array]
 ) -> Callable[[Float[np.ndarray, "N 2"]], Iterator[Float32[np.ndarray, "n E"]]]:
-    """Returns a function of coordinates that yields their unit vectors block by block. It compiles only once.
+    """Returns a function that yields the unit vectors of coordinates, block by block. It is compiled only once.
 
     vectors: function of the module and of latitudes and longitudes [n, 2] in degrees; it returns vectors [n, E].
     """
@@ -45,9 +47,9 @@ def encoder(
 
 
 def save(path: epath.Path, blocks: Iterable[Float32[np.ndarray, "n E"]], n: int, width: int) -> None:
-    """Writes blocks of vectors as one bfloat16 array [n, width], which appears at `path` when it is complete.
+    """Writes blocks of vectors as one bfloat16 array [n, width]. The file appears at `path` when it is complete.
 
-    Blocks go to disk one by one, since 4.12 million vectors of width 768 are 6.3 GB.
+    Blocks are written to disk one by one, since 4.12 million vectors of width 768 are 6.3 GB.
     """
     with disk.writing(path) as partial:
         array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint16, shape=(n, width))
@@ -75,8 +77,8 @@ def rank(
     """
     rows, logits = index.exact(gallery, photos, k)
     total = np.full(len(photos), -np.inf, np.float32)
-    for first in range(0, len(gallery), _PLACES):
-        block = jnp.asarray(gallery[first : first + _PLACES], jnp.float32)
+    for first in range(0, len(gallery), _LOCATIONS):
+        block = jnp.asarray(gallery[first : first + _LOCATIONS], jnp.float32)
         for q in range(0, len(photos), _PHOTOS):
             part = slice(q, q + _PHOTOS)
             total[part] = np.logaddexp(total[part], _log_sum(jnp.asarray(photos[part]), block))

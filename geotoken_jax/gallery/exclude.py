@@ -21,9 +21,9 @@ class ExcludeSettings:
     """Gallery photos excluded from a photo's neighbors, in addition to the photo itself.
 
     author: if true, photos by the same author are excluded.
-    cosine_above: cosine, in [-1, 1], of two image embeddings above which a photo is excluded as a near duplicate. If 1,
-    near duplicates stay.
-    within_km: distance in km, at least 0, below which photos are excluded. If 0, distance does not matter.
+    cosine_above: threshold in [-1, 1]. A gallery photo is excluded as a near duplicate if the cosine of its image
+    embedding and the photo's is above the threshold. If 1, near duplicates stay.
+    within_km: distance in km, at least 0. Gallery photos closer than this are excluded. If 0, distance does not matter.
     """
 
     author: bool
@@ -61,7 +61,8 @@ class Exclusion(Protocol):
 
 
 class SameId:
-    """Excludes the query photo itself, recognized by its id. Its rank would not do: a duplicate can outrank it."""
+    """Excludes the query photo itself, recognized by its id. It need not be the first neighbor: a duplicate of the
+    photo can come before it."""
 
     def __init__(self, query_ids: np.ndarray, gallery_ids: np.ndarray):
         self._queries, self._gallery = np.asarray(query_ids), np.asarray(gallery_ids)
@@ -71,7 +72,7 @@ class SameId:
 
 
 class ListedIds:
-    """Excludes photos by their ids. query_ids: ids to exclude of each query, an array of bytes per query."""
+    """Excludes photos by their ids. query_ids: for each query, an array of the ids to exclude, as bytes."""
 
     def __init__(self, query_ids: Sequence[np.ndarray], gallery_ids: np.ndarray):
         self._queries, self._gallery = query_ids, gallery_ids
@@ -151,10 +152,10 @@ def exclusions_of(excluded: Sequence[Excluded], gallery: Table) -> list[Exclusio
 def affected(
     exclude: ExcludeSettings, queries: Table, gallery: Table
 ) -> tuple[Bool[np.ndarray, "n"], Bool[np.ndarray, "N"]]:
-    """Returns whether the rules exclude any gallery row for each query, and whether each gallery row is excluded for
-    any query.
+    """Returns which queries have excluded gallery photos, and which gallery rows are excluded for any query.
 
-    The photo itself does not count. The whole gallery is read, not only neighbors.
+    Only the rules that `exclude` turns on count, not SameId. They are applied to all gallery photos, not only to
+    neighbors.
     """
     photos, rows = np.zeros(len(queries), bool), np.zeros(len(gallery), bool)
     if exclude.author:
@@ -168,7 +169,7 @@ def affected(
     if exclude.cosine_above < 1:
         images = unit(queries.embeddings()[:, 0])
 
-        def duplicates(block: np.ndarray) -> _PairsOf:
+        def duplicates(block: np.ndarray) -> _ExcludedFor:
             others = unit(gallery.embeddings(block)[:, 0]).T
             return lambda some: images[some] @ others > exclude.cosine_above
 
@@ -176,20 +177,23 @@ def affected(
     return photos, rows
 
 
-#: Function of queries [q] that returns True [q, m] for each excluded pair with some gallery rows [m].
-_PairsOf = Callable[[np.ndarray], np.ndarray]
+#: Function from numbers of queries [q] to booleans [q, m]: whether each query excludes each of m gallery rows.
+_ExcludedFor = Callable[[np.ndarray], np.ndarray]
 
 
 def _add_pairs(
-    photos: Bool[np.ndarray, "n"], rows: Bool[np.ndarray, "N"], excluded: Callable[[np.ndarray], _PairsOf]
+    photos: Bool[np.ndarray, "n"], rows: Bool[np.ndarray, "N"], excluded: Callable[[np.ndarray], _ExcludedFor]
 ) -> None:
-    """Sets the queries and gallery rows that are in an excluded pair. excluded: function of gallery rows [m]."""
+    """Sets `photos` to True for queries, and `rows` to True for gallery rows, that are in an excluded pair.
+
+    excluded: function from gallery rows [m] to the _ExcludedFor of these rows.
+    """
     for first in range(0, len(rows), _BLOCK):
         block = np.arange(first, min(first + _BLOCK, len(rows)))
-        pairs_of = excluded(block)
+        excluded_for = excluded(block)
         for start in range(0, len(photos), _BLOCK):
             some = np.arange(start, min(start + _BLOCK, len(photos)))
-            pairs = pairs_of(some)
+            pairs = excluded_for(some)
             photos[some] |= pairs.any(axis=1)
             rows[block] |= pairs.any(axis=0)
 

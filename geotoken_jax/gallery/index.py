@@ -34,10 +34,10 @@ from geotoken_jax.shards import damaged
 
 #: Queries and gallery rows per block of scores: 34 MB of scores, and 151 MB of gallery vectors of width 2304.
 _QUERIES, _ROWS = 512, 16_384
-#: Candidates beyond k in the float32 search of `exact`: by float64 scores, one of them can be among the first k.
+#: Candidates beyond k in the float32 search of `exact`. By float64 scores, one of them can be among the first k.
 _SPARE = 8
-#: The same for products of bfloat16 factors: at D = 2304, their error of 1e-4 is a fraction of the distance between the
-#: scores of the neighbors k and k + 1.
+#: Candidates beyond k in a search with bfloat16 vectors. At D = 2304 the scores have an error of 1e-4, a fraction of
+#: the difference between the scores of the neighbors k and k + 1.
 _SPARE_BFLOAT16 = 32
 #: Number of nearest neighbors over which recall is measured.
 RECALL_AT = 15
@@ -46,10 +46,11 @@ _TRAINING_ROWS = 100_000
 #: Rows that ScaNN's codes (16 per pair of components) are trained on. 100,000 rows give the same recall and take 5 s
 #: longer at width 768.
 _CODE_ROWS = 10_000
-#: A shard of fewer rows is searched exactly: ScaNN cannot train its 16 codes on fewer rows, and comparing all is fast.
-_FEW = 256
-#: Lambda of SOAR (Sun et al. 2023), which stores every vector in a second leaf too. The second leaf's center is in
-#: another direction from the vector than the first one's. Searching half as many leaves then gives the same recall.
+#: Fewest rows of a shard that ScaNN searches. Smaller shards are searched exactly: ScaNN cannot train its 16 codes on
+#: fewer rows, and comparing all rows is fast.
+_MIN_SCANN_ROWS = 256
+#: Lambda of SOAR (Sun et al. 2023), which stores every vector in two leaves, whose centers are in different directions
+#: from the vector. With SOAR, searching half as many leaves gives the same recall.
 _SOAR = 1.5
 
 
@@ -59,7 +60,7 @@ class IndexQualityError(UserError, RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class IndexSettings:
-    """How the index of the gallery is built and searched.
+    """Settings of the gallery's index: how it is built and searched.
 
     kind: "scann"; "exact", which reads the vectors from disk for each batch of queries; or "device", which is exact
     too and keeps the vectors on all local devices. Without an accelerator, "device" uses the CPU and its memory.
@@ -68,14 +69,15 @@ class IndexSettings:
     float32, 2.25 D with bfloat16 and 1.25 D with int8. `geotoken index` has one shard in memory at a time, and a model
     that predicts has all.
     components: number of principal components that ScaNN's tree and codes use. Reordering uses the whole vectors.
-    leaves_searched: number of leaves searched in a shard, of sqrt(rows) leaves; the same share is searched of a shard
-    with fewer rows. This is an initial value, which `build` doubles until recall reaches min_recall.
-    reorder: number of candidates that are scored again with the whole vectors, in an index of one shard. Of S shards,
-    each scores reorder / sqrt(S) of its candidates again. If this is too few for min_recall with all leaves searched,
-    `build` doubles it, up to reorder per shard.
-    reorder_dtype: type of these vectors: float32, bfloat16 or int8. With bfloat16 one neighbor in twenty swaps places
-    with the next one. An index of kind exact or device is stored in int8 if this is int8, else in float32. Kind device
-    keeps 4 D bytes per row on the devices with float32, and 2 D with bfloat16 or int8.
+    leaves_searched: number of leaves searched in the largest shard, which has sqrt(rows) leaves. The same share of
+    leaves is searched in smaller shards. This is an initial value, which `build` doubles until recall reaches
+    min_recall.
+    reorder: number of candidates that are scored again with the whole vectors, in an index of one shard. In an index of
+    S shards, reorder / sqrt(S) candidates of each shard are scored again. If recall is below min_recall although all
+    leaves are searched, `build` doubles the number per shard, up to reorder.
+    reorder_dtype: type of the whole vectors: float32, bfloat16 or int8. With bfloat16 one neighbor in twenty swaps
+    ranks with the next one. An index of kind exact or device is stored in int8 if reorder_dtype is int8, else in
+    float32. Kind device keeps 4 D bytes per row on the devices with float32, and 2 D with bfloat16 or int8.
     threads: number of threads per search.
     min_recall: smallest accepted recall of the 15 nearest neighbors, in [0, 1].
     sample: number of gallery photos on which recall is measured.
@@ -107,7 +109,7 @@ class IndexSettings:
 
 
 class Vectors(Protocol):
-    """Float32 vectors [N, D] that are computed or read row by row on request. An array is a Vectors too."""
+    """Float32 vectors [N, D] that are computed or read when rows are requested. A numpy array is a Vectors too."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, rows: Any, /) -> Float[np.ndarray, "n D"]:
@@ -157,7 +159,7 @@ def build_shard(
         shutil.rmtree(part, ignore_errors=True)  # an incomplete shard
         part.mkdir(parents=True)
         kind = _kind(settings.kind, str(folder))
-        if kind is Scann and len(rows[shard]) < _FEW:
+        if kind is Scann and len(rows[shard]) < _MIN_SCANN_ROWS:
             kind = Exact
         facts = kind.build(vectors[rows[shard].start : rows[shard].stop], settings, part)
         manifests.write_json(part / "index.json", facts)
@@ -190,7 +192,11 @@ def finish(vectors: Vectors, settings: IndexSettings, folder: epath.PathLike, co
 
 @functools.cache
 def _kind(kind: str, folder: str) -> "type[Scann] | type[Exact] | type[Device]":
-    """Returns the class of an index's shards. folder: folder of the index, for the warning."""
+    """Returns the class of an index's shards: Scann, Exact or Device.
+
+    If `kind` is "scann" but ScaNN is not installed, returns Exact, and prints a warning once per folder. folder: folder
+    of the index.
+    """
     if kind == "scann":
         try:
             _import_scann()
@@ -207,8 +213,8 @@ def _kind(kind: str, folder: str) -> "type[Scann] | type[Exact] | type[Device]":
 def load(folder: epath.PathLike, threads: int, part: Sequence[int] = ()) -> "Shards":
     """Returns the index that `build` stored in a folder, which may have been moved since.
 
-    threads: number of threads per search. part: numbers of the shards to open; all if empty. The rows of the first of
-    them are then numbered from 0.
+    threads: number of threads per search. part: numbers of the shards to open; all if empty. Rows are numbered from the
+    first row of the first opened shard.
 
     Raises FileNotFoundError if the folder has no index, ImportError if the index needs ScaNN and ScaNN is not
     installed, DamagedError that names a damaged shard, and SettingsError if a ScaNN shard contains a pickle.
@@ -233,9 +239,9 @@ def exact(
 
     If there are fewer than k vectors, the last rows are -1 and their scores -inf.
 
-    `vectors` can be larger than memory: it is read block by block. The best k + 8 candidates are then read again and
-    sorted by float64 scores, since float32 scores depend on the size of blocks, which would change the order of
-    close candidates (for 6 of 1,000 EarthView photos).
+    `vectors` can be larger than memory: it is read block by block. The best k + 8 candidates by float32 scores are then
+    read again and sorted by float64 scores. Float32 scores depend on the size of blocks. If they decided, the order
+    of close candidates would change with the size of blocks (for 6 of 1,000 EarthView photos).
     """
     starts = range(0, len(queries), _QUERIES)
     blocks = [jnp.asarray(queries[q : q + _QUERIES], jnp.float32) for q in starts]
@@ -287,9 +293,9 @@ def merge(
 
 
 class _Opened:
-    """The shards of an index, opened one at a time during iteration, so that memory holds one of them.
+    """Opens the shards of an index during iteration, one at a time, so that memory holds one of them.
 
-    numbers: numbers of the shards. count: number of all shards. threads: number of threads per search.
+    numbers: numbers of the shards to open. count: number of all shards. threads: number of threads per search.
     """
 
     def __init__(self, folder: epath.Path, numbers: Sequence[int], count: int, threads: int):
@@ -307,10 +313,11 @@ class _Opened:
 class Shards:
     """An index over one or more shards, which hold consecutive ranges of rows.
 
-    facts: contents of the index folder's index.json. kind: "scann", "exact" or "device". rows, shards: number of each.
-    leaves: number of leaves of the largest shard. leaves_searched: number of leaves searched in that shard; of a
-    smaller one, the same share is searched. Both are 0 if all vectors are compared. reorder: number of candidates per
-    shard that are scored again, only for ScaNN. recall: recall of the whole index.
+    facts: contents of the index folder's index.json, with these keys. kind: "scann", "exact" or "device". rows, shards:
+    numbers of rows and of shards. leaves: number of leaves of the largest shard. leaves_searched: number of leaves
+    searched in the largest shard; in a smaller shard, the same share is searched. Both are 0 if all vectors are
+    compared. reorder: number of candidates per shard that are scored again, only for ScaNN. recall: recall of the whole
+    index.
     """
 
     def __init__(self, shards: "Iterable[Exact | Device | Scann]", facts: dict[str, Any]):
@@ -324,7 +331,7 @@ class Shards:
         first, results = 0, []
         searched, leaves = self.facts["leaves_searched"], max(self.facts["leaves"], 1)
         for shard in self.shards:
-            # Indexes of earlier versions have no number of candidates of their own, but one per shard.
+            # In indexes of earlier versions, only the facts of each shard contain `reorder`.
             rows, scores = shard.search(queries, k, -(-searched * shard.leaves // leaves), self.facts.get("reorder", 0))
             results.append((np.where(rows < 0, -1, rows + first), scores))
             first += len(shard)
@@ -358,7 +365,7 @@ class Exact:
 
 
 class Device(Exact):
-    """A shard that is searched exactly on all local devices, to which the first search copies the vectors."""
+    """A shard that is searched exactly on all local devices. The first search copies the vectors to the devices."""
 
     kind = "device"
 
@@ -446,8 +453,11 @@ class Scann:
     def search(
         self, queries: np.ndarray, k: int, leaves_searched: int, reorder: int = 0
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns rows and scores as `Index.search` does. reorder: as in `Shards`; if 0, as the shard was built."""
-        # k is large if many neighbors are excluded: search at least as many leaves as contain 4 k rows on average.
+        """Returns rows and scores as `Index.search` does.
+
+        reorder: number of candidates that are scored again; if 0, the number that the shard was built with.
+        """
+        # If many neighbors are excluded, k is large. The leaves searched contain at least 4 k rows on average.
         min_leaves = -(-4 * k * self.leaves // self._rows)
         rows, scores = self._searcher.search_batched_parallel(
             np.ascontiguousarray(queries, np.float32),
@@ -547,7 +557,7 @@ def recall(found: Int32[np.ndarray, "n _"], wanted: Int32[np.ndarray, "n k"], co
 
 @contextlib.contextmanager
 def _without_progress_log() -> Iterator[None]:
-    """Drops the progress log that ScaNN writes to stderr inside the context, which no log level turns off.
+    """Drops the progress log that ScaNN writes to stderr inside the context. No log level turns this log off.
 
     All other lines are printed when the context ends.
     """

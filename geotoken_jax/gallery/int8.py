@@ -1,4 +1,4 @@
-"""Vectors stored as int8: integers from -127 to 127, and one float32 scale per vector."""
+"""Stores vectors as int8: integers from -127 to 127, and one float32 scale per vector."""
 
 from typing import Any
 
@@ -25,9 +25,9 @@ def restored(values: Int8[np.ndarray, "*n C"], scale: Float32[np.ndarray, "*n"])
 
 
 def write(vectors: Float[Any, "N *n C"], path: epath.Path, scales: epath.Path) -> None:
-    """Writes int8 vectors to `path` and their scales to `scales`, reading one block at a time into memory.
+    """Writes int8 vectors to `path` and their scales to `scales`. Memory holds one block of vectors at a time.
 
-    vectors: array in memory or memory-mapped. It may be mapped from `path`, which is replaced at the end.
+    vectors: array in memory or memory-mapped. It may be mapped from `path`: this file is replaced only at the end.
     """
     with disk.writing(path) as partial:
         values = np.lib.format.open_memmap(partial, mode="w+", dtype=np.int8, shape=vectors.shape)

@@ -8,8 +8,8 @@ from jaxtyping import Float32, Int32
 from geotoken_jax.gallery.exclude import Exclusion
 from geotoken_jax.gallery.index import Index, merge
 
-#: Neighbors searched beyond k, to replace excluded ones: at first and at most. One album can fill the first hundreds of
-#: a query's neighbors.
+#: Number of neighbors beyond k that are searched to replace excluded ones: in the first search, and at most. The first
+#: hundreds of a query's neighbors can all be photos of one album.
 _MARGIN, _LARGEST_MARGIN = 8, 2048
 
 
@@ -28,9 +28,11 @@ def search_neighbors(
 
     If fewer than k remain, the last rows are -1 and their scores -inf.
 
-    exclude: rules; a neighbor is dropped if any rule excludes it. Queries left with fewer than k neighbors are searched
-    again with more candidates: until they have k, the gallery is exhausted, or k + 2,048 candidates were searched.
-    least: smallest score that a neighbor of each query may have; neighbors with smaller ones are missing. If None, any.
+    exclude: rules; a neighbor is dropped if any rule excludes it. A query with fewer than k neighbors left is searched
+    again with more candidates. This ends when it has k neighbors, or when the candidates are the whole gallery, or when
+    they are k + 2,048.
+    least: smallest score of a neighbor, per query. Gallery photos with smaller scores are no neighbors. If None, there
+    is no such limit.
     """
     rows = np.full((len(query_vectors), k), -1, np.int32)
     scores = np.full((len(query_vectors), k), -np.inf, np.float32)
@@ -55,8 +57,8 @@ def search_neighbors(
 
 
 def merge_neighbors(one: Neighbors, other: Neighbors) -> Neighbors:
-    """Returns the best neighbors of two searches, as many as each has. A neighbor that both have counts once."""
+    """Returns the k best neighbors of two searches for k neighbors each. A photo that both found counts once."""
     rows, scores = other
     repeated = (rows[:, :, None] == one[0][:, None, :]).any(axis=2)
-    known = np.where(repeated, -1, rows), np.where(repeated, -np.inf, scores).astype(np.float32)
-    return merge([one, known], rows.shape[1])
+    unique = np.where(repeated, -1, rows), np.where(repeated, -np.inf, scores).astype(np.float32)
+    return merge([one, unique], rows.shape[1])

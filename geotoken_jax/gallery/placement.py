@@ -1,8 +1,8 @@
 """Placement of the gallery's table during decoder training: on the host, whole on every device, or split over devices.
 
-With 15 neighbors and C = 768, a batch from the host contains 69 KB of embeddings per photo. If the table is on the
-devices, the batch contains 60 bytes of row numbers per photo, and the compiled step gathers the embeddings.
-The model reads the same values from all three placements.
+If the table is on the host, a batch contains the embeddings of the neighbors: 69 KB per photo with 15 neighbors and
+C = 768. If the table is on the devices, a batch contains their row numbers, 60 bytes per photo, and the compiled step
+gathers the embeddings. The model reads the same values from all three placements.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ PLACEMENTS = ("host", "replicated", "sharded")
 #: [B, M, 3, C] bfloat16 and their tokens [B, M, T] int32.
 Lookup = Callable[[Mapping[str, Array]], tuple[Array, Array]]
 
-#: Bytes of rows that a device sends per round of an exchange, at most. They are 0.8 % of the smallest chip's memory
+#: Largest number of bytes of rows that a device sends per round of an exchange: 0.8 % of the smallest chip's memory
 #: (16 GiB).
 ROUND_BYTES = 128 << 20
 
@@ -39,9 +39,9 @@ class GallerySettings:
     placement: "host": the input pipeline reads the memory-mapped table. "replicated": every device has the whole table,
     4.7 KB per gallery photo at C = 768. "sharded": the table is split over devices, and in every step each device
     requests its photos' neighbors from the others.
-    shards: number of devices that one copy of a sharded table is split over; it must divide the number of all devices.
-    -1: all devices. Consecutive devices of the mesh hold a copy. With the number of devices per host or per slice, rows
-    only move inside a host or slice.
+    shards: number of devices that one copy of a sharded table is split over; -1 stands for all devices. The number must
+    divide the number of all devices. The devices of a copy are consecutive in the mesh. If `shards` is the number of
+    devices per host or per slice, rows move only inside a host or slice.
     """
 
     placement: str
@@ -80,8 +80,9 @@ def layout(n: int, width: int, cells: Scheme, settings: GallerySettings, mesh: M
     gallery_embeddings: [N, 3 C] bfloat16. Rows are flat because a TPU stores [N, 3, C] in another layout than its
     gather reads, and would copy the whole table in every step.
     gallery_tokens: [N, T], of the smallest unsigned integer type that holds the vocabulary.
-    N is n; if sharded, the number of copies times n padded to a multiple of the devices per copy. The copies are
-    stacked: the array is split over all devices, and so every device has its part of one copy.
+    If replicated, N is n. If sharded, n is padded to a multiple of the devices per copy, and N is this times the number
+    of copies. The array contains the copies one after another. It is split over all devices, so every device has a part
+    of one copy.
 
     n: number of rows of the table. width: C, the width of each embedding.
     """
@@ -113,9 +114,12 @@ def device_arrays(table: Table, cells: Scheme, settings: GallerySettings, mesh: 
 
 
 def _put(read: Callable[[slice], np.ndarray], n: int, copies: int, wanted: jax.ShapeDtypeStruct) -> jax.Array:
-    """Returns stacked copies of a table column on the devices, padded with zeros, read for one device at a time.
+    """Returns an array on the devices that contains copies of a table column one after another, padded with zeros.
 
-    jax.make_array_from_callback would keep the rows of all local devices in host memory at once.
+    The rows are read for one device at a time. jax.make_array_from_callback would keep the rows of all local devices
+    in host memory at once.
+
+    read: function from a slice of rows to their values. n: number of rows. wanted: shape, type and sharding.
     """
     shards, values, loaded = [], np.empty(0), None
     slices = wanted.sharding.addressable_devices_indices_map(wanted.shape)
@@ -134,8 +138,9 @@ def _put(read: Callable[[slice], np.ndarray], n: int, copies: int, wanted: jax.S
 def lookup(settings: GallerySettings, mesh: Mesh) -> Lookup:
     """Returns the function that reads the neighbors of a batch in a compiled step.
 
-    With placement "host" the batch contains them as `neighbors` and `neighbor_tokens`. Otherwise the batch contains
-    `neighbor_rows` [B, M], and they are gathered from the table. A missing neighbor (-1) reads row 0, as on the host.
+    With placement "host" the batch contains them as `neighbors` and `neighbor_tokens`. With another placement the batch
+    contains `neighbor_rows` [B, M], and the function gathers these rows of the table. For a missing neighbor (-1) it
+    reads row 0, as the host does.
     """
     if not settings.on_device:
         return lambda batch: (batch["neighbors"], batch["neighbor_tokens"])
@@ -156,11 +161,11 @@ def _gather(
 
 
 class _Hop(NamedTuple):
-    """One step of the way from a device to the owners of the rows it needs.
+    """An exchange of rows inside groups of devices. A device gets the rows that it needs in one or two hops.
 
-    groups: mesh positions of the devices that exchange rows with each other. member_rows: number of consecutive rows of
-    the table that are reached through each member of a group. capacity: rows that a device requests from each member
-    per round.
+    groups: for each group, mesh positions of its members. member_rows: number of consecutive rows of the table that
+    each member has itself or gets in further hops. capacity: number of rows that a device requests from each member per
+    round.
     """
 
     groups: list[list[int]]
@@ -184,31 +189,32 @@ def _exchange(shards: int, mesh: Mesh) -> Callable:
         return found_embeddings, found_tokens.astype(jnp.int32)
 
     table, batch = PartitionSpec(axes), sharding.spec("batch")
-    # Devices of one `tensor` group fetch the same rows, which JAX's check of replication cannot prove.
+    # check_vma=False: devices of one `tensor` group fetch the same rows, but JAX's check cannot prove this.
     return jax.shard_map(
         on_each_device, mesh=mesh, in_specs=(table, table, batch), out_specs=(batch, batch), check_vma=False
     )
 
 
 def _hops(devices: int, shards: int, rows_per_device: int, requests: int, row_bytes: int) -> list[_Hop]:
-    """Returns the hops of an exchange: one, or two if these move fewer bytes.
+    """Returns the hops of an exchange: one, or two if two hops move fewer bytes.
 
-    With two, a device requests rows from one device of each group of owners, which requests them inside its group. For
-    120 rows per device, two hops are better from 64 devices on: 256 devices would pad 120 rows to 1,536 in one hop, and
-    to 672 in two.
+    In one hop, a device requests rows from each device that has them. In two hops, it requests rows from one device of
+    each group, and that device requests them inside its group. Requests are padded to a hop's capacity. With 120 rows
+    per device, two hops are better from 64 devices on: for 256 devices, 120 rows are padded to 1,536 in one hop, and to
+    672 in two.
 
     requests: number of rows that each device needs.
     """
 
     def capacity(members: int) -> int:
-        # Four standard deviations above the mean of a Poisson distribution, and 2 more for small means: rows drawn at
-        # random need a second round in fewer than one of five steps at 256 devices.
+        # The capacity is four standard deviations above the mean of a Poisson distribution, and 2 more for small means.
+        # With it, rows drawn at random need a second round in fewer than one of five steps on 256 devices.
         mean = requests / members
         return min(requests, math.ceil(mean + 4 * math.sqrt(mean)) + 2)
 
     inner = max(n for n in range(1, math.isqrt(shards) + 1) if shards % n == 0)
-    ways = [[n for n in way if n > 1] for way in ((shards,), (shards // inner, inner))]
-    sizes = min(ways, key=lambda way: sum(n * capacity(n) for n in way))
+    options = [[n for n in option if n > 1] for option in ((shards,), (shards // inner, inner))]
+    sizes = min(options, key=lambda option: sum(n * capacity(n) for n in option))
     grid = np.arange(devices).reshape(-1, *sizes)
     hops = []
     for axis, members in enumerate(sizes, 1):
@@ -223,10 +229,10 @@ def _fetch(
 ) -> tuple[Array, ...]:
     """Returns rows [n, ...] of the tables, fetched from the devices that have them. Rows of -1 get arbitrary values.
 
-    Every device requests each row once. Requests that exceed a hop's capacity wait for the next round; all devices run
-    as many rounds as the slowest one needs, so any rows can be requested.
+    Every device requests each row once. Requests that exceed a hop's capacity wait for the next round. All devices run
+    the number of rounds that the slowest one needs, so any rows can be requested.
 
-    table: this device's part of each table. first: number of its first row. axes: names of all mesh axes.
+    table: this device's part of each table. first: number of the first row of this part. axes: names of all mesh axes.
     """
     if not hops:
         local = jnp.clip(rows - first, 0, len(table[0]) - 1)

@@ -1,4 +1,4 @@
-"""Tables of photos: one row per photo, one memory-mapped array per column and shard."""
+"""Tables of photos: one row per photo, and one memory-mapped array per column and shard."""
 
 import math
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from geotoken_jax.vectors import unit
 
 #: Column -> numpy type and shape per row. None stands for C, the width of the backbone's features.
 COLUMNS: dict[str, tuple[Any, tuple[int | None, ...]]] = {
-    # ids and authors are wider if a photo of the data set has a longer one.
+    # The columns ids and authors are wider in a data set with longer ids or authors.
     "captured": (np.dtype(np.float64), ()),
     "embeddings": (np.dtype(ml_dtypes.bfloat16), (3, None)),
     "coordinates": (np.dtype(np.float64), (2,)),
@@ -23,8 +23,8 @@ COLUMNS: dict[str, tuple[Any, tuple[int | None, ...]]] = {
     "ids": (np.dtype(f"S{records.ID_BYTES}"), ()),
     "authors": (np.dtype(f"S{records.ID_BYTES}"), ()),
 }
-#: Column that may be absent -> its value for every row then. Tables of earlier versions have no column `captured`, and
-#: an export leaves it out, and authors unless config.export.authors is set.
+#: Column that may be absent -> value of every row if it is. Tables of earlier versions have no column `captured`.
+#: Exports do not have it either, and have `authors` only if config.export.authors is set.
 OPTIONAL: dict[str, Any] = {"captured": np.nan, "authors": np.bytes_(b"")}
 #: Names of a table's files, as a format string.
 FILES = "{field}-{shard:05d}-of-{shards:05d}.npy"

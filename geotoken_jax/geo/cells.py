@@ -27,15 +27,17 @@ MAX_GROUP = 15
 #: stay in a core's second-level cache. Blocks of 4096 take 40 % longer, because numpy spends half a microsecond of
 #: overhead on each of a hundred operations.
 _BLOCK = 16000
-#: Distance from a cell's edge, as a fraction of a face's side, below which `_fast_face_ij` passes a point on to
-#: `_face_ij`. The largest error of `_fast_face_ij` over three million random coordinates is 4.4e-16.
+#: Distance from a cell's edge, as a fraction of a face's side. Points closer to an edge than this could get the wrong
+#: cell from `_fast_face_ij`, so they are converted by `_face_ij`. The largest error of `_fast_face_ij` over three
+#: million random coordinates is 4.4e-16.
 _MARGIN = 2e-14
 #: Levels of the Hilbert curve per table lookup, at most: a table for 6 levels takes 64 KB.
 _MAX_LOOKUP = 6
 
-#: One level of the Hilbert curve: the first table maps (orientation, position) to 2 * i + j, the second maps a position
-#: to the change of orientation there. The orientation is 1 if i and j are swapped, plus 2 if both are inverted; a face
-#: starts with orientation face & 1.
+#: One level of the Hilbert curve, on which a cell has four children. The first table maps (orientation, position on the
+#: curve) of a child to 2 * i + j, with one bit each for i and j. The second maps a child's position to the change of
+#: orientation inside it. An orientation is 1 if i and j are swapped, plus 2 if both are inverted. A face starts with
+#: orientation face & 1.
 _POSITION_TO_IJ = np.array([[0, 1, 3, 2], [0, 2, 3, 1], [3, 2, 0, 1], [3, 1, 0, 2]])
 _POSITION_TO_TURN = np.array([1, 0, 0, 3])
 
@@ -44,11 +46,12 @@ _POSITION_TO_TURN = np.array([1, 0, 0, 3])
 class Scheme(abc.ABC):
     """Base class: converts coordinates to the tokens of nested cells and back.
 
-    Tokens are [..., T], coarse to fine; each of the T positions has its own vocabulary. jax arrays and tracers give jax
-    arrays, anything else gives numpy arrays. jax also computes in float64, so the only error of float32 input is its
-    own rounding (up to 0.85 m in longitude).
+    Tokens are [..., T], coarse to fine. Each of the T positions has its own vocabulary. For jax arrays and tracers, the
+    methods return jax arrays, for all other input numpy arrays. jax computes in float64 too, so float32 input has only
+    the error of its own rounding (up to 0.85 m in longitude).
 
-    level: S2 level with cells of about the same size, 1..30. group: number of digits per token.
+    level: size of the cells, as the level of S2 cells that are about as large, 1..30. group: number of digits per
+    token.
 
     Raises ValueError if level or group is out of range.
     """
@@ -177,8 +180,8 @@ class CellScheme(Scheme):
     of level up to 15.
 
     Rounding a million random coordinates to float32 moved 3 % of them to another level-20 cell. On the rounded
-    coordinates jax and numpy agreed on every level-20 cell and on all but one level-30 cell, since compiled float64
-    arithmetic may differ in the last bit. The float64 centers differ from s2sphere's by less than 1e-12 degrees.
+    coordinates jax and numpy agreed on every level-20 cell and on all but one level-30 cell. (Compiled float64
+    arithmetic may differ in the last bit.) The float64 centers differ from s2sphere's by less than 1e-12 degrees.
     """
 
     def __post_init__(self):
@@ -294,8 +297,8 @@ class CellScheme(Scheme):
 class GridScheme(CellScheme):
     """Converts coordinates to tokens of S2 cells without the Hilbert order, and back.
 
-    A quad is 2 * i + j: one bit each of the position along the face's two axes. Cells, level, group, ids and `quads`
-    are the same as in CellScheme.
+    A quad is 2 * i + j, with one bit each of the positions i and j along the face's two axes. The cells, their ids and
+    the meanings of level, group and `quads` are the same as in CellScheme.
     """
 
     def cell_ids(self, tokens: Int[np.ndarray, "... T"]) -> UInt64[np.ndarray, "..."]:
@@ -372,10 +375,11 @@ def _check_degrees(name: str, values: Any, limit: float) -> None:
 
 @functools.cache
 def _tables(n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns lookup tables for n levels of the Hilbert curve: from i and j to the position, and the inverse.
+    """Returns two lookup tables for n levels of the Hilbert curve.
 
-    The first maps (orientation, i, j), packed into 2 + n + n bits, to (new orientation, position) in 2 + 2n bits. The
-    second maps (orientation, position) to (new orientation, i, j).
+    The first table maps i and j to the position on the curve: its index is (orientation, i, j), packed into 2 + n + n
+    bits, and its values are (new orientation, position), packed into 2 + 2n bits. The second table is the inverse: it
+    maps (orientation, position) to (new orientation, i, j), packed in the same way.
     """
     start, position = np.divmod(np.arange(4 << 2 * n), 1 << 2 * n)
     state, i, j = start, 0, 0
@@ -394,7 +398,10 @@ _TO_POSITION, _TO_IJ = _tables(1)
 
 
 def _resplit(columns: Sequence[Any], old: int, new: int) -> list[Any]:
-    """Returns columns of `new` quads each, from columns of `old` quads each; one number must divide the other."""
+    """Returns columns of tokens with `new` quads each, from columns of tokens with `old` quads each.
+
+    One of the two numbers must divide the other.
+    """
     if old >= new:
         shifts = range(2 * (old - new), -1, -2 * new)
         return [column >> shift & (4**new - 1) for column in columns for shift in shifts]
@@ -422,7 +429,7 @@ def _degrees(face, s, t, xp: ModuleType) -> tuple[Any, Any]:
 
 
 def _face_ij(latitude, longitude, level: int, xp: ModuleType) -> tuple[Any, Any, Any]:
-    """Returns face, i and j of the cell at `level`.
+    """Returns the face, and the position (i, j) on it, of the cell at `level`.
 
     The operations and their order are the same as in s2sphere, so that results are equal to the last bit.
     """
@@ -438,8 +445,8 @@ def _face_ij(latitude, longitude, level: int, xp: ModuleType) -> tuple[Any, Any,
     return axis + 3 * far.astype(np.int32), i >> (MAX_LEVEL - level), j >> (MAX_LEVEL - level)
 
 
-#: One number per part of the sphere, at index south * 8 + polar * 4 + quarter (see `_fast_face_ij`). It tells how the
-#: coordinates a and b, which that function computes, become cell coordinates on a face. Bits 0-2: the face. Bit 3: the
+#: One number per part of the sphere, at index south * 8 + polar * 4 + quarter. `_fast_face_ij` computes the coordinates
+#: a and b. The number's bits describe how these become cell coordinates on a face. Bits 0-2: the face. Bit 3: the
 #: curve's orientation at the start. It is face & 1, flipped if a runs along the face's j axis and b along its i axis,
 #: because the code does not swap a and b. Bit 4: 1 if a is inverted. Bit 5: 1 if b is inverted.
 _FRAMES = np.array(
@@ -459,7 +466,7 @@ _FRAMES = np.array(
 def _fast_face_ij(latitude, longitude, level: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Returns face, the curve's orientation on the face, i and j, six times faster than `_face_ij`.
 
-    `_face_ij` spends most of its time on sines and cosines, 40 ns per coordinate. Two tangents replace them here.
+    `_face_ij` spends most of its time on sines and cosines, 40 ns per coordinate. This function uses two tangents.
     Points closer to a cell's edge than _MARGIN (78 in a million at level 30, and all points on an edge of a face) are
     converted by `_face_ij`, so that both functions give equal cells.
     """

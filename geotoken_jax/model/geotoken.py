@@ -1,8 +1,9 @@
 """The encoder-decoder: it reads a photo and its neighbors, and writes a cell's tokens from coarse to fine.
 
-It is described in section 3 of the paper. GeoTokenModel is both the published model and ours; ModelSettings choose
-between them. Each token position has its own vocabulary (S2: 6 faces at the first, 4^group cells at each later one).
-The logits of tokens outside it are -inf.
+Section 3 of the paper describes it. GeoTokenModel is both the published model and ours; ModelSettings choose between
+them. Each token position has its own vocabulary. With S2 cells these are 6 faces at the first position, and 4^group
+cells at each later position. Logits have the width of the largest vocabulary; logits outside a position's vocabulary
+are -inf.
 """
 
 import dataclasses
@@ -20,9 +21,9 @@ from geotoken_jax.geo.schemes import SCHEMES
 from geotoken_jax.model import layers
 from geotoken_jax.model.memory import CONTEXTS, MemoryBuilder, MemoryForm, Neighbors, drop, sinusoidal
 
-#: Share of training photos whose capture time is hidden, so that the model also predicts well without one. Users seldom
-#: give a time, but all photos of a data set may have one.
-_TIMELESS = 0.1
+#: Share of training photos whose capture time is hidden. Users seldom give a capture time, so the model must predict
+#: well without it, even if all photos of the data set have one.
+_TIME_DROPOUT = 0.1
 _NEVER = -1e30  # log-probability of an impossible token; finite, so that its gradient is 0 and not NaN
 
 
@@ -30,15 +31,15 @@ _NEVER = -1e30  # log-probability of an impossible token; finite, so that its gr
 class ModelSettings(layers.LayerSettings):
     """Settings of the whole model, added to the settings of its layers (LayerSettings).
 
-    scheme: name of the cell scheme in geo.schemes.SCHEMES. level: S2 level with cells of the scheme's cell size.
-    group: digits per token. backbone_width: C, width of the backbone's embeddings.
+    scheme: name of the cell scheme in geo.schemes.SCHEMES. level: size of the cells, as the level of S2 cells that are
+    about as large. group: number of digits per token. backbone_width: C, width of the backbone's embeddings.
     neighbors: M, number of neighbors per photo. memory: "full" or "compact" (model/memory.py).
     positions: "factored" or "sinusoidal" (MemoryForm).
     tie_tokens: whether neighbors and decoder share one table of token embeddings. copy_head: whether the model has a
     CopyHead. neighbor_tokens, neighbor_embeddings: False hides the neighbors' tokens or embeddings (ablation).
     neighbor_dropout: share of neighbors hidden at random in training. similarities: whether the memory contains the
-    cosines of photo and neighbors. context: part of the capture time that the model reads: "none", "season" (time of
-    year) or "time" (time of year and time of day, UTC).
+    cosines between the embeddings of the photo and of each neighbor. context: part of the capture time that the model
+    reads: "none", "season" (time of year) or "time" (time of year and time of day, UTC).
     """
 
     scheme: str
@@ -81,7 +82,7 @@ class ModelSettings(layers.LayerSettings):
 
     @property
     def times(self) -> int:
-        """Number of values of a photo's capture time that the model reads (data.join.context); 0 if it reads none."""
+        """Number of values that describe a photo's capture time (data.join.context); 0 if the model reads none."""
         return CONTEXTS[self.context]
 
     @property
@@ -110,9 +111,9 @@ class Memory(NamedTuple):
 class Cache(NamedTuple):
     """The state of decoding K candidates per photo.
 
-    past: keys and values of the tokens decoded so far, in E slots per photo. The slots form a tree: candidates with the
-    same first tokens share the slots of these tokens.
-    seen: slots of the candidate's tokens, which it attends to.
+    past: keys and values of the tokens decoded until now, in E slots per photo. A slot contains one token. The slots
+    form a tree: candidates with the same first tokens share the slots of these tokens.
+    seen: whether the candidate attends to the slot. A candidate attends to the slots that contain its own tokens.
     agree: whether a neighbor has the candidate's tokens at all decoded positions; False for padding.
     memory: keys and values of the memory, laid out head by head. Decoding does not change them.
     """
@@ -125,7 +126,7 @@ class Cache(NamedTuple):
     def continued(self, rows: Int[Array, "B n"]) -> "Cache":
         """Returns the cache of n candidates per photo, each of which continues a candidate of this cache.
 
-        rows: index among the K candidates. No keys or values are copied.
+        rows: index, from 0 to K - 1, of the candidate that each new one continues. Keys and values are not copied.
         """
         seen, agree = (jnp.take_along_axis(x, rows[..., None], 1) for x in (self.seen, self.agree))
         return self._replace(seen=seen, agree=agree)
@@ -134,9 +135,9 @@ class Cache(NamedTuple):
 class CopyHead(nnx.Module):
     """Mixes the decoder's distribution of the next token with the distribution of that token among the neighbors.
 
-    Only agreeing neighbors count, which have the same tokens at all earlier positions. The decoder's state attends over
-    their encoded images, and the attention weights are the neighbors' distribution. A learned gate weights the two
-    distributions. If no neighbor agrees, the gate is closed, and the result is the decoder's distribution.
+    A neighbor agrees if it has the same tokens at all earlier positions. Only agreeing neighbors count. The decoder's
+    state attends to their encoded images. A neighbor's attention weight becomes the probability of its next token. A
+    learned gate weights the two distributions. If no neighbor agrees, the result is the decoder's distribution.
     """
 
     def __init__(self, settings: ModelSettings, rngs: nnx.Rngs):
@@ -155,9 +156,9 @@ class CopyHead(nnx.Module):
     ) -> Float[Array, "B Q V"]:
         """Returns log-probabilities. Q is the number of positions (training) or candidates (decoding).
 
-        logits, states: output of the decoder, after and before its head. keys: Memory.copy_keys. tokens: token of each
-        neighbor at the position to predict. agree: whether the neighbor has the true tokens (training) or the decoded
-        tokens at all positions before.
+        states: output of the decoder's last layer. logits: output of the decoder's head for these states. keys:
+        Memory.copy_keys. tokens: token of each neighbor at the position to predict. agree: whether the neighbor has the
+        true tokens (training) or the decoded tokens at all earlier positions.
         """
         scores = jnp.einsum("bqd,bmd->bqm", self.query(states), keys).astype(jnp.float32) / np.sqrt(keys.shape[-1])
         weights = jax.nn.softmax(jnp.where(agree, scores, _NEVER)) * agree
@@ -172,7 +173,7 @@ class CopyHead(nnx.Module):
 
 
 class GeoTokenModel(nnx.Module):
-    """The model of p(tokens | photo, neighbors): teacher-forced (`__call__`), or token by token (`start`, `step`)."""
+    """Models p(tokens | photo, neighbors). `__call__` is teacher-forced; `start` and `step` decode token by token."""
 
     def __init__(self, settings: ModelSettings, rngs: nnx.Rngs):
         s = self.settings = settings
@@ -182,8 +183,9 @@ class GeoTokenModel(nnx.Module):
         self.offsets = tuple(int(o) for o in np.cumsum(sizes) - sizes)
         self.memory_builder = MemoryBuilder(s.memory_form, s.backbone_width, s.width, s.dtype, rngs)
         self.start_embedding = sharding.parameter(rngs.params(), normal, (s.width,), (None,))
-        # The token table is split over "vocab" only. If it were split over "embed" too, XLA would gather the gradients
-        # of all photos before splitting them. The vectors of MemoryBuilder are not split over "embed" for this reason.
+        # Devices split the token table along its axis "vocab" only. If they split the axis "embed" too, XLA would
+        # gather the gradients of all photos before splitting them. MemoryBuilder's vectors are not split for the same
+        # reason.
         self.token_table = sharding.parameter(rngs.params(), normal, (int(sizes.sum()), s.width), ("vocab", None))
         if not s.tie_tokens and s.neighbor_tokens:
             self.neighbor_table = sharding.parameter(
@@ -221,7 +223,7 @@ class GeoTokenModel(nnx.Module):
         """
         s = self.settings
         if s.times and context is not None and key is not None:
-            shown = jax.random.bernoulli(jax.random.fold_in(key, 4), 1 - _TIMELESS, (len(context), 1))
+            shown = jax.random.bernoulli(jax.random.fold_in(key, 4), 1 - _TIME_DROPOUT, (len(context), 1))
             context = context * shown
         neighbors = drop(neighbors, s.neighbor_dropout, None if key is None else jax.random.fold_in(key, 3))
         encode_key, decode_key, embed_key = randomness.split(key, 3)
@@ -232,7 +234,7 @@ class GeoTokenModel(nnx.Module):
         x = sharding.constrain(randomness.dropout(x, s.dropout, _words(embed_key, x)), "batch")
 
         def body(layer: Any, x: Array, words: Any) -> tuple[Array, None]:
-            # Computed here and not by `encode`, so that the keys and values of one layer exist at a time.
+            # `encode` would compute the keys and values of all layers at once. Here they exist for one layer at a time.
             keys_values = layer.memory_attention.keys_values(memory)
             return sharding.constrain(layer(x, keys_values, lengths, words), "batch"), None
 
@@ -254,8 +256,8 @@ class GeoTokenModel(nnx.Module):
     ) -> Memory:
         """Returns the encoded photos and neighbors, computed once for all candidates.
 
-        key: source of dropout; no dropout if None. context: values of the photos' times (data.join.context), if the
-        model reads them; all times count as unknown if None.
+        key: random key for dropout; if None, there is no dropout. context: numbers that describe the photos' capture
+        times (data.join.context), for a model that reads them; if None, all times count as unknown.
         """
         x, lengths, copy_keys = self._encoded(query, neighbors, key, context)
 
@@ -290,7 +292,10 @@ class GeoTokenModel(nnx.Module):
     def _sequence(
         self, query: Array, neighbors: Neighbors, key: jax.Array | None, context: Array | None
     ) -> tuple[Float[Array, "B S D"], Int[Array, " B"]]:
-        """Returns what `sequence` returns, with padding up to the number of positions that the device prefers."""
+        """Returns the encoder's output and the number of its positions before the padding, like `sequence`.
+
+        The output is padded to the number of positions that suits the device (attention.positions).
+        """
         s = self.settings
         embed_key, layers_key = randomness.split(key, 2)
         embedded = None
@@ -309,8 +314,9 @@ class GeoTokenModel(nnx.Module):
         def body(layer: Any, x: Array, words: Any) -> tuple[Array, None]:
             return sharding.constrain(layer(x, lengths, words), "batch"), None
 
-        # Compiled layer by layer, 128 photos take 5.3 ms per encoder layer of the paper on a v5e, by the compiler's
-        # estimate; in a loop 7.6 ms. The compiler takes several times as long, which only a training makes up for.
+        # On a TPU v5e, the compiler estimates 5.3 ms per encoder layer of the paper for 128 photos if the layers are
+        # unrolled, and 7.6 ms in a loop. Compiling unrolled layers takes several times as long, which pays off only in
+        # training.
         unroll = key is not None and sharding.platform() == "tpu"
         x, _ = stack.scan(self.encoder, body, x, words, s.remat, unroll)
         return (self.encoder_norm(x) if s.norm == "pre" else x), lengths
@@ -323,8 +329,9 @@ class GeoTokenModel(nnx.Module):
         seen = jnp.zeros((b, candidates, slots), bool)
         real = self._real(memory.neighbors)[:, None]
         agree = jnp.broadcast_to(real, (b, candidates, real.shape[-1]))
-        # Without the barrier XLA transposes the inputs of these keys and values instead, and does so at every step. (A
-        # small model on a CPU encodes a photo and draws 30 samples in 24 ms without the barrier, in 16 ms with it.)
+        # With the barrier, the keys and values are transposed once. Without it, XLA transposes the arrays from which it
+        # computes the keys and values, at every step. (A small model on a CPU encodes a photo and draws 30 samples in
+        # 16 ms with the barrier, in 24 ms without it.)
         by_head = jax.lax.optimization_barrier(tuple(part.swapaxes(2, 3) for part in memory.keys_values))
         return Cache((past, past), seen, agree, by_head)
 
@@ -339,7 +346,8 @@ class GeoTokenModel(nnx.Module):
         """Returns the log-probabilities of the token at position t, and the updated cache.
 
         t: one position for all candidates, or one per candidate. previous: token at t - 1 of each candidate; ignored at
-        t = 0. slot: slot that is written for the first candidate; the other candidates write the slots after it.
+        t = 0. slot: slot for the new keys and values of the first candidate; the other candidates use the slots after
+        it.
         """
         s = self.settings
         before = jnp.maximum(t - 1, 0)
@@ -370,8 +378,8 @@ class GeoTokenModel(nnx.Module):
     def _log_probabilities(self, x: Array, t: Any, copy_keys: Array | None, tokens: Any, agree: Any) -> Array:
         """Returns the log-probabilities of the tokens at positions t, from the decoder's output x [B, Q, D].
 
-        t: slice(None) if Q is all T positions, one position for all Q, or one position for each [B, Q]. copy_keys,
-        tokens, agree: see CopyHead; not used without a copy head.
+        t: slice(None) if x has all T positions; one position if it is the same for all of x; positions [B, Q] if they
+        differ. copy_keys, tokens, agree: see CopyHead; not used without a copy head.
         """
         if self.settings.norm == "pre":
             x = self.decoder_norm(x)
@@ -381,8 +389,8 @@ class GeoTokenModel(nnx.Module):
         elif t.ndim == 0:
             logits = x @ head[t]
         else:
-            # Multiplies with the heads of all positions, 176 columns at group 2. To gather the right head instead would
-            # copy 8,192 numbers for each of the Q outputs.
+            # Each position has its own head. x is multiplied with all heads, 176 columns at group 2. Gathering the one
+            # right head per output would copy 8,192 numbers each time.
             logits = jnp.take_along_axis(jnp.einsum("bqd,tdv->bqtv", x, head), t[..., None, None], 2)[:, :, 0]
         logits = jnp.where(self._vocab_mask()[t], logits.astype(jnp.float32) + self.head_bias[...][t], -jnp.inf)
         if copy_keys is None:
@@ -405,9 +413,9 @@ class GeoTokenModel(nnx.Module):
         return jnp.arange(neighbors.tokens.shape[1]) < neighbors.count[:, None]
 
     def states(self, memory: Memory, tokens: Int[Array, "B K T"]) -> Float[Array, "B K D"]:
-        """Returns the decoder's output at the last position, before the head, for each candidate.
+        """Returns the decoder's output at the last position, before the head, for each of K candidates.
 
-        At that position the decoder has read all tokens of the candidate but the last.
+        At that position the decoder has read all tokens of the candidate except the last.
         """
         s = self.settings
 
@@ -421,12 +429,16 @@ class GeoTokenModel(nnx.Module):
             x = stack.scan(self.decoder, body, x.astype(jnp.dtype(s.dtype)), memory.keys_values)[0][:, -1]
             return self.decoder_norm(x) if s.norm == "pre" else x
 
-        # One candidate after another: all at once would repeat the memory K times.
+        # The candidates are computed one after another. All at once would need K copies of the memory.
         return jnp.moveaxis(jax.lax.map(last_state, jnp.moveaxis(tokens, 1, 0)), 0, 1)
 
 
 def _words(key: Key[Array, ""] | None, x: Float[Array, "B S D"], *layers: int) -> UInt32[Array, "... B S"] | None:
-    """Returns random words for dropout, one per position of x, and per layer if `layers` is given, or None."""
+    """Returns random words for dropout, one per position of x; None if key is None.
+
+    layers: number of layers. If given, each layer has its own words, along a leading axis.
+    """
     words = randomness.words(key, *layers, *x.shape[:-1])
-    # Drawn outside the loop over layers, where each small operation takes about 1,800 cycles of a TPU v5e.
+    # The words are drawn outside the loop over layers. Inside it, each small operation takes about 1,800 cycles of a
+    # TPU v5e.
     return None if words is None else sharding.constrain(words, *(None for _ in layers), "batch")

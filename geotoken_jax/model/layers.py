@@ -3,7 +3,7 @@
 The published layers are post-norm with ReLU. Ours are pre-norm with a gated activation and normalized queries and keys.
 Parameters are float32. Matrix products are computed in LayerSettings.dtype, softmax and norms in float32. `words` are
 the random words for dropout, one per position (randomness.dropout); if they are None, there is no dropout. The layers
-of the encoder, and of the decoder, are stacked (geotoken_jax/stack.py) and scanned.
+of the encoder are stacked (geotoken_jax/stack.py) and scanned, and so are the layers of the decoder.
 """
 
 import dataclasses
@@ -27,13 +27,15 @@ class LayerSettings:
 
     norm: "pre" or "post". dtype: type in which matrix products are computed.
     activation: "relu", "gelu", or a gated one (see GATED): "swiglu" with SiLU, "geglu" with GELU.
-    qk_norm: whether to scale queries and keys to length sqrt(d) before their product, which bounds attention logits.
-    attention: kernel of attention. "auto" takes the fused kernel of a TPU or GPU if there is one for the shapes, and
-    else "xla"; "cudnn" needs a GPU and a 16-bit dtype, and even with it fewer than 64 keys use "xla".
-    attention_dropout: dropout rate of the attention weights, which PyTorch's layers drop at the rate `dropout`. Fused
-    kernels cannot drop them, so "auto" takes "xla" in training if the rate is not 0. remat: values of a layer that are
-    kept for the backward pass, which computes the others again: "none" keeps all values, "dots" the products with
-    parameters, the result of fused attention and the sums that norms read, "full" only the layer's input.
+    qk_norm: whether queries and keys are RMS-normalized before their product, which bounds the attention logits.
+    attention: kernel of attention. "xla" uses XLA's matrix products. "cudnn" is the fused kernel of GPUs. It needs a
+    16-bit dtype; with fewer than 64 keys, "xla" is used instead. "auto" is the fused kernel of the TPU or GPU if it
+    supports the shapes, else "xla".
+    attention_dropout: dropout rate of the attention weights. (PyTorch's layers use the rate `dropout` for them.) Fused
+    kernels have no such dropout, so "auto" is "xla" in training if the rate is above 0.
+    remat: values of a layer that are stored for the backward pass, which computes all other values again. "none" stores
+    all values. "dots" stores the products with parameters, the result of fused attention and the sums that norms read.
+    "full" stores only the layer's input.
     """
 
     width: int
@@ -91,7 +93,7 @@ GATED = ("swiglu", "geglu")
 
 
 class Site(enum.IntEnum):
-    """Places of dropout in a layer. They share the words of a position, and have different masks."""
+    """The dropouts of a layer. All use the same random words, one per position, but each has a mask of its own."""
 
     ATTENTION = 0
     MEMORY_ATTENTION = 1
@@ -101,11 +103,11 @@ class Site(enum.IntEnum):
     MEMORY_WEIGHTS = 5
 
 
-def _rows(x: Float[Array, "B S D"]) -> Float[Array, "BS D"] | Float[Array, "B S D"]:
-    """Returns x as a matrix if a TPU need not move numbers for that, else x.
+def _flattened(x: Float[Array, "B S D"]) -> Float[Array, "BS D"] | Float[Array, "B S D"]:
+    """Returns x with its first two axes merged if S is a multiple of 8, else x unchanged.
 
-    In the layout of a matrix XLA reads and writes the arrays of the attention kernel directly. With three axes it puts
-    the positions first, and copies.
+    With a multiple of 8, a TPU merges the axes without moving numbers. XLA then reads and writes the arrays of the
+    attention kernel directly. With three axes it would put the positions first, and copy the arrays.
     """
     return x if x.shape[1] % 8 else x.reshape(-1, x.shape[-1])
 
@@ -127,7 +129,7 @@ class Attention(nnx.Module):
             self.q_norm, self.k_norm = (nnx.RMSNorm(d // settings.heads, epsilon=1e-6, rngs=rngs) for _ in range(2))
 
     def _heads(self, project: Callable, x: Float[Array, "B S D"]) -> Float[Array, "B S H d"]:
-        return project(_rows(x)).reshape(*x.shape[:-1], self.heads, -1)
+        return project(_flattened(x)).reshape(*x.shape[:-1], self.heads, -1)
 
     def queries(self, x: Float[Array, "B T D"]) -> Float[Array, "B T H d"]:
         q = self._heads(self.q, x)
@@ -150,7 +152,8 @@ class Attention(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Returns the attention of all heads, projected to D.
 
-        words, site: see `randomness.dropout`, for the attention weights. causal, lengths: see `attention.attention`.
+        words, site: random words and site for dropout of the attention weights (randomness.dropout). causal, lengths:
+        keys that each query attends to (attention.attention).
         """
         drop = None
         if words is not None and self.rate:
@@ -160,7 +163,7 @@ class Attention(nnx.Module):
             queries, keys, values, kernel=self.kernel, causal=causal, lengths=lengths, drop=drop
         )
         joined = attended.reshape(*attended.shape[:-2], -1)
-        return self.out(_rows(joined)).reshape(joined.shape)
+        return self.out(_flattened(joined)).reshape(joined.shape)
 
 
 class FeedForward(nnx.Module):
@@ -181,7 +184,7 @@ class FeedForward(nnx.Module):
 
 
 class LayerNorm(nnx.LayerNorm):
-    """A layer norm, computed at least in float32, with the type of its input."""
+    """A layer norm, computed in float32 (in float64 for float64 input). The output has the type of the input."""
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         assert self.scale is not None and self.bias is not None  # nnx.LayerNorm makes both by default
@@ -195,7 +198,7 @@ def _normalize(x: Array, scale: Array, bias: Array, epsilon: float) -> Array:
 
 
 def _moments(x: Array, epsilon: float) -> tuple[Array, Array, Array]:
-    """Returns x, at least in float32, its means, and the factors that make its variances 1."""
+    """Returns x in float32 or float64, its mean, and the reciprocal of its standard deviation, over the last axis."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     mean = wide.mean(-1, keepdims=True)
     variance = jnp.maximum(0.0, (wide * wide).mean(-1, keepdims=True) - mean * mean)
@@ -204,8 +207,8 @@ def _moments(x: Array, epsilon: float) -> tuple[Array, Array, Array]:
 
 def _normalize_forward(x: Array, scale: Array, bias: Array, epsilon: float) -> tuple[Array, tuple[Array, ...]]:
     wide, mean, factor = _moments(x, epsilon)
-    # Stored here and not in `_normalize`, because ONNX cannot store numbers as integers. Otherwise the backward pass
-    # would read all of x for them.
+    # Mean and factor are stored, because the backward pass would otherwise read all of x to compute them again. This is
+    # not done in `_normalize`, because `stored` represents numbers as integers, which an export to ONNX cannot do.
     mean, factor = stack.stored(mean), stack.stored(factor)
     y = (wide - mean) * (factor * scale) + bias
     return y.astype(x.dtype), (x, scale, mean, factor)
@@ -259,7 +262,7 @@ class EncoderLayer(_Layer):
             attended = self.attention(self.attention.queries(y), k, v, words, Site.WEIGHTS, lengths=lengths)
             return attended.reshape(rows.shape)
 
-        rows = _rows(x)
+        rows = _flattened(x)
         row_words = None if words is None else words.reshape(rows.shape[:-1])
         rows = self._residual(self.norms[0], rows, attend, row_words, Site.ATTENTION)
         feed_forward = functools.partial(self.feed_forward, words=row_words)
@@ -306,10 +309,10 @@ class DecoderLayer(_Layer):
     ) -> tuple[Float[Array, "B K D"], tuple[Float[Array, "L B H E d"], Float[Array, "L B H E d"]]]:
         """Returns the output for one token of each of K candidates per photo, and `past` with that token added.
 
-        past: keys and values of all layers for the tokens before, in E slots per photo (see geotoken.Cache). All layers
-        are passed, so that XLA updates the array in place. number: index of this layer. slot: first of the K
-        consecutive slots that are written. seen: slots that each candidate attends to, including its own. memory: keys
-        and values of the encoder's output. real: False for padding of the memory.
+        past: keys and values of all layers for the earlier tokens, in E slots per photo (see geotoken.Cache). XLA
+        updates this array in place. number: index of this layer. slot: first of the K consecutive slots that are
+        written. seen: slots that each candidate attends to, including its own. memory: keys and values of the encoder's
+        output. real: False for padding of the memory.
         """
 
         def attend(y: Array) -> Array:

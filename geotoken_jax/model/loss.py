@@ -16,5 +16,5 @@ def cross_entropy(log_probabilities: Float[Array, "B T V"], tokens: Int[Array, "
 
 
 def weighted(losses: Float[Array, "B T"], weights: Float[np.ndarray, " T"]) -> Float[Array, " B"]:
-    """Returns the weighted mean loss of each photo: the sum of w_t CE_t divided by the sum of w_t."""
+    """Returns the weighted mean of each photo's token losses. weights: weight of each token, not normalized."""
     return losses @ jnp.asarray(weights / weights.sum())

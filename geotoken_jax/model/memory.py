@@ -2,9 +2,9 @@
 
 Full form (paper, section 3.3): [CLS, image, location, text] of the photo, then [image, location, text, S2 tokens] of
 each neighbor; 4 + M (3 + T) positions. Compact form: one position per neighbor, the sum of its vectors; 4 + M positions
-(at M = 15 and group 2, 19 instead of 214). If the model reads when the photo was taken, one position for the time comes
-before the neighbors. Neighbors come best first and padding last, so the number of positions before the padding is all
-that attention needs to mask the padding.
+(at M = 15 and group 2, 19 instead of 214). If the model reads the capture time, one position for it comes before the
+neighbors. Neighbors come best first and padding last. So the number of positions before the padding is enough for
+attention to mask the padding.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from geotoken_jax import sharding
 
 #: Kinds of memory position. If config.model.positions is "factored", each kind has a learned vector.
 KINDS = ("cls", "image", "location", "text", "token")
-#: config.model.context -> number of values of a photo's capture time that the model reads (data.join.context).
+#: config.model.context -> number of values that describe a photo's capture time to the model (data.join.context).
 CONTEXTS = {"none": 0, "season": 3, "time": 5}
 
 
@@ -38,7 +38,8 @@ class Neighbors(NamedTuple):
 def drop(neighbors: Neighbors, rate: float, key: jax.Array | None) -> Neighbors:
     """Returns the neighbors that are left if each is removed with probability `rate`; all of them if key is None.
 
-    The remaining neighbors move up, and `count` is their number. So training includes photos with few neighbors.
+    The remaining neighbors move up, and `count` is their number. Training uses this to include photos with few
+    neighbors.
     """
     if key is None or rate == 0.0:
         return neighbors
@@ -51,7 +52,8 @@ def drop(neighbors: Neighbors, rate: float, key: jax.Array | None) -> Neighbors:
 
 
 class Projections(nnx.Module):
-    """Three two-layer MLPs (image, location, text), shared by photo and neighbors; outputs are unit vectors."""
+    """Three two-layer MLPs, one each for image, location and text embeddings. Photo and neighbors share them. Their
+    outputs are unit vectors."""
 
     def __init__(self, backbone_width: int, width: int, dtype: str, rngs: nnx.Rngs):
         init = nnx.initializers.lecun_normal(batch_axis=0)
@@ -74,14 +76,15 @@ class Projections(nnx.Module):
 class MemoryForm:
     """The layout of the memory sequence.
 
-    neighbors: M, number of neighbors. tokens: T, number of S2 tokens per neighbor. form: "full" or "compact".
-    positions: "sinusoidal" (one index for the whole sequence, as published) or "factored" (learned vectors for the
-    neighbor's rank and for the kind of position; GeoTokenModel adds a vector for the level of a token).
+    neighbors: M, number of neighbors. tokens: T, number of tokens per neighbor. form: "full" or "compact".
+    positions: vectors that are added to positions. "sinusoidal": sines and cosines of the index in the whole sequence,
+    as published. "factored": learned vectors for the neighbor's rank and for the kind of position; GeoTokenModel adds a
+    vector for the level of a token.
     neighbor_tokens, neighbor_embeddings: False leaves out the neighbors' tokens or embeddings (ablation).
-    similarities: whether each neighbor's vectors also contain how similar it is to the photo. A layer maps the cosines
-    between the neighbor's three embeddings and the photo's to one vector, which is added to them. (The projections to D
-    do not keep these cosines.) No effect without neighbor_embeddings. times: number of values of
-    the photo's capture time; if 0, there is no position for the time.
+    similarities: whether an MLP maps the three cosines between a neighbor's embeddings and the photo's embeddings to a
+    vector, which is added to the neighbor's vectors. (The projections to D do not keep these cosines.) No effect
+    without neighbor_embeddings. times: number of values that describe the photo's capture time; if 0, there is no
+    position for the time.
     """
 
     neighbors: int
@@ -115,8 +118,8 @@ class MemoryBuilder(nnx.Module):
     def __init__(self, form: MemoryForm, backbone_width: int, width: int, dtype: str, rngs: nnx.Rngs):
         normal = nnx.initializers.normal(0.02)
         self.projections = Projections(backbone_width, width, dtype, rngs)
-        # The vectors that all photos share are small, so each device keeps a whole copy. To split their gradient, XLA
-        # would first gather the gradients of all photos.
+        # The learned vectors are small, so each device keeps a whole copy. If devices split them, XLA would gather the
+        # gradients of all photos before splitting their sum.
         self.cls = sharding.parameter(rngs.params(), normal, (width,), (None,))
         self.factored = form.positions == "factored"
         if self.factored:
@@ -139,8 +142,8 @@ class MemoryBuilder(nnx.Module):
     ) -> tuple[Float[Array, "B S D"], Int[Array, " B"]]:
         """Returns the sequence and the number of its positions before the padding, per photo.
 
-        token_embeddings: embeddings of neighbors.tokens; None if the sequence has no tokens. context: values of the
-        photos' capture times; if None, all times count as unknown.
+        token_embeddings: embeddings of neighbors.tokens; None if the sequence has no tokens. context: numbers that
+        describe the photos' capture times (data.join.context); if None, all times count as unknown.
         """
         b, m = neighbors.tokens.shape[:2]
         photo = self.projections(query)
@@ -174,7 +177,7 @@ class MemoryBuilder(nnx.Module):
         return x, self.form.head + neighbors.count * body.shape[2]
 
     def first_positions(self, m: int) -> np.ndarray:
-        """Returns the index [M] in the sequence of the first position of each neighbor. m: M."""
+        """Returns the index of each neighbor's first position in the sequence. m: number of neighbors."""
         return self.form.head + np.arange(m) * self.form.per_neighbor
 
 

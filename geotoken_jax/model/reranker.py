@@ -1,9 +1,11 @@
-"""The reranker's network: features of the places in a pool, and the probability that each is the photo's place.
+"""The reranker's network: it computes features of a photo's candidates, and the probability of each candidate.
 
-A pool has candidates from several channels (predict/channels.py). A candidate's features say how strongly each channel
-supports the places around it: the neighbors of a channel by their scores and ranks, and the decoder by its probability
-of the cells there. The features have no units of a backbone: scores enter relative to the photo's best score, divided
-by a scale that is measured on the photos of the fit.
+A candidate is a place. The candidates come from the decoder and from channels, which search the gallery for neighbors
+of the photo (predict/channels.py). A candidate's features measure how much the channels and the decoder support the
+places around it: channels by the scores and ranks of their neighbors there, the decoder by its probability there.
+
+Scores enter as relative scores: the score minus the photo's best score in the channel, divided by the channel's scale
+(`scales`). So features of different backbones are comparable.
 """
 
 import dataclasses
@@ -16,39 +18,43 @@ from flax import nnx
 from jaxtyping import Bool, Float, Int
 
 from geotoken_jax.geo.distance import EARTH_RADIUS_KM, THRESHOLDS_KM
-from geotoken_jax.model.comparator import Measured
+from geotoken_jax.model.comparator import Statistic
 
-#: Names of the channels. "index" searches by the vectors of the gallery's own index: image, location and text;
-#: "backbone" by whitened image embeddings; "comparator" by the vectors of the trained comparator; "location" compares
-#: the photo's location vector with the encoded coordinates of gallery photos. The comparator's channel searches images,
-#: which are the gallery's photos and their augmented views; the others search photos.
+#: Names of the channels, which compare different vectors of the photo and of gallery photos. "index": image, location
+#: and text embedding, in the gallery's own index. "backbone": whitened image embeddings. "comparator": vectors of the
+#: trained comparator; this channel searches augmented views of gallery photos too. "location": the photo's location
+#: embedding, and the encoded coordinates of gallery photos.
 CHANNELS = ("index", "backbone", "comparator", "location")
-#: Distances in km within which a channel's best neighbor and the share of the decoder's samples are features.
+#: Radii in km around a candidate. For each radius in _NEIGHBOR_KM, the score and the rank of a channel's best neighbor
+#: within it are features. For each radius in _SAMPLE_KM, the share of the decoder's samples within it is a feature.
 _NEIGHBOR_KM, _SAMPLE_KM = (1.0, 25.0, 200.0), (1.0, 25.0, 200.0, 750.0)
-#: Distances in km within which the decoder's probability is a feature.
-_MASS_KM = (1.0, 5.0, 25.0, 200.0, 750.0)
-#: Smallest density and smallest probability, so that their logarithms are finite.
-_LEAST_DENSITY, _LEAST_MASS = 1e-6, 1e-7
-#: Smallest relative score; a neighbor with a smaller one, or none within the distance, counts as this.
-_LEAST_SCORE = -4.0
-#: Rank of the neighbor whose distance in score from the best one is a channel's scale.
+#: Radii in km around a candidate. For each, the decoder's probability within it is a feature.
+_PROBABILITY_KM = (1.0, 5.0, 25.0, 200.0, 750.0)
+#: Numbers added to densities and to probabilities, so that their logarithms are finite.
+_ADDED_DENSITY, _ADDED_PROBABILITY = 1e-6, 1e-7
+#: Lower bound of relative scores as features. The feature also has this value if there is no neighbor in the radius.
+_MIN_RELATIVE_SCORE = -4.0
+#: Rank of a neighbor, from 1. A channel's scale is the difference between the best score and the score at this rank.
 SCALE_RANK = 32
-#: Weight of a candidate's probability beside its expected value; it decides only between equal values.
-_TIE = 1e-5
-#: Kilometers in which the value of an answer falls to 1 / e in GeoGuessr's points.
-_POINTS_KM = 1492.7
+#: A candidate's probability times this number is added to its expected value, to decide between equal expected values.
+_TIE_BREAK = 1e-5
+#: Distance in km over which a GeoGuessr score falls by a factor of e.
+_GEOSCORE_KM = 1492.7
 
 
 @dataclasses.dataclass(frozen=True)
 class RerankerSettings:
     """Settings of the reranker (config.reranker.model).
 
-    channels: names of the channels that search the gallery, see CHANNELS. depth: number of neighbors
-    per channel that features are computed from, above 32. candidates: number of these neighbors, the best ones, whose
-    places are candidates. cells: number of the decoder's most probable cells whose centers are candidates. widths_km:
-    standard deviations of the Gaussians around neighbors in the features. sharpness: factors on relative scores in
-    the weights of neighbors. hidden: width of the hidden layer; 0 for a linear network. objective: value that the
-    answer is chosen for, one of OBJECTIVES.
+    channels: names of the channels, see CHANNELS. depth: number of neighbors per channel that features are computed
+    from, above 32. candidates: number of a channel's neighbors, the best ones, whose places are candidates. cells:
+    number of the decoder's most probable cells whose centers are candidates.
+    widths_km, sharpness: settings of the density of a channel's neighbors, which is a weighted sum of Gaussians around
+    them. Each pair of a width and a sharpness gives one density. The width is the standard deviation of the Gaussians.
+    A neighbor's weight is exp(sharpness x relative score), divided by the sum of these numbers over all neighbors.
+    (Relative scores are defined at the beginning of this file.)
+    hidden: width of the hidden layer; if 0, the network is linear. objective: key of OBJECTIVES; the answer is the
+    candidate with the highest expected value of this objective.
     """
 
     channels: tuple[str, ...]
@@ -74,12 +80,14 @@ class RerankerSettings:
 
 
 class Evidence(NamedTuple):
-    """What the reranker knows of b photos, as arrays of fixed shapes. Places are unit vectors.
+    """The inputs of the reranker's features for b photos. Places are unit vectors.
 
-    candidates: places of K candidates. present: False for padding and for a place that an earlier candidate has too.
-    channels: which of S sources brought each candidate: the channels, then the decoder's samples, then its cells.
-    neighbors: places of the L neighbors per channel, best first. scores: their scores, -inf if missing. samples: places
-    of the decoder's candidates. cells, radius_km, probability: the decoder's distribution over places, as discs.
+    candidates: places of K candidates. present: False for padding, and for a gallery photo that is an earlier candidate
+    already. channels: whether each of S sources found the candidate. The sources are the channels, then the decoder's
+    samples, then its cells.
+    neighbors: places of the L neighbors per channel, best first. scores: scores of the neighbors, -inf if missing.
+    samples: places of the decoder's N samples. cells: centers of F discs, which stand for the decoder's cells.
+    radius_km: radius of each disc. probability: the decoder's probability of each disc.
     """
 
     candidates: Float[Any, "b K 3"]
@@ -94,14 +102,15 @@ class Evidence(NamedTuple):
 
 
 def scales(scores: Float[np.ndarray, "n C L"]) -> Float[np.ndarray, " C"]:
-    """Returns each channel's scale, the median over photos of the best score less the 32nd. Missing scores are -inf.
+    """Returns each channel's scale: the median over photos of the best score minus the score of the 32nd neighbor.
 
-    A channel whose photos all have fewer neighbors has the scale of their last ones, and 1 if there are none.
+    For a photo with fewer neighbors, the last neighbor takes the place of the 32nd. Photos with fewer than two do not
+    count. If no photo counts, the scale is 1. scores: scores of L neighbors, best first, -inf if missing.
     """
     last = np.clip(np.isfinite(scores).sum(-1) - 1, 0, SCALE_RANK - 1)
     finite = np.where(np.isfinite(scores), scores, 0)
-    fall = finite[..., 0] - np.take_along_axis(finite, last[..., None], -1)[..., 0]
-    columns = [some[kept] for some, kept in zip(fall.T, (last > 0).T, strict=True)]
+    differences = finite[..., 0] - np.take_along_axis(finite, last[..., None], -1)[..., 0]
+    columns = [column[counted] for column, counted in zip(differences.T, (last > 0).T, strict=True)]
     medians = [np.median(column) if len(column) else 1.0 for column in columns]
     return np.maximum(np.array(medians), 1e-6).astype(np.float32)
 
@@ -109,19 +118,23 @@ def scales(scores: Float[np.ndarray, "n C L"]) -> Float[np.ndarray, " C"]:
 def kilometers(a: Float[Any, "... n 3"], b: Float[Any, "... m 3"]) -> Float[Any, "... n m"]:
     """Returns great-circle distances between unit vectors, in km.
 
-    Differences are squared: an inner product in float32 would be wrong by 2 km for near points.
+    They are computed from differences of coordinates. For near points, a distance from the float32 inner product would
+    be wrong by 2 km.
     """
     squares = sum((a[..., :, None, i] - b[..., None, :, i]) ** 2 for i in range(3))
     return 2 * EARTH_RADIUS_KM * jnp.arcsin(jnp.minimum(jnp.sqrt(squares) / 2, 1.0))
 
 
 def names(settings: RerankerSettings) -> list[tuple[str, str]]:
-    """Returns the group and the name of each feature, in their order. The groups are the channels and the decoder."""
+    """Returns the group and the name of each feature, in the order of `features`.
+
+    The groups are the channels, "decoder" and "source".
+    """
     listed = []
     for channel in settings.channels:
         listed += [(channel, f"density {s:g} {w:g} km") for s in settings.sharpness for w in settings.widths_km]
         listed += [(channel, f"{kind} within {km:g} km") for km in _NEIGHBOR_KM for kind in ("best score", "rank")]
-    listed += [("decoder", f"probability within {km:g} km") for km in _MASS_KM]
+    listed += [("decoder", f"probability within {km:g} km") for km in _PROBABILITY_KM]
     listed += [("decoder", f"samples within {km:g} km") for km in _SAMPLE_KM]
     return listed + [("source", name) for name in (*settings.channels, "samples", "cells")]
 
@@ -129,30 +142,36 @@ def names(settings: RerankerSettings) -> list[tuple[str, str]]:
 def features(settings: RerankerSettings, scale: Float[Any, " C"], evidence: Evidence) -> Float[Any, "b K F"]:
     """Returns the features of all candidates, in the order of `names`.
 
-    Per channel: for each sharpness and width, the logarithm of the weighted share of neighbors around the candidate;
-    for each distance, the best relative score within it and 1 / the rank of that neighbor. Of the decoder: the
-    logarithm of its probability within each distance, and the share of its samples. Last: the sources.
+    For each channel:
+    - for each sharpness and width, the logarithm of the density of neighbors at the candidate (RerankerSettings);
+    - for each of _NEIGHBOR_KM, the relative score of the best neighbor within this radius, and 1 / its rank.
+    For the decoder:
+    - for each of _PROBABILITY_KM, the logarithm of the decoder's probability within this radius;
+    - for each of _SAMPLE_KM, the share of the decoder's samples within this radius.
+    For each source: 1 if the source found the candidate, else 0.
 
-    scale: see `scales`.
+    scale: scale of each channel, see `scales`.
     """
     columns = []
     for c in range(evidence.neighbors.shape[1]):
-        columns += _channel(settings, scale[c], evidence.candidates, evidence.neighbors[:, c], evidence.scores[:, c])
+        columns += _channel_features(
+            settings, scale[c], evidence.candidates, evidence.neighbors[:, c], evidence.scores[:, c]
+        )
     km = kilometers(evidence.candidates, evidence.cells)
-    for limit in _MASS_KM:
+    for limit in _PROBABILITY_KM:
         share = _share(km, evidence.radius_km[:, None], limit)
-        columns.append(jnp.log(jnp.einsum("bkf,bf->bk", share, evidence.probability) + _LEAST_MASS))
+        columns.append(jnp.log(jnp.einsum("bkf,bf->bk", share, evidence.probability) + _ADDED_PROBABILITY))
     km = kilometers(evidence.candidates, evidence.samples)
     columns += [(km <= limit).astype(jnp.float32).mean(-1) for limit in _SAMPLE_KM]
     columns += [evidence.channels[..., i].astype(jnp.float32) for i in range(evidence.channels.shape[-1])]
     return jnp.stack(columns, -1)
 
 
-def _channel(settings: RerankerSettings, scale: Any, candidates: Any, neighbors: Any, scores: Any) -> list:
-    """Returns the features of one channel [b, K]."""
+def _channel_features(settings: RerankerSettings, scale: Any, candidates: Any, neighbors: Any, scores: Any) -> list:
+    """Returns the features of one channel, each an array [b, K]. Arguments: see Evidence."""
     km = kilometers(candidates, neighbors)
     found = jnp.isfinite(scores)
-    # The best score may be missing too. It is then 0, so that no difference of infinities is computed.
+    # If even the best score is missing, 0 takes its place. A difference of infinities would be NaN.
     best = jnp.where(found[:, :1], scores[:, :1], 0.0)
     relative = jnp.where(found, (jnp.where(found, scores, 0.0) - best) / scale, -jnp.inf)
     kernels = [jnp.exp(-0.5 * (km / width) ** 2) for width in settings.widths_km]
@@ -160,22 +179,27 @@ def _channel(settings: RerankerSettings, scale: Any, candidates: Any, neighbors:
     for sharpness in settings.sharpness:
         weights = jnp.exp(sharpness * relative)
         weights /= jnp.maximum(weights.sum(-1, keepdims=True), 1e-30)
-        columns += [jnp.log(jnp.einsum("bkl,bl->bk", kernel, weights) + _LEAST_DENSITY) for kernel in kernels]
+        columns += [jnp.log(jnp.einsum("bkl,bl->bk", kernel, weights) + _ADDED_DENSITY) for kernel in kernels]
     for limit in _NEIGHBOR_KM:
         inside = (km <= limit) & found[:, None]
-        columns.append(jnp.maximum(jnp.where(inside, relative[:, None], _LEAST_SCORE).max(-1), _LEAST_SCORE))
+        columns.append(
+            jnp.maximum(jnp.where(inside, relative[:, None], _MIN_RELATIVE_SCORE).max(-1), _MIN_RELATIVE_SCORE)
+        )
         columns.append(jnp.where(inside.any(-1), 1 / (1.0 + inside.argmax(-1)), 0.0))
     return columns
 
 
 def _share(km: Any, radius: Any, limit: float) -> Any:
-    """Returns the share of a disc within `limit` km of a point that is `km` from its center, as select._share does."""
+    """Returns the share of a disc that is within a distance of a point, by the formula of predict.select._share.
+
+    km: distance from the point to the disc's center. radius: radius of the disc in km. limit: the distance in km.
+    """
     crossed = (limit - jnp.abs(km - radius)) / (2 * jnp.minimum(km, radius) + 1e-6)
     return jnp.where(km < radius, jnp.minimum((limit / radius) ** 2, 1.0), jnp.clip(crossed, 0.0, 1.0))
 
 
 class Reranker(nnx.Module):
-    """Maps features of candidates to log-probabilities over the pool."""
+    """Maps the features of a photo's candidates to their log-probabilities."""
 
     def __init__(
         self,
@@ -185,15 +209,15 @@ class Reranker(nnx.Module):
         *,
         rngs: nnx.Rngs,
     ):
-        """moments: mean and standard deviation of each feature. scale: see `scales`.
+        """moments: mean and standard deviation of each feature. scale: scale of each channel, see `scales`.
 
-        The first weights multiply the densities of all channels and of the decoder. A fit on few photos stays near this
-        product.
+        With its initial weights, the network multiplies the densities of all channels and the decoder's probabilities
+        (`_initial_weights`). A fit on few photos changes these weights little.
         """
         self.settings = settings
-        self.moments, self.scale = (Measured(jnp.asarray(values, jnp.float32)) for values in (moments, scale))
+        self.moments, self.scale = (Statistic(jnp.asarray(values, jnp.float32)) for values in (moments, scale))
         self.linear = nnx.Linear(moments.shape[1], 1, use_bias=False, rngs=rngs)
-        self.linear.kernel[...] = jnp.asarray(_product(settings) * moments[1])[:, None]
+        self.linear.kernel[...] = jnp.asarray(_initial_weights(settings) * moments[1])[:, None]
         self.layers = nnx.List([])
         if settings.hidden:
             self.layers.append(nnx.Linear(moments.shape[1], settings.hidden, rngs=rngs))
@@ -201,7 +225,7 @@ class Reranker(nnx.Module):
             self.layers.append(nnx.Linear(settings.hidden, 1, use_bias=False, kernel_init=zeros, rngs=rngs))
 
     def __call__(self, features: Float[Any, "b K F"], present: Bool[Any, "b K"]) -> Float[Any, "b K"]:
-        """Returns log-probabilities, -1e9 for candidates that are not present."""
+        """Returns log-probabilities, about -1e9 for candidates that are not present."""
         mean, deviation = self.moments[...]
         x = jnp.clip((features - mean) / (deviation + 1e-3), -5, 5)
         logits = self.linear(x)
@@ -210,21 +234,25 @@ class Reranker(nnx.Module):
         return jax.nn.log_softmax(jnp.where(present, logits[..., 0], -1e9), -1)
 
 
-def _product(settings: RerankerSettings) -> Float[np.ndarray, " F"]:
-    """Returns weights of features: 1 in all for the densities of channels, 1/2 for the decoder's probability."""
+def _initial_weights(settings: RerankerSettings) -> Float[np.ndarray, " F"]:
+    """Returns the initial weight of each feature.
+
+    The weights of the logarithms of densities have the sum 1. The weights of the logarithms of the decoder's
+    probabilities have the sum 1/2. All other weights are 0.
+    """
     listed, weights = names(settings), np.zeros(len(names(settings)), np.float32)
     for i, (group, name) in enumerate(listed):
         if name.startswith("density"):
             weights[i] = 1 / max(1, sum(other.startswith("density") for _, other in listed))
         if group == "decoder" and name.startswith("probability"):
-            weights[i] = 0.5 / len(_MASS_KM)
+            weights[i] = 0.5 / len(_PROBABILITY_KM)
     return weights
 
 
 def within_loss(log_p: Float[Any, "b K"], km: Float[Any, "b K"], present: Bool[Any, "b K"]) -> Float[Any, ""]:
-    """Returns minus the logarithm of the probability of candidates near the truth, in nats.
+    """Returns minus the logarithm of the sum of the probabilities of all candidates near the truth, in nats.
 
-    It is a mean over photos and THRESHOLDS_KM. A photo without a candidate within a threshold does not count there.
+    It is a mean over photos and THRESHOLDS_KM. If a photo has no candidate within a threshold, its value there is 0.
     km: distance of each candidate from the truth.
     """
     near = (km[..., None] <= jnp.asarray(THRESHOLDS_KM, jnp.float32)) & present[..., None]
@@ -232,19 +260,21 @@ def within_loss(log_p: Float[Any, "b K"], km: Float[Any, "b K"], present: Bool[A
     return -(jnp.log(mass + 1e-4) * near.any(1)).mean()
 
 
-#: Objective -> value of an answer by its distance in km from the truth, in [0, 1].
+#: Name -> function from an answer's distance to the truth, in km, to the value of the answer, in [0, 1].
 OBJECTIVES = {
     "accuracy": lambda km: sum((km <= limit).astype(jnp.float32) for limit in THRESHOLDS_KM) / len(THRESHOLDS_KM),
     **{f"{limit}_km": lambda km, limit=limit: (km <= limit).astype(jnp.float32) for limit in THRESHOLDS_KM},
-    "geoscore": lambda km: jnp.exp(-km / _POINTS_KM),
+    "geoscore": lambda km: jnp.exp(-km / _GEOSCORE_KM),
 }
 
 
 def choose(objective: str, log_p: Float[Any, "b K"], evidence: Evidence) -> Int[Any, " b"]:
-    """Returns the index of the candidate with the highest expected value, if the truth were drawn from the pool.
+    """Returns the index of the candidate with the highest expected value as the answer.
 
-    Of candidates with equal values, as near ones often have, the most probable is chosen.
+    For the expectation, the true place is one of the candidates, with the probabilities exp(log_p). Candidates close to
+    each other often have the same expected value. Then the most probable of them is chosen. objective: key of
+    OBJECTIVES.
     """
     value = OBJECTIVES[objective](kilometers(evidence.candidates, evidence.candidates))
     expected = jnp.einsum("bij,bj->bi", value, jnp.exp(log_p))
-    return jnp.where(evidence.present, expected + _TIE * jnp.exp(log_p), -1.0).argmax(-1)
+    return jnp.where(evidence.present, expected + _TIE_BREAK * jnp.exp(log_p), -1.0).argmax(-1)

@@ -17,10 +17,11 @@ from geotoken_jax.model.reranker import Reranker, RerankerSettings, within_loss
 class FitSettings:
     """Settings of the fit (config.reranker.fit).
 
-    photos: largest number of validation photos that are used. folds: number of groups of authors; the predictions of
-    each group are made by a reranker that was fitted to the others. epochs: number of passes over the photos.
-    batch_size: photos per step. learning_rate: at the first step; it falls to 0 along a cosine. weight_decay: weight
-    decay of AdamW. dropped: share of candidates left out at random in every step. seed: random seed.
+    photos: largest number of validation photos that are used. folds: number of groups of authors. The photos of each
+    group are ranked by a reranker that is fitted to the photos of the other groups. epochs: number of passes over the
+    photos. batch_size: photos per step. learning_rate: learning rate of the first step; the rate falls to 0 along a
+    cosine. weight_decay: weight decay of AdamW. dropped: share of candidates left out at random in every step. seed:
+    random seed of the initial weights, the order of photos and the candidates left out.
     """
 
     photos: int
@@ -52,25 +53,26 @@ def fit(
 ) -> Reranker:
     """Returns a reranker fitted to n photos.
 
-    scale: see model.reranker.scales. features: of each candidate, see model.reranker.features. km: distance of each
-    candidate from the photo's true place.
+    scale: scale of each channel (model.reranker.scales). features: features of each candidate
+    (model.reranker.features). present: False for candidates that do not count. km: distance of each candidate from the
+    photo's true place.
     """
     moments = np.stack([features[present].mean(0), features[present].std(0)])
     network = Reranker(settings, moments, scale, rngs=nnx.Rngs(options.seed))
     graph, parameters, rest = nnx.split(network, nnx.Param, ...)
-    passes = _Passes(graph, rest, options, len(features))
-    run, data = jax.jit(passes), (jnp.asarray(features), jnp.asarray(present), jnp.asarray(km, jnp.float32))
-    carry = parameters, passes.optimizer.init(parameters)
+    train_epoch = _Epoch(graph, rest, options, len(features))
+    run, data = jax.jit(train_epoch), (jnp.asarray(features), jnp.asarray(present), jnp.asarray(km, jnp.float32))
+    carry = parameters, train_epoch.optimizer.init(parameters)
     for epoch in range(options.epochs):
         carry = run(carry, data, jax.random.fold_in(jax.random.key(options.seed), epoch))
     return nnx.merge(graph, carry[0], rest)
 
 
-class _Passes:
-    """Passes over n photos in random order."""
+class _Epoch:
+    """Function that trains the reranker for one epoch, in batches of photos in random order."""
 
     def __init__(self, graph: Any, rest: Any, options: FitSettings, n: int):
-        """graph, rest: the reranker without its parameters."""
+        """graph, rest: the reranker without its parameters, from nnx.split. n: number of photos."""
         self._graph, self._rest, self._dropped = graph, rest, options.dropped
         self._size = min(options.batch_size, n)
         self._steps = n // self._size
@@ -80,7 +82,10 @@ class _Passes:
         )
 
     def __call__(self, carry: Any, data: Any, key: jax.Array) -> Any:
-        """Returns parameters and optimizer state after a pass. data: features, present and km, see `fit`."""
+        """Returns the parameters and the optimizer's state after an epoch.
+
+        carry: parameters and optimizer's state before. data: features, present and km, see `fit`. key: random key.
+        """
         features, present, km = data
         order_key, drop_key = jax.random.split(key)
         order = jax.random.permutation(order_key, len(features))
@@ -91,10 +96,10 @@ class _Passes:
             return within_loss(log_p, km[rows], kept)
 
         def step(carry: Any, i: jax.Array) -> tuple[Any, None]:
-            parameters, moving = carry
+            parameters, optimizer_state = carry
             rows = jax.lax.dynamic_slice_in_dim(order, i * self._size, self._size)
             gradients = jax.grad(loss)(parameters, rows, jax.random.fold_in(drop_key, i))
-            updates, moving = self.optimizer.update(gradients, moving, parameters)
-            return (optax.apply_updates(parameters, updates), moving), None
+            updates, optimizer_state = self.optimizer.update(gradients, optimizer_state, parameters)
+            return (optax.apply_updates(parameters, updates), optimizer_state), None
 
         return jax.lax.scan(step, carry, jnp.arange(self._steps))[0]

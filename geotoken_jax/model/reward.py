@@ -28,9 +28,9 @@ class RewardSettings:
 
 
 class RewardHead(nnx.Module):
-    """Maps the decoder's states of candidates to their logits of being within each of THRESHOLDS_KM of the truth.
+    """Predicts whether each candidate is within each of THRESHOLDS_KM of the truth, as logits.
 
-    A state is the decoder's output at the candidate's last position (GeoTokenModel.states).
+    It reads a candidate's state, the decoder's output at the candidate's last position (GeoTokenModel.states).
     """
 
     def __init__(self, settings: RewardSettings, width: int, *, rngs: nnx.Rngs):
@@ -40,14 +40,14 @@ class RewardHead(nnx.Module):
         self.dropout = settings.dropout
 
     def __call__(self, states: Float[Array, "B K D"], key: Key[Array, ""] | None = None) -> Float[Array, "B K 5"]:
-        """key: random key for dropout; no dropout if None."""
+        """Returns five logits per candidate. key: random key for dropout; if None, there is no dropout."""
         hidden = jax.nn.relu(self.hidden(states))
         words = randomness.words(key, *states.shape[:-1])
         return self.output(randomness.dropout(hidden, self.dropout, words))
 
 
 class RewardTask:
-    """Trains the reward head to choose candidates near the truth. The method `batch` specifies its batches."""
+    """Trains the reward head to choose candidates near the truth."""
 
     def __init__(self, settings: RewardSettings, width: int):
         self.settings, self._width = settings, width
@@ -57,8 +57,8 @@ class RewardTask:
         """Returns the specification of a batch of `size` photos.
 
         states [B, K, D] float32: the decoder's state of each candidate. km [B, K] float32: distance of each candidate
-        from the photo's true place. Batches of evaluation also have valid [B] bool, which is not in the specification:
-        False for examples that only pad the batch.
+        from the photo's true place. Batches of evaluation also have `valid` [B] bool, which the specification leaves
+        out. It is False for examples that do not count, such as padding.
         """
         return spec(size, states=((candidates, self._width), jnp.float32), km=((candidates,), jnp.float32))
 
@@ -75,12 +75,13 @@ class RewardTask:
 def listwise(
     logits: Float[Array, "B K 5"], km: Float[Array, "B K"], valid: Array | None
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Returns the loss of choosing from pools, in nats, and the share of photos whose choice is within each threshold.
+    """Returns the loss of choosing one of each photo's K candidates, in nats, and metrics.
 
-    A pool is the K candidates of one photo. The loss is 0.9 times a listwise loss plus 0.1 times a pointwise loss, each
-    a mean over THRESHOLDS_KM. The listwise loss is minus the log of the probability, by a softmax over the pool, that a
-    candidate within the threshold is chosen; 0 if the pool has none. The pointwise loss is the mean binary
-    cross-entropy of the candidates. Because of it the logits can also be read as log-odds.
+    The metrics are the shares of photos whose chosen candidate is within each of THRESHOLDS_KM. The loss is 0.9 times a
+    listwise loss plus 0.1 times a pointwise loss. Both are means over THRESHOLDS_KM. For the listwise loss, a softmax
+    over the candidates gives the probability that a candidate within the threshold is chosen; the loss is minus its
+    logarithm, or 0 if no candidate is within the threshold. The pointwise loss is the mean binary cross-entropy of the
+    candidates. Because of this part, a logit can also be read as the log-odds of being within the threshold.
 
     km: distance of each candidate from the truth. valid [B]: False leaves a photo out; if None, no photo is left out.
     """

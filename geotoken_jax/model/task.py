@@ -42,8 +42,8 @@ class GeoTokenTask:
 
         lookup: function that reads the neighbors' embeddings and tokens from a batch and the gallery
         (gallery/placement.py). decode: function that returns an object with `tokens` [B, K, T], the candidates of each
-        photo, best first. Evaluation measures the distance of the best one. It measures no distances if decode is None,
-        or if the model's cells cannot be decoded in a compiled step (Scheme.traceable).
+        photo, best first. Evaluation measures the distance of the best candidate from the truth. If decode is None,
+        or if jax cannot compile the decoding of the model's cells (Scheme.traceable), it measures no distances.
         """
         self.model, self.settings, self._lookup = model, settings, lookup
         self._decode = decode if model.cells.traceable else None
@@ -57,10 +57,9 @@ class GeoTokenTask:
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """Returns the weighted loss and the metrics, losses in nats.
 
-        The metrics are the loss of each token (loss_level_0, ...) and `exact`, the share of photos whose tokens are all
-        the most probable ones, each given the true tokens before it. If distances are measured in evaluation (key is
-        None), the metrics also include the shares of photos decoded within each of THRESHOLDS_KM and the mean distance
-        in km.
+        The metrics are the loss of each token (loss_level_0, ...) and `exact`, the share of photos whose true tokens
+        are all the most probable ones, given the true tokens before them. An evaluation (key is None) that measures
+        distances also returns the shares of photos decoded within each of THRESHOLDS_KM, and the mean distance in km.
         """
         neighbors = Neighbors(*self._lookup(batch), batch["neighbor_count"])
         context = batch.get("context")

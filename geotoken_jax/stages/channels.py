@@ -186,12 +186,12 @@ class _Pairs:
         neighbors, km = self._nearest(self._coordinates[rows], _PAIR_NEIGHBORS)
         drawn = (rng.random(len(rows)) * (km <= self._km).sum(1)).astype(int)
         other = np.take_along_axis(neighbors, drawn[:, None], 1)[:, 0]
-        v = self._images.of.shape[1]
+        v = self._images.images_of.shape[1]
         view = rng.integers(v, size=len(rows))
         step = np.where(other == rows, rng.integers(min(1, v - 1), v, size=len(rows)), rng.integers(v, size=len(rows)))
         return {
-            "image": self._images.images(self._images.of[self._rows[rows], view]),
-            "other": self._images.images(self._images.of[self._rows[other], (view + step) % v]),
+            "image": self._images.images(self._images.images_of[self._rows[rows], view]),
+            "other": self._images.images(self._images.images_of[self._rows[other], (view + step) % v]),
             "place": self._points[rows],
         }
 

@@ -49,22 +49,33 @@ class TrainingInput(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class TrainSettings:
-    """batch_size: photos per step, over all devices; fewer if there are fewer training photos. accumulate: number of
-    parts of a batch processed one after another, for batches that do not fit into memory. gradient_dtype: type in which
-    gradients are summed over devices and over these parts: "float32", or "bfloat16", which halves the bytes that
-    devices send. examples: number of photos to train on; a photo counts each time it is read. epochs: largest number of
-    times that each photo is read, which ends a training on few photos before `examples`; no limit if 0. evaluate_every:
-    steps between two validations, each with a checkpoint; the last step has both too. save_every_s: seconds of training
-    after which a checkpoint is saved without a validation; none if 0. With several processes the first one's clock
-    counts. keep: number of newest checkpoints to keep beside the best one. log_every: steps between two lines of
-    metrics. seed: seed of the initial parameters, the order of photos and dropout. ema: decay of the moving average of
-    the parameters, which replaces them in validation and export; no average if 0. max_skipped: largest number of steps
-    in a row that may have a loss or gradient that is not finite; after more, training ends with Diverged. max_damaged:
-    largest share of the training photos, and of the validation photos, whose records may be damaged; training reads the
-    next photo in place of such a one, and validation leaves it out. profile:
-    first and last step of a trace for TensorBoard; no trace if (0, 0). profiler_port: port of the first process for
-    TensorBoard's profiler, the next port for the second process, and so on; no port if 0. wandb: project of Weights &
-    Biases to write to; none if empty. optimizer: see OptimizerSettings."""
+    """Settings of a training.
+
+    batch_size: photos per step, over all devices; fewer if there are fewer training photos.
+    accumulate: number of parts of a batch processed one after another, for batches that do not fit into memory.
+    gradient_dtype: type in which gradients are summed over devices and over the parts of a batch: "float32", or
+    "bfloat16", which halves the bytes that devices send.
+    examples: number of photos to train on. A photo counts each time it is read.
+    epochs: largest number of times that each photo is read. It ends a training on few photos before `examples`. If 0,
+    there is no limit.
+    evaluate_every: steps between two validations. A checkpoint is saved with each. The last step has both too.
+    save_every_s: seconds of training after which a checkpoint is saved without a validation. If 0, none is. With
+    several processes the clock of the first one counts.
+    keep: number of newest checkpoints to keep in addition to the best one.
+    log_every: steps between two lines of metrics.
+    seed: seed of the initial parameters, the order of photos and dropout.
+    ema: decay of the moving average of the parameters, which validation and export use. If 0, there is no average, and
+    they use the newest parameters.
+    max_skipped: largest number of steps in a row with a loss or gradient that is not finite. After more, training ends
+    with Diverged.
+    max_damaged: largest share of the training photos, and of the validation photos, with a damaged record. Training
+    reads the next photo in place of a damaged one, and validation leaves it out.
+    profile: first and last step of a trace for TensorBoard. If (0, 0), there is no trace.
+    profiler_port: port of the first process for TensorBoard's profiler. The second process has the next port, and so
+    on. If 0, there is no port.
+    wandb: project of Weights & Biases to write to. If empty, nothing is written there.
+    optimizer: see OptimizerSettings.
+    """
 
     batch_size: int
     accumulate: Runtime[int]
@@ -105,8 +116,9 @@ class TrainSettings:
     def for_photos(self, photos: int, unit: int) -> "TrainSettings":
         """Returns the settings of a training on this number of photos.
 
-        batch_size becomes at most `photos`, as a multiple of `unit`; examples becomes at most epochs x photos, and at
-        least a batch. Raises SettingsError if there are fewer photos than `unit`.
+        If batch_size is larger than `photos`, it becomes the largest multiple of `unit` up to `photos`. If `epochs` is
+        not 0, `examples` becomes at most epochs x photos. It is at least one batch. Raises SettingsError if there are
+        fewer photos than `unit`. unit: smallest possible batch size, one photo per device and part of a batch.
         """
         size, examples = self.batch_size, self.examples
         if photos < size:
@@ -123,8 +135,11 @@ class TrainSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """best_step: step with the smallest validation loss. best_loss: that loss. parameters: number of parameters.
-    steps, examples: number of steps, and of photos read in them."""
+    """Result of a training.
+
+    best_step: step with the smallest validation loss. best_loss: the smallest validation loss. parameters: number of
+    parameters. steps: number of steps. examples: number of photos read in these steps.
+    """
 
     best_step: int
     best_loss: float
@@ -137,8 +152,8 @@ class Result:
 class Data:
     """Training and validation data.
 
-    batches: training input, at its start; `run` sets its position if training resumes. validation: function that
-    returns the batches of one pass over the validation split, each with `valid` [b], False for padding. photos: number
+    batches: training input, at its start. If training resumes, `run` sets its position. validation: function that
+    returns the batches of one pass over the validation split. Each has `valid` [b], False for padding. photos: number
     of training photos, which is the length of an epoch in the learning-rate schedule. resident: arrays that stay on the
     devices over all steps; may be empty.
     """
@@ -150,7 +165,7 @@ class Data:
 
 
 def make_trainer(task: Task, settings: TrainSettings, mesh: Mesh, photos: int) -> tuple[Trainer, Any]:
-    """Returns the trainer of a task, and its learning-rate schedule. photos: number of training photos, an epoch."""
+    """Returns the trainer of a task, and its learning-rate schedule. photos: number of training photos per epoch."""
     schedule = make_schedule(settings.optimizer, settings.steps, max(1, photos // settings.batch_size))
     optimizer = make_optimizer(settings.optimizer, schedule)
     return Trainer(task, optimizer, mesh, settings.accumulate, settings.ema, settings.gradient_dtype), schedule
@@ -235,9 +250,9 @@ def _full_disk_as_stage_error(folder: epath.Path) -> Iterator[None]:
 def _restore(
     checkpoints: Checkpoints, trainer: Trainer, key: jax.Array, batches: TrainingInput
 ) -> tuple[int, State, dict[str, Any]]:
-    """Returns the step to continue from, its state, and the position that was saved with it.
+    """Returns the step to continue from, its state, and the positions of input and log that were saved with it.
 
-    Also sets the position of `batches`. Without a checkpoint, returns step 0 with the initial state and no position.
+    Also sets the position of `batches`. Without a checkpoint, returns step 0, the initial state and no positions.
     """
     processes.report_progress("restoring a checkpoint")
     restored = checkpoints.restore_last(trainer.abstract)
@@ -257,7 +272,7 @@ def _next_batch(step: int, data: Data, batch_size: int, trainer: Trainer, log: "
 
 
 def _save(checkpoints: Checkpoints, step: int, state: State, data: Data, log: "_Log", loss: float | None) -> int:
-    """Starts to save a checkpoint, and returns its step. loss: validation loss; None without a validation."""
+    """Starts to save a checkpoint, and returns its step. loss: validation loss; None if there was no validation."""
     processes.report_progress(f"saving step {step}")
     checkpoints.save(step, state, {"input": data.batches.get_state(), **log.position()}, loss)
     return step
@@ -299,7 +314,7 @@ def evaluate(
 
 
 class _Preemption:
-    """Reports SIGTERM through `requested`. With several processes, all of them stop after the same step."""
+    """Reports whether SIGTERM has asked this process to stop. With several processes, all stop after the same step."""
 
     def __init__(self):
         self._signaled = False
@@ -324,7 +339,7 @@ class _Preemption:
 
 @contextlib.contextmanager
 def _profiler(port: int) -> Iterator[None]:
-    """Serves TensorBoard's profiler inside the context. port: port of process 0, 0 for none; see TrainSettings."""
+    """Serves TensorBoard's profiler inside the context. port: TrainSettings.profiler_port; if 0, nothing is served."""
     if not port:
         yield
         return
@@ -363,8 +378,8 @@ class _Profile:
 
 @dataclasses.dataclass
 class _Stopwatch:
-    """Adds up the seconds of a clock while it runs. total: seconds until the last stop. since: start; None if it does
-    not run."""
+    """Adds up the seconds between starts and stops. clock: function that returns the time in seconds. total: seconds
+    until the last stop. since: time of the last start; None if the stopwatch is stopped."""
 
     clock: Callable[[], float]
     total: float = 0.0
@@ -383,8 +398,13 @@ class _Stopwatch:
 
 @dataclasses.dataclass
 class _Window:
-    """Steps of one line of metrics. vectors: their metrics. The other fields are set when the window ends. waits:
-    gathered shares of waiting for input and seconds per step. waited: seconds of waiting for input in this process."""
+    """The steps that one line of metrics covers.
+
+    vectors: metrics of each step in this run. waited: seconds that this process has waited for input. restored: metrics
+    of the window's steps before the checkpoint from which training has continued. The other fields are set when the
+    window ends. step: last step. seconds: duration. learning_rate: learning rate of the last step. waits: share of the
+    time spent waiting for input, and seconds per step, gathered from all processes.
+    """
 
     vectors: list[jax.Array] = dataclasses.field(default_factory=list)
     waited: float = 0.0
@@ -398,11 +418,11 @@ class _Window:
 class _Log:
     """Collects the metrics of each step, and writes lines with their means and the training speed.
 
-    A line is written when the window after it ends, so that devices do not wait for the host; before a pause and at the
-    end, all lines are written.
+    A line covers a window, the steps since the last line. It is written when the next window ends, so that devices do
+    not wait for the host. Before a pause and at the end, all lines are written.
 
-    started: time (time.monotonic) at which this start of the training began. position: what `position` returned before
-    the checkpoint was saved, or empty in a new training.
+    started: time (time.monotonic) at which this run of the training began. position: result of the method `position`
+    when the checkpoint was saved; empty in a new training.
     """
 
     def __init__(
@@ -423,7 +443,7 @@ class _Log:
         self._seconds_per_step = 0.0
         self._since = time.monotonic()
         self._paused_at: float | None = None
-        # Seconds that trained new steps, and the processor time that this process used in them.
+        # Time in which new steps were trained, and the processor time of this process in it.
         self._trained = _Stopwatch(time.monotonic, position.get("trained_s", 0.0))
         self._processor = _Stopwatch(time.process_time, position.get("processor_s", 0.0))
         self._started = started - writer.elapsed_s
@@ -442,7 +462,7 @@ class _Log:
         return self._trained.since is not None or self._paused_at is not None
 
     def waited(self, seconds: float) -> None:
-        """Counts seconds of waiting for a batch, and ends a pause before them."""
+        """Adds the seconds that this process has waited for a batch. A pause counts as ended before the waiting."""
         if self._paused_at is not None:
             self._trained.start(seconds)
             self._processor.start()
@@ -477,28 +497,31 @@ class _Log:
         return {"window": self._metrics(self._window), **seconds}
 
     def elapsed_s(self) -> float:
-        """Returns the seconds since the training was started, over all starts."""
+        """Returns the seconds of all runs of the training until now, without the time between runs."""
         return time.monotonic() - self._started
 
     def goodput(self) -> float:
-        """Returns the share of `elapsed_s` that trained new steps."""
+        """Returns the share of `elapsed_s` that was spent on new steps."""
         return self._trained.seconds() / self.elapsed_s()
 
     def print_goodput(self, name: str) -> None:
         """Prints the goodput in process 0, unless no step was trained. name: name of the training."""
         if self.begun and jax.process_index() == 0:
-            print(f"{name}: {self.goodput():.0%} of {self.elapsed_s():,.0f} s trained new steps", file=sys.stderr)
+            print(f"{name}: {self.goodput():.0%} of {self.elapsed_s():,.0f} s were spent on new steps", file=sys.stderr)
 
     def is_save_due(self, steps: int) -> bool:
-        """Returns whether to save a checkpoint. steps: number of steps since the last one.
+        """Returns whether to save a checkpoint. steps: number of steps since the last checkpoint.
 
-        The answer is the same in all processes, because it depends on the first one's seconds per step in a line that
-        all have read.
+        All processes return the same, because they estimate the time since the last checkpoint from the same number:
+        the seconds per step that they have gathered from the first process.
         """
         return 0 < self._settings.save_every_s <= steps * self._seconds_per_step
 
     def end_window(self, step: int, learning_rate: Any) -> dict[str, float] | None:
-        """Ends the window at a step, and returns the line of the window before, if it is not yet written."""
+        """Ends the window at a step. Writes the line of the window before, unless it is written already.
+
+        Returns the line that it has written, or None.
+        """
         window = self._window
         window.step, window.learning_rate = step, learning_rate
         window.seconds = time.monotonic() - self._since

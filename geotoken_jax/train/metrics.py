@@ -1,4 +1,4 @@
-"""Metrics on their way from the devices to JSON lines, TensorBoard events and, if configured, Weights & Biases."""
+"""Copies metrics from the devices to the host, and writes them to JSON lines, TensorBoard and Weights & Biases."""
 
 import hashlib
 import json
@@ -50,7 +50,10 @@ class Copies:
         return [dict(zip(self._names, np.asarray(vector).tolist(), strict=True)) for vector in vectors]
 
     def begin_gather(self, numbers: Sequence[float]) -> Any:
-        """Starts to gather numbers of all processes, which must all call this; returns them for `end_gather`."""
+        """Starts to gather the numbers of all processes, and returns a handle for `end_gather`.
+
+        All processes must call this method.
+        """
         row = np.asarray([numbers], np.float32)
         if jax.process_count() == 1:
             return row
@@ -67,10 +70,10 @@ class Copies:
 class Writer:
     """Writes metrics to `metrics.jsonl` and TensorBoard's event files in one folder, and to Weights & Biases if used.
 
-    step: step from which training starts or continues. Lines of later steps are removed from `metrics.jsonl` first;
-    an interrupted run wrote them after its last checkpoint. wandb: project of Weights & Biases; if empty, nothing is
-    written there. name: name of the run there. shown: False if another process writes, so that this one does nothing.
-    elapsed_s: value of that metric in the last line of the earlier runs; 0 without such a line.
+    step: step from which training starts or continues. Lines of later steps are removed from `metrics.jsonl` first. (An
+    interrupted run wrote them after its last checkpoint.) wandb: project of Weights & Biases; if empty, nothing is
+    written there. name: name of the run there. shown: whether this process writes; if False, the methods do nothing.
+    elapsed_s: largest value of the metric elapsed_s in the lines of earlier runs; 0 if there are none.
     """
 
     def __init__(self, folder: epath.PathLike, step: int, wandb: str = "", name: str = "", shown: bool = True):
@@ -83,7 +86,8 @@ class Writer:
         self.elapsed_s = max((values.get("elapsed_s", 0.0) for values, _ in lines), default=0.0)
         kept = [line for values, line in lines if values["step"] <= step]
         self._path.write_text("".join(kept))
-        # Not SummaryWriter: its thread ends at the first error, such as a full disk, and the next write hangs.
+        # EventsWriter has no thread. The thread of SummaryWriter ends at the first error, such as a full disk, and the
+        # next write hangs.
         (folder / "tensorboard").mkdir(exist_ok=True)
         self._events = event_file_writer.EventsWriter(str(folder / "tensorboard" / "events"))
         start = _MESSAGES.SessionLog(status=_MESSAGES.SessionLog.START)
@@ -122,7 +126,7 @@ def _wandb_run(project: str, name: str, folder: epath.Path) -> Any:
     except ModuleNotFoundError:
         raise SettingsError(
             f"wandb is {project!r}, but the package wandb is not installed: run pip install 'geotoken-jax[wandb]', or "
-            "set the key to ''"
+            "set wandb to ''"
         ) from None
     identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
     return wandb.init(project=project, name=name, id=identity, resume="allow", dir=str(folder))

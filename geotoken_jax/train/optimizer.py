@@ -9,10 +9,13 @@ import optax
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerSettings:
-    """learning_rate: highest learning rate. schedule: "cosine" (falls to zero at the end) or "exponential" (is
-    multiplied by `decay` after each epoch, as published). warmup: share of all steps in which the rate rises linearly,
-    0-1.
-    weight_decay, b2: arguments of AdamW. clip: largest global norm of the gradient; no clipping if 0."""
+    """Settings of AdamW and its learning-rate schedule.
+
+    learning_rate: highest learning rate. schedule: "cosine", in which the rate falls to zero at the end of training, or
+    "exponential", in which it is multiplied by `decay` after each epoch, as published. warmup: share of all steps, 0 to
+    1, in which the rate first rises linearly from 0. weight_decay, b2: arguments of AdamW. clip: largest global norm of
+    the gradient; no clipping if 0.
+    """
 
     learning_rate: float
     schedule: str
@@ -50,6 +53,6 @@ def make_optimizer(settings: OptimizerSettings, schedule: optax.Schedule) -> opt
 
 
 def _is_matrix(path: tuple[Any, ...], parameter: Any) -> bool:
-    # ndim alone is not enough: biases and scales of stacked layers have a leading layer axis.
+    # Biases and scales of stacked layers have two axes too, because the first one is the layer.
     name = str(getattr(path[-1], "key", path[-1]))
     return parameter.ndim > 1 and not name.endswith(("bias", "scale"))

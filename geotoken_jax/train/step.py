@@ -1,4 +1,4 @@
-"""The training step and its state, which it updates in place, split over the devices of any mesh."""
+"""The training step and its state, for any mesh of devices. The step updates the state in place."""
 
 import dataclasses
 import functools
@@ -17,9 +17,9 @@ from geotoken_jax.settings import SettingsError
 #: State of a training, a dict of arrays and optax's containers. step: number of steps done. params: variables of the
 #: model that the optimizer changes, of type nnx.Param. constants: all other variables of the model, such as statistics
 #: of the training data or a queue of earlier photos. The optimizer does not change them, but the loss may, and the next
-#: step reads the changed values. optimizer: optax's state. skipped: number of steps that had no effect because their
-#: loss or gradient was not finite. skipped_in_a_row: number of such steps since the last finite one. ema: moving
-#: average of params, only if it is used.
+#: step reads the changed values. optimizer: optax's state. skipped: number of skipped steps, which had no effect
+#: because their loss or gradient was not finite. skipped_in_a_row: number of skipped steps since the last step that was
+#: not skipped. ema: moving average of params, only if it is used.
 State = dict[str, Any]
 #: Metrics by name, each a mean over a batch.
 Metrics = dict[str, jax.Array]
@@ -43,8 +43,8 @@ class Task(Protocol):
     def loss(self, model: Any, batch: Mapping[str, jax.Array], key: jax.Array | None) -> tuple[jax.Array, Metrics]:
         """Returns the loss and further metrics, each a mean over the photos of the batch, or over its `valid` photos.
 
-        batch: arrays of the batch and the resident arrays. key: random key for dropout. It is None in evaluation, in
-        which there is no dropout, and changes of the model's variables are discarded.
+        batch: arrays of the batch and the resident arrays. key: random key for dropout. In evaluation it is None: there
+        is no dropout, and changes of the model's variables are discarded.
         """
         ...
 
@@ -52,8 +52,8 @@ class Task(Protocol):
 class Trainer:
     """Compiled functions `init`, `step` and `evaluate` of a task with an optimizer, on a mesh.
 
-    accumulate: number of parts of a batch that are processed one after another; their gradients are averaged. ema:
-    decay of the moving average of the parameters, which `evaluate` and `averaged` then use; no average if 0.
+    accumulate: number of parts of a batch that are processed one after another. The gradients of the parts are
+    averaged. ema: decay of the moving average of the parameters, which `evaluate` and `averaged` use; no average if 0.
     gradient_dtype: type in which gradients are summed over devices and parts.
     """
 
@@ -83,9 +83,10 @@ class Trainer:
         self.evaluate = jax.jit(self._on_mesh(self._evaluate))
 
     def _set_shardings(self) -> None:
-        """Sets how the model reads its parameters, how the optimizer stores them, and how their gradients are summed.
+        """Sets four nested dicts with the structure of the parameters.
 
-        Each is a nested dict like the parameters.
+        _layout, _dtypes: sharding and type in which the model reads each parameter. _updates: sharding in which the
+        optimizer stores it. _gradients: type and sharding in which its gradient is summed.
         """
         self._layout = sharding.shardings(self._variables[0], self.mesh)
         dtypes, updates, gradients = {}, {}, {}
@@ -98,7 +99,7 @@ class Trainer:
             gradient = sharding.Gradient(str(sums), sharding.spec(*names), update)
             dtypes[path], updates[path] = dtype, NamedSharding(self.mesh, update)
             if names[:1] == ("layers",) and update[0] is None:
-                # Summed in the loop over layers, which reads this metadata.
+                # The gradient is summed in the loop over layers, which reads this metadata.
                 variable.set_metadata(gradient=gradient)
                 gradient = dataclasses.replace(gradient, dtype=str(dtype), layout=update)
             gradients[path] = gradient
@@ -122,7 +123,7 @@ class Trainer:
             "skipped_in_a_row": whole,
             "params": params,
             "constants": constants,
-            # Moments are split as the optimizer splits their parameters; each device has all counters.
+            # Moments are split like the parameters that they belong to. Each device has all counters.
             "optimizer": optax.tree_utils.tree_map_params(
                 self._optimizer, lambda _, s: s, moments, params, transform_non_params=lambda _: whole
             ),
@@ -165,7 +166,7 @@ class Trainer:
         return state.get("ema", state["params"])
 
     def exported(self, state: State) -> list[Any]:
-        """Returns what an export contains: parameters and constants, without the variables that only training needs."""
+        """Returns the parameters and constants that are exported: all except the variables that only training needs."""
         kept = []
         for variables, values in zip(self._variables, (self.averaged(state), state["constants"]), strict=True):
             flat: Any = traverse_util.flatten_dict(values)
@@ -182,8 +183,7 @@ class Trainer:
     def _for_model(self, params: Any) -> Any:
         """Returns the optimizer's parameters in the types and the sharding in which the model reads them.
 
-        They are cast before they are gathered. So each device casts its share only, and the links carry the narrower
-        type.
+        They are cast before they are gathered. So each device casts its share only, and devices send the narrower type.
         """
         cast = jax.tree.map(lambda x, dtype: x.astype(dtype), params, self._dtypes)
         cast = jax.lax.with_sharding_constraint(cast, self._updates)
@@ -201,7 +201,7 @@ class Trainer:
         params = optax.apply_updates(state["params"], updates)
         updated = {"params": params, "optimizer": optimizer, "constants": constants}
         if self._ema:
-            # The decay starts small, since the initial parameters would otherwise stay in the average for long.
+            # The decay is small at first. Otherwise the initial parameters would stay in the average for long.
             decay = jnp.minimum(self._ema, (1.0 + state["step"]) / (10.0 + state["step"]))
             updated["ema"] = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state["ema"], params)
         before = {name: state[name] for name in updated}
@@ -217,7 +217,7 @@ class Trainer:
     ) -> tuple[Any, Metrics, Any]:
         """Returns the state's constants after the batch, the batch's metrics with its loss, and the gradient.
 
-        If the batch is processed in parts, each part reads the constants that the part before it has left, and metrics
+        If the batch is processed in parts, each part reads the constants that the part before it has changed. Metrics
         and gradient are means over the parts.
         """
 

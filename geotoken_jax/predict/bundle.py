@@ -56,7 +56,8 @@ def check(folder: epath.PathLike, everything: bool) -> None:
 def write_sums(folder: epath.PathLike) -> dict[str, str]:
     """Writes SHA256SUMS for all files of an export, and returns file name -> SHA-256.
 
-    Left out are hidden files, which are locks and what interrupted processes have left, and the stage's begun.json.
+    Hidden files and begun.json are left out. Hidden files are locks, or were left by interrupted processes; begun.json
+    belongs to the stage `export`.
     """
     folder = epath.Path(folder)
     files = (file for file in sorted(pathlib.Path(folder).rglob("[!.]*")) if file.is_file())
@@ -68,7 +69,7 @@ def write_sums(folder: epath.PathLike) -> dict[str, str]:
 
 
 def sums(folder: epath.PathLike) -> dict[str, str]:
-    """Returns file name -> SHA-256 as an export's SHA256SUMS states it. The files themselves are not read.
+    """Returns file name -> SHA-256 for all files that SHA256SUMS of an export lists. The files themselves are not read.
 
     Raises ExportError if SHA256SUMS is missing, or if a line has no name or names a file outside the folder.
     """

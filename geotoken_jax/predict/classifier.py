@@ -41,8 +41,8 @@ class Cells:
     """S2 cells of any level that do not overlap, indexed in the order of the Hilbert curve."""
 
     def __init__(self, starts: Int64[np.ndarray, " V"], sizes: Int64[np.ndarray, " V"]):
-        """starts: index on the curve (see `_curve_index`) of the first level-20 cell in each cell, ascending. sizes:
-        count of level-20 cells in each cell."""
+        """starts: for each cell, the index on the curve of the first level-20 cell inside it (see `_curve_index`), in
+        ascending order. sizes: number of level-20 cells inside each cell."""
         self._starts, self._stops = starts, starts + sizes
 
     def __len__(self) -> int:
@@ -99,9 +99,10 @@ def centers(coordinates: Float[np.ndarray, "N 2"], cell: Int[np.ndarray, " N"], 
 
 
 class Photos:
-    """Reads the photos of a table that any of the cells contains, as a dict of `vectors` and `cell`.
+    """Reads photos of a table. Photos outside all cells are left out.
 
-    vectors [b, 3 C] float32: see `_inputs`. cell [b] int32: index of each photo's cell.
+    A call returns a dict with two arrays. vectors [b, 3 C] float32: input of the classifier, see `_inputs`. cell [b]
+    int32: index of the cell that contains the photo.
     """
 
     def __init__(self, table: Table, cells: Cells):
@@ -120,13 +121,13 @@ class Photos:
 def _inputs(embeddings: Float[np.ndarray, "B 3 C"]) -> Float32[np.ndarray, "B D"]:
     """Returns each photo's three unit vectors, concatenated and multiplied by sqrt(C).
 
-    Their components are then about 1, the scale that initial weights are made for.
+    The factor brings the components to a size of about 1, as the initial weights expect.
     """
     return np.asarray(embeddings, np.float32).reshape(len(embeddings), -1) * math.sqrt(embeddings.shape[-1])
 
 
 class ClassifierTask:
-    """Trains p(cell | photo), a softmax over all cells. `batch` specifies its batches."""
+    """Trains p(cell | photo), a softmax over all cells. The method `batch` specifies the batches."""
 
     def __init__(self, settings: ClassifierSettings, width: int, cells: int):
         """width: C, the length of one vector. cells: V, the number of cells."""

@@ -2,8 +2,8 @@
 
 The judge gets the photo, the most probable candidates and the coordinates of similar photos. Depending on
 config.judge.answer it chooses a candidate or gives coordinates of its own (GeoToken's paper). If it gives no usable
-reply, the reason is counted. Each outcome is appended to a file of JSON lines at once, so that no reply is paid for
-twice.
+reply, the photo keeps the answer of its prediction, and the reason is counted. Each outcome is appended to a file of
+JSON lines at once, so an interrupted run does not pay for a reply twice.
 """
 
 import base64
@@ -35,7 +35,7 @@ _ANSWERS = {"choose": ("number",), "free": ("latitude", "longitude")}
 _MAX_FAILURES = 20
 #: HTTP statuses after which a request is retried; 529 is Anthropic's status for an overloaded server.
 _RETRIED = (408, 425, 429, 500, 502, 503, 504, 529)
-#: Errors of servers that do not support `response_format`; either may have other causes too.
+#: Errors of servers that do not support `response_format`. Both errors may also have other causes.
 _REFUSED_FORMAT = ("HTTP 400", "HTTP 422")
 #: Longest wait before a retry, also if the response's header Retry-After asks for more. Without this header the first
 #: retry follows at once.
@@ -51,13 +51,13 @@ class JudgeSettings:
 
     base_url: address of the endpoint, up to and including /v1; no judge if empty. model: the model's name at the
     endpoint. splits: splits whose photos are judged. photos: number of photos that are judged per split, drawn at
-    random; all if 0. A larger number continues. answer: "choose" for one of the candidates, "free" for any coordinates.
-    candidates: largest number of candidates in the prompt; the most probable ones are listed. side: longest side of the
-    photo that is sent, in pixels. options: more fields of the request, under the endpoint's names. timeout_s: seconds
-    without data after which an attempt ends. attempts: largest number of attempts per request, including the first, if
-    the endpoint is busy, broken or unreachable. concurrent: requests at a time. price_in: price of a million input
-    tokens. price_out: price of a million output tokens. key_variable: name of the environment variable with the API
-    key; no key is sent if empty.
+    random; all if 0. If it is raised later, earlier replies are kept. answer: "choose" for one of the candidates,
+    "free" for any coordinates. candidates: largest number of candidates in the prompt; the most probable ones are
+    listed. side: longest side of the photo that is sent, in pixels. options: more fields of the request, under the
+    endpoint's names. timeout_s: seconds without data after which an attempt ends. attempts: largest number of attempts
+    per request, including the first, if the endpoint is busy, broken or unreachable. concurrent: requests at a time.
+    price_in: price of a million input tokens. price_out: price of a million output tokens. key_variable: name of the
+    environment variable with the API key; no key is sent if empty.
     """
 
     base_url: Runtime[str]
@@ -102,11 +102,11 @@ class JudgeSettings:
 class _Outcome:
     """The outcome of judging one photo, a line of the file of outcomes.
 
-    place: coordinates in degrees; None if the fallback is the answer. reason: why the fallback is the answer; "" if it
-    is not. replied: whether the model replied; if so, the photo is not sent again. requests: number of requests sent,
-    retries included. retries: number of retries. seconds: time from the first request to the end of the last.
-    tokens_in: number of input tokens; None if the endpoint does not report it. tokens_out: the same for output tokens.
-    text: the model's reply, or the error.
+    place: coordinates that the model answered, in degrees; None without a usable reply. reason: reason why there is no
+    usable reply; "" if there is one. replied: whether the model replied at all; if so, the photo is not sent again.
+    requests: number of requests sent, retries included. retries: number of retries. seconds: time from the first
+    request to the end of the last. tokens_in: number of input tokens; None if the endpoint does not report it.
+    tokens_out: the same for output tokens. text: the model's reply, or the error.
     """
 
     id: str
@@ -209,8 +209,8 @@ class Judge:
     def __call__(self, questions: Sequence[Question]) -> list[list[float] | None]:
         """Returns the coordinates that the model answers for each photo, in degrees; None without a usable reply.
 
-        If config.judge.answer is "choose", they are those of a candidate. Raises StageError after 20 photos in a row
-        without a usable reply. Earlier replies are kept in the file.
+        If config.judge.answer is "choose", they are the coordinates of a candidate. Raises StageError after 20 photos
+        in a row without a usable reply. Earlier replies are kept in the file.
         """
         workers = ThreadPoolExecutor(self._settings.concurrent)
         try:
@@ -222,9 +222,9 @@ class Judge:
     def report(self) -> dict[str, Any]:
         """Returns counts, times and costs of all outcomes in the file, including earlier runs, for JSON.
 
-        answered: number of photos with a usable reply. fallbacks: reason -> number of photos whose answer is the
-        fallback. seconds: median and 95th percentile of the time for a reply, retries and waits included. tokens, cost:
-        sums of the reported usage. without_usage: number of replies whose usage is not reported in full.
+        answered: number of photos with a usable reply. fallbacks: reason -> number of photos without a usable reply for
+        this reason. seconds: median and 95th percentile of the time for a reply, retries and waits included. tokens,
+        cost: sums of the reported usage. without_usage: number of replies whose usage is not reported in full.
         """
         last = {outcome.id: outcome for outcome in self._outcomes}.values()
         replies = [outcome for outcome in self._outcomes if outcome.replied]
@@ -249,7 +249,7 @@ class Judge:
         if question.id in self._replied:
             return self._replied[question.id]
         if self._failures >= _MAX_FAILURES:
-            raise self._hopeless()
+            raise self._too_many_failures()
         outcome = self._judge(question)
         with self._lock:
             self._failures = 0 if outcome.place else self._failures + 1
@@ -257,10 +257,10 @@ class Judge:
             with self._file.open("a") as file:
                 file.write(json.dumps(dataclasses.asdict(outcome)) + "\n")
         if self._failures >= _MAX_FAILURES:
-            raise self._hopeless()
+            raise self._too_many_failures()
         return outcome
 
-    def _hopeless(self) -> StageError:
+    def _too_many_failures(self) -> StageError:
         last = self._outcomes[-_MAX_FAILURES:]
         shown = next((outcome for outcome in reversed(last) if not outcome.replied), last[-1])
         text = " ".join(shown.text.split())[:200]
@@ -393,7 +393,7 @@ def _problem(cause: Exception | None) -> str:
 
 
 def _reply(body: str) -> _Reply | None:
-    """Returns the chat completion in a response's body, whatever its content type; None if there is none."""
+    """Returns the chat completion in a response's body, of any content type; None if the body has none."""
     try:
         completion = json.loads(body)
         choice = completion["choices"][0]

@@ -138,7 +138,8 @@ class Predictor(abc.ABC):
         return answers
 
     def _stream(self, photos: Iterable[tuple[Any, float, Excluded]]) -> Generator[Prediction | ImageError, None, None]:
-        """Yields the answers of photos with their capture times and excluded gallery photos, see `stream`."""
+        """Yields the predictions and ImageErrors as `stream` does. photos: tuples of a photo, its capture time in
+        seconds since 1970, and the gallery photos that may not be its neighbors."""
         source = iter(photos)
         with ThreadPoolExecutor(_DECODERS, "decode") as pool:
             ahead: collections.deque[tuple[Future, float, Excluded]] = collections.deque()
@@ -300,7 +301,7 @@ class GeoToken(Predictor):
 
 
 def _with_sample_radii(prediction: Prediction) -> Prediction:
-    """Returns a prediction with radii and `within` filled in, from the shares of samples at its candidates."""
+    """Returns a prediction with radii and `within`, computed from its candidates, each with its `count` as weight."""
     at, candidates = np.array([prediction.latitude, prediction.longitude]), prediction.candidates
     points, counts = np.array([(c.latitude, c.longitude) for c in candidates]), np.array([c.count for c in candidates])
     radius, radius_90, within = spread(at, points, counts)

@@ -152,7 +152,7 @@ def _levels(config: Config, workdir: Workdir) -> Manifest:
 
 
 def split_outputs(config: Config, workdir: Workdir, variant: str) -> dict[str, per_level.DecoderOutputs]:
-    """Returns the decoder's tokens and losses on all photos of the evaluated splits, by split.
+    """Returns split -> outputs of the decoder for all photos of the split, for every evaluated split.
 
     Splits whose names begin with "test" come first.
 

@@ -30,10 +30,11 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
         f"geotoken/{variant}",
         *(f"{name}/{variant}" for name in trained_selectors(variant_config.predict)),
     ]
-    workdir.manifest("report")  # for the card; rows of baselines that it gains later do not make the export another
+    # The model card needs the report. The report is no input: a baseline added to it later does not change the export.
+    workdir.manifest("report")
     inputs = [f"predictions/{variant}", *trained, "photos", "gallery"]
     section = variant_config.select("predict", "export")
-    if not variant_config.export.authors:  # as in the exports of earlier versions, whose manifests lack this key
+    if not variant_config.export.authors:  # manifests of earlier versions lack this key, and still count as equal
         del section["export"]["authors"]
     stage = workdir.begin(config, "export", (), inputs, section)
     if stage.manifest:

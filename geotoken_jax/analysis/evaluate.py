@@ -1,4 +1,4 @@
-"""Accuracy of predictions, computed from files of predictions and of true coordinates by any program.
+"""Accuracy of predictions, computed from files of predictions and of true coordinates. Any program may write them.
 
 Every photo of the truth counts: a photo without a prediction is wrong at every threshold. Intervals are 95 % percentile
 bootstrap intervals. Authors are resampled if they are known, because photos of one author are not independent. All
@@ -134,9 +134,10 @@ def _continents(methods: Sequence[Method], truth: CoordinateTable, options: Eval
 def _clean(
     methods: Sequence[Method], truth: CoordinateTable, known: overlap.Leaks, options: EvaluateSettings
 ) -> dict[str, Any]:
-    """Returns scores of the main methods on photos that have no id, near-duplicate or author in the gallery.
+    """Returns scores of the main methods on clean photos.
 
-    `methods` is empty if no such photo is left.
+    A photo is clean if the gallery has no photo with the same id or author and no near-duplicate. In the result,
+    `methods` is empty if there is no clean photo.
     """
     kinds = ("same id", "near-duplicate", "same author")
     rows = np.flatnonzero(~known.leaked(*kinds))
@@ -152,11 +153,12 @@ def score_exclusion(
     truth: CoordinateTable,
     options: EvaluateSettings,
 ) -> list[dict[str, Any]]:
-    """Returns the scores of each main method without further exclusion and under each rule, ready for JSON.
+    """Returns the scores of each main method without and with each set of exclusion rules, ready for JSON.
 
-    methods: methods without further exclusion. under: name of rules -> the same methods under these rules; a method
-    that searches no neighbors is not in it. `change` is the accuracy under the rules minus the accuracy without them,
-    by the paired bootstrap.
+    Methods that search no neighbors are left out, because exclusion rules do not affect them. In the result, `change`
+    is the accuracy with the rules minus the accuracy without them, with an interval of the paired bootstrap.
+
+    methods: methods without these rules. under: name of a set of rules -> the same methods, predicted with these rules.
     """
     clusters = bootstrap.clusters([str(row.get("author") or "") for row in truth.extra], truth.ids)
     rows = []
@@ -213,10 +215,11 @@ def score(
 ) -> dict[str, Any]:
     """Returns accuracies of the methods and differences between them, ready for JSON.
 
-    Accuracies are fractions within each of THRESHOLDS_KM, with 95 % intervals. `differences` has every other method
-    that is not a bound, minus the main method of the reference variant, with intervals and two-sided p-values of the
-    paired bootstrap. The smallest p-value that R resamples can show is 2 / (R + 1). `comparisons` has the same for each
-    pair of `compare` whose methods exist, first minus second. The last five arguments are fields of EvaluateSettings.
+    Accuracies are fractions within each of THRESHOLDS_KM, with 95 % intervals. `differences` compares every other
+    method, except bounds, with the main method of the reference variant: method minus reference, with intervals and
+    two-sided p-values of the paired bootstrap. The smallest p-value that R resamples can show is 2 / (R + 1).
+    `comparisons` has the same for each pair in `compare` whose methods exist: first minus second. The last five
+    arguments are fields of EvaluateSettings.
     """
     authors = [str(row.get("author") or "") for row in truth.extra]
     outcomes = np.stack([bootstrap.outcomes(method.km, strict) for method in methods], axis=1)
@@ -258,7 +261,7 @@ def score(
 
 
 def _names(methods: Sequence[Method]) -> dict[str, int]:
-    """Returns the index of each method by VARIANT:CHOICE, and of each main method by VARIANT too."""
+    """Returns name -> index of the method. Every method has the name VARIANT:CHOICE, a main method also VARIANT."""
     names = {method.variant: i for i, method in enumerate(methods) if method.main}
     return names | {f"{method.variant}:{method.choice}": i for i, method in enumerate(methods) if method.choice}
 
@@ -299,7 +302,8 @@ def table(metrics: Mapping[str, Any]) -> str:
 
 
 def _exclusion_lines(split: str, scores: Mapping[str, Any]) -> list[str]:
-    """Returns the lines on exclusion for a benchmark: what each rule excludes, and accuracies without and with it."""
+    """Returns the lines on a benchmark's exclusion rules: counts per set of rules, and accuracies without and with it.
+    """
     exclusion = scores["exclusion"]
     lines = [f"{split}: gallery photos excluded, and percent within each distance without and with exclusion"]
     lines += [f"authors known of {scores['photos'] - exclusion['unknown_authors']:,} of {scores['photos']:,} photos"]
@@ -349,14 +353,16 @@ def _difference(name: str, accuracy: Sequence[Mapping[str, float]]) -> list[str]
 
 
 def _percent(share: float, sign: str = "") -> str:
-    """Returns a share in percent, 100 without a decimal, so that intervals of two such numbers fit their column."""
+    """Returns a share in percent with one decimal; 100 has no decimal, because an interval with it must fit a column.
+    """
     return f"{100 * share:{sign}.{0 if abs(share) >= 0.9995 else 1}f}"
 
 
 def _aligned(name: str, above: Sequence[str], below: Sequence[str], width: int = 11) -> list[str]:
-    """Returns the lines of a table row: the name in 26 columns, and two lines of cells.
+    """Returns the lines of a table row: the name in 26 columns, then two lines of cells.
 
-    width: columns of each of the first five cells; the sixth is one column narrower, the seventh two.
+    above, below: cells of the two lines. width: width of each of the first five cells in characters; the sixth cell is
+    one character narrower, the seventh cell two.
     """
     names = textwrap.wrap(name, 25) or [""]
     cells = ["".join(f"{cell:>{width - max(0, i - 4)}}" for i, cell in enumerate(row)) for row in (above, below)]

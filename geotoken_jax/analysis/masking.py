@@ -1,6 +1,6 @@
-"""Predictions from a subset of the gallery: neighbors are searched again in it, and the decoder predicts from them.
+"""Predictions from a subset of the gallery: neighbors are searched in the subset, and the decoder predicts from them.
 
-The audit of coverage leaves out the photos of a region; a scaling study reduces the gallery to a number of photos.
+The audit of coverage leaves out the photos of a region. A scaling study reduces the gallery to a number of photos.
 """
 
 import dataclasses
@@ -64,8 +64,10 @@ class MaskedGallery:
 
 
 class _Subset:
-    """Index with exact search over some rows of the gallery, a gallery.index.Index; computes vectors when they are
-    read."""
+    """Index with exact search over some rows of the gallery (see gallery.index.Index).
+
+    Vectors are computed when they are read.
+    """
 
     def __init__(self, gallery: Table, rows: Int[np.ndarray, "m"]):
         self._gallery, self._rows = gallery, rows

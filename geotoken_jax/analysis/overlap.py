@@ -17,16 +17,17 @@ from geotoken_jax.workdir import Workdir
 class Leaks:
     """Gallery photos that share something with the n photos of a split.
 
-    rows: gallery row per photo, -1 for none, by kind: "same id", "near-duplicate", "same coordinates", "same author".
-    cosine: cosine between the image embeddings of each photo and its most similar gallery photo; NaN if the photo has
-    no embedding.
+    rows: kind of leak -> for each photo, the row of a gallery photo that leaks it, -1 if there is none. The kinds are
+    "same id", "near-duplicate", "same coordinates" and "same author". cosine: cosine between the image embeddings of
+    each photo and its most similar gallery photo; NaN if the photo has no embedding.
     """
 
     rows: Mapping[str, Int[np.ndarray, "n"]]
     cosine: Float32[np.ndarray, "n"]
 
     def leaked(self, *kinds: str) -> Bool[np.ndarray, "n"]:
-        """Returns whether each photo is leaked by at least one of these kinds; by any kind if none is given."""
+        """Returns whether each photo has a leak of at least one of these kinds. If no kind is given, all kinds count.
+        """
         return np.any([self.rows[kind] >= 0 for kind in kinds or self.rows], axis=0)
 
 

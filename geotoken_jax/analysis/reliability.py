@@ -107,7 +107,10 @@ def _radius(mass: int, radius: Float[np.ndarray, "n"], km: Float[np.ndarray, "n"
 
 
 def _orders(claims: Claims) -> dict[str, Float[np.ndarray, "n"]]:
-    """Returns certainty scores per photo by name, larger if more certain. Scores that no photo has are left out."""
+    """Returns measures of certainty: name -> a number per photo, larger for more certain answers.
+
+    Measures that no photo has are left out.
+    """
     orders = {
         f"probability within {distance.THRESHOLDS_KM[_SUREST]} km": claims.within[:, _SUREST],
         f"radius of {MASSES[0]} %": -claims.radius_km[:, 0],

@@ -41,9 +41,9 @@ def fit(
 ) -> tuple[Law, list[Law]]:
     """Returns the law fitted to n runs, and the laws fitted to bootstrap resamples of the runs.
 
-    E is at most the smallest loss, and exponents are in [0, 4]. Without these bounds, few runs over a narrow range give
-    coefficients that make no sense as a law. The fit of a resample starts at the solution for all runs. A resample with
-    fewer than six different runs is drawn again.
+    E is at most the smallest loss, and exponents are in [0, 4]. Without these bounds, a fit to few runs of similar size
+    can give absurd coefficients. The fit of a resample starts at the solution for all runs. A resample with fewer than
+    six different runs is drawn again.
     """
     # N and D are divided by their geometric means, so that A and B are a few nats in the fit and not astronomical.
     units = [float(np.exp(np.log(values).mean())) for values in (parameters, photos)]

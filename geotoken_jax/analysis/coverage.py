@@ -184,7 +184,7 @@ def gallery_regions(photos: records.Photos, gallery: Table) -> Shaped[np.ndarray
 def _nearest(
     tree: KDTree, gallery: Table, truth: CoordinateTable
 ) -> tuple[Int[np.ndarray, "n"], Float[np.ndarray, "n"]]:
-    """Returns the gallery row of the photo taken nearest to each photo, and the distance between them in km."""
+    """Returns the row of the nearest gallery photo for each photo, and the distance between the two photos in km."""
     rows = np.asarray(tree.query(distance.to_unit_vectors(*truth.coordinates.T))[1])
     return rows, np.asarray(distance.great_circle_km(*truth.coordinates.T, *gallery.coordinates(rows).T))
 
@@ -295,10 +295,12 @@ def score_without_regions(
 ) -> dict[str, Any]:
     """Returns, per region, the scores of the region's photos with the whole gallery and without that region.
 
-    Regions are all continents, and the `countries` countries with the most photos of the split. Regions that the
-    gallery lacks anyway are left out of the list. `every_continent` has the scores of all photos, each without its
-    own continent; None if there is no continent. of: photos of the split. of_gallery: continent and country per gallery
-    photo. row_of: row of each photo in the split's table; -1 if the table lacks the photo. answer: see Answer.
+    Regions are all continents, and the `countries` countries with the most photos of the split. Regions without gallery
+    photos are skipped. `every_continent` has the scores of all photos, each predicted without its own continent; None
+    if there is no continent.
+
+    of: photos of the split. of_gallery: continent and country per gallery photo. row_of: row of each photo in the
+    split's table; -1 if the table lacks the photo. answer: see Answer.
     """
     scored, both = [], [m for m in of.methods if m.variant in (TOP1, scoring.reference)]
     without_continent = np.full((2, len(of.truth.ids), 2), np.nan)

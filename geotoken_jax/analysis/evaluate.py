@@ -58,7 +58,7 @@ def _labels(paths: Sequence[str]) -> dict[str, str]:
 
 
 def _refuse_truth(predicted: CoordinateTable, truth: CoordinateTable) -> None:
-    """Raises TableError if all predictions are exactly true, as in a copy of the truth."""
+    """Raises TableError if every prediction is equal to the truth, because the file is then a copy of the truth."""
     true = dict(zip(truth.ids, truth.coordinates.tolist(), strict=True))
     if len(predicted.ids) > 1 and all(map(operator.eq, map(true.get, predicted.ids), predicted.coordinates.tolist())):
         raise TableError(
@@ -75,8 +75,8 @@ def score_splits(
 ) -> dict[str, Any]:
     """Returns the metrics of every split. All mappings are by split.
 
-    known: leaked photos, from `overlap.find_leaks`. Raises SettingsError if
-    options.compare names a method that no split has.
+    known: leaked photos, from `overlap.find_leaks`. Raises SettingsError if options.compare names a method that no
+    split has.
     """
     _check_pairs(methods, options)
     scores = {}
@@ -120,7 +120,10 @@ def _score_split(methods: Sequence[Method], truth: CoordinateTable, options: Eva
 
 
 def _continents(methods: Sequence[Method], truth: CoordinateTable, options: EvaluateSettings) -> list[dict[str, Any]]:
-    """Returns scores of the main methods per continent, most photos first; empty if no continent is known."""
+    """Returns scores of the main methods per continent. The continent with the most photos comes first.
+
+    The result is empty if no continent is known.
+    """
     names = [
         regions.continent({key: str(row.get(key) or "") for key in ("country", "continent")}) for row in truth.extra
     ]
@@ -302,8 +305,8 @@ def table(metrics: Mapping[str, Any]) -> str:
 
 
 def _exclusion_lines(split: str, scores: Mapping[str, Any]) -> list[str]:
-    """Returns the lines on a benchmark's exclusion rules: counts per set of rules, and accuracies without and with it.
-    """
+    """Returns the lines on the exclusion rules of a benchmark: counts per set of rules, and accuracies with and without
+    each set."""
     exclusion = scores["exclusion"]
     lines = [f"{split}: gallery photos excluded, and percent within each distance without and with exclusion"]
     lines += [f"authors known of {scores['photos'] - exclusion['unknown_authors']:,} of {scores['photos']:,} photos"]
@@ -353,8 +356,7 @@ def _difference(name: str, accuracy: Sequence[Mapping[str, float]]) -> list[str]
 
 
 def _percent(share: float, sign: str = "") -> str:
-    """Returns a share in percent with one decimal; 100 has no decimal, because an interval with it must fit a column.
-    """
+    """Returns a share in percent with one decimal. 100 has no decimal, because an interval must fit its column."""
     return f"{100 * share:{sign}.{0 if abs(share) >= 0.9995 else 1}f}"
 
 

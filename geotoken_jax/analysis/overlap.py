@@ -26,8 +26,7 @@ class Leaks:
     cosine: Float32[np.ndarray, "n"]
 
     def leaked(self, *kinds: str) -> Bool[np.ndarray, "n"]:
-        """Returns whether each photo has a leak of at least one of these kinds. If no kind is given, all kinds count.
-        """
+        """Returns whether each photo has a leak of at least one of these kinds. Without arguments, all kinds count."""
         return np.any([self.rows[kind] >= 0 for kind in kinds or self.rows], axis=0)
 
 

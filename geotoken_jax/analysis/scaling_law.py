@@ -58,7 +58,7 @@ def fit(
 
 
 def _starts(log_loss: Float[np.ndarray, "n"]) -> list[np.ndarray]:
-    """Returns 32 starts of the fit, each log A, log B, log E, alpha and beta."""
+    """Returns 32 starts of the fit. A start is an array with log A, log B, log E, alpha and beta."""
     spread = np.log(np.ptp(np.exp(log_loss)) + 1e-6)
     floors = log_loss.min() + np.log([0.8, 0.98])
     sizes = spread + np.array([-2.0, 0.0])

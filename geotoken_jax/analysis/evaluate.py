@@ -82,7 +82,7 @@ def score_splits(
     scores = {}
     for split, truth in truths.items():
         scores[split] = _score_split(methods[split], truth, options)
-        scores[split]["clean"] = _clean(methods[split], truth, known[split], options)
+        scores[split]["clean"] = _clean_scores(methods[split], truth, known[split], options)
     return _metrics(scores, options)
 
 
@@ -113,13 +113,13 @@ def _score_split(methods: Sequence[Method], truth: CoordinateTable, options: Eva
         if m.main and (figures := reliability.figures(m, truth.coordinates, options.strict))
     }
     return scores | {
-        "continents": _continents(methods, truth, options),
+        "continents": _by_continent(methods, truth, options),
         "uncertainty": stated.pop(options.reference, None),
         "other_uncertainty": list(stated.values()),
     }
 
 
-def _continents(methods: Sequence[Method], truth: CoordinateTable, options: EvaluateSettings) -> list[dict[str, Any]]:
+def _by_continent(methods: Sequence[Method], truth: CoordinateTable, options: EvaluateSettings) -> list[dict[str, Any]]:
     """Returns scores of the main methods per continent. The continent with the most photos comes first.
 
     The result is empty if no continent is known.
@@ -134,7 +134,7 @@ def _continents(methods: Sequence[Method], truth: CoordinateTable, options: Eval
     return scores if len(scores) > 1 or names[0] != regions.UNKNOWN else []
 
 
-def _clean(
+def _clean_scores(
     methods: Sequence[Method], truth: CoordinateTable, known: overlap.Leaks, options: EvaluateSettings
 ) -> dict[str, Any]:
     """Returns scores of the main methods on clean photos.
@@ -330,9 +330,9 @@ def csv_table(metrics: Mapping[str, Any]) -> str:
             "split": split,
             "photos": scores["photos"],
             **{name: row[name] for name in ("name", "variant", "choice", "bound", "missing")},
-            **{f"within_{a['km']}_km{end}": a[part] for a in row["accuracy"] for part, end in _PARTS.items()},
+            **{f"within_{a['km']}_km{end}": a[part] for a in row["accuracy"] for part, end in _ENDINGS.items()},
             "median_km": row["median_km"],
-            **{f"{name}{end}": row[name][part] for name in ("mean_km", "geoscore") for part, end in _PARTS.items()},
+            **{f"{name}{end}": row[name][part] for name in ("mean_km", "geoscore") for part, end in _ENDINGS.items()},
         }
         for split, scores in metrics["splits"].items()
         for row in scores["methods"]
@@ -344,7 +344,7 @@ def csv_table(metrics: Mapping[str, Any]) -> str:
 
 
 #: Part of an estimate -> ending of its column.
-_PARTS = {"value": "", "low": "_low", "high": "_high"}
+_ENDINGS = {"value": "", "low": "_low", "high": "_high"}
 #: Ending of a file -> function from metrics to its text.
 FORMATS = {".json": lambda metrics: json.dumps(metrics, indent=1) + "\n", ".csv": csv_table}
 

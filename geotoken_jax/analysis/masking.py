@@ -45,7 +45,7 @@ class MaskedGallery:
         hidden[kept] = False
         left_out = self._excluded(rows)
         queries = index_vectors(self._queries.embeddings(rows))
-        subset, count = _Subset(self._gallery, kept), self._answerer.decoder.neighbors
+        subset, count = _SubsetIndex(self._gallery, kept), self._answerer.decoder.neighbors
         neighbor_rows, scores = neighbors.search_neighbors(subset, queries, count, left_out)
         placed = np.full((2, len(rows), 2), np.nan)
         has_neighbor = neighbor_rows[:, 0] >= 0
@@ -63,7 +63,7 @@ class MaskedGallery:
         return placed
 
 
-class _Subset:
+class _SubsetIndex:
     """Index with exact search over some rows of the gallery (see gallery.index.Index).
 
     Vectors are computed when they are read.

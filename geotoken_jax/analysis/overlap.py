@@ -50,7 +50,7 @@ def find_leaks(workdir: Workdir, truths: Mapping[str, CoordinateTable], above: f
         row = match(encoded(truths[split].ids), table.ids())
         embedded = np.flatnonzero(row >= 0)
         queries[first + embedded] = unit(table.embeddings(row[embedded])[:, 0])
-    nearest, cosine = (column[:, 0] for column in index.exact(_Images(gallery), queries, 1))
+    nearest, cosine = (column[:, 0] for column in index.exact(_GalleryImages(gallery), queries, 1))
     cosine = np.where(queries.any(axis=1), cosine, np.nan)
     rows = {
         "same id": match(ids, gallery.ids()),
@@ -75,7 +75,7 @@ def encoded(ids: Sequence[str]) -> Shaped[np.ndarray, "n"]:
     return np.array([name.encode() for name in ids], np.bytes_)
 
 
-class _Images:
+class _GalleryImages:
     """Image embeddings of the gallery, scaled to length 1 when they are read (gallery.index.Vectors)."""
 
     def __init__(self, gallery: Table):

@@ -31,8 +31,8 @@ BINS = 10
 #: The bottleneck is the level that loses most. If fewer than this share of the bootstrap resamples have the same
 #: bottleneck, the sentence on it mentions this uncertainty.
 _SURE = 0.95
-#: Causes of lost GeoScore: key of an estimate in the figures -> position of the photo's neighbors, at the level at
-#: which the answer first leaves the right cell.
+#: Causes of lost GeoScore: key of an estimate in the figures -> label. A label describes the photo's neighbors at the
+#: level at which the answer first leaves the right cell.
 CAUSES = {
     "lost_not_held": "no neighbor in the right cell",
     "lost_outvoted": "more neighbors in the chosen cell",

@@ -13,7 +13,8 @@ from geotoken_jax.errors import UserError
 
 #: Name of the file with one line `SHA-256  name` per file of the export.
 SUMS = "SHA256SUMS"
-#: Types of files that are read in full when an export is opened; others are memory-mapped and may have many gigabytes.
+#: Types of files whose sums are always checked when an export is opened, because these files are read in full. Other
+#: files are memory-mapped and may have many gigabytes.
 _READ_IN_FULL = (".json", ".safetensors")
 
 #: Advice at the end of messages about a bad file.
@@ -26,7 +27,7 @@ class ExportError(UserError, ValueError):
 
 @contextlib.contextmanager
 def reading(folder: epath.PathLike) -> Iterator[None]:
-    """Raises ExportError for errors inside the context that come from an export's contents, such as a missing key."""
+    """Context manager that turns errors from the contents of an export, e.g. a missing key, into ExportError."""
     try:
         yield
     except UserError:
@@ -97,11 +98,11 @@ def backbone(
 ) -> dict[str, Any]:
     """Returns the settings of an export's backbone, with the folder of its checkpoint filled in.
 
-    section: the export's settings of the backbone. referred: name, commit and SHA-256 sums of the backbone's
-    checkpoint; None if the backbone has no checkpoint. given: folder of that checkpoint, or its name on the hub; if
-    None, the copy in the export is used. For a backbone without a checkpoint, `given` is ignored.
-    Raises ExportError if there is neither a checkpoint nor a copy, or if a file of the checkpoint is missing or does
-    not match its sum, and SettingsError if the checkpoint cannot be downloaded.
+    section: settings of the backbone in the export's config.json. referred: name, commit and SHA-256 sums of the
+    backbone's checkpoint; None if the backbone has no checkpoint. given: folder of that checkpoint, or its name on the
+    hub; if None, the copy in the export is used. For a backbone without a checkpoint, `given` is ignored. Raises
+    ExportError if there is neither a checkpoint nor a copy, or if a file of the checkpoint is missing or does not match
+    its sum, and SettingsError if the checkpoint cannot be downloaded.
     """
     referred = referred or {}
     copy = section["huggingface"]["path"]

@@ -17,7 +17,7 @@ from geotoken_jax.batch import Spec, spec
 from geotoken_jax.gallery.table import Table
 from geotoken_jax.geo.distance import from_unit_vectors, to_unit_vectors
 
-#: Photos per batch; for the 26,263 cells of PlaNet their log-probabilities are 27 MB.
+#: Photos per batch. With 26,263 cells, as in PlaNet, the log-probabilities of a batch take 27 MB.
 _BATCH = 256
 
 
@@ -61,9 +61,10 @@ class Cells:
 def partition(tokens: UInt8[np.ndarray, "N 21"], max_photos: int, min_photos: int) -> Cells:
     """Returns the cells into which PlaNet's partition divides the gallery.
 
+    The first cells are the six faces of S2. As long as a cell has more than max_photos photos, it is split into its
+    four children, but never below level 20. Then cells with fewer than min_photos photos are dropped.
+
     tokens: level-20 tokens of the gallery photos, as stored in tables.
-    Starting from the six faces, cells with more than max_photos photos are split into their four children. Then cells
-    with fewer than min_photos are dropped. A level-20 cell is never split.
     """
     left = np.sort(_curve_index(tokens))
     starts, sizes = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]

@@ -25,7 +25,7 @@ def read_format(folder: epath.PathLike) -> int:
 
 
 def read_config(folder: epath.PathLike) -> dict[str, Any]:
-    """Returns config.json of an export as this release writes it, whatever format the export has.
+    """Returns the settings in config.json of an export, converted to the format of this release.
 
     Only the selector that chooses the answer, and the models that it needs, are kept. The other selectors would only
     cost time, and this release may not have them.

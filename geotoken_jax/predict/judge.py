@@ -37,10 +37,10 @@ _MAX_FAILURES = 20
 _RETRIED = (408, 425, 429, 500, 502, 503, 504, 529)
 #: Errors of servers that do not support `response_format`. Both errors may also have other causes.
 _REFUSED_FORMAT = ("HTTP 400", "HTTP 422")
-#: Longest wait before a retry, also if the response's header Retry-After asks for more. Without this header the first
-#: retry follows at once.
+#: Longest wait before a retry, in seconds. It also limits the wait that a response's header Retry-After asks for.
+#: Without this header, the first retry follows at once.
 _LONGEST_WAIT_S = 120
-#: Longest wait for a connection: a running server accepts one sooner, even while its model loads.
+#: Longest wait for a connection, in seconds. A running server accepts a connection sooner, even while its model loads.
 _CONNECT_S = 10.0
 _JPEG_QUALITY = 90
 
@@ -137,9 +137,9 @@ class Question(NamedTuple):
     scores: Float[np.ndarray, "m"]
 
 
-class _Sent(NamedTuple):
-    """Result of a request. problem: why it failed, "" if it did not. body: the response's body; without a response, the
-    error. retries: number of retries."""
+class _Result(NamedTuple):
+    """Result of a request. problem: reason why the request failed; "" if it did not fail. body: the response's body, or
+    the error if there is no response. retries: number of retries."""
 
     problem: str
     body: str
@@ -301,7 +301,7 @@ class Judge:
         seconds = round(time.monotonic() - start, 4)
         problem, body, _ = sent[-1]
         reply = None if problem else _reply(body)
-        place, reason = _place(reply, prompt) if reply else (None, problem or "no chat completion")
+        place, reason = _answered_place(reply, prompt) if reply else (None, problem or "no chat completion")
         retries = sum(s.retries for s in sent)
         return _Outcome(
             id=question.id,
@@ -316,17 +316,17 @@ class Judge:
             text=reply.text if reply else body[:300],
         )
 
-    def _send(self, body: dict[str, Any]) -> _Sent:
+    def _send(self, body: dict[str, Any]) -> _Result:
         url = f"{self._settings.base_url.rstrip('/')}/chat/completions"
         try:  # no redirects: the photo must not reach another server than base_url
             response = self._http.request("POST", url, json=body, redirect=False)
         except MaxRetryError as error:
-            return _Sent(_problem(error.reason), self._without_key(str(error.reason)), self._settings.attempts - 1)
+            return _Result(_problem(error.reason), self._without_key(str(error.reason)), self._settings.attempts - 1)
         except HTTPError as error:
-            return _Sent(_problem(error), self._without_key(str(error)), 0)
+            return _Result(_problem(error), self._without_key(str(error)), 0)
         problem = "" if response.status == 200 else f"HTTP {response.status}"
         retries = len(response.retries.history) if response.retries else 0
-        return _Sent(problem, self._without_key(response.data.decode(errors="replace")), retries)
+        return _Result(problem, self._without_key(response.data.decode(errors="replace")), retries)
 
     def _without_key(self, text: str) -> str:
         return text.replace(self._key, "[the key]") if self._key else text
@@ -408,7 +408,7 @@ def _reply(body: str) -> _Reply | None:
     return _Reply(str(refusal or text or ""), refused, finish == "length", tokens_in, tokens_out)
 
 
-def _place(reply: _Reply, prompt: _Prompt) -> tuple[list[float] | None, str]:
+def _answered_place(reply: _Reply, prompt: _Prompt) -> tuple[list[float] | None, str]:
     """Returns the coordinates that a reply chooses and "", or None and the reason why the reply is unusable."""
     values = None if reply.refused else _last_object(reply.text, _ANSWERS[prompt.answer])
     if values is None:

@@ -18,10 +18,11 @@ from geotoken_jax.gallery.table import Table
 class Candidate:
     """A candidate location of a photo, in degrees.
 
-    probability: the model's probability of the candidate's cell (GeoCLIP: of this location among all in its gallery).
-    log_probability: natural logarithm of `probability`. tempered_log_probability: log-probability under the
-    distribution that candidates are sampled from. count: how often the candidate was decoded, greedily or by sampling.
-    tokens: tokens of the candidate's cell. A field is None if the method, for example a baseline, does not compute it.
+    probability: the model's probability of the candidate's cell; in GeoCLIP's predictor, the probability of this
+    location among all locations in GeoCLIP's gallery. log_probability: natural logarithm of `probability`.
+    tempered_log_probability: log-probability under the distribution that candidates are sampled from. count: how often
+    the candidate was decoded, greedily or by sampling. tokens: tokens of the candidate's cell. A field is None if the
+    method, for example a baseline, does not compute it.
     """
 
     latitude: float
@@ -66,8 +67,9 @@ class Cell:
 class Place:
     """A place that the reranker ranked, in degrees.
 
-    probability: the reranker's probability that this is the photo's place, among all places that it ranked. channels:
-    source that brought the place -> its rank there, from 1, and its score there (see predict.rerank.Candidates).
+    probability: the reranker's probability that this is the photo's place; the probabilities of all ranked places sum
+    to 1. channels: name of a source of candidates that lists the place -> rank of the place in this source, from 1, and
+    score in this source (see predict.rerank.Candidates).
     """
 
     latitude: float

@@ -1,4 +1,4 @@
-"""A trained model as one object: photos in, predictions with candidates and radii out."""
+"""A trained model as one object, which predicts where photos were taken."""
 
 import abc
 import asyncio
@@ -74,6 +74,7 @@ class Predictor(abc.ABC):
         bytes of an image file. Positions and times in EXIF are not read. captured: the photo's capture time, or a list
         with one time per photo; None if unknown. A datetime without a zone is UTC. on_error: "return" puts an
         ImageError into the list for each photo that cannot be read.
+
         Raises ImageError, with the photo's name, if a photo cannot be read and on_error is "raise". Raises ValueError
         if `captured` is given and has another length than photos, or is given to a model that does not read times
         (config.model.context).
@@ -103,8 +104,8 @@ class Predictor(abc.ABC):
     async def predict_async(self, photos: Any, captured: Any = None) -> Prediction | list[Prediction]:
         """Returns the same as `predict`, without blocking the event loop.
 
-        One thread runs all batches of a model, in the order in which they are awaited, so that calls with several
-        batches take turns. A canceled call drops the batches that have not begun.
+        One thread runs all batches of a model, in the order in which they are awaited. Calls with several batches
+        therefore take turns. A canceled call drops its batches that have not begun.
         """
         if not isinstance(photos, (list, tuple)):
             return (await self.predict_async([photos], None if captured is None else [captured]))[0]
@@ -149,7 +150,7 @@ class Predictor(abc.ABC):
                     prepared = 0
                     while prepared < self.batch_size:
                         for photo, time, excluded in itertools.islice(source, 2 * self.batch_size - len(ahead)):
-                            ahead.append((pool.submit(self._prepared, photo), time, excluded))
+                            ahead.append((pool.submit(self._prepare_or_error, photo), time, excluded))
                         if not ahead:
                             break
                         future, time, excluded = ahead.popleft()
@@ -157,18 +158,18 @@ class Predictor(abc.ABC):
                         prepared += not isinstance(batch[-1][0], ImageError)
                     if not batch:
                         return
-                    yield from self._answers(batch)
+                    yield from self._predict_batch(batch)
             finally:
                 for future, *_ in ahead:
                     future.cancel()
 
-    def _prepared(self, photo: Any) -> Any:
+    def _prepare_or_error(self, photo: Any) -> Any:
         try:
             return self.prepare(photo)
         except ImageError as error:
             return error
 
-    def _answers(self, batch: list[tuple[Any, float, Excluded]]) -> Iterator[Prediction | ImageError]:
+    def _predict_batch(self, batch: list[tuple[Any, float, Excluded]]) -> Iterator[Prediction | ImageError]:
         read = [one for one in batch if not isinstance(one[0], ImageError)]
         predictions = iter(())
         if read:
@@ -257,7 +258,8 @@ class GeoToken(Predictor):
 
         model: folder that `geotoken export` made, or name ORG/NAME or ORG/NAME@REVISION of a model on the Hugging Face
         hub. revision: branch, tag or commit on the hub, if `model` has none; the main branch if None. verify, backbone:
-        see GeoToken. Raises SettingsError if there is no such model or the download fails, and the errors of GeoToken.
+        see GeoToken. Raises SettingsError if there is no such model or the download fails. Also raises the errors of
+        GeoToken(...).
         """
         return cls(hub.resolve(model, revision), verify, backbone)
 

@@ -30,7 +30,7 @@ DECODER_SOURCES = ("samples", "cells")
 _BATCH = 64
 #: A ranking becomes a distribution over places with one disc per candidate. Each disc has the area of an S2 cell of
 #: this level: at level 12, the radius is 1.3 km.
-_LEVEL = 12
+_DISC_LEVEL = 12
 #: File with the network for new photos, and files with one network per fold, as a format string.
 _NEW_FILE, _FOLD_FILES = "parameters.safetensors", "fold-{:03d}.safetensors"
 
@@ -204,7 +204,7 @@ def places(ranking: Ranking) -> PlaceDistribution:
     order = np.argsort(-ranking.probability, 1, kind="stable")
     coordinates = np.take_along_axis(ranking.candidates.coordinates, order[..., None], 1)
     probability = np.take_along_axis(ranking.probability, order, 1).astype(np.float64)
-    return PlaceDistribution(coordinates, np.full(probability.shape, _LEVEL), probability)
+    return PlaceDistribution(coordinates, np.full(probability.shape, _DISC_LEVEL), probability)
 
 
 def folds(authors: np.ndarray, ids: np.ndarray, count: int) -> Int[np.ndarray, " n"]:

@@ -63,7 +63,8 @@ def search(
     expansions: int = 128,
     capacity: int = 256,
 ) -> SearchResult:
-    """Returns the most probable cells once the `count` most probable leaves are proven, or expansions run out.
+    """Searches until the `count` most probable leaves are proven, or expansions run out. Returns the most probable
+    cells.
 
     length: number of tokens of a leaf; T, the number of all tokens, if None. At group 2, leaves of 7 tokens are cells
     of level 12, 2 km wide. Choose T only if the model is certain of its last tokens. Otherwise all leaves have similar
@@ -151,8 +152,7 @@ def _result(state: _State, length: int, capacity: int) -> SearchResult:
 
 
 def _start(model: GeoTokenModel, memory: Memory, width: int, expansions: int) -> _State:
-    """Returns the state before the first expansion. Only one entry of `children` is not -inf: the whole Earth, at depth
-    0."""
+    """Returns the state before the first expansion. Its only open node is the whole Earth, an entry of `children`."""
     cells, batch = model.settings.cells, memory.lengths.shape[0]
     cache = model.start(memory, width, expansions)
     return _State(

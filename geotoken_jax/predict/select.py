@@ -1,4 +1,4 @@
-"""Selectors: each chooses an answer for every photo of a pool, one of its candidates or any point on Earth."""
+"""Selectors. A selector chooses an answer for every photo of a pool: a candidate, or any other point on Earth."""
 
 import dataclasses
 from collections.abc import Callable

@@ -27,7 +27,7 @@ _ELSEWHERE = 1e-6
 _KNOTS = np.linspace(0, 1, 21)
 #: Bounds of Calibration.temperature and Calibration.elsewhere in `fit`.
 _BOUNDS = ((0.2, 5.0), (1e-3, 1e4))
-#: Bisection steps from half the Earth's circumference to a radius that is exact to 1 micrometer.
+#: Number of bisection steps for a radius. They narrow half the Earth's circumference to less than 1 micrometer.
 _HALVINGS = 45
 #: Photos per block. For 5 radii and 257 discs per photo, an array of float64 takes 10.5 MB.
 _BLOCK = 1024

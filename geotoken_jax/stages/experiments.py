@@ -91,8 +91,9 @@ def run(config: Config, workdir: Workdir, name: str) -> dict[str, Any]:
 def curve(config: Config, workdir: Workdir, name: str) -> dict[str, Any] | None:
     """Returns the validations of an experiment's runs until now, and the first neighbor's accuracy on the same photos.
 
-    None if no run has a validation yet. Accuracies are fractions within each of THRESHOLDS_KM, of greedy decoding.
-    processor_s: processor time of training until the validation, in seconds.
+    The result is None if no run has a validation yet. Accuracies are fractions within each of THRESHOLDS_KM; a run's
+    accuracies are measured with greedy decoding. `processor_s` is the processor time of training until the validation,
+    in seconds.
     """
     experiment, variant = _experiment(config, name), config.evaluate.reference
     runs: dict[str, list[dict[str, Any]]] = {}

@@ -97,8 +97,8 @@ def copy_backbone(
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Returns the backbone's settings for config.json, and name, commit and SHA-256 sums of its checkpoint.
 
-    Neither contains a local path. The second is None if the backbone has no checkpoint. It has a commit only if the
-    checkpoint is from the hub.
+    Neither result contains a local path. The second result is None if the backbone has no checkpoint. It has a commit
+    only if the checkpoint is from the Hugging Face hub.
 
     weights: whether to copy the checkpoint into the folder.
     """

@@ -1,4 +1,4 @@
-"""The judge of `geotoken predict`: a multimodal language model answers photos whose predictions are finished."""
+"""The judge of `geotoken predict`: a multimodal language model that gives new answers after a variant's predictions."""
 
 import functools
 import json

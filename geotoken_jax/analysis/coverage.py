@@ -72,8 +72,8 @@ class Maps:
         cells: ids of the S2 cells with gallery photos, ascending.
         counts: gallery photos per cell.
         coordinates: true coordinates, in degrees, of the split's photos that are predicted again without their region.
-        lost: for the keys `continent` and `country`, the number of the band in which the loss of each photo's region
-            is, from 0 (below the first of LOST_BANDS) to len(LOST_BANDS); -1 if the region is not left out.
+        lost: kind of region (`continent`, `country`) -> number of the loss band of each photo's region, from 0 (below
+            the first of LOST_BANDS) to len(LOST_BANDS); -1 if the region is not left out.
     """
 
     cells: UInt64[np.ndarray, "m"]

@@ -71,8 +71,8 @@ class PhotoLookup:
     def _photo(self, row: int) -> Mapping[str, Any]:
         """Returns the record of a row of the table.
 
-        photos/ has the order of the table, but also has the few photos that `embed` dropped. The photo is therefore at
-        the same row of photos/ or later, where the search for its id starts.
+        photos/ has the order of the table, but also has the few photos that `embed` dropped. A photo is therefore at
+        the same row of photos/ or at a later row.
         """
         name = bytes(self._ids[row]).decode()
         while (photo := self._photos[row])["id"] != name:

@@ -34,8 +34,8 @@ class Answers(NamedTuple):
     """Answers for b photos.
 
     predictions: predictions without radii. distribution: distribution over places from which the radii are computed. It
-    is the reranker's if the reranker chooses the answer, else the decoder's; None if the decoder's distribution was not
-    searched. ranking: the reranker's ranking; None if the reranker is not among the selectors.
+    comes from the reranker if the reranker chooses the answer, else from the decoder; None if the decoder's
+    distribution was not searched. ranking: the reranker's ranking; None if the reranker is not among the selectors.
     """
 
     predictions: list[Prediction]

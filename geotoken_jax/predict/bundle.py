@@ -100,9 +100,10 @@ def backbone(
 
     section: settings of the backbone in the export's config.json. referred: name, commit and SHA-256 sums of the
     backbone's checkpoint; None if the backbone has no checkpoint. given: folder of that checkpoint, or its name on the
-    hub; if None, the copy in the export is used. For a backbone without a checkpoint, `given` is ignored. Raises
-    ExportError if there is neither a checkpoint nor a copy, or if a file of the checkpoint is missing or does not match
-    its sum, and SettingsError if the checkpoint cannot be downloaded.
+    hub; if None, the copy in the export is used. For a backbone without a checkpoint, `given` is ignored.
+
+    Raises ExportError if there is neither a checkpoint nor a copy, or if a file of the checkpoint is missing or does
+    not match its sum. Raises SettingsError if the checkpoint cannot be downloaded.
     """
     referred = referred or {}
     copy = section["huggingface"]["path"]

@@ -41,8 +41,8 @@ class Cells:
     """S2 cells of any level that do not overlap, indexed in the order of the Hilbert curve."""
 
     def __init__(self, starts: Int64[np.ndarray, " V"], sizes: Int64[np.ndarray, " V"]):
-        """starts: for each cell, the index on the curve of the first level-20 cell inside it (see `_curve_index`), in
-        ascending order. sizes: number of level-20 cells inside each cell."""
+        """starts: index on the curve (see `_curve_index`) of the first level-20 cell inside each cell, in ascending
+        order. sizes: number of level-20 cells inside each cell."""
         self._starts, self._stops = starts, starts + sizes
 
     def __len__(self) -> int:

@@ -14,7 +14,7 @@ FORMAT = 2
 
 
 def read_format(folder: epath.PathLike) -> int:
-    """Returns the format of an export. Raises ExportError if it is later than this release's."""
+    """Returns the format of an export. Raises ExportError if this release cannot read the format."""
     number = _stored(folder).get("format", 1)
     if number not in range(1, FORMAT + 1):
         raise ExportError(
@@ -27,13 +27,12 @@ def read_format(folder: epath.PathLike) -> int:
 def read_config(folder: epath.PathLike) -> dict[str, Any]:
     """Returns the settings in config.json of an export, converted to the format of this release.
 
-    Only the selector that chooses the answer, and the models that it needs, are kept. The other selectors would only
-    cost time, and this release may not have them.
+    Only the selector that chooses the answer is kept, with its models. The other selectors would only cost time, and
+    this release may not have them.
 
-    Raises ExportError if the format is later than this release's, or if this release does not have the selector that
-    chooses the answer.
+    Raises ExportError if this release cannot read the format, or does not have the selector that chooses the answer.
     """
-    from geotoken_jax.predict.select import SELECTORS  # here, because converters lack packages that it imports
+    from geotoken_jax.predict.select import SELECTORS  # here, because converters lack some of its packages
 
     read_format(folder)
     config = _stored(folder)

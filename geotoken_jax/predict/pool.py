@@ -38,7 +38,7 @@ class Pool(NamedTuple):
     probabilities of cells; None if the decoder's distribution was not searched. exclude: rules that exclude gallery
     photos from the neighbors; selectors that search the gallery apply the same rules. context: capture times, encoded
     by data.join.context; None if the decoder does not read capture times. fold: fold of each photo (see
-    predict.rerank.folds), for validation photos, to which the reranker is fitted; None for other photos.
+    predict.rerank.folds) if they are the validation photos, to which the reranker is fitted; otherwise None.
     """
 
     candidates: Candidates

@@ -28,8 +28,8 @@ from geotoken_jax.predict.decode import PredictSettings
 class Program(NamedTuple):
     """A function of arrays for b photos, with its model.
 
-    arguments: argument name -> shape and type for one photo. Exception: the argument `noise` is shared by all photos,
-    and its shape is complete. run: function of the model, then of the arguments in the order of `arguments`.
+    arguments: argument name -> shape without the axis of the photos, and type. The argument `noise` has no such axis,
+    because all photos share it. run: function of the model, then of the arguments in the order of `arguments`.
     """
 
     model: nnx.Module

@@ -124,7 +124,7 @@ def _decode_prefixes(
 ) -> tuple[Float[Array, "B n V"], Cache]:
     """Returns the log-probabilities of the token after each of n prefixes, and the cache of the prefixes.
 
-    The prefixes are all sequences of 0 to len(sizes) - 1 tokens, shorter ones first, and those with equal length in
+    The prefixes are all sequences of 0 to len(sizes) - 1 tokens, shorter ones first, and sequences of equal length in
     lexicographic order. sizes: number of tokens at each position. slots: number of slots per photo; prefix i writes
     slot i.
     """

@@ -89,8 +89,8 @@ class Calibration:
     """Correction of the probability that the truth is within a distance, valid for photos like the ones in the fit.
 
     temperature: the cells' relative probabilities are raised to 1 / temperature. elsewhere: factor on the odds that the
-    photo is in none of the cells. levels: for each probability p in _KNOTS, the p-quantile of the photos' masses. The
-    mass of a photo is the probability in the circle around the answer whose edge is at the truth. Linear interpolation
+    photo is in none of the cells. levels: p-quantile of the photos' masses for each probability p in _KNOTS. The mass
+    of a photo is the probability in the circle around the answer whose edge is at the truth. Linear interpolation
     between the levels maps a mass to a probability and back (Kuleshov et al. 2018, algorithm 1). photos: number of
     photos in the fit.
     """
@@ -187,7 +187,7 @@ def _blocks(b: int) -> list[slice]:
 class _Discs:
     """The cells of b photos as discs, with each disc's distance from the photo's answer.
 
-    The last disc of each photo is the whole Earth, with the probability that is in none of the photo's cells.
+    The last disc of each photo is the whole Earth, with the probability that is outside all cells of the photo.
     """
 
     def __init__(self, distribution: "PlaceDistribution", at: Float[np.ndarray, "b 2"]):

@@ -109,7 +109,7 @@ def _exclusion(
 def gallery(workdir: Workdir, wanted: Sequence[str], split: str = GALLERY) -> examples.PhotoLookup:
     """Returns a lookup of photos by id, to show them on a page.
 
-    wanted: ids of the photos to show. split: split that contains these photos, by default the gallery's.
+    wanted: ids of the photos to show. split: split that contains these photos, by default the split in the gallery.
     """
     return examples.PhotoLookup(workdir.photos(split), workdir.table(split), wanted)
 

@@ -28,8 +28,8 @@ from geotoken_jax.stages.train import check_context
 from geotoken_jax.workdir import VALIDATION, Workdir
 
 #: Folders that a run links to instead of making them again. The folders in _SHARED are linked to the base work
-#: directory. Of each folder in _TRAINED, only the variant's subfolder is linked: to the run whose models are reused if
-#: the experiment names one, else to the base work directory.
+#: directory. Of each folder in _TRAINED, only the variant's subfolder is linked. If the experiment names a run whose
+#: models are reused, it is linked to that run, else to the base work directory.
 _SHARED = ("photos", "features", "align", "gallery", "queries", "neighbors", "tokens")
 _TRAINED = ("geotoken", "pools", "reward", "reranker")
 

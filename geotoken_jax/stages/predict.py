@@ -24,7 +24,7 @@ def run(config: Config, workdir: Workdir, variant: str) -> list[Manifest]:
 
     Radii are calibrated with calibration.json, which is fitted to the predictions of the validation split. Without a
     validation split there is no such file: radii are uncalibrated and the manifest has `calibrated` false. If
-    config.predict.search.expansions is 0 and the reranker does not choose, predictions have no radii.
+    config.predict.search.expansions is 0 and the reranker does not choose the answer, predictions have no radii.
     """
     variant_config, folder = config.variant(variant), f"predictions/{variant}"
     inputs = [

@@ -26,11 +26,11 @@ from geotoken_jax.workdir import TOP1
 #: A photo without a country name gets the country of the nearest gallery photo, if that photo is within this distance.
 NEAR_KM = 100.0
 #: Indices into THRESHOLDS_KM. BIN_AT: threshold of the charts by distance to the nearest gallery photo. LOST_AT:
-#: threshold of the map of losses. It is the largest one, because photos from a region without gallery photos are rarely
-#: placed nearer.
+#: threshold of the map of losses. This is the largest threshold, because few photos are placed nearer if the gallery
+#: has no photos of their region.
 BIN_AT, LOST_AT = distance.THRESHOLDS_KM.index(200), distance.THRESHOLDS_KM.index(2500)
-#: Borders between the colors of the map of losses, in percent. The loss of a region is the relative fall of the share
-#: of its photos placed within 2,500 km if the gallery lacks the region.
+#: Borders between the colors of the map of losses, in percent. A region's loss of 40 % means: without the gallery
+#: photos of the region, the share of its photos that are placed within 2,500 km is 40 % smaller.
 LOST_BANDS = (20, 40, 60, 80, 95)
 #: Kinds of regions, in the order of the columns of SplitPhotos.regions.
 _KINDS = ("continent", "country")

@@ -1,4 +1,6 @@
-"""Accuracy of predictions, computed from files of predictions and of true coordinates. Any program may write them.
+"""Accuracy of predictions, computed from files of predictions and files of true coordinates.
+
+The files may come from any program.
 
 Every photo of the truth counts: a photo without a prediction is wrong at every threshold. Intervals are 95 % percentile
 bootstrap intervals. Authors are resampled if they are known, because photos of one author are not independent. All

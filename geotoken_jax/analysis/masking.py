@@ -56,8 +56,8 @@ class MaskedGallery:
             query = self._queries.embeddings(rows[part])
             batch = {"query": query, **join.neighbors(self._gallery, neighbor_rows[part], decoder.cells)}
             exclude = [*self._excluded(rows[part]), lambda queries, found: hidden[found]]
-            # Every photo has number 0, so that the random draws are the same as in predictions/.
             found = neighbor_rows[part], scores[part]
+            # Every photo has number 0, as in predictions/, so that the decoder draws the same samples.
             pool = decoder(batch, *found, np.zeros(len(query), np.int64))._replace(exclude=exclude)
             placed[1, part] = coordinates(self._answerer(pool, *found).predictions)
         return placed

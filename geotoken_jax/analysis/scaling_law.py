@@ -67,7 +67,7 @@ def _starts(log_loss: Float[np.ndarray, "n"]) -> list[np.ndarray]:
 
 
 def _descend(start: np.ndarray, x: np.ndarray, y: np.ndarray, log_loss: np.ndarray) -> tuple[float, np.ndarray]:
-    """Returns the minimum of the mean Huber loss that L-BFGS reaches from a start, and its five parameters."""
+    """Returns the minimum of the mean Huber loss that L-BFGS reaches from a start, and the parameters there."""
 
     def value(p: np.ndarray) -> tuple[float, np.ndarray]:
         a, b, e, alpha, beta = p

@@ -265,7 +265,7 @@ class GeoToken(Predictor):
 
     @classmethod
     def from_pretrained(cls, name_or_folder: epath.PathLike, **options: Any) -> "GeoToken":
-        """Returns the same as `load`, by the name of this method in transformers. options: see `load`."""
+        """Returns the same as `load`. The library transformers has this name for it. options: see `load`."""
         return cls.load(name_or_folder, **options)
 
     def push_to_hub(self, name: str) -> str:

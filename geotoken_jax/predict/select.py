@@ -17,7 +17,7 @@ Selector = Callable[[Pool], Choice]
 
 #: Selectors that `geotoken learn` trains, each in the folder NAME/VARIANT.
 TRAINED = ("reward", "reranker")
-#: Number of steps in which `Goal.point` improves a point; none of 2,000 photos of EarthView gained from an eleventh.
+#: Number of steps in which `Goal.point` improves a point. An eleventh step improved none of 2,000 photos of EarthView.
 _STEPS = 10
 _HALF_AROUND_KM = np.pi * distance.EARTH_RADIUS_KM
 #: Number of most probable cells whose centers are possible starting points of `Goal.point`, besides the candidates.
@@ -81,10 +81,13 @@ def density(
     temperature: float,
     sigma_km: float,
 ) -> Float[np.ndarray, "... K"]:
-    """Returns the density of the neighbors at each of K points, in [0, 1]; 1 if all weight is at the point.
+    """Returns the density of the neighbors at each of K points, in [0, 1] (Vo et al. 2017, section 3).
+
+    The density is the weighted sum of one Gaussian per neighbor. The weights sum to 1 and grow with the scores. At its
+    center, a Gaussian is 1.
 
     km: distance from each point to each neighbor. scores: scores of the neighbors, -inf if missing. temperature,
-    sigma_km: see VoteSettings. Source: Vo et al. 2017, section 3.
+    sigma_km: see VoteSettings.
     """
     best = np.max(scores, -1, keepdims=True, initial=-3.0)
     weights = np.exp((scores - best) / temperature)
@@ -115,7 +118,7 @@ class Goal:
 
     The selectors maximize the expected value under the model's distribution over places (minimum Bayes risk).
     `candidate` chooses the best candidate, `point` the best point that a local search finds. The answer need not be in
-    the most probable cell: a place with much probability around it can have a higher expected value.
+    the most probable cell, because a place with much probability around it can have a higher expected value.
     """
 
     def __init__(self, limit_km: float | None):

@@ -80,7 +80,7 @@ def sums(folder: epath.PathLike) -> dict[str, str]:
     try:
         lines = (folder / SUMS).read_text().splitlines()
     except UnicodeDecodeError:
-        raise ExportError(f"{folder / SUMS} is damaged, as it is not UTF-8: {_AGAIN}") from None
+        raise ExportError(f"{folder / SUMS} is damaged because it is not UTF-8: {_AGAIN}") from None
     digests = {}
     for line in lines:
         digest, _, name = line.partition("  ")
@@ -124,7 +124,8 @@ def backbone(
         if not file.exists() or sha256(file) != expected:
             raise ExportError(
                 f"{file} {'does not match its SHA-256 sum' if file.exists() else 'is missing'}: "
-                f"{folder} requires the backbone {required}, with the sums in {folder}/config.json; give that one"
+                f"{folder} requires the backbone {required}, with the sums in {folder}/config.json; give the folder or "
+                "the name of this backbone"
             )
     return {**section, "huggingface": {**section["huggingface"], "path": str(given)}}
 

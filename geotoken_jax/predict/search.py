@@ -82,7 +82,8 @@ def search(
     """
     if expansions % width or not expansions:
         raise ValueError(
-            f"expansions is {expansions}: set config.predict.search.expansions to a multiple of width, {width}, above 0"
+            f"config.predict.search.expansions is {expansions}: set it to a positive multiple of "
+            f"config.predict.search.width, {width}"
         )
     if capacity < count:
         raise ValueError(

@@ -165,7 +165,7 @@ def _classifier(config: Config, workdir: Workdir, folder: epath.Path) -> tuple[A
     if not len(cells):
         raise SettingsError(
             f"config.baselines.classifier.min_photos is {options.min_photos}, and no cell of this gallery has as many "
-            "photos: lower it"
+            "photos: set it to a smaller number"
         )
     task = classifier.ClassifierTask(options, gallery.width, len(cells))
     names = [

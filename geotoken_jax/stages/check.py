@@ -58,7 +58,8 @@ def _check_neighbors(config: Config) -> None:
     if config.model.neighbors > stored:
         raise SettingsError(
             f"config.model.neighbors is {config.model.neighbors}, but config.index.neighbors.count is {stored}, the "
-            f"number of neighbors stored per photo: set the first to at most {stored}, or raise the second"
+            f"number of neighbors stored per photo: set config.model.neighbors to at most {stored}, or "
+            f"config.index.neighbors.count to at least {config.model.neighbors}"
         )
 
 

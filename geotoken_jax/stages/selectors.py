@@ -116,8 +116,9 @@ def reranker(config: Config, workdir: Workdir, variant: str) -> Manifest:
     config = config.variant(variant)
     if not workdir.query_counts.get(VALIDATION):
         raise SettingsError(
-            "the selector `reranker` is fitted to photos of the split validation, but the data has none: remove "
-            "'reranker' from config.predict.selectors, or prepare photos with a larger share of validation"
+            "config.predict.selectors has 'reranker', which is fitted to photos of the split validation, but the data "
+            "has none: remove 'reranker' from config.predict.selectors, or prepare photos with a larger share of "
+            "validation"
         )
     settings, options, queries = config.reranker.model, config.reranker.fit, workdir.table(VALIDATION)
     rows = np.unique(np.linspace(0, len(queries) - 1, min(options.photos, len(queries))).astype(int))

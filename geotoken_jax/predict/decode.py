@@ -36,8 +36,8 @@ class SearchSettings:
 
     expansions: largest number of cells divided per photo, a multiple of width; 0 turns the search off. level: S2 level
     of the leaves, a multiple of config.model.group. leaves: number of most probable leaves to find, at most 4096. A
-    photo's search ends when these leaves are proven to be the most probable ones, or after `expansions` cells. width:
-    number of cells divided per photo and step.
+    photo's search ends when these leaves are proven to be the most probable ones, or when `expansions` cells have been
+    divided. width: number of cells divided per photo and step.
     """
 
     expansions: int

@@ -61,7 +61,8 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
 def _search(config: Config, workdir: Workdir, benchmark: str, rules: ExcludeSettings) -> Neighbors:
     """Returns the neighbors of a benchmark's photos without the gallery photos that the rules exclude.
 
-    Each photo has the same number of neighbors as in neighbors/, if the rules leave enough gallery photos.
+    The number of neighbors per photo is the same as in neighbors/. If the search finds fewer, the last rows of the
+    photo are -1 and their scores -inf.
     """
     stored = workdir.manifest("neighbors").settings["index"]["neighbors"]
     always = settings.read(ExcludeSettings, stored["exclude_in_evaluation"], "index.neighbors.exclude_in_evaluation")

@@ -78,8 +78,8 @@ def _answers(
 ) -> tuple[list[Prediction], Recall]:
     """Returns the predictions for a split's photos, and the recall of the reranker's candidates.
 
-    The radii are calibrated on the answers for the validation photos. The reranker was fitted to these photos as well,
-    in folds. Each of them is therefore ranked by the reranker that was fitted without the photo's fold.
+    The radii are calibrated on the answers for the validation photos. A reranker, if there is one, was fitted to these
+    photos as well. Each of them is therefore ranked by the reranker that was fitted without the photo's fold.
     """
     table, recall = workdir.table(split), Recall()
     calibrates = split == VALIDATION

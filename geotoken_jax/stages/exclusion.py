@@ -43,6 +43,7 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
     with Progress("exclusion", sum(photos.values()) * len(rule_sets), "photos") as progress:
         for benchmark, n in photos.items():
             queries = workdir.table(benchmark)
+            # A photo without an author has its id as the author.
             unknown = int((queries.authors() == queries.ids()).sum())
             facts[benchmark] = {"unknown_authors": unknown, "rules": {}}
             for name, rules in rule_sets.items():

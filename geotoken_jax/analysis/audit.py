@@ -1,4 +1,4 @@
-"""Functions that several audits share: scores of a subset of photos, and the methods that an audit compares."""
+"""Functions that several audits use: scores of a subset of photos, and the methods that an audit compares."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -29,8 +29,9 @@ def score(
 
 
 def main_methods(methods: Sequence[Method]) -> list[Method]:
-    """Returns the method with the final answers of each file of predictions.
+    """Returns one method per file of predictions: the method with the file's answers.
 
-    Left out are the choices of the file's other selectors, and the bound, which is the candidate nearest to the truth.
+    Two kinds of methods are left out: the choices of the file's other selectors, and the bound, which takes the
+    candidate nearest to the truth.
     """
     return [method for method in methods if method.main]

@@ -17,7 +17,7 @@ _CELL = tuple(field.name for field in dataclasses.fields(Cell))
 
 @dataclasses.dataclass(frozen=True)
 class Claims:
-    """Stated uncertainty of n answers; NaN if an answer states none.
+    """Stated uncertainty of n answers. Numbers that an answer does not state are NaN.
 
     within: probability that the truth is within each of THRESHOLDS_KM of the answer. radius_km: radii of the circles
     around the answer that contain 50 and 90 % of the probability. cells: up to F S2 cells per answer, each with level,
@@ -29,7 +29,7 @@ class Claims:
     cells: Float[np.ndarray, "n F 4"]
 
     def at(self, rows: np.ndarray, n: int) -> "Claims":
-        """Returns claims of n photos: these claims at `rows`, NaN elsewhere."""
+        """Returns the claims of n photos. The photos at `rows` have these claims, all other photos have NaN."""
         expanded = []
         for values in (self.within, self.radius_km, self.cells):
             expanded.append(np.full((n, *values.shape[1:]), np.nan))
@@ -80,7 +80,7 @@ def _number(value: Any, name: str, maximum: float) -> float:
 
 
 def concatenate(claims: Sequence[Claims]) -> Claims | None:
-    """Returns claims of single photos as one Claims; None if no photo states any uncertainty."""
+    """Returns the claims of several single photos as one Claims; None if no photo states any uncertainty."""
     cells = np.full((len(claims), max(claim.cells.shape[1] for claim in claims), 4), np.nan)
     for n, claim in enumerate(claims):
         cells[n, : claim.cells.shape[1]] = claim.cells[0]

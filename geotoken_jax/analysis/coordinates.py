@@ -1,6 +1,7 @@
 """Readers of true and predicted coordinates from tables, and the methods in a file of predictions.
 
-A method is one set of coordinates to score: the answers of a file, the choices of another selector, or a bound.
+A method is one set of coordinates to score: the answers of a file, the choices of another of its selectors, or the
+candidates nearest to the truth.
 """
 
 import dataclasses
@@ -26,10 +27,10 @@ FARTHEST_KM = math.pi * distance.EARTH_RADIUS_KM
 class CoordinateTable:
     """Coordinates of n photos, true or predicted, latitude and longitude in degrees.
 
-    source: path or name of the file, for messages. candidates: coordinates that the predictor chose among, padded with
-    NaN to K, the largest number per photo. generated: whether a decoder generated the candidates token by token. extra:
-    all other columns per photo, column names in lower case. claims: stated uncertainty per photo; None if the file
-    has none.
+    source: path or name of the file, for messages. candidates: coordinates of the candidates; K is the largest number
+    per photo, and photos with fewer are padded with NaN. generated: whether a decoder generated the candidates token by
+    token. extra: all other columns per photo, column names in lower case. claims: stated uncertainty per photo; None if
+    the file has none.
     """
 
     source: str
@@ -48,9 +49,9 @@ class Method:
     variant: path of the file, or name of the variant, that predicted the coordinates. choice: name of the selector; ""
     if the file has no names. name: label in tables and charts. main: whether these coordinates are the answers of the
     file, and not the choices of another selector. baseline: whether the candidates are not from a decoder. bound:
-    whether the candidate nearest to the truth is chosen, which no selector can surpass. coordinates: degrees, NaN for a
-    missing prediction. km: distance from the truth, FARTHEST_KM for a missing prediction. claims: stated uncertainty;
-    None if the method is not the main one or its file states none.
+    whether these coordinates are the candidates nearest to the truth; no selector can be better. coordinates: degrees,
+    NaN for a missing prediction. km: distance from the truth, FARTHEST_KM for a missing prediction. claims: stated
+    uncertainty; None if the method is not the main one or its file states none.
     """
 
     variant: str
@@ -124,7 +125,8 @@ def methods_of(
 ) -> list[Method]:
     """Returns the methods in one file of predictions: its answers, the choices of its other selectors, and a bound.
 
-    The bound chooses the candidate nearest to the truth. A file with at most one candidate per photo has no bound.
+    The bound takes the candidate nearest to the truth. A file with at most one candidate per photo has no bound.
+
     variant: name of the file or variant. label: name of the variant in tables. earth: key of distance.EARTHS.
 
     Raises TableError if the file has a photo that the truth does not have, or if a photo lacks a selector's choice.
@@ -193,7 +195,10 @@ def read_truth(workdir: Workdir, split: str) -> CoordinateTable:
 
 
 def _rows(path: epath.PathLike, predicted: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields the place and the columns of each row of a table. Raises TableError for a row that cannot be scored."""
+    """Yields each row of a table: its location for messages (e.g. "FILE, line 2") and its columns.
+
+    Raises TableError for a row that cannot be scored.
+    """
     for row in tables.read(path, optional=None, predicted=predicted):
         location = f"{path}, {row.place}"
         if row.fault:
@@ -229,7 +234,10 @@ def _padded(lists: Sequence[Sequence[tuple[float, float]]]) -> Float[np.ndarray,
 
 
 def _point(choice: Any, candidates: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Returns the coordinates of a choice, which is a point or an index; NaN if no candidate has that index."""
+    """Returns the coordinates of a choice, which is a point or an index into `candidates`.
+
+    The coordinates are NaN if no candidate has that index.
+    """
     if not isinstance(choice, Sequence):
         return candidates[int(choice)] if 0 <= int(choice) < len(candidates) else (math.nan, math.nan)
     latitude, longitude = (float(value) for value in choice)

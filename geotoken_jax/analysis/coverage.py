@@ -1,4 +1,8 @@
-"""Numbers that `geotoken audit coverage` reports: gallery photos per region, and accuracy if a region has none."""
+"""Numbers that `geotoken audit coverage` reports on the gallery's coverage of the Earth.
+
+They are the number of gallery photos per region, and the accuracy on a region's photos if the gallery has no photos of
+the region.
+"""
 
 import dataclasses
 import itertools
@@ -21,11 +25,12 @@ from geotoken_jax.workdir import TOP1
 
 #: A photo without a country name gets the country of the nearest gallery photo, if that photo is within this distance.
 NEAR_KM = 100.0
-#: Indices into THRESHOLDS_KM: of the charts by distance to the nearest gallery photo, and of the map of losses. Photos
-#: of a region that the gallery lacks cannot be placed closely, so the map uses 2,500 km.
+#: Indices into THRESHOLDS_KM. BIN_AT: threshold of the charts by distance to the nearest gallery photo. LOST_AT:
+#: threshold of the map of losses. This is the largest threshold, because few photos are placed nearer if the gallery
+#: has no photos of their region.
 BIN_AT, LOST_AT = distance.THRESHOLDS_KM.index(200), distance.THRESHOLDS_KM.index(2500)
-#: Borders between the colors of the map of losses, in percent. The loss of a region is the relative fall of the share
-#: of its photos placed within 2,500 km if the gallery lacks the region.
+#: Borders between the colors of the map of losses, in percent. A region's loss of 40 % means: without the gallery
+#: photos of the region, the share of its photos that are placed within 2,500 km is 40 % smaller.
 LOST_BANDS = (20, 40, 60, 80, 95)
 #: Kinds of regions, in the order of the columns of SplitPhotos.regions.
 _KINDS = ("continent", "country")
@@ -36,10 +41,9 @@ BINS = [
     f"over {distance.THRESHOLDS_KM[-1]:,} km",
 ]
 
-#: Function that predicts photos of a split with neighbors from a subset of the gallery. Arguments: index of the
-#: left-out region in the list of regions to leave out, rows of the photos in the split's table, gallery rows that may
-#: be neighbors. Returns two sets of coordinates in degrees: first neighbors, NaN for a photo without neighbors, and
-#: answers of the decoder.
+#: Function that predicts photos of a split with neighbors from a subset of the gallery. Arguments: number of the region
+#: that is left out, rows of the photos in the split's table, gallery rows that may be neighbors. Returns two sets of
+#: coordinates in degrees: the first neighbors, with NaN for a photo without neighbors, and the decoder's answers.
 Answer = Callable[[int, Int[np.ndarray, "m"], Int[np.ndarray, "k"]], Float[np.ndarray, "2 m 2"]]
 
 
@@ -67,9 +71,9 @@ class Maps:
     Attributes:
         cells: ids of the S2 cells with gallery photos, ascending.
         counts: gallery photos per cell.
-        coordinates: true coordinates, in degrees, of the split's photos that are placed again without their region.
-        lost: for the keys `continent` and `country`, the band of each photo's loss: 0 below the first of LOST_BANDS, up
-            to len(LOST_BANDS) above the last; -1 if the photo's region is not left out.
+        coordinates: true coordinates, in degrees, of the split's photos that are predicted again without their region.
+        lost: kind of region (`continent`, `country`) -> number of the loss band of each photo's region, from 0 (below
+            the first of LOST_BANDS) to len(LOST_BANDS); -1 if the region is not left out.
     """
 
     cells: UInt64[np.ndarray, "m"]
@@ -117,8 +121,8 @@ def figures(
 def maps(figures: Mapping[str, Any], gallery: Table, of: SplitPhotos, reference: str) -> Maps:
     """Returns the data of the page's maps.
 
-    figures: result of `figures`. of: photos that are placed again without their region. reference: variant whose losses
-    the map shows.
+    figures: result of `figures`. of: photos that are predicted again without their region. reference: variant whose
+    losses the map shows.
     """
     scheme = CellScheme(figures["density"]["level"], 1)
     cells, counts = np.unique(scheme.cell_ids(np.asarray(scheme.regroup(gallery.tokens()))), return_counts=True)
@@ -180,7 +184,7 @@ def gallery_regions(photos: records.Photos, gallery: Table) -> Shaped[np.ndarray
 def _nearest(
     tree: KDTree, gallery: Table, truth: CoordinateTable
 ) -> tuple[Int[np.ndarray, "n"], Float[np.ndarray, "n"]]:
-    """Returns the gallery row of the photo taken nearest to each photo, and the distance between them in km."""
+    """Returns the row of the nearest gallery photo for each photo, and the distance between the two photos in km."""
     rows = np.asarray(tree.query(distance.to_unit_vectors(*truth.coordinates.T))[1])
     return rows, np.asarray(distance.great_circle_km(*truth.coordinates.T, *gallery.coordinates(rows).T))
 
@@ -204,7 +208,7 @@ def _regions(
 
 
 def _count_unnamed(truth: CoordinateTable, assigned: Shaped[np.ndarray, "n 2"]) -> dict[str, int]:
-    """Returns two counts: photos without a country name that got one from a gallery photo, and photos whose country is
+    """Returns two counts: photos without a country name that have one from a gallery photo, and photos whose country is
     still unknown."""
     unnamed = np.array([not names["country"].strip() for names in truth.extra])
     unknown = assigned[:, 1] == regions.UNKNOWN.encode()
@@ -291,10 +295,12 @@ def score_without_regions(
 ) -> dict[str, Any]:
     """Returns, per region, the scores of the region's photos with the whole gallery and without that region.
 
-    Regions are all continents, and the `countries` countries with the most photos of the split. Regions that the
-    gallery lacks anyway are left out of the list. `every_continent` has the scores of all photos, each without its
-    own continent; None if there is no continent. of: photos of the split. of_gallery: continent and country per gallery
-    photo. row_of: row of each photo in the split's table; -1 if the table lacks the photo. answer: see Answer.
+    Regions are all continents, and the `countries` countries with the most photos of the split. Regions without gallery
+    photos are skipped. `every_continent` has the scores of all photos, each predicted without its own continent; None
+    if there is no continent.
+
+    of: photos of the split. of_gallery: continent and country per gallery photo. row_of: row of each photo in the
+    split's table; -1 if the table lacks the photo. answer: see Answer.
     """
     scored, both = [], [m for m in of.methods if m.variant in (TOP1, scoring.reference)]
     without_continent = np.full((2, len(of.truth.ids), 2), np.nan)
@@ -317,10 +323,10 @@ def score_without_regions(
 def _masked_regions(
     of_photos: Shaped[np.ndarray, "n 2"], of_gallery: Shaped[np.ndarray, "N 2"], countries: int
 ) -> list[tuple[int, bytes]]:
-    """Returns the regions to leave out: continents, then up to `countries` countries, each in the order of falling
-    photos of the split.
+    """Returns the regions to leave out: all continents, then up to `countries` countries.
 
-    A region is a pair of its kind, as an index into _KINDS, and its name. Regions without gallery photos are skipped.
+    Regions with the most photos of the split come first. Regions without gallery photos are skipped. A region is
+    returned as a pair: index of its kind in _KINDS, and name.
     """
     chosen = []
     for column, limit in enumerate((None, countries)):
@@ -340,7 +346,7 @@ def _masked_scores(
 ) -> dict[str, Any]:
     """Returns the accuracy of each method with the whole gallery (`plain`) and without a region (`masked`).
 
-    `difference` is the paired difference of both. methods: first neighbor (TOP1) and reference variant. placed:
+    `difference` is the paired difference between the two. methods: first neighbor (TOP1) and reference variant. placed:
     coordinates predicted without the region, by the first neighbor and by the decoder. rows: photos that are scored.
     """
     compared = []

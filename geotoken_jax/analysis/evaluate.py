@@ -1,4 +1,6 @@
-"""Accuracy of predictions, computed from files of predictions and of true coordinates by any program.
+"""Accuracy of predictions, computed from files of predictions and files of true coordinates.
+
+The files may come from any program.
 
 Every photo of the truth counts: a photo without a prediction is wrong at every threshold. Intervals are 95 % percentile
 bootstrap intervals. Authors are resampled if they are known, because photos of one author are not independent. All
@@ -58,7 +60,7 @@ def _labels(paths: Sequence[str]) -> dict[str, str]:
 
 
 def _refuse_truth(predicted: CoordinateTable, truth: CoordinateTable) -> None:
-    """Raises TableError if all predictions are exactly true, as in a copy of the truth."""
+    """Raises TableError if every prediction is equal to the truth, because the file is then a copy of the truth."""
     true = dict(zip(truth.ids, truth.coordinates.tolist(), strict=True))
     if len(predicted.ids) > 1 and all(map(operator.eq, map(true.get, predicted.ids), predicted.coordinates.tolist())):
         raise TableError(
@@ -75,14 +77,14 @@ def score_splits(
 ) -> dict[str, Any]:
     """Returns the metrics of every split. All mappings are by split.
 
-    known: leaked photos, from `overlap.find_leaks`. Raises SettingsError if
-    options.compare names a method that no split has.
+    known: leaked photos, from `overlap.find_leaks`. Raises SettingsError if options.compare names a method that no
+    split has.
     """
     _check_pairs(methods, options)
     scores = {}
     for split, truth in truths.items():
         scores[split] = _score_split(methods[split], truth, options)
-        scores[split]["clean"] = _clean(methods[split], truth, known[split], options)
+        scores[split]["clean"] = _clean_scores(methods[split], truth, known[split], options)
     return _metrics(scores, options)
 
 
@@ -113,14 +115,17 @@ def _score_split(methods: Sequence[Method], truth: CoordinateTable, options: Eva
         if m.main and (figures := reliability.figures(m, truth.coordinates, options.strict))
     }
     return scores | {
-        "continents": _continents(methods, truth, options),
+        "continents": _by_continent(methods, truth, options),
         "uncertainty": stated.pop(options.reference, None),
         "other_uncertainty": list(stated.values()),
     }
 
 
-def _continents(methods: Sequence[Method], truth: CoordinateTable, options: EvaluateSettings) -> list[dict[str, Any]]:
-    """Returns scores of the main methods per continent, most photos first; empty if no continent is known."""
+def _by_continent(methods: Sequence[Method], truth: CoordinateTable, options: EvaluateSettings) -> list[dict[str, Any]]:
+    """Returns scores of the main methods per continent. The continent with the most photos comes first.
+
+    The result is empty if no continent is known.
+    """
     names = [
         regions.continent({key: str(row.get(key) or "") for key in ("country", "continent")}) for row in truth.extra
     ]
@@ -131,12 +136,13 @@ def _continents(methods: Sequence[Method], truth: CoordinateTable, options: Eval
     return scores if len(scores) > 1 or names[0] != regions.UNKNOWN else []
 
 
-def _clean(
+def _clean_scores(
     methods: Sequence[Method], truth: CoordinateTable, known: overlap.Leaks, options: EvaluateSettings
 ) -> dict[str, Any]:
-    """Returns scores of the main methods on photos that have no id, near-duplicate or author in the gallery.
+    """Returns scores of the main methods on clean photos.
 
-    `methods` is empty if no such photo is left.
+    A photo is clean if the gallery has no photo with the same id or author and no near-duplicate. In the result,
+    `methods` is empty if there is no clean photo.
     """
     kinds = ("same id", "near-duplicate", "same author")
     rows = np.flatnonzero(~known.leaked(*kinds))
@@ -152,11 +158,12 @@ def score_exclusion(
     truth: CoordinateTable,
     options: EvaluateSettings,
 ) -> list[dict[str, Any]]:
-    """Returns the scores of each main method without further exclusion and under each rule, ready for JSON.
+    """Returns the scores of each main method without and with each set of exclusion rules, ready for JSON.
 
-    methods: methods without further exclusion. under: name of rules -> the same methods under these rules; a method
-    that searches no neighbors is not in it. `change` is the accuracy under the rules minus the accuracy without them,
-    by the paired bootstrap.
+    Methods that search no neighbors are left out, because exclusion rules do not affect them. In the result, `change`
+    is the accuracy with the rules minus the accuracy without them, with an interval of the paired bootstrap.
+
+    methods: methods without these rules. under: name of a set of rules -> the same methods, predicted with these rules.
     """
     clusters = bootstrap.clusters([str(row.get("author") or "") for row in truth.extra], truth.ids)
     rows = []
@@ -213,10 +220,11 @@ def score(
 ) -> dict[str, Any]:
     """Returns accuracies of the methods and differences between them, ready for JSON.
 
-    Accuracies are fractions within each of THRESHOLDS_KM, with 95 % intervals. `differences` has every other method
-    that is not a bound, minus the main method of the reference variant, with intervals and two-sided p-values of the
-    paired bootstrap. The smallest p-value that R resamples can show is 2 / (R + 1). `comparisons` has the same for each
-    pair of `compare` whose methods exist, first minus second. The last five arguments are fields of EvaluateSettings.
+    Accuracies are fractions within each of THRESHOLDS_KM, with 95 % intervals. `differences` compares every other
+    method, except bounds, with the main method of the reference variant: method minus reference, with intervals and
+    two-sided p-values of the paired bootstrap. The smallest p-value that R resamples can show is 2 / (R + 1).
+    `comparisons` has the same for each pair in `compare` whose methods exist: first minus second. The last five
+    arguments are fields of EvaluateSettings.
     """
     authors = [str(row.get("author") or "") for row in truth.extra]
     outcomes = np.stack([bootstrap.outcomes(method.km, strict) for method in methods], axis=1)
@@ -258,7 +266,7 @@ def score(
 
 
 def _names(methods: Sequence[Method]) -> dict[str, int]:
-    """Returns the index of each method by VARIANT:CHOICE, and of each main method by VARIANT too."""
+    """Returns name -> index of the method. Every method has the name VARIANT:CHOICE, a main method also VARIANT."""
     names = {method.variant: i for i, method in enumerate(methods) if method.main}
     return names | {f"{method.variant}:{method.choice}": i for i, method in enumerate(methods) if method.choice}
 
@@ -299,7 +307,8 @@ def table(metrics: Mapping[str, Any]) -> str:
 
 
 def _exclusion_lines(split: str, scores: Mapping[str, Any]) -> list[str]:
-    """Returns the lines on exclusion for a benchmark: what each rule excludes, and accuracies without and with it."""
+    """Returns the lines on the exclusion rules of a benchmark: counts per set of rules, and accuracies with and without
+    each set."""
     exclusion = scores["exclusion"]
     lines = [f"{split}: gallery photos excluded, and percent within each distance without and with exclusion"]
     lines += [f"authors known of {scores['photos'] - exclusion['unknown_authors']:,} of {scores['photos']:,} photos"]
@@ -323,9 +332,9 @@ def csv_table(metrics: Mapping[str, Any]) -> str:
             "split": split,
             "photos": scores["photos"],
             **{name: row[name] for name in ("name", "variant", "choice", "bound", "missing")},
-            **{f"within_{a['km']}_km{end}": a[part] for a in row["accuracy"] for part, end in _PARTS.items()},
+            **{f"within_{a['km']}_km{end}": a[part] for a in row["accuracy"] for part, end in _ENDINGS.items()},
             "median_km": row["median_km"],
-            **{f"{name}{end}": row[name][part] for name in ("mean_km", "geoscore") for part, end in _PARTS.items()},
+            **{f"{name}{end}": row[name][part] for name in ("mean_km", "geoscore") for part, end in _ENDINGS.items()},
         }
         for split, scores in metrics["splits"].items()
         for row in scores["methods"]
@@ -337,7 +346,7 @@ def csv_table(metrics: Mapping[str, Any]) -> str:
 
 
 #: Part of an estimate -> ending of its column.
-_PARTS = {"value": "", "low": "_low", "high": "_high"}
+_ENDINGS = {"value": "", "low": "_low", "high": "_high"}
 #: Ending of a file -> function from metrics to its text.
 FORMATS = {".json": lambda metrics: json.dumps(metrics, indent=1) + "\n", ".csv": csv_table}
 
@@ -349,14 +358,15 @@ def _difference(name: str, accuracy: Sequence[Mapping[str, float]]) -> list[str]
 
 
 def _percent(share: float, sign: str = "") -> str:
-    """Returns a share in percent, 100 without a decimal, so that intervals of two such numbers fit their column."""
+    """Returns a share in percent with one decimal. 100 has no decimal, because an interval must fit its column."""
     return f"{100 * share:{sign}.{0 if abs(share) >= 0.9995 else 1}f}"
 
 
 def _aligned(name: str, above: Sequence[str], below: Sequence[str], width: int = 11) -> list[str]:
-    """Returns the lines of a table row: the name in 26 columns, and two lines of cells.
+    """Returns the lines of a table row: the name in 26 columns, then two lines of cells.
 
-    width: columns of each of the first five cells; the sixth is one column narrower, the seventh two.
+    above, below: cells of the two lines. width: width of each of the first five cells in characters; the sixth cell is
+    one character narrower, the seventh cell two.
     """
     names = textwrap.wrap(name, 25) or [""]
     cells = ["".join(f"{cell:>{width - max(0, i - 4)}}" for i, cell in enumerate(row)) for row in (above, below)]

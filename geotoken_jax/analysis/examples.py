@@ -15,7 +15,7 @@ from geotoken_jax.records import Photos
 
 #: Photos per kind: best, median and worst.
 _SHOWN = 10
-#: A place gets the name of the nearest gallery photo within this distance.
+#: Largest distance in km at which a place gets the name of the nearest gallery photo.
 _NEAR_KM = 100.0
 
 
@@ -47,7 +47,7 @@ def ranked(method: Method, count: int = _SHOWN) -> dict[str, Int[np.ndarray, "n"
 
 
 class PhotoLookup:
-    """Lookup of photos by id, and of place names by coordinates, in one split."""
+    """Finds photos of one split by id, and place names by coordinates."""
 
     def __init__(self, photos: Photos, table: Table, wanted: Iterable[str] = ()):
         """photos: records of the split. table: its table, gallery/ or queries/. wanted: ids that `photo` can return."""
@@ -71,8 +71,8 @@ class PhotoLookup:
     def _photo(self, row: int) -> Mapping[str, Any]:
         """Returns the record of a row of the table.
 
-        photos/ has the same order as the table, but also has the few photos that `embed` dropped. The search for the
-        id therefore starts at the same row.
+        photos/ has the order of the table, but also has the few photos that `embed` dropped. A photo is therefore at
+        the same row of photos/ or at a later row.
         """
         name = bytes(self._ids[row]).decode()
         while (photo := self._photos[row])["id"] != name:
@@ -81,5 +81,5 @@ class PhotoLookup:
 
 
 def place_name(names: Mapping[str, Any]) -> str:
-    """Returns "City, Country", or the one of them that is known, or ""."""
+    """Returns "City, Country"; only one of them if the other is unknown, "" if both are."""
     return ", ".join(str(names[part]) for part in ("city", "country") if names.get(part))

@@ -24,5 +24,8 @@ def percent_interval(estimate: Mapping[str, float]) -> str:
 
 
 def signed(value: float) -> str:
-    """Returns a number with one decimal and a sign, a Unicode minus if negative; 0.0 below 0.05 either way."""
+    """Returns a number with its sign and one decimal: +1.2, or 0.0 if it is between -0.05 and 0.05.
+
+    The minus sign is the Unicode character.
+    """
     return "0.0" if abs(value) < 0.05 else f"{value:+.1f}".replace("-", "\N{MINUS SIGN}")

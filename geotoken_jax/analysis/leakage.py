@@ -53,7 +53,7 @@ def figures(
 ) -> dict[str, Any]:
     """Returns the contents of figures.json: counts, example pairs and scores of every split. Mappings are by split.
 
-    leaks: result of `overlap.find_leaks`. above: cosine that `leaks` was found with.
+    leaks: result of `overlap.find_leaks`. above: cosine above which `leaks` has near-duplicates.
     """
     splits = {
         split: _figures(truth, audit.main_methods(methods[split]), leaks[split], gallery, scoring)
@@ -65,9 +65,9 @@ def figures(
 def worst_kinds(
     truths: Mapping[str, CoordinateTable], leaks: Mapping[str, Leaks]
 ) -> dict[str, Float[np.ndarray, "n 2"]]:
-    """Returns the coordinates of the photos of all splits by their worst kind of leak; key "" for photos without one.
+    """Returns kind of leak -> coordinates of the photos of all splits whose worst kind this is.
 
-    The order from worst to least is KINDS.
+    KINDS has the kinds from worst to least. The key "" has the photos that are not leaked.
     """
     coordinates = np.concatenate([truth.coordinates for truth in truths.values()])
     kind_of = np.full(len(coordinates), len(KINDS))

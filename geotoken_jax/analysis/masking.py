@@ -1,6 +1,6 @@
-"""Predictions from a subset of the gallery: neighbors are searched again in it, and the decoder predicts from them.
+"""Predictions from a subset of the gallery: neighbors are searched in the subset, and the decoder predicts from them.
 
-The audit of coverage leaves out the photos of a region; a scaling study reduces the gallery to a number of photos.
+The audit of coverage leaves out the photos of a region. A scaling study reduces the gallery to a number of photos.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ class MaskedGallery:
         hidden[kept] = False
         left_out = self._excluded(rows)
         queries = index_vectors(self._queries.embeddings(rows))
-        subset, count = _Subset(self._gallery, kept), self._answerer.decoder.neighbors
+        subset, count = _SubsetIndex(self._gallery, kept), self._answerer.decoder.neighbors
         neighbor_rows, scores = neighbors.search_neighbors(subset, queries, count, left_out)
         placed = np.full((2, len(rows), 2), np.nan)
         has_neighbor = neighbor_rows[:, 0] >= 0
@@ -56,16 +56,18 @@ class MaskedGallery:
             query = self._queries.embeddings(rows[part])
             batch = {"query": query, **join.neighbors(self._gallery, neighbor_rows[part], decoder.cells)}
             exclude = [*self._excluded(rows[part]), lambda queries, found: hidden[found]]
-            # Every photo has number 0, so that the random draws are the same as in predictions/.
             found = neighbor_rows[part], scores[part]
+            # Every photo has number 0, as in predictions/, so that the decoder draws the same samples.
             pool = decoder(batch, *found, np.zeros(len(query), np.int64))._replace(exclude=exclude)
             placed[1, part] = coordinates(self._answerer(pool, *found).predictions)
         return placed
 
 
-class _Subset:
-    """Index with exact search over some rows of the gallery, a gallery.index.Index; computes vectors when they are
-    read."""
+class _SubsetIndex:
+    """Index with exact search over some rows of the gallery (see gallery.index.Index).
+
+    Vectors are computed when they are read.
+    """
 
     def __init__(self, gallery: Table, rows: Int[np.ndarray, "m"]):
         self._gallery, self._rows = gallery, rows

@@ -18,13 +18,13 @@ from geotoken_jax.configuration import EvaluateSettings
 from geotoken_jax.gallery.table import Table
 from geotoken_jax.geo import distance
 
-#: Largest number of photos per split; larger splits are sampled. A bootstrap over 100,000 photos takes seconds, over 4
-#: million photos hours.
+#: Largest number of photos per split; of larger splits, a random sample is used. A bootstrap over 100,000 photos takes
+#: seconds, a bootstrap over 4 million photos takes hours.
 _PHOTOS = 100_000
 #: Index of 25 km in THRESHOLDS_KM: the page and the printed verdicts compare the accuracy within it.
 AT = distance.THRESHOLDS_KM.index(25)
 #: Number of bins of the histograms of scores.
-_SCORES = 30
+_SCORE_BINS = 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ def figures(
     """Returns the contents of figures.json: quality of the neighbors of every split, and gaps between train photos and
     other splits.
 
-    neighbors: settings of index.neighbors that the neighbors were searched with.
+    neighbors: settings config.index.neighbors with which the neighbors were searched.
     """
     splits = {near.split: split_figures(near, scoring) for near in samples}
     return {
@@ -68,24 +68,28 @@ def figures(
 def histograms(
     samples: Sequence[NeighborSample], rank: int
 ) -> tuple[Float[np.ndarray, "bins"], Float[np.ndarray, "splits bins"]]:
-    """Returns histograms of the scores of the neighbors of one rank: bin centers, and the share of photos per bin.
+    """Returns histograms of the scores of neighbors with one rank, e.g. of the first neighbors.
 
-    Shares are per split, of the photos that have such a neighbor. Both arrays are empty if no photo has one. rank: 0
-    for the first neighbor.
+    The first array has the centers of the bins, the second array the share of photos per split and bin. Only photos
+    with a neighbor of this rank are counted. Both arrays are empty if there is no such photo. rank: rank of the
+    neighbors, from 0.
     """
     known = [near.scores[np.isfinite(near.scores[:, rank]), rank] for near in samples]
     scores = np.concatenate(known)
     if not len(scores):
         return np.empty(0), np.empty((len(samples), 0))
     low, high = float(scores.min()), float(scores.max())
-    edges = np.linspace(low, high if high > low else low + 1e-6, _SCORES + 1)
+    edges = np.linspace(low, high if high > low else low + 1e-6, _SCORE_BINS + 1)
     shares = [np.histogram(of, edges)[0] / max(len(of), 1) for of in known]
     return (edges[1:] + edges[:-1]) / 2, np.stack(shares)
 
 
 def table(figures: Mapping[str, Any]) -> str:
-    """Returns a text table of the percent of photos whose first, and whose nearest, neighbor is within each threshold,
-    and a verdict per split that is not trained on."""
+    """Returns a text table of the neighbors' accuracy, and a verdict per split that is not trained on.
+
+    The table has the percentages of photos whose first neighbor, and of photos whose nearest neighbor, is within each
+    of THRESHOLDS_KM.
+    """
     columns = [f"{km:,} km" for km in distance.THRESHOLDS_KM]
     width = 1 + max(map(len, figures["splits"]), default=0)
     lines = [f"{'':{width + 24}}{'photos':>8}" + "".join(f"{column:>10}" for column in columns)]
@@ -118,8 +122,11 @@ def sample(
 
 
 def split_figures(near: NeighborSample, scoring: EvaluateSettings) -> dict[str, Any]:
-    """Returns the entry of one split in figures.json: accuracy of the first and of the nearest neighbor, counts of
-    missing neighbors, and the share of photos per rank whose neighbor is within each of THRESHOLDS_KM."""
+    """Returns the entry of one split in figures.json.
+
+    It has the accuracy of the first neighbor and of the nearest neighbor, the shares of missing neighbors, and per rank
+    the share of photos whose neighbor of this rank is within each of THRESHOLDS_KM.
+    """
     count = near.km.shape[1]
     off = np.nan_to_num(near.km, nan=FARTHEST_KM)
     kinds = {"Top-1": (off[:, 0], False), f"Best of {count}": (off.min(axis=1), True)}
@@ -149,13 +156,13 @@ def _share(hits: np.ndarray) -> float:
 
 
 def gaps(splits: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Returns one gap per split that is not trained on: the accuracy of the first neighbor on train photos, minus its
-    accuracy on the split.
+    """Returns one gap per split that is not trained on. The result is empty if there is no train split.
 
-    splits: entries of `figures`, by split.
+    A gap is the accuracy of the first neighbor on train photos, minus the accuracy of the first neighbor on the split.
+    The interval of the gap is computed from the intervals of the two terms, as if they were independent (Zou and Donner
+    2008). They are if the split shares no author with the train photos. Only a benchmark can share authors with them.
 
-    The splits share no author, so they are independent. The interval of a difference therefore comes from the intervals
-    of its two terms (Zou and Donner 2008). The result is empty if there is no train split.
+    splits: results of `split_figures`, by split.
     """
     if views.SOURCE_SPLIT not in splits:
         return []

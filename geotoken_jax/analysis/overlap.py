@@ -17,16 +17,16 @@ from geotoken_jax.workdir import Workdir
 class Leaks:
     """Gallery photos that share something with the n photos of a split.
 
-    rows: gallery row per photo, -1 for none, by kind: "same id", "near-duplicate", "same coordinates", "same author".
-    cosine: cosine between the image embeddings of each photo and its most similar gallery photo; NaN if the photo has
-    no embedding.
+    rows: kind of leak -> for each photo, the row of a gallery photo that leaks it, -1 if there is none. The kinds are
+    "same id", "near-duplicate", "same coordinates" and "same author". cosine: cosine between the image embeddings of
+    each photo and its most similar gallery photo; NaN if the photo has no embedding.
     """
 
     rows: Mapping[str, Int[np.ndarray, "n"]]
     cosine: Float32[np.ndarray, "n"]
 
     def leaked(self, *kinds: str) -> Bool[np.ndarray, "n"]:
-        """Returns whether each photo is leaked by at least one of these kinds; by any kind if none is given."""
+        """Returns whether each photo has a leak of at least one of these kinds. Without arguments, all kinds count."""
         return np.any([self.rows[kind] >= 0 for kind in kinds or self.rows], axis=0)
 
 
@@ -50,7 +50,7 @@ def find_leaks(workdir: Workdir, truths: Mapping[str, CoordinateTable], above: f
         row = match(encoded(truths[split].ids), table.ids())
         embedded = np.flatnonzero(row >= 0)
         queries[first + embedded] = unit(table.embeddings(row[embedded])[:, 0])
-    nearest, cosine = (column[:, 0] for column in index.exact(_Images(gallery), queries, 1))
+    nearest, cosine = (column[:, 0] for column in index.exact(_GalleryImages(gallery), queries, 1))
     cosine = np.where(queries.any(axis=1), cosine, np.nan)
     rows = {
         "same id": match(ids, gallery.ids()),
@@ -75,7 +75,7 @@ def encoded(ids: Sequence[str]) -> Shaped[np.ndarray, "n"]:
     return np.array([name.encode() for name in ids], np.bytes_)
 
 
-class _Images:
+class _GalleryImages:
     """Image embeddings of the gallery, scaled to length 1 when they are read (gallery.index.Vectors)."""
 
     def __init__(self, gallery: Table):

@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 #: Number of bins of a calibration curve. Bins have equally many photos, because at fine levels nearly all confidences
 #: are below 0.2.
 BINS = 10
-#: The sentence on the bottleneck mentions its uncertainty if the bottleneck is the same level in fewer than this share
-#: of the bootstrap resamples.
+#: The bottleneck is the level that loses most. If fewer than this share of the bootstrap resamples have the same
+#: bottleneck, the sentence on it mentions this uncertainty.
 _SURE = 0.95
-#: Causes of lost GeoScore: key of an estimate in the figures -> the cells of the photo's neighbors, at the level at
-#: which the answer first leaves the right cell.
+#: Causes of lost GeoScore: key of an estimate in the figures -> label. A label describes the photo's neighbors at the
+#: level at which the answer first leaves the right cell.
 CAUSES = {
     "lost_not_held": "no neighbor in the right cell",
     "lost_outvoted": "more neighbors in the chosen cell",
@@ -134,7 +134,7 @@ def table(figures: Mapping[str, Any]) -> str:
     lines += ["right cell, and the percent of them that left it there"]
     lines += [f"{'':16}" + "".join(f"{limit:>10,} km" for limit in distance.THRESHOLDS_KM)]
     for split, of in figures["splits"].items():
-        lines += [f"{split:15} " + "".join(_most(figures, of, f"missed_{at}") for at in distance.THRESHOLDS_KM)]
+        lines += [f"{split:15} " + "".join(_worst_level(figures, of, f"missed_{at}") for at in distance.THRESHOLDS_KM)]
     lines += ["", "In parentheses: 95 % intervals."]
     sentences = [
         f"\n{of(figures, split)}" for of in (bottleneck_sentence, cause_sentence) for split in figures["splits"]
@@ -142,10 +142,10 @@ def table(figures: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *sentences])
 
 
-def _most(figures: Mapping[str, Any], of: Mapping[str, Any], key: str) -> str:
-    """Returns 13 characters: the level whose estimate `key` is largest, and that estimate in percent; a dash if none.
+def _worst_level(figures: Mapping[str, Any], of: Mapping[str, Any], key: str) -> str:
+    """Returns a table cell of 13 characters: the level with the largest estimate `key`, and this estimate in percent.
 
-    of: figures of one split.
+    The cell is a dash if no level has this estimate. of: figures of one split.
     """
     pairs = zip(of["levels"], figures["levels"], strict=True)
     known = [(at[key]["value"], level["level"]) for at, level in pairs if at[key]]
@@ -220,8 +220,9 @@ def _votes(near: Int[np.ndarray, "n M T"], tokens: Int[np.ndarray, "n T"]) -> In
 def _ratios(seen: DecoderOutputs, scoring: EvaluateSettings) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Returns numerators and denominators, [n, T] each, of the estimates of every token.
 
-    An estimate is the sum of its numerators over photos divided by the sum of its denominators. `held_wrong_by_chance`
-    takes the neighbors of another photo; a random permutation of the photos, with scoring.seed, decides which.
+    An estimate is the sum of its numerators over photos, divided by the sum of its denominators. In the names of the
+    estimates, "held" means that a neighbor of the photo is in the right cell. `held_wrong_by_chance` counts the
+    neighbors of another photo, chosen by a random permutation of the photos with scoring.seed.
     """
     hit, right, before = seen.hit, seen.right, seen.right_before
     every, wrong = np.ones(hit.shape), before & ~right
@@ -258,9 +259,10 @@ def _ratios(seen: DecoderOutputs, scoring: EvaluateSettings) -> dict[str, tuple[
 
 
 def split_figures(seen: DecoderOutputs, scoring: EvaluateSettings) -> dict[str, Any]:
-    """Returns the figures of one split: all estimates per level, and the estimates of CAUSES over all levels too.
+    """Returns the figures of one split: all estimates per level, and the estimates of CAUSES also over all levels.
 
-    An estimate is None if its denominator is zero. `bottleneck`: index of the level that loses most of the GeoScore.
+    An estimate is None if its denominator is zero. `bottleneck` is the index of the level that loses most of the
+    GeoScore.
     """
     ratios = _ratios(seen, scoring)
     sums = np.stack([part for pair in ratios.values() for part in pair], axis=1).astype(np.float64)

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 #: Name of the country or continent of a photo whose source has none.
 UNKNOWN = "unknown"
 
-#: Countries by continent, each an ISO code and a name; further names follow after slashes. Names and continents are
-#: those that GeoNames has (Russia in Europe, Turkey and Georgia in Asia), because EarthView uses them.
+#: Continent -> its countries, as "CODE name/other name; CODE name; ...". CODE is the ISO 3166 code. Names and
+#: continents are taken from GeoNames, as in EarthView: Russia is in Europe, Turkey and Georgia are in Asia.
 _COUNTRIES = {
     "Africa": """
         AO Angola; BF Burkina Faso; BI Burundi; BJ Benin; BW Botswana; CD Democratic Republic of the Congo/DR
@@ -68,15 +68,16 @@ _COUNTRIES = {
 
 
 def country(text: str) -> str:
-    """Returns a country's name as this module spells it, from any listed name or ISO code.
+    """Returns the main name of a country, given one of its names or its ISO code.
 
-    A text that is not listed is returned without spaces at both ends; an empty one gives UNKNOWN.
+    A text that is not in the list is returned without spaces at both ends; an empty text gives UNKNOWN.
     """
     return _known().get(_key(text), (text.strip(), ""))[0] or UNKNOWN
 
 
 def continent(names: Mapping[str, str]) -> str:
-    """Returns a photo's continent: the continent of its country if listed, else its `continent`, else UNKNOWN.
+    """Returns a photo's continent. It is the continent of the country, if the country is in the list, else the photo's
+    own `continent`, else UNKNOWN.
 
     names: place names with the keys `country` and `continent`.
     """

@@ -36,8 +36,8 @@ def figures(method: Method, truth: Float[np.ndarray, "n 2"], strict: bool) -> di
       threshold, and the expected calibration error: the mean absolute difference between both, weighted by photos.
     - `radii`: the share of photos whose truth is within the stated radius, for the 50 % radius and the 90 % radius.
     - `abstention`: accuracy and GeoScore of the most certain photos; photos without stated certainty come last.
-    - `area`: the share of photos whose truth is in the searched area in km2, for a circle around the answer and for the
-      stated cells in the order of probability per km2.
+    - `area`: per area in km2, the share of photos whose truth is found if this area is searched. It is either a circle
+      around the answer, or the stated cells with the highest probability per km2.
 
     Shares in `reliability` and `radii` have 95 % Wilson intervals, which assume independent photos.
     """
@@ -107,7 +107,10 @@ def _radius(mass: int, radius: Float[np.ndarray, "n"], km: Float[np.ndarray, "n"
 
 
 def _orders(claims: Claims) -> dict[str, Float[np.ndarray, "n"]]:
-    """Returns certainty scores per photo by name, larger if more certain. Scores that no photo has are left out."""
+    """Returns measures of certainty: name -> a number per photo, larger for more certain answers.
+
+    Measures that no photo has are left out.
+    """
     orders = {
         f"probability within {distance.THRESHOLDS_KM[_SUREST]} km": claims.within[:, _SUREST],
         f"radius of {MASSES[0]} %": -claims.radius_km[:, 0],
@@ -133,9 +136,11 @@ def _abstention(
 def _searched_km2(
     method: Method, truth: Float[np.ndarray, "n 2"]
 ) -> tuple[Float[np.ndarray, "n"], Float[np.ndarray, "n"] | None]:
-    """Returns the area in km2 that is searched until the truth is found, by a growing circle and by cells.
+    """Returns two areas in km2 per photo that must be searched to find the truth.
 
-    Areas of cells are None if the method states no cells, and infinite for a photo whose truth is in none of its cells.
+    The first area is a circle around the answer. The second area is the sum of the photo's cells, most probable per km2
+    first, up to the cell with the truth. It is infinite if no cell contains the truth, and None if the method states no
+    cells.
     """
     circle = _EARTH_KM2 * np.sin(np.minimum(method.km / (2 * distance.EARTH_RADIUS_KM), math.pi / 2)) ** 2
     every = method.claims.cells if method.claims else np.empty((0, 0, 4))

@@ -41,9 +41,9 @@ def fit(
 ) -> tuple[Law, list[Law]]:
     """Returns the law fitted to n runs, and the laws fitted to bootstrap resamples of the runs.
 
-    E is at most the smallest loss, and exponents are in [0, 4]. Without these bounds, few runs over a narrow range give
-    coefficients that make no sense as a law. The fit of a resample starts at the solution for all runs. A resample with
-    fewer than six different runs is drawn again.
+    E is at most the smallest loss, and exponents are in [0, 4]. Without these bounds, a fit to few runs of similar size
+    can give absurd coefficients. The fit of a resample starts at the solution for all runs. A resample with fewer than
+    six different runs is drawn again.
     """
     # N and D are divided by their geometric means, so that A and B are a few nats in the fit and not astronomical.
     units = [float(np.exp(np.log(values).mean())) for values in (parameters, photos)]
@@ -58,7 +58,7 @@ def fit(
 
 
 def _starts(log_loss: Float[np.ndarray, "n"]) -> list[np.ndarray]:
-    """Returns 32 starts of the fit, each log A, log B, log E, alpha and beta."""
+    """Returns 32 starts of the fit. A start is an array with log A, log B, log E, alpha and beta."""
     spread = np.log(np.ptp(np.exp(log_loss)) + 1e-6)
     floors = log_loss.min() + np.log([0.8, 0.98])
     sizes = spread + np.array([-2.0, 0.0])
@@ -67,7 +67,7 @@ def _starts(log_loss: Float[np.ndarray, "n"]) -> list[np.ndarray]:
 
 
 def _descend(start: np.ndarray, x: np.ndarray, y: np.ndarray, log_loss: np.ndarray) -> tuple[float, np.ndarray]:
-    """Returns the minimum of the mean Huber loss that L-BFGS reaches from a start, and its five parameters."""
+    """Returns the minimum of the mean Huber loss that L-BFGS reaches from a start, and the parameters there."""
 
     def value(p: np.ndarray) -> tuple[float, np.ndarray]:
         a, b, e, alpha, beta = p

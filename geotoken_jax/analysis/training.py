@@ -30,8 +30,8 @@ def curves(text: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 def validations(text: str) -> list[dict[str, float]]:
     """Returns one row per validation of a training, in the order of steps.
 
-    A row has the validation's metrics, named as in train.step.Task, and `examples` and `processor_s` of the last
-    training metrics until that step. text: see `curves`.
+    A row has the metrics of the validation, named as in train.step.Task, and the latest values of `examples` and
+    `processor_s` that the training had logged at that step. text: see `curves`.
     """
     by_step: dict[int, dict[str, float]] = {}
     for row in _rows(text):

@@ -31,9 +31,12 @@ _PLACES = 16
 
 
 class Answers(NamedTuple):
-    """Answers for b photos. predictions: without radii. distribution: distribution over places that radii are computed
-    from, the reranker's if it chooses, else the decoder's; None if the model is not searched. ranking: the reranker's
-    ranking; None if it is not among the selectors."""
+    """Answers for b photos.
+
+    predictions: predictions without radii. distribution: distribution over places from which the radii are computed. It
+    comes from the reranker if the reranker chooses the answer, else from the decoder; None if the decoder's
+    distribution was not searched. ranking: the reranker's ranking; None if the reranker is not among the selectors.
+    """
 
     predictions: list[Prediction]
     distribution: PlaceDistribution | None
@@ -65,7 +68,7 @@ class Answerer:
         captured: Float[np.ndarray, " b"],
         exclude: Sequence[Exclusion] = (),
     ) -> Answers:
-        """Returns the answers for b photos whose neighbors this method searches in the gallery.
+        """Searches the neighbors of b photos in the gallery, and returns the answers for these photos.
 
         index: index of the gallery. vectors: image, location and text vector of each photo. captured: seconds since
         1970, NaN if unknown (see data.join.context). exclude: rules that keep gallery photos out of the neighbors.
@@ -81,8 +84,10 @@ class Answerer:
 def pool_predictions(pool: Pool, chosen: Mapping[str, Choice], choice: str) -> list[Prediction]:
     """Returns the prediction for each photo of a pool, without radii and neighbors.
 
-    Candidates with equal tokens are merged into one, whose `count` is how many there were. chosen: selector name -> its
-    choices for the pool's photos. choice: name of the selector whose choice is the answer.
+    Candidates with equal tokens are merged into one, and `count` is their number.
+
+    chosen: selector name -> choices of that selector for the pool's photos. choice: name of the selector whose choice
+    is the answer.
     """
     predictions = []
     points = {name: one.answers if isinstance(one, Ranking) else one for name, one in chosen.items()}
@@ -140,10 +145,10 @@ def with_places(predictions: list[Prediction]) -> list[Prediction]:
 
 
 def calibrate(answered: Sequence[Answers], truth: Float[np.ndarray, "n 2"]) -> Calibration:
-    """Returns the calibration of radii that fits a split's predictions to the truth.
+    """Returns the calibration of radii, fitted to the answers and the truth of a split.
 
-    answered: batches of answers with their distributions, none of which is None. truth: true coordinates of the same
-    photos in the same order, in degrees.
+    answered: batches of answers; every batch must have a distribution. truth: true coordinates of the same photos in
+    the same order, in degrees.
     """
     distribution = jax.tree.map(lambda *batches: np.concatenate(batches), *(batch.distribution for batch in answered))
     return fit(distribution, np.concatenate([coordinates(batch.predictions) for batch in answered]), truth)

@@ -1,4 +1,4 @@
-"""Beam search over tokens. All beams of a photo share one cache, whose slots form a tree."""
+"""Beam search over tokens. All beams of a photo share one cache of keys and values."""
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,8 @@ from geotoken_jax.predict.sample import Candidates
 def search(model: GeoTokenModel, memory: Memory, width: int) -> Candidates:
     """Returns the `width` most probable token sequences per photo that beam search finds, most probable first.
 
-    When two beams continue the same beam, no keys and values are copied: both attend to that beam's slots in the cache.
-    Nothing is tempered, so both log-probabilities of a candidate are equal.
+    If two beams continue the same beam, its keys and values are not copied: both attend to its slots in the cache. The
+    distribution is not tempered, so `tempered_log_probability` of a candidate is equal to `log_probability`.
     """
     length = model.settings.cells.length
     batch = memory.lengths.shape[0]

@@ -13,7 +13,8 @@ from geotoken_jax.errors import UserError
 
 #: Name of the file with one line `SHA-256  name` per file of the export.
 SUMS = "SHA256SUMS"
-#: Types of files that are read in full when an export is opened; others are memory-mapped and may have many gigabytes.
+#: Types of files whose sums are always checked when an export is opened, because these files are read in full. Other
+#: files are memory-mapped and may have many gigabytes.
 _READ_IN_FULL = (".json", ".safetensors")
 
 #: Advice at the end of messages about a bad file.
@@ -26,7 +27,7 @@ class ExportError(UserError, ValueError):
 
 @contextlib.contextmanager
 def reading(folder: epath.PathLike) -> Iterator[None]:
-    """Raises ExportError for errors inside the context that come from an export's contents, such as a missing key."""
+    """Context manager that turns errors from the contents of an export, e.g. a missing key, into ExportError."""
     try:
         yield
     except UserError:
@@ -56,7 +57,8 @@ def check(folder: epath.PathLike, everything: bool) -> None:
 def write_sums(folder: epath.PathLike) -> dict[str, str]:
     """Writes SHA256SUMS for all files of an export, and returns file name -> SHA-256.
 
-    Left out are hidden files, which are locks and what interrupted processes have left, and the stage's begun.json.
+    Hidden files and begun.json are left out. Hidden files are locks, or were left by interrupted processes; begun.json
+    belongs to the stage `export`.
     """
     folder = epath.Path(folder)
     files = (file for file in sorted(pathlib.Path(folder).rglob("[!.]*")) if file.is_file())
@@ -68,7 +70,7 @@ def write_sums(folder: epath.PathLike) -> dict[str, str]:
 
 
 def sums(folder: epath.PathLike) -> dict[str, str]:
-    """Returns file name -> SHA-256 as an export's SHA256SUMS states it. The files themselves are not read.
+    """Returns file name -> SHA-256 for all files that SHA256SUMS of an export lists. The files themselves are not read.
 
     Raises ExportError if SHA256SUMS is missing, or if a line has no name or names a file outside the folder.
     """
@@ -78,7 +80,7 @@ def sums(folder: epath.PathLike) -> dict[str, str]:
     try:
         lines = (folder / SUMS).read_text().splitlines()
     except UnicodeDecodeError:
-        raise ExportError(f"{folder / SUMS} is damaged, as it is not UTF-8: {_AGAIN}") from None
+        raise ExportError(f"{folder / SUMS} is damaged because it is not UTF-8: {_AGAIN}") from None
     digests = {}
     for line in lines:
         digest, _, name = line.partition("  ")
@@ -96,11 +98,12 @@ def backbone(
 ) -> dict[str, Any]:
     """Returns the settings of an export's backbone, with the folder of its checkpoint filled in.
 
-    section: the export's settings of the backbone. referred: name, commit and SHA-256 sums of the backbone's
-    checkpoint; None if the backbone has no checkpoint. given: folder of that checkpoint, or its name on the hub; if
-    None, the copy in the export is used. For a backbone without a checkpoint, `given` is ignored.
+    section: settings of the backbone in the export's config.json. referred: name, commit and SHA-256 sums of the
+    backbone's checkpoint; None if the backbone has no checkpoint. given: folder of that checkpoint, or its name on the
+    hub; if None, the copy in the export is used. For a backbone without a checkpoint, `given` is ignored.
+
     Raises ExportError if there is neither a checkpoint nor a copy, or if a file of the checkpoint is missing or does
-    not match its sum, and SettingsError if the checkpoint cannot be downloaded.
+    not match its sum. Raises SettingsError if the checkpoint cannot be downloaded.
     """
     referred = referred or {}
     copy = section["huggingface"]["path"]
@@ -121,7 +124,8 @@ def backbone(
         if not file.exists() or sha256(file) != expected:
             raise ExportError(
                 f"{file} {'does not match its SHA-256 sum' if file.exists() else 'is missing'}: "
-                f"{folder} requires the backbone {required}, with the sums in {folder}/config.json; give that one"
+                f"{folder} requires the backbone {required}, with the sums in {folder}/config.json; give the folder or "
+                "the name of this backbone"
             )
     return {**section, "huggingface": {**section["huggingface"], "path": str(given)}}
 

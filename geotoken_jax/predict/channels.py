@@ -1,6 +1,8 @@
-"""Channels: ways of searching the gallery for photos of a photo's place. Together they bring a pool's candidates.
+"""Search of the gallery in several channels, for the reranker's candidates.
 
-Each channel has its own vectors of the gallery and its own index, in the subfolder NAME of the folder channels/.
+A channel is one way to find gallery photos of the place in a photo: it compares one kind of vectors, in one index. The
+names of the channels are explained at model.reranker.CHANNELS. The channel "index" searches the gallery's own index.
+Every other channel has an index in the subfolder NAME of channels/.
 """
 
 import functools
@@ -24,12 +26,12 @@ from geotoken_jax.predict.pool import Pool
 from geotoken_jax.settings import SettingsError
 from geotoken_jax.vectors import unit
 
-#: Images per block, always the same number, so that one shape is compiled.
+#: Images per call of the comparator. Smaller batches are padded to this number, so only one shape is compiled.
 _BLOCK = 256
 
 
 class Channels:
-    """The channels of a gallery, opened for search."""
+    """The opened channels of a gallery. The method `search` searches all of them."""
 
     def __init__(
         self,
@@ -40,10 +42,10 @@ class Channels:
         searched: Index,
         threads: int,
     ):
-        """names: channels to open. folder: channels/ of a work directory or an export. settings: those of the
-        comparator. searched: the gallery's own index. threads: number of threads per search.
+        """names: names of the channels to open. folder: the folder channels/ of a work directory or of an export.
+        settings: settings of the comparator. searched: the gallery's own index. threads: number of threads per search.
 
-        Raises SettingsError if the channels were made for a gallery with another number of photos.
+        Raises SettingsError if channels/ was made for a gallery with another number of photos.
         """
         self.names = tuple(names)
         self._owner = records.open_array(folder / "owner.npy")
@@ -53,7 +55,7 @@ class Channels:
                 f"{len(gallery):,}: in a work directory, remove {folder} and run `geotoken learn`; in an export, "
                 "export again"
             )
-        self._images = -(-len(self._owner) // len(gallery))  # images per photo
+        self._images_per_photo = -(-len(self._owner) // len(gallery))  # the photo and its views: mean, rounded up
         self._indexes = {
             name: searched if name == "index" else index.load(folder / name / "index", threads) for name in names
         }
@@ -70,10 +72,10 @@ class Channels:
             self._vectors["comparator"] = lambda query: encode(comparator, np.asarray(query[:, 0], np.float32))
 
     def search(self, pool: Pool, depth: int) -> tuple[Int[np.ndarray, "b C n"], Float[np.ndarray, "b C n"]]:
-        """Returns gallery rows and scores of each photo's neighbors in every channel, best first.
+        """Returns the gallery rows and the scores of each photo's neighbors in every channel, best first.
 
-        A missing neighbor has row -1 and score -inf. The pool's rules exclude neighbors. depth: n, neighbors per
-        channel.
+        Gallery photos that a rule in pool.exclude excludes are left out. If a channel finds fewer than n neighbors, the
+        last rows are -1 and their scores -inf. depth: n, the number of neighbors per channel.
         """
         found = [self._search(name, self._vectors[name](pool.query), depth, pool.exclude) for name in self.names]
         rows, scores = (np.stack(parts, 1) for parts in zip(*found, strict=True))
@@ -83,13 +85,17 @@ class Channels:
         if name != "comparator":
             return search_neighbors(self._indexes[name], queries, depth, exclude)
         owner = self._owner
+        # This index has several images per gallery photo. The rules take the gallery row of each image.
         rules = [lambda queries, rows, rule=rule: rule(queries, owner[rows]) for rule in exclude]
-        rows, scores = search_neighbors(self._indexes[name], queries, depth * self._images, rules)
+        rows, scores = search_neighbors(self._indexes[name], queries, depth * self._images_per_photo, rules)
         return _distinct(np.where(rows < 0, -1, owner[rows]), scores, depth)
 
 
 def _distinct(rows: Int[np.ndarray, "b m"], scores: Float[np.ndarray, "b m"], k: int) -> Neighbors:
-    """Returns the first k distinct rows and their scores, in their order."""
+    """Returns the first k distinct gallery rows per photo with their scores, in the given order.
+
+    Rows of -1 are skipped. If fewer than k rows are left, the last ones are -1 and their scores -inf.
+    """
     order = np.argsort(rows, 1, kind="stable")
     ordered = np.take_along_axis(rows, order, 1)
     again = np.pad(ordered[:, 1:] == ordered[:, :-1], ((0, 0), (1, 0)))
@@ -103,10 +109,14 @@ def _distinct(rows: Int[np.ndarray, "b m"], scores: Float[np.ndarray, "b m"], k:
 
 
 def whitening(images: Float[np.ndarray, "n C"]) -> Float32[np.ndarray, "C+1 C"]:
-    """Returns the whitening of image embeddings: their mean, then the matrix that equalizes their variances.
+    """Returns the parameters of `whitened`, computed from image embeddings.
 
-    The variance of a principal component counts as at least 1 % of the largest one. On EarthView, 45.5 % of the first
-    neighbors of photos in a style that the gallery lacks (test_shift) are within 25 km, and 33.2 % without whitening.
+    Row 0 is the mean of the embeddings' unit vectors. The other C rows are a matrix that gives all principal components
+    nearly the same variance. 1 % of the largest variance is added to every variance: components with almost no variance
+    are not enlarged to the size of the others.
+
+    Effect on EarthView's split test_shift, whose map style the gallery does not have: the first neighbor is within 25
+    km for 45.5 % of the photos, and for 33.2 % without whitening.
     """
     vectors = unit(images).astype(np.float64)
     mean = vectors.mean(0)
@@ -116,7 +126,7 @@ def whitening(images: Float[np.ndarray, "n C"]) -> Float32[np.ndarray, "C+1 C"]:
 
 
 def whitened(whitening: Float32[np.ndarray, "C+1 C"], images: Float[np.ndarray, "n C"]) -> Float32[np.ndarray, "n C"]:
-    """Returns the unit vectors of whitened image embeddings."""
+    """Returns whitened image embeddings, as unit vectors. whitening: result of the function `whitening`."""
     return unit((unit(images) - whitening[0]) @ whitening[1:])
 
 

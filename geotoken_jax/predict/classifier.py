@@ -17,7 +17,7 @@ from geotoken_jax.batch import Spec, spec
 from geotoken_jax.gallery.table import Table
 from geotoken_jax.geo.distance import from_unit_vectors, to_unit_vectors
 
-#: Photos per batch; for the 26,263 cells of PlaNet their log-probabilities are 27 MB.
+#: Photos per batch. With 26,263 cells, as in PlaNet, the log-probabilities of a batch take 27 MB.
 _BATCH = 256
 
 
@@ -41,8 +41,8 @@ class Cells:
     """S2 cells of any level that do not overlap, indexed in the order of the Hilbert curve."""
 
     def __init__(self, starts: Int64[np.ndarray, " V"], sizes: Int64[np.ndarray, " V"]):
-        """starts: index on the curve (see `_curve_index`) of the first level-20 cell in each cell, ascending. sizes:
-        count of level-20 cells in each cell."""
+        """starts: index on the curve (see `_curve_index`) of the first level-20 cell inside each cell, in ascending
+        order. sizes: number of level-20 cells inside each cell."""
         self._starts, self._stops = starts, starts + sizes
 
     def __len__(self) -> int:
@@ -61,9 +61,10 @@ class Cells:
 def partition(tokens: UInt8[np.ndarray, "N 21"], max_photos: int, min_photos: int) -> Cells:
     """Returns the cells into which PlaNet's partition divides the gallery.
 
+    The first cells are the six faces of S2. As long as a cell has more than max_photos photos, it is split into its
+    four children, but never below level 20. Then cells with fewer than min_photos photos are dropped.
+
     tokens: level-20 tokens of the gallery photos, as stored in tables.
-    Starting from the six faces, cells with more than max_photos photos are split into their four children. Then cells
-    with fewer than min_photos are dropped. A level-20 cell is never split.
     """
     left = np.sort(_curve_index(tokens))
     starts, sizes = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
@@ -99,9 +100,10 @@ def centers(coordinates: Float[np.ndarray, "N 2"], cell: Int[np.ndarray, " N"], 
 
 
 class Photos:
-    """Reads the photos of a table that any of the cells contains, as a dict of `vectors` and `cell`.
+    """Reads photos of a table. Photos outside all cells are left out.
 
-    vectors [b, 3 C] float32: see `_inputs`. cell [b] int32: index of each photo's cell.
+    A call returns a dict with two arrays. vectors [b, 3 C] float32: input of the classifier, see `_inputs`. cell [b]
+    int32: index of the cell that contains the photo.
     """
 
     def __init__(self, table: Table, cells: Cells):
@@ -120,13 +122,13 @@ class Photos:
 def _inputs(embeddings: Float[np.ndarray, "B 3 C"]) -> Float32[np.ndarray, "B D"]:
     """Returns each photo's three unit vectors, concatenated and multiplied by sqrt(C).
 
-    Their components are then about 1, the scale that initial weights are made for.
+    The factor brings the components to a size of about 1, as the initial weights expect.
     """
     return np.asarray(embeddings, np.float32).reshape(len(embeddings), -1) * math.sqrt(embeddings.shape[-1])
 
 
 class ClassifierTask:
-    """Trains p(cell | photo), a softmax over all cells. `batch` specifies its batches."""
+    """Trains p(cell | photo), a softmax over all cells. The method `batch` specifies the batches."""
 
     def __init__(self, settings: ClassifierSettings, width: int, cells: int):
         """width: C, the length of one vector. cells: V, the number of cells."""

@@ -32,10 +32,12 @@ _CAPACITY = 4096
 class SearchSettings:
     """Settings of the exact search of the model's distribution over places (config.predict.search).
 
+    The search divides the most probable cells into smaller ones, step by step, down to cells called leaves.
+
     expansions: largest number of cells divided per photo, a multiple of width; 0 turns the search off. level: S2 level
-    of leaves, the cells that are not divided; a multiple of config.model.group. leaves: N, at most 4096; a photo's
-    search ends once it is proven which N leaves are the most probable, or when expansions run out. width: number of
-    cells divided per photo and step.
+    of the leaves, a multiple of config.model.group. leaves: number of most probable leaves to find, at most 4096. A
+    photo's search ends when these leaves are proven to be the most probable ones, or when `expansions` cells have been
+    divided. width: number of cells divided per photo and step.
     """
 
     expansions: int
@@ -90,11 +92,11 @@ class PredictSettings:
 class Decoder:
     """Decodes batches of photos into pools. Every local device decodes a share of the batch.
 
-    Shares are padded to the next power of two, at most the share of settings.batch_size (see batch.padded_size).
+    Batches are padded, so that few batch sizes are compiled (see batch.padded_size).
     """
 
     def __init__(self, model: GeoTokenModel, settings: PredictSettings, gallery: Table):
-        """gallery: table of the gallery, in which the neighbors are rows."""
+        """gallery: table of the gallery, which contains the neighbors."""
         self.settings, self.gallery, self.model = settings, gallery, model.settings
         self.cells: Scheme = model.settings.cells
         self.neighbors, self.times = model.settings.neighbors, model.settings.times
@@ -149,8 +151,8 @@ class Decoder:
 
         batch: arrays `query`, `neighbors`, `neighbor_tokens`, `neighbor_count` and, if the model reads capture times,
         `context`, as data.join makes them. rows: gallery rows of the photos' neighbors, -1 if missing. scores: inner
-        products of the index vectors of photo and neighbor, ignored if the neighbor is missing. numbers: a number per
-        photo; with the seed, it decides the random draws for the photo, which do not depend on the rest of the batch.
+        products of the index vectors of photo and neighbor, ignored if the neighbor is missing. numbers: one number per
+        photo. The random draws for a photo depend only on its number and on settings.seed.
         """
         b = len(numbers)
         size = padded_size(b, self.settings.batch_size, self._devices)

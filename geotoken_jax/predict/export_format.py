@@ -8,13 +8,13 @@ from etils import epath
 from geotoken_jax.predict.bundle import ExportError
 from geotoken_jax.version import __version__
 
-#: Version of the form of an export. It grows when an earlier release cannot read an export.
-#: 1: config.json has no key `format`. 2: it has.
+#: Version of the format of an export. It is raised when earlier releases cannot read new exports. In format 1,
+#: config.json has no key `format`; in format 2, it has this key.
 FORMAT = 2
 
 
 def read_format(folder: epath.PathLike) -> int:
-    """Returns the format of an export. Raises ExportError if it is later than this release's."""
+    """Returns the format of an export. Raises ExportError if this release cannot read the format."""
     number = _stored(folder).get("format", 1)
     if number not in range(1, FORMAT + 1):
         raise ExportError(
@@ -25,13 +25,14 @@ def read_format(folder: epath.PathLike) -> int:
 
 
 def read_config(folder: epath.PathLike) -> dict[str, Any]:
-    """Returns config.json of an export as this release writes it, whatever format the export has.
+    """Returns the settings in config.json of an export, converted to the format of this release.
 
-    Selectors other than the one that chooses the answer, and the models that were trained for them, are left out: this
-    release need not have them, and they would only cost time. Raises ExportError if the format is later than this
-    release's, or if this release does not have the selector.
+    Only the selector that chooses the answer is kept, with its models. The other selectors would only cost time, and
+    this release may not have them.
+
+    Raises ExportError if this release cannot read the format, or does not have the selector that chooses the answer.
     """
-    from geotoken_jax.predict.select import SELECTORS  # the environments of converters lack what it imports
+    from geotoken_jax.predict.select import SELECTORS  # here, because converters lack some of its packages
 
     read_format(folder)
     config = _stored(folder)

@@ -12,7 +12,7 @@ from geotoken_jax.settings import SettingsError
 
 
 def _patterns(name: str, folder: epath.Path) -> Sequence[str]:
-    """Returns patterns of the files of an export. Files without a sum are not downloaded."""
+    """Returns glob patterns of the files to download: all files that SHA256SUMS of the export lists."""
     del name
     return [glob.escape(file) for file in bundle.sums(folder)]
 

@@ -2,8 +2,8 @@
 
 The judge gets the photo, the most probable candidates and the coordinates of similar photos. Depending on
 config.judge.answer it chooses a candidate or gives coordinates of its own (GeoToken's paper). If it gives no usable
-reply, the reason is counted. Each outcome is appended to a file of JSON lines at once, so that no reply is paid for
-twice.
+reply, the photo keeps the answer of its prediction, and the reason is counted. Each outcome is appended to a file of
+JSON lines at once, so an interrupted run does not pay for a reply twice.
 """
 
 import base64
@@ -35,12 +35,12 @@ _ANSWERS = {"choose": ("number",), "free": ("latitude", "longitude")}
 _MAX_FAILURES = 20
 #: HTTP statuses after which a request is retried; 529 is Anthropic's status for an overloaded server.
 _RETRIED = (408, 425, 429, 500, 502, 503, 504, 529)
-#: Errors of servers that do not support `response_format`; either may have other causes too.
+#: Errors of servers that do not support `response_format`. Both errors may also have other causes.
 _REFUSED_FORMAT = ("HTTP 400", "HTTP 422")
-#: Longest wait before a retry, also if the response's header Retry-After asks for more. Without this header the first
-#: retry follows at once.
+#: Longest wait before a retry, in seconds. It also limits the wait that a response's header Retry-After asks for.
+#: Without this header, the first retry follows at once.
 _LONGEST_WAIT_S = 120
-#: Longest wait for a connection: a running server accepts one sooner, even while its model loads.
+#: Longest wait for a connection, in seconds. A running server accepts a connection sooner, even while its model loads.
 _CONNECT_S = 10.0
 _JPEG_QUALITY = 90
 
@@ -51,13 +51,13 @@ class JudgeSettings:
 
     base_url: address of the endpoint, up to and including /v1; no judge if empty. model: the model's name at the
     endpoint. splits: splits whose photos are judged. photos: number of photos that are judged per split, drawn at
-    random; all if 0. A larger number continues. answer: "choose" for one of the candidates, "free" for any coordinates.
-    candidates: largest number of candidates in the prompt; the most probable ones are listed. side: longest side of the
-    photo that is sent, in pixels. options: more fields of the request, under the endpoint's names. timeout_s: seconds
-    without data after which an attempt ends. attempts: largest number of attempts per request, including the first, if
-    the endpoint is busy, broken or unreachable. concurrent: requests at a time. price_in: price of a million input
-    tokens. price_out: price of a million output tokens. key_variable: name of the environment variable with the API
-    key; no key is sent if empty.
+    random; all if 0. If it is raised later, earlier replies are kept. answer: "choose" for one of the candidates,
+    "free" for any coordinates. candidates: largest number of candidates in the prompt; the most probable ones are
+    listed. side: longest side of the photo that is sent, in pixels. options: more fields of the request, under the
+    endpoint's names. timeout_s: seconds without data after which an attempt ends. attempts: largest number of attempts
+    per request, including the first, if the endpoint is busy, broken or unreachable. concurrent: requests at a time.
+    price_in: price of a million input tokens. price_out: price of a million output tokens. key_variable: name of the
+    environment variable with the API key; no key is sent if empty.
     """
 
     base_url: Runtime[str]
@@ -102,11 +102,11 @@ class JudgeSettings:
 class _Outcome:
     """The outcome of judging one photo, a line of the file of outcomes.
 
-    place: coordinates in degrees; None if the fallback is the answer. reason: why the fallback is the answer; "" if it
-    is not. replied: whether the model replied; if so, the photo is not sent again. requests: number of requests sent,
-    retries included. retries: number of retries. seconds: time from the first request to the end of the last.
-    tokens_in: number of input tokens; None if the endpoint does not report it. tokens_out: the same for output tokens.
-    text: the model's reply, or the error.
+    place: coordinates that the model answered, in degrees; None without a usable reply. reason: reason why there is no
+    usable reply; "" if there is one. replied: whether the model replied at all; if so, the photo is not sent again.
+    requests: number of requests sent, retries included. retries: number of retries. seconds: time from the first
+    request to the end of the last. tokens_in: number of input tokens; None if the endpoint does not report it.
+    tokens_out: the same for output tokens. text: the model's reply, or the error.
     """
 
     id: str
@@ -137,9 +137,9 @@ class Question(NamedTuple):
     scores: Float[np.ndarray, "m"]
 
 
-class _Sent(NamedTuple):
-    """Result of a request. problem: why it failed, "" if it did not. body: the response's body; without a response, the
-    error. retries: number of retries."""
+class _Result(NamedTuple):
+    """Result of a request. problem: reason why the request failed; "" if it did not fail. body: the response's body, or
+    the error if there is no response. retries: number of retries."""
 
     problem: str
     body: str
@@ -209,8 +209,8 @@ class Judge:
     def __call__(self, questions: Sequence[Question]) -> list[list[float] | None]:
         """Returns the coordinates that the model answers for each photo, in degrees; None without a usable reply.
 
-        If config.judge.answer is "choose", they are those of a candidate. Raises StageError after 20 photos in a row
-        without a usable reply. Earlier replies are kept in the file.
+        If config.judge.answer is "choose", they are the coordinates of a candidate. Raises StageError after 20 photos
+        in a row without a usable reply. Earlier replies are kept in the file.
         """
         workers = ThreadPoolExecutor(self._settings.concurrent)
         try:
@@ -222,9 +222,9 @@ class Judge:
     def report(self) -> dict[str, Any]:
         """Returns counts, times and costs of all outcomes in the file, including earlier runs, for JSON.
 
-        answered: number of photos with a usable reply. fallbacks: reason -> number of photos whose answer is the
-        fallback. seconds: median and 95th percentile of the time for a reply, retries and waits included. tokens, cost:
-        sums of the reported usage. without_usage: number of replies whose usage is not reported in full.
+        answered: number of photos with a usable reply. fallbacks: reason -> number of photos without a usable reply for
+        this reason. seconds: median and 95th percentile of the time for a reply, retries and waits included. tokens,
+        cost: sums of the reported usage. without_usage: number of replies whose usage is not reported in full.
         """
         last = {outcome.id: outcome for outcome in self._outcomes}.values()
         replies = [outcome for outcome in self._outcomes if outcome.replied]
@@ -249,7 +249,7 @@ class Judge:
         if question.id in self._replied:
             return self._replied[question.id]
         if self._failures >= _MAX_FAILURES:
-            raise self._hopeless()
+            raise self._too_many_failures()
         outcome = self._judge(question)
         with self._lock:
             self._failures = 0 if outcome.place else self._failures + 1
@@ -257,10 +257,10 @@ class Judge:
             with self._file.open("a") as file:
                 file.write(json.dumps(dataclasses.asdict(outcome)) + "\n")
         if self._failures >= _MAX_FAILURES:
-            raise self._hopeless()
+            raise self._too_many_failures()
         return outcome
 
-    def _hopeless(self) -> StageError:
+    def _too_many_failures(self) -> StageError:
         last = self._outcomes[-_MAX_FAILURES:]
         shown = next((outcome for outcome in reversed(last) if not outcome.replied), last[-1])
         text = " ".join(shown.text.split())[:200]
@@ -301,7 +301,7 @@ class Judge:
         seconds = round(time.monotonic() - start, 4)
         problem, body, _ = sent[-1]
         reply = None if problem else _reply(body)
-        place, reason = _place(reply, prompt) if reply else (None, problem or "no chat completion")
+        place, reason = _answered_place(reply, prompt) if reply else (None, problem or "no chat completion")
         retries = sum(s.retries for s in sent)
         return _Outcome(
             id=question.id,
@@ -316,17 +316,17 @@ class Judge:
             text=reply.text if reply else body[:300],
         )
 
-    def _send(self, body: dict[str, Any]) -> _Sent:
+    def _send(self, body: dict[str, Any]) -> _Result:
         url = f"{self._settings.base_url.rstrip('/')}/chat/completions"
         try:  # no redirects: the photo must not reach another server than base_url
             response = self._http.request("POST", url, json=body, redirect=False)
         except MaxRetryError as error:
-            return _Sent(_problem(error.reason), self._without_key(str(error.reason)), self._settings.attempts - 1)
+            return _Result(_problem(error.reason), self._without_key(str(error.reason)), self._settings.attempts - 1)
         except HTTPError as error:
-            return _Sent(_problem(error), self._without_key(str(error)), 0)
+            return _Result(_problem(error), self._without_key(str(error)), 0)
         problem = "" if response.status == 200 else f"HTTP {response.status}"
         retries = len(response.retries.history) if response.retries else 0
-        return _Sent(problem, self._without_key(response.data.decode(errors="replace")), retries)
+        return _Result(problem, self._without_key(response.data.decode(errors="replace")), retries)
 
     def _without_key(self, text: str) -> str:
         return text.replace(self._key, "[the key]") if self._key else text
@@ -393,7 +393,7 @@ def _problem(cause: Exception | None) -> str:
 
 
 def _reply(body: str) -> _Reply | None:
-    """Returns the chat completion in a response's body, whatever its content type; None if there is none."""
+    """Returns the chat completion in a response's body, of any content type; None if the body has none."""
     try:
         completion = json.loads(body)
         choice = completion["choices"][0]
@@ -408,7 +408,7 @@ def _reply(body: str) -> _Reply | None:
     return _Reply(str(refusal or text or ""), refused, finish == "length", tokens_in, tokens_out)
 
 
-def _place(reply: _Reply, prompt: _Prompt) -> tuple[list[float] | None, str]:
+def _answered_place(reply: _Reply, prompt: _Prompt) -> tuple[list[float] | None, str]:
     """Returns the coordinates that a reply chooses and "", or None and the reason why the reply is unusable."""
     values = None if reply.refused else _last_object(reply.text, _ANSWERS[prompt.answer])
     if values is None:

@@ -1,4 +1,4 @@
-"""Pools, from which selectors choose: photos' candidates, neighbors and the model's distributions over places."""
+"""The pool: the candidates of a batch of photos, with all data by which selectors choose an answer."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,12 +11,15 @@ from geotoken_jax.predict.sample import Candidates
 
 
 class PlaceDistribution(NamedTuple):
-    """Distributions over the Earth of b photos: first disjoint S2 cells, most probable first, then coarser cells.
+    """For each of b photos, the probabilities that the photo was taken in each of F S2 cells.
 
-    The first cells are listed one by one. The probability of a coarser cell is the part inside it that is in no listed
-    cell. coordinates: centers of the cells, in degrees. level: S2 level of each cell, -1 for the whole Earth.
-    probability: probability of each cell, 0 for padding if a photo has fewer than F cells. If the probabilities of a
-    photo's cells sum to less than 1, the rest is elsewhere.
+    A search of the decoder's distribution lists the most probable cells first, which do not overlap. Coarse cells
+    follow, with the remaining probability: the probability of a coarse cell is the sum over the cells inside it that
+    are not in the list themselves.
+
+    coordinates: centers of the cells, in degrees. level: S2 level of each cell, -1 for the whole Earth. probability:
+    probability of each cell, 0 for padding if a photo has fewer than F cells. If the probabilities of a photo sum to
+    less than 1, the rest is the probability of all other places.
     """
 
     coordinates: Float[np.ndarray, "b F 2"]
@@ -25,16 +28,17 @@ class PlaceDistribution(NamedTuple):
 
 
 class Pool(NamedTuple):
-    """Candidates of b photos, with the data that selectors choose by.
+    """K candidates and M neighbors for each of b photos.
 
-    coordinates: coordinates of the candidates, in degrees. query: image, location and text vectors of the photo.
-    neighbors: the same vectors of the M gallery photos that the model read, best first. neighbor_coordinates:
-    coordinates of the neighbors, in degrees. neighbor_scores: inner products of the index vectors of photo and
-    neighbor, at most 3. neighbor_count: number of neighbors of each photo; the remaining rows are padding.
-    distribution: the model's distributions over places; None if the model was not searched. exclude: rules that
-    kept gallery photos out of the neighbors; selectors that search the gallery apply them too. context: capture times,
-    encoded by data.join.context; None if the model does not read them. fold: number of the fold of each photo that the
-    reranker was fitted to (see predict.rerank.folds); None for new photos.
+    candidates: token sequences that the decoder generated. coordinates: coordinates of the candidates, in degrees.
+    query: image, location and text vector of each photo. neighbors: image, location and text vector of each gallery
+    photo that the decoder read as a neighbor, best neighbor first. neighbor_coordinates: coordinates of the neighbors,
+    in degrees. neighbor_scores: similarity of photo and neighbor, the inner product of their index vectors, at most 3.
+    neighbor_count: number of neighbors of each photo; the other entries are padding. distribution: the decoder's
+    probabilities of cells; None if the decoder's distribution was not searched. exclude: rules that exclude gallery
+    photos from the neighbors; selectors that search the gallery apply the same rules. context: capture times, encoded
+    by data.join.context; None if the decoder does not read capture times. fold: fold of each photo (see
+    predict.rerank.folds) if they are the validation photos, to which the reranker is fitted; otherwise None.
     """
 
     candidates: Candidates

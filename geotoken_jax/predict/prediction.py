@@ -18,10 +18,11 @@ from geotoken_jax.gallery.table import Table
 class Candidate:
     """A candidate location of a photo, in degrees.
 
-    probability: the model's probability of the candidate's cell (GeoCLIP: of this location among all in its gallery).
-    log_probability: natural logarithm of `probability`. tempered_log_probability: log-probability under the
-    distribution that candidates are sampled from. count: how often the candidate was decoded, greedily or by sampling.
-    tokens: tokens of the candidate's cell. A field is None if the method, for example a baseline, does not compute it.
+    probability: the model's probability of the candidate's cell; in GeoCLIP's predictor, the probability of this
+    location among all locations in GeoCLIP's gallery. log_probability: natural logarithm of `probability`.
+    tempered_log_probability: log-probability under the distribution that candidates are sampled from. count: how often
+    the candidate was decoded, greedily or by sampling. tokens: tokens of the candidate's cell. A field is None if the
+    method, for example a baseline, does not compute it.
     """
 
     latitude: float
@@ -66,8 +67,9 @@ class Cell:
 class Place:
     """A place that the reranker ranked, in degrees.
 
-    probability: the reranker's probability that this is the photo's place, among all places that it ranked. channels:
-    source that brought the place -> its rank there, from 1, and its score there (see predict.rerank.Candidates).
+    probability: the reranker's probability that this is the photo's place; the probabilities of all ranked places sum
+    to 1. channels: name of a source of candidates that lists the place -> rank of the place in this source, from 1, and
+    score in this source (see predict.rerank.Candidates).
     """
 
     latitude: float
@@ -84,18 +86,19 @@ class Prediction:
     radius_90_km: the same for 90 %. within: distance (1, 25, 200, 750 and 2500 km) -> probability that the true
     location is no farther from the answer.
 
-    If the reranker chooses the answer, the radii and `within` come from its probabilities; else from the decoder's
-    distribution over places, if this was searched. Both are calibrated on the validation photos if there are any. With
-    neither, `GeoToken.predict` computes them from its candidates, weighted by `count`, and predictions in a work
-    directory have radii of NaN and an empty `within`. GeoCLIP's predictor
-    computes them from the probabilities in its gallery.
+    If the reranker chooses the answer, the radii and `within` come from the reranker's probabilities. Otherwise they
+    come from the decoder's distribution over places, if it was searched. In both cases they are calibrated on the
+    validation photos, if there are any. If the distribution was not searched either, `GeoToken.predict` computes the
+    radii and `within` from the candidates, weighted by `count`; predictions in a work directory then have radii of NaN
+    and an empty `within`. GeoCLIP's predictor computes them from the probabilities in its gallery.
 
-    candidates: distinct candidates by falling probability, but the greedy one, if there is one, first. cells: the most
-    probable cells, disjoint; if their probabilities sum to less than 1, the rest is elsewhere. neighbors: the photo's
-    neighbors in the gallery, best first. Each of the three is empty if the method has none. choice: name of the
-    selector whose choice is the answer. choices: selector name -> its choice, an index into `candidates` or coordinates
-    in degrees. place: name of the city nearest to the answer, see geo.places.place_names; None in a work directory.
-    places: the most probable places of the reranker's ranking; empty if the model has no reranker.
+    candidates: distinct candidates; first the greedy one, if there is one, then the others by falling probability.
+    cells: the most probable cells, which do not overlap; if their probabilities sum to less than 1, the rest is the
+    probability of all other places. neighbors: the photo's neighbors in the gallery, best first. candidates, cells and
+    neighbors are empty if the method has none. choice: name of the selector whose choice is the answer. choices:
+    selector name -> its choice, an index into `candidates` or coordinates in degrees. place: name of the city nearest
+    to the answer, see geo.places.place_names; None in a work directory. places: the most probable places of the
+    reranker's ranking; empty if the model has no reranker.
     """
 
     latitude: float

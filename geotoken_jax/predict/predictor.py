@@ -1,4 +1,4 @@
-"""A trained model as one object: photos in, predictions with candidates and radii out."""
+"""A trained model as one object, which predicts where photos were taken."""
 
 import abc
 import asyncio
@@ -74,6 +74,7 @@ class Predictor(abc.ABC):
         bytes of an image file. Positions and times in EXIF are not read. captured: the photo's capture time, or a list
         with one time per photo; None if unknown. A datetime without a zone is UTC. on_error: "return" puts an
         ImageError into the list for each photo that cannot be read.
+
         Raises ImageError, with the photo's name, if a photo cannot be read and on_error is "raise". Raises ValueError
         if `captured` is given and has another length than photos, or is given to a model that does not read times
         (config.model.context).
@@ -103,8 +104,8 @@ class Predictor(abc.ABC):
     async def predict_async(self, photos: Any, captured: Any = None) -> Prediction | list[Prediction]:
         """Returns the same as `predict`, without blocking the event loop.
 
-        One thread runs all batches of a model, in the order in which they are awaited, so that calls with several
-        batches take turns. A canceled call drops the batches that have not begun.
+        One thread runs all batches of a model, in the order in which they are awaited. Calls with several batches
+        therefore take turns. A canceled call drops its batches that have not begun.
         """
         if not isinstance(photos, (list, tuple)):
             return (await self.predict_async([photos], None if captured is None else [captured]))[0]
@@ -138,7 +139,8 @@ class Predictor(abc.ABC):
         return answers
 
     def _stream(self, photos: Iterable[tuple[Any, float, Excluded]]) -> Generator[Prediction | ImageError, None, None]:
-        """Yields the answers of photos with their capture times and excluded gallery photos, see `stream`."""
+        """Yields the predictions and ImageErrors as `stream` does. photos: tuples of a photo, its capture time in
+        seconds since 1970, and the gallery photos that may not be its neighbors."""
         source = iter(photos)
         with ThreadPoolExecutor(_DECODERS, "decode") as pool:
             ahead: collections.deque[tuple[Future, float, Excluded]] = collections.deque()
@@ -148,7 +150,7 @@ class Predictor(abc.ABC):
                     prepared = 0
                     while prepared < self.batch_size:
                         for photo, time, excluded in itertools.islice(source, 2 * self.batch_size - len(ahead)):
-                            ahead.append((pool.submit(self._prepared, photo), time, excluded))
+                            ahead.append((pool.submit(self._prepare_or_error, photo), time, excluded))
                         if not ahead:
                             break
                         future, time, excluded = ahead.popleft()
@@ -156,18 +158,18 @@ class Predictor(abc.ABC):
                         prepared += not isinstance(batch[-1][0], ImageError)
                     if not batch:
                         return
-                    yield from self._answers(batch)
+                    yield from self._predict_batch(batch)
             finally:
                 for future, *_ in ahead:
                     future.cancel()
 
-    def _prepared(self, photo: Any) -> Any:
+    def _prepare_or_error(self, photo: Any) -> Any:
         try:
             return self.prepare(photo)
         except ImageError as error:
             return error
 
-    def _answers(self, batch: list[tuple[Any, float, Excluded]]) -> Iterator[Prediction | ImageError]:
+    def _predict_batch(self, batch: list[tuple[Any, float, Excluded]]) -> Iterator[Prediction | ImageError]:
         read = [one for one in batch if not isinstance(one[0], ImageError)]
         predictions = iter(())
         if read:
@@ -256,13 +258,14 @@ class GeoToken(Predictor):
 
         model: folder that `geotoken export` made, or name ORG/NAME or ORG/NAME@REVISION of a model on the Hugging Face
         hub. revision: branch, tag or commit on the hub, if `model` has none; the main branch if None. verify, backbone:
-        see GeoToken. Raises SettingsError if there is no such model or the download fails, and the errors of GeoToken.
+        see GeoToken. Raises SettingsError if there is no such model or the download fails. Also raises the errors of
+        GeoToken(...).
         """
         return cls(hub.resolve(model, revision), verify, backbone)
 
     @classmethod
     def from_pretrained(cls, name_or_folder: epath.PathLike, **options: Any) -> "GeoToken":
-        """Returns the same as `load`, by the name of this method in transformers. options: see `load`."""
+        """Returns the same as `load`. The library transformers has this name for it. options: see `load`."""
         return cls.load(name_or_folder, **options)
 
     def push_to_hub(self, name: str) -> str:
@@ -300,7 +303,7 @@ class GeoToken(Predictor):
 
 
 def _with_sample_radii(prediction: Prediction) -> Prediction:
-    """Returns a prediction with radii and `within` filled in, from the shares of samples at its candidates."""
+    """Returns a prediction with radii and `within`, computed from its candidates, each with its `count` as weight."""
     at, candidates = np.array([prediction.latitude, prediction.longitude]), prediction.candidates
     points, counts = np.array([(c.latitude, c.longitude) for c in candidates]), np.array([c.count for c in candidates])
     radius, radius_90, within = spread(at, points, counts)

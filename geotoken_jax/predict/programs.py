@@ -28,8 +28,8 @@ from geotoken_jax.predict.decode import PredictSettings
 class Program(NamedTuple):
     """A function of arrays for b photos, with its model.
 
-    arguments: argument name -> shape and type for one photo; `noise`, which all photos share, has its full shape. run:
-    function of the model, then of the arguments in the order of `arguments`.
+    arguments: argument name -> shape without the axis of the photos, and type. The argument `noise` has no such axis,
+    because all photos share it. run: function of the model, then of the arguments in the order of `arguments`.
     """
 
     model: nnx.Module
@@ -59,7 +59,7 @@ def decoding(model: GeoTokenModel, options: PredictSettings, *, noise: bool = Fa
 
     The program takes the arguments of predict.decode.Decoder: vectors in bfloat16, tokens and counts in int32, numbers
     in uint32. The result is a dict with the fields of Candidates; the samples are the same as the Decoder's samples.
-    The model's attention must be "xla". To a model that reads capture times, all times are unknown.
+    The model's attention must be "xla". If the model reads capture times, every capture time counts as unknown.
 
     noise: whether the program is for runtimes without bfloat16 and without jax's random numbers. If True, vectors are
     float32, and the argument `numbers` is replaced by `noise` [T, K, V] float32 (see predict.sample.noise), which all
@@ -98,7 +98,7 @@ def with_noise(folder: epath.PathLike) -> tuple[dict[str, Program], Float[np.nda
     """Returns an export's programs `align` and `geotoken` for runtimes without random numbers, and the noise to pass.
 
     The noise is drawn for number 0, as in GeoToken.predict. The model computes in float32, because such runtimes have
-    no bfloat16. Raises SettingsError if the export decodes by beam search, whose sorting has only been run in jax.
+    no bfloat16. Raises SettingsError if the export decodes by beam search, because its sorting was tested in jax only.
     """
     folder = epath.Path(folder)
     config = export_format.read_config(folder)

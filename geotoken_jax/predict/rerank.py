@@ -1,4 +1,7 @@
-"""The reranker: candidates from all channels and the decoder, ranked by the probability of being near the truth."""
+"""The selector `reranker`: it ranks candidates of the decoder and of all channels by a network's probability.
+
+The network is in model/reranker.py, and the channels, which search the gallery, are in predict/channels.py.
+"""
 
 import functools
 import zlib
@@ -21,23 +24,27 @@ from geotoken_jax.model.reranker import Evidence, Reranker, RerankerSettings
 from geotoken_jax.predict.channels import Channels
 from geotoken_jax.predict.pool import PlaceDistribution, Pool
 
-#: Sources of candidates in addition to the channels.
+#: Sources of candidates in addition to the channels: the decoder's token sequences, and its most probable cells.
 DECODER_SOURCES = ("samples", "cells")
-#: Photos per batch: with 143 candidates and 256 neighbors, they make 2.3 million distances.
+#: Photos per call of the network: 2.3 million distances with 143 candidates and 256 neighbors per photo.
 _BATCH = 64
-#: S2 level of the discs that candidates stand for in a distribution over places: 1.6 km in radius at level 12.
-_LEVEL = 12
-#: Files of the reranker for new photos and of the folds' rerankers, as a format string.
-_NEW, _FILES = "parameters.safetensors", "fold-{:03d}.safetensors"
+#: A ranking becomes a distribution over places with one disc per candidate. Each disc has the area of an S2 cell of
+#: this level: at level 12, the radius is 1.3 km.
+_DISC_LEVEL = 12
+#: File with the network for new photos, and files with one network per fold, as a format string.
+_NEW_FILE, _FOLD_FILES = "parameters.safetensors", "fold-{:03d}.safetensors"
 
 
 class Candidates(NamedTuple):
-    """Candidates of b photos with what brought them, on the host.
+    """Candidates of b photos, with their ranks and scores in each source, as numpy arrays.
 
-    coordinates: degrees. present: False for padding and for a place that an earlier candidate has too. ranks: 1-based
-    rank of the candidate in each source, 0 if the source did not bring it. scores: its score there: the channel's, the
-    log-probability of a sample's cell, or the probability of a cell; 0 if the source did not bring it. The last axis
-    has the channels, then DECODER_SOURCES. evidence: the arrays that the features are computed from.
+    The S sources are the channels, then DECODER_SOURCES.
+
+    coordinates: degrees. present: False for padding, and for a gallery photo that is listed before. ranks: rank of the
+    candidate in each source, from 1; 0 if the source does not list it. scores: score of the candidate in each source; 0
+    if the source does not list it. The score in a channel is the score of the search, the score in "samples" is the
+    log-probability of the sample's cell, and the score in "cells" is the probability of the cell. evidence: input of
+    model.reranker.features.
     """
 
     coordinates: Float[np.ndarray, "b K 2"]
@@ -48,8 +55,11 @@ class Candidates(NamedTuple):
 
 
 class Ranking(NamedTuple):
-    """The ranked candidates of b photos. candidates: see Candidates. probability: probability of each candidate, in
-    sum 1. chosen: index of the answer. sources: names of the sources."""
+    """The candidates of b photos with their probabilities.
+
+    probability: probability that a candidate is the photo's place. The probabilities of a photo sum to 1. chosen: index
+    of the candidate that is the photo's answer. sources: names of the S sources.
+    """
 
     candidates: Candidates
     probability: Float[np.ndarray, "b K"]
@@ -58,12 +68,13 @@ class Ranking(NamedTuple):
 
     @property
     def answers(self) -> Float[np.ndarray, "b 2"]:
-        """The chosen places, in degrees."""
+        """Coordinates of the answers, in degrees."""
         return self.candidates.coordinates[np.arange(len(self.chosen)), self.chosen]
 
 
 def gather(settings: RerankerSettings, channels: Channels, gallery: Table, pool: Pool) -> Candidates:
-    """Returns the candidates of a pool's photos: the decoder's samples, its cells and the channels' neighbors."""
+    """Returns the candidates of a pool's photos: first the decoder's token sequences, then its most probable cells,
+    then the first neighbors of every channel."""
     rows, scores = channels.search(pool, settings.depth)
     b, c, _ = rows.shape
     n, m = pool.coordinates.shape[1], settings.candidates
@@ -73,7 +84,7 @@ def gather(settings: RerankerSettings, channels: Channels, gallery: Table, pool:
     f = min(settings.cells, cells.shape[1])
     coordinates = np.concatenate([pool.coordinates, cells[:, :f], places[:, :, :m].reshape(b, c * m, 2)], 1)
 
-    # A gallery photo is one candidate, however many channels list it.
+    # If several channels list the same gallery photo, only the first entry is a candidate.
     same = (listed[:, :, None] == listed[:, None, :]) & (listed >= 0)[:, :, None]
     first = np.arange(c * m) == same.argmax(2)
     brought = same.reshape(b, c * m, c, m)
@@ -94,7 +105,11 @@ def gather(settings: RerankerSettings, channels: Channels, gallery: Table, pool:
 
 
 def _discs(pool: Pool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns centers [b, F, 2], radii [b, F] in km and probabilities [b, F] of the decoder's distribution."""
+    """Returns the cells of the decoder's distribution as discs. A disc has the mean area of the cells of its level.
+
+    The result has centers [b, F, 2] in degrees, radii [b, F] in km and probabilities [b, F]. F is 0 if the pool has no
+    distribution.
+    """
     if pool.distribution is None:
         empty = np.zeros((len(pool.coordinates), 0))
         return np.zeros((*empty.shape, 2)), empty.astype(np.float32), empty
@@ -114,10 +129,11 @@ def featurize(settings: RerankerSettings, scale: jax.Array, evidence: Evidence) 
 
 
 class Ranker:
-    """A trained reranker with its channels: pools in, rankings out."""
+    """The trained selector `reranker`, a function that maps a pool to a ranking."""
 
     def __init__(self, rerankers: list[Reranker], channels: Channels, gallery: Table):
-        """rerankers: the one for new photos, then one per fold, each fitted without the photos of that fold."""
+        """rerankers: first the network for new photos. If there are more, the others are one network per fold, fitted
+        without the photos of this fold."""
         self.settings, self._channels, self._gallery = rerankers[0].settings, channels, gallery
         self.sources = (*channels.names, *DECODER_SOURCES)
         graph, _ = nnx.split(rerankers[0])
@@ -133,7 +149,11 @@ class Ranker:
         self._run = [functools.partial(compiled, state) for state in states]
 
     def __call__(self, pool: Pool) -> Ranking:
-        """Returns the ranking of a pool's photos. A photo of a fold is ranked by the reranker without that fold."""
+        """Returns the ranking of a pool's photos.
+
+        If pool.fold is None, the network for new photos ranks them. Otherwise each photo is ranked by the network that
+        was fitted without the photo's fold.
+        """
         candidates = gather(self.settings, self._channels, self._gallery, pool)
         b, k = candidates.present.shape
         probability, chosen = np.zeros((b, k), np.float32), np.zeros(b, np.int64)
@@ -150,9 +170,9 @@ class Ranker:
 
 
 class Recall:
-    """Counts the photos whose pool has a candidate within each of THRESHOLDS_KM, per source and together.
+    """Counts photos with a candidate near the truth, within each of THRESHOLDS_KM.
 
-    photos: number of photos counted.
+    The counts are per source of candidates, and for all sources combined. photos: number of photos that were added.
     """
 
     def __init__(self):
@@ -160,7 +180,10 @@ class Recall:
         self._within: dict[str, np.ndarray] = {}
 
     def add(self, ranking: Ranking | None, truth: Float[np.ndarray, "b 2"]) -> None:
-        """Counts the photos of a ranking; nothing if it is None. truth: their coordinates, in degrees."""
+        """Adds the photos of a ranking to the counts. If the ranking is None, nothing is added.
+
+        truth: true coordinates of the photos, in degrees.
+        """
         if ranking is None:
             return
         candidates = ranking.candidates
@@ -172,37 +195,38 @@ class Recall:
         self.photos += len(truth)
 
     def shares(self) -> dict[str, list[float]]:
-        """Returns source, or "all" -> share of photos for each of THRESHOLDS_KM."""
+        """Returns source -> shares of the photos, one per threshold. The key "all" has all sources combined."""
         return {name: (counts / self.photos).round(6).tolist() for name, counts in self._within.items()}
 
 
 def places(ranking: Ranking) -> PlaceDistribution:
-    """Returns a ranking as a distribution over places: a disc around each candidate, most probable first."""
+    """Returns a ranking as a distribution over places: discs around the candidates, most probable first."""
     order = np.argsort(-ranking.probability, 1, kind="stable")
     coordinates = np.take_along_axis(ranking.candidates.coordinates, order[..., None], 1)
     probability = np.take_along_axis(ranking.probability, order, 1).astype(np.float64)
-    return PlaceDistribution(coordinates, np.full(probability.shape, _LEVEL), probability)
+    return PlaceDistribution(coordinates, np.full(probability.shape, _DISC_LEVEL), probability)
 
 
 def folds(authors: np.ndarray, ids: np.ndarray, count: int) -> Int[np.ndarray, " n"]:
     """Returns the fold of each photo, from 0 to count - 1. All photos of an author are in one fold.
 
-    authors: bytes, empty if unknown; such a photo's fold depends on its id.
+    authors: author of each photo as bytes. For a photo with an empty author, the id decides the fold. ids: id of each
+    photo as bytes. count: number of folds.
     """
     names = np.where(authors == authors.dtype.type(), ids, authors)
     return np.array([zlib.crc32(name) % count for name in names.tolist()], np.int64).reshape(-1)
 
 
 def write(folder: epath.Path, rerankers: Sequence[Reranker]) -> None:
-    """Writes the reranker for new photos and those of the folds, in the order of `Ranker`."""
+    """Writes the parameters of the networks. rerankers: see Ranker."""
     for i, one in enumerate(rerankers):
         parameters = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(one)))
-        checkpoint.write_parameters(folder / _FILES.format(i - 1) if i else folder / _NEW, parameters)
+        checkpoint.write_parameters(folder / _FOLD_FILES.format(i - 1) if i else folder / _NEW_FILE, parameters)
 
 
 def read(folder: epath.Path, settings: RerankerSettings) -> list[Reranker]:
-    """Returns the rerankers that `write` stored. An export has only the first, for new photos."""
+    """Returns the networks that `write` stored. An export has only the network for new photos."""
     width = len(model.names(settings))
     moments, scale = np.ones((2, width), np.float32), np.ones(len(settings.channels), np.float32)
-    files = [folder / _NEW, *disk.matching(folder, "fold-*.safetensors")]
+    files = [folder / _NEW_FILE, *disk.matching(folder, "fold-*.safetensors")]
     return [checkpoint.read_module(file, lambda rngs: Reranker(settings, moments, scale, rngs=rngs)) for file in files]

@@ -1,4 +1,4 @@
-"""The reward head as a selector: it scores candidates by the decoder's output at the last position.
+"""The selector `reward`: a trained head scores candidates by the decoder output that predicts their last token.
 
 Source: section 3.5 of the paper.
 """
@@ -18,12 +18,13 @@ from geotoken_jax.model.memory import Neighbors
 from geotoken_jax.model.reward import RewardSettings, RewardTask, choose
 from geotoken_jax.predict.pool import Pool
 
-#: Photos per block, always the same number, so that one shape is compiled; rounded up to a multiple of the devices.
+#: Photos per call, rounded up to a multiple of the number of devices. Smaller batches are padded to this number, so
+#: only one shape is compiled.
 _BATCH = 64
 
 
 class States:
-    """Computes the decoder's output at the last position for every candidate of a pool.
+    """A function that returns, for every candidate of a pool, the decoder output that predicts its last token.
 
     Every local device computes a share of the photos.
     """
@@ -40,7 +41,7 @@ class States:
         self._block = -(-_BATCH // devices) * devices
 
     def __call__(self, pool: Pool) -> Float32[np.ndarray, "b K D"]:
-        """Returns the decoder's output at the last position for every candidate, given all neighbors of the photo."""
+        """Returns the decoder output that predicts the last token, for each of K candidates per photo."""
         outputs = []
         for rows, n in blocks(np.arange(len(pool.query)), self._block):
             latitude, longitude = np.moveaxis(pool.neighbor_coordinates[rows], -1, 0)
@@ -56,7 +57,8 @@ class Reward:
     """A trained reward head as a selector."""
 
     def __init__(self, folder: epath.PathLike, options: RewardSettings, model: GeoTokenModel):
-        """folder: reward/VARIANT of a work directory, or reward/ of an export. model: decoder that the head reads."""
+        """folder: reward/VARIANT of a work directory, or reward/ of an export. model: decoder whose outputs the head
+        scores."""
         task = RewardTask(options, model.settings.width)
         head = checkpoint.read_module(epath.Path(folder) / "parameters.safetensors", task.init)
         self._states = States(model)

@@ -1,4 +1,4 @@
-"""Greedy decoding and sampling of candidates. All candidates of a photo share its encoder memory in the cache."""
+"""Greedy decoding and sampling of candidates. All candidates of a photo share one copy of the encoder's output."""
 
 import itertools
 import math
@@ -17,8 +17,8 @@ from geotoken_jax.model.geotoken import Cache, GeoTokenModel, Memory
 class Candidates(NamedTuple):
     """Decoded token sequences with their log-probabilities in nats.
 
-    log_probability: log-probability under the model. tempered_log_probability: log-probability under the distribution
-    that is sampled from, which is tempered and cut to the nucleus.
+    log_probability: log-probability in the model's own distribution. tempered_log_probability: log-probability in the
+    distribution from which samples are drawn, after temperature and top_p.
     """
 
     tokens: Int[Array, "B K T"]
@@ -42,9 +42,9 @@ def sample(
 ) -> Candidates:
     """Returns 1 + samples candidates per photo: the greedy one first, then independent samples.
 
-    keys: a key per photo, so that a photo's candidates do not depend on its batch. temperature: divisor of logits,
-    above 0. top_p: probability mass in (0, 1]; each token is drawn from the fewest values that have this mass in the
-    tempered distribution (nucleus sampling, Holtzman et al. 2020, arXiv 1904.09751).
+    keys: one random key per photo; a photo's candidates then do not depend on other photos in the batch. temperature:
+    divisor of logits, above 0. top_p: probability mass in (0, 1]; each token is drawn from the fewest values that have
+    this mass in the tempered distribution (nucleus sampling, Holtzman et al. 2020, arXiv 1904.09751).
     """
     vocabulary = max(model.settings.cells.vocab_sizes)
     return draw(model, memory, lambda t: noise(keys, t, samples, vocabulary), 1 + samples, temperature, top_p)
@@ -74,9 +74,11 @@ def draw(
 ) -> Candidates:
     """Returns the same as `sample`, with noise from the caller.
 
-    noise: function that returns the noise at position t. candidates: K. The first positions, which have fewer prefixes
-    of tokens than candidates, are decoded once per prefix, all in one step. With S2 cells and 7 to 96 candidates these
-    are 7 prefixes: none at the first position, and six faces at the second.
+    noise: function that returns the noise at position t. candidates: K, the number of candidates.
+
+    At the first positions, there are fewer possible prefixes of tokens than candidates. These positions are decoded
+    once per prefix instead of once per candidate, for all prefixes in one step. With S2 cells and 7 to 96 candidates
+    there are 7 such prefixes: the empty one at the first position, and the six faces at the second.
     """
     sizes = model.settings.cells.vocab_sizes
     widths = [min(candidates, math.prod(sizes[:t])) for t in range(len(sizes))]
@@ -120,9 +122,9 @@ def draw(
 def _decode_prefixes(
     model: GeoTokenModel, memory: Memory, sizes: tuple[int, ...], slots: int
 ) -> tuple[Float[Array, "B n V"], Cache]:
-    """Returns the log-probabilities of the token after each of n prefixes, and their cache.
+    """Returns the log-probabilities of the token after each of n prefixes, and the cache of the prefixes.
 
-    The prefixes are all sequences of 0, 1, ... and len(sizes) - 1 tokens, in this order and each length in
+    The prefixes are all sequences of 0 to len(sizes) - 1 tokens, shorter ones first, and sequences of equal length in
     lexicographic order. sizes: number of tokens at each position. slots: number of slots per photo; prefix i writes
     slot i.
     """

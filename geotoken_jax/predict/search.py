@@ -17,7 +17,7 @@ from geotoken_jax.geo.cells import CellScheme
 from geotoken_jax.model.geotoken import Cache, GeoTokenModel, Memory
 from geotoken_jax.predict.pool import PlaceDistribution
 
-#: Largest number of coarse cells per photo; they sum up the cells that a distribution does not list one by one.
+#: Largest number of coarse cells per photo. Coarse cells sum up the cells that a distribution does not list one by one.
 _COARSE = 64
 #: Centers of the six faces of S2, its cells of level 0, in degrees.
 _FACES = np.array([(0, 0), (0, 90), (90, 0), (0, 180), (0, -90), (-90, 0)], np.float64)
@@ -28,10 +28,10 @@ class SearchResult(NamedTuple):
 
     A search ends with a partition of the Earth, so the probabilities sum to 1 unless there are more than F cells.
 
-    tokens: `depth` tokens of each cell, then zeros. depth: number of a cell's tokens; for a leaf, the `length` given to
-    `search`; less for a cell that was left open, 0 for the whole Earth. log_probability: nats; -inf for padding if
-    there are fewer than F cells. proven: the count P of proven leaves; they are the first P cells, and no other leaf is
-    more probable.
+    tokens: `depth` tokens of each cell, then zeros. depth: number of a cell's tokens: 0 for the whole Earth, the
+    argument `length` of `search` for a leaf, a number in between for a cell that was left open. log_probability: nats;
+    -inf for padding if there are fewer than F cells. proven: number P of leaves that are proven to be the most
+    probable. These are the first P cells.
     """
 
     tokens: Int[Array, "B F T"]
@@ -41,7 +41,7 @@ class SearchResult(NamedTuple):
 
 
 class _State(NamedTuple):
-    """The search between two iterations: the E nodes expanded by then, with the log-probabilities of their children."""
+    """State of the search between two iterations: up to E expanded nodes, with their children's log-probabilities."""
 
     iteration: Int[Array, ""]
     cache: Cache
@@ -63,25 +63,27 @@ def search(
     expansions: int = 128,
     capacity: int = 256,
 ) -> SearchResult:
-    """Returns the most probable cells once the `count` most probable leaves are proven, or expansions run out.
+    """Searches until the `count` most probable leaves are proven, or expansions run out. Returns the most probable
+    cells.
 
-    length: number of tokens of a leaf; all T if None. At group 2, leaves of 7 tokens are cells of level 12, 2 km wide.
-    Choose T only if the model is sure of its last tokens: if these are noise, no leaf stands out, and expansions run
-    out among coarser cells. temperature: temperature of the distribution that is searched; log p / temperature is
-    normalized again at each token. width: number of nodes expanded per photo and step, the most probable ones.
-    expansions: largest number of nodes expanded per photo, a multiple of width. capacity: F, number of cells returned
-    per photo; fewer if `expansions` nodes have fewer children.
+    length: number of tokens of a leaf; T, the number of all tokens, if None. At group 2, leaves of 7 tokens are cells
+    of level 12, 2 km wide. Choose T only if the model is certain of its last tokens. Otherwise all leaves have similar
+    probabilities, and the search uses up its expansions on coarser cells. temperature: temperature of the distribution
+    that is searched; log p / temperature is normalized again at each token. width: number of nodes expanded per photo
+    and step, the most probable ones. expansions: largest number of nodes expanded per photo, a multiple of width.
+    capacity: F, number of cells returned per photo; fewer if `expansions` nodes have fewer children.
 
-    A finished photo stays unchanged until its whole batch is finished. All descendants of a node share its keys and
-    values, so the cache has 2 * decoder layers * decoder width * expansions numbers per photo: 2.6 MB in bfloat16 for
-    the paper's model and 128 expansions, or 1.3 GB for 512 photos. For 512 photos, two copies of the encoder memory add
-    2.2 GB each, and everything else adds 50 MB.
+    A photo whose search is finished waits until its whole batch is finished. All descendants of a node share its keys
+    and values, so the cache has 2 * decoder layers * decoder width * expansions numbers per photo: 2.6 MB in bfloat16
+    for the paper's model and 128 expansions, or 1.3 GB for 512 photos. For 512 photos, two copies of the encoder memory
+    add 2.2 GB each, and everything else adds 50 MB.
 
     Raises ValueError if expansions is not a positive multiple of width, or if count is above capacity.
     """
     if expansions % width or not expansions:
         raise ValueError(
-            f"expansions is {expansions}: set config.predict.search.expansions to a multiple of width, {width}, above 0"
+            f"config.predict.search.expansions is {expansions}: set it to a positive multiple of "
+            f"config.predict.search.width, {width}"
         )
     if capacity < count:
         raise ValueError(
@@ -89,16 +91,16 @@ def search(
             "search keeps"
         )
     length = length or model.settings.cells.length
-    rules = _Rules(length, count, temperature, width, expansions)
+    options = _Options(length, count, temperature, width, expansions)
     state = jax.lax.while_loop(
         lambda state: (state.iteration * width < expansions) & ~_done(state, length, count).all(),
-        lambda state: _expand(model, memory, rules, state),
+        lambda state: _expand(model, memory, options, state),
         _start(model, memory, width, expansions),
     )
     return _result(state, length, capacity)
 
 
-class _Rules(NamedTuple):
+class _Options(NamedTuple):
     """Arguments of `search` that are the same in every iteration."""
 
     length: int
@@ -108,19 +110,19 @@ class _Rules(NamedTuple):
     expansions: int
 
 
-def _expand(model: GeoTokenModel, memory: Memory, rules: _Rules, state: _State) -> _State:
+def _expand(model: GeoTokenModel, memory: Memory, options: _Options, state: _State) -> _State:
     """Returns the state after each photo's most probable open nodes are expanded."""
     photos = jnp.arange(memory.lengths.shape[0])[:, None]
-    vocabulary, slot = state.children.shape[-1], state.iteration * rules.width
-    eligible = _open(state, rules.length) & ~_done(state, rules.length, rules.count)[:, None, None]
-    log_p, chosen = jax.lax.top_k(jnp.where(eligible, state.children, -jnp.inf).reshape(len(photos), -1), rules.width)
+    vocabulary, slot = state.children.shape[-1], state.iteration * options.width
+    eligible = _open(state, options.length) & ~_done(state, options.length, options.count)[:, None, None]
+    log_p, chosen = jax.lax.top_k(jnp.where(eligible, state.children, -jnp.inf).reshape(len(photos), -1), options.width)
     valid = jnp.isfinite(log_p)
     parent, token = (jnp.where(valid, i, 0) for i in (chosen // vocabulary, chosen % vocabulary))
     depth = jnp.where(valid, state.depth[photos, parent] + 1, 0)
     cache = state.cache._replace(seen=state.seen[photos, parent], agree=state.agree[photos, parent])
     children, cache = model.step(cache, memory, depth, token, slot)
-    if rules.temperature != 1.0:
-        children = jax.nn.log_softmax(children / rules.temperature)
+    if options.temperature != 1.0:
+        children = jax.nn.log_softmax(children / options.temperature)
     children = jnp.where(valid[..., None], log_p[..., None] + children, -jnp.inf)
     closed = state.children.at[photos, parent, token].min(jnp.where(valid, -jnp.inf, jnp.inf))
     tokens = _tokens(state, parent, token, depth)
@@ -151,8 +153,7 @@ def _result(state: _State, length: int, capacity: int) -> SearchResult:
 
 
 def _start(model: GeoTokenModel, memory: Memory, width: int, expansions: int) -> _State:
-    """Returns the state before any expansion. `children` has one entry that is not -inf: the root, the whole Earth at
-    depth 0."""
+    """Returns the state before the first expansion. Its only open node is the whole Earth, an entry of `children`."""
     cells, batch = model.settings.cells, memory.lengths.shape[0]
     cache = model.start(memory, width, expansions)
     return _State(
@@ -173,7 +174,7 @@ def _open(state: _State, length: int) -> Bool[Array, "B E V"]:
 def _done(state: _State, length: int, count: int) -> Bool[Array, " B"]:
     """Returns whether each photo's search is finished.
 
-    It is if `count` leaves are more probable than every open node, or if no node is open.
+    A search is finished if `count` leaves are more probable than every open node, or if no node is open.
     """
     open_ = _open(state, length)
     best = jnp.where(open_, state.children, -jnp.inf).max((1, 2))
@@ -191,9 +192,9 @@ def _tokens(state: _State, parent: Array, token: Array, depth: Array) -> Int[Arr
 def distribution(result: SearchResult, cells: CellScheme, limit: int = 64) -> PlaceDistribution:
     """Returns the result of a search as a distribution over places: the `limit` most probable cells, then coarse cells.
 
-    The coarse cells, at most 64 per photo, sum up all other cells inside them. A cell that was left open has its own
-    center, level and probability. No leaf inside such a cell takes its place: the search has not found the most
-    probable leaf there, and no leaf there is more probable than the cell.
+    There are at most 64 coarse cells per photo. The probability of a coarse cell is the sum over all cells inside it
+    that are not listed before. A cell that the search left open is listed like a leaf, with its own center, level and
+    probability, because the search has not found the most probable leaf inside it.
     """
     probability = np.exp(np.asarray(result.log_probability, np.float64))
     probability /= np.maximum(probability.sum(1, keepdims=True), 1.0)  # float32 may sum to 1 + 1e-6
@@ -217,10 +218,10 @@ def _coarse(
     tokens: Int[np.ndarray, "B F T"], depth: Int[np.ndarray, "B F"], probability: Float[np.ndarray, "B F"],
     cells: CellScheme,
 ) -> tuple[Int[np.ndarray, "B n T"], Int[np.ndarray, "B n"], Float[np.ndarray, "B n"]]:  # fmt: skip
-    """Returns the 64 most probable coarse cells, with the probability inside each: the sum over the given cells in it.
+    """Returns tokens, depths and probabilities of the 64 most probable coarse cells.
 
-    Coarse cells have level 2, or the next level at which a token ends. A given cell larger than a coarse cell is not
-    counted.
+    The probability of a coarse cell is the sum over the given cells inside it. Coarse cells have level 2, or the next
+    finer level at which a token ends. Given cells that are larger than a coarse cell are not counted.
     """
     d = 1 + -(-2 // cells.group)
     sizes = cells.vocab_sizes[:d]

@@ -1,4 +1,4 @@
-"""Selectors: each chooses an answer for every photo of a pool, one of its candidates or any point on Earth."""
+"""Selectors. A selector chooses an answer for every photo of a pool: a candidate, or any other point on Earth."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,16 +17,16 @@ Selector = Callable[[Pool], Choice]
 
 #: Selectors that `geotoken learn` trains, each in the folder NAME/VARIANT.
 TRAINED = ("reward", "reranker")
-#: Number of steps in which `Goal.point` improves a point; none of 2,000 photos of EarthView gained from an eleventh.
+#: Number of steps in which `Goal.point` improves a point. An eleventh step improved none of 2,000 photos of EarthView.
 _STEPS = 10
 _HALF_AROUND_KM = np.pi * distance.EARTH_RADIUS_KM
-#: Number of cells, the most probable ones, whose centers `Goal.point` may start at, as it may at the candidates.
+#: Number of most probable cells whose centers are possible starting points of `Goal.point`, besides the candidates.
 _STARTS = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class VoteSettings:
-    """Settings of a vote of the neighbors, for `density`.
+    """Settings of the density of neighbors, by which the selector `consensus` chooses (see `density`).
 
     temperature: temperature of the neighbors' weights exp(score / temperature); scores are in [-3, 3]. sigma_km:
     standard deviation of the Gaussian around each neighbor.
@@ -45,7 +45,7 @@ class SelectorInputs(NamedTuple):
     """Inputs of the functions that make selectors, from a work directory or an export.
 
     vote: settings of the selector `consensus`. aligned: function that returns the alignment model. trained: function
-    from a name in TRAINED to that selector.
+    that returns the trained selector for a name in TRAINED.
     """
 
     vote: VoteSettings
@@ -54,7 +54,7 @@ class SelectorInputs(NamedTuple):
 
 
 def greedy(pool: Pool) -> Int[np.ndarray, " b"]:
-    """Returns the index of the greedy candidate, 0; with config.predict.beam, the first is the most probable beam."""
+    """Returns index 0, the greedy candidate. With beam search (config.predict.beam), it is the most probable beam."""
     return np.zeros(len(pool.coordinates), np.int64)
 
 
@@ -64,7 +64,7 @@ def log_probability(pool: Pool) -> Int[np.ndarray, " b"]:
 
 
 def consensus(vote: VoteSettings) -> Selector:
-    """Returns a selector of the candidate with the highest density of neighbors."""
+    """Returns a selector that chooses the candidate with the highest density of neighbors."""
 
     def select(pool: Pool) -> Int[np.ndarray, " b"]:
         present = np.arange(pool.neighbor_scores.shape[1]) < pool.neighbor_count[:, None]
@@ -81,10 +81,13 @@ def density(
     temperature: float,
     sigma_km: float,
 ) -> Float[np.ndarray, "... K"]:
-    """Returns the density of the neighbors at each of K points, in [0, 1]; 1 if all weight is at the point.
+    """Returns the density of the neighbors at each of K points, in [0, 1] (Vo et al. 2017, section 3).
+
+    The density is the weighted sum of one Gaussian per neighbor. The weights sum to 1 and grow with the scores. At its
+    center, a Gaussian is 1.
 
     km: distance from each point to each neighbor. scores: scores of the neighbors, -inf if missing. temperature,
-    sigma_km: see VoteSettings. Source: Vo et al. 2017, section 3.
+    sigma_km: see VoteSettings.
     """
     best = np.max(scores, -1, keepdims=True, initial=-3.0)
     weights = np.exp((scores - best) / temperature)
@@ -94,8 +97,10 @@ def density(
 
 
 def similarity(aligned: Any) -> Selector:
-    """Returns a selector of the candidate whose encoded location is most similar to the photo's location vector, as in
-    G3 (Jia et al. 2024)."""
+    """Returns a selector that compares encoded coordinates with the photo's location vector (G3, Jia et al. 2024).
+
+    It chooses the candidate whose encoded coordinates are most similar to that vector.
+    """
     from geotoken_jax.gallery import encodings
 
     encode = encodings.encoder(aligned.location, lambda model, block: model(block))
@@ -109,11 +114,11 @@ def similarity(aligned: Any) -> Selector:
 
 
 class Goal:
-    """The value of an answer by its distance from the truth, and choices that maximize its expectation.
+    """The value of an answer as a function of its distance from the truth, and two selectors that maximize it.
 
-    The expectation is under the model's distribution over places, so this is minimum Bayes risk on the sphere. The
-    choice is not the most probable cell but a candidate (`candidate`) or any point (`point`) with much probability
-    around it.
+    The selectors maximize the expected value under the model's distribution over places (minimum Bayes risk).
+    `candidate` chooses the best candidate, `point` the best point that a local search finds. The answer need not be in
+    the most probable cell, because a place with much probability around it can have a higher expected value.
     """
 
     def __init__(self, limit_km: float | None):
@@ -156,10 +161,11 @@ class Goal:
         return _share(km, distribution.level[:, None], self.limit_km)
 
     def _weights(self, km: Float[np.ndarray, "b F"], distribution: PlaceDistribution) -> Float[np.ndarray, "b F"]:
-        """Returns the factor of each cell, besides its probability, in the mean of centers that is the next point.
+        """Returns one factor per cell for a step of `point`.
 
-        If limit_km is None, the expected value is stationary at a point that is equal to this mean. With a limit, the
-        mean is a heuristic, which may also lower the value; `point` keeps the best point of all steps.
+        The next point is the mean of the cells' centers, with factor * probability as weights. If limit_km is None, a
+        point that such a step does not move is a stationary point of the expected value. With a limit, the step is a
+        heuristic and may lower the value; `point` keeps the best point of all steps.
         """
         if self.limit_km is None:
             mean = _mean_km(km, distribution.level)

@@ -23,9 +23,9 @@ def selector_loader(
 ) -> Callable[[str], Selector]:
     """Returns a function that loads a trained selector by its name.
 
-    sections: name of a trained selector, or "comparator" -> its model settings. folder: function from the name of a
-    trained selector, or "channels", to the folder with its parameters. model: decoder whose outputs the reward head
-    reads. searched: function that returns the gallery's index and the number of threads per search.
+    sections: name of a trained selector, or "comparator" -> its model settings. folder: function that returns the
+    folder of a trained selector, or of "channels". model: decoder whose outputs the reward head scores. searched:
+    function that returns the gallery's index and the number of threads per search.
     """
 
     def load(name: str) -> Selector:

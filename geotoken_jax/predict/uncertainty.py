@@ -1,7 +1,7 @@
 """Uncertainty of an answer: probability within a distance, radius for a probability, and calibration of both.
 
-Everything is computed with one function: the mass (probability) of the model's distribution over places in a circle
-around the answer. This module does not import jax until a function needs it.
+Everything is computed from one quantity: the probability that the model's distribution over places has in a circle
+around the answer. It is called the mass of the circle. This module does not import jax until a function needs it.
 """
 
 import dataclasses
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 #: Probabilities, in percent, for which predictions have a radius.
 MASSES = (50, 90)
-#: Smallest probability outside all cells. Without it the radius of a model that is sure of one cell could not leave the
-#: cell, even if the truth often does.
+#: Smallest probability outside all cells. If it were 0, a model that gives one cell all probability would have no
+#: radius beyond this cell. Calibration could not enlarge the radius, even if the truth is often outside the cell.
 _ELSEWHERE = 1e-6
-#: Probabilities whose quantiles a calibration stores (Calibration.levels); MASSES must be among them.
+#: Probabilities p for which a calibration stores the p-quantile (Calibration.levels). They must include MASSES.
 _KNOTS = np.linspace(0, 1, 21)
 #: Bounds of Calibration.temperature and Calibration.elsewhere in `fit`.
 _BOUNDS = ((0.2, 5.0), (1e-3, 1e4))
-#: Bisection steps from half the Earth's circumference to a radius that is exact to 1 micrometer.
+#: Number of bisection steps for a radius. They narrow half the Earth's circumference to less than 1 micrometer.
 _HALVINGS = 45
-#: Photos per block; 5 distances to 257 discs each are 10.5 MB of float64.
+#: Photos per block. For 5 radii and 257 discs per photo, an array of float64 takes 10.5 MB.
 _BLOCK = 1024
 
 
@@ -41,11 +41,15 @@ def mass_within(
     at: answers, in degrees. km: radii [b, n], or an array that broadcasts to this shape. A larger circle never has a
     smaller probability.
 
-    A cell counts as a disc around its center, with the mean area of the cells of its level. If the answer is in the
-    disc, a circle that does not reach the disc's edge contains as large a share of the cell's probability as of the
-    disc's area. From there, the share grows linearly with the radius until the circle covers the disc. If the answer is
-    outside the disc, the share grows linearly from 0 at the near edge to 1 at the far edge. Probability that is in no
-    cell is spread evenly over the Earth.
+    A cell counts as a disc around its center, with the mean area of the cells of its level. The circle contains this
+    share of the cell's probability:
+
+    - Answer in the disc: the circle's area divided by the disc's area, until the circle touches the disc's edge. For
+      larger circles, the share grows linearly with the radius. It is 1 when the circle covers the disc.
+    - Answer outside the disc: 0 until the circle reaches the near edge of the disc. The share then grows linearly with
+      the radius. It is 1 at the far edge.
+
+    Probability that is in no cell is spread evenly over the Earth.
     """
     km = np.broadcast_to(np.asarray(km, np.float64), (len(at), km.shape[-1]))
     mass = np.empty(km.shape)
@@ -58,10 +62,11 @@ def mass_within(
 def radius_km(
     distribution: "PlaceDistribution", at: Float[np.ndarray, "b 2"], mass: Float[np.ndarray, "n"]
 ) -> Float[np.ndarray, "b n"]:
-    """Returns the radius in km of the smallest circle around each answer that contains each mass.
+    """Returns the radius in km of the smallest circle around each answer b that has each mass n.
 
-    This is the inverse of `mass_within`. at: answers, in degrees. mass: probabilities in [0, 1]. No radius is above
-    half the Earth's circumference, within which the mass is 1.
+    This is the inverse of `mass_within`. The largest radius is half the Earth's circumference, for mass 1.
+
+    at: answers, in degrees. mass: probabilities in [0, 1].
     """
     from geotoken_jax.geo.distance import EARTH_RADIUS_KM  # imports jax
 
@@ -84,9 +89,10 @@ class Calibration:
     """Correction of the probability that the truth is within a distance, valid for photos like the ones in the fit.
 
     temperature: the cells' relative probabilities are raised to 1 / temperature. elsewhere: factor on the odds that the
-    photo is in none of the cells. levels: quantiles, one for each of _KNOTS, of the model's mass in the circle
-    that reaches from the answer to the truth. Linear interpolation between them maps a mass to a probability and back
-    (Kuleshov et al. 2018, algorithm 1). photos: number of photos in the fit.
+    photo is in none of the cells. levels: p-quantile of the photos' masses for each probability p in _KNOTS. The mass
+    of a photo is the probability in the circle around the answer whose edge is at the truth. Linear interpolation
+    between the levels maps a mass to a probability and back (Kuleshov et al. 2018, algorithm 1). photos: number of
+    photos in the fit.
     """
 
     temperature: float
@@ -95,7 +101,10 @@ class Calibration:
     photos: int
 
     def within(self, distribution: "PlaceDistribution", at: Float[np.ndarray, "b 2"]) -> Float[np.ndarray, "b 5"]:
-        """Returns the probability that the truth is within each of THRESHOLDS_KM of each answer. at: degrees."""
+        """Returns the probability that the truth is within each of THRESHOLDS_KM of the answer.
+
+        at: answers, in degrees.
+        """
         from geotoken_jax.geo.distance import THRESHOLDS_KM
 
         mass = mass_within(self._adjusted(distribution), at, np.array(THRESHOLDS_KM))
@@ -132,9 +141,11 @@ UNCALIBRATED = Calibration(1.0, 1.0, tuple(_KNOTS.tolist()), 0)
 def fit(
     distribution: "PlaceDistribution", at: Float[np.ndarray, "b 2"], truth: Float[np.ndarray, "b 2"]
 ) -> Calibration:
-    """Returns the calibration fitted to answers and the truth, both in degrees; UNCALIBRATED if there are no answers.
+    """Returns the calibration fitted to photos with known places; UNCALIBRATED if there are no photos.
 
-    Each photo has a mass: the model's probability in the circle around the answer that reaches to the truth. `levels`
+    at: answers, in degrees. truth: true coordinates, in degrees.
+
+    Each photo has a mass: the model's probability in the circle around the answer whose edge is at the truth. `levels`
     are quantiles of the photos' masses. If the model's probabilities are right, the masses are uniform in [0, 1].
     Otherwise the quantiles show how often a circle with a given mass contains the truth. Of n masses the k-th smallest
     is the quantile k / (n + 1).
@@ -174,9 +185,9 @@ def _blocks(b: int) -> list[slice]:
 
 
 class _Discs:
-    """Cells of b photos as discs, at distances from one answer per photo.
+    """The cells of b photos as discs, with each disc's distance from the photo's answer.
 
-    The last disc is the whole Earth, with the probability that is in none of the cells.
+    The last disc of each photo is the whole Earth, with the probability that is outside all cells of the photo.
     """
 
     def __init__(self, distribution: "PlaceDistribution", at: Float[np.ndarray, "b 2"]):
@@ -197,7 +208,7 @@ class _Discs:
         self._inner = np.abs(away - radius)
         self._outer = np.minimum(away + radius, np.pi * EARTH_RADIUS_KM)
         self._inside = away < radius
-        # Share of the disc that is in the circle around the answer when this touches the disc's edge from inside.
+        # Area of the largest circle around the answer that is inside the disc, divided by the disc's area.
         self._edge = np.where(self._inside, self._caps(self._inner), 0.0)
 
     def within(self, km: Float[np.ndarray, "b n"]) -> Float[np.ndarray, "b n"]:

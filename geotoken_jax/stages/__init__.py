@@ -1,2 +1,4 @@
-"""The pipeline stages, and the studies that run several of them. A stage reads folders of a work directory and writes
-one or more others."""
+"""The pipeline stages, and studies that run several stages.
+
+A stage reads folders of a work directory and writes one or more other folders there.
+"""

@@ -51,14 +51,14 @@ def aligner(config: Config, workdir: Workdir, mesh: Mesh) -> tuple[Any, list, di
     options = config.align
     start = geoclip.start(options.init)
     if options.model.whiten:
-        start = _whitened(start, workdir.pairs(GALLERY), options.model.whiten)
+        start = _start_with_whitening(start, workdir.pairs(GALLERY), options.model.whiten)
     if options.pixels.tower != "cached":
         return _aligner_from_pixels(config, workdir, mesh, start)
     splits = [Concatenation([workdir.pairs(split) for split in workdir.training_splits]), workdir.pairs(VALIDATION)]
     return AlignTask(options.model, workdir.width, options.loss, start), splits, {}
 
 
-def _whitened(start: Callable | None, photos: Features, added: float) -> Callable:
+def _start_with_whitening(start: Callable | None, photos: Features, added: float) -> Callable:
     """Returns a function that initializes a new alignment model: it calls `start`, then fits the whitening.
 
     photos: training photos; up to 100,000 are read. added: variance that whitening adds (config.align.model.whiten).

@@ -67,7 +67,7 @@ def _coverage(config: Config, workdir: Workdir) -> Manifest:
         name: coverage.split_photos(truth, methods[name], tree, gallery, regions) for name, truth in truths.items()
     }
     row_of = overlap.match(overlap.encoded(truths[split].ids), workdir.table(split).ids())
-    answer = _masked(config, stage, workdir, scoring.reference, split)
+    answer = _without_region(config, stage, workdir, scoring.reference, split)
     masked = coverage.score_without_regions(
         split, by_split[split], regions, row_of, options.coverage.countries, answer, scoring
     )
@@ -78,7 +78,7 @@ def _coverage(config: Config, workdir: Workdir) -> Manifest:
     return _finish(stage, figures, page, counts)
 
 
-def _masked(config: Config, stage: Stage, workdir: Workdir, variant: str, split: str) -> coverage.Answer:
+def _without_region(config: Config, stage: Stage, workdir: Workdir, variant: str, split: str) -> coverage.Answer:
     """Returns a function that predicts photos of a split with one region hidden from the gallery.
 
     Predictions are stored in masked-NUMBER.npy, so an interrupted audit continues with the next region.
@@ -152,7 +152,7 @@ def _levels(config: Config, workdir: Workdir) -> Manifest:
 
 
 def split_outputs(config: Config, workdir: Workdir, variant: str) -> dict[str, per_level.DecoderOutputs]:
-    """Returns the decoder's tokens and losses on all photos of the evaluated splits, by split.
+    """Returns split -> outputs of the decoder for all photos of the split, for every evaluated split.
 
     Splits whose names begin with "test" come first.
 

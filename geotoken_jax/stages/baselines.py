@@ -66,9 +66,10 @@ def run(config: Config, workdir: Workdir, name: str) -> list[Manifest]:
 
 
 def run_excluded(config: Config, workdir: Workdir, name: str) -> list[Manifest]:
-    """Writes excluded/NAME/BENCHMARK-RULES.jsonl for the benchmarks and rules in exclusion/.
+    """Predicts the benchmarks again with the neighbors in exclusion/.
 
-    Returns an empty list without exclusion/, and for a baseline that reads no neighbors.
+    Writes excluded/NAME/BENCHMARK-RULES.jsonl for every benchmark and set of rules in exclusion/. Returns an empty list
+    if exclusion/ is missing, or if the baseline reads no neighbors.
     """
     baseline, counts = BASELINES[name], workdir.counts_under_rules
     if not counts or "neighbors" not in baseline.inputs:
@@ -127,12 +128,11 @@ def _knn(config: Config, workdir: Workdir, folder: epath.Path) -> tuple[Answer, 
 
 
 def _geoclip(config: Config, workdir: Workdir, folder: epath.Path) -> tuple[Answer, dict[str, Any]]:
-    """Returns a function that predicts the gallery coordinates nearest to the photo in embedding space, and no facts.
+    """Returns a function that predicts the photos of a split, and an empty dict: the manifest gets no facts.
 
-    Compared are the encoded coordinates and the photo's location vector.
-
-    This is GeoCLIP's method (Vivanco Cepeda et al. 2023) with GeoToken's alignment model. The encoded coordinates
-    are stored in encoded.npy.
+    The prediction is the coordinates of a gallery photo: those whose encoding is most similar to the photo's location
+    vector. This is GeoCLIP's method (Vivanco Cepeda et al. 2023) with GeoToken's alignment model. The encoded
+    coordinates are stored in encoded.npy.
     """
     options, gallery = config.baselines.geoclip, workdir.gallery
     aligned = workdir.align_model(config.align.model)
@@ -155,17 +155,17 @@ def _geoclip(config: Config, workdir: Workdir, folder: epath.Path) -> tuple[Answ
 
 
 def _classifier(config: Config, workdir: Workdir, folder: epath.Path) -> tuple[Answer, dict[str, Any]]:
-    """Trains a classifier of cells, and returns a function that predicts with it, and facts for the manifest.
+    """Trains a classifier of cells. Returns a function that predicts the photos of a split, and facts for the manifest.
 
     The prediction is the mean position of the gallery photos in the most probable cell (PlaNet, Weyand et al. 2016).
-    The facts are the number of cells, and the number of gallery photos outside of them.
+    The facts are the number of cells, and the number of gallery photos in none of them.
     """
     options, gallery = config.baselines.classifier, workdir.gallery
     cells = classifier.partition(gallery.tokens(), options.max_photos, options.min_photos)
     if not len(cells):
         raise SettingsError(
             f"config.baselines.classifier.min_photos is {options.min_photos}, and no cell of this gallery has as many "
-            "photos: lower it"
+            "photos: set it to a smaller number"
         )
     task = classifier.ClassifierTask(options, gallery.width, len(cells))
     names = [
@@ -192,9 +192,9 @@ def _classifier(config: Config, workdir: Workdir, folder: epath.Path) -> tuple[A
 
 
 def _neighbor_rows(workdir: Workdir, split: str, k: int) -> Iterator[tuple[bytes, np.ndarray, np.ndarray]]:
-    """Yields a photo's id and the gallery rows and scores of its k best neighbors, best first.
+    """Yields the id of each photo, and the gallery rows and scores of its k best neighbors, best first.
 
-    Photos without neighbors are skipped. A photo may have fewer than k.
+    Photos without neighbors are skipped. A photo may have fewer than k neighbors.
     """
     for photo, row, score in zip(workdir.table(split).ids(), *workdir.neighbors(split, k), strict=True):
         if row[0] >= 0:

@@ -1,4 +1,8 @@
-"""Writes channels/: the trained comparator, and the indexes in which the channels search the gallery for candidates."""
+"""Writes channels/: the indexes of the gallery that the selector `reranker` searches for candidates.
+
+Each index belongs to a channel, a way to find gallery photos of the place in a photo (see model.reranker.CHANNELS). The
+channel "comparator" compares image embeddings with a network that this module trains.
+"""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -25,21 +29,26 @@ from geotoken_jax.records import Photos
 from geotoken_jax.stages import training
 from geotoken_jax.workdir import Workdir
 
-#: Share of the photos that validate the comparator.
+#: Share of the gallery's photos on which the comparator is validated.
 _VALIDATION = 0.1
-#: Images per block when encoding the augmented gallery, and photos per block when making their views.
+#: Images per block when the gallery is encoded, and photos per block when views are made.
 _BLOCK, _PHOTOS = 4096, 256
-#: Nearest photos, the photo itself included, from which a comparator's positive pair is drawn.
+#: Number of nearest gallery photos from which the second photo of a training pair is drawn. The first photo itself is
+#: one of them.
 _PAIR_NEIGHBORS = 32
-#: File with the embeddings of further views, while the folder is made.
+#: File with the embeddings of further views. It is removed when channels/ is finished.
 _VIEWS = "views.npy"
 
 
 def run(config: Config, workdir: Workdir) -> Manifest:
-    """Trains the comparator and builds an index per channel, and writes channels/.
+    """Trains the comparator, builds the index of each channel, and writes channels/.
 
-    The folder contains owner.npy, the gallery row of each image of the augmented gallery; comparator/; and NAME/index
-    per channel, except for the gallery's own index.
+    The folder contains:
+
+    - owner.npy: gallery row of each image in the augmented gallery, which has the gallery's photos and their views.
+    - NAME/index: index of the channel NAME. The channel "index" has none here, because it uses the gallery's index.
+    - backbone/whitening.npy: see predict.channels.whitening.
+    - comparator/parameters.safetensors: parameters of the comparator.
     """
     keys = ["channels", "reranker.model.channels", "index.search"]
     stage = workdir.begin(config, "channels", keys, ["align", "gallery", "queries", "photos"])
@@ -51,26 +60,26 @@ def run(config: Config, workdir: Workdir) -> Manifest:
     names = config.reranker.model.channels
     facts: dict[str, Any] = {}
     if "backbone" in names:
-        matrix = whitening(_sample(gallery))
+        matrix = whitening(_sampled_embeddings(gallery))
         (folder / "backbone").mkdir(exist_ok=True)
         records.save_array(folder / "backbone" / "whitening.npy", matrix)
-        blocks = (whitened(matrix, gallery.embeddings(part)[:, 0]) for part in _parts(len(gallery)))
-        facts["backbone"] = _encoded(blocks, len(gallery), gallery.width, config, folder / "backbone")
+        blocks = (whitened(matrix, gallery.embeddings(part)[:, 0]) for part in _row_blocks(len(gallery)))
+        facts["backbone"] = _build_channel(blocks, len(gallery), gallery.width, config, folder / "backbone")
     if "comparator" in names:
-        trained = _comparator(config, folder, images, gallery)
-        blocks = (encode(trained, images.images(part)) for part in _parts(len(images)))
+        trained = _train_comparator(config, folder, images, gallery)
+        blocks = (encode(trained, images.images(part)) for part in _row_blocks(len(images)))
         width = config.channels.comparator.width
-        facts["comparator"] = _encoded(blocks, len(images), width, config, folder / "comparator")
+        facts["comparator"] = _build_channel(blocks, len(images), width, config, folder / "comparator")
     if "location" in names:
         aligned = workdir.align_model(config.align.model)
         blocks = encodings.encoder(aligned.location, lambda model, block: model(block))(gallery.coordinates())
-        facts["location"] = _encoded(blocks, len(gallery), workdir.width, config, folder / "location")
+        facts["location"] = _build_channel(blocks, len(gallery), workdir.width, config, folder / "location")
     (folder / _VIEWS).unlink(missing_ok=True)
     return stage.finish({"photos": len(gallery), "images": len(images)}, recall=facts)
 
 
 def _stored_views(workdir: Workdir) -> Iterator[Views]:
-    """Yields the views that `geotoken embed` made, if any, without those of photos outside the gallery."""
+    """Yields the views of gallery photos that `geotoken embed` made, as one set. Yields nothing if it made no views."""
     if views.VIEWS_SPLIT in workdir.manifest("queries").counts:
         table = workdir.table(views.VIEWS_SPLIT)
         owner = _gallery_rows(workdir, table.ids())
@@ -79,9 +88,12 @@ def _stored_views(workdir: Workdir) -> Iterator[Views]:
 
 
 def _further_views(config: Config, workdir: Workdir, folder: epath.Path) -> Iterator[Views]:
-    """Makes config.channels.views of the gallery's photos, embeds and yields them; nothing if their count is 0.
+    """Makes and embeds further views of the gallery's photos, and yields them as one set.
 
-    On EarthView, six further views raise the comparator's first neighbors within 25 km from 49 to 53 %.
+    config.channels.views has their settings. Yields nothing if config.channels.views.count is 0.
+
+    On EarthView, six further views per photo raise the share of photos whose first neighbor in the channel "comparator"
+    is within 25 km from 49 to 53 %.
     """
     options, photos = config.channels.views, workdir.photos(views.SOURCE_SPLIT)
     if not options.count:
@@ -97,7 +109,7 @@ def _further_views(config: Config, workdir: Workdir, folder: epath.Path) -> Iter
 
 
 def _embedded_views(config: Config, photos: Photos, rows: np.ndarray) -> Iterator[np.ndarray]:
-    """Yields the embeddings of photos' views, block by block. rows: rows of the photos in the split."""
+    """Makes views of photos and yields the embeddings of the views, block by block. rows: indices into `photos`."""
     options, tower = config.channels.views, backbone.make(config.embed)
     side = math.ceil(tower.min_side / options.crop)
 
@@ -123,45 +135,53 @@ def _gallery_rows(workdir: Workdir, ids: np.ndarray) -> np.ndarray:
     return np.where(known[found] == ids, found, -1)
 
 
-def _encoded(blocks: Iterable[np.ndarray], n: int, width: int, config: Config, folder: epath.Path) -> float:
-    """Builds the index of n vectors that come in blocks, unless it is complete, and returns its recall."""
+def _build_channel(blocks: Iterable[np.ndarray], n: int, width: int, config: Config, folder: epath.Path) -> float:
+    """Builds the index of one channel, unless it is complete, and returns the recall of the index.
+
+    blocks: the channel's vectors in blocks. n: number of vectors. width: length of a vector. folder: folder of the
+    channel.
+    """
     file = folder / "vectors.npy"
     if not (folder / "index" / "index.json").exists() and not file.exists():
         folder.mkdir(exist_ok=True)
         encodings.save(file, blocks, n, width)
-    recall = _indexed(encodings.open_encodings(file) if file.exists() else (), config, folder)
+    recall = _build_index(encodings.open_encodings(file) if file.exists() else (), config, folder)
     file.unlink(missing_ok=True)
     return recall
 
 
-def _indexed(vectors: Any, config: Config, folder: epath.Path) -> float:
-    """Builds an index in the folder's subfolder index/, unless it is complete, and returns its recall."""
+def _build_index(vectors: Any, config: Config, folder: epath.Path) -> float:
+    """Builds an index in the subfolder index/, unless it is complete, and returns the recall of the index."""
     place, options = folder / "index", config.channels.search(config.index.search)
     complete = (place / "index.json").exists()
     built = index.load(place, options.threads) if complete else index.build(vectors, options, place)
     return built.facts["recall"]
 
 
-def _comparator(config: Config, folder: epath.Path, images: AugmentedGallery, gallery: Table) -> Comparator:
-    """Trains the comparator in comparator/ and returns it. Photos of some authors validate it."""
+def _train_comparator(config: Config, folder: epath.Path, images: AugmentedGallery, gallery: Table) -> Comparator:
+    """Trains the comparator, writes comparator/ and returns the comparator.
+
+    The validation photos are all photos by randomly drawn authors.
+    """
     options = config.channels.comparator
-    task = ComparatorTask(options, _sample(gallery).mean(0))
+    task = ComparatorTask(options, _sampled_embeddings(gallery).mean(0))
     held = np.sort(rows_by_author(gallery.authors(), round(_VALIDATION * len(gallery)), config.pools.seed))
     others = np.setdiff1d(np.arange(len(gallery)), held)
-    pairs = [_Pairs(images, gallery, some, options.same_within_km, config.pools.seed) for some in (others, held)]
+    pairs = [_ImagePairs(images, gallery, some, options.same_within_km, config.pools.seed) for some in (others, held)]
     training.fit(task, config, "channels.train", pairs, folder / "comparator", "comparator")
     return checkpoint.read_module(folder / "comparator" / "parameters.safetensors", task.init)
 
 
-class _Pairs:
-    """Reads positive pairs for the comparator.
+class _ImagePairs:
+    """Reads training examples of the comparator. An example is a pair of images from the same place.
 
-    A batch contains `image` and `other` [b, C], embeddings of two images of one place, and `place` [b, 3], unit vectors
-    of the photos' coordinates.
+    A batch contains `image` [b, C] and `other` [b, C], the embeddings of the two images, and `place` [b, 3], the
+    coordinates of the first photo as a unit vector.
     """
 
     def __init__(self, images: AugmentedGallery, gallery: Table, rows: np.ndarray, km: float, seed: int):
-        """rows: gallery rows that form pairs with each other. km: largest distance between two photos of one place."""
+        """rows: rows of the gallery photos in these pairs. km: largest distance between two photos that count as photos
+        of the same place. seed: seed of the random draws."""
         self._images, self._rows, self._km, self._seed = images, rows, km, seed
         self._coordinates = gallery.coordinates(rows)
         self._points = np.asarray(to_unit_vectors(*self._coordinates.T), np.float32)
@@ -174,13 +194,14 @@ class _Pairs:
         return self.vary(rows, rows)
 
     def vary(self, rows: np.ndarray, examples: np.ndarray) -> dict[str, np.ndarray]:
-        """Returns one random pair of images per photo.
+        """Returns one random pair of images per photo. Each batch is drawn anew (see data.pipeline.Varying).
 
         The first image is the photo or one of its views. The second image is another photo of the same place, a view of
-        one, or another image of the photo itself (the same image if the photo lacks views).
+        such a photo, or another image of the first photo. If the first photo has no views, the second image may be
+        equal to the first.
 
-        Called for each batch (see data.pipeline.Varying). rows: rows of this reader. examples: position of each row in
-        the order of training. The first position seeds the draws.
+        rows: rows of this reader. examples: number of each example in the order of training; the first number seeds the
+        draws.
         """
         rng = np.random.default_rng([self._seed, int(examples[0])])
         neighbors, km = self._nearest(self._coordinates[rows], _PAIR_NEIGHBORS)
@@ -196,11 +217,11 @@ class _Pairs:
         }
 
 
-def _sample(gallery: Table) -> np.ndarray:
-    """Returns the image embeddings of at most 20,000 gallery photos."""
+def _sampled_embeddings(gallery: Table) -> np.ndarray:
+    """Returns the image embeddings of up to 20,000 gallery photos, evenly spaced in the gallery."""
     rows = np.unique(np.linspace(0, len(gallery) - 1, 20_000).astype(int))
     return np.asarray(gallery.embeddings(rows)[:, 0], np.float32)
 
 
-def _parts(n: int) -> list[np.ndarray]:
+def _row_blocks(n: int) -> list[np.ndarray]:
     return [np.arange(first, min(first + _BLOCK, n)) for first in range(0, n, _BLOCK)]

@@ -1,4 +1,4 @@
-"""`geotoken check`: compares a whole configuration with the photos, before the first stage that takes long."""
+"""`geotoken check`: tests whether a configuration fits the prepared photos, before the stages that take long."""
 
 from collections.abc import Iterator
 
@@ -58,12 +58,13 @@ def _check_neighbors(config: Config) -> None:
     if config.model.neighbors > stored:
         raise SettingsError(
             f"config.model.neighbors is {config.model.neighbors}, but config.index.neighbors.count is {stored}, the "
-            f"number of neighbors stored per photo: set the first to at most {stored}, or raise the second"
+            f"number of neighbors stored per photo: set config.model.neighbors to at most {stored}, or "
+            f"config.index.neighbors.count to at least {config.model.neighbors}"
         )
 
 
 def _trainings(config: Config, photos: int) -> Iterator[tuple[str, TrainSettings, int]]:
-    """Yields key, settings and number of training photos of the trainings of alignment and decoder."""
+    """Yields the trainings of alignment model and decoder, each as configuration key, settings and number of photos."""
     yield "align.train", config.align.train, photos
     chosen = config.data.photos or photos
     if chosen > photos:

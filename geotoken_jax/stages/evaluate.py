@@ -25,8 +25,8 @@ from geotoken_jax.workdir import GALLERY, Workdir
 def run(config: Config, workdir: Workdir) -> list[Manifest]:
     """Scores all predictions and writes report/metrics.json and report/index.html.
 
-    A report is made again if predictions were added since. Raises StageError if config.evaluate.reference
-    has no predictions.
+    A finished report is replaced if predictions of further variants exist by now. Raises StageError if
+    config.evaluate.reference has no predictions.
     """
     folders = [*predicted(config, workdir), *workdir.excluded_folders()]
     for name in ("manifest.json", "begun.json"):
@@ -95,9 +95,9 @@ def _exclusion(
     methods: Mapping[str, Sequence[Method]],
     options: EvaluateSettings,
 ) -> dict[str, Any]:
-    """Returns the scores of a benchmark with and without exclusion, and what each rule excludes.
+    """Returns the entry `exclusion` of a benchmark in metrics.json: the scores with and without each set of rules.
 
-    facts: facts of exclusion/ about the benchmark.
+    facts: entry of the benchmark in the manifest of exclusion/, which is copied into the result.
     """
     truth = truths[benchmark]
     under = {
@@ -107,9 +107,9 @@ def _exclusion(
 
 
 def gallery(workdir: Workdir, wanted: Sequence[str], split: str = GALLERY) -> examples.PhotoLookup:
-    """Returns photos for display, by id.
+    """Returns a lookup of photos by id, to show them on a page.
 
-    wanted: ids of these photos. split: split that contains them, by default the gallery.
+    wanted: ids of the photos to show. split: split that contains these photos, by default the split in the gallery.
     """
     return examples.PhotoLookup(workdir.photos(split), workdir.table(split), wanted)
 

@@ -27,9 +27,9 @@ from geotoken_jax.stages import sweep
 from geotoken_jax.stages.train import check_context
 from geotoken_jax.workdir import VALIDATION, Workdir
 
-#: Folders that a run links to instead of making them again. Folders in _SHARED are in the base work directory. Of the
-#: folders in _TRAINED, only the variant's subfolder is linked: to the run whose trained models are reused,
-#: or else to the base work directory.
+#: Folders that a run links to instead of making them again. The folders in _SHARED are linked to the base work
+#: directory. Of each folder in _TRAINED, only the variant's subfolder is linked. If the experiment names a run whose
+#: models are reused, it is linked to that run, else to the base work directory.
 _SHARED = ("photos", "features", "align", "gallery", "queries", "neighbors", "tokens")
 _TRAINED = ("geotoken", "pools", "reward", "reranker")
 
@@ -91,8 +91,9 @@ def run(config: Config, workdir: Workdir, name: str) -> dict[str, Any]:
 def curve(config: Config, workdir: Workdir, name: str) -> dict[str, Any] | None:
     """Returns the validations of an experiment's runs until now, and the first neighbor's accuracy on the same photos.
 
-    None if no run has a validation yet. Accuracies are fractions within each of THRESHOLDS_KM, of greedy decoding.
-    processor_s: processor time of training until the validation, in seconds.
+    The result is None if no run has a validation yet. Accuracies are fractions within each of THRESHOLDS_KM; a run's
+    accuracies are measured with greedy decoding. `processor_s` is the processor time of training until the validation,
+    in seconds.
     """
     experiment, variant = _experiment(config, name), config.evaluate.reference
     runs: dict[str, list[dict[str, Any]]] = {}

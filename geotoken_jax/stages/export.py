@@ -30,10 +30,11 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
         f"geotoken/{variant}",
         *(f"{name}/{variant}" for name in trained_selectors(variant_config.predict)),
     ]
-    workdir.manifest("report")  # for the card; rows of baselines that it gains later do not make the export another
+    # The model card needs the report. The report is no input: a baseline added to it later does not change the export.
+    workdir.manifest("report")
     inputs = [f"predictions/{variant}", *trained, "photos", "gallery"]
     section = variant_config.select("predict", "export")
-    if not variant_config.export.authors:  # as in the exports of earlier versions, whose manifests lack this key
+    if not variant_config.export.authors:  # manifests of earlier versions lack this key, and still count as equal
         del section["export"]["authors"]
     stage = workdir.begin(config, "export", (), inputs, section)
     if stage.manifest:
@@ -96,8 +97,8 @@ def copy_backbone(
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Returns the backbone's settings for config.json, and name, commit and SHA-256 sums of its checkpoint.
 
-    Neither contains a local path. The second is None if the backbone has no checkpoint. It has a commit only if the
-    checkpoint is from the hub.
+    Neither result contains a local path. The second result is None if the backbone has no checkpoint. It has a commit
+    only if the checkpoint is from the Hugging Face hub.
 
     weights: whether to copy the checkpoint into the folder.
     """

@@ -1,4 +1,4 @@
-"""The judge of `geotoken predict`: a multimodal language model answers photos whose predictions are finished."""
+"""The judge of `geotoken predict`: a multimodal language model that gives new answers after a variant's predictions."""
 
 import functools
 import json
@@ -38,7 +38,7 @@ def run(config: Config, workdir: Workdir, variant: str) -> list[Manifest]:
     stage = begin()
     if stage.manifest and all(stage.manifest.counts[split] >= photos for split, photos in wanted.items()):
         return [stage.manifest]
-    if stage.manifest:  # judge more photos; the replies so far, and the settings to compare with, are kept
+    if stage.manifest:  # more photos are wanted: reopen the folder, with its replies and its recorded settings
         (stage.path / "manifest.json").replace(stage.path / "begun.json")
         stage = begin()
     with Progress(f"judge {variant}", sum(wanted.values()), "photos") as progress:
@@ -58,7 +58,10 @@ def run(config: Config, workdir: Workdir, variant: str) -> list[Manifest]:
 def _places(
     judge: Judge, workdir: Workdir, split: str, rows: Mapping[str, Mapping[str, Any]], progress: Progress
 ) -> Iterator[tuple[str, list[float] | None]]:
-    """Yields the id of each photo in `rows`, and the judge's answer or None. Reads photos/ once, front to back."""
+    """Yields the id of each photo in `rows`, with the coordinates that the judge answered; None without an answer.
+
+    photos/ is read once, from front to back.
+    """
     photos, batch = workdir.photos(split), []
     for number in range(len(photos)):
         photo = photos[number]

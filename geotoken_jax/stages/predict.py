@@ -24,7 +24,7 @@ def run(config: Config, workdir: Workdir, variant: str) -> list[Manifest]:
 
     Radii are calibrated with calibration.json, which is fitted to the predictions of the validation split. Without a
     validation split there is no such file: radii are uncalibrated and the manifest has `calibrated` false. If
-    config.predict.search.expansions is 0 and the reranker does not choose, predictions have no radii.
+    config.predict.search.expansions is 0 and the reranker does not choose the answer, predictions have no radii.
     """
     variant_config, folder = config.variant(variant), f"predictions/{variant}"
     inputs = [
@@ -50,9 +50,10 @@ def run(config: Config, workdir: Workdir, variant: str) -> list[Manifest]:
 
 
 def run_excluded(config: Config, workdir: Workdir, variant: str) -> list[Manifest]:
-    """Writes excluded/VARIANT/BENCHMARK-RULES.jsonl for the benchmarks and rules in exclusion/.
+    """Predicts the benchmarks again with the neighbors in exclusion/.
 
-    The radii are calibrated as those in predictions/VARIANT. Returns an empty list without exclusion/.
+    Writes excluded/VARIANT/BENCHMARK-RULES.jsonl for every benchmark and set of rules in exclusion/. The radii are
+    calibrated with the calibration of predictions/VARIANT. Returns an empty list if exclusion/ is missing.
     """
     counts = workdir.counts_under_rules
     if not counts:
@@ -75,9 +76,10 @@ def run_excluded(config: Config, workdir: Workdir, variant: str) -> list[Manifes
 def _answers(
     workdir: Workdir, answerer: Answerer, variant: str, split: str, progress: Progress
 ) -> tuple[list[Prediction], Recall]:
-    """Returns the predictions of a split's photos, and the recall of their pools.
+    """Returns the predictions for a split's photos, and the recall of the reranker's candidates.
 
-    The validation photos are ranked fold by fold, and their answers calibrate the radii.
+    The radii are calibrated on the answers for the validation photos. A reranker, if there is one, was fitted to these
+    photos as well. Each of them is therefore ranked by the reranker that was fitted without the photo's fold.
     """
     table, recall = workdir.table(split), Recall()
     calibrates = split == VALIDATION
@@ -102,9 +104,10 @@ def _answers(
 def decoded(
     workdir: Workdir, decoder: Decoder, split: str, rows: Int[np.ndarray, " n"]
 ) -> Iterator[tuple[Pool, Int[np.ndarray, " b"], Int[np.ndarray, "b M"], Float[np.ndarray, "b M"]]]:
-    """Yields, per batch of a split's photos, the pool, the photos' rows, and rows and scores of their neighbors.
+    """Decodes photos of a split, and yields four items per batch.
 
-    rows: rows of the photos in the split's table.
+    The items are the pool, the rows of the batch's photos in the split's table, and the gallery rows and scores of
+    their neighbors. rows: rows of all photos in the split's table.
     """
     read = workdir.tokens(split, decoder.model, decoder.gallery)
     neighbors, scores = workdir.neighbors(split, decoder.neighbors)

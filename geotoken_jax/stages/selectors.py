@@ -1,8 +1,11 @@
-"""The stage `learn`: trains the selectors, which choose among a photo's candidates.
+"""The stage `learn`: trains the selectors `reward` and `reranker`. A selector chooses a photo's answer.
 
-pools/VARIANT contains the decoder's candidates for all training photos of some authors. reward/VARIANT is trained on
-these pools. channels/ contains the comparator and the indexes of the channels, which search the gallery for further
-candidates, and reranker/VARIANT the reranker, which ranks all candidates.
+The stage writes these folders:
+
+- pools/VARIANT: the decoder's candidates for training photos.
+- reward/VARIANT: the selector `reward`, trained on pools/VARIANT.
+- channels/: indexes in which the selector `reranker` searches the gallery for further candidates.
+- reranker/VARIANT: the selector `reranker`, which ranks the candidates of the decoder and of the channels.
 """
 
 import dataclasses
@@ -29,20 +32,23 @@ from geotoken_jax.stages import channels, training
 from geotoken_jax.stages.predict import decoded
 from geotoken_jax.workdir import VALIDATION, Workdir, trained_selectors
 
-#: Share of the photos used for validation. Of the pools it is taken from the end. Pools are grouped by author, so at
-#: most one author has photos in both training and validation.
+#: Share of pools/VARIANT, at its end, on which the selector `reward` is validated. The pools are grouped by author, so
+#: at most one author has photos in both training and validation.
 _VALIDATION = 0.1
 #: Images per block when encoding the augmented gallery or copying views.
 _BLOCK = 4096
 #: Nearest photos, the photo itself included, from which a comparator's positive pair is drawn.
 _PAIR_NEIGHBORS = 32
-#: Keys of config.predict that determine the candidates. The other keys determine the choice among them.
+#: Keys of config.predict that determine the decoder's candidates.
 _CANDIDATE_KEYS = [f"predict.{key}" for key in ("samples", "temperature", "top_p", "beam", "seed")]
 
 
 def run(config: Config, workdir: Workdir, variant: str) -> list[Manifest]:
-    """Writes pools/VARIANT and reward/VARIANT, channels/ and reranker/VARIANT, as far as the variant's selectors need
-    them. An interrupted folder is completed."""
+    """Trains the selectors in config.predict.selectors that need training, and returns the manifests.
+
+    Writes pools/VARIANT and reward/VARIANT for the selector `reward`, and channels/ and reranker/VARIANT for the
+    selector `reranker`. A folder that was interrupted is completed.
+    """
     made, wanted = [], trained_selectors(config.variant(variant).predict)
     if "reward" in wanted:
         made += [pools(config, workdir, variant), reward(config, workdir, variant)]
@@ -52,7 +58,10 @@ def run(config: Config, workdir: Workdir, variant: str) -> list[Manifest]:
 
 
 def pools(config: Config, workdir: Workdir, variant: str) -> Manifest:
-    """Writes pools/VARIANT: gallery rows [n], and per photo its candidates with the decoder's last output for each."""
+    """Writes pools/VARIANT: gallery rows of n training photos, and the candidates of each photo.
+
+    A candidate is stored with the decoder output that predicts its last token (see predict.reward.States).
+    """
     inputs = ["tokens", f"geotoken/{variant}", "neighbors"]
     stage = workdir.begin(config, f"pools/{variant}", ["pools", *_CANDIDATE_KEYS], inputs)
     if stage.manifest:
@@ -78,24 +87,27 @@ def pools(config: Config, workdir: Workdir, variant: str) -> Manifest:
 
 
 def reward(config: Config, workdir: Workdir, variant: str) -> Manifest:
-    """Trains the reward head and writes reward/VARIANT."""
+    """Trains the selector `reward` and writes reward/VARIANT."""
     stage = workdir.begin(config, f"reward/{variant}", ["reward"], [f"pools/{variant}"])
     if stage.manifest:
         return stage.manifest
     variant_config = config.variant(variant)
     states, pool = workdir.pools(variant, variant_config.model)
-    km = _km(pool, workdir.gallery.coordinates(workdir.pool_rows(variant)))
+    km = _candidate_km(pool, workdir.gallery.coordinates(workdir.pool_rows(variant)))
     task = RewardTask(variant_config.reward.model, states.shape[-1])
-    training.fit(task, variant_config, "reward.train", _splits(states=states, km=km), stage.path, f"reward {variant}")
+    training.fit(task, variant_config, "reward.train", _readers(states=states, km=km), stage.path, f"reward {variant}")
     return stage.finish({"photos": len(km)})
 
 
 def reranker(config: Config, workdir: Workdir, variant: str) -> Manifest:
     """Fits the reranker to the validation photos and writes reranker/VARIANT.
 
-    Validation photos are new to the decoder and to the comparator, so their candidates are like those of a user's
-    photo. Each fold of authors gets a reranker of its own, fitted to the other folds, with which the stage `predict`
-    ranks its photos; the radii are then calibrated on answers for photos that the reranker has not seen.
+    The decoder and the comparator were not trained on validation photos. The candidates of these photos are therefore
+    like the candidates of a user's photo.
+
+    The first reranker is fitted to all of these photos and ranks new photos. The photos are also divided into folds by
+    author, and one more reranker per fold is fitted to all other folds. The stage `predict` uses it to rank the photos
+    of the fold. The radii are calibrated on the answers of these rerankers, which have not seen the photos.
     """
     inputs = ["tokens", f"geotoken/{variant}", "neighbors", "channels"]
     stage = workdir.begin(config, f"reranker/{variant}", ["reranker", *_CANDIDATE_KEYS, "predict.search"], inputs)
@@ -104,8 +116,9 @@ def reranker(config: Config, workdir: Workdir, variant: str) -> Manifest:
     config = config.variant(variant)
     if not workdir.query_counts.get(VALIDATION):
         raise SettingsError(
-            "the selector `reranker` is fitted to photos of the split validation, but the data has none: remove "
-            "'reranker' from config.predict.selectors, or prepare photos with a larger share of validation"
+            "config.predict.selectors has 'reranker', which is fitted to photos of the split validation, but the data "
+            "has none: remove 'reranker' from config.predict.selectors, or prepare photos with a larger share of "
+            "validation"
         )
     settings, options, queries = config.reranker.model, config.reranker.fit, workdir.table(VALIDATION)
     rows = np.unique(np.linspace(0, len(queries) - 1, min(options.photos, len(queries))).astype(int))
@@ -134,8 +147,8 @@ def reranker(config: Config, workdir: Workdir, variant: str) -> Manifest:
     return stage.finish({"photos": len(rows)}, scale=scale.tolist(), weights=dict(zip(names, weights, strict=True)))
 
 
-class _Arrays:
-    """Reads the rows [first, last) of arrays as float32. Row numbers in calls count from `first`."""
+class _ArrayRows:
+    """Reads the rows from `first` to `last` - 1 of arrays, as float32. Row 0 of a call is the row `first`."""
 
     def __init__(self, first: int, last: int, arrays: dict[str, np.ndarray]):
         self._first, self._last, self._arrays = first, last, arrays
@@ -147,11 +160,12 @@ class _Arrays:
         return {name: np.asarray(values[self._first + rows], np.float32) for name, values in self._arrays.items()}
 
 
-def _splits(**arrays: np.ndarray) -> list[_Arrays]:
+def _readers(**arrays: np.ndarray) -> list[_ArrayRows]:
+    """Returns readers of the training photos and of the validation photos. arrays: arrays with a row per photo."""
     n = len(arrays["km"])
     cut = n - max(1, round(_VALIDATION * n))
-    return [_Arrays(0, cut, arrays), _Arrays(cut, n, arrays)]
+    return [_ArrayRows(0, cut, arrays), _ArrayRows(cut, n, arrays)]
 
 
-def _km(pool: Pool, truth: np.ndarray) -> np.ndarray:
+def _candidate_km(pool: Pool, truth: np.ndarray) -> np.ndarray:
     return np.asarray(great_circle_km(*np.moveaxis(pool.coordinates, -1, 0), *truth.T[..., None]), np.float32)

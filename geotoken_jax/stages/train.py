@@ -37,7 +37,7 @@ def run(config: Config, workdir: Workdir, variant: str) -> list[Manifest]:
 
 
 def check_model(model: ModelSettings, width: int) -> None:
-    """Raises SettingsError if the decoder's settings fit neither the features nor the stored cells.
+    """Raises SettingsError if the decoder's settings do not fit the backbone's features or the gallery's cells.
 
     width: width of the backbone's features.
     """

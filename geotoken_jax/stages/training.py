@@ -48,8 +48,8 @@ def fit(
 
     section: dotted key of the TrainSettings in config. splits: readers of the training and the validation photos.
     label: name shown with the progress. mesh: devices to train on; the mesh of config.mesh if None. resident: arrays
-    that stay on the mesh. Raises SettingsError or loop.Diverged. If its message begins with a setting of the section,
-    it gives the setting's full key.
+    that stay on the mesh. Raises SettingsError or loop.Diverged. A message that begins with the name of a setting has
+    the setting's full key instead, e.g. `config.align.train.steps`.
     """
     options: TrainSettings = config.at(section)
     mesh = mesh or make_mesh(config.mesh)
@@ -67,7 +67,7 @@ def fit(
         )
         return loop.run(task, options, mesh, folder, data, label)
     except (SettingsError, loop.Diverged) as error:
-        # Modules below do not know their section: a message that begins with a setting's name gets the section's key.
+        # The messages of these errors begin with the name of a setting. The section's key is put in front of the name.
         setting = str(error).split()[0] in {field.name for field in dataclasses.fields(options)}
         raise (type(error)(f"config.{section}.{error}") if setting else error) from None
 

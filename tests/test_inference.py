@@ -132,9 +132,9 @@ GRAY = np.zeros((2, 4, 4, 3), np.uint8)
 @pytest.mark.parametrize(
     "sent, word",
     [
-        (dict(content=b""), "not a JSON object"),
-        (dict(content=b"[" * 100_000), "not a JSON object"),
-        (dict(json=[]), "not a JSON object"),
+        (dict(content=b""), "not start with a JSON object"),
+        (dict(content=b"[" * 100_000), "not start with a JSON object"),
+        (dict(json=[]), "not start with a JSON object"),
         (dict(json={}), "exactly one known input"),
         (dict(json={"inputs": 1}), "exactly one known input"),
         (dict(json={"inputs": photos(1)["inputs"] + pixels(GRAY)["inputs"]}), "either photo or pixels"),
@@ -143,31 +143,31 @@ GRAY = np.zeros((2, 4, 4, 3), np.uint8)
         (dict(json=photos(1) | {"id": 7}), "id of the request"),
         (dict(json=photos(1, datatype="FP32")), "send BYTES"),
         (dict(json=photos(1, shape=[1, 1])), "photo has the wrong shape: send [n]"),
-        (dict(json=photos(1, shape=[True])), "another shape"),
-        (dict(json=photos(1, shape="1")), "another shape"),
-        (dict(json=photos(1, shape=[2])), "no list of strings"),
-        (dict(json=photos(1, data=[7])), "no list of strings"),
-        (dict(json=photos(1, data=None)), "no list of strings"),
-        (dict(json=photos()), "another shape"),
+        (dict(json=photos(1, shape=[True])), "wrong shape"),
+        (dict(json=photos(1, shape="1")), "wrong shape"),
+        (dict(json=photos(1, shape=[2])), "not a list of one string"),
+        (dict(json=photos(1, data=[7])), "not a list of one string"),
+        (dict(json=photos(1, data=None)), "not a list of one string"),
+        (dict(json=photos()), "wrong shape"),
         (dict(json=photos(*[1] * 9)), "more photos than 8"),
         (dict(json=photos(1, data=["http://a.b/c.jpg"])), "photo 0 (counted from 0) cannot be read"),
         (dict(json=photos(1, 2, data=[text(photo()), text(photo()[:200])])), "photo 1 (counted from 0)"),
         (dict(json=photos(1, parameters=[])), "parameters"),
         (dict(json=photos(1, parameters={"shared_memory_region": "a"})), "shared memory"),
-        (dict(json=photos(1) | {"outputs": [{"name": "city"}]}), "ask for some of latitude"),
-        (dict(json=photos(1) | {"outputs": {"name": "city"}}), "ask for some of latitude"),
-        (dict(json=photos(1) | {"outputs": [{"name": ["latitude"]}]}), "ask for some of latitude"),
+        (dict(json=photos(1) | {"outputs": [{"name": "city"}]}), "ask for one or more of latitude"),
+        (dict(json=photos(1) | {"outputs": {"name": "city"}}), "ask for one or more of latitude"),
+        (dict(json=photos(1) | {"outputs": [{"name": ["latitude"]}]}), "ask for one or more of latitude"),
         (dict(json=photos(1) | {"outputs": [{"name": "within", "parameters": {"classification": 3}}]}), "classes"),
         (dict(json=pixels(GRAY[0])), "pixels has the wrong shape: send [n, n, n, 3]"),
-        (dict(json=pixels(GRAY[..., :1])), "another shape"),
-        (dict(json=pixels(GRAY, shape=[2, 4, 5, 3])), "not as many values"),
-        (dict(json=pixels(GRAY, shape=[2, 2**40, 2**40, 3])), "not as many values"),
+        (dict(json=pixels(GRAY[..., :1])), "wrong shape"),
+        (dict(json=pixels(GRAY, shape=[2, 4, 5, 3])), "number of values"),
+        (dict(json=pixels(GRAY, shape=[2, 2**40, 2**40, 3])), "number of values"),
         (dict(json=pixels(GRAY, data=[256] * 96)), "whole numbers from 0 to 255"),
         (dict(json=pixels(GRAY, data=[0.5] * 96)), "whole numbers from 0 to 255"),
         (dict(json=pixels(GRAY, data=[[0], [0, 1]])), "whole numbers from 0 to 255"),
         (dict(json=pixels(GRAY, data="abc")), "whole numbers from 0 to 255"),
         (binary(photos(1), b"x"), "no binary_data_size"),
-        (binary(photos(1, parameters={"binary_data_size": 4}), b"abcd"), "leave out data"),
+        (binary(photos(1, parameters={"binary_data_size": 4}), b"abcd"), "leave out its key data"),
         (binary(pixels(GRAY), b"") | {"headers": {tensors.JSON_LENGTH: "9999"}}, "correct the header"),
         (binary(pixels(GRAY), b"") | {"headers": {tensors.JSON_LENGTH: "-1"}}, "correct the header"),
     ],
@@ -192,7 +192,7 @@ def test_unknown_models_and_versions_are_not_found():
         for path in ("/v2/models/other", "/v2/models/other/ready"):
             assert "no model of this name: ask for geotoken" in says(client.get(path), 404)
         assert "ask for geotoken" in says(client.post("/v2/models/other/infer", json=photos(1)), 404)
-        assert "ask for 1" in says(client.get(f"{MODEL}/versions/2"), 404)
+        assert "ask for version 1" in says(client.get(f"{MODEL}/versions/2"), 404)
         says(client.get("/v2/repository/index"), 404)
 
 

@@ -161,7 +161,7 @@ def _requested_outputs(content: Mapping[str, Any]) -> dict[str, bool]:
     outputs = {}
     for output in _list_or_empty(asked) or [None]:
         if not isinstance(output, dict) or output.get("name") not in known:
-            raise _bad_request(f"the request asks for an unknown output: ask only for outputs among {', '.join(known)}")
+            raise _bad_request(f"the request asks for an unknown output: ask for one or more of {', '.join(known)}")
         parameters = _parameters(output)
         if parameters.get("classification"):
             raise _bad_request("outputs have no classes: leave out the parameter classification")

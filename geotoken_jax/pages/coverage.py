@@ -1,4 +1,4 @@
-"""Page of `geotoken audit coverage`: gallery photos by region, and accuracy if a region has none."""
+"""Page of `geotoken audit coverage`: gallery photos per region, and accuracy if a region has no gallery photos."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -154,7 +154,7 @@ def _masked(masked: Mapping[str, Any], maps: Maps) -> list[Piece | str]:
         drawn.append(_lost_map(kind, maps))
     between = [f"{a}-{b}" for a, b in itertools.pairwise(LOST_BANDS)]
     bands = [f"under {LOST_BANDS[0]}", *between, f"over {LOST_BANDS[-1]}"]
-    lead = "Of the photos placed within 2,500 km, percent that no longer are without the region: "
+    lead = "Percent of photos that are placed within 2,500 km with the region, but not without it: "
     return [
         f"<p>The photos of {escape(split)} in a region are placed again after all photos of that region are removed "
         "from the gallery: neighbors are searched again, exactly, and the first neighbor and the decoder give new "

@@ -49,7 +49,7 @@ class Backbone(Protocol):
 def feature_settings(settings: BackboneSettings) -> dict[str, Any]:
     """Returns the settings that features depend on.
 
-    The backbone "huggingface" has two: `dtype`, and `checkpoint` instead of `path`. `checkpoint` is the name and commit
+    For the backbone "huggingface", the result has `dtype`, and has `checkpoint` instead of `path`: the name and commit
     on the hub, or a hash of a local folder's files. Raises SettingsError if the path has no checkpoint.
     """
     if settings.backbone != "huggingface":

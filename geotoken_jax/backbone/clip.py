@@ -31,8 +31,8 @@ _IMAGE = {
 class ClipTextShape(TextShape):
     """Shape of CLIP's text tower.
 
-    eos_token_id: id of the end token. Text features are read at its position. Old files have the value 2, which stands
-    for the largest id in a text.
+    eos_token_id: id of the end token. Text features are read at its position. If it is 2, as in
+    old files, the end token of a text is its token with the largest id.
     """
 
     eos_token_id: int

@@ -72,14 +72,14 @@ class HuggingFace:
     def images(self, prepared: UInt8[np.ndarray, "B h w 3"]) -> Float32[np.ndarray, "B C"]:
         """Returns the features of prepared photos, not normalized.
 
-        They are equal to the result of `get_image_features` in the library transformers.
+        The features equal the result of `get_image_features` in the library transformers.
         """
         return self._run(self._images, prepared, None)
 
     def texts(self, texts: Sequence[str]) -> Float32[np.ndarray, "B C"]:
         """Returns the features of texts, not normalized.
 
-        They are equal to the result of `get_text_features` in the library transformers, except that the features of an
+        The features equal the result of `get_text_features` in the library transformers, except that the features of an
         empty text are zeros. A text that is too long for the tower is cut. Equal texts are encoded once. The features
         of a text do not depend on the other texts.
         """

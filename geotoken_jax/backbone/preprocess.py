@@ -179,8 +179,8 @@ class Processor:
     def normalize(self, pixels: UInt8[Any, "B h w 3"]) -> Float32[Any, "B h w 3"]:
         """Returns normalized pixels.
 
-        Call it on the device: uint8 pixels take a quarter of the bytes of float32 to transfer. pixels: numpy or jax
-        array.
+        Call it on the device, because uint8 pixels have a quarter of the bytes of float32 pixels to transfer. pixels:
+        numpy or jax array.
         """
         mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
         return (pixels.astype(np.float32) * self.scale - mean) / std
@@ -287,7 +287,7 @@ def _complete(image: Image.Image, where: str) -> Image.Image:
 def _unread_bytes(image: Image.Image) -> bytes | None:
     """Returns the bytes of the file of a PIL image if it is not decoded yet and is at its first frame, else None.
 
-    The caller decodes the image from these bytes. The pixels are the same as if it had opened the file by its path.
+    The caller decodes the image from these bytes. The pixels are the same as if the image were given by its path.
     """
     file = getattr(image, "fp", None)
     if not getattr(image, "tile", None) or file is None or file.closed or not file.seekable() or image.tell():

@@ -44,7 +44,7 @@ def views(image: Image.Image, row: int, settings: ViewsSettings) -> list[Image.I
 def view(image: Image.Image, rng: np.random.Generator, settings: ViewsSettings) -> Image.Image:
     """Returns a random view of an RGB image: a rotated crop with another exposure and color cast.
 
-    The crop keeps the aspect ratio and the scale of the image. Parts of the crop beyond it show the mirrored image.
+    The crop keeps the aspect ratio and the scale of the image. Outside the image, the crop shows the mirrored image.
     """
     angle = math.radians(rng.uniform(-settings.rotation, settings.rotation))
     cropped = rng.uniform(settings.crop, 1.0) * np.array(image.size)  # width, height

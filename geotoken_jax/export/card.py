@@ -87,7 +87,7 @@ def _license(source: Mapping[str, Any], reference: Mapping[str, Any] | None) -> 
 
 
 def _main_scores(metrics: Mapping[str, Any], variant: str) -> dict[str, Any]:
-    """Returns split -> scores of the variant's main method. Splits without such scores are left out."""
+    """Returns the scores of the variant's main method, by split. Splits without such scores are left out."""
     methods_by_split = {
         split: [m for m in scored["methods"] if m["variant"] == variant and m.get("main")]
         for split, scored in metrics["splits"].items()

@@ -34,7 +34,7 @@ _THUMBNAIL_QUALITY = 75
 #: Longest side of an example photo in pixels, and its JPEG quality. No backbone reads larger photos.
 _EXAMPLE_SIDE_AND_QUALITY = (1024, 90)
 #: Number of photos at the start of the split `test` from which examples are drawn, and largest error of a correct
-#: prediction. 200 km is the usual threshold for the right region.
+#: prediction, in km. 200 km is the usual threshold for the right region.
 _TEST_PHOTOS, _CORRECT_KM = 5_000, 200
 #: Source of training photos -> sentence on the page about the photos that the model can locate.
 _SCOPE = {
@@ -103,7 +103,7 @@ class Pictures:
     """Reads the pictures of an export and its page.json. Thumbnails are memory-mapped."""
 
     def __init__(self, folder: epath.PathLike | None):
-        """folder: folder of an export; may be None. A folder without pictures is valid."""
+        """folder: folder of an export. If it is None or has no pictures, all methods return None."""
         self._folder = epath.Path(folder or "/nowhere")
         files, ends = ([records.open_array(p) for p in _parts(self._folder, name)] for name in ("files", "ends"))
         self._thumbnails = list(zip(files, ends, strict=True))

@@ -1,6 +1,6 @@
 """Quantizes an export's gallery to int8 and measures the loss of accuracy.
 
-An int8 gallery takes half the bytes of a bfloat16 gallery. Its index takes less than a third of the bytes.
+Compared with a bfloat16 gallery, an int8 gallery takes half the bytes, and its index takes less than a third.
 """
 
 import dataclasses
@@ -35,13 +35,13 @@ def quantize(workdir: Workdir, options: IndexSettings, folder: epath.Path) -> di
     """
     manifest = workdir.manifest("gallery")
     search = settings.restored(manifest.settings["index"]["search"], options, "index.search")
-    before = _bytes(folder / "gallery")
+    before = _folder_size(folder / "gallery")
     table.quantize(folder / "gallery")
     shutil.rmtree(folder / "gallery" / "index")
     search = dataclasses.replace(search, reorder_dtype="int8")
     built = index.build(IndexVectors(Table(folder / "gallery")), search, folder / "gallery" / "index")
     recall = [manifest.facts["index"]["recall"], built.facts["recall"]]
-    return {"bytes": [before, _bytes(folder / "gallery")], "recall": recall}
+    return {"bytes": [before, _folder_size(folder / "gallery")], "recall": recall}
 
 
 def cost(config: Config, workdir: Workdir, variant: str, folder: epath.Path) -> dict[str, Any]:
@@ -81,6 +81,6 @@ def cost(config: Config, workdir: Workdir, variant: str, folder: epath.Path) -> 
     }
 
 
-def _bytes(path: epath.Path) -> int:
-    """Returns the bytes of all files in a folder."""
+def _folder_size(path: epath.Path) -> int:
+    """Returns the total size of the files in a folder, in bytes."""
     return sum(p.stat().st_size for p in pathlib.Path(path).rglob("*") if p.is_file())

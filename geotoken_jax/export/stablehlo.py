@@ -1,7 +1,7 @@
 """Writes an export's two programs as StableHLO, which jax compiles for any CPU, GPU or TPU.
 
 `align` maps features to vectors. `geotoken` maps the vectors of a photo and of its neighbors to candidates. Programs
-contain no parameters: they are arguments, which are stored in the export's `.safetensors` files.
+contain no parameters. Parameters are arguments, and the export stores them in its `.safetensors` files.
 """
 
 import contextlib

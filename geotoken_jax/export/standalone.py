@@ -32,9 +32,9 @@ _BLOCK = 8192
 #: Number of extra neighbors that the float32 search keeps. Float64 scores can move them up among the nearest.
 _SPARE = 8
 _TYPES = {"F32": np.float32, "F16": np.float16, "I32": np.int32, "U32": np.uint32}
-#: Hilbert curve of S2 cells. A cell has two integer coordinates on its face, and each quad adds one bit to both:
-#: _IJ[orientation, quad] is 2 * i + j for the bits i and j. _TURN[quad] is XORed to the orientation, which starts as
-#: face & 1.
+#: Tables of the Hilbert curve of S2 cells. A cell has two integer coordinates on its face. Each quad appends bit i to
+#: one and bit j to the other, with 2 * i + j = _IJ[orientation, quad]. Then _TURN[quad] is XORed to the orientation.
+#: The first orientation is face & 1.
 _IJ = np.array([[0, 1, 3, 2], [0, 2, 3, 1], [3, 2, 0, 1], [3, 1, 0, 2]])
 _TURN = np.array([1, 0, 0, 3])
 

@@ -22,8 +22,8 @@ def run(source: epath.PathLike, target: epath.PathLike) -> epath.Path:
     """Writes an export of an earlier format to a new folder in the present format, and returns that folder.
 
     The new export has the same model, gallery, radii and card, and gives the same predictions. Its programs and its
-    standalone.py are written again. The files get the name `target` only when all are complete. Raises ExportError if
-    the export is damaged or cannot be upgraded. Raises SettingsError if it needs no upgrade or if `target` exists.
+    standalone.py are written again. The folder `target` appears when all of its files are complete. Raises ExportError
+    if the export is damaged or cannot be upgraded. Raises SettingsError if it needs no upgrade or if `target` exists.
     """
     source, target = epath.Path(source), epath.Path(target)
     if not (source / "config.json").exists():

@@ -49,7 +49,7 @@ def _values_by_photo(
 ) -> dict[str, list[str]]:
     """Returns the values of a table's second column, by photo. Empty values are left out.
 
-    columns: key and accepted headings of the two columns. option: end of the flag --exclude-OPTION, for messages.
+    columns: key and accepted headings of the two columns. option: OPTION of the flag --exclude-OPTION, for messages.
     """
     if path is None:
         return {}

@@ -103,7 +103,7 @@ class Output:
 
 @dataclasses.dataclass(frozen=True)
 class MinWithin:
-    """A condition on answers: with at least `probability`, the error is at most `km` kilometers."""
+    """A condition on answers: the probability of an error of at most `km` kilometers is at least `probability`."""
 
     km: int
     probability: float

@@ -29,8 +29,8 @@ class Found:
     """Photos in the files and folders that the user names.
 
     photos: path of each photo, by id; for standard input, its bytes. The id of a photo in a named folder is its path
-    relative to that folder, as in tables beside the photos. The id of a named file is its path as given. folders: the
-    named folders.
+    relative to that folder, because tables of the folder's photos have such paths. The id of a named file is its path
+    as given. folders: the named folders.
     """
 
     photos: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -22,7 +22,7 @@ _NAMESPACES = {
 for _prefix, _uri in _NAMESPACES.items():
     ElementTree.register_namespace(_prefix, _uri)
 #: XML attribute with the name of the program that wrote a sidecar, and the name that this module writes. A program that
-#: changes the sidecar replaces the name by its own.
+#: changes the sidecar replaces this name with its own.
 _TOOLKIT_ATTRIBUTE, _TOOLKIT_NAME = f"{{{_NAMESPACES['x']}}}xmptk", "geotoken-jax"
 #: Steps per minute of arc: minutes are written with 4 decimals. The error is at most 9 cm.
 _STEPS = 10_000

@@ -290,7 +290,7 @@ def _is_release(path: epath.Path) -> bool:
 def _release_config(folder: epath.Path, name: str | None = None) -> dict[str, Any]:
     """Returns the config.json of a release of GeoCLIP. Raises SettingsError if it has another model or format.
 
-    folder: folder of the release. name: name of the release in messages; if None, messages have the folder.
+    folder: folder of the release. name: name of the release in messages; if None, messages name the folder.
     """
     config = read_json(pathlib.Path(folder), "config.json")
     kind, version = (config.get(key) for key in ("model_type", "format_version"))
@@ -311,7 +311,7 @@ _RELEASE = hub.Kind("config.json", f"it is not GeoCLIP; give {HUB}", _patterns)
 
 
 def _backbone(path: epath.Path) -> str:
-    """Returns the hub's name of the CLIP checkpoint that GeoCLIP needs, with a commit if the release names one."""
+    """Returns the name on the hub of the CLIP that GeoCLIP needs, with a commit if the release names one."""
     backbone = _release_config(path).get("backbone", {}) if _is_release(path) else {}
     return "@".join(backbone[key] for key in ("repo_id", "revision") if key in backbone) or _CLIP
 

@@ -74,8 +74,8 @@ def settings(
 def settings_of(weights: Weights, *, heads: int = 8, neighbors: int = 15) -> ModelSettings:
     """Returns the settings of a published state dict, read from the shapes of its tensors.
 
-    heads, neighbors: settings that do not affect the shapes. Raises ValueError if a tensor is missing or if no settings
-    fit its shape.
+    heads, neighbors: settings that do not affect the shapes. Raises ValueError if a tensor is missing, or if its
+    shape fits no settings.
     """
     rows, width = _shape(weights, "embedding.weight", 2)
     return _settings_of_sizes(
@@ -120,8 +120,8 @@ def _shape(tensors: Weights, name: str, axes: int) -> tuple[int, ...]:
 def _settings_of_sizes(*, rows: int, positions: int, **sizes: Any) -> ModelSettings:
     """Returns the settings with the group that fits the size of the token table.
 
-    rows: number of rows of the token table: 6 for the face, and 4^group for each of the other positions. number
-    of output positions. sizes: arguments of `settings` other than group and level.
+    rows: number of rows of the token table: 6 for the face, and 4^group for each of the other positions. positions:
+    number of output positions. sizes: arguments of `settings` other than group and level.
     """
     for group in range(1, MAX_GROUP + 1):
         if rows == 6 + (positions - 1) * 4**group:

@@ -53,8 +53,8 @@ class Chart:
         title: description for screen readers.
         x_label: name of the x axis.
         y_label: name of the y axis.
-        series: curves, of which the last is drawn on top, or bars.
-        groups: names of the groups of bars; the series are curves if empty.
+        series: curves or bars. The last curve is drawn on top.
+        groups: names of the groups of bars. If empty, the series are curves.
         log_x: whether the x axis is logarithmic.
         marks: x values of vertical lines.
         legend: entries of the legend below the chart. If None, the entries of the listed series. If empty, there is no

@@ -49,7 +49,7 @@ class Source:
 
 
 def page(title: str, headline: str, sections: Sequence[Section]) -> str:
-    """Returns a page as HTML: headline, navigation and sections. title: text. headline: HTML."""
+    """Returns a page as HTML: headline, navigation and sections. title: plain text. headline: HTML."""
     links = (f'<a href="#{s.anchor}">{escape(s.name)}</a>' for s in sections)
     bodies = (f'<section id="{s.anchor}"><h2>{escape(s.title)}</h2>{join(s.pieces)}</section>' for s in sections)
     parts = {

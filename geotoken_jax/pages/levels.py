@@ -192,7 +192,7 @@ def _neighbors(figures: Mapping[str, Any]) -> list[Piece | str]:
 
 
 def _table(figures: Mapping[str, Any], columns: Sequence[str], cells: Callable[[int, Any], list[Cell | str]]) -> str:
-    """Returns a folded table with a row per level of each split.
+    """Returns a table with a row per level of each split. The table is hidden until the user clicks on its name.
 
     columns: heads of the columns after the level. cells: function that returns the cells of a row. Its arguments are
     the index of the level, and the level's estimates in the split.

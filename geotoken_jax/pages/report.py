@@ -195,7 +195,7 @@ def _accuracy(metrics: Mapping[str, Any], reference: str) -> list[Piece | str]:
 
 
 def _recall(metrics: Mapping[str, Any]) -> list[Piece | str]:
-    """Returns a table per split: the share of photos for which a source has a candidate near the truth, by source."""
+    """Returns a table per split: for each source of candidates, the share of photos with a candidate near the truth."""
     parts = []
     for split, sources in metrics["recall"].items():
         best = [max(shares[i] for name, shares in sources.items() if name != "all") for i in range(len(THRESHOLDS))]

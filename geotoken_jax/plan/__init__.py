@@ -1,4 +1,4 @@
-"""Plans work on a pod that is not there: memory, compute, collectives, lower limits of the time and an estimate of it.
+"""Plans work on a pod without using it: memory, compute, collectives, lower limits of the time and an estimate of it.
 
 For TPUs, the real program is compiled for the absent chips and the compiled program is analyzed (see `planning`). For
 GPUs, nothing is compiled, because XLA compiles for a GPU only on a machine with a GPU. The plan of a GPU has only the

@@ -162,9 +162,9 @@ other work. No TPU has confirmed these estimates. Use them to compare settings a
 
 If a column has no values from the program, the compiler refused the step for its memory.
 
-For alignment and training a step is one batch of the whole pod. For embedding and decoding, each host processes other
-batches, which are split over its chips. Decoding does not include the exact search of places, because its number of
-steps depends on the photo.
+For alignment and training a step is one batch of the whole pod. For embedding and decoding, hosts process different
+batches. The batch of a host is split over its chips. Decoding does not include the exact search of places, because its
+number of steps depends on the photo.
 """
 
 

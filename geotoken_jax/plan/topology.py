@@ -19,7 +19,7 @@ from geotoken_jax.settings import SettingsError
 FLAGS = "--xla_tpu_data_parallel_opt_different_sized_ops=true --xla_tpu_enable_data_parallel_all_reduce_opt=true"
 #: Chip -> value of the environment variable TPU_ACCELERATOR_TYPE, which libtpu needs to compile for an absent machine.
 _ACCELERATORS = {"v4": "v4-8", "v5e": "v5litepod-16", "v5p": "v5p-8", "v6e": "v6e-8"}
-#: Environment variables that make libtpu query no metadata server and let several processes compile at once.
+#: With these environment variables, libtpu queries no metadata server, and several processes can compile at once.
 _ABSENT = {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 
@@ -63,7 +63,9 @@ def read(name: str) -> Topology:
 
 
 def devices(pod: Topology) -> Sequence[Any]:
-    """Returns a device per chip: for TPUs libtpu's descriptions of absent devices, for GPUs CPU devices.
+    """Returns one device per chip of the pod.
+
+    For TPUs, these are libtpu's descriptions of absent devices. For GPUs, they are CPU devices instead.
 
     Raises SettingsError if the TPU compiler is missing or does not fit jax, or if a TPU cannot have this shape.
     """

@@ -26,7 +26,7 @@ from geotoken_jax.train.loop import TrainSettings, make_trainer
 
 #: Number of photos in the paper's gallery, the usable photos of MP16-Pro.
 GALLERY = 4_120_000
-#: The paper's backbone, CLIP ViT-L/14: its name on the hub, and its config.json. A plan needs no network with them.
+#: The paper's backbone, CLIP ViT-L/14: its name on the hub, and its config.json, which a plan must not download.
 _L14_NAME = "openai/clip-vit-large-patch14"
 _L14 = {
     "model_type": "clip", "projection_dim": 768,
@@ -45,7 +45,7 @@ class Workload:
     mesh: devices that run one step. function: jitted function of the step. arguments: arguments of the function, as
     trees of ShapeDtypeStructs with shardings. arrays: the arguments that stay on the chips between two steps, and the
     batch, by name. parameters: number of the model's parameters. photos: photos per step on one mesh. copies: number of
-    meshes in the pod; each mesh processes other photos. flops: the model's floating-point operations per photo; 0 if
+    meshes in the pod; meshes process different photos. flops: the model's floating-point operations per photo; 0 if
     they are unknown before compilation. examples: photos of the whole job; 0 if it has no end.
     """
 
@@ -124,7 +124,7 @@ def _training(
 
 
 def embed(config: Config, rows: int, devices: Sequence[Any]) -> Workload:
-    """Returns the workload of the backbone's image tower, on the chips of one host. Each host embeds other photos."""
+    """Returns the workload of the backbone's image tower, on the chips of one host. Hosts embed different photos."""
     options = config.embed.huggingface
     if config.embed.backbone != "huggingface":
         raise SettingsError(
@@ -147,7 +147,7 @@ def embed(config: Config, rows: int, devices: Sequence[Any]) -> Workload:
 
 
 def predict(config: Config, rows: int, devices: Sequence[Any]) -> Workload:
-    """Returns the workload of decoding candidates, on the chips of one host. Each host decodes other photos.
+    """Returns the workload of decoding candidates, on the chips of one host. Hosts decode different photos.
 
     The exact search of places is not part of it, because its number of steps depends on the photos.
     """

@@ -52,10 +52,10 @@ class LeveledPrediction(Prediction):
 
     Levels end at the finest level in `cells`, or at the first level with a probability below 0.0001.
 
-    Probabilities are computed from `within`, radius_km and radius_90_km. These give the probability at each distance
-    from the prediction, which is spread evenly over all directions. The levels are therefore calibrated if `within` and
-    the radii are. The decoder's probabilities in `cells` are not used: the prediction can come from a gallery photo in
-    a cell to which the decoder gives a low probability, and still be likely correct.
+    Probabilities are computed from `within`, radius_km and radius_90_km, as functions of the distance from the
+    prediction. All directions are equally probable. Levels are calibrated if `within` and the radii are calibrated. The
+    decoder's probabilities in `cells` are not used: the prediction can come from a gallery photo in a cell to which the
+    decoder gives a low probability, and still be likely correct.
     """
 
     levels: tuple[Level, ...] = ()

@@ -130,7 +130,9 @@ class Capacity:
     """Limits the number of photos in the service, counted from a request's arrival to its response."""
 
     def __init__(self, photos: int, wait_s: Callable[[int], float]):
-        """photos: largest number of photos. wait_s: function that returns the seconds until N photos are answered."""
+        """photos: largest number of photos. wait_s: function that takes a number of photos and returns the seconds
+        until they are answered.
+        """
         self.taken, self._limit, self._wait_s = 0, photos, wait_s
 
     @contextlib.contextmanager

@@ -92,7 +92,7 @@ class InferenceRequest:
         return list(_photos(INPUTS[known.index(names[0])], given[0], binary, self._max_photos))
 
     def response(self, predictions: Sequence[Prediction], head: Mapping[str, Any]) -> tuple[bytes, dict[str, str]]:
-        """Returns the body and the headers of the response. head: keys for the name and version of the model."""
+        """Returns the body and the headers of the response. head: name and version of the model, as JSON keys."""
         values, tensors, blobs = _values(predictions), [], []
         for output in OUTPUTS:
             if output.name not in self.outputs:

@@ -73,7 +73,7 @@ def identity(path: str) -> str:
     files = sorted(file for ending in ("*.json", "*.txt", "*.safetensors") for file in found.glob(ending))
     if not files:
         raise SettingsError(
-            f"config.embed.huggingface.path is {path!r}, where there is no checkpoint: set it to a folder with a CLIP "
+            f"config.embed.huggingface.path is {path!r}, which has no checkpoint: set it to a folder with a CLIP "
             "or SigLIP 2 checkpoint, or to its name on the Hugging Face hub"
         )
     digest = hashlib.sha256()
@@ -291,7 +291,7 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
         )
     if found := hub.pinned(folder):
         raise SettingsError(
-            f"{found} has no model.safetensors on the hub, and pickles are not read, as they can run code: name a "
-            "model or a revision that has it"
+            f"{found} has no model.safetensors on the hub, and pickles are not read, because they can run code: "
+            "name a model or a revision that has it"
         )
     raise SettingsError(f"{folder} has no model.safetensors: choose a checkpoint folder as Hugging Face publishes it")

@@ -280,7 +280,7 @@ def _complete(image: Image.Image, where: str) -> Image.Image:
     missing = 1 - (varied[-1] + 1) / len(pixels) if len(varied) else 1.0
     if missing > _MISSING_ROWS:
         raise ImageError(f"{where} is damaged or cut short (it lacks {missing:.0%} of its rows): copy it again")
-    logging.getLogger(__name__).warning("%s lacks its last bytes; what is there is used: copy it again", where)
+    logging.getLogger(__name__).warning("%s lacks its last bytes; the rest is used: copy it again", where)
     return image
 
 

@@ -43,7 +43,7 @@ class Files:
         """Yields a sentence that counts the files that are not photos, and one per folder that cannot be opened."""
         if skipped := self.skipped:
             counts = ", ".join(f"{n:,} {ending}" for ending, n in skipped.most_common())
-            yield f"left out {sum(skipped.values()):,} files that are no photos in a known format: {counts}"
+            yield f"left out {sum(skipped.values()):,} files that are not photos in a known format: {counts}"
         for name, reason in self.unreadable.items():
             yield f"{os.path.join(self.folder, name)} cannot be opened ({reason}): check its permissions"
 

@@ -81,8 +81,8 @@ def test_every_file_of_a_folder_is_taken_counted_or_clutter(photos):
     found = folder.find([str(photos)])
     assert list(found.photos) == ["a.JPG", "b.jpg", "bad.jpg", "sub/c.heic", "sub/d.avif", "sub/ü é.png"]
     assert list(found.notes()) == [
-        "left out 5 files that are no photos in a known format: 2 .cr2, 1 .mov, 1 without an ending, 1 pipes, sockets, "
-        "broken links or linked folders"
+        "left out 5 files that are not photos in a known format: 2 .cr2, 1 .mov, 1 without an ending, 1 pipes, "
+        "sockets, broken links or linked folders"
     ]
     single = folder.find([str(photos / "b.jpg"), str(photos)])
     assert next(iter(single.photos)) == str(photos / "b.jpg") and "b.jpg" in single.photos
@@ -442,9 +442,7 @@ def test_a_warning_about_a_photo_is_printed_once_as_a_sentence(tmp_path, monkeyp
     with pytest.raises(SystemExit):
         cli.main(["predict", "--model=x", str(tmp_path / "a.jpg"), f"--output={tmp_path / 'page.html'}"])
     said = [line for line in capsys.readouterr().err.splitlines() if "last bytes" in line]
-    assert said == [
-        f"geotoken predict: {tmp_path / 'a.jpg'} lacks its last bytes; what is there is used: copy it again"
-    ]
+    assert said == [f"geotoken predict: {tmp_path / 'a.jpg'} lacks its last bytes; the rest is used: copy it again"]
 
 
 @pytest.fixture(scope="module")

@@ -411,7 +411,7 @@ def test_a_folder_of_a_phone_has_heic_counted_others_and_no_clutter(tmp_path, ca
     manifest, found = prepare(tmp_path / "w", "folder", 0.5, **{**ONE_SPLIT, "path": path})
     assert list(found["test"]) == ["a.HEIC", "c.jpg"] and manifest.dropped == {"no GPS": 1}
     np.testing.assert_allclose(found["test"]["a.HEIC"]["coordinates"], (1, 2), atol=1e-8)
-    assert "left out 3 files that are no photos in a known format: 1 .cr2, 1 .mov, 1 pipes," in capsys.readouterr().err
+    assert "left out 3 files that are not photos in a known format: 1 .cr2, 1 .mov, 1 pipes," in capsys.readouterr().err
     raw = write_files(tmp_path / "raw", {"d.cr2": b"raw"})
     with pytest.raises(
         StageError, match=r"has no photos \(left out 1 files .*: 1 \.cr2\): set it to a folder with files"

@@ -1,4 +1,4 @@
-"""Frozen backbones, which encode photos and texts as feature vectors. `config.embed.backbone` names the one used."""
+"""Frozen backbones, which encode photos and texts as feature vectors. `config.embed.backbone` selects one of them."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -17,12 +17,12 @@ __all__ = ["Backbone", "BackboneSettings", "HuggingFaceSettings", "ThumbnailSett
 
 
 class Backbone(Protocol):
-    """Encodes photos and texts as vectors of one width.
+    """Encodes photos and texts as feature vectors. Image and text features have the same width.
 
-    width: C, the width of image and text features. min_side: shorter side, in pixels, at which a photo may be
-    decoded for this backbone (see preprocess.open_image).
+    width: C, the width of features. min_side: smallest shorter side, in pixels, to which a photo may be reduced when it
+    is decoded (see preprocess.open_image).
 
-    `prepare` is a separate step before `images`, so that threads can decode photos while a device computes features.
+    `prepare` is a separate step before `images`, because threads decode photos while a device computes features.
     Several threads can call all three methods at once.
     """
 
@@ -30,10 +30,10 @@ class Backbone(Protocol):
     min_side: int
 
     def prepare(self, photo: Any) -> UInt8[ndarray, "h w 3"]:
-        """Returns a photo decoded, resized and cropped for the image tower, computed on the host.
+        """Returns a photo decoded, resized and cropped for the image tower. Runs on the CPU.
 
-        photo: any source that `preprocess.open_image` reads. All photos result in the same shape. Raises ImageError if
-        the photo cannot be read.
+        All results have the same shape. photo: any source that `preprocess.open_image` reads. Raises ImageError if the
+        photo cannot be read.
         """
         ...
 
@@ -42,16 +42,15 @@ class Backbone(Protocol):
         ...
 
     def texts(self, texts: Sequence[str]) -> Float32[ndarray, "B C"]:
-        """Returns the features of texts; zeros for an empty text."""
+        """Returns the features of texts. The features of an empty text are zeros."""
         ...
 
 
 def feature_settings(settings: BackboneSettings) -> dict[str, Any]:
     """Returns the settings that features depend on.
 
-    For the backbone "huggingface" these are the type of products and, instead of a path, the checkpoint's name and
-    commit on the hub, or a hash of a local folder's files. Raises SettingsError if that backbone's path has no
-    checkpoint.
+    For the backbone "huggingface", the result has `dtype`, and has `checkpoint` instead of `path`: the name and commit
+    on the hub, or a hash of a local folder's files. Raises SettingsError if the path has no checkpoint.
     """
     if settings.backbone != "huggingface":
         return {"backbone": settings.backbone, settings.backbone: getattr(settings, settings.backbone, None)}
@@ -67,7 +66,7 @@ def feature_settings(settings: BackboneSettings) -> dict[str, Any]:
 def make(settings: BackboneSettings, mesh: "Mesh | None" = None) -> Backbone:
     """Returns the backbone named in the settings. Raises SettingsError if it is unknown or cannot be read.
 
-    mesh: local devices on which a Hugging Face backbone runs. If None, all local devices compute a share of the batch.
+    mesh: local devices on which a Hugging Face backbone runs. If None, each batch is split over all local devices.
     """
     if settings.backbone == "thumbnail":
         return Thumbnail(settings.thumbnail)

@@ -23,35 +23,35 @@ from geotoken_jax import hub, manifests, sharding
 from geotoken_jax.settings import SettingsError
 
 M = TypeVar("M", bound=nnx.Module)
-#: Supported values of model_type in config.json.
+#: Supported values of the key model_type in config.json.
 KINDS = ("clip", "siglip")
-#: Files besides config.json that a backbone reads. No others are downloaded, and so no pickles.
-_READ = (
+#: Files besides config.json that a backbone reads. Only these are downloaded, so pickles never are.
+_FILE_PATTERNS = (
     "preprocessor_config.json", "processor_config.json", "tokenizer_config.json", "tokenizer.json", "vocab.json",
     "merges.txt", "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors",
 )  # fmt: skip
-#: Bytes at the start and at the end of a file that the hash of a folder covers.
-_END = 1 << 20
-#: Last part of a parameter's name here -> in the published checkpoint.
-_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
-#: Tensors of old files that are no parameters: the numbers 0, 1, 2, ...
+#: A checkpoint's hash covers this number of bytes at the start of each file, and the same number at its end.
+_HASHED_BYTES = 1 << 20
+#: Last part of a parameter's name in this package -> last part of its name in a published checkpoint.
+_PUBLISHED_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
+#: Names of tensors in old files that contain the numbers 0, 1, 2, ... and are not parameters.
 _UNUSED = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
 
 
 def folder(path: str) -> pathlib.Path:
-    """Returns the folder of a checkpoint, downloaded at its first use if `path` is a name on the hub.
+    """Returns the folder of a checkpoint. A checkpoint on the hub is downloaded at its first use.
 
-    path: folder, or ORG/NAME or ORG/NAME@REVISION. Raises SettingsError if there is no such checkpoint, if it is
-    neither CLIP nor SigLIP, or if the download fails.
+    path: folder of a checkpoint, or its name on the hub, ORG/NAME or ORG/NAME@REVISION. Raises SettingsError if there
+    is no such checkpoint, if it is neither CLIP nor SigLIP, or if the download fails.
     """
     found = _folder(path, _CHECKPOINT)
     if not pathlib.Path(path).exists():
-        _files(found)  # a model on the hub may have pickles alone
+        _files(found)  # raises SettingsError if the model has only pickles
     return found
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """Returns the object in a checkpoint's config.json. Of a checkpoint on the hub, only this file is downloaded.
+    """Returns the contents of a checkpoint's config.json. Only this file is downloaded from the hub.
 
     path: see `folder`. Raises SettingsError as `folder` does.
     """
@@ -59,11 +59,13 @@ def read_config(path: str) -> dict[str, Any]:
 
 
 def identity(path: str) -> str:
-    """Returns a text that is the same for the same parameters: ORG/NAME@COMMIT, or a hash of a local folder's files.
+    """Returns a text that identifies a checkpoint: ORG/NAME@COMMIT, or a hash of a local folder's files.
 
-    path: see `folder`. Of a checkpoint on the hub, only config.json is downloaded. Hashed are the names, the sizes, and
-    the first and last 1 MiB of all JSON, text and safetensors files. Whole files would take seconds, and checkpoints
-    with other parameters differ in these bytes too. Raises SettingsError if there is no checkpoint.
+    If the checkpoint is on the hub, only config.json is downloaded. The hash covers all JSON, text and safetensors
+    files: the name and size of each, and its first and last 1 MiB. Hashing whole files would take seconds. Checkpoints
+    with different parameters differ in these bytes too.
+
+    path: see `folder`. Raises SettingsError if there is no checkpoint.
     """
     found = _folder(path, _CONFIG)
     if not pathlib.Path(path).exists():
@@ -71,23 +73,23 @@ def identity(path: str) -> str:
     files = sorted(file for ending in ("*.json", "*.txt", "*.safetensors") for file in found.glob(ending))
     if not files:
         raise SettingsError(
-            f"config.embed.huggingface.path is {path!r}, where there is no checkpoint: set it to a folder with a CLIP "
+            f"config.embed.huggingface.path is {path!r}, which has no checkpoint: set it to a folder with a CLIP "
             "or SigLIP 2 checkpoint, or to its name on the Hugging Face hub"
         )
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as opened:
             size = file.stat().st_size
-            digest.update(f"{file.name} {size} ".encode() + opened.read(_END))
-            opened.seek(max(0, size - _END))
-            digest.update(opened.read(_END))
+            digest.update(f"{file.name} {size} ".encode() + opened.read(_HASHED_BYTES))
+            opened.seek(max(0, size - _HASHED_BYTES))
+            digest.update(opened.read(_HASHED_BYTES))
     return digest.hexdigest()
 
 
 def kind(name: str, config: dict[str, Any]) -> str:
-    """Returns the model_type of a config.json, one of KINDS. Raises SettingsError for any other.
+    """Returns the model_type in a config.json. Raises SettingsError if it is not one of KINDS.
 
-    name: name or folder of the checkpoint, for the message.
+    name: name or folder of the checkpoint, for the message. config: contents of config.json.
     """
     found = str(config.get("model_type"))
     if found not in KINDS:
@@ -100,14 +102,14 @@ def kind(name: str, config: dict[str, Any]) -> str:
 
 def _patterns(name: str, first: epath.Path) -> tuple[str, ...]:
     kind(name, read_json(pathlib.Path(first), "config.json"))
-    return _READ
+    return _FILE_PATTERNS
 
 
 _CHECKPOINT = hub.Kind("config.json", "it is not a checkpoint of CLIP or SigLIP 2; name another model", _patterns)
 _CONFIG = dataclasses.replace(_CHECKPOINT, patterns=lambda name, first: ())
 
 
-@functools.cache  # one process uses one commit, and compares the files with their hashes once
+@functools.cache  # a process always uses the same commit, and checks the files' hashes only once
 def _download(name: str, kind: hub.Kind) -> pathlib.Path:
     return pathlib.Path(hub.resolve(name, kind))
 
@@ -119,7 +121,7 @@ def _folder(path: str, kind: hub.Kind) -> pathlib.Path:
 
 
 def read_json(folder: pathlib.Path, name: str) -> dict[str, Any]:
-    """Returns the object in a JSON file of the folder. Raises SettingsError if it is missing, damaged or no object."""
+    """Returns the object in a JSON file. Raises SettingsError if the file is missing, is damaged or has no object."""
     try:
         value = json.loads((folder / name).read_text(encoding="utf-8"))
     except OSError as error:
@@ -150,10 +152,10 @@ def needed(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def name(folder: pathlib.Path) -> tuple[str, str | None]:
-    """Returns the name of a checkpoint on the Hugging Face hub, ORG/NAME, and its commit there.
+    """Returns the name of a checkpoint on the Hugging Face hub, ORG/NAME, and its commit.
 
-    If the folder is not in the hub's cache, the name is taken from config.json, which may have _name_or_path; else it
-    is the name of the folder. The commit is None then.
+    If the folder is not in the hub's cache, the commit is None. The name is then _name_or_path in config.json or, if
+    that is no name on the hub, the name of the folder.
     """
     if found := hub.pinned(folder):
         reference, _, commit = found.partition("@")
@@ -165,8 +167,9 @@ def name(folder: pathlib.Path) -> tuple[str, str | None]:
 def read_module(folder: pathlib.Path, make: Callable[[nnx.Rngs], M], mesh: Mesh) -> M:
     """Returns the module that `make` creates, with the folder's parameters in float32, sharded over the mesh.
 
-    Parameters of the module have the published names; stacked layers are read one by one. Raises SettingsError naming a
-    tensor that is missing, has another shape, or is not in the module.
+    The module's parameters must have the names of the published tensors. The tensors of stacked layers are read layer
+    by layer. Raises SettingsError with the tensor's name if a tensor is missing, has another shape or is not in the
+    module.
     """
     graph, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
     places: dict[tuple, Any] = traverse_util.flatten_dict(sharding.shardings(state, mesh))
@@ -185,11 +188,13 @@ def read_module(folder: pathlib.Path, make: Callable[[nnx.Rngs], M], mesh: Mesh)
 
 
 def write_module(folder: pathlib.Path, source: pathlib.Path, module: nnx.Module) -> None:
-    """Writes a copy of the checkpoint folder `source` with a module's parameters, for `read_module` and transformers.
+    """Writes a copy of a checkpoint with other parameters. `read_module` and transformers can read the copy.
 
-    Parameters of the module replace the tensors of the same names. All other tensors are copied, except those that are
-    no parameters; of the other files, *.json and *.txt are copied. All tensors become float32. All of the module's
-    arrays must be in this process.
+    The module's parameters replace the tensors of the same names. All other tensors are copied, except tensors that are
+    not parameters. Files *.json and *.txt are copied too. All tensors are written as float32.
+
+    folder: folder of the copy. source: folder of the original checkpoint. module: module with the new parameters; this
+    process must have all of its arrays.
     """
     folder.mkdir(exist_ok=True)
     for path in (path for ending in ("*.json", "*.txt") for path in sorted(source.glob(ending))):
@@ -203,7 +208,7 @@ def write_module(folder: pathlib.Path, source: pathlib.Path, module: nnx.Module)
 
 
 def published(state: nnx.State) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields names and tensors of a module's parameters in the published format."""
+    """Yields the name and the tensor of each parameter of a module, as a published checkpoint has them."""
     for path, variable in nnx.to_flat_state(state):
         array = np.asarray(variable[...])
         for name, index in _published(tuple(map(str, path)), array.shape):
@@ -213,10 +218,10 @@ def published(state: nnx.State) -> Iterator[tuple[str, np.ndarray]]:
 def _published(path: tuple[str, ...], shape: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
     """Yields the published name of each tensor of a parameter, and the tensor's index in the parameter.
 
-    A parameter of stacked layers has one tensor per layer. Any other has one tensor, with the index `...`.
+    A parameter of stacked layers has one tensor per layer. Any other parameter has one tensor, with the index `...`.
     path, shape: path and shape of the parameter.
     """
-    name = ".".join((*path[:-1], _NAMES.get(path[-1], path[-1])))
+    name = ".".join((*path[:-1], _PUBLISHED_NAMES.get(path[-1], path[-1])))
     if "layers" not in path:
         yield name, ...
         return
@@ -225,10 +230,10 @@ def _published(path: tuple[str, ...], shape: tuple[int, ...]) -> Iterator[tuple[
 
 
 def _transposed(last: Any, tensor: np.ndarray, order: tuple[int, ...]) -> np.ndarray:
-    """Returns a kernel with its axes reordered between torch's layout and flax's; other tensors as they are.
+    """Returns a kernel with its axes in the order of torch or of flax. Other tensors are returned unchanged.
 
-    In torch the output axis is first, and the two spatial axes of a convolution's kernel are last. order: new order
-    of a convolution's four axes. last: last part of the parameter's name.
+    A kernel of torch begins with the output axis, and a convolution's kernel ends with the two spatial axes. last: last
+    part of the parameter's name. order: new order of the four axes of a convolution's kernel.
     """
     if last != "kernel":
         return tensor
@@ -236,7 +241,7 @@ def _transposed(last: Any, tensor: np.ndarray, order: tuple[int, ...]) -> np.nda
 
 
 def _read(folder: pathlib.Path, tensors: dict[str, Any], path: tuple[str, ...], shape: tuple[int, ...]) -> np.ndarray:
-    """Returns a parameter read from its tensors, which are removed from the dict."""
+    """Returns a parameter and removes its tensors from `tensors`. tensors: function that reads each tensor, by name."""
     array = np.empty(shape, np.float32)
     for name, index in _published(path, shape):
         if name not in tensors:
@@ -256,7 +261,7 @@ def _read(folder: pathlib.Path, tensors: dict[str, Any], path: tuple[str, ...], 
 
 @contextlib.contextmanager
 def _tensors(folder: pathlib.Path) -> Iterator[dict[str, Callable[[], np.ndarray]]]:
-    """Opens the safetensors files of a folder. Yields name of a tensor -> function that reads it."""
+    """Opens the safetensors files of a folder. Yields a dict with a function that reads each tensor, by name."""
     with contextlib.ExitStack() as files:
         readers = {}
         for path in _files(folder):
@@ -269,7 +274,7 @@ def _tensors(folder: pathlib.Path) -> Iterator[dict[str, Callable[[], np.ndarray
 
 
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Returns the folder's safetensors files: model.safetensors, or all that model.safetensors.index.json names."""
+    """Returns the safetensors files of a folder: model.safetensors, or the files in model.safetensors.index.json."""
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
     if (folder / "model.safetensors.index.json").exists():
@@ -286,7 +291,7 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
         )
     if found := hub.pinned(folder):
         raise SettingsError(
-            f"{found} has no model.safetensors on the hub, and pickles are not read, as they can run code: name a "
-            "model or a revision that has it"
+            f"{found} has no model.safetensors on the hub, and pickles are not read, because they can run code: "
+            "name a model or a revision that has it"
         )
     raise SettingsError(f"{folder} has no model.safetensors: choose a checkpoint folder as Hugging Face publishes it")

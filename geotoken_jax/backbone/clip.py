@@ -1,6 +1,6 @@
-"""CLIP's image and text towers (Radford et al. 2021, arXiv 2103.00020), of every size, as Hugging Face publishes them.
+"""CLIP's image and text towers (Radford et al. 2021, arXiv 2103.00020). Reads every size published on Hugging Face.
 
-Modules and parameters have their published names, see `backbone.transformer`.
+Modules and parameters have the names of the published tensors (see `backbone.transformer`).
 """
 
 import dataclasses
@@ -29,20 +29,21 @@ _IMAGE = {
 
 @dataclasses.dataclass(frozen=True)
 class ClipTextShape(TextShape):
-    """eos_token_id: id of the end token, at which text features are read.
+    """Shape of CLIP's text tower.
 
-    If it is 2 (old files), the end token is the one with the largest id.
+    eos_token_id: id of the end token. Text features are read at its position. If it is 2, as in
+    old files, the end token of a text is its token with the largest id.
     """
 
     eos_token_id: int
 
 
 class ImageTower(nnx.Module):
-    """Encodes pixels as the vector at the class token's position."""
+    """Encodes pixels. Returns the vector at the position of the class token."""
 
     def __init__(self, shape: ImageShape, dtype: Any, rngs: nnx.Rngs):
         self.embeddings = transformer.PatchEmbeddings(shape, True, dtype, rngs)
-        self.pre_layrnorm = transformer.norm(shape, rngs)  # sic: the published spelling
+        self.pre_layrnorm = transformer.norm(shape, rngs)  # sic: the published name has this spelling
         self.encoder = transformer.Encoder(shape, dtype, rngs)
         self.post_layernorm = transformer.norm(shape, rngs)
 
@@ -53,7 +54,7 @@ class ImageTower(nnx.Module):
 
 
 class TextTower(nnx.Module):
-    """Encodes tokens as the vector at the end token's position, with causal attention."""
+    """Encodes tokens with causal attention. Returns the vector at the position of the end token."""
 
     def __init__(self, shape: ClipTextShape, dtype: Any, rngs: nnx.Rngs):
         self.eos = shape.eos_token_id
@@ -62,18 +63,18 @@ class TextTower(nnx.Module):
         self.final_layer_norm = transformer.norm(shape, rngs)
 
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B D"]:
-        x = self.encoder(self.embeddings(ids), causal=True)  # so padding after the end token has no effect
+        x = self.encoder(self.embeddings(ids), causal=True)  # causal, so padding after the end token has no effect
         end = jnp.argmax(ids if self.eos == 2 else ids == self.eos, axis=1)
         return self.final_layer_norm(x[jnp.arange(len(x)), end])
 
 
 class Clip(nnx.Module):
-    """CLIP's two towers with their projections to a common space. Features are not normalized."""
+    """CLIP's two towers, with projections to one feature space. Features are not normalized."""
 
     def __init__(self, config: Mapping[str, Any], dtype: Any, rngs: nnx.Rngs):
         """config: contents of config.json. dtype: type in which products are computed.
 
-        Raises SettingsError naming a key with a bad value.
+        Raises SettingsError with the key if a value is invalid.
         """
         self.text_shape = transformer.read_shape(ClipTextShape, config, "text_config", _TEXT)
         self.image_shape = transformer.read_shape(ImageShape, config, "vision_config", _IMAGE)
@@ -93,5 +94,5 @@ class Clip(nnx.Module):
         return self.visual_projection(self.vision_model(pixels))
 
     def text_features(self, ids: Int[Array, "B T"]) -> Float[Array, "B C"]:
-        """Returns features of texts. T: at most max_position_embeddings; tokens after the end token have no effect."""
+        """Returns features of texts. Tokens after the end token have no effect. T: at most max_position_embeddings."""
         return self.text_projection(self.text_model(ids))

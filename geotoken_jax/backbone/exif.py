@@ -1,4 +1,4 @@
-"""Positions and other tags in the EXIF of image files."""
+"""Reads coordinates and other tags from the EXIF data of image files."""
 
 import math
 from typing import IO, Any
@@ -11,9 +11,9 @@ _SIGNS = {"N": 1, "E": 1, "S": -1, "W": -1}
 
 
 def tags(file: IO[bytes], part: ExifTags.IFD) -> dict[int, Any]:
-    """Returns the tags of one part of an image file's EXIF; empty if the file is no image.
+    """Returns the tags in one part of an image file's EXIF data, or no tags if the file is not an image.
 
-    A damaged header makes Pillow raise nearly any exception.
+    If the file's header is damaged, Pillow can raise almost any exception.
     """
     opened = preprocess.open_header(file)
     if opened is None:
@@ -28,22 +28,22 @@ def text(value: Any) -> str:
 
 
 def gps(file: IO[bytes]) -> tuple[float, float] | None:
-    """Returns latitude and longitude in degrees from an image file's EXIF, or None if EXIF has no valid position."""
+    """Returns latitude and longitude in degrees from an image file's EXIF data, or None if it has no valid position."""
     try:
         found = tags(file, ExifTags.IFD.GPSInfo)
         return (
             _degrees(found[ExifTags.GPS.GPSLatitude], found[ExifTags.GPS.GPSLatitudeRef], "NS"),
             _degrees(found[ExifTags.GPS.GPSLongitude], found[ExifTags.GPS.GPSLongitudeRef], "EW"),
         )
-    except Exception:  # see `tags`
+    except Exception:  # `tags` can raise almost any exception
         return None
 
 
 def _degrees(values: Any, reference: Any, allowed: str) -> float:
-    """Returns a coordinate in degrees. Raises an error if it is invalid, such as 0/0 from a camera without a GPS fix.
+    """Returns a coordinate in degrees. Raises an error if it is invalid, e.g. 0/0 from a camera without a GPS fix.
 
-    values: degrees, minutes and seconds; minutes and seconds may be missing. reference: letter of the direction, which
-    must be one of the letters in `allowed`.
+    values: degrees, minutes and seconds; minutes and seconds may be missing. reference: letter of the direction, e.g.
+    "N". allowed: valid letters.
     """
     sign = text(reference).upper()
     parts = [float(value) for value in values]

@@ -1,4 +1,4 @@
-"""Backbones with published weights, read from a checkpoint of CLIP or SigLIP 2 in Hugging Face's format."""
+"""Backbones with published weights: CLIP and SigLIP 2, from checkpoints in Hugging Face's format."""
 
 import pathlib
 from collections.abc import Callable, Sequence
@@ -20,20 +20,21 @@ from geotoken_jax.backbone.tokenizer import Tokenizer
 from geotoken_jax.batch import padded, padded_size
 from geotoken_jax.settings import SettingsError
 
-#: Value of model_type in config.json -> module.
+#: Value of the key model_type in config.json -> module class.
 KINDS = {"clip": Clip, "siglip": Siglip}
-#: Texts per batch and device. Fixed, because products of other shapes round differently.
-_TEXTS = 32
+#: Texts per batch and device. The number is constant, because matrix products of other shapes round differently.
+_TEXTS_PER_DEVICE = 32
 
 
 class HuggingFace:
-    """The two towers of a checkpoint, its image processor and its tokenizer, on a mesh."""
+    """A backbone from a checkpoint: its image and text tower on a mesh, its image processor and its tokenizer."""
 
     def __init__(self, settings: HuggingFaceSettings, mesh: Mesh | None = None):
-        """mesh: local devices to run on; if None, all local devices, each with a share of the batch.
+        """Reads the checkpoint. A checkpoint on the hub is downloaded at its first use.
 
-        A checkpoint on the hub is downloaded. Raises SettingsError if a setting does not fit, or if a file, key or
-        tensor of the checkpoint is missing or is not one of CLIP or SigLIP 2. The message names it.
+        mesh: local devices to run on. If None, each batch is split over all local devices. Raises SettingsError if a
+        setting is invalid, or if a file, key or tensor of the checkpoint is missing or does not belong to CLIP or
+        SigLIP 2.
         """
         if not settings.path:
             raise SettingsError(
@@ -53,7 +54,8 @@ class HuggingFace:
         #: C, the width of image and text features.
         self.width = self.model.width
         side = self.model.image_shape.image_size
-        #: Shorter side, in pixels, at which a photo may be decoded for this tower: min_side of preprocess.open_image.
+        #: Smallest shorter side, in pixels, to which a photo may be reduced when it is decoded (see
+        #: preprocess.open_image). `prepare` does not use it.
         self.min_side = 2 * side
         self.processor = _processor(folder, side)
         self.tokenizer = Tokenizer(folder, self.model.text_shape.max_position_embeddings, kind)
@@ -61,24 +63,30 @@ class HuggingFace:
         self._texts = self._compiled(lambda model, x: model.text_features(x))
 
     def prepare(self, photo: Any) -> UInt8[np.ndarray, "h w 3"]:
-        """Returns a photo resized and cropped for the image tower. The photo is decoded in full size, as published."""
+        """Returns a photo resized and cropped for the image tower.
+
+        The photo is decoded in full size, as in the published image processors.
+        """
         return self.processor.fit(preprocess.open_image(photo))
 
     def images(self, prepared: UInt8[np.ndarray, "B h w 3"]) -> Float32[np.ndarray, "B C"]:
-        """Returns the features of prepared photos, not normalized, equal to `get_image_features` of
-        transformers."""
+        """Returns the features of prepared photos, not normalized.
+
+        The features equal the result of `get_image_features` in the library transformers.
+        """
         return self._run(self._images, prepared, None)
 
     def texts(self, texts: Sequence[str]) -> Float32[np.ndarray, "B C"]:
-        """Returns the features of texts, not normalized, equal to `get_text_features` of transformers.
+        """Returns the features of texts, not normalized.
 
-        Features of an empty text are zeros. A text too long for the tower is cut, as published. Every distinct text is
-        encoded once, and its features do not depend on the other texts.
+        The features equal the result of `get_text_features` in the library transformers, except that the features of an
+        empty text are zeros. A text that is too long for the tower is cut. Equal texts are encoded once. The features
+        of a text do not depend on the other texts.
         """
         distinct = sorted({text for text in texts if text})
         rows = {text: row for row, text in enumerate(distinct)}
         features = np.append(
-            self._run(self._texts, self.tokenizer(distinct), _TEXTS * self._batch_devices),
+            self._run(self._texts, self.tokenizer(distinct), _TEXTS_PER_DEVICE * self._batch_devices),
             np.zeros((1, self.width), np.float32),
             0,
         )
@@ -97,9 +105,10 @@ class HuggingFace:
     def _run(
         self, compiled: Callable[[np.ndarray], jax.Array], rows: np.ndarray, batch_rows: int | None
     ) -> Float32[np.ndarray, "B C"]:
-        """Returns the features of rows. All batches are started before the first result is awaited.
+        """Returns the features of prepared photos or of tokens, computed in batches.
 
-        batch_rows: rows per batch. If None, batches have up to batch_size rows.
+        All batches are started before the first result is read. compiled: function from a batch to its features. rows:
+        prepared photos, or tokens of texts. batch_rows: rows per batch; if None, up to settings.batch_size rows.
         """
         batches, most = [], batch_rows or self._batch_size
         for first in range(0, len(rows), most):
@@ -111,14 +120,14 @@ class HuggingFace:
 
 
 class ImageTower:
-    """The image tower of a checkpoint, for training: the host prepares photos, and the step computes their features.
+    """The image tower of a checkpoint, for training. The CPU prepares photos. The training step computes features.
 
     parameters: the published parameters on the mesh, as a pure dict. width: C, the width of features. min_side:
-    shorter side, in pixels, at which a photo may be decoded for this tower (see preprocess.open_image).
+    smallest shorter side, in pixels, to which a photo may be reduced when it is decoded (see preprocess.open_image).
     """
 
     def __init__(self, backbone: HuggingFace, remat: str):
-        """remat: activations of each layer that are kept for the backward pass, a key of stack.REMAT."""
+        """remat: key of stack.REMAT. It selects the activations of each layer that are kept for the backward pass."""
         tower: Any = nnx.merge(*nnx.split(backbone.model))
         for name in ("text_model", "text_projection", "logit_scale", "logit_bias"):
             if hasattr(tower, name):
@@ -131,8 +140,8 @@ class ImageTower:
         self._processor, self._dtype = backbone.processor, backbone.dtype
         #: Side of a prepared photo, in pixels.
         self.side = backbone.processor.side
-        #: Floating-point operations of the forward pass per photo: two per parameter and patch. Attention's products
-        #: without parameters are left out, 4 % at L/14.
+        #: Floating-point operations of the forward pass per photo: two per parameter and patch. Products of attention
+        #: that have no parameters are left out. They are 4 % of the operations of ViT-L/14.
         self.flops = 2.0 * sum(x.size for x in jax.tree.leaves(state)) * backbone.model.image_shape.patches
 
     def prepare(self, photo: Any) -> UInt8[np.ndarray, "h w 3"]:
@@ -140,28 +149,32 @@ class ImageTower:
         return self._processor.fit(preprocess.open_image(photo))
 
     def module(self, parameters: Any) -> nnx.Module:
-        """Returns the tower with other parameters. parameters: pure dict, names and shapes as in self.parameters."""
+        """Returns the tower with other parameters. parameters: pure dict with the keys of self.parameters."""
         state = jax.tree.map(lambda x: x, self._shapes)
         nnx.replace_by_pure_dict(state, parameters)
         return nnx.merge(self._graph, state)
 
     def features(self, parameters: Any, prepared: UInt8[jax.Array, "B h w 3"]) -> Float32[jax.Array, "B C"]:
-        """Returns the features of prepared photos, computed with these parameters inside a compiled step."""
+        """Returns the features of prepared photos. Call it in a compiled training step. parameters: see `module`."""
         tower: Any = self.module(parameters)
         with precision(self._dtype):
             return tower.image_features(self._processor.normalize(prepared)).astype(jnp.float32)
 
 
 def precision(dtype: str) -> Any:
-    """Returns a context in which products of a dtype have the precision of published features."""
-    # By default GPUs and TPUs multiply float32 in fewer bits: features then differ from the published ones by 1e-3.
+    """Returns a context in which matrix products have the precision that reproduces published features.
+
+    dtype: type of the products, "float32" or "bfloat16".
+    """
+    # By default GPUs and TPUs multiply float32 with fewer bits. Features then differ by 1e-3 from published features.
     return jax.default_matmul_precision("highest" if dtype == "float32" else "default")
 
 
 def _processor(folder: pathlib.Path, side: int) -> preprocess.Processor:
-    """Returns the folder's image processor.
+    """Returns the image processor of a checkpoint folder.
 
-    It is read from preprocessor_config.json or, if there is none, from processor_config.json (transformers 5).
+    It is read from preprocessor_config.json. If this file does not exist, it is read from processor_config.json, which
+    transformers 5 writes. side: side of the tower's images, in pixels.
     """
     name = "preprocessor_config.json"
     if (folder / "processor_config.json").exists() and not (folder / name).exists():

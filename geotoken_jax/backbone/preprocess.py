@@ -1,4 +1,4 @@
-"""Input of all backbones: photos decoded to RGB images, resized and normalized; names of places as sentences."""
+"""Prepares the input of all backbones: decodes, resizes and normalizes photos, and writes place names as texts."""
 
 import dataclasses
 import io
@@ -20,12 +20,12 @@ MAX_PIXELS = 100_000_000
 MAX_SIDE = 30_000
 #: Accepted formats, by Pillow's names. Pillow's other readers are never called.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "HEIF", "AVIF")
-#: Endings by which photos in a folder are recognized. A file given by name can have any ending.
+#: Endings of the files in a folder that are read as photos. A file that the user names can have any ending.
 ENDINGS = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif",
     ".hif", ".avif",
 )  # fmt: skip
-#: Largest values of grayscale images with more than 8 bits. A camera with 12 bits writes 0 ... 4095 into 16 bits.
+#: Values that can stand for white in gray images that are not 8-bit. A 12-bit camera writes 0 ... 4095 into 16 bits.
 _FULL_SCALE = (1, 255, 1023, 4095, 16_383, 65_535, 2**32 - 1)
 #: Largest share of a JPEG's rows that may be missing at its end.
 _MISSING_ROWS = 0.1
@@ -50,18 +50,18 @@ class ImageError(UserError, ValueError):
 def open_image(source: Any, min_side: int | None = None, whole: bool = False) -> Image.Image:
     """Returns a photo decoded as an upright RGB image.
 
-    EXIF orientation is applied. Transparent images are composited over white, and of an animation the first frame is
-    returned. Gray with more than 8 bits, and float gray, is scaled by the smallest full scale that holds its values (1,
-    255, 1023, 4095, 16383, 65535 or 2^32 - 1).
+    EXIF orientation is applied. Transparent images are composited over white. If the file is an animation, the first
+    frame is returned. Gray values that are float or have more than 8 bits are scaled to 0 ... 255. White is the
+    smallest of 1 (float only), 255, 1023, 4095, 16383, 65535 and 2^32 - 1 that is not below the largest value.
 
     source: path, bytes of an encoded file, PIL image, or uint8 array [h, w, 3] or [h, w]. A PIL image is not changed.
-    min_side: shorter side, in pixels, that the caller needs. A larger JPEG may be decoded at 1/2, 1/4 or 1/8 of
-    its size, as long as its shorter side keeps min_side pixels. If None, photos are decoded in full size.
-    whole: if False, a JPEG that lacks up to a tenth of its rows at its end is decoded too, with gray in their place,
-    and a warning is logged.
+    min_side: smallest shorter side, in pixels, that the caller needs. A larger JPEG may be decoded at 1/2, 1/4 or 1/8
+    of its size, if its shorter side still has min_side pixels. If None, photos are decoded in full size.
+    whole: if True, a JPEG that lacks rows at its end is an error. If False, up to a tenth of the rows may be missing;
+    they are gray, and a warning is logged.
 
-    Raises ImageError if the source has another type, if the file is missing, damaged, or not in FORMATS, or if the
-    image is larger than MAX_PIXELS or MAX_SIDE. The size is checked before any pixel is decoded.
+    Raises ImageError if the source has another type, if the file is missing, is damaged or has none of FORMATS, or if
+    the image is larger than MAX_PIXELS or MAX_SIDE. The size is checked before any pixel is decoded.
     """
     if isinstance(source, Image.Image):
         encoded = _unread_bytes(source)
@@ -93,9 +93,10 @@ def open_image(source: Any, min_side: int | None = None, whole: bool = False) ->
 
 
 def thumbnail(photo: Any, side: int, quality: int, min_side: int | None = None) -> bytes:
-    """Returns the bytes of a photo as a JPEG whose longer side is at most `side` pixels, without EXIF and comments.
+    """Returns a photo as the bytes of a JPEG file whose longer side is at most `side` pixels.
 
-    photo, min_side: arguments source and min_side of `open_image`. quality: JPEG quality. Raises ImageError.
+    The file has no EXIF data and no comments. photo, min_side: arguments source and min_side of `open_image`. quality:
+    JPEG quality. Raises ImageError if the photo cannot be read.
     """
     image = open_image(photo, min_side)
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
@@ -105,7 +106,10 @@ def thumbnail(photo: Any, side: int, quality: int, min_side: int | None = None) 
 
 
 def place_text(city: str, state: str, country: str) -> str:
-    """Returns G3's prompt for a place. Missing (empty) names are left out; the prompt is empty if all are missing."""
+    """Returns the text for a place, e.g. "A street view photo taken in Lyon, France", as in the paper G3.
+
+    Empty names are left out. The text is empty if all names are empty.
+    """
     names = [name for name in (city, state, country) if name]
     return f"A street view photo taken in {', '.join(names)}" if names else ""
 
@@ -114,9 +118,10 @@ def place_text(city: str, state: str, country: str) -> str:
 class Processor:
     """A published image processor: it resizes a photo, crops its center, and normalizes pixels.
 
-    side: side of the square result, in pixels. shortest: shorter side of the resized photo, in pixels. If None, the
-    photo is resized to side x side, whatever its aspect ratio. resample: Pillow's filter for resizing. scale, mean,
-    std: a value v in 0 ... 255 becomes (v scale - mean) / std, with mean and std per channel.
+    side: side of the square result, in pixels. shortest: shorter side of the resized photo before it is cropped, in
+    pixels; if None, the photo is resized to side x side without cropping, and its aspect ratio changes. resample:
+    Pillow's filter for resizing. scale, mean, std: constants of normalization. A value v from 0 to 255 becomes
+    (v * scale - mean) / std, with mean and std per channel.
     """
 
     side: int
@@ -130,8 +135,8 @@ class Processor:
     def read(cls, config: Mapping[str, Any], side: int) -> "Processor":
         """Returns the processor that a preprocessor_config.json describes.
 
-        config: contents of the file. side: side of the images that the checkpoint's tower reads, in pixels. Raises
-        SettingsError if the processor's results are not side x side pixels.
+        config: contents of the file. side: side of the square images that the checkpoint's tower reads, in pixels.
+        Raises SettingsError if the processor's results are not side x side pixels.
         """
         size, crop = config.get("size", 224), config.get("crop_size", side)
         size, crop = (
@@ -165,15 +170,17 @@ class Processor:
         if wide * high <= MAX_PIXELS:
             whole = image.resize((wide, high), self.resample)
             return np.asarray(whole.crop((left, top, left + side, top + side)))
-        # Resized as a whole, as published, an image of 30,000 x 1 pixels takes 4.5 GB. So only the crop is resized. Its
-        # pixels differ slightly: Pillow stores the box in float32 and may resize the two axes in the other order.
+        # The published processor resizes the whole image, which takes 4.5 GB for an image of 30,000 x 1 pixels. Here
+        # only the crop is resized. Its pixels differ slightly, because Pillow stores the box in float32 and may resize
+        # the two axes in the other order.
         box = (left * width / wide, top * height / high, (left + side) * width / wide, (top + side) * height / high)
         return np.asarray(image.resize((side, side), self.resample, box=box))
 
     def normalize(self, pixels: UInt8[Any, "B h w 3"]) -> Float32[Any, "B h w 3"]:
         """Returns normalized pixels.
 
-        pixels: numpy or jax array. Normalize on the device: uint8 pixels are a quarter of the bytes to transfer.
+        Call it on the device, because uint8 pixels have a quarter of the bytes of float32 pixels to transfer. pixels:
+        numpy or jax array.
         """
         mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
         return (pixels.astype(np.float32) * self.scale - mean) / std
@@ -188,11 +195,11 @@ def _from_array(array: np.ndarray) -> Image.Image:
 
 
 def open_header(file: IO[bytes]) -> Image.Image | None:
-    """Returns an image whose header is read and whose pixels are not, or None if it is in none of FORMATS.
+    """Reads the header of an image file and no pixels. Returns None if the file has none of FORMATS.
 
-    Pillow's readers raise nearly any exception if the header is damaged.
+    If the header is damaged, Pillow can raise almost any exception.
     """
-    # Not Image.open: it warns above 89 million pixels and raises above 179 million, by limits global to the process.
+    # Image.open is not used: it warns above 89 million pixels and raises above 179 million. These limits are global.
     Image.init()
     prefix = file.read(16)
     for name in FORMATS:
@@ -204,7 +211,7 @@ def open_header(file: IO[bytes]) -> Image.Image | None:
 
 
 def _heif_image(file: IO[bytes], name: str) -> Image.Image:
-    # Not registered with Pillow, so that the process's other code keeps its formats.
+    # The reader is not registered with Pillow, because that would change Pillow's formats for all code in the process.
     import pillow_heif
 
     return pillow_heif.HeifImageFile(file, name)
@@ -241,7 +248,7 @@ def _read(file: IO[bytes], where: str, min_side: int | None, whole: bool) -> Ima
 
 
 def _without_png_texts(file: IO[bytes]) -> IO[bytes] | None:
-    """Returns a PNG without its texts, such as 2 MB of XMP, which Pillow refuses; None if there are none."""
+    """Returns a PNG file without its texts, or None if it has none. Pillow refuses long texts, e.g. 2 MB of XMP."""
     file.seek(0)
     data = file.read()
     if not data.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -257,27 +264,30 @@ def _without_png_texts(file: IO[bytes]) -> IO[bytes] | None:
 
 
 def _with_jpeg_end(file: IO[bytes]) -> Image.Image | None:
-    """Returns a JPEG with an end marker added, with which libjpeg fills missing rows; None if it is no JPEG."""
+    """Returns a JPEG with an end marker added, or None if the file is not a JPEG.
+
+    If the end marker is there, libjpeg fills missing rows with gray.
+    """
     file.seek(0)
     data = file.read()
     return open_header(io.BytesIO(data + b"\xff\xd9")) if data.startswith(b"\xff\xd8") else None
 
 
 def _complete(image: Image.Image, where: str) -> Image.Image:
-    """Returns an image that lacks few rows, and logs a warning. Raises ImageError if it lacks many."""
+    """Returns the image and logs a warning that rows are missing. Raises ImageError if too many rows are missing."""
     pixels = np.asarray(image)
     varied = np.flatnonzero((pixels != pixels[-1, -1]).any((1, 2)))
     missing = 1 - (varied[-1] + 1) / len(pixels) if len(varied) else 1.0
     if missing > _MISSING_ROWS:
         raise ImageError(f"{where} is damaged or cut short (it lacks {missing:.0%} of its rows): copy it again")
-    logging.getLogger(__name__).warning("%s lacks its last bytes; what is there is used: copy it again", where)
+    logging.getLogger(__name__).warning("%s lacks its last bytes; the rest is used: copy it again", where)
     return image
 
 
 def _unread_bytes(image: Image.Image) -> bytes | None:
-    """Returns the file of a caller's image that is open and not decoded; None if it is decoded, or at a later frame.
+    """Returns the bytes of the file of a PIL image if it is not decoded yet and is at its first frame, else None.
 
-    From the file, the image is decoded as if its path were given, so that both give the same pixels.
+    The caller decodes the image from these bytes. The pixels are the same as if the image were given by its path.
     """
     file = getattr(image, "fp", None)
     if not getattr(image, "tile", None) or file is None or file.closed or not file.seekable() or image.tell():
@@ -291,7 +301,7 @@ def _unread_bytes(image: Image.Image) -> bytes | None:
 
 
 def _copied(image: Image.Image) -> Image.Image:
-    """Returns a copy of a caller's image, so that it is not changed. Raises ImageError if it is closed or damaged."""
+    """Returns a copy of an image. Raises ImageError if the image is closed or damaged."""
     try:
         return image.copy()
     except Exception as error:
@@ -313,7 +323,7 @@ def _decode(image: Image.Image, where: str, min_side: int | None = None) -> Imag
         if min_side:
             image.draft(None, (min_side, min_side))
         image.load()
-        turn = _UPRIGHT.get(_orientation(image))  # after load, since load() already turns a TIFF
+        turn = _UPRIGHT.get(_orientation(image))  # read after load(), because load() turns a TIFF upright itself
         image = _to_rgb(image)
         return image if turn is None else image.transpose(turn)
     except Exception as error:
@@ -323,12 +333,12 @@ def _decode(image: Image.Image, where: str, min_side: int | None = None) -> Imag
 def _orientation(image: Image.Image) -> int:
     try:
         return image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # if EXIF is damaged, the pixels can be intact
+    except Exception:  # the pixels can be intact even if EXIF is damaged
         return 1
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":  # Pillow would clip these at 255
+    if image.mode.startswith("I") or image.mode == "F":  # Pillow's convert would clip values at 255
         gray = np.nan_to_num(np.asarray(image).astype(np.float64))
         top = gray.max()
         full = next((scale for scale in _FULL_SCALE[0 if image.mode == "F" else 1 :] if top <= scale), top)

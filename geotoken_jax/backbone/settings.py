@@ -8,7 +8,7 @@ from geotoken_jax.settings import Runtime
 
 @dataclasses.dataclass(frozen=True)
 class HuggingFaceSettings:
-    """A backbone with published weights.
+    """Settings of the backbone "huggingface", which has published weights.
 
     path: folder of the checkpoint, or its name on the Hugging Face hub (see checkpoint.folder). dtype: type in which
     products are computed, "float32" or "bfloat16"; parameters are float32. batch_size: largest number of photos per
@@ -28,9 +28,10 @@ class HuggingFaceSettings:
 
 @dataclasses.dataclass(frozen=True)
 class BackboneSettings:
-    """The frozen backbone.
+    """Settings of the frozen backbone.
 
-    backbone: "thumbnail" or "huggingface". thumbnail, huggingface: settings of each, without effect on the other.
+    backbone: name of the backbone, "thumbnail" or "huggingface". thumbnail, huggingface: settings of each backbone.
+    Only the settings of the named backbone have an effect.
     """
 
     backbone: str

@@ -1,6 +1,6 @@
 """SigLIP 2's image and text towers (Tschannen et al. 2025, arXiv 2502.14786), for photos of one fixed size.
 
-Modules and parameters have their published names, see `backbone.transformer`.
+Modules and parameters have the names of the published tensors (see `backbone.transformer`).
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from geotoken_jax.backbone import transformer
 from geotoken_jax.backbone.transformer import ImageShape, TextShape
 from geotoken_jax.settings import SettingsError
 
-#: Values of keys that config.json omits. The base model's config.json omits nearly all keys.
+#: Default values of keys in config.json. The base model's config.json omits nearly all keys.
 _BASE = {
     "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
     "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6,
@@ -27,7 +27,7 @@ _IMAGE = {**_BASE, "image_size": 224, "patch_size": 16}
 
 @dataclasses.dataclass(frozen=True)
 class SiglipTextShape(TextShape):
-    """projection_size: C, the width of text features; hidden_size if 0."""
+    """Shape of SigLIP's text tower. projection_size: C, the width of text features; 0 stands for hidden_size."""
 
     projection_size: int
 
@@ -70,7 +70,7 @@ class PooledAttention(nnx.Module):
 
 
 class ImageTower(nnx.Module):
-    """Encodes pixels as a vector: patches pooled by attention."""
+    """Encodes pixels. Returns one vector: the patches' vectors, pooled by attention."""
 
     def __init__(self, shape: ImageShape, dtype: Any, rngs: nnx.Rngs):
         self.embeddings = transformer.PatchEmbeddings(shape, False, dtype, rngs)
@@ -84,9 +84,9 @@ class ImageTower(nnx.Module):
 
 
 class TextTower(nnx.Module):
-    """Encodes tokens as a vector: a linear layer on the last position, which is padding unless the text has T tokens.
+    """Encodes tokens with attention in both directions. Returns a linear projection of the vector at the last position.
 
-    Attention is not causal.
+    The last position is padding, unless the text has T tokens.
     """
 
     def __init__(self, shape: SiglipTextShape, dtype: Any, rngs: nnx.Rngs):
@@ -106,7 +106,7 @@ class Siglip(nnx.Module):
     def __init__(self, config: Mapping[str, Any], dtype: Any, rngs: nnx.Rngs):
         """config: contents of config.json. dtype: type in which products are computed.
 
-        Raises SettingsError naming a key with a bad value.
+        Raises SettingsError with the key if a value is invalid.
         """
         self.text_shape = transformer.read_shape(SiglipTextShape, config, "text_config", _TEXT)
         self.image_shape = transformer.read_shape(ImageShape, config, "vision_config", _IMAGE)

@@ -13,25 +13,29 @@ from PIL import Image
 from geotoken_jax.backbone import preprocess
 from geotoken_jax.vectors import unit
 
-#: Lengths, in characters, of the parts of words that are counted besides whole words.
-_PIECES = (3, 4, 5)
+#: Lengths, in characters, of the parts of words that are counted in addition to whole words.
+_PART_LENGTHS = (3, 4, 5)
 
 
 @dataclasses.dataclass(frozen=True)
 class ThumbnailSettings:
-    """size: side of the thumbnail in pixels."""
+    """Settings of the backbone "thumbnail". size: side of the square thumbnail, in pixels."""
 
     size: int
 
 
 class Thumbnail:
-    """Image and text towers without parameters. Features have length 1; a blank photo or an empty text has zeros."""
+    """Image and text towers without parameters.
+
+    Features are vectors of length 1. The features of a photo of one color or of an empty text are zeros.
+    """
 
     def __init__(self, settings: ThumbnailSettings):
         self.size = settings.size
         #: C, the width of image and text features.
         self.width = 3 * settings.size**2
-        #: Shorter side, in pixels, at which a photo may be decoded for a thumbnail: min_side of preprocess.open_image.
+        #: Smallest shorter side, in pixels, to which a photo may be reduced when it is decoded (see
+        #: preprocess.open_image).
         self.min_side = 4 * settings.size
 
     def prepare(self, photo: Any) -> UInt8[np.ndarray, "h w 3"]:
@@ -49,16 +53,18 @@ class Thumbnail:
         """Returns the features of thumbnails: pixels minus the mean of their channel, scaled to length 1.
 
         This removes the camera's exposure and color cast. On EarthView's test split, 54.5 % of nearest neighbors are
-        within 25 km; 53.5 % if each channel is also scaled to variance 1, 50.4 % with one mean for all channels.
+        within 25 km of the photo. The share is 53.5 % if each channel is also scaled to variance 1, and 50.4 % with one
+        mean for all channels.
         """
         pixels = prepared.astype(np.float32)
         return unit((pixels - pixels.mean((1, 2), keepdims=True)).reshape(-1, self.width))
 
     def texts(self, texts: Sequence[str]) -> Float32[np.ndarray, "B C"]:
-        """Returns the features of texts: signed hashing of lower-case words and their parts of 3 to 5 characters.
+        """Returns the features of texts: signed hashing of lower-case words and of their parts of 3 to 5 characters.
 
-        The hash is CRC-32, the same on every platform. Features of a text without words are zeros. (Weinberger et al.
-        2009, "Feature hashing for large scale multitask learning".)
+        Each word or part adds 1 or -1 at an index. Its CRC-32, the same on every platform, selects sign and index.
+        Features of a text without words are zeros. Source: Weinberger et al. 2009, "Feature hashing for large scale
+        multitask learning".
         """
         features = {text: self._hashed(text) for text in set(texts)}
         return np.array([features[text] for text in texts], np.float32).reshape(-1, self.width)
@@ -74,5 +80,5 @@ def _pieces(text: str) -> Iterator[str]:
     for word in re.findall(r"\w+", text):
         yield word
         marked = f"<{word}>"
-        for n in _PIECES:
+        for n in _PART_LENGTHS:
             yield from (marked[i : i + n] for i in range(len(marked) - n + 1))

@@ -1,4 +1,4 @@
-"""The tokenizer of a published checkpoint, which encodes texts as token ids, padded or cut to one length."""
+"""Encodes texts as token ids with the tokenizer of a published checkpoint. Texts are padded or cut to one length."""
 
 import pathlib
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ from tokenizers import models, normalizers, pre_tokenizers, processors
 from geotoken_jax.backbone.checkpoint import read_json
 from geotoken_jax.settings import SettingsError
 
-#: Pattern that splits a text for CLIP: begin and end tokens, English endings, runs of letters, single digits, and runs
-#: of other characters.
+#: Pattern of the words of a text for CLIP. A word is a begin or end token, an English ending such as 's, a sequence of
+#: letters, one digit, or a sequence of other characters.
 _WORDS = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
 
@@ -22,11 +22,11 @@ class Tokenizer:
     def __init__(self, folder: pathlib.Path, length: int, kind: str):
         """Reads tokenizer.json, or vocab.json and merges.txt, and tokenizer_config.json if it exists.
 
-        folder: checkpoint folder. length: T, the number of tokens per text. kind: "clip", or "siglip", which lowercases
-        texts as in the training of SigLIP 2 (its paper, section 2.1).
+        folder: checkpoint folder. length: T, the number of tokens per text. kind: "clip" or "siglip". With "siglip",
+        texts are converted to lower case, as in the training of SigLIP 2 (section 2.1 of its paper).
 
-        Raises SettingsError if the files are missing or damaged, or if they are of the first SigLIP (2023), which
-        removes punctuation.
+        Raises SettingsError if the files are missing or damaged. Also raises it for the first version of SigLIP (2023),
+        which removes punctuation.
         """
         config = read_json(folder, "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
         if config.get("tokenizer_class") in ("SiglipTokenizer", "T5Tokenizer"):
@@ -59,13 +59,16 @@ def _read(folder: pathlib.Path) -> tokenizers.Tokenizer:
             return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
             return _clip(str(folder / "vocab.json"), str(folder / "merges.txt"))
-    except Exception as error:  # tokenizers raises nothing more specific
+    except Exception as error:  # the library tokenizers raises only Exception
         raise SettingsError(f"{folder}: its tokenizer cannot be read ({error}): download the folder again") from None
     raise SettingsError(f"{folder} has no tokenizer.json, and no vocab.json with merges.txt: download tokenizer.json")
 
 
 def _clip(vocabulary: str, merges: str) -> tokenizers.Tokenizer:
-    """Returns CLIP's tokenizer from the older files vocab.json and merges.txt, which lack its normalization rules."""
+    """Returns CLIP's tokenizer from the files vocab.json and merges.txt of older checkpoints.
+
+    These files have no rules for normalizing and splitting texts, so the rules are written here.
+    """
     begin, end = "<|startoftext|>", "<|endoftext|>"
     pieces = models.BPE.from_file(
         vocabulary, merges, unk_token=end, continuing_subword_prefix="", end_of_word_suffix="</w>"

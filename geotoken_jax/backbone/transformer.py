@@ -1,10 +1,11 @@
 """Modules of the CLIP and SigLIP towers: pre-norm transformer layers, patch embeddings and token embeddings.
 
-Modules and parameters have the published names of their tensors, so checkpoints are read without a table of modules.
-Two things differ: `weight` is called kernel, scale or embedding here, and layers are stacked. The published tensor
-`vision_model.encoder.layers.0.mlp.fc1.weight`, transposed, is row 0 of vision_model/encoder/layers/mlp/fc1/kernel.
+Modules and parameters have the names of the published tensors, so checkpoints are read without a table of names. There
+are two differences: `weight` is called kernel, scale or embedding here, and layers are stacked. For example, the
+published tensor `vision_model.encoder.layers.0.mlp.fc1.weight`, transposed, is row 0 of the parameter
+`vision_model/encoder/layers/mlp/fc1/kernel`.
 
-Parameters are float32. Products are computed in the tower's dtype, norms and softmax in float32.
+Parameters are float32. Matrix products are computed in the tower's dtype, norms and softmax in float32.
 """
 
 import dataclasses
@@ -30,7 +31,7 @@ S = TypeVar("S", bound="Shape")
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Shape of one tower, with the keys of a checkpoint's config.json."""
+    """Shape of one tower. Fields have the names of the keys in a checkpoint's config.json."""
 
     hidden_size: int
     intermediate_size: int
@@ -74,25 +75,25 @@ class TextShape(Shape):
 
 
 def read_shape(kind: type[S], config: Mapping[str, Any], section: str, published: Mapping[str, Any]) -> S:
-    """Returns the shape of the tower that a section of a checkpoint's config.json describes.
+    """Returns the shape of a tower from a section of a checkpoint's config.json.
 
-    kind: class of the shape. config: contents of config.json. section: key of the section. published: values of keys
-    that the section omits. Raises SettingsError naming a key with a bad value.
+    kind: class of the shape. config: contents of config.json. section: key of the section. published: default values of
+    keys that the section omits. Raises SettingsError with the key if a value is invalid.
     """
-    stated = config.get(f"{section}_dict") or config.get(section) or {}  # old files have both: _dict counts
+    stated = config.get(f"{section}_dict") or config.get(section) or {}  # old files have both: _dict is valid
     present = {name: stated[name] for name in settings.names(kind) if stated.get(name) is not None}
     return settings.read(kind, {**published, **present}, f"json: {section}")
 
 
 def norm(shape: Shape, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """Returns a layer norm in float32. nnx's fast variance is off: it is inexact if a channel is large."""
+    """Returns a layer norm in float32. The fast variance of nnx is off, because large channels make it inexact."""
     return nnx.LayerNorm(shape.hidden_size, epsilon=shape.layer_norm_eps, use_fast_variance=False, rngs=rngs)
 
 
 def attend(
     q: Float[Array, "B T H d"], k: Float[Array, "B S H d"], v: Float[Array, "B S H d"], causal: bool = False
 ) -> Float[Array, "B T D"]:
-    """Returns the result of softmax attention, heads concatenated, by a fused kernel where there is one."""
+    """Returns the result of softmax attention, with heads concatenated. Uses a fused kernel if there is one."""
     mixed = attention.attention(q, k, v, kernel="auto", causal=causal)
     return mixed.reshape(*mixed.shape[:-2], -1)
 
@@ -144,7 +145,7 @@ class Encoder(nnx.Module):
 
     def __init__(self, shape: Shape, dtype: Any, rngs: nnx.Rngs):
         self.layers = stack.make(lambda r: Layer(shape, dtype, r), shape.num_hidden_layers, rngs)
-        #: Activations of each layer that are kept for the backward pass, a key of stack.REMAT.
+        #: Key of stack.REMAT. It selects the activations of each layer that are kept for the backward pass.
         self.remat = "none"
 
     def __call__(self, x: Float[Array, "B T D"], causal: bool = False) -> Float[Array, "B T D"]:
@@ -155,7 +156,7 @@ class Encoder(nnx.Module):
 
 
 class PatchEmbedding(nnx.Module):
-    """Embeds each patch as a vector: a convolution, computed as one matrix product."""
+    """Maps each patch to a vector. This is a convolution, computed as one matrix product."""
 
     def __init__(self, shape: ImageShape, use_bias: bool, dtype: Any, rngs: nnx.Rngs):
         side, d = shape.patch_size, shape.hidden_size
@@ -176,12 +177,15 @@ class Embedding(nnx.Module):
     """A table of embeddings, one row per token or position."""
 
     def __init__(self, rows: int, width: int, rngs: nnx.Rngs):
-        # Only rows have a logical axis: with the width split, every look-up would gather from all devices.
+        # Only rows are sharded. If the width were sharded, every look-up would gather from all devices.
         self.embedding = sharding.parameter(rngs.params(), _init, (rows, width), ("vocab", None))
 
 
 class PatchEmbeddings(nnx.Module):
-    """Embeds patches and adds position embeddings. If has_class (as in CLIP), a learned class token comes first."""
+    """Maps patches to vectors and adds position embeddings.
+
+    If has_class is True, as in CLIP, the first vector is a learned class token.
+    """
 
     def __init__(self, shape: ImageShape, has_class: bool, dtype: Any, rngs: nnx.Rngs):
         d = shape.hidden_size
@@ -198,7 +202,7 @@ class PatchEmbeddings(nnx.Module):
 
 
 class TokenEmbeddings(nnx.Module):
-    """Embeds tokens and adds position embeddings."""
+    """Maps tokens to vectors and adds position embeddings."""
 
     def __init__(self, shape: TextShape, dtype: Any, rngs: nnx.Rngs):
         self.token_embedding = Embedding(shape.vocab_size, shape.hidden_size, rngs)

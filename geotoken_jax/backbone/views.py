@@ -1,4 +1,4 @@
-"""Random augmented views of a photo, as taken by another camera from another angle at the same place."""
+"""Random augmented views of a photo. They imitate photos by other cameras, from other angles, at the same place."""
 
 import dataclasses
 import math
@@ -6,7 +6,7 @@ import math
 import numpy as np
 from PIL import Image
 
-#: The split whose photos have views, and the split that contains these views.
+#: Name of the split whose photos have views, and name of the split that contains these views.
 SOURCE_SPLIT, VIEWS_SPLIT = "train", "train_views"
 _TONES = np.linspace(0, 1, 256)
 
@@ -15,10 +15,10 @@ _TONES = np.linspace(0, 1, 256)
 class ViewsSettings:
     """Random views of training photos.
 
-    count: number of views per photo, at least 0. seed: seed of all views.
-    rotation: largest rotation in degrees, to either side. crop: smallest share of each side that stays, in (0, 1].
-    gamma: standard deviation of the logarithm of the exponent on values (exposure). color: standard deviation of the
-    logarithm of each channel's factor (color cast). flip: if true, a view is mirrored with probability 1/2.
+    count: number of views per photo, at least 0. seed: seed of all views. rotation: largest rotation in degrees, in
+    both directions. crop: smallest share of each side that a view keeps, in (0, 1]. gamma: exposure; standard deviation
+    of the logarithm of the exponent of pixel values. color: color cast; standard deviation of the logarithm of each
+    channel's factor. flip: if true, a view is mirrored with probability 1/2.
     """
 
     count: int
@@ -37,14 +37,14 @@ class ViewsSettings:
 
 
 def views(image: Image.Image, row: int, settings: ViewsSettings) -> list[Image.Image]:
-    """Returns all views of a photo. row: the photo's index in its split, which seeds the views with settings.seed."""
+    """Returns all views of a photo, seeded with settings.seed and row. row: index of the photo in its split."""
     return [view(image, np.random.default_rng((settings.seed, row, v)), settings) for v in range(settings.count)]
 
 
 def view(image: Image.Image, rng: np.random.Generator, settings: ViewsSettings) -> Image.Image:
     """Returns a random view of an RGB image: a rotated crop with another exposure and color cast.
 
-    The crop keeps the aspect ratio and the scale of the image. If it extends beyond the image, borders are mirrored.
+    The crop keeps the aspect ratio and the scale of the image. Outside the image, the crop shows the mirrored image.
     """
     angle = math.radians(rng.uniform(-settings.rotation, settings.rotation))
     cropped = rng.uniform(settings.crop, 1.0) * np.array(image.size)  # width, height
@@ -52,7 +52,7 @@ def view(image: Image.Image, rng: np.random.Generator, settings: ViewsSettings) 
     mirrored = rng.uniform() < 0.5 and settings.flip
     gamma = math.exp(rng.normal(0, settings.gamma))
     color = np.exp(rng.normal(0, settings.color, 3))
-    color /= color.max()  # a cast only darkens, so no value is clipped
+    color /= color.max()  # the largest factor is 1, so no value is clipped
 
     turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     reach = np.abs(turn) @ cropped / 2 + 1  # interpolation reads one more pixel
@@ -63,8 +63,8 @@ def view(image: Image.Image, rng: np.random.Generator, settings: ViewsSettings) 
     onto = turn * (cropped / size) * (-1 if mirrored else 1, 1)
     begin = center - first - onto @ (size / 2)
     matrix = np.column_stack([onto, begin]).ravel().tolist()
-    # Bilinear takes 40 % of the time of bicubic. Thumbnails of both have a mean cosine of 0.998; thumbnails of a view
-    # and its photo have 0.70.
+    # Bilinear takes 40 % of the time of bicubic. Thumbnail features of bilinear and bicubic views have a mean cosine of
+    # 0.998. Thumbnail features of a view and of its photo have a mean cosine of 0.70.
     turned = patch.transform(tuple(size.tolist()), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
     tones = np.outer(255 * color, _TONES**gamma)
     return turned.point(tones.ravel().tolist())  # point() rounds the tones

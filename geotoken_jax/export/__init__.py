@@ -1,1 +1,1 @@
-"""Writers for the files of an export: model card, pictures, int8 gallery and programs. Called by `stages.export`."""
+"""Writes the files of an export: model card, pictures, int8 gallery and programs. `stages.export` calls it."""

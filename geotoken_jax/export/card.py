@@ -1,4 +1,4 @@
-"""Writes README.md (the model card), LICENSE and provenance.json of an export from the files of the run."""
+"""Writes README.md (the model card), LICENSE and provenance.json of an export, from the work directory's manifests."""
 
 import json
 import textwrap
@@ -12,7 +12,7 @@ from geotoken_jax.configuration import Config
 from geotoken_jax.manifests import write_bytes, write_json
 from geotoken_jax.workdir import Workdir
 
-#: Provenance of photos that were prepared before sources stated their provenance.
+#: Provenance if the photos' manifest has none, because an old version prepared the photos.
 _UNSTATED = {
     "license": "unknown",
     "origin": "The manifest of the photos does not state their origin.",
@@ -32,9 +32,9 @@ def write(
 ) -> None:
     """Writes README.md, LICENSE and provenance.json in the folder of an export.
 
-    config: configuration with the variant's changes applied. reference: name and SHA-256 sums of the backbone's
-    checkpoint, or None if the backbone has no checkpoint. cost: size and accuracy of the int8 gallery, or None if the
-    gallery is bfloat16.
+    variant: name of the model variant. config: configuration with the variant's changes applied. reference: name and
+    SHA-256 sums of the backbone's checkpoint, or None if the backbone has no checkpoint. cost: size and accuracy of the
+    int8 gallery, or None if the gallery is bfloat16.
     """
     stated = source(workdir, config)
     chain = dict(sorted(_chain(workdir, [f"geotoken/{variant}", "gallery", "report"])))
@@ -47,7 +47,7 @@ def write(
 def source(workdir: Workdir, config: Config) -> dict[str, Any]:
     """Returns the name of the photos' source with its license, origin, terms and citation.
 
-    See data_prep.sources.Provenance for the fields. Photos prepared without them get the license "unknown".
+    See data_prep.sources.Provenance for the fields. If the photos' manifest lacks them, the license is "unknown".
     """
     photos = workdir.manifest("photos")
     name = photos.settings.get("photos", {}).get("source", config.photos.source)
@@ -55,9 +55,10 @@ def source(workdir: Workdir, config: Config) -> dict[str, Any]:
 
 
 def _chain(workdir: Workdir, folders: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields the name and the digests of these folders and of all folders that they were made from.
+    """Yields the name and the digests of each of these folders and of all folders that they were made from.
 
-    The key "sha256" is the SHA-256 of the folder's manifest; "inputs" maps the folder's inputs to theirs.
+    "sha256" is the SHA-256 of the folder's manifest. "inputs" maps the name of each input folder to the SHA-256 of its
+    manifest.
     """
     seen, waiting = set(), list(folders)
     while waiting:
@@ -86,7 +87,7 @@ def _license(source: Mapping[str, Any], reference: Mapping[str, Any] | None) -> 
 
 
 def _main_scores(metrics: Mapping[str, Any], variant: str) -> dict[str, Any]:
-    """Returns split -> scores of the variant's main method. Splits without such scores are left out."""
+    """Returns the scores of the variant's main method, by split. Splits without such scores are left out."""
     methods_by_split = {
         split: [m for m in scored["methods"] if m["variant"] == variant and m.get("main")]
         for split, scored in metrics["splits"].items()

@@ -27,16 +27,16 @@ from geotoken_jax.workdir import GALLERY, Workdir
 #: Names of the page's text file, of the folder of thumbnails and of the folder of examples.
 PAGE, _THUMBNAILS, _EXAMPLES = "page.json", "thumbnails", "examples"
 #: Thumbnails per shard. An interrupted run repeats at most one shard, 60 MB at 64 pixels.
-_SHARD = 65_536
-#: Photos handed to the decoding threads at once. All of their files are in memory.
-_BLOCK = 256
-_QUALITY = 75
-#: Longest side of an example photo, in pixels, and its JPEG quality. No backbone reads larger photos.
-_EXAMPLE = (1024, 90)
-#: Examples are chosen from the first _FIRST photos of `test`. A prediction is correct if its error is at most
-#: _RIGHT_KM: 200 km is the distance of region accuracy.
-_FIRST, _RIGHT_KM = 5_000, 200
-#: Source of photos -> sentence of the page about the photos that a model trained on this source can locate.
+_SHARD_PHOTOS = 65_536
+#: Photos per batch of the decoding threads. The files of one batch are in memory together.
+_DECODED_AT_ONCE = 256
+_THUMBNAIL_QUALITY = 75
+#: Longest side of an example photo in pixels, and its JPEG quality. No backbone reads larger photos.
+_EXAMPLE_SIDE_AND_QUALITY = (1024, 90)
+#: Number of photos at the start of the split `test` from which examples are drawn, and largest error of a correct
+#: prediction, in km. 200 km is the usual threshold for the right region.
+_TEST_PHOTOS, _CORRECT_KM = 5_000, 200
+#: Source of training photos -> sentence on the page about the photos that the model can locate.
 _SCOPE = {
     "earthview": "The model was trained on satellite images. Its predictions for photos taken on the ground are wrong."
 }
@@ -53,11 +53,12 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class About:
-    """The page's information about a model, as `/v1/about` returns it.
+    """Information about a model for the web page. `/v1/about` returns it.
 
-    data: source of the photos. photos: number of gallery photos. knows: sentence on the kind of photos that the model
-    can locate. credit: origin and terms of the photos. thumbnails: whether neighbors have thumbnails. version: digest
-    of the export; the page adds it to picture URLs, so browsers do not reuse another export's pictures.
+    name: name of the model. data: source of the training photos. photos: number of gallery photos. knows: sentence on
+    the kind of photos that the model can locate. credit: origin and terms of the photos. thumbnails: whether gallery
+    photos have thumbnails. version: digest of the export. The page adds it to picture URLs, because browsers must not
+    show cached pictures of another export.
     """
 
     name: str
@@ -71,9 +72,9 @@ class About:
 
 
 def write(workdir: Workdir, folder: epath.Path, config: Config, variant: str, ids: np.ndarray) -> dict[str, int]:
-    """Writes page.json and the pictures selected in config.export. Returns the number of pictures by folder.
+    """Writes page.json, thumbnails and examples as config.export asks for. Returns the number of pictures per folder.
 
-    folder: folder of the export. ids: ids of the gallery photos.
+    folder: folder of the export. ids: ids of the gallery photos, in the order of the gallery's rows.
     """
     stated, counts = card.source(workdir, config), {}
     side, number = (
@@ -99,10 +100,10 @@ def write(workdir: Workdir, folder: epath.Path, config: Config, variant: str, id
 
 
 class Pictures:
-    """The pictures of an export, memory-mapped."""
+    """Reads the pictures of an export and its page.json. Thumbnails are memory-mapped."""
 
     def __init__(self, folder: epath.PathLike | None):
-        """folder: folder of an export. If None, or if the export has no pictures, there are none."""
+        """folder: folder of an export. If it is None or has no pictures, all methods return None."""
         self._folder = epath.Path(folder or "/nowhere")
         files, ends = ([records.open_array(p) for p in _parts(self._folder, name)] for name in ("files", "ends"))
         self._thumbnails = list(zip(files, ends, strict=True))
@@ -112,20 +113,20 @@ class Pictures:
         self.about = About(**plain | words, thumbnails=bool(files), examples=listed, version=_version(self._folder))
 
     def thumbnail(self, row: int) -> bytes | None:
-        """Returns the JPEG thumbnail of a gallery photo, or None if there is none."""
-        shard, k = divmod(row, _SHARD)
+        """Returns the JPEG thumbnail of a gallery photo, or None if the photo has no thumbnail. row: gallery row."""
+        shard, k = divmod(row, _SHARD_PHOTOS)
         if not (0 <= shard < len(self._thumbnails) and k < len(self._thumbnails[shard][1])):
             return None
         files, ends = self._thumbnails[shard]
         return files[ends[k - 1] if k else 0 : ends[k]].tobytes() or None
 
     def example(self, number: int) -> bytes | None:
-        """Returns the JPEG of an example photo, or None if there is none."""
+        """Returns the JPEG of an example photo, or None if the number is not in use. number: index, from 0."""
         return _example(self._folder, number).read_bytes() if 0 <= number < len(self.about.examples) else None
 
 
 def _version(folder: epath.Path) -> str:
-    """Returns a digest of the export's contents, 12 hexadecimal digits; "" if the export has no SHA256SUMS."""
+    """Returns a digest of the export's files: 12 hexadecimal digits, or "" if the export has no SHA256SUMS."""
     sums = folder / bundle.SUMS
     return hashlib.sha256(sums.read_bytes()).hexdigest()[:12] if sums.exists() else ""
 
@@ -139,25 +140,25 @@ def _example(folder: epath.Path, number: int) -> epath.Path:
 
 
 def write_thumbnails(photos: records.Photos, ids: np.ndarray, side: int, folder: epath.Path) -> int:
-    """Writes thumbnails/, shard by shard. Returns the number of photos with a thumbnail.
+    """Writes the folder thumbnails, shard by shard. Returns the number of photos with a thumbnail.
 
-    A shard has two files: the concatenated JPEGs, and the end offset of each JPEG. The offsets are written last, so a
-    shard is complete if they exist.
+    A shard has two files: the concatenated JPEGs, and the end offset of each JPEG. The file of offsets is written last.
+    A shard with this file is therefore complete, and an interrupted run does not repeat it.
 
-    side: longest side, in pixels.
+    side: longest side of a thumbnail, in pixels.
     """
     (folder / _THUMBNAILS).mkdir(exist_ok=True)
-    starts, total = range(0, len(ids), _SHARD), 0
+    starts, total = range(0, len(ids), _SHARD_PHOTOS), 0
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool, Progress("thumbnails", len(ids), "photos") as p:
         for shard, first in enumerate(starts):
-            shard_ids = ids[first : first + _SHARD]
+            shard_ids = ids[first : first + _SHARD_PHOTOS]
             names = (f"{name}-{shard:05d}-of-{len(starts):05d}.npy" for name in ("files", "ends"))
             file, ends = (folder / _THUMBNAILS / name for name in names)
             if not ends.exists():
                 jpegs: list[bytes] = []
                 images = _images(photos, shard_ids.tolist(), first)
-                while block := list(itertools.islice(images, _BLOCK)):
-                    jpegs += pool.map(lambda image: _jpeg(image, side, _QUALITY), block)
+                while block := list(itertools.islice(images, _DECODED_AT_ONCE)):
+                    jpegs += pool.map(lambda image: _jpeg(image, side, _THUMBNAIL_QUALITY), block)
                 records.save_array(file, np.frombuffer(b"".join(jpegs), np.uint8))
                 records.save_array(ends, np.cumsum([len(data) for data in jpegs]))
             total += np.count_nonzero(np.diff(records.open_array(ends), prepend=0))
@@ -168,7 +169,8 @@ def write_thumbnails(photos: records.Photos, ids: np.ndarray, side: int, folder:
 def _images(photos: records.Photos, ids: Sequence[bytes], first: int) -> Iterator[bytes]:
     """Yields the encoded image of each photo in `ids`.
 
-    photos: photos in the same order, possibly with more photos in between. first: row at which the search starts.
+    photos: all photos of the gallery's split. They have the same order as `ids`, but can contain other photos in
+    between. first: row at which the search starts.
     """
     row = first
     for wanted in ids:
@@ -187,25 +189,25 @@ def _jpeg(image: bytes, side: int, quality: int) -> bytes:
 
 
 def write_examples(workdir: Workdir, variant: str, count: int, folder: epath.Path) -> list[Example]:
-    """Writes examples/ and returns the examples: up to `count` photos of `test`, no two by the same known author.
+    """Writes the folder examples and returns the examples: up to `count` photos of `test`, one per known author.
 
-    Continents take turns. The share of examples with a correct prediction is the share among the photos that they are
-    drawn from, rounded, so the page does not flatter the model. Without predictions for `test` there are no examples.
+    Continents take turns. The examples have the same share of correct predictions as the first photos of `test`, so the
+    page does not flatter the model. If `test` has no predictions, there are no examples.
     """
     predicted = workdir.predictions_file(variant, "test")
     if not predicted.exists():
         return []
     with predicted.open() as file:
-        lines = {line["id"]: line for line in map(json.loads, itertools.islice(file, _FIRST))}
+        lines = {line["id"]: line for line in map(json.loads, itertools.islice(file, _TEST_PHOTOS))}
     photos, groups, authors = workdir.photos("test"), {True: {}, False: {}}, set()
-    for row in range(min(len(photos), _FIRST)):
+    for row in range(min(len(photos), _TEST_PHOTOS)):
         photo = photos[row]
         line, author = lines.get(photo["id"]), photo["author"]
         if line and (not author or author not in authors):
             authors.add(author)
             latitude, longitude = photo["coordinates"]
             km = great_circle_km(latitude, longitude, line["latitude"], line["longitude"])
-            groups[bool(km <= _RIGHT_KM)].setdefault(photo["continent"], []).append(row)
+            groups[bool(km <= _CORRECT_KM)].setdefault(photo["continent"], []).append(row)
     right, wrong = (sum(map(len, group.values())) for group in (groups[True], groups[False]))
     correct = round(count * right / max(right + wrong, 1))
     rows = [*itertools.islice(_round_robin(groups[True]), correct), *_round_robin(groups[False])][:count]
@@ -213,7 +215,7 @@ def write_examples(workdir: Workdir, variant: str, count: int, folder: epath.Pat
     examples = []
     for number, row in enumerate(np.random.default_rng(0).permutation(rows)):
         photo = photos[row]
-        write_bytes(_example(folder, number), _jpeg(photo["image"], *_EXAMPLE))
+        write_bytes(_example(folder, number), _jpeg(photo["image"], *_EXAMPLE_SIDE_AND_QUALITY))
         latitude, longitude = photo["coordinates"].tolist()
         place = ", ".join(photo[name] for name in ("city", "country") if photo[name])
         examples.append(Example(latitude, longitude, place))
@@ -221,7 +223,7 @@ def write_examples(workdir: Workdir, variant: str, count: int, folder: epath.Pat
 
 
 def _round_robin(groups: dict[str, list[int]]) -> Iterator[int]:
-    """Yields one row per group, then a second row per group, and so on, in random order within a group."""
+    """Yields one random row of each group, then another row of each group, and so on."""
     rng = np.random.default_rng(0)
     shuffled = [rng.permutation(groups[name]).tolist() for name in sorted(groups)]
     return (row for turn in itertools.zip_longest(*shuffled) for row in turn if row is not None)

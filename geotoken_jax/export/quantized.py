@@ -1,6 +1,6 @@
 """Quantizes an export's gallery to int8 and measures the loss of accuracy.
 
-An int8 gallery takes half the bytes of a bfloat16 gallery, and its index less than a third of the other's index.
+Compared with a bfloat16 gallery, an int8 gallery takes half the bytes, and its index takes less than a third.
 """
 
 import dataclasses
@@ -25,31 +25,33 @@ from geotoken_jax.workdir import Workdir
 def quantize(workdir: Workdir, options: IndexSettings, folder: epath.Path) -> dict[str, Any]:
     """Converts the vectors of an export's gallery and its index to int8.
 
-    The index is built again from the dequantized vectors, with the settings of the gallery's index. The channels'
-    indexes stay as config.channels.dtype has made them. Returns "bytes" and the index's "recall", each before and
-    after.
+    The index is built again from the dequantized vectors, with the settings of the work directory's index. Indexes of
+    channels are not changed; their type is config.channels.dtype.
 
-    options: config.index.search, of which only the keys that affect nothing but run time are used.
+    Returns a dict with "bytes", the size of the gallery, and "recall", the recall of its index. Each has two values:
+    before and after.
+
+    options: config.index.search. Only its keys that do not affect results, such as the number of threads, are used.
     """
     manifest = workdir.manifest("gallery")
     search = settings.restored(manifest.settings["index"]["search"], options, "index.search")
-    before = _bytes(folder / "gallery")
+    before = _folder_size(folder / "gallery")
     table.quantize(folder / "gallery")
     shutil.rmtree(folder / "gallery" / "index")
     search = dataclasses.replace(search, reorder_dtype="int8")
     built = index.build(IndexVectors(Table(folder / "gallery")), search, folder / "gallery" / "index")
     recall = [manifest.facts["index"]["recall"], built.facts["recall"]]
-    return {"bytes": [before, _bytes(folder / "gallery")], "recall": recall}
+    return {"bytes": [before, _folder_size(folder / "gallery")], "recall": recall}
 
 
 def cost(config: Config, workdir: Workdir, variant: str, folder: epath.Path) -> dict[str, Any]:
-    """Returns the accuracy with the work directory's bfloat16 gallery, and the change with the export's int8 gallery.
+    """Returns the accuracy with the bfloat16 gallery of the work directory, and its change with the int8 gallery.
 
     Both galleries are evaluated on one split: validation, or the first split by name if there is no validation.
     Neighbors come from the approximate index and no gallery photo is excluded, as in `GeoToken.predict`. Intervals are
-    from the paired bootstrap over authors.
+    computed by the paired bootstrap over authors.
 
-    config: configuration with the variant's changes applied.
+    config: configuration with the variant's changes applied. folder: folder of the export, with the int8 gallery.
     """
     counts, scoring = workdir.query_counts, config.evaluate
     split = "validation" if "validation" in counts else min(counts)
@@ -79,6 +81,6 @@ def cost(config: Config, workdir: Workdir, variant: str, folder: epath.Path) -> 
     }
 
 
-def _bytes(path: epath.Path) -> int:
-    """Returns the size of a folder in bytes."""
+def _folder_size(path: epath.Path) -> int:
+    """Returns the total size of the files in a folder, in bytes."""
     return sum(p.stat().st_size for p in pathlib.Path(path).rglob("*") if p.is_file())

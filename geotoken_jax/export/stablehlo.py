@@ -1,7 +1,7 @@
 """Writes an export's two programs as StableHLO, which jax compiles for any CPU, GPU or TPU.
 
-`align` maps features to vectors. `geotoken` maps the vectors of a photo and of its neighbors to candidates. Both take
-the parameters as arguments, so the export contains these only in its `.safetensors` files.
+`align` maps features to vectors. `geotoken` maps the vectors of a photo and of its neighbors to candidates. Programs
+contain no parameters. Parameters are arguments, and the export stores them in its `.safetensors` files.
 """
 
 import contextlib
@@ -28,23 +28,24 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def embedding(model: AlignModel, width: int) -> bytes:
-    """Returns the serialized program (parameters, features [b, C]) -> vectors [b, 3, C], not normalized.
+    """Returns the serialized program that maps parameters and features [b, C] to vectors [b, 3, C], for b photos.
 
-    Features and vectors are float32.
+    Features and vectors are float32. Vectors are not normalized. width: C.
     """
     return _serialized(programs.embedding(model, width))
 
 
 def decoding(model: GeoTokenModel, options: PredictSettings) -> bytes:
-    """Returns the serialized program from parameters and the arguments of programs.decoding to Candidates.
+    """Returns the serialized program that maps parameters, a query photo and its neighbors to Candidates.
 
-    The arguments are query, neighbors, neighbor_tokens, neighbor_count and numbers. See programs.decoding for shapes.
+    Its arguments are parameters, query, neighbors, neighbor_tokens, neighbor_count and numbers. See programs.decoding
+    for their shapes.
     """
     return _serialized(programs.decoding(model, options))
 
 
 def write(folder: epath.Path, align: AlignSettings, model: ModelSettings, predict: PredictSettings, width: int) -> None:
-    """Writes align.stablehlo, geotoken.stablehlo and standalone.py, which runs them.
+    """Writes align.stablehlo, geotoken.stablehlo, and standalone.py, which runs the two programs.
 
     The parameter files must already be in the folder. width: width C of the backbone's features.
     """
@@ -72,8 +73,7 @@ def _serialized(program: Program) -> bytes:
 def _without_source_locations() -> Iterator[None]:
     """Inside the context, jax lowers programs without source locations.
 
-    By default jax stores the caller's file names and lines with each operation, which would put local paths into the
-    export.
+    By default jax stores the file name and line of each operation. The export would then contain local paths.
     """
     name = "jax_traceback_in_locations_limit"
     before = getattr(jax.config, name)

@@ -2,17 +2,20 @@
 
 `pip install jax flatbuffers`, then `python standalone.py FEATURES.npy [TARGET] > answers.jsonl`
 
-TARGET is a folder that `geotoken export --target` made, such as targets/onnx. Its programs replace the jax programs and
-need only numpy and onnxruntime, or only numpy and tensorflow.
+TARGET is a folder that `geotoken export --target` made, such as targets/onnx. Its programs replace the jax programs.
+They need only numpy and onnxruntime, or only numpy and tensorflow.
 
-FEATURES.npy contains [n, C], the backbone's image features of n photos. For the backbone `thumbnail` it may contain the
+FEATURES.npy contains the backbone's image features of n photos, [n, C]. For the backbone `thumbnail` it may contain
 thumbnails instead, [n, side, side, 3] uint8: the central square of each photo, upright, resized bicubically. This
 folder has no program for other backbones: compute their features with the backbone itself.
 
 Neighbors come from exact search in the whole gallery. The prediction is the candidate with the highest probability
-under the distribution that it was sampled from. `GeoToken.load` of geotoken_jax differs in five points: it searches the
-export's index, which may be approximate, merges equal samples, chooses with the selector `predict.choice` of
-config.json, estimates the radii of a prediction, and accepts a photo's capture time, which this file treats as unknown.
+under the distribution that candidates were sampled from. Predictions of `GeoToken.load` in geotoken_jax can differ:
+- it searches the export's index, which may be approximate;
+- it merges equal samples;
+- it chooses the prediction with the selector `predict.choice` of config.json;
+- it estimates the radii of a prediction;
+- it uses a photo's capture time, which is unknown to this file.
 """
 
 import json
@@ -26,23 +29,24 @@ import numpy as np
 _BATCH = 256
 #: Gallery photos per block of the search: 75 MB, at 2304 numbers per photo.
 _BLOCK = 8192
-#: Extra neighbors that the float32 search keeps. The final order uses float64 scores and may move them up.
+#: Number of extra neighbors that the float32 search keeps. Float64 scores can move them up among the nearest.
 _SPARE = 8
 _TYPES = {"F32": np.float32, "F16": np.float16, "I32": np.int32, "U32": np.uint32}
-#: Hilbert curve of S2 cells. _IJ[orientation, quad] is 2 * i + j, with the bits i and j that a quad adds to the two
-#: coordinates of a cell on its face. _TURN[quad] is XORed to the orientation, which starts as face & 1.
+#: Tables of the Hilbert curve of S2 cells. A cell has two integer coordinates on its face. Each quad appends bit i to
+#: one and bit j to the other, with 2 * i + j = _IJ[orientation, quad]. Then _TURN[quad] is XORed to the orientation.
+#: The first orientation is face & 1.
 _IJ = np.array([[0, 1, 3, 2], [0, 2, 3, 1], [3, 2, 0, 1], [3, 1, 0, 2]])
 _TURN = np.array([1, 0, 0, 3])
 
 
 class Model:
-    """The model of one exported folder: computes features, neighbors, candidates and predictions.
+    """The model of an export: computes features, neighbors, candidates and predictions.
 
-    Vectors are float32, rounded to bfloat16 precision as in geotoken_jax.
+    Vectors are float32 with values rounded to bfloat16, as in geotoken_jax.
     """
 
     def __init__(self, folder, target=None):
-        """target: folder with programs for another runtime. The jax programs run if None."""
+        """target: folder with programs for another runtime; if None, the jax programs run."""
         folder = Path(folder)
         self.config = json.loads((folder / "config.json").read_text())
         model = self.config["model"]
@@ -70,7 +74,8 @@ class Model:
     def neighbors(self, vectors):
         """Returns gallery rows and scores [n, M] of the M nearest gallery photos, best first.
 
-        M is config["model"]["neighbors"]. If the gallery has fewer than M photos, the rest is -1 and -inf.
+        M is config["model"]["neighbors"]. If the gallery has fewer than M photos, the remaining rows are -1 and their
+        scores -inf.
         """
         queries = _index_vectors(vectors)
         rows = np.zeros((len(queries), 0), np.int64)
@@ -93,9 +98,9 @@ class Model:
         return best_rows, best_scores
 
     def candidates(self, vectors, rows, numbers):
-        """Returns each candidate's tokens [n, K, T], log_probability [n, K] and tempered_log_probability [n, K].
+        """Returns a dict with the candidates' tokens [n, K, T], log_probability and tempered_log_probability [n, K].
 
-        rows: gallery rows of the neighbors [n, M], -1 for none. numbers: seed of each photo's samples [n].
+        rows: gallery rows of the neighbors [n, M]; -1 stands for no neighbor. numbers: seed per photo [n].
         """
         valid = np.maximum(rows, 0)
         arguments = {
@@ -114,10 +119,10 @@ class Model:
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def answers(self, inputs):
-        """Returns one prediction per photo, a dict with fields of geotoken_jax.Prediction.
+        """Returns one prediction per photo, as a dict with fields of geotoken_jax.Prediction.
 
-        Every sample is a separate candidate: equal samples are not merged. inputs: features [n, C], or
-        thumbnails [n, side, side, 3] uint8 for the backbone `thumbnail`.
+        Every sample is one candidate, even if two samples are equal. inputs: features [n, C], or thumbnails
+        [n, side, side, 3] uint8 for the backbone `thumbnail`.
         """
         vectors = self.vectors(self.features(inputs) if inputs.ndim == 4 else inputs)
         rows, scores = self.neighbors(vectors)
@@ -147,14 +152,14 @@ class Model:
         return answers
 
     def embeddings(self, rows):
-        """Returns the vectors [..., 3, C] of gallery photos."""
+        """Returns the vectors [..., 3, C] of gallery photos. rows: gallery rows [...]."""
         values = self._take("embeddings", rows)
         if "scales" not in self._columns:
             return _widened(values.view(np.uint16))
         return _rounded(values.astype(np.float32) * self._take("scales", rows)[..., None])
 
     def cell_tokens(self, quads):
-        """Returns the model's tokens [..., T] from stored tokens, which are a face followed by one quad per level."""
+        """Returns the model's tokens [..., T]. quads: the gallery's tokens, a face followed by one quad per level."""
         groups = quads[..., 1 : 1 + self.level].astype(np.int32).reshape(*quads.shape[:-1], -1, self.group)
         powers = 4 ** np.arange(self.group - 1, -1, -1, dtype=np.int32)
         return np.concatenate([quads[..., :1].astype(np.int32), groups @ powers], -1)
@@ -187,7 +192,7 @@ class Model:
 
 
 def read_safetensors(file):
-    """Returns name -> array of a safetensors file. bfloat16 is converted to float32."""
+    """Returns the arrays of a safetensors file by name. bfloat16 is converted to float32."""
     data = Path(file).read_bytes()
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
@@ -202,7 +207,7 @@ def read_safetensors(file):
 
 
 def _program(folder, name):
-    """Returns a function that runs NAME.stablehlo with NAME.safetensors. It compiles once per batch size."""
+    """Returns a function that runs {name}.stablehlo with {name}.safetensors. It compiles once per batch size."""
     import jax
 
     exported = deserialize((folder / f"{name}.stablehlo").read_bytes())
@@ -265,7 +270,7 @@ def _savedmodel(target, name):
 
 
 def deserialize(data):
-    """Returns the jax.export.Exported from its serialized bytes."""
+    """Returns a jax.export.Exported from its serialized bytes."""
     from jax import export
 
     return export.deserialize(bytearray(data))
@@ -287,13 +292,13 @@ def _index_vectors(vectors):
 
 
 def _rounded(values):
-    """Returns float32 rounded to bfloat16 precision, to nearest, ties to even."""
+    """Rounds float32 values to the nearest bfloat16 values, ties to even. Returns float32."""
     bits = values.view(np.uint32)
     return ((bits + (bits >> 16 & 1) + 0x7FFF) & 0xFFFF0000).astype(np.uint32).view(np.float32)
 
 
 def _widened(bfloat16):
-    """Returns float32 from bfloat16 bits stored as uint16."""
+    """Converts bfloat16 values, stored as uint16, to float32."""
     return (bfloat16.astype(np.uint32) << 16).view(np.float32)
 
 

@@ -1,4 +1,4 @@
-"""Writes an export of an earlier format again, in the present one."""
+"""Converts an export of an earlier format to the present format."""
 
 import json
 import pathlib
@@ -21,9 +21,9 @@ from geotoken_jax.settings import SettingsError
 def run(source: epath.PathLike, target: epath.PathLike) -> epath.Path:
     """Writes an export of an earlier format to a new folder in the present format, and returns that folder.
 
-    The new export has the same model, gallery, radii and card, and answers alike. Its programs and its standalone.py
-    are written again. The folder appears when it is complete. Raises ExportError if the export is damaged or cannot be
-    upgraded, and SettingsError if it needs no upgrade or if the new folder exists.
+    The new export has the same model, gallery, radii and card, and gives the same predictions. Its programs and its
+    standalone.py are written again. The folder `target` appears when all of its files are complete. Raises ExportError
+    if the export is damaged or cannot be upgraded. Raises SettingsError if it needs no upgrade or if `target` exists.
     """
     source, target = epath.Path(source), epath.Path(target)
     if not (source / "config.json").exists():

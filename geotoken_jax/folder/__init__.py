@@ -1,1 +1,1 @@
-"""`geotoken predict PHOTOS`: photos that a user names, and files of answers."""
+"""`geotoken predict PHOTOS`: finds the photos that a user names, predicts them and writes the answers."""

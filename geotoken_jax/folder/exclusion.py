@@ -1,4 +1,4 @@
-"""Reads the gallery photos to exclude for each photo from tables that a user names."""
+"""Reads the user's tables of gallery photos that predictions must not use."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -13,14 +13,18 @@ _IDS = {"id": tables.COLUMNS["id"], "excluded_id": ("excluded_id",)}
 
 
 def read(names: Sequence[str], authors: str | None, ids: str | None) -> dict[str, Excluded]:
-    """Returns the gallery photos to exclude of each photo that a table names.
+    """Returns the gallery photos to exclude, by id of the photo to predict.
 
-    names: ids of the photos. authors: table with id and author, or None. ids: table with id and excluded_id, any number
-    of rows per photo, or None. A row is about the photo with its id or, if there is none, about the photos with this
-    file name, with or without ending. Raises SettingsError if a table names none of the photos, and TableError if it
-    cannot be read.
+    Photos that no table names are left out.
+
+    names: ids of the photos to predict. authors: path of a table with the columns id and author, or None. ids: path of
+    a table with the columns id and excluded_id, or None; it may have several rows per photo.
+
+    A row applies to the photo with the row's id. If no photo has this id, the row applies to all photos whose file name
+    is the id, with or without its ending. Raises SettingsError if a table names none of the photos, and TableError if a
+    table cannot be read.
     """
-    by_author, by_ids = _listed(names, authors, _AUTHOR, "author"), _listed(names, ids, _IDS, "ids")
+    by_author, by_ids = _values_by_photo(names, authors, _AUTHOR, "author"), _values_by_photo(names, ids, _IDS, "ids")
     found = {}
     for name in names:
         written = set(by_author.get(name, ()))
@@ -35,20 +39,23 @@ def read(names: Sequence[str], authors: str | None, ids: str | None) -> dict[str
 
 
 def digest(files: Sequence[str | None]) -> str:
-    """Returns a text that is different for different tables; "" if all are None."""
+    """Returns the SHA-256 sums of tables as one text, or "" if all tables are None."""
     sums = [hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else "" for file in files]
     return " ".join(sums) if any(sums) else ""
 
 
-def _listed(
+def _values_by_photo(
     names: Sequence[str], path: str | None, columns: Mapping[str, Sequence[str]], option: str
 ) -> dict[str, list[str]]:
-    """Returns photo -> values of the second column in its rows; empty values are left out."""
+    """Returns the values of a table's second column, by photo. Empty values are left out.
+
+    columns: key and accepted headings of the two columns. option: OPTION of the flag --exclude-OPTION, for messages.
+    """
     if path is None:
         return {}
     photos: dict[str, list[str]] = {}
     for name in names:
-        for form in dict.fromkeys(_forms(name)):
+        for form in dict.fromkeys(_spellings(name)):
             photos.setdefault(form, []).append(name)
     exact, listed = set(names), {}
     _, column = columns
@@ -56,7 +63,9 @@ def _listed(
         if row.fault:
             raise tables.TableError(f"{path}, {row.place}: the row {row.fault}")
         name, value = str(row.values["id"]).strip(), str(row.values[column] or "").strip()
-        matched = [name] if name in exact else [photo for form in _forms(name)[1:] for photo in photos.get(form, ())]
+        matched = (
+            [name] if name in exact else [photo for form in _spellings(name)[1:] for photo in photos.get(form, ())]
+        )
         for photo in dict.fromkeys(matched):
             listed.setdefault(photo, []).append(value)
     if not listed:
@@ -67,7 +76,7 @@ def _listed(
     return {photo: [value for value in values if value] for photo, values in listed.items()}
 
 
-def _forms(name: str) -> tuple[str, str, str]:
-    """Returns an id as it is, its file name, and its file name without ending."""
+def _spellings(name: str) -> tuple[str, str, str]:
+    """Returns the spellings of an id in a table: the id, its file name, and its file name without ending."""
     path = PurePosixPath(name.replace("\\", "/"))
     return name, path.name, path.stem if path.suffix else path.name

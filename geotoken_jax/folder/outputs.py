@@ -1,7 +1,7 @@
 """Files of answers for tables, maps and browsers: CSV, JSON lines, GeoJSON, KML and HTML.
 
-Answers are first added to FILE.partial, a line of JSON each, so that an interrupted run loses none. At the end the file
-is written from these lines and takes its name in one step.
+Each answer is first added to FILE.partial as a line of JSON. An interrupted run therefore loses no answer. At the end,
+FILE is written from these lines. It appears only when it is complete.
 """
 
 import csv
@@ -19,7 +19,8 @@ from geotoken_jax.geo.distance import THRESHOLDS_KM
 from geotoken_jax.pages.answers import page, radii
 from geotoken_jax.settings import SettingsError
 
-#: An answer: `id`, and the fields of Prediction.plain. If it is unknown, `unknown` replaces latitude and longitude.
+#: An answer: the photo's `id`, and the fields of Prediction.plain. An unknown answer has the field `unknown` instead of
+#: latitude, longitude and place.
 Answer = Mapping[str, Any]
 _COLUMNS = (
     "id",
@@ -36,18 +37,18 @@ _NOT_IN_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 class Output:
-    """A file of answers. Its ending chooses the format."""
+    """A file of answers. The ending of its name determines the format."""
 
     def __init__(self, path: Path, identity: str):
-        """Begins the file, or continues one that was begun with the same model.
+        """Begins the file, or continues a file that an interrupted run began with the same model.
 
-        identity: text that is different for different models. Raises SettingsError if the ending is unknown, if the
+        identity: text that identifies the model. Raises SettingsError if the ending is unknown, if the
         file exists, if it was begun with another model, or if it cannot be written.
         """
         if path.suffix.lower() not in FORMATS:
             raise SettingsError(f"--output={path} has no known ending: use one of {', '.join(FORMATS)}")
         self._path, self._partial = path, path.with_name(path.name + ".partial")
-        if path.exists() and not self._partial.exists():  # both exist if `finish` was interrupted at its end
+        if path.exists() and not self._partial.exists():  # if both exist, `finish` was interrupted before its last step
             raise SettingsError(f"--output={path} exists: remove it, or choose another name")
         try:
             self._file = self._open(identity)
@@ -59,20 +60,20 @@ class Output:
         self.done = {answer["id"] for answer in self.answers()}
 
     def _open(self, identity: str) -> Any:
-        whole = b""
+        complete = b""
         if self._partial.exists():
             data = self._partial.read_bytes()
-            whole = data[: data.rfind(b"\n") + 1]  # an interruption can leave a part of the last line
-        if not whole:
+            complete = data[: data.rfind(b"\n") + 1]  # the last line can be incomplete after an interruption
+        if not complete:
             self._partial.write_text(json.dumps({"model": identity}) + "\n")
-        elif json.loads(whole.split(b"\n", 1)[0]) != {"model": identity}:
+        elif json.loads(complete.split(b"\n", 1)[0]) != {"model": identity}:
             raise SettingsError(f"{self._partial} was begun with another model: remove it, or choose another --output")
         else:
-            os.truncate(self._partial, len(whole))
+            os.truncate(self._partial, len(complete))
         return self._partial.open("a", encoding="utf-8")
 
     def answers(self) -> Iterator[Answer]:
-        """Yields the answers that were added."""
+        """Yields the answers in FILE.partial, including those of earlier runs."""
         with self._partial.open(encoding="utf-8") as file:
             next(file)
             yield from map(json.loads, file)
@@ -86,8 +87,8 @@ class Output:
     def finish(self, photos: Mapping[str, Any], min_within: "MinWithin | None" = None) -> int:
         """Writes the file, removes FILE.partial, and returns the number of answers.
 
-        photos: id -> path or bytes of all photos, for pages that show them. The answers of other photos are left out.
-        min_within: condition on answers; those that do not meet it are written as unknown.
+        photos: path or bytes of each photo, by id. HTML pages show the photos. Answers of other photos are left out.
+        min_within: condition on answers. Answers that do not meet it are written as unknown.
         """
         self._file.close()
         answers = (judged(answer, min_within) for answer in self.answers() if answer["id"] in photos)
@@ -102,14 +103,14 @@ class Output:
 
 @dataclasses.dataclass(frozen=True)
 class MinWithin:
-    """A condition on answers: the probability to be within `km` is at least `probability`."""
+    """A condition on answers: the probability of an error of at most `km` kilometers is at least `probability`."""
 
     km: int
     probability: float
 
     @classmethod
     def read(cls, text: str) -> "MinWithin":
-        """Returns the condition that KM:PROBABILITY, such as 25:0.5, describes. Raises SettingsError."""
+        """Returns the condition from a text KM:PROBABILITY, e.g. 25:0.5. Raises SettingsError if it is invalid."""
         km, _, probability = text.partition(":")
         try:
             read = cls(int(km), float(probability))
@@ -124,7 +125,7 @@ class MinWithin:
 
 
 def judged(answer: Answer, min_within: MinWithin | None) -> Answer:
-    """Returns the answer as it is if it meets the condition or if there is none, else as unknown."""
+    """Returns the answer, or an unknown answer if it does not meet the condition. min_within: condition, or None."""
     if min_within is None or answer["within"].get(str(min_within.km), 0.0) >= min_within.probability:
         return answer
     kept = {name: value for name, value in answer.items() if name not in ("latitude", "longitude", "place")}
@@ -150,7 +151,7 @@ def _csv_line(values: Iterable[Any]) -> str:
 
 
 def _row(answer: Answer) -> dict[str, Any]:
-    """Returns an answer as one row: id, coordinates, radii, a column for each distance of `within`, and `unknown`."""
+    """Returns an answer as one row of a table, with a column per distance of `within`, and with `unknown` as text."""
     shares = {f"within_{km}": share for km, share in answer.get("within", {}).items()}
     return {**answer, **shares, "unknown": "true" if answer.get("unknown") else "false"}
 
@@ -160,7 +161,7 @@ def _geojson(answers: Iterable[Answer], photos: Mapping[str, Any]) -> Iterator[s
     for number, answer in enumerate(answers):
         row = {**_row(answer), "unknown": "unknown" in answer}
         properties = {name: row[name] for name in _COLUMNS if name in row and name not in ("latitude", "longitude")}
-        point = None  # RFC 7946, 3.2: a feature without a place
+        point = None  # RFC 7946, section 3.2: a feature without a location
         if not row["unknown"]:
             point = {"type": "Point", "coordinates": [row["longitude"], row["latitude"]]}
         yield ("\n" if number == 0 else ",\n") + json.dumps(
@@ -184,7 +185,8 @@ def _html(answers: Iterable[Answer], photos: Mapping[str, Any]) -> Iterator[str]
     yield page([(answer, photos[answer["id"]]) for answer in answers])
 
 
-#: Ending -> function that yields the text of a file with answers. photos: see Output.finish.
+#: Ending of a file's name -> function that yields the text of the file. Its arguments are the answers, and the photos
+#: of Output.finish.
 FORMATS: dict[str, Callable[[Iterable[Answer], Mapping[str, Any]], Iterator[str]]] = {
     ".csv": _csv,
     ".jsonl": _json_lines,

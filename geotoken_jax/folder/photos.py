@@ -1,4 +1,4 @@
-"""Finds the photos that a user names, predicts them, and writes the answers to a file that survives interruptions."""
+"""Finds the photos that a user names, predicts them, and prints the answers or writes them to a file."""
 
 import contextlib
 import dataclasses
@@ -26,10 +26,11 @@ from geotoken_jax.settings import SettingsError
 
 @dataclasses.dataclass
 class Found:
-    """Photos that the user names.
+    """Photos in the files and folders that the user names.
 
-    photos: id -> path, or bytes of standard input. The id of a photo in a named folder is its path relative to that
-    folder, so that tables of the folder fit; the id of a named file is its path as given. folders: the named folders.
+    photos: path of each photo, by id; for standard input, its bytes. The id of a photo in a named folder is its path
+    relative to that folder, because tables of the folder's photos have such paths. The id of a named file is its path
+    as given. folders: the named folders.
     """
 
     photos: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -41,15 +42,15 @@ class Found:
         return any(files.unreadable for files in self.folders)
 
     def notes(self) -> Iterator[str]:
-        """Yields sentences on the files that are left out, and on folders that cannot be opened."""
+        """Yields sentences about the files that are left out and the folders that cannot be opened."""
         for files in self.folders:
             yield from files.notes()
 
 
 def find(arguments: Sequence[str]) -> Found:
-    """Returns the photos of a list of files and folders; "-" is standard input. Folders are searched recursively.
+    """Returns the photos in files and folders. Folders are searched recursively.
 
-    Raises SettingsError if there is no photo.
+    arguments: paths of files and folders; "-" stands for standard input. Raises SettingsError if there is no photo.
     """
     found = Found()
     for argument in arguments:
@@ -72,17 +73,18 @@ def find(arguments: Sequence[str]) -> Found:
 
 
 def _text(path: str) -> str:
-    """Returns a path as text that all files of answers can contain: bytes that are not UTF-8 become \\xNN."""
+    """Returns a path as valid UTF-8 text. Bytes that are not UTF-8 are written as \\xNN."""
     return os.fsencode(path).decode(errors="backslashreplace")
 
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """The form of the answers.
+    """The options of `geotoken predict` for the form of answers.
 
-    output: file for the answers (see outputs.FORMATS); if None, they are printed. json: whether they are printed as
-    JSON lines. min_within: condition on answers; those that do not meet it become unknown. xmp: whether photos get
-    sidecars. dry_run: whether sidecars are printed instead. Raises SettingsError if the values do not fit together.
+    output: path of a file for the answers (see outputs.FORMATS); if None, answers are printed. json: whether answers
+    are printed as JSON lines. min_within: condition on answers; answers that do not meet it become unknown. xmp:
+    whether XMP sidecars are written beside the photos. dry_run: whether sidecars are only listed and not written.
+    Raises SettingsError if dry_run is given without xmp or with output.
     """
 
     output: str | None = None
@@ -100,7 +102,10 @@ class Form:
 
 @contextlib.contextmanager
 def warnings() -> Iterator[None]:
-    """Prints warnings about photos like other sentences on standard error. A page reads a photo again: each once."""
+    """Prints warnings about photos on standard error, with the program's name, as long as the context is open.
+
+    Each warning is printed once, although an HTML page reads the photos again.
+    """
     seen: set[str] = set()
 
     def first(record: logging.LogRecord) -> bool:
@@ -122,11 +127,14 @@ def warnings() -> Iterator[None]:
 def run(
     model: Predictor, identity: str, found: Found, form: Form, excluded: Mapping[str, Excluded] = MappingProxyType({})
 ) -> int:
-    """Predicts the photos, gives the answers in their form, and returns the exit status.
+    """Predicts the photos, prints or writes the answers, and returns the exit status.
 
-    The status is 2 if any photo cannot be read or any sidecar cannot be written, else 0. A photo that cannot be read is
-    reported on standard error, and the others are predicted. identity: text that is different for different models. If
-    the output was begun before, its answers are kept. excluded: id -> gallery photos that are not used for the photo.
+    The status is 2 if a photo or folder cannot be read or a sidecar cannot be written, else 0. A photo that cannot be
+    read is reported on standard error, and the other photos are predicted. Answers that an interrupted run wrote to the
+    output are kept.
+
+    identity: text that identifies the model. excluded: gallery photos that a prediction must not use, by id of the
+    predicted photo.
     """
     file = outputs.Output(Path(form.output), identity) if form.output else None
     sidecars = Sidecars(form.dry_run) if form.xmp else None
@@ -169,6 +177,6 @@ def _line(answer: outputs.Answer, as_json: bool) -> str:
 
 
 def identity(model: Any) -> str:
-    """Returns a text that is different for different models. model: folder of an export, or GeoCLIP's weights."""
+    """Returns a text that identifies a model. model: folder of an export, or of GeoCLIP's weights."""
     sums = Path(model) / "SHA256SUMS"
     return hashlib.sha256(sums.read_bytes()).hexdigest() if sums.exists() else hub.pinned(model) or str(model)

@@ -1,7 +1,7 @@
-"""XMP sidecars: small files beside photos, from which photo programs read a position.
+"""Writes XMP sidecars: small files beside photos, from which photo programs read coordinates.
 
-The sidecar of IMG_1.JPG is IMG_1.JPG.xmp, the name that darktable, digiKam, Immich and PhotoPrism read. Lightroom reads
-sidecars of raw files only, whatever their name.
+The sidecar of IMG_1.JPG is IMG_1.JPG.xmp. darktable, digiKam, Immich and PhotoPrism read files with such names.
+Lightroom reads only sidecars of raw files.
 """
 
 import collections
@@ -21,9 +21,10 @@ _NAMESPACES = {
 }
 for _prefix, _uri in _NAMESPACES.items():
     ElementTree.register_namespace(_prefix, _uri)
-#: Names the toolkit that wrote a sidecar. Other programs replace it when they change the sidecar, which is then theirs.
-_TOOLKIT, _OURS = f"{{{_NAMESPACES['x']}}}xmptk", "geotoken-jax"
-#: Minutes of arc are written with 4 decimals, at most 9 cm off.
+#: XML attribute with the name of the program that wrote a sidecar, and the name that this module writes. A program that
+#: changes the sidecar replaces this name with its own.
+_TOOLKIT_ATTRIBUTE, _TOOLKIT_NAME = f"{{{_NAMESPACES['x']}}}xmptk", "geotoken-jax"
+#: Steps per minute of arc: minutes are written with 4 decimals. The error is at most 9 cm.
 _STEPS = 10_000
 _WRITTEN, _UNCHANGED, _REMOVED = "written", "as they were", "removed, since their photos have no answer now"
 _UNKNOWN, _PLACED = "not needed: the answer is unknown", "not needed: the photo has a position of its own"
@@ -31,7 +32,7 @@ _FOREIGN = "left alone, since another program wrote or changed them"
 
 
 class Sidecars:
-    """Writes a sidecar for each answered photo without a position of its own, and counts the results.
+    """Writes a sidecar for each photo that has an answer and has no coordinates in its file. Counts the results.
 
     Photos are never changed. A sidecar is replaced only if this class wrote it and no other program has changed it.
     """
@@ -44,11 +45,13 @@ class Sidecars:
         self.failed: list[str] = []
 
     def add(self, photo: Any, answer: Mapping[str, Any]) -> str | None:
-        """Writes a photo's sidecar, and returns its path, or None if none is written.
+        """Writes a photo's sidecar and returns its path. Returns None if no sidecar is written.
 
-        An unknown answer has no sidecar, and neither has a photo with a position of its own. If such a photo has a
-        sidecar that this class wrote before, it is removed. photo: path, or bytes of standard input, which have none.
-        answer: see outputs.Answer.
+        No sidecar is written if the answer is unknown or if the photo's file has coordinates. A sidecar that this class
+        wrote before is then removed.
+
+        photo: path of the photo, or bytes of standard input, for which no sidecar is written. answer: see
+        outputs.Answer.
         """
         if isinstance(photo, bytes):
             return None
@@ -63,7 +66,7 @@ class Sidecars:
 
     def _put(self, path: Path, photo: Path, answer: Mapping[str, Any]) -> str:
         there = os.path.lexists(path)
-        if there and not _ours(path):
+        if there and not _written_here(path):
             return _FOREIGN
         with photo.open("rb") as file:
             result = _UNKNOWN if answer.get("unknown") else _PLACED if _has_position(file) else _WRITTEN
@@ -82,25 +85,25 @@ class Sidecars:
         return result
 
     def notes(self) -> Iterator[str]:
-        """Yields a sentence on all sidecars, and one on each that could not be written."""
+        """Yields a sentence with the number of sidecars per result, and one per sidecar that could not be written."""
         counts = ", ".join(f"{count:,} {result}" for result, count in self._counts.most_common())
         yield f"{'sidecars, if they were written' if self._dry_run else 'sidecars'}: {counts or 'none'}"
         yield from self.failed
 
 
 def sidecar(answer: Mapping[str, Any]) -> bytes:
-    """Returns the XMP of an answer: position, and the radius for 90 % as its error in meters."""
+    """Returns an answer as XMP: coordinates, and the 90 % radius as their error in meters."""
     values = {
         "GPSVersionID": "2.3.0.0",
         "GPSLatitude": _angle(answer["latitude"], "NS"),
         "GPSLongitude": _angle(answer["longitude"], "EW"),
         "GPSMapDatum": "WGS-84",
-        "GPSProcessingMethod": f"estimated from the picture by {_OURS}",
+        "GPSProcessingMethod": f"estimated from the picture by {_TOOLKIT_NAME}",
     }
     if "radius_90_km" in answer:
         values["GPSHPositioningError"] = f"{max(1, round(1000 * answer['radius_90_km']))}/1"
     x, rdf, names = (f"{{{uri}}}" for uri in _NAMESPACES.values())
-    root = ElementTree.Element(f"{x}xmpmeta", {_TOOLKIT: f"{_OURS} {__version__}"})
+    root = ElementTree.Element(f"{x}xmpmeta", {_TOOLKIT_ATTRIBUTE: f"{_TOOLKIT_NAME} {__version__}"})
     described = ElementTree.SubElement(
         ElementTree.SubElement(root, f"{rdf}RDF"), f"{rdf}Description", {f"{rdf}about": ""}
     )
@@ -111,22 +114,25 @@ def sidecar(answer: Mapping[str, Any]) -> bytes:
 
 
 def _angle(degrees: float, letters: str) -> str:
-    """Returns an angle in XMP's form, such as 48,51.5000N. letters: of positive and of negative angles."""
+    """Returns an angle in XMP's form, e.g. 48,51.5000N.
+
+    letters: two letters, the first for positive angles and the second for negative angles.
+    """
     whole, steps = divmod(round(abs(degrees) * 60 * _STEPS), 60 * _STEPS)
     return f"{whole},{steps / _STEPS:.4f}{letters[degrees < 0]}"
 
 
-def _ours(path: Path) -> bool:
+def _written_here(path: Path) -> bool:
     if not path.is_file():
         return False
     try:
-        return ElementTree.parse(path).getroot().get(_TOOLKIT, "").startswith(_OURS)
-    except (ElementTree.ParseError, ValueError, LookupError):  # the last two are for unknown encodings
+        return ElementTree.parse(path).getroot().get(_TOOLKIT_ATTRIBUTE, "").startswith(_TOOLKIT_NAME)
+    except (ElementTree.ParseError, ValueError, LookupError):  # an unknown encoding raises one of the last two
         return False
 
 
 def _has_position(file: IO[bytes]) -> bool:
-    """Returns whether the EXIF or the XMP inside an image file has a position."""
+    """Returns whether the EXIF or XMP data in an image file has coordinates."""
     if exif.gps(file) is not None:
         return True
     file.seek(0)

@@ -1,4 +1,4 @@
-"""Finds the files of a folder of photos, for `prepare` and for `predict` alike."""
+"""Finds the files in a folder of photos, for the commands `prepare` and `predict`."""
 
 import collections
 import dataclasses
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from geotoken_jax.backbone.preprocess import ENDINGS
 
-#: Files and folders that macOS and Windows add to folders, and the beginning of such names.
+#: Names of files and folders that macOS and Windows add to folders, and a prefix of more such names.
 _CLUTTER = {"__MACOSX", ".DS_Store", "Thumbs.db", "desktop.ini"}
 _CLUTTER_PREFIX = "._"
 
@@ -16,9 +16,10 @@ _CLUTTER_PREFIX = "._"
 class Files:
     """The files of a folder and its subfolders, without clutter.
 
-    paths: path relative to the folder, with `/` between folders -> path of the file. outside: relative path of a link
-    out of the folder -> path of its file; such files are also in `paths`. special: number of pipes, sockets, broken
-    links and linked folders. unreadable: relative path of a folder that cannot be opened -> reason.
+    paths: path of each file, by its path relative to the folder, with `/` between folders. outside: path of each
+    file outside the folder that a link leads to, by relative path of the link; `paths` has these links too. special:
+    number of pipes, sockets, broken links and linked folders. unreadable: reason per folder that cannot be opened, by
+    relative path.
     """
 
     folder: str
@@ -28,21 +29,21 @@ class Files:
     unreadable: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def photos(self) -> dict[str, str]:
-        """Returns relative path -> path of the files with an ending of a photo."""
+        """Returns the path of each file with the ending of a photo, by relative path."""
         return {name: path for name, path in self.paths.items() if name.lower().endswith(ENDINGS)}
 
     @property
     def skipped(self) -> collections.Counter[str]:
-        """Number of files that are no photos, by ending."""
+        """Number of files that are not photos, by ending."""
         endings = (os.path.splitext(name)[1].lower() for name in self.paths if not name.lower().endswith(ENDINGS))
         skipped = collections.Counter(ending or "without an ending" for ending in endings)
         return skipped + collections.Counter({"pipes, sockets, broken links or linked folders": self.special})
 
     def notes(self) -> Iterator[str]:
-        """Yields a sentence on the files that are no photos, and one on each folder that cannot be opened."""
+        """Yields a sentence that counts the files that are not photos, and one per folder that cannot be opened."""
         if skipped := self.skipped:
             counts = ", ".join(f"{n:,} {ending}" for ending, n in skipped.most_common())
-            yield f"left out {sum(skipped.values()):,} files that are no photos in a known format: {counts}"
+            yield f"left out {sum(skipped.values()):,} files that are not photos in a known format: {counts}"
         for name, reason in self.unreadable.items():
             yield f"{os.path.join(self.folder, name)} cannot be opened ({reason}): check its permissions"
 
@@ -80,5 +81,5 @@ def _add(found: Files, entry: os.DirEntry, name: str, inside: str, pending: list
 def _is_file(entry: os.DirEntry) -> bool:
     try:
         return entry.is_file()
-    except OSError:  # a link that leads to itself
+    except OSError:  # a link to itself
         return False

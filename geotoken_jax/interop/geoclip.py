@@ -8,8 +8,8 @@
 
 WEIGHTS is one of
 
-- GeoCLIP's name on the Hugging Face hub, VicenteVivanco/geoclip-geolocation, or a folder with these files
-  (`config.json`, `model.safetensors` and a CSV of coordinates);
+- GeoCLIP's name on the Hugging Face hub, VicenteVivanco/geoclip-geolocation, or a folder with the files of this
+  release (`config.json`, `model.safetensors` and a CSV of coordinates);
 - the wheel that `pip download --no-deps geoclip` fetches, or a folder with the wheel's `.pth` files;
 - a state dict of the whole published model as a `.pth`, `.safetensors` or `.npz` file.
 
@@ -53,11 +53,11 @@ from geotoken_jax.predict.prediction import Candidate, Prediction
 from geotoken_jax.predict.predictor import Predictor, spread
 from geotoken_jax.settings import SettingsError
 
-#: GeoCLIP on the Hugging Face hub: a release, as `GeoCLIP.from_pretrained` of geoclip 1.2.2 and later reads it.
+#: Name of GeoCLIP's release on the Hugging Face hub, which `GeoCLIP.from_pretrained` of geoclip 1.2.2 and later reads.
 HUB = "VicenteVivanco/geoclip-geolocation"
 #: The backbone that GeoCLIP was trained on.
 _CLIP = "openai/clip-vit-large-patch14"
-#: Prefix of tensor names in the state dict of the whole model -> file in the wheel with these tensors.
+#: Prefix of tensor names in the state dict of the whole model -> file of the wheel that contains these tensors.
 _FILES = {
     "location_encoder.": "location_encoder_weights.pth",
     "image_encoder.mlp.": "image_encoder_mlp_weights.pth",
@@ -96,8 +96,7 @@ def import_(path: epath.PathLike, projection: str = "equal_earth") -> GeoCLIP:
 def from_state_dict(weights: Weights, projection: str = "equal_earth") -> GeoCLIP:
     """Returns GeoCLIP with the weights of the whole model's state dict.
 
-    projection: see `import_`. Raises ValueError that names a missing tensor, an extra tensor or a tensor of the wrong
-    shape.
+    projection: see `import_`. Raises ValueError if a tensor is missing, unknown or of the wrong shape.
     """
     used = {name: value for name, value in weights.items() if not name.startswith(_UNUSED)}
     capsules = {name.split(".")[1] for name in used if re.match(r"location_encoder\.LocEnc\d+\.", name)}
@@ -123,13 +122,14 @@ class GeoCLIPPredictor(Predictor):
     batch_size = 32
 
     def __init__(self, clip: epath.PathLike | None = None, weights: epath.PathLike = HUB):
-        """Encodes the gallery, which takes some seconds. Models on the Hugging Face hub are downloaded at first.
+        """Encodes the gallery, which takes some seconds. Models on the hub are downloaded at their first use.
 
-        clip: checkpoint of CLIP ViT-L/14, a folder or a name on the hub; if None, the one that GeoCLIP was trained on.
-        weights: GeoCLIP on the hub, a folder with these files, the wheel, or a folder with its `.pth` files and its
-        coordinates_100K.csv. Raises SettingsError if either cannot be read or does not fit the other.
+        clip: checkpoint of CLIP ViT-L/14, as a folder or a name on the hub; if None, the checkpoint that GeoCLIP was
+        trained on. weights: name of GeoCLIP's release on the hub, folder with the release's files, the wheel, or folder
+        with the wheel's `.pth` files and coordinates_100K.csv. Raises SettingsError if one of them cannot be read, or
+        if the widths of CLIP and GeoCLIP differ.
         """
-        #: The local file or folder with GeoCLIP's weights.
+        #: Local file or folder with GeoCLIP's weights.
         self.folder = hub.resolve(weights, _RELEASE)
         try:
             model = import_(self.folder)
@@ -181,11 +181,11 @@ class GeoCLIPPredictor(Predictor):
 def start(settings: InitSettings) -> Callable[[AlignModel], None] | None:
     """Returns a function that copies GeoCLIP's weights into an alignment model's location encoder.
 
-    It copies the capsules, which are the encoder's parts for one scale each. The MLP after them stays random, as in G3;
-    GeoCLIP has no such MLP. settings: config.align.init. If its `location` is empty, None is returned.
+    The function copies the weights of the capsules, the parts of the encoder for one scale each. The encoder also has
+    an MLP after the capsules, which GeoCLIP does not have. Its weights stay random, as in G3.
 
-    Raises SettingsError if the weights cannot be read. The returned function raises SettingsError if they do not fit
-    config.align.model.location.
+    settings: config.align.init. If its `location` is empty, the result is None. Raises SettingsError if the weights
+    cannot be read. The returned function raises SettingsError if they do not fit config.align.model.location.
     """
     if not settings.location:
         return None
@@ -211,9 +211,9 @@ def start(settings: InitSettings) -> Callable[[AlignModel], None] | None:
 
 
 def _variables(model: GeoCLIP) -> dict[str, nnx.Variable]:
-    """Returns published tensor name -> variable of our model.
+    """Returns the variables of our model, by name of the published tensor.
 
-    The published weight of a linear layer is our kernel, transposed.
+    For linear layers, the variable is a kernel, which is the transposed published weight.
     """
     layers = (("image_encoder.mlp.0", model.image.hidden), ("image_encoder.mlp.2", model.image.output))
     return {
@@ -257,8 +257,8 @@ def _load(variables: Mapping[str, nnx.Variable], weights: Weights) -> None:
 def read_weights(path: epath.PathLike) -> dict[str, np.ndarray]:
     """Returns the weights with the tensor names of the whole model's state dict.
 
-    path: see WEIGHTS in the module's docstring. Raises ValueError if the path is none of these or cannot be downloaded,
-    and FileNotFoundError that names a missing file.
+    path: see WEIGHTS in the module's docstring. Raises ValueError if the path is not one of the listed kinds or cannot
+    be downloaded, and FileNotFoundError if a file is missing.
     """
     path = hub.resolve(path, _RELEASE)
     if _is_release(path):
@@ -275,7 +275,8 @@ def read_weights(path: epath.PathLike) -> dict[str, np.ndarray]:
 def read_gallery(path: epath.PathLike) -> Float[np.ndarray, "N 2"]:
     """Returns GeoCLIP's gallery: 100,000 coordinates, in degrees.
 
-    path: GeoCLIP's name on the hub, a folder with these files, the wheel, or a folder with coordinates_100K.csv.
+    path: name of GeoCLIP's release on the hub, folder with the release's files, the wheel, or folder with
+    coordinates_100K.csv.
     """
     path = hub.resolve(path, _RELEASE)
     file = _release_config(path)["gallery_file"] if _is_release(path) else _GALLERY
@@ -287,9 +288,9 @@ def _is_release(path: epath.Path) -> bool:
 
 
 def _release_config(folder: epath.Path, name: str | None = None) -> dict[str, Any]:
-    """Returns the config.json of a release. Raises SettingsError if it is of another model or format.
+    """Returns the config.json of a release of GeoCLIP. Raises SettingsError if it has another model or format.
 
-    name: name of the release, for the message; its folder if None.
+    folder: folder of the release. name: name of the release in messages; if None, messages name the folder.
     """
     config = read_json(pathlib.Path(folder), "config.json")
     kind, version = (config.get(key) for key in ("model_type", "format_version"))
@@ -310,7 +311,7 @@ _RELEASE = hub.Kind("config.json", f"it is not GeoCLIP; give {HUB}", _patterns)
 
 
 def _backbone(path: epath.Path) -> str:
-    """Returns the name on the hub of the CLIP that GeoCLIP's weights need. A release names a commit of it."""
+    """Returns the name on the hub of the CLIP that GeoCLIP needs, with a commit if the release names one."""
     backbone = _release_config(path).get("backbone", {}) if _is_release(path) else {}
     return "@".join(backbone[key] for key in ("repo_id", "revision") if key in backbone) or _CLIP
 
@@ -328,7 +329,7 @@ def _member(path: epath.Path, name: str) -> bytes:
 
 
 def _read_pth(file: str, data: bytes) -> dict[str, np.ndarray]:
-    """Returns the float32 tensors of a file written by torch.save. A single tensor without a dict gets the name "".
+    """Returns the float32 tensors in a file that torch.save wrote. A single tensor without a dict gets the name "".
 
     file: path of the file, for messages. data: its contents.
     """
@@ -336,7 +337,7 @@ def _read_pth(file: str, data: bytes) -> dict[str, np.ndarray]:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             (index,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
             tensors = _Tensors(archive, index).load()
-    except Exception as error:  # a damaged archive or pickle can raise nearly any exception
+    except Exception as error:  # a damaged file can raise almost any exception
         raise ValueError(
             f"{file} cannot be read as float32 tensors ({error}): download GeoCLIP's wheel again"
         ) from error
@@ -353,8 +354,9 @@ def _read_pth(file: str, data: bytes) -> dict[str, np.ndarray]:
 class _Tensors(pickle.Unpickler):
     """Unpickles dicts and float32 tensors without torch, and nothing else.
 
-    The only names it resolves are the three that torch writes for these types, and it replaces each with a harmless
-    equivalent. Other names raise UnpicklingError, so a file cannot run code.
+    A pickle names the functions and classes that it needs. This class accepts three names, which torch writes for dicts
+    and float32 tensors, and replaces each with a harmless equivalent. Other names raise UnpicklingError. A file can
+    therefore not run code.
     """
 
     def __init__(self, archive: zipfile.ZipFile, index: str):
@@ -389,7 +391,7 @@ def check(weights: Weights, path: epath.PathLike) -> dict[str, float]:
     weights: published weights. path: `.npz` file of outputs of the published model; docs/fidelity.md lists its arrays.
     """
     with np.load(io.BytesIO(epath.Path(path).read_bytes()), allow_pickle=False) as file:
-        stored = official._Stored({name: file[name] for name in file.files})
+        stored = official._StoredArrays({name: file[name] for name in file.files})
     coordinates = jnp.asarray(stored["coordinates_lat_lon_degrees"])
     features = jnp.asarray(stored["clip_image_features"])
     model, mercator = from_state_dict(weights), from_state_dict(weights, "mercator")
@@ -443,7 +445,7 @@ def read(path: epath.PathLike) -> GeoCLIP:
 def main() -> None:
     """Runs the action named on the command line.
 
-    Exits with 1 if `check` finds a difference of 1e-4 or more, and with 2 if a file cannot be used.
+    The exit status is 1 if `check` finds a difference of 1e-4 or more, and 2 if a file cannot be used.
     """
     parser = argparse.ArgumentParser(
         prog="python -m geotoken_jax.interop.geoclip",

@@ -8,8 +8,7 @@
 - `import WEIGHTS OUT.safetensors`: converts published weights to a parameter file, as `geotoken train` writes it.
 - `export PARAMETERS.safetensors OUT`: converts a parameter file to published weights.
 
-Published weights are `.pth` (needs torch), `.safetensors` or `.npz` files. Reading them never runs code in
-them.
+Published weights are `.pth` (needs torch), `.safetensors` or `.npz` files. Reading a file never runs code in it.
 """
 
 import argparse
@@ -37,7 +36,7 @@ from geotoken_jax.model.geotoken import GeoTokenModel, ModelSettings
 from geotoken_jax.model.memory import Neighbors
 from geotoken_jax.predict import beam, sample
 
-#: Published name -> array.
+#: Arrays of a state dict, by name of the tensor.
 Weights = Mapping[str, np.ndarray]
 
 #: Name prefixes of tensors in the published state dict that the published forward pass never reads.
@@ -50,8 +49,8 @@ def settings(
 ) -> ModelSettings:
     """Returns ModelSettings with the published architecture.
 
-    others: values of backbone_width, dropout, dtype and remat, instead of 768, 0.1, "float32" and "none". Raises
-    ValueError if the group is above MAX_GROUP, since its tables would be too large.
+    others: values of backbone_width, dropout, dtype and remat. Their defaults are 768, 0.1, "float32" and "none".
+    Raises ValueError if the group is above MAX_GROUP, because its tables would be too large.
     """
     if group > MAX_GROUP:
         tables = 3 * (level // group) * 4**group * width * 4
@@ -75,11 +74,11 @@ def settings(
 def settings_of(weights: Weights, *, heads: int = 8, neighbors: int = 15) -> ModelSettings:
     """Returns the settings of a published state dict, read from the shapes of its tensors.
 
-    heads, neighbors: values that the shapes do not determine. Raises ValueError that names a missing tensor or a tensor
-    whose shape fits no settings.
+    heads, neighbors: settings that do not affect the shapes. Raises ValueError if a tensor is missing, or if its
+    shape fits no settings.
     """
     rows, width = _shape(weights, "embedding.weight", 2)
-    return _settings(
+    return _settings_of_sizes(
         rows=rows,
         positions=len([name for name in weights if re.fullmatch(r"output_layers\.\d+\.weight", name)]),
         width=width,
@@ -94,11 +93,11 @@ def settings_of(weights: Weights, *, heads: int = 8, neighbors: int = 15) -> Mod
 def _settings_of_parameters(parameters: Weights) -> ModelSettings:
     """Returns the settings of a parameter file of the published architecture.
 
-    heads and neighbors are 1 instead of their true values, which no tensor's shape shows.
+    The numbers of heads and of neighbors are set to 1, because the shapes of tensors do not depend on them.
     """
     rows, width = _shape(parameters, "token_table", 2)
     layers, _, feed_forward = _shape(parameters, "encoder/feed_forward/up/kernel", 3)
-    return _settings(
+    return _settings_of_sizes(
         rows=rows,
         positions=_shape(parameters, "head", 3)[0],
         width=width,
@@ -118,11 +117,11 @@ def _shape(tensors: Weights, name: str, axes: int) -> tuple[int, ...]:
     return tensors[name].shape
 
 
-def _settings(*, rows: int, positions: int, **sizes: Any) -> ModelSettings:
+def _settings_of_sizes(*, rows: int, positions: int, **sizes: Any) -> ModelSettings:
     """Returns the settings with the group that fits the size of the token table.
 
-    rows: number of rows of the token table, which are 6 for the face and 4^group for each of the other positions.
-    positions: number of output positions. sizes: arguments of `settings` other than group and level.
+    rows: number of rows of the token table: 6 for the face, and 4^group for each of the other positions. positions:
+    number of output positions. sizes: arguments of `settings` other than group and level.
     """
     for group in range(1, MAX_GROUP + 1):
         if rows == 6 + (positions - 1) * 4**group:
@@ -134,10 +133,10 @@ def _settings(*, rows: int, positions: int, **sizes: Any) -> ModelSettings:
 
 
 def _views(s: ModelSettings, params: Any) -> dict[str, list[np.ndarray]]:
-    """Returns published tensor name -> views of our parameters, in the published layout.
+    """Returns views of our parameters in the published layout, by name of the published tensor.
 
-    A tensor is the concatenation of its views along the first axis. All views of a tensor have the same shape. Stacked
-    projections of queries, keys and values have three views, other tensors one.
+    A published tensor is the concatenation of its views along the first axis. All views of a tensor have the same
+    shape. A tensor with the projections of queries, keys and values has three views. Other tensors have one view.
     """
     builder = params["memory_builder"]
     views_of = {
@@ -146,7 +145,7 @@ def _views(s: ModelSettings, params: Any) -> dict[str, list[np.ndarray]]:
         "embedding.weight": [params["token_table"]],
         "retrieval_embedding.weight": [params["neighbor_table"]],
     }
-    for t, size in enumerate(s.cells.vocab_sizes):  # our head has the width of the largest vocabulary at all positions
+    for t, size in enumerate(s.cells.vocab_sizes):  # our head is padded to the largest vocabulary
         views_of[f"output_layers.{t}.weight"] = [params["head"][t, :, :size].T]
         views_of[f"output_layers.{t}.bias"] = [params["head_bias"][t, :size]]
     for e, name in enumerate(_PROJECTIONS):
@@ -178,7 +177,7 @@ def _views(s: ModelSettings, params: Any) -> dict[str, list[np.ndarray]]:
 def from_state_dict(s: ModelSettings, weights: Weights) -> GeoTokenModel:
     """Returns our model with published weights, in float32.
 
-    Raises ValueError that names a missing tensor, an extra tensor or a tensor of the wrong shape.
+    s: settings of the model. Raises ValueError if a tensor is missing, unknown or of the wrong shape.
     """
     model = nnx.eval_shape(lambda: GeoTokenModel(s, nnx.Rngs(0)))
     state = nnx.state(model, nnx.Param)
@@ -189,15 +188,15 @@ def from_state_dict(s: ModelSettings, weights: Weights) -> GeoTokenModel:
     if missing or extra:
         problem = f"lacks {missing[0]}" if missing else f"has an unknown tensor {extra[0]}"
         raise ValueError(
-            f"the state dict {problem} ({len(missing)} missing, {len(extra)} extra): check that the model settings are "
-            "those of the published model"
+            f"the state dict {problem} ({len(missing)} missing, {len(extra)} extra): use the settings of the published "
+            "model"
         )
     for name, views in views_of.items():
         value, shape = weights[name], (len(views) * len(views[0]), *views[0].shape[1:])
         if value.shape != shape:
             raise ValueError(
-                f"{name} has the shape {value.shape}, but the model settings need {shape}: check that the weights and "
-                "the model settings are those of the published model"
+                f"{name} has the shape {value.shape}, but the model settings need {shape}: use the weights and "
+                "the settings of the same published model"
             )
         for view, part in zip(views, np.split(value, len(views)), strict=True):
             view[...] = part
@@ -232,7 +231,7 @@ def read_weights(path: epath.PathLike) -> dict[str, np.ndarray]:
 
 
 def write_weights(path: epath.PathLike, weights: Weights) -> None:
-    """Writes a state dict atomically, in the format named by the suffix of `path`: `.pth`, `.safetensors` or `.npz`."""
+    """Writes a state dict atomically. The suffix of `path` selects the format: `.pth`, `.safetensors` or `.npz`."""
     path = epath.Path(path)
     _, write = _format(path)
     manifests.write_bytes(path, write(dict(weights)))
@@ -303,20 +302,21 @@ _FORMATS = {
 }
 
 
-class _Stored(dict):
+class _StoredArrays(dict):
+    """Arrays of a file with outputs of the published model. A missing array raises ValueError with advice."""
+
     def __missing__(self, name: str) -> np.ndarray:
         raise ValueError(f"the .npz file lacks {name}: docs/fidelity.md lists the arrays that it needs")
 
 
 def check(path: str) -> dict[str, float]:
-    """Returns name -> difference between our model's outputs and the stored outputs of the published model.
+    """Compares outputs of our model with stored outputs of the published model.
 
-    The difference is the largest absolute error; for greedy and beam tokens it is the share of equal tokens.
-
-    path: `.npz` file with the arrays that docs/fidelity.md lists. Raises ValueError that names a missing array.
+    Returns the largest absolute error of each output, by name. For greedy and beam tokens, returns the share of equal
+    tokens instead. path: `.npz` file with the arrays that docs/fidelity.md lists. Raises ValueError if one is missing.
     """
     with np.load(path, allow_pickle=False) as file:
-        stored = _Stored({name: file[name] for name in file.files})
+        stored = _StoredArrays({name: file[name] for name in file.files})
     d, depth, heads, feed_forward, group, level, m = (int(v) for v in stored["config"])
     s = settings(
         width=d, layers=depth, heads=heads, feed_forward=feed_forward, group=group, level=level, neighbors=m,
@@ -346,7 +346,7 @@ def check(path: str) -> dict[str, float]:
     log_p, log_p_in_training, sequence, greedy, beams = nnx.jit(run)(model, neighbors(0), neighbors(1))
     expected = jax.nn.log_softmax(stored[f"teacher_forced_logits_neighbors_0_to_{last}"])
     real = np.isfinite(expected)
-    # To save space, the file may store the memory of the first photos only.
+    # To save space, the file can contain the encoder's memory of only the first photos.
     states = stored[f"memory_neighbors_0_to_{last}"]
     tempered = -loss.cross_entropy(jax.nn.log_softmax(log_p / 0.7), targets).sum(1)
     per_photo = loss.weighted(
@@ -396,7 +396,7 @@ def _export(options: argparse.Namespace) -> int:
 def main() -> None:
     """Runs the action named on the command line.
 
-    Exits with 1 if `check` finds an error of 1e-4 or more or a differing token, and with 2 if a file cannot be used.
+    The exit status is 1 if `check` finds an error of 1e-4 or more or a different token, and 2 if a file cannot be used.
     """
     parser = argparse.ArgumentParser(
         prog="python -m geotoken_jax.interop.official",
@@ -407,7 +407,7 @@ def main() -> None:
     action.add_argument("file", metavar="FILE.npz")
     action.set_defaults(run=_check)
     action = actions.add_parser(
-        "import", help="convert published weights to a parameter file like those of `geotoken train`"
+        "import", help="convert published weights to a parameter file, as `geotoken train` writes it"
     )
     action.add_argument("weights", metavar="WEIGHTS", help=f"published weights, one of {', '.join(_FORMATS)}")
     action.add_argument("out", metavar="OUT.safetensors")

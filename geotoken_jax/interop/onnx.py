@@ -17,9 +17,9 @@ With onnxruntime and numpy alone, from the folder of the export:
 
 `align.onnx` maps features [b, C] to vectors [b, 3, C]. `geotoken.onnx` maps the vectors of a photo and its neighbors to
 candidates. The array `noise.npy` [T, K, V], for T tokens, K candidates and a vocabulary of V, is an input of
-`geotoken.onnx`: it is added to the log-probabilities of each token before the argmax. With this noise the candidates
-equal the candidates of `GeoToken.load`. For other samples, pass other noise: 0 for the first candidate, which is
-greedy, and Gumbel noise for the others.
+`geotoken.onnx`. It is added to the log-probabilities of each token before the argmax. With this noise the candidates
+equal the candidates of `GeoToken.load`. For other samples, pass other noise. The first candidate is greedy, so its
+noise is 0. The other candidates have Gumbel noise.
 """
 
 
@@ -35,7 +35,7 @@ def make(folder: epath.Path, out: epath.Path) -> str:
 
 def _convert(program: Program, file: epath.Path) -> None:
     shapes = program.shapes()
-    # Trace before the conversion, during which jax2onnx patches operations of flax and jax.
+    # Trace first, because jax2onnx patches operations of flax and jax during the conversion.
     traced, result = jax.make_jaxpr(lambda *values: program.run(program.model, *values), return_shape=True)(*shapes)
     jax2onnx.to_onnx(
         jaxpr_as_fun(traced),

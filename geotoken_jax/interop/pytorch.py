@@ -24,7 +24,7 @@ _RUNTIME = ("attention", "attention_dropout", "dropout", "neighbor_dropout", "dt
 def make(folder: epath.Path, out: epath.Path) -> str:
     """Writes geotoken.safetensors, and geotoken.pth if torch is installed. Returns the text of README.md.
 
-    Raises SettingsError that names a model setting without an equivalent in the published code.
+    Raises SettingsError with the name of a model setting that the published code does not support.
     """
     ours = settings.read(ModelSettings, json.loads((folder / "config.json").read_text())["model"], "model")
     published = official.settings(

@@ -15,9 +15,9 @@ With TensorFlow and numpy alone, from the folder of the export:
 `align/` and `geotoken/` are SavedModels with the signature `serving_default` for any number of photos. They contain the
 programs `align.stablehlo` and `geotoken.stablehlo` with their parameters as XLA programs, so serving needs a runtime
 with XLA, such as TensorFlow. The arguments of geotoken are query, neighbors, neighbor_tokens, neighbor_count and
-numbers. Numbers are the seeds of the samples, one per photo.
+numbers. `numbers` has one seed per photo, for its samples.
 """
-#: Program -> its arguments, in order.
+#: Name of each program -> names of its arguments, in order.
 _ARGUMENTS = {
     "align": ("features",),
     "geotoken": ("query", "neighbors", "neighbor_tokens", "neighbor_count", "numbers"),

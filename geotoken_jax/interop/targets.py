@@ -11,7 +11,7 @@ from etils import epath
 from geotoken_jax import manifests
 from geotoken_jax.settings import SettingsError
 
-#: Target name -> the module of interop/ that converts, and the packages to install beside geotoken-jax.
+#: Name of a target -> module of interop/ that converts to it, and packages that must be installed for it.
 TARGETS = {
     "onnx": ("onnx", "jax2onnx==0.17.1 onnxruntime==1.32.0 array_record==0.8.6 ml_collections pillow safetensors tqdm"),
     "savedmodel": ("savedmodel", "tensorflow-cpu==2.21.0 jax==0.10.2 etils safetensors tqdm"),

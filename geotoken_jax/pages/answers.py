@@ -1,4 +1,4 @@
-"""The page of a user's own photos: a map of all answers, and a card per photo, the most certain first."""
+"""HTML page of `geotoken predict`: a map of all answers, and a card per photo, the most certain photo first."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -15,17 +15,17 @@ _SIDE = 240
 def page(answers: Sequence[tuple[Mapping[str, Any], Any]]) -> str:
     """Returns the page as HTML.
 
-    answers: for each photo the fields of its Prediction with its `id`, and its path or bytes.
+    answers: a pair per photo: its answer (see folder.outputs.Answer), and its path or the bytes of its file.
     """
     certain_first = sorted(answers, key=lambda one: one[0]["radius_km"])
     known = [answer for answer, _ in answers if not answer.get("unknown")]
     at = np.array([(answer["latitude"], answer["longitude"]) for answer in known]).reshape(-1, 2)
     unknown = len(answers) - len(known)
-    rest = f" Too uncertain, and so unknown: {unknown:,} of {len(answers):,}." if unknown else ""
+    rest = f" Unknown, because too uncertain: {unknown:,} of {len(answers):,}." if unknown else ""
     headline = (
         f"<h1>Where {len(answers):,} photos were taken</h1><p>A model's answers. With a probability of 50 % a photo "
-        "was taken within the first distance of the answer, and with 90 % within the second. Each name is that of the "
-        f"city nearest to the answer (GeoNames, CC BY 4.0).{rest}</p>"
+        "was taken within the first distance of the answer, and with 90 % within the second. Each name is the name of "
+        f"the city nearest to the answer (GeoNames, CC BY 4.0).{rest}</p>"
     )
     cards = "".join(_card(answer, photo) for answer, photo in certain_first)
     sections = [

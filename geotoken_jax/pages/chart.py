@@ -19,7 +19,7 @@ Key = tuple[str, int, str]
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """Curve of a chart, or one bar per group of a bar chart.
+    """A curve, or the bars of one color in a bar chart: one bar per group.
 
     Attributes:
         name: label in the legend.
@@ -53,11 +53,12 @@ class Chart:
         title: description for screen readers.
         x_label: name of the x axis.
         y_label: name of the y axis.
-        series: curves, of which the last is drawn on top, or bars.
-        groups: names of the groups of bars; the series are curves if empty.
+        series: curves or bars. The last curve is drawn on top.
+        groups: names of the groups of bars. If empty, the series are curves.
         log_x: whether the x axis is logarithmic.
         marks: x values of vertical lines.
-        legend: entries below the chart; the entries of the listed series if None, no legend if empty.
+        legend: entries of the legend below the chart. If None, the entries of the listed series. If empty, there is no
+            legend.
     """
 
     caption: str
@@ -91,8 +92,8 @@ class Chart:
 class Panels:
     """Charts side by side under one legend.
 
-    legend: entries of the legend; the entries of all listed series if None. small: whether charts are smaller, with
-    more of them in a row.
+    legend: entries of the legend; if None, the entries of all listed series. small: whether charts are smaller, with
+    more charts in a row.
     """
 
     charts: Sequence[Chart]
@@ -195,8 +196,8 @@ def _labels(x_label: str, y_label: str) -> list[str]:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Returns two to eight evenly spaced round numbers, whose first and last enclose the range."""
-    rough = (high - low if high > low else 1) / 5  # an axis from 0 to 1 if all values are 0
+    """Returns two to eight evenly spaced round numbers, from `low` or below to `high` or above."""
+    rough = (high - low if high > low else 1) / 5  # if all values are 0, the axis is from 0 to 1
     power = 10 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
@@ -204,7 +205,7 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _decades(low: float, high: float) -> list[float]:
-    """Returns the powers of ten in a range; if there are fewer than three, also their multiples by 2 and 5."""
+    """Returns the powers of ten in a range. If there are fewer than three, adds powers of ten times 2 and times 5."""
     first, last = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
     ticks = [
         m * 10.0**e for e in range(first, last + 1) for m in (1, 2, 5) if low * 0.999 <= m * 10.0**e <= high * 1.001

@@ -1,4 +1,4 @@
-"""Page of `geotoken audit coverage`: gallery photos by region, and accuracy if a region has none."""
+"""Page of `geotoken audit coverage`: gallery photos per region, and accuracy if a region has no gallery photos."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -132,7 +132,10 @@ def _nearest(figures: Mapping[str, Any]) -> list[Piece | str]:
 
 
 def _within(bins: Sequence[Mapping[str, Any]], method: int) -> list[Float[np.ndarray, "bins"]]:
-    """Returns accuracy and its interval's ends per bin, in percent, of one method; NaN for a bin without photos."""
+    """Returns the accuracy of one method per bin, and the lower and upper ends of its intervals, in percent.
+
+    A bin without photos has NaN.
+    """
     return [
         np.array([100 * b["methods"][method]["accuracy"][BIN_AT][part] if b["photos"] else np.nan for b in bins])
         for part in ("value", "low", "high")
@@ -154,7 +157,7 @@ def _masked(masked: Mapping[str, Any], maps: Maps) -> list[Piece | str]:
         drawn.append(_lost_map(kind, maps))
     between = [f"{a}-{b}" for a, b in itertools.pairwise(LOST_BANDS)]
     bands = [f"under {LOST_BANDS[0]}", *between, f"over {LOST_BANDS[-1]}"]
-    lead = "Of the photos placed within 2,500 km, percent that no longer are without the region: "
+    lead = "Loss of accuracy within 2,500 km without the region, in percent of the accuracy with it: "
     return [
         f"<p>The photos of {escape(split)} in a region are placed again after all photos of that region are removed "
         "from the gallery: neighbors are searched again, exactly, and the first neighbor and the decoder give new "

@@ -14,12 +14,12 @@ from geotoken_jax.pages.chart import Chart, Panels, Series
 from geotoken_jax.pages.frame import Piece, Section
 from geotoken_jax.pages.table import THRESHOLDS, Cell, Group, Row, Table, interval, method, plain, points
 
-#: Largest number of methods in a chart; the palette has as many colors.
+#: Largest number of methods in a chart. The palette has this number of colors.
 _MAX_BARS = 8
 
 
 def page(name: str, experiment: Experiment, results: Mapping[str, Any], resamples: int) -> str:
-    """Returns the page as HTML. results: contents of results.json. resamples: resamples of the bootstrap."""
+    """Returns the page as HTML. results: contents of results.json. resamples: number of bootstrap resamples."""
     title = name.replace("_", " ").capitalize()
     note = f"<p>{escape(experiment.note)}</p>" if experiment.note else ""
     headline = f'<h1>{escape(title)}</h1><p class="lead">{escape(results["question"])}</p>{note}'
@@ -50,8 +50,8 @@ def _accuracy(results: Mapping[str, Any]) -> list[Piece | str]:
             charts.append(_chart(split, drawn))
     lead = (
         f"<p>Percent of photos {'less than' if results['strict'] else 'within'} a distance of the truth, on the "
-        f"{results['earth']}, with 95 % bootstrap intervals. A bound uses the truth to take the best of the same "
-        "candidates.</p>"
+        f"{results['earth']}, with 95 % bootstrap intervals. A bound is the best of the same candidates, chosen "
+        "by the truth.</p>"
     )
     return [lead, *([Panels(charts)] if charts else []), frame.folded(parts)]
 
@@ -67,7 +67,7 @@ def _chart(split: str, methods: list[Mapping[str, Any]]) -> Chart:
 
 
 def _curve(curve: Mapping[str, Any]) -> list[Piece | str]:
-    """Returns charts of each run's accuracy on validation, against examples and against processor time."""
+    """Returns charts of each run's accuracy on validation, over train examples and over processor time."""
     charts = []
     for key, name, unit in (("examples", "train examples", 1), ("processor_s", "minutes of processor time", 60)):
         for at in (0, 1):
@@ -83,8 +83,8 @@ def _curve(curve: Mapping[str, Any]) -> list[Piece | str]:
             title = f"Percent of the validation photos within {km} against {name}, one curve per run"
             charts.append(Chart(f"within {km}, by {name}", title, name, f"percent within {km}", series))
     lead = (
-        f"<p>Greedy decoding of {curve['photos']:,} photos of validation. Processor time is that of training alone, "
-        "without compilation and validation.</p>"
+        f"<p>Greedy decoding of {curve['photos']:,} photos of validation. Processor time includes training, without "
+        "compilation and validation.</p>"
     )
     return [lead, Panels(charts)]
 

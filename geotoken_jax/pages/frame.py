@@ -1,4 +1,4 @@
-"""Frame of all pages, and small pieces of pages: tiles, verdicts, map keys and folded parts.
+"""Layout of all pages, and small pieces of pages: tiles, verdicts, map keys and parts that open on a click.
 
 A page is one HTML file that opens from disk and loads nothing else. Functions that build HTML escape text from data.
 """
@@ -39,14 +39,17 @@ class Section:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Origin of a page. manifests: manifests of its inputs by folder. resamples: resamples of the bootstrap."""
+    """Origin of a page's figures.
+
+    manifests: manifest of each input, by folder. resamples: number of bootstrap resamples.
+    """
 
     manifests: Mapping[str, Manifest]
     resamples: int
 
 
 def page(title: str, headline: str, sections: Sequence[Section]) -> str:
-    """Returns a page as HTML: headline, navigation and sections. title: text. headline: HTML."""
+    """Returns a page as HTML: headline, navigation and sections. title: plain text. headline: HTML."""
     links = (f'<a href="#{s.anchor}">{escape(s.name)}</a>' for s in sections)
     bodies = (f'<section id="{s.anchor}"><h2>{escape(s.title)}</h2>{join(s.pieces)}</section>' for s in sections)
     parts = {
@@ -60,7 +63,7 @@ def page(title: str, headline: str, sections: Sequence[Section]) -> str:
 
 
 def audit_page(title: str, headline: str, sections: Sequence[Section], source: Source) -> str:
-    """Returns the page of an audit, with a last section on intervals and on the folders that the figures come from."""
+    """Returns the page of an audit. A last section describes the intervals and lists the folders of the figures."""
     note = (
         f"<p>{intervals(source.resamples)} A missing prediction counts as wrong. All figures of the audit, including "
         "figures that this page does not show, are in figures.json in the same folder. The figures come from these "
@@ -71,7 +74,7 @@ def audit_page(title: str, headline: str, sections: Sequence[Section], source: S
 
 
 def fill(template: str, parts: Mapping[str, str]) -> str:
-    """Returns a template file of this package with each {{name}} replaced by the part of that name."""
+    """Returns the text of a template file of this package, with each {{name}} replaced by `parts[name]`."""
     text = epath.resource_path("geotoken_jax.pages").joinpath(template).read_text()
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], text)
 
@@ -82,9 +85,9 @@ def join(pieces: Iterable[Piece | str]) -> str:
 
 
 def folded(parts: Iterable[tuple[str, str, Sequence[Piece | str]]]) -> str:
-    """Returns HTML of parts that a click on their name opens and closes. The first is open.
+    """Returns HTML of parts that open and close when their name is clicked. The first part is open.
 
-    parts: name, note, pieces.
+    parts: name, note and pieces of each part.
     """
     return "".join(
         f"<details{'' if number else ' open'}><summary><b>{escape(name)}</b> "
@@ -94,7 +97,7 @@ def folded(parts: Iterable[tuple[str, str, Sequence[Piece | str]]]) -> str:
 
 
 def hidden(name: str, *pieces: Piece | str) -> str:
-    """Returns HTML of pieces that are hidden until a click on `name`."""
+    """Returns HTML of pieces that are hidden until the user clicks on `name`."""
     return f"<details><summary>{escape(name)}</summary>{join(pieces)}</details>"
 
 
@@ -108,7 +111,7 @@ def tiles(items: Iterable[tuple[str, str, str]]) -> str:
 
 
 def verdict(text: str, warn: bool = False) -> str:
-    """Returns HTML of a sentence that sums up results. warn: whether the sentence has the color of a problem."""
+    """Returns HTML of a sentence that sums up results. warn: whether it is marked as a problem."""
     return f'<p class="verdict{" warn" if warn else ""}">{escape(text)}</p>'
 
 
@@ -119,7 +122,7 @@ def color_key(items: Iterable[tuple[str, str, str]], lead: str = "") -> str:
 
 
 def manifests(by_folder: Mapping[str, Manifest]) -> str:
-    """Returns HTML of manifests, each hidden until a click on its folder."""
+    """Returns HTML of manifests. Each is hidden until the user clicks on its folder."""
     parts = []
     for name, manifest in by_folder.items():
         shown = {"settings": manifest.settings, "counts": manifest.counts, "dropped": manifest.dropped}

@@ -1,4 +1,7 @@
-"""Page of `geotoken audit leakage`: evaluated photos that also are in the gallery, and accuracy without them."""
+"""Page of `geotoken audit leakage`: evaluated photos with the same author, place or picture as a gallery photo.
+
+The page also has the accuracy without these photos.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -27,8 +30,9 @@ def page(
 ) -> str:
     """Returns the page as HTML.
 
-    figures: result of `leakage.figures`. coordinates: result of `leakage.worst_kinds`. photos: lookup of the photos of
-    the pairs, by split. gallery: lookup of the gallery photos of the pairs. reference: variant whose rows are bold.
+    figures: result of `leakage.figures`. coordinates: result of `leakage.worst_kinds`. photos: lookup of evaluated
+    photos, by split. gallery: lookup of gallery photos. Both lookups must have the pairs of photos that the page shows.
+    reference: variant whose rows are bold.
     """
     splits = figures["splits"]
     tiles = [
@@ -66,7 +70,7 @@ def _counts(figures: Mapping[str, Any]) -> list[Piece | str]:
     return [
         "<p>A photo is leaked if a gallery photo has the same id, the same known author or exactly the same "
         f"coordinates, or if the cosine between their image embeddings is above {figures['cosine_above']:g} "
-        "(near-duplicate). A photo may be leaked in several ways; a clean photo is leaked in none. The last columns "
+        "(near-duplicate). A photo can be leaked in several ways. A clean photo is not leaked. The last columns "
         "are quantiles of the cosine with the most similar gallery photo.</p>",
         Table([*columns, *(f"Cosine, {name}" for name in quantiles)], [Group(rows)]),
     ]

@@ -14,8 +14,8 @@ from geotoken_jax.pages.chart import Chart, Key, Panels, Series
 from geotoken_jax.pages.frame import Piece, Section
 from geotoken_jax.pages.table import THRESHOLDS, Cell, Group, Row, Table, interval, points
 
-#: A level has a calibration chart if the confidence of its most confident bin is at least this many times the uniform
-#: probability. The points of other levels are too close together for a curve.
+#: A level has a calibration chart if the confidence of its most confident bin is at least this multiple of the uniform
+#: probability. At other levels, the points are too close together for a curve.
 _SPREAD = 2
 
 
@@ -57,7 +57,7 @@ def _forced(figures: Mapping[str, Any]) -> list[Piece | str]:
     return [
         "<p>Teacher-forced: every token is predicted from the true tokens before it. The loss is minus the logarithm "
         "of the probability of the true token. A loss of 100 % of a uniform guess means that the model has learned no "
-        "more than the number of cells. The entropy is the loss that the model itself expects: if the loss is larger, "
+        "more than the number of cells. The entropy is the loss that the model itself expects. If the loss is larger, "
         "the model is overconfident.</p>",
         Panels(
             [
@@ -192,10 +192,10 @@ def _neighbors(figures: Mapping[str, Any]) -> list[Piece | str]:
 
 
 def _table(figures: Mapping[str, Any], columns: Sequence[str], cells: Callable[[int, Any], list[Cell | str]]) -> str:
-    """Returns a folded table with a row per level of each split.
+    """Returns a table with a row per level of each split. The table is hidden until the user clicks on its name.
 
-    columns: heads of the columns after the level. cells: function from the index of a level, and its estimates in a
-    split, to the cells of its row.
+    columns: heads of the columns after the level. cells: function that returns the cells of a row. Its arguments are
+    the index of the level, and the level's estimates in the split.
     """
     names = [f"{of['level']:g} ({formats.km(of['cell_km'])})" for of in figures["levels"]]
     groups = [
@@ -215,9 +215,9 @@ def _curves(figures: Mapping[str, Any], caption: str, key: str, y_label: str, sc
 
 
 def _split_curves(figures: Mapping[str, Any], kinds: Mapping[str, Key], title: str) -> list[Chart]:
-    """Returns a chart per split, each with one curve in percent over levels per kind.
+    """Returns a chart per split, with one curve over levels per estimate, in percent.
 
-    kinds: key of an estimate -> legend entry of its curve.
+    kinds: legend entry of each curve, by key of its estimate.
     """
     return [
         Chart(
@@ -250,7 +250,10 @@ def _bars(figures: Mapping[str, Any], caption: str, key: str, y_label: str) -> C
 
 
 def _bar_series(of: Mapping[str, Any], key: str, name: str, color: int) -> Series:
-    """Returns bars of an estimate of a split at each level, in percent; NaN for a level without an estimate."""
+    """Returns bars of an estimate of a split at each level, in percent. A level without the estimate has no bar.
+
+    of: the split's entry in `figures`. key: key of the estimate. name: name in the legend. color: color number.
+    """
     y, low, high = (
         np.array([100 * at[key][part] if at[key] else np.nan for at in of["levels"]])
         for part in ("value", "low", "high")

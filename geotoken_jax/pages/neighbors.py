@@ -15,7 +15,10 @@ from geotoken_jax.pages.table import THRESHOLDS, Group, Row, Table, interval, po
 
 
 def page(figures: Mapping[str, Any], samples: Sequence[NeighborSample], source: frame.Source) -> str:
-    """Returns the page as HTML. figures: result of `neighbor_gap.figures`. samples: samples that `figures` is from."""
+    """Returns the page as HTML.
+
+    figures: result of `neighbor_gap.figures`. samples: photos with their neighbors from which `figures` was computed.
+    """
     tiles = []
     for split, of in figures["splits"].items():
         at = of["methods"][0]["accuracy"][AT]
@@ -67,7 +70,7 @@ def _quality(figures: Mapping[str, Any]) -> list[Piece | str]:
 
 
 def _rules(exclude: Mapping[str, Any]) -> str:
-    """Returns the gallery photos that cannot be neighbors, in words. exclude: section of config.index.neighbors."""
+    """Describes the gallery photos that cannot be neighbors. exclude: a section of config.index.neighbors."""
     rules = ["the photo itself"]
     rules += ["all photos of its author"] if exclude["author"] else []
     rules += [f"photos with a cosine above {exclude['cosine_above']:g}"] if exclude["cosine_above"] < 1 else []
@@ -104,7 +107,7 @@ def _scores(figures: Mapping[str, Any], samples: Sequence[NeighborSample]) -> li
 
 
 def _series(figures: Mapping[str, Any], curves: Any, x: np.ndarray) -> list[Series]:
-    """Returns a curve per split, solid if the decoder is trained on the split, else dashed."""
+    """Returns a curve per split. It is solid if the decoder is trained on the split, else dashed."""
     return [
         Series(split, i, y, x, style="solid" if of["trained_on"] else "dashed")
         for i, ((split, of), y) in enumerate(zip(figures["splits"].items(), curves, strict=True))

@@ -18,28 +18,28 @@ from geotoken_jax.pages import frame, worldmap
 from geotoken_jax.pages.table import Cell, Group, Row, Table
 from geotoken_jax.records import Photos
 
-#: Largest number of photos on the map, per split and of all splits; a photo has 2 KB.
+#: Largest number of photos on the map, per split and in total. Each photo adds 2 KB to the page.
 _MAP_SPLIT, _MAP_ALL = 300, 1200
 #: Largest number of neighbors and of candidates on a card.
 NEIGHBORS, _CANDIDATES = 6, 5
-#: JPEG quality, 1 to 95; a photo 64 pixels wide has 2 KB at 75.
+#: JPEG quality of photos on a page, 1 to 95. With 75, a photo 64 pixels wide has 2 KB.
 _QUALITY = 75
 
 
 def data_uri(image: bytes, side: int) -> str:
-    """Returns a photo as a data URI of a JPEG whose longer side has up to `side` pixels.
+    """Returns a photo as a data URI: a JPEG whose longer side has up to `side` pixels.
 
-    The URI is empty if the image cannot be decoded. image: bytes of an image file.
+    If the photo cannot be decoded, the URI is empty. image: bytes of an image file.
     """
     try:
         small = preprocess.thumbnail(image, side, _QUALITY, side)
     except preprocess.ImageError:
-        return "data:,"  # the page shows the alternative text; `embed` dropped this photo for the same reason
+        return "data:,"  # the page shows the alternative text instead
     return f"data:image/jpeg;base64,{base64.b64encode(small).decode()}"
 
 
 def thumbnail(gallery: PhotoLookup, name: str) -> str:
-    """Returns a gallery photo as an HTML element, or an empty square if the gallery has no photo of that id."""
+    """Returns a gallery photo as an HTML element, or an empty square if the photo is missing. name: id of the photo."""
     photo = gallery.photo(name)
     if photo is None:
         return '<span class="none"></span>'
@@ -48,7 +48,7 @@ def thumbnail(gallery: PhotoLookup, name: str) -> str:
 
 
 def cards(examples: Examples, gallery: PhotoLookup) -> str:
-    """Returns HTML with a card per example photo. gallery: lookup of place names and of neighbors' pictures."""
+    """Returns HTML with a card per example photo. gallery: lookup of place names and of photos of neighbors."""
     count = max(map(len, examples.kinds.values()))
     parts = [
         f"<p>The {count} photos of {escape(examples.split)} with the smallest, the median and the largest errors of "
@@ -96,14 +96,15 @@ def _card(photo: Mapping[str, Any], row: Mapping[str, Any], gallery: PhotoLookup
 
 
 def candidate_table(row: Mapping[str, Any], truth: Float[np.ndarray, "2"], gallery: PhotoLookup) -> str:
-    """Returns an HTML table of the most probable candidates of a photo; "" if its candidates have no probabilities.
+    """Returns an HTML table of the most probable candidates of a photo, or "" if candidates have no probabilities.
 
-    row: line of the file of predictions. truth: degrees. gallery: lookup of place names.
+    row: the photo's line in the file of predictions. truth: true coordinates, in degrees. gallery: lookup of place
+    names.
     """
     candidates = row.get("candidates", [])
     if not candidates or "probability" not in candidates[0]:
         return ""
-    # Keyed by place, because files of other programs may list equal samples several times.
+    # A dict by coordinates, because files of other programs can have the same candidate several times.
     places = {(c["latitude"], c["longitude"]): c["probability"] for c in candidates}
     chosen_by: dict[tuple[float, float], list[str]] = {}
     for choice, k in row.get("choices", {}).items():
@@ -129,10 +130,10 @@ def photo_map(
     reference: str,
     seed: int,
 ) -> str:
-    """Returns HTML of the map of a random sample of photos. Its data is JSON that is safe inside `<script>`.
+    """Returns HTML of a map of a random sample of photos. The map's data is JSON that is safe inside `<script>`.
 
-    truths, methods, photos: true coordinates, methods and records by split. reference: variant that the map shows
-    first. seed: seed of the sample.
+    truths, methods, photos: true coordinates, methods and photo records, by split. reference: variant that the map
+    shows first. seed: seed of the random sample.
     """
     names = {m.variant: m.name for split in methods.values() for m in split if m.main}
     splits = {}

@@ -18,7 +18,7 @@ from geotoken_jax.pages.frame import Piece, Section
 from geotoken_jax.pages.table import THRESHOLDS, Cell, Group, Row, Table, explanation, interval, method, points
 from geotoken_jax.records import Photos
 
-#: Sources of candidates (predict/channels.py, predict/rerank.py) -> name in the table of recall.
+#: Key of each source of candidates (predict/channels.py, predict/rerank.py) -> its name in the table of recall.
 _SOURCES = {
     "index": "neighbors by image, location and text vectors",
     "backbone": "neighbors by whitened image embeddings",
@@ -28,7 +28,7 @@ _SOURCES = {
     "cells": "most probable cells of the decoder",
     "all": "all together",
 }
-#: Loss curves of models: name of the model, and steps and values by name of the loss.
+#: Loss curves of trained models: per model its name, and the steps and values of each loss, by name of the loss.
 Losses = Sequence[tuple[str, Mapping[str, tuple[np.ndarray, np.ndarray]]]]
 
 
@@ -38,15 +38,15 @@ class Report:
 
     Attributes:
         name: name of the configuration.
-        reference: variant that the others are compared with.
-        seed: seed of the choice of photos on the map.
+        reference: variant with which the other variants are compared.
+        seed: seed of the random choice of photos on the map.
         metrics: contents of report/metrics.json.
         truths: true coordinates by split, in the order of the page.
         methods: methods by split, in the order of the page.
-        photos: records of photos/ by split.
-        examples: photos of `first_split` with the smallest, median and largest errors of the reference; None if the
-            reference has no predictions for that split.
-        gallery: lookup of place names and of neighbors' pictures.
+        photos: photo records by split.
+        examples: photos of `first_split` with the smallest, median and largest errors of the reference. None if the
+            reference has no predictions for this split.
+        gallery: lookup of place names and of photos of neighbors.
         losses: loss curves of the trained models.
         manifests: manifests by folder of the work directory.
     """
@@ -94,7 +94,7 @@ def page(report: Report) -> str:
 
 
 def first_split(truths: Mapping[str, CoordinateTable]) -> str:
-    """Returns the split of the headline and of the example photos: `test` if it exists, else the first."""
+    """Returns the split that the headline and the example photos show: `test` if it exists, else the first split."""
     return "test" if "test" in truths else next(iter(truths))
 
 
@@ -128,7 +128,7 @@ def _headline(report: Report) -> str:
 
 
 def _bars(main: Mapping[str, Any], rival: Mapping[str, Any] | None) -> str:
-    """Returns a tile per threshold, with a bar for the main method and a tick for the rival."""
+    """Returns a tile per threshold, with a bar for the main method and a tick for the rival, the best baseline."""
     tiles = []
     for i, a in enumerate(main["accuracy"]):
         tick = versus = ""
@@ -147,9 +147,9 @@ def _bars(main: Mapping[str, Any], rival: Mapping[str, Any] | None) -> str:
 
 
 def _seeds(report: Report) -> dict[str, int]:
-    """Returns folder -> seed, for the photos, the alignment, the decoder and the predictions of the reference variant.
+    """Returns the seeds of the reference variant's photos, alignment, decoder and predictions, by folder.
 
-    A folder without a seed in its settings is left out; of several seeds, the first counts.
+    A folder without a seed in its settings is left out. If its settings have several seeds, the first one is returned.
     """
 
     def find(value: Any) -> int | None:
@@ -186,7 +186,7 @@ def _accuracy(metrics: Mapping[str, Any], reference: str) -> list[Piece | str]:
     return [
         f"<p>Percent of photos placed {'less than' if metrics['strict'] else 'within'} a distance of the truth, on the "
         f"{metrics['earth']}, with 95 % bootstrap intervals. The best value of each accuracy column is bold. A bound "
-        "uses the truth to take the best of the same candidates, so it is the limit of every choice among them. "
+        "is the best of the same candidates, chosen by the truth. No choice among them can be more accurate. "
         "GeoScore is the mean score of the game GeoGuessr: 5,000 at the right place, 2,559 at 1,000 km.</p>",
         frame.folded(parts),
         _explanations(metrics["splits"]),
@@ -195,7 +195,7 @@ def _accuracy(metrics: Mapping[str, Any], reference: str) -> list[Piece | str]:
 
 
 def _recall(metrics: Mapping[str, Any]) -> list[Piece | str]:
-    """Returns a table per split: the share of photos whose pool has a candidate near the truth, by source."""
+    """Returns a table per split: for each source of candidates, the share of photos with a candidate near the truth."""
     parts = []
     for split, sources in metrics["recall"].items():
         best = [max(shares[i] for name, shares in sources.items() if name != "all") for i in range(len(THRESHOLDS))]
@@ -220,7 +220,10 @@ def _recall(metrics: Mapping[str, Any]) -> list[Piece | str]:
 
 
 def _explanations(splits: Mapping[str, Any]) -> str:
-    """Returns a folded list that explains the selectors in the names of methods; "" if there are none to explain."""
+    """Returns a list that explains the selectors in the names of methods, or "" if no name has a selector.
+
+    The list is hidden until the user clicks on its heading.
+    """
     choices = dict.fromkeys(m["choice"] for scores in splits.values() for m in scores["methods"])
     items = [
         f"<li><b>{escape(choice.replace('_', ' '))}</b>: {escape(explanation(choice))}</li>"
@@ -310,7 +313,7 @@ def _clean(metrics: Mapping[str, Any], reference: str) -> list[Piece | str]:
 
 
 def _exclusion(splits: Mapping[str, Any], reference: str) -> list[Section]:
-    """Returns a section on benchmarks with and without exclusion; an empty list without benchmarks."""
+    """Returns a section on benchmarks with and without exclusion, or an empty list if there are no benchmarks."""
     counts, accuracies = [], []
     for split, scores in splits.items():
         if "exclusion" not in scores:
@@ -359,7 +362,10 @@ def _size(scores: Mapping[str, Any]) -> str:
 
 
 def _distance(methods: Mapping[str, Sequence[Method]], reference: str) -> list[Piece | str]:
-    """Returns a chart per split with a color per variant. Bounds are drawn for baselines and the reference only."""
+    """Returns a chart per split with a color per variant.
+
+    Only bounds of baselines and of the reference are drawn.
+    """
     drawn = {
         split: [m for m in listed if not m.bound or m.baseline or m.variant == reference]
         for split, listed in methods.items()
@@ -380,7 +386,7 @@ def _distance(methods: Mapping[str, Sequence[Method]], reference: str) -> list[P
         series.reverse()
         marks = distance.THRESHOLDS_KM
         charts.append(Chart(split, title, x_label, "percent of photos", series, log_x=True, marks=marks))
-    keys = [key for chart in charts for key in chart.entries()[::-1]]  # the reference is drawn last, over the others
+    keys = [key for chart in charts for key in chart.entries()[::-1]]  # the reference, drawn last, is first here
     return [
         "<p>Percent of photos placed within a distance of the truth, for every distance. Dotted vertical lines are the "
         "thresholds of the tables. Solid curves are answers, dotted curves are choices of other selectors, and dashed "
@@ -390,7 +396,7 @@ def _distance(methods: Mapping[str, Sequence[Method]], reference: str) -> list[P
 
 
 def _training(losses: Losses) -> list[Piece | str]:
-    """Returns a chart per model, with curves of train/loss* and validation/loss*. Terms of a loss are faint."""
+    """Returns a chart per model, with curves of train/loss* and validation/loss*. Terms of a loss have faint curves."""
     charts = []
     for name, curves in losses:
         ordered = sorted(curves.items(), key=lambda item: item[0].endswith("/loss"))

@@ -12,7 +12,7 @@ from geotoken_jax.geo import distance
 
 #: Column heads for distance.THRESHOLDS_KM.
 THRESHOLDS = tuple(f"{km:,}\N{NO-BREAK SPACE}km" for km in distance.THRESHOLDS_KM)
-#: Explanations of selectors (predict/select.py) for readers of a page. Keys are values of Method.choice.
+#: Explanations of selectors (predict/select.py) for readers of a page, by value of Method.choice.
 _SELECTORS = {
     "greedy": "the most probable token at every step of decoding",
     "log_probability": "the candidate with the highest probability",
@@ -41,7 +41,7 @@ class Cell:
         text: number or word.
         notes: small lines below the text.
         look: CSS class of the cell; `best` is bold.
-        sign: color of the text, `up` for green or `down` for red; the usual color if empty.
+        sign: color of the text, `up` for green or `down` for red; if empty, the text has the usual color.
         title: tooltip.
         html: HTML after the text, such as a picture or a gauge.
     """
@@ -70,7 +70,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Rows below a line with the name of the group and a note; no line if the name is empty."""
+    """Rows below a line with the name of the group and a note. If the name is empty, there is no line."""
 
     rows: Sequence[Row]
     name: str = ""
@@ -99,12 +99,12 @@ class Table:
 
 
 def plain(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
-    """Returns a table of text in one group. lines: cells of each row; the first is the row's name."""
+    """Returns a table of text with one group. lines: cells of each row; the first cell is the row's name."""
     return Table(columns, [Group([Row(name, cells) for name, *cells in lines])])
 
 
 def explanation(choice: str) -> str:
-    """Returns how a selector chooses an answer, in plain words; "" for a name that is not a selector of this package.
+    """Describes how a selector chooses an answer. Returns "" if this package has no selector of this name.
 
     choice: name of the selector, with underscores.
     """
@@ -117,7 +117,7 @@ def method(name: str, choice: str) -> Cell:
 
 
 def interval(estimate: Mapping[str, float] | None, form: str = ".1f", scale: float = 100, look: str = "") -> Cell:
-    """Returns a cell with an estimate above its interval; a dash if the estimate is None.
+    """Returns a cell with an estimate above its interval. If the estimate is None, the cell has a dash.
 
     form: format of the numbers. scale: factor on the numbers, 100 for percent. look: CSS class of the cell.
     """
@@ -128,11 +128,10 @@ def interval(estimate: Mapping[str, float] | None, form: str = ".1f", scale: flo
 
 
 def points(estimate: Mapping[str, float], colored: bool = True) -> Cell:
-    """Returns a cell with a difference of shares in percentage points, its interval on a second line, and its p-value,
-    if
-    there is one, as tooltip.
+    """Returns a cell with a difference of shares in percentage points above its interval.
 
-    colored: whether a difference whose interval excludes zero is green or red.
+    If the estimate has a p-value, it is the tooltip. colored: whether a difference is green or red if its interval
+    excludes zero.
     """
     value, low, high = (formats.signed(100 * estimate[name]) for name in ("value", "low", "high"))
     title = f"p = {estimate['p']:.4f}" if "p" in estimate else ""

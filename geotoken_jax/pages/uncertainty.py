@@ -18,7 +18,8 @@ from geotoken_jax.predict.uncertainty import MASSES
 def reliability(splits: Mapping[str, Any]) -> list[Piece | str]:
     """Returns the section on calibration and abstention.
 
-    splits: result of `figures` in analysis.reliability, by split; None if a split has no uncertainty.
+    splits: result of `figures` in analysis.reliability, by split. It is None if the predictions of a split have no
+    uncertainty.
     """
     known = {split: figures for split, figures in splits.items() if figures}
     if not known:
@@ -27,7 +28,7 @@ def reliability(splits: Mapping[str, Any]) -> list[Piece | str]:
     lead = (
         f"<p>Uncertainty that <b>{escape(name)}</b> states, compared with its errors. The truth should be within the "
         f"stated radii for {' and '.join(map(str, MASSES))} % of photos. Of photos with a stated probability of 70 % "
-        "to be within a distance, 70 % should be within it: such dots are on the diagonal. The calibration error is "
+        "to be within a distance, 70 % should be within it. Such dots are on the diagonal. The calibration error is "
         "the mean distance of the dots from the diagonal, in percentage points. Bars and small numbers are 95 % "
         "intervals, which assume independent photos.</p>"
     )
@@ -98,7 +99,8 @@ def _abstention(split: str, curves: Mapping[str, Any]) -> list[Piece | str]:
 def area(splits: Mapping[str, Any]) -> list[Piece | str]:
     """Returns the section on the area that is searched until the place is found.
 
-    splits: result of `figures` in analysis.reliability, by split; None if a split has no uncertainty.
+    splits: result of `figures` in analysis.reliability, by split. It is None if the predictions of a split have no
+    uncertainty.
     """
     charts, rows, areas = [], [], []
     for split, figures in splits.items():

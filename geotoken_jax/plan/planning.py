@@ -1,4 +1,4 @@
-"""Plans of a workload on a pod: what one chip holds, computes, moves and sends per step, and how long a step takes."""
+"""Plans a workload on a pod: memory, compute, traffic and communication per chip and step, and the time of a step."""
 
 import dataclasses
 import re
@@ -16,9 +16,9 @@ from geotoken_jax.plan.topology import Topology
 from geotoken_jax.plan.workloads import GALLERY, WORKLOADS, Workload, bytes_per_chip
 from geotoken_jax.settings import SettingsError
 
-#: Usable share of a chip's memory if the compiler does not report it: runtime and fragmentation take the rest.
+#: Usable share of a chip's memory if the compiler does not report it. Runtime and fragmentation take the rest.
 _USABLE = 0.9
-#: Share of the peak rates at which a Pallas kernel is assumed to run. The TPU compiler has no estimate for kernels.
+#: A Pallas kernel is assumed to run at this share of the peak rates. The TPU compiler has no estimate for kernels.
 KERNEL_SHARE = 0.5
 #: Needed and available memory in the compiler's errors: "Used 17.79G of 15.75G hbm", or "the total memory required ...
 #: (17.79G) exceeds available HBM (15.75G)".
@@ -26,7 +26,7 @@ _OUT_OF_MEMORY = re.compile(r"([\d.]+)([KMG])\)? (?:of|exceeds available HBM) \(
 #: Compiler options for minimal effort. Compiling takes a third of the time or less. The program's memory differs by up
 #: to 10 %, but its memory traffic is up to 2.3 times as high, and its estimated time up to 2.8 times.
 _QUICK: Any = {"exec_time_optimization_effort": -1.0}
-#: Costs of a GPU's plan, whose step is not compiled.
+#: Costs in the plan of a GPU. Its step is not compiled.
 _NOT_COMPILED: dict[str, Any] = {
     "method": "not compiled, which needs a GPU: activations, memory traffic and collectives are left out",
     "memory": {},
@@ -76,7 +76,7 @@ def run(
 
 
 def _settings(config: Config, workload: str) -> dict[str, Any]:
-    """Returns key -> value of the settings that a plan's costs depend on most."""
+    """Returns the settings that affect a plan's costs most, by key."""
     keys = {
         "train": ("train.accumulate", "model.group", "model.remat", "model.attention", "gallery.placement"),
         "align": ("align.train.accumulate", "align.loss.kind", "align.loss.queue"),
@@ -91,10 +91,12 @@ def _costs(program: Workload, pod: Topology, quick: bool) -> dict[str, Any]:
 
 
 def _times(program: Workload, costs: Mapping[str, Any], chip: chips.Chip, model: float) -> dict[str, Any]:
-    """Returns a plan's compute, traffic and collectives, and the times that follow.
+    """Returns the part of a plan on compute, traffic, collectives and times.
 
-    seconds: time of each resource alone at its peak rate, and the name of the longest. estimate: see `_estimate`;
-    absent if the compiler estimates no cycles. model: the model's floating-point operations per chip and step.
+    Its key "seconds" has the time of each resource alone at its peak rate, and "bound", the resource with the longest
+    time. Its key "estimate" is the result of `_estimate`. The key is missing if the compiler estimated no cycles.
+
+    costs: result of `_costs`. model: the model's floating-point operations per chip and step.
     """
     found: hlo.Costs | None = costs.get("program")
     executed = found.flops if found else model
@@ -134,10 +136,11 @@ def _times(program: Workload, costs: Mapping[str, Any], chip: chips.Chip, model:
 
 
 def _estimate(found: hlo.Costs, chip: chips.Chip, seconds: Mapping[str, float]) -> dict[str, float]:
-    """Returns the estimated seconds of instructions, by the TPU compiler, of kernels and of collectives, and their sum.
+    """Returns the estimated seconds of instructions, of Pallas kernels and of collectives, and "step", their sum.
 
-    A kernel needs the time of its operations or of its bytes, the longer one, at KERNEL_SHARE of the peak rates.
-    Collectives need their time at the peak rate; no other work overlaps with them.
+    The time of instructions is the TPU compiler's estimate. The time of a kernel is the longer of the times for its
+    operations and for its bytes, at KERNEL_SHARE of the peak rates. Collectives are assumed to run at the peak rate,
+    without other work at the same time.
     """
     parts = {
         "instructions": found.cycles / chip.clock,
@@ -151,7 +154,7 @@ def _estimate(found: hlo.Costs, chip: chips.Chip, seconds: Mapping[str, float]) 
 
 
 def _compiled(program: Workload, quick: bool) -> dict[str, Any]:
-    """Returns the costs of the compiled program: memory and, if it fits, the costs of its instructions."""
+    """Compiles the program and returns its costs: memory and, if it fits into memory, the costs of its instructions."""
     resident, began = bytes_per_chip(program.arguments), time.perf_counter()
     try:
         lowered = program.function.lower(*program.arguments)
@@ -183,12 +186,12 @@ def _compiled(program: Workload, quick: bool) -> dict[str, Any]:
 
 
 def advice(config: Config, pod: Topology, rows: int) -> list[dict[str, Any]]:
-    """Returns the changes of settings that were tried on a train step that does not fit, until one makes it fit.
+    """Tries changes of settings until a train step fits into memory. Returns the changes that were tried.
 
-    First each change is tried alone, the change that costs least speed first. Then the first two changes are tried at
-    once, the first three and so on. Changes that the mesh or the batch does not allow are left out. If no change is
-    enough, the last one does not fit either. For TPUs each changed step is compiled with minimal effort. For GPUs its
-    bytes are only those that stay allocated between steps.
+    First each change is tried alone, beginning with the change that costs least speed. Then the first two changes are
+    tried together, then the first three, and so on. Changes that the mesh or the batch does not allow are left out. If
+    the last returned change does not fit, no change was enough. For TPUs each changed step is compiled with minimal
+    effort. For GPUs only the bytes that stay allocated between steps are counted.
     """
     devices = topology.devices(pod)
     usable = chips.CHIPS[pod.chip].memory * _USABLE
@@ -202,7 +205,7 @@ def advice(config: Config, pod: Topology, rows: int) -> list[dict[str, Any]]:
         costs = _costs(program, pod, quick=True)
         total = sum(program.resident_bytes().values()) + sum(costs["memory"].values())
         fits = total <= usable and not costs.get("refused", False)
-        tried.append({"change": _spelled(combination), "bytes": total, "fits": fits})
+        tried.append({"change": _as_flags(combination), "bytes": total, "fits": fits})
         if tried[-1]["fits"]:
             break
     return tried
@@ -213,7 +216,7 @@ Change = tuple[str, Mapping[str, Any]]
 
 
 def _changes(config: Config, pod: Topology) -> Iterator[Change]:
-    """Yields changes that make a step need less memory, the change that costs least speed first."""
+    """Yields changes that reduce the memory of a train step, beginning with the change that costs least speed."""
     if config.gallery.placement == "replicated":
         yield "gallery", {"placement": "sharded"}
     if config.model.remat == "none":
@@ -231,12 +234,12 @@ def _changes(config: Config, pod: Topology) -> Iterator[Change]:
 
 
 def changed(config: Config, changes: Sequence[Change]) -> Config:
-    """Returns the configuration with new values of keys of its sections."""
+    """Returns the configuration with changes applied."""
     for section, keys in changes:
         config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **keys)})
     return config
 
 
-def _spelled(changes: Sequence[Change]) -> str:
+def _as_flags(changes: Sequence[Change]) -> str:
     last = {f"config.{section}.{key}": value for section, keys in changes for key, value in keys.items()}
     return " ".join(f"--{key}={value}" for key, value in last.items())

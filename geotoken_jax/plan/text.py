@@ -13,7 +13,7 @@ from geotoken_jax.plan import planning, topology
 TRAINING = ("v5e:4x4", "v5e:8x8", "v5e:16x16", "2xv5e:16x16", "v6e:8x8", "v5p:4x4x4")
 GROUP_1 = ("v5e:16x16", "v6e:8x8", "v5p:4x4x4")
 OTHERS = ("v5e:4x4", "v6e:8x8", "v5p:4x4x4")
-#: Plan's key of a time -> its name. Each is the least time of one resource alone.
+#: Keys in the `seconds` of a plan -> their names in tables. Each is the least time of one resource alone.
 _TIMES = {
     "compute": "matrix products",
     "memory": "memory traffic",
@@ -64,7 +64,7 @@ def table(plan: Mapping[str, Any]) -> str:
 
 
 def _program_lines(plan: Mapping[str, Any]) -> list[str]:
-    """Returns the table's lines on the compiled program; an empty list if the step was not compiled."""
+    """Returns the lines of the table about the compiled program, or no lines if the step was not compiled."""
     if "traffic" not in plan:
         return []
     lines = [
@@ -79,7 +79,7 @@ def _program_lines(plan: Mapping[str, Any]) -> list[str]:
     if plan["between_slices"]:
         lines.append(f"  {'sent to other slices':30}{plan['between_slices'] / 1e6:10.1f} MB")
     if plan["unknown_loops"]:
-        lines.append(f"  loops whose number of turns is unknown, counted as one turn: {plan['unknown_loops']}")
+        lines.append(f"  loops with an unknown number of iterations, counted as one iteration: {plan['unknown_loops']}")
     return lines
 
 
@@ -97,7 +97,7 @@ def _estimate_lines(plan: Mapping[str, Any]) -> list[str]:
 
 
 def document(config: Config, command: str, rows: int, quick: bool = False) -> str:
-    """Returns the text of docs/scale.md: plans of training on TRAINING and GROUP_1, of other workloads on OTHERS.
+    """Returns the text of docs/scale.md: plans of training on TRAINING and GROUP_1, and of other workloads on OTHERS.
 
     command: command line that made the document. rows: number of gallery photos.
     """
@@ -134,8 +134,8 @@ on {date} with
 {command}
 ```
 
-**Method.** For TPUs, the real program was compiled for the pod, without having any TPU, with the flags of
-`launch/env.sh`, and the compiled program was analyzed; the body of a loop counts as often as it runs. With `--quick`
+**Method.** For TPUs, the real program was compiled for the pod with the flags of `launch/env.sh`, without having any
+TPU. Then the compiled program was analyzed. The body of a loop counts as often as it runs. With `--quick`
 the compiler makes less effort: it takes a third of the time, and its program moves up to 2.3 times as many bytes.
 
 **GPUs are not in the tables**, because XLA compiles for a GPU only if there is one. `geotoken plan --topology=h100:8`
@@ -144,30 +144,32 @@ prints the bytes that stay on a chip and the model's compute.
 **Memory** is per chip. A gallery of {rows:,} photos takes 4.7 KB per photo if `config.gallery.placement` puts it on
 the devices, and nothing if it is `host`.
 
-**Least times.** Each of them is the time of one resource alone, at the peak rate in `geotoken_jax/chips.py`. The
-longest of them is a lower limit of the step's time.
+**Least times.** Each is the time of one resource alone, at the peak rate in `geotoken_jax/chips.py`. The longest of
+them is a lower limit of the step's time.
 
-- Matrix products, with those of rematerialization, and the bytes sent over links are counted exactly. All links are
-  assumed to be used at once, by rings. The network between slices is the chip's share of its host's network cards.
-- Memory traffic counts the operands and results of instructions that are stored in HBM, not in on-chip memory. Of an
-  array from which an instruction reads a slice, only the slice counts.
+- Matrix products, including products of rematerialization, and the bytes sent over links are counted exactly. All
+  links are assumed to be used at once, by rings. The network between slices is the chip's share of its host's network
+  cards.
+- Memory traffic counts the operands and results of instructions that are stored in HBM, not in on-chip memory. If an
+  instruction reads a slice of an array, only the slice counts.
 - The vector unit computes everything but matrix products: dropout, softmax, norms, the optimizer. Each element of a
   result counts as one operation. Operations inside Pallas kernels do not count.
 
 **Estimated times.** The TPU compiler stores in each instruction its own estimate of the clock cycles. It has no
-estimate for Pallas kernels and for collectives. A kernel's time is that of its operations and bytes at half of the peak
-rates. The time of collectives is their least time, without latency and not overlapped with other work; the tables count
-how often they run. No TPU has confirmed these estimates. Use them to compare settings and topologies.
+estimate for Pallas kernels and for collectives. A kernel's time is the longer of the times for its operations and its
+bytes, at half of the peak rates. The time of collectives is their least time, without latency and not overlapped with
+other work. No TPU has confirmed these estimates. Use them to compare settings and topologies.
 
 If a column has no values from the program, the compiler refused the step for its memory.
 
-For alignment and training a step is one batch of the whole pod. For embedding and decoding, each host processes batches
-of its own, which are split over its chips. Decoding does not include the exact search, whose steps depend on the photo.
+For alignment and training a step is one batch of the whole pod. For embedding and decoding, hosts process different
+batches. The batch of a host is split over its chips. Decoding does not include the exact search of places, because its
+number of steps depends on the photo.
 """
 
 
 def _advice(plans: Sequence[Mapping[str, Any]]) -> str:
-    """Returns sentences on how many chips to use for the batch, from plans of one batch on several topologies."""
+    """Returns advice on the number of chips, and a table. plans: plans of the same batch on several topologies."""
     estimated = [p for p in plans if "estimate" in p]
     if not estimated:
         return "The compiler estimates no time for these chips."
@@ -186,12 +188,12 @@ def _advice(plans: Sequence[Mapping[str, Any]]) -> str:
             f"| {plan['topology']} | {plan['batch_size'] / plan['chips']:g} | {plan['photos_per_second']:,.0f} | "
             f"{per_chip(plan):,.0f} | {100 * per_chip(plan) / best:.0f} % |"
         )
-    return _CHIPS.format(batch=estimated[0]["batch_size"]) + "\n".join(lines)
+    return _CHIPS_PER_BATCH.format(batch=estimated[0]["batch_size"]) + "\n".join(lines)
 
 
-_CHIPS = """How many chips for a batch of {batch:,}: a chip is used well if it has many photos of the batch. With few
-photos per chip, the small instructions of the decoder, the optimizer and the collectives take a larger part of the
-step. More chips still shorten the training, at a lower speed per chip.
+_CHIPS_PER_BATCH = """Number of chips for a batch of {batch:,}: a chip is used well if it has many photos of the batch.
+With few photos per chip, the small instructions of the decoder, the optimizer and the collectives take a larger part of
+the step. More chips still shorten the training, at a lower speed per chip.
 
 """
 

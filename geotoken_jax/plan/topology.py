@@ -1,4 +1,4 @@
-"""The chips of a pod: their names, and descriptions of absent chips to compile for."""
+"""The chips of a pod: reads names of topologies, and describes absent chips for the compiler."""
 
 import contextlib
 import dataclasses
@@ -14,18 +14,18 @@ import jax
 from geotoken_jax import chips
 from geotoken_jax.settings import SettingsError
 
-#: Compiler flags that launch/env.sh sets for training on TPUs, so that the plan's program is the one that runs. A flag
-#: that libtpu does not have ends the process with "Unknown command line flag".
+#: Compiler flags that launch/env.sh sets for training on TPUs. A plan needs them too, because it must compile the
+#: program that will run. A flag that libtpu does not have ends the process with "Unknown command line flag".
 FLAGS = "--xla_tpu_data_parallel_opt_different_sized_ops=true --xla_tpu_enable_data_parallel_all_reduce_opt=true"
-#: Chip -> value of TPU_ACCELERATOR_TYPE, which libtpu needs to compile for an absent machine.
+#: Chip -> value of the environment variable TPU_ACCELERATOR_TYPE, which libtpu needs to compile for an absent machine.
 _ACCELERATORS = {"v4": "v4-8", "v5e": "v5litepod-16", "v5p": "v5p-8", "v6e": "v6e-8"}
-#: Environment variables that make libtpu query no metadata server and let several processes compile at once.
+#: With these environment variables, libtpu queries no metadata server, and several processes can compile at once.
 _ABSENT = {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Chips of a pod.
+    """The chips of a pod: one or more slices of the same shape.
 
     name: CHIP:SHAPE, such as v5e:16x16, or SLICESxCHIP:SHAPE, such as 2xv5e:16x16. chip: key of chips.CHIPS. shape:
     number of chips along each axis of a slice's network. slices: number of slices.
@@ -63,7 +63,9 @@ def read(name: str) -> Topology:
 
 
 def devices(pod: Topology) -> Sequence[Any]:
-    """Returns libtpu's descriptions of absent TPUs, or as many CPU devices as the pod has GPUs.
+    """Returns one device per chip of the pod.
+
+    For TPUs, these are libtpu's descriptions of absent devices. For GPUs, they are CPU devices instead.
 
     Raises SettingsError if the TPU compiler is missing or does not fit jax, or if a TPU cannot have this shape.
     """
@@ -76,7 +78,7 @@ def devices(pod: Topology) -> Sequence[Any]:
     if FLAGS not in os.environ.get("LIBTPU_INIT_ARGS", ""):
         os.environ["LIBTPU_INIT_ARGS"] = f"{FLAGS} {os.environ.get('LIBTPU_INIT_ARGS', '')}"
     os.environ.update(_ABSENT, TPU_ACCELERATOR_TYPE=_ACCELERATORS[pod.chip])
-    # Without megacore each of a v4 chip's two cores would be a device.
+    # With megacore, a v4 chip is one device. Otherwise each of its two cores would be a device.
     options: dict[str, Any] = {"chip_config_name": "megacore"} if pod.chip == "v4" else {}
     if pod.slices > 1:
         options["num_slices"] = pod.slices
@@ -90,8 +92,8 @@ def devices(pod: Topology) -> Sequence[Any]:
 def _check_compiler(pod: Topology) -> None:
     """Raises SettingsError if libtpu is missing or is not a version that the installed jax requires for TPUs.
 
-    Another version may fail late: libtpu 0.0.52 beside jax 0.10.2 compiles for minutes, and a program with fsdp then
-    ends with "INTERNAL".
+    With another version, an error may come late. For example, libtpu 0.0.52 with jax 0.10.2 compiles for minutes, and a
+    program with fsdp then fails with "INTERNAL".
     """
     try:
         installed = importlib.metadata.version("libtpu")
@@ -103,7 +105,8 @@ def _check_compiler(pod: Topology) -> None:
         return
     package = f"libtpu=={wanted}" if wanted else "libtpu"
     found = f"libtpu {installed} is" if installed else "no libtpu is"
-    # In a folder of its own, because any JAX program that finds libtpu on a machine without TPUs prints its errors.
+    # The message recommends a separate folder, because a JAX program that finds libtpu on a machine without TPUs prints
+    # errors.
     raise SettingsError(
         f"--topology={pod.name} needs {package}, the TPU compiler that jax {jax.__version__} requires, but {found} "
         f"installed: run pip install --target=.tpu --no-deps '{package}', then repeat the command with PYTHONPATH=.tpu"
@@ -111,8 +114,8 @@ def _check_compiler(pod: Topology) -> None:
 
 
 def _cpu_devices(n: int) -> Sequence[Any]:
-    with contextlib.suppress(RuntimeError):  # JAX is initialized, and its number of devices cannot change
+    with contextlib.suppress(RuntimeError):  # if JAX is initialized, its number of devices cannot change
         jax.config.update("jax_num_cpu_devices", n)
     if len(jax.devices("cpu")) < n:
-        raise SettingsError(f"JAX is in use already: plan for {n} GPUs in a process of its own, with `geotoken plan`")
+        raise SettingsError(f"JAX is in use already: plan for {n} GPUs in a new process, with `geotoken plan`")
     return jax.devices("cpu")[:n]

@@ -1,4 +1,4 @@
-"""The programs that a pod runs over and over, with the shapes and shardings of their arguments."""
+"""The programs of training, alignment, embedding and prediction, with the shapes and shardings of their arguments."""
 
 import dataclasses
 import functools
@@ -24,9 +24,9 @@ from geotoken_jax.predict import programs
 from geotoken_jax.settings import SettingsError
 from geotoken_jax.train.loop import TrainSettings, make_trainer
 
-#: Number of photos in the paper's gallery: the usable ones of MP16-Pro.
+#: Number of photos in the paper's gallery, the usable photos of MP16-Pro.
 GALLERY = 4_120_000
-#: The paper's backbone, CLIP ViT-L/14: its name on the hub, and its config.json, so that a plan needs no network.
+#: The paper's backbone, CLIP ViT-L/14: its name on the hub, and its config.json, which a plan must not download.
 _L14_NAME = "openai/clip-vit-large-patch14"
 _L14 = {
     "model_type": "clip", "projection_dim": 768,
@@ -40,13 +40,13 @@ _L14 = {
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """A program on a mesh.
+    """A program that a pod runs repeatedly, one step at a time.
 
-    mesh: devices that run one step of the program. function: jitted function. arguments: its arguments, trees of
-    ShapeDtypeStructs with shardings. arrays: name -> arguments that stay on the chips between two steps, and the batch.
-    parameters: number of the model's parameters. photos: photos per step of one mesh. copies: number of such meshes in
-    the pod; each has photos of its own. flops: the model's floating-point operations per photo; 0 if only the compiled
-    program gives them. examples: photos of the whole job; 0 if it has no end.
+    mesh: devices that run one step. function: jitted function of the step. arguments: arguments of the function, as
+    trees of ShapeDtypeStructs with shardings. arrays: the arguments that stay on the chips between two steps, and the
+    batch, by name. parameters: number of the model's parameters. photos: photos per step on one mesh. copies: number of
+    meshes in the pod; meshes process different photos. flops: the model's floating-point operations per photo; 0 if
+    they are unknown before compilation. examples: photos of the whole job; 0 if it has no end.
     """
 
     mesh: Mesh
@@ -60,18 +60,18 @@ class Workload:
     examples: int = 0
 
     def resident_bytes(self) -> dict[str, int]:
-        """Returns name -> bytes per chip, for the arrays that stay allocated between two steps and for a batch."""
+        """Returns the bytes per chip of `arrays`, by name."""
         return {name: bytes_per_chip(arrays) for name, arrays in self.arrays.items()}
 
 
 def bytes_per_chip(tree: Any) -> int:
-    """Returns the number of bytes on one device. tree: sharded arrays or ShapeDtypeStructs with shardings."""
+    """Returns the bytes that arrays take on one device. tree: sharded arrays or ShapeDtypeStructs with shardings."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
 def train(config: Config, rows: int, devices: Sequence[Any]) -> Workload:
-    """Returns the decoder's train step."""
+    """Returns the workload of the decoder's train step."""
     mesh = sharding.make_mesh(config.mesh, devices)
     task = GeoTokenTask(config.model, config.loss, placement.lookup(config.gallery, mesh))
     gallery = placement.layout(rows, config.model.backbone_width, config.model.cells, config.gallery, mesh)
@@ -80,7 +80,7 @@ def train(config: Config, rows: int, devices: Sequence[Any]) -> Workload:
 
 
 def align(config: Config, rows: int, devices: Sequence[Any]) -> Workload:
-    """Returns the alignment's train step on stored features."""
+    """Returns the workload of the alignment's train step on stored features."""
     if config.align.pixels.tower != "cached":
         raise SettingsError(
             f"config.align.pixels.tower is {config.align.pixels.tower!r}: set it to 'cached' to plan alignment; steps "
@@ -124,7 +124,7 @@ def _training(
 
 
 def embed(config: Config, rows: int, devices: Sequence[Any]) -> Workload:
-    """Returns the image tower of the backbone, on the chips of one host. Every host embeds photos of its own."""
+    """Returns the workload of the backbone's image tower, on the chips of one host. Hosts embed different photos."""
     options = config.embed.huggingface
     if config.embed.backbone != "huggingface":
         raise SettingsError(
@@ -135,7 +135,7 @@ def embed(config: Config, rows: int, devices: Sequence[Any]) -> Workload:
     kind = huggingface.KINDS[checkpoint.kind(options.path, described)]
     model: Any = nnx.eval_shape(lambda: kind(described, jnp.dtype(options.dtype), nnx.Rngs(0)))
     side = model.image_shape.image_size
-    # Any mean and standard deviation: the program differs only in constants.
+    # Mean and standard deviation are arbitrary, because they are only constants of the program.
     processor = preprocess.Processor(side, side, preprocess.Image.Resampling.BICUBIC, 1 / 255, (0.5,) * 3, (0.5,) * 3)
 
     def features(model: Any, pixels: jax.Array) -> jax.Array:
@@ -147,9 +147,9 @@ def embed(config: Config, rows: int, devices: Sequence[Any]) -> Workload:
 
 
 def predict(config: Config, rows: int, devices: Sequence[Any]) -> Workload:
-    """Returns the decoding of candidates, on the chips of one host. Every host decodes photos of its own.
+    """Returns the workload of decoding candidates, on the chips of one host. Hosts decode different photos.
 
-    The exact search, whose steps depend on the photos, is not part of it.
+    The exact search of places is not part of it, because its number of steps depends on the photos.
     """
     del rows
     model = nnx.eval_shape(lambda: GeoTokenModel(config.model, nnx.Rngs(0)))
@@ -165,10 +165,10 @@ def _inference(
     devices: Sequence[Any],
     examples: int = 0,
 ) -> Workload:
-    """Returns a program on the devices of the first host.
+    """Returns the workload of a program without training, on the devices of the first host.
 
-    run: function of the model and the arguments. arguments: name -> shape and type for one photo. photos: photos per
-    batch. examples: photos of the whole job; 0 if it has no end.
+    run: function of the model and the arguments. arguments: shape and type of each argument for one photo, by name.
+    photos: photos per batch. examples: photos of the whole job; 0 if it has no end.
     """
     host = [d for d in devices if d.process_index == devices[0].process_index]
     mesh = sharding.make_mesh(sharding.MeshSettings(len(host), 1, 1), host)
@@ -206,8 +206,8 @@ def _placed(tree: Any, layout: NamedSharding) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout), tree)
 
 
-#: Value of --workload -> function of a configuration, the number of gallery photos and devices. It raises SettingsError
-#: if the settings do not fit the devices.
+#: Value of --workload -> function that returns the workload. Its arguments are a configuration, the number of gallery
+#: photos and the devices. It raises SettingsError if the settings do not fit the devices.
 WORKLOADS: dict[str, Callable[[Config, int, Sequence[Any]], Workload]] = {
     "train": train,
     "align": align,

@@ -27,8 +27,9 @@ class Answers:
 def geojson(answers: Sequence[Prediction | Failure]) -> dict[str, Any]:
     """Returns a FeatureCollection with one point per answer, candidate, cell center and neighbor.
 
-    The properties of a point are "photo" (index of the photo in the request, from 0), "kind" and the object's other
-    fields, without lists and without None. `errors` lists the photos that could not be read.
+    The properties of a point are "photo" (index of the photo in the request, from 0), "kind" (e.g. "candidate") and the
+    fields of the answer, candidate, cell or neighbor. Fields that are tuples or None are left out. `errors` has one
+    entry per photo that could not be read.
     """
     features, errors = [], []
     for photo, answer in enumerate(answers):

@@ -32,9 +32,9 @@ from geotoken_jax.serve.service import Service
 
 Format = Literal["json", "geojson", "levels"]
 
-_ONE, _MANY = "/v1/predict", "/v1/predict-many"
-#: Bytes of a refused body that are read and discarded, as a multiple of --max-bytes.
-_DRAINED = 10
+_PREDICT, _PREDICT_MANY = "/v1/predict", "/v1/predict-many"
+#: The service reads and discards the rest of a refused body, up to this multiple of --max-bytes.
+_MAX_DISCARDED = 10
 #: Predictions may be personal: no cache between the service and the client may store them.
 _HEADERS = {"Cache-Control": "no-store"}
 #: A PNG of one gray pixel.
@@ -57,10 +57,10 @@ def make(
 ) -> FastAPI:
     """Returns the HTTP application.
 
-    on_failure: function called if the model cannot be run. export: folder with the page's texts and pictures; the page
-    has none if None.
+    on_failure: function called if the model cannot be run. export: folder of the exported model, with the texts and
+    pictures of the web page; if None, the page has no texts about the model and no pictures.
     """
-    # Silence both libraries: whoever sends a photo controls their messages, and at DEBUG Pillow logs the whole EXIF.
+    # Silence both libraries. Their messages can contain data from the photo. At DEBUG, Pillow logs all EXIF data.
     for library in ("PIL", "python_multipart"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module="PIL")
@@ -86,7 +86,7 @@ def make(
     app.state.service = service
     paths = {path for route in app.routes if isinstance(path := getattr(route, "path", None), str)}
     app.add_middleware(RequestMetrics, metrics=service.metrics, paths=paths)
-    app.add_middleware(bodies.Drain, max_bytes=_DRAINED * settings.max_bytes, seconds=settings.read_s)
+    app.add_middleware(bodies.Drain, max_bytes=_MAX_DISCARDED * settings.max_bytes, seconds=settings.read_s)
     return app
 
 
@@ -104,7 +104,7 @@ def _add_photos(app: FastAPI, service: Service, guard: list[Any]) -> None:
         {"type": "array", "minItems": 1, "maxItems": max_photos, "items": items} for items in (photo, file)
     )
 
-    @app.post(_ONE, dependencies=guard, **_endpoint(Prediction | LeveledPrediction, "photo", photo, file, _EXAMPLE))
+    @app.post(_PREDICT, dependencies=guard, **_endpoint(Prediction | LeveledPrediction, "photo", photo, file, _EXAMPLE))
     async def predict(request: Request, format: Format = "json") -> Response:
         """Predicts where a photo was taken."""
         answers = await service.answers(request, _reader(request, "photo", None), format == "levels")
@@ -112,7 +112,7 @@ def _add_photos(app: FastAPI, service: Service, guard: list[Any]) -> None:
             raise Refused(422, answers[0].error)
         return _response(answers, format, None)
 
-    @app.post(_MANY, dependencies=guard, **_endpoint(Answers, "photos", photos, files, [_EXAMPLE, _EXAMPLE]))
+    @app.post(_PREDICT_MANY, dependencies=guard, **_endpoint(Answers, "photos", photos, files, [_EXAMPLE, _EXAMPLE]))
     async def predict_many(request: Request, format: Format = "json") -> Response:
         """Predicts where each photo was taken. Photos that cannot be read have an error instead of a prediction."""
         answers = await service.answers(request, _reader(request, "photos", max_photos), format == "levels")
@@ -120,7 +120,7 @@ def _add_photos(app: FastAPI, service: Service, guard: list[Any]) -> None:
 
 
 def _reader(request: Request, name: str, max_photos: int | None) -> Callable[[bytes], Sequence[Any]]:
-    """Returns a function from a request's body to its photos. name, max_photos: see `bodies.photos`."""
+    """Returns a function that reads the photos in a request's body. name, max_photos: see `bodies.photos`."""
     kind = request.headers.get("content-type", "")
     return lambda body: bodies.photos(kind, body, name, max_photos)
 
@@ -177,7 +177,7 @@ def _refusal(status: int, sentence: str, headers: Any = None) -> Response:
 
 
 def _bearer(token: str) -> Callable[..., Any]:
-    """Returns a dependency that refuses requests without the token."""
+    """Returns a FastAPI dependency that refuses requests without the bearer token."""
     scheme = HTTPBearer(auto_error=False)
 
     async def authorized(sent: HTTPAuthorizationCredentials | None = Depends(scheme)) -> None:  # noqa: B008
@@ -194,7 +194,7 @@ _TYPES = {kind: pydantic.TypeAdapter(kind) for kind in (Prediction, LeveledPredi
 def _response(answers: Sequence[Prediction | Failure], format: Format, container: type[Answers] | None) -> Response:
     """Returns the response in the requested format.
 
-    container: class that wraps the list of answers; the first answer alone is written if None.
+    container: class that wraps the list of answers. If None, the response is the first answer alone.
     """
     if format == "geojson":
         return JSONResponse(geojson(answers), headers=_HEADERS, media_type=GEOJSON)
@@ -231,9 +231,11 @@ def _endpoint(kind: Any, name: str, encoded: Any, file: Any, example: Any) -> di
 
 
 class _Server(uvicorn.Server):
-    """A server that answers probes until accepted photos are answered, or until `drain_s` seconds after a signal.
+    """A server that ends in two steps after SIGTERM or SIGINT.
 
-    A server that closed its port at once could not tell a load balancer that it is ending. A second signal ends it.
+    First it refuses new photos and answers the accepted ones, for up to `drain_s` seconds. Its port stays open, so a
+    load balancer that requests /ready gets 503 and sends photos to other replicas. Then the server closes its port. A
+    second signal closes the port at once.
     """
 
     def __init__(self, config: uvicorn.Config, service: Service):
@@ -249,7 +251,7 @@ class _Server(uvicorn.Server):
         self._end = time.monotonic() + self._service.settings.drain_s
 
     async def on_tick(self, counter: int) -> bool:
-        """Returns whether to close the port and end; is called ten times per second."""
+        """Returns whether the server must close its port and end. uvicorn calls this ten times per second."""
         if self._service.draining:
             left = self._end - time.monotonic()
             if not self._service.room.taken or left <= 0:
@@ -276,17 +278,17 @@ def run(model: Model, settings: ServeSettings, sockets: list[socket.socket], exp
         access_log=False,  # for privacy: a log would contain addresses and times
         server_header=False,
         timeout_graceful_shutdown=settings.drain_s,
-        # Longer than proxies keep idle connections, usually 60 s. If the service closed one first, a request that
-        # the proxy sends at that moment would be lost.
+        # Longer than proxies keep idle connections, usually 60 s. If the service closed a connection first, a request
+        # that the proxy sends at that moment would be lost.
         timeout_keep_alive=75,
     )
     server = _Server(config, app.state.service)
-    # After the accepted requests, uvicorn sends its own process the signal again. These handlers ignore it, so that
-    # this function returns its status.
+    # When uvicorn has ended, it sends the signal to its own process again. These handlers ignore that second signal,
+    # because it would end the process before this function returns the exit status.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    for one in sockets:
-        host, port = one.getsockname()[:2]
+    for listener in sockets:
+        host, port = listener.getsockname()[:2]
         # uvicorn prints this only for its own sockets.
         logging.getLogger("uvicorn.error").info(
             "geotoken running on http://%s:%d, compiling the model", f"[{host}]" if ":" in host else host, port

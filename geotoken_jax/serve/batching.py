@@ -21,9 +21,9 @@ Prepared = UInt8[np.ndarray, "h w 3"]
 
 
 class Model(Protocol):
-    """The parts of `predictor.Predictor` that the service calls, apart from each other.
+    """The methods of `predict.predictor.Predictor` that the service calls.
 
-    Threads prepare photos while the model predicts others.
+    Preparing a photo and predicting are separate calls, because threads prepare photos while the model predicts others.
     """
 
     batch_size: int
@@ -37,7 +37,7 @@ class Batcher:
 
     def __init__(self, model: Model, size: int, wait_s: float, on_batch: Callable[[int, float], None]):
         """size: largest batch. wait_s: longest time that a free model waits for more photos, in seconds. on_batch:
-        function called with the number of photos and the seconds of every batch."""
+        function called after each predicted batch, with its number of photos and its duration in seconds."""
         self._model, self._wait_s, self._on_batch = model, wait_s, on_batch
         self._size = min(size, model.batch_size)
         self._waiting: asyncio.Queue[tuple[Prepared, asyncio.Future[Prediction]]] = asyncio.Queue()
@@ -61,7 +61,7 @@ class Batcher:
             blank = self._model.prepare(Image.new("RGB", (64, 64)))
             for size in sorted({padded_size(n + 1, self._size) for n in range(self._size)}):
                 await self._timed([blank] * size)
-            await self._timed([blank] * self._size)  # again: the stored duration includes compilation
+            await self._timed([blank] * self._size)  # the duration stored above includes compilation: measure again
             self.ready = True
             logging.getLogger("uvicorn.error").info("geotoken is ready")
             while True:

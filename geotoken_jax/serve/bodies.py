@@ -1,4 +1,7 @@
-"""Reads photos from request bodies. Bodies over the limit are refused before they fill memory; nothing goes to disk."""
+"""Reads photos from request bodies.
+
+Bodies over the size limit are refused before they fill the memory. No body is written to disk.
+"""
 
 import asyncio
 import base64
@@ -27,20 +30,20 @@ _COMPRESSED = "the body is compressed: send it without Content-Encoding, and not
 
 
 class Drain:
-    """ASGI middleware that reads and discards the rest of a body that was refused before its end.
+    """ASGI middleware that reads and discards the rest of a request body that the application did not read.
 
     Most clients send all of a body before they read the response. If the connection were closed earlier, they would see
     a reset connection instead of the refusal.
     """
 
     def __init__(self, app: Any, max_bytes: int, seconds: float):
-        """max_bytes, seconds: limits of the discarded bytes and of the time that they take to arrive."""
+        """max_bytes: largest number of bytes to discard. seconds: longest time to read them."""
         self._app, self._max_bytes, self._seconds = app, max_bytes, seconds
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Passes the request to the application, and sends the end of its response after the end of the body."""
+        """Passes the request to the application, and delays the end of the response until the body has been read."""
         headers = {name for name, _ in scope.get("headers", ())}
-        # A client that sent "Expect: 100-continue" waits with its body until someone receives.
+        # A client that sent "Expect: 100-continue" sends no body until the application calls `receive`.
         unread = bool(headers & {b"content-length", b"transfer-encoding"}) and b"expect" not in headers
 
         async def received() -> Any:
@@ -95,11 +98,11 @@ async def read(request: Request, max_bytes: int, seconds: float) -> bytes:
 
 
 def photos(content_type: str, body: bytes, name: str, max_photos: int | None) -> list[bytes] | list[str]:
-    """Returns the photos of a body: files from a form, base64 from JSON.
+    """Returns the photos in a body: encoded image files from a form, or base64 strings from JSON.
 
     content_type: the header Content-Type. name: name of the form's parts, or key of the JSON object. max_photos:
-    largest number of photos; if None, the body contains one photo, which JSON does not wrap in a list. Raises Refused
-    if the body contains no photo, too many photos or anything else, or if the content type is not supported.
+    largest number of photos. If None, the body has one photo, and JSON has a string instead of a list. Raises Refused
+    if the body has no photo, too many photos or anything else, or if the content type is not supported.
     """
     if body.startswith(_GZIP):
         raise Refused(415, _COMPRESSED)
@@ -138,7 +141,7 @@ def _from_form(body: bytes, boundary: bytes, name: str, max_photos: int) -> list
         FormParser(MULTIPART, boundary=boundary, **parser).write(body)
     except Refused:
         raise
-    except Exception:  # the parser's assertions included
+    except Exception:  # the parser also raises AssertionError
         ended.clear()
     if not ended:
         raise Refused(
@@ -164,11 +167,11 @@ def _from_json(body: bytes, name: str, max_photos: int | None) -> list[str]:
 
 
 def decoded(photo: bytes | str | UInt8[np.ndarray, "h w 3"], max_pixels: int) -> bytes | UInt8[np.ndarray, "h w 3"]:
-    """Returns the encoded image file of a photo, or its pixels as given.
+    """Returns a photo as the bytes of its image file. Pixels are returned unchanged.
 
-    photo: the file's bytes, base64, or pixels. max_pixels: largest number of pixels, compared with the file's header
-    before any pixel is decoded. Raises ImageError if the base64 is invalid or the photo is too large. Other faults of
-    the file raise ImageError later, in `Model.prepare`.
+    photo: bytes of an image file, a string with these bytes in base64, or pixels. max_pixels: largest number of pixels.
+    The size is read from the file's header, before any pixel is decoded. Raises ImageError if the base64 is invalid or
+    the photo is too large. Other faults of the file raise ImageError later, in `Model.prepare`.
     """
     if isinstance(photo, np.ndarray):
         if photo.size // 3 > max_pixels:
@@ -188,7 +191,7 @@ def decoded(photo: bytes | str | UInt8[np.ndarray, "h w 3"], max_pixels: int) ->
         pixels = math.prod(image.size) if image else 0
     except Image.DecompressionBombError:
         pixels = math.inf
-    except Exception:  # no image or a damaged header, which `Model.prepare` reports; Pillow can raise nearly any type
+    except Exception:  # `Model.prepare` reports a damaged file; Pillow can raise almost any exception
         pixels = 0
     if pixels > max_pixels:
         raise _large(max_pixels)
@@ -200,8 +203,8 @@ def _large(max_pixels: int) -> ImageError:
 
 
 def sentence(error: ImageError) -> str:
-    """Returns an error as a sentence for the client.
+    """Returns the message of an error, without the text in parentheses, as a sentence for the client.
 
-    Pillow's own message, in parentheses, is removed because it may name objects of this process.
+    The text in parentheses is Pillow's own message, which may name objects of this process.
     """
     return re.sub(r" \(.*\)", "", str(error), flags=re.DOTALL).replace("the image given as bytes", "the photo")

@@ -13,13 +13,15 @@ from geotoken_jax.serve.answers import Failure
 from geotoken_jax.serve.limits import Refused
 from geotoken_jax.serve.service import Service
 
-#: Name of the model.
+#: Name of the model in the protocol's URLs.
 MODEL = "geotoken"
 
 
 def add(app: FastAPI, service: Service, version: str, guard: list[Any]) -> None:
-    """Adds the protocol's endpoints to an application. They are not in its OpenAPI document, which cannot describe
-    binary tensor data; the protocol has a document of its own.
+    """Adds the protocol's endpoints to an application.
+
+    The endpoints are not in the application's OpenAPI document, because OpenAPI cannot describe binary tensor data. The
+    protocol has its own specification, linked in `tensors`.
 
     version: version of the model. guard: dependencies of the endpoints that require the token.
     """
@@ -69,12 +71,17 @@ def _check_model(name: str, asked: str, version: str) -> None:
     if name != MODEL:
         raise Refused(404, f"there is no model of this name: ask for {MODEL}")
     if asked != version:
-        raise Refused(404, f"there is no such version of the model: ask for {version}, or for no version")
+        raise Refused(
+            404, f"there is no such version of the model: ask for version {version}, or leave out the version"
+        )
 
 
 def _predictions(answers: list[Prediction | Failure]) -> list[Prediction]:
-    """Returns answers that are all predictions. Raises Refused for the first that is not, as a tensor has no gaps."""
+    """Returns the answers if all of them are predictions. Otherwise raises Refused with the first error.
+
+    A response cannot have an error for one photo and predictions for the others, because a tensor has no gaps.
+    """
     for number, answer in enumerate(answers):
         if isinstance(answer, Failure):
-            raise Refused(400, f"photo {number} (counted from 0) cannot be answered: {answer.error}")
+            raise Refused(400, f"photo {number} (counted from 0) cannot be read: {answer.error}")
     return [answer for answer in answers if isinstance(answer, Prediction)]

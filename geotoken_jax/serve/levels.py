@@ -9,12 +9,12 @@ from geotoken_jax.geo.cells import CellScheme, corners
 from geotoken_jax.geo.distance import EARTH_RADIUS_KM, from_unit_vectors, great_circle_km, to_unit_vectors
 from geotoken_jax.predict.prediction import Prediction
 
-#: S2 cells of all levels, one token per level. The finest level is 20, the level of candidates.
+#: Encodes coordinates as S2 cells, with one token per level from 0 to 20.
 _CELLS = CellScheme(20, 1)
 #: Levels with a smaller probability are left out, except the first such level.
 _MIN_PROBABILITY = 1e-4
-#: Number of rings around the prediction, with radii from one meter to half the Earth's circumference, and number of
-#: sample points per ring.
+#: Probabilities are summed over sample points on rings around the prediction. The radii of the rings go from one meter
+#: to half the Earth's circumference. Number of rings, and number of sample points per ring.
 _RINGS, _POINTS = 96, 48
 
 
@@ -35,8 +35,8 @@ class Level:
     """The cell that contains the prediction at one S2 level.
 
     level: S2 level. edge_km: mean length of the cell's edges. probability: probability that the photo was taken in the
-    cell. cells: the cell and its siblings, most probable first: the six faces at level 0, at other levels the
-    four quarters of the cell one level coarser. chosen: index of the cell in `cells`.
+    cell. cells: the cell and its siblings, most probable first. At level 0 these are the six faces of the S2 cube. At
+    other levels they are the four quarters of the cell one level coarser. chosen: index of the cell in `cells`.
     """
 
     level: int
@@ -50,10 +50,12 @@ class Level:
 class LeveledPrediction(Prediction):
     """A prediction with its levels, coarse to fine.
 
-    Levels end at the finest level in `cells`, or at the first level with a probability below 0.0001. Probabilities
-    follow from `within`, radius_km and radius_90_km, spread evenly over all directions from the prediction, so the
-    levels are calibrated if the radii are. The decoder's `cells` are not used: they can give a low probability to a
-    prediction that was chosen among gallery coordinates and is likely correct.
+    Levels end at the finest level in `cells`, or at the first level with a probability below 0.0001.
+
+    Probabilities are computed from `within`, radius_km and radius_90_km, as functions of the distance from the
+    prediction. All directions are equally probable. Levels are calibrated if `within` and the radii are calibrated. The
+    decoder's probabilities in `cells` are not used: the prediction can come from a gallery photo in a cell to which the
+    decoder gives a low probability, and still be likely correct.
     """
 
     levels: tuple[Level, ...] = ()
@@ -85,9 +87,10 @@ def _spread(prediction: Prediction) -> tuple[Float[np.ndarray, "2 n"], Float[np.
     km, share = np.array(sorted((max(float(km), 1e-3), p) for km, p in quantiles)).T
     share = np.maximum.accumulate(share)
     edges = np.geomspace(1e-3, antipode_km, _RINGS + 1)
-    # Interpolate linearly over the logarithm of the distance. Within the smallest distance, mass grows with the area.
+    # Interpolate linearly over the logarithm of the distance. Below the smallest distance, probability grows with the
+    # area of the circle.
     within = np.where(edges < km[0], share[0] * (edges / km[0]) ** 2, np.interp(np.log(edges), np.log(km), share))
-    mass = np.diff(within, prepend=0)  # the first circle is shrunk to the prediction itself
+    mass = np.diff(within, prepend=0)  # points of the first ring are at the prediction itself
     angle = np.sqrt(edges * np.roll(edges, 1)) / EARTH_RADIUS_KM
     angle[0] = 0
     bearing = (np.arange(_POINTS) + 0.5) * 2 * np.pi / _POINTS
@@ -99,7 +102,7 @@ def _spread(prediction: Prediction) -> tuple[Float[np.ndarray, "2 n"], Float[np.
 
 
 def _level(cell: Int[np.ndarray, " Q"], paths: Int[np.ndarray, "n 21"], mass: Float[np.ndarray, " n"]) -> Level:
-    """Returns the level of a cell, with probabilities from the sample points.
+    """Returns the `Level` of a cell. Its probabilities are summed over the sample points.
 
     cell: tokens of the cell. paths: tokens of the sample points. mass: probability mass of the sample points.
     """

@@ -67,7 +67,7 @@ class ServeSettings:
         self.token()
 
     def bind(self) -> list[socket.socket]:
-        """Returns sockets bound to all addresses of `host`, on `port`, that do not listen yet.
+        """Returns one socket per address of `host`, bound to `port`. The sockets do not listen yet.
 
         Raises SettingsError if the host is unknown or the port cannot be used.
         """
@@ -106,7 +106,7 @@ class ServeSettings:
 
 
 def _bound(one: socket.socket, address: Any) -> socket.socket:
-    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # the port of a service that has just ended is free
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # allow the port of a service that has just ended
     if one.family == socket.AF_INET6:
         one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
     one.bind(address)
@@ -130,12 +130,14 @@ class Capacity:
     """Limits the number of photos in the service, counted from a request's arrival to its response."""
 
     def __init__(self, photos: int, wait_s: Callable[[int], float]):
-        """photos: the limit. wait_s: function from a number of photos to the seconds until these are answered."""
+        """photos: largest number of photos. wait_s: function that takes a number of photos and returns the seconds
+        until they are answered.
+        """
         self.taken, self._limit, self._wait_s = 0, photos, wait_s
 
     @contextlib.contextmanager
     def take(self, photos: int) -> Iterator[None]:
-        """Counts photos inside the context. Raises Refused if the limit would be exceeded."""
+        """Counts photos as long as the context is open. Raises Refused if the limit would be exceeded."""
         if self.taken + photos > self._limit:
             raise Refused(503, "the queue is full: try again later", retry_after(self._wait_s(self.taken)))
         self.taken += photos
@@ -149,15 +151,15 @@ class Rate:
     """Limits the photos per minute from one address, with a token bucket."""
 
     def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic):
-        """per_minute: size of the bucket and number of photos regained per minute; no limit if 0. clock:
-        function that returns seconds.
+        """per_minute: largest number of photos per minute, and largest number at once; 0 sets no limit. clock:
+        function that returns the current time in seconds.
         """
         self._per_minute, self._clock = per_minute, clock
-        # Client -> photos left, and the clock's seconds at its last request.
+        # Client -> photos that it may still send, and time of its last request.
         self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
     def take(self, address: str, photos: int) -> None:
-        """Counts photos. If they exceed the rate, raises Refused without counting."""
+        """Counts photos from an address. If they exceed the limit, raises Refused and does not count them."""
         if not self._per_minute:
             return
         now, client = self._clock(), _client(address)
@@ -173,7 +175,7 @@ class Rate:
 
 
 def retry_after(seconds: float) -> dict[str, str]:
-    """Returns the header Retry-After in whole seconds, at least one."""
+    """Returns the header Retry-After with the seconds, rounded up, at least 1."""
     return {"Retry-After": str(max(1, math.ceil(seconds)))}
 
 

@@ -1,4 +1,4 @@
-"""A served model: it reads a request's photos within the limits, and answers them in batches."""
+"""The service behind the endpoints: reads photos from requests, applies the limits and predicts in batches."""
 
 import asyncio
 import contextlib
@@ -22,7 +22,7 @@ from geotoken_jax.serve.metrics import Metrics
 class Service:
     """A served model with its batcher, limits and metrics.
 
-    draining: whether the service is ending; it then answers accepted requests only.
+    draining: whether the service is ending. If so, it refuses new requests and answers the accepted ones.
     """
 
     def __init__(self, model: Model, settings: ServeSettings):
@@ -35,14 +35,14 @@ class Service:
 
     @property
     def state(self) -> str:
-        """Whether new requests are answered: "ready" if so, else "compiling" or "draining"."""
+        """The state "compiling", "ready" or "draining". Only a ready service accepts new requests."""
         return "draining" if self.draining else "ready" if self.batcher.ready else "compiling"
 
     @contextlib.asynccontextmanager
     async def running(self, on_failure: Callable[[], None]) -> AsyncIterator[None]:
         """Runs the batcher inside the context.
 
-        If the batcher ends with an error, as when the model cannot be compiled, logs it and calls `on_failure`.
+        If the batcher fails, e.g. because the model cannot be compiled, logs the error and calls `on_failure`.
         """
 
         def ended(task: asyncio.Task[None]) -> None:
@@ -65,7 +65,7 @@ class Service:
 
         Raises Refused if the service is not ready or is full, or if the request exceeds a limit or cannot be read.
 
-        photos: function that returns the photos of the request's body. levels: whether predictions have levels.
+        photos: function that returns the photos in the bytes of a body. levels: whether to add levels to predictions.
         """
         settings, address = self.settings, request.client.host if request.client else ""
         self.check_ready()

@@ -15,7 +15,7 @@ from geotoken_jax.geo import places
 from geotoken_jax.serve.answers import Failure
 
 _FOLDER = Path(__file__).with_name("page")
-#: The page may fetch from this service only, run its own scripts only, and not be framed.
+#: The page may request URLs of this service only and run its own scripts only. No page may show it in a frame.
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
@@ -26,8 +26,8 @@ _HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",  # browsers revalidate by ETag, so a new version of the package shows at once
 }
-#: Pictures may be cached for a year: their URLs contain the version of the export. The cache must be private because
-#: they may require a token.
+#: Browsers may cache pictures for a year, because their URLs contain the version of the export. Shared caches may not
+#: store them, because pictures may require a token.
 _CACHED = {"Cache-Control": "private, max-age=31536000, immutable", "X-Content-Type-Options": "nosniff"}
 _JPEG: dict[str, Any] = {
     "response_class": Response,
@@ -42,8 +42,8 @@ _JPEG: dict[str, Any] = {
 def add(app: FastAPI, export: Any, guard: list[Any]) -> About:
     """Adds the page and its endpoints to an application, and returns the page's information about the model.
 
-    export: folder of the model; the page has no pictures if None. guard: dependencies of the endpoints that require the
-    token.
+    export: folder of the exported model; if None, the page has no pictures. guard: dependencies of the endpoints that
+    require the token.
     """
     pictures = Pictures(export)
 
@@ -73,7 +73,7 @@ def add(app: FastAPI, export: Any, guard: list[Any]) -> About:
 
 
 class _Files(StaticFiles):
-    """The files of the page, and the file of cities, which is elsewhere because predictions use it too."""
+    """Serves the files of the page. The file of cities is in another folder, because predictions use it too."""
 
     def lookup_path(self, path: str) -> tuple[str, os.stat_result | None]:
         return (str(places.FILE), places.FILE.stat()) if path == places.FILE.name else super().lookup_path(path)

@@ -79,8 +79,8 @@ def test_the_client_of_triton_gets_answers_and_errors(tmp_path: Path):
             found = client.infer("geotoken", pixels(gray, binary), outputs=asked)
             assert found.as_numpy("latitude").tolist() == [10, 30] and found.as_numpy("within") is None
         for name, inputs, status, sentence in (
-            ("geotoken", pixels(gray[0], True), "400", r"pixels has another shape: send \[n, n, n, 3\]"),
-            ("geotoken", pixels(gray[..., :1], False), "400", "pixels has another shape"),
+            ("geotoken", pixels(gray[0], True), "400", r"pixels has the wrong shape: send \[n, n, n, 3\]"),
+            ("geotoken", pixels(gray[..., :1], False), "400", "pixels has the wrong shape"),
             ("geotoken", photos(*SHADES, 7), "400", "more photos than 64"),
             ("other", photos(100), "404", "no model of this name: ask for geotoken"),
         ):

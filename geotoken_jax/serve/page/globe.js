@@ -1,14 +1,14 @@
-// A globe on a canvas: land, borders, cities and what a page marks on it, from the whole Earth down to a few meters.
+// A globe on a canvas: land, borders, cities and marks of the page, from the whole Earth down to a few meters.
 // Places are [latitude, longitude] in degrees; directions are unit vectors [x, y, z], as in geo/distance.py.
 
 export const EARTH_KM = 6371;
 const RADIANS = Math.PI / 180;
-// Land is cut off at a circle around the middle of the view, of at least this angle: no coast is that far from another,
-// so a circle that no coast crosses lies in the sea.
+// Land is drawn only inside a circle around the middle of the view, with at least this angular radius. Every such circle
+// on land crosses a coast. A circle that crosses no coast is therefore in the sea.
 const CUT = 30 * RADIANS;
-// Pixels at the bottom that controls cover.
+// Height of the controls that cover the bottom of the canvas, in pixels.
 const FOOT = 110;
-// Rings that reach less far are pressed against the circle instead of being cut.
+// Angular radius of small coast rings. Their points outside the circle are moved onto it, instead of cutting the ring.
 const SMALL = 3 * RADIANS;
 
 const dot = (a, b) => a[0] * b[0] + a[1] * b[1] + a[2] * b[2];
@@ -23,14 +23,14 @@ export function direction([latitude, longitude]) {
 export function place([x, y, z]) {
   return [Math.atan2(z, Math.hypot(x, y)) / RADIANS, Math.atan2(y, x) / RADIANS];
 }
-// The angle between directions; exact for small ones too, where a cosine is not.
+// The angle between two directions. It is precise for small angles too, unlike the arc cosine.
 export function angle(a, b) {
   return Math.atan2(Math.hypot(...cross(a, b)), dot(a, b));
 }
 export const kilometers = (a, b) => angle(direction(a), direction(b)) * EARTH_KM;
 export const middle = places => place(unit(places.map(direction).reduce((a, b) => a.map((x, k) => x + b[k]))));
 
-// Points along the great circle between two directions, the first included.
+// Points along the great circle from one direction to another, with the first direction and without the second.
 function arc(a, b) {
   const whole = angle(a, b), steps = Math.max(1, Math.ceil(whole / (2 * RADIANS)));
   return Array.from({length: steps}, (_, k) => unit(mix(a, b, k / steps)));
@@ -51,14 +51,15 @@ function circle(center, radius, steps = 120) {
 }
 
 export class Globe {
-  // colors: returns name -> CSS color. covered: returns boxes, [left, top, right, bottom], where labels would be hidden.
+  // colors: function that returns CSS colors by name. covered: function that returns the boxes, [left, top, right,
+  // bottom], of elements that would hide labels.
   constructor(canvas, colors, covered) {
     this.canvas = canvas;
     this.context = canvas.getContext("2d");
     this.colors = colors;
     this.covered = covered;
     this.center = [20, 10];
-    this.radius = 0;  // of the Earth, in CSS pixels; 0 until the canvas has a size
+    this.radius = 0;  // radius of the Earth, in CSS pixels; 0 until the canvas has a size
     this.marks = {cells: [], circles: [], dots: [], lines: []};
     this.world = {land: [], borders: [], cities: []};
     this.flight = 0;
@@ -66,7 +67,7 @@ export class Globe {
     this.listen();
   }
 
-  // What is shown lies above the controls at the bottom.
+  // Views use only the part of the canvas above the controls.
   get room() { return Math.min(this.width, this.height - FOOT); }
   get whole() { return 0.46 * this.room; }
   get finest() { return EARTH_KM / 0.02 * this.whole; }
@@ -86,7 +87,7 @@ export class Globe {
     this.redraw();
   }
 
-  // The nearest city, and how far it is.
+  // The nearest city, and its distance in kilometers.
   city(at) {
     const up = direction(at);
     let best = null, most = -1;
@@ -111,12 +112,12 @@ export class Globe {
     if (!this.asked) this.asked = requestAnimationFrame(() => { this.asked = 0; this.draw(); });
   }
 
-  // A view that shows so many kilometers around a place, across the smaller side.
+  // A view around a place. km: width of the smaller side of the canvas, on the ground.
   view(center, km) {
     return {center, radius: Math.max(this.whole, Math.min(this.finest, EARTH_KM / km * this.room))};
   }
 
-  // Moves there; says whether it arrived, or another move came between. Long ways go over a view from farther off.
+  // Moves to a view. The result is false if another move began before the arrival. Long moves zoom out on the way.
   fly({center, radius}, milliseconds) {
     const flight = ++this.flight, [from, to] = [direction(this.center), direction(center)], start = this.radius;
     const way = angle(from, to), far = Math.min(start, radius, Math.max(this.whole, 1.2 * this.room / way));
@@ -164,7 +165,7 @@ export class Globe {
       this.move((last[0] - event.clientX) / pointers.size, (last[1] - event.clientY) / pointers.size);
     });
     for (const name of ["pointerup", "pointercancel"]) canvas.addEventListener(name, event => pointers.delete(event.pointerId));
-    // Where the globe is as wide as the page, a wheel scrolls the page.
+    // If the globe is almost as wide as the page, the mouse wheel scrolls the page instead of zooming.
     const free = () => canvas.clientWidth < 0.8 * document.documentElement.clientWidth;
     canvas.addEventListener("wheel", event => { if (!free() && !event.ctrlKey) return; event.preventDefault(); this.zoom(Math.exp(-event.deltaY / 300)); }, {passive: false});
     const keys = {ArrowLeft: [-60, 0], ArrowRight: [60, 0], ArrowUp: [0, -60], ArrowDown: [0, 60]};
@@ -178,7 +179,7 @@ export class Globe {
     });
   }
 
-  // Where a direction is on the canvas, and how far towards the eye: [x, y, z]; z is negative behind the Earth.
+  // The position [x, y, z] of a direction: x and y on the canvas, z towards the viewer and negative behind the Earth.
   project(p) {
     return [this.x + this.radius * dot(p, this.east), this.y - this.radius * dot(p, this.north), dot(p, this.up)];
   }
@@ -190,7 +191,7 @@ export class Globe {
     this.east = unit(cross([0, 0, 1], this.up));
     this.north = cross(this.up, this.east);
     [this.x, this.y] = [this.width / 2, (this.height - FOOT) / 2];
-    this.away = Math.asin(Math.min(1, Math.hypot(this.width, this.height + FOOT) / 2 / this.radius));  // of what is in view
+    this.away = Math.asin(Math.min(1, Math.hypot(this.width, this.height + FOOT) / 2 / this.radius));  // angular radius of the view
     c.clearRect(0, 0, this.width, this.height);
     this.drawSea(c, color);
     c.save();
@@ -232,9 +233,9 @@ export class Globe {
     }
   }
 
-  // Land is filled by the winding of its rings, which have it on their left. Where a ring leaves the circle that it is
-  // cut off at, the circle's arc counterclockwise to where it comes in again takes its place. All those arcs are the
-  // circle's part on land, and so often too much the whole circle as they are longer than it: that is taken off.
+  // Fills land by the winding of the coast rings, which have land on their left. A ring that leaves the circle follows
+  // the circle counterclockwise to the point at which it enters again. These arcs together can go around the circle more
+  // than once. Their whole turns are canceled by circles in the other direction.
   drawLand(c, color) {
     const cut = Math.max(CUT, Math.min(Math.PI / 2, this.away * 1.05)), least = Math.cos(cut), rim = this.radius * Math.sin(cut);
     const on = ([x, y]) => Math.atan2(this.y - y, x - this.x), TURN = 2 * Math.PI;
@@ -290,7 +291,7 @@ export class Globe {
     c.stroke();
   }
 
-  // Adds the parts of a line on this side of the Earth to the path; says whether that is all of it.
+  // Adds the visible parts of a line to the path. The result is true if all of the line is on the visible side.
   trace(c, points, closed) {
     let drawing = false, all = true;
     const many = points.length + (closed ? 1 : 0);

@@ -21,7 +21,7 @@ const degrees = ([latitude, longitude], digits = 4) =>
   `${Math.abs(latitude).toFixed(digits)}° ${latitude < 0 ? "S" : "N"}, ${Math.abs(longitude).toFixed(digits)}° ${longitude < 0 ? "W" : "E"}`;
 const at = ({latitude, longitude}) => [latitude, longitude];
 const likeliest = answer => answer.candidates.toSorted((a, b) => b.probability - a.probability).slice(0, SHOWN_CANDIDATES);
-// The name of the nearest city, in the words of geo/places.py.
+// The name of the nearest city, and the distance if it is 15 km or more. geo/places.py writes the same text.
 function near(spot) {
   const city = globe.city(spot);
   if (!city) return "";
@@ -223,7 +223,7 @@ function current(element) {
   element?.setAttribute("aria-current", "true");
 }
 
-// Moves the globe to a stop. The result is false if somebody turned the globe meanwhile.
+// Moves the globe to a stop. The result is false if the user turned the globe before it arrived.
 function go(k) {
   stop = Math.max(0, Math.min(answer.levels.length, k));
   chosen = null;

@@ -201,7 +201,7 @@ class MP16Pro:
 
     @functools.cached_property
     def _same_row_members(self) -> dict[int, list[int]]:
-        """Row -> members that could be its photo, for rows with several such members. None is dropped for another reason."""
+        """Row -> its members, for each row with several. Members that are dropped for other reasons are left out."""
         survey, same_row = self._survey, {}
         repeated = np.isin(survey.row, survey.row[survey.fate == _REPEATED])
         for member in np.flatnonzero(repeated & np.isin(survey.fate, (0, _REPEATED))).tolist():

@@ -1,8 +1,8 @@
-"""Measures how well neighbors are found on EarthView with several alignment settings, and by image features alone.
+"""Measures how alignment settings change the neighbors that are found on EarthView.
 
-`python -m benchmarks.align --workdir=runs/demo` needs the features/ that `make demo` makes. It trains the demo's
-alignment once per setting, with one change, searches the gallery exactly, and prints a line of JSON per setting.
-`--document` prints docs/alignment.md from these lines.
+`python -m benchmarks.align --workdir=runs/demo` needs the features/ that `make demo` makes. For each setting it trains
+the demo's alignment with one change, searches the gallery exactly, and prints a line of JSON. The neighbors by image
+features alone are measured too, for comparison. `--document` prints docs/alignment.md from the lines.
 """
 
 import argparse
@@ -70,7 +70,8 @@ def train(config: Any, workdir: str) -> tuple[Any, int]:
 class Search:
     """Scores alignment models by the neighbors that they find for the photos of SPLITS.
 
-    A photo counts as found at k, within a distance, if one of its k nearest gallery photos was taken within it.
+    The score at k, for a distance, is the share of photos for which one of the k nearest gallery photos in the search
+    was taken within this distance.
     """
 
     def __init__(self, workdir: str):
@@ -87,16 +88,19 @@ class Search:
         self._raw = self._nearest(lambda image: image)
 
     def score(self, model: Any = None) -> dict[str, Any]:
-        """Returns split -> k -> kilometers -> share of photos found, its 95 % interval, and its gain over RAW.
+        """Returns split -> k -> kilometers -> score, its 95 % interval, and its difference from the score of RAW.
 
-        model: alignment model; the image features alone if None. Intervals are a bootstrap over authors, paired for
-        the gain, as in the report.
+        Intervals are from a bootstrap over authors, paired for the difference, as in the report. model: alignment
+        model; if None, the image features are compared without a model.
         """
         nearest = self._raw if model is None else self._nearest(lambda image: index_vectors(embeddings(model, image)))
         return {split: {str(k): self._score(split, nearest[split][:, :k], k) for k in RANKS} for split in SPLITS}
 
     def _nearest(self, vectors: Callable[[np.ndarray], np.ndarray]) -> dict[str, np.ndarray]:
-        """Returns split -> nearest gallery rows of its photos. No author is in two splits, so none needs excluding."""
+        """Returns split -> nearest gallery rows of its photos.
+
+        No author is in two splits, so no gallery photo needs to be excluded.
+        """
         queries = {split: vectors(photos["image"].astype(np.float32)) for split, photos in self._photos.items()}
         gallery = index.Exact(queries[GALLERY])
         return {split: neighbors.search_neighbors(gallery, queries[split], max(RANKS))[0] for split in SPLITS}

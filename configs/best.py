@@ -42,8 +42,8 @@ def get_config(backbone: str = "giant") -> ConfigDict:
     config.model.group = 4
     # The loss weight of the last token is 0.1 instead of the paper's 1.0. This gained 1.0 point within 200 km.
     config.loss.last_weight = 0.1
-    # An author's other photos show the same place. In training they are no neighbors, because a new photo has none of
-    # its own author. In evaluation they stay neighbors, as in published results.
+    # Other photos by the same author show the same place. They are excluded from the neighbors in training, because the
+    # gallery has no photos by the author of a new photo. They are not excluded in evaluation, as in published results.
     config.index.neighbors.exclude.author = True
     _set_choice(config)
     return config

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """Returns GeoToken as published (arXiv 2511.01082), with EarthView's photos and the backbone `thumbnail`."""
+    """Returns the settings of the published GeoToken (arXiv 2511.01082), with the demo's photos and backbone."""
     config = ConfigDict()
     config.name = "common"
     config.mesh = dict(data=-1, fsdp=1, tensor=1, slices=-1)  # geotoken_jax/sharding.py

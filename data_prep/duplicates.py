@@ -80,7 +80,7 @@ class _Groups:
         self._pairs, self._collected = [], 0
 
     def add(self, one: Int[np.ndarray, " m"], other: Int[np.ndarray, " m"]) -> None:
-        """Joins the groups of one[i] and other[i], for every i. `labels` may change only when `merge` is called."""
+        """Joins the groups of one[i] and other[i], for every i. `labels` may be outdated until `merge` is called."""
         self._pairs.append(self.labels[np.stack([one, other])])
         self._collected += len(one)
         if self._collected > _MAX_PAIRS:

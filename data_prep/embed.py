@@ -68,7 +68,7 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
 def _finish(stage: Stage, shards: Sequence[Shard], id_bytes: int) -> Manifest:
     """Writes the manifest from the shards' ledgers.
 
-    id_bytes: bytes of the field for the id in a record, and of the field for the author.
+    id_bytes: size of the field `id` in a record, and of the field `author`, in bytes.
     """
     counts, dropped, width = dict.fromkeys((shard.split for shard in shards), 0), 0, 0
     for shard in shards:

@@ -116,7 +116,8 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
     # MP16-Pro also needs the stage's folder, in which it stores an index of its files.
     source = MP16Pro(settings, str(stage.path)) if kind is MP16Pro else kind(settings)
     if kind is EarthView:
-        # Two authors at one place can have the same pixels of a map. Only 3 of 32,000 photos of `train` are affected.
+        # Duplicates stay in EarthView, because they are no copies: two authors have photographed the same pixels of a
+        # map. Otherwise 3 of 32,000 photos of `train` would be removed.
         options = dataclasses.replace(options, duplicates=dataclasses.replace(options.duplicates, keep=True))
     if config.benchmarks.used:
         source = WithBenchmarks(source, tuple(Benchmark(*one) for one in config.benchmarks.used.items()))
@@ -283,7 +284,7 @@ class _Task:
 
     @property
     def ids(self) -> epath.Path:
-        """Path of an array of ids: those in the records, and those that were removed from the records later."""
+        """Path of an array with the ids of all accepted photos, also of those that were removed later as duplicates."""
         return epath.Path(self.folder) / LEDGERS / f"{self.shard_path.name}.ids.npy"
 
     @property

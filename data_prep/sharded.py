@@ -50,7 +50,7 @@ class Shard:
     def keep(self, **values: Any) -> bool:
         """Reuses the files of an earlier shard, if one has the same rows. Returns whether there was one.
 
-        Earlier shards are from before photos were added to the stage's inputs. values: keys and values that the
+        Earlier shards were made before photos were added to the stage's inputs. values: keys and values that the
         earlier shard's ledger must contain.
         """
         for path in self.earlier():
@@ -64,7 +64,7 @@ class Shard:
     def earlier(self) -> Iterator[epath.Path]:
         """Yields the paths of the ledgers of earlier shards with the same rows, the latest shard first.
 
-        Earlier shards are from before photos were added to the stage's inputs.
+        Earlier shards were made before photos were added to the stage's inputs.
         """
         folders = [path for path in disk.matching(self.stage / EARLIER, "*") if path.name.isdigit()]
         for folder in sorted(folders, key=lambda path: -int(path.name)):
@@ -139,9 +139,9 @@ def wait(stage: Stage, shards: Sequence[Shard]) -> bool:
 
 
 def complete(workdir: Workdir, stage: Stage, finish: Callable[[], Manifest]) -> Manifest:
-    """Returns the manifest of a stage, after all shards are complete.
+    """Completes a stage after all its shards are complete, and returns the manifest.
 
-    One process, the first of those that are writing the folder, calls `finish`. The others wait for the manifest.
+    Of the processes that are writing the folder, the first one calls `finish`. The others wait for the manifest.
     finish: function that writes and returns the manifest.
     """
     while True:

@@ -89,9 +89,9 @@ class Benchmark(ListedSource):
 
 
 def _authors(path: Path, ids: Iterable[str]) -> dict[str, str]:
-    """Returns the key of a photo (see `_key`) -> its author, for the given photos if a table lists them.
+    """Reads a table of authors. Returns key of a photo (see `_key`) -> its author, without photos that are not in it.
 
-    path: path of the table, a CSV, or a .txt file with the columns of YFCC100M.
+    path: path of the table: a CSV, or a .txt file with the columns of YFCC100M. ids: ids of the photos.
     """
     wanted, found = {_key(name) for name in ids}, {}
     positions = {name: INFO[name] for name in ("id", "author")}
@@ -168,7 +168,7 @@ class WithBenchmarks:
         return isinstance(self.source, GrowingSource) and self.source.has_rows_added(file, before)
 
     def takes(self, file: str) -> bool:
-        """Returns whether a new file belongs to a benchmark, or the source supports its addition."""
+        """Returns whether a new file may be added: files of benchmarks may, and files that the source supports."""
         return file not in self.of_source() or (isinstance(self.source, GrowingSource) and self.source.takes(file))
 
     def added(self, before: str) -> Readable:

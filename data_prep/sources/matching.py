@@ -100,8 +100,9 @@ def _without_folder(name: str) -> str:
     return "" if "/" in _spelled(name) else _folded(name)
 
 
-#: Forms in which a name in the table and the path of a file are compared, the strictest form first. Each is a pair of
-#: functions: the first returns the form of a name, the second the form of a path. Empty forms are not compared.
+#: Forms in which a name in the table is compared with the path of a file, such as in lower case or without the ending.
+#: The strictest form is first. A form is a pair of functions: the first simplifies the name, the second the path. If a
+#: function returns "", nothing is compared.
 _FORMS: tuple[tuple[Callable[[str], str], Callable[[str], str]], ...] = (
     (_spelled, _spelled),
     (_folded, _folded),

@@ -382,7 +382,8 @@ def _guess_members(paths: Sequence[epath.Path], ended: threading.Event, start: i
 def _read_members(parts: tar_parts.Parts, ended: threading.Event, start: int, end: int) -> np.ndarray:
     """Returns an array of _MEMBER with the members from the header at `start` on.
 
-    The last one is the first member at or after `end`. ended: event that another thread sets to end the call early.
+    Stops after the first member that begins at or after `end`. ended: event that another thread sets to stop this call
+    early.
     """
     offset, size, key, fate = array("q"), array("q"), array("Q"), array("B")
     for info in tar_parts.members(parts, start):

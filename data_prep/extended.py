@@ -52,7 +52,7 @@ class Extended:
         return _added(self.source, self.before)
 
     def read(self, split: str, shard: int) -> Iterator[Photo | Drop]:
-        """Yields the photos and drops of a new shard. shard: its number, counted from the first earlier shard."""
+        """Yields the photos and drops of a new shard. shard: number in the split; earlier shards have lower numbers."""
         return self._added.read(split, shard - kept_shards(self.before).get(split, 0))
 
 

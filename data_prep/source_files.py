@@ -78,7 +78,7 @@ def check(
             added = _can_take(source, before, now) and not _not_added(source, before, now)
             raise StageError(
                 f"the source of {stage.path} has changed since it was made: {change}: "
-                f"{'add the new files with --update, ' if added else ''}use another --workdir, make all again "
+                f"{'add the new photos with --update, ' if added else ''}use another --workdir, make all again "
                 "with `geotoken all --remake=prepare`, restore the source, or keep the photos as they were with "
                 "config.photos.keep_changed=True"
             )

@@ -224,8 +224,8 @@ def _plan(settings: EarthViewSettings) -> dict[str, _Shots]:
         if split == "test_unseen" and authors > len(unseen):
             raise SettingsError(
                 f"config.photos.earthview.test_unseen is {count}, which takes {authors} places, but only {len(unseen)} "
-                f"places are far enough from those of the other splits: reduce config.photos.earthview.test_unseen or "
-                "config.photos.earthview.places"
+                f"places are far enough from the places of the other splits: reduce "
+                "config.photos.earthview.test_unseen or config.photos.earthview.places"
             )
         # Places of train, validation and test are drawn from one distribution. Therefore a photo of train has a near
         # neighbor by another author as often as a new photo has a near neighbor, and training resembles prediction.

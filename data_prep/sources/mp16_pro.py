@@ -130,7 +130,8 @@ class MP16Pro:
     def read(self, split: str, shard: int) -> Iterator[Photo | Drop]:
         """Yields a photo or a drop for each member of one shard, in the order of the tar.
 
-        Rows without a member are distributed over the shards of `train`, which yield a drop for each of them at last.
+        Rows without a member are distributed over the shards of `train`. After its members, a shard of `train` yields a
+        drop for each of these rows.
         """
         survey, n, dense = self._survey, self.settings.photos_per_shard, split == "train"
         chosen, rest = self._chosen

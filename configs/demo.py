@@ -53,7 +53,7 @@ def get_config() -> ConfigDict:
     )
     # Photos are at random positions within about a kilometer of their place, so tokens after level 12 (2 km) are noise.
     # The loss of each such token is 2.78 nats, and the loss of a uniform guess is log 16 = 2.77. If the weight of the
-    # last token was 1.0, as in the paper, the model would memorize this noise.
+    # last token were 1.0, as in the paper, the model would memorize this noise.
     config.loss.last_weight = 0.1
     config.train.update(batch_size=256, examples=96_000, evaluate_every=75, log_every=15)
     config.train.optimizer.update(learning_rate=1e-3, schedule="cosine", warmup=0.05, weight_decay=0.01, clip=1.0)

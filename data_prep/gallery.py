@@ -25,7 +25,8 @@ from geotoken_jax.workdir import GALLERY, Workdir
 
 #: Photos per shard of a table, and per batch of the alignment model.
 _SHARD, _BATCH = 1 << 18, 4096
-#: Names in gallery/ of the ledgers of the table's shards and of the index's shards. Shard.split has them there.
+#: Names in place of a split for shards in gallery/: shards of the table, and shards of the index. The names of their
+#: ledgers start with these names.
 _TABLE, _INDEX = "table", "index"
 
 

@@ -1,11 +1,13 @@
 """Runs the benchmarks one after another, each in its own process. Prints their JSON lines, and the projected costs.
 
-A line gets the keys `benchmark` and `seconds`, the time of the benchmark with its start. The first line has the machine
-and the date. `--small` uses sizes at which each takes seconds: it shows that all of them run, and measures nothing.
-`--table FILE` prints the table of docs/data.md from the printed lines.
+The first line contains the machine and the date. Two keys are added to every other line: `benchmark`, the name, and
+`seconds`, the duration of the benchmark including its start.
 
-Left out are benchmarks that need more than this environment: `serving` needs locust, `export` makes environments,
-`folder` needs an export, and `torch_reference` needs torch.
+With `--small`, each benchmark takes only seconds. This shows that all of them run; its figures mean nothing. `--table
+FILE` prints the table of docs/data.md; FILE contains the printed lines.
+
+Four benchmarks are not run, because they need more than this environment: `serving` needs locust, `export` makes
+virtual environments, `folder` needs an export, and `torch_reference` needs torch.
 """
 
 import argparse
@@ -22,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-#: Files with a command line that are not run.
+#: Modules with a command line that are not run here.
 LEFT_OUT = ("__main__", "clients", "export", "folder", "serving", "torch_reference")
-#: Benchmark -> arguments of --small. {work} is a small work directory of the demo.
+#: Benchmark -> its arguments with --small. {work} is replaced by a small work directory of the demo.
 SMALL = {
     "align": "--workdir={work} --only=InfoNCE --examples=2048",
     "align_loss": "--batch=256 --width=16 --devices=2 --chunk=64",
@@ -40,7 +42,7 @@ SMALL = {
     "settings": "--workdir={work} --only=post-norm --examples=1024",
     "train_step": "--photos=512 --steps=1 --rounds=1",
 }
-#: Benchmark -> texts of its row in the table, each with keys of its lines.
+#: Benchmark -> format strings for its row in the table. The names in braces are keys of the benchmark's JSON lines.
 TEXTS = {
     "align": ("{setting}: see docs/alignment.md",),
     "align_loss": (
@@ -85,7 +87,7 @@ _DEMO = {
 
 
 def names() -> list[str]:
-    """Returns the names of the benchmarks, data_costs last, which reads the lines of the others."""
+    """Returns the names of the benchmarks. data_costs is last, because it reads the lines of the others."""
     files = sorted(file for file in HERE.glob("*.py") if "__main__" in file.read_text() and file.stem not in LEFT_OUT)
     return sorted((file.stem for file in files), key=lambda name: name == "data_costs")
 
@@ -100,7 +102,7 @@ def machine() -> dict[str, Any]:
 
 
 def run(name: str, arguments: list[str]) -> Iterator[str]:
-    """Runs a benchmark and yields its lines. Raises SystemExit if it fails."""
+    """Runs a benchmark and yields its lines of output. Raises SystemExit if the benchmark fails."""
     began = time.monotonic()
     command = [sys.executable, "-m", f"benchmarks.{name}", *arguments]
     done = subprocess.run(command, cwd=HERE.parent, stdout=subprocess.PIPE, text=True)

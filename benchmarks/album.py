@@ -1,4 +1,7 @@
-"""Generates a folder of photos in all formats, with broken and foreign files among them, and a ledger of all files."""
+"""Generates an album: a folder of photos in all formats, with broken files and other files among them.
+
+Its ledger lists how `geotoken predict FOLDER` should treat each file.
+"""
 
 import collections
 import dataclasses
@@ -19,7 +22,7 @@ _FORMATS = {
     ".heic": "HEIF", ".heif": "HEIF", ".hif": "HEIF", ".avif": "AVIF",
 }  # fmt: skip
 _FOLDERS = ("", "2024 trip", "2024 trip/sub", "ü 日本 [1]")
-#: Different pictures per ending; the photos are copies of them.
+#: Number of different pictures per ending. The photos are copies of them.
 _PICTURES = 3
 
 
@@ -27,8 +30,9 @@ _PICTURES = 3
 class Ledger:
     """The files of an album.
 
-    answered, refused: ids of photos that can be read, and of files with a photo's ending that cannot. left_out: number
-    of files that are no photos. clutter: number of files that operating systems add.
+    answered: ids of the photos that can be read. refused: ids of the files with a photo's ending that cannot be read.
+    left_out: kind of a file that is no photo -> number of such files. clutter: number of files that operating systems
+    add to folders.
     """
 
     answered: set[str] = dataclasses.field(default_factory=set)
@@ -40,7 +44,7 @@ class Ledger:
 def make(root: Path, photos: int, others: int, size: tuple[int, int], seed: int = 0) -> Ledger:
     """Writes an album and returns its ledger.
 
-    photos: number of photos that can be read, evenly over all endings. others: number of broken and foreign files.
+    photos: number of photos that can be read, equally many per ending. others: number of all other files.
     size: width and height of the photos in pixels.
     """
     rng = np.random.default_rng(seed)
@@ -88,7 +92,7 @@ def _encoded(ending: str, size: tuple[int, int], rng: np.random.Generator) -> by
 
 
 def _broken(whole: dict[str, bytes]) -> list[tuple[str, bytes]]:
-    """Returns the ends of names, and the contents, of broken files. whole: ending -> file that can be read."""
+    """Returns pairs for broken files: end of the name, and contents. whole: ending -> contents of a readable photo."""
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as file:
         file.writestr("a.txt", "a")
@@ -106,7 +110,7 @@ def _broken(whole: dict[str, bytes]) -> list[tuple[str, bytes]]:
 
 
 def _foreign(root: Path, number: int) -> str:
-    """Writes a file that is no photo, and returns the words under which it is counted."""
+    """Writes a file that is no photo, and returns its kind, as in Ledger.left_out."""
     endings = (".cr2", ".mov", ".jxl", ".txt", "")
     kind = number % (len(endings) + 2)
     if kind < len(endings):

@@ -1,8 +1,8 @@
-"""Measures how well neighbors are found on EarthView with several alignment settings, and by image features alone.
+"""Measures how alignment settings change the neighbors that are found on EarthView.
 
-`python -m benchmarks.align --workdir=runs/demo` needs the features/ that `make demo` makes. It trains the demo's
-alignment once per setting, with one change, searches the gallery exactly, and prints a line of JSON per setting.
-`--document` prints docs/alignment.md from these lines.
+`python -m benchmarks.align --workdir=runs/demo` needs the features/ that `make demo` makes. For each setting it trains
+the demo's alignment with one change, searches the gallery exactly, and prints a line of JSON. The neighbors by image
+features alone are measured too, for comparison. `--document` prints docs/alignment.md from the lines.
 """
 
 import argparse
@@ -70,7 +70,8 @@ def train(config: Any, workdir: str) -> tuple[Any, int]:
 class Search:
     """Scores alignment models by the neighbors that they find for the photos of SPLITS.
 
-    A photo counts as found at k, within a distance, if one of its k nearest gallery photos was taken within it.
+    The score at k, for a distance, is the share of photos for which one of the k nearest gallery photos in the search
+    was taken within this distance.
     """
 
     def __init__(self, workdir: str):
@@ -87,16 +88,19 @@ class Search:
         self._raw = self._nearest(lambda image: image)
 
     def score(self, model: Any = None) -> dict[str, Any]:
-        """Returns split -> k -> kilometers -> share of photos found, its 95 % interval, and its gain over RAW.
+        """Returns split -> k -> kilometers -> score, its 95 % interval, and its difference from the score of RAW.
 
-        model: alignment model; the image features alone if None. Intervals are a bootstrap over authors, paired for
-        the gain, as in the report.
+        Intervals are from a bootstrap over authors, paired for the difference, as in the report. model: alignment
+        model; if None, the image features are compared without a model.
         """
         nearest = self._raw if model is None else self._nearest(lambda image: index_vectors(embeddings(model, image)))
         return {split: {str(k): self._score(split, nearest[split][:, :k], k) for k in RANKS} for split in SPLITS}
 
     def _nearest(self, vectors: Callable[[np.ndarray], np.ndarray]) -> dict[str, np.ndarray]:
-        """Returns split -> nearest gallery rows of its photos. No author is in two splits, so none needs excluding."""
+        """Returns split -> nearest gallery rows of its photos.
+
+        No author is in two splits, so no gallery photo needs to be excluded.
+        """
         queries = {split: vectors(photos["image"].astype(np.float32)) for split, photos in self._photos.items()}
         gallery = index.Exact(queries[GALLERY])
         return {split: neighbors.search_neighbors(gallery, queries[split], max(RANKS))[0] for split in SPLITS}
@@ -148,34 +152,36 @@ _INTRODUCTION = """# What alignment is worth on EarthView
 
 This page shows how much alignment improves the neighbors of a photo, for people who choose its settings.
 
-**What is compared.** Neighbors by the index vector (image features, location head and text head, each of length 1)
-against neighbors by the image features alone. Queries are all photos of a split, the gallery is `train`, and search is
-exact.
+**Comparison.** An aligned index searches by three vectors of a photo: image features, location head and text head, each
+scaled to length 1. It is compared with a search by the image features alone. Queries are all photos of a split, the
+gallery is `train`, and search is exact.
 
-**How to read the tables.** `25 km @5` is the percentage of photos with at least one of the 5 nearest neighbors taken
-within 25 km. In brackets is a 95 % interval from a bootstrap over authors: for the features alone, of the value; for an
-aligned index, of the paired difference to the features alone.
+**How to read the tables.** `25 km @5` is the percentage of photos for which at least one of the 5 nearest neighbors was
+taken within 25 km. A 95 % interval from a bootstrap over authors is in brackets. In the row "features alone" it is the
+interval of the percentage. In the other rows it is the interval of the paired difference from the features alone.
 
-**Settings.** Every row is one run of the demo's alignment with `config.align.model.whiten` at 3, 96,000 examples
-instead of 48,000, and the change that the row names. The row "not whitened, 48,000 examples" is the demo's setting.
+**Settings.** Every row is one run of the demo's alignment with `config.align.model.whiten=3`, 96,000 examples instead
+of 48,000, and the change that the row names. The row "not whitened, 48,000 examples" is the demo's setting.
 `test_shift` shows places of `train` on a map without training photos.
 
-**How the settings were chosen.** About twenty trainings were compared on `validation`, and on its places rendered from
-the map of `test_shift` in other styles. So the photos of `test` and `test_shift` were not used, but that map was: on an
-unseen map the gain may be smaller. The results on `validation` are those that the choice was based on.
+**How the settings were chosen.** About twenty trainings were compared on `validation`, so the results on `validation`
+are not independent of this choice. They were also compared on the places of `validation`, rendered from the map of
+`test_shift` in other styles. The photos of `test` and `test_shift` were not used, but the map of `test_shift` was. On
+an unseen map the gain may be smaller.
 
 **Results.**
 
-- Not whitened, alignment gains most on the maps it was trained on and loses on the other, the more so with more
-  examples.
-- Whitened, InfoNCE gains on both, with each of three seeds. Within 25 km the intervals are above zero at 5 and 15
-  neighbors on both; at the first neighbor, on `test` with two of three seeds and on `test_shift` with none.
-- The sigmoid loss gains on `test`; on `test_shift` it is no better than the features.
+- Without whitening, alignment gains most on the maps on which it was trained, and loses on the map of `test_shift`.
+  Both effects grow with the number of examples.
+- With whitening, InfoNCE gains on `test` and on `test_shift`, with each of three seeds. Within 25 km, the intervals at
+  5 and 15 neighbors are above zero on both splits. At the first neighbor they are above zero on `test` with two of
+  three seeds, and on `test_shift` with none.
+- The sigmoid loss gains on `test`. On `test_shift` it is no better than the features.
 - The differences between projections, queue and `same_within_km` are smaller than the intervals.
 
-**The demo does not use whitening.** With it, in one run, the decoder has 29.9 % of `test_shift` within 25 km instead of
-26.2. On `test` it has 2.0/38.5/51.1/55.9/63.1 % within 1/25/200/750/2500 km instead of 2.2/39.8/51.4/55.3/62.2: its
-gain over the first neighbor at 25 km falls from 1.8 points to 0.4. That run was
+**The demo does not use whitening.** In one run with whitening, the decoder answers 29.9 % of `test_shift` within 25 km,
+instead of 26.2 % without. On `test` it answers 2.0/38.5/51.1/55.9/63.1 % within 1/25/200/750/2500 km, instead of
+2.2/39.8/51.4/55.3/62.2 %. Its gain over the first neighbor at 25 km falls from 1.8 points to 0.4. The run was
 
 ```
 geotoken all --config=configs/demo.py --workdir=DIR --config.align.model.whiten=3 \\

@@ -1,7 +1,7 @@
-"""Compares the memory of the alignment losses, computed in chunks, with the plain formula. Prints one JSON line.
+"""Compares the memory of the alignment losses, computed in chunks, with the memory of the plain formula.
 
-Loss and gradient of both are compiled for `--devices` CPU devices, but not run. Figures are bytes on one device, from
-XLA's memory analysis. `temporary` is the memory used besides inputs and results.
+Prints one JSON line. Both sides compute loss and gradient. They are compiled for `--devices` CPU devices, but not run.
+Figures are bytes on one device, from XLA's memory analysis. `temporary` is the memory besides inputs and results.
 """
 
 import argparse

@@ -1,7 +1,7 @@
-"""Measures how many coordinates per second become S2 tokens, and back: s2sphere, and CellScheme with numpy and jax.
+"""Measures how many coordinates per second are converted to S2 tokens, and how many tokens are converted back.
 
-`--check=N` instead compares the cells of N random coordinates with s2sphere, at levels 20 and 30. Prints one JSON
-object.
+CellScheme with numpy and with jax is compared with s2sphere. `--check=N` instead compares the cells of N random
+coordinates with the cells of s2sphere, at levels 20 and 30. Prints one JSON object.
 """
 
 import argparse
@@ -44,8 +44,8 @@ def s2_decode(cell: int) -> tuple[float, float]:
 def rates(n: int, sample: int, repeats: int) -> dict:
     """Returns coordinates per second, as medians over `repeats` rounds. Every round runs each conversion once.
 
-    A round is `sample` coordinates for s2sphere, and `n` for CellScheme. `speedup` is the median over rounds of their
-    ratio, so that a temporary slowdown of the machine affects both sides.
+    In a round, s2sphere converts `sample` coordinates and CellScheme converts `n`. `speedup` is the median over rounds
+    of the ratio of their rates. A temporary slowdown of the machine affects both sides of a round.
     """
     scheme = CellScheme(20, 2)
     latitude, longitude = on_sphere(n, 0)
@@ -94,7 +94,7 @@ def seconds(run) -> float:
 
 
 def check(n: int) -> dict:
-    """Returns how many of n random coordinates get another cell than in s2sphere, and the largest error of centers."""
+    """Returns how many of n random coordinates have another cell in s2sphere, and the largest error of cell centers."""
     latitude, longitude = on_sphere(n, 1)
     points = zip(latitude.tolist(), longitude.tolist(), strict=True)
     leaves = np.fromiter((s2_leaf(*point).id() for point in points), np.uint64, n)

@@ -1,9 +1,13 @@
 """Clients that send photos to the service; benchmarks/serving.py runs this file with locust.
 
-Environment variables: BODIES is a folder with bodies of requests, which are forms with the boundary `photo`. CLIENTS is
-the number of clients. PACE is the number of requests per second of all clients, evenly spaced; if 0, each client sends
-a request as soon as the previous one is answered. With a pace, CLIENTS must be large enough that a client has its
-answer before its next turn. The name of a request in locust's report is its status.
+Three environment variables configure it:
+BODIES: folder with bodies of requests, which are forms with the boundary `photo`.
+CLIENTS: number of clients.
+PACE: number of requests per second, of all clients together and evenly spaced. If it is 0, each client sends a request
+as soon as the previous one is answered. Otherwise CLIENTS must be so large that a client has its answer before its next
+turn.
+
+The name of a request in locust's report is its HTTP status.
 """
 
 import itertools

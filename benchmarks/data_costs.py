@@ -1,13 +1,17 @@
-"""Projects hours and dollars to prepare all of MP16-Pro from the figures of other benchmarks. Prints two tables.
+"""Projects the hours and dollars to prepare all of MP16-Pro, from the figures of other benchmarks. Prints two tables.
 
     python -m benchmarks.data_costs FILE
 
-FILE contains JSON lines of `benchmarks.photos --side=405`, `neighbors`, `cells`, `input` and `embed`, in any order. Of
-several lines of one benchmark, the one with the largest photos or most rows counts; a missing benchmark is shown as
-"not measured". Assumptions: a machine has `--cores`, each as fast as one of the `--measured_cores`, and disks are fast
-enough for the rate in the column "MB/s". A stage that runs on one machine only takes as long, and costs as much, with
-several machines. The second table has the costs of each backbone, which are computed and not measured; `--backbones`
-prints it alone, without FILE.
+FILE contains JSON lines of the benchmarks `photos --side=405`, `neighbors`, `cells`, `input` and `embed`, in any order.
+If there are several lines of one benchmark, the line with the largest photos or the most rows is used. If there is no
+line of a benchmark, its stage is shown as "not measured".
+
+The first table has the costs of the stages. It assumes that a machine has `--cores` cores, each as fast as one of the
+`--measured_cores`, and that disks reach the rates in the column "MB/s". A stage that can use only one machine takes the
+same time, and costs more, with several machines.
+
+The second table has the costs of each backbone, which are computed and not measured. `--backbones` prints this table
+alone, without FILE.
 """
 
 import argparse
@@ -20,9 +24,10 @@ from typing import Any
 
 from configs import common
 
-#: Photos in the list, bytes of all images, and photos left after G3's filter (arXiv 2405.14702).
+#: MP16-Pro: number of photos in the CSV, bytes of all images, and number of photos that G3's filter keeps
+#: (arXiv 2405.14702).
 LISTED, BYTES, USABLE = 4_654_532, 371e9, 4_120_000
-#: A key that only this benchmark prints -> the benchmark's name, and its key for the size of a run.
+#: A key that only one benchmark prints -> name of this benchmark, and its key for the size of a run.
 KINDS = {
     "shards_photos_per_second": ("photos", "bytes_per_photo"),
     "exact_queries_per_second": ("neighbors", "rows"),
@@ -30,16 +35,19 @@ KINDS = {
     "host": ("input", "photos"),
     "decode_photos_per_second_per_core": ("embed", "jpeg_bytes"),
 }
-#: Bytes of the index per number of a vector: 9.5 GB for a million vectors of 2304 numbers.
+#: Size of the search index per component of a vector, in bytes: an index of a million vectors of width 2304 has 9.5 GB.
 INDEX_BYTES = 9.5e9 / 1e6 / 2304
-#: Peak of an H100 in bf16, FLOP/s, from its data sheet, and the share of the peak that is assumed to be reached.
+#: Peak rate of an H100 in bfloat16, in FLOP/s, from its data sheet, and the assumed share of the peak that is reached.
 H100, UTILIZATION = 989e12, 0.4
 
 
 @dataclasses.dataclass(frozen=True)
 class Tower:
-    """The image tower of a backbone, and the width of its features. patch: numbers of a patch, three per pixel.
-    pooled: whether attention over all positions pools them, and not a position of its own."""
+    """The image tower of a backbone.
+
+    patch: number of values per patch, three per pixel. features: width of the features. pooled: whether the features
+    are pooled by attention over all positions; if false, an extra position collects them.
+    """
 
     name: str
     layers: int
@@ -52,7 +60,7 @@ class Tower:
 
     @property
     def flops(self) -> float:
-        """FLOPs per photo: products with weights, and the two products of attention."""
+        """FLOPs per photo, for the products with weights and the two matrix products of attention."""
         positions, d = self.patches + (not self.pooled), self.width
         layer = 2 * positions * (4 * d * d + 2 * d * self.feed_forward) + 4 * positions**2 * d
         head = 2 * self.patches * 2 * d * d if self.pooled else 0  # keys and values
@@ -69,8 +77,12 @@ TOWERS = (
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """core_seconds: time on one core; None if not measured. on: largest unit that shares the work: "core", "machine" or
-    "machines". pieces: number of indivisible pieces of the work; it divides freely if 0. bytes: bytes to read."""
+    """A stage of the preparation.
+
+    on: unit that shares the work: "core" (one core), "machine" (all cores of one machine) or "machines" (all cores).
+    core_seconds: time on one core; None if not measured. pieces: number of indivisible pieces of the work; 0 if the
+    work divides freely. bytes: number of bytes to read.
+    """
 
     name: str
     on: str

@@ -1,17 +1,18 @@
 """Compares our decoding with the published decoding in PyTorch, and exact search with sampling. Prints one JSON object.
 
-Ours: from embeddings of photos and their neighbors on the host to coordinates of the greedy candidate and K samples on
-the host, compiled, with the published model. The reference is the same model in PyTorch, decoded as in the published
-code: the memory is encoded once per batch, then one candidate follows another, and every token reads the whole prefix.
-All candidates cost the reference the same, so only a few are timed. The two sides take turns, each round in its own
-process, and the ratio is the median over rounds. `--torch-python` names an interpreter that has torch. Without torch
-only our side is measured.
+Both sides use the published model. Our side is compiled. It starts from embeddings of photos and neighbors on the host,
+and ends with the coordinates of the greedy candidate and K samples on the host. The reference in PyTorch decodes as in
+the published code: it encodes the memory once per batch and then decodes one candidate after another, and each token
+reads the whole prefix. All candidates cost the reference the same, so only a few are timed.
 
-Search is timed against K samples from the same memory, to the full depth and to level 12. The share of photos proven
-within the budget depends on the model's confidence. `--workdir` measures the demo's trained model on its `test` photos;
-without it the weights are random.
+The two sides take turns. Each round runs in its own process, and the ratio is the median over rounds. `--torch-python`
+names a Python interpreter that has torch. Without torch only our side is measured.
 
-The default is a small model on JAX's default device; `--paper` measures the model of configs/common.py.
+The exact search is timed against K samples from the same memory: to the full depth, and to level 12. The search proves
+which cells are most probable. The share of photos for which it succeeds depends on the model's confidence, so
+`--workdir` measures the demo's trained model on its `test` photos. Without `--workdir` the weights are random.
+
+The default is a small model on JAX's default device. `--paper` measures the model of configs/common.py.
 """
 
 import argparse

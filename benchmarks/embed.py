@@ -1,9 +1,9 @@
 """Measures photos embedded per second by a CLIP tower with random parameters. Prints one JSON object.
 
-Every round times three things: our tower on pixels in memory; the tower of transformers, if that can be imported, with
-the same shape, precision and threads; and a large matrix product, for the speed that the device can reach. After the
-rounds, the stage `embed` runs as for a user, on JPEGs as large as those of MP16-Pro. It measures the cost of decoding,
-and the share of time in which the tower waits for photos.
+Every round times three things on pixels in memory: our tower; the same tower in the package transformers, if that can
+be imported; and a large matrix product, which shows the speed that the device can reach. After the rounds, the stage
+`embed` runs as for a user, on JPEGs as large as those of MP16-Pro. This measures the cost of decoding, and the share of
+time in which the tower waits for photos.
 
     PYTHONPATH=.torch .venv/bin/python -m benchmarks.embed --shape=b32
 """

@@ -1,8 +1,8 @@
 """Measures how the stage `embed` scales over processes and decoding threads. Prints a JSON line per combination.
 
-The backbone is `thumbnail`, so that nearly all time is spent on reading and decoding JPEGs, which are as large as those
-of MP16-Pro. Processes divide the shards as on several machines, and start at the same moment, after their imports. If
-there are fewer cores than threads in all processes, the line measures the cost of too many threads.
+The backbone is `thumbnail`, so nearly all time is spent on reading and decoding JPEGs. They are as large as those of
+MP16-Pro. Processes divide the shards as they do on several machines. They start at the same moment, after their
+imports. If the machine has fewer cores than there are threads, the line measures the cost of too many threads.
 """
 
 import argparse

@@ -1,10 +1,13 @@
-"""Compares predictions of an export without this package to predictions of the package. Prints one JSON object.
+"""Compares predictions of an export that runs without this package with predictions of the package.
 
 Three runtimes are measured, each in a new virtual environment: jax with flatbuffers, onnxruntime, and TensorFlow (for
 PyTorch see tests/interop/test_torch.py). Both sides start from the backbone's features of a split's photos, and search
-the gallery exactly. Figures per runtime: number of photos whose candidates have the same tokens; over these photos, the
-largest difference of coordinates (degrees) and of log-probabilities (nats). The number of photos with the same
-neighbors by ScaNN is printed too. The demo takes half an hour on two cores.
+the gallery exactly.
+
+Prints one JSON object with three figures per runtime: the number of photos whose candidates have the same tokens on
+both sides and, for these photos, the largest difference of coordinates (degrees) and of log-probabilities (nats). The
+number of photos for which ScaNN finds the same neighbors as exact search is printed too. For the demo's export this
+takes half an hour on two cores.
 """
 
 import argparse
@@ -30,14 +33,15 @@ from geotoken_jax.interop.targets import TARGETS
 from geotoken_jax.predict import bundle, predictor
 
 _ROOT = Path(__file__).parents[1]
-#: Program that runs another program without some packages. Its first argument lists the packages, with commas.
+#: Program that runs another program and forbids it to import some packages. Its first argument lists the packages,
+#: separated by commas.
 RUN = """
 import runpy, sys
 sys.modules.update(dict.fromkeys(sys.argv.pop(1).split(",")))
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-#: Runtime -> packages that it must do without. ml_dtypes is a dependency of TensorFlow.
+#: Runtime -> packages that it must not import. ml_dtypes is a dependency of TensorFlow.
 WITHOUT = {
     "jax": "geotoken_jax,flax",
     "onnx": "geotoken_jax,flax,jax,jaxlib,ml_dtypes",

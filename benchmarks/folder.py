@@ -1,8 +1,8 @@
-"""Measures `geotoken predict FOLDER` on a generated album, against the Python list. Prints one JSON line.
+"""Measures `geotoken predict FOLDER` on a generated album, against `model.predict(list)`. Prints one JSON line.
 
-The album has 1,000 photos in all formats, and 60 broken and foreign files (benchmarks/album.py). The rates of the
-folder and of `model.predict(list)` include compilation, but not loading the model. `memory_mb` is the resident memory
-of the command after each tenth of the photos.
+The album has 1,000 photos in all formats, and 60 files that are broken or no photos (benchmarks/album.py). Both rates
+include compilation, but not the loading of the model. `memory_mb` is the resident memory of the command after each
+tenth of the photos.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def _command(model: str, root: Path, output: Path) -> list[str]:
 
 
 def _whole(model: str, root: Path, work: Path, ledger: album.Ledger) -> dict[str, Any]:
-    """Predicts the album once; returns rate, memory, exit status, and whether the ledger is met."""
+    """Predicts the album once. Returns rate, memory, exit status, and whether all files were treated as expected."""
     output, memory = work / "answers.csv", {}
     partial, begun = work / "answers.csv.partial", time.perf_counter()
     with (work / "log").open("w") as log:

@@ -1,8 +1,8 @@
 """Counts the bytes that each device sends per step to look up neighbors in a sharded gallery. Prints one JSON line.
 
-The lookup is compiled for `--devices` CPU devices, or with --topology=v5e:16x16 for absent TPUs, but not run. Figures
-are bytes per device and one round of the exchange, in which random rows are served in most steps. `needed` is the size
-of the rows that a device reads.
+The lookup is compiled but not run: for `--devices` CPU devices, or with --topology=v5e:16x16 for TPUs that need not
+exist. Figures are bytes per device in one round of the exchange. In most steps, one round serves all rows if they are
+random. `needed` is the size of the rows that a device reads.
 """
 
 import argparse

@@ -1,9 +1,10 @@
 """Measures examples per second of the decoder's input pipeline, in one process. Prints one JSON object.
 
-The pipeline is the one of `geotoken train`, on generated tables and records: rows are shuffled globally, read in whole
-batches and joined by geotoken_jax/data on grain's threads. `host` gathers the neighbors of every photo from the
-memory-mapped table, 69 KB per photo at the paper's width and 15 neighbors. `device` passes their row numbers only, as
-config.gallery.placement does if the table is on the devices. A first round fills the page cache and does not count.
+The pipeline of `geotoken train` runs on generated tables and records: rows are shuffled globally, read in whole
+batches, and joined with the table by geotoken_jax/data on grain's threads. There are two figures. For `host`, the
+neighbors of every photo are gathered from the memory-mapped table: 69 KB per photo at the paper's width and 15
+neighbors. For `device`, only the neighbors' row numbers are passed on, as if config.gallery.placement put the table on
+the devices. A first round fills the page cache and does not count.
 """
 
 import argparse

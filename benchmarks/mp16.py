@@ -1,6 +1,7 @@
-"""Generates a data set like MP16-Pro: parts of one tar, a CSV, and a ledger with the expected fate of every photo.
+"""Generates a data set like MP16-Pro: parts of one tar, and a CSV. Tests and `benchmarks.photos` use it.
 
-Layout and names are as published (G3, arXiv 2405.14702). Tests and `benchmarks.photos` use it.
+Layout and names are as published (G3, arXiv 2405.14702). A ledger lists which photos `geotoken prepare` should keep,
+and how many it should drop for each reason.
 """
 
 import csv
@@ -19,7 +20,7 @@ from data_prep.sources.mp16_pro import SMALL
 HEADER = ["S3", "IMG_ID", "country", "LON", "AUTHOR", "LAT", "neighbourhood", "city", "county", "state", "region",
           "continent", "note"]  # fmt: skip
 CSV = "metadata/MP16_Pro_filtered.csv"
-#: Trap (a defect that `geotoken prepare` must handle) -> n, if one in n photos has it.
+#: Trap, a defect for which `geotoken prepare` must drop a photo -> n: one in n photos has this defect.
 TRAPS = {"no metadata": 97, "no image": 89, "no country": 83, "small file": 79, "not .jpg": 101, "placeholder": 103,
          "identical bytes": 107, "repeated id": 109, "coordinates not a number": 113,
          "coordinates out of range": 127}  # fmt: skip
@@ -28,8 +29,11 @@ IDENTICAL = 3
 
 @dataclasses.dataclass
 class Ledger:
-    """photos: number of photos to keep. kept: id -> (author, latitude, longitude, city, image).
-    dropped: reason -> number of photos to drop."""
+    """The expected results of `geotoken prepare`.
+
+    photos: number of photos to keep. kept: id -> (author, latitude, longitude, city, image). dropped: reason -> number
+    of photos to drop.
+    """
 
     photos: int = 0
     kept: dict[str, tuple] = dataclasses.field(default_factory=dict)
@@ -49,7 +53,7 @@ def padded(image: bytes, size: int) -> bytes:
 
 
 def flickr(side: int = 96) -> bytes:
-    """Returns the JPEG of a placeholder, as Flickr shows for deleted photos."""
+    """Returns a JPEG like the placeholder that Flickr shows for deleted photos."""
     x, y = np.meshgrid(np.arange(side), np.arange(side))
     file = io.BytesIO()
     Image.fromarray(((x * y) // 7 % 256).astype(np.uint8)).save(file, "JPEG")
@@ -57,7 +61,7 @@ def flickr(side: int = 96) -> bytes:
 
 
 class _Parts(io.RawIOBase):
-    """A file that writes its bytes to parts of `size` bytes."""
+    """A file whose bytes are written to several files, the parts, of `size` bytes each."""
 
     def __init__(self, folder: Path, size: int):
         self.folder, self.size, self.position, self.file = folder, size, 0, io.BytesIO()
@@ -82,9 +86,10 @@ def generate(
 ) -> Ledger:
     """Writes a data set of `photos` pictures in parts of `part_size` bytes, and returns its ledger.
 
-    side: side of a picture in pixels. keep: whether the ledger contains the photos to keep. trapped: whether some
-    photos have one of TRAPS. File sizes vary so that about 50 photos have the same size, which is the most in
-    the real data set.
+    File sizes vary so that about 50 photos have the same size, which is the largest such number in the real data set.
+
+    side: width and height of a picture in pixels. keep: whether the ledger contains the photos to keep. trapped:
+    whether some photos have one of TRAPS.
     """
     rng, ledger = random.Random(0), Ledger()
     (folder / "metadata").mkdir(parents=True)

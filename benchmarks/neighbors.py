@@ -1,11 +1,14 @@
 """Measures how long an index takes to build, and its speed against exact search. Prints one JSON line.
 
-The default vectors are generated clusters. Their number is the square root of the rows, and their sizes are
-heavy-tailed (of a million rows the largest has about 5,000). They spread widely along a few directions, and a little
-along all. `--workdir=runs/demo` uses the vectors of a gallery as centers instead. The index is the one that `geotoken
-index` builds with configs/common.py; `--set leaves_searched=8` changes a key of index.search. Vectors are stored on
-disk in bfloat16, as those of a gallery are, so they are never all in memory. A large run is `--rows=1000000
---width=2304 --queries=100000`; it needs 15 GB of the disk on which --folder is.
+The index is built as by `geotoken index` with configs/common.py. `--set leaves_searched=8` changes a key of
+config.index.search.
+
+The vectors are generated. By default they are clusters around random centers. The number of clusters is the square root
+of the number of rows, and their sizes are heavy-tailed: of a million rows, the largest cluster has about 5,000.
+Clusters spread widely along a few directions, and a little along all. With `--workdir=runs/demo`, the centers are the
+vectors of a gallery instead. Vectors are stored on disk in bfloat16, like a gallery, so they are never all in memory.
+
+A large run is `--rows=1000000 --width=2304 --queries=100000`. It needs 15 GB on the disk of --folder.
 """
 
 import argparse
@@ -28,8 +31,9 @@ from geotoken_jax.progress import track
 
 #: Number of directions along which a cluster spreads; vectors generated at a time, each time with a seed of its own.
 _DIRECTIONS, _BLOCK = 64, 4096
-#: Spread along these directions, and along all. The 15th neighbor is at a distance of 0.72 among 8,000 photos of
-#: EarthView and 0.66 among 32,000. That trend gives 0.53 among a million, and so do these numbers.
+#: Spread along these directions, and spread along all directions. With these numbers the 15th neighbor among a million
+#: vectors is at a distance of 0.53. EarthView has 0.72 among 8,000 photos and 0.66 among 32,000, and this trend also
+#: gives 0.53 among a million.
 _SPREAD, _NOISE = 0.44, 0.14
 #: Neighbors per query; rows per block of the exact search (0.3 GB at width 2304).
 _NEIGHBORS, _EXACT_ROWS = 20, 32_768
@@ -117,8 +121,8 @@ def _side_by_side(
 ) -> tuple[np.ndarray, np.ndarray, float, float]:
     """Returns the index's rows for all queries, the exact rows for the first queries, and the seconds of both searches.
 
-    exactly: number of queries that are searched exactly. The two searches take turns, so that a temporary slowdown of
-    the machine affects both: one block of vectors for the exact search, then a part of the queries for the index.
+    The two searches take turns: one block of vectors for the exact search, then a part of the queries for the index. A
+    temporary slowdown of the machine therefore affects both. exactly: number of queries that are searched exactly.
     """
     sample = queries[:exactly]
     index.exact(vectors[0:_EXACT_ROWS], sample, _NEIGHBORS)  # compiles

@@ -1,9 +1,11 @@
 """Measures `geotoken prepare` on a generated MP16-Pro. Prints one JSON line.
 
-The default is 20,000 tiny photos in 19 parts of one tar, with all traps of benchmarks/mp16.py. `--side=405` makes
-JPEGs of 80 KB, as in the real data set. `--kills=20` prepares the same data again, and kills all processes (SIGKILL) 20
-times at random moments. The last run completes, and the SHA-256 of all files are compared with the first preparation.
-A large run is `--photos=200000 --kills=20`. The files are in the page cache; a slow disk would lower the rates.
+The default is 20,000 tiny photos in 19 parts of one tar, with all traps of benchmarks/mp16.py. With `--side=405`, JPEGs
+have 80 KB, as in the real data set. The files are in the page cache; a slow disk would lower the rates.
+
+`--kills=20` prepares the same data a second time, and kills all processes (SIGKILL) 20 times at random moments. The
+last run completes. Then the SHA-256 of all files are compared with the first preparation. A large run is
+`--photos=200000 --kills=20`.
 """
 
 import argparse
@@ -30,12 +32,12 @@ _POLL_S = 0.05
 
 
 def generate(folder: Path, photos: int, side: int) -> mp16.Ledger:
-    """Writes the data set in 19 parts, the last half as long as the others, and returns its ledger."""
+    """Writes the data set in 19 parts and returns its ledger. The last part is half as long as the others."""
     sample = min(photos, 1000)
     with tempfile.TemporaryDirectory(dir=folder.parent) as name:
         mp16.generate(Path(name), sample, 1 << 40, side, keep=False)
         length = sum(part.stat().st_size for part in Path(name).glob("mp-*")) * photos / sample
-    # File sizes vary over 869 bytes, or over photos / 50 bytes if that is more: the mean grows by half the difference.
+    # File sizes vary by up to 869 bytes, or photos / 50 bytes if that is more. The mean grows by half the difference.
     length += photos * max(0, photos // 50 - 869) / 2
     return mp16.generate(folder, photos, int(length / (PARTS - 0.5)), side, keep=False)
 
@@ -85,8 +87,8 @@ def group(leader: int) -> dict[int, dict[str, int]]:
 def whole(arguments: list[str], work: Path, log: Path) -> dict[str, Any]:
     """Runs a command to its end. Returns the seconds of each phase, the number of shards, and the peak memory in GB.
 
-    `peak_gb` is the peak of the largest process, `together_gb` the peak of the sum of all processes.
-    Raises SystemExit with the end of the log if the command fails.
+    `peak_gb` is the peak memory of the largest process. `together_gb` is the peak of the sum over all processes. Raises
+    SystemExit with the end of the log if the command fails.
     """
     began, survey_began, largest, total = time.time(), 0.0, 0, 0
     before = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -1,14 +1,16 @@
 """Measures the service's throughput, with and without batching, and its behavior under overload. Prints JSON.
 
-Throughput: `--clients` clients each send one photo after another for `--seconds`. Overload: photos arrive evenly at
-twice the throughput for `--overload` seconds, whether earlier photos are answered or not. The service should answer
-accepted photos in bounded time, and refuse the others with 503. Kill (`--kill`): photos arrive at half the throughput,
-and the service is killed (SIGKILL) and started again at once. The service runs on the same machine as the clients,
-which use a share of its cores.
+There are three measurements:
+- Throughput: `--clients` clients each send one photo after another, for `--seconds`.
+- Overload: for `--overload` seconds, photos arrive evenly at twice the throughput, whether earlier photos are answered
+  or not. The service should answer accepted photos in bounded time, and refuse the others with 503.
+- Kill (`--kill`): photos arrive at half the throughput. The service is killed (SIGKILL) and started again at once.
 
-Latencies are in seconds, measured by the clients for answered requests. Needs the extra `serve`, and locust, which runs
-benchmarks/clients.py. locust is not part of the locked environment: install it elsewhere, and have it on the PATH or
-name it with `--locust`.
+Service and clients run on the same machine and share its cores. Latencies are in seconds, measured by the clients for
+answered requests.
+
+This needs the extra `serve`, and locust, which runs benchmarks/clients.py. locust is not part of the locked
+environment: install it elsewhere, and put it on the PATH or set `--locust` to its path.
 """
 
 import argparse
@@ -35,7 +37,7 @@ from PIL import Image
 _CLIENTS = pathlib.Path(__file__).with_name("clients.py")
 #: Percentiles of the latency in the figures.
 _PERCENTILES = (50, 90, 99)
-#: Seconds between two requests of a client at an even pace; each must be answered before the next.
+#: Seconds between two requests of one client if photos arrive evenly. A request must be answered before the next one.
 _TURN_S = 10
 _KIND = {"Content-Type": "multipart/form-data; boundary=photo"}
 
@@ -113,10 +115,10 @@ def serving(options: argparse.Namespace, batch_size: int) -> Iterator[Service]:
 
 @contextlib.contextmanager
 def load(locust: str, address: str, seconds: float, clients: int, pace: float = 0.0) -> Iterator[dict[str, Any]]:
-    """Sends photos while the block runs. Yields a dict, which has the figures after the block.
+    """Sends photos while the `with` block runs. Yields a dict, into which the figures are written after the block.
 
-    seconds: duration of the load; until the end of the block if 0. pace: photos per second; if 0, every client sends a
-    photo as soon as the previous one is answered.
+    seconds: duration of the load; if 0, the load ends with the block. pace: photos per second; if 0, every client sends
+    a photo as soon as its previous one is answered.
     """
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:

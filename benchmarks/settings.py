@@ -1,8 +1,8 @@
 """Measures the effect of single settings of the decoder on EarthView, each a change to the demo's model.
 
-`python -m benchmarks.settings --workdir=runs/demo` needs the finished work directory of `make demo`. Each setting is
-trained once, with the same training settings, so differences under 0.01 nats are noise. Prints a line of JSON per
-setting; `--markdown` prints the table of docs/settings.md from these lines.
+`python -m benchmarks.settings --workdir=runs/demo` needs the finished work directory of `make demo`. It trains once per
+setting, always with the same training settings, and prints a line of JSON. Differences under 0.01 nats are noise.
+`--markdown` prints the table of docs/settings.md from the lines.
 """
 
 import argparse

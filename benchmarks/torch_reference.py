@@ -1,7 +1,8 @@
-"""The published model as a plain PyTorch nn.Transformer, trained and decoded as published. Prints one JSON object.
+"""The published model as a plain PyTorch nn.Transformer, trained and decoded as published.
 
-benchmarks/train_step.py and benchmarks/decoding.py measure our speed against it, and tests/interop checks our model
-against it. It follows the paper and its code, uses nothing of geotoken_jax, and needs torch and numpy only.
+benchmarks/train_step.py and benchmarks/decoding.py run this module to compare speeds; it then prints one JSON object.
+tests/interop compares our model with it. The module follows the paper and its code, imports nothing from geotoken_jax,
+and needs only torch and numpy.
 """
 
 import argparse

@@ -1,12 +1,13 @@
 """Compares our train step with the PyTorch reference of the same shape on the same device. Prints one JSON object.
 
-The two take turns. Each round runs in its own process, so that the other side has the device to itself. The ratio is
-the median over rounds of our examples per second over the reference's examples per second. Our side runs the parts of
-`geotoken train` on generated data: input pipeline, Trainer, and the gallery as config.gallery places it. Both sides
-wait for every step, and count the wait for its input. `--torch-python` names an interpreter that has torch. Without
-torch only our side is measured.
+The two sides take turns. Each round runs in its own process, so that no side shares the device with the other. The
+ratio is the median over rounds of our examples per second divided by the reference's examples per second.
 
-The default is a small model on JAX's default device; `--paper` measures the model of configs/common.py at batch 2048.
+Our side runs the parts of `geotoken train` on generated data: input pipeline, Trainer, and the gallery as
+config.gallery places it. Both sides wait until every step has ended, and the time of a step includes the wait for its
+input. `--torch-python` names a Python interpreter that has torch. Without torch only our side is measured.
+
+The default is a small model on JAX's default device. `--paper` measures the model of configs/common.py at batch 2048.
 `--set model.remat=none` changes a key of that configuration.
 """
 

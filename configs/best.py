@@ -1,17 +1,19 @@
-"""The strongest configuration for real photos: the paper's size on MP16-Pro, with all that paid on EarthView.
+"""The configuration that should be best for real photos: a decoder of the paper's size, trained on MP16-Pro.
 
-`--config=configs/best.py:so400m` selects another backbone of configs/mp16_siglip2.py; `giant` is the default. Figures
-below are from EarthView (docs/settings.md, docs/experiments.md), in nats of validation loss or in points on `test`.
-Nobody has trained this configuration yet: nothing shows that each gain carries over to photos by people, or adds to the
-others.
+It includes the changes that improved predictions on EarthView, the demo's data. The gains in the comments are from
+EarthView: in nats of validation loss, or in percentage points of the photos of `test` (docs/settings.md,
+docs/experiments.md). Nobody has trained this configuration yet. Nothing shows that the gains also occur with photos by
+people, or that they add up.
 
-Changes that paid on EarthView and are not here:
-- views of the training photos (0.02 nats with 32,000 photos): MP16-Pro has 128 times as many photos, and each view
+`--config=configs/best.py:so400m` selects another backbone of configs/mp16_siglip2.py. The default is `giant`.
+
+Four changes improved predictions on EarthView, but are not included:
+- Views of the training photos gained 0.02 nats with 32,000 photos. MP16-Pro has 128 times as many photos, and each view
   costs a pass through the backbone.
-- 30 neighbors instead of 20 (0.02 nats): no accuracy changed by more than its interval.
-- whitening before alignment: it helps on a map without training photos and costs elsewhere (docs/alignment.md).
-- a short alignment: with 32,000 photos the heads overfit from the second epoch. If `geotoken audit neighbors` shows
-  that training photos have better neighbors than new photos, set config.align.train.epochs.
+- 30 neighbors instead of 20 gained 0.02 nats. No accuracy changed by more than its confidence interval.
+- Whitening before alignment helps on a map without training photos, and costs accuracy elsewhere (docs/alignment.md).
+- A short alignment is better with 32,000 photos, because the heads overfit from the second epoch on. If `geotoken audit
+  neighbors` shows that training photos have better neighbors than new photos, set config.align.train.epochs.
 """
 
 from typing import Any
@@ -23,31 +25,34 @@ from configs import ladder, mp16_siglip2
 
 def get_config(backbone: str = "giant") -> ConfigDict:
     """Returns the configuration with the given backbone, one of mp16_siglip2.BACKBONES."""
-    # The paper's depth and width, in the form that ladder.FORM sets. The copy head gains 0.60 nats after 30,000
-    # examples, similarities 0.05, factored positions and tied tables 0.02 each. The compact memory has the same loss at
-    # six times the speed. Pre-norm and GELU gained nothing with two layers; they are meant for ten layers at this
-    # learning rate, which is not measured. The cosine schedule and the clipping are the demo's.
+    # The size 52M has the paper's depth and width. Its architecture is ladder.FORM. After 30,000 examples the copy head
+    # gained 0.60 nats, similarities 0.05, factored positions 0.02 and tied token tables 0.02. The compact memory has
+    # the same loss at six times the speed. Pre-norm and GELU gained nothing with the demo's two layers. They should
+    # help with ten layers, which was not measured. The cosine schedule and the clipping are the demo's.
     config: Any = ladder.get_config("52M")
     config.name = "best"
-    # Published results gain most from the backbone (configs/mp16_siglip2.py).
+    # In published results, a better backbone gains most (configs/mp16_siglip2.py).
     mp16_siglip2.set_backbone(config, backbone)
-    # 20 neighbors instead of the paper's 15: 0.02 nats over 10, and better than the first neighbor from 20 on.
+    # The paper has 15 neighbors. 20 neighbors gained 0.02 nats over 10. Only with 20 or more was the decoder better
+    # than its first neighbor.
     config.model.neighbors = 20
-    # 4 quads per token instead of 2: +0.9 points at 200 km, and 6 tokens instead of 11 to decode. Groups of 5 are as
-    # good, but no token of theirs ends at level 12, where the search of the distribution stops.
+    # A token contains 4 levels of cells instead of the paper's 2. This gained 0.9 points within 200 km, and leaves 6
+    # tokens to decode instead of 11. 5 levels per token are as good, but then no token ends at level 12, at which the
+    # search of the distribution stops (config.predict.search.level).
     config.model.group = 4
-    # Weights that fall to 0.1 are 1.0 point better at 200 km than the paper's, which fall to 1.0.
+    # The loss weight of the last token is 0.1 instead of the paper's 1.0. This gained 1.0 point within 200 km.
     config.loss.last_weight = 0.1
-    # An author's other photos show the same place, and a new photo has no such neighbors. The exclusion in evaluation
-    # stays off, as in published results.
+    # Other photos by the same author show the same place. They are excluded from the neighbors in training, because the
+    # gallery has no photos by the author of a new photo. They are not excluded in evaluation, as in published results.
     config.index.neighbors.exclude.author = True
     _set_choice(config)
     return config
 
 
 def _set_choice(config: Any) -> None:
-    """Sets how the answer is chosen among candidates and gallery photos."""
-    # Its scales and weights are fitted to the validation photos, so none of its settings depends on the backbone
-    # (docs/concepts.md). Views of the gallery's photos would each cost a pass through the backbone: there are none.
+    """Makes the reranker choose the answer among candidates and gallery photos."""
+    # The reranker's scales and weights are fitted to the validation photos, so its settings need not be adapted to the
+    # backbone (docs/concepts.md). The channels use no views of gallery photos, because each view would cost a pass
+    # through the backbone.
     config.predict.selectors = (*config.predict.selectors, "reranker")
     config.predict.choice = "reranker"

@@ -1,7 +1,7 @@
-"""All defaults: the paper's settings on MP16-Pro, but with EarthView's photos and thumbnails as image features.
+"""The defaults of all settings: the paper's settings for MP16-Pro, with the photos and the backbone of a small demo.
 
-Every other configuration changes some of them. The comment or docstring at a section names the module in which a frozen
-dataclass explains the section's keys.
+Every other configuration changes some of the defaults. The keys of a section are explained in the frozen dataclass of
+the section. A comment or docstring at each section names the module with this dataclass.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """Returns GeoToken as published (arXiv 2511.01082), with EarthView's photos and the backbone `thumbnail`."""
+    """Returns the settings of the published GeoToken (arXiv 2511.01082), with the demo's photos and backbone."""
     config = ConfigDict()
     config.name = "common"
     config.mesh = dict(data=-1, fsdp=1, tensor=1, slices=-1)  # geotoken_jax/sharding.py
@@ -24,15 +24,15 @@ def get_config() -> ConfigDict:
     config.data = dict(photos=0, seed=0)  # geotoken_jax/data/join.py
     config.model = _model()
     config.loss = dict(first_weight=2.0, last_weight=1.0)  # geotoken_jax/model/task.py
-    # 50 epochs of MP16-Pro's 4.12 M usable photos.
+    # 206 million examples are 50 epochs of the 4.12 million photos of MP16-Pro that `prepare` keeps.
     config.train = _train(2048, 206_000_000, 2_000, _published(5e-5, 0.9))
     config.pools = dict(photos=50_000, seed=0)  # geotoken_jax/configuration.py
     # geotoken_jax/model/reward.py
     config.reward = dict(model=dict(hidden=2048, dropout=0.1), train=_train_selector())
     config.channels = _channels()
     config.reranker = _reranker()
-    # Name of a variant of the decoder -> changed sections and keys. The commands `geotoken train`, `learn` and
-    # `predict` run once per variant.
+    # Name of a variant of the decoder -> sections and keys that differ from this configuration. `geotoken train`,
+    # `learn` and `predict` run once per variant.
     config.variants = dict(geotoken=dict())
     config.predict = _predict()
     config.judge = _judge()
@@ -46,7 +46,10 @@ def get_config() -> ConfigDict:
 
 
 def _train(batch_size: int, examples: int, evaluate_every: int, optimizer: dict[str, Any]) -> dict[str, Any]:
-    """Returns settings of one training (geotoken_jax/train/loop.py). optimizer: see geotoken_jax/train/optimizer.py."""
+    """Returns the settings of a training (geotoken_jax/train/loop.py).
+
+    optimizer: settings of the optimizer (geotoken_jax/train/optimizer.py).
+    """
     return dict(
         batch_size=batch_size,
         accumulate=1,
@@ -69,7 +72,7 @@ def _train(batch_size: int, examples: int, evaluate_every: int, optimizer: dict[
 
 
 def _published(learning_rate: float, decay: float) -> dict[str, Any]:
-    """Returns AdamW's settings as published. decay: factor on the learning rate after each epoch."""
+    """Returns the settings of AdamW in the paper. decay: factor by which each epoch multiplies the learning rate."""
     return dict(
         learning_rate=learning_rate,
         schedule="exponential",
@@ -95,7 +98,7 @@ def _cosine(learning_rate: float, warmup: float, weight_decay: float) -> dict[st
 
 
 def _train_selector() -> dict[str, Any]:
-    """Returns settings of the training of a selector's network."""
+    """Returns the training settings for the two selection networks: the reward head and the comparator."""
     return _train(512, 10_000_000, 2_000, _cosine(2e-3, 0.1, 0.05))
 
 
@@ -125,7 +128,7 @@ def _photos() -> dict[str, Any]:
             metadata="metadata/MP16_Pro_filtered.csv",
             seed=0,
             validation=0.01,
-            photos_per_shard=10_000,  # shards of 0.8 GB
+            photos_per_shard=10_000,  # a shard then has 0.8 GB
             placeholder=dict(hashes=(), distance=4, identical=100),
         ),
         folder=dict(path="", csv="", train=0.9, validation=0.05, test=0.05, photos_per_shard=2_000),
@@ -136,9 +139,10 @@ def _photos() -> dict[str, Any]:
 
 
 def _benchmarks() -> dict[str, Any]:
-    """Returns the benchmarks, none of which is used before its path is set, and the rules that exclude gallery photos.
+    """Returns the settings of benchmarks (geotoken_jax/preparation.py). A benchmark is used if its path is not empty.
 
-    The sections are explained in geotoken_jax/preparation.py, and the rules in geotoken_jax/gallery/exclude.py.
+    Each benchmark is predicted once with the whole gallery, and once per entry of `exclude`: without the gallery photos
+    that the entry's rules exclude (geotoken_jax/gallery/exclude.py).
     """
 
     def benchmark(author: str) -> dict[str, Any]:
@@ -151,20 +155,23 @@ def _benchmarks() -> dict[str, Any]:
         photos=dict(
             im2gps3k=benchmark("AUTHOR"),
             yfcc4k=benchmark("OwnerNSID"),
-            yfcc26k=benchmark(""),  # its table names no authors
+            yfcc26k=benchmark(""),  # its table has no column of authors
             commons26=benchmark("group"),
             labeled=benchmark("author"),
         ),
         exclude=dict(
             same_author=rules(author=True),
-            near_duplicate=rules(cosine_above=0.95),  # as config.audit.leakage.cosine_above
+            near_duplicate=rules(cosine_above=0.95),  # the same value as config.audit.leakage.cosine_above
             both=rules(author=True, cosine_above=0.95),
         ),
     )
 
 
 def _embed() -> dict[str, Any]:
-    """Returns settings of the frozen backbone and of further views of training photos (geotoken_jax/preparation.py)."""
+    """Returns settings of the frozen backbone and of augmented views of training photos (geotoken_jax/preparation.py).
+
+    The views are further training examples.
+    """
     return dict(
         backbone="thumbnail",
         threads=2,
@@ -188,7 +195,7 @@ def _align() -> dict[str, Any]:
         loss=dict(kind="info_nce", chunk=1024, queue=0, same_within_km=0.0),  # geotoken_jax/align/loss.py
         init=dict(location=""),  # geotoken_jax/interop/geoclip.py
         pixels=dict(tower="cached", augment=True, learning_rate=0.1, remat="dots"),  # geotoken_jax/align/pixels.py
-        # 10 epochs of MP16-Pro's 4.12 M usable photos.
+        # 41.2 million examples are 10 epochs of the 4.12 million photos of MP16-Pro that `prepare` keeps.
         train=_train(256, 41_200_000, 4_000, _published(3e-5, 0.87)),
     )
 
@@ -233,7 +240,7 @@ def _model() -> dict[str, Any]:
         activation="relu",
         qk_norm=False,
         attention="auto",
-        attention_dropout=0.0,  # the published layers drop at 0.1, which no fused kernel does (configs/mp16_pro.py)
+        attention_dropout=0.0,  # 0.1 in the paper, but fused attention kernels support only 0 (configs/mp16_pro.py)
         positions="sinusoidal",
         memory="full",
         tie_tokens=False,
@@ -249,7 +256,11 @@ def _model() -> dict[str, Any]:
 
 
 def _channels() -> dict[str, Any]:
-    """Returns settings of the channels and of the comparator (geotoken_jax/model/comparator.py)."""
+    """Returns settings of the channels, which are searches of the gallery with several kinds of vectors.
+
+    geotoken_jax/configuration.py explains the section, and geotoken_jax/model/comparator.py explains the comparator, a
+    network that is trained for one of the channels.
+    """
     return dict(
         kind="scann",
         dtype="bfloat16",
@@ -260,7 +271,10 @@ def _channels() -> dict[str, Any]:
 
 
 def _reranker() -> dict[str, Any]:
-    """Returns settings of the reranker (geotoken_jax/model/reranker.py) and of its fit (model/reranker_fit.py)."""
+    """Returns settings of the reranker (geotoken_jax/model/reranker.py) and of its fit (model/reranker_fit.py).
+
+    The reranker is a network that chooses the answer among candidates of all channels.
+    """
     return dict(
         model=dict(
             channels=("index", "backbone", "comparator", "location"),
@@ -302,12 +316,15 @@ def _predict() -> dict[str, Any]:
 
 
 def _judge() -> dict[str, Any]:
-    """Returns settings of the judge, a multimodal language model that selects (geotoken_jax/predict/judge.py)."""
+    """Returns settings of the judge (geotoken_jax/predict/judge.py).
+
+    The judge is a multimodal language model that looks at a photo and chooses among the candidates for its place.
+    """
     return dict(
-        base_url="",  # empty: there is no judge
+        base_url="",  # if empty, no judge is used
         model="",
         splits=("test",),
-        photos=0,  # all
+        photos=0,  # 0 means all photos
         answer="choose",
         candidates=30,
         side=768,
@@ -324,12 +341,13 @@ def _judge() -> dict[str, Any]:
 def _baselines() -> dict[str, Any]:
     """Returns settings of the baselines (geotoken_jax/stages/baselines.py) and of the classifier's training."""
     return dict(
-        # The temperature is the best one for the demo. sigma_km is about the size of a city.
+        # This temperature is the best one for the demo. sigma_km is about the size of a city.
         knn=dict(neighbors=20, temperature=0.05, sigma_km=25.0),
         geoclip=dict(candidates=20),
-        # As in the finest of the three partitions of MP-16 by Mueller-Budack et al. 2018, which has 12,893 cells.
+        # max_photos and min_photos are those of the finest partition of MP-16 by Mueller-Budack et al. 2018, which has
+        # 12,893 cells.
         classifier=dict(max_photos=1_000, min_photos=50, hidden=1024, dropout=0.0, candidates=20),
-        # 10 epochs of MP16-Pro's 4.12 M usable photos.
+        # 41.2 million examples are 10 epochs of the 4.12 million photos of MP16-Pro that `prepare` keeps.
         train=_train(2048, 41_200_000, 2_000, _cosine(1e-3, 0.05, 0.01)),
     )
 
@@ -340,7 +358,7 @@ def _evaluate() -> dict[str, Any]:
         resamples=2_000,
         seed=0,
         reference="geotoken",
-        compare=(),  # pairs of methods, such as (("geotoken:log_probability", "knn"),)
+        compare=(),  # pairs of methods to compare, such as (("geotoken:log_probability", "knn"),)
         earth="sphere",
         strict=False,
         labels=dict(
@@ -358,8 +376,9 @@ def _export() -> dict[str, Any]:
     return dict(
         gallery="bfloat16",
         weights=True,
-        authors=False,  # the authors of the gallery's photos are private unless somebody needs them
-        # Photos may show people, so an export contains no photos by default, except from EarthView.
+        authors=False,  # for privacy, an export does not contain the authors of gallery photos
+        # -1 stands for thumbnails of 64 pixels and 12 examples if the photos are EarthView's, and for none otherwise,
+        # because other photos may show people.
         thumbnails=-1,
         examples=-1,
     )

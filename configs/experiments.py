@@ -1,8 +1,8 @@
 """Experiments on questions that the paper leaves open, with the demo's data (stages/experiments.py).
 
-Run one with `geotoken experiment NAME`. An experiment that trains uses 30,000 examples per run, a third as many as the
-demo, and takes a minute per run on two cores; only `published_form` takes hours. Each `note` interprets the
-experiment's table and was written after the table was made.
+`geotoken experiment NAME` runs one of them. If an experiment trains decoders, each run trains on 30,000 examples, a
+third of the demo's, and takes a minute on two cores. Only `published_form` takes hours. Each `note` interprets the
+table of results, and was written after the table was made.
 """
 
 from typing import Any
@@ -11,13 +11,14 @@ from ml_collections import ConfigDict
 
 from configs import demo
 
-#: Splits that experiments score by default.
-_BOTH = ("test", "test_shift")
+#: Splits on which an experiment is evaluated, unless it names others.
+_SPLITS = ("test", "test_shift")
+#: Changes of config.predict: only the greedy candidate is decoded, and it is the answer.
 _GREEDY = dict(samples=0, choice="greedy", selectors=("greedy",), search=dict(expansions=0))
 
 
 def get_config() -> ConfigDict:
-    """Returns the demo's configuration with every experiment."""
+    """Returns the demo's configuration with all experiments in config.experiments."""
     config: Any = demo.get_config()
     config.name = "experiments"
     goals = ("1_km", "25_km", "200_km", "750_km", "2500_km", "geoscore")
@@ -27,19 +28,19 @@ def get_config() -> ConfigDict:
         *(f"point_{goal}" for goal in goals),
     )
     experiments = {**_prediction(config), **_architecture(), **_training(), "published_form": _published_form()}
-    defaults = {"note": "", "splits": _BOTH, "curve": False}
+    defaults = {"note": "", "splits": _SPLITS, "curve": False}
     config.experiments = {name: {**defaults, **fields} for name, fields in experiments.items()}
     return config
 
 
 def _prediction(config: Any) -> dict[str, Any]:
-    """Returns experiments on candidates and the choice among them. They train no decoder: they use the demo's."""
+    """Returns experiments on candidates and the choice among them. They use the demo's decoder and train none."""
 
     def sampled(temperature: float, samples: int) -> dict:
-        return dict(predict=dict(temperature=temperature, samples=samples, choice="log_probability", **_ALONE))
+        return dict(predict=dict(temperature=temperature, samples=samples, choice="log_probability", **_ONE_SELECTOR))
 
     def beam(width: int) -> dict:
-        return dict(predict=dict(beam=width, choice="log_probability", **_ALONE))
+        return dict(predict=dict(beam=width, choice="log_probability", **_ONE_SELECTOR))
 
     temperatures, sizes = (0.2, 0.4, 0.7, 1.0, 1.4), (1, 10, 100)
     return dict(
@@ -85,11 +86,12 @@ def _prediction(config: Any) -> dict[str, Any]:
     )
 
 
-#: Predicts with one selector, and without the search of the distribution, which this selector does not use.
-_ALONE = dict(selectors=("log_probability",), search=dict(expansions=0))
+#: Changes of config.predict: the only selector is log_probability. It does not need the search of the distribution, so
+#: the search is turned off.
+_ONE_SELECTOR = dict(selectors=("log_probability",), search=dict(expansions=0))
 
 
-#: Changes in all runs of the experiments that train.
+#: Changes of the configuration in every run that trains: 30,000 examples, and greedy decoding only.
 _SHORT = dict(predict=_GREEDY, train=dict(examples=30_000))
 
 
@@ -101,11 +103,11 @@ def _model(**changes: Any) -> dict:
     return dict(model=changes)
 
 
-#: Stores 30 neighbors per photo; the demo stores 20.
-_RECORDED = dict(index=dict(neighbors=dict(count=30)))
+#: Changes of the configuration: `index` stores 30 neighbors per photo, instead of the demo's 20.
+_30_NEIGHBORS = dict(index=dict(neighbors=dict(count=30)))
 
 
-def _masked(km: float) -> dict:
+def _exclude_within(km: float) -> dict:
     return dict(index=dict(neighbors=dict(exclude_in_evaluation=dict(within_km=km))))
 
 
@@ -145,7 +147,7 @@ def _architecture() -> dict[str, Any]:
             note="After 30,000 examples the decoder is better than its first neighbor only with 20 or 30 neighbors.",
             runs=_runs(
                 *(
-                    (f"{n} neighbors", {**_RECORDED, **_model(neighbors=n, copy_head=n > 0)})
+                    (f"{n} neighbors", {**_30_NEIGHBORS, **_model(neighbors=n, copy_head=n > 0)})
                     for n in (20, 0, 1, 5, 10, 30)
                 )
             ),
@@ -180,7 +182,7 @@ def _training() -> dict[str, Any]:
                 for run in (
                     (f"hidden {rate}", {**_SHORT, **_model(neighbor_dropout=rate)}),
                     *(
-                        (f"hidden {rate}, nothing within {km} km", {**_SHORT, **_masked(km)}, f"hidden {rate}")
+                        (f"hidden {rate}, nothing within {km} km", {**_SHORT, **_exclude_within(km)}, f"hidden {rate}")
                         for km in (25.0, 200.0, 750.0)
                     ),
                 )
@@ -214,10 +216,11 @@ def _training() -> dict[str, Any]:
 
 
 def _published_form() -> dict[str, Any]:
-    """Returns the experiment on the published architecture, which trains two decoders on 400,000 examples each.
+    """Returns the experiment on the published architecture: two decoders, trained on up to 400,000 examples each.
 
-    The learning rate stays constant after its warm-up, and the parameters that are validated are a moving average. So
-    each point of the curves is a finished model, and no point depends on how long the training goes on.
+    The result is a curve: accuracy against the number of examples. The learning rate is constant after its warm-up, and
+    a moving average of the parameters is validated. So each point of a curve is as good as a training that ends there,
+    and does not depend on the total number of examples.
     """
     optimizer = dict(schedule="exponential", decay=1.0, warmup=0.05)
     train = dict(batch_size=64, examples=400_000, evaluate_every=390, log_every=195, ema=0.99, optimizer=optimizer)

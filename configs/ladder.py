@@ -1,19 +1,20 @@
-"""Decoder sizes from 5,000 to 1 billion weights. One rule sets the shape, another sets batch size and learning rate.
+"""Decoders of sizes from 5,000 to 1 billion weights, trained on MP16-Pro.
 
-`--config=configs/ladder.py:52M` selects one of SIZE, on MP16-Pro. A size is named after the number of weights in
-encoder and decoder layers, as in scaling laws (Kaplan et al. 2020, arXiv 2001.08361). Token tables, the output layer
-and the projections of features are not counted. Sizes up to 1.5 M are for studies on a few cores (configs/scaling.py).
-Larger sizes have not been trained yet.
+`--config=configs/ladder.py:52M` selects a size, one of SIZE. Its name is the number of weights in the encoder and
+decoder layers, as in scaling laws (Kaplan et al. 2020, arXiv 2001.08361). Token tables, the output layer and the
+projections of features are not counted. Sizes up to 1.5 million weights are for studies on a few cores
+(configs/scaling.py). Larger sizes have not been trained yet.
 
-Shape. Depth is width / 51.2, as in the paper (10 layers, width 512). One ratio is enough, because loss depends on a
-model's size and hardly on its shape (Kaplan et al., section 3.1). Heads are 64 wide, as in the paper. There are at
-least four, as in the demo: with fewer, the smallest models could not attend to several neighbors at once. The
-feed-forward width is twice the width, as in the paper.
+One rule sets the shape. The depth is width / 51.2, as in the paper (10 layers, width 512). One ratio of depth and width
+is enough for all sizes, because the loss hardly depends on the shape (Kaplan et al., section 3.1). As in the paper,
+heads are 64 wide and the feed-forward width is twice the width. There are at least four heads, as in the demo: with
+fewer, the smallest models could not attend to several neighbors at once.
 
-Training. DeepSeek LLM (Bi et al. 2024, arXiv 2401.02954, section 3.1) found that with compute C, AdamW's best batch
-size grows as C^0.327 and its best learning rate falls as C^-0.125. On the compute-optimal frontier C grows with the
-square of the size, and the size here grows with the cube of the width. So the batch size grows with width^2 and the
-learning rate with width^-0.75. Both rules are anchored in these validation losses on EarthView after 24,000 examples:
+Another rule sets batch size and learning rate. DeepSeek LLM (Bi et al. 2024, arXiv 2401.02954, section 3.1) found that
+with compute C, the best batch size of AdamW grows as C^0.327 and the best learning rate falls as C^-0.125. In
+compute-optimal training, C is proportional to the square of the size. Here the size is proportional to the cube of the
+width. So the batch size is proportional to width^2, and the learning rate to width^-0.75. The two constants are chosen
+by these validation losses on EarthView after 24,000 examples:
 
 width  batch size  learning rate  nats per photo
   128          64           8e-4           12.07
@@ -29,8 +30,8 @@ from ml_collections import ConfigDict
 
 from configs import mp16_pro
 
-#: Name -> width. The name is the number of weights, 20 * depth * width^2: 8 * width^2 in each encoder layer and
-#: 12 * width^2 in each decoder layer.
+#: Name of a size -> width. The name is the number of weights, 20 * depth * width^2: an encoder layer has 8 * width^2
+#: weights, and a decoder layer has 12 * width^2.
 _WIDTHS = {
     "5K": 16,
     "20K": 32,
@@ -55,18 +56,19 @@ def _model(width: int) -> dict[str, Any]:
 
 
 def _train(width: int) -> dict[str, Any]:
-    # width^2 / 256, rounded down to a power of two, which divides over a mesh of 2^k devices. A step with fewer than 64
-    # photos is mostly overhead.
+    # The batch size is width^2 / 256, rounded down to a power of two, which can be divided among 2^k devices. It is at
+    # least 64, because a step with fewer photos is mostly overhead.
     batch = max(64, 1 << ((width * width // 256).bit_length() - 1))
     return dict(batch_size=batch, optimizer=dict(learning_rate=2e-3 * (width / 96) ** -0.75))
 
 
-#: Name -> the keys that the size sets in config.model and config.train.
+#: Name of a size -> section (model or train) -> keys and values that the size sets there.
 SIZE: dict[str, dict[str, dict[str, Any]]] = {
     name: dict(model=_model(width), train=_train(width)) for name, width in _WIDTHS.items()
 }
 
-#: Architecture of all sizes: the demo's architecture, because it has a lower loss than the paper's (docs/settings.md).
+#: Keys and values of config.model for all sizes. They are the demo's, because the demo's architecture has a lower loss
+#: than the paper's (docs/settings.md).
 FORM: dict[str, Any] = dict(
     norm="pre",
     activation="gelu",
@@ -80,7 +82,10 @@ FORM: dict[str, Any] = dict(
 
 
 def get_config(size: str = "52M") -> ConfigDict:
-    """Returns the configuration on MP16-Pro with a decoder of the given size, the form FORM, and a cosine schedule."""
+    """Returns the configuration for MP16-Pro with a decoder of the given size, and a cosine schedule.
+
+    size: name of the size, one of SIZE.
+    """
     if size not in SIZE:
         raise ValueError(f"--config=configs/ladder.py:{size} names an unknown size: use one of {', '.join(SIZE)}")
     config: Any = mp16_pro.get_config()

@@ -1,7 +1,7 @@
-"""The paper's configuration on MP16-Pro, with the paper's backbone, CLIP ViT-L/14 from the Hugging Face hub.
+"""The paper's configuration: MP16-Pro, and the backbone CLIP ViT-L/14 from the Hugging Face hub.
 
-The folder of the downloaded data set must be set, `--config.photos.mp16_pro.folder=DIR`. Where there is no network,
-`--config.embed.huggingface.path=DIR` can name a folder of the backbone, in every command.
+Set `--config.photos.mp16_pro.folder=DIR` to the folder of the downloaded data set. Without a network, download the
+backbone elsewhere, and set `--config.embed.huggingface.path=DIR` to its folder in every command.
 """
 
 from typing import Any
@@ -12,16 +12,16 @@ from configs import common
 
 
 def get_config() -> ConfigDict:
-    """Returns the paper's configuration with MP16-Pro's photos and a backbone from Hugging Face."""
+    """Returns the paper's configuration. config.photos.mp16_pro.folder has to be set."""
     config: Any = common.get_config()
     config.name = "mp16_pro"
     config.photos.source = "mp16_pro"
-    # G3's filter leaves 4.12 of 4.65 million photos, so it drops 11.5 %. A broken download drops far more than 15 %.
+    # The filter of G3 keeps 4.12 of 4.65 million photos: it drops 11.5 %. A broken download drops far more than 15 %.
     config.photos.max_dropped = 0.15
     config.embed.backbone = "huggingface"
     config.embed.huggingface.path = "openai/clip-vit-large-patch14"
     config.embed.threads = 16
-    # PyTorch's layers, which the paper uses, drop attention weights at their one dropout rate. No fused kernel does:
-    # --config.model.attention_dropout=0 trains with them.
+    # The paper uses PyTorch's layers, which apply their dropout rate to the attention weights too. Fused attention
+    # kernels do not support that. To train with a fused kernel, set --config.model.attention_dropout=0.
     config.model.attention_dropout = config.model.dropout
     return config

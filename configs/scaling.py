@@ -1,8 +1,9 @@
-"""The scaling study on the demo's data: loss against size, data, neighbors and gallery (analysis/scaling.py).
+"""The scaling study on the demo's data, made by `geotoken scaling` (analysis/scaling.py).
 
-Run it with `geotoken scaling`. Cells end at level 12 (2 km) and all tokens have the same weight, because tokens after
-level 12 are noise in this data and would hide the changes of the loss. With ten neighbors and no dropout a run takes a
-quarter of the demo's time, so all runs fit in an hour.
+It measures how the loss depends on the size of the decoder, the number of training photos, the number of neighbors and
+the size of the gallery. Cells end at level 12 (2 km), because tokens after level 12 are noise in these data and would
+hide the changes of the loss. All tokens have the same weight. With ten neighbors and no dropout, a run takes a quarter
+of the demo's time, so all runs take less than an hour.
 """
 
 from typing import Any
@@ -44,12 +45,12 @@ _LIMITS = (
 
 
 def get_config() -> ConfigDict:
-    """Returns the demo's configuration with the scaling study."""
+    """Returns the demo's configuration with the scaling study in config.scaling."""
     config: Any = demo.get_config()
     config.name = "scaling"
     config.model.update(level=12, neighbors=10, dropout=0.0)
-    # Averages parameters over about 50 steps. Without the average the lowest loss of a run would come at the end, when
-    # the learning rate is low, and not when the run begins to overfit.
+    # A moving average of the parameters over about 50 steps is validated. Without it, a run would have its lowest loss
+    # at the end, when the learning rate is low. With it, the lowest loss is where the run begins to overfit.
     config.train.ema = 0.98
     config.loss.update(first_weight=1.0, last_weight=1.0)
     config.predict.update(samples=30, selectors=("greedy", "log_probability"), choice="greedy")
@@ -58,8 +59,8 @@ def get_config() -> ConfigDict:
         sizes=tuple((name, ladder.SIZE[name]) for name in ("5K", "20K", "46K", "82K", "369K", "655K", "1536K")),
         held_out="1536K",
         held_out_photos=12_800,
-        # (photos, examples): twice the examples for 2.5 times the photos. With 2,000 photos the smallest size had its
-        # lowest loss after 12,000 of 24,000 examples, then overfitted.
+        # Pairs of the numbers of photos and of examples: 2.5 times the photos for twice the examples. With 2,000 photos
+        # and 24,000 examples, even the smallest size overfitted after 12,000 examples.
         photos=((2_000, 12_000), (5_000, 24_000), (12_800, 48_000), (32_000, 96_000)),
         validations=8,
         reference="82K",

@@ -9,9 +9,10 @@ from geotoken_jax.settings import SettingsError
 
 
 def run_tasks(function: Callable[[Any], Any], tasks: Sequence[Any], settings: BeamSettings) -> None:
-    """Calls a function with each task, on machines that the Beam runner chooses. The runner may repeat a call.
+    """Calls a function once per task, on machines that the Beam runner chooses. The runner may repeat a call.
 
-    function: a function of a module that every machine can import. tasks: arguments of the function, picklable.
+    function: function that is defined in a module which every machine can import. tasks: picklable objects; each is the
+    argument of one call.
 
     Raises SettingsError if Apache Beam is not installed, StageError if a task or the runner fails.
     """
@@ -28,7 +29,7 @@ def run_tasks(function: Callable[[Any], Any], tasks: Sequence[Any], settings: Be
         with beam.Pipeline(options=options) as pipeline:
             # Without Reshuffle a runner may put all tasks in one bundle and run them one after another.
             _ = pipeline | beam.Create(list(tasks)) | beam.Reshuffle() | beam.Map(function)
-    except Exception as error:  # each runner has its own types of error; a worker's traceback precedes its message
+    except Exception as error:  # each runner raises its own types; the last line of the text is the message
         last = (str(error) or repr(error)).strip().splitlines()[-1]
         raise StageError(
             f"the Beam runner {settings.runner} did not make all shards ({last}): fix the cause and run the same "

@@ -1,7 +1,7 @@
-"""Reads a source's table row by row. A row becomes a photo whose image is not yet read.
+"""Reads the table that lists the photos of a source. Each row becomes a Photo without its image, or a Drop.
 
-An error in one row drops that row and counts the reason. An error in the file, after which no row can be trusted,
-raises TableError with the fix.
+A fault in one row, such as a missing coordinate, drops only this row. A fault that makes all rows doubtful, such as
+swapped columns, raises TableError.
 """
 
 import math
@@ -18,10 +18,10 @@ from data_prep.sources import Drop, Photo
 from geotoken_jax import tables
 from geotoken_jax.tables import NUMBER, UNDECODED, TableError
 
-#: Share of rows with |latitude| > 90 above which latitude and longitude count as swapped. A smaller share is due to
-#: typing errors: if they are swapped and the photos are from all over the world, the share is about 0.3.
-_SWAPPED = 0.05
-#: Beginning of a field whose value decides whether a row is used. No field of Photo begins so.
+#: Latitude and longitude count as swapped if |latitude| > 90 in more than this share of the rows. For swapped columns
+#: and photos from all over the world the share is about 0.3. Typing errors give a much smaller share.
+_MAX_BEYOND_90 = 0.05
+#: Prefix of the keys under which the columns of `only` are read. No field of Photo starts with it.
 _CONDITION = "="
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
 
@@ -32,19 +32,21 @@ def read_rows(
     optional: Mapping[str, str] = MappingProxyType({}),
     only: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[Photo | Drop]:
-    """Yields each row in the file's order, as a photo with an empty image or as a drop.
+    """Yields each row of a table in its order: a Photo with an empty image, or a Drop.
 
-    columns: field of Photo -> name of its column, or names of which the file has one, at any position and in any case;
-    id, latitude and longitude are required. If the columns are numbers instead of names, they are positions from 0, and
-    the file is read as separated by tabs, without a header or quotes. optional: field of Photo -> name of a column that
-    the file may lack. only: name of a column -> its value in the rows to yield. A photo without an author gets its id
-    as author. `captured` is parsed by `seconds`.
+    A photo without an author gets its id as author. The column of the field `captured` is parsed by `seconds`.
 
-    Raises the errors of `tables.read`, and TableError if latitude and longitude are swapped. Swapped columns are
-    detected at the end of the file only, so read all rows before using any.
+    columns: field of Photo -> column. A column is a name, or a tuple of names of which the table must have exactly one;
+    case does not matter. A column can also be a position, counted from 0. Then all columns must be positions, and the
+    table is read as text that is separated by tabs and has neither header nor quotes. The fields id, latitude and
+    longitude are required. optional: field of Photo -> name of a column that the table may lack. only: name of a
+    column -> value; rows with another value in this column are skipped.
+
+    Raises the errors of `tables.read`, and TableError if latitude and longitude are swapped. A swap is detected only
+    after the last row, so a caller must read all rows before it uses any.
     """
     path = epath.Path(path)
-    swaps = _Swaps(path, _label(columns, "latitude"), _label(columns, "longitude"))
+    swaps = _SwapDetector(path, _label(columns, "latitude"), _label(columns, "longitude"))
     positions = {field: column for field, column in columns.items() if isinstance(column, int)}
     if positions:
         rows = tables.read_positions(path, positions)
@@ -67,12 +69,12 @@ def read_rows(
 
 
 def _label(columns: Mapping[str, Any], field: str) -> str:
-    """Returns the name of a field's column for messages: the field itself if the column can have several names."""
+    """Returns the name of a field's column, for messages. If the column can have several names, returns the field."""
     return field if isinstance(columns[field], tuple) else str(columns[field])
 
 
 def _text(value: Any) -> str:
-    """Returns a cell as text: a CSV has text, JSON and Parquet have values of any type."""
+    """Returns the value of a cell as text. Cells of a CSV are text; cells of JSON and Parquet have any type."""
     return value if isinstance(value, str) else "" if value is None else str(value)
 
 
@@ -94,9 +96,9 @@ def _photo(values: dict[str, str]) -> Photo | Drop:
 
 
 def seconds(text: str) -> float:
-    """Returns a time in seconds since 1970: NaN for an empty text, infinity for a text that is not a time.
+    """Returns the time that a text gives, in seconds since 1970. An empty text gives NaN, an invalid one infinity.
 
-    text: number of seconds since 1970, or a date and time in ISO 8601, read as UTC if it has no offset.
+    text: number of seconds since 1970, or date and time in ISO 8601. A date without an offset is read as UTC.
     """
     if not text:
         return math.nan
@@ -109,10 +111,10 @@ def seconds(text: str) -> float:
         return math.inf
 
 
-class _Swaps:
+class _SwapDetector:
     """Detects that the columns of latitude and longitude are swapped.
 
-    They are if |latitude| > 90 in more than a share _SWAPPED of the rows, and |longitude| > 90 in none.
+    They count as swapped if |latitude| > 90 in more than _MAX_BEYOND_90 of the rows, and |longitude| > 90 in no row.
     """
 
     def __init__(self, path: epath.Path, latitude: str, longitude: str):
@@ -131,7 +133,7 @@ class _Swaps:
             self.first = self.first or f"{row.id!r} in {place}, {self.latitude} {row.latitude}"
 
     def check(self) -> None:
-        if not self.disproved and self.beyond > _SWAPPED * self.rows:
+        if not self.disproved and self.beyond > _MAX_BEYOND_90 * self.rows:
             raise TableError(
                 f"{self.path} has {self.latitude} and {self.longitude} swapped: {self.beyond} of {self.rows} rows have "
                 f"a latitude beyond 90 (the first: {self.first}), and none has a longitude beyond 90: exchange the two "

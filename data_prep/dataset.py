@@ -1,4 +1,7 @@
-"""Writes the metadata of photos/ as a data set: TFDS's, and Croissant's (https://mlcommons.org/croissant)."""
+"""Writes the metadata files with which photos/ is a TFDS data set and a Croissant data set.
+
+Croissant is a format for the description of data sets (https://mlcommons.org/croissant).
+"""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -11,8 +14,8 @@ from geotoken_jax import records
 from geotoken_jax.manifests import write_json
 from geotoken_jax.preparation import DatasetSettings
 
-#: Field of photos/ -> its meaning.
-_MEANINGS = {
+#: Field of a record in photos/ -> its description in Croissant.
+_DESCRIPTIONS = {
     "id": "Id of the photo, unique in the data set.",
     "author": "Author of the photo; the photo's id if the author is unknown.",
     "image": "Encoded file of the photo.",
@@ -21,7 +24,7 @@ _MEANINGS = {
     "captured": "Time at which the photo was taken, in seconds since 1970; NaN if unknown.",
     **{name: f"Name of the place's {name}; empty if unknown." for name in records.PLACE_FIELDS},
 }
-#: Type of a field in Croissant, and number of values if it is an array.
+#: Field -> its type in Croissant, and the length of its array, 0 if it is not an array. Other fields are text.
 _TYPES = {
     "image": ("sc:ImageObject", 0),
     "coordinates": ("cr:Float64", 2),
@@ -72,7 +75,10 @@ _CONTEXT = {
 
 
 def provenance(of_source: Provenance, settings: DatasetSettings) -> Provenance:
-    """Returns the provenance of a source, with the texts of config.photos.dataset that are not empty."""
+    """Returns the provenance of a source, in which texts of config.photos.dataset replace the source's own texts.
+
+    An empty text in config.photos.dataset replaces nothing.
+    """
     stated = {name: getattr(settings, name) for name in ("license", "terms", "citation", "homepage")}
     return dataclasses.replace(of_source, **{name: text for name, text in stated.items() if text})
 
@@ -80,9 +86,12 @@ def provenance(of_source: Provenance, settings: DatasetSettings) -> Provenance:
 def write(
     folder: epath.Path, name: str, ledgers: Mapping[str, Sequence[Mapping[str, Any]]], stated: Provenance
 ) -> None:
-    """Writes dataset_info.json, features.json and croissant.json. `tfds.data_source(name, data_dir=...)` reads them.
+    """Writes dataset_info.json, features.json and croissant.json into the folder of the data set.
 
-    folder: DATA_DIR/name/VERSION. ledgers: split -> ledger of each shard. stated: origin and terms of the photos.
+    Afterwards `tfds.data_source(name, data_dir=DATA_DIR)` opens the data set.
+
+    folder: DATA_DIR/NAME/VERSION. ledgers: split -> contents of each shard's ledger. stated: origin and terms of the
+    photos.
     """
     import tensorflow_datasets as tfds
 
@@ -116,10 +125,10 @@ def write(
 
 
 def _croissant(name: str, version: str, description: str, splits: Sequence[str], stated: Provenance) -> dict[str, Any]:
-    """Returns Croissant's description of the data set: terms, files per split, and fields.
+    """Returns the contents of croissant.json: terms, files per split, and fields.
 
-    Croissant has no format for ArrayRecord. So its fields name the values of a record, which is a tf.train.Example, and
-    programs that read records by Croissant alone cannot read these.
+    Croissant does not support ArrayRecord. The file therefore describes the data set, but a Croissant reader cannot
+    load the records by it. A record is a tf.train.Example, and `column` in a field is the name of its value there.
     """
     optional = {"citeAs": stated.citation, "url": stated.homepage}
     return {
@@ -149,7 +158,7 @@ def _files(name: str, split: str) -> dict[str, Any]:
 
 def _record_set(split: str) -> dict[str, Any]:
     fields = []
-    for name, meaning in _MEANINGS.items():
+    for name, meaning in _DESCRIPTIONS.items():
         kind, length = _TYPES.get(name, ("sc:Text", 0))
         shape = {"isArray": True, "arrayShape": str(length)} if length else {}
         source = {"fileSet": {"@id": f"files-{split}"}, "extract": {"column": name}}

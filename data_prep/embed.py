@@ -1,7 +1,8 @@
 """The stage `embed`: computes the frozen backbone's features of all photos, and stores them as records.
 
-Threads decode photos ahead of the accelerator, beyond the end of a shard too, so that the accelerator need not wait for
-them. One or more processes make the shards (data_prep/sharded.py). Each computes on all of its local devices.
+Threads decode photos before the accelerator needs them. They start on the next shard before the current one ends, so
+that the accelerator need not wait between shards. One or more processes make the shards (data_prep/sharded.py). Each
+process uses all of its local devices.
 """
 
 import collections
@@ -25,11 +26,11 @@ from geotoken_jax.preparation import EmbedSettings
 from geotoken_jax.progress import Progress
 from geotoken_jax.workdir import Workdir
 
-#: Photos per shard: 252 shards for 4.12 million photos. After an interruption the unfinished shard is made again, so up
-#: to this number of photos.
+#: Photos per shard: MP16-Pro's 4.12 million photos have 252 shards. After an interruption an unfinished shard is made
+#: again, so at most this number of photos is encoded twice.
 _SHARD = 16_384
 _BATCH = 256
-#: Batches on the accelerator at a time: one is computed while another is transferred.
+#: Number of batches on the accelerator at a time: one is computed while another is transferred.
 _ON_DEVICE = 2
 
 Item = TypeVar("Item")
@@ -39,8 +40,8 @@ Result = TypeVar("Result")
 def run(config: Config, workdir: Workdir) -> list[Manifest]:
     """Makes features/ from photos/, shard by shard. Returns an empty list if shards of other processes are missing.
 
-    An unreadable photo is dropped and counted. If config.embed.views.count is above 0, augmented views of the photos in
-    `train` are another split, `train_views`, in which all views of a photo are consecutive.
+    An unreadable photo is dropped and counted. If config.embed.views.count is above 0, the split `train_views` is added
+    with augmented views of the photos in `train`. All views of a photo are consecutive.
     """
     options = config.embed
     view_options = options.views if options.views.count else {"count": 0}
@@ -65,7 +66,10 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
 
 
 def _finish(stage: Stage, shards: Sequence[Shard], id_bytes: int) -> Manifest:
-    """Writes the manifest from the ledgers. id_bytes: size of the fields for id and author."""
+    """Writes the manifest from the shards' ledgers.
+
+    id_bytes: size of the field `id` in a record, and of the field `author`, in bytes.
+    """
     counts, dropped, width = dict.fromkeys((shard.split for shard in shards), 0), 0, 0
     for shard in shards:
         ledger = shard.ledger or {}
@@ -81,12 +85,12 @@ def _finish(stage: Stage, shards: Sequence[Shard], id_bytes: int) -> Manifest:
 
 @dataclasses.dataclass
 class _Batch:
-    """Some photos of a shard, while they are decoded and encoded.
+    """A batch of a shard's photos, on its way from the decoder to the backbone.
 
-    photos: metadata of the n readable photos. failures: id and reason of each unreadable photo. prepared: pixels
-    [n * copies, h, w, 3], where copies is 1, or the number of views per photo in the split of views; None after
-    encoding, or if no photo is readable. images: features [n * copies, C]; None before encoding, or if no photo is
-    readable.
+    photos: metadata of the n readable photos. failures: id and reason of each unreadable photo. prepared: decoded
+    pixels, [n * copies, h, w, 3]; None after encoding, or if no photo is readable. images: features from the backbone,
+    [n * copies, C]; None before encoding, or if no photo is readable. In `train_views`, `copies` is the number of views
+    per photo; in other splits it is 1.
     """
 
     shard: Shard
@@ -99,7 +103,8 @@ class _Batch:
 def _write_shards(shards: list[Shard], options: EmbedSettings, workdir: Workdir, progress: Progress) -> None:
     """Writes shards and their ledgers.
 
-    One pool of threads decodes photos, a second one encodes images, and the calling thread encodes texts.
+    A pool of threads decodes photos, a second pool runs the backbone on images, and the calling thread runs it on
+    texts.
     """
     tower = backbone.make(options)
     id_bytes = workdir.id_bytes("photos")
@@ -166,7 +171,7 @@ def _encode(batch: _Batch, texts: "_Texts", layout: records.Layout) -> list[byte
 
 
 class _Texts:
-    """Encodes texts, each distinct text once: there are far fewer places than photos."""
+    """Encodes texts with the backbone, and caches the features: there are far fewer place names than photos."""
 
     def __init__(self, tower: backbone.Backbone):
         self._tower, self._cache = tower, {}
@@ -181,9 +186,9 @@ class _Texts:
 def _ahead(
     pool: concurrent.futures.Executor, function: Callable[[Item], Result], items: Iterable[Item], limit: int
 ) -> Iterator[Result]:
-    """Yields function(item), computed in a pool, in the order of the items.
+    """Yields function(item) for each item, in the order of the items. The calls run in a pool.
 
-    Up to `limit` results are in progress or waiting at a time.
+    limit: largest number of calls that are running, or whose results were not yet yielded.
     """
     pending: collections.deque[concurrent.futures.Future[Result]] = collections.deque()
     try:
@@ -198,12 +203,13 @@ def _ahead(
             future.cancel()
 
 
-#: Function (encoded image, row of the photo) -> pixels [n, h, w, 3] for the backbone: the photo itself, or its n views.
+#: Function that decodes a photo for the backbone: (encoded image, row of the photo) -> pixels [n, h, w, 3]. The n
+#: pictures are the photo itself (n = 1), or its n views.
 _Prepare = Callable[[bytes, int], np.ndarray]
 
 
 def _photo_split(split: str) -> str:
-    """Returns the split of photos/ that a split of features/ is made from."""
+    """Returns the split of photos/ from which a split of features/ is made."""
     return views.SOURCE_SPLIT if split == views.VIEWS_SPLIT else split
 
 

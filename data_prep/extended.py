@@ -1,7 +1,8 @@
-"""Takes in photos that were added to a source.
+"""Adds new photos of a source to a complete photos/, for `geotoken prepare --update`.
 
-Shards that were made before are kept, and the added photos get shards of their own. Photos and drops that were known
-before are never read again. A row without an image and an image without a row count as added if the other one has come.
+The earlier shards of photos/ are kept, and the new photos get shards of their own. Photos that were accepted or dropped
+earlier are not read again, with one exception. A table row whose image was missing, or an image whose table row was
+missing, counts as new if the missing one is there now.
 """
 
 import dataclasses
@@ -17,15 +18,16 @@ from data_prep.sources import Drop, GrowingSource, Photo, Provenance, Readable
 from geotoken_jax import disk, records
 from geotoken_jax.manifests import LEDGERS
 
-#: Reasons of drops that an added row or image ends.
+#: Reasons of drops that end when the missing row, image or part of an image is added to the source.
 INCOMPLETE = ("no image", "no metadata", "truncated")
 
 
 @dataclasses.dataclass(frozen=True)
 class Extended:
-    """A source with the shards made before, which cannot be read again, and then the shards of the added photos.
+    """A source whose first shards are the earlier shards of photos/, followed by shards of the new photos.
 
-    source: source of all photos. before: folder with the files of photos/ before.
+    Only the new shards can be read. source: source of all photos. before: folder that contains the files which photos/
+    had before the update.
     """
 
     source: GrowingSource
@@ -41,7 +43,7 @@ class Extended:
 
     @property
     def splits(self) -> Mapping[str, int]:
-        """Split -> number of shards, kept and new."""
+        """Split -> number of shards, earlier and new ones together."""
         kept, added = kept_shards(self.before), self._added.splits
         return {split: kept.get(split, 0) + added.get(split, 0) for split in {**kept, **added}}
 
@@ -50,7 +52,7 @@ class Extended:
         return _added(self.source, self.before)
 
     def read(self, split: str, shard: int) -> Iterator[Photo | Drop]:
-        """Yields the photos and drops of a new shard."""
+        """Yields the photos and drops of a new shard. shard: number in the split; earlier shards have lower numbers."""
         return self._added.read(split, shard - kept_shards(self.before).get(split, 0))
 
 
@@ -61,7 +63,7 @@ def _added(source: GrowingSource, before: str) -> Readable:
 
 @functools.lru_cache(maxsize=1)
 def kept_shards(before: str) -> dict[str, int]:
-    """Returns split -> number of shards in a folder with the files of photos/."""
+    """Returns split -> number of shards. before: folder that contains the files of photos/."""
     shards: dict[str, int] = {}
     for ledger in disk.matching(os.path.join(before, LEDGERS), "*.array_record-?????-of-?????.json"):
         split = ledger.name.partition(".array_record-")[0].rpartition("-")[2]
@@ -70,21 +72,24 @@ def kept_shards(before: str) -> dict[str, int]:
 
 
 def forget() -> None:
-    """Makes sources find the added photos again, which may be others."""
+    """Clears the caches, so that the next call looks for new photos again."""
     _added.cache_clear()
     kept_shards.cache_clear()
 
 
 @dataclasses.dataclass(frozen=True)
 class Known:
-    """Photos and drops of the shards that were made before. ids: accepted photos. dropped: id -> its reasons."""
+    """Photos and drops of the earlier shards.
+
+    ids: ids of the accepted photos. dropped: id of a dropped photo -> reasons for which it was dropped.
+    """
 
     ids: frozenset[str]
     dropped: Mapping[str, frozenset[str]]
 
     @classmethod
     def load(cls, before: str, splits: Iterable[str]) -> "Known":
-        """Reads the ledgers of some splits in a folder with the files of photos/."""
+        """Reads the ledgers of the given splits. before: folder that contains the files of photos/."""
         folder, ids, dropped = epath.Path(before) / LEDGERS, set(), {}
         for split in splits:
             for path in disk.matching(folder, f"*-{split}.array_record-*.ids.npy"):
@@ -95,7 +100,10 @@ class Known:
         return cls(frozenset(ids), dropped)
 
     def has(self, item: Photo | Drop) -> bool:
-        """Returns whether a photo or drop was known before, and is the same now."""
+        """Returns whether the earlier shards have this photo or drop, so that it is not new.
+
+        A photo that was dropped for a reason in INCOMPLETE only is new.
+        """
         name = item.id.encode(errors="backslashreplace").decode()
         reasons = self.dropped.get(name, frozenset())
         if isinstance(item, Drop):

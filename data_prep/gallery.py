@@ -1,7 +1,8 @@
-"""First step of the stage `index`: tables with three embeddings per photo, and the gallery's search index.
+"""First step of the stage `index`: makes a table per split, with three embeddings per photo, and the search index.
 
-Both are made shard by shard, by one or more processes (data_prep/sharded.py). The memory of a process holds one shard:
-of a table, 1.5 GB at C = 768; of the index, as config.index.search.shard_rows explains, 6 GB at 262,144 rows.
+One or more processes make the tables and the index, shard by shard (data_prep/sharded.py). A process holds one shard in
+memory. A shard of a table takes 1.5 GB if embeddings have 768 values. A shard of the index takes 6 GB if
+config.index.search.shard_rows is 262,144.
 """
 
 import functools
@@ -24,17 +25,19 @@ from geotoken_jax.workdir import GALLERY, Workdir
 
 #: Photos per shard of a table, and per batch of the alignment model.
 _SHARD, _BATCH = 1 << 18, 4096
-#: Names of the ledgers of the gallery's table and of its index.
+#: Names in place of a split for shards in gallery/: shards of the table, and shards of the index. The names of their
+#: ledgers start with these names.
 _TABLE, _INDEX = "table", "index"
 
 
 def run(config: Config, workdir: Workdir) -> list[Manifest]:
-    """Makes gallery/ (the gallery's table and search index) and, for each other split, its table queries/SPLIT/.
+    """Makes gallery/, with the table and the search index of `train`, and queries/SPLIT/, a table per other split.
 
-    Reads features/ and align/. Returns fewer manifests if shards of other processes are missing.
+    Reads features/ and align/. Returns the manifests of gallery/ and queries/. A folder that lacks shards of other
+    processes has no manifest yet and is left out.
 
-    Raises StageError if `align` has trained the backbone, because features/ are then outdated, and IndexQualityError if
-    the index misses too many neighbors.
+    Raises StageError if `align` has trained the backbone, because features/ are then outdated. Raises IndexQualityError
+    if the index misses too many neighbors.
     """
     if workdir.manifest("align").settings["align"]["pixels"]["tower"] == "trained":
         folder = workdir.path
@@ -83,40 +86,41 @@ def _finish(workdir: Workdir, gallery: Stage, search: IndexSettings, photos: int
 
 
 def _tables(config: Config, workdir: Workdir, stage: Stage, counts: Mapping[str, Sequence[int]]) -> list[Shard]:
-    """Makes the shards of this process of the tables of some splits, and returns all shards.
+    """Makes this process's shards of the tables in one stage's folder. Returns the shards of all processes.
 
-    counts: name of a table's ledgers -> numbers of photos, as in partition.ranges.
+    counts: split, or _TABLE for the gallery's table -> numbers of photos, as in partition.ranges.
     """
-    parts = [] if stage.manifest else sharded.divide(stage, counts, _SHARD)
+    shards = [] if stage.manifest else sharded.divide(stage, counts, _SHARD)
     aligned = functools.cache(lambda: workdir.align_model(config.align.model))
 
-    def write(part: Shard) -> None:
-        split, folder = (GALLERY, stage.path) if part.split == _TABLE else (part.split, stage.path / part.split)
-        columns = _columns(workdir.features(split), part.rows, aligned())
-        part.finish(write_shard(folder, part.number, part.count, columns), id_bytes=id_bytes)
+    def write(shard: Shard) -> None:
+        split, folder = (GALLERY, stage.path) if shard.split == _TABLE else (shard.split, stage.path / shard.split)
+        columns = _columns(workdir.features(split), shard.rows, aligned())
+        shard.finish(write_shard(folder, shard.number, shard.count, columns), id_bytes=id_bytes)
 
     id_bytes = workdir.id_bytes("features")
-    sharded.make(parts, sharded.missing(parts, id_bytes=id_bytes), "table", write)
-    return parts
+    sharded.make(shards, sharded.missing(shards, id_bytes=id_bytes), "table", write)
+    return shards
 
 
 def _columns(features: Records, rows: range, aligned: AlignModel) -> dict[str, np.ndarray]:
-    """Returns the columns of a table for some rows of features/."""
+    """Returns column -> values, for the given rows of features/: the columns of a table (see gallery/table.py)."""
     columns: dict[str, np.ndarray] = {}
     for first in [*rows[::_BATCH]] or [rows.start]:
-        part = features[first : min(first + _BATCH, rows.stop)]
-        image = part.pop("image").astype(np.float32)
-        del part["text"]
-        part["ids"], part["authors"] = part.pop("id"), part.pop("author")
-        for name, values in {**part, "embeddings": embeddings(aligned, image)}.items():
+        batch = features[first : min(first + _BATCH, rows.stop)]
+        image = batch.pop("image").astype(np.float32)
+        del batch["text"]
+        batch["ids"], batch["authors"] = batch.pop("id"), batch.pop("author")
+        for name, values in {**batch, "embeddings": embeddings(aligned, image)}.items():
             if name not in columns:
                 columns[name] = np.empty((len(rows), *values.shape[1:]), values.dtype)
             columns[name][first - rows.start : first - rows.start + len(values)] = values
     return columns
 
 
-def _index(vectors: IndexVectors, search: IndexSettings, parts: Sequence[Shard], shard: Shard) -> None:
+def _index(vectors: IndexVectors, search: IndexSettings, shards: Sequence[Shard], shard: Shard) -> None:
     folder = shard.stage / "index"
-    shutil.rmtree(folder / index.shard_name(shard.number, shard.count), ignore_errors=True)  # without a ledger
-    built = index.build_shard(vectors, search, folder, [part.rows for part in parts], shard.number)
+    # Files from an interrupted attempt.
+    shutil.rmtree(folder / index.shard_name(shard.number, shard.count), ignore_errors=True)
+    built = index.build_shard(vectors, search, folder, [one.rows for one in shards], shard.number)
     shard.finish([built / name for name in disk.files(built)])

@@ -1,7 +1,7 @@
 """The stage `index`: makes the gallery, then neighbors, then token records.
 
-Each step divides its shards among processes, as `embed` does (data_prep/sharded.py). A step needs all shards of the
-step before it.
+Processes divide the shards of each step among themselves (data_prep/sharded.py). A step starts when all shards of the
+previous step are complete.
 """
 
 from data_prep import gallery, neighbors, tokens
@@ -9,14 +9,14 @@ from geotoken_jax.configuration import Config
 from geotoken_jax.manifests import Manifest
 from geotoken_jax.workdir import Workdir
 
-#: Steps in order, and the number of folders that each of them makes.
+#: The steps in their order: module, and number of folders that the step makes.
 _STEPS = ((gallery, 2), (neighbors, 1), (tokens, 1))
 
 
 def run(config: Config, workdir: Workdir) -> list[Manifest]:
     """Makes queries/, gallery/, neighbors/ and tokens/ from features/ and align/.
 
-    Returns the manifests of fewer folders if shards of other processes are missing.
+    Returns the manifests of the folders that are complete. If shards of other processes are missing, these are not all.
     """
     manifests = []
     for step, folders in _STEPS:

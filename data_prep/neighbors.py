@@ -1,9 +1,10 @@
-"""Second step of the stage `index`: the nearest gallery photos of every photo in every split.
+"""Second step of the stage `index`: finds the nearest gallery photos of every photo in every split.
 
-Neighbors are found shard by shard, by one or more processes (data_prep/sharded.py). A process opens one shard of the
-index at a time, searches it for the neighbors of all its photos, and merges them with earlier shards' neighbors. Its
-memory holds this shard of the index (config.index.search.shard_rows) and 0.2 GB, for any number of photos. An index of
-kind `device` is opened as a whole: its vectors are in the memory of the devices.
+One or more processes divide the photos among themselves (data_prep/sharded.py). A process opens the shards of the
+search index one after another. It searches each of them for neighbors of all its photos, and merges the result with
+the neighbors from the shards before. For any number of photos, its memory holds one shard of the index
+(config.index.search.shard_rows) and 0.2 GB more. An index of kind `device` is opened as a whole, because its vectors
+are in the memory of the devices.
 """
 
 import dataclasses
@@ -27,18 +28,19 @@ from geotoken_jax.preparation import NeighborsSettings
 from geotoken_jax.progress import Progress
 from geotoken_jax.workdir import NEIGHBOR_FILES, Workdir
 
-#: Photos per shard, and per search.
+#: Number of photos per shard, and number of photos per search.
 _SHARD, _BATCH = 1 << 16, 8192
-#: Subfolder of neighbors/ with shards that are not yet searched for in the whole index.
+#: Subfolder of neighbors/ for shards whose photos were not yet compared with the whole index.
 _UNFINISHED = "unfinished"
 
 
 def run(config: Config, workdir: Workdir) -> list[Manifest]:
-    """Makes neighbors/: gallery rows [n, K] int32 and scores [n, K] float32 of each split's photos, best first.
+    """Makes neighbors/: for each split the neighbors' gallery rows [n, K] int32 and scores [n, K] float32, best first.
 
-    K is config.index.neighbors.count. Excludes gallery photos with the photo's own id, which for a view is the id of
-    the original, and those that the rules in config.index.neighbors exclude. If fewer than K neighbors are left, the
-    other rows are -1 and their scores -inf; the manifest's `fewer` has the number of such photos per split.
+    K is config.index.neighbors.count. A photo is no neighbor of itself: gallery photos with its id are excluded, and a
+    view has the id of its original. The rules in config.index.neighbors exclude further gallery photos. If fewer than K
+    neighbors are left, the remaining rows are -1 and their scores -inf. The manifest's `fewer` is the number of such
+    photos per split.
 
     Returns an empty list if shards of other processes are missing.
     """
@@ -47,16 +49,18 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
     if stage.manifest:
         return [stage.manifest]
     counts = workdir.counts("features")
-    parts = sharded.divide(stage, counts, _SHARD)
-    _search_all([part for part in sharded.own(parts) if not part.ledger], workdir, options, config.index.search.threads)
-    if not sharded.wait(stage, parts):
+    shards = sharded.divide(stage, counts, _SHARD)
+    _search_all(
+        [shard for shard in sharded.own(shards) if not shard.ledger], workdir, options, config.index.search.threads
+    )
+    if not sharded.wait(stage, shards):
         return []
 
     def finish() -> Manifest:
         shutil.rmtree(stage.path / _UNFINISHED, ignore_errors=True)
         fewer = dict.fromkeys(counts, 0)
-        for part in parts:
-            fewer[part.split] += (part.ledger or {})["fewer"]
+        for shard in shards:
+            fewer[shard.split] += (shard.ledger or {})["fewer"]
         schema = records.schema(records.neighbor_layout(options.count), NEIGHBOR_FILES)
         write_json(stage.path / "schema.json", schema)
         return stage.finish({split: numbers[-1] for split, numbers in counts.items()}, fewer=fewer)
@@ -66,9 +70,10 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
 
 @dataclasses.dataclass
 class _Neighbors:
-    """Neighbors of a shard's photos in some shards of the index.
+    """The best neighbors of a shard's photos in those shards of the index that were searched.
 
-    rows, scores: [n, K]. searched: first row and end of each shard of the index that was searched, [m, 2].
+    rows, scores: gallery rows and scores of the neighbors, [n, K]. searched: start and stop of the gallery rows of each
+    searched shard of the index, [m, 2].
     """
 
     rows: Int32[np.ndarray, "n K"]
@@ -76,44 +81,55 @@ class _Neighbors:
     searched: np.ndarray
 
     @classmethod
-    def load(cls, part: Shard, count: int) -> "_Neighbors":
-        """Returns the neighbors found before an interruption or before photos were added, or none. count: K."""
-        file = _unfinished(part)
+    def load(cls, shard: Shard, count: int) -> "_Neighbors":
+        """Returns the neighbors that were found earlier, to continue from them.
+
+        They are from before an interruption, or from before photos were added. If there are none, all rows are -1.
+        count: number K of neighbors per photo.
+        """
+        file = _unfinished(shard)
         if file.exists():
             with np.load(file, allow_pickle=False) as stored:
                 return cls(**stored)
-        for path in part.earlier():
+        for path in shard.earlier():
             if ledger := read_ledger(path):
                 names = sorted(ledger["files"])  # rows, scores
                 rows, scores = (np.array(records.open_array(path.parent.parent / name)) for name in names)
                 return cls(rows, scores, np.array(ledger["searched"]))
-        shape = len(part.rows), count
+        shape = len(shard.rows), count
         return cls(np.full(shape, -1, np.int32), np.full(shape, -np.inf, np.float32), np.zeros((0, 2), np.int64))
 
-    def save(self, part: Shard, workdir: Workdir, indexed: Sequence[range]) -> None:
-        """Writes the neighbors: if all shards of the index were searched, as the files of neighbors/."""
+    def save(self, shard: Shard, workdir: Workdir, indexed: Sequence[range]) -> None:
+        """Writes the neighbors into the shard's final files if the whole index was searched, else into _UNFINISHED.
+
+        indexed: gallery rows of each shard of the index.
+        """
         if self.missing(indexed):
-            records.save_arrays(_unfinished(part), **vars(self))
+            records.save_arrays(_unfinished(shard), **vars(self))
             return
-        files = [workdir.neighbors_file(part.split, name, part.number, part.count) for name in ("rows", "scores")]
+        files = [workdir.neighbors_file(shard.split, name, shard.number, shard.count) for name in ("rows", "scores")]
         for file, values in zip(files, (self.rows, self.scores), strict=True):
             records.save_array(file, values)
         fewer = int((self.rows[:, -1:] < 0).sum())
-        part.finish(files, fewer=fewer, searched=[[rows.start, rows.stop] for rows in indexed])
-        _unfinished(part).unlink(missing_ok=True)
+        shard.finish(files, fewer=fewer, searched=[[rows.start, rows.stop] for rows in indexed])
+        _unfinished(shard).unlink(missing_ok=True)
 
     def missing(self, indexed: Sequence[range]) -> list[int]:
-        """Returns the numbers of the index's shards that were not searched. indexed: rows of each shard."""
+        """Returns the numbers of the index's shards that were not searched. indexed: gallery rows of each shard."""
         searched = {range(*ends) for ends in self.searched.tolist()}
         return [number for number, rows in enumerate(indexed) if rows not in searched]
 
 
-def _unfinished(part: Shard) -> epath.Path:
-    return part.stage / _UNFINISHED / f"{part.split}-{part.number:05d}-of-{part.count:05d}.npz"
+def _unfinished(shard: Shard) -> epath.Path:
+    return shard.stage / _UNFINISHED / f"{shard.split}-{shard.number:05d}-of-{shard.count:05d}.npz"
 
 
-class _Part:
-    """Consecutive shards of the index, opened, and the columns of their gallery rows for the exclusion rules."""
+class _OpenedIndex:
+    """Consecutive shards of the index, opened, with the columns of the gallery's table that exclusion rules need.
+
+    threads: number of threads per search. numbers: numbers of the shards. indexed: gallery rows of each shard of the
+    whole index.
+    """
 
     def __init__(self, workdir: Workdir, threads: int, numbers: Sequence[int], indexed: Sequence[range]):
         self._first, end = indexed[numbers[0]].start, indexed[numbers[-1]].stop
@@ -122,13 +138,17 @@ class _Part:
         self._columns = {name: getattr(self._gallery, name)(slice(self._first, end)) for name in names}
 
     def search(self, queries: Table, rows: range, exclude: ExcludeSettings, found: _Neighbors) -> None:
-        """Adds neighbors in these shards to those found before. queries: table of the split. rows: rows in it."""
+        """Searches these shards, and merges the neighbors into `found`.
+
+        queries: table of the photos' split. rows: rows of the photos in this table. exclude: rules that exclude gallery
+        photos. found: neighbors from other shards of the index.
+        """
         for first in range(0, len(rows), _BATCH):
             here = slice(first, min(first + _BATCH, len(rows)))
-            part = slice(rows.start + here.start, rows.start + here.stop)
-            excluded = exclusions(exclude, queries, part, self._columns, self._images)
+            at = slice(rows.start + here.start, rows.start + here.stop)
+            excluded = exclusions(exclude, queries, at, self._columns, self._images)
             before = found.rows[here], found.scores[here]
-            vectors = index_vectors(queries.embeddings(part))
+            vectors = index_vectors(queries.embeddings(at))
             count = found.rows.shape[1]
             least = before[1][:, -1] if count else None
             more, scores = search_neighbors(self._index, vectors, count, excluded, least)
@@ -139,28 +159,28 @@ class _Part:
         return self._gallery.embeddings(rows + self._first)[:, 0]
 
 
-def _search_all(parts: Sequence[Shard], workdir: Workdir, options: NeighborsSettings, threads: int) -> None:
-    """Finds and writes the neighbors of the photos of some shards. threads: number of threads per search."""
+def _search_all(shards: Sequence[Shard], workdir: Workdir, options: NeighborsSettings, threads: int) -> None:
+    """Finds and writes the neighbors of the photos in the given shards. threads: number of threads per search."""
     indexed = workdir.index_rows()
     whole = workdir.manifest("gallery").facts["index"]["kind"] == "device"
     plan: dict[tuple[int, ...], list[Shard]] = {}
-    for part in parts:
-        found = _Neighbors.load(part, options.count)
+    for shard in shards:
+        found = _Neighbors.load(shard, options.count)
         missing = found.missing(indexed)
         if not missing:  # photos were added to other splits only
-            found.save(part, workdir, indexed)
+            found.save(shard, workdir, indexed)
         for numbers in [tuple(missing)][: len(missing)] if whole else [(number,) for number in missing]:
-            plan.setdefault(numbers, []).append(part)
-    total = sum(len(part.rows) for some in plan.values() for part in some)
+            plan.setdefault(numbers, []).append(shard)
+    total = sum(len(shard.rows) for some in plan.values() for shard in some)
     with Progress("neighbors", total, "searches") as progress:
         for numbers, some in sorted(plan.items()):
-            opened = _Part(workdir, threads, numbers, indexed)
-            for part in some:
-                found = _Neighbors.load(part, options.count)
-                train = part.split in (views.SOURCE_SPLIT, views.VIEWS_SPLIT)
+            opened = _OpenedIndex(workdir, threads, numbers, indexed)
+            for shard in some:
+                found = _Neighbors.load(shard, options.count)
+                train = shard.split in (views.SOURCE_SPLIT, views.VIEWS_SPLIT)
                 exclude = options.exclude if train else options.exclude_in_evaluation
-                opened.search(workdir.table(part.split), part.rows, exclude, found)
+                opened.search(workdir.table(shard.split), shard.rows, exclude, found)
                 ends = np.array([[indexed[number].start, indexed[number].stop] for number in numbers])
                 found.searched = np.concatenate([found.searched, ends])
-                found.save(part, workdir, indexed)
-                progress.add(len(part.rows))
+                found.save(shard, workdir, indexed)
+                progress.add(len(shard.rows))

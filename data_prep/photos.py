@@ -1,12 +1,15 @@
 """The stage `prepare`: checks a source's photos, computes their tokens, and stores both as a TFDS data set in photos/.
 
-photos/NAME/VERSION/ contains the data set. Processes write its shards independently, on this machine or, with Apache
-Beam, on several machines that share the work directory. The shards have the same bytes either way. A shard's ledger, a
-JSON file of its counts and drops, is written last and marks the shard as complete. So a run after an interruption makes
-only the missing shards. Ids and authors are never used in paths, so an id such as `../../x` does no harm.
+photos/NAME/VERSION/ contains the data set. Processes write its shards independently: on this machine or, with Apache
+Beam, on several machines that share the work directory. Both ways give shards of the same bytes.
 
-When all shards are complete, duplicates are found by the fingerprints of all photos. If a picture is in several splits,
-its photos are removed from the shards of the other splits.
+Each shard has a ledger, a JSON file with the numbers of photos and drops. The ledger is written after the shard's other
+files, and marks the shard as complete. So a run after an interruption makes only the missing shards. Ids and authors
+are never used in paths, so an id such as `../../x` does no harm.
+
+After all shards are complete, duplicates are found. If a picture is in several splits, it stays in only one kind of
+split: in test splits before `validation`, and in `validation` before `train`. It is removed from the shards of the
+other splits.
 """
 
 import concurrent.futures
@@ -49,7 +52,7 @@ from geotoken_jax.progress import Progress
 from geotoken_jax.settings import SettingsError
 from geotoken_jax.workdir import Workdir
 
-#: Name of a source, which is also the name of its section in config.photos -> class of the source.
+#: Name of a source -> its class. The settings of a source are the section of this name in config.photos.
 SOURCES = {
     "earthview": EarthView,
     "folder": Folder,
@@ -58,32 +61,34 @@ SOURCES = {
     "osv5m": Osv5m,
     "mp16_pro": MP16Pro,
 }
-#: Photos per computation of tokens.
+#: Number of photos whose tokens are computed at a time.
 _BATCH = 256
-#: Earliest plausible time of a photo, 3 March 1973, in seconds since 1970. Lower numbers usually are not seconds but
-#: zeros, years, dates such as 20150401, or days.
+#: Earliest plausible time of a photo, 3 March 1973, in seconds since 1970. A lower number in a table is usually not a
+#: number of seconds, but a zero, a year, a date such as 20150401, or a number of days.
 _EARLIEST = 1e8
-#: End of the plausible times, 19 January 2038: a fixed time, since photos/ must not depend on the day of its making.
-#: This number itself stands for an unknown time in some tables; higher ones usually are milliseconds.
+#: Plausible times are before this one, 19 January 2038. It is fixed because photos/ must not depend on today's date.
+#: Some tables write this number for an unknown time. A higher number is usually a number of milliseconds.
 _LATEST = 2.0**31 - 1
-#: Reason of photos that are left out because another split has their picture. Like NOT_DOWNLOADED it is no fault.
+#: Reason for a drop if another split has the photo's picture. Like NOT_DOWNLOADED, such a drop is not a fault of the
+#: source, and does not count for config.photos.max_dropped.
 _IN_ANOTHER_SPLIT = "duplicate in another split"
-#: Split -> rank. Of a picture in several splits, the photos of the highest rank stay. Other splits have _TEST_RANK: a
-#: test split stays complete, so that its scores can be compared with published ones.
+#: Split -> rank; every other split is a test split and has _TEST_RANK. If a picture is in several splits, only its
+#: photos of the highest rank stay. Test splits rank highest because they must stay complete: otherwise scores on them
+#: could not be compared with published ones.
 _RANKS = {"train": 0, "validation": 1}
 _TEST_RANK = 2
-#: Subfolder of photos/ for the shards that Beam's workers are writing.
+#: Subfolder of photos/ in which Beam's workers write their shards.
 _ATTEMPTS = "attempts"
 
 
-#: Defaults, as in configs/common.py. Manifests of photos/ have these sections only if they differ.
+#: Default settings, as in configs/common.py. A manifest of photos/ has these sections only if they are not the default.
 _DATASET = DatasetSettings("", "1.0.0", "", "", "", "")
 _DUPLICATES = DuplicateSettings(difference=3.0, keep=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Keys of config.photos on which the photos of all sources depend: see PhotosSettings."""
+    """The keys of config.photos that change the photos of every source. PhotosSettings explains them."""
 
     null_island: bool = False
     keep_changed: bool = False
@@ -100,7 +105,7 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
     if photos.source not in SOURCES:
         raise SettingsError(f"config.photos.source is {photos.source!r}: use one of {', '.join(SOURCES)}")
     settings = getattr(photos, photos.source)
-    # A change in the section of another source does not make photos/ outdated.
+    # Only the section of the chosen source is recorded: a change in another section does not make photos/ outdated.
     keys = ["photos.source", f"photos.{photos.source}"]
     options = Options(**{field.name: getattr(photos, field.name) for field in dataclasses.fields(Options)})
     for name in ("null_island", "dataset", "duplicates"):  # not in the manifests of earlier versions
@@ -111,7 +116,8 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
     # MP16-Pro also needs the stage's folder, in which it stores an index of its files.
     source = MP16Pro(settings, str(stage.path)) if kind is MP16Pro else kind(settings)
     if kind is EarthView:
-        # Its authors can see the same pixels of a map from one place. Of 32,000 photos of `train`, 3 would be left out.
+        # Duplicates stay in EarthView, because they are no copies: two authors have photographed the same pixels of a
+        # map. Otherwise 3 of 32,000 photos of `train` would be removed.
         options = dataclasses.replace(options, duplicates=dataclasses.replace(options.duplicates, keep=True))
     if config.benchmarks.used:
         source = WithBenchmarks(source, tuple(Benchmark(*one) for one in config.benchmarks.used.items()))
@@ -130,13 +136,14 @@ def make(
     options: Options = Options(),
     update: bool = False,
 ) -> Manifest:
-    """Fills a stage's folder from a source and returns its manifest. Returns a complete folder's manifest at once.
+    """Fills the folder photos/ from a source and returns its manifest. If the folder is complete, nothing is done.
 
-    workers, max_dropped, beam: as in PhotosSettings; if beam is None, only processes on this machine are used. update:
-    whether a complete folder takes in the photos that were added to its source.
+    workers, max_dropped: see PhotosSettings. beam: see PhotosSettings; if None, only processes on this machine are
+    used. options: keys of config.photos that change the photos. update: whether new photos of the source are added to a
+    complete folder.
 
-    Raises StageError if too many photos are dropped, if two shards contain the same id, if Beam does not make all
-    shards, or if the source has changed since the folder was completed.
+    Raises StageError if too many photos are dropped, if two shards contain the same id, or if Beam does not make all
+    shards. Also raises StageError if the source has changed since the folder was completed, unless `update` allows it.
     """
     folder.forget()
     extended.forget()
@@ -160,13 +167,13 @@ def make(
     ]
     _make_missing(stage, tasks, workers, beam)
     ids = _concatenated([task.ids for task in tasks])
-    _refuse_repeated(tasks, {benchmark.name for benchmark in benchmarks})
-    found = _separate(stage, tasks, ids, workers, options.duplicates)
+    _check_unique_ids(tasks, {benchmark.name for benchmark in benchmarks})
+    found = _remove_duplicates(stage, tasks, ids, workers, options.duplicates)
     ledgers: dict[str, list[dict[str, Any]]] = {split: [] for split in splits}
     for task in tasks:
         ledgers[task.split].append(json.loads(task.ledger.read_text()))
     if isinstance(source, Extended):
-        _forget_completed(tasks, ledgers)
+        _remove_resolved_drops(tasks, ledgers)
     every = [ledger for split in ledgers.values() for ledger in split]
     counts = {split: sum(ledger["photos"] for ledger in ledgers[split]) for split in ledgers}
     drops = [tuple(drop) for ledger in every for drop in ledger["dropped"]]
@@ -204,9 +211,11 @@ def _make_missing(stage: Stage, tasks: Sequence["_Task"], workers: int, beam: Be
 def _check_dropped(
     stage: Stage, drops: Sequence[tuple[str, str]], counts: Mapping[str, int], max_dropped: float
 ) -> Counter[str]:
-    """Writes dropped.jsonl and returns reason -> number of drops. Raises StageError if they are too many.
+    """Writes dropped.jsonl and returns reason -> number of drops.
 
-    drops: pairs of an id and a reason. counts: split -> number of photos.
+    Raises StageError if the share of photos that were dropped for faults exceeds max_dropped.
+
+    drops: pairs of an id and a reason. counts: split -> number of photos that were not dropped.
     """
     lines = [json.dumps({"id": name, "reason": reason}) + "\n" for name, reason in drops]
     write_bytes(stage.path / "dropped.jsonl", "".join(lines).encode())
@@ -217,14 +226,17 @@ def _check_dropped(
         reasons = ", ".join(f"{n:,} {reason}" for reason, n in dropped.most_common())
         raise StageError(
             f"{share:.1%} of the photos were dropped ({reasons}), more than config.photos.max_dropped = "
-            f"{max_dropped}{_example(dict(reversed([(reason, name) for name, reason in drops])))}: read "
+            f"{max_dropped}{_hint(dict(reversed([(reason, name) for name, reason in drops])))}: read "
             f"{stage.path / 'dropped.jsonl'}, then fix the source or raise the limit"
         )
     return dropped
 
 
-def _example(names: Mapping[str, str]) -> str:
-    """Returns text on drops that have a cure of their own. names: reason -> id of the first drop."""
+def _hint(names: Mapping[str, str]) -> str:
+    """Returns a text for an error message: how to prevent two common kinds of drops; "" if there are none of them.
+
+    names: reason -> id of the first photo that was dropped for this reason.
+    """
     if "no image" in names and "no metadata" in names:
         return (
             f"; the table has {names['no image']!r}, which is no file, and the folder has {names['no metadata']!r}, "
@@ -240,13 +252,11 @@ def _example(names: Mapping[str, str]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Task:
-    """A shard to make, with the paths of its four files.
+    """A shard of photos/ to make, and the paths of its four files.
 
-    null_island: whether photos at latitude 0, longitude 0 are kept. dataset: see DatasetSettings. shard_path: records.
-    ids, fingerprints: arrays of the photos' ids and of their `duplicates.FINGERPRINT`, in the order of the records.
-    They also have the photos that were left out later. ledger: JSON of the shard's counts and drops, written last. Its
-    key left_out, if present, has the row and the id of each photo that was removed from the records, because another
-    split has its picture. left_out: photos to remove.
+    folder: path of photos/. source: source that the shard is read from. split, shard: split, and number of the shard in
+    it. null_island: whether photos at latitude 0, longitude 0 are kept. dataset: see DatasetSettings. left_out: row and
+    id of each photo to remove, because another split has its picture.
     """
 
     folder: str
@@ -269,27 +279,34 @@ class _Task:
 
     @property
     def shard_path(self) -> epath.Path:
+        """Path of the records."""
         return records.shard_path(self.data, f"{self.name}-{self.split}", self.shard, self.source.splits[self.split])
 
     @property
     def ids(self) -> epath.Path:
+        """Path of an array with the ids of all accepted photos, also of those that were removed later as duplicates."""
         return epath.Path(self.folder) / LEDGERS / f"{self.shard_path.name}.ids.npy"
 
     @property
     def fingerprints(self) -> epath.Path:
+        """Path of an array of `duplicates.FINGERPRINT`, one per id in `ids`."""
         return epath.Path(self.folder) / LEDGERS / f"{self.shard_path.name}.fingerprints.npy"
 
     @property
     def ledger(self) -> epath.Path:
+        """Path of a JSON file with counts and drops, written last.
+
+        After photos were removed from the records, its key `left_out` has their rows and ids.
+        """
         return epath.Path(self.folder) / LEDGERS / f"{self.shard_path.name}.json"
 
     @property
     def kept(self) -> bool:
-        """Whether the shard was made before photos were added."""
+        """Whether this is an earlier shard, made before photos were added to the source."""
         return isinstance(self.source, Extended) and self.shard < kept_shards(self.source.before).get(self.split, 0)
 
     def keep(self) -> bool:
-        """Takes the shard over from before photos were added. Returns False if it is a new shard."""
+        """Reuses the files of an earlier shard. Returns False if this is a new shard, which has to be made."""
         if not self.kept:
             return False
         assert isinstance(self.source, Extended)
@@ -300,12 +317,12 @@ class _Task:
 
 
 def _run_all(function: Callable[[_Task], int], tasks: list[_Task], workers: int) -> Iterator[int]:
-    """Yields the results of a function of each task, in any order. It is called in worker processes."""
+    """Yields function(task) for each task, in any order. The calls run in worker processes."""
     if workers == 1 or len(tasks) < 2:
         yield from map(function, tasks)
         return
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(min(workers, len(tasks)), context, _end_with_parent) as pool:
+    with concurrent.futures.ProcessPoolExecutor(min(workers, len(tasks)), context, _exit_with_parent) as pool:
         try:
             for done in concurrent.futures.as_completed([pool.submit(function, task) for task in tasks]):
                 yield done.result()
@@ -319,10 +336,11 @@ def _run_all(function: Callable[[_Task], int], tasks: list[_Task], workers: int)
             raise
 
 
-def _end_with_parent() -> None:
-    """Makes this process end when its parent is killed, so that two runs never write the same shard at the same time.
+def _exit_with_parent() -> None:
+    """Makes this worker process end when its parent process is killed.
 
-    Ignores an interrupt from the keyboard, which the parent handles: running shards are finished, the others canceled.
+    Otherwise the worker could still write a shard while a second run of the command writes the same shard. The worker
+    ignores Ctrl-C: the parent process handles it, lets workers finish their current shards and cancels the others.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -334,7 +352,7 @@ def _end_with_parent() -> None:
 
 
 def _make_shard(task: _Task) -> int:
-    """Writes a shard, its ids and its ledger. Returns the number of photos."""
+    """Writes the four files of a shard. Returns the number of photos."""
     ids: dict[str, None] = {}
     fingerprints: list[np.ndarray] = []
     dropped: list[tuple[str, str]] = []
@@ -378,15 +396,19 @@ def _make_shard(task: _Task) -> int:
     return n
 
 
-def _separate(
+def _remove_duplicates(
     stage: Stage, tasks: Sequence[_Task], ids: np.ndarray, workers: int, options: DuplicateSettings
 ) -> dict[str, int]:
-    """Makes shards in which no picture is in two splits, unless options.keep. Returns counts of duplicates.
+    """Finds duplicates, and removes photos whose picture is in another split from the shards. Returns counts.
 
-    ids: ids of all photos, in the order of the shards. Writes duplicates.jsonl, with the photos of each group of
-    duplicates. A photo of `train` is left out if its picture is in another split, and one of `validation` if its
-    picture is in a test split. Two test splits may share a picture, because neither is trained on. Shards that were
-    made before photos were added stay as they are, and `remaining` counts their photos that should be left out.
+    A photo of `train` is removed if its picture is in another split. A photo of `validation` is removed if its picture
+    is in a test split. Two test splits may share a picture, because no model is trained on them. If options.keep is
+    true, nothing is removed. Earlier shards, made before photos were added to the source, do not change either; the
+    count `remaining` is the number of their photos that should have been removed.
+
+    Writes duplicates.jsonl, with one line per group of duplicates.
+
+    ids: ids of all photos, in the order of the tasks.
     """
     groups, equal = duplicates.groups(_concatenated([task.fingerprints for task in tasks]), options.difference)
     lengths = [len(records.open_array(task.ids)) for task in tasks]
@@ -404,7 +426,7 @@ def _separate(
         lines.append(json.dumps(photos) + "\n")
     write_bytes(stage.path / "duplicates.jsonl", "".join(lines).encode())
     before = [_left_out(json.loads(task.ledger.read_text())) for task in tasks]
-    remaining = 0  # in shards that were made before photos were added, which do not change
+    remaining = 0  # photos that should be removed from earlier shards, which do not change
     for n, task in enumerate(tasks):
         if task.kept:
             remaining += len(set(left_out[n]) - set(before[n]))
@@ -419,19 +441,19 @@ def _separate(
 
 
 def _concatenated(files: Sequence[epath.Path]) -> np.ndarray:
-    """Returns the values of arrays in files, of which one is open at a time."""
+    """Returns the concatenation of arrays in files. Only one file is open at a time."""
     return np.concatenate([np.array(records.open_array(file)) for file in files])
 
 
 def _left_out(ledger: Mapping[str, Any]) -> list[tuple[int, str]]:
-    """Returns row and id of the photos that were removed from a shard."""
+    """Returns the row and the id of each photo that was removed from a shard. ledger: contents of its ledger."""
     return [(row, name) for row, name in ledger.get("left_out", [])]
 
 
 def _remove_left_out(task: _Task) -> int:
-    """Writes a shard again without the photos in `task.left_out`. Returns the number of photos that stay.
+    """Writes a shard again without the photos in `task.left_out`. Returns the number of remaining photos.
 
-    If other photos were removed from it before, the shard is first made from the source.
+    If photos were already removed from the shard, it is first made again from the source.
     """
     if _left_out(json.loads(task.ledger.read_text())):
         _make_shard(task)
@@ -457,10 +479,10 @@ def _remove_left_out(task: _Task) -> int:
 
 
 def _make_attempt(task: _Task) -> None:
-    """Writes a shard in a new folder, then moves its files into place, the ledger last.
+    """Writes a shard in a temporary folder, then moves its files into place, the ledger last.
 
-    A Beam runner may repeat a task because it believes that the first machine is lost. Both attempts may then run at
-    the same time, and in one folder they would write the same file.
+    If a Beam runner loses contact with a machine, it may start the task again on another one. Both attempts can then
+    run at the same time, so each needs its own folder.
     """
     folder = epath.Path(task.folder) / _ATTEMPTS / uuid.uuid4().hex
     (folder / LEDGERS).mkdir(parents=True)
@@ -478,11 +500,11 @@ def _make_attempt(task: _Task) -> None:
 
 
 def drop_reason(photo: Photo, null_island: bool = False) -> str:
-    """Returns the reason to drop a photo, empty if there is none. null_island: as in PhotosSettings."""
+    """Returns the reason to drop a photo; "" if it is kept. null_island: see PhotosSettings."""
     coordinates = photo.latitude, photo.longitude
     if not photo.id:
         return "empty id"
-    if not photo.id.isprintable():  # has control characters, or surrogates, which UTF-8 cannot encode
+    if not photo.id.isprintable():  # contains control characters, or surrogates, which UTF-8 cannot encode
         return "unprintable id"
     if len(photo.id.encode()) > records.LONGEST_ID:
         return "long id"
@@ -517,12 +539,18 @@ def encode(photos: Iterable[Photo]) -> Iterator[bytes]:
             text = {name: getattr(photo, name) for name in ("id", "author", *records.PLACE_FIELDS)}
             numbers = {"coordinates": position, "tokens": cells, "captured": np.float64(photo.captured)}
             row = features.encode_example({**text, "image": photo.image, **numbers})
-            # By default the order of a protobuf map differs between processes, so shards would have different bytes.
+            # By default, the order of a protobuf map differs between processes, and shards would not be reproducible.
             yield serializer.get_tf_example(row).SerializeToString(deterministic=True)
 
 
-def _forget_completed(tasks: Sequence[_Task], ledgers: Mapping[str, list[dict[str, Any]]]) -> None:
-    """Removes the drops of rows without images, and images without rows, that the added shards have now."""
+def _remove_resolved_drops(tasks: Sequence[_Task], ledgers: Mapping[str, list[dict[str, Any]]]) -> None:
+    """Removes drops from the ledgers of earlier shards, if the missing row or image is now in a new shard.
+
+    Such a drop is for a row without an image, an image without a row, or an incomplete image. It is removed if a new
+    shard has a photo or drop with its id.
+
+    ledgers: split -> contents of each shard's ledger.
+    """
     new = [task for task in tasks if not task.kept]
     found = {name.decode() for task in new for name in records.open_array(task.ids).tolist()}
     found |= {name for task in new for name, _ in ledgers[task.split][task.shard]["dropped"]}
@@ -533,8 +561,11 @@ def _forget_completed(tasks: Sequence[_Task], ledgers: Mapping[str, list[dict[st
             ledgers[task.split][task.shard] = {**ledger, "dropped": drops}
 
 
-def _refuse_repeated(tasks: Sequence[_Task], benchmarks: Collection[str]) -> None:
-    """Raises StageError if an id is in two shards of the source, or in two shards of one benchmark."""
+def _check_unique_ids(tasks: Sequence[_Task], benchmarks: Collection[str]) -> None:
+    """Raises StageError if an id is in two shards of the source, or in two shards of one benchmark.
+
+    benchmarks: names of the benchmarks, each of which is a split.
+    """
     parts: dict[str, list[epath.Path]] = {}
     for task in tasks:
         parts.setdefault(task.split if task.split in benchmarks else "", []).append(task.ids)

@@ -13,16 +13,17 @@ from geotoken_jax.preparation import PlaceholderSettings
 
 
 def is_placeholder(image: bytes, known: PlaceholderSettings) -> bool:
-    """Returns whether an image's difference hash differs from one of `known.hashes` in at most `known.distance` bits.
+    """Returns whether an encoded image looks like a known placeholder.
 
-    image: encoded image. Returns False if it cannot be decoded. If there are no hashes, it is not decoded.
+    It does if its difference hash and one of `known.hashes` differ in at most `known.distance` bits. An image that
+    cannot be decoded is no placeholder.
     """
     code = dhash(image) if known.hashes else None
     return code is not None and any((code ^ int(one, 16)).bit_count() <= known.distance for one in known.hashes)
 
 
 def dhash(image: bytes) -> int | None:
-    """Returns the difference hash of an encoded image, of 64 bits, or None if it cannot be decoded."""
+    """Returns the 64-bit difference hash of an encoded image, or None if the image cannot be decoded."""
     gray = images.thumbnail(image)
     return None if gray is None else int(hashes(gray[None])[0])
 
@@ -30,9 +31,10 @@ def dhash(image: bytes) -> int | None:
 def repeated_files(sizes: Int[np.ndarray, " n"], read: Callable[[int], bytes], limit: int) -> Bool[np.ndarray, " n"]:
     """Returns a mask of the files whose bytes occur in more than `limit` files.
 
-    sizes: file sizes in bytes. read: function that returns the bytes of a file, given its index in `sizes`. A file is
-    read only if more than `limit` files have its size. Among 4 million photos of 5 to 300 KB, 14 have the
-    same size on average, so with a limit of 100 hardly any file but placeholders is read.
+    A file is read only if more than `limit` files have its size. With 4 million photos of 5 to 300 KB, there are 14
+    files per size on average. So with a limit of 100, hardly any file but placeholders is read.
+
+    sizes: file sizes in bytes. read: function that returns the bytes of a file, given its index in `sizes`.
     """
     same = np.zeros(len(sizes), bool)
     order = np.argsort(sizes, kind="stable")

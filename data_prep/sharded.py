@@ -1,7 +1,7 @@
 """Divides the shards of a stage among processes: process k of n makes the shards k, k + n, k + 2 n and so on.
 
-Processes need not run at the same time. A process that needs shards of other processes waits as long as one of them
-writes the same folder. If none does, it ends, and the same command continues later.
+Processes need not run at the same time. If a process needs shards of other processes, it waits while any process writes
+the folder. If no process writes the folder, it ends. The same command, run again, then continues.
 """
 
 import dataclasses
@@ -20,16 +20,16 @@ from geotoken_jax.manifests import EARLIER, LEDGERS, Manifest, Stage, read_ledge
 from geotoken_jax.progress import Progress
 from geotoken_jax.workdir import Workdir
 
-#: Seconds between two looks at the files of other processes, and seconds that a process waits for others to start.
+#: Seconds between two checks for files of other processes, and seconds to wait for other processes to start.
 _POLL_S, _START_S = 1.0, 60.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """Some rows of a split, which one process makes at a time.
+    """A range of rows of a split, whose files are written together by one process.
 
-    stage: the stage's folder. split: the split, or another name of the shards. rows: rows of the split. number, count:
-    number of this shard, from 0, and number of all shards of the split.
+    stage: folder of the stage. split: name of the split; for shards that belong to no split, another name. rows: rows
+    of the split in this shard. number: number of this shard in the split, from 0. count: number of shards of the split.
     """
 
     stage: epath.Path
@@ -48,9 +48,10 @@ class Shard:
         write_ledger(self._ledger, files, rows=[self.rows.start, self.rows.stop], **values)
 
     def keep(self, **values: Any) -> bool:
-        """Takes this shard over from before photos were added, if it had the same rows. Returns whether it did.
+        """Reuses the files of an earlier shard, if one has the same rows. Returns whether there was one.
 
-        values: contents that its ledger must have.
+        Earlier shards were made before photos were added to the stage's inputs. values: keys and values that the
+        earlier shard's ledger must contain.
         """
         for path in self.earlier():
             ledger = read_ledger(path)
@@ -61,10 +62,13 @@ class Shard:
         return False
 
     def earlier(self) -> Iterator[epath.Path]:
-        """Yields the ledgers of shards with the same rows from before photos were added, the latest first."""
+        """Yields the paths of the ledgers of earlier shards with the same rows, the latest shard first.
+
+        Earlier shards were made before photos were added to the stage's inputs.
+        """
         folders = [path for path in disk.matching(self.stage / EARLIER, "*") if path.name.isdigit()]
         for folder in sorted(folders, key=lambda path: -int(path.name)):
-            # Shards with the same rows have the same number, as no shard before them has changed.
+            # An earlier shard with the same rows has the same number, because adding photos changes no shard before it.
             pattern = f"{glob.escape(self.split)}-{self.number:05d}-of-?????.json"
             for path in disk.matching(folder / LEDGERS, pattern):
                 if json.loads(path.read_bytes()).get("rows") == [self.rows.start, self.rows.stop]:
@@ -76,50 +80,54 @@ class Shard:
 
 
 def divide(stage: Stage, counts: Mapping[str, Sequence[int]], limit: int) -> list[Shard]:
-    """Returns all shards of a stage.
+    """Returns the shards of a stage, for all processes.
 
-    counts: split -> numbers of rows, as in partition.ranges. limit: rows per shard.
+    counts: split -> numbers of rows, as in partition.ranges. limit: largest number of rows per shard.
     """
-    rows = {split: partition.ranges(numbers, limit) for split, numbers in counts.items()}
+    ranges = {split: partition.ranges(numbers, limit) for split, numbers in counts.items()}
     return [
-        Shard(stage.path, split, part, number, len(parts))
-        for split, parts in rows.items()
-        for number, part in enumerate(parts)
+        Shard(stage.path, split, rows, number, len(split_ranges))
+        for split, split_ranges in ranges.items()
+        for number, rows in enumerate(split_ranges)
     ]
 
 
-def own(parts: Sequence[Shard]) -> Sequence[Shard]:
+def own(shards: Sequence[Shard]) -> Sequence[Shard]:
     """Returns the shards of this process."""
-    return parts[processes.index() :: processes.count()]
+    return shards[processes.index() :: processes.count()]
 
 
-def missing(parts: Sequence[Shard], **values: Any) -> list[Shard]:
-    """Returns the shards of this process that have to be made. Shards are taken over first; values: see Shard.keep."""
-    return [part for part in own(parts) if not (part.ledger or part.keep(**values))]
+def missing(shards: Sequence[Shard], **values: Any) -> list[Shard]:
+    """Returns the shards that this process has to make. Earlier shards are reused first; values: see Shard.keep."""
+    return [shard for shard in own(shards) if not (shard.ledger or shard.keep(**values))]
 
 
-def make(parts: Sequence[Shard], needed: Sequence[Shard], label: str, write: Callable[[Shard], None]) -> None:
-    """Makes shards of this process. parts: shards of all processes. needed: those to make. label: name of the work."""
-    total = sum(len(part.rows) for part in own(parts))
-    with Progress(label, total, "photos", total - sum(len(part.rows) for part in needed)) as progress:
-        for part in needed:
-            write(part)
-            progress.add(len(part.rows))
+def make(shards: Sequence[Shard], needed: Sequence[Shard], label: str, write: Callable[[Shard], None]) -> None:
+    """Makes shards of this process, and shows the progress.
 
-
-def wait(stage: Stage, parts: Sequence[Shard]) -> bool:
-    """Waits for the shards of other processes, and returns whether all shards are complete.
-
-    If they are not, and no other process writes the folder any more, the missing shards are reported, and this process
-    stops writing it.
+    shards: shards of all processes. needed: the shards to make. label: name of the progress bar. write: function that
+    makes one shard.
     """
-    left, waited = list(parts), 0.0
-    while left := [part for part in left if not part.ledger]:
+    total = sum(len(shard.rows) for shard in own(shards))
+    with Progress(label, total, "photos", total - sum(len(shard.rows) for shard in needed)) as progress:
+        for shard in needed:
+            write(shard)
+            progress.add(len(shard.rows))
+
+
+def wait(stage: Stage, shards: Sequence[Shard]) -> bool:
+    """Waits for the shards of other processes. Returns whether all shards are complete.
+
+    The wait ends when all shards are complete, or when no other process has been writing the folder for _START_S
+    seconds. In the second case the missing shards are reported, and this process gives up its lock on the folder.
+    """
+    left, waited = list(shards), 0.0
+    while left := [shard for shard in left if not shard.ledger]:
         if disk.writers(stage.path):
             waited = 0.0
         elif waited >= _START_S:
             print(
-                f"made the shards of this process; {stage.path} lacks {len(left):,} of {len(parts):,} shards, which "
+                f"made the shards of this process; {stage.path} lacks {len(left):,} of {len(shards):,} shards, which "
                 "other processes make: when they have ended, run the same command again",
                 flush=True,
             )
@@ -131,9 +139,10 @@ def wait(stage: Stage, parts: Sequence[Shard]) -> bool:
 
 
 def complete(workdir: Workdir, stage: Stage, finish: Callable[[], Manifest]) -> Manifest:
-    """Returns the manifest of a stage whose shards are all complete.
+    """Completes a stage after all its shards are complete, and returns the manifest.
 
-    Of the processes that write the folder, the first one calls `finish`, which writes the manifest. The others wait.
+    Of the processes that are writing the folder, the first one calls `finish`. The others wait for the manifest.
+    finish: function that writes and returns the manifest.
     """
     while True:
         first = min(disk.writers(stage.path), default=processes.count())
@@ -146,10 +155,10 @@ def complete(workdir: Workdir, stage: Stage, finish: Callable[[], Manifest]) -> 
 
 
 def take_over(before: epath.Path, ledger: epath.Path, number: str, own: str) -> None:
-    """Makes the files of a shard and its ledger available in another stage's folder, under other numbers.
+    """Makes an earlier shard's files available in the stage's folder, under new names, and writes the new ledger.
 
-    before, ledger: ledger of the shard, there and here. number, own: number of the shard and number of all shards in
-    the names of its files, as 00000-of-00002, there and here.
+    before: path of the earlier ledger. ledger: path of the new ledger. number: shard number and number of shards in the
+    names of the earlier files, such as 00000-of-00002. own: the same in the names of the new files.
     """
     source, target = before.parent.parent, ledger.parent.parent
     stored = json.loads(before.read_bytes())
@@ -161,7 +170,7 @@ def take_over(before: epath.Path, ledger: epath.Path, number: str, own: str) -> 
 
 
 def _link(source: epath.Path, target: epath.Path) -> None:
-    """Makes the contents of a file available under a second name, without a copy if the file system can do so."""
+    """Makes a file available under a second name: by a hard link, or by a copy if the file system has no hard links."""
     target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
     try:

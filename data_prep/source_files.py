@@ -1,4 +1,7 @@
-"""Notices that the files of a source have changed since photos/ was begun or made from them."""
+"""Detects that the files of a source have changed since photos/ was begun or completed.
+
+photos/source.json contains the fingerprint of the files: a mapping from each file to a text, such as its size and time.
+"""
 
 import hashlib
 import json
@@ -13,16 +16,16 @@ from geotoken_jax import disk, manifests
 from geotoken_jax.errors import UserError
 from geotoken_jax.manifests import EARLIER, LEDGERS, Stage, StageError, write_json
 
-#: Name of the file in photos/ with the fingerprint of the source.
+#: File in photos/ that contains the fingerprint of the source.
 _FILE = "source.json"
-#: Bytes of a table that are read at a time.
+#: Number of bytes of a table that are read at a time.
 _BLOCK = 1 << 20
 
 
 def fingerprint(files: Mapping[str, str], tables: Iterable[str] = ()) -> dict[str, str]:
-    """Returns file -> size and time of its last change, and table -> size and SHA-256.
+    """Returns the fingerprint of some files: name -> size and time of its last change, and table -> size and SHA-256.
 
-    files: name -> path. tables: paths.
+    files: name of a file -> its path. tables: paths of tables.
     """
     found = {}
     for name, path in files.items():
@@ -45,16 +48,18 @@ def check(
     update: bool = False,
     unrecorded: Mapping[str, str] | None = None,
 ) -> Stage:
-    """Compares the source with the one that a folder was begun or made from, and returns the folder's stage.
+    """Compares the source's files with those from which photos/ was begun or completed. Returns the stage.
 
-    If the folder is complete, a change is an error, unless keep_changed. If it is not complete, its shards are removed
-    after a change, so that they are made again. With `update`, files that were added to the source are no error: the
-    folder is opened again to take them in. unrecorded: fingerprint of the source of a complete folder that has stored
-    none; if None, such a folder is not compared.
+    If the files have changed and photos/ is not complete, its shards are removed, so that they are made again. If
+    photos/ is complete, a change raises StageError, with two exceptions: keep_changed and update.
+
+    keep_changed: whether changes are ignored if photos/ is complete. update: whether a complete photos/ is opened again
+    if files or rows were added to the source. unrecorded: fingerprint to compare with if a complete photos/ has no
+    source.json; if None, nothing is compared then.
     """
     complete = stage.manifest or stage.mended
     file = stage.path / _FILE
-    if not file.exists() and stage.earlier:  # an update was interrupted
+    if not file.exists() and stage.earlier:  # an earlier run with --update was interrupted
         file = max(disk.matching(stage.path / EARLIER, "*"), key=lambda path: int(path.name)) / _FILE
     known = file.exists() or unrecorded is not None
     if not isinstance(source, FileSource) or (complete and ((keep_changed and not update) or not known)):
@@ -62,18 +67,18 @@ def check(
     try:
         now = source.fingerprint()
     except (UserError, OSError):
-        if complete:  # the source was moved away, and is not needed
+        if complete:  # the source was moved away, but a complete photos/ does not need it
             return stage
         raise
     before = json.loads(file.read_text()) if file.exists() else unrecorded if complete else now
-    assert before is not None  # else `known` is False
+    assert before is not None  # `known` is True here
     change = _difference(before, now)
     if change and (complete or stage.earlier):
         if not update:
             added = _can_take(source, before, now) and not _not_added(source, before, now)
             raise StageError(
                 f"the source of {stage.path} has changed since it was made: {change}: "
-                f"{'take this in with --update, ' if added else ''}use another --workdir, make all again "
+                f"{'add the new photos with --update, ' if added else ''}use another --workdir, make all again "
                 "with `geotoken all --remake=prepare`, restore the source, or keep the photos as they were with "
                 "config.photos.keep_changed=True"
             )
@@ -93,33 +98,39 @@ def check(
 
 
 def _check_added(stage: Stage, source: Source, before: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Raises StageError unless a source that can grow has changed only by what was added."""
+    """Raises StageError unless files and rows were only added to the source, and the source supports that."""
     if not _can_take(source, before, now):
         raise StageError(
-            f"--update cannot take in photos that were added to {source.name}, the source of {stage.path}: make all "
+            f"--update cannot add new photos of {source.name}, the source of {stage.path}: make all "
             "again with `geotoken all --remake=prepare`, or use another --workdir"
         )
     if change := _not_added(source, before, now):
         raise StageError(
-            f"--update takes in only photos that were added, but the source of {stage.path} has {change}: restore "
+            f"--update only adds new photos, but the source of {stage.path} has {change}: restore "
             "these files, or make all again with `geotoken all --remake=prepare`"
         )
 
 
 def _can_take(source: Source, before: Mapping[str, str], now: Mapping[str, str]) -> TypeGuard[GrowingSource]:
-    """Returns whether a source can grow by all files that were added to it."""
+    """Returns whether the source supports the addition of all new files. before, now: fingerprints."""
     return isinstance(source, GrowingSource) and all(source.takes(file) for file in now.keys() - before.keys())
 
 
 def _not_added(source: GrowingSource, before: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """Returns a text on the files that were removed or changed, except by rows added at their ends; "" if none."""
+    """Returns a text that counts the removed and changed files, such as "2 removed, such as 'a.jpg'"; "" if none.
+
+    A table to which rows were only added at its end is not counted.
+    """
     changed = [name for name in before if name in now and before[name] != now[name]]
     extended = {name: before[name] for name in changed if source.has_rows_added(name, before[name])}
     return _difference(before, {**now, **extended}, ("removed", "changed"))
 
 
 def has_rows_added(path: str, before: str) -> bool:
-    """Returns whether a table has changed only by rows after its end. before: its text in a fingerprint."""
+    """Returns whether rows were added at the end of a table, and nothing else in it has changed.
+
+    before: text of the table in an earlier fingerprint, "SIZE SHA-256".
+    """
     size, _, digest = before.partition(" ")
     found = hashlib.sha256()
     with open(path, "rb") as file:
@@ -134,7 +145,10 @@ def has_rows_added(path: str, before: str) -> bool:
 def _difference(
     before: Mapping[str, str], now: Mapping[str, str], kinds: Sequence[str] = ("added", "removed", "changed")
 ) -> str:
-    """Returns a text on the files that were added, removed or changed; "" if there are none."""
+    """Returns a text that counts the files of each kind of difference; "" if there is no difference.
+
+    An example is "3 added, such as 'a.jpg', 1 removed, such as 'b.jpg'". before, now: fingerprints.
+    """
     sets = {
         "added": now.keys() - before.keys(),
         "removed": before.keys() - now.keys(),

@@ -1,6 +1,6 @@
-"""Reads one tar that is split into parts, without joining them. A member or a header may span two parts.
+"""Reads a tar that is split into several files, its parts, without joining them into one file.
 
-Parts may be files or objects of a bucket (s3://, gs://).
+A member or a header may span two parts. A part is a file on disk, or an object in a bucket (s3://, gs://).
 """
 
 import bisect
@@ -14,18 +14,21 @@ from etils import epath
 
 from geotoken_jax.manifests import StageError
 
-#: Most bytes per read, and of a member's data. The length in a damaged header therefore cannot use up the memory.
+#: Largest number of bytes per read, and thus of a member's data. The limit protects the memory: a damaged header can
+#: contain any length.
 MAX_READ = 1 << 26
-#: Most bytes of zeros that may follow the last member; GNU tar writes up to 20 blocks (10 KiB).
+#: Largest number of zero bytes that may follow the last member. GNU tar writes up to 20 blocks (10 KiB).
 _MAX_END = 1 << 20
-#: Bytes per request if all of a part of a bucket is read in order. A request takes as long as reading some megabytes.
+#: Bytes per request if a part in a bucket is read from beginning to end. The delay of a request equals the transfer
+#: time of some megabytes, so requests are larger than that.
 _AHEAD = 1 << 23
 
 
 class Parts:
-    """The parts of a tar as one file with `read`, `seek` and `tell`. Each part is opened when it is first read.
+    """The parts of a tar, readable as one file with `read`, `seek` and `tell`. A part is opened when it is first read.
 
-    ahead: whether the parts of a bucket are read ahead. Otherwise only the bytes that are asked for are transferred.
+    ahead: only for parts in a bucket: if true, bytes after the requested ones are transferred in advance; if false,
+    only the requested bytes are transferred.
     """
 
     def __init__(self, paths: Sequence[epath.Path], ahead: bool = False):
@@ -45,7 +48,7 @@ class Parts:
 
     @property
     def length(self) -> int:
-        """Bytes of all parts."""
+        """Size of all parts together, in bytes."""
         return self._starts[-1]
 
     def seek(self, position: int) -> None:
@@ -55,7 +58,7 @@ class Parts:
         return self._position
 
     def read(self, length: int) -> bytes:
-        """Returns `length` bytes, fewer at the end of the last part. Raises StageError if `length` exceeds MAX_READ."""
+        """Returns the next `length` bytes, or fewer if the tar ends before. Raises StageError if length > MAX_READ."""
         if length > MAX_READ:
             raise StageError(
                 f"the header before {self.where(self._position)} asks for {length:,} bytes, more than {MAX_READ:,}: "
@@ -80,7 +83,7 @@ class Parts:
         return b"".join(pieces)
 
     def where(self, position: int) -> str:
-        """Returns text for messages about a position in the tar: the path of its part, and the byte in this part."""
+        """Returns a position in the tar as text for messages: "PATH OF THE PART at byte NUMBER"."""
         part = self._part(min(position, self.length - 1))
         return f"{self.paths[part]} at byte {position - self._starts[part]:,}"
 
@@ -95,9 +98,10 @@ def is_url(path: epath.PathLike) -> bool:
 
 def _open_part(path: epath.Path, ahead: bool) -> IO[bytes]:
     if not is_url(path):
-        # A buffer has the size of the file system's blocks, 4 MB on Lustre: to read the headers, all would be read.
+        # No buffer: it would have the size of the file system's blocks, 4 MB on Lustre, and the read of a header of 512
+        # bytes would fill it.
         return open(path, "rb", buffering=0)
-    from fsspec.core import url_to_fs  # here, because few callers need it
+    from fsspec.core import url_to_fs  # imported here, because few callers need it
 
     files, name = url_to_fs(os.fspath(path))
     cache = {"cache_type": "readahead", "block_size": _AHEAD} if ahead else {"cache_type": "none"}
@@ -107,7 +111,8 @@ def _open_part(path: epath.Path, ahead: bool) -> IO[bytes]:
 def find_header(parts: Parts, start: int, end: int) -> int:
     """Returns the first position in [start, end) of a block with a valid header checksum, or `end` if there is none.
 
-    The block need not be the first header of a member: it can be a later one, or in the data of a member.
+    The block need not be the first header of a member. A member can have several headers, and the data of a member can
+    contain a block that looks like a header.
     """
     position = -(-start // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
     parts.seek(position)
@@ -122,11 +127,13 @@ def find_header(parts: Parts, start: int, end: int) -> int:
 
 
 def members(parts: Parts, start: int = 0) -> Iterator[tarfile.TarInfo]:
-    """Yields the members of a tar in order. Reads only headers (ustar, GNU and pax).
+    """Yields the members of a tar in order. Reads only the headers (ustar, GNU and pax).
 
-    start: position of a header. If it is the first header of a member, all members from this one on are yielded as in a
-    read from 0. If the tar is cut short within a member, this member is yielded too. Its data then end beyond the last
-    part. Raises StageError if no header follows a member: the tar is damaged, or a part is missing or has a wrong size.
+    If the tar is cut short within a member, this member is yielded too, although its data are incomplete.
+
+    start: position of a header. It should be the first header of a member: otherwise the first member that is yielded
+    can be wrong. Raises StageError if no header follows a member: the tar is damaged, or a part is missing or has a
+    wrong size.
     """
     offset = start
     try:
@@ -135,21 +142,21 @@ def members(parts: Parts, start: int = 0) -> Iterator[tarfile.TarInfo]:
             if tar.offset <= offset:
                 raise tarfile.ReadError("a member of negative size")
             offset = tar.offset
-            tar.members.clear()  # tarfile stores each member, 1 KB  # pyright: ignore[reportAttributeAccessIssue]
+            tar.members.clear()  # else tarfile keeps 1 KB per member  # pyright: ignore[reportAttributeAccessIssue]
             yield info
     except (tarfile.TarError, ValueError, LookupError, RecursionError) as error:
-        if offset <= parts.length:  # else the last member is cut short
+        if offset <= parts.length:  # otherwise the error is only that the last member is cut short
             raise _damaged(parts, offset, str(error)) from error
         return
     parts.seek(offset)
     rest = parts.length - offset
-    # A header cut short at the end is no error, like a member cut short: all members before are complete.
+    # A last header that is cut short is no error, like a last member that is cut short: the others are complete.
     if rest >= tarfile.BLOCKSIZE and (rest > _MAX_END or parts.read(rest).strip(b"\0")):
         raise _damaged(parts, offset, "no header there")
 
 
 def member(parts: Parts, offset: int) -> tarfile.TarInfo:
-    """Returns the member whose first header is at `offset` (`TarInfo.offset`)."""
+    """Returns the member whose first header is at `offset`, the position in `TarInfo.offset`."""
     info = _open(parts, offset).next()
     if info is None:
         raise _damaged(parts, offset, "no header there")

@@ -1,7 +1,6 @@
-"""Last step of the stage `index`: one record per photo for training the decoder.
+"""Last step of the stage `index`: makes the records on which the decoder is trained, one per photo.
 
-Records are made shard by shard, by one or more processes (data_prep/sharded.py). The memory of a process holds one
-shard, 0.5 GB.
+One or more processes make them, shard by shard (data_prep/sharded.py). A process holds one shard in memory, 0.5 GB.
 """
 
 import numpy as np
@@ -18,10 +17,10 @@ _SHARD = 1 << 20
 
 
 def run(config: Config, workdir: Workdir) -> list[Manifest]:
-    """Makes tokens/: one record per photo (records.token_layout), in the order of its split's table.
+    """Makes tokens/, with one record per photo (records.token_layout). Records are in the order of the split's table.
 
-    A record contains the photo's row in this table, its tokens and the gallery rows of its neighbors. Returns an empty
-    list if shards of other processes are missing.
+    A record contains the photo's row in the split's table, the photo's tokens, and the gallery rows of its neighbors.
+    Returns an empty list if shards of other processes are missing.
     """
     stage = workdir.begin(config, "tokens", (), ["neighbors"])
     if stage.manifest:
@@ -29,25 +28,25 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
     neighbors = workdir.manifest("neighbors")
     count = neighbors.settings["index"]["neighbors"]["count"]
     layout = records.token_layout(count)
-    parts = sharded.divide(stage, workdir.counts("neighbors"), _SHARD)
+    shards = sharded.divide(stage, workdir.counts("neighbors"), _SHARD)
 
-    def write(part: Shard) -> None:
-        here = slice(part.rows.start, part.rows.stop)
+    def write(shard: Shard) -> None:
+        here = slice(shard.rows.start, shard.rows.stop)
         columns = {
-            "row": np.array(part.rows),
-            "tokens": workdir.table(part.split).tokens(here),
-            "neighbors": workdir.neighbors(part.split, rows=here)[0],
+            "row": np.array(shard.rows),
+            "tokens": workdir.table(shard.split).tokens(here),
+            "neighbors": workdir.neighbors(shard.split, rows=here)[0],
         }
-        file = records.shard_path(stage.path, part.split, part.number, part.count)
+        file = records.shard_path(stage.path, shard.split, shard.number, shard.count)
         records.write_shard(file, layout.encode(columns))
-        part.finish([file])
+        shard.finish([file])
 
     def finish() -> Manifest:
         write_json(stage.path / "schema.json", records.schema(layout, records.SHARD_FILES))
         return stage.finish(neighbors.counts, neighbors=count)
 
-    needed = [part for part in sharded.own(parts) if not part.ledger]
-    sharded.make(parts, needed, "tokens", write)
-    if not sharded.wait(stage, parts):
+    needed = [shard for shard in sharded.own(shards) if not shard.ledger]
+    sharded.make(shards, needed, "tokens", write)
+    if not sharded.wait(stage, shards):
         return []
     return [sharded.complete(workdir, stage, finish)]

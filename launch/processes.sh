@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Runs one training in N processes on this host: [RESTARTS=n] launch/processes.sh N COMMAND...
-# Exits with the status of the first process that fails. If it is 75, the script starts all again, up to RESTARTS times.
-# On SIGTERM or Ctrl-C it passes SIGTERM to the processes and does not start them again.
+# Exits with the status of the first process that fails. If this status is 75 (training is saved), the script starts all
+# processes again, up to RESTARTS times. On SIGTERM or Ctrl-C the script sends SIGTERM to the processes and does not
+# start them again.
 set -uo pipefail
 processes=$1 restarts=${RESTARTS:-0} terminated=''
 shift
@@ -23,11 +24,11 @@ while true; do
       kill -0 "$pid" 2>/dev/null && continue
       wait "$pid"
       code=$?
-      ((code == 134 || code == 137)) && code=75 # aborted or killed: the others end with 75 too, later
+      ((code == 134 || code == 137)) && code=75 # aborted or killed: the other processes will end with 75
       unset "running[$pid]"
       ((code && !status)) && status=$code limit=$((SECONDS + ${GRACE:-120}))
     done
-    # The remaining processes may be saving, or waiting for the one that failed: they get GRACE seconds.
+    # The remaining processes may be saving, or waiting for the failed process. They get GRACE seconds to end.
     ((status && SECONDS > limit && ${#running[@]})) && kill -KILL "${!running[@]}" 2>/dev/null
   done
   ((status == 75 && restarts > 0)) && [[ -z $terminated ]] || exit "$status"

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Runs COMMAND on a slice of spot TPU VMs:
 # NAME=... ZONE=... TYPE=... IMAGE=... NFS=host:/share launch/tpu_vm.sh COMMAND...
-# Requests the slice and runs COMMAND on all its workers. If the slice is taken away, it does both again, up to RESTARTS
-# times (100 by default). The slice remains after COMMAND. To delete it:
+# The script requests the slice and runs COMMAND on all its workers. If the slice is taken away, it does both again, up
+# to RESTARTS times (100 by default). The slice still exists, and costs money, after COMMAND has ended. To delete it:
 # gcloud compute tpus queued-resources delete NAME --zone=ZONE --force
 set -uo pipefail
 slice=(gcloud compute tpus queued-resources)
@@ -23,7 +23,7 @@ for ((i = 0; i <= ${RESTARTS:-100}; i++)); do
     tee /dev/stderr | grep 'tpu_worker.sh: ended with 2$' >/dev/null
   codes=("${PIPESTATUS[@]}")
   ((codes[0])) || exit 0
-  ((codes[2])) || exit 2 # refused; read from the output, because gcloud does not return the command's status
+  ((codes[2])) || exit 2 # COMMAND was refused; gcloud does not return its status, so it is read from the output
   echo "launch/tpu_vm.sh: starts again" >&2
 done
 exit 1

@@ -9,10 +9,10 @@ IFS=: read -r _ _ first <<<"${workers[0]}"
 sudo mkdir -p /mnt/work
 command -v mount.nfs >/dev/null || sudo apt-get install -qy nfs-common
 mountpoint -q /mnt/work || sudo mount -t nfs "$NFS" /mnt/work
-sudo docker stop geotoken 2>/dev/null || true # left by a broken connection; it saves first
+sudo docker stop geotoken 2>/dev/null || true # a container left by a broken connection saves, then ends
 sudo docker rm -f geotoken 2>/dev/null || true
-# --user: only root can open a TPU's device files. --stop-timeout: seconds from SIGTERM to SIGKILL, to finish the step and
-# save; Docker's default is 10. COMMAND is unquoted, because it is split into words.
+# --user=root: only root can open a TPU's device files. --stop-timeout=120: a container has 120 s after SIGTERM to finish
+# the step and save; Docker's default is 10 s. COMMAND is unquoted, so that the shell splits it into words.
 # shellcheck disable=SC2086
 sudo docker run --rm --name=geotoken --user=root --privileged --net=host --volume=/mnt/work:/workdir \
   --stop-timeout=120 \

@@ -181,7 +181,7 @@ def test_scatter_is_kilometers_at_any_latitude():
     assert np.abs(moved[:, 1]).max() <= 180
     start = np.stack([latitude, longitude], -1)
     distance = np.array([_kilometers(a[None], b[None])[0, 0] for a, b in zip(start, moved, strict=True)])
-    assert distance.max() <= earthview._EDGE_KM + 1e-6
+    assert distance.max() <= earthview._MAX_SCATTER_KM + 1e-6
     spread = np.sqrt((distance.reshape(5, -1) ** 2).mean(1) / 2)
     np.testing.assert_allclose(spread, earthview._SCATTER_KM, rtol=0.05)
 

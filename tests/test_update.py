@@ -96,7 +96,7 @@ def ids(path: Path, split: str) -> list[str]:
 def test_added_photos_are_taken_in_and_shards_before_them_are_kept(grown, tmp_path, capsys):
     source, csv, path = grown
     made_with = config(source, csv)
-    with pytest.raises(StageError, match=r"added, such as '090.jpg'.*take this in with --update"):
+    with pytest.raises(StageError, match=r"added, such as '090.jpg'.*add the new photos with --update"):
         run(made_with, path)
     before, order = contents(path), {split: ids(path, split) for split in ("train", "validation")}
     assert run(made_with, path, update=True) == ["photos", "features", *sorted(DATA[2:])]
@@ -179,7 +179,7 @@ def test_a_source_that_cannot_grow_is_refused(tmp_path):
 
     photos.make(manifests.begin(tmp_path, "photos", {}, ()), Changing(), 1, 1.0)
     (tmp_path / "new").touch()
-    with pytest.raises(StageError, match="--update cannot take in photos that were added to sample"):
+    with pytest.raises(StageError, match="--update cannot add new photos of sample"):
         photos.make(manifests.begin(tmp_path, "photos", {}, ()), Changing(), 1, 1.0, update=True)
 
 
@@ -235,7 +235,7 @@ def test_a_benchmark_can_be_added_to_a_finished_work_directory(grown, tmp_path):
     labeled = dataclasses.replace(made_with.benchmarks.photos["labeled"], path=folder)
     section = dataclasses.replace(made_with.benchmarks, photos={"labeled": labeled})
     with_benchmark = dataclasses.replace(made_with, benchmarks=section)
-    with pytest.raises(StageError, match=r"added, such as 'benchmark labeled: .*take this in with --update"):
+    with pytest.raises(StageError, match=r"added, such as 'benchmark labeled: .*add the new photos with --update"):
         run(with_benchmark, path)
     assert run(with_benchmark, path, update=True) == ["photos", "features", *sorted(DATA[2:])]
     found = Workdir(path)
@@ -263,7 +263,7 @@ def test_a_benchmark_can_be_added_to_a_source_that_cannot_grow(tmp_path):
     folder = write_files(tmp_path / "bench", {"7.jpg": jpeg(exif=exif(1, 2))})
     benchmark = Benchmark("labeled", preparation.BenchmarkSettings(folder, "", "", "", "", 10))
     source = WithBenchmarks(Fixed(), (benchmark,))
-    with pytest.raises(StageError, match="take this in with --update"):
+    with pytest.raises(StageError, match="add the new photos with --update"):
         photos.make(manifests.begin(tmp_path, "photos", {}, ()), source, 1, 1.0)
     manifest = photos.make(manifests.begin(tmp_path, "photos", {}, ()), source, 1, 1.0, update=True)
     assert manifest.counts == {"train": 39, "validation": 5, "labeled": 1}

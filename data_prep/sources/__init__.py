@@ -1,4 +1,7 @@
-"""The interface of a source of photos. A source yields photos, and a named reason for each dropped photo."""
+"""The interface of a source: a data set of photos from which `prepare` makes photos/.
+
+A source yields photos, and for each photo that it drops an id and a reason.
+"""
 
 import dataclasses
 import math
@@ -10,10 +13,10 @@ from typing import Protocol, runtime_checkable
 class Photo:
     """A photo with its metadata.
 
-    id: unique in the data set. author: the id if the author is unknown. image: bytes of the encoded file. latitude,
-    longitude: degrees. city, state, country, continent, neighbourhood, county, region: names, empty if unknown.
-    captured: time in seconds since 1970, in UTC if the time zone is known; NaN if the time is unknown. The stage
-    `prepare` counts a time that cannot be true (photos.plausible) as nonsense and stores NaN.
+    id: name of the photo, unique in the data set. author: name of the author; if unknown, the photo's id. image: bytes
+    of the encoded file. latitude, longitude: degrees. city, state, country, continent, neighbourhood, county, region:
+    names of the place, empty if unknown. captured: capture time in seconds since 1970; NaN if unknown. It is UTC if the
+    time zone is known, else local time. If the time cannot be true (photos.plausible), `prepare` stores NaN instead.
     """
 
     id: str
@@ -33,9 +36,10 @@ class Photo:
 
 @dataclasses.dataclass(frozen=True)
 class Drop:
-    """A photo, file or table row that is left out.
+    """A photo, file or table row that is left out of photos/.
 
-    id: id of the photo, name of the file, or line of the table. reason: short name under which such drops are counted.
+    id: id of the photo, name of the file, or place in the table, such as "photos.csv, line 3". reason: a few words,
+    such as "no image". Drops are counted per reason.
     """
 
     id: str
@@ -44,10 +48,11 @@ class Drop:
 
 @dataclasses.dataclass(frozen=True)
 class Provenance:
-    """Origin and terms of a data set, which a model card must state.
+    """Origin and terms of a data set. The card of a model that is trained on it must state them.
 
-    license: license of a model made from the data, by its name on the Hugging Face hub, which may be "other" or
-    "unknown". origin, terms: sentences. citation: sentences, may be empty. homepage: URL, may be empty.
+    license: license for the card of a model made from the data, as an identifier of the Hugging Face hub, such as
+    "cc-by-4.0", "other" or "unknown". origin: sentences on the photos. terms: sentences on the use of the photos.
+    citation: sentences, or empty. homepage: URL, or empty.
     """
 
     license: str
@@ -57,7 +62,7 @@ class Provenance:
     homepage: str = ""
 
 
-#: Provenance of a user's own folder, which only the user can describe.
+#: Provenance of a user's own folder. Only the user can describe it, in config.photos.dataset.
 UNKNOWN = Provenance(
     "unknown",
     "A folder of photos that the person who trained this model has not described.",
@@ -67,12 +72,13 @@ UNKNOWN = Provenance(
 FLICKR = "Each photo belongs to the Flickr user who took it and is under the license that this user chose."
 
 
-#: Reason of rows whose photo was not downloaded. A subset is no fault, so such drops do not count for max_dropped.
+#: Reason for dropping a row whose photo was not downloaded. A user may download only a part of a data set, so these
+#: drops do not count for config.photos.max_dropped.
 NOT_DOWNLOADED = "not in a downloaded zip"
 
 
 class Readable(Protocol):
-    """Photos in shards, which can be read independently and in any order."""
+    """Photos in shards. Shards can be read independently of each other and in any order."""
 
     @property
     def splits(self) -> Mapping[str, int]:
@@ -85,7 +91,7 @@ class Readable(Protocol):
 
 
 class Named(Protocol):
-    """A data set."""
+    """A data set with a name and a provenance."""
 
     @property
     def name(self) -> str:
@@ -99,30 +105,36 @@ class Named(Protocol):
 
 
 class Source(Readable, Named, Protocol):
-    """A data set of photos."""
+    """A data set of photos that can be read."""
 
 
 @runtime_checkable
 class FileSource(Protocol):
-    """A source that reads files, which can change."""
+    """A source that reads files, so that a change of the files can be detected."""
 
     def fingerprint(self) -> dict[str, str]:
-        """Returns file -> text that changes if the file changes."""
+        """Returns file -> text that changes if the file changes, such as its size and time."""
         ...
 
 
 @runtime_checkable
 class GrowingSource(Named, FileSource, Protocol):
-    """A source that can tell which photos were added to it. Checking for it reads no photos, as a Source would."""
+    """A source that finds the photos which were added to it, for `geotoken prepare --update`.
+
+    It has no property `splits`, because isinstance() can evaluate properties, and this one would list all photos.
+    """
 
     def has_rows_added(self, file: str, before: str) -> bool:
-        """Returns whether a file has changed only by rows after its end. before: its text in an earlier fingerprint."""
+        """Returns whether rows were added at the end of a file, and nothing else in it has changed.
+
+        before: text of the file in an earlier fingerprint.
+        """
         ...
 
     def takes(self, file: str) -> bool:
-        """Returns whether the source can grow by a file that was added."""
+        """Returns whether the source supports the addition of this file."""
         ...
 
     def added(self, before: str) -> Readable:
-        """Returns the photos and drops that were added. before: folder with the files of photos/ before."""
+        """Returns the new photos and drops. before: folder that contains the earlier files of photos/."""
         ...

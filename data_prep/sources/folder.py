@@ -1,7 +1,8 @@
 """A user's folder of photos. Coordinates and times are in a CSV, or in the photos' EXIF.
 
-A photo's id is its path relative to the folder, with `/` between folders. Files are found by walking the folder, and no
-path is ever made from an id, so nothing outside the folder is read. Links to files in the folder are followed.
+A photo's id is its path relative to the folder, with `/` between folders. Files are found by a walk through the folder.
+No path is ever made from an id of the CSV, so nothing outside the folder is read. Links to files in the folder are
+followed.
 """
 
 import abc
@@ -35,10 +36,11 @@ OPTIONAL = {name: name for name in ("author", *records.PLACE_FIELDS, "captured")
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """All photos and drops of a source.
+    """All photos and drops of a source, before any image is read.
 
-    photos: split -> list of pairs. A pair is a photo without its image, and the path of its file; or a drop, and "".
-    exif: if true, a photo's coordinates and time are read from its file's EXIF.
+    photos: split -> list of pairs: a photo without its image and the path of its file, or a drop and "".
+    photos_per_shard: photos per shard; the last shard may have fewer. exif: whether coordinates and times are read from
+    the EXIF of the files.
     """
 
     photos: Mapping[str, list[tuple[Photo | Drop, str]]]
@@ -58,7 +60,10 @@ class Listing:
 
 
 class ListedSource(abc.ABC):
-    """A source of photos (`data_prep.sources.Source`) that lists all photos once per process, before it reads any."""
+    """Base class of sources (`data_prep.sources.Source`) that list all photos before they read the first one.
+
+    The listing is made once per process.
+    """
 
     name: str
     provenance: Provenance
@@ -78,16 +83,19 @@ class ListedSource(abc.ABC):
     @property
     @abc.abstractmethod
     def places(self) -> tuple[str, str]:
-        """Path of the folder, and path of the table; "" if there is no table."""
+        """Path of the folder, and path of the table that lists the photos; "" if there is no table."""
 
     def notes(self) -> Iterator[str]:
-        """Yields sentences on files of the folder that are left out. With a table, it chooses the files."""
+        """Yields sentences on files of the folder that are left out, for messages.
+
+        Yields nothing if there is a table: then the table decides which files are used.
+        """
         folder, table = self.places
         if not table:
             yield from files_of(folder, f"{self.section}.path").notes()
 
     def fingerprint(self) -> dict[str, str]:
-        """Returns size and time of each photo, and the sum of the table. Raises the errors of `listing`."""
+        """Returns photo -> size and time of its file, and table -> size and SHA-256. Raises the errors of `listing`."""
         folder, table = self.places
         return fingerprint(files_of(folder, f"{self.section}.path").photos(), [table] if table else [])
 
@@ -101,7 +109,7 @@ class ListedSource(abc.ABC):
         return _listing(self).read(split, shard)
 
 
-@functools.cache  # of a source and its benchmarks
+@functools.cache  # not lru_cache(1): a source and its benchmarks are listed alternately
 def _listing(source: ListedSource) -> Listing:
     return source.listing()
 
@@ -112,16 +120,16 @@ def _walk(path: str) -> Files:
 
 
 def forget() -> None:
-    """Makes sources list their files and photos again, which may have changed."""
+    """Clears the caches, so that sources list their files and photos again: they may have changed."""
     _listing.cache_clear()
     _walk.cache_clear()
 
 
 @dataclasses.dataclass(frozen=True)
 class Folder(ListedSource):
-    """The folder as a source. No author is in two splits.
+    """A user's folder as a source of photos. No author is in two splits.
 
-    Photos are in the order of the CSV, or sorted by id if there is no CSV.
+    Photos are in the order of the CSV. Without a CSV they are sorted by id.
     """
 
     settings: FolderSettings
@@ -133,16 +141,16 @@ class Folder(ListedSource):
         return self.settings.path, self.settings.csv
 
     def has_rows_added(self, file: str, before: str) -> bool:
-        """Returns whether the table has changed only by rows after its end."""
+        """Returns whether rows were added at the end of the CSV, and nothing else in it has changed."""
         return file == self.settings.csv and has_rows_added(file, before)
 
     def takes(self, file: str) -> bool:
-        """Returns True: any file can be added."""
+        """Returns True: any file may be added to a folder."""
         del file
         return True
 
     def added(self, before: str) -> Listing:
-        """Returns the photos and drops that were added since the files in the folder `before` were made."""
+        """Returns the new photos and drops. before: folder that contains the earlier files of photos/."""
         known, listing = Known.load(before, self.settings.shares), _listing(self)
         photos = {split: [item for item in items if not known.has(item[0])] for split, items in listing.photos.items()}
         return dataclasses.replace(listing, photos=photos)
@@ -168,10 +176,10 @@ class Folder(ListedSource):
 
 
 def files_of(path: str, key: str) -> Files:
-    """Returns the files of a folder, and reports the files that are left out.
+    """Returns the files of a folder, and the files that are left out.
 
-    key: dotted key that names the folder, for messages. Raises SettingsError if the folder does not exist,
-    StageError if there are no files in it.
+    key: dotted key of the setting with the folder's path, for messages. Raises SettingsError if the folder does not
+    exist, StageError if there are no files in it.
     """
     if not path or not Path(path).is_dir():
         raise SettingsError(f"config.{key} is {path!r}, which is not a folder: set it to the photos' folder")
@@ -186,9 +194,9 @@ def files_of(path: str, key: str) -> Files:
 
 
 def existing_file(path: str, key: str) -> Path:
-    """Returns the path of a table, or raises SettingsError if it does not exist.
+    """Returns the path of a table. Raises SettingsError if the file does not exist.
 
-    key: dotted key that names the table, for the message.
+    key: dotted key of the setting with the path, for the message.
     """
     if not path or not Path(path).is_file():
         raise SettingsError(f"config.{key} is {path!r}, which is not a file: set it to the table that lists the photos")
@@ -196,9 +204,9 @@ def existing_file(path: str, key: str) -> Path:
 
 
 def split_of(author: str, shares: Mapping[str, float]) -> str:
-    """Returns the split of all photos of an author, chosen by a hash of the author.
+    """Returns the split for an author's photos. A hash of the author's name decides.
 
-    shares: split -> share of authors; the sum is 1.
+    shares: split -> share of authors. The sum of the shares is 1.
     """
     digest = hashlib.sha256(author.encode(errors="surrogateescape")).digest()
     rest = int.from_bytes(digest[:8]) / 2**64

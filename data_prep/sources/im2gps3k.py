@@ -1,6 +1,7 @@
-"""IM2GPS3K, a benchmark of 2,997 Flickr photos, read from its CSV of scene labels and the images' folder.
+"""IM2GPS3K, a benchmark of 2,997 Flickr photos, read from its CSV of scene labels and the folder of images.
 
-An older copy of the CSV has the names LAT and LON exchanged. `read_rows` refuses it: the StageError has a row as proof.
+In an older copy of the CSV, the column names LAT and LON are exchanged. `read_rows` rejects it with a TableError that
+names a row as proof.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ _COLUMNS = {"id": "IMG_ID", "author": "AUTHOR", "latitude": "LAT", "longitude": 
 
 @dataclasses.dataclass(frozen=True)
 class Im2gps3k(ListedSource):
-    """The benchmark as a source. All photos are in `test`, in the order of the CSV."""
+    """IM2GPS3K as a source of photos. All photos are in `test`, in the order of the CSV."""
 
     settings: Im2gps3kSettings
     name = "im2gps3k"

@@ -1,4 +1,4 @@
-"""Pairs the rows of a table with the files of a folder."""
+"""Finds the file of each row of a table, among the files of a folder."""
 
 import os
 import unicodedata
@@ -14,10 +14,13 @@ from geotoken_jax.folder.walk import Files
 def pair(
     rows: Iterable[Photo | Drop], files: Files, file_name: Callable[[str], str]
 ) -> Iterator[tuple[Photo | Drop, str]]:
-    """Yields each row of a table with the path of its file, or as a drop with "" if its id is repeated or has no file.
+    """Yields pairs: a photo and the path of its file, or a drop and "".
 
-    Then yields a drop, with "", for each photo without a row and each folder that cannot be opened. file_name: function
-    that returns the relative path for an id. The result is only looked up in `files`, never opened.
+    First yields a pair for each row of the table. A row is dropped if its id is repeated, or if it has no file in the
+    folder. Then yields a drop for each photo without a row, and for each subfolder that cannot be opened.
+
+    rows: rows of the table. files: files of the folder. file_name: function that returns the relative path for an id.
+    The path is only looked up in `files`, never opened, because it comes from the table.
     """
     rows = list(rows)
     names = [file_name(row.id) for row in rows]
@@ -41,22 +44,24 @@ def pair(
 def _reason(name: str, file: str, files: Files) -> str:
     if file:
         return "link out of the folder" if file in files.outside else ""
-    return "outside the folder" if _leads_out(name) else "no image"
+    return "outside the folder" if _is_outside(name) else "no image"
 
 
-def _leads_out(name: str) -> bool:
+def _is_outside(name: str) -> bool:
+    """Returns whether a relative path leads out of the folder, such as ../a.jpg or /a.jpg."""
     parts = PurePosixPath(name.replace("\\", "/"))
     return parts.is_absolute() or ".." in parts.parts
 
 
 def _find(names: Sequence[str], paths: Mapping[str, str]) -> dict[str, str]:
-    """Returns name -> relative path of the name's file, for the names that have one.
+    """Returns name in the table -> relative path of its file, for the names that have a file.
 
-    The other names are compared with files in the forms of _FORMS. A form is certain, and is used, if one name and one
-    file have it, and no other name has this file.
+    A name that equals no path is compared with the paths in several forms, such as in lower case (_FORMS). A match in
+    such a form is used only if it is unique: only one name and one path have this form, and no other name has this file
+    already.
     """
     found = {name: name for name in names if name in paths}
-    rest = [name for name in dict.fromkeys(names) if name not in paths and not _leads_out(name)]
+    rest = [name for name in dict.fromkeys(names) if name not in paths and not _is_outside(name)]
     free = paths.keys() - found.keys()
     for of_name, of_path in _FORMS if rest else ():
         by_name, by_path = _grouped(rest, of_name), _grouped(paths, of_path)
@@ -77,7 +82,7 @@ def _grouped(names: Iterable[str], form: Callable[[str], str]) -> dict[str, list
 
 
 def _spelled(name: str) -> str:
-    """Returns a path in one spelling: composed characters, `/` between folders, and no `./`."""
+    """Returns a path with composed Unicode characters (NFC), `/` between folders, and no `./`."""
     return PurePosixPath(unicodedata.normalize("NFC", name).replace("\\", "/")).as_posix()
 
 
@@ -91,11 +96,13 @@ def _without_ending(path: str) -> str:
 
 
 def _without_folder(name: str) -> str:
-    """Returns a name in one spelling if it has no folder, else ""."""
+    """Returns the form `_folded` of a name without a folder, or "" if the name has a folder."""
     return "" if "/" in _spelled(name) else _folded(name)
 
 
-#: Pairs of functions that return a form of a name of the table, and the same form of a file's path; "" for none.
+#: Forms in which a name in the table is compared with the path of a file, such as in lower case or without the ending.
+#: The strictest form is first. A form is a pair of functions: the first simplifies the name, the second the path. If a
+#: function returns "", nothing is compared.
 _FORMS: tuple[tuple[Callable[[str], str], Callable[[str], str]], ...] = (
     (_spelled, _spelled),
     (_folded, _folded),

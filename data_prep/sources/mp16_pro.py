@@ -3,12 +3,12 @@
 The files `mp-16-images00`, `mp-16-images01`, ... are consecutive parts of one tar, on a disk or in a bucket. A CSV has
 one row per photo.
 
-Before any photo is yielded, a survey reads the CSV and the headers of the tar. In the folder photos/ it stores the rows
-(0.2 KB each) and an index of the tar, which is described at `Survey`. The survey needs about 100 bytes of memory per
-photo. Each photo is then read once, at the offset that the index contains.
+Before the first photo is read, a survey reads the CSV and all headers in the tar. It stores the rows and an index of
+the tar (see `Survey`) in the folder photos/survey/. A row takes 0.2 KB there, and the survey needs about 100 bytes of
+memory per photo. Each photo is then read once, at its offset in the index.
 
-As in G3 (arXiv 2405.14702), a photo is dropped if its row has no country, its file name does not end in `.jpg`, or its
-file has 5,120 bytes or less. Placeholders and unusable files are dropped too.
+As in G3 (arXiv 2405.14702), a photo is dropped if its row has no country, if its file name does not end in `.jpg`, or
+if its file has at most 5,120 bytes. Placeholders and unusable files are dropped too.
 """
 
 import concurrent.futures
@@ -42,30 +42,32 @@ PARTS = "mp-16-images"
 COLUMNS = {"id": "IMG_ID", "author": "AUTHOR", "latitude": "LAT", "longitude": "LON"}
 _PLACES = {name: name for name in records.PLACE_FIELDS}
 _FIELDS = (*COLUMNS, *_PLACES)
-#: Photos of up to this number of bytes are dropped, as in G3.
+#: Photos with at most this number of bytes are dropped, as in G3.
 SMALL = 5120
-#: Reasons for which the survey drops a member of the tar. The empty reason is for members that stay.
+#: Reasons for which the survey drops a member of the tar. A member with the empty reason is not dropped.
 REASONS = (
-    *("", "not a file", "not .jpg", "truncated", "small file", "too large"),  # known from the member's header
+    *("", "not a file", "not .jpg", "truncated", "small file", "too large"),  # found from the member's header
     *("no metadata", "repeated id", "identical bytes"),
 )
 _REPEATED = REASONS.index("repeated id")
-#: Scheme of a bucket's address -> package that reads such buckets.
+#: Scheme of a bucket's URL, such as s3 in s3://bucket -> package that reads such buckets.
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "az": "adlfs", "hf": "huggingface_hub"}
-#: A member of the tar during the survey. offset: position of its first header in the tar. size: bytes of its data.
-#: key: hash of its file name without .jpg. fate: index in REASONS, or _FOLDER if the member is a folder.
+#: Type of a member of the tar during the survey. offset: position of the member's first header in the tar. size: bytes
+#: of its data. key: hash of its file name without .jpg. fate: index in REASONS, or _FOLDER if the member is a folder.
 _MEMBER = np.dtype([("offset", "i8"), ("size", "i8"), ("key", "u8"), ("fate", "u1")])
 _FOLDER = 255
 
 
 @dataclasses.dataclass(frozen=True)
 class MP16Pro:
-    """The data set as a source of photos (`data_prep.sources.Source`). work: folder that gets the subfolder survey/.
-    since: folder with the files of photos/ before parts or rows were added; only these are then read.
+    """The data set MP16-Pro as a source of photos (`data_prep.sources.Source`).
 
     No author is in two splits. If a row has no author, its id is used as the author. A shard contains consecutive
-    members of its split, in the order of the tar. Shards of `train` also contain a drop for each member without a row
-    and for each row without a member.
+    members of its split, in the order of the tar. The drops for members without a row, and for rows without a member,
+    are in the shards of `train`.
+
+    work: folder in which the subfolder survey/ is made. since: folder that contains the earlier files of photos/; if
+    not empty, only photos that were added since then are read.
     """
 
     settings: MP16ProSettings
@@ -90,7 +92,7 @@ class MP16Pro:
 
     @property
     def splits(self) -> Mapping[str, int]:
-        """Split -> number of shards; `validation` is left out if no photo is in it."""
+        """Split -> number of shards. If no photo is in `validation`, this split is left out."""
         members, _ = self._chosen
         held = int(self._survey.held[members].sum())
         shards = {"train": len(members) - held, "validation": held}
@@ -99,19 +101,19 @@ class MP16Pro:
         return {"train": train, **({"validation": shards["validation"]} if held else {})}
 
     def has_rows_added(self, file: str, before: str) -> bool:
-        """Returns whether the CSV has grown. `added` compares its rows."""
+        """Returns whether the CSV has become longer. Its earlier rows are compared later, by `added`."""
         return file == self._metadata.name and int(self.fingerprint()[file]) > int(before)
 
     def takes(self, file: str) -> bool:
-        """Returns True: parts may be added."""
+        """Returns True: parts may be added to the tar."""
         del file
         return True
 
     def added(self, before: str) -> "MP16Pro":
-        """Returns the members and rows that were added. before: folder with the files of photos/ before.
+        """Returns a source with only the new members and rows. before: folder with the earlier files of photos/.
 
-        A member that was cut short or had no row before counts as added if it is whole or has a row now. Raises
-        StageError if the rows that the CSV had before are not the same now.
+        A member counts as new if it was cut short earlier and is complete now, or if it had no row and has one now.
+        Raises StageError if an earlier row of the CSV has changed.
         """
         source = dataclasses.replace(self, since=before)
         _ = source._survey  # writes the rows
@@ -119,8 +121,8 @@ class MP16Pro:
             while data := old.read(tar_parts.MAX_READ):
                 if new.read(len(data)) != data:
                     raise StageError(
-                        f"{self._metadata} has other rows than when {self.work} was made: --update takes in only rows "
-                        "that were added at its end, so restore the file, or make all again with `geotoken all "
+                        f"{self._metadata} has other rows than when {self.work} was made: --update allows new rows "
+                        "only at its end, so restore the file, or make all again with `geotoken all "
                         "--remake=prepare`"
                     )
         return source
@@ -128,7 +130,8 @@ class MP16Pro:
     def read(self, split: str, shard: int) -> Iterator[Photo | Drop]:
         """Yields a photo or a drop for each member of one shard, in the order of the tar.
 
-        A shard of `train` then yields a drop for each row in its share of the rows without a member.
+        Rows without a member are distributed over the shards of `train`. After its members, a shard of `train` yields a
+        drop for each of these rows.
         """
         survey, n, dense = self._survey, self.settings.photos_per_shard, split == "train"
         chosen, rest = self._chosen
@@ -142,26 +145,27 @@ class MP16Pro:
                 yield row if isinstance(row, Drop) else Drop(row.id, "repeated id" if repeated else "no image")
 
     def fingerprint(self) -> dict[str, str]:
-        """Returns the sizes of the parts and of the CSV. A survey that was made from other sizes is an error there."""
+        """Returns file -> size, for the parts and the CSV. `_survey` raises an error if these sizes have changed."""
         parts, metadata = self._parts(), self._metadata
         sizes = dict(zip((path.name for path in parts.paths), map(str, parts.lengths), strict=True))
         return {**sizes, metadata.name: str(metadata.stat().length)}
 
     def _load(self, parts: tar_parts.Parts, member: int, rows: IO[bytes]) -> Photo | Drop:
-        """Returns the photo of a member, or the reason to drop it.
+        """Returns the photo of a member, or a drop.
 
-        Of several members of a row, the first usable one is the photo, and later usable ones are repeated.
+        If a row has several members, its first usable member is the photo. The later usable members are dropped as
+        repeated ids. member: number of the member in the survey. rows: opened rows.jsonl.
         """
         fate = self._survey.fate[member]
         if fate not in (0, _REPEATED):
             return Drop(tar_parts.member(parts, int(self._survey.member[member])).name, REASONS[fate])
         photo = self._read(parts, member, rows)
-        rivals = self._rivals.get(int(self._survey.row[member]), [])
-        if not rivals or isinstance(photo, Drop):
+        same_row = self._same_row_members.get(int(self._survey.row[member]), [])
+        if not same_row or isinstance(photo, Drop):
             return photo
         if reason := images.drop_reason(photo.image):
             return Drop(photo.id, reason)
-        for other in rivals[: rivals.index(member)]:
+        for other in same_row[: same_row.index(member)]:
             earlier = self._read(parts, other, rows)
             if isinstance(earlier, Photo) and not images.drop_reason(earlier.image):
                 return Drop(photo.id, REASONS[_REPEATED])
@@ -183,7 +187,10 @@ class MP16Pro:
 
     @functools.cached_property
     def _chosen(self) -> tuple[np.ndarray, np.ndarray]:
-        """Numbers of the members, and of the rows without a member, that this source reads: all, or those added."""
+        """Indices in the survey of the members, and of the rows without a member, that this source reads.
+
+        These are all, or only the new ones if `since` is not empty.
+        """
         survey = self._survey
         if not self.since:
             return np.arange(len(survey.member)), np.arange(len(survey.spare))
@@ -194,16 +201,19 @@ class MP16Pro:
         return np.flatnonzero(added), np.flatnonzero(~np.isin(survey.spare, before.spare))
 
     @functools.cached_property
-    def _rivals(self) -> dict[int, list[int]]:
-        """Row -> its members without a known fault, for rows with several such members."""
-        survey, rivals = self._survey, {}
+    def _same_row_members(self) -> dict[int, list[int]]:
+        """Row -> its members, for each row with several. Members that are dropped for other reasons are left out."""
+        survey, same_row = self._survey, {}
         repeated = np.isin(survey.row, survey.row[survey.fate == _REPEATED])
         for member in np.flatnonzero(repeated & np.isin(survey.fate, (0, _REPEATED))).tolist():
-            rivals.setdefault(int(survey.row[member]), []).append(member)
-        return rivals
+            same_row.setdefault(int(survey.row[member]), []).append(member)
+        return same_row
 
     def _parts(self, ahead: bool = False) -> tar_parts.Parts:
-        """Returns the tar. ahead: see tar_parts.Parts. Raises StageError or SettingsError if there are no parts."""
+        """Returns the parts of the tar. ahead: see tar_parts.Parts.
+
+        Raises StageError if a part is missing, SettingsError if the package that reads the bucket is not installed.
+        """
         folder = epath.Path(self.settings.folder)
         _check_storage(folder)
         paths = disk.matching(folder, f"{PARTS}[0-9][0-9]") if self.settings.folder else []
@@ -233,9 +243,10 @@ class MP16Pro:
 
     @functools.cached_property
     def _survey(self) -> "Survey":
-        """The survey, read from disk. If it is not on disk, it is made and stored there first.
+        """The survey, read from disk. If it is not on disk, it is made and stored first.
 
-        Raises StageError if, since it was made, a part was added or removed, or a part or the CSV has changed its size.
+        Raises StageError if the files have changed since the survey was made: a part was added or removed, or the size
+        of a part or of the CSV is another.
         """
         parts, metadata, folder = self._parts(), self._metadata, self._rows.parent
         files = {path.name: length for path, length in zip(parts.paths, parts.lengths, strict=True)}
@@ -276,10 +287,12 @@ def _check_storage(folder: epath.Path) -> None:
 class Survey:
     """An index of the tar's members and of the rows in survey/rows.jsonl, as flat arrays.
 
-    Per member, in the order of the tar: `member` is the offset of its first header in the tar, `row` the offset of its
-    row in rows.jsonl (-1 if there is none), `fate` the index in REASONS of the reason to drop it, and `held` is true if
-    it is in the split `validation`. Per row without a member: `spare` is its offset in rows.jsonl, and `repeated` is
-    true if an earlier row has the same id.
+    These arrays have one value per member, in the order of the tar. member: offset of the member's first header in the
+    tar. row: offset of the member's row in rows.jsonl, or -1 if it has none. fate: index in REASONS of the reason to
+    drop the member. held: whether the member is in the split `validation`.
+
+    These arrays have one value per row without a member. spare: offset of the row in rows.jsonl. repeated: whether an
+    earlier row has the same id.
     """
 
     member: Int[np.ndarray, " members"]
@@ -295,7 +308,7 @@ def _read_survey(folder: epath.Path) -> Survey:
 
 
 def _make_survey(parts: tar_parts.Parts, rows: tuple[np.ndarray, ...], settings: MP16ProSettings) -> Survey:
-    """Returns the survey of an opened tar and the rows of the CSV. rows: result of `_index_rows`."""
+    """Returns the survey. parts: the opened tar. rows: result of `_index_rows`."""
     row_offset, row_key, row_held = rows
     members = _index_members(parts)
     offset, size, member_key, fate = (np.array(members[name]) for name in ("offset", "size", "key", "fate"))
@@ -328,11 +341,12 @@ def _make_survey(parts: tar_parts.Parts, rows: tuple[np.ndarray, ...], settings:
 
 
 def _index_members(parts: tar_parts.Parts) -> np.ndarray:
-    """Returns an array of _MEMBER with all members of the tar, in its order, except folders.
+    """Returns an array of _MEMBER with all members of the tar except folders, in the order of the tar.
 
-    The parts are read in parallel, because most of the time is spent on waiting for the disk. Reading of a part starts
-    at its first block that looks like a header, which can be wrong. The members of the part before lead to the part's
-    true first header. If no member was read there, the part is read again from there.
+    The parts are read in parallel, because most of the time is spent waiting for the disk. The first header of a part
+    is not known at that time, so reading starts at the first block that looks like a header. Afterwards the last member
+    of the part before gives the position of the true first header. If no member was found at this position, the guess
+    was wrong, and the part is read again from there.
     """
     starts = [0, *itertools.accumulate(parts.lengths)]
     pieces, position, ended = [], 0, threading.Event()
@@ -340,7 +354,7 @@ def _index_members(parts: tar_parts.Parts) -> np.ndarray:
         guesses = pool.map(functools.partial(_guess_members, parts.paths, ended), starts[:-1], starts[1:])
         try:
             for (start, end), piece in zip(itertools.pairwise(starts), guesses, strict=True):
-                if position <= end:  # else one member covers all of this part, or the tar has ended
+                if position <= end:  # otherwise one member covers the whole part, or the tar has ended before it
                     if position not in piece["offset"]:
                         piece = _read_members(parts, ended, position, end)
                     piece = piece[piece["offset"] >= position]
@@ -349,15 +363,15 @@ def _index_members(parts: tar_parts.Parts) -> np.ndarray:
                     position = last if last >= end else parts.length + 1
                 progress.add(end - start)
         finally:
-            ended.set()  # stops the threads of the other parts after an error or a keyboard interrupt
+            ended.set()  # after an error or Ctrl-C: stops the threads of the other parts
     members = np.concatenate(pieces)
     return members[members["fate"] != _FOLDER]
 
 
 def _guess_members(paths: Sequence[epath.Path], ended: threading.Event, start: int, end: int) -> np.ndarray:
-    """Returns `_read_members` from the first block in [start, end) that looks like a header.
+    """Returns the members from the first block in [start, end) that looks like a header. See `_read_members`.
 
-    Returns an empty array if the tar cannot be read from there.
+    Returns an empty array if the tar cannot be read from this block on.
     """
     with tar_parts.Parts(paths) as parts:
         try:
@@ -367,9 +381,10 @@ def _guess_members(paths: Sequence[epath.Path], ended: threading.Event, start: i
 
 
 def _read_members(parts: tar_parts.Parts, ended: threading.Event, start: int, end: int) -> np.ndarray:
-    """Returns an array of _MEMBER: the members from the header at `start` to the first one at or after `end`, included.
+    """Returns an array of _MEMBER with the members from the header at `start` on.
 
-    ended: if set by another thread, the function returns early.
+    Stops after the first member that begins at or after `end`. ended: event that another thread sets to stop this call
+    early.
     """
     offset, size, key, fate = array("q"), array("q"), array("Q"), array("B")
     for info in tar_parts.members(parts, start):
@@ -418,12 +433,15 @@ def _index_rows(path: epath.Path, saved: epath.Path, settings: MP16ProSettings) 
 
 
 def _stem(name: str) -> str:
-    """Returns a name with `_` for `/` and without `.jpg`, so that a row's id equals its member's file name."""
+    """Returns a name in which `/` is replaced by `_` and `.jpg` is removed.
+
+    In this form, the id of a row equals the file name of its member.
+    """
     return name.replace("/", "_").removesuffix(".jpg")
 
 
 def _key(text: str, seed: int = 0) -> int:
-    """Returns a 64-bit hash. The chance that any two of 4.7 million names have the same hash is 1 in 1.7 million."""
+    """Returns a 64-bit hash of a text. Two of 4.7 million names have the same hash with probability 1 / 1.7 million."""
     digest = hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=8, key=seed.to_bytes(8, signed=True))
     return int.from_bytes(digest.digest())
 

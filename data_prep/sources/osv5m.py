@@ -1,6 +1,6 @@
 """OpenStreetView-5M: street-level photos in zip shards, `images/{train,test}/NN.zip`, with `train.csv` and `test.csv`.
 
-The zips are read without unpacking them to disk, one member at a time. A member's name is never used as a path.
+The zips are read member by member, without unpacking them to disk. The name of a member is never used as a path.
 """
 
 import dataclasses
@@ -19,14 +19,15 @@ from geotoken_jax.settings import SettingsError
 
 SPLITS = ("train", "test")
 _COLUMNS = {"id": "id", "author": "creator_id", "latitude": "latitude", "longitude": "longitude"}
-#: Field of Photo -> column that the CSV may lack. Cells stay text: the country "NA" is Namibia, not a missing value.
+#: Field of Photo -> column that the CSV may lack. No cell is converted, so the country "NA" is Namibia, not a missing
+#: value.
 _OPTIONAL = {"city": "city", "state": "region", "country": "country", "captured": "captured_at"}
 _ENCRYPTED = 0x1
 
 
 @dataclasses.dataclass(frozen=True)
 class Osv5m:
-    """The data set as a source of photos (`data_prep.sources.Source`); a zip is a shard."""
+    """OpenStreetView-5M as a source of photos (`data_prep.sources.Source`). Each zip is a shard."""
 
     settings: Osv5mSettings
     name = "osv5m"
@@ -40,7 +41,7 @@ class Osv5m:
 
     @property
     def splits(self) -> Mapping[str, int]:
-        """Split -> number of shards; a split that was not downloaded is left out.
+        """Split -> number of shards. A split that was not downloaded is left out.
 
         Raises SettingsError if there are no zips.
         """
@@ -53,12 +54,16 @@ class Osv5m:
         return {split: zips for split, zips in splits.items() if zips}
 
     def read(self, split: str, shard: int) -> Iterator[Photo | Drop]:
-        """Yields one zip's photos in the order of the zip, after the drops for repeated images and ids.
+        """Yields the drops for repeated images and ids, then the photos of one zip in the order of the zip.
 
-        Shard 0 also yields a drop for each row without an image in any zip, which is no fault: a subset of the zips has
-        the CSV of all. Reads all rows of the split's CSV but
-        stores only the rows of this zip: 40 MB for 50,000 photos, instead of 4 GB per process for all of OSV-5M. Raises
-        SettingsError if the CSV does not exist, StageError if the CSV or a zip cannot be read.
+        Shard 0 also yields a drop for each row without an image in any zip. Such a drop is no fault, because the CSV
+        lists the photos of all zips, and a user may download only some zips.
+
+        All rows of the CSV are read, but only the rows of this zip are stored: 40 MB for 50,000 photos, instead of 4 GB
+        per process for all of OSV-5M.
+
+        Raises SettingsError if the CSV does not exist, StageError if a zip cannot be read, and the errors of
+        `read_rows`.
         """
         zips = self._zips(split)
         with _open(zips[shard]) as archive:
@@ -86,13 +91,13 @@ class Osv5m:
                 yield row if isinstance(row, Drop) else _load(row, archive, info)
 
     def fingerprint(self) -> dict[str, str]:
-        """Returns size and time of each zip, and the sums of the CSVs."""
+        """Returns zip -> size and time, and CSV -> size and SHA-256."""
         files = {f"{split}/{path.name}": str(path) for split in SPLITS for path in self._zips(split)}
         tables = (Path(self.settings.path) / f"{split}.csv" for split in self.splits)
         return fingerprint(files, [str(table) for table in tables if table.is_file()])
 
     def _unpacked(self) -> str:
-        """Returns how to read images that were unpacked; "" if there are none."""
+        """Returns a text for a message: the settings that read unpacked images; "" if there are no such images."""
         path = Path(self.settings.path)
         split = next((split for split in SPLITS if any((path / "images" / split).glob("*/*.jpg"))), None)
         if split is None:

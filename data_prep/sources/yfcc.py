@@ -1,6 +1,7 @@
-"""YFCC4K and YFCC26k, benchmarks of 4,536 and 25,600 Flickr photos, read from their table and the images' folder.
+"""YFCC4K and YFCC26k, benchmarks of 4,536 and 25,600 Flickr photos, read from a table and the folder of images.
 
-The table is a CSV. For YFCC4K it may be the original `info.txt`, separated by tabs, without quotes or a header.
+The table is a CSV. For YFCC4K it can also be the original `info.txt`, which is separated by tabs and has neither quotes
+nor a header.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ INFO = {"id": 1, "author": 3, "longitude": 12, "latitude": 13}
 
 @dataclasses.dataclass(frozen=True)
 class Yfcc(ListedSource):
-    """One of the two benchmarks as a source. All photos are in `test`, in the order of the table."""
+    """YFCC4K or YFCC26k as a source of photos. All photos are in `test`, in the order of the table."""
 
     settings: YfccSettings
     provenance = Provenance(

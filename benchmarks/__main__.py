@@ -34,7 +34,7 @@ SMALL = {
     "data_costs": "",
     "decoding": "--batch=2 --candidates=2 --times=1 --rounds=1",
     "embed": "--shape=tiny --photos=32 --batch=4 --rounds=1",
-    "embed_scaling": "--photos=32 --processes=1 --threads=1",
+    "embed_scaling": "--photos=32 --processes 1 2 --threads=1",
     "gallery": "--devices=2 --batch=64",
     "input": "--photos=512 --width=16 --batch=64 --seconds=0.2 --rounds=1",
     "neighbors": "--rows=4000 --width=48 --queries=200 --exact=100",

@@ -25,7 +25,9 @@ from geotoken_jax.workdir import Workdir
 
 def work(index: int, count: int, threads: int, folder: str, shard: int, start: Any) -> None:
     """Runs the stage as process `index` of `count`. start: barrier of all processes and of the one that measures."""
-    os.environ |= {"JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(index)}
+    if count > 1:  # no process connects to the address, because the stage does not communicate
+        os.environ["JAX_COORDINATOR_ADDRESS"] = "nobody:1"
+        os.environ |= {"JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(index)}
     embed._SHARD = shard
     config: Any = common.get_config()
     config.embed.update(backbone="thumbnail", threads=threads)

@@ -1,8 +1,8 @@
 """Experiments on questions that the paper leaves open, with the demo's data (stages/experiments.py).
 
-`geotoken experiment NAME` runs one of them. If an experiment trains decoders, each run trains on 30,000 examples, a
-third of the demo's, and takes a minute on two cores. Only `published_form` takes hours. Each `note` interprets the
-table of results, and was written after the table was made.
+`geotoken experiment NAME` runs one of them. A run that trains a decoder uses 30,000 examples, a third of the demo's,
+and takes a minute on two cores. Only `published_form` uses up to 400,000 examples and takes hours. Each `note`
+interprets the table of results, and was written after the table was made.
 """
 
 from typing import Any

@@ -70,7 +70,7 @@ def _export(options: argparse.Namespace, config: Any) -> int:
 
 
 def _upgraded(options: argparse.Namespace, folder: Path) -> Path:
-    """Converts the export of --from to the present format, in a new folder, and returns the new folder."""
+    """Converts the export that --from names to the present format, in a new folder, and returns that folder."""
     _quiet()
     from geotoken_jax.export import upgrade
 

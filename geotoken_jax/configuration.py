@@ -293,12 +293,13 @@ class RewardSection:
 class ChannelsSection:
     """config.channels: the channels, which search the gallery with different vectors, and their comparator.
 
-    The comparator is a network that maps image embeddings to vectors, similar for photos of one place.
+    The comparator is a network that maps an image embedding to a vector. Photos of one place get similar vectors.
 
-    kind, dtype: values of `kind` and `reorder_dtype` in gallery.index.IndexSettings, for the indexes of the channels.
-    They replace the values in config.index.search. views: further augmented views of the gallery photos. `geotoken
-    learn` makes them in addition to the views of config.embed.views. The comparator is trained on all views, and two
-    channels search all views. comparator: settings of the comparator. train: settings of its training.
+    kind, dtype: values of `kind` and `reorder_dtype` in gallery.index.IndexSettings. They replace the values in
+    config.index.search for the indexes of the channels, except for the channel "index", which has the gallery's index.
+    views: settings of further augmented views of the gallery photos. `geotoken learn` makes them in addition to the
+    views of config.embed.views. The comparator is trained on all views, and the channel "comparator" searches them.
+    comparator: settings of the comparator. train: settings of its training.
     """
 
     kind: str

@@ -18,7 +18,8 @@ from jaxtyping import Array, Float, Key, UInt32
 _GENERATOR = "threefry2x32"
 #: Odd multipliers of 32-bit hashes, from MurmurHash3 (Appleby).
 _MULTIPLIERS = np.array([0x85EBCA6B, 0xC2B2AE35], np.uint32)
-#: Largest number of columns of an array in `dropout`. Each site has this number of constants of its own.
+#: Largest number of columns of an array in `dropout`. Each value of its argument `site` has 2^24 constants of its own,
+#: one per column.
 _MAX_COLUMNS = 1 << 24
 
 
@@ -60,7 +61,7 @@ def dropout(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _dropout(x: Array, words: Array, rate: float, site: int) -> Array:
     kept = _kept(x.shape, words, rate, site)
-    # In bfloat16, 1 / (1 - rate) would be wrong by up to 0.2 %.
+    # In bfloat16, 1 / (1 - rate) would be wrong by up to 0.4 %, and by 0.16 % at a rate of 0.1.
     wide = x.dtype if x.dtype.itemsize > 4 else jnp.dtype(jnp.float32)
     scaled = x.astype(wide) * jnp.asarray(1 / (1 - rate), wide)
     return jnp.where(kept, scaled, jnp.zeros((), wide)).astype(x.dtype)

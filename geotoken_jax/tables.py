@@ -54,10 +54,10 @@ class TableError(UserError, ValueError):
 class Row:
     """A row of a table.
 
-    place: "line 3" of a CSV or of JSON lines, "item 3" of a JSON array, "row 3" of Parquet. values: field, such as
-    latitude -> value, which is text in a CSV, and else a JSON value. The key of a column that is no field is its name
-    in lower case. If the row is malformed, `values` is empty. fault: error of a malformed row, with the fix, e.g. "has
-    3 columns, ..."; "" if the row is well-formed.
+    place: "line 3" of a CSV or of JSON lines, "item 3" of a JSON array, "row 3" of Parquet. values: value of each
+    column, by the name of its field, such as "latitude". A column that belongs to no field has its own name in lower
+    case. Values of a CSV are text; values of other formats keep their types. If the row is malformed, `values` is
+    empty. fault: error of a malformed row, with the fix, e.g. "has 3 columns, ..."; "" if the row is well-formed.
     """
 
     place: str

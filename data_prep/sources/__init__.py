@@ -1,6 +1,6 @@
 """The interface of a source: a data set of photos from which `prepare` makes photos/.
 
-A source yields photos, and for each photo that it drops an id and a reason.
+A source yields photos. For each photo that it leaves out, it yields a Drop: an id and a reason.
 """
 
 import dataclasses

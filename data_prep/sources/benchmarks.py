@@ -23,7 +23,8 @@ from geotoken_jax.preparation import BenchmarkSettings
 
 #: Field -> accepted names of its column in config.benchmarks.photos.NAME.authors, a table of photos and their authors.
 _AUTHORS = {"id": tables.COLUMNS["id"], "author": ("author", "ownernsid")}
-#: Name of the only split in a benchmark's listing. Beside a source, the split has the name of the benchmark.
+#: Name of the only split of a benchmark. If the benchmark is prepared together with a source, its split is named after
+#: the benchmark instead.
 _SPLIT = "test"
 
 

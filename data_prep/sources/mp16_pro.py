@@ -287,11 +287,11 @@ def _check_storage(folder: epath.Path) -> None:
 class Survey:
     """An index of the tar's members and of the rows in survey/rows.jsonl, as flat arrays.
 
-    These arrays have one value per member, in the order of the tar. member: offset of the member's first header in the
+    Four arrays have one value per member, in the order of the tar. member: offset of the member's first header in the
     tar. row: offset of the member's row in rows.jsonl, or -1 if it has none. fate: index in REASONS of the reason to
     drop the member. held: whether the member is in the split `validation`.
 
-    These arrays have one value per row without a member. spare: offset of the row in rows.jsonl. repeated: whether an
+    Two arrays have one value per row without a member. spare: offset of the row in rows.jsonl. repeated: whether an
     earlier row has the same id.
     """
 
@@ -441,7 +441,10 @@ def _stem(name: str) -> str:
 
 
 def _key(text: str, seed: int = 0) -> int:
-    """Returns a 64-bit hash of a text. Two of 4.7 million names have the same hash with probability 1 / 1.7 million."""
+    """Returns a 64-bit hash of a text.
+
+    The probability that any two of 4.7 million names have the same hash is 1 / 1.7 million.
+    """
     digest = hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=8, key=seed.to_bytes(8, signed=True))
     return int.from_bytes(digest.digest())
 

@@ -197,7 +197,7 @@ def _regions(
 ) -> Shaped[np.ndarray, "n 2"]:
     """Returns continent and country per photo, as UTF-8, from its place names.
 
-    A photo without a country name has both from the nearest gallery photo, if that photo is within NEAR_KM. rows, km:
+    A photo without a country name takes both from the nearest gallery photo, if that photo is within NEAR_KM. rows, km:
     row and distance of the gallery photo nearest to each photo. of_gallery: continent and country per gallery photo.
     """
     named = [(regions.continent(names).encode(), regions.country(names["country"]).encode()) for names in truth.extra]

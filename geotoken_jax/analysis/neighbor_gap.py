@@ -124,8 +124,9 @@ def sample(
 def split_figures(near: NeighborSample, scoring: EvaluateSettings) -> dict[str, Any]:
     """Returns the entry of one split in figures.json.
 
-    It has the accuracy of the first neighbor and of the nearest neighbor, the shares of missing neighbors, and per rank
-    the share of photos whose neighbor of this rank is within each of THRESHOLDS_KM.
+    The entry has the accuracy of the most similar neighbor (Top-1) and of the neighbor closest to the true place (Best
+    of K), how many neighbors are missing, quantiles of the best scores, and per rank the share of photos whose neighbor
+    of this rank is within each of THRESHOLDS_KM.
     """
     count = near.km.shape[1]
     off = np.nan_to_num(near.km, nan=FARTHEST_KM)

@@ -48,8 +48,8 @@ class Tolerant:
     def _examine(self, function: _ReadRows, rows: np.ndarray, taken: np.ndarray, more: tuple[np.ndarray, ...]) -> bool:
         """Finds the damaged rows in `taken`, and sets their replacements.
 
-        Returns whether `rows` now have other replacements than `taken`. rows: requested rows. taken: the row itself or
-        its replacement until now, for each requested row.
+        Returns whether the replacement of a requested row has changed, so that another attempt makes sense. rows:
+        requested rows. taken: rows that were read for them, each the requested row or its replacement at that time.
         """
         with self._lock:
             for i, row in enumerate(taken.tolist()):

@@ -16,10 +16,9 @@ _CLUTTER_PREFIX = "._"
 class Files:
     """The files of a folder and its subfolders, without clutter.
 
-    paths: path of each file, by its path relative to the folder, with `/` between folders. outside: path of each
-    file outside the folder that a link leads to, by relative path of the link; `paths` has these links too. special:
-    number of pipes, sockets, broken links and linked folders. unreadable: reason per folder that cannot be opened, by
-    relative path.
+    paths: relative path of a file, with `/` between folders -> its path. outside: relative path of a link to a file
+    outside the folder -> path of that file; these links are in `paths` too. special: number of pipes, sockets, broken
+    links and linked folders. unreadable: relative path of a folder that cannot be opened -> reason.
     """
 
     folder: str

@@ -240,8 +240,8 @@ def exact(
     If there are fewer than k vectors, the last rows are -1 and their scores -inf.
 
     `vectors` can be larger than memory: it is read block by block. The best k + 8 candidates by float32 scores are then
-    read again and sorted by float64 scores. Float32 scores depend on the size of blocks. If they decided, the order
-    of close candidates would change with the size of blocks (for 6 of 1,000 EarthView photos).
+    read again, scored in float64, and sorted by these scores, rounded to float32. Scores computed in float32 depend on
+    the size of blocks. If they decided, the order of close candidates would too (for 6 of 1,000 EarthView photos).
     """
     starts = range(0, len(queries), _QUERIES)
     blocks = [jnp.asarray(queries[q : q + _QUERIES], jnp.float32) for q in starts]

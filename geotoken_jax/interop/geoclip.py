@@ -204,7 +204,8 @@ def start(settings: InitSettings) -> Callable[[AlignModel], None] | None:
         except ValueError as error:
             raise SettingsError(
                 f"config.align.init.location is {settings.location!r}, which does not fit "
-                f"config.align.model.location: {error}"
+                f"config.align.model.location: {error}; set config.align.model.location to the sizes of these weights, "
+                "or config.align.init.location to '' for random weights"
             ) from error
 
     return initialize
@@ -409,8 +410,11 @@ def check(weights: Weights, path: epath.PathLike) -> dict[str, float]:
 def _check(options: argparse.Namespace) -> int:
     errors = check(read_weights(options.weights), options.file)
     for name, value in errors.items():
-        print(f"{name:22} {value:.2e}")
-    return 0 if all(value < 1e-4 for value in errors.values()) else 1
+        print(f"{name:22} largest error {value:.2e}{'' if value < 1e-4 else ', above the limit 1e-4'}")
+    if all(value < 1e-4 for value in errors.values()):
+        return 0
+    print("the encoders differ from the published ones: check that WEIGHTS and FILE belong together")
+    return 1
 
 
 def _import(options: argparse.Namespace) -> int:

@@ -306,7 +306,7 @@ class _StoredArrays(dict):
     """Arrays of a file with outputs of the published model. A missing array raises ValueError with advice."""
 
     def __missing__(self, name: str) -> np.ndarray:
-        raise ValueError(f"the .npz file lacks {name}: docs/fidelity.md lists the arrays that it needs")
+        raise ValueError(f"the .npz file lacks {name}: write it, as docs/fidelity.md describes")
 
 
 def check(path: str) -> dict[str, float]:

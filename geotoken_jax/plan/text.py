@@ -97,9 +97,11 @@ def _estimate_lines(plan: Mapping[str, Any]) -> list[str]:
 
 
 def document(config: Config, command: str, rows: int, quick: bool = False) -> str:
-    """Returns the text of docs/scale.md: plans of training on TRAINING and GROUP_1, and of other workloads on OTHERS.
+    """Returns the text of docs/scale.md.
 
-    command: command line that made the document. rows: number of gallery photos.
+    It has plans of training with group 2 on the topologies TRAINING, of training with group 1 on GROUP_1, and of the
+    other workloads on OTHERS. command: command line that made the document. rows: number of gallery photos. quick: see
+    planning.run.
     """
 
     def plans(names: Sequence[str], workload: str, group: int) -> list[dict[str, Any]]:

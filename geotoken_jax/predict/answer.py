@@ -33,9 +33,9 @@ _PLACES = 16
 class Answers(NamedTuple):
     """Answers for b photos.
 
-    predictions: predictions without radii. distribution: distribution over places from which the radii are computed. It
-    comes from the reranker if the reranker chooses the answer, else from the decoder; None if the decoder's
-    distribution was not searched. ranking: the reranker's ranking; None if the reranker is not among the selectors.
+    predictions: predictions without radii. distribution: distribution over places from which the radii are computed. If
+    the reranker chooses the answer, it comes from the reranker. Otherwise it comes from the decoder, and is None if
+    config.predict.search is off. ranking: the reranker's ranking; None if the reranker is not among the selectors.
     """
 
     predictions: list[Prediction]

@@ -90,7 +90,7 @@ class PredictSettings:
 
 
 class Decoder:
-    """Decodes batches of photos into pools. Every local device decodes a share of the batch.
+    """Decodes batches of photos into pools of candidates. Every local device decodes a share of the batch.
 
     Batches are padded, so that few batch sizes are compiled (see batch.padded_size).
     """

@@ -104,8 +104,8 @@ class Predictor(abc.ABC):
     async def predict_async(self, photos: Any, captured: Any = None) -> Prediction | list[Prediction]:
         """Returns the same as `predict`, without blocking the event loop.
 
-        One thread runs all batches of a model, in the order in which they are awaited. Calls with several batches
-        therefore take turns. A canceled call drops its batches that have not begun.
+        One thread runs the batches of all these calls, in the order in which they are awaited. Calls with several
+        batches therefore take turns. A canceled call drops its batches that have not begun.
         """
         if not isinstance(photos, (list, tuple)):
             return (await self.predict_async([photos], None if captured is None else [captured]))[0]

@@ -80,7 +80,7 @@ def search(
 
     Raises ValueError if expansions is not a positive multiple of width, or if count is above capacity.
     """
-    if expansions % width or not expansions:
+    if expansions % width or expansions <= 0:
         raise ValueError(
             f"config.predict.search.expansions is {expansions}: set it to a positive multiple of "
             f"config.predict.search.width, {width}"

@@ -102,7 +102,7 @@ def photos(content_type: str, body: bytes, name: str, max_photos: int | None) ->
 
     content_type: the header Content-Type. name: name of the form's parts, or key of the JSON object. max_photos:
     largest number of photos. If None, the body has one photo, and JSON has a string instead of a list. Raises Refused
-    if the body has no photo, too many photos or anything else, or if the content type is not supported.
+    if the body has no photo, too many photos or contents other than photos, or if the content type is not supported.
     """
     if body.startswith(_GZIP):
         raise Refused(415, _COMPRESSED)

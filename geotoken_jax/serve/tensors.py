@@ -126,7 +126,8 @@ class InferenceRequest:
             content = None
         if not isinstance(content, dict):
             raise _bad_request(
-                f"the body does not start with a JSON object: send one, and its length as {JSON_LENGTH} if data follows"
+                "the body does not start with a JSON object: send one, and its length in the header "
+                f"{JSON_LENGTH} if data follows"
             )
         return content, body[length:]
 

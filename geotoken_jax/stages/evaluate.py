@@ -78,7 +78,10 @@ def read_predictions(
 
 
 def _methods(workdir: Workdir, split: str, truth: CoordinateTable, options: EvaluateSettings) -> list[Method]:
-    """Returns the methods of all variants that have predictions for a split. truth: coordinates of the same photos."""
+    """Returns the methods of all variants that have predictions for a split.
+
+    truth: true coordinates of the split's photos.
+    """
     listed = []
     for variant in workdir.predicted_variants():
         if (file := workdir.predictions_file(variant, split)).exists():

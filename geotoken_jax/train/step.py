@@ -86,7 +86,8 @@ class Trainer:
         """Sets four nested dicts with the structure of the parameters.
 
         _layout, _dtypes: sharding and type in which the model reads each parameter. _updates: sharding in which the
-        optimizer stores it. _gradients: type and sharding in which its gradient is summed.
+        optimizer stores it. _gradients: type and sharding in which its gradient is summed. The gradient of parameters
+        that are stacked over layers is summed inside the loop over layers instead.
         """
         self._layout = sharding.shardings(self._variables[0], self.mesh)
         dtypes, updates, gradients = {}, {}, {}

@@ -162,6 +162,12 @@ def test_the_document_has_all_workloads(monkeypatch):
         plan |= {"method": "compiled", "bytes": {"total": 1}, "fits": True}
         return plan | planning._times(program, costs, chips.CHIPS[pod.chip], 1e9)
 
+    def check(config, pod, workload, rows):
+        return workloads.WORKLOADS[workload](config, rows, jax.devices())
+
+    monkeypatch.setattr(planning, "check", check)
+    with pytest.raises(SettingsError, match=r"config\.embed\.backbone is 'thumbnail'"):  # before anything is compiled
+        text.document(tiny(embed={"backbone": "thumbnail"}), "geotoken plan --document", 1000)
     monkeypatch.setattr(planning, "run", run)
     page = text.document(tiny(), "geotoken plan --document", 1000)
     assert "| 2xv5e:16x16 |" in page and "| estimated photos/s |" in page and "GPUs are not in the tables" in page

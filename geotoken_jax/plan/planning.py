@@ -44,12 +44,7 @@ def run(
     shape, if the TPU compiler is missing or does not fit jax, or if the workload can only be planned for TPUs.
     """
     chip = chips.CHIPS[pod.chip]
-    program = WORKLOADS[workload](config, rows, topology.devices(pod))
-    if not (pod.compiled or program.flops):
-        raise SettingsError(
-            f"--workload={workload} cannot be planned for --topology={pod.name}, because XLA compiles for a GPU only "
-            "if there is one: choose a TPU, as in v5e:4x4"
-        )
+    program = check(config, pod, workload, rows)
     costs = _costs(program, pod, quick)
     memory = {**program.resident_bytes(), **costs["memory"]}
     total = sum(memory.values())
@@ -73,6 +68,17 @@ def run(
     if not plan["fits"] and workload == "train":
         plan["advice"] = advice(config, pod, rows)
     return plan
+
+
+def check(config: Config, pod: Topology, workload: str, rows: int) -> Workload:
+    """Returns the program of a workload on a pod, which is not compiled yet. Arguments and errors: see `run`."""
+    program = WORKLOADS[workload](config, rows, topology.devices(pod))
+    if not (pod.compiled or program.flops):
+        raise SettingsError(
+            f"--workload={workload} cannot be planned for --topology={pod.name}, because XLA compiles for a GPU only "
+            "if there is one: choose a TPU, as in v5e:4x4"
+        )
+    return program
 
 
 def _settings(config: Config, workload: str) -> dict[str, Any]:

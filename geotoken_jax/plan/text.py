@@ -101,8 +101,11 @@ def document(config: Config, command: str, rows: int, quick: bool = False) -> st
 
     It has plans of training with group 2 on the topologies TRAINING, of training with group 1 on GROUP_1, and of the
     other workloads on OTHERS. command: command line that made the document. rows: number of gallery photos. quick: see
-    planning.run.
+    planning.run. Raises SettingsError before the first program is compiled if a plan cannot be made.
     """
+    for names, workload in ((TRAINING, "train"), *((OTHERS, name) for name in _OTHER_TITLES)):
+        for name in names:
+            planning.check(config, topology.read(name), workload, rows)
 
     def plans(names: Sequence[str], workload: str, group: int) -> list[dict[str, Any]]:
         found = []

@@ -344,8 +344,8 @@ def _baselines() -> dict[str, Any]:
         # This temperature is the best one for the demo. sigma_km is about the size of a city.
         knn=dict(neighbors=20, temperature=0.05, sigma_km=25.0),
         geoclip=dict(candidates=20),
-        # max_photos and min_photos are those of the finest partition of MP-16 by Mueller-Budack et al. 2018, which has
-        # 12,893 cells.
+        # max_photos and min_photos have the values of the finest partition of MP-16 by Mueller-Budack et al. 2018. It
+        # has 12,893 cells.
         classifier=dict(max_photos=1_000, min_photos=50, hidden=1024, dropout=0.0, candidates=20),
         # 41.2 million examples are 10 epochs of the 4.12 million photos of MP16-Pro that `prepare` keeps.
         train=_train(2048, 41_200_000, 2_000, _cosine(1e-3, 0.05, 0.01)),

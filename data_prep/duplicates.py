@@ -49,7 +49,7 @@ def hashes(gray: np.ndarray) -> UInt64[np.ndarray, " n"]:
 
 
 def groups(fingerprints: Shaped[np.ndarray, " n"], difference: float) -> tuple[list[np.ndarray], int]:
-    """Returns the groups of duplicates, and the number of photos whose bytes equal those of another photo.
+    """Returns the groups of duplicates, and the number of photos that have the same bytes as another photo.
 
     A group is an ascending array of rows in `fingerprints`. Groups are transitive: if A and B are duplicates, and B and
     C are, then A, B and C are in one group. About 150 bytes of memory are needed per photo, besides the fingerprints.

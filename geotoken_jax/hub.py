@@ -145,7 +145,7 @@ def _damaged(path: pathlib.Path) -> bool:
 
 
 def remove(path: epath.PathLike) -> None:
-    """Removes a file from the cache, so that it is downloaded again."""
+    """Removes a file from the cache. Its next use downloads it again."""
     os.unlink(os.path.realpath(path))  # the stored file; `path` is only a link to it
     pathlib.Path(path).unlink(missing_ok=True)
 
@@ -221,7 +221,7 @@ def one_line_errors(name: str, revision: str | None) -> Iterator[None]:
             "again"
         ) from None
     except broken as error:
-        if getattr(error, "errno", None):  # an error of the disk: those of the HTTP client have no number
+        if getattr(error, "errno", None):  # an error of the disk: errors of the HTTP client have no number
             raise SettingsError(
                 f"{name} cannot be stored in the cache {constants.HF_HUB_CACHE} ({os.strerror(error.errno)}): make "
                 "room there and check its permissions, or set HF_HOME to another folder, then run the same command "

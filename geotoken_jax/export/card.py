@@ -55,7 +55,7 @@ def source(workdir: Workdir, config: Config) -> dict[str, Any]:
 
 
 def _chain(workdir: Workdir, folders: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields the name and the digests of each of these folders and of all folders that they were made from.
+    """Yields the name and the digests of each of these folders and, recursively, of their input folders.
 
     "sha256" is the SHA-256 of the folder's manifest. "inputs" maps the name of each input folder to the SHA-256 of its
     manifest.

@@ -73,7 +73,7 @@ class Output:
         return self._partial.open("a", encoding="utf-8")
 
     def answers(self) -> Iterator[Answer]:
-        """Yields the answers in FILE.partial, including those of earlier runs."""
+        """Yields the answers in FILE.partial, including answers of earlier runs."""
         with self._partial.open(encoding="utf-8") as file:
             next(file)
             yield from map(json.loads, file)

@@ -124,7 +124,7 @@ class Trainer:
             "skipped_in_a_row": whole,
             "params": params,
             "constants": constants,
-            # Moments are split like the parameters that they belong to. Each device has all counters.
+            # Moments are split like their parameters. Each device has all counters.
             "optimizer": optax.tree_utils.tree_map_params(
                 self._optimizer, lambda _, s: s, moments, params, transform_non_params=lambda _: whole
             ),

@@ -67,8 +67,8 @@ SIZE: dict[str, dict[str, dict[str, Any]]] = {
     name: dict(model=_model(width), train=_train(width)) for name, width in _WIDTHS.items()
 }
 
-#: Keys and values of config.model for all sizes. They are the demo's, because the demo's architecture has a lower loss
-#: than the paper's (docs/settings.md).
+#: Keys and values of config.model for all sizes. They are the demo's. On EarthView, the demo's architecture has a lower
+#: loss than the paper's after equally many examples (docs/experiments.md, published_form).
 FORM: dict[str, Any] = dict(
     norm="pre",
     activation="gelu",

@@ -3,7 +3,7 @@
 It measures how the loss depends on the size of the decoder, the number of training photos, the number of neighbors and
 the size of the gallery. Cells end at level 12 (2 km), because tokens after level 12 are noise in these data and would
 hide the changes of the loss. All tokens have the same weight. With ten neighbors and no dropout, a run takes a quarter
-of the demo's time, so all runs take less than an hour.
+of the demo's time, so all runs together take less than an hour.
 """
 
 from typing import Any

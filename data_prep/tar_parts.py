@@ -17,7 +17,7 @@ from geotoken_jax.manifests import StageError
 #: Largest number of bytes per read, and thus of a member's data. The limit protects the memory: a damaged header can
 #: contain any length.
 MAX_READ = 1 << 26
-#: Largest number of zero bytes that may follow the last member. GNU tar writes up to 20 blocks (10 KiB).
+#: Largest number of zero bytes that may follow the last member. By default, GNU tar writes up to 21 blocks (10.5 KiB).
 _MAX_END = 1 << 20
 #: Bytes per request if a part in a bucket is read from beginning to end. The delay of a request equals the transfer
 #: time of some megabytes, so requests are larger than that.

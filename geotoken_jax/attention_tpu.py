@@ -71,6 +71,7 @@ def _attention(lengths: Array, q: Array, k: Array, v: Array, d: int) -> Array:
 
 
 def _attention_forward(lengths: Array, q: Array, k: Array, v: Array, d: int) -> tuple[Array, Any]:
+    """Forward rule of `_attention` for jax.custom_vjp: the result, and the arrays that the backward kernel reads."""
     return _attention(lengths, q, k, v, d), (lengths, q, k, v)
 
 

@@ -174,7 +174,7 @@ class Checkpoints:
     def _restore_any(self, steps: Sequence[int], abstract: Any) -> tuple[int, Any, dict[str, Any]] | None:
         """Returns the first checkpoint that all processes can read, in the order of `steps`; None if `steps` is empty.
 
-        All processes use the `steps` of process 0.
+        All processes use the `steps` of process 0. If no checkpoint can be read, raises the error of the first one.
         """
         errors: list[Exception] = []
         for step in processes.first(steps):

@@ -70,7 +70,10 @@ def _export(options: argparse.Namespace, config: Any) -> int:
 
 
 def _upgraded(options: argparse.Namespace, folder: Path) -> Path:
-    """Converts the export that --from names to the present format, in a new folder, and returns that folder."""
+    """Converts the export in the folder of --from. The result has the present format and is in a new folder.
+
+    Returns the new folder.
+    """
     _quiet()
     from geotoken_jax.export import upgrade
 

@@ -214,7 +214,8 @@ def one_line_errors(name: str, revision: str | None) -> Iterator[None]:
         status = error.response.status_code
         if status in (401, 403):
             raise SettingsError(f"the hub refuses {name} ({status}): {login} read it or, to push, write it") from None
-        raise SettingsError(f"the hub returned HTTP status {status} for {name}: try again later") from None
+        advice = "try again later" if status == 429 or status >= 500 else "check the name and the files"
+        raise SettingsError(f"the hub returned HTTP status {status} for {name}: {advice}") from None
     except RuntimeError as error:  # a file could not be uploaded
         raise SettingsError(
             f"the transfer of {name} failed ({error}): run the same command again; files that were sent are not sent "

@@ -1,9 +1,9 @@
 """Random keys and dropout. Both are the same on any mesh, and for any value of JAX_DEFAULT_PRNG_IMPL.
 
-For dropout, JAX's generator draws one random 32-bit word per row of the array. Each column has a constant. A number of
-the array is dropped if a hash of its row's word and its column's constant is below a limit. This is faster than drawing
-a random number for each number of the array: the hash takes five operations, JAX's generator about a hundred. The
-backward pass computes the hash again, so no mask is stored.
+For dropout, JAX's generator draws one random 32-bit word per row of the array. Each column has a constant, also each
+row if rows share a word. A number of the array is dropped if a hash of its row's word and its column's constant is
+below a limit. This is faster than drawing a random number for each number of the array: the hash takes five operations,
+JAX's generator about a hundred. The backward pass computes the hash again, so no mask is stored.
 """
 
 import functools
@@ -49,9 +49,9 @@ def dropout(
     Returns x unchanged if `words` is None or `rate` is 0.
 
     words: random words, an array with the axes of x except the last. Usually each row of x has a word of its own. If
-    `words` has size 1 along an axis, the rows along this axis share a word; they have different masks nevertheless,
-    because each of them has constants of its own. site: number from 0 to 254. With equal words, different sites have
-    different masks.
+    `words` has size 1 along an axis, the rows along this axis share a word. Their masks still differ, because the
+    constants of the hash differ too. site: number from 0 to 254. With equal words, different sites have different
+    masks.
     """
     if words is None or rate == 0.0:
         return x

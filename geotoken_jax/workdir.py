@@ -176,7 +176,7 @@ class Workdir:
         return {split: [counts.get(split, 0) for counts in states] for split in manifest.counts}
 
     def remove_outdated(self, verb: str) -> Iterator[str]:
-        """Removes the folders that a verb makes, if they were made before photos were added to their inputs.
+        """Removes the folders that a verb makes, if their inputs have changed since, as by photos that were added.
 
         Trained models are kept. Yields the name of each folder before it is removed.
         """
@@ -213,7 +213,7 @@ class Workdir:
         return self.manifest(folder).facts.get("id_bytes", records.ID_BYTES)
 
     def check_backbone(self, options: backbone.BackboneSettings) -> None:
-        """Raises StageError if features/ was made with another backbone, or with other settings of it, than `options`.
+        """Raises StageError if the backbone of features/, or one of its settings, differs from `options`.
 
         Features depend on the name of the backbone, the contents of its checkpoint, and settings such as dtype. All of
         these are compared. Raises SettingsError if the path in `options` has no checkpoint.

@@ -260,6 +260,7 @@ def test_older_forms_of_a_processors_settings_are_read():
         {"size": {"shortest_edge": 15}},
         {"do_center_crop": False},
         {"do_resize": False},
+        {"size": {"height": 20, "width": 20}, "do_center_crop": True},
     ],
     ids=str,
 )

@@ -95,7 +95,10 @@ class ListedSource(abc.ABC):
             yield from files_of(folder, f"{self.section}.path").notes()
 
     def fingerprint(self) -> dict[str, str]:
-        """Returns photo -> size and time of its file, and table -> size and SHA-256. Raises the errors of `listing`."""
+        """Returns a dict: photo -> size and time of its file, and table -> size and SHA-256.
+
+        Raises the errors of `files_of`, and FileNotFoundError if the table is missing.
+        """
         folder, table = self.places
         return fingerprint(files_of(folder, f"{self.section}.path").photos(), [table] if table else [])
 

@@ -163,7 +163,8 @@ def score_exclusion(
     Methods that search no neighbors are left out, because exclusion rules do not affect them. In the result, `change`
     is the accuracy with the rules minus the accuracy without them, with an interval of the paired bootstrap.
 
-    methods: methods without these rules. under: name of a set of rules -> the same methods, predicted with these rules.
+    methods: methods predicted without exclusion rules. under: name of a set of rules -> the same methods, predicted
+    with these rules.
     """
     clusters = bootstrap.clusters([str(row.get("author") or "") for row in truth.extra], truth.ids)
     rows = []

@@ -26,8 +26,8 @@ class MaskedGallery:
     """
 
     def __init__(self, config: Config, workdir: Workdir, variant: str, split: str):
-        """variant: name of the decoder. Prediction settings are read from the manifest of predictions/VARIANT, not
-        from config."""
+        """variant: name of the decoder. Prediction settings come from the manifest of predictions/VARIANT. Only
+        settings that do not change results, such as batch_size, come from config."""
         config = config.variant(variant)
         stored = workdir.manifest(f"predictions/{variant}").settings["predict"]
         predict = settings.restored(stored, config.predict, "predict")

@@ -145,7 +145,10 @@ class Processor:
         crops = config.get("do_center_crop", "shortest_edge" in size)
         shortest = size.get("shortest_edge")
         cut = {crop["height"], crop.get("width", crop["height"])} if crops else {size.get("height"), size.get("width")}
-        if cut != {side} or (shortest if crops else side) < side or not config.get("do_resize", True):
+        # A processor that crops without a shorter side resizes to height x width, which must be the result's size.
+        resized = {shortest} if shortest else {size.get("height"), size.get("width")}
+        fits = min(resized) >= side if shortest else resized == {side}
+        if cut != {side} or not fits or not config.get("do_resize", True):
             raise SettingsError(
                 f"the image processor in config.embed.huggingface.path (size {dict(size)}, crop_size {dict(crop)}) "
                 f"does not make the {side} x {side} pixels that config.json asks for: download the folder again"

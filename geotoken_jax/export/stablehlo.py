@@ -36,10 +36,10 @@ def embedding(model: AlignModel, width: int) -> bytes:
 
 
 def decoding(model: GeoTokenModel, options: PredictSettings) -> bytes:
-    """Returns the serialized program that maps parameters, a query photo and its neighbors to Candidates.
+    """Returns the serialized program that maps parameters, b query photos and their neighbors to Candidates.
 
-    Its arguments are parameters, query, neighbors, neighbor_tokens, neighbor_count and numbers. See programs.decoding
-    for their shapes.
+    Its arguments are parameters, query, neighbors, neighbor_tokens, neighbor_count and numbers. `arguments` in
+    programs.decoding has their shapes for one photo.
     """
     return _serialized(programs.decoding(model, options))
 

@@ -16,9 +16,10 @@ _CLUTTER_PREFIX = "._"
 class Files:
     """The files of a folder and its subfolders, without clutter.
 
-    paths: relative path of a file, with `/` between folders -> its path. outside: relative path of a link to a file
-    outside the folder -> path of that file; these links are in `paths` too. special: number of pipes, sockets, broken
-    links and linked folders. unreadable: relative path of a folder that cannot be opened -> reason.
+    paths: path of each file, by its relative path. Relative paths have `/` between folders. outside: path of each file
+    outside the folder to which a link leads, by the relative path of the link. These links are in `paths` too. special:
+    number of pipes, sockets, broken links and linked folders. unreadable: reason why a folder cannot be opened, by its
+    relative path.
     """
 
     folder: str

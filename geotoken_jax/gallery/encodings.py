@@ -87,5 +87,6 @@ def rank(
 
 @jax.jit
 def _log_sum(photos: jax.Array, gallery: jax.Array) -> jax.Array:
+    """Returns, per photo, the logarithm of the sum of exp(logit) over a block of encoded gallery locations."""
     logits = jnp.matmul(photos, gallery.T, precision=jax.lax.Precision.HIGHEST)
     return jax.nn.logsumexp(logits, axis=1)

@@ -204,7 +204,7 @@ def _kind(kind: str, folder: str) -> "type[Scann] | type[Exact] | type[Device]":
         except ImportError as error:
             print(
                 f"ScaNN is not available ({error}): {folder} gets an exact index instead, slower and with full recall. "
-                "To use ScaNN, install the package scann (Linux only) and make the folder again",
+                f"To use ScaNN, install the package scann (Linux only), remove {folder} and run the same command again",
                 file=sys.stderr,
             )
     return Device if kind == "device" else Exact
@@ -240,8 +240,9 @@ def exact(
     If there are fewer than k vectors, the last rows are -1 and their scores -inf.
 
     `vectors` can be larger than memory: it is read block by block. The best k + 8 candidates by float32 scores are then
-    read again, scored in float64, and sorted by these scores, rounded to float32. Scores computed in float32 depend on
-    the size of blocks. If they decided, the order of close candidates would too (for 6 of 1,000 EarthView photos).
+    read again, scored in float64, and sorted by these scores, rounded to float32. Scores computed in float32 change
+    slightly with the size of blocks. A sort by them would change the order of close candidates (for 6 of 1,000
+    EarthView photos).
     """
     starts = range(0, len(queries), _QUERIES)
     blocks = [jnp.asarray(queries[q : q + _QUERIES], jnp.float32) for q in starts]
@@ -457,7 +458,8 @@ class Scann:
 
         reorder: number of candidates that are scored again; if 0, the number that the shard was built with.
         """
-        # If many neighbors are excluded, k is large. The leaves searched contain at least 4 k rows on average.
+        # k is large if many gallery photos are excluded. Then more leaves are searched, so that they contain 4 k rows
+        # on average, or all leaves.
         min_leaves = -(-4 * k * self.leaves // self._rows)
         rows, scores = self._searcher.search_batched_parallel(
             np.ascontiguousarray(queries, np.float32),

@@ -222,7 +222,7 @@ class CellScheme(Scheme):
         return (ids[..., None] >> shifts & masks).astype(np.int32)
 
     def regroup(self, quads: UInt8[Array, "... Q"]) -> Int32[Array, "... T"]:
-        """Returns this scheme's tokens from stored tokens of group 1, cut at `level`.
+        """Returns this scheme's tokens, down to `level`, from stored tokens of group 1.
 
         quads: tokens of group 1; data sets store level 20, so Q = 21 (records.py).
 

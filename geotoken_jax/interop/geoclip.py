@@ -139,8 +139,9 @@ class GeoCLIPPredictor(Predictor):
             raise
         except (ValueError, OSError, ModuleNotFoundError) as error:
             raise SettingsError(
-                f"{weights} cannot be read as GeoCLIP's weights ({error}): give {HUB}, or the wheel that `pip download "
-                "--no-deps geoclip` fetches"
+                f"{self.folder} cannot be read as GeoCLIP's weights ({error}): use {HUB}, or the wheel that `pip "
+                "download --no-deps geoclip` fetches; if it is in the hub's cache, remove it and run the same command "
+                "again"
             ) from error
         self._clip = HuggingFace(HuggingFaceSettings(clip, "float32", self.batch_size))
         width = model.image.hidden.in_features

@@ -266,7 +266,9 @@ def _read_pth(data: bytes) -> dict[str, np.ndarray]:
         tensors = tensors.get(name, tensors)
     other = [name for name, value in tensors.items() if not torch.is_tensor(value)]
     if other:
-        raise ValueError(f"its entry {other[0]} is not a tensor")
+        raise ValueError(
+            f"the entry {other[0]} is not a tensor: save the weights alone, with torch.save(model.state_dict(), FILE)"
+        )
     return {name: value.float().numpy() for name, value in tensors.items()}
 
 

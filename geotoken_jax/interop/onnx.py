@@ -24,7 +24,10 @@ noise is 0. The other candidates have Gumbel noise.
 
 
 def make(folder: epath.Path, out: epath.Path) -> str:
-    """Writes align.onnx and geotoken.onnx, which contain the weights, and noise.npy. Returns the text of README.md."""
+    """Converts an export for --target=onnx: writes align.onnx and geotoken.onnx with the weights, and noise.npy.
+
+    Returns the text of README.md.
+    """
     loaded, noise = programs.with_noise(folder)
     for name, program in loaded.items():
         _convert(program, out / f"{name}.onnx")

@@ -110,7 +110,7 @@ def document(config: Config, command: str, rows: int, quick: bool = False) -> st
     def plans(names: Sequence[str], workload: str, group: int) -> list[dict[str, Any]]:
         found = []
         for name in names:
-            print(f"{workload}, group {group}, {name}", file=sys.stderr)
+            print(f"planning {workload} on {name} with config.model.group = {group}", file=sys.stderr)
             chosen = planning.changed(config, [("model", {"group": group})])
             found.append(planning.run(chosen, topology.read(name), workload, rows, quick))
         return found

@@ -32,7 +32,7 @@ def read_config(folder: epath.PathLike) -> dict[str, Any]:
 
     Raises ExportError if this release cannot read the format, or does not have the selector that chooses the answer.
     """
-    from geotoken_jax.predict.select import SELECTORS  # here, because converters lack some of its packages
+    from geotoken_jax.predict.select import SELECTORS  # environments of --target lack its packages
 
     read_format(folder)
     config = _stored(folder)

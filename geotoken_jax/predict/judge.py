@@ -87,7 +87,7 @@ class JudgeSettings:
         if not re.fullmatch(r"[A-Z_][A-Z0-9_]*|", self.key_variable):
             raise ValueError(
                 "config.judge.key_variable is not the name of an environment variable in capital letters: export the "
-                "key as a variable such as JUDGE_KEY, and set config.judge.key_variable to 'JUDGE_KEY'"
+                "endpoint's key as a variable such as JUDGE_KEY, and set config.judge.key_variable to 'JUDGE_KEY'"
             )
         if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#@]*)?|", self.base_url):
             raise ValueError(

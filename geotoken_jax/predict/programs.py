@@ -109,7 +109,8 @@ def with_noise(folder: epath.PathLike) -> tuple[dict[str, Program], Float[np.nda
     predict = settings.read(PredictSettings, config["predict"], "predict")
     if predict.beam:
         raise settings.SettingsError(
-            f"config.predict.beam is {predict.beam}, but this target can only sample: set it to 0 and export again"
+            f"{folder} decodes by beam search (config.predict.beam is {predict.beam}), but programs for other runtimes "
+            "can only sample: set config.predict.beam to 0, and run `geotoken predict` and `geotoken export` again"
         )
     program = decoding(model, predict, noise=True)
     programs = {

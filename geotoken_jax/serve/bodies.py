@@ -74,8 +74,8 @@ class Drain:
 async def read(request: Request, max_bytes: int, seconds: float) -> bytes:
     """Returns a request's body.
 
-    max_bytes: largest body; no more bytes are kept in memory. seconds: time limit. Raises Refused if the body is
-    larger, compressed, too slow or incomplete.
+    max_bytes: largest body; reading stops at the first piece beyond it. seconds: time limit. Raises Refused if the body
+    is larger, compressed, too slow or incomplete.
     """
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise Refused(415, _COMPRESSED)

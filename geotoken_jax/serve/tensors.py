@@ -209,7 +209,8 @@ def _strings_from_binary(name: str, binary: bytes, shape: Sequence[int]) -> list
         at += 4 + size
     if at != len(binary) or len(elements) != shape[0]:
         raise _bad_request(
-            f"the binary data of {name} does not match its shape: send each photo after its length in 4 bytes"
+            f"the binary data of {name} does not match its shape: send each photo after its length in 4 bytes, "
+            "little-endian"
         )
     return elements
 

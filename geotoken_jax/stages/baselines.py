@@ -164,8 +164,8 @@ def _classifier(config: Config, workdir: Workdir, folder: epath.Path) -> tuple[A
     cells = classifier.partition(gallery.tokens(), options.max_photos, options.min_photos)
     if not len(cells):
         raise SettingsError(
-            f"config.baselines.classifier.min_photos is {options.min_photos}, and no cell of this gallery has as many "
-            "photos: set it to a smaller number"
+            f"config.baselines.classifier.min_photos is {options.min_photos}, and no cell of this gallery has that "
+            "many photos: set it to a smaller number"
         )
     task = classifier.ClassifierTask(options, gallery.width, len(cells))
     names = [

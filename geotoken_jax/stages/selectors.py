@@ -35,10 +35,6 @@ from geotoken_jax.workdir import VALIDATION, Workdir, trained_selectors
 #: Share of pools/VARIANT, at its end, on which the selector `reward` is validated. The pools are grouped by author, so
 #: at most one author has photos in both training and validation.
 _VALIDATION = 0.1
-#: Images per block when encoding the augmented gallery or copying views.
-_BLOCK = 4096
-#: Nearest photos, the photo itself included, from which a comparator's positive pair is drawn.
-_PAIR_NEIGHBORS = 32
 #: Keys of config.predict that determine the decoder's candidates.
 _CANDIDATE_KEYS = [f"predict.{key}" for key in ("samples", "temperature", "top_p", "beam", "seed")]
 

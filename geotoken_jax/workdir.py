@@ -176,7 +176,7 @@ class Workdir:
         return {split: [counts.get(split, 0) for counts in states] for split in manifest.counts}
 
     def remove_outdated(self, verb: str) -> Iterator[str]:
-        """Removes the folders that a verb makes, if their inputs have changed since, as by photos that were added.
+        """Removes the folders of a verb whose inputs have changed since, for example because photos were added.
 
         Trained models are kept. Yields the name of each folder before it is removed.
         """

@@ -211,7 +211,10 @@ TABLES: dict[str, tuple[bytes, str]] = {
     "tabs": ((HEADER + GOOD + BAD).replace(b",", b"\t"), KEPT),
     "bars": ((HEADER + GOOD + BAD).replace(b",", b"|"), KEPT),
     "column names in capitals": (HEADER.upper() + GOOD + BAD, KEPT),
-    "two delimiters that fit": (b"id,latitude,longitude,x;id;latitude;longitude\n", "separated by ',' and by ';': fix"),
+    "two delimiters that fit": (
+        b"id,latitude,longitude,x;id;latitude;longitude\n",
+        "separated by ',' or by ';': use only one of these delimiters",
+    ),
     "gzip": (gzip.compress(HEADER + GOOD + BAD), KEPT),
     "gzip cut short": (gzip.compress(HEADER + GOOD + BAD)[:-12], "is damaged or cut short"),
     "JSON lines": (

@@ -240,7 +240,7 @@ def test_uncertain_answers_are_unknown_in_every_form(photos, tmp_path, capsys):
     assert len(list(kml.iter("{http://www.opengis.net/kml/2.2}Placemark"))) == 5
     assert len(list(kml.iter("{http://www.opengis.net/kml/2.2}Point"))) == 2
     page = (tmp_path / "answers.html").read_text()
-    assert page.count("unknown<br>") == 3 and "unknown: 3 of 5." in page
+    assert page.count("unknown<br>") == 3 and "Unknown, because too uncertain: 3 of 5." in page
 
 
 def test_another_condition_applies_to_answers_from_before_an_interruption(photos, tmp_path):

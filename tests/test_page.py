@@ -82,7 +82,7 @@ def taken(n: int, image: bytes | None = None, **more: Any) -> dict[str, Any]:
 
 
 def test_thumbnails_are_those_of_the_gallerys_photos_and_go_on_where_they_stopped(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(pictures, "_SHARD", 4)
+    monkeypatch.setattr(pictures, "_SHARD_PHOTOS", 4)
     exif = Image.Exif()
     exif.get_ifd(0x8825).update({1: "N", 2: (77.0, 7.0, 7.0)})
     photos = [taken(n) for n in range(12)]

@@ -221,7 +221,7 @@ def test_similar_pictures_are_found_among_many():
 
 
 def test_many_copies_are_one_group(monkeypatch):
-    monkeypatch.setattr(duplicates, "_WAITING", 100)
+    monkeypatch.setattr(duplicates, "_MAX_PAIRS", 100)
     fingerprints = np.zeros(3_000, duplicates.FINGERPRINT)
     fingerprints["digest"][:, :2] = np.arange(3_000).astype(">u2").view(np.uint8).reshape(-1, 2)
     fingerprints["gray"] = np.random.default_rng(0).integers(0, 256, (3, 8, 9))[np.arange(3_000) % 3]

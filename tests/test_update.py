@@ -162,7 +162,7 @@ def test_what_is_not_only_added_is_refused(grown):
     source, csv, path = grown
     made_with = config(source, csv)
     (source / "101.jpg").unlink()
-    with pytest.raises(StageError, match=r"only photos that were added, but the source .* has 1 removed.*101.jpg"):
+    with pytest.raises(StageError, match=r"only adds new photos, but the source .* has 1 removed.*101.jpg"):
         run(made_with, path, update=True)
     write_files(source, made_of([101]))
     if csv:

@@ -145,7 +145,7 @@ class Processor:
         crops = config.get("do_center_crop", "shortest_edge" in size)
         shortest = size.get("shortest_edge")
         cut = {crop["height"], crop.get("width", crop["height"])} if crops else {size.get("height"), size.get("width")}
-        # A processor that crops without a shorter side resizes to height x width, which must be the result's size.
+        # Without a shorter side, the processor resizes to height x width, even if it crops afterwards.
         resized = {shortest} if shortest else {size.get("height"), size.get("width")}
         fits = min(resized) >= side if shortest else resized == {side}
         if cut != {side} or not fits or not config.get("do_resize", True):

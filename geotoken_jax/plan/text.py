@@ -9,7 +9,8 @@ from geotoken_jax import hlo
 from geotoken_jax.configuration import Config
 from geotoken_jax.plan import planning, topology
 
-#: Topologies of the tables in docs/scale.md: training, training with group 1, and the other workloads.
+#: Topologies of the tables in docs/scale.md: for training, for training with config.model.group = 1, and for the other
+#: workloads.
 TRAINING = ("v5e:4x4", "v5e:8x8", "v5e:16x16", "2xv5e:16x16", "v6e:8x8", "v5p:4x4x4")
 GROUP_1 = ("v5e:16x16", "v6e:8x8", "v5p:4x4x4")
 OTHERS = ("v5e:4x4", "v6e:8x8", "v5p:4x4x4")

@@ -165,7 +165,7 @@ def _inference(
     devices: Sequence[Any],
     examples: int = 0,
 ) -> Workload:
-    """Returns the workload of a program without training, on the devices of the first host.
+    """Returns the workload of a program that does not train, such as prediction, on the devices of the first host.
 
     run: function of the model and the arguments. arguments: shape and type of each argument for one photo, by name.
     photos: photos per batch. examples: photos of the whole job; 0 if it has no end.

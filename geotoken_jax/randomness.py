@@ -1,9 +1,10 @@
 """Random keys and dropout. Both are the same on any mesh, and for any value of JAX_DEFAULT_PRNG_IMPL.
 
-For dropout, JAX's generator draws one random 32-bit word per row of the array. Each column has a constant, also each
-row if rows share a word. A number of the array is dropped if a hash of its row's word and its column's constant is
-below a limit. This is faster than drawing a random number for each number of the array: the hash takes five operations,
-JAX's generator about a hundred. The backward pass computes the hash again, so no mask is stored.
+For dropout, JAX's generator draws one random 32-bit word per row of the array. Each column has a constant. A number of
+the array is dropped if a hash of its row's word and its column's constant is below a limit. If several rows share a
+word, each of these rows has a constant too. This is faster than drawing a random number for each number of the array:
+the hash takes five operations, JAX's generator about a hundred. The backward pass computes the hash again, so no mask
+is stored.
 """
 
 import functools

@@ -146,8 +146,7 @@ class Processor:
         shortest = size.get("shortest_edge")
         cut = {crop["height"], crop.get("width", crop["height"])} if crops else {size.get("height"), size.get("width")}
         # Without a shorter side, the processor resizes to height x width, even if it crops afterwards.
-        resized = {shortest} if shortest else {size.get("height"), size.get("width")}
-        fits = min(resized) >= side if shortest else resized == {side}
+        fits = shortest >= side if shortest else {size.get("height"), size.get("width")} == {side}
         if cut != {side} or not fits or not config.get("do_resize", True):
             raise SettingsError(
                 f"the image processor in config.embed.huggingface.path (size {dict(size)}, crop_size {dict(crop)}) "

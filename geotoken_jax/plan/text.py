@@ -104,16 +104,17 @@ def document(config: Config, command: str, rows: int, quick: bool = False) -> st
     other workloads on OTHERS. command: command line that made the document. rows: number of gallery photos. quick: see
     planning.run. Raises SettingsError before the first program is compiled if a plan cannot be made.
     """
-    for names, workload in ((TRAINING, "train"), *((OTHERS, name) for name in _OTHER_TITLES)):
+    configs = {group: planning.changed(config, [("model", {"group": group})]) for group in (1, 2)}
+    others = [(OTHERS, workload, 2) for workload in _OTHER_TITLES]
+    for names, workload, group in ((TRAINING, "train", 2), (GROUP_1, "train", 1), *others):
         for name in names:
-            planning.check(config, topology.read(name), workload, rows)
+            planning.check(configs[group], topology.read(name), workload, rows)
 
     def plans(names: Sequence[str], workload: str, group: int) -> list[dict[str, Any]]:
         found = []
         for name in names:
             print(f"planning {workload} on {name} with config.model.group = {group}", file=sys.stderr)
-            chosen = planning.changed(config, [("model", {"group": group})])
-            found.append(planning.run(chosen, topology.read(name), workload, rows, quick))
+            found.append(planning.run(configs[group], topology.read(name), workload, rows, quick))
         return found
 
     training = plans(TRAINING, "train", 2)

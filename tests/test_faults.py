@@ -198,7 +198,7 @@ def test_clocks_that_are_days_apart_and_a_clock_that_is_set_back_change_nothing(
 
 
 def test_a_slow_worker_is_named_and_one_that_hangs_ends_all_with_where_it_was(tmp_path):
-    with several(tmp_path, "hung", delay_s=0.05) as (first, second):
+    with several(tmp_path, "hung", delay_s=0.5) as (first, second):
         outputs = {process: ended(process) for process in (second, first)}
     for i, process, where in ((0, first, IN_STEP), (1, second, f"reading the photos of step {STRUCK}")):
         code, output = outputs[process]

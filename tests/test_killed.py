@@ -19,7 +19,7 @@ from tests import pod
 @pytest.mark.parametrize("kills", [1, pytest.param(8, marks=pytest.mark.slow)])
 def test_it_ends_as_an_unbroken_run_to_the_bit(tmp_path, kills):
     options = dict(devices=2, mesh=(2, 1, 1), where="sharded", steps=30 * kills, evaluate_every=3)
-    pod.finish(pod.start(1, folder=tmp_path / "unbroken", **options))
+    pod.finish(1, folder=tmp_path / "unbroken", **options)
     rng = random.Random(os.environ.get("PYTEST_XDIST_TESTRUNUID", "0"))
     killed = 0
     while killed < kills:
@@ -35,7 +35,7 @@ def test_it_ends_as_an_unbroken_run_to_the_bit(tmp_path, kills):
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         killed += 1
-    pod.finish(pod.start(1, folder=tmp_path / "killed", **options))
+    pod.finish(1, folder=tmp_path / "killed", **options)
     assert killed == kills
     for names in (pod.LOSSES, ("validation/loss", "validation/exact")):
         np.testing.assert_array_equal(

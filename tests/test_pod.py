@@ -58,7 +58,7 @@ OVERLAPPING = (0, 4, 1, 2, 3, 5, 6, 7)
 
 def test_two_processes_train_as_one_and_one_goes_on_alone(tmp_path, one_device):
     """The two share rows of a batch. One goes on with another mesh and another placement of the gallery."""
-    pod.finish(pod.start(2, folder=tmp_path, mesh=(2, 2, 2), where="sharded", steps=10, order=OVERLAPPING))
+    pod.finish(2, folder=tmp_path, mesh=(2, 2, 2), where="sharded", steps=10, order=OVERLAPPING)
     pod.run(tmp_path, (8, 1, 1), "host", STEPS)  # already compiled by another test in this file
     assert_same(tmp_path, one_device)
 
@@ -77,5 +77,5 @@ def test_processes_that_share_matrix_products_train_as_one(
     tmp_path, one_device, processes, devices, mesh, order, where
 ):
     """One device per process. Of four processes, 0 and 2 share products, and 1 and 3."""
-    pod.finish(pod.start(processes, devices, folder=tmp_path, mesh=mesh, where=where, steps=STEPS, order=order))
+    pod.finish(processes, devices, folder=tmp_path, mesh=mesh, where=where, steps=STEPS, order=order)
     assert_same(tmp_path, one_device)

@@ -25,7 +25,7 @@ LIBTPU := libtpu==0.0.42.1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
 
 # jax2onnx and TensorFlow have requirements that conflict with .venv, so each has its own environment.
-PACKAGES = $$($(BIN)/python -c 'from geotoken_jax.interop.targets import TARGETS; print(TARGETS["$(1)"][1])')
+PACKAGES = $$($(BIN)/python -c 'from geotoken_jax.export.targets import TARGETS; print(TARGETS["$(1)"][1])')
 
 .PHONY: help venv demo test test-slow test-interop test-tools test-targets docs lint bench bench-small lock clean
 

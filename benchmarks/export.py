@@ -26,10 +26,10 @@ import numpy as np
 from geotoken_jax import manifests, records
 from geotoken_jax.align.heads import embeddings
 from geotoken_jax.data.join import neighbors
+from geotoken_jax.export.targets import TARGETS
 from geotoken_jax.gallery import index
 from geotoken_jax.gallery.neighbors import search_neighbors
 from geotoken_jax.gallery.table import Table, index_vectors
-from geotoken_jax.interop.targets import TARGETS
 from geotoken_jax.predict import bundle, predictor
 
 _ROOT = Path(__file__).parents[1]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from geotoken_jax import commands, disk, errors, manifests, processes, settings
-from geotoken_jax.interop import targets
+from geotoken_jax.export import targets
 from geotoken_jax.serve import limits
 
 #: Exit status after an error that a user can fix, which is reported in one line.

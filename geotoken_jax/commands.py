@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from geotoken_jax import manifests, settings
-from geotoken_jax.interop import targets
+from geotoken_jax.export import targets
 from geotoken_jax.serve import limits
 
 

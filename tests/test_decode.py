@@ -273,7 +273,7 @@ def test_a_pool_says_where_everything_is(model, decoder):
     assert (pool.distribution.probability.sum(1) > 0.999).all() and (
         pool.distribution.probability.sum(1) < 1 + 1e-5
     ).all()
-    fine = pool.distribution.probability[:, : decode._CELLS]
+    fine = pool.distribution.probability[:, : decode.CELLS]
     assert (np.diff(fine) <= 0).all() and 0.5 < fine.sum(1).min()
 
 

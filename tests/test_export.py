@@ -1,84 +1,114 @@
 """Exports: programs run without the package, files keep their contents, and a damaged export is an error."""
 
-import dataclasses
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 from etils import epath
-from flax import nnx
+from PIL import Image
 
 from configs import common
-from geotoken_jax import backbone, checkpoint, configuration, settings
-from geotoken_jax.align.heads import AlignModel, AlignSettings, embeddings
-from geotoken_jax.align.location_encoder import LocationSettings
-from geotoken_jax.export import stablehlo, standalone
+from geotoken_jax import GeoToken, backbone, configuration, settings
+from geotoken_jax.backbone import preprocess
+from geotoken_jax.export import standalone
 from geotoken_jax.gallery import index, table
 from geotoken_jax.gallery.table import IndexVectors, Table
-from geotoken_jax.geo.cells import CellScheme
 from geotoken_jax.predict import bundle
 from geotoken_jax.stages import export
-from tests import checkpoints, fixtures, test_decode
+from tests import checkpoints, exports
 
 
-def standing(level: int, group: int) -> standalone.Model:
-    model = object.__new__(standalone.Model)
-    model.level, model.group = level, group
-    return model
+@pytest.fixture(scope="module")
+def with_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export with a tiny CLIP, and without search."""
+    root = tmp_path_factory.mktemp("clip")
+    exports.write(root / "export", of_clip(root), program=True)
+    return root / "export"
 
 
-@pytest.mark.parametrize(("level", "group"), [(20, 2), (20, 4), (12, 3), (5, 1)])
-def test_cells_are_those_of_the_package(level: int, group: int):
-    rng = np.random.default_rng(0)
-    latitude, longitude = rng.uniform(-90, 90, 500), rng.uniform(-180, 180, 500)
-    cells, model = CellScheme(level, group), standing(level, group)
-    tokens = cells.encode(latitude, longitude)
-    np.testing.assert_allclose(model.centers(tokens), np.stack(cells.decode(tokens), -1), atol=1e-9)
-    quads = CellScheme(20, 1).encode(latitude, longitude).astype(np.uint8)
-    np.testing.assert_array_equal(model.cell_tokens(quads), tokens)
+def of_clip(root: Path) -> Callable[[Any], None]:
+    golden = np.load(Path(__file__).parent / "golden" / "backbones.npz")
+    tower = checkpoints.write(root / "tower", "clip", json.loads(str(golden["clip/shapes"])))
+
+    def change(config: Any) -> None:
+        exports.of_samples(config)
+        config.embed.backbone, config.embed.huggingface.path = "huggingface", str(tower)
+        config.model.backbone_width = 12
+
+    return change
 
 
-RUN = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import numpy as np, standalone
-from pathlib import Path
-call = standalone._program(Path(sys.argv[1]), "align")
-np.save(sys.argv[1] + "/found.npy", call(features=np.load(sys.argv[1] + "/features.npy"))["vectors"])
-assert not [name for name in sys.modules if name.split(".")[0] in ("geotoken_jax", "flax")]
-"""
+def test_programs_answer_as_the_package(tmp_path: Path, with_clip: Path):
+    """From pixels to radii: with the reranker and an int8 gallery, and with CLIP and without search."""
+    exports.write(tmp_path / "channels", exports.of_channels, program=True)
+    for folder in (tmp_path / "channels", with_clip):
+        found = standalone.Model(folder).predict(exports.photos())
+        exports.compare(found, GeoToken.load(folder).predict(exports.photos()))
+        assert len({(one["latitude"], one["longitude"]) for one in found}) > 1
+    assert b".py" not in (with_clip / "program.stablehlo").read_bytes()  # nor paths of the machine that made it
 
 
-def test_a_program_runs_without_the_package(tmp_path: Path):
-    location = LocationSettings(projection="mercator", sigmas=(1.0,), fourier=4, hidden=4, out=4)
-    model = AlignModel(AlignSettings(8, 0.0, 0.0, location), 6, rngs=nnx.Rngs(0))
-    program = stablehlo.embedding(model, 6)
-    assert b".py" not in program  # nor paths of the machine that made it
-    (tmp_path / "align.stablehlo").write_bytes(program)
-    (tmp_path / "standalone.py").write_bytes(Path(standalone.__file__).read_bytes())
-    checkpoint.write_parameters(tmp_path / "align.safetensors", nnx.to_pure_dict(nnx.state(model)))
-    features = np.random.default_rng(0).normal(size=(3, 6)).astype(np.float32)
-    np.save(tmp_path / "features.npy", features)
-    subprocess.run([sys.executable, "-I", "-c", RUN, str(tmp_path)], check=True, timeout=300)
-    found = np.load(tmp_path / "found.npy")
-    found /= np.linalg.norm(found, axis=-1, keepdims=True)
-    np.testing.assert_allclose(found, embeddings(model, features).astype(np.float32), atol=0.02)  # bfloat16's precision
+def test_standalone_runs_without_the_package_and_goes_on_after_a_bad_photo(tmp_path: Path, with_clip: Path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i, photo in enumerate(exports.photos(2)):
+        Image.fromarray(photo).save(folder / f"{i}.png")
+    (folder / "2.jpg").write_bytes(b"no photo")
+    run = (
+        "import runpy, sys; sys.argv[:] = sys.argv[1:]\n"
+        "sys.modules.update(dict.fromkeys(['geotoken_jax', 'flax', 'etils', 'jaxtyping', 'pillow_heif']))\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    command = [sys.executable, "-I", "-c", run, with_clip / "standalone.py"]
+    done = subprocess.run(
+        [*command, "--json", folder, tmp_path / "none.jpg"], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 2
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [one["id"] for one in found] == [str(folder / "0.png"), str(folder / "1.png")]
+    exports.compare(found, GeoToken.load(with_clip).predict(exports.photos(2)))
+    assert len(done.stderr.splitlines()) == 2 and "2.jpg" in done.stderr and "none.jpg" in done.stderr
 
 
-def test_a_program_of_a_model_that_reads_times_takes_them_as_unknown():
-    model, batch = fixtures.model("ours", context="season"), fixtures.batch(2)
-    program = standalone.deserialize(stablehlo.decoding(model, dataclasses.replace(test_decode.SETTINGS, samples=0)))
-    parameters = {"/".join(map(str, path)): v[...] for path, v in nnx.to_flat_state(nnx.state(model))}
-    given = [batch[name].astype(ml_dtypes.bfloat16) for name in ("query", "neighbors")]
-    found = program.call(parameters, *given, batch["neighbor_tokens"], batch["neighbor_count"], np.zeros(2, np.uint32))
-    seen = dict(zip(("query", "neighbors"), given, strict=True))
-    unknown = {**batch, **seen, "tokens": found["tokens"][:, 0], "context": np.zeros((2, 3), np.float32)}
-    log_p = np.take_along_axis(np.asarray(fixtures.forward(model, unknown)), unknown["tokens"][..., None], -1)
-    np.testing.assert_allclose(found["log_probability"][:, 0], log_p.sum((1, 2)), atol=1e-4)
+def test_standalone_says_in_one_sentence_what_is_missing(tmp_path: Path, with_clip: Path, capsys):
+    export = Path(shutil.copytree(with_clip, tmp_path / "export"))
+    for damage, message in (
+        (lambda: (export / "signature.json").unlink(), "has no signature.json: give the folder that `geotoken export`"),
+        (lambda: next((export / "gallery").glob("tokens-00001*")).unlink(), "lacks files of tokens: copy the whole"),
+    ):
+        damage()
+        with pytest.raises(standalone.ModelError, match=message):
+            standalone.Model(export)
+        shutil.copytree(with_clip, export, dirs_exist_ok=True)
+    with pytest.raises(standalone.ModelError, match="has no program: make one with `geotoken export --from=FOLDER"):
+        standalone.Model(export, tmp_path)
+    photo = tmp_path / "photo.png"
+    photo.write_bytes(b"")
+    with pytest.raises(preprocess.ImageError, match=r"photo\.png"):
+        standalone.Model(export).predict([str(photo)])
+
+
+def test_an_export_without_its_tower_takes_features(tmp_path: Path):
+    change = of_clip(tmp_path)
+
+    def without(config: Any) -> None:
+        change(config)
+        config.embed.huggingface.path = ""
+
+    exports.write(tmp_path / "export", without, program=True)
+    model = standalone.Model(tmp_path / "export")
+    assert model.signature["photos"] == {"name": "features", "shape": ["B", 12], "type": "float32"}
+    features = np.random.default_rng(0).normal(size=(3, 12)).astype(np.float32)
+    assert len(model.answers(features)) == 3
+    with pytest.raises(standalone.ModelError, match="does not contain its backbone's checkpoint: pass features"):
+        model.predict(exports.photos(1))
 
 
 def test_a_broken_export_names_the_file(tmp_path: Path):
@@ -132,10 +162,6 @@ def test_an_int8_gallery_is_half_as_large_and_reads_as_before(gallery: Path):
     assert (np.abs(now - was) <= 0.501 * scale + np.abs(now) / 256).all()
     np.testing.assert_array_equal(after.embeddings(), after.embeddings(np.arange(300)))
     assert sum(f.stat().st_size for f in gallery.glob("[es]*-*")) < 0.65 * size  # a small file has a large header
-    alone = object.__new__(standalone.Model)
-    alone._columns = {name: standalone._shards(gallery, name) for name in ("embeddings", "scales")}
-    alone._starts = np.array([0, 200, 300])
-    np.testing.assert_array_equal(alone.embeddings(rows), found)
 
 
 @pytest.mark.parametrize("kind", ["exact", "scann"])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from geotoken_jax import jax_modes
-from tests import test_train, tiny_export
+from tests import exports, test_train
 
 MODES = {
     "x64": ("jax_enable_x64", True),
@@ -34,18 +34,18 @@ def usual(tmp_path_factory):
     """Losses and candidates without a mode."""
     folder = tmp_path_factory.mktemp("usual")
     test_train.train(folder / "train", 4)
-    (folder / "export").mkdir()
-    features = tiny_export.write(folder / "export")
-    return folder, features[:5], tiny_export.answers(folder / "export", features[:5])
+    exports.write(folder / "export", exports.of_samples)
+    photos = exports.photos(5)
+    return folder, photos, exports.candidates(folder / "export", photos)
 
 
 @pytest.mark.parametrize("name", MODES)
 def test_a_mode_of_the_host_program_changes_no_result(tmp_path, usual, name):
-    folder, features, expected = usual
+    folder, photos, expected = usual
     with mode(name):
         test_train.train(tmp_path, 4)
         with jax_modes.standard():  # as in GeoToken
-            found = tiny_export.answers(folder / "export", features)
+            found = exports.candidates(folder / "export", photos)
     assert test_train.lines(tmp_path) == test_train.lines(folder / "train")
     for key, value in expected.items():
         np.testing.assert_array_equal(found[key], value)

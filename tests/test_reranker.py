@@ -20,10 +20,10 @@ from geotoken_jax.gallery.augmented import AugmentedGallery, NearestPhotos
 from geotoken_jax.gallery.draws import rows_by_author
 from geotoken_jax.gallery.table import IndexVectors, Table, write_shard
 from geotoken_jax.geo.cells import CellScheme
-from geotoken_jax.geo.distance import great_circle_km, to_unit_vectors
+from geotoken_jax.geo.distance import chord_km, great_circle_km, to_unit_vectors
 from geotoken_jax.model import reranker as model
 from geotoken_jax.model.comparator import ComparatorSettings, ComparatorTask
-from geotoken_jax.model.reranker import Evidence, Reranker, RerankerSettings
+from geotoken_jax.model.reranker import Reranker, RerankerInputs, RerankerSettings
 from geotoken_jax.model.reranker_fit import FitSettings, fit
 from geotoken_jax.model.reward import choose, listwise
 from geotoken_jax.predict import channels, rerank
@@ -274,7 +274,7 @@ def random_evidence(seed=0, b=2, k=5):
     scores[0, 1, 30:] = scores[1, 1] = -np.inf
     degrees = at(b, k), at(b, 2, 34), at(b, 3), at(b, 4)
     candidates, neighbors, samples, cells = (np.asarray(to_unit_vectors(*np.moveaxis(x, -1, 0)), np.float32) for x in degrees)  # fmt: skip # noqa: E501
-    evidence = Evidence(
+    evidence = RerankerInputs(
         candidates, np.ones((b, k), bool), rng.random((b, k, 4)) < 0.5, neighbors, scores, samples, cells,
         np.full((b, 4), 10, np.float32), np.full((b, 4), 0.25, np.float32),
     )  # fmt: skip
@@ -314,7 +314,7 @@ def test_near_places_have_exact_distances():
     b = a + np.array([[[0.001, 0.0], [0.0, 0.01], [0.0, 180.0]]])
     unit = [np.asarray(to_unit_vectors(*np.moveaxis(x, -1, 0)), np.float32) for x in (a, b)]
     expected = np.asarray(great_circle_km(*a[0, 0], *b[0].T))
-    np.testing.assert_allclose(model.kilometers(*map(jnp.asarray, unit))[0, 0], expected, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(chord_km(*map(jnp.asarray, unit))[0, 0], expected, rtol=1e-3, atol=1e-3)
 
 
 def test_a_scale_is_the_fall_to_the_32nd_score():
@@ -349,7 +349,7 @@ def test_the_fit_finds_the_feature_that_tells_the_place():
 def test_the_answer_is_the_candidate_of_the_highest_expected_value():
     """Two near candidates with 0.3 each beat a lone one with 0.4, except within 1 km."""
     degrees = np.array([[[10.0, 10.0], [50.0, 50.0], [50.1, 50.0]]])
-    evidence = Evidence(
+    evidence = RerankerInputs(
         np.asarray(to_unit_vectors(*np.moveaxis(degrees, -1, 0)), np.float32), np.ones((1, 3), bool), *[np.zeros(0)] * 7
     )  # fmt: skip
     log_p = jnp.log(jnp.array([[0.4, 0.3, 0.3]]))

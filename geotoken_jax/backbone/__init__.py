@@ -8,19 +8,23 @@ from numpy import ndarray
 
 from geotoken_jax.backbone.settings import BackboneSettings, HuggingFaceSettings
 from geotoken_jax.backbone.thumbnail import Thumbnail, ThumbnailSettings
+from geotoken_jax.backbone.tower import Tower
 from geotoken_jax.settings import SettingsError
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-__all__ = ["Backbone", "BackboneSettings", "HuggingFaceSettings", "ThumbnailSettings", "feature_settings", "make"]
+__all__ = [
+    "Backbone", "BackboneSettings", "HuggingFaceSettings", "ThumbnailSettings", "Tower", "feature_settings", "make",
+]  # fmt: skip
 
 
 class Backbone(Protocol):
     """Encodes photos and texts as feature vectors. Image and text features have the same width.
 
     width: C, the width of features. min_side: smallest shorter side, in pixels, to which a photo may be reduced when it
-    is decoded (see preprocess.open_image).
+    is decoded (see preprocess.open_image). preparation: how a photo is decoded, resized and cropped, the argument `how`
+    of preprocess.prepare.
 
     `prepare` is a separate step before `images`, because threads decode photos while a device computes features.
     Several threads can call all three methods at once.
@@ -28,6 +32,7 @@ class Backbone(Protocol):
 
     width: int
     min_side: int
+    preparation: dict[str, Any]
 
     def prepare(self, photo: Any) -> UInt8[ndarray, "h w 3"]:
         """Returns a photo decoded, resized and cropped for the image tower. Runs on the CPU.
@@ -43,6 +48,10 @@ class Backbone(Protocol):
 
     def texts(self, texts: Sequence[str]) -> Float32[ndarray, "B C"]:
         """Returns the features of texts. The features of an empty text are zeros."""
+        ...
+
+    def tower(self) -> Tower:
+        """Returns the image tower as a function."""
         ...
 
 

@@ -65,7 +65,7 @@ class TextTower(nnx.Module):
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B D"]:
         x = self.encoder(self.embeddings(ids), causal=True)  # causal, so padding after the end token has no effect
         end = jnp.argmax(ids if self.eos == 2 else ids == self.eos, axis=1)
-        return self.final_layer_norm(x[jnp.arange(len(x)), end])
+        return self.final_layer_norm(x[jnp.arange(x.shape[0]), end])
 
 
 class Clip(nnx.Module):

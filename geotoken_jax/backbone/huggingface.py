@@ -17,6 +17,7 @@ from geotoken_jax.backbone.clip import Clip
 from geotoken_jax.backbone.settings import HuggingFaceSettings
 from geotoken_jax.backbone.siglip import Siglip
 from geotoken_jax.backbone.tokenizer import Tokenizer
+from geotoken_jax.backbone.tower import Tower
 from geotoken_jax.batch import padded, padded_size
 from geotoken_jax.settings import SettingsError
 
@@ -58,6 +59,7 @@ class HuggingFace:
         #: preprocess.open_image). `prepare` does not use it.
         self.min_side = 2 * side
         self.processor = _processor(folder, side)
+        self.preparation = {"kind": "processor", **self.processor.plain()}
         self.tokenizer = Tokenizer(folder, self.model.text_shape.max_position_embeddings, kind)
         self._images = self._compiled(lambda model, x: model.image_features(self.processor.normalize(x)))
         self._texts = self._compiled(lambda model, x: model.text_features(x))
@@ -67,7 +69,11 @@ class HuggingFace:
 
         The photo is decoded in full size, as in the published image processors.
         """
-        return self.processor.fit(preprocess.open_image(photo))
+        return preprocess.prepare(photo, self.preparation)
+
+    def tower(self) -> Tower:
+        tower = ImageTower(self, "none")
+        return Tower(tower.side, tower.module(tower.parameters), tower.encode)
 
     def images(self, prepared: UInt8[np.ndarray, "B h w 3"]) -> Float32[np.ndarray, "B C"]:
         """Returns the features of prepared photos, not normalized.
@@ -156,7 +162,10 @@ class ImageTower:
 
     def features(self, parameters: Any, prepared: UInt8[jax.Array, "B h w 3"]) -> Float32[jax.Array, "B C"]:
         """Returns the features of prepared photos. Call it in a compiled training step. parameters: see `module`."""
-        tower: Any = self.module(parameters)
+        return self.encode(self.module(parameters), prepared)
+
+    def encode(self, tower: Any, prepared: UInt8[jax.Array, "B h w 3"]) -> Float32[jax.Array, "B C"]:
+        """Returns the features of prepared photos. tower: the module with its parameters."""
         with precision(self._dtype):
             return tower.image_features(self._processor.normalize(prepared)).astype(jnp.float32)
 

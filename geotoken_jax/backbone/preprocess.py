@@ -1,19 +1,34 @@
-"""Prepares the input of all backbones: decodes, resizes and normalizes photos, and writes place names as texts."""
+"""Prepares the input of all backbones: decodes, resizes and normalizes photos, and writes place names as texts.
+
+`geotoken export` copies this file beside standalone.py, where it needs numpy and Pillow alone.
+"""
+
+from __future__ import annotations
 
 import dataclasses
 import io
 import logging
 import os
+import pathlib
 from collections.abc import Mapping
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
-from etils import epath
-from jaxtyping import Float32, UInt8
 from PIL import Image
 
-from geotoken_jax.errors import UserError
-from geotoken_jax.settings import SettingsError
+if TYPE_CHECKING:
+    from jaxtyping import Float32, UInt8
+try:
+    from etils import epath
+
+    from geotoken_jax.errors import UserError
+    from geotoken_jax.settings import SettingsError
+except ImportError:  # beside standalone.py
+    epath, SettingsError = pathlib, ValueError  # pyright: ignore[reportAssignmentType]
+
+    class UserError(Exception):
+        """Something that a user can mend."""
+
 
 #: Largest image that is decoded: number of pixels (300 MB as RGB), and pixels on its longer side.
 MAX_PIXELS = 100_000_000
@@ -92,6 +107,22 @@ def open_image(source: Any, min_side: int | None = None, whole: bool = False) ->
         raise ImageError(f"{path} cannot be opened ({error.strerror or error}): check its permissions") from error
 
 
+def prepare(photo: Any, how: Mapping[str, Any]) -> UInt8[np.ndarray, "h w 3"]:
+    """Returns a photo decoded, resized and cropped for a backbone.
+
+    photo: see `open_image`. how: Backbone.preparation. If its `kind` is "square", the result is the central square,
+    resized to `side` pixels; the photo may be decoded at the shorter side `min_side`. If it is "processor", the other
+    keys are the fields of Processor. Raises ImageError.
+    """
+    if how["kind"] == "processor":
+        return Processor(**{key: value for key, value in how.items() if key != "kind"}).fit(open_image(photo))
+    image, size = open_image(photo, how["min_side"]), how["side"]
+    side = min(image.size)
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    box = (left, top, left + side, top + side)
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+
+
 def thumbnail(photo: Any, side: int, quality: int, min_side: int | None = None) -> bytes:
     """Returns a photo as the bytes of a JPEG file whose longer side is at most `side` pixels.
 
@@ -131,8 +162,12 @@ class Processor:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
+    def plain(self) -> dict[str, Any]:
+        """Returns the fields as JSON values."""
+        return {**dataclasses.asdict(self), "resample": int(self.resample)}
+
     @classmethod
-    def read(cls, config: Mapping[str, Any], side: int) -> "Processor":
+    def read(cls, config: Mapping[str, Any], side: int) -> Processor:
         """Returns the processor that a preprocessor_config.json describes.
 
         config: contents of the file. side: side of the square images that the checkpoint's tower reads, in pixels.
@@ -170,13 +205,13 @@ class Processor:
             wide, high = (max(self.shortest, int(self.shortest * n / min(image.size))) for n in image.size)
         left, top = (wide - side) // 2, (high - side) // 2
         if wide * high <= MAX_PIXELS:
-            whole = image.resize((wide, high), self.resample)
+            whole = image.resize((wide, high), Image.Resampling(self.resample))
             return np.asarray(whole.crop((left, top, left + side, top + side)))
         # The published processor resizes the whole image, which takes 4.5 GB for an image of 30,000 x 1 pixels. Here
         # only the crop is resized. Its pixels differ slightly, because Pillow stores the box in float32 and may resize
         # the two axes in the other order.
         box = (left * width / wide, top * height / high, (left + side) * width / wide, (top + side) * height / high)
-        return np.asarray(image.resize((side, side), self.resample, box=box))
+        return np.asarray(image.resize((side, side), Image.Resampling(self.resample), box=box))
 
     def normalize(self, pixels: UInt8[Any, "B h w 3"]) -> Float32[Any, "B h w 3"]:
         """Returns normalized pixels.
@@ -231,6 +266,10 @@ def _read(file: IO[bytes], where: str, min_side: int | None, whole: bool) -> Ima
         image = open_header(file)
     except Image.DecompressionBombError as error:  # the WebP reader checks the size itself
         raise ImageError(f"{where} is too large ({error}): make it smaller") from error
+    except ModuleNotFoundError as error:
+        raise ImageError(
+            f"{where} is a HEIF photo, which needs pillow-heif: `pip install pillow-heif`, or convert it to JPEG"
+        ) from error
     except Exception as error:
         repaired = _without_png_texts(file)
         if repaired is None:

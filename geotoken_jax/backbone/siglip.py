@@ -44,7 +44,7 @@ class AttentionPooling(nnx.Module):
         self.mlp = transformer.FeedForward(shape, dtype, rngs)
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B D"]:
-        probe = jnp.broadcast_to(self.probe[...].astype(x.dtype), (len(x), 1, x.shape[-1]))
+        probe = jnp.broadcast_to(self.probe[...].astype(x.dtype), (x.shape[0], 1, x.shape[-1]))
         pooled = self.attention(probe, x)[:, 0]
         return pooled + self.mlp(self.layernorm(pooled).astype(x.dtype))
 

@@ -1,6 +1,7 @@
 """A backbone without weights: features are the pixels of a thumbnail and the hashed words of a text."""
 
 import dataclasses
+import math
 import re
 import zlib
 from collections.abc import Iterator, Sequence
@@ -8,9 +9,9 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, UInt8
-from PIL import Image
 
 from geotoken_jax.backbone import preprocess
+from geotoken_jax.backbone.tower import Tower
 from geotoken_jax.vectors import unit
 
 #: Lengths, in characters, of the parts of words that are counted in addition to whole words.
@@ -37,17 +38,14 @@ class Thumbnail:
         #: Smallest shorter side, in pixels, to which a photo may be reduced when it is decoded (see
         #: preprocess.open_image).
         self.min_side = 4 * settings.size
+        self.preparation = {"kind": "square", "side": settings.size, "min_side": self.min_side}
 
     def prepare(self, photo: Any) -> UInt8[np.ndarray, "h w 3"]:
         """Returns the central square of a photo, resized to the thumbnail's size.
 
         photo: any source that `preprocess.open_image` reads. Raises ImageError if the photo cannot be read.
         """
-        image = preprocess.open_image(photo, min_side=self.min_side)
-        side = min(image.size)
-        left, top = (image.width - side) / 2, (image.height - side) / 2
-        box = (left, top, left + side, top + side)
-        return np.asarray(image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box))
+        return preprocess.prepare(photo, self.preparation)
 
     def images(self, prepared: UInt8[np.ndarray, "B h w 3"]) -> Float32[np.ndarray, "B C"]:
         """Returns the features of thumbnails: pixels minus the mean of their channel, scaled to length 1.
@@ -56,8 +54,10 @@ class Thumbnail:
         within 25 km of the photo. The share is 53.5 % if each channel is also scaled to variance 1, and 50.4 % with one
         mean for all channels.
         """
-        pixels = prepared.astype(np.float32)
-        return unit((pixels - pixels.mean((1, 2), keepdims=True)).reshape(-1, self.width))
+        return _features(prepared)
+
+    def tower(self) -> Tower:
+        return Tower(self.size, None, lambda model, prepared: _features(prepared))
 
     def texts(self, texts: Sequence[str]) -> Float32[np.ndarray, "B C"]:
         """Returns the features of texts: signed hashing of lower-case words and of their parts of 3 to 5 characters.
@@ -74,6 +74,12 @@ class Thumbnail:
         signs = np.where(hashes >> 31, 1.0, -1.0)
         counts = np.bincount((hashes & 0x7FFFFFFF) % self.width, signs, minlength=self.width)
         return unit(counts.astype(np.float32)[None])[0]
+
+
+def _features(prepared: Any) -> Any:
+    """Returns the features of thumbnails, numpy or jax arrays [B, h, w, 3]."""
+    pixels = prepared.astype(np.float32)
+    return unit((pixels - pixels.mean((1, 2), keepdims=True)).reshape(pixels.shape[0], math.prod(pixels.shape[1:])))
 
 
 def _pieces(text: str) -> Iterator[str]:

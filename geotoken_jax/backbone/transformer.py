@@ -166,7 +166,7 @@ class PatchEmbedding(nnx.Module):
 
     def __call__(self, pixels: Float[Array, "B h w 3"]) -> Float[Array, "B S D"]:
         side, d = self.kernel.shape[0], self.kernel.shape[-1]
-        b, (rows, columns) = len(pixels), (n // side for n in pixels.shape[1:3])
+        b, (rows, columns) = pixels.shape[0], (n // side for n in pixels.shape[1:3])
         patches = pixels[:, : rows * side, : columns * side].reshape(b, rows, side, columns, side, 3)
         patches = patches.swapaxes(2, 3).reshape(b, rows * columns, -1).astype(self.dtype)
         x = patches @ self.kernel[...].reshape(-1, d).astype(self.dtype)
@@ -196,7 +196,7 @@ class PatchEmbeddings(nnx.Module):
     def __call__(self, pixels: Float[Array, "B h w 3"]) -> Float[Array, "B S D"]:
         x = self.patch_embedding(pixels)
         if self.class_embedding is not None:
-            first = jnp.broadcast_to(self.class_embedding[...].astype(x.dtype), (len(x), 1, x.shape[-1]))
+            first = jnp.broadcast_to(self.class_embedding[...].astype(x.dtype), (x.shape[0], 1, x.shape[-1]))
             x = jnp.concatenate([first, x], 1)
         return x + self.position_embedding.embedding[...].astype(x.dtype)
 

@@ -1,10 +1,11 @@
-"""Writes an export's two programs as StableHLO, which jax compiles for any CPU, GPU or TPU.
+"""Writes an export's program as StableHLO, which jax compiles for any CPU, GPU or TPU.
 
-`align` maps features to vectors. `geotoken` maps the vectors of a photo and of its neighbors to candidates. Programs
-contain no parameters. Parameters are arguments, and the export stores them in its `.safetensors` files.
+The program maps photos to answers (see export.program). Its parameters are an argument and are stored in
+program.safetensors.
 """
 
 import contextlib
+import functools
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -15,65 +16,72 @@ from flax import nnx
 from jax import export
 
 from geotoken_jax import checkpoint
-from geotoken_jax.align.heads import AlignModel, AlignSettings
-from geotoken_jax.align.task import AlignTask
-from geotoken_jax.manifests import write_bytes
-from geotoken_jax.model.geotoken import GeoTokenModel, ModelSettings
-from geotoken_jax.predict import programs
-from geotoken_jax.predict.decode import PredictSettings
-from geotoken_jax.predict.programs import Program
+from geotoken_jax.backbone import preprocess
+from geotoken_jax.export import program as programs
+from geotoken_jax.export import standalone
+from geotoken_jax.export.program import Program
+from geotoken_jax.manifests import write_bytes, write_json
 
 #: Platforms that a program is lowered for. Lowering does not need the hardware.
 PLATFORMS = ("cpu", "cuda", "tpu")
+#: Requirements of standalone.py.
+_REQUIREMENTS = "jax\nnumpy\npillow\nflatbuffers\n"
 
 
-def embedding(model: AlignModel, width: int) -> bytes:
-    """Returns the serialized program that maps parameters and features [b, C] to vectors [b, 3, C], for b photos.
+def write(folder: epath.Path) -> None:
+    """Writes the program of an export, its parameters and signature, and standalone.py, which runs it.
 
-    Features and vectors are float32. Vectors are not normalized. width: C.
+    All other files of the export must already be in the folder. The files are program.stablehlo, program.safetensors,
+    signature.json, standalone.py with preprocess.py, and standalone-requirements.txt.
     """
-    return _serialized(programs.embedding(model, width))
+    program = programs.load(folder)
+    checkpoint.write_parameters(folder / "program.safetensors", nnx.to_pure_dict(nnx.state(program.model)))
+    write_bytes(folder / "program.stablehlo", serialized(program))
+    write_json(folder / "signature.json", signature(program))
+    for module in (standalone, preprocess):
+        source = pathlib.Path(module.__file__ or "")
+        write_bytes(folder / source.name, source.read_bytes())
+    write_bytes(folder / "standalone-requirements.txt", _REQUIREMENTS.encode())
 
 
-def decoding(model: GeoTokenModel, options: PredictSettings) -> bytes:
-    """Returns the serialized program that maps parameters, b query photos and their neighbors to Candidates.
+def signature(program: Program) -> dict[str, Any]:
+    """Returns the contents of signature.json: inputs and outputs of the program, and how photos are prepared."""
+    name, photo = program.photo
+    outputs = jax.eval_shape(functools.partial(program.run, program.model), program.gallery, program.photos())
 
-    Its arguments are parameters, query, neighbors, neighbor_tokens, neighbor_count and numbers. `arguments` in
-    programs.decoding has their shapes for one photo.
-    """
-    return _serialized(programs.decoding(model, options))
+    def plain(one: Any) -> dict[str, Any]:
+        return {"shape": [d if isinstance(d, int) else "B" for d in one.shape], "type": one.dtype.name}
 
-
-def write(folder: epath.Path, align: AlignSettings, model: ModelSettings, predict: PredictSettings, width: int) -> None:
-    """Writes align.stablehlo, geotoken.stablehlo, and standalone.py, which runs the two programs.
-
-    The parameter files must already be in the folder. width: width C of the backbone's features.
-    """
-    aligned = checkpoint.read_module(folder / "align.safetensors", AlignTask(align, width).init)
-    decoder = checkpoint.read_module(folder / "geotoken.safetensors", lambda rngs: GeoTokenModel(model, rngs))
-    write_bytes(folder / "align.stablehlo", embedding(aligned, width))
-    write_bytes(folder / "geotoken.stablehlo", decoding(decoder, predict))
-    write_bytes(folder / "standalone.py", pathlib.Path(__file__).with_name("standalone.py").read_bytes())
+    return {
+        "photos": {"name": name, "shape": ["B", *photo.shape], "type": photo.dtype.name},
+        "prepare": program.prepare,
+        "gallery": {name: plain(one) for name, one in program.gallery.items()},
+        "outputs": {name: {**plain(one), "meaning": programs.OUTPUTS[name]} for name, one in outputs.items()},
+        "platforms": list(PLATFORMS),
+    }
 
 
-def _serialized(program: Program) -> bytes:
+def serialized(program: Program) -> bytes:
+    """Returns the serialized program (parameters, gallery, photos) -> outputs; the first two are dicts of arrays."""
     graph, state = nnx.split(program.model)
     flat = [("/".join(map(str, key)), key, variable) for key, variable in nnx.to_flat_state(state)]
 
-    def run(parameters: dict[str, jax.Array], *arguments: jax.Array) -> Any:
+    def run(parameters: dict[str, jax.Array], gallery: dict[str, jax.Array], photos: jax.Array) -> Any:
         filled = nnx.from_flat_state([(key, variable.replace(parameters[name])) for name, key, variable in flat])
-        return program.run(nnx.merge(graph, filled), *arguments)
+        return program.run(nnx.merge(graph, filled), gallery, photos)
 
     parameters = {name: jax.ShapeDtypeStruct(variable.shape, variable.dtype) for name, _, variable in flat}
     with _without_source_locations():
-        return bytes(export.export(jax.jit(run), platforms=PLATFORMS)(parameters, *program.shapes()).serialize())
+        lowered = export.export(jax.jit(run), platforms=PLATFORMS)(parameters, program.gallery, program.photos())
+        return bytes(lowered.serialize())
 
 
 @contextlib.contextmanager
 def _without_source_locations() -> Iterator[None]:
     """Inside the context, jax lowers programs without source locations.
 
-    By default jax stores the file name and line of each operation. The export would then contain local paths.
+    By default jax stores the caller's file names and lines with each operation, which would put local paths into the
+    export.
     """
     name = "jax_traceback_in_locations_limit"
     before = getattr(jax.config, name)

@@ -3,18 +3,12 @@
 import json
 import pathlib
 import shutil
-from collections.abc import Mapping
-from typing import Any
 
 from etils import epath
 
-from geotoken_jax import settings
-from geotoken_jax.align.heads import AlignSettings
 from geotoken_jax.export import stablehlo
 from geotoken_jax.manifests import write_json
-from geotoken_jax.model.geotoken import ModelSettings
 from geotoken_jax.predict import bundle, export_format
-from geotoken_jax.predict.decode import PredictSettings
 from geotoken_jax.settings import SettingsError
 
 
@@ -39,19 +33,12 @@ def run(source: epath.PathLike, target: epath.PathLike) -> epath.Path:
         shutil.rmtree(partial, ignore_errors=True)
         unused = json.loads((source / "config.json").read_text()).get("learned", {}).keys() - config["learned"].keys()
         for name in bundle.sums(source):
-            if pathlib.PurePosixPath(name).parts[0] not in unused:
+            if pathlib.PurePosixPath(name).parts[0] not in unused and not name.endswith(".stablehlo"):
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source / name, partial / name)
         write_json(partial / "config.json", config)
-        _write_programs(partial, config)
+        if config["model"]["scheme"].startswith("s2"):  # programs decode S2 cells only
+            stablehlo.write(partial)
     bundle.write_sums(partial)
     partial.rename(target)
     return target
-
-
-def _write_programs(folder: epath.Path, config: Mapping[str, Any]) -> None:
-    model = settings.read(ModelSettings, config["model"], "model")
-    align = settings.read(AlignSettings, config["align"], "align")
-    predict = settings.read(PredictSettings, config["predict"], "predict")
-    if model.scheme == "s2":  # standalone.py decodes S2 cells only
-        stablehlo.write(folder, align, model, predict, model.backbone_width)

@@ -221,6 +221,23 @@ class CellScheme(Scheme):
         masks = np.array([7] + [4**self.group - 1] * (self.length - 1), np.uint64)
         return (ids[..., None] >> shifts & masks).astype(np.int32)
 
+    def prefix_centers(self, tokens: Int[Array, "... T"], depth: Int[Array, "..."]) -> Float[Array, "... 2"]:
+        """Returns latitude and longitude, in degrees, of the centers of cells that a prefix of the tokens names.
+
+        depth: number of tokens of each prefix, 0 to T; the rest of the tokens is ignored. Depth 0 is the whole Earth,
+        and its center counts as 0, 0. numpy arrays give float64, jax arrays float32.
+        """
+        xp = jnp if _is_jax(tokens) else np
+        coordinates = xp.zeros((*depth.shape, 2))
+        for d in range(1, self.length + 1) if xp is jnp else np.unique(depth[depth > 0]).tolist():
+            level = (d - 1) * self.group
+            here = type(self)(level, self.group) if level else None
+            columns = [tokens[..., k] for k in range(d)]
+            half = xp.full(depth.shape, 0.5)
+            center = here._center(columns, xp) if here else _degrees(columns[0], half, half, xp)
+            coordinates = xp.where((depth == d)[..., None], xp.stack(center, -1), coordinates)
+        return coordinates
+
     def regroup(self, quads: UInt8[Array, "... Q"]) -> Int32[Array, "... T"]:
         """Returns this scheme's tokens, down to `level`, from stored tokens of group 1.
 
@@ -283,10 +300,11 @@ class CellScheme(Scheme):
         table, side = xp.asarray(_tables(n)[1]), (1 << n) - 1
         face, *groups = columns
         groups += [xp.zeros_like(face)] * ((self._depth - self.level) // self.group)
-        state, i, j = (face & 1) << 2 * n, 0, 0
+        # Products instead of shifts to the left, because ONNX shifts unsigned integers only.
+        state, i, j = (face & 1) * 4**n, 0, 0
         for chunk in _resplit(groups, self.group, n):
             entry = xp.take(table, state | chunk, mode="wrap")
-            i, j = i << n | entry >> n & side, j << n | entry & side
+            i, j = i * 2**n | entry >> n & side, j * 2**n | entry & side
             state = entry & (3 << 2 * n)
         extra = self._depth - self.level
         s, t = (((k >> extra) + 0.5) * 0.5**self.level for k in (i, j))
@@ -331,7 +349,7 @@ class GridScheme(CellScheme):
     def _translate_columns(self, columns: Sequence[Any], table: np.ndarray, xp: ModuleType) -> list[Any]:
         """Returns columns of tokens with each quad translated. table: _TO_POSITION or _TO_IJ."""
         face, *groups = columns
-        translated, state = [], (face & 1) << 2
+        translated, state = [], (face & 1) * 4
         for quad in _resplit(groups, self.group, 1):
             entry = xp.take(xp.asarray(table), state | quad, mode="wrap")
             translated.append(entry & 3)
@@ -406,7 +424,7 @@ def _resplit(columns: Sequence[Any], old: int, new: int) -> list[Any]:
         shifts = range(2 * (old - new), -1, -2 * new)
         return [column >> shift & (4**new - 1) for column in columns for shift in shifts]
     runs = [columns[k : k + new // old] for k in range(0, len(columns), new // old)]
-    return [functools.reduce(lambda high, low: high << 2 * old | low, run) for run in runs]
+    return [functools.reduce(lambda high, low: high * 4**old | low, run) for run in runs]
 
 
 def _uv_to_st(u, xp: ModuleType):
@@ -418,13 +436,20 @@ def _st_to_uv(s, xp: ModuleType):
     return (1.0 / 3.0) * xp.where(s >= 0.5, 4 * s * s - 1, 1 - 4 * (1 - s) * (1 - s))
 
 
+def _choose(number, choices: Sequence[Any], xp: ModuleType):
+    """Returns, per element, the array of `choices` that `number` selects. jax.numpy.choose needs known shapes."""
+    if xp is np:
+        return np.choose(number, choices, mode="clip")
+    return xp.select([number == k for k in range(len(choices) - 1)], choices[:-1], choices[-1])
+
+
 def _degrees(face, s, t, xp: ModuleType) -> tuple[Any, Any]:
     """Returns latitude and longitude, in degrees, of points on faces. s, t: position along a face's axes, 0..1."""
     u, v = (_st_to_uv(k, xp) for k in (s, t))
     one = xp.ones_like(u)
-    x = xp.choose(face, [one, -u, -u, -one, v, v], mode="clip")
-    y = xp.choose(face, [u, one, -v, -v, -one, u], mode="clip")
-    z = xp.choose(face, [v, v, one, -u, -u, -one], mode="clip")
+    x = _choose(face, [one, -u, -u, -one, v, v], xp)
+    y = _choose(face, [u, one, -v, -v, -one, u], xp)
+    z = _choose(face, [v, v, one, -u, -u, -one], xp)
     return xp.degrees(xp.arctan2(z, xp.sqrt(x * x + y * y))), xp.degrees(xp.arctan2(y, x))
 
 
@@ -437,7 +462,7 @@ def _face_ij(latitude, longitude, level: int, xp: ModuleType) -> tuple[Any, Any,
     x, y, z = xp.cos(theta) * xp.cos(phi), xp.sin(theta) * xp.cos(phi), xp.sin(phi)
     ax, ay, az = xp.abs(x), xp.abs(y), xp.abs(z)
     axis = xp.where(ax > ay, xp.where(ax > az, 0, 2), xp.where(ay > az, 1, 2)).astype(np.int32)
-    major = xp.choose(axis, [x, y, z], mode="clip")
+    major = _choose(axis, [x, y, z], xp)
     p, q = xp.where(axis == 0, y, -x) / major, xp.where(axis == 2, -y, z) / major
     far = major < 0  # faces 3, 4 and 5
     s, t = (_uv_to_st(w, xp) for w in (xp.where(far, q, p), xp.where(far, p, q)))

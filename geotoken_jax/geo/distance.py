@@ -90,17 +90,34 @@ def from_unit_vectors(vectors: Float[Array, "... 3"]) -> tuple[Float[Array, "...
     return xp.degrees(xp.arctan2(z, xp.hypot(x, y))), xp.degrees(xp.arctan2(y, x))
 
 
-def pairwise_km(a: Float[np.ndarray, "... n 2"], b: Float[np.ndarray, "... m 2"]) -> Float[np.ndarray, "... n m"]:
-    """Returns the distances in km between all pairs of coordinates, with an error of up to 0.1 m.
+def pairwise_km(a: Float[Array, "... n 2"], b: Float[Array, "... m 2"]) -> Float[Array, "... n m"]:
+    """Returns the distances in km between all pairs of coordinates: to 0.1 m in numpy, to 2 m in jax's float32.
 
-    The matrix product that is used takes a tenth of the time of haversines. a, b: latitude and longitude in degrees.
+    The matrix product that numpy uses takes a tenth of the time of haversines. a, b: latitude and longitude in degrees.
     """
+    if namespace(a, b) is jnp:
+        return chord_km(*(to_unit_vectors(x[..., 0], x[..., 1]) for x in (a, b)))
     a, b = (np.asarray(to_unit_vectors(x[..., 0], x[..., 1])) for x in (a, b))
     return EARTH_RADIUS_KM * np.arccos(np.clip(a @ np.swapaxes(b, -1, -2), -1, 1))
 
 
+def chord_km(a: Float[Array, "... n 3"], b: Float[Array, "... m 3"]) -> Float[Array, "... n m"]:
+    """Returns the great-circle distances in km of all pairs of unit vectors.
+
+    Differences are squared: an inner product in float32 would be wrong by 2 km for near points.
+    """
+    xp = namespace(a, b)
+    squares = sum((a[..., :, None, i] - b[..., None, :, i]) ** 2 for i in range(3))
+    return 2 * EARTH_RADIUS_KM * xp.arcsin(xp.minimum(xp.sqrt(squares) / 2, 1.0))
+
+
+def namespace(*values: object) -> ModuleType:
+    """Returns jax.numpy if any value is a jax array, else numpy."""
+    return jnp if any(isinstance(value, jax.Array) for value in values) else np
+
+
 def _arrays(*values) -> tuple[ModuleType, list]:
     """Returns jax.numpy and jax arrays if any value is a jax array, else numpy and float64 arrays."""
-    if any(isinstance(value, jax.Array) for value in values):
+    if namespace(*values) is jnp:
         return jnp, [jnp.asarray(value) for value in values]
     return np, [np.asarray(value, np.float64) for value in values]

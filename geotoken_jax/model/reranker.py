@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Bool, Float, Int
 
-from geotoken_jax.geo.distance import EARTH_RADIUS_KM, THRESHOLDS_KM
+from geotoken_jax.geo.distance import THRESHOLDS_KM, chord_km
 from geotoken_jax.model.comparator import Statistic
 
 #: Names of the channels, which compare different vectors of the photo and of gallery photos. "index": image, location
@@ -79,7 +79,7 @@ class RerankerSettings:
             )
 
 
-class Evidence(NamedTuple):
+class RerankerInputs(NamedTuple):
     """The inputs of the reranker's features for b photos. Places are unit vectors.
 
     candidates: places of K candidates. present: False for padding, and for a gallery photo that is an earlier candidate
@@ -115,16 +115,6 @@ def scales(scores: Float[np.ndarray, "n C L"]) -> Float[np.ndarray, " C"]:
     return np.maximum(np.array(medians), 1e-6).astype(np.float32)
 
 
-def kilometers(a: Float[Any, "... n 3"], b: Float[Any, "... m 3"]) -> Float[Any, "... n m"]:
-    """Returns great-circle distances between unit vectors, in km.
-
-    They are computed from differences of coordinates. For near points, a distance from the float32 inner product would
-    be wrong by 2 km.
-    """
-    squares = sum((a[..., :, None, i] - b[..., None, :, i]) ** 2 for i in range(3))
-    return 2 * EARTH_RADIUS_KM * jnp.arcsin(jnp.minimum(jnp.sqrt(squares) / 2, 1.0))
-
-
 def names(settings: RerankerSettings) -> list[tuple[str, str]]:
     """Returns the group and the name of each feature, in the order of `features`.
 
@@ -139,7 +129,7 @@ def names(settings: RerankerSettings) -> list[tuple[str, str]]:
     return listed + [("source", name) for name in (*settings.channels, "samples", "cells")]
 
 
-def features(settings: RerankerSettings, scale: Float[Any, " C"], evidence: Evidence) -> Float[Any, "b K F"]:
+def features(settings: RerankerSettings, scale: Float[Any, " C"], evidence: RerankerInputs) -> Float[Any, "b K F"]:
     """Returns the features of all candidates, in the order of `names`.
 
     For each channel:
@@ -157,19 +147,19 @@ def features(settings: RerankerSettings, scale: Float[Any, " C"], evidence: Evid
         columns += _channel_features(
             settings, scale[c], evidence.candidates, evidence.neighbors[:, c], evidence.scores[:, c]
         )
-    km = kilometers(evidence.candidates, evidence.cells)
+    km = chord_km(evidence.candidates, evidence.cells)
     for limit in _PROBABILITY_KM:
         share = _share(km, evidence.radius_km[:, None], limit)
         columns.append(jnp.log(jnp.einsum("bkf,bf->bk", share, evidence.probability) + _ADDED_PROBABILITY))
-    km = kilometers(evidence.candidates, evidence.samples)
+    km = chord_km(evidence.candidates, evidence.samples)
     columns += [(km <= limit).astype(jnp.float32).mean(-1) for limit in _SAMPLE_KM]
     columns += [evidence.channels[..., i].astype(jnp.float32) for i in range(evidence.channels.shape[-1])]
     return jnp.stack(columns, -1)
 
 
 def _channel_features(settings: RerankerSettings, scale: Any, candidates: Any, neighbors: Any, scores: Any) -> list:
-    """Returns the features of one channel, each an array [b, K]. Arguments: see Evidence."""
-    km = kilometers(candidates, neighbors)
+    """Returns the features of one channel, each an array [b, K]. Arguments: see RerankerInputs."""
+    km = chord_km(candidates, neighbors)
     found = jnp.isfinite(scores)
     # If even the best score is missing, 0 takes its place. A difference of infinities would be NaN.
     best = jnp.where(found[:, :1], scores[:, :1], 0.0)
@@ -268,13 +258,13 @@ OBJECTIVES = {
 }
 
 
-def choose(objective: str, log_p: Float[Any, "b K"], evidence: Evidence) -> Int[Any, " b"]:
+def choose(objective: str, log_p: Float[Any, "b K"], evidence: RerankerInputs) -> Int[Any, " b"]:
     """Returns the index of the candidate with the highest expected value as the answer.
 
     For the expectation, the true place is one of the candidates, with the probabilities exp(log_p). Candidates close to
     each other often have the same expected value. Then the most probable of them is chosen. objective: key of
     OBJECTIVES.
     """
-    value = OBJECTIVES[objective](kilometers(evidence.candidates, evidence.candidates))
+    value = OBJECTIVES[objective](chord_km(evidence.candidates, evidence.candidates))
     expected = jnp.einsum("bij,bj->bi", value, jnp.exp(log_p))
     return jnp.where(evidence.present, expected + _TIE_BREAK * jnp.exp(log_p), -1.0).argmax(-1)

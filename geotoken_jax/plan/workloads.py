@@ -19,8 +19,9 @@ from geotoken_jax.configuration import Config
 from geotoken_jax.gallery import placement
 from geotoken_jax.model import batch
 from geotoken_jax.model.geotoken import GeoTokenModel
+from geotoken_jax.model.memory import Neighbors
 from geotoken_jax.model.task import GeoTokenTask
-from geotoken_jax.predict import programs
+from geotoken_jax.predict import beam, sample
 from geotoken_jax.settings import SettingsError
 from geotoken_jax.train.loop import TrainSettings, make_trainer
 
@@ -153,8 +154,23 @@ def predict(config: Config, rows: int, devices: Sequence[Any]) -> Workload:
     """
     del rows
     model = nnx.eval_shape(lambda: GeoTokenModel(config.model, nnx.Rngs(0)))
-    program = programs.decoding(model, config.predict)
-    return _inference(model, program.run, program.arguments, config.predict.batch_size, devices)
+    options, s = config.predict, config.model
+
+    def run(model: GeoTokenModel, query: Any, neighbors: Any, tokens: Any, count: Any, numbers: Any) -> Any:
+        memory = model.encode(query, Neighbors(neighbors, tokens, count))
+        if options.beam:
+            return beam.search(model, memory, options.beam)
+        keys = jax.vmap(lambda number: jax.random.fold_in(randomness.key(options.seed), number))(numbers)
+        return sample.sample(model, memory, keys, options.samples, options.temperature, options.top_p)
+
+    arguments = {
+        "query": jax.ShapeDtypeStruct((3, s.backbone_width), jnp.bfloat16),
+        "neighbors": jax.ShapeDtypeStruct((s.neighbors, 3, s.backbone_width), jnp.bfloat16),
+        "neighbor_tokens": jax.ShapeDtypeStruct((s.neighbors, s.cells.length), jnp.int32),
+        "neighbor_count": jax.ShapeDtypeStruct((), jnp.int32),
+        "numbers": jax.ShapeDtypeStruct((), jnp.uint32),
+    }
+    return _inference(model, run, arguments, options.batch_size, devices)
 
 
 def _inference(

@@ -23,9 +23,9 @@ from geotoken_jax.settings import Runtime, SettingsError
 
 #: Number of cells per photo that a distribution lists one by one. With 64, half of EarthView's photos would have more
 #: than half of their probability outside the list.
-_CELLS = 192
+CELLS = 192
 #: Largest number of cells per photo that the search returns.
-_CAPACITY = 4096
+CAPACITY = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +135,7 @@ class Decoder:
                 length=length,
                 width=options.width,
                 expansions=options.expansions,
-                capacity=_CAPACITY,
+                capacity=CAPACITY,
             )
 
         self._run, self._devices = sharding.over_local_devices(run, state, [model.settings, settings])
@@ -162,7 +162,7 @@ class Decoder:
         drawn, searched = jax.tree.map(lambda values: np.asarray(values)[:b], results)
         distribution = None
         if searched and isinstance(self.cells, CellScheme):
-            distribution = search.distribution(searched, self.cells, _CELLS)
+            distribution = search.distribution(searched, self.cells, CELLS)
         return Pool(
             drawn,
             np.stack(self.cells.decode(drawn.tokens), -1),

@@ -7,6 +7,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from geotoken_jax.gallery.exclude import Exclusion
+from geotoken_jax.geo import distance
+from geotoken_jax.geo.distance import Array
 from geotoken_jax.predict.sample import Candidates
 
 
@@ -25,6 +27,12 @@ class PlaceDistribution(NamedTuple):
     coordinates: Float[np.ndarray, "b F 2"]
     level: Int[np.ndarray, "b F"]
     probability: Float[np.ndarray, "b F"]
+
+
+def disc_km(level: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Returns the radius in km of a disc with the mean area of a level's cells; below level 0, that of level 0."""
+    xp = distance.namespace(level)
+    return 2 * distance.EARTH_RADIUS_KM * xp.arcsin(xp.sqrt(4.0 ** -xp.maximum(level, 0) / 6))
 
 
 class Pool(NamedTuple):

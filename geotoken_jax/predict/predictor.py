@@ -18,25 +18,19 @@ from etils import epath
 from jaxtyping import Float, Num, UInt8
 
 from geotoken_jax import backbone as backbones
-from geotoken_jax import checkpoint, jax_modes, settings
-from geotoken_jax.align.heads import AlignSettings, embeddings
-from geotoken_jax.align.task import AlignTask
+from geotoken_jax import jax_modes, settings
+from geotoken_jax.align.heads import embeddings
 from geotoken_jax.backbone.preprocess import ImageError
 from geotoken_jax.gallery import index
 from geotoken_jax.gallery.exclude import Excluded, exclusions_of
 from geotoken_jax.gallery.table import Table
 from geotoken_jax.geo.distance import THRESHOLDS_KM, great_circle_km
-from geotoken_jax.model.comparator import ComparatorSettings
-from geotoken_jax.model.geotoken import GeoTokenModel, ModelSettings
-from geotoken_jax.model.reranker import RerankerSettings
-from geotoken_jax.model.reward import RewardSettings
-from geotoken_jax.predict import bundle, export_format, hub
+from geotoken_jax.predict import bundle, export_format, hub, parts
 from geotoken_jax.predict.answer import Answerer, with_places, with_radii
-from geotoken_jax.predict.decode import Decoder, PredictSettings
+from geotoken_jax.predict.decode import Decoder
 from geotoken_jax.predict.prediction import Prediction
 from geotoken_jax.predict.select import SelectorInputs
 from geotoken_jax.predict.trained_selectors import selector_loader
-from geotoken_jax.predict.uncertainty import UNCALIBRATED, Calibration
 
 #: Threads that decode photos while the model predicts. Pillow decodes outside Python's global lock.
 _DECODERS = min(16, os.cpu_count() or 1)
@@ -225,26 +219,17 @@ class GeoToken(Predictor):
         config = export_format.read_config(folder)
         tower = bundle.backbone(folder, config["backbone"], config.get("checkpoint"), backbone)
         self._backbone = backbones.make(settings.read(backbones.BackboneSettings, tower, "backbone"))
-        align = AlignTask(settings.read(AlignSettings, config["align"], "align"), self._backbone.width)
-        self._aligned = checkpoint.read_module(folder / "align.safetensors", align.init)
-        model_settings = settings.read(ModelSettings, config["model"], "model")
-        model = checkpoint.read_module(
-            folder / "geotoken.safetensors", lambda rngs: GeoTokenModel(model_settings, rngs)
-        )
-        options = settings.read(PredictSettings, config["predict"], "predict")
+        found = parts.read(folder, self._backbone.width)
+        self._aligned, self._calibration, options = found.aligned, found.calibration, found.predict
         self._gallery = Table(folder / "gallery")
-        decoder = Decoder(model, options, self._gallery)
-        kinds = {"reward": RewardSettings, "reranker": RerankerSettings, "comparator": ComparatorSettings}
-        sections = {n: settings.read(kinds[n], section, f"{n}.model") for n, section in config["learned"].items()}
+        decoder = Decoder(found.decoder, options, self._gallery)
         threads = config["index"]["threads"]
         self._index = index.load(folder / "gallery" / "index", threads)
         trained = selector_loader(
-            sections, lambda name: folder / name, self._gallery, model, lambda: (self._index, threads)
+            found.learned, lambda name: folder / name, self._gallery, found.decoder, lambda: (self._index, threads)
         )
         self._answerer = Answerer(decoder, SelectorInputs(options.vote, lambda: self._aligned, trained))
-        calibration = folder / "calibration.json"
-        self._calibration = Calibration.load(calibration) if calibration.exists() else UNCALIBRATED
-        self.batch_size, self.reads_time = options.batch_size, model_settings.times > 0
+        self.batch_size, self.reads_time = options.batch_size, found.decoder.settings.times > 0
 
     @classmethod
     def load(

@@ -6,7 +6,7 @@ The network is in model/reranker.py, and the channels, which search the gallery,
 import functools
 import zlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +19,11 @@ from geotoken_jax import checkpoint, disk
 from geotoken_jax.batch import padded, padded_size
 from geotoken_jax.gallery.table import Table
 from geotoken_jax.geo import distance
+from geotoken_jax.geo.distance import Array, namespace
 from geotoken_jax.model import reranker as model
-from geotoken_jax.model.reranker import Evidence, Reranker, RerankerSettings
+from geotoken_jax.model.reranker import Reranker, RerankerInputs, RerankerSettings
 from geotoken_jax.predict.channels import Channels
-from geotoken_jax.predict.pool import PlaceDistribution, Pool
+from geotoken_jax.predict.pool import PlaceDistribution, Pool, disc_km
 
 #: Sources of candidates in addition to the channels: the decoder's token sequences, and its most probable cells.
 DECODER_SOURCES = ("samples", "cells")
@@ -51,7 +52,7 @@ class Candidates(NamedTuple):
     present: Bool[np.ndarray, "b K"]
     ranks: Int[np.ndarray, "b K S"]
     scores: Float[np.ndarray, "b K S"]
-    evidence: Evidence
+    evidence: RerankerInputs
 
 
 class Ranking(NamedTuple):
@@ -76,54 +77,81 @@ def gather(settings: RerankerSettings, channels: Channels, gallery: Table, pool:
     """Returns the candidates of a pool's photos: first the decoder's token sequences, then its most probable cells,
     then the first neighbors of every channel."""
     rows, scores = channels.search(pool, settings.depth)
+    return assemble(settings, pool, rows, scores, gallery.coordinates(np.maximum(rows, 0)))
+
+
+def assemble(
+    settings: RerankerSettings,
+    pool: Pool,
+    rows: Int[Array, "b C L"],
+    scores: Float[Array, "b C L"],
+    places: Float[Array, "b C L 2"],
+) -> Candidates:
+    """Returns the candidates of a pool's photos, from numpy or jax arrays.
+
+    rows, scores, places: gallery rows, scores and coordinates in degrees of each channel's neighbors, best first; a
+    missing neighbor has row -1 and score -inf.
+    """
+    xp: Any = namespace(rows)
     b, c, _ = rows.shape
-    n, m = pool.coordinates.shape[1], settings.candidates
+    n, m = pool.coordinates.shape[1], min(settings.candidates, rows.shape[2])
     listed = rows[:, :, :m].reshape(b, c * m)
-    places = gallery.coordinates(np.maximum(rows, 0))
-    cells, radius, probability = _discs(pool)
+    cells, radius, probability = _discs(pool, xp)
     f = min(settings.cells, cells.shape[1])
-    coordinates = np.concatenate([pool.coordinates, cells[:, :f], places[:, :, :m].reshape(b, c * m, 2)], 1)
+    coordinates = xp.concatenate([pool.coordinates, cells[:, :f], places[:, :, :m].reshape(b, c * m, 2)], 1)
 
     # If several channels list the same gallery photo, only the first entry is a candidate.
     same = (listed[:, :, None] == listed[:, None, :]) & (listed >= 0)[:, :, None]
-    first = np.arange(c * m) == same.argmax(2)
+    first = xp.arange(c * m) == same.argmax(2)
     brought = same.reshape(b, c * m, c, m)
-    ranks = np.zeros((b, n + f + c * m, c + 2), np.int32)
-    ranks[:, n + f :, :c] = np.where(brought.any(3), brought.argmax(3) + 1, 0)
-    ranks[:, :n, c] = np.arange(1, n + 1)
-    ranks[:, n : n + f, c + 1] = np.where(probability[:, :f] > 0, np.arange(1, f + 1), 0)
-    values = np.zeros(ranks.shape, np.float32)
-    at = np.maximum(ranks[:, n + f :, :c] - 1, 0).swapaxes(1, 2)
-    values[:, n + f :, :c] = np.take_along_axis(scores[:, :, :m], at, 2).swapaxes(1, 2)
-    values[:, :n, c], values[:, n : n + f, c + 1] = pool.candidates.log_probability, probability[:, :f]
-    present = np.concatenate([np.ones((b, n), bool), probability[:, :f] > 0, first & (listed >= 0)], 1)
-    evidence = Evidence(
+    of_channels = xp.where(brought.any(3), brought.argmax(3) + 1, 0)
+    best_cells = probability[:, :f] > 0
+    of_decoder = (xp.broadcast_to(xp.arange(1, n + 1), (b, n)), xp.where(best_cells, xp.arange(1, f + 1), 0))
+    ranks = _by_source(of_decoder, of_channels, xp)
+    at = xp.maximum(of_channels - 1, 0).swapaxes(1, 2)
+    channel_scores = xp.take_along_axis(scores[:, :, :m], at, 2).swapaxes(1, 2)
+    values = _by_source((pool.candidates.log_probability, probability[:, :f]), channel_scores, xp)
+    present = xp.concatenate([xp.ones((b, n), bool), best_cells, first & (listed >= 0)], 1)
+    evidence = RerankerInputs(
         *(_unit(coordinates), present, ranks > 0, _unit(places), scores),
         *(_unit(pool.coordinates), _unit(cells), radius, probability.astype(np.float32)),
     )
-    return Candidates(coordinates, present, ranks, np.where(ranks > 0, values, 0), evidence)
+    values = xp.where(ranks > 0, values, 0).astype(np.float32)
+    return Candidates(coordinates, present, ranks.astype(np.int32), values, evidence)
 
 
-def _discs(pool: Pool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _by_source(decoder: tuple[Any, Any], channels: Any, xp: Any) -> Any:
+    """Returns values of all candidates per source [b, K, C + 2], 0 if the source did not bring the candidate.
+
+    decoder: values of the samples [b, n] and of the cells [b, f]. channels: values of the neighbors [b, m, C].
+    """
+    samples, cells = (xp.asarray(values, np.float32)[..., None] for values in decoder)
+    s = channels.shape[-1] + 2
+    source = np.arange(s)
+    rows = [xp.where(source == s - 2, samples, 0), xp.where(source == s - 1, cells, 0)]
+    none = xp.zeros((*channels.shape[:2], 2), np.float32)
+    return xp.concatenate([*rows, xp.concatenate([channels.astype(np.float32), none], 2)], 1)
+
+
+def _discs(pool: Pool, xp: Any) -> tuple[Array, Array, Array]:
     """Returns the cells of the decoder's distribution as discs. A disc has the mean area of the cells of its level.
 
     The result has centers [b, F, 2] in degrees, radii [b, F] in km and probabilities [b, F]. F is 0 if the pool has no
     distribution.
     """
     if pool.distribution is None:
-        empty = np.zeros((len(pool.coordinates), 0))
-        return np.zeros((*empty.shape, 2)), empty.astype(np.float32), empty
-    share = 4.0 ** -np.maximum(pool.distribution.level, 0) / 6
-    radius = 2 * distance.EARTH_RADIUS_KM * np.arcsin(np.sqrt(share))
+        empty = xp.zeros((pool.coordinates.shape[0], 0))
+        return xp.zeros((*empty.shape, 2)), empty.astype(np.float32), empty
+    radius = disc_km(pool.distribution.level)
     return pool.distribution.coordinates, radius.astype(np.float32), pool.distribution.probability
 
 
-def _unit(coordinates: Float[np.ndarray, "... 2"]) -> Float[np.ndarray, "... 3"]:
-    return np.asarray(distance.to_unit_vectors(*np.moveaxis(coordinates, -1, 0)), np.float32)
+def _unit(coordinates: Float[Array, "... 2"]) -> Float[Array, "... 3"]:
+    return distance.to_unit_vectors(coordinates[..., 0], coordinates[..., 1]).astype(np.float32)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def featurize(settings: RerankerSettings, scale: jax.Array, evidence: Evidence) -> jax.Array:
+def featurize(settings: RerankerSettings, scale: jax.Array, evidence: RerankerInputs) -> jax.Array:
     """Returns the features [b, K, F] of candidates; see model.reranker.features."""
     return model.features(settings, scale, evidence)
 
@@ -139,7 +167,7 @@ class Ranker:
         graph, _ = nnx.split(rerankers[0])
         states = [nnx.split(one)[1] for one in rerankers]
 
-        def run(state: nnx.State, evidence: Evidence) -> tuple[jax.Array, jax.Array]:
+        def run(state: nnx.State, evidence: RerankerInputs) -> tuple[jax.Array, jax.Array]:
             network, settings = nnx.merge(graph, state), self.settings
             found = model.features(settings, network.scale[...], evidence)
             log_p = network(found, evidence.present)
@@ -163,7 +191,7 @@ class Ranker:
             for first in range(0, len(mine), _BATCH):
                 rows = mine[first : first + _BATCH]
                 size = padded_size(len(rows), _BATCH)
-                part = Evidence(*(padded(values[rows], size) for values in candidates.evidence))
+                part = RerankerInputs(*(padded(values[rows], size) for values in candidates.evidence))
                 p, best = self._run[i](part)
                 probability[rows], chosen[rows] = np.asarray(p)[: len(rows)], np.asarray(best)[: len(rows)]
         return Ranking(candidates, probability, chosen, self.sources)
@@ -201,10 +229,17 @@ class Recall:
 
 def places(ranking: Ranking) -> PlaceDistribution:
     """Returns a ranking as a distribution over places: discs around the candidates, most probable first."""
-    order = np.argsort(-ranking.probability, 1, kind="stable")
-    coordinates = np.take_along_axis(ranking.candidates.coordinates, order[..., None], 1)
-    probability = np.take_along_axis(ranking.probability, order, 1).astype(np.float64)
-    return PlaceDistribution(coordinates, np.full(probability.shape, _DISC_LEVEL), probability)
+    return discs(ranking.candidates.coordinates, ranking.probability)
+
+
+def discs(coordinates: Float[Array, "b K 2"], probability: Float[Array, "b K"]) -> PlaceDistribution:
+    """Returns a disc around each place, most probable first; numpy or jax arrays. coordinates: degrees."""
+    xp: Any = namespace(probability)
+    order = xp.argsort(-probability, 1, stable=True)
+    ordered: Any = xp.take_along_axis(coordinates, order[..., None], 1)
+    sorted_ = xp.take_along_axis(probability, order, 1)
+    sorted_ = sorted_.astype(np.float64) if xp is np else sorted_
+    return PlaceDistribution(ordered, xp.full(probability.shape, _DISC_LEVEL), sorted_)
 
 
 def folds(authors: np.ndarray, ids: np.ndarray, count: int) -> Int[np.ndarray, " n"]:

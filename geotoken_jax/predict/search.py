@@ -6,21 +6,21 @@ into its children yet. No cell inside a node is more probable than the node. Lea
 probable of all once every open node is less probable than they are.
 """
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from geotoken_jax.geo import distance
 from geotoken_jax.geo.cells import CellScheme
 from geotoken_jax.model.geotoken import Cache, GeoTokenModel, Memory
 from geotoken_jax.predict.pool import PlaceDistribution
 
 #: Largest number of coarse cells per photo. Coarse cells sum up the cells that a distribution does not list one by one.
 _COARSE = 64
-#: Centers of the six faces of S2, its cells of level 0, in degrees.
-_FACES = np.array([(0, 0), (0, 90), (90, 0), (0, 180), (0, -90), (-90, 0)], np.float64)
 
 
 class SearchResult(NamedTuple):
@@ -115,7 +115,9 @@ def _expand(model: GeoTokenModel, memory: Memory, options: _Options, state: _Sta
     photos = jnp.arange(memory.lengths.shape[0])[:, None]
     vocabulary, slot = state.children.shape[-1], state.iteration * options.width
     eligible = _open(state, options.length) & ~_done(state, options.length, options.count)[:, None, None]
-    log_p, chosen = jax.lax.top_k(jnp.where(eligible, state.children, -jnp.inf).reshape(len(photos), -1), options.width)
+    log_p, chosen = jax.lax.top_k(
+        jnp.where(eligible, state.children, -jnp.inf).reshape(photos.shape[0], -1), options.width
+    )
     valid = jnp.isfinite(log_p)
     parent, token = (jnp.where(valid, i, 0) for i in (chosen // vocabulary, chosen % vocabulary))
     depth = jnp.where(valid, state.depth[photos, parent] + 1, 0)
@@ -140,8 +142,8 @@ def _expand(model: GeoTokenModel, memory: Memory, options: _Options, state: _Sta
 
 def _result(state: _State, length: int, capacity: int) -> SearchResult:
     """Returns the most probable cells of a finished search."""
-    photos = jnp.arange(len(state.children))[:, None]
-    children = state.children.reshape(len(photos), -1)
+    photos = jnp.arange(state.children.shape[0])[:, None]
+    children = state.children.reshape(photos.shape[0], -1)
     log_p, child = jax.lax.top_k(children, min(capacity, children.shape[1]))
     parent, token = child // state.children.shape[-1], child % state.children.shape[-1]
     valid = jnp.isfinite(log_p)
@@ -184,7 +186,7 @@ def _done(state: _State, length: int, count: int) -> Bool[Array, " B"]:
 
 def _tokens(state: _State, parent: Array, token: Array, depth: Array) -> Int[Array, "B n T"]:
     """Returns the tokens of nodes [B, n]: the tokens of the parent, then the node's own token."""
-    inherited = state.tokens[jnp.arange(len(parent))[:, None], parent]
+    inherited = state.tokens[jnp.arange(parent.shape[0])[:, None], parent]
     last = jnp.arange(inherited.shape[-1]) == depth[..., None] - 1
     return jnp.where(last, token[..., None], inherited)
 
@@ -195,40 +197,43 @@ def distribution(result: SearchResult, cells: CellScheme, limit: int = 64) -> Pl
     There are at most 64 coarse cells per photo. The probability of a coarse cell is the sum over all cells inside it
     that are not listed before. A cell that the search left open is listed like a leaf, with its own center, level and
     probability, because the search has not found the most probable leaf inside it.
+
+    A result in numpy is computed in float64, and a result in jax in float32.
     """
-    probability = np.exp(np.asarray(result.log_probability, np.float64))
-    probability /= np.maximum(probability.sum(1, keepdims=True), 1.0)  # float32 may sum to 1 + 1e-6
-    tokens, depth = np.asarray(result.tokens), np.asarray(result.depth)
+    xp = distance.namespace(result.tokens)
+    probability = xp.exp(result.log_probability.astype(np.float64 if xp is np else np.float32))
+    probability = probability / xp.maximum(probability.sum(1, keepdims=True), 1.0)  # float32 may sum to 1 + 1e-6
     split = slice(None, limit), slice(limit, None)
-    listed, others = ((tokens[:, i], depth[:, i], probability[:, i]) for i in split)
+    listed, others = ((result.tokens[:, i], result.depth[:, i], probability[:, i]) for i in split)
     groups = [listed, _coarse(*others, cells)] if others[0].shape[1] else [listed]
-    tokens, depth, probability = (np.concatenate(columns, 1) for columns in zip(*groups, strict=True))
-    coordinates = np.zeros((*depth.shape, 2))
-    for d in np.unique(depth[depth > 0]):
-        here, level = depth == d, (d - 1) * cells.group
-        if level == 0:
-            coordinates[here] = _FACES[tokens[here][:, 0]]
-        else:
-            coordinates[here] = np.stack(type(cells)(int(level), cells.group).decode(tokens[here][:, :d]), -1)
-    level = np.where(depth == 0, -1, (depth - 1) * cells.group)
-    return PlaceDistribution(coordinates, np.where(probability > 0, level, 0), probability)
+    tokens, depth, probability = (xp.concatenate(columns, 1) for columns in zip(*groups, strict=True))
+    coordinates: Any = cells.prefix_centers(tokens, depth)
+    level = xp.where(depth == 0, -1, (depth - 1) * cells.group)
+    return PlaceDistribution(coordinates, xp.where(probability > 0, level, 0), probability)
 
 
 def _coarse(
-    tokens: Int[np.ndarray, "B F T"], depth: Int[np.ndarray, "B F"], probability: Float[np.ndarray, "B F"],
-    cells: CellScheme,
-) -> tuple[Int[np.ndarray, "B n T"], Int[np.ndarray, "B n"], Float[np.ndarray, "B n"]]:  # fmt: skip
+    tokens: Int[Array, "B F T"], depth: Int[Array, "B F"], probability: Float[Array, "B F"], cells: CellScheme
+) -> tuple[Int[Array, "B n T"], Int[Array, "B n"], Float[Array, "B n"]]:
     """Returns tokens, depths and probabilities of the 64 most probable coarse cells.
 
     The probability of a coarse cell is the sum over the given cells inside it. Coarse cells have level 2, or the next
     finer level at which a token ends. Given cells that are larger than a coarse cell are not counted.
     """
+    xp = distance.namespace(tokens)
     d = 1 + -(-2 // cells.group)
     sizes = cells.vocab_sizes[:d]
-    number = np.ravel_multi_index(tuple(np.moveaxis(tokens[..., :d], -1, 0)), sizes)
-    mass = np.zeros((len(tokens), np.prod(sizes)))
-    np.add.at(mass, (np.arange(len(tokens))[:, None], number), np.where(depth >= d, probability, 0))
-    best = np.argsort(-mass, 1, kind="stable")[:, :_COARSE]
-    coarse = np.zeros((*best.shape, tokens.shape[-1]), tokens.dtype)
-    coarse[..., :d] = np.stack(np.unravel_index(best, sizes), -1)
-    return coarse, np.full(best.shape, d), np.take_along_axis(mass, best, 1)
+    steps = np.cumprod([1, *sizes[:0:-1]])[::-1].astype(np.int32)  # of the number of a coarse cell per token
+    number = (tokens[..., :d] * steps).sum(-1)
+    photos = xp.arange(tokens.shape[0])[:, None]
+    counted = xp.where(depth >= d, probability, 0)
+    mass = xp.zeros((tokens.shape[0], math.prod(sizes)), probability.dtype)
+    if xp is np:
+        np.add.at(mass, (photos, number), counted)
+    else:
+        mass = mass.at[photos, number].add(counted)
+    best = xp.argsort(-mass, 1, stable=True)[:, :_COARSE]
+    columns = [(best // step % size).astype(tokens.dtype) for step, size in zip(steps.tolist(), sizes, strict=True)]
+    rest = xp.zeros((*best.shape, tokens.shape[-1] - d), tokens.dtype)
+    coarse = xp.concatenate([xp.stack(columns, -1), rest], -1)
+    return coarse, xp.full(best.shape, d), xp.take_along_axis(mass, best, 1)

@@ -1,4 +1,7 @@
-"""Selectors. A selector chooses an answer for every photo of a pool: a candidate, or any other point on Earth."""
+"""Selectors. A selector chooses an answer for every photo of a pool: a candidate, or any other point on Earth.
+
+The arrays of a pool are numpy arrays in the package, and jax arrays inside an export's program.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,17 +11,20 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from geotoken_jax.geo import distance
-from geotoken_jax.predict.pool import PlaceDistribution, Pool
+from geotoken_jax.geo.distance import Array
+from geotoken_jax.predict.pool import PlaceDistribution, Pool, disc_km
 from geotoken_jax.predict.rerank import Ranking
 
 #: Choices for b photos: indices [b] into the candidates, points [b, 2] in degrees, or a ranking of further candidates.
-Choice = Int[np.ndarray, " b"] | Float[np.ndarray, "b 2"] | Ranking
+Choice = Int[Array, " b"] | Float[Array, "b 2"] | Ranking
 Selector = Callable[[Pool], Choice]
 
 #: Selectors that `geotoken learn` trains, each in the folder NAME/VARIANT.
 TRAINED = ("reward", "reranker")
 #: Number of steps in which `Goal.point` improves a point. An eleventh step improved none of 2,000 photos of EarthView.
 _STEPS = 10
+#: Smallest divisor, and smallest length of a mean of unit vectors.
+_LEAST = 1e-30
 _HALF_AROUND_KM = np.pi * distance.EARTH_RADIUS_KM
 #: Number of most probable cells whose centers are possible starting points of `Goal.point`, besides the candidates.
 _STARTS = 32
@@ -53,34 +59,35 @@ class SelectorInputs(NamedTuple):
     trained: Callable[[str], Selector]
 
 
-def greedy(pool: Pool) -> Int[np.ndarray, " b"]:
+def greedy(pool: Pool) -> Int[Array, " b"]:
     """Returns index 0, the greedy candidate. With beam search (config.predict.beam), it is the most probable beam."""
-    return np.zeros(len(pool.coordinates), np.int64)
+    return pool.candidates.tokens[:, 0, 0] * 0
 
 
-def log_probability(pool: Pool) -> Int[np.ndarray, " b"]:
+def log_probability(pool: Pool) -> Int[Array, " b"]:
     """Returns the index of the candidate most probable under the tempered distribution (paper, section 3.5)."""
-    return np.argmax(pool.candidates.tempered_log_probability, axis=1)
+    return pool.candidates.tempered_log_probability.argmax(1)
 
 
 def consensus(vote: VoteSettings) -> Selector:
     """Returns a selector that chooses the candidate with the highest density of neighbors."""
 
-    def select(pool: Pool) -> Int[np.ndarray, " b"]:
-        present = np.arange(pool.neighbor_scores.shape[1]) < pool.neighbor_count[:, None]
-        scores = np.where(present, pool.neighbor_scores, -np.inf)
+    def select(pool: Pool) -> Int[Array, " b"]:
+        xp = distance.namespace(pool.coordinates)
+        present = xp.arange(pool.neighbor_scores.shape[1]) < pool.neighbor_count[:, None]
+        scores = xp.where(present, pool.neighbor_scores, -np.inf)
         km = distance.pairwise_km(pool.coordinates, pool.neighbor_coordinates)
-        return np.argmax(density(km, scores, vote.temperature, vote.sigma_km), axis=1)
+        return density(km, scores, vote.temperature, vote.sigma_km).argmax(1)
 
     return select
 
 
 def density(
-    km: Float[np.ndarray, "... K M"],
-    scores: Float[np.ndarray, "... M"],
+    km: Float[Array, "... K M"],
+    scores: Float[Array, "... M"],
     temperature: float,
     sigma_km: float,
-) -> Float[np.ndarray, "... K"]:
+) -> Float[Array, "... K"]:
     """Returns the density of the neighbors at each of K points, in [0, 1] (Vo et al. 2017, section 3).
 
     The density is the weighted sum of one Gaussian per neighbor. The weights sum to 1 and grow with the scores. At its
@@ -89,10 +96,11 @@ def density(
     km: distance from each point to each neighbor. scores: scores of the neighbors, -inf if missing. temperature,
     sigma_km: see VoteSettings.
     """
-    best = np.max(scores, -1, keepdims=True, initial=-3.0)
-    weights = np.exp((scores - best) / temperature)
-    weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-300)
-    kernel = np.exp(-0.5 * (km / sigma_km) ** 2)
+    xp = distance.namespace(km, scores)
+    best = xp.max(scores, -1, keepdims=True, initial=-3.0)
+    weights = xp.exp((scores - best) / temperature)
+    weights = weights / xp.maximum(weights.sum(-1, keepdims=True), _LEAST)
+    kernel = xp.exp(-0.5 * (km / sigma_km) ** 2)
     return (kernel @ weights[..., None])[..., 0]
 
 
@@ -125,42 +133,43 @@ class Goal:
         """limit_km: distance within which the value is 1, else 0. If None, the value is GeoGuessr points / 5000."""
         self.limit_km = limit_km
 
-    def expected(self, at: Float[np.ndarray, "b n 2"], distribution: PlaceDistribution) -> Float[np.ndarray, "b n"]:
+    def expected(self, at: Float[Array, "b n 2"], distribution: PlaceDistribution) -> Float[Array, "b n"]:
         """Returns the expected value of each of n points as the answer, in [0, 1]. at: degrees."""
         value = self._value(distance.pairwise_km(at, distribution.coordinates), distribution)
-        return np.einsum("bnf,bf->bn", value, distribution.probability)
+        return distance.namespace(value).einsum("bnf,bf->bn", value, distribution.probability)
 
-    def candidate(self, pool: Pool) -> Int[np.ndarray, " b"]:
+    def candidate(self, pool: Pool) -> Int[Array, " b"]:
         """Returns the index of the candidate with the highest expected value."""
-        return np.argmax(self.expected(pool.coordinates, _searched(pool)), axis=1)
+        return self.expected(pool.coordinates, _searched(pool)).argmax(1)
 
-    def point(self, pool: Pool) -> Float[np.ndarray, "b 2"]:
+    def point(self, pool: Pool) -> Float[Array, "b 2"]:
         """Returns the point with the highest expected value that a local search finds, in degrees.
 
         The search starts at the best point among all candidates and the centers of the 32 most probable cells, takes 10
         steps, and returns the best point of all.
         """
         distribution = _searched(pool)
-        starts = np.concatenate([pool.coordinates, distribution.coordinates[:, :_STARTS]], 1)
+        xp = distance.namespace(pool.coordinates)
+        starts = xp.concatenate([pool.coordinates, distribution.coordinates[:, :_STARTS]], 1)
         value = self.expected(starts, distribution)
-        best = starts[np.arange(len(starts)), value.argmax(1)]
+        best = xp.take_along_axis(starts, value.argmax(1)[:, None, None], 1)[:, 0]
         highest = value.max(1)
-        vectors = distance.to_unit_vectors(*np.moveaxis(distribution.coordinates, -1, 0))
+        vectors = distance.to_unit_vectors(distribution.coordinates[..., 0], distribution.coordinates[..., 1])
         at = best
         for _ in range(_STEPS):
             km = distance.pairwise_km(at[:, None], distribution.coordinates)[:, 0]
             weights = self._weights(km, distribution) * distribution.probability
-            at = np.stack(distance.from_unit_vectors(np.einsum("bf,bfx->bx", weights, vectors) + 1e-300), -1)
+            at = xp.stack(distance.from_unit_vectors(xp.einsum("bf,bfx->bx", weights, vectors) + _LEAST), -1)
             value = self.expected(at[:, None], distribution)[:, 0]
-            best, highest = np.where((value > highest)[:, None], at, best), np.maximum(value, highest)
+            best, highest = xp.where((value > highest)[:, None], at, best), xp.maximum(value, highest)
         return best
 
-    def _value(self, km: Float[np.ndarray, "b n F"], distribution: PlaceDistribution) -> Float[np.ndarray, "b n F"]:
+    def _value(self, km: Float[Array, "b n F"], distribution: PlaceDistribution) -> Float[Array, "b n F"]:
         if self.limit_km is None:
-            return np.asarray(distance.geoscore(_mean_km(km, distribution.level[:, None]))) / 5000
+            return distance.geoscore(_mean_km(km, distribution.level[:, None])) / 5000
         return _share(km, distribution.level[:, None], self.limit_km)
 
-    def _weights(self, km: Float[np.ndarray, "b F"], distribution: PlaceDistribution) -> Float[np.ndarray, "b F"]:
+    def _weights(self, km: Float[Array, "b F"], distribution: PlaceDistribution) -> Float[Array, "b F"]:
         """Returns one factor per cell for a step of `point`.
 
         The next point is the mean of the cells' centers, with factor * probability as weights. If limit_km is None, a
@@ -168,14 +177,12 @@ class Goal:
         heuristic and may lower the value; `point` keeps the best point of all steps.
         """
         if self.limit_km is None:
-            mean = _mean_km(km, distribution.level)
-            return np.asarray(distance.geoscore(mean)) / mean / np.maximum(np.sinc(km / _HALF_AROUND_KM), 1e-6)
+            xp, mean = distance.namespace(km), _mean_km(km, distribution.level)
+            return distance.geoscore(mean) / mean / xp.maximum(xp.sinc(km / _HALF_AROUND_KM), 1e-6)
         return _share(km, distribution.level, self.limit_km)
 
 
-def _share(
-    km: Float[np.ndarray, "*shape"], level: Int[np.ndarray, "*shape"], limit_km: float
-) -> Float[np.ndarray, "*shape"]:
+def _share(km: Float[Array, "*shape"], level: Int[Array, "*shape"], limit_km: float) -> Float[Array, "*shape"]:
     """Returns the share of a cell within limit_km of a point that is `km` from the cell's center.
 
     A cell counts as a disc of the mean area of its level. If the point is in the disc, the share is the area of the
@@ -183,9 +190,9 @@ def _share(
     share is 0 for circles that do not reach the disc and 1 for circles that contain it. Between these two radii it
     grows linearly with limit_km.
     """
-    radius = _radius_km(level)
-    crossed = (limit_km - np.abs(km - radius)) / (2 * np.minimum(km, radius) + 1e-9)
-    return np.where(km < radius, np.minimum((limit_km / radius) ** 2, 1), np.clip(crossed, 0, 1))
+    xp, radius = distance.namespace(km), disc_km(level)
+    crossed = (limit_km - xp.abs(km - radius)) / (2 * xp.minimum(km, radius) + 1e-9)
+    return xp.where(km < radius, xp.minimum((limit_km / radius) ** 2, 1), xp.clip(crossed, 0, 1))
 
 
 def _searched(pool: Pool) -> PlaceDistribution:
@@ -193,18 +200,13 @@ def _searched(pool: Pool) -> PlaceDistribution:
     return pool.distribution
 
 
-def _mean_km(km: Float[np.ndarray, "*shape"], level: Int[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
+def _mean_km(km: Float[Array, "*shape"], level: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Returns the approximate mean distance in km from a point to the points of a cell whose center is `km` away.
 
     A cell counts as a flat disc of the mean area of its level. For this disc the value is exact if km is 0, and its
     relative error goes to 0 as km grows.
     """
-    return np.hypot(km, _radius_km(level) * 2 / 3)
-
-
-def _radius_km(level: Int[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
-    """Returns the radius in km of a disc with the mean area of a level's cells."""
-    return 2 * distance.EARTH_RADIUS_KM * np.arcsin(np.sqrt(4.0 ** -np.maximum(level, 0) / 6))
+    return distance.namespace(km).hypot(km, disc_km(level) * 2 / 3)
 
 
 _GOALS = {**{f"{km}_km": Goal(km) for km in distance.THRESHOLDS_KM}, "geoscore": Goal(None)}

@@ -7,7 +7,7 @@ around the answer. It is called the mass of the circle. This module does not imp
 import dataclasses
 import json
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from etils import epath
@@ -29,6 +29,10 @@ _KNOTS = np.linspace(0, 1, 21)
 _BOUNDS = ((0.2, 5.0), (1e-3, 1e4))
 #: Number of bisection steps for a radius. They narrow half the Earth's circumference to less than 1 micrometer.
 _HALVINGS = 45
+#: The same to 2 meters, which float32 resolves.
+_HALVINGS_FLOAT32 = 23
+#: Smallest divisor, and smallest difference of two quantiles of a calibration.
+_LEAST, _LEAST_STEP = 1e-30, 1e-7
 #: Photos per block. For 5 radii and 257 discs per photo, an array of float64 takes 10.5 MB.
 _BLOCK = 1024
 
@@ -54,8 +58,7 @@ def mass_within(
     km = np.broadcast_to(np.asarray(km, np.float64), (len(at), km.shape[-1]))
     mass = np.empty(km.shape)
     for rows in _blocks(len(at)):
-        discs = _Discs(type(distribution)(*(values[rows] for values in distribution)), at[rows])
-        mass[rows] = discs.within(km[rows])
+        mass[rows] = Discs(type(distribution)(*(values[rows] for values in distribution)), at[rows]).within(km[rows])
     return mass
 
 
@@ -68,19 +71,11 @@ def radius_km(
 
     at: answers, in degrees. mass: probabilities in [0, 1].
     """
-    from geotoken_jax.geo.distance import EARTH_RADIUS_KM  # imports jax
-
     mass = np.asarray(mass, np.float64)
     km = np.empty((len(at), len(mass)))
     for rows in _blocks(len(at)):
-        discs = _Discs(type(distribution)(*(values[rows] for values in distribution)), at[rows])
-        low = np.zeros(km[rows].shape)
-        high = np.full(low.shape, np.pi * EARTH_RADIUS_KM)
-        for _ in range(_HALVINGS):
-            middle = (low + high) / 2
-            enough = discs.within(middle) >= mass
-            low, high = np.where(enough, low, middle), np.where(enough, middle, high)
-        km[rows] = np.where(mass > 0, high, 0.0)
+        discs = Discs(type(distribution)(*(values[rows] for values in distribution)), at[rows])
+        km[rows] = discs.radius_km(mass, _HALVINGS)
     return km
 
 
@@ -107,13 +102,31 @@ class Calibration:
         """
         from geotoken_jax.geo.distance import THRESHOLDS_KM
 
-        mass = mass_within(self._adjusted(distribution), at, np.array(THRESHOLDS_KM))
+        mass = mass_within(self.adjusted(distribution), at, np.array(THRESHOLDS_KM))
         return np.interp(mass, self.levels, _KNOTS)
 
     def radius_km(self, distribution: "PlaceDistribution", at: Float[np.ndarray, "b 2"]) -> Float[np.ndarray, "b 2"]:
         """Returns the radii in km around each answer that contain the truth with a probability of MASSES percent."""
-        levels = np.interp(np.array(MASSES) / 100, _KNOTS, self.levels)
-        return radius_km(self._adjusted(distribution), at, levels)
+        return radius_km(self.adjusted(distribution), at, self.masses)
+
+    @property
+    def masses(self) -> Float[np.ndarray, "2"]:
+        """The model's mass in the circle that contains the truth with a probability of MASSES percent."""
+        return np.interp(np.array(MASSES) / 100, _KNOTS, self.levels)
+
+    def traced(self, distribution: "PlaceDistribution", at: Any) -> tuple[Any, Any]:
+        """Returns radius_km [b, 2] and within [b, 5] inside a jax transformation, in float32."""
+        import jax.numpy as jnp
+
+        from geotoken_jax.geo.distance import THRESHOLDS_KM
+
+        discs = Discs(self.adjusted(distribution), at)
+        mass = discs.within(jnp.array(THRESHOLDS_KM, jnp.float32)[None])
+        low, high = np.array(self.levels[:-1], np.float32), np.array(self.levels[1:], np.float32)
+        # Linear interpolation as a sum of one ramp per knot, which every runtime computes.
+        ramps = jnp.clip((mass[..., None] - low) / np.maximum(high - low, _LEAST_STEP), 0, 1)
+        within = jnp.minimum(ramps.sum(-1) / len(low), 1.0)
+        return discs.radius_km(self.masses.astype(np.float32), _HALVINGS_FLOAT32), within
 
     def save(self, path: epath.Path) -> None:
         """Writes the calibration as JSON."""
@@ -125,13 +138,14 @@ class Calibration:
         fields = json.loads(path.read_text())
         return cls(fields["temperature"], fields["elsewhere"], tuple(fields["levels"]), fields["photos"])
 
-    def _adjusted(self, distribution: "PlaceDistribution") -> "PlaceDistribution":
+    def adjusted(self, distribution: "PlaceDistribution") -> "PlaceDistribution":
         """Returns the distribution with `temperature` and `elsewhere` applied."""
-        inside = np.clip(distribution.probability.sum(1, keepdims=True), 0, 1 - _ELSEWHERE)
+        xp = _namespace(distribution.probability)
+        inside = xp.clip(distribution.probability.sum(1, keepdims=True), 0, 1 - _ELSEWHERE)
         inside = inside / (inside + self.elsewhere * (1 - inside))
-        most = np.maximum(distribution.probability.max(1, keepdims=True, initial=0), 1e-300)
+        most = xp.maximum(distribution.probability.max(1, keepdims=True, initial=0), _LEAST)
         weight = (distribution.probability / most) ** (1 / self.temperature)
-        return distribution._replace(probability=weight * inside / np.maximum(weight.sum(1, keepdims=True), 1e-300))
+        return distribution._replace(probability=weight * inside / xp.maximum(weight.sum(1, keepdims=True), _LEAST))
 
 
 #: Calibration that keeps the model's own probabilities, used if there are no photos to fit to.
@@ -164,7 +178,7 @@ def fit(
 
     def fitted(logs: Float[np.ndarray, "2"]) -> Calibration:
         unfitted = dataclasses.replace(UNCALIBRATED, temperature=math.exp(logs[0]), elsewhere=math.exp(logs[1]))
-        mass = mass_within(unfitted._adjusted(distribution), at, km)[:, 0]
+        mass = mass_within(unfitted.adjusted(distribution), at, km)[:, 0]
         levels = np.quantile(mass, _KNOTS[1:-1], method="weibull")
         return dataclasses.replace(unfitted, levels=(0.0, *levels.tolist(), 1.0), photos=len(at))
 
@@ -184,39 +198,66 @@ def _blocks(b: int) -> list[slice]:
     return [slice(first, first + _BLOCK) for first in range(0, b, _BLOCK)]
 
 
-class _Discs:
+def _namespace(values: Any) -> Any:
+    """Returns numpy for a numpy array, else jax.numpy."""
+    if isinstance(values, np.ndarray):
+        return np
+    import jax.numpy as jnp
+
+    return jnp
+
+
+class Discs:
     """The cells of b photos as discs, with each disc's distance from the photo's answer.
 
     The last disc of each photo is the whole Earth, with the probability that is outside all cells of the photo.
     """
 
-    def __init__(self, distribution: "PlaceDistribution", at: Float[np.ndarray, "b 2"]):
+    def __init__(self, distribution: "PlaceDistribution", at: Any):
+        """at: answers [b, 2], in degrees."""
         from geotoken_jax.geo.distance import EARTH_RADIUS_KM, great_circle_km
 
+        self._xp = xp = _namespace(distribution.probability)
         whole = distribution.level < 0
-        away = np.asarray(great_circle_km(*np.moveaxis(distribution.coordinates, -1, 0), *at.T[..., None]))
-        last = np.zeros((len(at), 1))
-        rest = np.maximum(1 - distribution.probability.sum(1, keepdims=True), 0)
+        places = distribution.coordinates
+        away = great_circle_km(places[..., 0], places[..., 1], at[:, :1], at[:, 1:])
+        last = xp.zeros((at.shape[0], 1))
+        rest = xp.maximum(1 - distribution.probability.sum(1, keepdims=True), 0)
         self._earth = EARTH_RADIUS_KM
-        self._weight = np.concatenate([distribution.probability, rest], 1)[:, None]
-        self._weight /= self._weight.sum(-1, keepdims=True)
+        weight = xp.concatenate([distribution.probability, rest], 1)[:, None]
+        self._weight = weight / weight.sum(-1, keepdims=True)
         # A spherical cap of angular radius a covers sin(a / 2)^2 of the sphere.
-        share = np.where(whole, 1.0, 4.0 ** -np.maximum(distribution.level, 0) / 6)
-        radius = 2 * EARTH_RADIUS_KM * np.arcsin(np.sqrt(np.concatenate([share, last + 1], 1)))[:, None]
-        away = np.concatenate([np.where(whole, 0.0, away), last], 1)[:, None]
+        share = xp.where(whole, 1.0, 4.0 ** -xp.maximum(distribution.level, 0) / 6)
+        radius = 2 * EARTH_RADIUS_KM * xp.arcsin(xp.sqrt(xp.concatenate([share, last + 1], 1)))[:, None]
+        away = xp.concatenate([xp.where(whole, 0.0, away), last], 1)[:, None]
         self._radius = radius
-        self._inner = np.abs(away - radius)
-        self._outer = np.minimum(away + radius, np.pi * EARTH_RADIUS_KM)
+        self._inner = xp.abs(away - radius)
+        self._outer = xp.minimum(away + radius, np.pi * EARTH_RADIUS_KM)
         self._inside = away < radius
         # Area of the largest circle around the answer that is inside the disc, divided by the disc's area.
-        self._edge = np.where(self._inside, self._caps(self._inner), 0.0)
+        self._edge = xp.where(self._inside, self._caps(self._inner), 0.0)
 
-    def within(self, km: Float[np.ndarray, "b n"]) -> Float[np.ndarray, "b n"]:
-        km = km[..., None]
-        passed = np.clip((km - self._inner) / np.maximum(self._outer - self._inner, 1e-12), 0, 1)
-        share = np.where(self._inside & (km < self._inner), self._caps(km), self._edge + (1 - self._edge) * passed)
-        return np.minimum((share * self._weight).sum(-1), 1.0)
+    def within(self, km: Any) -> Any:
+        """Returns the probability [b, n] in the circles of radius `km` [b, n] around each answer."""
+        xp, km = self._xp, km[..., None]
+        passed = xp.clip((km - self._inner) / xp.maximum(self._outer - self._inner, 1e-12), 0, 1)
+        share = xp.where(self._inside & (km < self._inner), self._caps(km), self._edge + (1 - self._edge) * passed)
+        return xp.minimum((share * self._weight).sum(-1), 1.0)
 
-    def _caps(self, km: Float[np.ndarray, "b n F"]) -> Float[np.ndarray, "b n F"]:
+    def radius_km(self, mass: Float[np.ndarray, "n"], halvings: int) -> Any:
+        """Returns the radius [b, n] in km of the smallest circle around each answer that contains each mass.
+
+        halvings: number of bisection steps, which start from half the Earth's circumference.
+        """
+        xp = self._xp
+        low = xp.zeros((self._weight.shape[0], len(mass)))
+        high = low + np.pi * self._earth
+        for _ in range(halvings):
+            middle = (low + high) / 2
+            enough = self.within(middle) >= mass
+            low, high = xp.where(enough, low, middle), xp.where(enough, middle, high)
+        return xp.where(mass > 0, high, 0.0)
+
+    def _caps(self, km: Any) -> Any:
         """Returns the area of a circle of radius `km`, divided by the area of the disc."""
-        return (np.sin(km / (2 * self._earth)) / np.sin(self._radius / (2 * self._earth))) ** 2
+        return (self._xp.sin(km / (2 * self._earth)) / self._xp.sin(self._radius / (2 * self._earth))) ** 2

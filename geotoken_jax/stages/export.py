@@ -46,6 +46,8 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
     if variant_config.export.gallery == "int8":
         int8_cost = quantized.quantize(workdir, variant_config.index.search, folder)
         int8_cost |= quantized.cost(variant_config, workdir, variant, folder)
+    if workdir.model_settings(variant, variant_config.model).scheme.startswith("s2"):  # programs decode S2 cells only
+        stablehlo.write(folder)
     counts = pictures.write(workdir, folder, variant_config, variant, Table(folder / "gallery").ids())
     shutil.rmtree(folder / "targets", ignore_errors=True)  # older targets contain older parameters
     card.write(folder, workdir, variant_config, variant, reference, int8_cost)
@@ -87,8 +89,6 @@ def _copy(config: Config, workdir: Workdir, variant: str, folder: epath.Path) ->
     calibration = workdir.calibration_file(variant)
     if calibration.exists():
         write_bytes(folder / calibration.name, calibration.read_bytes())
-    if model.scheme == "s2":  # standalone.py decodes S2 cells only
-        stablehlo.write(folder, aligned, model, config.predict, workdir.width)
     return reference
 
 

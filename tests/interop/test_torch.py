@@ -18,14 +18,15 @@ torch = pytest.importorskip("torch")
 from benchmarks import torch_reference  # noqa: E402
 from benchmarks.torch_reference import Shape  # noqa: E402
 from geotoken_jax import sharding  # noqa: E402
+from geotoken_jax.export import targets  # noqa: E402
 from geotoken_jax.gallery import placement  # noqa: E402
 from geotoken_jax.gallery.table import Table  # noqa: E402
 from geotoken_jax.geo.cells import CellScheme  # noqa: E402
-from geotoken_jax.interop import official, targets  # noqa: E402
+from geotoken_jax.interop import official  # noqa: E402
 from geotoken_jax.model.task import GeoTokenTask, LossSettings  # noqa: E402
 from geotoken_jax.train.optimizer import OptimizerSettings, make_optimizer, make_schedule  # noqa: E402
 from geotoken_jax.train.step import Trainer  # noqa: E402
-from tests import tiny_export  # noqa: E402
+from tests import exports  # noqa: E402
 
 SMALL = Shape(width=24, layers=1, heads=3, feed_forward=40, group=4, neighbors=2, backbone_width=20)
 
@@ -169,14 +170,14 @@ def test_the_benchmark_compares_both():
 
 def test_the_published_code_reads_what_export_writes_and_answers_alike(tmp_path):
     """`geotoken export --target=pytorch`: the same greedy tokens, log-probabilities within 1e-3."""
-    features = tiny_export.write(tmp_path)[:11]
-    weights = torch.load(targets.make(tmp_path, "pytorch") / "geotoken.pth", weights_only=True)
+    exports.write(tmp_path / "export", exports.published)
+    weights = torch.load(targets.make(tmp_path / "export", "pytorch") / "geotoken.pth", weights_only=True)
     model = torch_reference.Reference(
-        Shape(width=16, layers=2, heads=2, feed_forward=16, group=4, neighbors=3, backbone_width=tiny_export.WIDTH)
+        Shape(width=16, layers=1, heads=2, feed_forward=16, group=4, neighbors=4, backbone_width=48)
     ).eval()
     model.load_state_dict(weights)
-    ours = tiny_export.answers(tmp_path, features)
-    gallery = Table(tmp_path / "gallery")
+    ours = exports.candidates(tmp_path / "export", exports.photos())
+    gallery = Table(tmp_path / "export" / "gallery")
     near = torch.tensor(gallery.embeddings(ours["rows"]).astype(np.float32))
     tokens = torch.tensor(CellScheme(20, 4).from_stored(gallery.tokens(ours["rows"]), None))
     with torch.no_grad():

@@ -8,31 +8,36 @@ import os
 import subprocess
 from pathlib import Path
 
-import numpy as np
 import pytest
+from PIL import Image
 
-from benchmarks.export import RUN, WITHOUT
-from tests import tiny_export
+from geotoken_jax import GeoToken
+from tests import exports
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENTS = {"onnx": ".onnx", "savedmodel": ".tensorflow"}
 
 
-@pytest.mark.parametrize("form", [tiny_export.OURS, {}], ids=["ours", "paper"])
+@pytest.fixture(scope="module", params=[exports.of_channels, exports.of_samples], ids=["reranker", "samples"])
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made")
+    exports.write(folder / "export", request.param, program=True)
+    (folder / "photos").mkdir()
+    for i, photo in enumerate(exports.photos()):
+        Image.fromarray(photo).save(folder / "photos" / f"{i:02}.png")
+    return folder
+
+
 @pytest.mark.parametrize("target", ENVIRONMENTS)
-def test_a_target_answers_as_the_package(tmp_path: Path, target: str, form: dict):
-    folder = ENVIRONMENTS[target]
-    python = ROOT / folder / "bin" / "python"
+def test_a_target_answers_as_the_package(made: Path, target: str):
+    python = ROOT / ENVIRONMENTS[target] / "bin" / "python"
     if not python.exists():
-        pytest.skip(f"{folder} is not there: make test-targets makes it")
-    features = tiny_export.write(tmp_path, form)[:11]  # batches of 8 and of 4, of which one only fills up
-    np.save(tmp_path / "features.npy", features)
+        pytest.skip(f"{ENVIRONMENTS[target]} is not there: make test-targets makes it")
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    command = [python, "-m", "geotoken_jax.cli", "export", f"--from={tmp_path}", f"--target={target}"]
+    export = made / "export"
+    command = [python, "-m", "geotoken_jax.cli", "export", f"--from={export}", f"--target={target}"]
     subprocess.run(command, check=True, env=environ, timeout=600)
-    run = [python, "-I", "-c", RUN, WITHOUT[target], *(tmp_path / name for name in ("standalone.py", "features.npy"))]
-    done = subprocess.run(
-        [*run, tmp_path / "targets" / target], check=True, stdout=subprocess.PIPE, text=True, timeout=600
-    )
-    told = [json.loads(line) for line in done.stdout.splitlines()]
-    tiny_export.compare(told, tiny_export.answers(tmp_path, features), within=1e-3)
+    run = [python, "-I", export / "standalone.py", "--json", f"--target={export / 'targets' / target}", made / "photos"]
+    done = subprocess.run(run, check=True, stdout=subprocess.PIPE, text=True, timeout=600)
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    exports.compare(found, GeoToken.load(export).predict(exports.photos()))

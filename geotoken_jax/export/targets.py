@@ -11,10 +11,13 @@ from etils import epath
 from geotoken_jax import manifests
 from geotoken_jax.settings import SettingsError
 
-#: Name of a target -> module of interop/ that converts to it, and packages that must be installed for it.
+#: Name of a target -> module of export/ that converts to it, and packages that must be installed for it.
 TARGETS = {
     "onnx": ("onnx", "jax2onnx==0.17.1 onnxruntime==1.32.0 array_record==0.8.6 ml_collections pillow safetensors tqdm"),
-    "savedmodel": ("savedmodel", "tensorflow-cpu==2.21.0 jax==0.10.2 etils safetensors tqdm"),
+    "savedmodel": (
+        "savedmodel",
+        "tensorflow-cpu==2.21.0 jax==0.10.2 etils jaxtyping ml_collections pillow safetensors tqdm",
+    ),
     "pytorch": ("pytorch", "geotoken-jax"),
 }
 
@@ -33,7 +36,7 @@ def make(folder: epath.PathLike, name: str) -> epath.Path:
     export_format.read_format(folder)
     module, packages = TARGETS[name]
     try:
-        target = importlib.import_module(f"geotoken_jax.interop.{module}")
+        target = importlib.import_module(f"geotoken_jax.export.{module}")
     except ModuleNotFoundError as error:
         raise SettingsError(
             f"--target={name} needs {error.name}: in a separate environment, run `pip install {packages}`, and "

@@ -1,13 +1,13 @@
-"""Compares predictions of an export that runs without this package with predictions of the package.
+"""Compares the answers and the costs of an export in each runtime with those of the package.
 
-Three runtimes are measured, each in a new virtual environment: jax with flatbuffers, onnxruntime, and TensorFlow (for
-PyTorch see tests/interop/test_torch.py). Both sides start from the backbone's features of a split's photos, and search
-the gallery exactly.
+The runtimes are the package itself, and standalone.py with jax, with onnxruntime and with TensorFlow. Each of the last
+three runs in a new virtual environment without the package. All read the same image files, the photos of a split, and
+search the gallery exactly.
 
-Prints one JSON object with three figures per runtime: the number of photos whose candidates have the same tokens on
-both sides and, for these photos, the largest difference of coordinates (degrees) and of log-probabilities (nats). The
-number of photos for which ScaNN finds the same neighbors as exact search is printed too. For the demo's export this
-takes half an hour on two cores.
+Prints one JSON object. For each runtime it has the number of photos with the package's answer (the place within 1e-4
+degrees, both radii within 1 %, and each probability within 0.01), the shares of photos within the five distances of the
+truth, the seconds from the start to the first answer, photos per second one by one and in lists of 64, the peak of the
+memory, and the size on disk. With all 3,000 photos of the demo this takes an hour on two cores.
 """
 
 import argparse
@@ -16,90 +16,110 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
-from geotoken_jax import manifests, records
-from geotoken_jax.align.heads import embeddings
-from geotoken_jax.data.join import neighbors
+from configs import common
+from geotoken_jax import GeoToken, settings
 from geotoken_jax.export.targets import TARGETS
 from geotoken_jax.gallery import index
-from geotoken_jax.gallery.neighbors import search_neighbors
-from geotoken_jax.gallery.table import Table, index_vectors
-from geotoken_jax.predict import bundle, predictor
+from geotoken_jax.gallery.table import IndexVectors, Table
+from geotoken_jax.geo.distance import THRESHOLDS_KM, great_circle_km
+from geotoken_jax.workdir import Workdir
 
 _ROOT = Path(__file__).parents[1]
-#: Program that runs another program and forbids it to import some packages. Its first argument lists the packages,
-#: separated by commas.
-RUN = """
-import runpy, sys
-sys.modules.update(dict.fromkeys(sys.argv.pop(1).split(",")))
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+#: Largest differences of an answer that counts as the package's: degrees, share of a radius, probability.
+_DEGREES, _RADIUS, _PROBABILITY = 1e-4, 0.01, 0.01
+#: Photos that are timed one by one, and in each of the lists that are timed.
+_SINGLE, _LIST = 16, 64
 #: Runtime -> packages that it must not import. ml_dtypes is a dependency of TensorFlow.
-WITHOUT = {
-    "jax": "geotoken_jax,flax",
-    "onnx": "geotoken_jax,flax,jax,jaxlib,ml_dtypes",
-    "savedmodel": "geotoken_jax,flax,jax,jaxlib",
+_WITHOUT = {
+    "jax": ("geotoken_jax", "flax"),
+    "onnx": ("geotoken_jax", "flax", "jax", "jaxlib", "ml_dtypes"),
+    "savedmodel": ("geotoken_jax", "flax", "jax", "jaxlib"),
 }
+#: Program that answers all photos of a list of files. Its argument is a JSON object.
+_RUN = """
+import json, resource, sys, time
+begin, options = time.perf_counter(), json.loads(sys.argv[1])
+sys.modules.update(dict.fromkeys(options["without"]))
+files = options["files"]
+if options["runtime"] == "package":
+    from benchmarks.export import ours
+    predict = ours(options["export"])
+else:
+    sys.path.insert(0, options["export"])
+    from standalone import Model
+    predict = Model(options["export"], options["target"]).predict
+predict(files[:1])
+seconds = {"first_answer_s": time.perf_counter() - begin}
+def rate(lists):
+    predict(lists[0])
+    begin = time.perf_counter()
+    for photos in lists:
+        predict(photos)
+    return sum(map(len, lists)) / (time.perf_counter() - begin)
+single, many = options["sizes"]
+seconds["photos_per_second_1"] = rate([[file] for file in files[:single]])
+seconds["photos_per_second_64"] = rate([files[:many], files[-many:]])
+with open(options["out"], "w") as out:
+    for first in range(0, len(files), many):
+        for answer in predict(files[first : first + many]):
+            out.write(json.dumps(answer) + "\\n")
+seconds["memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+print(json.dumps(seconds))
+"""
 
 
-class _Rows:
-    """Index vectors of a gallery, computed when they are read."""
-
-    def __init__(self, gallery: Table):
-        self._gallery = gallery
-
-    def __len__(self) -> int:
-        return len(self._gallery)
-
-    def __getitem__(self, rows: Any) -> np.ndarray:
-        return index_vectors(self._gallery.embeddings(rows))
-
-
-def ours(folder: Path, features: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns the package's candidates of all photos, with neighbors by exact search and by ScaNN."""
-    model = predictor.GeoToken.load(folder)
-    decoder, gallery = model._answerer.decoder, model._gallery
-    vectors = embeddings(model._aligned, features)
-    queries = index_vectors(vectors)
-    rows, scores = index.exact(_Rows(gallery), queries, decoder.neighbors)
-    parts = []
-    for first in range(0, len(features), model.batch_size):
-        part = slice(first, first + model.batch_size)
-        batch = {"query": vectors[part], **neighbors(gallery, rows[part], decoder.cells)}
-        pool = decoder(batch, rows[part], scores[part], np.zeros(len(rows[part]), np.int64))
-        parts.append({**pool.candidates._asdict(), "coordinates": pool.coordinates})
-    arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    approximate, _ = search_neighbors(model._index, queries, decoder.neighbors)
-    return {**arrays, "rows": rows, "scann_rows": approximate, "ids": gallery.ids(rows)}
+def ours(folder: str) -> Any:
+    """Returns a function from files to the package's answers, with exact search, as standalone.py writes them."""
+    model = GeoToken.load(folder)
+    config: Any = common.get_config()
+    options = {**config.index.search, "kind": "exact", "reorder_dtype": "float32"}
+    made = epath.Path(tempfile.mkdtemp())  # removed by `measure` with its scratch folder, as TMPDIR
+    gallery = IndexVectors(Table(epath.Path(folder) / "gallery"))
+    model._index = index.build(gallery, settings.read(index.IndexSettings, options, "index.search"), made)
+    return lambda files: [
+        {
+            "latitude": p.latitude,
+            "longitude": p.longitude,
+            "radius_km": p.radius_km,
+            "radius_90_km": p.radius_90_km,
+            "within": p.within,
+        }
+        for p in model.predict(files)
+    ]
 
 
-def compare(answers: Path, wanted: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Returns how the answers of standalone.py differ from the answers of the package."""
-    lines = [json.loads(line) for line in answers.read_text().splitlines()]
-    tokens = np.array([[c["tokens"] for c in answer["candidates"]] for answer in lines])
-    coordinates = np.array([[(c["latitude"], c["longitude"]) for c in answer["candidates"]] for answer in lines])
-    log_p = np.array([[c["log_probability"] for c in answer["candidates"]] for answer in lines])
-    neighbor_ids = np.array([[n["id"].encode() for n in answer["neighbors"]] for answer in lines])
-    chosen = np.array([answer["tokens"] for answer in lines])
-    best = wanted["tempered_log_probability"].argmax(1)
-    choice = wanted["tokens"][np.arange(len(best)), best]
-    same = (tokens == wanted["tokens"]).all((1, 2))
-    log_p_difference = np.abs(log_p - wanted["log_probability"])[same]
+def _numbers(answers: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns places [n, 2], radii [n, 2] and probabilities [n, 5] of answers."""
+    return (
+        np.array([(a["latitude"], a["longitude"]) for a in answers]),
+        np.array([(a["radius_km"], a["radius_90_km"]) for a in answers]),
+        np.array([list(a["within"].values()) for a in answers]),
+    )
+
+
+def compare(found: Sequence[dict[str, Any]], wanted: Sequence[dict[str, Any]], truth: np.ndarray) -> dict[str, Any]:
+    """Returns how answers differ from the package's, and their accuracy. truth: [n, 2], in degrees."""
+    (place, radius, within), (own_place, own_radius, own_within) = _numbers(found), _numbers(wanted)
+    turn = np.abs(place - own_place)
+    same_place = (np.minimum(turn, 360 - turn) <= _DEGREES).all(1)
+    same_radius = (np.abs(radius - own_radius) <= _RADIUS * own_radius).all(1)
+    same_within = (np.abs(within - own_within) <= _PROBABILITY).all(1)
+    km = np.asarray(great_circle_km(*place.T, *truth.T))
     return {
-        "photos": len(lines),
-        "same_neighbors": int((neighbor_ids == wanted["ids"]).all(1).sum()),
-        "same_tokens": int(same.sum()),
-        "same_candidates": float((tokens == wanted["tokens"]).all(2).mean()),
-        "same_answer": int((chosen == choice).all(1).sum()),
-        "coordinates": float(np.abs(coordinates - wanted["coordinates"])[same].max()),
-        "log_probability": float(log_p_difference.max()),
+        "photos": len(found),
+        "same_place": int(same_place.sum()),
+        "same_radii": int(same_radius.sum()),
+        "same_within": int(same_within.sum()),
+        "others": np.flatnonzero(~(same_place & same_radius & same_within)).tolist(),
+        "accuracy": [round(float((km <= limit).mean()), 6) for limit in THRESHOLDS_KM],
     }
 
 
@@ -111,41 +131,57 @@ def environment(path: Path, packages: str) -> str:
     return str(path / "bin/python")
 
 
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Returns the figures of every requested runtime."""
-    folder, scratch = Path(options.export or Path(options.workdir) / "export"), Path(options.scratch)
-    source = Path(options.workdir)
-    layout = records.feature_layout(manifests.read_manifest(source, "features").facts["width"])
-    stored = records.Records(source / "features", options.split, layout)
-    photos = min(options.photos, len(stored))
-    features = stored[np.arange(photos)]["image"].astype(np.float32)
-    np.save(scratch / "features.npy", features)
-    begin = time.perf_counter()
-    wanted = ours(folder, features)
-    figures: dict[str, Any] = {
-        "split": options.split,
-        "sums": bundle.sha256(folder / bundle.SUMS),
-        "same_neighbors_by_scann": int((wanted["rows"] == wanted["scann_rows"]).all(1).sum()),
-        "share_of_neighbors_by_scann": index.recall(wanted["scann_rows"], wanted["rows"]),
-        "package_seconds": time.perf_counter() - begin,
-    }
-    versions = f"jax=={jax.__version__} jaxlib=={jax.__version__} numpy=={np.__version__} flatbuffers"
-    packages = {"jax": versions, **{name: TARGETS[name][1] for name in TARGETS if name != "pytorch"}}
-    for name in options.runtime:
-        python = environment(scratch / name, packages[name])
-        target = []
-        if name != "jax":
-            environ = {**os.environ, "PYTHONPATH": str(_ROOT), "JAX_PLATFORMS": "cpu"}
-            command = ["-m", "geotoken_jax.cli", "export", f"--from={folder}", f"--target={name}"]
-            subprocess.run([python, *command], env=environ, check=True)
-            target = [folder / "targets" / name]
-        answers, begin = scratch / f"{name}.jsonl", time.perf_counter()
-        with answers.open("w") as file:
-            run = [python, "-I", "-c", RUN, WITHOUT[name], folder / "standalone.py", scratch / "features.npy", *target]
-            subprocess.run(run, stdout=file, check=True)
-        figures[name] = {**compare(answers, wanted), "seconds": time.perf_counter() - begin}
-        print(json.dumps({name: figures[name]}), file=sys.stderr)
+    workdir, scratch = Workdir(epath.Path(options.workdir)), Path(options.scratch)
+    export = Path(options.export or Path(options.workdir) / "export").absolute()
+    photos = workdir.photos(options.split)
+    n = min(options.photos, len(photos))
+    (scratch / "photos").mkdir(parents=True, exist_ok=True)
+    files, truth = [], np.zeros((n, 2))
+    for i in range(n):
+        record = photos[i]
+        files.append(str(scratch / "photos" / f"{i:06}.jpg"))
+        Path(files[-1]).write_bytes(record["image"])
+        truth[i] = record["latitude"], record["longitude"]
+    versions = f"jax=={jax.__version__} numpy=={np.__version__} flatbuffers pillow"
+    packages = {"jax": versions, **{name: TARGETS[name][1] for name in _WITHOUT if name != "jax"}}
+    figures: dict[str, Any] = {"split": options.split}
+    answers: dict[str, list[dict[str, Any]]] = {}
+    for name in ("package", *options.runtime):
+        environ = {**os.environ, "JAX_PLATFORMS": "cpu", "TMPDIR": str(scratch)}
+        python, target, size = sys.executable, None, _size(export) - _size(export / "targets")
+        if name != "package":
+            python = options.python.get(name) or environment(scratch / name, packages[name])
+        if name in ("onnx", "savedmodel"):
+            command = ["-m", "geotoken_jax.cli", "export", f"--from={export}", f"--target={name}"]
+            subprocess.run([python, *command], env={**environ, "PYTHONPATH": str(_ROOT)}, check=True)
+            target, size = str(export / "targets" / name), _size(export / "targets" / name)
+        told = {
+            "runtime": name, "without": _WITHOUT.get(name, ()), "files": files, "export": str(export),
+            "target": target, "sizes": (_SINGLE, _LIST), "out": str(scratch / f"{name}.jsonl"),
+        }  # fmt: skip
+        request = scratch / "request.json"
+        request.write_text(json.dumps(told))
+        program = _RUN.replace("json.loads(sys.argv[1])", "json.load(open(sys.argv[1]))")
+        isolated = [] if name == "package" else ["-I"]
+        run = subprocess.run(
+            [python, *isolated, "-c", program, request], env=environ, check=True, stdout=subprocess.PIPE, cwd=_ROOT
+        )
+        answers[name] = [json.loads(line) for line in Path(told["out"]).read_text().splitlines()]
+        costs = json.loads(run.stdout.splitlines()[-1])
+        figures[name] = {**compare(answers[name], answers["package"], truth), **costs, "size_mb": size / 1e6}
+        print(json.dumps({name: figures[name]}), file=sys.stderr, flush=True)
     return figures
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, _, python = text.partition("=")
+    return name, python
 
 
 def main() -> None:
@@ -155,14 +191,17 @@ def main() -> None:
     parser.add_argument("--export", help="folder of the export (default: export/ in the work directory)")
     parser.add_argument("--split", default="test")
     parser.add_argument("--photos", type=int, default=1 << 30, help="number of photos, the first ones (default: all)")
-    parser.add_argument("--runtime", action="append", choices=tuple(WITHOUT), help="default: all three")
+    parser.add_argument("--runtime", action="append", choices=tuple(_WITHOUT), help="default: all three")
     parser.add_argument(
-        "--scratch", help="folder for environments and answers, which stay there (default: a temporary folder)"
+        "--python", action="append", type=_pair, default=[], help="RUNTIME=PYTHON of an environment that exists"
+    )
+    parser.add_argument(
+        "--scratch", help="folder for environments, photos and answers, which stay there (default: a temporary folder)"
     )
     options = parser.parse_args()
-    options.runtime = options.runtime or list(WITHOUT)
+    options.runtime, options.python = options.runtime or list(_WITHOUT), dict(options.python)
     with tempfile.TemporaryDirectory() as temporary:
-        options.scratch = options.scratch or temporary
+        options.scratch = os.path.abspath(options.scratch or temporary)
         print(json.dumps(measure(options)))
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 try:
     from etils import epath
 
-    from geotoken_jax.errors import UserError
+    from geotoken_jax.errors import UserError  # pyright: ignore[reportAssignmentType]
     from geotoken_jax.settings import SettingsError
 except ImportError:  # beside standalone.py
     epath, SettingsError = pathlib, ValueError  # pyright: ignore[reportAssignmentType]

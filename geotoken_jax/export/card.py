@@ -20,13 +20,6 @@ _UNSTATED = {
     "citation": "",
 }
 
-#: Section of the card about standalone.py.
-_STANDALONE = """
-Without the package: `pip install jax flatbuffers`, then `python standalone.py FEATURES.npy > answers.jsonl`; its
-docstring describes the input and the differences from `GeoToken.load`.
-"""
-
-
 def write(
     folder: epath.Path, workdir: Workdir, config: Config, variant: str, reference: Mapping[str, Any] | None, cost: Any
 ) -> None:
@@ -106,7 +99,7 @@ def _card(
 ) -> str:
     trained, photos, metrics = workdir.manifest(f"geotoken/{variant}"), workdir.manifest("photos"), workdir.metrics()
     label, scores = config.evaluate.labels.get(variant, variant), _main_scores(metrics, variant)
-    standalone = _STANDALONE if (folder / "standalone.py").exists() else ""
+    standalone = _standalone(folder) if (folder / "standalone.py").exists() else ""
     tower = "none, the model reads thumbnails of the photos"
     if reference:
         tower = reference["name"] + (" (included)" if (folder / "backbone").exists() else " (not included)")
@@ -154,6 +147,33 @@ Percentage of photos with an error of {limit} each distance, with the 95 % inter
 {cite}
 `provenance.json` lists the SHA-256 of the manifests of all folders that this export was made from. `SHA256SUMS` lists
 the SHA-256 of the files in this folder. `GeoToken.load` checks parameters and settings, with `verify=True` all files.
+"""
+
+
+def _standalone(folder: epath.Path) -> str:
+    """Returns the section about standalone.py and the program that it runs, from signature.json."""
+    signature = json.loads((folder / "signature.json").read_text())
+    photos = signature["photos"]
+    rows = [
+        (f"`{name}`", " x ".join(map(str, one["shape"])), one["type"], one["meaning"].partition("] ")[2])
+        for name, one in signature["outputs"].items()
+    ]
+    return f"""
+Without the package, with jax, numpy, pillow and flatbuffers:
+
+```
+pip install -r standalone-requirements.txt
+python standalone.py photo.jpg folder/
+```
+
+`program.stablehlo` is the program that standalone.py runs, for {", ".join(signature["platforms"])}. Its input is
+`{photos["name"]}`, {" x ".join(map(str, photos["shape"]))} {photos["type"]}, for B photos. Its arguments are the
+parameters in `program.safetensors`, the gallery's arrays, and the photos. `signature.json` lists all of them. The
+outputs:
+
+| output | shape | type | meaning |
+|---|---|---|---|
+{_rows(rows)}
 """
 
 

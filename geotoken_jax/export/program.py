@@ -257,7 +257,8 @@ class _Answering:
             return scores, jnp.take_along_axis(rows, at, 1)
 
         none = jnp.full((queries.shape[0], kept), -jnp.inf), jnp.full((queries.shape[0], kept), -1, jnp.int32)
-        return _padded(*_over_blocks(merge, none, total), k)
+        scores, rows = _over_blocks(merge, none, total)
+        return _padded(scores, rows, k)
 
     def _products(self, channel: str, queries: jax.Array, first: Any, size: int) -> jax.Array:
         """Returns the inner products [b, size] of queries with a block of a channel's vectors."""

@@ -109,7 +109,8 @@ def pool_predictions(pool: Pool, chosen: Mapping[str, Choice], choice: str) -> l
         ]
         position = np.argsort(order)[inverse.reshape(-1)]  # candidate's index in the pool -> its index in `listed`
         choices = {
-            name: int(position[index[i]]) if index.ndim == 1 else rounded(index[i]) for name, index in points.items()
+            name: int(position[index[i]]) if index.ndim == 1 else rounded(np.asarray(index[i]))
+            for name, index in points.items()
         }
         best = choices[choice]
         at = (listed[best].latitude, listed[best].longitude) if isinstance(best, int) else best

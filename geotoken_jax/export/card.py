@@ -20,6 +20,7 @@ _UNSTATED = {
     "citation": "",
 }
 
+
 def write(
     folder: epath.Path, workdir: Workdir, config: Config, variant: str, reference: Mapping[str, Any] | None, cost: Any
 ) -> None:

@@ -16,6 +16,8 @@ from jaxlib.mlir.dialects import stablehlo
 
 from geotoken_jax.export import standalone
 
+#: Number of a filter in Pillow -> its name in tf.image.resize.
+_METHODS = {0: "nearest", 1: "lanczos3", 2: "bilinear", 3: "bicubic"}
 _README = """# TensorFlow
 
 With TensorFlow, numpy and pillow alone, from the folder of the export:
@@ -23,8 +25,12 @@ With TensorFlow, numpy and pillow alone, from the folder of the export:
     python standalone.py --target=targets/savedmodel PHOTOS...
 
 `program/` is a SavedModel whose signature `serving_default` maps any number of photos to answers. ../../signature.json
-lists its input and outputs. It contains the program of program.stablehlo with its parameters and the gallery, as an XLA
-program, so serving needs a runtime with XLA, such as TensorFlow.
+lists its input and outputs. The signature `encoded` has the same outputs. Its input `encoded` is a vector of the bytes
+of JPEG, PNG, GIF or BMP files. TensorFlow decodes and resizes them, so its pixels differ slightly from those of
+standalone.py, and it does not turn photos as their EXIF data says.
+
+`program/` contains the program of program.stablehlo with its parameters and the gallery, as an XLA program, so serving
+needs a runtime with XLA, such as TensorFlow.
 """
 
 
@@ -47,13 +53,47 @@ def make(folder: epath.Path, out: epath.Path) -> str:
         native_serialization_platforms=program.platforms,
         with_gradient=False,
     )
-    name = standalone.signature(source)["photos"]["name"]
-    spec = tf.TensorSpec((None, *photos.shape[1:]), tf.as_dtype(photos.dtype), name)
-    function = tf.function(
-        lambda photos: call(*map(dict, module.arguments), photos), autograph=False, input_signature=[spec]
-    )
-    tf.saved_model.save(module, str(out / "program"), signatures=function)
+
+    def answer(photos: tf.Tensor) -> dict[str, tf.Tensor]:
+        return call(*map(dict, module.arguments), photos)
+
+    signature = standalone.signature(source)
+    spec = tf.TensorSpec((None, *photos.shape[1:]), tf.as_dtype(photos.dtype), signature["photos"]["name"])
+    functions = {"serving_default": tf.function(answer, autograph=False, input_signature=[spec])}
+    if signature["prepare"]:
+        pixels = tf.TensorSpec(photos.shape[1:], tf.uint8)
+
+        def decoded(encoded: tf.Tensor) -> dict[str, tf.Tensor]:
+            return answer(
+                tf.map_fn(lambda one: _prepared(one, signature["prepare"]), encoded, fn_output_signature=pixels)
+            )
+
+        spec = tf.TensorSpec((None,), tf.string, "encoded")
+        functions["encoded"] = tf.function(decoded, autograph=False, input_signature=[spec])
+    tf.saved_model.save(module, str(out / "program"), signatures=functions)
     return _README
+
+
+def _prepared(encoded: tf.Tensor, how: dict[str, Any]) -> tf.Tensor:
+    """Returns the pixels [h, w, 3] uint8 of the bytes of an image file. TensorFlow does what preprocess.prepare does."""
+    image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
+    size, side = tf.shape(image)[:2], how["side"]
+    shorter = tf.reduce_min(size)
+    if how["kind"] == "square":
+        image = _cropped(image, shorter)
+        wanted, method = (side, side), "bicubic"
+    else:
+        wanted, method = (side, side), _METHODS[how["resample"]]
+        if how["shortest"]:
+            wanted = tf.maximum(how["shortest"], how["shortest"] * size // shorter)
+    image = tf.image.resize(image, wanted, method, antialias=True)
+    image = tf.ensure_shape(_cropped(image, side), (side, side, 3))
+    return tf.cast(tf.round(tf.clip_by_value(image, 0, 255)), tf.uint8)
+
+
+def _cropped(image: tf.Tensor, side: Any) -> tf.Tensor:
+    top, left = tf.unstack((tf.shape(image)[:2] - side) // 2)
+    return image[top : top + side, left : left + side]
 
 
 def _for_older_readers(program: export.Exported) -> export.Exported:

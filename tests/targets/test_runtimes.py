@@ -41,3 +41,25 @@ def test_a_target_answers_as_the_package(made: Path, target: str):
     done = subprocess.run(run, check=True, stdout=subprocess.PIPE, text=True, timeout=600)
     found = [json.loads(line) for line in done.stdout.splitlines()]
     exports.compare(found, GeoToken.load(export).predict(exports.photos()))
+    if target == "savedmodel":
+        run = [python, "-c", ENCODED, export, made / "photos"]
+        done = subprocess.run(run, check=True, env=environ, stdout=subprocess.PIPE, text=True, timeout=600)
+        shape, difference = json.loads(done.stdout)
+        assert shape == [len(exports.photos()), 2]
+        assert difference < 12  # of 255, in photos of noise: TensorFlow crops half a pixel beside
+
+
+#: Prints the shape of the answers to encoded photos, and the largest difference of their pixels from standalone.py's.
+ENCODED = """
+import json, pathlib, sys
+import numpy as np, tensorflow as tf
+from geotoken_jax.export import savedmodel, standalone
+export, photos = map(pathlib.Path, sys.argv[1:])
+call = tf.saved_model.load(str(export / "targets" / "savedmodel" / "program")).signatures["encoded"]
+files = sorted(photos.iterdir())
+found = call(encoded=tf.constant([file.read_bytes() for file in files]))["coordinates"]
+how = standalone.signature(export)["prepare"]
+own = [standalone.preprocess.prepare(str(file), how) for file in files]
+pixels = zip([savedmodel._prepared(file.read_bytes(), how).numpy() for file in files], own)
+print(json.dumps([list(found.shape), max(int(np.abs(a.astype(int) - b).max()) for a, b in pixels)]))
+"""

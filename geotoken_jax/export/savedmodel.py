@@ -75,7 +75,7 @@ def make(folder: epath.Path, out: epath.Path) -> str:
 
 
 def _prepared(encoded: tf.Tensor, how: dict[str, Any]) -> tf.Tensor:
-    """Returns the pixels [h, w, 3] uint8 of the bytes of an image file. TensorFlow does what preprocess.prepare does."""
+    """Returns the pixels [h, w, 3] uint8 of the bytes of an image file. See preprocess.prepare."""
     image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
     size, side = tf.shape(image)[:2], how["side"]
     shorter = tf.reduce_min(size)

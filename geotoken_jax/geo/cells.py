@@ -440,7 +440,10 @@ def _choose(number, choices: Sequence[Any], xp: ModuleType):
     """Returns, per element, the array of `choices` that `number` selects. jax.numpy.choose needs known shapes."""
     if xp is np:
         return np.choose(number, choices, mode="clip")
-    return xp.select([number == k for k in range(len(choices) - 1)], choices[:-1], choices[-1])
+    chosen = choices[-1]
+    for k, choice in enumerate(choices[:-1]):
+        chosen = xp.where(number == k, choice, chosen)
+    return chosen
 
 
 def _degrees(face, s, t, xp: ModuleType) -> tuple[Any, Any]:

@@ -64,7 +64,7 @@ def test_two_processes_train_as_one_and_one_goes_on_alone(tmp_path, one_device):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("where", ["host", "replicated", "sharded"])
+@pytest.mark.parametrize("where", ["host", "sharded"])
 @pytest.mark.parametrize(
     "processes, devices, mesh, order",
     [

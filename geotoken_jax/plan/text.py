@@ -119,12 +119,23 @@ def document(config: Config, command: str, rows: int, quick: bool = False) -> st
 
     training = plans(TRAINING, "train", 2)
     sections = [
-        _INTRODUCTION.format(command=command, date=datetime.date.today(), rows=rows),
+        _INTRODUCTION.format(command=command, date=datetime.date.today(), rows=rows) + _attention_note(config),
         f"## Training, group 2\n\n{_advice(training)}\n\n{_markdown(training)}\n",
         f"## Training, group 1\n\n{_markdown(plans(GROUP_1, 'train', 1))}\n",
         *(f"## {title}\n\n{_markdown(plans(OTHERS, name, 2))}\n" for name, title in _OTHER_TITLES.items()),
     ]
     return "\n".join(sections)
+
+
+def _attention_note(config: Config) -> str:
+    """Returns a paragraph if the decoder drops attention weights, which fused attention kernels cannot do."""
+    rate = config.model.attention_dropout
+    if not rate:
+        return ""
+    return f"""
+**Training computes attention without a fused kernel**, because `config.model.attention_dropout` is {rate}, as in the
+paper. With `--config.model.attention_dropout=0` the step is shorter ([how much](training.md#the-speed-of-a-step)).
+"""
 
 
 _OTHER_TITLES = {

@@ -13,12 +13,12 @@ from typing import Any
 import jax
 
 from configs import common
-from geotoken_jax import hlo, settings, sharding
+from geotoken_jax import settings, sharding
 from geotoken_jax.gallery import placement
 from geotoken_jax.geo.cells import CellScheme
 from geotoken_jax.model import batch
 from geotoken_jax.model.geotoken import ModelSettings
-from geotoken_jax.plan import topology, workloads
+from geotoken_jax.plan import hlo, topology, workloads
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import pytest
 
-from geotoken_jax import hlo
+from geotoken_jax.plan import hlo
 
 PROGRAM = """
 HloModule jit_step, is_scheduled=true, num_partitions=16

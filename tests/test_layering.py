@@ -34,7 +34,6 @@ RANKS = {
             "stack",
             "checkpoint",
             "chips",
-            "hlo",
             "jax_modes",
             "processes",
             "batch",

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from configs import common
-from geotoken_jax import chips, cli, configuration, hlo
+from geotoken_jax import chips, cli, configuration
 from geotoken_jax.model import flops
-from geotoken_jax.plan import planning, text, topology, workloads
+from geotoken_jax.plan import hlo, planning, text, topology, workloads
 from geotoken_jax.settings import SettingsError
 
 ROOT = pathlib.Path(__file__).parents[1]

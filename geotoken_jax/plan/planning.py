@@ -9,9 +9,9 @@ from typing import Any
 
 import jax
 
-from geotoken_jax import chips, hlo
+from geotoken_jax import chips
 from geotoken_jax.configuration import Config
-from geotoken_jax.plan import topology
+from geotoken_jax.plan import hlo, topology
 from geotoken_jax.plan.topology import Topology
 from geotoken_jax.plan.workloads import GALLERY, WORKLOADS, Workload, bytes_per_chip
 from geotoken_jax.settings import SettingsError

@@ -5,9 +5,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from geotoken_jax import hlo
 from geotoken_jax.configuration import Config
-from geotoken_jax.plan import planning, topology
+from geotoken_jax.plan import hlo, planning, topology
 
 #: Topologies of the tables in docs/scale.md: for training, for training with config.model.group = 1, and for the other
 #: workloads.

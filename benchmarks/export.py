@@ -43,10 +43,10 @@ _WITHOUT = {
     "onnx": ("geotoken_jax", "flax", "jax", "jaxlib", "ml_dtypes"),
     "savedmodel": ("geotoken_jax", "flax", "jax", "jaxlib"),
 }
-#: Program that answers all photos of a list of files. Its argument is a JSON object.
+#: Program that answers all photos of a list of files. Its argument is a JSON file.
 _RUN = """
 import json, resource, sys, time
-begin, options = time.perf_counter(), json.loads(sys.argv[1])
+begin, options = time.perf_counter(), json.load(open(sys.argv[1]))
 sys.modules.update(dict.fromkeys(options["without"]))
 files = options["files"]
 if options["runtime"] == "package":
@@ -147,7 +147,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         record = photos[i]
         files.append(str(scratch / "photos" / f"{i:06}.jpg"))
         Path(files[-1]).write_bytes(record["image"])
-        truth[i] = record["latitude"], record["longitude"]
+        truth[i] = record["coordinates"]
     versions = f"jax=={jax.__version__} numpy=={np.__version__} flatbuffers pillow"
     packages = {"jax": versions, **{name: TARGETS[name][1] for name in _WITHOUT if name != "jax"}}
     figures: dict[str, Any] = {"split": options.split}
@@ -167,10 +167,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         }  # fmt: skip
         request = scratch / "request.json"
         request.write_text(json.dumps(told))
-        program = _RUN.replace("json.loads(sys.argv[1])", "json.load(open(sys.argv[1]))")
         isolated = [] if name == "package" else ["-I"]
         run = subprocess.run(
-            [python, *isolated, "-c", program, request], env=environ, check=True, stdout=subprocess.PIPE, cwd=_ROOT
+            [python, *isolated, "-c", _RUN, request], env=environ, check=True, stdout=subprocess.PIPE, cwd=_ROOT
         )
         answers[name] = [json.loads(line) for line in Path(told["out"]).read_text().splitlines()]
         costs = json.loads(run.stdout.splitlines()[-1])

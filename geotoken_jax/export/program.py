@@ -29,7 +29,7 @@ from geotoken_jax.model.geotoken import GeoTokenModel, Memory
 from geotoken_jax.model.memory import Neighbors
 from geotoken_jax.model.reranker import Reranker, RerankerSettings
 from geotoken_jax.model.reward import RewardTask, choose
-from geotoken_jax.predict import beam, parts, rerank, sample, search
+from geotoken_jax.predict import beam, bundle, parts, rerank, sample, search
 from geotoken_jax.predict.decode import CAPACITY, CELLS
 from geotoken_jax.predict.parts import Parts
 from geotoken_jax.predict.pool import Pool
@@ -137,11 +137,9 @@ def arrays(folder: epath.PathLike) -> dict[str, np.ndarray]:
 
 def _tower(folder: epath.Path, section: Mapping[str, Any]) -> tuple[Any, dict[str, Any] | None]:
     """Returns the image tower of an export's backbone and how it prepares photos; None, None without its checkpoint."""
-    path = section["huggingface"]["path"]
-    if section["backbone"] == "huggingface":
-        if not path:
-            return None, None
-        section = {**section, "huggingface": {**section["huggingface"], "path": str(folder / path)}}
+    if section["backbone"] == "huggingface" and not section["huggingface"]["path"]:
+        return None, None
+    section = bundle.backbone(folder, section, None, None)
     from geotoken_jax import backbone  # its imports take a second
 
     made: Any = backbone.make(settings.read(BackboneSettings, section, "backbone"))

@@ -5,7 +5,6 @@ program.safetensors.
 """
 
 import contextlib
-import functools
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -36,18 +35,22 @@ def write(folder: epath.Path) -> None:
     """
     program = programs.load(folder)
     checkpoint.write_parameters(folder / "program.safetensors", nnx.to_pure_dict(nnx.state(program.model)))
-    write_bytes(folder / "program.stablehlo", serialized(program))
-    write_json(folder / "signature.json", signature(program))
+    exported = lowered(program)
+    write_bytes(folder / "program.stablehlo", bytes(exported.serialize()))
+    write_json(folder / "signature.json", signature(program, exported))
     for module in (standalone, preprocess):
         source = pathlib.Path(module.__file__ or "")
         write_bytes(folder / source.name, source.read_bytes())
     write_bytes(folder / "standalone-requirements.txt", _REQUIREMENTS.encode())
 
 
-def signature(program: Program) -> dict[str, Any]:
-    """Returns the contents of signature.json: inputs and outputs of the program, and how photos are prepared."""
+def signature(program: Program, exported: export.Exported) -> dict[str, Any]:
+    """Returns the contents of signature.json: inputs and outputs of the program, and how photos are prepared.
+
+    exported: result of `lowered`.
+    """
     name, photo = program.photo
-    outputs = jax.eval_shape(functools.partial(program.run, program.model), program.gallery, program.photos())
+    outputs = jax.tree.unflatten(exported.out_tree, exported.out_avals)
 
     def plain(one: Any) -> dict[str, Any]:
         return {"shape": [d if isinstance(d, int) else "B" for d in one.shape], "type": one.dtype.name}
@@ -61,8 +64,8 @@ def signature(program: Program) -> dict[str, Any]:
     }
 
 
-def serialized(program: Program) -> bytes:
-    """Returns the serialized program (parameters, gallery, photos) -> outputs; the first two are dicts of arrays."""
+def lowered(program: Program) -> export.Exported:
+    """Returns the program (parameters, gallery, photos) -> outputs for PLATFORMS; all but photos are dicts."""
     graph, state = nnx.split(program.model)
     flat = [("/".join(map(str, key)), key, variable) for key, variable in nnx.to_flat_state(state)]
 
@@ -72,8 +75,7 @@ def serialized(program: Program) -> bytes:
 
     parameters = {name: jax.ShapeDtypeStruct(variable.shape, variable.dtype) for name, _, variable in flat}
     with _without_source_locations():
-        lowered = export.export(jax.jit(run), platforms=PLATFORMS)(parameters, program.gallery, program.photos())
-        return bytes(lowered.serialize())
+        return export.export(jax.jit(run), platforms=PLATFORMS)(parameters, program.gallery, program.photos())
 
 
 @contextlib.contextmanager

@@ -140,7 +140,9 @@ class Calibration:
 
     def adjusted(self, distribution: "PlaceDistribution") -> "PlaceDistribution":
         """Returns the distribution with `temperature` and `elsewhere` applied."""
-        xp = _namespace(distribution.probability)
+        from geotoken_jax.geo.distance import namespace
+
+        xp: Any = namespace(distribution.probability)
         inside = xp.clip(distribution.probability.sum(1, keepdims=True), 0, 1 - _ELSEWHERE)
         inside = inside / (inside + self.elsewhere * (1 - inside))
         most = xp.maximum(distribution.probability.max(1, keepdims=True, initial=0), _LEAST)
@@ -198,15 +200,6 @@ def _blocks(b: int) -> list[slice]:
     return [slice(first, first + _BLOCK) for first in range(0, b, _BLOCK)]
 
 
-def _namespace(values: Any) -> Any:
-    """Returns numpy for a numpy array, else jax.numpy."""
-    if isinstance(values, np.ndarray):
-        return np
-    import jax.numpy as jnp
-
-    return jnp
-
-
 class Discs:
     """The cells of b photos as discs, with each disc's distance from the photo's answer.
 
@@ -215,9 +208,11 @@ class Discs:
 
     def __init__(self, distribution: "PlaceDistribution", at: Any):
         """at: answers [b, 2], in degrees."""
-        from geotoken_jax.geo.distance import EARTH_RADIUS_KM, great_circle_km
+        from geotoken_jax.geo.distance import EARTH_RADIUS_KM, great_circle_km, namespace
+        from geotoken_jax.predict.pool import disc_km
 
-        self._xp = xp = _namespace(distribution.probability)
+        xp: Any = namespace(distribution.probability)
+        self._xp = xp
         whole = distribution.level < 0
         places = distribution.coordinates
         away = great_circle_km(places[..., 0], places[..., 1], at[:, :1], at[:, 1:])
@@ -226,9 +221,8 @@ class Discs:
         self._earth = EARTH_RADIUS_KM
         weight = xp.concatenate([distribution.probability, rest], 1)[:, None]
         self._weight = weight / weight.sum(-1, keepdims=True)
-        # A spherical cap of angular radius a covers sin(a / 2)^2 of the sphere.
-        share = xp.where(whole, 1.0, 4.0 ** -xp.maximum(distribution.level, 0) / 6)
-        radius = 2 * EARTH_RADIUS_KM * xp.arcsin(xp.sqrt(xp.concatenate([share, last + 1], 1)))[:, None]
+        radius = xp.where(whole, np.pi * EARTH_RADIUS_KM, disc_km(distribution.level))
+        radius = xp.concatenate([radius, last + np.pi * EARTH_RADIUS_KM], 1)[:, None]
         away = xp.concatenate([xp.where(whole, 0.0, away), last], 1)[:, None]
         self._radius = radius
         self._inner = xp.abs(away - radius)

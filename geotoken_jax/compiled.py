@@ -4,6 +4,7 @@ Loading a compiled program can run any code. For this reason exports, which may 
 compiled programs. The cache is used only if no other user can write to it.
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -12,12 +13,14 @@ import logging
 import os
 import pickle
 import platform
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.experimental import serialize_executable
+from jax.experimental.compilation_cache import compilation_cache
 
 from geotoken_jax import disk, settings
 
@@ -25,6 +28,7 @@ from geotoken_jax import disk, settings
 _VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_DEFAULT_MATMUL_PRECISION", "CUDA_VISIBLE_DEVICES")
 #: Folder of the cache. If None, programs are not stored.
 _folder: Path | None = None
+_one_at_a_time = threading.Lock()
 
 
 def keep() -> None:
@@ -75,7 +79,9 @@ def jit(function: Callable[..., Any], key: Any) -> Callable[..., Any]:
 
 
 def _compile(traced: Any, arguments: Any, file: Path) -> Callable[..., Any]:
-    program = traced.lower(*arguments).compile()
+    lowered = traced.lower(*arguments)
+    with _without_jax_cache():
+        program = lowered.compile()
     try:
         data, _, out = serialize_executable.serialize(program)
         example = jax.tree.unflatten(out, range(out.num_leaves))
@@ -84,6 +90,23 @@ def _compile(traced: Any, arguments: Any, file: Path) -> Callable[..., Any]:
     except Exception as error:  # the backend cannot serialize programs, or the disk is full: the program runs anyway
         logging.getLogger(__name__).debug("a compiled program is not kept: %s", error)
     return program
+
+
+@contextlib.contextmanager
+def _without_jax_cache() -> Iterator[None]:
+    """Switches JAX's own cache off in this process.
+
+    A program that JAX has loaded from its cache cannot be stored a second time: XLA would write a file without the
+    program's functions, and the next process would fail with "Function ... not found" (jaxlib 0.10.2).
+    """
+    with _one_at_a_time:
+        try:
+            jax.config.update("jax_enable_compilation_cache", False)
+            compilation_cache.reset_cache()  # JAX reads the setting once, and again after a reset
+            yield
+        finally:
+            jax.config.update("jax_enable_compilation_cache", True)
+            compilation_cache.reset_cache()
 
 
 def _load(file: Path, tree: Any) -> Callable[..., Any] | None:

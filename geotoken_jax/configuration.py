@@ -371,7 +371,11 @@ class Config:
         """Returns the configuration with a variant's changes applied. Raises SettingsError if the name is unknown."""
         if name not in self.variants:
             raise settings.SettingsError(f"config.variants has no {name!r}: choose one of {', '.join(self.variants)}")
-        return self.changed(self.variants[name], f"variants.{name}")
+        return self._variants[name]
+
+    @functools.cached_property
+    def _variants(self) -> dict[str, "Config"]:
+        return {name: self.changed(changes, f"variants.{name}") for name, changes in self.variants.items()}
 
     def changed(self, changes: Mapping[str, Any], place: str) -> "Config":
         """Returns the configuration with changes applied; see `settings.changed`."""
@@ -408,5 +412,5 @@ def read(config: ConfigDict) -> Config:
     }
     result = settings.read(Config, {"scaling": None, **sections, "experiments": experiments}, "")
     for name in result.variants:
-        result.variant(name)
+        result.variant(name)  # raises for values that are out of range with the variant's changes
     return result

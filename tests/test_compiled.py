@@ -1,6 +1,8 @@
 """Compiled programs in the user's cache."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,31 @@ def test_a_kept_program_is_neither_traced_nor_compiled_again(tmp_path: Path):
         file.write_bytes(b"damaged")
     assert answers({"a": 1}, traced) == [[1], [1], [1, 1]] and traced == [1, 2, 1, 2]
     assert sum(file.stat().st_size > 100 for file in files) == 2
+
+
+_LOOP = """
+import sys
+import jax, jax.numpy as jnp
+from geotoken_jax import compiled
+
+def body(x, k):
+    return jnp.tanh(x @ x.T), jax.random.normal(jax.random.key(k), x.shape).sum() + x.sum()
+
+compiled.keep()
+loop = compiled.jit(lambda x: jax.lax.scan(body, x, jnp.arange(5))[1], sys.argv[1])
+print(loop(jnp.arange(64.0).reshape(8, 8)).tolist())
+"""
+
+
+def test_a_program_with_another_key_is_stored_whole_too():
+    """An update of this package changes the key but not always the program, which is then in JAX's cache."""
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    starts = [
+        subprocess.run([sys.executable, "-c", _LOOP, key], env=environment, capture_output=True, text=True)
+        for key in ("before the update", "after the update", "after the update")
+    ]
+    assert [start.returncode for start in starts] == [0, 0, 0], starts[-1].stderr
+    assert len({start.stdout for start in starts}) == 1
 
 
 def test_a_users_own_choice_of_a_cache_stays(tmp_path: Path):

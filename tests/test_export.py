@@ -24,31 +24,35 @@ from geotoken_jax.predict import bundle
 from geotoken_jax.stages import export
 from tests import checkpoints, exports
 
+#: Kind of the tiny tower -> width of its embeddings.
+WIDTHS = {"clip": 12, "siglip": 16}
+
 
 @pytest.fixture(scope="module")
 def with_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An export with a tiny CLIP, and without search."""
     root = tmp_path_factory.mktemp("clip")
-    exports.write(root / "export", of_clip(root), program=True)
+    exports.write(root / "export", of_tower(root, "clip", exports.of_samples), program=True)
     return root / "export"
 
 
-def of_clip(root: Path) -> Callable[[Any], None]:
+def of_tower(root: Path, kind: str, further: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Returns a change of the configuration to a tiny tower with random parameters. kind: "clip" or "siglip"."""
     golden = np.load(Path(__file__).parent / "golden" / "backbones.npz")
-    tower = checkpoints.write(root / "tower", "clip", json.loads(str(golden["clip/shapes"])))
+    tower = checkpoints.write(root / "tower", kind, json.loads(str(golden[f"{kind}/shapes"])))
 
     def change(config: Any) -> None:
-        exports.of_samples(config)
+        further(config)
         config.embed.backbone, config.embed.huggingface.path = "huggingface", str(tower)
-        config.model.backbone_width = 12
+        config.model.backbone_width = WIDTHS[kind]
 
     return change
 
 
 def test_programs_answer_as_the_package(tmp_path: Path, with_clip: Path):
-    """From pixels to radii: with the reranker and an int8 gallery, and with CLIP and without search."""
-    exports.write(tmp_path / "channels", exports.of_channels, program=True)
-    for folder in (tmp_path / "channels", with_clip):
+    """From pixels to radii: with SigLIP 2, the reranker and an int8 gallery, and with CLIP and without search."""
+    exports.write(tmp_path / "siglip", of_tower(tmp_path, "siglip", exports.of_channels), program=True)
+    for folder in (tmp_path / "siglip", with_clip):
         found = standalone.Model(folder).predict(exports.photos())
         exports.compare(found, GeoToken.load(folder).predict(exports.photos()))
         assert len({(one["latitude"], one["longitude"]) for one in found}) > 1
@@ -96,7 +100,7 @@ def test_standalone_says_in_one_sentence_what_is_missing(tmp_path: Path, with_cl
 
 
 def test_an_export_without_its_tower_takes_features(tmp_path: Path):
-    change = of_clip(tmp_path)
+    change = of_tower(tmp_path, "clip", exports.of_samples)
 
     def without(config: Any) -> None:
         change(config)

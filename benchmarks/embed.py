@@ -2,7 +2,7 @@
 
 Every round times three things on pixels in memory: our tower; the same tower in the package transformers, if that can
 be imported; and a large matrix product, which shows the speed that the device can reach. After the rounds, the stage
-`embed` runs as for a user, on JPEGs as large as those of MP16-Pro. This measures the cost of decoding, and the share of
+`embed` runs as for a user, on JPEGs as large as in MP16-Pro. This measures the cost of decoding, and the share of
 time in which the tower waits for photos.
 
     PYTHONPATH=.torch .venv/bin/python -m benchmarks.embed --shape=b32

@@ -1,6 +1,6 @@
 """Measures how the stage `embed` scales over processes and decoding threads. Prints a JSON line per combination.
 
-The backbone is `thumbnail`, so nearly all time is spent on reading and decoding JPEGs. They are as large as those of
+The backbone is `thumbnail`, so nearly all time is spent on reading and decoding JPEGs. They are as large as in
 MP16-Pro. Processes divide the shards as they do on several machines. They start at the same moment, after their
 imports. If the machine has fewer cores than there are threads, the line measures the cost of too many threads.
 """

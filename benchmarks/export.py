@@ -1,4 +1,4 @@
-"""Compares the answers and the costs of an export in each runtime with those of the package.
+"""Compares the answers and the costs of an export in each runtime with the package.
 
 The runtimes are the package itself, and standalone.py with jax, with onnxruntime and with TensorFlow. Each of the last
 three runs in a new virtual environment without the package. All read the same image files, the photos of a split, and

@@ -63,11 +63,11 @@ def _patch_jax2onnx() -> None:
         return _core.SymbolicDim(str(size)) if export.is_symbolic_dim(size) else accepted(size)
 
     _core._maybe_convert_to_symbolic_dim = convert
-    # For each operation, jax2onnx looks for its results among those of all operations.
+    # For each operation, jax2onnx looks for its results among the results of all operations.
     connected = output_binding._value_is_graph_connected
     output_binding._value_is_graph_connected = lambda context, value: (
         value.producer() is not None or connected(context, value)
     )
     # jax2onnx's own passes look through the whole program for each operation. onnxruntime has the same passes. The
-    # other passes are those of onnx_ir.
+    # other passes come from onnx_ir.
     ir_optimizations._OPTIMIZER_PASSES = tuple(one for one in ir_optimizations._OPTIMIZER_PASSES if one.model_runner)

@@ -26,8 +26,8 @@ With TensorFlow, numpy and pillow alone, from the folder of the export:
 
 `program/` is a SavedModel whose signature `serving_default` maps any number of photos to answers. ../../signature.json
 lists its input and outputs. The signature `encoded` has the same outputs. Its input `encoded` is a vector of the bytes
-of JPEG, PNG, GIF or BMP files. TensorFlow decodes and resizes them, so its pixels differ slightly from those of
-standalone.py, and it does not turn photos as their EXIF data says.
+of JPEG, PNG, GIF or BMP files. TensorFlow decodes and resizes them, so its pixels differ slightly from the pixels
+in standalone.py, and it does not turn photos as their EXIF data says.
 
 `program/` contains the program of program.stablehlo with its parameters and the gallery, as an XLA program, so serving
 needs a runtime with XLA, such as TensorFlow.

@@ -9,7 +9,8 @@ It prints a line per photo: the place, and the radius that contains the photo's 
 
 In Python: `Model(FOLDER).predict([PHOTO, ...])` returns the JSON objects.
 
-The answers are those of `GeoToken.load(FOLDER)` with exact search in the whole gallery. Capture times are not read.
+The answers are the same as with `GeoToken.load(FOLDER)` and exact search in the whole gallery. Capture times are not
+read.
 """
 
 import argparse

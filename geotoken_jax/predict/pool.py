@@ -30,7 +30,7 @@ class PlaceDistribution(NamedTuple):
 
 
 def disc_km(level: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Returns the radius in km of a disc with the mean area of a level's cells; below level 0, that of level 0."""
+    """Returns the radius in km of a disc with the mean area of a level's cells. Levels below 0 count as level 0."""
     xp = distance.namespace(level)
     return 2 * distance.EARTH_RADIUS_KM * xp.arcsin(xp.sqrt(4.0 ** -xp.maximum(level, 0) / 6))
 

@@ -28,7 +28,7 @@ from geotoken_jax.vectors import unit
 from tests import tiny
 
 PHOTOS = 64
-#: Largest differences of the answers of a program from those of the package: degrees, share of a radius, probability.
+#: Largest differences between the answers of a program and of the package: degrees, share of a radius, probability.
 DEGREES, RADIUS, PROBABILITY = 1e-4, 0.01, 0.01
 
 
@@ -59,7 +59,7 @@ def photos(n: int = 11) -> list[np.ndarray]:
 
 
 def compare(found: list[dict[str, Any]], expected: list[Prediction]) -> None:
-    """Asserts that predictions of standalone.py are those of the package."""
+    """Asserts that standalone.py predicts the same as the package."""
     for one, wanted in zip(found, expected, strict=True):
         at = [(p["latitude"], p["longitude"]) for p in (one, *one.get("places", ()))]
         places = [(p.latitude, p.longitude) for p in (wanted, *(wanted.places or ()))]

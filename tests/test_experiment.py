@@ -226,7 +226,7 @@ def test_a_curve_has_each_validation_beside_the_first_neighbor(tmp_path, stages,
     manifests.begin(tmp_path, "gallery", {}, []).finish({})
     manifests.begin(tmp_path, "queries", {}, []).finish({"validation": 3})
     manifests.begin(tmp_path, "neighbors", {}, []).finish({"validation": 3})
-    # The first neighbor of the first photo is 1,500 km from it, that of the second one at its place.
+    # The first neighbor of the first photo is 1,500 km from it. The first neighbor of the second photo is at its place.
     for field, values in (("rows", [[0, 1], [0, 1], [-1, -1]]), ("scores", np.zeros((3, 2)))):
         records.save_array(tmp_path / "neighbors" / f"validation.{field}.npy", np.array(values))
 

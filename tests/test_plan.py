@@ -85,7 +85,7 @@ def test_activations_shrink_with_what_is_kept_and_with_parts():
 
 def test_gradients_are_reduced_and_products_made_again():
     parameters = workloads.train(tiny(), 1000, jax.devices()).parameters
-    # Gradients are in float32 here; a program for a TPU has those of products in bfloat16.
+    # Gradients are in float32 here; in a program for a TPU, gradients of products are in bfloat16.
     assert 2 <= compiled("none")["program"].payload["all-reduce"] / parameters < 6
     assert compiled("full")["program"].flops >= compiled("none")["program"].flops
 

@@ -47,8 +47,9 @@ def read(folder: epath.PathLike, width: int | None = None, dtype: str | None = N
     """Returns the parts of an export.
 
     width: width of the backbone's features; if None, the width in the decoder's settings. dtype: type in which the
-    decoder computes; if None, the type that it was trained with. Raises ExportError, SettingsError or ParametersError if the
-    export cannot be used.
+    decoder computes; if None, the type that it was trained with.
+
+    Raises ExportError, SettingsError or ParametersError if the export cannot be used.
     """
     folder = epath.Path(folder)
     config = export_format.read_config(folder)

@@ -1,4 +1,4 @@
-"""A checkpoint folder as a backbone: features equal to what transformers computes, in any batch and on any mesh; errors."""
+"""A checkpoint folder as a backbone: features equal to transformers, in any batch and on any mesh; errors."""
 
 import concurrent.futures
 import json

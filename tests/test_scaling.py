@@ -60,15 +60,19 @@ def test_intervals_hold_the_truth_and_one_wrong_run_does_not_move_the_law():
 def test_fewer_photos_are_among_more_and_come_with_their_views():
     photos = np.array([f"p{i}".encode() for i in range(50)])
     views = np.repeat(photos, 2)
-    few, more = (join.choose_rows([photos, views], join.DataSettings(photos=n, seed=3)) for n in (5, 20))
+    few, more = (
+        join.choose_rows([photos, views], join.DataSettings(photos=n, seed=3, split_validation=False)) for n in (5, 20)
+    )
     assert set(few) < set(more) and len(few) == 15 and len(more) == 60
     rows = few[:5]
     assert set(few[5:]) == {50 + 2 * row + v for row in rows for v in (0, 1)}
-    assert set(few) != set(join.choose_rows([photos, views], join.DataSettings(photos=5, seed=4)))
+    assert set(few) != set(
+        join.choose_rows([photos, views], join.DataSettings(photos=5, seed=4, split_validation=False))
+    )
     part = join.Subset(lambda rows: {"row": rows * 10}, few)
     assert len(part) == 15 and part(np.array([2, 0]))["row"].tolist() == [10 * few[2], 10 * few[0]]
     with pytest.raises(settings.SettingsError, match=r"config.data.photos is 51: set it to 1 ... 50"):
-        join.choose_rows([photos, views], join.DataSettings(photos=51, seed=0))
+        join.choose_rows([photos, views], join.DataSettings(photos=51, seed=0, split_validation=False))
 
 
 def test_every_size_of_the_ladder_is_named_by_its_weights():

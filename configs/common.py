@@ -253,6 +253,11 @@ def _model() -> dict[str, Any]:
         context="none",
         dtype="bfloat16",
         remat="dots",
+        # The paper's shape. At this shape "mup" is the same model as "standard".
+        parametrization="standard",
+        base_width=512,
+        base_heads=8,
+        base_layers=10,
     )
 
 

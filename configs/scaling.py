@@ -3,7 +3,9 @@
 It measures how the loss depends on the size of the decoder, the compute, the number of training photos, the number of
 neighbors and the size of the gallery, and how the best learning rate depends on the width. Cells end at level 12
 (2 km), because tokens after level 12 are noise in these data and would hide the changes of the loss. All tokens have
-the same weight.
+the same weight. The sizes have the parametrization "mup", so one learning rate serves them all. A moving average of
+the parameters is validated: without it, a run would have its lowest loss at the end, when the learning rate is low, and
+not where it begins to overfit.
 
 The study takes about 95 minutes of processor time on two cores. In the study before, a run took 20 s for compiling and
 validating, and 25 s (655K) to 140 s (5K, which reads the most photos) per TFLOP. By these rates, the grid takes 34
@@ -44,14 +46,11 @@ def get_config() -> ConfigDict:
     config: Any = demo.get_config()
     config.name = "scaling"
     config.model.update(level=12, neighbors=10, dropout=0.0)
-    # A moving average of the parameters over about 50 steps is validated. Without it, a run would have its lowest loss
-    # at the end, when the learning rate is low. With it, the lowest loss is where the run begins to overfit.
-    config.train.ema = 0.98
     config.loss.update(first_weight=1.0, last_weight=1.0)
     config.predict.update(samples=30, selectors=("greedy", "log_probability"), choice="greedy")
     config.predict.search.expansions = 0
     config.scaling = dict(
-        sizes=tuple((name, ladder.SIZE[name]) for name in ("5K", "20K", "46K", "82K", "369K", "655K", "1536K")),
+        sizes=tuple((name, ladder.MUP_SIZE[name]) for name in ("5K", "20K", "46K", "82K", "369K", "655K", "1536K")),
         held_out="1536K",
         reference="46K",
         # With 3e11 operations, the best of the sizes was the smallest. Three slices that are 3 times apart begin there.
@@ -62,7 +61,7 @@ def get_config() -> ConfigDict:
         photos=(4_000, 12_000, 32_000),
         epochs=0,
         neighbors=(0, 1, 3),
-        transfer=(),
+        transfer=tuple(ladder.transfer().items()),
         # 2.5 times apart: a parabola needs points on both sides of its optimum, which moves by up to 16 times with the
         # width in the standard parametrization.
         rates=(6e-4, 1.5e-3, 3.75e-3, 9.4e-3, 2.3e-2),

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import random
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,6 +20,8 @@ from geotoken_jax.analysis import isoflop, scaling, scaling_law, trend
 from geotoken_jax.data import join
 from geotoken_jax.geo.distance import THRESHOLDS_KM
 from geotoken_jax.pages import scaling as scaling_page
+from geotoken_jax.plan import study as study_cost
+from geotoken_jax.plan import topology
 from geotoken_jax.stages import scaling as study_stage
 from geotoken_jax.stages import sweep
 from geotoken_jax.train.loop import Diverged
@@ -497,6 +500,49 @@ def test_results_are_in_the_document_and_on_the_page(tmp_path):
     assert str(tmp_path) not in page and "nan" not in page
     html = scaling_page.plot(given, path).read_text()
     assert html.count('<svg class="chart"') >= 10 and str(tmp_path) not in html and "nan," not in html
+
+
+def test_the_cost_of_a_study_is_operations_over_the_rate_of_the_chips(capsys):
+    sizes = tuple((name, ladder.SIZE[name]) for name in ("46K", "1536K"))
+    transfer = (("wide", dict(model=dict(width=64))),)
+    given = config(**SMALL, sizes=sizes, transfer=transfer, rates=(1e-3, 3e-3))
+    plan = study_cost.costs(given, topology.read("h100:8"), mfu=0.25)
+    runs = scaling.runs(given)
+    assert [row["label"] for row in plan] == [run.label for run in runs] and all(row["fits"] for row in plan)
+    for row, run in zip(plan, runs, strict=True):
+        assert row["chip_hours"] == pytest.approx(run.compute / (0.25 * 989e12) / 3600) == 8 * row["hours"]
+    assert plan[-1]["bytes"] > plan[0]["bytes"] > 0
+    printed = study_cost.table(plan, topology.read("h100:8"))
+    assert "| 7 to 8 | wide_rate_0.001 ... 0.003 | learning rate |" in printed and "Every run fits" in printed
+    assert "GB per chip" not in study_cost.table(study_cost.costs(given), None)
+    with pytest.raises(SystemExit):
+        cli.main(["scaling", "plan", f"--config={CONFIGS}/scaling.py", "--mfu=1.5"])
+    assert "--mfu is 1.5: use a share of the peak rate above 0, up to 1" in capsys.readouterr().err
+
+
+def test_the_ladder_for_a_pod_fits_v5e_256_and_8_h100():
+    """A new process, because JAX has as many CPU devices as the pod has chips. Sizes between these need less memory."""
+    code = """
+from configs import scaling_pod
+from geotoken_jax import configuration
+from geotoken_jax.analysis import scaling
+from geotoken_jax.plan import study, topology
+found = scaling_pod.get_config()
+assert all(run.config.train.batch_size % 256 == 0 for run in scaling.runs(configuration.read(found)))
+sizes = dict(found.scaling.sizes)
+few = tuple((name, sizes[name]) for name in ("52M", "939M"))
+found.scaling.update(sizes=few, budgets=(1e17,), seeds=(), photos=(4_000_000,), neighbors=(), transfer=())
+for name in ("v5e:16x16", "h100:8"):
+    plan = study.costs(configuration.read(found), topology.read(name))
+    assert len(plan) == 2 and all(row["fits"] for row in plan), plan
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=CONFIGS.parent, check=True)
+
+
+def test_the_array_job_has_a_task_per_run_except_the_held_out_one():
+    last = len(scaling.runs(configuration.read(study.get_config()))) - 1
+    script = (CONFIGS.parent / "launch" / "scaling.sbatch").read_text()
+    assert f"#SBATCH --array=0-{last - 1}\n" in script and f"sbatch --array={last} --dependency" in script
 
 
 def test_the_command_names_what_it_lacks(tmp_path, capsys):

@@ -271,7 +271,7 @@ def replicas(points: Points) -> Int[np.ndarray, "n"]:
     return np.unique(columns, axis=0, return_inverse=True)[1].reshape(-1)
 
 
-def noise(fitted: Fit, points: Points, loss: Float[np.ndarray, "n"]) -> dict[str, float | None]:
+def noise(fitted: Fit, points: Points, loss: Float[np.ndarray, "n"]) -> dict[str, Any]:
     """Returns standard deviations in nats.
 
     `residuals`: of losses around the fit, with as many degrees of freedom as runs minus coefficients. `seeds`: of runs

@@ -37,7 +37,7 @@ def forecast(rows: Sequence[Mapping[str, Any]], run: scaling.Run, s: ScalingSett
     points, loss, fits = fitted_models(rows, s)
     models = {}
     for fit in fits:
-        noise = scaling_law.noise(fit, points, loss)["used"] or 0.0
+        noise = scaling_law.noise(fit, points, loss)["used"]
         models[fit.model.name] = {**scaling_law.predicted(fit, scaling.points([run]), noise, s.seed)[0], "noise": noise}
     return {"label": run.label, "models": models}
 
@@ -56,7 +56,7 @@ def results(rows: Sequence[dict[str, Any]], config: Config) -> dict[str, Any]:
     fitted = [row for row in scaling.of_axes(rows, *scaling.FITTED) if row["loss"] is not None]
     points, loss, fits = fitted_models(fitted, s)
     law, noise = fits[0], scaling_law.noise(fits[0], points, loss)
-    used = noise["used"] or 0.0
+    used = noise["used"]
     left_out = loss + scaling_law.leave_one_out(scaling_law.LAW, points, loss)
     estimates = law.estimates()
     unknown = [name for name, estimate in estimates.items() if estimate.get("determined") is False]

@@ -108,7 +108,7 @@ def _add_studies(verbs: Any) -> None:
     verb.add_argument("--workdir", help="work directory to start from, such as runs/demo")
     verb.add_argument("--document", action="store_true", help="print docs/experiments.md instead, from finished runs")
     verb = verbs.add_parser("scaling", help=_SCALING, description=_SCALING, epilog=_EPILOG)
-    verb.add_argument("part", choices=("plan", "run", "fit", "plot"), help=_SCALING_PARTS)
+    verb.add_argument("part", choices=("plan", "check", "run", "fit", "plot"), help=_SCALING_PARTS)
     verb.add_argument("--config", help="configuration file, such as configs/scaling.py")
     verb.add_argument("--workdir", help="work directory to start from, such as runs/demo")
     verb.add_argument(
@@ -357,7 +357,10 @@ _UPDATE = "add photos that were added to the source, without processing the othe
 _REMAKE = "first remove the folders of this stage, and all folders that were made from them"
 _EXPERIMENT = "make runs that differ in a few settings, and compare them in one table"
 _VERIFY = "compare the files of a work directory with the sums that were recorded when they were written"
-_SCALING_PARTS = "print all runs and their cost (plan), train the runs, fit the laws, or plot the results"
+_SCALING_PARTS = (
+    "print all runs and their cost (plan), check how activations depend on the width (check, prints exponents), train "
+    "the runs, fit the laws, or plot the results"
+)
 _SCALING = "measure how loss and accuracy change with size, data, neighbors, gallery and candidates"
 _SERVE = "predict photos over HTTP with an exported model"
 _PLAN = "estimate memory, compute, collectives and time of training and other work on a pod, without the pod"

@@ -10,6 +10,7 @@ from geotoken_jax import jax_modes, manifests, processes, verification
 from geotoken_jax.analysis import evaluate as scores
 from geotoken_jax.configuration import Config
 from geotoken_jax.manifests import Manifest
+from geotoken_jax.pages import coordinate_check as coordinate_check_page
 from geotoken_jax.pages import scaling as scaling_page
 from geotoken_jax.plan import study, topology
 from geotoken_jax.settings import SettingsError
@@ -18,6 +19,7 @@ from geotoken_jax.stages import (
     audit,
     baselines,
     check,
+    coordinate_check,
     evaluate,
     exclusion,
     experiments,
@@ -229,6 +231,9 @@ def _scaling(options: argparse.Namespace, config: Config | None) -> None:
             scaling.run(config, folder, int(task) if options.index is None and task else options.index)
         return
     _check_single_process(f"scaling {options.part}")
+    if options.part == "check":
+        print(coordinate_check_page.table(coordinate_check.run(config, folder)))
+        return
     if options.part == "fit":
         print(scaling_page.summary(scaling.fit(config, folder)))
     elif options.document:

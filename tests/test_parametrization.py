@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx, traverse_util
 
-from geotoken_jax import settings, sharding
+from configs import ladder
+from geotoken_jax import configuration, settings, sharding
 from geotoken_jax.model.geotoken import GeoTokenModel
 from geotoken_jax.train.optimizer import OptimizerSettings, make_optimizer
 from geotoken_jax.train.step import Trainer
@@ -142,3 +143,42 @@ def test_models_of_earlier_releases_are_standard():
 def test_bad_settings_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         fixtures.settings("ours", **changes)
+
+
+def test_the_ladder_has_every_size_in_both_parametrizations():
+    standard, mup = (configuration.read(ladder.get_config(name)) for name in ("7M", "7M,mup"))
+    assert (standard.model.parametrization, mup.model.parametrization) == ("standard", "mup")
+    assert (standard.model.width, standard.model.heads, standard.model.decoder_layers) == (256, 4, 5)
+    assert (mup.model.width_ratio, mup.model.head_ratio, mup.model.depth_ratio(5)) == (0.25, 0.25, 0.2)
+    assert ladder.MUP_SIZE.keys() == ladder.SIZE.keys()
+    assert {size["train"]["optimizer"]["learning_rate"] for size in ladder.MUP_SIZE.values()} == {ladder.MUP_RATE}
+    # The rates of both are equal at the base width.
+    assert ladder.SIZE["82K"]["train"]["optimizer"]["learning_rate"] == pytest.approx(ladder.MUP_RATE)
+    for name in ("8M", "7M,ntk"):
+        with pytest.raises(ValueError, match=f"ladder.py:{name} names an unknown size: use one of 5K, "):
+            ladder.get_config(name)
+
+
+def test_the_moving_average_extends_over_as_many_examples_at_all_batch_sizes():
+    for size in ladder.SIZE.values():
+        batch, decay = size["train"]["batch_size"], size["train"]["ema"]
+        assert decay == 0 if batch >= ladder.EMA_EXAMPLES else batch / (1 - decay) == pytest.approx(3_200)
+    train = configuration.read(ladder.get_config("52M")).train
+    assert train.batch_size / (1 - train.ema) == pytest.approx(train.examples / 100)
+
+
+def test_models_of_the_transfer_study_differ_in_width_alone():
+    models = ladder.transfer()
+    assert len(models) == 10 and [m["model"]["width"] for m in models.values()] == [16, 32, 64, 128, 256] * 2
+    read = {}
+    for name, changes in models.items():
+        config = ladder.get_config("5K")
+        for section, values in changes.items():
+            config[section].update(values)
+        read[name] = configuration.read(config)
+        model = read[name].model
+        assert (model.heads, model.encoder_layers, model.decoder_layers) == (4, 2, 2)
+        assert model.feed_forward == 2 * model.width and model.depth_ratio(2) == 1.0
+        assert name == f"{model.parametrization}_{model.width}" and read[name].train.batch_size == 64
+    assert read["mup_64"].model.width_ratio == read["mup_64"].model.head_ratio == 1.0
+    assert read["mup_256"].model.head_ratio == 0.25

@@ -32,6 +32,7 @@ from geotoken_jax.workdir import Workdir
 
 #: Folder of a study in the work directory, and files in it.
 FOLDER, FORECAST, TESTED, RUNS, FIT = "scaling", "forecast.json", "tested.json", "runs.json", "fit.json"
+CHECK = "check.json"  # of stages/coordinate_check.py
 #: Subfolders: seconds of each run, and the messages of runs that diverged.
 SECONDS, DIVERGED = "seconds", "diverged"
 #: Values of Run.axis. The law is fitted to the runs of the first three.

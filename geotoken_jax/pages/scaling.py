@@ -16,7 +16,7 @@ from geotoken_jax.analysis import scaling, scaling_law, scaling_results, trend
 from geotoken_jax.configuration import Config, ScalingSettings
 from geotoken_jax.geo.distance import THRESHOLDS_KM
 from geotoken_jax.manifests import StageError, write_bytes
-from geotoken_jax.pages import frame, scaling_charts
+from geotoken_jax.pages import coordinate_check, frame, scaling_charts
 from geotoken_jax.pages.chart import Chart, Panels
 from geotoken_jax.pages.frame import Section
 from geotoken_jax.pages.table import Table, plain
@@ -25,12 +25,13 @@ from geotoken_jax.workdir import Workdir
 _HEAD = """# Scaling
 
 This page shows how the decoder's loss and accuracy depend on its size, on compute, on the number of train photos, on
-the number of neighbors, on the size of the gallery and on the number of candidates. The first of these commands prints
-all runs and their cost, the second trains the runs, and the third fits the laws to them. The fourth draws the charts,
-scaling/index.html in the work directory, and the last wrote this page ({date}, {cores} {machine} cores).
+the number of neighbors, on the size of the gallery and on the number of candidates. These commands print
+all runs and their cost, check how activations depend on the width, train the runs, fit the laws to them, draw the
+charts (scaling/index.html in the work directory), and write this page ({date}, {cores} {machine} cores).
 
 ```
 geotoken scaling plan --config=configs/{name}.py
+geotoken scaling check --config=configs/{name}.py --workdir=runs/demo
 geotoken scaling run --config=configs/{name}.py --workdir=runs/demo
 geotoken scaling fit --config=configs/{name}.py --workdir=runs/demo
 geotoken scaling plot --config=configs/{name}.py --workdir=runs/demo
@@ -130,6 +131,7 @@ def _parts(config: Config, workdir: Workdir) -> list[_Part]:
         _forecast_part(rows, fitted),
         _frontier_part(rows, fitted),
         _learning_rate_part(fitted),
+        _coordinate_part(workdir),
         _accuracy_part(rows, fitted),
         _neighbors_part(rows, fitted, s),
         _tested_part(fitted["tested"]),
@@ -307,6 +309,28 @@ def _learning_rate_part(fitted: Mapping[str, Any]) -> _Part | None:
     heads = ["parametrization", "width", "best rate", "95 % interval", "determined"]
     charts = scaling_charts.learning_rates(fitted["transfer"])
     return _Part("Learning rate", "Transfer of the learning rate", text, [plain(heads, lines)], charts)
+
+
+def _coordinate_part(workdir: Workdir) -> _Part | None:
+    file = workdir.path / scaling.FOLDER / scaling.CHECK
+    if not file.exists():
+        return None
+    result = json.loads(file.read_text())
+    names = list(result["slopes"])
+    lines = [
+        [
+            activation,
+            *(f"{result['slopes'][name][activation][key]:+.2f}" for name in names for key in ("rms", "change")),
+        ]
+        for activation in result["slopes"][names[0]]
+    ]
+    heads = ["activation", *(f"{name}, {key}" for name in names for key in ("size", "change"))]
+    text = [
+        f"Exponents of the width: the slope of the logarithm of an activation's root mean square, and of its change in "
+        f"{result['steps']} training steps, over widths {', '.join(map(str, result['widths']))}. With mup they should "
+        "be 0: the width then does not change the scale of activations.",
+    ]
+    return _Part("Coordinates", "Coordinate check", text, [plain(heads, lines)], coordinate_check.charts(result))
 
 
 def _trend_cells(found: Mapping[str, Any] | None) -> list[str]:

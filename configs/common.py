@@ -21,7 +21,8 @@ def get_config() -> ConfigDict:
     config.align = _align()
     config.index = _index()
     config.gallery = dict(placement="host", shards=-1)  # geotoken_jax/gallery/placement.py
-    config.data = dict(photos=0, seed=0)  # geotoken_jax/data/join.py
+    # geotoken_jax/data/join.py. All validation photos choose the step: half as many choose it with more noise.
+    config.data = dict(photos=0, seed=0, split_validation=False)
     config.model = _model()
     config.loss = dict(first_weight=2.0, last_weight=1.0)  # geotoken_jax/model/task.py
     # 206 million examples are 50 epochs of the 4.12 million photos of MP16-Pro that `prepare` keeps.
@@ -252,6 +253,11 @@ def _model() -> dict[str, Any]:
         context="none",
         dtype="bfloat16",
         remat="dots",
+        # The paper's shape. At this shape "mup" is the same model as "standard".
+        parametrization="standard",
+        base_width=512,
+        base_heads=8,
+        base_layers=10,
     )
 
 

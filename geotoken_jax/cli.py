@@ -108,13 +108,23 @@ def _add_studies(verbs: Any) -> None:
     verb.add_argument("--workdir", help="work directory to start from, such as runs/demo")
     verb.add_argument("--document", action="store_true", help="print docs/experiments.md instead, from finished runs")
     verb = verbs.add_parser("scaling", help=_SCALING, description=_SCALING, epilog=_EPILOG)
-    verb.add_argument("part", choices=("run", "fit", "plot"), help="train the runs, fit the law, or plot the results")
+    verb.add_argument("part", choices=("plan", "check", "run", "fit", "plot"), help=_SCALING_PARTS)
     verb.add_argument("--config", help="configuration file, such as configs/scaling.py")
     verb.add_argument("--workdir", help="work directory to start from, such as runs/demo")
     verb.add_argument(
         "--index", type=int, help="with run: only this run, from 0 (default: $SLURM_ARRAY_TASK_ID or all)"
     )
-    verb.add_argument("--document", action="store_true", help="with plot: print docs/scaling.md instead")
+    verb.add_argument(
+        "--document",
+        action="store_true",
+        help="with plot: print docs/scaling.md instead; with plan: docs/scaling_pod.md",
+    )
+    verb.add_argument(
+        "--topology", action="append", default=[],
+        help="with plan: chips and their shape, such as v5e:16x16, to print chip-hours too (repeatable)",
+    )  # fmt: skip
+    verb.add_argument("--mfu", type=float, help="with plan: share of the chips' peak rate, 0 to 1 (default: 0.15)")
+    verb.add_argument("--compile", action="store_true", help="with plan: compile each step for a TPU instead of --mfu")
 
 
 def _add_verify(verbs: Any) -> None:
@@ -347,6 +357,10 @@ _UPDATE = "add photos that were added to the source, without processing the othe
 _REMAKE = "first remove the folders of this stage, and all folders that were made from them"
 _EXPERIMENT = "make runs that differ in a few settings, and compare them in one table"
 _VERIFY = "compare the files of a work directory with the sums that were recorded when they were written"
+_SCALING_PARTS = (
+    "print all runs and their cost (plan), check how activations depend on the width (check, prints exponents), train "
+    "the runs, fit the laws, or plot the results"
+)
 _SCALING = "measure how loss and accuracy change with size, data, neighbors, gallery and candidates"
 _SERVE = "predict photos over HTTP with an exported model"
 _PLAN = "estimate memory, compute, collectives and time of training and other work on a pod, without the pod"

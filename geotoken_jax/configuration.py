@@ -213,19 +213,26 @@ class ScalingSettings:
 
     Sizes of the model. sizes: pairs of a size's name and its changes to the configuration (nested sections and keys),
     smallest model first. held_out: name of the size that is left out of the fit; its loss is compared with the forecast
-    of the fitted law. reference: name of the size for which neighbors, seeds, gallery and candidates are varied.
+    of the fitted law. reference: name of the size for which photos, neighbors, gallery and candidates are varied.
 
-    Training. photos: pairs of a number of train photos and the number of examples to train on, fewest photos first;
-    after this number of examples the loss no longer falls. held_out_photos: number of photos on which the held-out size
-    is trained, one of the numbers in `photos`. budgets: numbers of floating-point operations per training; every size
-    except the held-out one is trained with each budget. neighbors: further numbers of neighbors to train with. seeds:
-    further random seeds to train with, on the fewest photos. validations: number of validations per training; the one
-    with the smallest loss counts.
+    Compute. budgets: numbers of floating-point operations per training, ascending. Every size except the held-out one
+    is trained with each budget, on the most photos. held_out_budget: operations of the held-out run. seeds: further
+    random seeds for the corners of this grid: the smallest and the largest size, with the smallest and the largest
+    budget. validations: number of validations per training; the one with the smallest loss counts.
+
+    Data. photos: numbers of distinct train photos, ascending; the last is the most. epochs: if 0, the reference size is
+    trained with each budget on each smaller number of photos, so that it reads them more often. Otherwise it is trained
+    on each number of photos, the most too, and reads each photo and each view this many times. neighbors: further
+    numbers of neighbors to train the reference size with, on as many examples as with the middle budget.
+
+    Learning rate. transfer: pairs of a name and changes to the configuration, which set the width and the
+    parametrization. rates: learning rates to train each of them with, ascending. transfer_examples: examples of each of
+    these trainings.
 
     Test. split: split that is tested. gallery: numbers of gallery photos at test time; larger galleries contain the
-    smaller ones. candidates: numbers of candidates per photo at test time, up to config.predict.samples. resamples:
-    number of bootstrap resamples over runs. seed: random seed of the bootstrap, and of the choice of gallery photos and
-    candidates.
+    smaller ones. test_neighbors: numbers of neighbors at test time, up to config.model.neighbors. candidates: numbers
+    of candidates per photo at test time, up to config.predict.samples. resamples: number of bootstrap resamples over
+    runs. seed: random seed of the bootstrap, and of the choice of gallery photos and candidates.
 
     Text for docs/scaling.md. note: remarks on the study, written by hand after the runs. limits: conclusions that may
     not hold for other data.
@@ -233,16 +240,21 @@ class ScalingSettings:
 
     sizes: tuple[tuple[str, Any], ...]
     held_out: str
-    held_out_photos: int
-    photos: tuple[tuple[int, int], ...]
-    validations: int
     reference: str
-    neighbors: tuple[int, ...]
-    seeds: tuple[int, ...]
     budgets: tuple[float, ...]
-    gallery: tuple[int, ...]
-    candidates: tuple[int, ...]
+    held_out_budget: float
+    seeds: tuple[int, ...]
+    validations: int
+    photos: tuple[int, ...]
+    epochs: int
+    neighbors: tuple[int, ...]
+    transfer: tuple[tuple[str, Any], ...]
+    rates: tuple[float, ...]
+    transfer_examples: int
     split: str
+    gallery: tuple[int, ...]
+    test_neighbors: tuple[int, ...]
+    candidates: tuple[int, ...]
     resamples: int
     seed: int
     note: str
@@ -255,15 +267,14 @@ class ScalingSettings:
                     f"config.scaling.{key} is {getattr(self, key)!r}: choose a name in config.scaling.sizes: "
                     f"{', '.join(dict(self.sizes))}"
                 )
-        if self.held_out_photos not in dict(self.photos):
-            raise ValueError(
-                f"config.scaling.held_out_photos is {self.held_out_photos}: choose a number of photos in "
-                f"config.scaling.photos: {', '.join(map(str, dict(self.photos)))}"
-            )
         if self.reference == self.held_out:
             raise ValueError(
                 f"config.scaling.reference is {self.reference!r}: choose another size than config.scaling.held_out"
             )
+        for key in ("budgets", "photos", "rates"):
+            values = getattr(self, key)
+            if list(values) != sorted(set(values)) or (not values and key != "rates"):
+                raise ValueError(f"config.scaling.{key} is {values}: use one or more numbers in ascending order")
 
     @property
     def fitted(self) -> list[str]:

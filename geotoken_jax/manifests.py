@@ -458,6 +458,8 @@ def _load(path: epath.Path, keys: Sequence[str]) -> dict[str, Any]:
         ) from None
     if isinstance(stored, dict):
         stored = {**_DEFAULTS, **stored}
+        if isinstance(stored.get("settings"), dict):
+            stored["settings"] = settings.completed(stored["settings"])
         if isinstance(stored["format"], int) and stored["format"] > FORMAT:
             raise StageError(
                 f"{path} has format {stored['format']}, written by version {stored['code'] or 'unknown'}, and this "

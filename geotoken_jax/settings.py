@@ -19,6 +19,8 @@ _RUNTIME = "runtime"
 #: Type of a field that changes how a stage runs but not its result, as in `threads: Runtime[int]`. Manifests do not
 #: store such fields, so a complete folder stays valid when they change.
 Runtime = Annotated[S, _RUNTIME]
+#: Keys of config.model that earlier releases did not have -> their values for the models of these releases.
+_ADDED = dict(parametrization="standard", base_width=512, base_heads=8, base_layers=10)
 
 
 class SettingsError(UserError, ValueError):
@@ -127,6 +129,14 @@ def _with_runtime(stored: Mapping[str, Any], requested: Any) -> dict[str, Any]:
         elif dataclasses.is_dataclass(value) and isinstance(values.get(name), Mapping):
             values[name] = _with_runtime(values[name], value)
     return values
+
+
+def completed(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns stored settings with the keys that earlier releases did not have. sections: name -> stored section."""
+    model = sections.get("model")
+    if not isinstance(model, Mapping) or "width" not in model:  # some folders depend on single keys of config.model
+        return dict(sections)
+    return {**sections, "model": {**_ADDED, **model}}
 
 
 def changed(section: S, changes: Mapping[str, Any], place: str) -> S:

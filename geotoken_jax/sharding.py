@@ -1,8 +1,8 @@
 """Makes the mesh, and shards arrays by a table from logical axis names to mesh axes.
 
-Modules give the axes of their arrays logical names (embed, mlp, heads, vocab, layers, batch). The table RULES maps
-these names to mesh axes. There are three mesh axes: data (replicas of the model), fsdp (replicas that split parameters
-and optimizer state among them) and tensor (devices that split matrix products among them).
+Modules give the axes of their arrays logical names (features, embed, mlp, heads, vocab, layers, batch). The table RULES
+maps these names to mesh axes. There are three mesh axes: data (replicas of the model), fsdp (replicas that split
+parameters and optimizer state among them) and tensor (devices that split matrix products among them).
 """
 
 import collections
@@ -25,6 +25,7 @@ from geotoken_jax.settings import SettingsError
 #: Logical axis -> mesh axes; None if the axis is not split.
 RULES: dict[str, Any] = {
     "batch": ("data", "fsdp"),
+    "features": "fsdp",
     "embed": "fsdp",
     "mlp": "tensor",
     "heads": "tensor",
@@ -408,7 +409,7 @@ def linear(
     rngs: nnx.Rngs,
     use_bias: bool = True,
     dtype: Any = jnp.float32,
-    param_dtype: Any = jnp.float32,
+    kernel_init: Any = nnx.initializers.lecun_normal(),  # noqa: B008
 ) -> Linear:
     """Returns a linear layer [..., d_in] -> [..., d_out]. axes: logical names of the kernel's axes."""
     return Linear(
@@ -416,7 +417,7 @@ def linear(
         d_out,
         use_bias=use_bias,
         dtype=dtype,
-        param_dtype=param_dtype,
+        kernel_init=kernel_init,
         rngs=rngs,
         kernel_metadata={"out_sharding": axes, "compute_dtype": jnp.dtype(dtype)},
         bias_metadata={"out_sharding": axes[1:], "compute_dtype": jnp.dtype(dtype)},

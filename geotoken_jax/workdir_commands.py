@@ -10,13 +10,16 @@ from geotoken_jax import jax_modes, manifests, processes, verification
 from geotoken_jax.analysis import evaluate as scores
 from geotoken_jax.configuration import Config
 from geotoken_jax.manifests import Manifest
+from geotoken_jax.pages import coordinate_check as coordinate_check_page
 from geotoken_jax.pages import scaling as scaling_page
+from geotoken_jax.plan import study, topology
 from geotoken_jax.settings import SettingsError
 from geotoken_jax.stages import (
     align,
     audit,
     baselines,
     check,
+    coordinate_check,
     evaluate,
     exclusion,
     experiments,
@@ -211,7 +214,10 @@ def _experiment(options: argparse.Namespace, config: Config | None) -> None:
 
 @jax_modes.standard()
 def _scaling(options: argparse.Namespace, config: Config | None) -> None:
-    """Trains runs of config.scaling, fits the scaling law to finished runs, or plots the results."""
+    """Prints the cost of config.scaling, trains its runs, fits the laws to finished runs, or plots the results."""
+    if options.part == "plan" and config is not None and config.scaling is not None:
+        _plan_study(options, config)
+        return
     if config is None or options.workdir is None or config.scaling is None:
         missing = "--workdir=DIR" if config and config.scaling else "--config=FILE with a section `scaling`"
         raise SettingsError(
@@ -225,12 +231,34 @@ def _scaling(options: argparse.Namespace, config: Config | None) -> None:
             scaling.run(config, folder, int(task) if options.index is None and task else options.index)
         return
     _check_single_process(f"scaling {options.part}")
+    if options.part == "check":
+        print(coordinate_check_page.table(coordinate_check.run(config, folder)))
+        return
     if options.part == "fit":
         print(scaling_page.summary(scaling.fit(config, folder)))
     elif options.document:
         print(scaling_page.document(config, folder), end="")
     else:
         print(f"open {scaling_page.plot(config, folder)}")
+
+
+def _plan_study(options: argparse.Namespace, config: Config) -> None:
+    """Prints the cost of every run of config.scaling."""
+    if options.mfu is not None and not 0 < options.mfu <= 1:
+        raise SettingsError(f"--mfu is {options.mfu}: use a share of the peak rate above 0, up to 1")
+    mfu = options.mfu or study.MFU
+    # The largest pod comes first, because JAX cannot add CPU devices, which stand for chips, after the first plan.
+    pods = sorted(map(topology.read, options.topology), key=lambda pod: -pod.size)
+    if options.document:
+        names = "".join(f" --topology={pod.name}" for pod in pods)
+        compiled = " --compile" if options.compile else f" --mfu={mfu}"
+        command = f"geotoken scaling plan --document --config={options.config}{names}{compiled}"
+        print(study.document(config, pods, command, mfu, options.compile), end="")
+        return
+    for pod in pods or [None]:
+        plan = study.costs(config, pod, mfu, options.compile)
+        print(study.table(plan, pod))
+    print(f"\n{study.commands(plan, options.config)}", end="")
 
 
 #: Verb -> its stage, in the order in which `geotoken all` runs them.

@@ -32,7 +32,8 @@ def settings(form: str, **changes) -> ModelSettings:
         scheme="s2", level=6, group=2, backbone_width=C, neighbors=M, width=16, heads=2, feed_forward=24,
         encoder_layers=1, decoder_layers=2, dropout=0.0, neighbor_tokens=True, neighbor_embeddings=True,
         neighbor_dropout=0.0, similarities=False, context="none", qk_norm=False, attention="auto",
-        attention_dropout=0.0, dtype="float32", remat="none",
+        attention_dropout=0.0, dtype="float32", remat="none", parametrization="standard", base_width=16, base_heads=2,
+        base_layers=1,
     )  # fmt: skip
     return ModelSettings(**{**values, **FORMS[form], **changes})
 

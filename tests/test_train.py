@@ -62,8 +62,8 @@ def read(rows):
     return {"x": x, "y": x @ np.array([[1, 2], [3, -1], [0, 1], [2, 2]], np.float32)}
 
 
-def train(folder, steps, task=None, make_input=None, **changes):
-    """Runs the loop on 20 photos in batches of 8, validating every second step."""
+def train(folder, steps, task=None, make_input=None, scored=None, **changes):
+    """Runs the loop on 20 photos in batches of 8, validating every second step. scored: see loop.Data."""
     values = dict(
         batch_size=8, accumulate=1, examples=8 * 4, evaluate_every=2, log_every=1, seed=0, ema=0.0, max_skipped=2,
         profile=(0, 0), profiler_port=0, save_every_s=0.0, keep=2, wandb="", optimizer=OPTIMIZER,
@@ -72,7 +72,7 @@ def train(folder, steps, task=None, make_input=None, **changes):
     options = loop.TrainSettings(**{**values, **changes})
     mesh = sharding.make_mesh(sharding.MeshSettings(-1, 1, 1))
     batches = (make_input or Stopping)(pipeline.training(20, read, 8, seed=0), steps)
-    data = loop.Data(batches, lambda: pipeline.evaluation(12, read, 8), 20)
+    data = loop.Data(batches, lambda: pipeline.evaluation(12, read, 8), 20, {}, scored)
     return loop.run(task or LineTask(), options, mesh, folder, data, "train")
 
 
@@ -167,6 +167,23 @@ def test_validation_is_a_mean_over_valid_photos_without_dropout(whole):
     errors = 2 * (photos["x"] @ found["linear/kernel"] + found["linear/bias"]) - photos["y"]
     assert whole[1].best_loss == pytest.approx((errors**2).sum(-1).mean(), rel=1e-5)
     assert whole[1].parameters == 4 * 2 + 2 and found["factor"] == 2.0
+
+
+def test_photos_that_are_only_scored_do_not_choose_the_step(tmp_path, whole):
+    """The scored photos are labeled with the wrong sign, so that they would choose the first step."""
+
+    def wrong(rows):
+        photos = read(rows)
+        return {"x": photos["x"], "y": -photos["y"]}
+
+    result = train(tmp_path, 4, scored=lambda: pipeline.evaluation(12, wrong, 8))
+    losses = {
+        name: [line[name] for line in lines(tmp_path) if name in line] for name in ("validation/loss", "scored/loss")
+    }
+    assert losses["scored/loss"] == sorted(losses["scored/loss"]) and result.best_step == 4
+    assert losses["validation/loss"] == [
+        line["validation/loss"] for line in lines(whole[0]) if "validation/loss" in line
+    ]
 
 
 def test_the_parameters_written_are_the_best_steps(tmp_path):

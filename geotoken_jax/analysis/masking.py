@@ -36,10 +36,13 @@ class MaskedGallery:
         self._queries, self._gallery = workdir.table(split), workdir.gallery
         self._excluded = workdir.exclusions(split)
 
-    def __call__(self, rows: Int[np.ndarray, "n"], kept: Int[np.ndarray, "m"]) -> Float[np.ndarray, "2 n 2"]:
+    def __call__(
+        self, rows: Int[np.ndarray, "n"], kept: Int[np.ndarray, "m"], most: int | None = None
+    ) -> Float[np.ndarray, "2 n 2"]:
         """Returns two sets of coordinates in degrees: first neighbors, NaN for a photo without neighbors, and answers.
 
-        rows: rows of the split's table. kept: gallery rows that may be neighbors.
+        rows: rows of the split's table. kept: gallery rows that may be neighbors. most: largest number of neighbors
+        that the decoder reads; as many as it was trained with if None.
         """
         hidden = np.ones(len(self._gallery), bool)
         hidden[kept] = False
@@ -47,6 +50,8 @@ class MaskedGallery:
         queries = index_vectors(self._queries.embeddings(rows))
         subset, count = _SubsetIndex(self._gallery, kept), self._answerer.decoder.neighbors
         neighbor_rows, scores = neighbors.search_neighbors(subset, queries, count, left_out)
+        if most is not None:
+            neighbor_rows[:, most:], scores[:, most:] = -1, -np.inf
         placed = np.full((2, len(rows), 2), np.nan)
         has_neighbor = neighbor_rows[:, 0] >= 0
         placed[0, has_neighbor] = self._gallery.coordinates(neighbor_rows[has_neighbor, 0])

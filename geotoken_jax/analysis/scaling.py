@@ -1,21 +1,27 @@
-"""Training runs of a scaling study, which differ in size, photos, neighbors, seed or compute, and their results.
+"""Training runs of a scaling study, and the table of their results.
 
 Each run is a variant of the work directory, so `train` makes and resumes it like any other variant. Runs are numbered,
 so that SLURM_ARRAY_TASK_ID can select one. The last run trains the held-out size, whose loss is forecast and stored
-before the training. The loss of a run is the cross-entropy summed over all tokens of a photo, in nats. It is not
-weighted by level, so it is minus the log-likelihood of the photo's cell, and runs with different level weights are
-comparable.
+before the training.
+
+The loss of a run is the cross-entropy summed over all tokens of a photo, in nats. It is not weighted by level, so it is
+minus the log-likelihood of the photo's cell, and runs with different level weights are comparable. One half of the
+validation photos chooses the step that counts. The other half gives its loss and accuracy.
+
+Compute is counted in full, with projections, memory and output layer: examples times `flops.per_example`. It is not
+6 N D, because N counts only the layers.
 """
 
 import dataclasses
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 from jaxtyping import Float
 
-from geotoken_jax.analysis import scaling_law
+from geotoken_jax.analysis.scaling_law import Points
 from geotoken_jax.configuration import Config, ScalingSettings
 from geotoken_jax.geo.distance import THRESHOLDS_KM, great_circle_km
 from geotoken_jax.model import flops
@@ -26,25 +32,41 @@ from geotoken_jax.workdir import Workdir
 
 #: Folder of a study in the work directory, and files in it.
 FOLDER, FORECAST, TESTED, RUNS, FIT = "scaling", "forecast.json", "tested.json", "runs.json", "fit.json"
+CHECK = "check.json"  # of stages/coordinate_check.py
+#: Subfolders: seconds of each run, and the messages of runs that diverged.
+SECONDS, DIVERGED = "seconds", "diverged"
+#: Values of Run.axis. The law is fitted to the runs of the first three.
+GRID, PHOTOS, SEED, NEIGHBORS, RATE, HELD_OUT = "grid", "photos", "seed", "neighbors", "learning rate", "held out"
+FITTED = (GRID, PHOTOS, SEED)
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
     """One training run of a study.
 
-    label: name of the variant. axis: setting that the run varies: `grid` (size and photos), `compute`, `neighbors`,
-    `seed`, or `held out` for the forecast run. size: name of the model size. photos: distinct photos that the run
-    trains on. config: complete configuration of the run. parameters: N of the law, see `layer_parameters`. flops:
-    operations per example, see `flops.per_example`.
+    label: name of the variant. axis: setting that the run varies: `grid` (size and compute), `photos`, `seed`,
+    `neighbors`, `learning rate`, or `held out` for the forecast run. size: name of the model size, or of the entry of
+    config.scaling.transfer. photos: distinct photos that the run trains on. unique: these photos and their views, U of
+    the law. examples: number of examples, D. config: complete configuration of the run. parameters: N of the law, see
+    `layer_parameters`. flops: operations per example, see `flops.per_example`. budget: operations that the run may
+    spend; 0 if its number of examples is given instead.
     """
 
     label: str
     axis: str
     size: str
     photos: int
+    unique: int
+    examples: int
     config: Config
     parameters: int
     flops: float
+    budget: float
+
+    @property
+    def compute(self) -> float:
+        """Operations of the whole training."""
+        return self.examples * self.flops
 
 
 def layer_parameters(s: ModelSettings) -> int:
@@ -56,34 +78,55 @@ def layer_parameters(s: ModelSettings) -> int:
 
 
 def runs(config: Config) -> list[Run]:
-    """Returns all runs of config.scaling in the order of their numbers; the held-out run is the last."""
+    """Returns all runs of config.scaling in the order of their numbers; the held-out run is the last.
+
+    Raises SettingsError if the configuration has no scaling study, or if a run would have less than one batch.
+    """
     s = scaling_settings(config)
-    (fewest, few_examples), (most, examples) = s.photos[0], s.photos[-1]
-    plan = [
-        _run(config, s, f"{size}_{photos}", "grid", size, photos, seen)
-        for size in s.fitted
-        for photos, seen in s.photos
-    ]
-    for budget in s.budgets:
-        for size in s.fitted:
-            label = spent_on(size, budget)
-            per_example = _run(config, s, label, "compute", size, most, examples).flops
-            plan.append(_run(config, s, label, "compute", size, most, int(budget / per_example)))
+    most, corners = s.photos[-1], dict.fromkeys((s.budgets[0], s.budgets[-1]))
+    plan = [_run(config, GRID, size, budget=budget) for budget in s.budgets for size in s.fitted]
+    plan += _photo_runs(config, s)
+    for seed in s.seeds:
+        changes = dict(train=dict(seed=seed))
+        plan += [
+            _run(config, SEED, size, changes, f"seed_{seed}", budget=budget)
+            for size in dict.fromkeys((s.fitted[0], s.fitted[-1]))
+            for budget in corners
+        ]
+    middle = _run(config, GRID, s.reference, budget=s.budgets[len(s.budgets) // 2])
     for n in s.neighbors:
         changes = dict(model=dict(neighbors=n, copy_head=config.model.copy_head and n > 0))
-        label = f"{s.reference}_{n}_neighbors"
-        plan.append(_run(config, s, label, "neighbors", s.reference, most, examples, changes))
-    for seed in s.seeds:
-        label, changes = f"{s.reference}_{fewest}_seed_{seed}", dict(train=dict(seed=seed))
-        plan.append(_run(config, s, label, "seed", s.reference, fewest, few_examples, changes))
-    photos, examples = s.held_out_photos, dict(s.photos)[s.held_out_photos]
-    plan.append(_run(config, s, f"{s.held_out}_{photos}", "held out", s.held_out, photos, examples))
-    return plan
+        plan.append(_run(config, NEIGHBORS, s.reference, changes, f"{n}_neighbors", examples=middle.examples))
+    for name, _ in s.transfer:
+        for rate in s.rates:
+            changes = dict(train=dict(optimizer=dict(learning_rate=rate)))
+            plan.append(_run(config, RATE, name, changes, f"rate_{rate:g}", examples=s.transfer_examples))
+    held_out = _run(config, HELD_OUT, s.held_out, budget=s.held_out_budget)
+    assert all(run.photos == most for run in plan if run.axis == GRID)
+    return [*plan, held_out]
 
 
-def spent_on(size: str, budget: float) -> str:
-    """Returns the label of the run that trains a size with a budget of floating-point operations."""
-    return f"{size}_{budget:g}".replace("+", "")
+def _photo_runs(config: Config, s: ScalingSettings) -> list[Run]:
+    """Returns the runs of the axis `photos`."""
+    if not s.epochs:
+        return [
+            _run(config, PHOTOS, s.reference, dict(data=dict(photos=n)), f"{n}_photos", budget=budget)
+            for n in s.photos[:-1]
+            for budget in s.budgets
+        ]
+    views = 1 + config.embed.views.count
+    return [
+        _run(
+            config, PHOTOS, s.reference, dict(data=dict(photos=n)), f"{n}_photos_{s.epochs}_epochs",
+            examples=s.epochs * n * views,
+        )
+        for n in s.photos
+    ]  # fmt: skip
+
+
+def run_label(size: str, budget: float, part: str = "") -> str:
+    """Returns the label of the run that trains a size with a budget of operations. part: further part of the label."""
+    return "_".join(filter(None, (size, f"{budget:.3g}".replace("+", "") if budget else "", part)))
 
 
 def scaling_settings(config: Config) -> ScalingSettings:
@@ -94,114 +137,98 @@ def scaling_settings(config: Config) -> ScalingSettings:
 
 
 def _run(
-    config: Config, s: ScalingSettings, label: str, axis: str, size: str, photos: int, examples: int,
-    changes: Any = None,
-) -> Run:  # fmt: skip
-    sized = config.changed(dict(s.sizes)[size], f"scaling.sizes.{size}").changed(changes or {}, "scaling")
-    steps = examples // sized.train.batch_size
-    interval = max(1, -(-steps // s.validations))
-    train = dict(examples=examples, evaluate_every=interval, log_every=interval)
-    full = sized.changed(dict(train=train, data=dict(photos=photos), variants={label: {}}), "scaling")
-    return Run(label, axis, size, photos, full, layer_parameters(full.model), flops.per_example(full.model))
+    config: Config,
+    axis: str,
+    size: str,
+    changes: Mapping[str, Any] | None = None,
+    part: str = "",
+    examples: int = 0,
+    budget: float = 0.0,
+) -> Run:
+    """Returns a run that reads a number of examples, or as many as its budget of operations allows.
+
+    size: name in config.scaling.sizes, or in config.scaling.transfer if the axis is RATE. changes: further changes to
+    the configuration. part: last part of the label.
+    """
+    s, label = scaling_settings(config), run_label(size, budget, part)
+    key = "transfer" if axis == RATE else "sizes"
+    sized = config.changed(dict(getattr(s, key))[size], f"scaling.{key}.{size}")
+    data = dict(data=dict(photos=s.photos[-1], split_validation=True))
+    changed = sized.changed(data, "scaling").changed(changes or {}, "scaling")
+    per_example, batch = flops.per_example(changed.model), changed.train.batch_size
+    steps = int((examples or budget / per_example) // batch)
+    if not steps:
+        cause = f"budgets has {budget:g}" if budget else f"transfer_examples is {examples}"
+        raise SettingsError(
+            f"config.scaling.{cause}, less than one batch of {batch} examples of {size}: use {batch * per_example:.2g} "
+            f"operations, which are {batch} examples, or more"
+        )
+    train = dict(
+        examples=steps * batch, evaluate_every=-(-steps // s.validations), log_every=-(-steps // s.validations)
+    )
+    full = changed.changed(dict(train=train, variants={label: {}}), "scaling")
+    photos = full.data.photos
+    unique = photos * (1 + full.embed.views.count)
+    parameters = layer_parameters(full.model)
+    return Run(label, axis, size, photos, unique, steps * batch, full, parameters, per_example, budget)
 
 
 def table(config: Config, workdir: Workdir) -> list[dict[str, Any]]:
     """Returns one row per complete run, in the order of run numbers.
 
-    A row has the run's number, label, axis, size, parameters, photos and neighbors, and these fields. `loss`:
-    validation loss in nats per photo at its lowest. `accuracy`: share of greedy answers on validation within each of
-    THRESHOLDS_KM, at the same step. `examples`: examples of the whole training. `seen`: examples until the lowest loss.
-    `compute`: floating-point operations of the whole training. `wall` and `cpu`: seconds of the training, in process 0;
-    absent if they were not recorded.
+    A row has the run's number, label, axis, size, budget, parameters, photos, unique, examples, neighbors, seed, width,
+    parametrization and rate (the learning rate), and these fields. `loss`: loss in nats per photo, at the step that the
+    other half of the validation photos chooses; None if the run diverged. `accuracy`: share of greedy answers of the
+    same photos within each of THRESHOLDS_KM. `seen`: examples until this step. `compute`: floating-point operations of
+    the whole training. `wall` and `cpu`: seconds of the training, in process 0; absent if they were not recorded.
     """
-    rows = []
+    rows, folder = [], workdir.path / FOLDER
     for number, one in enumerate(runs(config)):
         manifest = workdir.finished(f"geotoken/{one.label}")
-        if manifest is None:
+        diverged = folder / DIVERGED / f"{one.label}.json"
+        if manifest is None and not diverged.exists():
             continue
-        best = _validated(workdir.path / manifest.folder, manifest.facts["best_step"])
-        seen = manifest.facts["best_step"] * one.config.train.batch_size
-        row: dict[str, Any] = {"number": number, "label": one.label, "axis": one.axis, "size": one.size}
-        row |= {"parameters": one.parameters, "photos": one.photos, "neighbors": one.config.model.neighbors}
-        examples = manifest.counts["examples"]
-        row |= {"examples": examples, "seen": seen, "compute": examples * one.flops}
-        row["loss"] = sum(value for name, value in best.items() if name.startswith("validation/loss_level_"))
-        row["accuracy"] = [best[f"validation/within_{km}_km"] for km in THRESHOLDS_KM]
-        seconds = workdir.path / FOLDER / "seconds" / f"{one.label}.json"
+        row: dict[str, Any] = {"number": number}
+        for name in ("label", "axis", "size", "budget", "parameters", "photos", "unique", "examples"):
+            row[name] = getattr(one, name)
+        model, train = one.config.model, one.config.train
+        row |= {"neighbors": model.neighbors, "seed": train.seed, "width": model.width}
+        row |= {"parametrization": getattr(model, "parametrization", "standard")}
+        row |= {"rate": train.optimizer.learning_rate, "compute": one.compute}
+        row |= {"loss": None, "accuracy": [0.0] * len(THRESHOLDS_KM), "seen": 0}
+        if manifest:
+            best = _scored(workdir.path / manifest.folder, manifest.facts["best_step"])
+            row["loss"] = sum(value for name, value in best.items() if name.startswith("scored/loss_level_"))
+            row["accuracy"] = [best[f"scored/within_{km}_km"] for km in THRESHOLDS_KM]
+            row["seen"] = manifest.facts["best_step"] * train.batch_size
+        seconds = folder / SECONDS / f"{one.label}.json"
         rows.append(row | (json.loads(seconds.read_text()) if seconds.exists() else {}))
     return rows
 
 
-def _validated(folder: epath.Path, step: int) -> dict[str, float]:
-    """Returns the validation metrics of one step of a training run."""
+def _scored(folder: epath.Path, step: int) -> dict[str, float]:
+    """Returns the metrics of one step of a training run on the validation photos that do not choose the step."""
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return next(line for line in lines if line["step"] == step and "validation/loss" in line)
+    return next(line for line in lines if line["step"] == step and "scored/loss" in line)
 
 
-def columns(rows: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the parameters, photos and losses of the runs, an array each."""
-    parameters, photos, loss = np.array([(row["parameters"], row["photos"], row["loss"]) for row in rows]).T
-    return parameters, photos, loss
+def of_axes(rows: Sequence[dict[str, Any]], *axes: str) -> list[dict[str, Any]]:
+    """Returns the rows of the axes."""
+    return [row for row in rows if row["axis"] in axes]
 
 
-def noise(rows: list[dict[str, Any]], s: ScalingSettings) -> float | None:
-    """Returns the standard deviation, in nats, of the losses of runs that differ only in the seed; None for fewer than
-    two runs."""
-    losses = [row["loss"] for row in rows if row["axis"] == "seed"]
-    losses += [row["loss"] for row in rows if row["label"] == f"{s.reference}_{s.photos[0][0]}"]
-    return float(np.std(losses, ddof=1)) if len(losses) > 1 else None
+def points(rows: Sequence[Mapping[str, Any]] | Sequence[Run]) -> Points:
+    """Returns runs, or rows of `table`, as the points of the law."""
+
+    def column(name: str) -> np.ndarray:
+        return np.array([row[name] if isinstance(row, Mapping) else getattr(row, name) for row in rows], float)
+
+    return Points(*(column(field.name) for field in dataclasses.fields(Points)))
 
 
-def forecast_error(rows: list[dict[str, Any]], folder: epath.Path, s: ScalingSettings) -> dict[str, Any] | None:
-    """Returns the stored forecast with the measured loss and two values to compare with.
-
-    The result is None until the held-out run is complete and the forecast is stored. `measured`: loss of the held-out
-    run. `as_the_largest`: loss of the largest fitted size with the same photos, which is the naive forecast. `spread`:
-    largest minus smallest loss of the grid.
-    """
-    held_out = next((row for row in rows if row["axis"] == "held out"), None)
-    if held_out is None or not (folder / FORECAST).exists():
-        return None
-    forecast = json.loads((folder / FORECAST).read_text())
-    naive = next(row["loss"] for row in rows if row["label"] == f"{s.fitted[-1]}_{held_out['photos']}")
-    fitted = [row["loss"] for row in rows if row["axis"] == "grid"]
-    return {**forecast, "measured": held_out["loss"], "as_the_largest": naive, "spread": max(fitted) - min(fitted)}
-
-
-def frontier(config: Config, s: ScalingSettings, law: scaling_law.Law) -> list[dict[str, Any]]:
-    """Returns the size and the number of photos with the smallest loss by the law, within eight amounts of compute.
-
-    Sizes are the sizes of the study, photos are between its fewest and most, and the number of examples is interpolated
-    between the study's values of config.scaling.photos. Equal points are returned once.
-    """
-    log_pairs = np.log(np.array(s.photos, float))
-    photos = np.geomspace(s.photos[0][0], s.photos[-1][0], 200)
-    examples = np.exp(np.interp(np.log(photos), *log_pairs.T))
-    run_of_size = {run.size: run for run in runs(config) if run.axis in ("grid", "held out")}
-    points = [
-        {"compute": float(run.flops * n), "size": name, "photos": float(d), "loss": float(law(run.parameters, d))}
-        for name, run in run_of_size.items()
-        for d, n in zip(photos, examples, strict=True)
-    ]
-    computes = [point["compute"] for point in points]
-    best = []
-    for limit in np.geomspace(min(computes), max(computes), 9)[1:]:
-        best.append(min((p for p in points if p["compute"] <= limit * 1.0001), key=lambda p: p["loss"]))
-    return [point for i, point in enumerate(best) if point not in best[:i]]
-
-
-def accuracy_against_loss(grid: list[dict[str, Any]]) -> list[dict[str, float]]:
-    """Returns a linear fit of accuracy against loss over the grid's runs, per threshold.
-
-    `a_nat_less`: accuracy gained per nat of lower loss. `explained`: share of the variance that the line explains.
-    """
-    loss, lines = np.array([row["loss"] for row in grid]), []
-    for i, km in enumerate(THRESHOLDS_KM):
-        accuracy = np.array([row["accuracy"][i] for row in grid])
-        slope, _ = np.polyfit(loss, accuracy, 1)
-        explained = np.corrcoef(loss, accuracy)[0, 1] ** 2 if np.ptp(accuracy) else 0.0
-        lines.append({"km": km, "a_nat_less": float(-slope), "explained": float(explained)})
-    return lines
+def losses(rows: Sequence[Mapping[str, Any]]) -> Float[np.ndarray, "n"]:
+    """Returns the losses of rows of `table`, infinite for a run that diverged."""
+    return np.array([np.inf if row["loss"] is None else row["loss"] for row in rows])
 
 
 def within(coordinates: Float[np.ndarray, "n 2"], truth: Float[np.ndarray, "n 2"]) -> list[float]:
@@ -215,10 +242,10 @@ def by_candidates(
 ) -> list[dict[str, Any]]:
     """Returns accuracy with K samples per photo, for each K of s.candidates.
 
-    The candidates of a photo are the greedy candidate and K samples. `chosen`: accuracy of the most probable candidate.
-    `nearest`: accuracy of the candidate nearest to the truth. listed: candidates per photo from predictions/, in which
-    equal samples are one candidate with a count; K samples are therefore drawn from the counts without replacement,
-    with s.seed.
+    The candidates of a photo are the greedy candidate and K samples. `count`: K. `chosen`: accuracy of the most
+    probable candidate. `nearest`: accuracy of the candidate nearest to the truth. listed: candidates per photo from
+    predictions/, in which equal samples are one candidate with a count; K samples are therefore drawn from the counts
+    without replacement, with s.seed.
     """
     rng, drawn = np.random.default_rng(s.seed), []
     for candidates in listed:
@@ -233,6 +260,6 @@ def by_candidates(
             places = np.array([(c["latitude"], c["longitude"]) for c in first])
             chosen.append(places[np.argmax([c["log_probability"] for c in first])])
             nearest.append(places[np.argmin(great_circle_km(*places.T, *at))])
-        row = {"candidates": k, "chosen": within(np.array(chosen), truth)}
+        row = {"count": k, "chosen": within(np.array(chosen), truth)}
         results.append({**row, "nearest": within(np.array(nearest), truth)})
     return results

@@ -22,10 +22,13 @@ class DataSettings:
 
     photos: number of photos, which are used with their views; all photos if 0. Neighbors still come from the whole
     gallery. seed: seed of the random choice. With the same seed, a larger choice contains every smaller one.
+    split_validation: whether only every second validation photo, in the even rows, chooses the best step of a training.
+    The metrics of the other photos begin with `scored/`. They are unbiased, because these photos choose nothing.
     """
 
     photos: int
     seed: int
+    split_validation: bool
 
 
 class Features:

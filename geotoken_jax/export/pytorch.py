@@ -17,8 +17,12 @@ The decoder's parameters with the tensor names of the published code: `geotoken.
 `safetensors.torch.load_file`, and `geotoken.pth` for `torch.load` if torch was installed. Load them with
 `load_state_dict(..., strict=False)`: entries that the published forward pass never reads are left out.
 """
-#: Settings of training and execution. They do not change the architecture.
-_RUNTIME = ("attention", "attention_dropout", "dropout", "neighbor_dropout", "dtype", "remat")
+#: Settings of training and execution, and settings that the parametrization "standard" does not use. They do not change
+#: the architecture.
+_RUNTIME = (
+    "attention", "attention_dropout", "dropout", "neighbor_dropout", "dtype", "remat", "base_width", "base_heads",
+    "base_layers",
+)  # fmt: skip
 
 
 def make(folder: epath.Path, out: epath.Path) -> str:
@@ -26,7 +30,8 @@ def make(folder: epath.Path, out: epath.Path) -> str:
 
     Raises SettingsError with the name of a model setting that the published code does not support.
     """
-    ours = settings.read(ModelSettings, json.loads((folder / "config.json").read_text())["model"], "model")
+    config = settings.completed(json.loads((folder / "config.json").read_text()))
+    ours = settings.read(ModelSettings, config["model"], "model")
     published = official.settings(
         width=ours.width, layers=ours.encoder_layers, heads=ours.heads, feed_forward=ours.feed_forward,
         group=ours.group, level=ours.level, neighbors=ours.neighbors, backbone_width=ours.backbone_width,

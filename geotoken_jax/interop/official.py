@@ -61,7 +61,8 @@ def settings(
     fixed = dict(
         norm="post", activation="relu", scheme="s2", memory="full", positions="sinusoidal", tie_tokens=False,
         copy_head=False, neighbor_tokens=True, neighbor_embeddings=True, neighbor_dropout=0.0, similarities=False,
-        context="none", qk_norm=False, attention="auto",
+        context="none", qk_norm=False, attention="auto", parametrization="standard", base_width=512, base_heads=8,
+        base_layers=10,
     )  # fmt: skip
     free = {"backbone_width": 768, "dropout": 0.1, "dtype": "float32", "remat": "none", **others}
     free["attention_dropout"] = free["dropout"]  # PyTorch's layers have one rate
@@ -380,7 +381,8 @@ def _import(options: argparse.Namespace) -> int:
     s = settings_of(weights, heads=options.heads, neighbors=options.neighbors)
     params = nnx.to_pure_dict(nnx.state(from_state_dict(s, weights), nnx.Param))
     checkpoint.write_parameters(options.out, params)
-    free = ("attention", "attention_dropout", "dropout", "dtype", "remat")
+    unused = ("base_width", "base_heads", "base_layers")  # by the parametrization "standard"
+    free = ("attention", "attention_dropout", "dropout", "dtype", "remat", *unused)
     changed = {name: value for name, value in dataclasses.asdict(s).items() if name not in free}
     print(f"{options.out}: {sum(p.size for p in jax.tree.leaves(params)):,} parameters. Load them with these settings:")
     print(" ".join(f"--config.model.{name}={value}" for name, value in changed.items()))

@@ -20,6 +20,7 @@ from geotoken_jax.geo.cells import Scheme
 from geotoken_jax.geo.schemes import SCHEMES
 from geotoken_jax.model import layers
 from geotoken_jax.model.memory import CONTEXTS, MemoryBuilder, MemoryForm, Neighbors, drop, sinusoidal
+from geotoken_jax.model.parametrization import set_learning_rates
 
 #: Share of training photos whose capture time is hidden. Users seldom give a capture time, so the model must predict
 #: well without it, even if all photos of the data set have one.
@@ -144,7 +145,9 @@ class CopyHead(nnx.Module):
         d, dtype = settings.width, jnp.dtype(settings.dtype)
         self.query = sharding.linear(d, d, ("embed", None), rngs=rngs, dtype=dtype)
         self.key = sharding.linear(d, d, ("embed", None), rngs=rngs, dtype=dtype)
-        self.gate = sharding.linear(d, 1, ("embed", None), rngs=rngs, dtype=dtype)
+        output = nnx.initializers.variance_scaling(settings.width_ratio, "fan_in", "truncated_normal")
+        self.gate = sharding.linear(d, 1, ("embed", None), rngs=rngs, dtype=dtype, kernel_init=output)
+        self.ratio = settings.width_ratio
 
     def __call__(
         self,
@@ -160,8 +163,7 @@ class CopyHead(nnx.Module):
         Memory.copy_keys. tokens: token of each neighbor at the position to predict. agree: whether the neighbor has the
         true tokens (training) or the decoded tokens at all earlier positions.
         """
-        scores = jnp.einsum("bqd,bmd->bqm", self.query(states), keys).astype(jnp.float32) / np.sqrt(keys.shape[-1])
-        weights = jax.nn.softmax(jnp.where(agree, scores, _NEVER)) * agree
+        weights = jax.nn.softmax(jnp.where(agree, self.scores(states, keys), _NEVER)) * agree
         copied = jnp.einsum("bqm,bqmv->bqv", weights, jax.nn.one_hot(tokens, logits.shape[-1]))
         gate = jnp.where(agree.any(-1, keepdims=True), self.gate(states).astype(jnp.float32), _NEVER)
         log_copied = jnp.where(copied > 0, jnp.log(jnp.where(copied > 0, copied, 1.0)), _NEVER)
@@ -170,6 +172,11 @@ class CopyHead(nnx.Module):
         # maximum removes the -inf, and the last line restores it.
         mixed = jnp.logaddexp(jnp.maximum(written, _NEVER), jax.nn.log_sigmoid(gate) + log_copied)
         return jnp.where(jnp.isfinite(logits), mixed, -jnp.inf)
+
+    def scores(self, states: Float[Array, "B Q D"], keys: Float[Array, "B M D"]) -> Float[Array, "B Q M"]:
+        """Returns the attention logits, in float32. Arguments: see `__call__`."""
+        products = jnp.einsum("bqd,bmd->bqm", self.query(states), keys).astype(jnp.float32)
+        return products / np.sqrt(keys.shape[-1] / self.ratio)
 
 
 class GeoTokenModel(nnx.Module):
@@ -181,7 +188,8 @@ class GeoTokenModel(nnx.Module):
         normal = nnx.initializers.normal(0.02)
         # The token table stacks the vocabularies of all positions; position t's rows start at offsets[t].
         self.offsets = tuple(int(o) for o in np.cumsum(sizes) - sizes)
-        self.memory_builder = MemoryBuilder(s.memory_form, s.backbone_width, s.width, s.dtype, rngs)
+        norm = s.width_ratio**-0.5
+        self.memory_builder = MemoryBuilder(s.memory_form, s.backbone_width, s.width, s.dtype, rngs, norm)
         self.start_embedding = sharding.parameter(rngs.params(), normal, (s.width,), (None,))
         # Devices split the token table along its axis "vocab" only. If they split the axis "embed" too, XLA would
         # gather the gradients of all photos before splitting them. MemoryBuilder's vectors are not split for the same
@@ -193,12 +201,16 @@ class GeoTokenModel(nnx.Module):
             )
         if s.positions == "factored":
             self.levels = sharding.parameter(rngs.params(), normal, (len(sizes), s.width), (None, None))
-        self.encoder = stack.make(lambda r: layers.EncoderLayer(s, r), s.encoder_layers, rngs)
-        self.decoder = stack.make(lambda r: layers.DecoderLayer(s, r), s.decoder_layers, rngs)
+        self.encoder = stack.make(
+            lambda r: layers.EncoderLayer(s, r, s.depth_ratio(s.encoder_layers)), s.encoder_layers, rngs
+        )
+        self.decoder = stack.make(
+            lambda r: layers.DecoderLayer(s, r, s.depth_ratio(s.decoder_layers)), s.decoder_layers, rngs
+        )
         if s.norm == "pre":
             self.encoder_norm = layers.LayerNorm(s.width, epsilon=1e-5, rngs=rngs)
             self.decoder_norm = layers.LayerNorm(s.width, epsilon=1e-5, rngs=rngs)
-        head = nnx.initializers.lecun_normal(batch_axis=0)
+        head = nnx.initializers.variance_scaling(s.width_ratio, "fan_in", "truncated_normal", batch_axis=0)
         self.head = sharding.parameter(
             rngs.params(), head, (len(sizes), s.width, int(sizes.max())), (None, "embed", "vocab"), s.dtype
         )
@@ -207,6 +219,8 @@ class GeoTokenModel(nnx.Module):
         )
         if s.copy_head:
             self.copy = CopyHead(s, rngs)
+        if s.width_ratio != 1.0:
+            set_learning_rates(self, s.width_ratio)
 
     def __call__(
         self,
@@ -228,9 +242,7 @@ class GeoTokenModel(nnx.Module):
         neighbors = drop(neighbors, s.neighbor_dropout, None if key is None else jax.random.fold_in(key, 3))
         encode_key, decode_key, embed_key = randomness.split(key, 3)
         memory, lengths, copy_keys = self._encoded(query, neighbors, encode_key, context)
-        start = jnp.broadcast_to(self.start_embedding[...], (len(tokens), 1, s.width))
-        x = jnp.concatenate([start, self._embed(self.token_table, tokens[:, :-1])], 1) + self._decoder_positions()
-        x = x.astype(jnp.dtype(s.dtype))
+        x = self.embed_tokens(tokens)
         x = sharding.constrain(randomness.dropout(x, s.dropout, _words(embed_key, x)), "batch")
 
         def body(layer: Any, x: Array, words: Any) -> tuple[Array, None]:
@@ -298,13 +310,7 @@ class GeoTokenModel(nnx.Module):
         """
         s = self.settings
         embed_key, layers_key = randomness.split(key, 2)
-        embedded = None
-        if s.neighbor_tokens:
-            table = self.token_table if s.tie_tokens else self.neighbor_table
-            embedded = self._embed(table, neighbors.tokens)
-            if s.positions == "factored":
-                embedded = embedded + self.levels[...]
-        x, lengths = self.memory_builder(query, neighbors, embedded, context)
+        x, lengths = self.embed_memory(query, neighbors, context)
         x = sharding.constrain(randomness.dropout(x, s.dropout, _words(embed_key, x)), "batch")
         words = _words(layers_key, x, s.encoder_layers)
         if padding := attention.positions(x.shape[1]) - x.shape[1]:
@@ -320,6 +326,24 @@ class GeoTokenModel(nnx.Module):
         unroll = key is not None and sharding.platform() == "tpu"
         x, _ = stack.scan(self.encoder, body, x, words, s.remat, unroll)
         return (self.encoder_norm(x) if s.norm == "pre" else x), lengths
+
+    def embed_memory(
+        self, query: Float[Array, "B 3 C"], neighbors: Neighbors, context: Float[Array, "B times"] | None = None
+    ) -> tuple[Float[Array, "B S D"], Int[Array, " B"]]:
+        """Returns the encoder's input and the number of its positions before the padding. Arguments: see `encode`."""
+        s, embedded = self.settings, None
+        if s.neighbor_tokens:
+            table = self.token_table if s.tie_tokens else self.neighbor_table
+            embedded = self._embed(table, neighbors.tokens)
+            if s.positions == "factored":
+                embedded = embedded + self.levels[...]
+        return self.memory_builder(query, neighbors, embedded, context)
+
+    def embed_tokens(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Returns the decoder's input: at each position the embedding of the token before it."""
+        start = jnp.broadcast_to(self.start_embedding[...], (len(tokens), 1, self.settings.width))
+        x = jnp.concatenate([start, self._embed(self.token_table, tokens[:, :-1])], 1) + self._decoder_positions()
+        return x.astype(jnp.dtype(self.settings.dtype))
 
     def start(self, memory: Memory, candidates: int, slots: int) -> Cache:
         """Returns an empty cache for `candidates` sequences per photo. slots: E, number of slots per photo."""
@@ -420,13 +444,10 @@ class GeoTokenModel(nnx.Module):
         s = self.settings
 
         def last_state(tokens: Int[Array, "B T"]) -> Float[Array, "B D"]:
-            start = jnp.broadcast_to(self.start_embedding[...], (len(tokens), 1, s.width))
-            x = jnp.concatenate([start, self._embed(self.token_table, tokens[:, :-1])], 1) + self._decoder_positions()
-
             def body(layer: Any, x: Array, keys_values: Any) -> tuple[Array, None]:
                 return layer(x, keys_values, memory.lengths, None), None
 
-            x = stack.scan(self.decoder, body, x.astype(jnp.dtype(s.dtype)), memory.keys_values)[0][:, -1]
+            x = stack.scan(self.decoder, body, self.embed_tokens(tokens), memory.keys_values)[0][:, -1]
             return self.decoder_norm(x) if s.norm == "pre" else x
 
         # The candidates are computed one after another. All at once would need K copies of the memory.

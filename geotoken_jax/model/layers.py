@@ -17,13 +17,14 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from geotoken_jax import attention, sharding, stack
+from geotoken_jax.model.parametrization import ShapeSettings
 from geotoken_jax.randomness import dropout
 from geotoken_jax.settings import Runtime
 
 
 @dataclasses.dataclass(frozen=True)
-class LayerSettings:
-    """Settings of one transformer layer.
+class LayerSettings(ShapeSettings):
+    """Settings of one transformer layer, added to its shape (ShapeSettings).
 
     norm: "pre" or "post". dtype: type in which matrix products are computed.
     activation: "relu", "gelu", or a gated one (see GATED): "swiglu" with SiLU, "geglu" with GELU.
@@ -38,8 +39,6 @@ class LayerSettings:
     "full" stores only the layer's input.
     """
 
-    width: int
-    heads: int
     feed_forward: int
     dropout: float
     norm: str
@@ -51,6 +50,7 @@ class LayerSettings:
     remat: Runtime[str]
 
     def __post_init__(self):
+        super().__post_init__()
         if self.width % self.heads:
             raise ValueError(
                 f"config.model.width is {self.width}: make it a multiple of config.model.heads = {self.heads}"
@@ -122,7 +122,7 @@ class Attention(nnx.Module):
     def __init__(self, settings: LayerSettings, rngs: nnx.Rngs):
         d, dtype = settings.width, jnp.dtype(settings.dtype)
         self.heads, self.kernel, self.normalize = settings.heads, settings.attention, settings.qk_norm
-        self.rate = settings.attention_dropout
+        self.rate, self.scale = settings.attention_dropout, settings.head_ratio**0.5
         self.q, self.k, self.v = (sharding.linear(d, d, ("embed", "heads"), rngs=rngs, dtype=dtype) for _ in range(3))
         self.out = sharding.linear(d, d, ("heads", "embed"), rngs=rngs, dtype=dtype)
         if settings.qk_norm:
@@ -133,7 +133,10 @@ class Attention(nnx.Module):
 
     def queries(self, x: Float[Array, "B T D"]) -> Float[Array, "B T H d"]:
         q = self._heads(self.q, x)
-        return self.q_norm(q).astype(q.dtype) if self.normalize else q
+        q = self.q_norm(q).astype(q.dtype) if self.normalize else q
+        # The kernels divide the products by the square root of the head width. For "mup" the queries are scaled, so
+        # that the kernels need no change.
+        return q if self.scale == 1.0 else q * self.scale
 
     def keys_values(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S H d"], Float[Array, "B S H d"]]:
         k, v = self._heads(self.k, x), self._heads(self.v, x)
@@ -230,26 +233,28 @@ _normalize.defvjp(_normalize_forward, _normalize_backward)
 class _Layer(nnx.Module):
     """Base class of EncoderLayer and DecoderLayer: sublayers with residual connections and norms.
 
-    The norm is applied to a sublayer's input ("pre"), or to the sum of its input and output ("post").
+    The norm is applied to a sublayer's input ("pre"), or to the sum of its input and output ("post"). branch: factor of
+    every sublayer's output.
     """
 
-    def __init__(self, settings: LayerSettings, norms: int, rngs: nnx.Rngs):
-        self.settings = settings
+    def __init__(self, settings: LayerSettings, norms: int, rngs: nnx.Rngs, branch: float):
+        self.settings, self.branch = settings, branch
         self.norms = nnx.List([LayerNorm(settings.width, epsilon=1e-5, rngs=rngs) for _ in range(norms)])
 
     def _residual(
         self, norm: LayerNorm, x: Array, sublayer: Callable[[Array], Array], words: Array | None, site: Site
     ) -> Array:
-        if self.settings.norm == "pre":
-            return stack.keep(x + dropout(sublayer(norm(x)), self.settings.dropout, words, site))
-        return norm(stack.keep(x + dropout(sublayer(x), self.settings.dropout, words, site)))
+        pre = self.settings.norm == "pre"
+        y = dropout(sublayer(norm(x) if pre else x), self.settings.dropout, words, site)
+        total = stack.keep(x + (y if self.branch == 1.0 else y * self.branch))
+        return total if pre else norm(total)
 
 
 class EncoderLayer(_Layer):
     """Self-attention over the memory sequence, then feed-forward."""
 
-    def __init__(self, settings: LayerSettings, rngs: nnx.Rngs):
-        super().__init__(settings, 2, rngs)
+    def __init__(self, settings: LayerSettings, rngs: nnx.Rngs, branch: float = 1.0):
+        super().__init__(settings, 2, rngs, branch)
         self.attention = Attention(settings, rngs)
         self.feed_forward = FeedForward(settings, rngs)
 
@@ -272,8 +277,8 @@ class EncoderLayer(_Layer):
 class DecoderLayer(_Layer):
     """Causal self-attention over the tokens, then attention to the memory, then feed-forward."""
 
-    def __init__(self, settings: LayerSettings, rngs: nnx.Rngs):
-        super().__init__(settings, 3, rngs)
+    def __init__(self, settings: LayerSettings, rngs: nnx.Rngs, branch: float = 1.0):
+        super().__init__(settings, 3, rngs, branch)
         self.attention = Attention(settings, rngs)
         self.memory_attention = Attention(settings, rngs)
         self.feed_forward = FeedForward(settings, rngs)

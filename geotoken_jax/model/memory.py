@@ -53,15 +53,15 @@ def drop(neighbors: Neighbors, rate: float, key: jax.Array | None) -> Neighbors:
 
 class Projections(nnx.Module):
     """Three two-layer MLPs, one each for image, location and text embeddings. Photo and neighbors share them. Their
-    outputs are unit vectors."""
+    outputs are normalized. norm: norm of the outputs."""
 
-    def __init__(self, backbone_width: int, width: int, dtype: str, rngs: nnx.Rngs):
+    def __init__(self, backbone_width: int, width: int, dtype: str, rngs: nnx.Rngs, norm: float):
         init = nnx.initializers.lecun_normal(batch_axis=0)
-        self.up = sharding.parameter(rngs.params(), init, (3, backbone_width, width), (None, "embed", "mlp"), dtype)
+        self.up = sharding.parameter(rngs.params(), init, (3, backbone_width, width), (None, "features", "mlp"), dtype)
         self.up_bias = sharding.parameter(rngs.params(), nnx.initializers.zeros, (3, width), (None, "mlp"), dtype)
         self.down = sharding.parameter(rngs.params(), init, (3, width, width), (None, "mlp", "embed"), dtype)
         self.down_bias = sharding.parameter(rngs.params(), nnx.initializers.zeros, (3, width), (None, "embed"), dtype)
-        self.dtype = jnp.dtype(dtype)
+        self.dtype, self.norm = jnp.dtype(dtype), norm
 
     def __call__(self, x: Float[Array, "... 3 C"]) -> Float[Array, "... 3 D"]:
         x = sharding.einsum("...ec,ecd->...ed", x.astype(self.dtype), self.up[...])
@@ -69,7 +69,8 @@ class Projections(nnx.Module):
         x = sharding.einsum("...ec,ecd->...ed", x, self.down[...])
         x = sharding.add_bias(x, self.down_bias[...]).astype(jnp.float32)
         norm = jnp.sqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-24))
-        return sharding.constrain((x / norm).astype(self.dtype), "batch")
+        unit = x / norm
+        return sharding.constrain((unit if self.norm == 1.0 else unit * self.norm).astype(self.dtype), "batch")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,11 +114,13 @@ class MemoryForm:
 
 
 class MemoryBuilder(nnx.Module):
-    """Embeds photos and their neighbors as the memory sequence."""
+    """Embeds photos and their neighbors as the memory sequence. norm: norm of the projected embeddings."""
 
-    def __init__(self, form: MemoryForm, backbone_width: int, width: int, dtype: str, rngs: nnx.Rngs):
+    def __init__(
+        self, form: MemoryForm, backbone_width: int, width: int, dtype: str, rngs: nnx.Rngs, norm: float = 1.0
+    ):
         normal = nnx.initializers.normal(0.02)
-        self.projections = Projections(backbone_width, width, dtype, rngs)
+        self.projections = Projections(backbone_width, width, dtype, rngs, norm)
         # The learned vectors are small, so each device keeps a whole copy. If devices split them, XLA would gather the
         # gradients of all photos before splitting their sum.
         self.cls = sharding.parameter(rngs.params(), normal, (width,), (None,))

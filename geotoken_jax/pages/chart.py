@@ -56,6 +56,7 @@ class Chart:
         series: curves or bars. The last curve is drawn on top.
         groups: names of the groups of bars. If empty, the series are curves.
         log_x: whether the x axis is logarithmic.
+        log_y: whether the y axis of curves is logarithmic. If not, it contains 0.
         marks: x values of vertical lines.
         legend: entries of the legend below the chart. If None, the entries of the listed series. If empty, there is no
             legend.
@@ -70,6 +71,7 @@ class Chart:
     log_x: bool = False
     marks: Sequence[float] = ()
     legend: Sequence[Key] | None = ()
+    log_y: bool = False
 
     def entries(self) -> list[Key]:
         """Returns the legend entries of the listed series."""
@@ -122,7 +124,13 @@ def _curves(chart: Chart) -> list[str]:
     x_all, y_all = (np.concatenate([getattr(s, axis) for s in chart.series]) for axis in ("x", "y"))
     least, most = x_all.min(), x_all.max()
     x_ticks = _decades(least, most) if chart.log_x else [x for x in _ticks(least, most) if least <= x <= most]
-    y_ticks = _ticks(min(0.0, y_all.min()), y_all.max())
+    y_low, y_high = y_all.min(), y_all.max()
+    if chart.log_y:
+        y_ticks = _decades(y_low, y_high)
+        y_low, y_high = np.log10(y_low), np.log10(y_high)
+    else:
+        y_ticks = _ticks(min(0.0, y_low), y_high)
+        y_low, y_high = y_ticks[0], y_ticks[-1]
     x_low, x_high = (np.log10(least), np.log10(most)) if chart.log_x else (least, most)
 
     def across(x):
@@ -130,8 +138,8 @@ def _curves(chart: Chart) -> list[str]:
         return _LEFT + (x - x_low) / ((x_high - x_low) or 1) * (_WIDTH - _LEFT - _RIGHT)
 
     def up(y):
-        span = y_ticks[-1] - y_ticks[0]
-        return _BOTTOM_Y - (np.asarray(y) - y_ticks[0]) / span * (_BOTTOM_Y - _TOP)
+        y = np.log10(y) if chart.log_y else np.asarray(y)
+        return _BOTTOM_Y - (y - y_low) / ((y_high - y_low) or 1) * (_BOTTOM_Y - _TOP)
 
     parts = [*_grid(y_ticks, up), *(_tick(across(x), label(x)) for x in x_ticks)]
     for x in chart.marks:

@@ -1,5 +1,6 @@
 """Presentation of a scaling study: the page with its charts, docs/scaling.md, and the summary in the terminal."""
 
+import dataclasses
 import json
 import os
 import platform
@@ -11,38 +12,75 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from geotoken_jax.analysis import scaling
+from geotoken_jax.analysis import scaling, scaling_law, scaling_results, trend
 from geotoken_jax.configuration import Config, ScalingSettings
 from geotoken_jax.geo.distance import THRESHOLDS_KM
 from geotoken_jax.manifests import StageError, write_bytes
-from geotoken_jax.pages import frame
-from geotoken_jax.pages.chart import Chart, Panels, Series
-from geotoken_jax.pages.frame import Piece, Section
-from geotoken_jax.pages.table import plain
+from geotoken_jax.pages import coordinate_check, frame, scaling_charts
+from geotoken_jax.pages.chart import Chart, Panels
+from geotoken_jax.pages.frame import Section
+from geotoken_jax.pages.table import Table, plain
 from geotoken_jax.workdir import Workdir
 
 _HEAD = """# Scaling
 
-This page shows how the decoder's loss and accuracy depend on its size, on the number of train photos, on the number of
-neighbors, on the size of the gallery and on the number of candidates. The first of these commands trains the runs, and
-the second fits the law to them. The third draws the charts, scaling/index.html in the work directory, and the last
-wrote this page ({date}, {cores} {machine} cores).
+This page shows how the decoder's loss and accuracy depend on its size, on compute, on the number of train photos, on
+the number of neighbors, on the size of the gallery and on the number of candidates. These commands print
+all runs and their cost, check how activations depend on the width, train the runs, fit the laws to them, draw the
+charts (scaling/index.html in the work directory), and write this page ({date}, {cores} {machine} cores).
 
 ```
+geotoken scaling plan --config=configs/{name}.py
+geotoken scaling check --config=configs/{name}.py --workdir=runs/demo
 geotoken scaling run --config=configs/{name}.py --workdir=runs/demo
 geotoken scaling fit --config=configs/{name}.py --workdir=runs/demo
 geotoken scaling plot --config=configs/{name}.py --workdir=runs/demo
 geotoken scaling plot --document --config=configs/{name}.py --workdir=runs/demo > docs/scaling.md
 ```
 """
-_SIDE_BY_SIDE = "seq 0 {last} | xargs -P 2 -I{{}} geotoken scaling run --index={{}} --config=... --workdir=..."
-_LAW = (("E", "E, nats"), ("A", "A"), ("alpha", "a, of size"), ("B", "B"), ("beta", "b, of data"))
+_SIDE_BY_SIDE = """These commands train two runs at a time, on one thread each with
+`XLA_FLAGS=--xla_cpu_multi_thread_eigen=false`:
+
+```
+seq 0 {last} | xargs -P 2 -I{{}} geotoken scaling run --index={{}} --config=... --workdir=...
+geotoken scaling run --index={held_out} --config=... --workdir=...
+```
+"""
+#: Coefficient of the law -> name in tables.
+_LAW = {
+    "E": "E, nats", "A": "A", "alpha": "a, of size", "B": "B", "beta": "b, of data", "repeats": "R*, of repetitions",
+}  # fmt: skip
+_ANSWERS = {
+    "first_neighbor": "first neighbor", "decoder": "decoder", "chosen": "most probable", "nearest": "nearest to truth",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """A section of the page and of the document: a heading, paragraphs, tables, and charts, which only the page has."""
+
+    name: str
+    title: str
+    text: Sequence[str]
+    tables: Sequence[Table] = ()
+    charts: Sequence[Chart] = ()
+
+    def markdown(self) -> str:
+        return "\n".join(
+            [f"## {self.title}\n", *(f"{text}\n" for text in self.text), *(t.markdown() for t in self.tables)]
+        )
+
+    def section(self) -> Section:
+        text = [f"<p>{escape(text)}</p>" for text in self.text]
+        charts = [Panels(self.charts, ())] if self.charts else []
+        return Section(self.name.lower().replace(" ", "-"), self.name, self.title, [*text, *charts, *self.tables])
 
 
 def summary(fitted: Mapping[str, Any]) -> str:
-    """Returns the law and the forecast as two lines of text. fitted: result of stages.scaling.fit."""
-    law = ", ".join(f"{name} = {_interval(fitted['law'][key])}" for key, name in _LAW)
-    return f"L(N, D) = E + A / N^a + B / D^b: {law}\n{_forecast(fitted['forecast'])}"
+    """Returns the law and the forecast as lines of text. fitted: result of stages.scaling.fit."""
+    law = ", ".join(f"{name} = {_interval(fitted['law'][key])}" for key, name in _LAW.items())
+    lines = [f"L = E + A / N^a + B / D'^b: {law}", *_undetermined(fitted["law"]), _forecast_text(fitted["forecast"])]
+    return "\n".join(lines)
 
 
 def document(config: Config, workdir: Workdir) -> str:
@@ -50,42 +88,27 @@ def document(config: Config, workdir: Workdir) -> str:
 
     Raises StageError if scaling/fit.json is missing.
     """
-    rows, fitted, s = *_read(workdir), scaling.scaling_settings(config)
-    header = {"name": config.name, "cores": os.cpu_count(), "machine": platform.machine(), "date": date.today()}
-    sections = [
-        _HEAD.format(**header),
-        _what_was_run(rows, s, config),
-        "## Runs\n\n" + plain(*_runs_table(rows)).markdown(),
-        _law_section(fitted),
-        f"## A size that was not fitted\n\n{_forecast(fitted['forecast'])}\n",
-        _compute_section(rows, fitted, s),
-        _neighbors_section(rows, s),
-        _accuracy_section(fitted),
-        _tested_section(fitted["tested"]),
-        "## What does not transfer\n\n" + "\n".join(f"- {line}" for line in s.limits) + "\n",
-    ]
-    return "\n".join(section for section in sections if section)
+    s, runs = scaling.scaling_settings(config), len(scaling.runs(config))
+    head = _HEAD.format(name=config.name, cores=os.cpu_count(), machine=platform.machine(), date=date.today())
+    parts = [part.markdown() for part in _parts(config, workdir)]
+    side_by_side = _SIDE_BY_SIDE.format(last=runs - 2, held_out=runs - 1)
+    limits = "## What does not transfer\n\n" + "\n".join(f"- {line}" for line in s.limits) + "\n"
+    return "\n".join([head, parts[0], side_by_side, *parts[1:], limits])
 
 
 def plot(config: Config, workdir: Workdir) -> epath.Path:
-    """Writes scaling/index.html, the page with the charts and the table of runs, and returns its path.
+    """Writes scaling/index.html, the page with charts, tables and limits of the study, and returns its path.
 
     Raises StageError if scaling/fit.json is missing.
     """
-    rows, fitted, s = *_read(workdir), scaling.scaling_settings(config)
-    grid = [row for row in rows if row["axis"] in ("grid", "held out")]
-    sections = [
-        Section("loss", "Loss", "Loss by number of photos and by size", _loss_charts(grid, fitted)),
-        Section("compute", "Compute", "Loss by compute", [Panels([_compute_chart(rows, s)], ())]),
-        Section("accuracy", "Accuracy", "Accuracy by loss", [Panels([_accuracy_chart(grid)], ())]),
-    ]
-    if fitted["tested"]:
-        charts = Panels(_tested_charts(fitted["tested"]), ())
-        sections.append(Section("tested", "Test time", "Gallery and candidates at test time", [charts]))
-    sections.append(Section("runs", "Runs", "All runs", [plain(*_runs_table(rows))]))
-    headline = f"<h1>Scaling</h1><p>{escape(summary(fitted))}</p>"
+    parts, s = _parts(config, workdir), scaling.scaling_settings(config)
+    listed = "".join(f"<li>{escape(line)}</li>" for line in s.limits)
+    limits = Section("limits", "Limits", "What does not transfer", [f"<ul>{listed}</ul>"])
+    _, fitted = _read(workdir)
+    lines = "".join(f"<p>{escape(line)}</p>" for line in summary(fitted).splitlines())
     file = workdir.path / scaling.FOLDER / "index.html"
-    write_bytes(file, frame.page("GeoToken: scaling", headline, sections).encode())
+    page = frame.page("GeoToken: scaling", f"<h1>Scaling</h1>{lines}", [*(part.section() for part in parts), limits])
+    write_bytes(file, page.encode())
     return file
 
 
@@ -97,223 +120,326 @@ def _read(workdir: Workdir) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     return rows, fitted
 
 
-def _what_was_run(rows: Sequence[dict[str, Any]], s: ScalingSettings, config: Config) -> str:
+def _parts(config: Config, workdir: Workdir) -> list[_Part]:
+    """Returns the parts of the page in order. Parts whose runs are not complete are left out."""
+    rows, fitted = _read(workdir)
+    s = scaling.scaling_settings(config)
+    parts = [
+        _what_was_run(rows, s, len(scaling.runs(config))),
+        _slices_part(rows, fitted),
+        _law_part(rows, fitted),
+        _forecast_part(rows, fitted),
+        _frontier_part(rows, fitted),
+        _learning_rate_part(fitted),
+        _coordinate_part(workdir),
+        _accuracy_part(rows, fitted),
+        _neighbors_part(rows, fitted, s),
+        _tested_part(fitted["tested"]),
+        _Part("Runs", "Runs", [], [_runs_table(rows)]),
+    ]
+    return [part for part in parts if part]
+
+
+def _what_was_run(rows: Sequence[dict[str, Any]], s: ScalingSettings, total: int) -> _Part:
     wall, cpu = (sum(row.get(name, 0.0) for row in rows) / 60 for name in ("wall", "cpu"))
-    examples = ", ".join(f"{count:,} examples of {photos:,}" for photos, count in s.photos)
-    total = len(scaling.runs(config))
     undone = f" {total - len(rows)} of {total} runs are not complete." if len(rows) < total else ""
-    return (
-        f"## What was run\n\n{s.note}\n\n"
-        "N is the number of weights in encoder and decoder layers. D is the number of distinct photos that the decoder "
-        "is trained on, with their views; each set of photos contains the next smaller one. Neighbors come from the "
-        "whole gallery for every D, so that the effect of train photos is separate from the effect of the gallery, "
-        "which has a section below. L is the validation loss in nats per photo: the sum of the cross-entropies of all "
-        f"tokens, unweighted, at the lowest of {s.validations} validations. Runs of the grid see {examples}. With the "
-        "fewest photos the loss rises again before the end.\n\n"
+    budgets = ", ".join(f"{budget:.2g}" for budget in s.budgets)
+    text = [
+        s.note,
+        "N is the number of weights in encoder and decoder layers. D is the number of examples that a run reads. U is "
+        "the number of distinct photos and views among which it reads; each set of photos contains the next smaller "
+        "one. Neighbors come from the whole gallery for every U, so that the effect of train photos is separate from "
+        "the effect of the gallery. Compute is counted in full: all matrix products, with the projections of features, "
+        f"neighbors and the output layer, forward and backward. Every size is trained with {budgets} floating-point "
+        "operations (FLOPs).",
+        "L is the loss in nats per photo: the sum of the cross-entropies of all tokens, unweighted. Of "
+        f"{s.validations} validations per run, the one with the smallest loss on one half of the validation photos "
+        "counts. L and accuracy are measured on the other half.",
         f"{len(rows)} runs took {cpu:.0f} minutes of processor time and {wall:.0f} minutes of wall time, summed over "
-        f"runs that shared the cores with each other and with other programs.{undone} These commands train two runs at "
-        "a time, on one thread each with `XLA_FLAGS=--xla_cpu_multi_thread_eigen=false`:\n\n"
-        f"```\n{_SIDE_BY_SIDE.format(last=total - 2)}\n"
-        f"geotoken scaling run --index={total - 1} --config=... --workdir=...\n```\n"
+        f"runs.{undone}",
+    ]
+    return _Part("Design", "What was run", text)
+
+
+def _slices_part(rows: Sequence[dict[str, Any]], fitted: Mapping[str, Any]) -> _Part:
+    grid = scaling.of_axes(rows, scaling.GRID)
+    sizes = list(dict.fromkeys(row["size"] for row in grid))
+    measured, optima = [], []
+    for one in fitted["slices"]:
+        losses = {row["size"]: row["loss"] for row in grid if row["budget"] == one["budget"]}
+        best = min((loss for loss in losses.values() if loss), default=None)
+        cells = [f"{losses.get(size) or np.nan:.3f}".replace("nan", "") for size in sizes]
+        cells = [f"**{cell}**" if losses.get(size) == best else cell for size, cell in zip(sizes, cells, strict=True)]
+        measured.append([f"{one['budget']:.2g}", *cells])
+        if one["at"]:
+            found = [_number(one["at"]), f"{_number(one['low'])} to {_number(one['high'])}", f"{one['examples']:,.0f}"]
+        else:
+            found = ["", "", ""]
+        optima.append([f"{one['budget']:.2g}", *found, "yes" if one["determined"] else "not determined"])
+    power = fitted["power"]
+    if power and power["determined"]:
+        law = f"The best N grows as C^{power['value']:.2f} (95 % interval {power['low']:.2f} to {power['high']:.2f})."
+    else:
+        law = "The exponent of the best N is not determined: not every slice has an optimum inside the sizes."
+    text = [
+        "Loss of every size at equal compute, on the most photos. A parabola in log N is fitted to the "
+        "smallest loss of a slice and the sizes beside it (approach 2 of Hoffmann et al. 2022, arXiv "
+        "2203.15556). Its minimum is the best N. It is not determined if noise moves it beyond these sizes in "
+        "more than 5 % of simulations. " + law,
+    ]
+    tables = [
+        plain(["FLOPs", *sizes], measured),
+        plain(["FLOPs", "best N", "95 % interval", "examples there", "determined"], optima),
+    ]
+    return _Part("Equal compute", "Sizes at equal compute", text, tables, scaling_charts.slices(rows, fitted))
+
+
+def _undetermined(law: Mapping[str, Any]) -> list[str]:
+    """Returns a sentence per coefficient of the law that is not determined."""
+    lines = []
+    for key, name in _LAW.items():
+        if law[key].get("determined") is False:
+            budget = law[key].get("budget")
+            enough = (
+                f"in simulations with the fitted law, slices of up to {budget:.1e} FLOPs determine it"
+                if budget
+                else "in simulations with the fitted law, 256 times the compute does not determine it either"
+            )
+            lines.append(f"{name} is not determined; {enough}.")
+    return lines
+
+
+def _law_part(rows: Sequence[dict[str, Any]], fitted: Mapping[str, Any]) -> _Part:
+    law, noise = fitted["law"], fitted["noise"]
+    lines = []
+    for key, name in _LAW.items():
+        determined = {True: "yes", False: "not determined"}.get(law[key].get("determined"), "")
+        lines.append([name, _number(law[key]["value"]), _range(law[key]), determined])
+    seeds = f"{noise['seeds']:.3f}" if noise["seeds"] is not None else "not measured"
+    text = [
+        "L = E + A / N^a + B / D'^b is fitted to the runs of the grid, on fewer photos and with other seeds "
+        "(approach 3 of Hoffmann et al. 2022). D' is the effective number of examples: D' = U + U R* (1 - exp(-R / "
+        "R*)), where R = D / U - 1 is the number of repetitions (Muennighoff et al. 2023, arXiv 2305.16264). The "
+        "Huber loss of logarithms is minimized from 32 starts. Intervals are percentiles 2.5 and 97.5 of a "
+        "bootstrap over runs, in which each resample is fitted from all starts. A coefficient is not determined if "
+        f"its interval reaches a bound of the fit, or if the upper end is more than {scaling_law.WIDEST:g} times the "
+        "lower end.",
+        *([" ".join(_undetermined(law))] if _undetermined(law) else []),
+        f"The standard deviation of runs that differ only in the seed: {seeds} nats; of all runs around the law: "
+        f"{noise['residuals']:.3f} nats.",
+    ]
+    models = [
+        [model["name"], str(model["coefficients"]), f"{model['error']:.4f}", f"{model['left_out']:.4f}"]
+        for model in fitted["models"]
+    ]
+    heads = ["model", "coefficients", "error, nats", "leave-one-out error, nats"]
+    tables = [plain(["", "value", "95 % interval", "determined"], lines), plain(heads, models)]
+    return _Part("Law", "The law of size and data", text, tables, [scaling_charts.law(rows, fitted)])
+
+
+def _forecast_text(forecast: Mapping[str, Any] | None) -> str:
+    if forecast is None:
+        return "The held-out run is not complete."
+    best, measured = forecast["models"][scaling_law.LAW.name], forecast["measured"]
+    inside = "inside" if best["80"][0] <= measured <= best["80"][1] else "outside"
+    return (
+        f"Forecast of {forecast['label']}, stored before it was trained: {best['loss']:.3f} nats, 80 % prediction "
+        f"interval {best['80'][0]:.3f} to {best['80'][1]:.3f}. Measured: {measured:.3f}, {inside} the interval."
     )
 
 
-def _runs_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Returns the column heads, and the cells of each run's row."""
-    heads = ["run", "varies", "N", "photos", "neighbors", "examples", "best after", "GFLOPs", "loss, nats"]
+def _forecast_part(rows: Sequence[dict[str, Any]], fitted: Mapping[str, Any]) -> _Part | None:
+    forecast = fitted["forecast"]
+    if forecast is None:
+        return None
+    measured = forecast["measured"]
+    lines = []
+    for name in (model.name for model in scaling_law.MODELS):
+        model = forecast["models"][name]
+        inside = "yes" if model["80"][0] <= measured <= model["80"][1] else "no"
+        ends = (f"{model[share][0]:.3f} to {model[share][1]:.3f}" for share in ("80", "95"))
+        lines.append([name, f"{model['loss']:.3f}", *ends, f"{model['loss'] - measured:+.3f}", inside])
+    held_out = next(row for row in rows if row["label"] == forecast["label"])
+    most = max(row["compute"] for row in scaling.of_axes(rows, scaling.GRID))
+    text = [
+        _forecast_text(forecast),
+        f"The held-out run has {held_out['parameters']:,} parameters and {held_out['compute'] / most:.1f} times the "
+        "largest compute of the grid. The prediction intervals contain the uncertainty of the coefficients and the "
+        "noise of one run. The constant, the null model, is a robust mean of all losses. The power law in compute is "
+        f"L = E + K / C^c. All fitted losses are within {forecast['spread']:.3f} nats.",
+    ]
+    heads = ["model", "forecast, nats", "80 % interval", "95 % interval", "error", "inside 80 %"]
+    return _Part("Forecast", "A run that was forecast", text, [plain(heads, lines)])
+
+
+def _frontier_part(rows: Sequence[dict[str, Any]], fitted: Mapping[str, Any]) -> _Part:
+    lines = [
+        [f"{p['compute']:.2g}", _number(p["parameters"]), f"{p['examples']:,.0f}", f"{p['epochs']:.2g}",
+         f"{p['loss']:.3f}", f"{p['80'][0]:.3f} to {p['80'][1]:.3f}"]
+        for p in fitted["frontier"]
+    ]  # fmt: skip
+    text = [
+        "The number of parameters with the smallest loss by the law, on the most photos, and the prediction interval."
+    ]
+    heads = ["FLOPs", "best N", "examples", "epochs", "loss, nats", "80 % interval"]
+    return _Part("Frontier", "Compute frontier", text, [plain(heads, lines)], [scaling_charts.frontier(rows, fitted)])
+
+
+def _learning_rate_part(fitted: Mapping[str, Any]) -> _Part | None:
+    if not fitted["transfer"]:
+        return None
+    lines, ratios = [], []
+    for entry in fitted["transfer"]:
+        for one in entry["widths"]:
+            cells = [_number(one["at"]), _range(one)] if one["at"] else ["", ""]
+            determined = "yes" if one["determined"] else "not determined"
+            lines.append([entry["parametrization"], str(one["width"]), *cells, determined])
+        if entry["ratio"]:
+            doubt = "" if entry["determined"] else "; an optimum is not determined"
+            ratios.append(
+                f"{entry['parametrization']}: the best rates of all widths are within a factor of {entry['ratio']:.2f} "
+                f"(95 % interval {entry['low']:.2f} to {entry['high']:.2f}{doubt})."
+            )
+        else:
+            ratios.append(f"{entry['parametrization']}: a width has no best rate inside the tried rates.")
+    text = [
+        "Learning rates were tried at several widths with one depth. A parabola in the logarithm of the rate gives the "
+        "best rate of a width. " + " ".join(ratios),
+    ]
+    heads = ["parametrization", "width", "best rate", "95 % interval", "determined"]
+    charts = scaling_charts.learning_rates(fitted["transfer"])
+    return _Part("Learning rate", "Transfer of the learning rate", text, [plain(heads, lines)], charts)
+
+
+def _coordinate_part(workdir: Workdir) -> _Part | None:
+    file = workdir.path / scaling.FOLDER / scaling.CHECK
+    if not file.exists():
+        return None
+    result = json.loads(file.read_text())
+    names = list(result["slopes"])
+    lines = [
+        [
+            activation,
+            *(f"{result['slopes'][name][activation][key]:+.2f}" for name in names for key in ("rms", "change")),
+        ]
+        for activation in result["slopes"][names[0]]
+    ]
+    heads = ["activation", *(f"{name}, {key}" for name in names for key in ("size", "change"))]
+    text = [
+        f"Exponents of the width: the slope of the logarithm of an activation's root mean square, and of its change in "
+        f"{result['steps']} training steps, over widths {', '.join(map(str, result['widths']))}. With mup they should "
+        "be 0: the width then does not change the scale of activations.",
+    ]
+    return _Part("Coordinates", "Coordinate check", text, [plain(heads, lines)], coordinate_check.charts(result))
+
+
+def _trend_cells(found: Mapping[str, Any] | None) -> list[str]:
+    """Returns the cells of a trend: formula, a and b with intervals, and leave-one-out errors."""
+    if not found:
+        return ["", "", "", "", ""]
+    constant = f"{found['errors']['constant']:.4f}"
+    a, b = (_interval(found[name]) for name in "ab")
+    return [trend.FORMS[found["form"]], a, b, f"{found['errors'][found['form']]:.4f}", constant]
+
+
+_TREND_HEADS = ("y", "a", "b", "leave-one-out error", "of a constant")
+
+
+def _accuracy_part(rows: Sequence[dict[str, Any]], fitted: Mapping[str, Any]) -> _Part:
+    lines = [[f"{km:,} km", *_trend_cells(found)] for km, found in zip(THRESHOLDS_KM, fitted["accuracy"], strict=True)]
+    text = [
+        "Share y of greedy answers within a distance, by loss x, over the runs that the law is fitted to. Of a "
+        "straight line, a logistic curve and a constant, the form with the smallest leave-one-out error is shown, "
+        "with 95 % intervals from a bootstrap over runs.",
+    ]
+    chart = scaling_charts.accuracy(rows, fitted)
+    return _Part("Accuracy", "Accuracy by loss", text, [plain(["within", *_TREND_HEADS], lines)], [chart])
+
+
+def _neighbors_part(rows: Sequence[dict[str, Any]], fitted: Mapping[str, Any], s: ScalingSettings) -> _Part | None:
+    compared = scaling_results.neighbor_rows(rows, s)
+    if len(compared) < 2:
+        return None
+    lines = [
+        [str(row["neighbors"]), f"{row['loss']:.3f}", *(f"{100 * share:.1f}" for share in row["accuracy"])]
+        for row in compared
+    ]
+    found = fitted["neighbors"]
+    text = [f"{s.reference}, trained and validated with different numbers of neighbors, on as many examples."]
+    if found:
+        text.append("Loss y by x = 1 + neighbors: " + _trend_sentence(found))
+    heads = ["neighbors", "loss, nats", *(f"{km:,} km, %" for km in THRESHOLDS_KM)]
+    return _Part("Neighbors", "Neighbors", text, [plain(heads, lines)], [scaling_charts.neighbors(compared, found)])
+
+
+def _trend_sentence(found: Mapping[str, Any]) -> str:
+    formula, a, b, error, constant = _trend_cells(found)
+    return f"y = {formula}, a = {a}, b = {b}; leave-one-out error {error}, of a constant {constant}."
+
+
+def _tested_part(tested: Mapping[str, Any] | None) -> _Part | None:
+    if tested is None:
+        return None
+    share, n = tested["gallery"][-1]["decoder"][2], tested["photos"]
+    shares, trends = [], []
+    for part, answers in tested["trends"].items():
+        for answer, fits in answers.items():
+            for row in tested[part]:
+                cells = [f"{100 * value:.1f}" for value in row[answer]]
+                shares.append([part, f"{row['count']:,}", _ANSWERS[answer], *cells])
+            for km, found in zip(THRESHOLDS_KM, fits, strict=True):
+                if found:
+                    trends.append([part, _ANSWERS[answer], f"{km:,} km", *_trend_cells(found)])
+    text = [
+        f"Percent of the {n:,} photos of {tested['split']} that {tested['label']} places within a distance; 95 % "
+        f"intervals are about ±{196 * np.sqrt(share * (1 - share) / n):.1f} points. The gallery is reduced to random "
+        "photos, and each set contains the next smaller one. With fewer neighbors, the decoder reads only the first. "
+        "The decoder was trained with the whole gallery and all neighbors. Candidates are the greedy candidate and K "
+        "samples; no choice among them can surpass the candidate that is nearest to the truth.",
+        "The second table has the trend of each share y with the number x: a logarithm, a power law or a constant, "
+        "the form with the smallest leave-one-out error.",
+    ]
+    tables = [
+        plain(["varied", "number", "answer", *(f"{km:,} km" for km in THRESHOLDS_KM)], shares),
+        plain(["varied", "answer", "within", *_TREND_HEADS], trends),
+    ]
+    return _Part(
+        "Test time", "Gallery, neighbors and candidates at test time", text, tables, scaling_charts.tested(tested)
+    )
+
+
+def _runs_table(rows: Sequence[dict[str, Any]]) -> Table:
+    heads = [
+        "run",
+        "varies",
+        "N",
+        "photos",
+        "neighbors",
+        "rate",
+        "examples",
+        "epochs",
+        "best after",
+        "FLOPs",
+        "loss, nats",
+    ]
     heads += [f"{km:,} km, %" for km in THRESHOLDS_KM] + ["CPU, s"]
-    return heads, [
+    lines = [
         [
             row["label"],
             row["axis"],
-            *(f"{row[name]:,}" for name in ("parameters", "photos", "neighbors", "examples", "seen")),
-            f"{row['compute'] / 1e9:,.0f}",
-            f"{row['loss']:.3f}",
+            *(f"{row[name]:,}" for name in ("parameters", "photos", "neighbors")),
+            f"{row['rate']:.2g}",
+            f"{row['examples']:,}",
+            f"{row['examples'] / row['unique']:.2g}",
+            f"{row['seen']:,}",
+            f"{row['compute']:.2g}",
+            "diverged" if row["loss"] is None else f"{row['loss']:.3f}",
             *(f"{100 * share:.1f}" for share in row["accuracy"]),
             f"{row.get('cpu', 0):.0f}",
         ]
         for row in rows
     ]
-
-
-def _law_section(fitted: Mapping[str, Any]) -> str:
-    lines = [[name, _number(fitted["law"][key]["value"]), _range(fitted["law"][key])] for key, name in _LAW]
-    noise, spread = "", fitted["noise"]
-    if spread is not None:
-        noise = f" The loss of runs that differ only in the seed has a standard deviation of {spread:.3f} nats."
-    return (
-        "## The law\n\nL(N, D) = E + A / N^a + B / D^b, fitted to the grid with approach 3 of Hoffmann et al. 2022: "
-        "L-BFGS from 32 starts minimizes the Huber loss of logarithms. Intervals are percentiles 2.5 and 97.5 of a "
-        "bootstrap over runs.\n\n"
-        + plain(["", "value", "95 % interval"], lines).markdown()
-        + f"\nThe root mean square error of the fit over the grid is {fitted['error']:.3f} nats."
-        + f"{noise}\n"
-    )
-
-
-def _forecast(forecast: Mapping[str, Any] | None) -> str:
-    if forecast is None:
-        return "The held-out run is not complete."
-    measured, error = forecast["measured"], forecast["loss"] - forecast["measured"]
-    naive = forecast["as_the_largest"] - measured
-    return (
-        f"Forecast of {forecast['label']}, stored before it was trained: {forecast['loss']:.3f} nats "
-        f"({forecast['low']:.3f} to {forecast['high']:.3f}). Measured: {measured:.3f}. The error of the forecast is "
-        f"{error:+.3f} nats, {100 * abs(error) / measured:.2f} % of the loss. The loss of the largest fitted size, "
-        f"taken as the forecast, has an error of {naive:+.3f} nats. For comparison, all losses of the grid are within "
-        f"{forecast['spread']:.3f} nats, {100 * forecast['spread'] / measured:.1f} % of the loss."
-    )
-
-
-def _compute_section(rows: Sequence[dict[str, Any]], fitted: Mapping[str, Any], s: ScalingSettings) -> str:
-    lines = [
-        [f"{p['compute'] / 1e9:,.0f}", p["size"], f"{p['photos']:,.0f}", f"{p['loss']:.3f}"] for p in fitted["frontier"]
-    ]
-    spent = {row["label"]: row for row in rows if row["axis"] == "compute"}
-    measured = []
-    for budget in s.budgets:
-        losses = {size: spent.get(scaling.spent_on(size, budget), {}).get("loss") for size in s.fitted}
-        least = min((loss for loss in losses.values() if loss), default=None)
-        cells = [
-            "" if loss is None else f"**{loss:.3f}**" if loss == least else f"{loss:.3f}" for loss in losses.values()
-        ]
-        measured.append([f"{budget / 1e9:,.0f}", *cells])
-    return (
-        "## Compute\n\nSize and number of photos with the lowest loss by the law, for an amount of compute. Sizes are "
-        "the sizes of the study, and the number of examples per number of photos is the same as in the study:\n\n"
-        + plain(["GFLOPs", "size", "photos", "loss, nats"], lines).markdown()
-        + "\nMeasured loss of every size with the same compute, on all photos:\n\n"
-        + plain(["GFLOPs", *s.fitted], measured).markdown()
-    )
-
-
-def _neighbors_section(rows: Sequence[dict[str, Any]], s: ScalingSettings) -> str:
-    base = f"{s.reference}_{s.photos[-1][0]}"
-    compared = [row for row in rows if row["axis"] == "neighbors" or row["label"] == base]
-    compared.sort(key=lambda row: row["neighbors"])
-    lines = [
-        [str(row["neighbors"]), f"{row['loss']:.3f}", *(f"{100 * share:.1f}" for share in row["accuracy"])]
-        for row in compared
-    ]
-    heads = ["neighbors", "loss, nats", *(f"{km:,} km, %" for km in THRESHOLDS_KM)]
-    return (
-        f"## Neighbors\n\n{s.reference}, trained and validated with different numbers of neighbors:\n\n"
-        + plain(heads, lines).markdown()
-    )
-
-
-def _accuracy_section(fitted: Mapping[str, Any]) -> str:
-    lines = [
-        [f"{line['km']:,} km", f"{100 * line['a_nat_less']:+.1f}", f"{100 * line['explained']:.0f} %"]
-        for line in fitted["accuracy"]
-    ]
-    return (
-        "## Accuracy by loss\n\nLinear fits over the runs of the grid: percentage points of accuracy of greedy answers "
-        "gained per nat of lower loss, and the share of the variance between runs that the fit explains.\n\n"
-        + plain(["within", "points per nat", "explained"], lines).markdown()
-    )
-
-
-def _tested_section(tested: Mapping[str, Any] | None) -> str:
-    if tested is None:
-        return ""
-    share, n = tested["gallery"][-1]["decoder"][2], tested["photos"]
-    by_gallery, by_candidates = _tested_rows(tested)
-    heads = [f"{km:,} km" for km in THRESHOLDS_KM]
-    return (
-        f"## Gallery and candidates at test time\n\nPercent of the {n:,} photos of `{tested['split']}` that "
-        f"{tested['label']} places within a distance; 95 % intervals are about "
-        f"±{196 * np.sqrt(share * (1 - share) / n):.1f} points. The gallery is reduced to random photos, and each set "
-        "contains the next smaller one. The decoder was trained with the whole gallery.\n\n"
-        + plain(["gallery", "answer of", *heads], by_gallery).markdown()
-        + "\nCandidates are the greedy candidate and K samples. `chosen` is the most probable candidate, `nearest` the "
-        "candidate nearest to the truth, which no choice can surpass:\n\n"
-        + plain(["K", "candidate", *heads], by_candidates).markdown()
-    )
-
-
-def _tested_rows(tested: Mapping[str, Any]) -> tuple[list[list[str]], list[list[str]]]:
-    def lines(part: str, count: str, names: Mapping[str, str]) -> list[list[str]]:
-        return [
-            [f"{row[count]:,}", name, *(f"{100 * share:.1f}" for share in row[key])]
-            for key, name in names.items()
-            for row in tested[part]
-        ]
-
-    by_gallery = lines("gallery", "photos", {"first_neighbor": "first neighbor", "decoder": "decoder"})
-    return by_gallery, lines("candidates", "candidates", {"chosen": "chosen", "nearest": "nearest"})
-
-
-def _loss_charts(grid: Sequence[dict[str, Any]], fitted: Mapping[str, Any]) -> list[Piece | str]:
-    least = min(row["loss"] for row in grid)
-    law = scaling.scaling_law.Law(**{name: part["value"] for name, part in fitted["law"].items()})
-    charts = []
-    for along, by in (("photos", "size"), ("parameters", "photos")):
-        series = []
-        x = np.geomspace(min(row[along] for row in grid), max(row[along] for row in grid), 60)
-        for color, value in enumerate(dict.fromkeys(row[by] for row in grid if row["axis"] == "grid")):
-            curve = [row for row in grid if row[by] == value and row["axis"] == "grid"]
-            fixed = curve[0]["parameters" if by == "size" else "photos"]
-            loss = law(fixed, x) if by == "size" else law(x, fixed)
-            name = f"{value:,}" if by == "photos" else value
-            series.append(_dots(name, color, curve, along, least))
-            series.append(Series(f"{name}, the law", color, loss - least, x, style="dashed", listed=False))
-        for row in (row for row in grid if row["axis"] == "held out"):
-            series.append(_dots(f"{row['size']}, held out", 7, [row], along, least))
-        caption, y_label = f"Loss by {along}; dashed: fitted law", "nats above the best run"
-        charts.append(Chart(caption, f"Loss by {along}", along, y_label, series, log_x=True, legend=None))
-    forecast = f"<p>{escape(_forecast(fitted['forecast']))}</p>" if fitted["forecast"] else ""
-    return [Panels(charts, ()), forecast]
-
-
-def _dots(name: str, color: int, rows: Sequence[dict[str, Any]], along: str, least: float) -> Series:
-    """Returns a curve with a dot per run: the run's loss minus `least`. along: key of x in a row."""
-    rows = sorted(rows, key=lambda row: row[along])
-    x, y = (np.array([row[key] for row in rows], float) for key in (along, "loss"))
-    notes = [f"{row['label']}: {row['loss']:.3f} nats" for row in rows]
-    return Series(name, color, y - least, x, y - least, y - least, notes=notes)
-
-
-def _compute_chart(rows: Sequence[dict[str, Any]], s: ScalingSettings) -> Chart:
-    least, series = min(row["loss"] for row in rows), []
-    for color, size in enumerate(s.fitted):
-        curve = [row for row in rows if row["size"] == size and row["neighbors"] == rows[0]["neighbors"]]
-        curve = [row for row in curve if row["photos"] == s.photos[-1][0]]
-        if curve:
-            series.append(_dots(size, color, curve, "compute", least))
-    caption, y_label = "Runs with all photos, one curve per size", "nats above the best run"
-    return Chart(caption, "Loss by compute", "FLOPs", y_label, series, log_x=True, legend=None)
-
-
-def _accuracy_chart(grid: Sequence[dict[str, Any]]) -> Chart:
-    rows = sorted(grid, key=lambda row: row["loss"])
-    loss = np.array([row["loss"] for row in rows])
-    series = []
-    for i, km in enumerate(THRESHOLDS_KM):
-        share = 100 * np.array([row["accuracy"][i] for row in rows])
-        notes = [f"{row['label']}: {value:.1f} %" for row, value in zip(rows, share, strict=True)]
-        series.append(Series(f"{km:,} km", i, share, loss, share, share, notes=notes))
-    caption = "Each dot is a run of the grid"
-    return Chart(caption, "Accuracy by loss", "loss, nats", "percent within", series, legend=None)
-
-
-def _tested_charts(tested: Mapping[str, Any]) -> list[Chart]:
-    charts = []
-    for part, count, styles, label in (
-        ("gallery", "photos", {"first_neighbor": "dashed", "decoder": "solid"}, "photos in the gallery"),
-        ("candidates", "candidates", {"chosen": "solid", "nearest": "dashed"}, "samples"),
-    ):
-        x = np.array([row[count] for row in tested[part]], float)
-        series = [
-            Series(f"{km:,} km, {key}", i, np.array([100 * row[key][i] for row in tested[part]]), x, style=style)
-            for i, km in enumerate(THRESHOLDS_KM)
-            for key, style in styles.items()
-        ]
-        keys = [(f"{km:,} km", i, "solid") for i, km in enumerate(THRESHOLDS_KM)]
-        keys += [(key.replace("_", " "), 0, style) for key, style in styles.items()]
-        caption = f"Accuracy by {label}"
-        charts.append(Chart(caption, label, label, "percent within", series, log_x=True, legend=keys))
-    return charts
+    return plain(heads, lines)
 
 
 def _interval(part: Mapping[str, float]) -> str:

@@ -17,7 +17,7 @@ from geotoken_jax.plan.workloads import GALLERY, WORKLOADS, Workload, bytes_per_
 from geotoken_jax.settings import SettingsError
 
 #: Usable share of a chip's memory if the compiler does not report it. Runtime and fragmentation take the rest.
-_USABLE = 0.9
+USABLE = 0.9
 #: A Pallas kernel is assumed to run at this share of the peak rates. The TPU compiler has no estimate for kernels.
 KERNEL_SHARE = 0.5
 #: Needed and available memory in the compiler's errors: "Used 17.79G of 15.75G hbm", or "the total memory required ...
@@ -48,7 +48,7 @@ def run(
     costs = _costs(program, pod, quick)
     memory = {**program.resident_bytes(), **costs["memory"]}
     total = sum(memory.values())
-    usable = costs.get("usable", chip.memory * _USABLE)
+    usable = costs.get("usable", chip.memory * USABLE)
     model = program.flops * program.photos / program.mesh.size
     plan = {
         "topology": pod.name,
@@ -200,7 +200,7 @@ def advice(config: Config, pod: Topology, rows: int) -> list[dict[str, Any]]:
     effort. For GPUs only the bytes that stay allocated between steps are counted.
     """
     devices = topology.devices(pod)
-    usable = chips.CHIPS[pod.chip].memory * _USABLE
+    usable = chips.CHIPS[pod.chip].memory * USABLE
     changes = list(_changes(config, pod))
     tried: list[dict[str, Any]] = []
     for combination in [[c] for c in changes] + [changes[:n] for n in range(2, len(changes) + 1)]:

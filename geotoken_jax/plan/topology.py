@@ -71,7 +71,7 @@ def devices(pod: Topology) -> Sequence[Any]:
     """
     jax.config.update("jax_platforms", "cpu")
     if not pod.compiled:
-        return _cpu_devices(pod.size)
+        return stand_ins(pod)
     _check_compiler(pod)
     from jax.experimental import topologies
 
@@ -113,9 +113,15 @@ def _check_compiler(pod: Topology) -> None:
     )
 
 
-def _cpu_devices(n: int) -> Sequence[Any]:
+def stand_ins(pod: Topology) -> Sequence[Any]:
+    """Returns one CPU device per chip of the pod. They have shardings, but a program that is compiled for them is not
+    the pod's.
+
+    Raises SettingsError if JAX is in use with fewer devices.
+    """
+    n = pod.size
     with contextlib.suppress(RuntimeError):  # if JAX is initialized, its number of devices cannot change
         jax.config.update("jax_num_cpu_devices", n)
     if len(jax.devices("cpu")) < n:
-        raise SettingsError(f"JAX is in use already: plan for {n} GPUs in a new process, with `geotoken plan`")
+        raise SettingsError(f"JAX is in use already: plan for {n} chips in a new process, with `geotoken plan`")
     return jax.devices("cpu")[:n]

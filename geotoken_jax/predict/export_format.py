@@ -5,6 +5,7 @@ from typing import Any
 
 from etils import epath
 
+from geotoken_jax import settings
 from geotoken_jax.predict.bundle import ExportError
 from geotoken_jax.version import __version__
 
@@ -53,4 +54,4 @@ def read_config(folder: epath.PathLike) -> dict[str, Any]:
 
 
 def _stored(folder: epath.PathLike) -> dict[str, Any]:
-    return json.loads((epath.Path(folder) / "config.json").read_text())
+    return settings.completed(json.loads((epath.Path(folder) / "config.json").read_text()))

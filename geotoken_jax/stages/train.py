@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import numpy as np
+
 from geotoken_jax import records
 from geotoken_jax.configuration import Config
 from geotoken_jax.data.join import Concatenation, Subset, choose_rows
@@ -24,7 +26,9 @@ def run(config: Config, workdir: Workdir, variant: str) -> list[Manifest]:
     variant_config, folder = config.variant(variant), f"geotoken/{variant}"
     check_model(variant_config.model, workdir.width)
     check_context(variant_config, workdir)
-    data = variant_config.select("data") if variant_config.data.photos else {"data": {"photos": 0}}
+    chosen = variant_config.data
+    # Without a choice of photos, the manifest has the one key that earlier releases wrote too.
+    data = variant_config.select("data") if chosen.photos or chosen.split_validation else {"data": {"photos": 0}}
     stage = training.begin(
         workdir, config, folder, ["model", "loss", "train"], ["tokens", "gallery", "queries"], **data
     )
@@ -66,8 +70,10 @@ def decoder(config: Config, workdir: Workdir, mesh: Any) -> tuple[Any, list, dic
     """Returns the decoder's task, readers of the training and validation photos, and the gallery arrays on the mesh
     (none if config.gallery.placement is "host").
 
-    config: configuration with the variant's changes applied. Raises SettingsError if config.model.neighbors exceeds the
-    neighbors per photo in neighbors/, or if config.data.photos exceeds the number of training photos.
+    If config.data.split_validation is set, there are three readers: training photos, validation photos that choose the
+    best step, and validation photos that do not. config: configuration with the variant's changes applied. Raises
+    SettingsError if config.model.neighbors exceeds the neighbors per photo in neighbors/, or if config.data.photos
+    exceeds the number of training photos.
     """
     model, options, gallery = config.model, config.gallery, workdir.gallery
     if workdir.neighbor_count < model.neighbors:
@@ -80,6 +86,9 @@ def decoder(config: Config, workdir: Workdir, mesh: Any) -> tuple[Any, list, dic
     train = Concatenation([workdir.tokens(split, model, host) for split in names])
     if config.data.photos:
         train = Subset(train, choose_rows([workdir.table(split).ids() for split in names], config.data))
-    splits = [train, workdir.tokens(VALIDATION, model, host)]
+    validation = workdir.tokens(VALIDATION, model, host)
+    splits = [train, validation]
+    if config.data.split_validation:
+        splits = [train, *(Subset(validation, np.arange(first, len(validation), 2)) for first in (0, 1))]
     task = GeoTokenTask(model, config.loss, placement.lookup(options, mesh), sample.greedy)
     return task, splits, placement.device_arrays(gallery, model.cells, options, mesh)

@@ -46,25 +46,26 @@ def fit(
 ) -> loop.Result:
     """Trains a task, writes checkpoints and logs to a folder, and returns the result.
 
-    section: dotted key of the TrainSettings in config. splits: readers of the training and the validation photos.
-    label: name shown with the progress. mesh: devices to train on; the mesh of config.mesh if None. resident: arrays
-    that stay on the mesh. Raises SettingsError or loop.Diverged. A message that begins with the name of a setting has
-    the setting's full key instead, e.g. `config.align.train.steps`.
+    section: dotted key of the TrainSettings in config. splits: readers of the training photos, of the validation photos
+    and, optionally, of further validation photos that do not choose the best step (see loop.Data.scored). label: name
+    shown with the progress. mesh: devices to train on; the mesh of config.mesh if None. resident: arrays that stay on
+    the mesh. Raises SettingsError or loop.Diverged. A message that begins with the name of a setting has the setting's
+    full key instead, e.g. `config.align.train.steps`.
     """
     options: TrainSettings = config.at(section)
     mesh = mesh or make_mesh(config.mesh)
-    train, validation = splits
+    train, *validations = splits
+
+    def passes(reader: Any) -> Callable[[], Iterable[loop.Batch]]:
+        return lambda: pipeline.evaluation(len(reader), reader, options.batch_size, local, damaged)
+
     try:
         options = options.for_photos(len(train), batch_shards(mesh) * options.accumulate)
         local = local_rows(mesh, options.batch_size)
         damaged = options.max_damaged
         batches = pipeline.training(len(train), train, options.batch_size, options.seed, local, damaged)
-        data = loop.Data(
-            batches,
-            lambda: pipeline.evaluation(len(validation), validation, options.batch_size, local, damaged),
-            len(train),
-            dict(resident or {}),
-        )
+        validation, *scored = map(passes, validations)
+        data = loop.Data(batches, validation, len(train), dict(resident or {}), *scored)
         return loop.run(task, options, mesh, folder, data, label)
     except (SettingsError, loop.Diverged) as error:
         # The messages of these errors begin with the name of a setting. The section's key is put in front of the name.

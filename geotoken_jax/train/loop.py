@@ -155,13 +155,15 @@ class Data:
     batches: training input, at its start. If training resumes, `run` sets its position. validation: function that
     returns the batches of one pass over the validation split. Each has `valid` [b], False for padding. photos: number
     of training photos, which is the length of an epoch in the learning-rate schedule. resident: arrays that stay on the
-    devices over all steps; may be empty.
+    devices over all steps; may be empty. scored: function that returns the batches of further validation photos, whose
+    metrics are written but do not choose the best step; None if there are none.
     """
 
     batches: TrainingInput
     validation: Callable[[], Iterable[Batch]]
     photos: int
     resident: Resident = dataclasses.field(default_factory=dict)
+    scored: Callable[[], Iterable[Batch]] | None = None
 
 
 def make_trainer(task: Task, settings: TrainSettings, mesh: Mesh, photos: int) -> tuple[Trainer, Any]:
@@ -279,9 +281,13 @@ def _save(checkpoints: Checkpoints, step: int, state: State, data: Data, log: "_
 
 
 def _validate(trainer: Trainer, step: int, state: State, data: Data, writer: metrics.Writer, batch_size: int) -> float:
-    """Returns the validation loss, and writes all validation metrics."""
+    """Returns the validation loss, and writes all validation metrics. The loss is without `data.scored`."""
     means = evaluate(trainer, state, data.validation(), data.resident, batch_size)
-    writer.write(step, {f"validation/{name}": value for name, value in means.items()})
+    values = {f"validation/{name}": value for name, value in means.items()}
+    if data.scored:
+        scored = evaluate(trainer, state, data.scored(), data.resident, batch_size)
+        values |= {f"scored/{name}": value for name, value in scored.items()}
+    writer.write(step, values)
     return means["loss"]
 
 

@@ -43,13 +43,32 @@ def make_schedule(settings: OptimizerSettings, steps: int, steps_per_epoch: int)
 
 
 def make_optimizer(settings: OptimizerSettings, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Returns AdamW, with clipping if `settings.clip` > 0. Biases, scales and other vectors have no weight decay."""
+    """Returns AdamW, with clipping if `settings.clip` > 0. Biases, scales and other vectors have no weight decay.
+
+    Its `update` has an optional argument `factors`: the factor of each parameter's learning rate, in a tree like the
+    parameters. Weight decay does not depend on it: a step subtracts learning rate x weight_decay x parameter.
+    """
 
     def matrices(params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(_is_matrix, params)
 
-    adamw = optax.adamw(schedule, b2=settings.b2, weight_decay=settings.weight_decay, mask=matrices)
+    adamw = optax.chain(
+        _adam(settings.b2),
+        optax.add_decayed_weights(settings.weight_decay, matrices),
+        optax.scale_by_learning_rate(schedule),
+    )
     return optax.chain(optax.clip_by_global_norm(settings.clip), adamw) if settings.clip else adamw
+
+
+def _adam(b2: float) -> optax.GradientTransformationExtraArgs:
+    """Returns Adam without its learning rate. `update` multiplies the updates with its argument `factors`."""
+    adam = optax.scale_by_adam(b2=b2)
+
+    def update(updates: Any, state: Any, params: Any = None, *, factors: Any = None, **_: Any) -> tuple[Any, Any]:
+        updates, state = adam.update(updates, state, params)
+        return (updates if factors is None else jax.tree.map(lambda x, f: x * f, updates, factors)), state
+
+    return optax.GradientTransformationExtraArgs(adam.init, update)
 
 
 def _is_matrix(path: tuple[Any, ...], parameter: Any) -> bool:

@@ -67,10 +67,12 @@ class Trainer:
         gradient_dtype: str = "float32",
     ):
         self.mesh = mesh
-        self._task, self._optimizer, self._accumulate, self._ema = task, optimizer, accumulate, ema
+        self._task, self._accumulate, self._ema = task, accumulate, ema
+        self._optimizer = optax.with_extra_args_support(optimizer)
         self._sums = jnp.dtype(gradient_dtype)
         self._graph, *self._variables = nnx.split(nnx.eval_shape(lambda: task.init(nnx.Rngs(0))), nnx.Param, ...)
         self._set_shardings()
+        self._factors = _learning_rates(self._variables[0])
         shardings = self._state_shardings()
         shapes = jax.eval_shape(self._init, randomness.key(0))
         #: Shapes, types and shardings of the state.
@@ -198,7 +200,9 @@ class Trainer:
         gradient = jax.tree.map(lambda g, p: g.astype(p.dtype), gradient, state["params"])
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
-        updates, optimizer = self._optimizer.update(gradient, state["optimizer"], state["params"])
+        updates, optimizer = self._optimizer.update(
+            gradient, state["optimizer"], state["params"], factors=self._factors
+        )
         params = optax.apply_updates(state["params"], updates)
         updated = {"params": params, "optimizer": optimizer, "constants": constants}
         if self._ema:
@@ -273,3 +277,12 @@ class Trainer:
         loss, metrics = self._task.loss(model, {**batch, **resident}, None)
         n = batch["valid"].sum()
         return {name: value * n for name, value in {"loss": loss, **metrics}.items()}, n
+
+
+def _learning_rates(params: nnx.State) -> Any:
+    """Returns the factor of each parameter's learning rate as nested dicts, or None if all factors are 1.
+
+    A factor is stored in the parameter's metadata as `learning_rate`; without this entry it is 1.
+    """
+    factors = {path: v.get_metadata().get("learning_rate", 1.0) for path, v in nnx.to_flat_state(params)}
+    return None if set(factors.values()) <= {1.0} else traverse_util.unflatten_dict(factors)

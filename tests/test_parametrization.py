@@ -10,7 +10,7 @@ import pytest
 from flax import nnx, traverse_util
 
 from configs import ladder
-from geotoken_jax import configuration, settings, sharding
+from geotoken_jax import configuration, manifests, settings, sharding
 from geotoken_jax.model.geotoken import GeoTokenModel
 from geotoken_jax.train.optimizer import OptimizerSettings, make_optimizer
 from geotoken_jax.train.step import Trainer
@@ -130,6 +130,15 @@ def test_models_of_earlier_releases_are_standard():
     assert settings.completed(mup) == mup and settings.completed({"model": {"neighbors": 3}}) == {
         "model": {"neighbors": 3}
     }
+
+
+def test_a_folder_of_an_earlier_release_is_kept_as_standard(tmp_path):
+    stored = settings.result(fixtures.settings("ours", base_width=512, base_heads=8, base_layers=10))
+    earlier = {name: value for name, value in stored.items() if name != "parametrization" and "base" not in name}
+    manifests.begin(tmp_path, "geotoken/x", {"model": earlier}, []).finish({})
+    assert manifests.begin(tmp_path, "geotoken/x", {"model": stored}, []).manifest
+    with pytest.raises(manifests.OtherSettingsError, match=r"parametrization is 'mup', but .* made with 'standard'"):
+        manifests.begin(tmp_path, "geotoken/x", {"model": {**stored, "parametrization": "mup"}}, [])
 
 
 @pytest.mark.parametrize(

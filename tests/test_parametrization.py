@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -181,7 +182,7 @@ def test_models_of_the_transfer_study_differ_in_width_alone():
     assert len(models) == 10 and [m["model"]["width"] for m in models.values()] == [16, 32, 64, 128, 256] * 2
     read = {}
     for name, changes in models.items():
-        config = ladder.get_config("5K")
+        config: Any = ladder.get_config("5K")
         for section, values in changes.items():
             config[section].update(values)
         read[name] = configuration.read(config)

@@ -13,6 +13,7 @@ from geotoken_jax.pages import coordinate_check
 from geotoken_jax.train.optimizer import OptimizerSettings
 from tests import fixtures
 
+pytestmark = pytest.mark.slow  # a minute of a CPU for compiling four models
 OPTIMIZER = OptimizerSettings(
     learning_rate=0.003, schedule="cosine", decay=0.9, warmup=0.0, weight_decay=0.0, b2=0.999, clip=0.0
 )

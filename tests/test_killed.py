@@ -82,11 +82,10 @@ def contents(workdir: Path, verb: str) -> dict[str, bytes]:
     return {str(file.relative_to(workdir)): file.read_bytes() for file in kept}
 
 
-@pytest.mark.parametrize(
-    "verb, kills", [("prepare", 1), ("embed", 1), *(pytest.param(verb, 4, marks=pytest.mark.slow) for verb in MADE)]
-)
-def test_two_writers_of_which_one_is_killed_leave_a_whole_folder(tmp_path, unbroken, verb, kills):
-    whole, seconds = unbroken
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", MADE)
+def test_two_writers_of_which_one_is_killed_leave_a_whole_folder(tmp_path, unbroken, verb):
+    (whole, seconds), kills = unbroken, 4
     for folder in whole.iterdir():
         if folder.name not in itertools.chain(*list(MADE.values())[list(MADE).index(verb) :]):
             (tmp_path / folder.name).symlink_to(folder)

@@ -86,6 +86,7 @@ def test_weight_decay_does_not_depend_on_the_width():
         np.testing.assert_allclose(one[name] - other[name], 0.01 * 0.1 * before[name], rtol=1e-2, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_mesh_trains_a_mup_model_as_one_device_does():
     alone = trained()[1]
     for name, values in trained((2, 2, 1))[1].items():

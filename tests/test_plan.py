@@ -76,6 +76,7 @@ def compiled(remat, accumulate=1):
     return planning._compiled(workloads.train(config, 1000, jax.devices()), quick=False)
 
 
+@pytest.mark.slow
 def test_activations_shrink_with_what_is_kept_and_with_parts():
     none, full, parts = (
         compiled(*case)["memory"]["activations and temporaries"] for case in (("none",), ("full",), ("full", 4))

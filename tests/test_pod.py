@@ -39,6 +39,7 @@ def test_eight_devices_train_as_one_wherever_the_gallery_lies(tmp_path, one_devi
     assert_same(tmp_path, one_device)
 
 
+@pytest.mark.slow
 def test_a_batch_in_parts_trains_as_the_whole(tmp_path):
     """Without dropout, because each part has a random key of its own."""
     with pytest.MonkeyPatch.context() as patch:

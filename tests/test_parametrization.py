@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from flax import nnx, traverse_util
 
 from configs import ladder
-from geotoken_jax import configuration, settings, sharding
+from geotoken_jax import configuration, manifests, settings, sharding
 from geotoken_jax.model.geotoken import GeoTokenModel
 from geotoken_jax.train.optimizer import OptimizerSettings, make_optimizer
 from geotoken_jax.train.step import Trainer
@@ -132,6 +133,15 @@ def test_models_of_earlier_releases_are_standard():
     }
 
 
+def test_a_folder_of_an_earlier_release_is_kept_as_standard(tmp_path):
+    stored = settings.result(fixtures.settings("ours", base_width=512, base_heads=8, base_layers=10))
+    earlier = {name: value for name, value in stored.items() if name != "parametrization" and "base" not in name}
+    manifests.begin(tmp_path, "geotoken/x", {"model": earlier}, []).finish({})
+    assert manifests.begin(tmp_path, "geotoken/x", {"model": stored}, []).manifest
+    with pytest.raises(manifests.OtherSettingsError, match=r"parametrization is 'mup', but .* made with 'standard'"):
+        manifests.begin(tmp_path, "geotoken/x", {"model": {**stored, "parametrization": "mup"}}, [])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -172,7 +182,7 @@ def test_models_of_the_transfer_study_differ_in_width_alone():
     assert len(models) == 10 and [m["model"]["width"] for m in models.values()] == [16, 32, 64, 128, 256] * 2
     read = {}
     for name, changes in models.items():
-        config = ladder.get_config("5K")
+        config: Any = ladder.get_config("5K")
         for section, values in changes.items():
             config[section].update(values)
         read[name] = configuration.read(config)

@@ -4,6 +4,9 @@
 Models of several widths do a few training steps on one batch of random photos. With a parametrization that transfers
 across widths, the root mean square of each activation changes by as much in wide models as in narrow ones. If the
 changes grow with the width, the best learning rate falls with the width.
+
+With "mup", the logits of wide models are smaller at first, with exponents of the width down to -0.5, because their
+initial weights are random. Training reduces this difference.
 """
 
 import dataclasses

@@ -498,6 +498,15 @@ def test_results_are_in_the_document_and_on_the_page(tmp_path):
     assert "| 20K_4e11 | grid | 20,480 | 32,000 | 10 |" in page and "## What does not transfer" in page
     assert f"Measured: {found['forecast']['measured']:.3f}, inside the interval." in page
     assert str(tmp_path) not in page and "nan" not in page
+    slopes = {name: {"head": {"rms": 0.5, "change": 0.25}} for name in ("standard", "mup")}
+    checked = [
+        {"parametrization": name, "width": width, "seed": 0, "step": 2, "activation": "head", "rms": 1.0, "change": 0.5}
+        for name in slopes
+        for width in (16, 32)
+    ]
+    check = {"widths": [16, 32], "steps": 2, "seeds": 1, "rows": checked, "slopes": slopes}
+    (tmp_path / "scaling" / "check.json").write_text(json.dumps(check))
+    assert "Coordinate check" not in page and "| head | +0.50 | +0.25 |" in scaling_page.document(given, path)
     html = scaling_page.plot(given, path).read_text()
     assert html.count('<svg class="chart"') >= 10 and str(tmp_path) not in html and "nan," not in html
 

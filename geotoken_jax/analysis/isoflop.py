@@ -45,7 +45,7 @@ def optimum(
     fits = np.polyfit(log_x - middle, np.vstack([loss, drawn]).T, 2)
     with np.errstate(divide="ignore", invalid="ignore"):
         vertices = np.where(fits[0] > 0, -fits[1] / (2 * fits[0]), np.nan) + middle
-    vertices[~((vertices > log_x[0]) & (vertices < log_x[-1]))] = np.nan
+    vertices[~((vertices > np.log(x[0])) & (vertices < np.log(x[-1])))] = np.nan
     at, simulated = vertices[0], np.exp(vertices[1:])
     inside = np.isfinite(simulated)
     if np.isnan(at) or not inside.any():

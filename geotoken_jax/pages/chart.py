@@ -126,6 +126,8 @@ def _curves(chart: Chart) -> list[str]:
     x_ticks = _decades(least, most) if chart.log_x else [x for x in _ticks(least, most) if least <= x <= most]
     y_low, y_high = y_all.min(), y_all.max()
     if chart.log_y:
+        ends = [end for s in chart.series for end in (s.low, s.high) if end is not None]
+        y_low, y_high = min([y_low, *(end.min() for end in ends)]), max([y_high, *(end.max() for end in ends)])
         y_ticks = _decades(y_low, y_high)
         y_low, y_high = np.log10(y_low), np.log10(y_high)
     else:

@@ -19,7 +19,7 @@ from geotoken_jax.manifests import StageError, write_bytes
 from geotoken_jax.pages import coordinate_check, frame, scaling_charts
 from geotoken_jax.pages.chart import Chart, Panels
 from geotoken_jax.pages.frame import Section
-from geotoken_jax.pages.table import Table, plain
+from geotoken_jax.pages.table import Cell, Group, Row, Table, plain
 from geotoken_jax.workdir import Workdir
 
 _HEAD = """# Scaling
@@ -169,8 +169,9 @@ def _slices_part(rows: Sequence[dict[str, Any]], fitted: Mapping[str, Any]) -> _
         losses = {row["size"]: row["loss"] for row in grid if row["budget"] == one["budget"]}
         best = min((loss for loss in losses.values() if loss), default=None)
         cells = [f"{losses.get(size) or np.nan:.3f}".replace("nan", "") for size in sizes]
-        cells = [f"**{cell}**" if losses.get(size) == best else cell for size, cell in zip(sizes, cells, strict=True)]
-        measured.append([f"{one['budget']:.2g}", *cells])
+        looks = ["best" if losses.get(size) == best else "" for size in sizes]
+        marked = [Cell(cell, look=look) for cell, look in zip(cells, looks, strict=True)]
+        measured.append(Row(f"{one['budget']:.2g}", marked))
         if one["at"]:
             found = [_number(one["at"]), f"{_number(one['low'])} to {_number(one['high'])}", f"{one['examples']:,.0f}"]
         else:
@@ -184,11 +185,11 @@ def _slices_part(rows: Sequence[dict[str, Any]], fitted: Mapping[str, Any]) -> _
     text = [
         "Loss of every size at equal compute, on the most photos. A parabola in log N is fitted to the "
         "smallest loss of a slice and the sizes beside it (approach 2 of Hoffmann et al. 2022, arXiv "
-        "2203.15556). Its minimum is the best N. It is not determined if noise moves it beyond these sizes in "
-        "more than 5 % of simulations. " + law,
+        "2203.15556). Its minimum is the best N. It is not determined if noise moves it beyond the smallest "
+        "or the largest size in more than 5 % of simulations. " + law,
     ]
     tables = [
-        plain(["FLOPs", *sizes], measured),
+        Table(["FLOPs", *sizes], [Group(measured)]),
         plain(["FLOPs", "best N", "95 % interval", "examples there", "determined"], optima),
     ]
     return _Part("Equal compute", "Sizes at equal compute", text, tables, scaling_charts.slices(rows, fitted))

@@ -52,7 +52,7 @@ def slices(rows: Rows, fitted: Mapping[str, Any]) -> list[Chart]:
             optima.append(one)
     charts = [
         Chart(
-            "Dots: runs; dashed: parabolas; the last color: optima", "Loss by parameters at equal compute",
+            "Dots: runs; dashed: parabolas; gray dots: optima", "Loss by parameters at equal compute",
             "parameters N", _ABOVE, series, log_x=True, legend=None,
         )
     ]  # fmt: skip

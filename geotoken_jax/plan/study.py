@@ -102,8 +102,8 @@ def _cells(rows: Sequence[Mapping[str, Any]], pod: Topology | None) -> list[str]
         f"{100 * first['mfu']:.1f}",
         f"{first['bytes'] / 1e9:.2f}",
         fits,
-        f"{hours:.2f}",
-        f"{chip_hours:.1f}",
+        f"{hours:.2g}",
+        f"{chip_hours:.3g}",
     ]
 
 

@@ -542,8 +542,11 @@ sizes = dict(found.scaling.sizes)
 few = tuple((name, sizes[name]) for name in ("52M", "939M"))
 found.scaling.update(sizes=few, budgets=(1e17,), seeds=(), photos=(4_000_000,), neighbors=(), transfer=())
 for name in ("v5e:16x16", "h100:8"):
-    plan = study.costs(configuration.read(found), topology.read(name))
+    pod = topology.read(name)
+    plan = study.costs(configuration.read(found), pod)
     assert len(plan) == 2 and all(row["fits"] for row in plan), plan
+    # The 16 bytes of each parameter are split over all chips.
+    assert plan[-1]["bytes"] < 2 * 16 * plan[-1]["parameters"] / pod.size, plan
 """
     subprocess.run([sys.executable, "-c", code], cwd=CONFIGS.parent, check=True)
 

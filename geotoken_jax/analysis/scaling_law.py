@@ -309,9 +309,9 @@ def sufficient_budgets(fitted: Fit, points: Points, noise: float, names: Sequenc
     """Returns coefficient -> floating-point operations of the largest run of a study that would determine it, or None.
 
     The study is simulated: the runs of `points`, with further slices of 4, 16, ... up to 256 times the largest compute.
-    With each slice comes a size twice the largest. Losses are the fitted law's, with the noise of one run. A budget is
-    enough if each of three simulations determines the coefficient; None if 256 times the compute is not enough. The
-    answer presumes that the fitted law holds, although this coefficient is not determined.
+    Each slice adds a size that is twice the largest. Losses follow the fitted law, with the noise of one run. A budget
+    is enough if each of three simulations determines the coefficient. If 256 times the compute is not enough, the
+    result is None. It presumes that the fitted law holds, although this coefficient is not determined.
     """
     central = dataclasses.replace(fitted, parameters=fitted.parameters[:1])
     rng, enough = np.random.default_rng(seed), dict.fromkeys(names)

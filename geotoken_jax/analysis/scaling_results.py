@@ -50,7 +50,7 @@ def results(rows: Sequence[dict[str, Any]], config: Config) -> dict[str, Any]:
     and leave-one-out, in nats. `forecasts`: label -> leave-one-out forecast of the law. `noise`: see
     `scaling_law.noise`. `slices`, `power`: see `isoflop.slices`. `frontier`: see `frontier`. `transfer`: see
     `isoflop.learning_rates`. `accuracy`: trend of accuracy against loss per threshold. `neighbors`: trend of the loss
-    against 1 + neighbors in training; None for fewer than four runs.
+    against 1 + neighbors in training; None if there are fewer than four runs.
     """
     s = scaling.scaling_settings(config)
     fitted = [row for row in scaling.of_axes(rows, *scaling.FITTED) if row["loss"] is not None]
@@ -89,9 +89,10 @@ def _errors(fit: Fit, points: Points, loss: np.ndarray) -> dict[str, Any]:
 def frontier(config: Config, law: Fit, noise: float) -> list[dict[str, Any]]:
     """Returns the number of parameters with the smallest loss by the law, for amounts of compute.
 
-    Amounts are from the smallest budget to the held-out run's. Parameters are between the smallest and the largest size
-    of the study, the held-out one too; operations per example are interpolated between sizes. Each entry has `compute`,
-    `parameters`, `examples`, `epochs`, `loss`, and its prediction intervals `80` and `95`.
+    The amounts range from the smallest budget to the budget of the held-out run. The numbers of parameters range from
+    the smallest to the largest size of the study, with the held-out one. Operations per example are interpolated
+    between sizes. Each entry has `compute`, `parameters`, `examples`, `epochs`, `loss`, and its prediction intervals
+    `80` and `95`.
     """
     s = scaling.scaling_settings(config)
     sized = {run.parameters: run for run in scaling.runs(config) if run.axis in (scaling.GRID, scaling.HELD_OUT)}

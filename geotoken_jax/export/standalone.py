@@ -158,7 +158,7 @@ def _column(folder, name):
 
 
 def _channel(folder, name):
-    """Returns the vectors of an index. ScaNN stores those that it scores again as whole vectors."""
+    """Returns the vectors of an index. ScaNN stores the vectors that it scores again whole."""
     files = {"vectors.npy": "scales.npy", "int8_dataset.npy": "int8_multipliers.npy"}
     columns = {}
     for shard in sorted(folder.glob("?????-of-?????")):

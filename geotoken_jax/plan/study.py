@@ -65,7 +65,7 @@ def _step(run: scaling.Run, pod: Topology, mfu: float, compiled: bool, rows: int
 def table(plan: Sequence[Mapping[str, Any]], pod: Topology | None) -> str:
     """Returns the costs of a study as a Markdown table, and sentences with the sums. plan: result of `costs`.
 
-    Runs in a row that differ only in the learning rate are one line. Its hours are those of all its runs.
+    Runs in a row that differ only in the learning rate are one line. Its hours are the sum over these runs.
     """
     heads = ["runs", "label", "varies", "N", "examples", "epochs", "FLOPs"]
     heads += ["MFU, %", "GB per chip", "fits", "hours", "chip-hours"] if pod else []

@@ -115,7 +115,7 @@ def _check_compiler(pod: Topology) -> None:
 
 def stand_ins(pod: Topology) -> Sequence[Any]:
     """Returns one CPU device per chip of the pod. They have shardings, but a program that is compiled for them is not
-    the pod's.
+    the program of the pod.
 
     Raises SettingsError if JAX is in use with fewer devices.
     """

@@ -27,8 +27,9 @@ def fit(
 ) -> dict[str, Any] | None:
     """Returns the form with the smallest leave-one-out error, fitted to all points.
 
-    If there are fewer than four points, the result is None. It has `form`; `a` and `b`, each with `value`, `low` and `high`, a 95 % interval from a bootstrap over
-    points; and `errors`: form -> root mean square of the leave-one-out errors of y, for the constant too.
+    The result is None if there are fewer than four points. It has `form`; `a` and `b`, each with `value`, `low` and
+    `high`, a 95 % interval from a bootstrap over points; and `errors`: form -> root mean square of the leave-one-out
+    errors of y, for the constant too.
 
     forms: candidates, keys of FORMS. A form that takes the logarithm of x or y is left out if a value is not positive.
     """

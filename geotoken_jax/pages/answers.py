@@ -30,7 +30,9 @@ def page(answers: Sequence[tuple[Mapping[str, Any], Any]]) -> str:
     cards = "".join(_card(answer, photo) for answer, photo in certain_first)
     sections = [
         frame.Section("where", "Map", "All answers", [worldmap.dot_map({"b1": at}, "Map of all answers")]),
-        frame.Section("photos", "Photos", "Photos, the smallest 50 % radius first", [f'<div class="grid">{cards}</div>']),
+        frame.Section(
+            "photos", "Photos", "Photos, the smallest 50 % radius first", [f'<div class="grid">{cards}</div>']
+        ),
     ]
     return frame.page("GeoToken: answers", headline, sections)
 

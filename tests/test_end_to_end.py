@@ -115,7 +115,8 @@ def test_a_second_run_keeps_everything(workdir: Path, capsys: pytest.CaptureFixt
     assert before == {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(12, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [12])
 def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bytes(workdir: Path, tmp_path: Path, kills: int):
     command = [sys.executable, "-m", "geotoken_jax.cli", "all", f"--config={CONFIG}", "--workdir=run"]
     rng = random.Random(os.environ.get("PYTEST_XDIST_TESTRUNUID", "0"))
@@ -318,6 +319,7 @@ def test_the_exported_model_answers_as_the_work_directory_did(workdir: Path):
         assert sorted(n.id for n in answer.neighbors) == sorted(n["id"] for n in line["neighbors"])
 
 
+@pytest.mark.slow
 def test_an_int8_export_goes_to_the_hub_and_answers_from_there(workdir: Path, photo: bytes, tmp_path: Path):
     for folder in workdir.iterdir():
         if folder.name != "export":

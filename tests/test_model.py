@@ -208,7 +208,9 @@ def test_gradients_are_finite_and_the_same_whatever_is_kept():
             np.testing.assert_allclose(a, b, atol=1e-6)
 
 
-@pytest.mark.parametrize("form", ["paper", "ours", "compact"])
+@pytest.mark.parametrize(
+    "form", ["ours", *(pytest.param(form, marks=pytest.mark.slow) for form in ("paper", "compact"))]
+)
 def test_further_padding_for_a_device_changes_nothing(monkeypatch, form):
     model = fixtures.model(form, dropout=0.5)
     task, batch = fixtures.task(model.settings), fixtures.batch()
@@ -286,6 +288,7 @@ def test_a_model_without_times_is_the_one_that_it_was():
     assert {path[:2] for path in timed - without} == {("memory_builder", "context")} and without < timed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("context", "least", "most"), [("none", 0.0, 0.7), ("season", 0.95, 1.0)])
 def test_where_the_place_depends_on_the_season_it_is_learned_from_the_season_alone(context, least, most):
     rng, n = np.random.default_rng(0), 256

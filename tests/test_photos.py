@@ -169,7 +169,7 @@ def _ids(path, split):
     return "".join(found[n]["id"] for n in range(len(found)))
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_picture_of_an_evaluation_is_left_out_of_training(tmp_path, workers):
     manifest = _make(tmp_path, Copies(), workers)
     assert manifest.counts == {"train": 5, "validation": 2, "test": 3, "test_far": 2}

@@ -161,6 +161,7 @@ def test_a_resumed_run_is_the_same_run_bit_for_bit(copied, clip, trained, monkey
         assert (copied / "align" / file).read_bytes() == (trained / "align" / file).read_bytes()
 
 
+@pytest.mark.slow
 def test_eight_devices_train_as_one(path, clip, trained, tmp_path):
     task, spread = train(path, tmp_path, clip, mesh=(2, 2, 2), **TRAINED, remat="full")
     kernel = task.tower.parameters["vision_model"]["encoder"]["layers"]["mlp"]["fc1"]["kernel"]

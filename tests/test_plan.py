@@ -84,6 +84,7 @@ def test_activations_shrink_with_what_is_kept_and_with_parts():
     assert none > full > parts
 
 
+@pytest.mark.slow
 def test_gradients_are_reduced_and_products_made_again():
     parameters = workloads.train(tiny(), 1000, jax.devices()).parameters
     # Gradients are in float32 here; in a program for a TPU, gradients of products are in bfloat16.

@@ -28,7 +28,7 @@ def assert_same(folder: Path, expected: Path) -> None:
     "mesh, where",
     [
         # tests/test_placement.py has the other six of nine.
-        ((2, 2, 2), "replicated"),
+        pytest.param((2, 2, 2), "replicated", marks=pytest.mark.slow),
         pytest.param((8, 1, 1), "host", marks=pytest.mark.slow),
         pytest.param((1, 4, 2), "sharded", marks=pytest.mark.slow),
     ],

@@ -116,8 +116,8 @@ def test_a_second_run_keeps_everything(workdir: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kills", [12])
-def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bytes(workdir: Path, tmp_path: Path, kills: int):
+def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bytes(workdir: Path, tmp_path: Path):
+    kills = 12
     command = [sys.executable, "-m", "geotoken_jax.cli", "all", f"--config={CONFIG}", "--workdir=run"]
     rng = random.Random(os.environ.get("PYTEST_XDIST_TESTRUNUID", "0"))
     for attempt in range(40):

@@ -24,15 +24,10 @@ def assert_same(folder: Path, expected: Path) -> None:
         np.testing.assert_allclose(pod.sequence(folder, *names), pod.sequence(expected, *names), rtol=2e-4, atol=2e-5)
 
 
+# tests/test_placement.py has the other six of nine.
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "mesh, where",
-    [
-        # tests/test_placement.py has the other six of nine.
-        pytest.param((2, 2, 2), "replicated", marks=pytest.mark.slow),
-        pytest.param((8, 1, 1), "host", marks=pytest.mark.slow),
-        pytest.param((1, 4, 2), "sharded", marks=pytest.mark.slow),
-    ],
-    ids=str,
+    "mesh, where", [((2, 2, 2), "replicated"), ((8, 1, 1), "host"), ((1, 4, 2), "sharded")], ids=str
 )
 def test_eight_devices_train_as_one_wherever_the_gallery_lies(tmp_path, one_device, mesh, where):
     pod.run(tmp_path, mesh, where, STEPS)

@@ -83,7 +83,7 @@ def runs(config: Config) -> list[Run]:
     Raises SettingsError if the configuration has no scaling study, or if a run would have less than one batch.
     """
     s = scaling_settings(config)
-    most, corners = s.photos[-1], dict.fromkeys((s.budgets[0], s.budgets[-1]))
+    corners = dict.fromkeys((s.budgets[0], s.budgets[-1]))
     plan = [_run(config, GRID, size, budget=budget) for budget in s.budgets for size in s.fitted]
     plan += _photo_runs(config, s)
     for seed in s.seeds:
@@ -101,9 +101,7 @@ def runs(config: Config) -> list[Run]:
         for rate in s.rates:
             changes = dict(train=dict(optimizer=dict(learning_rate=rate)))
             plan.append(_run(config, RATE, name, changes, f"rate_{rate:g}", examples=s.transfer_examples))
-    held_out = _run(config, HELD_OUT, s.held_out, budget=s.held_out_budget)
-    assert all(run.photos == most for run in plan if run.axis == GRID)
-    return [*plan, held_out]
+    return [*plan, _run(config, HELD_OUT, s.held_out, budget=s.held_out_budget)]
 
 
 def _photo_runs(config: Config, s: ScalingSettings) -> list[Run]:
@@ -163,9 +161,8 @@ def _run(
             f"config.scaling.{cause}, less than one batch of {batch} examples of {size}: use {batch * per_example:.2g} "
             f"operations, which are {batch} examples, or more"
         )
-    train = dict(
-        examples=steps * batch, evaluate_every=-(-steps // s.validations), log_every=-(-steps // s.validations)
-    )
+    interval = -(-steps // s.validations)
+    train = dict(examples=steps * batch, evaluate_every=interval, log_every=interval)
     full = changed.changed(dict(train=train, variants={label: {}}), "scaling")
     photos = full.data.photos
     unique = photos * (1 + full.embed.views.count)
@@ -192,8 +189,8 @@ def table(config: Config, workdir: Workdir) -> list[dict[str, Any]]:
         for name in ("label", "axis", "size", "budget", "parameters", "photos", "unique", "examples"):
             row[name] = getattr(one, name)
         model, train = one.config.model, one.config.train
-        row |= {"neighbors": model.neighbors, "seed": train.seed, "width": model.width}
-        row |= {"parametrization": getattr(model, "parametrization", "standard")}
+        row |= {"neighbors": model.neighbors, "seed": train.seed}
+        row |= {"width": model.width, "parametrization": model.parametrization}
         row |= {"rate": train.optimizer.learning_rate, "compute": one.compute}
         row |= {"loss": None, "accuracy": [0.0] * len(THRESHOLDS_KM), "seen": 0}
         if manifest:

@@ -90,7 +90,7 @@ def document(config: Config, workdir: Workdir) -> str:
     """
     s, runs = scaling.scaling_settings(config), len(scaling.runs(config))
     head = _HEAD.format(name=config.name, cores=os.cpu_count(), machine=platform.machine(), date=date.today())
-    parts = [part.markdown() for part in _parts(config, workdir)]
+    parts = [part.markdown() for part in _parts(config, workdir, *_read(workdir))]
     side_by_side = _SIDE_BY_SIDE.format(last=runs - 2, held_out=runs - 1)
     limits = "## What does not transfer\n\n" + "\n".join(f"- {line}" for line in s.limits) + "\n"
     return "\n".join([head, parts[0], side_by_side, *parts[1:], limits])
@@ -101,13 +101,13 @@ def plot(config: Config, workdir: Workdir) -> epath.Path:
 
     Raises StageError if scaling/fit.json is missing.
     """
-    parts, s = _parts(config, workdir), scaling.scaling_settings(config)
+    s, (rows, fitted) = scaling.scaling_settings(config), _read(workdir)
     listed = "".join(f"<li>{escape(line)}</li>" for line in s.limits)
     limits = Section("limits", "Limits", "What does not transfer", [f"<ul>{listed}</ul>"])
-    _, fitted = _read(workdir)
     lines = "".join(f"<p>{escape(line)}</p>" for line in summary(fitted).splitlines())
     file = workdir.path / scaling.FOLDER / "index.html"
-    page = frame.page("GeoToken: scaling", f"<h1>Scaling</h1>{lines}", [*(part.section() for part in parts), limits])
+    sections = [part.section() for part in _parts(config, workdir, rows, fitted)]
+    page = frame.page("GeoToken: scaling", f"<h1>Scaling</h1>{lines}", [*sections, limits])
     write_bytes(file, page.encode())
     return file
 
@@ -120,9 +120,8 @@ def _read(workdir: Workdir) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     return rows, fitted
 
 
-def _parts(config: Config, workdir: Workdir) -> list[_Part]:
+def _parts(config: Config, workdir: Workdir, rows: list[dict[str, Any]], fitted: Mapping[str, Any]) -> list[_Part]:
     """Returns the parts of the page in order. Parts whose runs are not complete are left out."""
-    rows, fitted = _read(workdir)
     s = scaling.scaling_settings(config)
     parts = [
         _what_was_run(rows, s, len(scaling.runs(config))),

@@ -55,14 +55,14 @@ def fit(
     options: TrainSettings = config.at(section)
     mesh = mesh or make_mesh(config.mesh)
     train, *validations = splits
-
-    def passes(reader: Any) -> Callable[[], Iterable[loop.Batch]]:
-        return lambda: pipeline.evaluation(len(reader), reader, options.batch_size, local, damaged)
-
     try:
         options = options.for_photos(len(train), batch_shards(mesh) * options.accumulate)
         local = local_rows(mesh, options.batch_size)
         damaged = options.max_damaged
+
+        def passes(reader: Any) -> Callable[[], Iterable[loop.Batch]]:
+            return lambda: pipeline.evaluation(len(reader), reader, options.batch_size, local, damaged)
+
         batches = pipeline.training(len(train), train, options.batch_size, options.seed, local, damaged)
         validation, *scored = map(passes, validations)
         data = loop.Data(batches, validation, len(train), dict(resident or {}), *scored)

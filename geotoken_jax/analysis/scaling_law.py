@@ -31,7 +31,7 @@ WIDEST = 3.0
 _NEAR = 0.01
 #: Allowed values. R* of Muennighoff et al. is 15.
 _EXPONENTS, _REPEATS = (0.0, 4.0), (0.1, 1000.0)
-#: Multiples of the largest compute in `sufficient_budgets`, simulated studies per multiple, and resamples of each study.
+#: In `sufficient_budgets`: multiples of the largest compute, studies per multiple, and resamples per study.
 _MULTIPLES, _STUDIES, _RESAMPLES = (4, 16, 64, 256), 3, 40
 
 

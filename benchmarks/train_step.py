@@ -84,16 +84,13 @@ def measure(config: Any, folder: epath.Path, photos: int, steps: int) -> dict[st
     from geotoken_jax.model.geotoken import ModelSettings
     from geotoken_jax.model.task import GeoTokenTask, LossSettings
     from geotoken_jax.settings import read
-    from geotoken_jax.train.loop import TrainSettings
-    from geotoken_jax.train.optimizer import make_optimizer, make_schedule
-    from geotoken_jax.train.step import Trainer
+    from geotoken_jax.train.loop import TrainSettings, learning_rates, make_trainer
 
     model, options = read(ModelSettings, config.model, "model"), read(TrainSettings, config.train, "train")
     gallery = read(placement.GallerySettings, config.gallery, "gallery")
     mesh = sharding.make_mesh(read(sharding.MeshSettings, config.mesh, "mesh"))
     task = GeoTokenTask(model, read(LossSettings, config.loss, "loss"), placement.lookup(gallery, mesh))
-    optimizer = make_optimizer(options.optimizer, make_schedule(options.optimizer, options.steps, 2_000))
-    trainer = Trainer(task, optimizer, mesh, options.accumulate, options.ema, options.gradient_dtype)
+    trainer, rates = make_trainer(task, options, mesh), learning_rates(options, 2_000)
     table, layout = Table(folder / "gallery"), records.token_layout(model.neighbors)
     tokens = records.Records(folder / "tokens", "train", layout)
     source = Tokens(tokens, table, None if gallery.on_device else table, model.cells, model.neighbors)
@@ -102,12 +99,12 @@ def measure(config: Any, folder: epath.Path, photos: int, steps: int) -> dict[st
     key = randomness.key(options.seed)
     state = trainer.init(key)
     took, waited = [], []
-    for _ in range(3 + steps):
+    for step in range(3 + steps):
         start = time.perf_counter()
         batch = jax.device_put(next(batches), trainer.batch_sharding)
         jax.block_until_ready(batch)
         waited.append(time.perf_counter() - start)
-        state, values = trainer.step(state, batch, key, resident)
+        state, values = trainer.step(state, batch, key, rates[step], resident)
         jax.block_until_ready((state, values))
         took.append(time.perf_counter() - start)
     batches.close()

@@ -152,7 +152,7 @@ def test_what_the_losses_alone_need_is_not_kept(tmp_path):
     )
 
 
-KEY = jax.random.key(0)
+KEY, RATE = jax.random.key(0), 0.01
 
 
 def photos(rows):
@@ -168,7 +168,7 @@ def queued():
 
 def run(trainer, state, steps):
     for step in steps:
-        state, metrics = trainer.step(state, photos(np.arange(8 * step, 8 * step + 8)), KEY, {})
+        state, metrics = trainer.step(state, photos(np.arange(8 * step, 8 * step + 8)), KEY, RATE, {})
     return state, metrics
 
 
@@ -195,7 +195,7 @@ def test_photos_of_the_past_are_negatives(queued):
 
 def test_a_step_left_out_does_not_enter_the_queue(queued):
     batch = {**photos(np.arange(8)), "image": np.full((8, 24), np.nan, np.float32)}
-    state, _ = queued.step(queued.init(KEY), batch, KEY, {})
+    state, _ = queued.step(queued.init(KEY), batch, KEY, RATE, {})
     assert state["skipped"] == 1 and not np.isfinite(state["constants"]["queue"]).any()
 
 

@@ -29,7 +29,7 @@ WIDE = dict(width=64, heads=2, feed_forward=96, encoder_layers=2, decoder_layers
 def make_trainer(mesh=(1, 1, 1), decay=0.1, **changes):
     task = fixtures.task(fixtures.settings("compact", **changes))
     split = sharding.make_mesh(sharding.MeshSettings(*mesh), jax.devices()[: int(np.prod(mesh))])
-    optimizer = make_optimizer(dataclasses.replace(OPTIMIZER, weight_decay=decay), lambda _: 0.01)
+    optimizer = make_optimizer(dataclasses.replace(OPTIMIZER, weight_decay=decay))
     return Trainer(task, optimizer, split, ema=0.9)
 
 
@@ -45,7 +45,7 @@ def trained(mesh=(1, 1, 1), decay=0.1):
     state = trainer.init(jax.random.key(0))
     before = flat(state["params"])
     batch = {name: value for name, value in fixtures.batch(8).items() if name != "valid"}
-    state, _ = trainer.step(state, jax.device_put(batch, trainer.batch_sharding), jax.random.key(1), {})
+    state, _ = trainer.step(state, jax.device_put(batch, trainer.batch_sharding), jax.random.key(1), 0.01, {})
     return before, flat(state["params"])
 
 
@@ -54,7 +54,7 @@ def test_at_the_base_shape_both_parametrizations_are_the_same_program():
     for changes in (shape, {**shape, **BASE}, {**shape, **BASE, "base_width": 8}):
         trainer = make_trainer(**changes)
         batch = {name: value for name, value in fixtures.batch(8).items() if name != "valid"}
-        lowered = trainer.step.lower(trainer.abstract, batch, jax.random.key(1), {})
+        lowered = trainer.step.lower(trainer.abstract, batch, jax.random.key(1), 0.01, {})
         programs.append((lowered.as_text(), trainer.init.lower(jax.random.key(0)).as_text()))
     assert programs[0] == programs[1] != programs[2]
 

@@ -92,9 +92,9 @@ def training(mesh_shape: tuple[int, int, int], steps: int = 4) -> tuple[list[flo
     batch = jax.device_put(fixtures.batch(BATCH), trainer.batch_sharding)
     key = randomness.key(0)
     state, losses = trainer.init(key), []
-    compiled = trainer.step.lower(state, batch, key, {}).compile()
+    compiled = trainer.step.lower(state, batch, key, 0.05, {}).compile()
     for _ in range(steps):
-        state, found = compiled(state, batch, key, {})
+        state, found = compiled(state, batch, key, 0.05, {})
         losses.append(float(found["loss"]))
     sums, n = trainer.evaluate(state, {**batch, "valid": np.ones(BATCH, bool)}, {})
     return [*losses, float(sums["loss"] / n)], compiled.as_text()

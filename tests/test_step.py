@@ -73,7 +73,7 @@ def batch(step):
 def trainer(mesh, task=None, **changes):
     devices = jax.devices()[: int(np.prod(mesh))]
     split = sharding.make_mesh(sharding.MeshSettings(*mesh), devices)
-    return Trainer(task or Rows(), make_optimizer(OPTIMIZER, lambda _: 0.01), split, **changes)
+    return Trainer(task or Rows(), make_optimizer(OPTIMIZER), split, **changes)
 
 
 def run(made, steps=4, state=None):
@@ -82,7 +82,8 @@ def run(made, steps=4, state=None):
     losses = []
     for _ in range(steps):
         step = int(state["step"])
-        state, metrics = made.step(state, jax.device_put(batch(step), made.batch_sharding), jax.random.key(1), {})
+        photos = jax.device_put(batch(step), made.batch_sharding)
+        state, metrics = made.step(state, photos, jax.random.key(1), 0.01, {})
         losses.append([float(metrics["loss"]), float(metrics["gradient_norm"])])
     return losses, state
 
@@ -136,7 +137,7 @@ def program(made):
         name: jax.ShapeDtypeStruct(x.shape, jnp.asarray(x).dtype, sharding=made.batch_sharding)
         for name, x in batch(0).items()
     }
-    return made.step.lower(made.abstract, example, jax.random.key(0), {})
+    return made.step.lower(made.abstract, example, jax.random.key(0), 0.01, {})
 
 
 def test_sums_are_in_the_type_of_the_setting():

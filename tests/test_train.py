@@ -62,14 +62,18 @@ def read(rows):
     return {"x": x, "y": x @ np.array([[1, 2], [3, -1], [0, 1], [2, 2]], np.float32)}
 
 
-def train(folder, steps, task=None, make_input=None, scored=None, **changes):
-    """Runs the loop on 20 photos in batches of 8, validating every second step. scored: see loop.Data."""
+def train_settings(**changes):
     values = dict(
         batch_size=8, accumulate=1, examples=8 * 4, evaluate_every=2, log_every=1, seed=0, ema=0.0, max_skipped=2,
         profile=(0, 0), profiler_port=0, save_every_s=0.0, keep=2, wandb="", optimizer=OPTIMIZER,
         gradient_dtype="float32", epochs=0, max_damaged=0.0,
     )  # fmt: skip
-    options = loop.TrainSettings(**{**values, **changes})
+    return loop.TrainSettings(**{**values, **changes})
+
+
+def train(folder, steps, task=None, make_input=None, scored=None, **changes):
+    """Runs the loop on 20 photos in batches of 8, validating every second step. scored: see loop.Data."""
+    options = train_settings(**changes)
     mesh = sharding.make_mesh(sharding.MeshSettings(-1, 1, 1))
     batches = (make_input or Stopping)(pipeline.training(20, read, 8, seed=0), steps)
     data = loop.Data(batches, lambda: pipeline.evaluation(12, read, 8), 20, {}, scored)
@@ -161,6 +165,17 @@ def test_the_metrics_of_a_run(whole):
     assert found[2].keys() == {"step", "validation/loss", "validation/largest"}
 
 
+def test_trainings_of_all_lengths_and_rates_have_the_same_step():
+    """So a study compiles each model once, and a longer training compiles nothing new."""
+    mesh, programs = sharding.make_mesh(sharding.MeshSettings(1, 1, 1), jax.devices()[:1]), []
+    for steps, optimizer in (4, OPTIMIZER), (6, dataclasses.replace(OPTIMIZER, learning_rate=0.5, warmup=0.2)):
+        options = train_settings(examples=8 * steps, optimizer=optimizer)
+        trainer, rates = loop.make_trainer(LineTask(), options, mesh), loop.learning_rates(options, 20)
+        arguments = trainer.abstract, read(np.arange(8)), jax.random.key(0), rates[0], {}
+        programs.append(trainer.step.lower(*arguments).as_text())
+    assert programs[0] == programs[1]
+
+
 def test_validation_is_a_mean_over_valid_photos_without_dropout(whole):
     found = parameters(whole[0])
     photos = read(np.arange(12))
@@ -218,11 +233,11 @@ def test_lines_past_the_restored_step_and_torn_ones_are_taken_back(tmp_path):
 def test_a_moving_average_of_the_parameters_is_validated_and_kept(tmp_path):
     train(tmp_path, 4, ema=0.5)
     mesh = sharding.make_mesh(sharding.MeshSettings(-1, 1, 1))
-    trainer = Trainer(LineTask(), make_optimizer(OPTIMIZER, make_schedule(OPTIMIZER, 4, 2)), mesh, ema=0.5)
+    trainer, schedule = Trainer(LineTask(), make_optimizer(OPTIMIZER), mesh, ema=0.5), make_schedule(OPTIMIZER, 4, 2)
     state, batches = trainer.init(jax.random.key(0)), pipeline.training(20, read, 8, seed=0)
     average = jax.tree.map(np.asarray, state["params"])
     for step in range(4):
-        state, _ = trainer.step(state, next(batches), jax.random.key(0), {})
+        state, _ = trainer.step(state, next(batches), jax.random.key(0), schedule(step), {})
         decay = min(0.5, (1 + step) / (10 + step))
         average = jax.tree.map(lambda a, p, d=decay: d * a + (1 - d) * np.asarray(p), average, state["params"])
     assert not np.allclose(average["linear"]["kernel"], state["params"]["linear"]["kernel"], atol=1e-4)
@@ -385,7 +400,7 @@ def test_weights_and_biases_is_asked_for_by_name(tmp_path, monkeypatch):
 def test_parameters_and_moments_are_created_split_over_the_mesh():
     mesh = sharding.make_mesh(sharding.MeshSettings(2, 2, 2))
     task = fixtures.task(fixtures.settings("ours", decoder_layers=1), mesh=mesh)
-    trainer = Trainer(task, make_optimizer(OPTIMIZER, lambda _: 0.01), mesh, ema=0.9)
+    trainer = Trainer(task, make_optimizer(OPTIMIZER), mesh, ema=0.9)
     state = trainer.init(jax.random.key(0))
     adam = next(part for part in jax.tree.leaves(state["optimizer"], is_leaf=_is_adam) if _is_adam(part))
     for tree in (state["params"], state["ema"], adam.mu, adam.nu):
@@ -402,12 +417,12 @@ def test_parameters_and_moments_are_created_split_over_the_mesh():
 def test_each_device_works_on_its_own_photos(form):
     """If parameters are sharded, the compiler could shard activations and replicate photos on all devices instead."""
     mesh = sharding.make_mesh(sharding.MeshSettings(1, 4, 2))
-    trainer = Trainer(fixtures.task(fixtures.settings(form), mesh=mesh), make_optimizer(OPTIMIZER, lambda _: 0.1), mesh)
+    trainer = Trainer(fixtures.task(fixtures.settings(form), mesh=mesh), make_optimizer(OPTIMIZER), mesh)
     batch = {
         name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=trainer.batch_sharding)
         for name, value in fixtures.batch(56).items()
     }
-    program = trainer.step.lower(trainer.abstract, batch, jax.random.key(0), {}).compile().as_text()
+    program = trainer.step.lower(trainer.abstract, batch, jax.random.key(0), 0.1, {}).compile().as_text()
     assert re.search(r"f32\[14,\d+,\d+", program) and re.findall(r"f32\[56,\d+,16\]", program) == []
 
 
@@ -417,15 +432,15 @@ def _is_adam(part):
 
 def test_weight_decay_spares_vectors_and_clipping_bounds_the_gradient():
     options = dataclasses.replace(OPTIMIZER, weight_decay=0.5, clip=0.0)
-    optimizer = make_optimizer(options, lambda _: 0.1)
+    optimizer = make_optimizer(options)
     params = {"matrix": jnp.ones((2, 2)), "vector": jnp.ones(2), "layers": {"scale": jnp.ones((3, 2))}}
     zeros = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    updates, _ = optimizer.update(zeros, optimizer.init(params), params, rate=0.1)
     np.testing.assert_allclose(updates["matrix"], -0.1 * 0.5, rtol=1e-6)
     assert not updates["vector"].any() and not updates["layers"]["scale"].any()
     # After a clipped gradient, Adam's first moment is a tenth of that gradient.
-    clipped = make_optimizer(dataclasses.replace(options, clip=1.0), lambda _: 0.1)
-    _, state = clipped.update(jax.tree.map(lambda p: 100 * p, params), clipped.init(params), params)
+    clipped = make_optimizer(dataclasses.replace(options, clip=1.0))
+    _, state = clipped.update(jax.tree.map(lambda p: 100 * p, params), clipped.init(params), params, rate=0.1)
     adam = next(part for part in jax.tree.leaves(state, is_leaf=_is_adam) if _is_adam(part))
     assert float(optax.tree.norm(adam.mu)) == pytest.approx(0.1, rel=1e-5)
 

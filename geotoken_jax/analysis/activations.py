@@ -72,7 +72,7 @@ def _trained(
     """Yields seed, step, and the root mean squares `rms` and `change` of each activation, for each step from 0."""
     mesh = sharding.make_mesh(sharding.MeshSettings(1, 1, 1), jax.devices()[:1])
     task = GeoTokenTask(model, LossSettings(1.0, 1.0), lookup(GallerySettings("host", -1), mesh))
-    trainer = Trainer(task, make_optimizer(optimizer, lambda _: optimizer.learning_rate), mesh)
+    trainer = Trainer(task, make_optimizer(optimizer), mesh)
     graph, abstract = nnx.split(nnx.eval_shape(lambda: task.init(nnx.Rngs(0))))
     batch = jax.device_put(random_batch(model, photos), trainer.batch_sharding)
 
@@ -89,7 +89,7 @@ def _trained(
             first = found if first is None else first
             yield seed, step, {n: {"rms": _rms(x), "change": _rms(x - first[n])} for n, x in found.items()}
             if step < steps:
-                state, _ = trainer.step(state, batch, randomness.key(seed), {})
+                state, _ = trainer.step(state, batch, randomness.key(seed), optimizer.learning_rate, {})
 
 
 def activations(model: GeoTokenModel, batch: dict[str, Array]) -> dict[str, Array]:

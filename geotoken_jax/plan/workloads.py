@@ -103,14 +103,16 @@ def _training(
             f"config.{section}.accumulate = {settings.accumulate} times data x fsdp = {unit // settings.accumulate} "
             "devices"
         )
-    trainer, _ = make_trainer(task, settings, mesh, rows)
+    trainer = make_trainer(task, settings, mesh)
     key = jax.eval_shape(lambda: randomness.key(0))
-    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+    whole = NamedSharding(mesh, PartitionSpec())
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
+    rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
     photos, state = _placed(arrays, trainer.batch_sharding), trainer.abstract
     return Workload(
         mesh,
         trainer.step,
-        (state, photos, key, gallery),
+        (state, photos, key, rate, gallery),
         {
             "parameters": [state["params"], state["constants"], state.get("ema")],
             "optimizer": state["optimizer"],

@@ -166,11 +166,16 @@ class Data:
     scored: Callable[[], Iterable[Batch]] | None = None
 
 
-def make_trainer(task: Task, settings: TrainSettings, mesh: Mesh, photos: int) -> tuple[Trainer, Any]:
-    """Returns the trainer of a task, and its learning-rate schedule. photos: number of training photos per epoch."""
+def make_trainer(task: Task, settings: TrainSettings, mesh: Mesh) -> Trainer:
+    """Returns the trainer of a task."""
+    optimizer = make_optimizer(settings.optimizer)
+    return Trainer(task, optimizer, mesh, settings.accumulate, settings.ema, settings.gradient_dtype)
+
+
+def learning_rates(settings: TrainSettings, photos: int) -> np.ndarray:
+    """Returns the learning rate of each step. photos: number of training photos per epoch."""
     schedule = make_schedule(settings.optimizer, settings.steps, max(1, photos // settings.batch_size))
-    optimizer = make_optimizer(settings.optimizer, schedule)
-    return Trainer(task, optimizer, mesh, settings.accumulate, settings.ema, settings.gradient_dtype), schedule
+    return np.asarray(jax.jit(schedule)(np.arange(settings.steps)), np.float32)
 
 
 @jax_modes.standard()
@@ -184,7 +189,7 @@ def run(task: Task, settings: TrainSettings, mesh: Mesh, folder: epath.PathLike,
     Raises Preempted after SIGTERM, Diverged if too many steps in a row are not finite, StageError if the disk is full.
     """
     started, total = processes.take_start(), settings.steps * settings.batch_size
-    trainer, schedule = make_trainer(task, settings, mesh, data.photos)
+    trainer, rates = make_trainer(task, settings, mesh), learning_rates(settings, data.photos)
     folder = epath.Path(folder)
     first = jax.process_index() == 0
     key = randomness.key(settings.seed)
@@ -208,13 +213,13 @@ def run(task: Task, settings: TrainSettings, mesh: Mesh, folder: epath.PathLike,
                 profile.before(step + 1)
                 batch = _next_batch(step + 1, data, settings.batch_size, trainer, log)
                 processes.report_progress(f"in step {step + 1}", log.begun)
-                state, values = trainer.step(state, batch, key, data.resident)
+                state, values = trainer.step(state, batch, key, rates[step], data.resident)
                 step += 1
                 log.add(values, state)
                 profile.after(step, state)
                 last = step == settings.steps
                 if step % settings.log_every == 0 or last:
-                    line = log.end_window(step, schedule(step - 1))
+                    line = log.end_window(step, rates[step - 1])
                     progress.add(0, note=f"loss {line['train/loss']:.3f}" if line else "")
                 progress.add(settings.batch_size)
                 preempted = preemption.requested(step) and not last

@@ -42,11 +42,13 @@ def make_schedule(settings: OptimizerSettings, steps: int, steps_per_epoch: int)
     return optax.join_schedules([rise, decay], [warm]) if warm else decay
 
 
-def make_optimizer(settings: OptimizerSettings, schedule: optax.Schedule) -> optax.GradientTransformation:
+def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformationExtraArgs:
     """Returns AdamW, with clipping if `settings.clip` > 0. Biases, scales and other vectors have no weight decay.
 
-    Its `update` has an optional argument `factors`: the factor of each parameter's learning rate, in a tree like the
-    parameters. Weight decay does not depend on it: a step subtracts learning rate x weight_decay x parameter.
+    Its `update` has two more arguments. `rate` is the learning rate. It is not a constant of the compiled step, so
+    trainings of all lengths and rates share one program. `factors` is optional: the factor of each parameter's learning
+    rate, in a tree like the parameters. Weight decay does not depend on it: a step subtracts rate x weight_decay x
+    parameter.
     """
 
     def matrices(params: Any) -> Any:
@@ -55,7 +57,7 @@ def make_optimizer(settings: OptimizerSettings, schedule: optax.Schedule) -> opt
     adamw = optax.chain(
         _adam(settings.b2),
         optax.add_decayed_weights(settings.weight_decay, matrices),
-        optax.scale_by_learning_rate(schedule),
+        _negative_rate(),
     )
     return optax.chain(optax.clip_by_global_norm(settings.clip), adamw) if settings.clip else adamw
 
@@ -69,6 +71,15 @@ def _adam(b2: float) -> optax.GradientTransformationExtraArgs:
         return (updates if factors is None else jax.tree.map(lambda x, f: x * f, updates, factors)), state
 
     return optax.GradientTransformationExtraArgs(adam.init, update)
+
+
+def _negative_rate() -> optax.GradientTransformationExtraArgs:
+    """Returns a transformation whose `update` multiplies the updates with its argument `rate`, negated."""
+
+    def update(updates: Any, state: Any, params: Any = None, *, rate: Any, **_: Any) -> tuple[Any, Any]:
+        return jax.tree.map(lambda x: -rate * x, updates), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
 def _is_matrix(path: tuple[Any, ...], parameter: Any) -> bool:

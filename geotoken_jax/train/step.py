@@ -52,9 +52,10 @@ class Task(Protocol):
 class Trainer:
     """Compiled functions `init`, `step` and `evaluate` of a task with an optimizer, on a mesh.
 
-    accumulate: number of parts of a batch that are processed one after another. The gradients of the parts are
-    averaged. ema: decay of the moving average of the parameters, which `evaluate` and `averaged` use; no average if 0.
-    gradient_dtype: type in which gradients are summed over devices and parts.
+    optimizer: its `update` gets the arguments `rate` and `factors` of train.optimizer. accumulate: number of parts of a
+    batch that are processed one after another. The gradients of the parts are averaged. ema: decay of the moving
+    average of the parameters, which `evaluate` and `averaged` use; no average if 0. gradient_dtype: type in which
+    gradients are summed over devices and parts.
     """
 
     def __init__(
@@ -193,7 +194,7 @@ class Trainer:
         return jax.lax.with_sharding_constraint(cast, self._layout)
 
     def _step(
-        self, state: State, batch: Mapping[str, jax.Array], key: jax.Array, resident: Resident
+        self, state: State, batch: Mapping[str, jax.Array], key: jax.Array, rate: jax.Array, resident: Resident
     ) -> tuple[State, Metrics]:
         key = jax.random.fold_in(key, state["step"])
         constants, metrics, gradient = self._gradient(state, batch, key, resident)
@@ -201,7 +202,7 @@ class Trainer:
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
         updates, optimizer = self._optimizer.update(
-            gradient, state["optimizer"], state["params"], factors=self._factors
+            gradient, state["optimizer"], state["params"], rate=rate, factors=self._factors
         )
         params = optax.apply_updates(state["params"], updates)
         updated = {"params": params, "optimizer": optimizer, "constants": constants}

@@ -24,7 +24,7 @@ from geotoken_jax.gallery.table import Table  # noqa: E402
 from geotoken_jax.geo.cells import CellScheme  # noqa: E402
 from geotoken_jax.interop import official  # noqa: E402
 from geotoken_jax.model.task import GeoTokenTask, LossSettings  # noqa: E402
-from geotoken_jax.train.optimizer import OptimizerSettings, make_optimizer, make_schedule  # noqa: E402
+from geotoken_jax.train.optimizer import OptimizerSettings, make_optimizer  # noqa: E402
 from geotoken_jax.train.step import Trainer  # noqa: E402
 from tests import exports  # noqa: E402
 
@@ -78,8 +78,7 @@ def _our_losses(settings, model, batches) -> list[float]:
     mesh = sharding.make_mesh(sharding.MeshSettings(1, 1, 1), jax.devices()[:1])
     lookup = placement.lookup(placement.GallerySettings("host", -1), mesh)
     options = OptimizerSettings(1e-2, "exponential", 0.9, warmup=0.0, weight_decay=1e-6, b2=0.999, clip=0.0)
-    optimizer = make_optimizer(options, make_schedule(options, 100, 100))
-    trainer = Trainer(GeoTokenTask(settings, LossSettings(2.0, 1.0), lookup), optimizer, mesh)
+    trainer = Trainer(GeoTokenTask(settings, LossSettings(2.0, 1.0), lookup), make_optimizer(options), mesh)
     key = jax.random.key(0)
     state = {**trainer.init(key), "params": nnx.to_pure_dict(nnx.state(model, nnx.Param))}
     losses = []
@@ -87,7 +86,7 @@ def _our_losses(settings, model, batches) -> list[float]:
         names = ("query", "neighbors", "neighbor_tokens", "tokens")
         arrays = {name: value.numpy() for name, value in zip(names, batch, strict=True)}
         arrays["neighbor_count"] = np.full(len(arrays["tokens"]), settings.neighbors, np.int32)
-        state, values = trainer.step(state, arrays, key, {})
+        state, values = trainer.step(state, arrays, key, options.learning_rate, {})
         losses.append(float(values["loss"]))
     return losses
 

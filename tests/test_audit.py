@@ -89,8 +89,7 @@ def images():
 @pytest.fixture(scope="module")
 def sections():
     config = demo.get_config()
-    model = settings.plain(fixtures.settings("compact"))
-    config.model.update(model)
+    config.model.update(settings.plain(fixtures.settings("compact", context="time")))
     config.variants = {"geotoken": {}}
     config.predict.update(samples=2, batch_size=4, selectors=("greedy",), choice="greedy")
     config.predict.search.update(expansions=16, level=6, leaves=4, width=4)
@@ -130,6 +129,7 @@ def made(tmp_path_factory, config):
             "tokens": CellScheme(20, 1).encode(*coordinates.T).astype(np.uint8),
             "ids": overlap.encoded([photo["id"] for photo in rows]),
             "authors": overlap.encoded([photo["author"] for photo in rows]),
+            "captured": np.arange(len(rows)) * 1e7,
         }
         write_shard(path / ("gallery" if split == "train" else f"queries/{split}"), 0, 1, columns)
     for folder in ("gallery", "queries"):
@@ -151,7 +151,7 @@ def made(tmp_path_factory, config):
     stage.finish(counts, fewer={})
     tokens.run(config, Workdir(path))
     stage = manifests.begin(path, "geotoken/geotoken", config.select("model"), ())
-    state = nnx.to_pure_dict(nnx.state(fixtures.model("compact"), nnx.Param))
+    state = nnx.to_pure_dict(nnx.state(fixtures.model("compact", context="time"), nnx.Param))
     checkpoint.write_parameters(stage.path / "parameters.safetensors", jax.tree.map(np.asarray, state))
     stage.finish({})
     baselines.run(config, Workdir(path), TOP1)

@@ -11,7 +11,6 @@ from jaxtyping import Float, Float32, Int
 
 from geotoken_jax import settings
 from geotoken_jax.configuration import Config
-from geotoken_jax.data import join
 from geotoken_jax.gallery import index, neighbors
 from geotoken_jax.gallery.table import Table, index_vectors
 from geotoken_jax.predict.prediction import coordinates
@@ -48,23 +47,23 @@ class MaskedGallery:
         hidden[kept] = False
         left_out = self._excluded(rows)
         queries = index_vectors(self._queries.embeddings(rows))
-        subset, count = _SubsetIndex(self._gallery, kept), self._answerer.decoder.neighbors
-        neighbor_rows, scores = neighbors.search_neighbors(subset, queries, count, left_out)
+        subset, decoder = _SubsetIndex(self._gallery, kept), self._answerer.decoder
+        neighbor_rows, scores = neighbors.search_neighbors(subset, queries, decoder.neighbors, left_out)
         if most is not None:
             neighbor_rows[:, most:], scores[:, most:] = -1, -np.inf
         placed = np.full((2, len(rows), 2), np.nan)
         has_neighbor = neighbor_rows[:, 0] >= 0
         placed[0, has_neighbor] = self._gallery.coordinates(neighbor_rows[has_neighbor, 0])
-        decoder = self._answerer.decoder
         for first in range(0, len(rows), decoder.settings.batch_size):
             part = slice(first, first + decoder.settings.batch_size)
-            query = self._queries.embeddings(rows[part])
-            batch = {"query": query, **join.neighbors(self._gallery, neighbor_rows[part], decoder.cells)}
-            exclude = [*self._excluded(rows[part]), lambda queries, found: hidden[found]]
-            found = neighbor_rows[part], scores[part]
-            # Every photo has number 0, as in predictions/, so that the decoder draws the same samples.
-            pool = decoder(batch, *found, np.zeros(len(query), np.int64))._replace(exclude=exclude)
-            placed[1, part] = coordinates(self._answerer(pool, *found).predictions)
+            answers = self._answerer.from_neighbors(
+                self._queries.embeddings(rows[part]),
+                self._queries.captured(rows[part]),
+                neighbor_rows[part],
+                scores[part],
+                [*self._excluded(rows[part]), lambda queries, found: hidden[found]],
+            )
+            placed[1, part] = coordinates(answers.predictions)
         return placed
 
 

@@ -70,10 +70,25 @@ class Answerer:
     ) -> Answers:
         """Searches the neighbors of b photos in the gallery, and returns the answers for these photos.
 
-        index: index of the gallery. vectors: image, location and text vector of each photo. captured: seconds since
-        1970, NaN if unknown (see data.join.context). exclude: rules that keep gallery photos out of the neighbors.
+        index: index of the gallery. For other arguments, see from_neighbors.
         """
-        rows, scores = search_neighbors(index, index_vectors(vectors), self.decoder.neighbors, exclude)
+        found = search_neighbors(index, index_vectors(vectors), self.decoder.neighbors, exclude)
+        return self.from_neighbors(vectors, captured, *found, exclude)
+
+    def from_neighbors(
+        self,
+        vectors: Float[np.ndarray, "b 3 C"],
+        captured: Float[np.ndarray, " b"],
+        rows: Int[np.ndarray, "b k"],
+        scores: Float[np.ndarray, "b k"],
+        exclude: Sequence[Exclusion] = (),
+    ) -> Answers:
+        """Returns the answers for b photos with known neighbors.
+
+        vectors: image, location and text vector of each photo. captured: seconds since 1970, NaN if unknown (see
+        data.join.context). rows, scores: gallery rows of the neighbors and their inner products, as search_neighbors
+        returns them. exclude: rules that keep gallery photos out of the neighbors, for selectors that search too.
+        """
         batch = {"query": vectors, **join.neighbors(self.decoder.gallery, rows, self.decoder.cells)}
         batch["context"] = join.context(captured, self.decoder.times)
         # Every photo has number 0, so that its samples do not depend on its position in the batch.

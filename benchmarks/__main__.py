@@ -117,7 +117,7 @@ def small_demo(folder: Path) -> None:
     """Makes a small work directory of the demo, up to the stage `index`."""
     config = ["--config=configs/demo.py", *(f"--config.{key}={value}" for key, value in _DEMO.items())]
     for verb in ("prepare", "embed", "align", "index"):
-        command = [sys.executable, "-m", "geotoken_jax.cli", verb, f"--workdir={folder}", *config]
+        command = [sys.executable, "-m", "geotoken_jax", verb, f"--workdir={folder}", *config]
         subprocess.run(command, cwd=HERE.parent, stdout=subprocess.DEVNULL, check=True)
 
 

@@ -158,7 +158,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         if name != "package":
             python = options.python.get(name) or environment(scratch / name, packages[name])
         if name in ("onnx", "savedmodel"):
-            command = ["-m", "geotoken_jax.cli", "export", f"--from={export}", f"--target={name}"]
+            command = ["-m", "geotoken_jax", "export", f"--from={export}", f"--target={name}"]
             subprocess.run([python, *command], env={**environ, "PYTHONPATH": str(_ROOT)}, check=True)
             target, size = str(export / "targets" / name), _size(export / "targets" / name)
         told = {

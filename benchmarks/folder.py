@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def _command(model: str, root: Path, output: Path) -> list[str]:
-    return [sys.executable, "-m", "geotoken_jax.cli", "predict", f"--model={model}", str(root), f"--output={output}"]
+    return [sys.executable, "-m", "geotoken_jax", "predict", f"--model={model}", str(root), f"--output={output}"]
 
 
 def _whole(model: str, root: Path, work: Path, ledger: album.Ledger) -> dict[str, Any]:

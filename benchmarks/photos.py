@@ -58,7 +58,7 @@ def command(data: Path, work: Path, options: argparse.Namespace) -> list[str]:
     }
     arguments = [f"--config.photos.{key}={value}" for key, value in changes.items()]
     return [
-        *(sys.executable, "-m", "geotoken_jax.cli", "prepare", f"--config={common.__file__}", f"--workdir={work}"),
+        *(sys.executable, "-m", "geotoken_jax", "prepare", f"--config={common.__file__}", f"--workdir={work}"),
         *arguments,
     ]
 

@@ -63,7 +63,7 @@ class Service:
             port = free.getsockname()[1]
         self.address = f"http://127.0.0.1:{port}"
         flags = [f"--port={port}", f"--batch-size={batch_size}", f"--queue={options.queue}", "--rate=0"]
-        self._command = [sys.executable, "-m", "geotoken_jax.cli", "serve", options.model, *flags]
+        self._command = [sys.executable, "-m", "geotoken_jax", "serve", options.model, *flags]
         self._process = subprocess.Popen(self._command)
 
     def wait(self) -> float:

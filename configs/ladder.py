@@ -41,6 +41,7 @@ from configs import mp16_pro
 #: weights, and a decoder layer has 12 * width^2.
 _WIDTHS = {
     "5K": 16,
+    "12K": 24,
     "20K": 32,
     "46K": 48,
     "82K": 64,

@@ -52,7 +52,7 @@ def get_config() -> ConfigDict:
     config.predict.update(samples=30, selectors=("greedy", "log_probability"), choice="greedy")
     config.predict.search.expansions = 0
     config.scaling = dict(
-        sizes=tuple((name, ladder.MUP_SIZE[name]) for name in ("5K", "20K", "46K", "82K", "369K", "655K", "1536K")),
+        sizes=tuple((name, ladder.MUP_SIZE[name]) for name in ("12K", "46K", "82K", "369K", "655K", "1536K")),
         held_out="1536K",
         reference="46K",
         # With 3e11 operations, the best of the sizes was the smallest. Three slices that are 3 times apart begin there.
@@ -60,7 +60,7 @@ def get_config() -> ConfigDict:
         held_out_budget=1.44e13,  # 4 times the largest budget
         seeds=(1,),
         validations=8,
-        photos=(4_000, 12_000, 32_000),
+        photos=(4_000, 32_000),
         epochs=0,
         neighbors=(0, 1, 3),
         # The widths 32 and 128 of the ladder are left out to save 10 minutes.
@@ -72,7 +72,7 @@ def get_config() -> ConfigDict:
         # 2.5 times apart: a parabola needs points on both sides of its optimum, which moves by up to 16 times with the
         # width in the standard parametrization.
         rates=(6e-4, 1.5e-3, 3.75e-3, 9.4e-3, 2.3e-2),
-        transfer_examples=12_800,
+        transfer_examples=9_600,
         split="test",
         gallery=(500, 2_000, 8_000, 32_000),
         test_neighbors=(1, 2, 3, 5, 10),

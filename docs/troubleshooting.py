@@ -21,7 +21,7 @@ _INTRODUCTION = """# Troubleshooting
 Every verb of `geotoken` ends an error that you can mend with one sentence and exit status 2. The sentence says what is
 wrong, where, and after a colon how to mend it. This page has all of these sentences, by the module that prints them;
 `…` stands for a path, a key or a value. `python -m docs.troubleshooting > docs/troubleshooting.md` makes it from the
-source. Errors of the operating system have the sentences at the end. `python -X dev -m geotoken_jax.cli VERB ...`
+source. Errors of the operating system have the sentences at the end. `python -X dev -m geotoken_jax VERB ...`
 shows where in the code such an error came from. Exit status 75 means that the same command continues: see
 [faults](faults.md).
 """

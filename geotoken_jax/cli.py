@@ -379,7 +379,3 @@ STAGES = {
     "export": "write a folder that contains all that prediction needs",
     "all": "run all stages in order; complete folders are kept",
 }
-
-
-if __name__ == "__main__":
-    main()

@@ -7,6 +7,7 @@ packages for training.
 import argparse
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,13 @@ def _predict(options: argparse.Namespace, config: Any) -> int:
         raise settings.SettingsError(
             f"--exclude-author needs the authors of the gallery's photos, which {options.model} does not contain: make "
             "the export with --config.export.authors=True"
+        )
+    named = [name for one in excluded.values() for name in one.ids]
+    if options.exclude_ids and (missing := model.missing(named)):
+        print(
+            f"geotoken predict: {len(missing):,} of {len(set(named)):,} ids in {options.exclude_ids} are not in the "
+            f"gallery, such as {missing[0]!r}",
+            file=sys.stderr,
         )
     identity = " ".join(filter(None, (photos.identity(model.folder), exclusion.digest(tables))))
     with photos.warnings():

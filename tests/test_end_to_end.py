@@ -118,7 +118,7 @@ def test_a_second_run_keeps_everything(workdir: Path, capsys: pytest.CaptureFixt
 @pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bytes(workdir: Path, tmp_path: Path):
     kills = 12
-    command = [sys.executable, "-m", "geotoken_jax.cli", "all", f"--config={CONFIG}", "--workdir=run"]
+    command = [sys.executable, "-m", "geotoken_jax", "all", f"--config={CONFIG}", "--workdir=run"]
     rng = random.Random(os.environ.get("PYTEST_XDIST_TESTRUNUID", "0"))
     for attempt in range(40):
         with subprocess.Popen(
@@ -325,7 +325,7 @@ def test_an_int8_export_goes_to_the_hub_and_answers_from_there(workdir: Path, ph
         if folder.name != "export":
             (tmp_path / folder.name).symlink_to(folder)
     (tmp_path / "a.jpg").write_bytes(photo)
-    command = [sys.executable, "-m", "geotoken_jax.cli"]
+    command = [sys.executable, "-m", "geotoken_jax"]
     made_with = [f"--config={CONFIG}", "--config.export.gallery=int8"]
     with hub.serving() as server:
         environment = server.environment(tmp_path / "home", hub.TOKEN)

@@ -72,6 +72,7 @@ def photos(tmp_path):
         (root / name).parent.mkdir(exist_ok=True)
         (root / name).write_bytes(b"x")
     (root / "bad.jpg").write_bytes(b"bad")
+    (root / "b.jpg.xmp").write_bytes(b"x")
     os.mkfifo(root / "pipe.jpg")
     (root / "folder.jpg").mkdir()
     return root
@@ -291,7 +292,7 @@ def test_photos_without_a_position_get_sidecars(tmp_path, capsys):
     assert {path: path.read_bytes() for path in root.iterdir() if path.is_file()} == before and status == 0
     paths = [str(root / f"{name}.xmp") for name in ("a.jpg", "a.png", "edited.jpg")]
     assert [line.split("  ")[0] for line in said.out.splitlines()] == paths
-    assert "sidecars, if they were written: 3 written, 3 not needed: the photo has a position of its own" in said.err
+    assert "sidecars without --dry-run: 3 written, 3 not needed: the photo has a position of its own" in said.err
     assert "2 left alone, since another program wrote or changed them" in said.err
     status, said = run()
     assert status == 0 and len(said.out.splitlines()) == 8
@@ -477,9 +478,10 @@ def test_gallery_photos_are_left_out_by_author_and_by_id(exported, tmp_path, cap
     assert found["b.jpg"] == before["b.jpg"] and len(found["a.jpg"]) == len(before["a.jpg"])
     for name in ("a.jpg", "sub/c.jpg"):
         assert found[name][:-1] == before[name][1:]
-    listed = [["b.jpg", name] for name in before["b.jpg"][:2]]
+    listed = [["b.jpg", name] for name in [*before["b.jpg"][:2], "of no photo"]]
     ids = write_csv(tmp_path / "i.csv", ["id", "excluded_id"], listed)
     found = predicted(exported, f"--exclude-author={authors}", f"--exclude-ids={ids}")
+    assert "1 of 3 ids in" in (said := capsys.readouterr().err) and "not in the gallery, such as 'of no photo'" in said
     assert found["b.jpg"][:-2] == before["b.jpg"][2:] and found["a.jpg"][:-1] == before["a.jpg"][1:]
     assert predicted(exported, f"--exclude-ids={ids}")["a.jpg"] == before["a.jpg"]
 

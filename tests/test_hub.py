@@ -246,7 +246,7 @@ def test_geoclip_needs_nothing_but_photos(server: hub.Hub, tmp_path: Path):
     server.commit(geoclip.HUB, {**release, "README.md": b"# GeoCLIP", "model.bin": b"a pickle"})
     photo = tmp_path / "a.png"
     checkpoints.images()[0].save(photo)
-    command = [sys.executable, "-m", "geotoken_jax.cli", "predict", "--method=geoclip", "--json", str(photo)]
+    command = [sys.executable, "-m", "geotoken_jax", "predict", "--method=geoclip", "--json", str(photo)]
     environment = server.environment(tmp_path / "home")
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr

@@ -51,7 +51,7 @@ MADE = {"prepare": ["photos"], "embed": ["features"], "index": ["queries", "gall
 
 
 def start(verb: str, workdir: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "geotoken_jax.cli", verb, f"--config={CONFIG}", f"--workdir={workdir}"]
+    command = [sys.executable, "-m", "geotoken_jax", verb, f"--config={CONFIG}", f"--workdir={workdir}"]
     pipe = subprocess.PIPE
     return subprocess.Popen(
         command, cwd=CONFIG.parents[1], stdout=pipe, stderr=subprocess.STDOUT, start_new_session=True

@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 
 from geotoken_jax import __version__
 from geotoken_jax.backbone import exif, preprocess
+from geotoken_jax.folder.walk import SIDECAR
 
 _NAMESPACES = {
     "x": "adobe:ns:meta/",
@@ -55,7 +56,7 @@ class Sidecars:
         """
         if isinstance(photo, bytes):
             return None
-        path = Path(os.fspath(photo) + ".xmp")
+        path = Path(os.fspath(photo) + SIDECAR)
         try:
             result = self._put(path, Path(photo), answer)
         except OSError as error:
@@ -87,7 +88,7 @@ class Sidecars:
     def notes(self) -> Iterator[str]:
         """Yields a sentence with the number of sidecars per result, and one per sidecar that could not be written."""
         counts = ", ".join(f"{count:,} {result}" for result, count in self._counts.most_common())
-        yield f"{'sidecars, if they were written' if self._dry_run else 'sidecars'}: {counts or 'none'}"
+        yield f"{'sidecars without --dry-run' if self._dry_run else 'sidecars'}: {counts or 'none'}"
         yield from self.failed
 
 

@@ -10,6 +10,8 @@ from geotoken_jax.backbone.preprocess import ENDINGS
 #: Names of files and folders that macOS and Windows add to folders, and a prefix of more such names.
 _CLUTTER = {"__MACOSX", ".DS_Store", "Thumbs.db", "desktop.ini"}
 _CLUTTER_PREFIX = "._"
+#: The sidecar of a photo has the photo's name and this ending.
+SIDECAR = ".xmp"
 
 
 @dataclasses.dataclass
@@ -34,8 +36,10 @@ class Files:
 
     @property
     def skipped(self) -> collections.Counter[str]:
-        """Number of files that are not photos, by ending."""
-        endings = (os.path.splitext(name)[1].lower() for name in self.paths if not name.lower().endswith(ENDINGS))
+        """Number of files that are not photos, by ending. Sidecars of photos, such as a.jpg.xmp, do not count."""
+        photos = self.photos()
+        others = (name for name in self.paths if name not in photos and name.removesuffix(SIDECAR) not in photos)
+        endings = (os.path.splitext(name)[1].lower() for name in others)
         skipped = collections.Counter(ending or "without an ending" for ending in endings)
         return skipped + collections.Counter({"pipes, sockets, broken links or linked folders": self.special})
 

@@ -269,6 +269,12 @@ class GeoToken(Predictor):
         """Whether the gallery contains the authors of its photos (config.export.authors)."""
         return "authors" in self._gallery.stored
 
+    def missing(self, ids: Iterable[str]) -> list[str]:
+        """Returns those of the ids that no gallery photo has, each once and in order."""
+        names = list(dict.fromkeys(ids))
+        there = np.isin(np.array([name.encode() for name in names], np.bytes_), self._gallery.ids())
+        return [name for name, found in zip(names, there, strict=True) if not found]
+
     @jax_modes.standard()
     def predict_prepared(
         self,

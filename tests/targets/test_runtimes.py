@@ -35,7 +35,7 @@ def test_a_target_answers_as_the_package(made: Path, target: str):
         pytest.skip(f"{ENVIRONMENTS[target]} is not there: make test-targets makes it")
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     export = made / "export"
-    command = [python, "-m", "geotoken_jax.cli", "export", f"--from={export}", f"--target={target}"]
+    command = [python, "-m", "geotoken_jax", "export", f"--from={export}", f"--target={target}"]
     subprocess.run(command, check=True, env=environ, timeout=600)
     run = [python, "-I", export / "standalone.py", "--json", f"--target={export / 'targets' / target}", made / "photos"]
     done = subprocess.run(run, check=True, stdout=subprocess.PIPE, text=True, timeout=600)

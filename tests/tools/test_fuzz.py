@@ -44,7 +44,7 @@ def serving(folder: Path, log: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "geotoken_jax.cli", "serve", str(folder), f"--port={port}"]
+    command = [sys.executable, "-m", "geotoken_jax", "serve", str(folder), f"--port={port}"]
     with log.open("w") as out:
         flags = ["--rate=0", "--batch-size=2"]
         process = subprocess.Popen([*command, *flags], cwd=ROOT, env=os.environ, stdout=out, stderr=out)

@@ -33,7 +33,7 @@ _WILDCARDS = frozenset("*?[")
 
 
 class CheckpointError(UserError, RuntimeError):
-    """A checkpoint cannot be written."""
+    """A checkpoint cannot be written, or does not fit the training."""
 
 
 class ParametersError(UserError, ValueError):
@@ -153,8 +153,8 @@ class Checkpoints:
         """Returns step, state and data position of the newest readable checkpoint, or None if there are no checkpoints.
 
         A checkpoint is readable if every process can read it. Newer checkpoints are skipped, and each is reported as a
-        warning in the log. If there are checkpoints but none is readable, raises the error of the newest one. In this
-        case it is likely that `abstract` is wrong, and not that all files are damaged.
+        warning in the log. If there are checkpoints but none is readable, raises CheckpointError, or the OSError of the
+        newest one. In the first case it is likely that another version wrote them, and not that all are damaged.
         """
         return self._restore_any(self.steps[::-1], abstract)
 
@@ -174,7 +174,8 @@ class Checkpoints:
     def _restore_any(self, steps: Sequence[int], abstract: Any) -> tuple[int, Any, dict[str, Any]] | None:
         """Returns the first checkpoint that all processes can read, in the order of `steps`; None if `steps` is empty.
 
-        All processes use the `steps` of process 0. If no checkpoint can be read, raises the error of the first one.
+        All processes use the `steps` of process 0. If no checkpoint can be read, raises CheckpointError, or the OSError
+        of the first one.
         """
         errors: list[Exception] = []
         for step in processes.first(steps):
@@ -192,9 +193,14 @@ class Checkpoints:
             if restored is not None:
                 logging.warning("%s: all processes skip it", error)
             errors.append(error)
-        if errors:
+        if not errors:
+            return None
+        if isinstance(errors[0], OSError):
             raise errors[0]
-        return None
+        raise CheckpointError(
+            f"the checkpoints in {self._orbax.directory} do not fit this training: end it with the version of "
+            "geotoken-jax that wrote them, or remove that folder to train again"
+        ) from errors[0]
 
     def _load(self, step: int, abstract: Any) -> Any:
         """Returns the items of a checkpoint that `abstract` names.

@@ -105,9 +105,17 @@ def test_what_comes_before_a_torn_checkpoint_is_saved_too(folder):
 
 
 def test_a_state_of_another_form_is_an_error_and_not_a_torn_file(folder):
-    with Checkpoints(folder) as checkpoints, pytest.raises(KeyError) as error:
-        checkpoints.restore_last(abstract(state(width=4)))
-    assert "(4, 8) is not compatible with the stored shape: (8, 8)" in str(error.value.__cause__)
+    other = {**state(), "further": jnp.zeros(3)}
+    for wanted, reason in (
+        (state(width=4), "(4, 8) is not compatible with the stored shape: (8, 8)"),
+        (other, "further"),
+    ):
+        with (
+            Checkpoints(folder) as checkpoints,
+            pytest.raises(CheckpointError, match=f"in {folder} do not fit this training: end it with the version") as e,
+        ):
+            checkpoints.restore_last(abstract(wanted))
+        assert reason in str(e.value.__cause__.__cause__)
 
 
 def test_a_full_disk_is_one_sentence_and_loses_nothing(folder):

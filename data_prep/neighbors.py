@@ -50,7 +50,7 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
     if stage.manifest:
         return [stage.manifest]
     for key in ("exclude", "exclude_in_evaluation"):
-        check_source(getattr(options, key), f"index.neighbors.{key}", workdir.sources("features"))
+        check_source(getattr(options, key), f"index.neighbors.{key}", workdir.gallery)
     counts = workdir.counts("features")
     shards = sharded.divide(stage, counts, _SHARD)
     _search_all(

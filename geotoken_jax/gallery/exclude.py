@@ -245,17 +245,17 @@ def _excluded_sources(exclude: ExcludeSettings, queries: Table, rows: slice | np
     return own if exclude.source == OWN else np.full(len(own), exclude.source.encode(), f"S{records.SOURCE_BYTES}")
 
 
-def check_source(exclude: ExcludeSettings, key: str, sources: Sequence[str]) -> None:
-    """Raises SettingsError if a rule excludes a source that the gallery does not have.
-
-    key: dotted key of the rules. sources: names of several sources; empty if the gallery has one source.
-    """
-    if exclude.source and not sources:
+def check_source(exclude: ExcludeSettings, key: str, gallery: Table) -> None:
+    """Raises SettingsError if a rule excludes a source that the gallery does not have. key: dotted key of the rules."""
+    if not exclude.source:
+        return
+    if "sources" not in gallery.stored:
         raise SettingsError(
             f"config.{key}.source is {exclude.source!r}, but the gallery has one source: set it to '', or prepare "
             "photos of several sources (config.photos.sources)"
         )
-    if exclude.source not in ("", OWN, *sources):
+    sources = [name.decode() for name in np.unique(gallery.sources()).tolist()]
+    if exclude.source not in (OWN, *sources):
         raise SettingsError(
             f"config.{key}.source is {exclude.source!r}: use {OWN}, one of {', '.join(sources)}, or '' for no source"
         )

@@ -367,20 +367,28 @@ class PhotosSettings:
 
     def _source(self, name: str, section: Any) -> SourceSettings:
         if not re.fullmatch("[a-z][a-z0-9_]{0,31}", name) or name == OWN:
-            raise ValueError(
-                f"sources has the name {name!r}: use up to 32 lower-case letters, digits and _, and another name than "
-                f"{OWN}"
+            raise settings.SettingsError(
+                f"config.photos.sources has the name {name!r}: use up to 32 lower-case letters, digits and _, with a "
+                f"letter first, and not {OWN!r}"
             )
         if not isinstance(section, Mapping):
-            raise ValueError(f'sources.{name} is {section!r}: use a section, as in dict(kind="folder", path="PHOTOS")')
+            raise settings.SettingsError(
+                f'config.photos.sources.{name} is {section!r}: use a section, as in dict(kind="folder", path="PHOTOS")'
+            )
         keys = dict(section)
         kind, cap, origin = keys.pop("kind", None), keys.pop("cap", 0), keys.pop("origin", name)
         if kind not in KINDS:
-            raise ValueError(f"sources.{name}.kind is {kind!r}: use one of {', '.join(KINDS)}")
+            raise settings.SettingsError(
+                f"config.photos.sources.{name}.kind is {kind!r}: use one of {', '.join(KINDS)}"
+            )
         if type(cap) is not int or cap < 0:
-            raise ValueError(f"sources.{name}.cap is {cap!r}: use the largest number of train photos, or 0 for all")
+            raise settings.SettingsError(
+                f"config.photos.sources.{name}.cap is {cap!r}: use the largest number of train photos, or 0 for all"
+            )
         if not isinstance(origin, str) or not re.fullmatch("[a-z][a-z0-9_]*", origin):
-            raise ValueError(f"sources.{name}.origin is {origin!r}: use lower-case letters, digits and _")
+            raise settings.SettingsError(
+                f"config.photos.sources.{name}.origin is {origin!r}: use lower-case letters, digits and _"
+            )
         with keys_of(name, kind):
             changed = settings.changed(getattr(self, kind), keys, f"photos.sources.{name}")
         return SourceSettings(kind, cap, origin, changed)

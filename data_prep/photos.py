@@ -248,7 +248,8 @@ def _check_dropped(
     write_bytes(stage.path / "dropped.jsonl", "".join(lines).encode())
     dropped = Counter(reason for _, reason in drops)
     faults = len(drops) - sum(dropped[reason] for reason in (NOT_DOWNLOADED, _IN_ANOTHER_SPLIT, _OVER_CAP))
-    share = faults / max(1, faults + sum(counts.values()))
+    # Photos over a cap are no faults: a small cap must not raise the share.
+    share = faults / max(1, faults + sum(counts.values()) + dropped[_OVER_CAP])
     if share > max_dropped:
         reasons = ", ".join(f"{n:,} {reason}" for reason, n in dropped.most_common())
         raise StageError(

@@ -143,6 +143,15 @@ def test_a_cap_draws_the_same_photos_for_any_shards_and_workers(folders, tmp_pat
     assert files[0] == files[1]
 
 
+def test_a_small_cap_does_not_raise_the_share_of_dropped_photos(folders, tmp_path):
+    rows = [[f"{n}.jpg", *place(n)] for n in range(N)] + [["missing.jpg", 0, 10]]
+    table = write_csv(tmp_path / "photos.csv", ["id", "latitude", "longitude"], rows)
+    config = mix(common.get_config(), folders, a={"cap": 2, "csv": table}, b={"cap": 2})
+    config.photos.max_dropped = 0.05  # one of 121 photos is dropped, and 4 are kept
+    (made,) = photos.run(configuration.read(config), Workdir(tmp_path / "run"))
+    assert made.counts == {"train": 4} and made.dropped["no image"] == 1
+
+
 def test_an_interruption_while_photos_over_the_cap_are_removed_ends_in_the_same_bytes(folders, tmp_path, monkeypatch):
     def stop(task):
         if task.shard > 5:

@@ -6,7 +6,6 @@ started, because results do not depend on it. A field with the annotation `Added
 """
 
 import dataclasses
-import functools
 import os
 import types
 import typing
@@ -121,22 +120,16 @@ def result(section: Any) -> Any:
 
 def _runtime_flags(kind: type) -> dict[str, bool]:
     """Returns field name -> whether the field is of type `Runtime`."""
-    return {name: _RUNTIME in annotations for name, annotations in _annotations(kind).items()}
-
-
-@functools.cache
-def _annotations(kind: type) -> dict[str, tuple[Any, ...]]:
-    """Returns field name -> annotations of the field's type."""
     hints = typing.get_type_hints(kind, include_extras=True)
-    return {name: getattr(hints[name], "__metadata__", ()) for name in names(kind)}
+    return {name: _RUNTIME in getattr(hints[name], "__metadata__", ()) for name in names(kind)}
 
 
 def _added(kind: type) -> dict[str, Any]:
     """Returns field name -> value if the field is missing, for fields with the annotation `Added`."""
     return {
-        name: annotation.value
-        for name, annotations in _annotations(kind).items()
-        for annotation in annotations
+        field.name: annotation.value
+        for field in dataclasses.fields(kind)
+        for annotation in getattr(field.type, "__metadata__", ())
         if isinstance(annotation, Added)
     }
 

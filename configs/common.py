@@ -107,6 +107,8 @@ def _photos() -> dict[str, Any]:
     """Returns the source of photos and the settings of each source (geotoken_jax/preparation.py)."""
     return dict(
         source="earthview",
+        # Several sources in one gallery, as in dict(trips=dict(kind="folder", path="trips"), ...): see docs/data.md.
+        sources=dict(),
         workers=2,
         beam=dict(runner="", options=()),
         max_dropped=0.01,
@@ -150,7 +152,7 @@ def _benchmarks() -> dict[str, Any]:
         return dict(path="", table="", author=author, authors="", rows="", photos_per_shard=1_000)
 
     def rules(author: bool = False, cosine_above: float = 1.0) -> dict[str, Any]:
-        return dict(author=author, cosine_above=cosine_above, within_km=0.0)
+        return dict(author=author, cosine_above=cosine_above, within_km=0.0, source="")
 
     return dict(
         photos=dict(
@@ -206,8 +208,8 @@ def _index() -> dict[str, Any]:
     return dict(
         neighbors=dict(
             count=20,
-            exclude=dict(author=False, cosine_above=1.0, within_km=0.0),
-            exclude_in_evaluation=dict(author=False, cosine_above=1.0, within_km=0.0),
+            exclude=dict(author=False, cosine_above=1.0, within_km=0.0, source=""),
+            exclude_in_evaluation=dict(author=False, cosine_above=1.0, within_km=0.0, source=""),
         ),
         search=dict(  # geotoken_jax/gallery/index.py
             kind="scann",

@@ -23,6 +23,7 @@ _DESCRIPTIONS = {
     "tokens": "S2 cells of levels 0 to 20 that contain the place: the face (0 to 5), then a child (0 to 3) per level.",
     "captured": "Time at which the photo was taken, in seconds since 1970; NaN if unknown.",
     **{name: f"Name of the place's {name}; empty if unknown." for name in records.PLACE_FIELDS},
+    "source": "Name of the source of the photo; empty for a benchmark.",
 }
 #: Field -> its type in Croissant, and the length of its array, 0 if it is not an array. Other fields are text.
 _TYPES = {
@@ -84,17 +85,22 @@ def provenance(of_source: Provenance, settings: DatasetSettings) -> Provenance:
 
 
 def write(
-    folder: epath.Path, name: str, ledgers: Mapping[str, Sequence[Mapping[str, Any]]], stated: Provenance
+    folder: epath.Path,
+    name: str,
+    ledgers: Mapping[str, Sequence[Mapping[str, Any]]],
+    stated: Provenance,
+    sources: bool = False,
 ) -> None:
     """Writes dataset_info.json, features.json and croissant.json into the folder of the data set.
 
     Afterwards `tfds.data_source(name, data_dir=DATA_DIR)` opens the data set.
 
     folder: DATA_DIR/NAME/VERSION. ledgers: split -> contents of each shard's ledger. stated: origin and terms of the
-    photos.
+    photos. sources: whether the photos are of several sources.
     """
     import tensorflow_datasets as tfds
 
+    features = records.photo_features(sources)
     description = f"Photos with their coordinates, place names and level-20 S2 tokens. {stated.origin} {stated.terms}"
     split_infos = []
     for split, split_ledgers in ledgers.items():
@@ -111,7 +117,7 @@ def write(
         )
     tfds.folder_dataset.write_metadata(
         data_dir=folder,
-        features=records.photo_features(),
+        features=features,
         version=folder.name,
         split_infos=split_infos,
         filename_template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
@@ -121,10 +127,14 @@ def write(
         license=f"{stated.license}. {stated.terms}",
         check_data=False,  # the check needs TensorFlow, which is not installed
     )
-    write_json(folder / "croissant.json", _croissant(name, folder.name, description, list(ledgers), stated))
+    write_json(
+        folder / "croissant.json", _croissant(name, folder.name, description, list(ledgers), stated, list(features))
+    )
 
 
-def _croissant(name: str, version: str, description: str, splits: Sequence[str], stated: Provenance) -> dict[str, Any]:
+def _croissant(
+    name: str, version: str, description: str, splits: Sequence[str], stated: Provenance, features: Sequence[str]
+) -> dict[str, Any]:
     """Returns the contents of croissant.json: terms, files per split, and fields.
 
     Croissant does not support ArrayRecord. The file therefore describes the data set, but a Croissant reader cannot
@@ -141,7 +151,7 @@ def _croissant(name: str, version: str, description: str, splits: Sequence[str],
         "license": stated.license,
         **{key: text for key, text in optional.items() if text},
         "distribution": [_files(name, split) for split in splits],
-        "recordSet": [_record_set(split) for split in splits],
+        "recordSet": [_record_set(split, features) for split in splits],
     }
 
 
@@ -156,9 +166,9 @@ def _files(name: str, split: str) -> dict[str, Any]:
     }
 
 
-def _record_set(split: str) -> dict[str, Any]:
+def _record_set(split: str, features: Sequence[str]) -> dict[str, Any]:
     fields = []
-    for name, meaning in _DESCRIPTIONS.items():
+    for name, meaning in ((name, meaning) for name, meaning in _DESCRIPTIONS.items() if name in features):
         kind, length = _TYPES.get(name, ("sc:Text", 0))
         shape = {"isArray": True, "arrayShape": str(length)} if length else {}
         source = {"fileSet": {"@id": f"files-{split}"}, "extract": {"column": name}}

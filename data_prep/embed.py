@@ -51,7 +51,7 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
     stage = workdir.begin(config, "features", (), ["photos"], made_with)
     if stage.manifest:
         return [stage.manifest]
-    counts, id_bytes = workdir.counts("photos"), workdir.id_bytes("photos")
+    counts, id_bytes, sources = workdir.counts("photos"), workdir.id_bytes("photos"), workdir.sources("photos")
     viewed = {views.VIEWS_SPLIT: counts[views.SOURCE_SPLIT]} if options.views.count else {}
     shards = sharded.divide(stage, counts | viewed, _SHARD)
     missing = sharded.missing(shards, id_bytes=id_bytes)
@@ -62,13 +62,14 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
             _write_shards(missing, options, workdir, progress)
     if not sharded.wait(stage, shards):
         return []
-    return [sharded.complete(workdir, stage, lambda: _finish(stage, shards, id_bytes))]
+    return [sharded.complete(workdir, stage, lambda: _finish(stage, shards, id_bytes, sources))]
 
 
-def _finish(stage: Stage, shards: Sequence[Shard], id_bytes: int) -> Manifest:
+def _finish(stage: Stage, shards: Sequence[Shard], id_bytes: int, sources: Sequence[str]) -> Manifest:
     """Writes the manifest from the shards' ledgers.
 
-    id_bytes: size of the field `id` in a record, and of the field `author`, in bytes.
+    id_bytes: size of the field `id` in a record, and of the field `author`, in bytes. sources: names of the sources;
+    empty if there is one source.
     """
     counts, dropped, width = dict.fromkeys((shard.split for shard in shards), 0), 0, 0
     for shard in shards:
@@ -76,11 +77,10 @@ def _finish(stage: Stage, shards: Sequence[Shard], id_bytes: int) -> Manifest:
         width = ledger["width"]
         counts[shard.split] += ledger["records"]
         dropped += len(ledger["failures"]) if shard.split != views.VIEWS_SPLIT else 0
-    layout = records.feature_layout(width, id_bytes)
+    layout = records.feature_layout(width, id_bytes, bool(sources))
     write_json(stage.path / "schema.json", records.schema(layout, records.SHARD_FILES))
-    return stage.finish(
-        counts, {"unreadable image": dropped} if dropped else {}, width=width, **records.id_facts(id_bytes)
-    )
+    facts: dict[str, Any] = {"width": width, **records.id_facts(id_bytes), **({"sources": sources} if sources else {})}
+    return stage.finish(counts, {"unreadable image": dropped} if dropped else {}, **facts)
 
 
 @dataclasses.dataclass
@@ -108,7 +108,7 @@ def _write_shards(shards: list[Shard], options: EmbedSettings, workdir: Workdir,
     """
     tower = backbone.make(options)
     id_bytes = workdir.id_bytes("photos")
-    layout = records.feature_layout(tower.width, id_bytes)
+    layout = records.feature_layout(tower.width, id_bytes, bool(workdir.sources("photos")))
     sources = {shard.split: workdir.photos(_photo_split(shard.split)) for shard in shards}
     prepare = {
         split: _prepare_views(tower, options.views) if split == views.VIEWS_SPLIT else _prepare_photo(tower)
@@ -161,7 +161,8 @@ def _encode(batch: _Batch, texts: "_Texts", layout: records.Layout) -> list[byte
     if batch.images is None:
         return []
     photos = batch.photos
-    columns = {name: np.array([photo[name].encode() for photo in photos]) for name in ("id", "author")}
+    names = [field.name for field in layout.fields if field.name in ("id", "author", "source")]
+    columns = {name: np.array([photo[name].encode() for photo in photos]) for name in names}
     columns |= {name: np.array([photo[name] for photo in photos]) for name in ("coordinates", "tokens")}
     columns["captured"] = np.array([photo.get("captured", math.nan) for photo in photos])
     columns["text"] = texts([place_text(photo["city"], photo["state"], photo["country"]) for photo in photos])

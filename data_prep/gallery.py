@@ -75,7 +75,7 @@ def _finish_queries(workdir: Workdir, queries: Stage, counts: Mapping[str, int])
 
 
 def _write_schema(workdir: Workdir, stage: Stage, files: str) -> None:
-    layout = table.layout(workdir.width, workdir.id_bytes("features"))
+    layout = table.layout(workdir.width, workdir.id_bytes("features"), bool(workdir.sources("features")))
     write_json(stage.path / "schema.json", records.schema(layout, files))
 
 
@@ -110,7 +110,8 @@ def _columns(features: Records, rows: range, aligned: AlignModel) -> dict[str, n
         batch = features[first : min(first + _BATCH, rows.stop)]
         image = batch.pop("image").astype(np.float32)
         del batch["text"]
-        batch["ids"], batch["authors"] = batch.pop("id"), batch.pop("author")
+        for name in ("id", "author", *(("source",) if "source" in batch else ())):
+            batch[f"{name}s"] = batch.pop(name)
         for name, values in {**batch, "embeddings": embeddings(aligned, image)}.items():
             if name not in columns:
                 columns[name] = np.empty((len(rows), *values.shape[1:]), values.dtype)

@@ -8,6 +8,7 @@ are in the memory of the devices.
 """
 
 import dataclasses
+import functools
 import shutil
 from collections.abc import Sequence
 
@@ -20,7 +21,7 @@ from data_prep.sharded import Shard
 from geotoken_jax import records
 from geotoken_jax.backbone import views
 from geotoken_jax.configuration import Config
-from geotoken_jax.gallery.exclude import ExcludeSettings, exclusions
+from geotoken_jax.gallery.exclude import ExcludeSettings, check_source, exclusions, gallery_columns, have_source
 from geotoken_jax.gallery.neighbors import merge_neighbors, search_neighbors
 from geotoken_jax.gallery.table import Table, index_vectors
 from geotoken_jax.manifests import Manifest, read_ledger, write_json
@@ -48,6 +49,8 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
     stage = workdir.begin(config, "neighbors", ["index.neighbors"], ["gallery", "queries"])
     if stage.manifest:
         return [stage.manifest]
+    for key in ("exclude", "exclude_in_evaluation"):
+        check_source(getattr(options, key), f"index.neighbors.{key}", workdir.gallery)
     counts = workdir.counts("features")
     shards = sharded.divide(stage, counts, _SHARD)
     _search_all(
@@ -134,8 +137,9 @@ class _OpenedIndex:
     def __init__(self, workdir: Workdir, threads: int, numbers: Sequence[int], indexed: Sequence[range]):
         self._first, end = indexed[numbers[0]].start, indexed[numbers[-1]].stop
         self._index, self._gallery = workdir.index(threads, numbers), workdir.gallery
-        names = ("ids", "authors", "coordinates")
-        self._columns = {name: getattr(self._gallery, name)(slice(self._first, end)) for name in names}
+        self._columns = functools.cache(
+            lambda sourced: gallery_columns(self._gallery, sourced, slice(self._first, end))
+        )
 
     def search(self, queries: Table, rows: range, exclude: ExcludeSettings, found: _Neighbors) -> None:
         """Searches these shards, and merges the neighbors into `found`.
@@ -143,10 +147,11 @@ class _OpenedIndex:
         queries: table of the photos' split. rows: rows of the photos in this table. exclude: rules that exclude gallery
         photos. found: neighbors from other shards of the index.
         """
+        columns = self._columns(have_source(queries))
         for first in range(0, len(rows), _BATCH):
             here = slice(first, min(first + _BATCH, len(rows)))
             at = slice(rows.start + here.start, rows.start + here.stop)
-            excluded = exclusions(exclude, queries, at, self._columns, self._images)
+            excluded = exclusions(exclude, queries, at, columns, self._images)
             before = found.rows[here], found.scores[here]
             vectors = index_vectors(queries.embeddings(at))
             count = found.rows.shape[1]

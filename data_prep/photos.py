@@ -9,11 +9,12 @@ are never used in paths, so an id such as `../../x` does no harm.
 
 After all shards are complete, duplicates are found. If a picture is in several splits, it stays in only one kind of
 split: in test splits before `validation`, and in `validation` before `train`. It is removed from the shards of the
-other splits.
+other splits. If there are several sources, train photos over the cap of their source are removed too.
 """
 
 import concurrent.futures
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -35,11 +36,12 @@ from etils import epath
 from data_prep import dataset, duplicates, extended, images, sharded, source_files
 from data_prep.beam import run_tasks
 from data_prep.extended import INCOMPLETE, Extended, kept_shards
-from data_prep.sources import NOT_DOWNLOADED, Drop, Photo, Source, folder
+from data_prep.sources import NOT_DOWNLOADED, Drop, NotedSource, Photo, Source, folder
 from data_prep.sources.benchmarks import Benchmark, WithBenchmarks
 from data_prep.sources.earthview import EarthView
 from data_prep.sources.folder import Folder
 from data_prep.sources.im2gps3k import Im2gps3k
+from data_prep.sources.mixed import Mixed
 from data_prep.sources.mp16_pro import MP16Pro
 from data_prep.sources.osv5m import Osv5m
 from data_prep.sources.yfcc import Yfcc
@@ -47,7 +49,7 @@ from geotoken_jax import disk, records
 from geotoken_jax.configuration import Config
 from geotoken_jax.geo.cells import CellScheme
 from geotoken_jax.manifests import EARLIER, LEDGERS, Manifest, Stage, StageError, read_ledger, write_bytes, write_ledger
-from geotoken_jax.preparation import BeamSettings, DatasetSettings, DuplicateSettings
+from geotoken_jax.preparation import BeamSettings, DatasetSettings, DuplicateSettings, PhotosSettings, SourceSettings
 from geotoken_jax.progress import Progress
 from geotoken_jax.settings import SettingsError
 from geotoken_jax.workdir import Workdir
@@ -72,6 +74,11 @@ _LATEST = 2.0**31 - 1
 #: Reason for a drop if another split has the photo's picture. Like NOT_DOWNLOADED, such a drop is not a fault of the
 #: source, and does not count for config.photos.max_dropped.
 _IN_ANOTHER_SPLIT = "duplicate in another split"
+#: Reason for a drop if config.photos.sources.NAME.cap is smaller than the number of the source's train photos. This is
+#: no fault either.
+_OVER_CAP = "over the cap of its source"
+#: Key of a ledger with the photos that were removed from the shard -> reason for these drops.
+_REMOVED = {"left_out": _IN_ANOTHER_SPLIT, "over_cap": _OVER_CAP}
 #: Split -> rank; every other split is a test split and has _TEST_RANK. If a picture is in several splits, only its
 #: photos of the highest rank stay. Test splits rank highest because they must stay complete: otherwise scores on them
 #: could not be compared with published ones.
@@ -79,6 +86,8 @@ _RANKS = {"train": 0, "validation": 1}
 _TEST_RANK = 2
 #: Subfolder of photos/ in which Beam's workers write their shards.
 _ATTEMPTS = "attempts"
+#: Subfolder of photos/ with a folder per source, in which MP16-Pro stores its index if there are several sources.
+_SURVEYS = "surveys"
 
 
 #: Default settings, as in configs/common.py. A manifest of photos/ has these sections only if they are not the default.
@@ -88,12 +97,16 @@ _DUPLICATES = DuplicateSettings(difference=3.0, keep=False)
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The keys of config.photos that change the photos of every source. PhotosSettings explains them."""
+    """The keys of config.photos that change the photos of every source. PhotosSettings explains them.
+
+    mixed: name -> settings of each of several sources; empty if there is one source.
+    """
 
     null_island: bool = False
     keep_changed: bool = False
     dataset: DatasetSettings = _DATASET
     duplicates: DuplicateSettings = _DUPLICATES
+    mixed: Mapping[str, SourceSettings] = dataclasses.field(default_factory=dict)
 
 
 def run(config: Config, workdir: Workdir) -> list[Manifest]:
@@ -102,20 +115,17 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
     Raises SettingsError for an unknown source, StageError if too many photos are dropped or an id is in two shards.
     """
     photos = config.photos
-    if photos.source not in SOURCES:
+    if not photos.sources and photos.source not in SOURCES:
         raise SettingsError(f"config.photos.source is {photos.source!r}: use one of {', '.join(SOURCES)}")
-    settings = getattr(photos, photos.source)
     # Only the section of the chosen source is recorded: a change in another section does not make photos/ outdated.
-    keys = ["photos.source", f"photos.{photos.source}"]
+    keys = ["photos.sources"] if photos.sources else ["photos.source", f"photos.{photos.source}"]
     options = Options(**{field.name: getattr(photos, field.name) for field in dataclasses.fields(Options)})
     for name in ("null_island", "dataset", "duplicates"):  # not in the manifests of earlier versions
         if getattr(options, name) != getattr(Options(), name):
             keys.append(f"photos.{name}")
     stage = workdir.begin(config, "photos", keys, inputs=())
-    kind = SOURCES[photos.source]
-    # MP16-Pro also needs the stage's folder, in which it stores an index of its files.
-    source = MP16Pro(settings, str(stage.path)) if kind is MP16Pro else kind(settings)
-    if kind is EarthView:
+    source = _source(photos, stage.path)
+    if isinstance(source, EarthView):
         # Duplicates stay in EarthView, because they are no copies: two authors have photographed the same pixels of a
         # map. Otherwise 3 of 32,000 photos of `train` would be removed.
         options = dataclasses.replace(options, duplicates=dataclasses.replace(options.duplicates, keep=True))
@@ -125,6 +135,19 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
     if manifest != stage.manifest:
         workdir.made.add("photos")
     return [manifest]
+
+
+def _source(photos: PhotosSettings, folder: epath.Path) -> Source:
+    """Returns the source that config.photos names. folder: folder of the stage."""
+
+    def one(kind: str, settings: Any, work: epath.Path) -> Source:
+        # MP16-Pro also needs a folder, in which it stores an index of its files.
+        return MP16Pro(settings, str(work)) if kind == "mp16_pro" else SOURCES[kind](settings)
+
+    if not photos.sources:
+        return one(photos.source, getattr(photos, photos.source), folder)
+    sources = {name: one(of.kind, of.section, folder / _SURVEYS / name) for name, of in photos.mixed.items()}
+    return Mixed.of(sources, photos.mixed)
 
 
 def make(
@@ -157,18 +180,20 @@ def make(
     if stage.earlier:
         source = Extended(source, str(stage.path / EARLIER / "1"))  # pyright: ignore[reportArgumentType]
     splits = source.splits
-    if isinstance(source, (folder.ListedSource, WithBenchmarks)):
+    if isinstance(source, NotedSource):
         for note in source.notes():
             print(note, file=sys.stderr)
     tasks = [
-        _Task(str(stage.path), source, split, n, options.null_island, options.dataset)
+        _Task(str(stage.path), source, split, n, options.null_island, options.dataset, bool(options.mixed))
         for split, shards in splits.items()
         for n in range(shards)
     ]
     _make_missing(stage, tasks, workers, beam)
     ids = _concatenated([task.ids for task in tasks])
     _check_unique_ids(tasks, {benchmark.name for benchmark in benchmarks})
-    found = _remove_duplicates(stage, tasks, ids, workers, options.duplicates)
+    left_out, found = _find_duplicates(stage, tasks, ids, options.duplicates)
+    _add_over_cap(left_out, tasks, options.mixed)
+    found |= _remove(tasks, left_out, workers)
     ledgers: dict[str, list[dict[str, Any]]] = {split: [] for split in splits}
     for task in tasks:
         ledgers[task.split].append(json.loads(task.ledger.read_text()))
@@ -177,12 +202,14 @@ def make(
     every = [ledger for split in ledgers.values() for ledger in split]
     counts = {split: sum(ledger["photos"] for ledger in ledgers[split]) for split in ledgers}
     drops = [tuple(drop) for ledger in every for drop in ledger["dropped"]]
-    drops += [(name, _IN_ANOTHER_SPLIT) for ledger in every for _, name in _left_out(ledger)]
+    drops += [(name, reason) for ledger in every for _, name, reason in _left_out(ledger)]
     dropped = _check_dropped(stage, drops, counts, max_dropped)
     provenance = dataset.provenance(source.provenance, options.dataset)
-    dataset.write(tasks[0].data, tasks[0].name, ledgers, provenance)
+    dataset.write(tasks[0].data, tasks[0].name, ledgers, provenance, bool(options.mixed))
     times = {name: sum(ledger[name] for ledger in every) for name in ("captured", "nonsense_times")}
     facts: dict[str, Any] = records.id_facts(max((ledger.get("id_bytes", 0) for ledger in every), default=0))
+    if options.mixed:
+        facts["sources"] = _count_by_source(ledgers, options.mixed)
     if benchmarks:
         facts["benchmarks"] = [benchmark.name for benchmark in benchmarks]
     return stage.finish(counts, dropped, provenance=dataclasses.asdict(provenance), duplicates=found, **times, **facts)
@@ -220,8 +247,9 @@ def _check_dropped(
     lines = [json.dumps({"id": name, "reason": reason}) + "\n" for name, reason in drops]
     write_bytes(stage.path / "dropped.jsonl", "".join(lines).encode())
     dropped = Counter(reason for _, reason in drops)
-    faults = len(drops) - dropped[NOT_DOWNLOADED] - dropped[_IN_ANOTHER_SPLIT]
-    share = faults / max(1, faults + sum(counts.values()))
+    faults = len(drops) - sum(dropped[reason] for reason in (NOT_DOWNLOADED, _IN_ANOTHER_SPLIT, _OVER_CAP))
+    # Photos over a cap are no faults: a small cap must not raise the share.
+    share = faults / max(1, faults + sum(counts.values()) + dropped[_OVER_CAP])
     if share > max_dropped:
         reasons = ", ".join(f"{n:,} {reason}" for reason, n in dropped.most_common())
         raise StageError(
@@ -250,13 +278,17 @@ def _hint(names: Mapping[str, str]) -> str:
     return ""
 
 
+#: Row in the shard, id, and reason for the drop of a photo that is removed from a shard.
+_LeftOut = tuple[int, str, str]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Task:
     """A shard of photos/ to make, and the paths of its four files.
 
     folder: path of photos/. source: source that the shard is read from. split, shard: split, and number of the shard in
-    it. null_island: whether photos at latitude 0, longitude 0 are kept. dataset: see DatasetSettings. left_out: row and
-    id of each photo to remove, because another split has its picture.
+    it. null_island: whether photos at latitude 0, longitude 0 are kept. dataset: see DatasetSettings. sources: whether
+    records contain the name of the photo's source. left_out: row, id and reason of each photo to remove.
     """
 
     folder: str
@@ -265,7 +297,8 @@ class _Task:
     shard: int
     null_island: bool
     dataset: DatasetSettings
-    left_out: tuple[tuple[int, str], ...] = ()
+    sources: bool = False
+    left_out: tuple["_LeftOut", ...] = ()
 
     @property
     def name(self) -> str:
@@ -296,7 +329,7 @@ class _Task:
     def ledger(self) -> epath.Path:
         """Path of a JSON file with counts and drops, written last.
 
-        After photos were removed from the records, its key `left_out` has their rows and ids.
+        After photos were removed from the records, its keys in _REMOVED have their rows and ids.
         """
         return epath.Path(self.folder) / LEDGERS / f"{self.shard_path.name}.json"
 
@@ -357,11 +390,11 @@ def _make_shard(task: _Task) -> int:
     fingerprints: list[np.ndarray] = []
     dropped: list[tuple[str, str]] = []
     sizes: list[int] = []
-    longest = 0
+    longest, source = 0, ""
     times = {"captured": 0, "nonsense_times": 0}
 
     def accepted() -> Iterator[Photo]:
-        nonlocal longest
+        nonlocal longest, source
         for item in task.source.read(task.split, task.shard):
             reason = (
                 item.reason
@@ -371,7 +404,7 @@ def _make_shard(task: _Task) -> int:
             if isinstance(item, Drop) or reason:
                 dropped.append((item.id.encode(errors="backslashreplace").decode(), reason))
             else:
-                ids[item.id] = None
+                ids[item.id], source = None, item.source
                 fingerprints.append(duplicates.fingerprint(item.image))
                 longest = max(longest, len(item.id.encode()), len(item.author.encode()))
                 valid = plausible(item.captured)
@@ -380,7 +413,7 @@ def _make_shard(task: _Task) -> int:
                 yield item if valid else dataclasses.replace(item, captured=math.nan)
 
     def encoded() -> Iterator[bytes]:
-        for record in encode(accepted()):
+        for record in encode(accepted(), task.sources):
             sizes.append(len(record))
             yield record
 
@@ -390,30 +423,29 @@ def _make_shard(task: _Task) -> int:
     names = [name.encode() for name in ids]
     records.save_array(task.ids, np.array(names, f"S{max(records.ID_BYTES, *map(len, names), 0)}"))
     records.save_array(task.fingerprints, np.array(fingerprints, duplicates.FINGERPRINT))
-    facts = records.id_facts(longest)
+    facts = {**records.id_facts(longest), **({"source": source} if source else {})}
     values = {"photos": n, "bytes": sum(sizes), "dropped": dropped, **times, **facts}
     write_ledger(task.ledger, [task.shard_path, task.ids, task.fingerprints], **values)
     return n
 
 
-def _remove_duplicates(
-    stage: Stage, tasks: Sequence[_Task], ids: np.ndarray, workers: int, options: DuplicateSettings
-) -> dict[str, int]:
-    """Finds duplicates, and removes photos whose picture is in another split from the shards. Returns counts.
+def _find_duplicates(
+    stage: Stage, tasks: Sequence[_Task], ids: np.ndarray, options: DuplicateSettings
+) -> tuple[list[list[_LeftOut]], dict[str, int]]:
+    """Finds duplicates. Returns the photos to remove from each shard because their picture is in another split, and
+    counts.
 
     A photo of `train` is removed if its picture is in another split. A photo of `validation` is removed if its picture
     is in a test split. Two test splits may share a picture, because no model is trained on them. If options.keep is
-    true, nothing is removed. Earlier shards, made before photos were added to the source, do not change either; the
-    count `remaining` is the number of their photos that should have been removed.
+    true, nothing is removed.
 
     Writes duplicates.jsonl, with one line per group of duplicates.
 
     ids: ids of all photos, in the order of the tasks.
     """
     groups, equal = duplicates.groups(_concatenated([task.fingerprints for task in tasks]), options.difference)
-    lengths = [len(records.open_array(task.ids)) for task in tasks]
-    starts = np.cumsum([0, *lengths])
-    left_out: list[list[tuple[int, str]]] = [[] for _ in tasks]
+    starts = np.cumsum([0, *(len(records.open_array(task.ids)) for task in tasks)])
+    left_out: list[list[_LeftOut]] = [[] for _ in tasks]
     lines = []
     for group in groups:
         shards = np.searchsorted(starts, group, side="right") - 1
@@ -422,22 +454,78 @@ def _remove_duplicates(
         for row, shard, rank in zip(group, shards, ranks, strict=True):
             photos.append({"split": tasks[shard].split, "id": bytes(ids[row]).decode()})
             if rank < max(ranks) and not options.keep:
-                left_out[shard].append((int(row - starts[shard]), photos[-1]["id"]))
+                left_out[shard].append((int(row - starts[shard]), photos[-1]["id"], _IN_ANOTHER_SPLIT))
         lines.append(json.dumps(photos) + "\n")
     write_bytes(stage.path / "duplicates.jsonl", "".join(lines).encode())
+    return left_out, {"groups": len(groups), "photos": sum(map(len, groups)), "equal_bytes": equal}
+
+
+def _add_over_cap(
+    left_out: Sequence[list[_LeftOut]], tasks: Sequence[_Task], sources: Mapping[str, SourceSettings]
+) -> None:
+    """Adds the train photos over the cap of their source to the photos that are removed from each shard.
+
+    Photos with the smallest hashes of their ids stay. So the choice does not depend on shards, and the photos of a
+    smaller cap are among the photos of a larger one. sources: name -> settings of the source.
+    """
+    for name, source in sources.items():
+        shards = [n for n, task in enumerate(tasks) if task.split == "train" and _source_of(task) == name]
+        if not source.cap or not shards:
+            continue
+        names = [np.array(records.open_array(tasks[n].ids)) for n in shards]
+        kept = [
+            np.delete(np.arange(len(of)), [row for row, *_ in left_out[n]]) for n, of in zip(shards, names, strict=True)
+        ]
+        shard = np.repeat(np.arange(len(shards)), [len(rows) for rows in kept])
+        rows = np.concatenate(kept)
+        ids = np.concatenate([of[some] for of, some in zip(names, kept, strict=True)])
+        hashes = np.fromiter(map(_hash, ids.tolist()), np.uint64, len(ids))
+        for at in np.sort(np.argsort(hashes, kind="stable")[source.cap :]):
+            left_out[shards[shard[at]]].append((int(rows[at]), bytes(ids[at]).decode(), _OVER_CAP))
+
+
+def _source_of(task: _Task) -> str:
+    """Returns the name of the source of a complete shard; "" if there is one source, or the shard has no photos."""
+    return json.loads(task.ledger.read_text()).get("source", "")
+
+
+def _hash(name: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest())
+
+
+def _count_by_source(
+    ledgers: Mapping[str, Sequence[Mapping[str, Any]]], sources: Iterable[str]
+) -> dict[str, dict[str, int]]:
+    """Returns source -> split -> number of photos, and prints it. ledgers: split -> contents of the ledgers."""
+    counts: dict[str, dict[str, int]] = {name: {} for name in sources}
+    for split, of_split in ledgers.items():
+        for ledger in of_split:
+            if name := ledger.get("source"):
+                counts[name][split] = counts[name].get(split, 0) + ledger["photos"]
+    for name, of in counts.items():
+        print(f"source {name}: {', '.join(f'{split} {n:,}' for split, n in of.items()) or 'no photos'}", flush=True)
+    return counts
+
+
+def _remove(tasks: Sequence[_Task], left_out: list[list[_LeftOut]], workers: int) -> dict[str, int]:
+    """Removes photos from shards. Returns counts of duplicates: `left_out`, and `remaining` if it is not 0.
+
+    Earlier shards, made before photos were added to the source, do not change. The count `remaining` is the number of
+    their duplicates that should have been removed. left_out: photos to remove from each shard.
+    """
     before = [_left_out(json.loads(task.ledger.read_text())) for task in tasks]
-    remaining = 0  # photos that should be removed from earlier shards, which do not change
+    remaining = 0
     for n, task in enumerate(tasks):
         if task.kept:
-            remaining += len(set(left_out[n]) - set(before[n]))
+            remaining += sum(reason == _IN_ANOTHER_SPLIT for *_, reason in set(left_out[n]) - set(before[n]))
             left_out[n] = before[n]
     changes = [n for n, photos in enumerate(left_out) if photos != before[n]]
     for _ in _run_all(
         _remove_left_out, [dataclasses.replace(tasks[n], left_out=tuple(left_out[n])) for n in changes], workers
     ):
         pass
-    found = {"groups": len(groups), "photos": sum(map(len, groups)), "equal_bytes": equal}
-    return {**found, "left_out": sum(map(len, left_out)), **({"remaining": remaining} if remaining else {})}
+    removed = sum(reason == _IN_ANOTHER_SPLIT for photos in left_out for *_, reason in photos)
+    return {"left_out": removed, **({"remaining": remaining} if remaining else {})}
 
 
 def _concatenated(files: Sequence[epath.Path]) -> np.ndarray:
@@ -445,9 +533,9 @@ def _concatenated(files: Sequence[epath.Path]) -> np.ndarray:
     return np.concatenate([np.array(records.open_array(file)) for file in files])
 
 
-def _left_out(ledger: Mapping[str, Any]) -> list[tuple[int, str]]:
-    """Returns the row and the id of each photo that was removed from a shard. ledger: contents of its ledger."""
-    return [(row, name) for row, name in ledger.get("left_out", [])]
+def _left_out(ledger: Mapping[str, Any]) -> list[_LeftOut]:
+    """Returns the photos that were removed from a shard. ledger: contents of its ledger."""
+    return [(row, name, reason) for key, reason in _REMOVED.items() for row, name in ledger.get(key, [])]
 
 
 def _remove_left_out(task: _Task) -> int:
@@ -459,7 +547,7 @@ def _remove_left_out(task: _Task) -> int:
         _make_shard(task)
     ledger = json.loads(task.ledger.read_text())
     del ledger["files"]
-    removed = {row for row, _ in task.left_out}
+    removed = {row for row, *_ in task.left_out}
     reader = ArrayRecordReader(str(task.shard_path))
     sizes: list[int] = []
 
@@ -472,7 +560,12 @@ def _remove_left_out(task: _Task) -> int:
 
     if removed:
         records.write_shard(task.shard_path, kept())
-        changed = {"photos": len(sizes), "bytes": sum(sizes), "left_out": task.left_out}
+        lists = {key: [one[:2] for one in task.left_out if one[2] == reason] for key, reason in _REMOVED.items()}
+        changed = {
+            "photos": len(sizes),
+            "bytes": sum(sizes),
+            **{key: photos for key, photos in lists.items() if photos},
+        }
         write_ledger(task.ledger, [task.shard_path, task.ids, task.fingerprints], **{**ledger, **changed})
     reader.close()
     return len(sizes)
@@ -524,11 +617,11 @@ def plausible(captured: float) -> bool:
     return _EARLIEST <= captured < _LATEST
 
 
-def encode(photos: Iterable[Photo]) -> Iterator[bytes]:
-    """Yields one record per photo, in the form of `records.photo_features`."""
+def encode(photos: Iterable[Photo], sources: bool = False) -> Iterator[bytes]:
+    """Yields one record per photo, in the form of `records.photo_features`. sources: see there."""
     from tensorflow_datasets.core.example_serializer import ExampleSerializer  # here, as it takes 0.3 s
 
-    features = records.photo_features()
+    features = records.photo_features(sources)
     serializer = ExampleSerializer(features.get_serialized_info())
     scheme = CellScheme(level=20, group=1)
     photos = iter(photos)
@@ -536,7 +629,8 @@ def encode(photos: Iterable[Photo]) -> Iterator[bytes]:
         coordinates = np.array([(photo.latitude, photo.longitude) for photo in batch], np.float64)
         tokens = np.asarray(scheme.encode(coordinates[:, 0], coordinates[:, 1])).astype(np.uint8)
         for photo, position, cells in zip(batch, coordinates, tokens, strict=True):
-            text = {name: getattr(photo, name) for name in ("id", "author", *records.PLACE_FIELDS)}
+            names = ("id", "author", *records.PLACE_FIELDS, *(("source",) if sources else ()))
+            text = {name: getattr(photo, name) for name in names}
             numbers = {"coordinates": position, "tokens": cells, "captured": np.float64(photo.captured)}
             row = features.encode_example({**text, "image": photo.image, **numbers})
             # By default, the order of a protobuf map differs between processes, and shards would not be reproducible.

@@ -4,17 +4,20 @@ They are not declared in data_prep/, because the installed package does not cont
 configurations.
 """
 
+import contextlib
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
 
+from geotoken_jax import settings
 from geotoken_jax.backbone import BackboneSettings
 from geotoken_jax.backbone.views import ViewsSettings
-from geotoken_jax.gallery.exclude import ExcludeSettings
+from geotoken_jax.errors import UserError
+from geotoken_jax.gallery.exclude import OWN, ExcludeSettings
 from geotoken_jax.gallery.index import IndexSettings
-from geotoken_jax.settings import Runtime
+from geotoken_jax.settings import Added, Runtime
 
 
 def _check_counts(settings: Any, *names: str) -> None:
@@ -286,16 +289,46 @@ class BenchmarksSection:
         return {name: benchmark for name, benchmark in sorted(self.photos.items()) if benchmark.path}
 
 
+#: Names of the sections of config.photos that are sources.
+KINDS = ("earthview", "mp16_pro", "folder", "im2gps3k", "yfcc", "osv5m")
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceSettings:
+    """config.photos.sources.NAME: one of several sources whose photos are in one gallery.
+
+    kind: name of the source's section in config.photos, such as folder. cap: largest number of train photos, drawn by a
+    hash of their ids; 0 for all. origin: name before the authors. Sources of one origin have common authors. section:
+    settings of the source, in which other keys of config.photos.sources.NAME replace those of config.photos.KIND.
+    """
+
+    kind: str
+    cap: int
+    origin: str
+    section: Any
+
+
+@contextlib.contextmanager
+def keys_of(name: str, kind: str) -> Iterator[None]:
+    """Replaces config.photos.KIND by config.photos.sources.NAME in the messages of errors that users can mend."""
+    try:
+        yield
+    except UserError as error:
+        message = re.sub(rf"\bconfig\.photos\.{kind}\b", f"config.photos.sources.{name}", str(error))
+        raise type(error)(message) from None
+
+
 @dataclasses.dataclass(frozen=True)
 class PhotosSettings:
     """config.photos, with a section per source.
 
-    source: name of the section with the source's settings, such as folder. workers: number of processes; if 1, the
-    current process prepares the photos. beam: settings of Apache Beam, which can replace the processes. max_dropped:
-    share of dropped photos, 0-1, above which `prepare` fails. null_island: whether photos at latitude 0, longitude 0
-    are kept. Usually these coordinates are wrong: the place is open sea, and devices without a position write 0, 0.
-    keep_changed: whether a complete photos/ is kept if the source has changed since; if False, a change is an error.
-    dataset, duplicates: see DatasetSettings and DuplicateSettings.
+    source: name of the section with the source's settings, such as folder. sources: name -> kind and further keys of
+    SourceSettings, for photos of several sources. If it is not empty, it takes the place of `source`. workers: number
+    of processes; if 1, the current process prepares the photos. beam: settings of Apache Beam, which can replace the
+    processes. max_dropped: share of dropped photos, 0-1, above which `prepare` fails. null_island: whether photos at
+    latitude 0, longitude 0 are kept. Usually these coordinates are wrong: the place is open sea, and devices without a
+    position write 0, 0. keep_changed: whether a complete photos/ is kept if the source has changed since; if False, a
+    change is an error. dataset, duplicates: see DatasetSettings and DuplicateSettings.
     """
 
     source: str
@@ -312,11 +345,61 @@ class PhotosSettings:
     im2gps3k: Im2gps3kSettings
     yfcc: YfccSettings
     osv5m: Osv5mSettings
+    sources: Annotated[Mapping[str, Any], Added({})]
 
     def __post_init__(self):
         _check_counts(self, "workers")
         if not 0 <= self.max_dropped <= 1:
             raise ValueError(f"max_dropped is {self.max_dropped}: use a share of the photos, 0 to 1")
+        if len(self.sources) == 1:
+            raise ValueError(f"sources has only {next(iter(self.sources))!r}: name two sources or more, or use source")
+        # A manifest has all settings of each source, also those from the section of its kind.
+        flat = {
+            name: {"kind": of.kind, "cap": of.cap, "origin": of.origin, **settings.plain(of.section)}
+            for name, of in self.mixed.items()
+        }
+        object.__setattr__(self, "sources", flat)
+
+    @property
+    def mixed(self) -> dict[str, SourceSettings]:
+        """Name -> settings of each of several sources, by name; empty if there is one source."""
+        return {name: self._source(name, section) for name, section in sorted(self.sources.items())}
+
+    def _source(self, name: str, section: Any) -> SourceSettings:
+        if not re.fullmatch("[a-z][a-z0-9_]{0,31}", name) or name == OWN:
+            raise settings.SettingsError(
+                f"config.photos.sources has the name {name!r}: use up to 32 lower-case letters, digits and _, with a "
+                f"letter first, and not {OWN!r}"
+            )
+        if not isinstance(section, Mapping):
+            raise settings.SettingsError(
+                f'config.photos.sources.{name} is {section!r}: use a section, as in dict(kind="folder", path="PHOTOS")'
+            )
+        keys = dict(section)
+        kind, cap, origin = keys.pop("kind", None), keys.pop("cap", 0), keys.pop("origin", name)
+        if kind not in KINDS:
+            raise settings.SettingsError(
+                f"config.photos.sources.{name}.kind is {kind!r}: use one of {', '.join(KINDS)}"
+            )
+        if type(cap) is not int or cap < 0:
+            raise settings.SettingsError(
+                f"config.photos.sources.{name}.cap is {cap!r}: use the largest number of train photos, or 0 for all"
+            )
+        if not isinstance(origin, str) or not re.fullmatch("[a-z][a-z0-9_]*", origin):
+            raise settings.SettingsError(
+                f"config.photos.sources.{name}.origin is {origin!r}: use lower-case letters, digits and _"
+            )
+        with keys_of(name, kind):
+            changed = settings.changed(getattr(self, kind), keys, f"photos.sources.{name}")
+        return SourceSettings(kind, cap, origin, changed)
+
+
+def source_name(photos: Mapping[str, Any]) -> str:
+    """Returns the name of the photos' source, or the names of several sources with + between them; "" if unknown.
+
+    photos: section `photos` of the settings in the manifest of photos/.
+    """
+    return "+".join(sorted(photos["sources"])) if "sources" in photos else photos.get("source", "")
 
 
 @dataclasses.dataclass(frozen=True)

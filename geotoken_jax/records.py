@@ -29,6 +29,8 @@ LEVEL = 20
 #: longer id or author, the size is a larger multiple of this number, and the manifests of photos/ and features/ contain
 #: it as the fact id_bytes.
 ID_BYTES = 64
+#: Size of the field for the name of a photo's source, in bytes. Only data sets of several sources have this field.
+SOURCE_BYTES = 32
 #: Largest number of bytes of an id or author. `geotoken prepare` drops photos with a longer id or author.
 LONGEST_ID = 1024
 
@@ -101,13 +103,14 @@ def id_facts(longest: int) -> dict[str, int]:
     return {"id_bytes": -(-longest // ID_BYTES) * ID_BYTES} if longest > ID_BYTES else {}
 
 
-def feature_layout(width: int, id_bytes: int = ID_BYTES) -> Layout:
+def feature_layout(width: int, id_bytes: int = ID_BYTES, sources: bool = False) -> Layout:
     """Returns the layout of features/, whose records most later stages read instead of photos.
 
-    width: C, the width of image and text features. id_bytes: size of the fields for id and author.
+    width: C, the width of image and text features. id_bytes: size of the fields for id and author. sources: whether the
+    photos are of several sources, so that records have the field `source`.
 
     The field `tokens` contains level-20 S2 tokens of group 1. The field `captured` is the time at which the photo was
-    taken, in seconds since 1970, NaN if unknown.
+    taken, in seconds since 1970, NaN if unknown. The field `source` is the name of the source, empty for a benchmark.
     """
     return Layout(
         (
@@ -118,6 +121,7 @@ def feature_layout(width: int, id_bytes: int = ID_BYTES) -> Layout:
             Field("image", "bfloat16", (width,)),
             Field("text", "bfloat16", (width,)),
             Field("captured", "<f8"),
+            *((Field("source", f"S{SOURCE_BYTES}"),) if sources else ()),
         )
     )
 
@@ -293,8 +297,8 @@ def open_array(path: epath.PathLike, dtype: Any = None) -> np.ndarray:
     return values if dtype is None else values.view(dtype)
 
 
-def photo_features() -> Any:
-    """Returns the TFDS features of photos/.
+def photo_features(sources: bool = False) -> Any:
+    """Returns the TFDS features of photos/. sources: whether the photos are of several sources.
 
     Coordinates are stored as the bytes of float64 numbers. As a Scalar, TFDS would store them as float32, with an error
     of up to 0.85 m.
@@ -311,6 +315,7 @@ def photo_features() -> Any:
             "tokens": tfds.features.Tensor(shape=(1 + LEVEL,), dtype=np.uint8, encoding="bytes"),
             "captured": tfds.features.Tensor(shape=(), dtype=np.float64, encoding="bytes"),
             **{name: text() for name in PLACE_FIELDS},
+            **({"source": text()} if sources else {}),
         }
     )
 
@@ -324,7 +329,8 @@ class Photos:
 
     id, author and PLACE_FIELDS: strings. image: bytes of the encoded file. coordinates: float64 [2], latitude and
     longitude in degrees. tokens: uint8 [21], level-20 S2 tokens of group 1. captured: float64, seconds since 1970, NaN
-    if unknown; missing in photos/ of earlier versions.
+    if unknown; missing in photos/ of earlier versions. source: string, the name of the photo's source, empty for a
+    benchmark; missing unless there are several sources.
 
     folder: photos/, which contains the data set as NAME/VERSION/, or the data set's files, as in earlier versions.
     """
@@ -381,4 +387,4 @@ def _data_set(folder: epath.Path) -> epath.Path:
 
 def _is_text(name: str) -> bool:
     """Returns whether a field of photos/ is text, which TFDS returns as bytes."""
-    return name in ("id", "author", *PLACE_FIELDS)
+    return name in ("id", "author", "source", *PLACE_FIELDS)

@@ -2,7 +2,7 @@
 
 All defaults are in `configs/common.py`. A section and its dataclass must have exactly the same keys; a missing or
 unknown key raises an error that names the key. A field of type `Runtime` may have another value each time a stage is
-started, because results do not depend on it.
+started, because results do not depend on it. A field with the annotation `Added` may be missing.
 """
 
 import dataclasses
@@ -19,6 +19,19 @@ _RUNTIME = "runtime"
 #: Type of a field that changes how a stage runs but not its result, as in `threads: Runtime[int]`. Manifests do not
 #: store such fields, so a complete folder stays valid when they change.
 Runtime = Annotated[S, _RUNTIME]
+
+
+@dataclasses.dataclass(frozen=True)
+class Added:
+    """Annotation of a field that earlier releases did not have, as in `source: Annotated[str, Added("")]`.
+
+    value: value of the field if a configuration or a manifest lacks it. Manifests store the field only if it has
+    another value, so the manifests of earlier releases stay valid.
+    """
+
+    value: Any
+
+
 #: Keys of config.model that earlier releases did not have -> their values for the models of these releases.
 _ADDED = dict(parametrization="standard", base_width=512, base_heads=8, base_layers=10)
 
@@ -39,8 +52,8 @@ def read(kind: type[S], section: Any, place: str) -> S:
     fields = {field.name: field for field in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
     if not hasattr(section, "keys"):
         raise SettingsError(f"config.{place} is {section!r}: it must be a section with the keys {', '.join(fields)}")
-    hints = typing.get_type_hints(kind)
-    missing = [name for name in fields if name not in section]
+    hints, added = typing.get_type_hints(kind), _added(kind)
+    missing = [name for name in fields if name not in section and name not in added]
     unknown = [name for name in section if name not in fields]
     if missing:
         raise SettingsError(
@@ -49,7 +62,10 @@ def read(kind: type[S], section: Any, place: str) -> S:
     if unknown:
         known = ", ".join(sorted(fields))
         raise SettingsError(f"config.{_join(place, unknown[0])} is not a known key: remove it, or use one of {known}")
-    values = {name: _converted(hints[name], section[name], _join(place, name)) for name in fields}
+    values = {
+        name: _converted(hints[name], section[name], _join(place, name)) if name in section else added[name]
+        for name in fields
+    }
     try:
         return kind(**values)
     except ValueError as error:  # raised by __post_init__
@@ -98,15 +114,30 @@ def result(section: Any) -> Any:
     """Returns a section as JSON values, without its fields of type `Runtime`. Results do not depend on these fields."""
     if not dataclasses.is_dataclass(section) or isinstance(section, type):
         return plain(section)
-    return {
-        name: result(getattr(section, name)) for name, runtime in _runtime_flags(type(section)).items() if not runtime
-    }
+    runtime = _runtime_flags(type(section))
+    return {name: result(getattr(section, name)) for name in _stored(section) if not runtime[name]}
 
 
 def _runtime_flags(kind: type) -> dict[str, bool]:
     """Returns field name -> whether the field is of type `Runtime`."""
     hints = typing.get_type_hints(kind, include_extras=True)
     return {name: _RUNTIME in getattr(hints[name], "__metadata__", ()) for name in names(kind)}
+
+
+def _added(kind: type) -> dict[str, Any]:
+    """Returns field name -> value if the field is missing, for fields with the annotation `Added`."""
+    return {
+        field.name: annotation.value
+        for field in dataclasses.fields(kind)
+        for annotation in getattr(field.type, "__metadata__", ())
+        if isinstance(annotation, Added)
+    }
+
+
+def _stored(section: Any) -> list[str]:
+    """Returns the names of a dataclass's fields without those that may be missing and have the value for this case."""
+    added = _added(type(section))
+    return [name for name in names(type(section)) if name not in added or getattr(section, name) != added[name]]
 
 
 def restored(stored: Mapping[str, Any], requested: S, place: str) -> S:
@@ -168,7 +199,7 @@ def plain(section: Any) -> Any:
     if hasattr(section, "to_dict"):
         section = section.to_dict()
     if dataclasses.is_dataclass(section) and not isinstance(section, type):
-        section = dataclasses.asdict(section)
+        section = {name: getattr(section, name) for name in _stored(section)}
     if isinstance(section, Mapping):
         return {str(key): plain(value) for key, value in section.items()}
     if isinstance(section, (list, tuple)):

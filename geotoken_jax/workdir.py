@@ -24,7 +24,7 @@ from geotoken_jax.backbone import views
 from geotoken_jax.configuration import Config
 from geotoken_jax.data.join import Features, Searched, Tokens
 from geotoken_jax.gallery import index
-from geotoken_jax.gallery.exclude import ExcludeSettings, Exclusion, exclusions
+from geotoken_jax.gallery.exclude import ExcludeSettings, Exclusion, exclusions, gallery_columns, have_source
 from geotoken_jax.gallery.table import Table
 from geotoken_jax.manifests import Manifest, Stage, StageError
 from geotoken_jax.model.geotoken import GeoTokenModel, ModelSettings
@@ -205,12 +205,16 @@ class Workdir:
 
     def features(self, split: str) -> records.Records:
         """Returns the frozen backbone's features of a split."""
-        layout = records.feature_layout(self.width, self.id_bytes("features"))
+        layout = records.feature_layout(self.width, self.id_bytes("features"), bool(self.sources("features")))
         return records.Records(self.path / "features", split, layout)
 
     def id_bytes(self, folder: str) -> int:
         """Returns the size of the fields for id and author. folder: "photos" or "features"."""
         return self.manifest(folder).facts.get("id_bytes", records.ID_BYTES)
+
+    def sources(self, folder: str) -> list[str]:
+        """Returns the names of several sources; empty if there is one source. folder: "photos" or "features"."""
+        return sorted(self.manifest(folder).facts.get("sources", ()))
 
     def check_backbone(self, options: backbone.BackboneSettings) -> None:
         """Raises StageError if the backbone of features/, or one of its settings, differs from `options`.
@@ -331,7 +335,7 @@ class Workdir:
     ) -> Callable[[np.ndarray | slice], list[Exclusion]]:
         """Returns a function like `exclusions`, for other rules. every: settings of the rules to apply."""
         queries, gallery = self.table(split), self.gallery
-        columns = {name: getattr(gallery, name)() for name in ("ids", "authors", "coordinates")}
+        columns = gallery_columns(gallery, have_source(queries))
 
         def images(rows: np.ndarray) -> np.ndarray:
             return gallery.embeddings(rows)[:, 0]

@@ -33,7 +33,8 @@ DEGREES, RADIUS, PROBABILITY = 1e-4, 0.01, 0.01
 
 
 def of_channels(config: Any) -> None:
-    """Changes a configuration: the reranker chooses, and the gallery is in int8."""
+    """Changes a configuration: the reranker chooses, and the gallery is in int8 and has photos of several sources."""
+    config.reranker.model.sources = True
     config.predict.update(selectors=("greedy", "reranker"), choice="reranker")
     config.export.gallery = "int8"
 
@@ -120,6 +121,7 @@ def write(folder: Path, change: Callable[[Any], None] | None = None, *, program:
         "tokens": CellScheme(20, 1).encode(*places.T).astype(np.uint8),
         "ids": names,
         "authors": names,
+        "sources": np.array([(b"trips", b"street", b"flickr")[n % 3] for n in range(PHOTOS)]),
     }
     half = PHOTOS // 2
     for shard, rows in enumerate((slice(0, half), slice(half, PHOTOS))):
@@ -144,6 +146,8 @@ def write_reranker(folder: Path, config: Any, gallery: table.Table, align: Any) 
     features, n = len(reranker.names(options)), len(options.channels)
     moments = np.stack([np.zeros(features), np.ones(features)]).astype(np.float32)
     network = reranker.Reranker(options, moments, np.ones(n, np.float32), rngs=nnx.Rngs(3))
+    # The initial weights of most features are 0.
+    network.linear.kernel[...] += 0.3 * jax.random.normal(jax.random.key(3), network.linear.kernel.shape)
     rng = np.random.default_rng(1)
     images = np.asarray(gallery.embeddings()[:, 0], np.float32)
     both = np.concatenate([images, images + rng.normal(0, 0.3, images.shape).astype(np.float32)])

@@ -179,5 +179,5 @@ def test_fifteen_million_photos_need_few_files(monkeypatch):
     }
     assert records.feature_layout(768).size == 3245
     # Under a limit of 1,024 files: half of them are shards of records; tables and neighbors stay mapped.
-    mapped = 58 * len(table.COLUMNS), 229 * 2
+    mapped = 58 * len(table.layout(768).fields), 229 * 2
     assert mapped == (348, 458) and mapped[0] + 512 < 900 and sum(mapped) + 15 < 900

@@ -42,7 +42,7 @@ ALIKE = np.random.default_rng(0).normal(size=(6, C))
 CELLS = CellScheme(level=20, group=1)
 SMALL = RerankerSettings(
     channels=("index", "comparator"), depth=33, candidates=4, cells=2, widths_km=(5.0, 100.0), sharpness=(2.0,),
-    hidden=0, objective="accuracy",
+    hidden=0, objective="accuracy", sources=False,
 )  # fmt: skip
 
 
@@ -307,6 +307,40 @@ def test_features_are_those_of_plain_loops():
             km = np.array([great_circle_km(*candidates[b, k], *x) for x in samples[b]])
             assert found["decoder", "samples within 25 km"][b, k] == pytest.approx((km <= 25).mean())
     np.testing.assert_array_equal(np.stack([found["source", n] for n in ("index", "comparator", "samples", "cells")], -1), evidence.channels)  # fmt: skip # noqa: E501
+
+
+def test_neighbors_of_other_sources_have_features_of_their_own():
+    evidence, (candidates, neighbors, *_) = random_evidence()
+    rng, scale = np.random.default_rng(1), np.array([0.5, 2.0], np.float32)
+    other = rng.random((2, 5, 2, 34)) < 0.3
+    other[0, 0] = False  # all neighbors are of the candidate's source
+    several = dataclasses.replace(SMALL, sources=True)
+    features = np.asarray(model.features(several, scale, evidence._replace(other=other)))
+    found = dict(zip(model.names(several), np.moveaxis(features, -1, 0), strict=True))
+    for b, k, c in np.ndindex(2, 5, 2):
+        s = evidence.scores[b, c]
+        km = np.array([great_circle_km(*candidates[b, k], *n) for n in neighbors[b, c]], np.float64)
+        near = [i for i in range(34) if km[i] <= 25 and np.isfinite(s[i]) and other[b, k, c, i]]
+        best, rank = (max((s[near[0]] - s[0]) / scale[c], -4), 1 / (1 + near[0])) if near else (-4, 0)
+        channel = SMALL.channels[c]
+        np.testing.assert_allclose(found[channel, "best score of another source within 25 km"][b, k], best, atol=1e-5)
+        np.testing.assert_allclose(found[channel, "rank of another source within 25 km"][b, k], rank, atol=1e-6)
+    of_one = np.asarray(model.features(SMALL, scale, evidence))
+    np.testing.assert_array_equal(np.stack([found[name] for name in model.names(SMALL)], -1), of_one)
+
+
+def test_a_gallery_photo_is_supported_by_the_photos_of_other_sources():
+    settings = dataclasses.replace(SMALL, candidates=2)
+    pool = pool_of(photos(VALIDATION, 7), 1)
+    rows = np.array([[[3, 1, 2], [1, 0, -1]]])
+    sources = np.array([0, 0, 1, 1])[np.maximum(rows, 0)]
+    places = np.zeros((*rows.shape, 2))
+    found = rerank.assemble(settings, pool, rows, -np.sort(np.abs(rows.astype(float))), places, sources)
+    assert rerank.assemble(settings, pool, rows, places[..., 0], places).evidence.other is None
+    other = found.evidence.other[0]
+    assert other[:4].all()  # the decoder's candidates have no source
+    of_candidates = [1, 0, 0, 0]  # rows 3 and 1 of the first channel, 1 and 0 of the second
+    np.testing.assert_array_equal(other[4:], [sources[0] != source for source in of_candidates])
 
 
 def test_near_places_have_exact_distances():

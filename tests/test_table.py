@@ -18,6 +18,7 @@ def columns(n, first=0):
         "ids": np.array([f"photo-{first + i}".encode() for i in range(n)]),
         "authors": np.array([f"author-{i % 3}".encode() for i in range(n)]),
         "captured": rng.uniform(1e9, 2e9, n),
+        "sources": np.array([(b"trips", b"street")[i % 2] for i in range(n)]),
     }
 
 
@@ -41,6 +42,15 @@ def test_shards_read_as_one(tmp_path, parts):
         assert read(7).tobytes().rstrip(b"\0") == whole[7].tobytes().rstrip(b"\0")
     assert gallery.embeddings(rows).dtype == ml_dtypes.bfloat16
     assert gallery.coordinates([]).shape == (0, 2)
+
+
+def test_a_table_of_one_source_has_no_column_of_sources(tmp_path, parts):
+    del parts[0]["sources"]
+    files = table.write_shard(tmp_path, 0, 1, parts[0])
+    assert {path.name.partition("-")[0] for path in files} == {*table.COLUMNS} - {"sources"}
+    assert "sources" not in table.Table(tmp_path).stored
+    assert table.Table(tmp_path).sources().tolist() == [b""] * 5
+    assert "sources" not in {field.name for field in table.layout(8).fields}
 
 
 def test_one_shard_is_memory_mapped_and_pickles_small(tmp_path):

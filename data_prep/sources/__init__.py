@@ -17,6 +17,7 @@ class Photo:
     of the encoded file. latitude, longitude: degrees. city, state, country, continent, neighbourhood, county, region:
     names of the place, empty if unknown. captured: capture time in seconds since 1970; NaN if unknown. It is UTC if the
     time zone is known, else local time. If the time cannot be true (photos.plausible), `prepare` stores NaN instead.
+    source: name of the photo's source if there are several sources, else empty.
     """
 
     id: str
@@ -32,6 +33,7 @@ class Photo:
     county: str = ""
     region: str = ""
     captured: float = math.nan
+    source: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +116,15 @@ class FileSource(Protocol):
 
     def fingerprint(self) -> dict[str, str]:
         """Returns file -> text that changes if the file changes, such as its size and time."""
+        ...
+
+
+@runtime_checkable
+class NotedSource(Protocol):
+    """A source that may leave out files."""
+
+    def notes(self) -> Iterator[str]:
+        """Yields sentences on files that are left out, for messages."""
         ...
 
 

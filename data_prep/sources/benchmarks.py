@@ -12,7 +12,7 @@ from pathlib import Path
 
 from data_prep.csv_rows import read_rows
 from data_prep.extended import kept_shards
-from data_prep.sources import UNKNOWN, Drop, FileSource, GrowingSource, Photo, Provenance, Readable, Source
+from data_prep.sources import UNKNOWN, Drop, FileSource, GrowingSource, NotedSource, Photo, Provenance, Readable, Source
 from data_prep.sources.folder import OPTIONAL, ListedSource, Listing, existing_file, files_of
 from data_prep.sources.matching import pair
 from data_prep.sources.yfcc import INFO
@@ -148,7 +148,7 @@ class WithBenchmarks:
     def notes(self) -> Iterator[str]:
         """Yields sentences on files that are left out, for messages."""
         for source in (self.source, *self.benchmarks):
-            if isinstance(source, ListedSource):
+            if isinstance(source, NotedSource):
                 yield from source.notes()
 
     def of_source(self) -> dict[str, str]:

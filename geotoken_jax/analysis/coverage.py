@@ -32,8 +32,9 @@ BIN_AT, LOST_AT = distance.THRESHOLDS_KM.index(200), distance.THRESHOLDS_KM.inde
 #: Borders between the colors of the map of losses, in percent. A region's loss of 40 % means: without the gallery
 #: photos of the region, the share of its photos that are placed within 2,500 km is 40 % smaller.
 LOST_BANDS = (20, 40, 60, 80, 95)
-#: Kinds of regions, in the order of the columns of SplitPhotos.regions.
-_KINDS = ("continent", "country")
+#: Kinds of regions, in the order of the columns of SplitPhotos.regions. The last column is there only if there are
+#: several sources. All photos of a source count as a region.
+_KINDS = ("continent", "country", "source")
 #: Names of the bins of distance to the nearest gallery photo.
 BINS = [
     "up to 1 km",
@@ -54,13 +55,13 @@ class SplitPhotos:
     Attributes:
         truth: coordinates, place names and authors.
         methods: main method of each file of predictions, see audit.main_methods.
-        regions: continent and country per photo, as UTF-8.
+        regions: continent and country per photo, as UTF-8; if there are several sources, also the source.
         km: distance from each photo to the nearest gallery photo.
     """
 
     truth: CoordinateTable
     methods: Sequence[Method]
-    regions: Shaped[np.ndarray, "n 2"]
+    regions: Shaped[np.ndarray, "n kinds"]
     km: Float[np.ndarray, "n"]
 
 
@@ -72,7 +73,7 @@ class Maps:
         cells: ids of the S2 cells with gallery photos, ascending.
         counts: gallery photos per cell.
         coordinates: true coordinates, in degrees, of the split's photos that are predicted again without their region.
-        lost: kind of region (`continent`, `country`) -> number of the loss band of each photo's region, from 0 (below
+        lost: kind of region -> number of the loss band of each photo's region, from 0 (below
             the first of LOST_BANDS) to len(LOST_BANDS); -1 if the region is not left out.
     """
 
@@ -83,21 +84,30 @@ class Maps:
 
 
 def split_photos(
-    truth: CoordinateTable, methods: Sequence[Method], tree: KDTree, gallery: Table, of_gallery: np.ndarray
+    truth: CoordinateTable,
+    methods: Sequence[Method],
+    tree: KDTree,
+    gallery: Table,
+    of_gallery: np.ndarray,
+    sources: Shaped[np.ndarray, "n"],
 ) -> SplitPhotos:
     """Returns the photos of a split with their regions, main methods and distances to the gallery.
 
-    tree: search tree of the gallery's coordinates, as unit vectors. of_gallery: continent and country per gallery
-    photo.
+    tree: search tree of the gallery's coordinates, as unit vectors. of_gallery: result of `gallery_regions`. sources:
+    source per photo, empty if unknown; used only if `of_gallery` has sources.
     """
     rows, km = _nearest(tree, gallery, truth)
-    return SplitPhotos(truth, audit.main_methods(methods), _regions(truth, rows, km, of_gallery), km)
+    regions_of = _regions(truth, rows, km, of_gallery)
+    if of_gallery.shape[1] == len(_KINDS):
+        named = np.where(sources == b"", regions.UNKNOWN.encode(), sources)
+        regions_of = np.column_stack([regions_of, named]).astype(of_gallery.dtype)
+    return SplitPhotos(truth, audit.main_methods(methods), regions_of, km)
 
 
 def figures(
     splits: Mapping[str, SplitPhotos],
     gallery: Table,
-    of_gallery: Shaped[np.ndarray, "N 2"],
+    of_gallery: Shaped[np.ndarray, "N kinds"],
     masked: Mapping[str, Any],
     level: int,
     scoring: EvaluateSettings,
@@ -105,7 +115,7 @@ def figures(
     """Returns the contents of figures.json: photos per region and cell, accuracy by distance to the nearest gallery
     photo, and accuracy without a region.
 
-    of_gallery: continent and country per gallery photo. masked: result of `score_without_regions`. level: S2 level of
+    of_gallery: result of `gallery_regions`. masked: result of `score_without_regions`. level: S2 level of
     the cells.
     """
     regions = {name: of.regions for name, of in splits.items()}
@@ -126,7 +136,7 @@ def maps(figures: Mapping[str, Any], gallery: Table, of: SplitPhotos, reference:
     """
     scheme = CellScheme(figures["density"]["level"], 1)
     cells, counts = np.unique(scheme.cell_ids(np.asarray(scheme.regroup(gallery.tokens()))), return_counts=True)
-    lost = {kind: np.full(len(of.truth.ids), -1) for kind in _KINDS}
+    lost = {kind: np.full(len(of.truth.ids), -1) for kind in _KINDS[: of.regions.shape[1]]}
     for region in figures["masked"]["regions"]:
         method = next(m for m in region["methods"] if m["variant"] == reference)
         plain, masked = (method[name][LOST_AT]["value"] for name in ("plain", "masked"))
@@ -148,30 +158,33 @@ def table(figures: Mapping[str, Any]) -> str:
         within = [f"{100 * m['accuracy'][BIN_AT]['value']:{width}.1f}" for m in counted["methods"]]
         lines.append(f"  {counted['name']:16}{counted['photos']:8,}  " + "  ".join(within))
     lines += ["", f"{split}: percent within 2,500 km -> with the photos of their region left out of the gallery"]
-    width = max((len(region["name"]) for region in masked["regions"]), default=0)
-    for region in masked["regions"]:
+    names = [f"source {one['name']}" if one["kind"] == "source" else one["name"] for one in masked["regions"]]
+    width = max(map(len, names), default=0)
+    for name, region in zip(names, masked["regions"], strict=True):
         pairs = (
             f"{m['name']} {100 * m['plain'][LOST_AT]['value']:.1f} -> {100 * m['masked'][LOST_AT]['value']:.1f}"
             for m in region["methods"]
         )
-        lines.append(f"  {region['name']:{width}}{region['photos']:6,}  " + ";  ".join(pairs))
+        lines.append(f"  {name:{width}}{region['photos']:6,}  " + ";  ".join(pairs))
     if not masked["regions"]:
         lines.append("  none: the gallery and these photos have no country or continent in common")
     return "\n".join(line.rstrip() for line in lines)
 
 
-def gallery_regions(photos: records.Photos, gallery: Table) -> Shaped[np.ndarray, "N 2"]:
-    """Returns continent and country of every gallery photo, as UTF-8.
+def gallery_regions(photos: records.Photos, gallery: Table) -> Shaped[np.ndarray, "N kinds"]:
+    """Returns continent and country of every gallery photo, as UTF-8; if there are several sources, also the source.
 
     photos: records in the order of the gallery; they include photos that `embed` dropped. Raises StageError if a
     gallery photo is missing among them or has another place in their order.
     """
-    names = np.zeros((len(gallery), 2), f"S{records.ID_BYTES}")
+    names = np.zeros((len(gallery), 2 + ("sources" in gallery.stored)), f"S{records.ID_BYTES}")
+    if "sources" in gallery.stored:
+        names[:, 2] = gallery.sources()
     ids, row = gallery.ids(), 0
     for i in track(range(len(photos)), "places of the gallery", len(photos), "photos"):
         photo = photos[i]
         if row < len(gallery) and photo["id"].encode() == ids[row]:
-            names[row] = regions.continent(photo).encode(), regions.country(photo["country"]).encode()
+            names[row, :2] = regions.continent(photo).encode(), regions.country(photo["country"]).encode()
             row += 1
     if row < len(gallery):
         raise manifests.StageError(
@@ -193,17 +206,17 @@ def _regions(
     truth: CoordinateTable,
     rows: Int[np.ndarray, "n"],
     km: Float[np.ndarray, "n"],
-    of_gallery: Shaped[np.ndarray, "N 2"],
+    of_gallery: Shaped[np.ndarray, "N kinds"],
 ) -> Shaped[np.ndarray, "n 2"]:
     """Returns continent and country per photo, as UTF-8, from its place names.
 
     A photo without a country name takes both from the nearest gallery photo, if that photo is within NEAR_KM. rows, km:
-    row and distance of the gallery photo nearest to each photo. of_gallery: continent and country per gallery photo.
+    row and distance of the gallery photo nearest to each photo. of_gallery: result of `gallery_regions`.
     """
     named = [(regions.continent(names).encode(), regions.country(names["country"]).encode()) for names in truth.extra]
     assigned = np.array(named, of_gallery.dtype)
     unnamed = (assigned[:, 1] == regions.UNKNOWN.encode()) & (km <= NEAR_KM)
-    assigned[unnamed] = of_gallery[rows[unnamed]]
+    assigned[unnamed] = of_gallery[rows[unnamed], :2]
     return assigned
 
 
@@ -217,13 +230,13 @@ def _count_unnamed(truth: CoordinateTable, assigned: Shaped[np.ndarray, "n 2"]) 
 
 def _density(
     gallery: Table,
-    of_gallery: Shaped[np.ndarray, "N 2"],
-    regions: Mapping[str, Shaped[np.ndarray, "n 2"]],
+    of_gallery: Shaped[np.ndarray, "N kinds"],
+    regions: Mapping[str, Shaped[np.ndarray, "n kinds"]],
     level: int,
 ) -> dict[str, Any]:
-    """Returns photos per continent and country, in the gallery and in each split, and the S2 cells with most photos.
+    """Returns the S2 cells with most photos, and photos per region in the gallery and in each split.
 
-    of_gallery: continent and country per gallery photo. regions: continent and country per photo, by split. level: S2
+    of_gallery: result of `gallery_regions`. regions: continent and country per photo, by split. level: S2
     level of the cells.
     """
     scheme = CellScheme(level, 1)
@@ -246,7 +259,7 @@ def _density(
             for n, i in enumerate(densest)
         ],
     }
-    for column, kind in enumerate(("continents", "countries")):
+    for column, kind in enumerate(("continents", "countries", "sources")[: of_gallery.shape[1]]):
         names, which, photos = np.unique(of_gallery[:, column], return_inverse=True, return_counts=True)
         occupied = np.bincount(np.unique(which * len(cells) + cell_of) // len(cells))
         by_split = {
@@ -287,7 +300,7 @@ def _by_distance(
 def score_without_regions(
     split: str,
     of: SplitPhotos,
-    of_gallery: Shaped[np.ndarray, "N 2"],
+    of_gallery: Shaped[np.ndarray, "N kinds"],
     row_of: Int[np.ndarray, "n"],
     countries: int,
     answer: Answer,
@@ -295,11 +308,11 @@ def score_without_regions(
 ) -> dict[str, Any]:
     """Returns, per region, the scores of the region's photos with the whole gallery and without that region.
 
-    Regions are all continents, and the `countries` countries with the most photos of the split. Regions without gallery
-    photos are skipped. `every_continent` has the scores of all photos, each predicted without its own continent; None
-    if there is no continent.
+    Regions are all continents, the `countries` countries with the most photos of the split, and all of several sources.
+    Regions without gallery photos are skipped. `every_continent` has the scores of all photos, each predicted without
+    its own continent; None if there is no continent.
 
-    of: photos of the split. of_gallery: continent and country per gallery photo. row_of: row of each photo in the
+    of: photos of the split. of_gallery: result of `gallery_regions`. row_of: row of each photo in the
     split's table; -1 if the table lacks the photo. answer: see Answer.
     """
     scored, both = [], [m for m in of.methods if m.variant in (TOP1, scoring.reference)]
@@ -321,15 +334,15 @@ def score_without_regions(
 
 
 def _masked_regions(
-    of_photos: Shaped[np.ndarray, "n 2"], of_gallery: Shaped[np.ndarray, "N 2"], countries: int
+    of_photos: Shaped[np.ndarray, "n kinds"], of_gallery: Shaped[np.ndarray, "N kinds"], countries: int
 ) -> list[tuple[int, bytes]]:
-    """Returns the regions to leave out: all continents, then up to `countries` countries.
+    """Returns the regions to leave out: all continents, then up to `countries` countries, then all of several sources.
 
     Regions with the most photos of the split come first. Regions without gallery photos are skipped. A region is
     returned as a pair: index of its kind in _KINDS, and name.
     """
     chosen = []
-    for column, limit in enumerate((None, countries)):
+    for column, limit in enumerate((None, countries, None)[: of_gallery.shape[1]]):
         names, photos = np.unique(of_photos[:, column], return_counts=True)
         known = (names != regions.UNKNOWN.encode()) & np.isin(names, of_gallery[:, column])
         order = np.argsort(-photos[known], kind="stable")

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 
 from geotoken_jax.analysis import evaluate
 from geotoken_jax.analysis.coordinates import FARTHEST_KM, CoordinateTable, Method
@@ -33,7 +33,8 @@ class NeighborSample:
 
     photos: number of photos of the whole split. km: distance of each neighbor from the photo, NaN for a missing
     neighbor. scores: inner products of index vectors, -inf for a missing neighbor. truth: coordinates and authors of
-    the n photos.
+    the n photos. sources: sources of each photo and of its first neighbor, empty for a benchmark and for a missing
+    neighbor; None if there is one source.
     """
 
     split: str
@@ -41,6 +42,7 @@ class NeighborSample:
     km: Float[np.ndarray, "n K"]
     scores: Float[np.ndarray, "n K"]
     truth: CoordinateTable
+    sources: Shaped[np.ndarray, "n 2"] | None = None
 
     @property
     def trained_on(self) -> bool:
@@ -98,6 +100,11 @@ def table(figures: Mapping[str, Any]) -> str:
         for method in of["methods"]:
             within = "".join(f"{100 * a['value']:10.1f}" for a in method["accuracy"])
             lines.append(f"{split:{width}}{method['name']:24}{of['photos']:8,}{within}")
+    for split, of in figures["splits"].items():
+        for pair in of.get("by_source", ()):
+            names = f"{pair['photo'] or 'benchmark'}, neighbor {pair['neighbor'] or 'missing'}"
+            within = "".join(f"{100 * pair['within'][str(km)]:10.1f}" for km in distance.THRESHOLDS_KM)
+            lines.append(f"{split:{width}}{names:24}{pair['photos']:8,}{within}")
     return "\n".join([*lines, "", *(verdict(gap) for gap in figures["gaps"])])
 
 
@@ -119,7 +126,12 @@ def sample(
     ids, authors = ([name.decode() for name in column(rows).tolist()] for column in (table.ids, table.authors))
     extra: list[dict[str, Any]] = [{"author": author} for author in authors]
     truth = CoordinateTable(split, ids, coordinates, np.zeros((len(rows), 0, 2)), False, extra)
-    return NeighborSample(split, n, np.where(neighbors < 0, np.nan, km), scores, truth)
+    sources = None
+    if "sources" in gallery.stored:
+        first = neighbors[:, 0]
+        of_first = np.where(first < 0, b"", gallery.sources(np.maximum(first, 0)))
+        sources = np.stack([table.sources(rows), of_first], 1)
+    return NeighborSample(split, n, np.where(neighbors < 0, np.nan, km), scores, truth, sources)
 
 
 def split_figures(near: NeighborSample, scoring: EvaluateSettings) -> dict[str, Any]:
@@ -127,7 +139,8 @@ def split_figures(near: NeighborSample, scoring: EvaluateSettings) -> dict[str, 
 
     The entry has the accuracy of the most similar neighbor (Top-1) and of the neighbor closest to the true place (Best
     of K), how many neighbors are missing, quantiles of the best scores, and per rank the share of photos whose neighbor
-    of this rank is within each of THRESHOLDS_KM.
+    of this rank is within each of THRESHOLDS_KM. If there are several sources, `by_source` has the share of photos
+    whose first neighbor is within each threshold, per source of the photo and source of this neighbor.
     """
     count = near.km.shape[1]
     off = np.nan_to_num(near.km, nan=FARTHEST_KM)
@@ -150,7 +163,19 @@ def split_figures(near: NeighborSample, scoring: EvaluateSettings) -> dict[str, 
                     "photos_with_none": int(missing.all(axis=1).sum())},
         "by_rank": [dict(zip(map(str, distance.THRESHOLDS_KM), shares, strict=True)) for shares in by_rank],
         "top1_score_quantiles": [round(float(q), 6) for q in quantiles],
+        **({} if near.sources is None else {"by_source": _by_source(near.sources, off[:, 0])}),
     }  # fmt: skip
+
+
+def _by_source(sources: Shaped[np.ndarray, "n 2"], km: Float[np.ndarray, "n"]) -> list[dict[str, Any]]:
+    """Returns one entry per pair of sources. sources: see NeighborSample. km: distance of each first neighbor."""
+    entries = []
+    for photo, neighbor in np.unique(sources, axis=0).tolist():
+        of_pair = km[(sources == [photo, neighbor]).all(1)]
+        within = {str(limit): _share(of_pair <= limit) for limit in distance.THRESHOLDS_KM}
+        names = {"photo": photo.decode(), "neighbor": neighbor.decode()}
+        entries.append({**names, "photos": len(of_pair), "within": within})
+    return entries
 
 
 def _share(hits: np.ndarray) -> float:

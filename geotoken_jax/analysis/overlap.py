@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int, Shaped
 
 from geotoken_jax.analysis.coordinates import CoordinateTable
+from geotoken_jax.gallery.exclude import gallery_columns, have_source
 from geotoken_jax.gallery.table import Table
 from geotoken_jax.vectors import unit
 from geotoken_jax.workdir import Workdir
@@ -52,11 +53,19 @@ def find_leaks(workdir: Workdir, truths: Mapping[str, CoordinateTable], above: f
         queries[first + embedded] = unit(table.embeddings(row[embedded])[:, 0])
     nearest, cosine = (column[:, 0] for column in index.exact(_GalleryImages(gallery), queries, 1))
     cosine = np.where(queries.any(axis=1), cosine, np.nan)
+    sourced = np.repeat([have_source(workdir.table(split)) for split in names], np.diff(starts))
+
+    def matched(column: str, values: np.ndarray) -> np.ndarray:
+        found = np.full(len(values), -1)
+        for flag in np.unique(sourced):
+            found[sourced == flag] = match(values[sourced == flag], gallery_columns(gallery, bool(flag))[column])
+        return found
+
     rows = {
-        "same id": match(ids, gallery.ids()),
+        "same id": matched("ids", ids),
         "near-duplicate": np.where(cosine > above, nearest, -1),
         "same coordinates": match(_complex(coordinates), _complex(gallery.coordinates())),
-        "same author": np.where(authors != b"", match(authors, gallery.authors()), -1),
+        "same author": np.where(authors != b"", matched("authors", authors), -1),
     }
     parts = {split: slice(starts[i], starts[i + 1]) for i, split in enumerate(names)}
     return {split: Leaks({kind: of[part] for kind, of in rows.items()}, cosine[part]) for split, part in parts.items()}

@@ -10,6 +10,7 @@ from etils import epath
 from geotoken_jax import __version__
 from geotoken_jax.configuration import Config
 from geotoken_jax.manifests import write_bytes, write_json
+from geotoken_jax.preparation import source_name
 from geotoken_jax.workdir import Workdir
 
 #: Provenance if the photos' manifest has none, because an old version prepared the photos.
@@ -44,7 +45,7 @@ def source(workdir: Workdir, config: Config) -> dict[str, Any]:
     See data_prep.sources.Provenance for the fields. If the photos' manifest lacks them, the license is "unknown".
     """
     photos = workdir.manifest("photos")
-    name = photos.settings.get("photos", {}).get("source", config.photos.source)
+    name = source_name(photos.settings.get("photos", {})) or config.photos.source
     return {"source": name, **photos.facts.get("provenance", _UNSTATED)}
 
 

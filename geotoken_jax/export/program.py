@@ -128,8 +128,8 @@ def arrays(folder: epath.PathLike) -> dict[str, np.ndarray]:
 
     embeddings [N, 3, C] bfloat16, or int8 with scales [N, 3] float32. coordinates [N, 2] float32, in degrees. tokens
     [N, 21] uint8. If the reranker chooses, the vectors [n, D] of its channels except `index`: NAME in bfloat16 or
-    float32, or in int8 with NAME_scales [n] float32; and owner [n] int32, the gallery row of each image of the channel
-    `comparator`.
+    float32, or in int8 with NAME_scales [n] float32; owner [n] int32, the gallery row of each image of the channel
+    `comparator`; and source [N] int32, the number of each photo's source, if there are several sources.
     """
     columns = standalone.arrays(pathlib.Path(folder))
     return {name: x.view(ml_dtypes.bfloat16) if x.dtype == np.uint16 else x for name, x in columns.items()}
@@ -346,7 +346,8 @@ class _Answering:
         found = [self._nearest(name, queries[name](), options.depth) for name in options.channels]
         rows, scores = (jnp.stack(columns, 1) for columns in zip(*found, strict=True))
         places = self.gallery["coordinates"][jnp.maximum(rows, 0)]
-        candidates = rerank.assemble(options, pool, rows, scores, places)
+        sources = self.gallery["source"][jnp.maximum(rows, 0)] if options.sources else None
+        candidates = rerank.assemble(options, pool, rows, scores, places, sources)
         features = reranker.features(options, network.scale[...], candidates.evidence)
         log_p = network(features, candidates.present)
         chosen = reranker.choose(options.objective, log_p, candidates.evidence)

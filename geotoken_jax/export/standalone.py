@@ -141,6 +141,9 @@ def arrays(folder):
             if name != "index":
                 columns.update(_channel(folder / "channels" / name / "index", name))
         columns["owner"] = np.load(folder / "channels" / "owner.npy").astype(np.int32)
+        if config["learned"]["reranker"].get("sources"):
+            sources = _column(folder / "gallery", "sources")
+            columns["source"] = np.unique(sources, return_inverse=True)[1].astype(np.int32)
     return columns
 
 

@@ -2,18 +2,22 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Annotated, NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from geotoken_jax import records
 from geotoken_jax.gallery.table import Table
+from geotoken_jax.settings import Added, SettingsError
 from geotoken_jax.vectors import unit
 
 #: Pairs of photos compared at a time. Reading 16,384 rows of three bfloat16 vectors of width 768 takes 75 MB.
 _PAIRS = 16_384
 #: Queries, and gallery rows, in a block of compared pairs: 17 MB of float32 cosines.
 _BLOCK = 2048
+#: Value of ExcludeSettings.source that stands for the source of the photo itself.
+OWN = "own"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,11 +28,14 @@ class ExcludeSettings:
     cosine_above: threshold in [-1, 1]. A gallery photo is excluded as a near duplicate if the cosine of its image
     embedding and the photo's is above the threshold. If 1, near duplicates stay.
     within_km: distance in km, at least 0. Gallery photos closer than this are excluded. If 0, distance does not matter.
+    source: name of one of several sources (config.photos.sources), whose photos are excluded. If "own", photos of the
+    photo's own source are excluded; a benchmark has no source. If empty, photos of all sources stay.
     """
 
     author: bool
     cosine_above: float
     within_km: float
+    source: Annotated[str, Added("")]
 
     def __post_init__(self):
         if not -1 <= self.cosine_above <= 1:
@@ -91,6 +98,11 @@ class SameAuthor:
     def __call__(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
         author = self._queries[queries][:, None]
         return (self._gallery[rows] == author) & (author != author.dtype.type())
+
+
+class SameSource(SameAuthor):
+    """Excludes photos of one source. The arguments are the source excluded for each query (if empty, nothing is
+    excluded), and the source of each gallery photo."""
 
 
 class NearDuplicate:
@@ -158,13 +170,15 @@ def affected(
     neighbors.
     """
     photos, rows = np.zeros(len(queries), bool), np.zeros(len(gallery), bool)
-    if exclude.author:
-        own, others = queries.authors(), gallery.authors()
+    columns = gallery_columns(gallery, have_source(queries))
+    pairs = [(queries.authors(), columns["authors"])] if exclude.author else []
+    pairs += [(_excluded_sources(exclude, queries), columns["sources"])] if exclude.source else []
+    for own, others in pairs:
         own_known = own[own != own.dtype.type()]
         photos |= np.isin(own, others[others != others.dtype.type()])
         rows |= np.isin(others, own_known)
     if exclude.within_km > 0:
-        within = Within(queries.coordinates(), gallery.coordinates(), exclude.within_km)
+        within = Within(queries.coordinates(), columns["coordinates"], exclude.within_km)
         _add_pairs(photos, rows, lambda block: lambda some: within(some, np.tile(block, (len(some), 1))))
     if exclude.cosine_above < 1:
         images = unit(queries.embeddings()[:, 0])
@@ -198,6 +212,55 @@ def _add_pairs(
             rows[block] |= pairs.any(axis=0)
 
 
+def have_source(queries: Table) -> bool:
+    """Returns whether the photos of a split are from one of several sources. The photos of a benchmark are not."""
+    return bool(queries.sources(slice(0, 1)).any())
+
+
+def gallery_columns(gallery: Table, sourced: bool, rows: slice = slice(None)) -> dict[str, np.ndarray]:
+    """Returns the columns of gallery rows that `exclusions` needs: ids, authors, coordinates and sources.
+
+    If the gallery has several sources, ids and authors begin with the name of a source and `/`. To compare them with
+    the photos of a benchmark, this beginning is removed. sourced: result of `have_source` for the compared photos.
+    """
+    columns = {name: getattr(gallery, name)(rows) for name in ("ids", "authors", "coordinates", "sources")}
+    if "sources" in gallery.stored and not sourced:
+        columns |= {name: without_source(columns[name]) for name in ("ids", "authors")}
+    return columns
+
+
+def without_source(names: np.ndarray) -> np.ndarray:
+    """Returns names without their beginning up to the first `/`. names: ids or authors of photos of several sources."""
+    width = names.dtype.itemsize
+    letters = np.ascontiguousarray(names).view(np.uint8).reshape(len(names), width)
+    start = (letters == ord("/")).argmax(1) + 1
+    at = np.arange(width) + start[:, None]
+    shifted = np.take_along_axis(letters, np.minimum(at, width - 1), 1)
+    return np.where(at < width, shifted, np.uint8(0)).view(names.dtype)[:, 0]
+
+
+def _excluded_sources(exclude: ExcludeSettings, queries: Table, rows: slice | np.ndarray = slice(None)) -> np.ndarray:
+    """Returns the source that is excluded for each photo, empty if none."""
+    own = queries.sources(rows)
+    return own if exclude.source == OWN else np.full(len(own), exclude.source.encode(), f"S{records.SOURCE_BYTES}")
+
+
+def check_source(exclude: ExcludeSettings, key: str, gallery: Table) -> None:
+    """Raises SettingsError if a rule excludes a source that the gallery does not have. key: dotted key of the rules."""
+    if not exclude.source:
+        return
+    if "sources" not in gallery.stored:
+        raise SettingsError(
+            f"config.{key}.source is {exclude.source!r}, but the gallery has one source: set it to '', or prepare "
+            "photos of several sources (config.photos.sources)"
+        )
+    sources = [name.decode() for name in np.unique(gallery.sources()).tolist()]
+    if exclude.source not in (OWN, *sources):
+        raise SettingsError(
+            f"config.{key}.source is {exclude.source!r}: use {OWN}, one of {', '.join(sources)}, or '' for no source"
+        )
+
+
 def exclusions(
     exclude: ExcludeSettings,
     queries: Table,
@@ -207,12 +270,14 @@ def exclusions(
 ) -> list[Exclusion]:
     """Returns the exclusion rules for photos of a split: always SameId, and those that `exclude` turns on.
 
-    queries: table of the split. rows: rows of the photos in that table. gallery: columns ids, authors and coordinates
-    of the gallery. gallery_images: function of gallery rows [m] that returns image embeddings [m, C].
+    queries: table of the split. rows: rows of the photos in that table. gallery: result of `gallery_columns`.
+    gallery_images: function of gallery rows [m] that returns image embeddings [m, C].
     """
     exclusions: list[Exclusion] = [SameId(queries.ids(rows), gallery["ids"])]
     if exclude.author:
         exclusions.append(SameAuthor(queries.authors(rows), gallery["authors"]))
+    if exclude.source:
+        exclusions.append(SameSource(_excluded_sources(exclude, queries, rows), gallery["sources"]))
     if exclude.within_km > 0:
         exclusions.append(Within(queries.coordinates(rows), gallery["coordinates"], exclude.within_km))
     if exclude.cosine_above < 1:

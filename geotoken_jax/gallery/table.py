@@ -22,10 +22,12 @@ COLUMNS: dict[str, tuple[Any, tuple[int | None, ...]]] = {
     "tokens": (np.dtype(np.uint8), (21,)),
     "ids": (np.dtype(f"S{records.ID_BYTES}"), ()),
     "authors": (np.dtype(f"S{records.ID_BYTES}"), ()),
+    "sources": (np.dtype(f"S{records.SOURCE_BYTES}"), ()),
 }
 #: Column that may be absent -> value of every row if it is. Tables of earlier versions have no column `captured`.
-#: Exports do not have it either, and have `authors` only if config.export.authors is set.
-OPTIONAL: dict[str, Any] = {"captured": np.nan, "authors": np.bytes_(b"")}
+#: Exports do not have it either, and have `authors` only if config.export.authors is set. Tables have `sources` only if
+#: there are several sources.
+OPTIONAL: dict[str, Any] = {"captured": np.nan, "authors": np.bytes_(b""), "sources": np.bytes_(b"")}
 #: Names of a table's files, as a format string.
 FILES = "{field}-{shard:05d}-of-{shards:05d}.npy"
 #: Additional column of a table with int8 embeddings: scale of each vector, [n, 3] float32.
@@ -38,12 +40,13 @@ def write_shard(folder: epath.PathLike, shard: int, shards: int, columns: Mappin
     """Writes one shard of a table, and returns its files. Rows are numbered through all shards in order.
 
     shard: number of this shard, from 0. shards: number of all shards. columns: name in COLUMNS -> array [n, *shape];
-    captured is optional. Raises ValueError naming a column with a wrong type or shape.
+    captured and sources are optional. Raises ValueError naming a column with a wrong type or shape.
     """
     n = len(columns["ids"])
     columns = {"captured": np.full(n, np.nan), **columns}
-    for name, (dtype, shape) in COLUMNS.items():
-        values = columns[name]
+    present = [name for name in COLUMNS if name in columns or name != "sources"]
+    for name in present:
+        (dtype, shape), values = COLUMNS[name], columns[name]
         fits = len(values.shape) == len(shape) + 1 and len(values) == n
         if not fits or any(want not in (None, got) for want, got in zip(shape, values.shape[1:], strict=True)):
             wanted = ", ".join(map(str, (n, *("C" if size is None else size for size in shape))))
@@ -56,18 +59,22 @@ def write_shard(folder: epath.PathLike, shard: int, shards: int, columns: Mappin
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # Columns in OPTIONAL are written first: an interrupted write then lacks a required column.
-    for name in sorted(COLUMNS, key=lambda column: column not in OPTIONAL):
+    for name in sorted(present, key=lambda column: column not in OPTIONAL):
         dtype = COLUMNS[name][0]
         stored = np.promote_types(dtype, columns[name].dtype) if dtype.kind == "S" else dtype
         records.save_array(_path(folder, name, shard, shards), columns[name].astype(stored, copy=False))
-    return [_path(folder, name, shard, shards) for name in COLUMNS]
+    return [_path(folder, name, shard, shards) for name in present]
 
 
-def layout(width: int, id_bytes: int = records.ID_BYTES) -> records.Layout:
+def layout(width: int, id_bytes: int = records.ID_BYTES, sources: bool = False) -> records.Layout:
     """Returns the layout of a table, whose columns are separate arrays. Arguments: see records.feature_layout."""
     fields = []
     for name, (dtype, shape) in COLUMNS.items():
-        stored = f"S{id_bytes}" if dtype.kind == "S" else dtype.name if dtype == ml_dtypes.bfloat16 else dtype.str
+        if name == "sources" and not sources:
+            continue
+        stored = (
+            f"S{id_bytes}" if name in ("ids", "authors") else dtype.name if dtype == ml_dtypes.bfloat16 else dtype.str
+        )
         fields.append(records.Field(name, stored, tuple(width if size is None else size for size in shape)))
     return records.Layout(tuple(fields))
 
@@ -134,6 +141,10 @@ class Table:
     def authors(self, rows: Any = slice(None)) -> np.ndarray:
         """Returns [...] bytes: authors, empty if unknown."""
         return self._take("authors", rows)
+
+    def sources(self, rows: Any = slice(None)) -> np.ndarray:
+        """Returns [...] bytes: names of the photos' sources, empty if there is one source, and for benchmarks."""
+        return self._take("sources", rows)
 
     def captured(self, rows: Any = slice(None)) -> np.ndarray:
         """Returns [...] float64: capture times in seconds since 1970, NaN if unknown."""

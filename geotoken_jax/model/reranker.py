@@ -9,7 +9,7 @@ Scores enter as relative scores: the score minus the photo's best score in the c
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 
 from geotoken_jax.geo.distance import THRESHOLDS_KM, chord_km
 from geotoken_jax.model.comparator import Statistic
+from geotoken_jax.settings import Added
 
 #: Names of the channels, which compare different vectors of the photo and of gallery photos. "index": image, location
 #: and text embedding, in the gallery's own index. "backbone": whitened image embeddings. "comparator": vectors of the
@@ -28,6 +29,8 @@ CHANNELS = ("index", "backbone", "comparator", "location")
 #: Radii in km around a candidate. For each radius in _NEIGHBOR_KM, the score and the rank of a channel's best neighbor
 #: within it are features. For each radius in _SAMPLE_KM, the share of the decoder's samples within it is a feature.
 _NEIGHBOR_KM, _SAMPLE_KM = (1.0, 25.0, 200.0), (1.0, 25.0, 200.0, 750.0)
+#: Kinds of features of the best neighbor within a radius.
+_BEST = ("best score", "rank")
 #: Radii in km around a candidate. For each, the decoder's probability within it is a feature.
 _PROBABILITY_KM = (1.0, 5.0, 25.0, 200.0, 750.0)
 #: Numbers added to densities and to probabilities, so that their logarithms are finite.
@@ -55,6 +58,7 @@ class RerankerSettings:
     (Relative scores are defined at the beginning of this file.)
     hidden: width of the hidden layer; if 0, the network is linear. objective: key of OBJECTIVES; the answer is the
     candidate with the highest expected value of this objective.
+    sources: whether support by other sources is a feature. `geotoken learn` sets it if the gallery has several sources.
     """
 
     channels: tuple[str, ...]
@@ -65,6 +69,7 @@ class RerankerSettings:
     sharpness: tuple[float, ...]
     hidden: int
     objective: str
+    sources: Annotated[bool, Added(False)]
 
     def __post_init__(self):
         if self.objective not in OBJECTIVES:
@@ -88,6 +93,8 @@ class RerankerInputs(NamedTuple):
     neighbors: places of the L neighbors per channel, best first. scores: scores of the neighbors, -inf if missing.
     samples: places of the decoder's N samples. cells: centers of F discs, which stand for the decoder's cells.
     radius_km: radius of each disc. probability: the decoder's probability of each disc.
+    other: whether a neighbor is of another source than the candidate; None if the features do not need it. All
+    neighbors are of another source than a candidate of the decoder.
     """
 
     candidates: Float[Any, "b K 3"]
@@ -99,6 +106,7 @@ class RerankerInputs(NamedTuple):
     cells: Float[Any, "b F 3"]
     radius_km: Float[Any, "b F"]
     probability: Float[Any, "b F"]
+    other: Bool[Any, "b K C L"] | None = None
 
 
 def scales(scores: Float[np.ndarray, "n C L"]) -> Float[np.ndarray, " C"]:
@@ -123,7 +131,9 @@ def names(settings: RerankerSettings) -> list[tuple[str, str]]:
     listed = []
     for channel in settings.channels:
         listed += [(channel, f"density {s:g} {w:g} km") for s in settings.sharpness for w in settings.widths_km]
-        listed += [(channel, f"{kind} within {km:g} km") for km in _NEIGHBOR_KM for kind in ("best score", "rank")]
+        listed += [(channel, f"{kind} within {km:g} km") for km in _NEIGHBOR_KM for kind in _BEST]
+        if settings.sources:
+            listed += [(channel, f"{kind} of another source within {km:g} km") for km in _NEIGHBOR_KM for kind in _BEST]
     listed += [("decoder", f"probability within {km:g} km") for km in _PROBABILITY_KM]
     listed += [("decoder", f"samples within {km:g} km") for km in _SAMPLE_KM]
     return listed + [("source", name) for name in (*settings.channels, "samples", "cells")]
@@ -134,7 +144,8 @@ def features(settings: RerankerSettings, scale: Float[Any, " C"], evidence: Rera
 
     For each channel:
     - for each sharpness and width, the logarithm of the density of neighbors at the candidate (RerankerSettings);
-    - for each of _NEIGHBOR_KM, the relative score of the best neighbor within this radius, and 1 / its rank.
+    - for each of _NEIGHBOR_KM, the relative score of the best neighbor within this radius, and 1 / its rank;
+    - if settings.sources is true, the same of the best neighbor of another source than the candidate.
     For the decoder:
     - for each of _PROBABILITY_KM, the logarithm of the decoder's probability within this radius;
     - for each of _SAMPLE_KM, the share of the decoder's samples within this radius.
@@ -144,8 +155,9 @@ def features(settings: RerankerSettings, scale: Float[Any, " C"], evidence: Rera
     """
     columns = []
     for c in range(evidence.neighbors.shape[1]):
+        other = None if evidence.other is None else evidence.other[:, :, c]
         columns += _channel_features(
-            settings, scale[c], evidence.candidates, evidence.neighbors[:, c], evidence.scores[:, c]
+            settings, scale[c], evidence.candidates, evidence.neighbors[:, c], evidence.scores[:, c], other
         )
     km = chord_km(evidence.candidates, evidence.cells)
     for limit in _PROBABILITY_KM:
@@ -157,7 +169,9 @@ def features(settings: RerankerSettings, scale: Float[Any, " C"], evidence: Rera
     return jnp.stack(columns, -1)
 
 
-def _channel_features(settings: RerankerSettings, scale: Any, candidates: Any, neighbors: Any, scores: Any) -> list:
+def _channel_features(
+    settings: RerankerSettings, scale: Any, candidates: Any, neighbors: Any, scores: Any, other: Any
+) -> list:
     """Returns the features of one channel, each an array [b, K]. Arguments: see RerankerInputs."""
     km = chord_km(candidates, neighbors)
     found = jnp.isfinite(scores)
@@ -170,12 +184,13 @@ def _channel_features(settings: RerankerSettings, scale: Any, candidates: Any, n
         weights = jnp.exp(sharpness * relative)
         weights /= jnp.maximum(weights.sum(-1, keepdims=True), 1e-30)
         columns += [jnp.log(jnp.einsum("bkl,bl->bk", kernel, weights) + _ADDED_DENSITY) for kernel in kernels]
-    for limit in _NEIGHBOR_KM:
-        inside = (km <= limit) & found[:, None]
-        columns.append(
-            jnp.maximum(jnp.where(inside, relative[:, None], _MIN_RELATIVE_SCORE).max(-1), _MIN_RELATIVE_SCORE)
-        )
-        columns.append(jnp.where(inside.any(-1), 1 / (1.0 + inside.argmax(-1)), 0.0))
+    for counted in [found[:, None], *([found[:, None] & other] if settings.sources else [])]:
+        for limit in _NEIGHBOR_KM:
+            inside = (km <= limit) & counted
+            columns.append(
+                jnp.maximum(jnp.where(inside, relative[:, None], _MIN_RELATIVE_SCORE).max(-1), _MIN_RELATIVE_SCORE)
+            )
+            columns.append(jnp.where(inside.any(-1), 1 / (1.0 + inside.argmax(-1)), 0.0))
     return columns
 
 

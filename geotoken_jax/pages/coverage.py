@@ -70,7 +70,7 @@ def _density(density: Mapping[str, Any], maps: Maps) -> list[Piece | str]:
     scheme = CellScheme(density["level"], 1)
     splits = [name for name in density["continents"][0] if name not in ("name", "photos", "share", "cells")]
     groups = []
-    for kind in ("continents", "countries"):
+    for kind in ("continents", "countries", *(["sources"] if "sources" in density else [])):
         listed = density[kind][:_COUNTRIES]
         rows = []
         for of in listed:

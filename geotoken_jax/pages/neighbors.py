@@ -45,6 +45,8 @@ def page(figures: Mapping[str, Any], samples: Sequence[NeighborSample], source: 
         Section("ranks", "Ranks", "Distance by rank of the neighbor", _ranks(figures)),
         Section("scores", "Scores", "Similarity scores of the neighbors", _scores(figures, samples)),
     ]
+    if any("by_source" in of for of in figures["splits"].values()):
+        sections.append(Section("sources", "Sources", "First neighbors by source", _sources(figures)))
     return frame.audit_page("Neighbors of train photos and of new photos", headline, sections, source)
 
 
@@ -75,7 +77,26 @@ def _rules(exclude: Mapping[str, Any]) -> str:
     rules += ["all photos of its author"] if exclude["author"] else []
     rules += [f"photos with a cosine above {exclude['cosine_above']:g}"] if exclude["cosine_above"] < 1 else []
     rules += [f"photos within {exclude['within_km']:g} km"] if exclude["within_km"] > 0 else []
+    rules += [f"photos of the source {exclude['source']}"] if exclude.get("source") else []
     return " and ".join(rules)
+
+
+def _sources(figures: Mapping[str, Any]) -> list[Piece | str]:
+    groups = []
+    for split, of in figures["splits"].items():
+        rows = [
+            Row(
+                f"{pair['photo'] or 'benchmark'}, neighbor from {pair['neighbor'] or 'none: it is missing'}",
+                [f"{pair['photos']:,}", *(formats.percent(pair["within"][str(km)]) for km in distance.THRESHOLDS_KM)],
+            )
+            for pair in of["by_source"]
+        ]
+        groups.append(Group(rows, split))
+    return [
+        "<p>Percent of photos whose first neighbor is within a distance, per source of the photo and source of its "
+        "first neighbor.</p>",
+        Table(["Source", "Photos", *THRESHOLDS], groups),
+    ]
 
 
 def _ranks(figures: Mapping[str, Any]) -> list[Piece | str]:

@@ -16,6 +16,7 @@ from geotoken_jax.pages import frame, photos, uncertainty
 from geotoken_jax.pages.chart import Chart, Panels, Series
 from geotoken_jax.pages.frame import Piece, Section
 from geotoken_jax.pages.table import THRESHOLDS, Cell, Group, Row, Table, explanation, interval, method, points
+from geotoken_jax.preparation import source_name
 from geotoken_jax.records import Photos
 
 #: Key of each source of candidates (predict/channels.py, predict/rerank.py) -> its name in the table of recall.
@@ -108,7 +109,7 @@ def _headline(report: Report) -> str:
     city = main["accuracy"][1]
     tick = f" The tick on each bar shows {escape(rival['name'])}, the best baseline." if rival else ""
     manifest = report.manifests["photos"]
-    source = manifest.settings.get("photos", {}).get("source", "")
+    source = source_name(manifest.settings.get("photos", {}))
     facts = {
         "Configuration": report.name,
         "Photos": f"{source} " + ", ".join(f"{part} {count:,}" for part, count in manifest.counts.items()),

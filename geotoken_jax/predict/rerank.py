@@ -77,7 +77,9 @@ def gather(settings: RerankerSettings, channels: Channels, gallery: Table, pool:
     """Returns the candidates of a pool's photos: first the decoder's token sequences, then its most probable cells,
     then the first neighbors of every channel."""
     rows, scores = channels.search(pool, settings.depth)
-    return assemble(settings, pool, rows, scores, gallery.coordinates(np.maximum(rows, 0)))
+    present = np.maximum(rows, 0)
+    sources = np.unique(gallery.sources(present), return_inverse=True)[1] if settings.sources else None
+    return assemble(settings, pool, rows, scores, gallery.coordinates(present), sources)
 
 
 def assemble(
@@ -86,11 +88,13 @@ def assemble(
     rows: Int[Array, "b C L"],
     scores: Float[Array, "b C L"],
     places: Float[Array, "b C L 2"],
+    sources: Int[Array, "b C L"] | None = None,
 ) -> Candidates:
     """Returns the candidates of a pool's photos, from numpy or jax arrays.
 
     rows, scores, places: gallery rows, scores and coordinates in degrees of each channel's neighbors, best first; a
-    missing neighbor has row -1 and score -inf.
+    missing neighbor has row -1 and score -inf. sources: number of each neighbor's source, from 0; None if the features
+    do not need it.
     """
     xp: Any = namespace(rows)
     b, c, _ = rows.shape
@@ -115,9 +119,22 @@ def assemble(
     evidence = RerankerInputs(
         *(_unit(coordinates), present, ranks > 0, _unit(places), scores),
         *(_unit(pool.coordinates), _unit(cells), radius, probability.astype(np.float32)),
+        None if sources is None else _of_other_source(sources, n + f, m, xp),
     )
     values = xp.where(ranks > 0, values, 0).astype(np.float32)
     return Candidates(coordinates, present, ranks.astype(np.int32), values, evidence)
+
+
+def _of_other_source(sources: Int[Array, "b C L"], decoded: int, m: int, xp: Any) -> Bool[Array, "b K C L"]:
+    """Returns whether each neighbor is of another source than each candidate.
+
+    sources: number of each neighbor's source. decoded: number of candidates of the decoder, which have no source. m:
+    number of candidates per channel.
+    """
+    b, c, _ = sources.shape
+    none = xp.full((b, decoded), -1, sources.dtype)
+    of_candidates = xp.concatenate([none, sources[:, :, :m].reshape(b, c * m)], 1)
+    return of_candidates[:, :, None, None] != sources[:, None]
 
 
 def _by_source(decoder: tuple[Any, Any], channels: Any, xp: Any) -> Any:
@@ -191,7 +208,7 @@ class Ranker:
             for first in range(0, len(mine), _BATCH):
                 rows = mine[first : first + _BATCH]
                 size = padded_size(len(rows), _BATCH)
-                part = RerankerInputs(*(padded(values[rows], size) for values in candidates.evidence))
+                part = jax.tree.map(lambda values, at=rows, n=size: padded(values[at], n), candidates.evidence)
                 p, best = self._run[i](part)
                 probability[rows], chosen[rows] = np.asarray(p)[: len(rows)], np.asarray(best)[: len(rows)]
         return Ranking(candidates, probability, chosen, self.sources)

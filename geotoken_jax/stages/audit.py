@@ -1,6 +1,6 @@
 """`geotoken audit`: runs one audit on a work directory and writes audit/NAME/figures.json and index.html."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from geotoken_jax.analysis.masking import MaskedGallery
 from geotoken_jax.backbone import views
 from geotoken_jax.configuration import Config
 from geotoken_jax.data import pipeline
+from geotoken_jax.gallery.table import Table
 from geotoken_jax.geo import distance
 from geotoken_jax.manifests import Manifest, Stage, StageError, write_bytes, write_json
 from geotoken_jax.pages import coverage as coverage_page
@@ -64,7 +65,10 @@ def _coverage(config: Config, workdir: Workdir) -> Manifest:
         records.save_array(file, coverage.gallery_regions(workdir.photos(GALLERY), gallery))
     regions = records.open_array(file)
     by_split = {
-        name: coverage.split_photos(truth, methods[name], tree, gallery, regions) for name, truth in truths.items()
+        name: coverage.split_photos(
+            truth, methods[name], tree, gallery, regions, _sources(workdir.table(name), truth.ids)
+        )
+        for name, truth in truths.items()
     }
     row_of = overlap.match(overlap.encoded(truths[split].ids), workdir.table(split).ids())
     answer = _without_region(config, stage, workdir, scoring.reference, split)
@@ -76,6 +80,12 @@ def _coverage(config: Config, workdir: Workdir) -> Manifest:
     page = coverage_page.page(figures, maps, scoring.reference, _source(stage, workdir, scoring.resamples))
     counts = {"regions": len(masked["regions"]), **{name: len(truth.ids) for name, truth in truths.items()}}
     return _finish(stage, figures, page, counts)
+
+
+def _sources(table: Table, ids: Sequence[str]) -> np.ndarray:
+    """Returns the source of each photo; empty if the table lacks the photo or has no sources."""
+    rows = overlap.match(overlap.encoded(ids), table.ids())
+    return np.where(rows < 0, b"", table.sources(np.maximum(rows, 0)))
 
 
 def _without_region(config: Config, stage: Stage, workdir: Workdir, variant: str, split: str) -> coverage.Answer:

@@ -40,6 +40,8 @@ def run(config: Config, workdir: Workdir) -> list[Manifest]:
         return [stage.manifest]
     photos = {benchmark: workdir.query_counts[benchmark] for benchmark in workdir.benchmarks}
     facts: dict[str, Any] = {}
+    for name, rules in rule_sets.items():
+        exclude.check_source(rules, f"benchmarks.exclude.{name}", workdir.gallery)
     with Progress("exclusion", sum(photos.values()) * len(rule_sets), "photos") as progress:
         for benchmark, n in photos.items():
             queries = workdir.table(benchmark)

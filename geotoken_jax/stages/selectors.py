@@ -106,6 +106,8 @@ def reranker(config: Config, workdir: Workdir, variant: str) -> Manifest:
     of the fold. The radii are calibrated on the answers of these rerankers, which have not seen the photos.
     """
     inputs = ["tokens", f"geotoken/{variant}", "neighbors", "channels"]
+    if "sources" in workdir.gallery.stored:
+        config = config.changed({"reranker": {"model": {"sources": True}}}, "reranker")
     stage = workdir.begin(config, f"reranker/{variant}", ["reranker", *_CANDIDATE_KEYS, "predict.search"], inputs)
     if stage.manifest:
         return stage.manifest

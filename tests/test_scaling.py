@@ -245,20 +245,20 @@ def test_every_size_of_the_ladder_is_named_by_its_weights():
 def test_runs_have_their_axes_and_the_held_out_size_comes_last():
     transfer = (("narrow", dict(model=dict(width=16))), ("wide", dict(model=dict(width=64))))
     plan = scaling.runs(config(transfer=transfer, rates=(1e-3, 3e-3)))
-    axes = ["grid"] * 18 + ["photos"] * 6 + ["seed"] * 4 + ["neighbors"] + ["learning rate"] * 4 + ["held out"]
+    axes = ["grid"] * 15 + ["photos"] * 3 + ["seed"] * 4 + ["neighbors"] + ["learning rate"] * 4 + ["held out"]
     assert [run.axis for run in plan] == axes
     assert len({run.label for run in plan}) == len(plan) and plan[-1].label == "1536K_1.44e13"
-    for run in (*plan[:28], plan[-1]):
+    for run in (*plan[:22], plan[-1]):
         assert run.compute == pytest.approx(run.budget, rel=0.02) and run.config.train.examples == run.examples
         assert run.config.data.split_validation
     assert plan[0].unique == 3 * plan[0].photos == 96_000  # photos and two views of each
-    fewer = plan[18]
+    fewer = plan[15]
     assert (fewer.photos, fewer.unique, fewer.config.data.photos, fewer.size) == (4_000, 12_000, 4_000, "46K")
-    corners = [(run.size, run.budget, run.config.train.seed) for run in plan[24:28]]
-    assert corners == [(size, budget, 1) for size in ("5K", "655K") for budget in (4e11, 3.6e12)]
-    assert plan[28].config.model.neighbors == 0 and not plan[28].config.model.copy_head
-    assert plan[28].examples == plan[8].examples
-    rates = [(run.config.model.width, run.config.train.optimizer.learning_rate) for run in plan[29:33]]
+    corners = [(run.size, run.budget, run.config.train.seed) for run in plan[18:22]]
+    assert corners == [(size, budget, 1) for size in ("12K", "655K") for budget in (4e11, 3.6e12)]
+    assert plan[22].config.model.neighbors == 0 and not plan[22].config.model.copy_head
+    assert plan[22].examples == plan[6].examples
+    rates = [(run.config.model.width, run.config.train.optimizer.learning_rate) for run in plan[23:27]]
     assert rates == [(16, 1e-3), (16, 3e-3), (64, 1e-3), (64, 3e-3)]
     for key, value in (("held_out", "2M"), ("reference", "1536K")):
         with pytest.raises(settings.SettingsError, match=rf"config.scaling.{key} is .*: choose"):
@@ -271,7 +271,7 @@ def test_runs_have_their_axes_and_the_held_out_size_comes_last():
 
 def test_with_fixed_epochs_the_examples_grow_with_the_photos():
     plan = [run for run in scaling.runs(config(epochs=2)) if run.axis == "photos"]
-    assert [run.photos for run in plan] == [4_000, 12_000, 32_000] and {run.size for run in plan} == {"46K"}
+    assert [run.photos for run in plan] == [4_000, 32_000] and {run.size for run in plan} == {"46K"}
     for run in plan:
         assert run.examples == pytest.approx(2 * run.unique, abs=64)
 
@@ -350,9 +350,9 @@ def test_a_study_is_resumed_run_by_run_and_the_forecast_comes_before_the_held_ou
     given, path = config(**SMALL), Workdir(tmp_path)
     last = len(scaling.runs(given)) - 1
     study_stage.run(given, path, 0)
-    assert made == ["5K_4e11"]
+    assert made == ["12K_4e11"]
     with pytest.raises(
-        manifests.StageError, match=r"1536K_1.44e13 needs all runs that the law is fitted to, .* the runs .*20K_4e11, "
+        manifests.StageError, match=r"1536K_1.44e13 needs all runs that the law is fitted to, .* the runs .*46K_4e11, "
     ):
         study_stage.run(given, path, last)
     with pytest.raises(
@@ -369,7 +369,7 @@ def test_a_study_is_resumed_run_by_run_and_the_forecast_comes_before_the_held_ou
     run = scaling.runs(given)[-1]
     law = forecast["models"]["law of size and data"]
     assert law["loss"] == pytest.approx(loss_of(run.parameters, run.examples, run.unique), abs=0.01)
-    assert len(forecast["runs"]) == 12 + 2 + 4 and set(forecast["models"]) == {m.name for m in scaling_law.MODELS}
+    assert len(forecast["runs"]) == 10 + 2 + 4 and set(forecast["models"]) == {m.name for m in scaling_law.MODELS}
     study_stage.fit(given, path)
     assert made[-1] == "predictions/46K_3.6e12"
     # A smaller gallery is a subset of a larger one. The last five use the whole gallery and fewer neighbors.
@@ -475,8 +475,8 @@ def test_results_are_in_the_document_and_on_the_page(tmp_path):
     study_stage.run(given, path, None)
     found = study_stage.fit(given, path)
     rows = scaling.table(given, path)
-    row = next(row for row in rows if row["label"] == "20K_4e11")
-    assert row["loss"] == pytest.approx(loss_of(20_480, row["examples"], 96_000)) and row["seen"] == 3 * 64
+    row = next(row for row in rows if row["label"] == "46K_4e11")
+    assert row["loss"] == pytest.approx(loss_of(46_080, row["examples"], 96_000)) and row["seen"] == 3 * 64
     for name in ("alpha", "beta"):
         assert found["law"][name]["value"] == pytest.approx(TRUE[name], abs=0.05) and found["law"][name]["determined"]
     forecast = found["forecast"]["models"]
@@ -495,7 +495,7 @@ def test_results_are_in_the_document_and_on_the_page(tmp_path):
     assert all(row["nearest"] == [1.0] * 5 and row["chosen"] == [0.0] * 5 for row in tested["candidates"])
     assert tested["trends"]["candidates"]["nearest"][0]["form"] == "constant"
     page = scaling_page.document(given, path)
-    assert "| 20K_4e11 | grid | 20,480 | 32,000 | 10 |" in page and "## What does not transfer" in page
+    assert "| 46K_4e11 | grid | 46,080 | 32,000 | 10 |" in page and "## What does not transfer" in page
     assert f"Measured: {found['forecast']['measured']:.3f}, inside the interval." in page
     assert str(tmp_path) not in page and "nan" not in page
     slopes = {name: {"head": {"rms": 0.5, "change": 0.25}} for name in ("standard", "mup")}

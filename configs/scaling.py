@@ -32,7 +32,7 @@ _LIMITS = (
     "The data are 32,000 map tiles with 16 x 16 pixels as features. MP16-Pro has 4.1 million photos by people, with "
     "features from CLIP. Those photos give other evidence of their place, so E, B and the exponent of data will "
     "differ.",
-    "Sizes are 5,000 to 1.5 million weights, at most a thirtieth of the paper's model. With one to three layers, "
+    "Sizes are 12,000 to 1.5 million weights, at most a thirtieth of the paper's model. With one to three layers, "
     "shape matters as much as size. Nothing shows that the law holds for 52 million weights.",
     "The law has no term for overfitting. A model that is large for its photos gets worse when it repeats them, and "
     "only the choice of the best step limits this.",

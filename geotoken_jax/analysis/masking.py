@@ -61,7 +61,7 @@ class MaskedGallery:
                 self._queries.captured(rows[part]),
                 neighbor_rows[part],
                 scores[part],
-                [*self._excluded(rows[part]), lambda queries, found: hidden[found]],
+                [*self._excluded(rows[part]), lambda queries, rows: hidden[rows]],
             )
             placed[1, part] = coordinates(answers.predictions)
         return placed

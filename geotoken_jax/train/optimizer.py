@@ -76,8 +76,8 @@ def _adam(b2: float) -> optax.GradientTransformationExtraArgs:
 def _negative_rate() -> optax.GradientTransformationExtraArgs:
     """Returns a transformation whose `update` multiplies the updates with its argument `rate`, negated."""
 
-    def update(updates: Any, state: Any, params: Any = None, *, rate: Any, **_: Any) -> tuple[Any, Any]:
-        return jax.tree.map(lambda x: -rate * x, updates), state
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        return jax.tree.map(lambda x: -extra["rate"] * x, updates), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 

@@ -72,7 +72,7 @@ def photos(tmp_path):
         (root / name).parent.mkdir(exist_ok=True)
         (root / name).write_bytes(b"x")
     (root / "bad.jpg").write_bytes(b"bad")
-    (root / "b.jpg.xmp").write_bytes(b"x")
+    (root / "a.JPG.xmp").write_bytes(b"x")
     os.mkfifo(root / "pipe.jpg")
     (root / "folder.jpg").mkdir()
     return root
@@ -428,7 +428,7 @@ def test_the_command_line_passes_its_options_on(photos, monkeypatch, capsys):
             cli.main(["predict", "--model=x", str(photos / "b.jpg"), *options])
         said = capsys.readouterr()
         assert ended.value.code == status and words in said.out + said.err
-    assert not list(photos.glob("*.xmp"))
+    assert [path.name for path in photos.glob("*.xmp")] == ["a.JPG.xmp"]
 
 
 def test_a_warning_about_a_photo_is_printed_once_as_a_sentence(tmp_path, monkeypatch, capsys):

@@ -57,6 +57,7 @@ RANKS = {
     "workdir_commands": 11,
     "commands": 12,
     "cli": 13,
+    "__main__": 14,
     "__init__": 14,  # the public API
 }
 

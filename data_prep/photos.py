@@ -179,22 +179,17 @@ def make(
         return stage.manifest
     if stage.earlier:
         source = Extended(source, str(stage.path / EARLIER / "1"))  # pyright: ignore[reportArgumentType]
-    splits = source.splits
     if isinstance(source, NotedSource):
         for note in source.notes():
             print(note, file=sys.stderr)
-    tasks = [
-        _Task(str(stage.path), source, split, n, options.null_island, options.dataset, bool(options.mixed))
-        for split, shards in splits.items()
-        for n in range(shards)
-    ]
+    tasks = _tasks(stage, source, options)
     _make_missing(stage, tasks, workers, beam)
     ids = _concatenated([task.ids for task in tasks])
     _check_unique_ids(tasks, {benchmark.name for benchmark in benchmarks})
     left_out, found = _find_duplicates(stage, tasks, ids, options.duplicates)
     _add_over_cap(left_out, tasks, options.mixed)
     found |= _remove(tasks, left_out, workers)
-    ledgers: dict[str, list[dict[str, Any]]] = {split: [] for split in splits}
+    ledgers: dict[str, list[dict[str, Any]]] = {split: [] for split in source.splits}
     for task in tasks:
         ledgers[task.split].append(json.loads(task.ledger.read_text()))
     if isinstance(source, Extended):
@@ -213,6 +208,15 @@ def make(
     if benchmarks:
         facts["benchmarks"] = [benchmark.name for benchmark in benchmarks]
     return stage.finish(counts, dropped, provenance=dataclasses.asdict(provenance), duplicates=found, **times, **facts)
+
+
+def _tasks(stage: Stage, source: Source, options: Options) -> list["_Task"]:
+    """Returns the task of each shard, in the order of splits and shards."""
+    return [
+        _Task(str(stage.path), source, split, n, options.null_island, options.dataset, bool(options.mixed))
+        for split, shards in source.splits.items()
+        for n in range(shards)
+    ]
 
 
 def _make_missing(stage: Stage, tasks: Sequence["_Task"], workers: int, beam: BeamSettings | None) -> None:

@@ -473,8 +473,10 @@ def _add_over_cap(
     smaller cap are among the photos of a larger one. sources: name -> settings of the source.
     """
     for name, source in sources.items():
+        if not source.cap:
+            continue
         shards = [n for n, task in enumerate(tasks) if task.split == "train" and _source_of(task) == name]
-        if not source.cap or not shards:
+        if not shards:
             continue
         names = [np.array(records.open_array(tasks[n].ids)) for n in shards]
         kept = [

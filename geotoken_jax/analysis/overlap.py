@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int, Shaped
 
 from geotoken_jax.analysis.coordinates import CoordinateTable
-from geotoken_jax.gallery.exclude import gallery_columns, have_source
+from geotoken_jax.gallery.exclude import gallery_names, have_source
 from geotoken_jax.gallery.table import Table
 from geotoken_jax.vectors import unit
 from geotoken_jax.workdir import Workdir
@@ -58,7 +58,7 @@ def find_leaks(workdir: Workdir, truths: Mapping[str, CoordinateTable], above: f
     def matched(column: str, values: np.ndarray) -> np.ndarray:
         found = np.full(len(values), -1)
         for flag in np.unique(sourced):
-            found[sourced == flag] = match(values[sourced == flag], gallery_columns(gallery, bool(flag))[column])
+            found[sourced == flag] = match(values[sourced == flag], gallery_names(gallery, column, bool(flag)))
         return found
 
     rows = {

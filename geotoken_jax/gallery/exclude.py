@@ -170,15 +170,17 @@ def affected(
     neighbors.
     """
     photos, rows = np.zeros(len(queries), bool), np.zeros(len(gallery), bool)
-    columns = gallery_columns(gallery, have_source(queries))
-    pairs = [(queries.authors(), columns["authors"])] if exclude.author else []
-    pairs += [(_excluded_sources(exclude, queries), columns["sources"])] if exclude.source else []
+    pairs = []
+    if exclude.author:
+        pairs.append((queries.authors(), gallery_names(gallery, "authors", have_source(queries))))
+    if exclude.source:
+        pairs.append((_excluded_sources(exclude, queries), gallery.sources()))
     for own, others in pairs:
         own_known = own[own != own.dtype.type()]
         photos |= np.isin(own, others[others != others.dtype.type()])
         rows |= np.isin(others, own_known)
     if exclude.within_km > 0:
-        within = Within(queries.coordinates(), columns["coordinates"], exclude.within_km)
+        within = Within(queries.coordinates(), gallery.coordinates(), exclude.within_km)
         _add_pairs(photos, rows, lambda block: lambda some: within(some, np.tile(block, (len(some), 1))))
     if exclude.cosine_above < 1:
         images = unit(queries.embeddings()[:, 0])
@@ -220,13 +222,21 @@ def have_source(queries: Table) -> bool:
 def gallery_columns(gallery: Table, sourced: bool, rows: slice = slice(None)) -> dict[str, np.ndarray]:
     """Returns the columns of gallery rows that `exclusions` needs: ids, authors, coordinates and sources.
 
-    If the gallery has several sources, ids and authors begin with the name of a source and `/`. To compare them with
-    the photos of a benchmark, this beginning is removed. sourced: result of `have_source` for the compared photos.
+    sourced: see `gallery_names`.
     """
-    columns = {name: getattr(gallery, name)(rows) for name in ("ids", "authors", "coordinates", "sources")}
-    if "sources" in gallery.stored and not sourced:
-        columns |= {name: without_source(columns[name]) for name in ("ids", "authors")}
-    return columns
+    names = {column: gallery_names(gallery, column, sourced, rows) for column in ("ids", "authors")}
+    return {**names, "coordinates": gallery.coordinates(rows), "sources": gallery.sources(rows)}
+
+
+def gallery_names(gallery: Table, column: str, sourced: bool, rows: slice = slice(None)) -> np.ndarray:
+    """Returns the ids or the authors of gallery rows, to compare them with other photos.
+
+    If the gallery has several sources, ids and authors begin with the name of a source and `/`. To compare them with
+    the photos of a benchmark, this beginning is removed. column: "ids" or "authors". sourced: result of `have_source`
+    for the compared photos.
+    """
+    names = getattr(gallery, column)(rows)
+    return names if sourced or "sources" not in gallery.stored else without_source(names)
 
 
 def without_source(names: np.ndarray) -> np.ndarray:

@@ -76,7 +76,12 @@ def make(folder: epath.Path, out: epath.Path) -> str:
 
 def _prepared(encoded: tf.Tensor, how: dict[str, Any]) -> tf.Tensor:
     """Returns the pixels [h, w, 3] uint8 of the bytes of an image file. See preprocess.prepare."""
-    image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
+    # By default TensorFlow decodes JPEG with a faster, less exact transform. Answers of 13 % of EarthView's photos moved.
+    image = tf.cond(
+        tf.io.is_jpeg(encoded),
+        lambda: tf.io.decode_jpeg(encoded, channels=3, dct_method="INTEGER_ACCURATE"),
+        lambda: tf.io.decode_image(encoded, channels=3, expand_animations=False),
+    )
     size, side = tf.shape(image)[:2], how["side"]
     shorter = tf.reduce_min(size)
     if how["kind"] == "square":

@@ -43,8 +43,8 @@ demo: $(INSTALLED) ## run all stages on EarthView, and write a report to open in
 # files that have most tests.
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0
 
-test: $(INSTALLED) ## run the tests
-	$(PYTEST) tests --ignore=tests/tools
+test: $(INSTALLED) ## run the tests, without the slow ones
+	$(PYTEST) tests --ignore=tests/tools --ignore=tests/targets
 
 # SLURM's tests are skipped where it is not installed (apt-get install slurm-wlm munge).
 test-slow: $(INSTALLED) .tpu/.installed ## test more interruptions, SLURM, and compilation for TPUs (.tpu, 700 MB)

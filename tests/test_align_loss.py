@@ -39,6 +39,7 @@ def test_equals_the_formula():
     assert float(info_nce(B, A)[0]) == pytest.approx(float(loss), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_sigmoid_loss_equals_the_formula():
     unit = [np.asarray(x / jnp.linalg.norm(x, axis=1, keepdims=True), float) for x in (A, B)]
     logits = np.exp(2) * unit[1] @ unit[0].T - 3

@@ -46,6 +46,7 @@ def result_and_gradients(q, k, v, weight, lengths, mesh, kernel="auto"):
     return [np.asarray(x, np.float32) for x in (out, *gradients)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "queries, keys, heads, d, lengths",
@@ -214,6 +215,7 @@ def test_dropped_weights_leave_the_mean_and_hide_what_is_hidden(causal):
     np.testing.assert_allclose(found.mean(0), mixed(None), atol=0.1)
 
 
+@pytest.mark.slow
 def test_attention_dropout_acts_in_training_alone():
     quiet, dropping = (fixtures.model("ours", attention_dropout=rate) for rate in (0.0, 0.5))
     batch, key = fixtures.batch(), jax.random.key(0)

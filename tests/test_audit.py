@@ -194,6 +194,7 @@ def figures(made, config):
     return {name: json.loads((made / "audit" / name / "figures.json").read_text()) for name in NAMES}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_page_is_whole_and_needs_nothing_else(made, figures, name):
     page = (made / "audit" / name / "index.html").read_text()
@@ -206,6 +207,7 @@ def test_a_page_is_whole_and_needs_nothing_else(made, figures, name):
         assert all(region["name"] in table for region in figures[name]["masked"]["regions"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_complete_audit_is_kept_and_a_second_one_makes_the_same_bytes(made, config, figures, name):
     folder = made / "audit" / name
@@ -282,6 +284,7 @@ def test_without_any_gallery_there_is_no_neighbor_and_still_an_answer(masked):
     assert np.isnan(top1).all() and np.isfinite(answers).all()
 
 
+@pytest.mark.slow
 def test_an_interrupted_audit_goes_on_from_the_regions_that_are_there(made, config, figures, monkeypatch):
     folder = made / "audit" / "coverage"
     wanted = (folder / "figures.json").read_bytes()

@@ -127,6 +127,7 @@ def check(lines, k):
         )
 
 
+@pytest.mark.slow
 def test_the_first_neighbor_answers(config, path):
     rows = np.load(path / "neighbors" / "test.rows.npy")
     lines = answered(config, path, "top1_neighbor")
@@ -143,6 +144,7 @@ def test_neighbors_vote(config, path):
     np.testing.assert_allclose(sum(np.exp(c["log_probability"]) for c in lines[0]["candidates"]), 1, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_galleries_coordinates_are_chosen_among_by_softmax(config, path):
     lines = answered(config, path, "geoclip")
     check(lines, 20)
@@ -205,6 +207,7 @@ def test_cells_answer_with_the_mean_place_of_their_photos():
     np.testing.assert_allclose(found, [[0, 0], [10.0015, 180]], atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_classifier_learns_and_is_made_once(config, path):
     lines = answered(config, path, "classifier")
     check(lines, 4)

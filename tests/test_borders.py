@@ -241,6 +241,7 @@ def test_a_stage_of_a_clone_names_what_the_installed_package_lacks(monkeypatch, 
         preparation.run("photos", config, Workdir(tmp_path))
 
 
+@pytest.mark.slow
 def test_the_page_of_messages_is_made_from_the_source():
     page = (troubleshooting.ROOT / "docs" / "troubleshooting.md").read_text()
     assert page == troubleshooting.document(), "run python -m docs.troubleshooting > docs/troubleshooting.md"
@@ -272,6 +273,7 @@ VALUES = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_random_overrides_are_read_or_refused():
     hypothesis = pytest.importorskip("hypothesis")
     strategies = hypothesis.strategies
@@ -291,6 +293,7 @@ def test_random_overrides_are_read_or_refused():
     check()
 
 
+@pytest.mark.slow
 def test_random_manifests_are_read_or_refused(tmp_path):
     hypothesis = pytest.importorskip("hypothesis")
     strategies = hypothesis.strategies

@@ -38,6 +38,7 @@ def test_what_follows_the_end_of_a_text_does_not_matter(folder):
     assert np.abs(found[0] - found[2]).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_in_old_files_the_largest_id_ends_a_text(folder):
     ids = np.array([[512, 5, 513, 9, 9]])
     new, old, other = (np.asarray(ends_with(end, folder).text_features(ids)) for end in (513, 2, 5))

@@ -69,6 +69,7 @@ print(loop(jnp.arange(64.0).reshape(8, 8)).tolist())
 """
 
 
+@pytest.mark.slow
 def test_a_program_with_another_key_is_stored_whole_too():
     """An update of this package changes the key but not always the program, which is then in JAX's cache."""
     environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}

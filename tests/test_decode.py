@@ -67,6 +67,7 @@ def teacher_forced(model, tokens, temperature=1.0):
     return np.asarray(jax.nn.log_softmax(log_p / temperature))
 
 
+@pytest.mark.slow
 def test_greedy_takes_the_most_probable_token_at_each_position(model, candidates):
     tokens = candidates.tokens[:, 0]
     np.testing.assert_array_equal(teacher_forced(model, tokens).argmax(-1), tokens)
@@ -77,6 +78,7 @@ def test_greedy_takes_the_most_probable_token_at_each_position(model, candidates
     np.testing.assert_allclose(alone.log_probability[:, 0], candidates.log_probability[:, 0], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_candidates_are_drawn_with_the_times_of_their_photos():
     timed = fixtures.model("ours", context="season")
     decoder = Decoder(timed, SETTINGS, Gallery())  # type: ignore[arg-type]
@@ -116,6 +118,7 @@ def test_a_model_is_told_times_or_none_and_says_what_it_cannot_read():
         timeless.predict("a", times[0])
 
 
+@pytest.mark.slow
 def test_log_probabilities_are_those_of_the_model(model, candidates):
     assert candidates.tokens.shape == (4, 6, 4) and candidates.tokens.dtype == np.int32
     assert (candidates.tokens[..., 0] < 6).all()
@@ -127,6 +130,7 @@ def test_log_probabilities_are_those_of_the_model(model, candidates):
             np.testing.assert_allclose(found[:, k], expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_samples_have_the_tempered_distribution(model, candidates):
     count = 2000
     batch = {name: jnp.asarray(value[:2]) for name, value in fixtures.batch().items()}
@@ -143,6 +147,7 @@ def test_samples_have_the_tempered_distribution(model, candidates):
     assert np.abs(first[0] - first[1]).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("top_p", [1.0, 0.9])
 def test_each_token_is_the_one_that_noise_picks_from_the_model(model, top_p):
     photos, samples, temperature = 32, 30, 0.7
@@ -181,6 +186,7 @@ def test_candidates_with_the_same_prefix_are_decoded_once(model, monkeypatch, sa
     assert list(dict.fromkeys(calls)) == rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("photos", [1, 4, 11])
 def test_all_local_devices_decode_a_share_of_any_batch(model, decoder, monkeypatch, photos):
     batch, numbers = fixtures.batch(photos), np.arange(photos)
@@ -197,6 +203,7 @@ def test_all_local_devices_decode_a_share_of_any_batch(model, decoder, monkeypat
     np.testing.assert_allclose(found.distribution.probability, alone.distribution.probability, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("top_p", [1.0, 0.6])
 def test_log_probability_is_that_of_what_was_drawn_from(model, top_p):
     count, temperature = 200, 1.5
@@ -242,6 +249,7 @@ def test_a_photos_samples_do_not_depend_on_its_batch(decoder, candidates):
     assert (other_numbers.tokens[:, 1:] != candidates.tokens[:, 1:]).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["ours", "paper"])
 def test_a_beam_of_full_width_finds_what_trying_everything_finds(form):
     cells = CellScheme(2, 1)
@@ -277,6 +285,7 @@ def test_a_pool_says_where_everything_is(model, decoder):
     assert (np.diff(fine) <= 0).all() and 0.5 < fine.sum(1).min()
 
 
+@pytest.mark.slow
 def test_a_beam_may_make_the_candidates(model):
     made = decoded(Decoder(model, dataclasses.replace(SETTINGS, beam=3), Gallery()), fixtures.batch(), np.arange(4))
     assert made.candidates.tokens.shape == (4, 3, 4)

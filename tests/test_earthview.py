@@ -33,6 +33,7 @@ def _coordinates(photos):
     return np.array([(p.latitude, p.longitude) for p in photos])
 
 
+@pytest.mark.slow
 def test_splits_have_the_photos_that_the_settings_ask_for(photos):
     assert {split: len(of_split) for split, of_split in photos.items()} == {
         split: getattr(SETTINGS, split) for split in earthview.SPLITS

@@ -146,6 +146,7 @@ def percent(row) -> tuple[float, ...]:
     return tuple(round(100 * estimate["value"], 4) for estimate in row["accuracy"])
 
 
+@pytest.mark.slow
 def test_counts_and_accuracies_are_those_by_hand(made):
     path, _ = made
     found = Workdir(path).metrics()["splits"]["labeled"]
@@ -164,6 +165,7 @@ def test_counts_and_accuracies_are_those_by_hand(made):
     assert {row["variant"] for row in found["exclusion"]["methods"]} == {TOP1, "knn", "geotoken"}
 
 
+@pytest.mark.slow
 def test_the_report_and_the_text_have_the_same_numbers(made):
     path, _ = made
     text = scores.table(Workdir(path).metrics())

@@ -49,6 +49,7 @@ def of_tower(root: Path, kind: str, further: Callable[[Any], None]) -> Callable[
     return change
 
 
+@pytest.mark.slow
 def test_programs_answer_as_the_package(tmp_path: Path, with_clip: Path):
     """From pixels to radii: with SigLIP 2, the reranker and an int8 gallery, and with CLIP and without search."""
     exports.write(tmp_path / "siglip", of_tower(tmp_path, "siglip", exports.of_channels), program=True)
@@ -59,6 +60,7 @@ def test_programs_answer_as_the_package(tmp_path: Path, with_clip: Path):
     assert b".py" not in (with_clip / "program.stablehlo").read_bytes()  # nor paths of the machine that made it
 
 
+@pytest.mark.slow
 def test_standalone_runs_without_the_package_and_goes_on_after_a_bad_photo(tmp_path: Path, with_clip: Path):
     folder = tmp_path / "photos"
     folder.mkdir()
@@ -81,6 +83,7 @@ def test_standalone_runs_without_the_package_and_goes_on_after_a_bad_photo(tmp_p
     assert len(done.stderr.splitlines()) == 2 and "2.jpg" in done.stderr and "none.jpg" in done.stderr
 
 
+@pytest.mark.slow
 def test_standalone_says_in_one_sentence_what_is_missing(tmp_path: Path, with_clip: Path, capsys):
     export = Path(shutil.copytree(with_clip, tmp_path / "export"))
     for damage, message in (
@@ -99,6 +102,7 @@ def test_standalone_says_in_one_sentence_what_is_missing(tmp_path: Path, with_cl
         standalone.Model(export).predict([str(photo)])
 
 
+@pytest.mark.slow
 def test_an_export_without_its_tower_takes_features(tmp_path: Path):
     change = of_tower(tmp_path, "clip", exports.of_samples)
 

@@ -32,6 +32,7 @@ def edit(folder: Path, change: Any) -> dict[str, Any]:
     return config
 
 
+@pytest.mark.slow
 def test_an_export_of_format_1_answers_as_it_did_before_and_after_its_upgrade(old: Path):
     def with_more_selectors(config: dict[str, Any]) -> None:
         config["predict"]["selectors"] += ["a selector of old"]

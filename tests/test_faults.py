@@ -177,12 +177,14 @@ def broken(tmp_path_factory) -> tuple[Path, int, str]:
     return folder, code, output
 
 
+@pytest.mark.slow
 def test_a_lost_worker_ends_the_others_to_be_started_again(broken):
     _, code, output = broken
     assert code == processes.RESTART, output
     assert re.search(rf"process 0 of 2 has lost the other processes, {IN_STEP}; run the same command again to", output)
 
 
+@pytest.mark.slow
 def test_clocks_that_are_days_apart_and_a_clock_that_is_set_back_change_nothing(broken, unbroken, monkeypatch):
     folder, _, _ = broken
     before = losses(folder)
@@ -197,6 +199,7 @@ def test_clocks_that_are_days_apart_and_a_clock_that_is_set_back_change_nothing(
     np.testing.assert_allclose(found, unbroken, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_slow_worker_is_named_and_one_that_hangs_ends_all_with_where_it_was(tmp_path):
     with several(tmp_path, "hung", delay_s=0.5) as (first, second):
         outputs = {process: ended(process) for process in (second, first)}
@@ -211,6 +214,7 @@ def test_a_slow_worker_is_named_and_one_that_hangs_ends_all_with_where_it_was(tm
     assert all(0 <= line["input_wait"] < line["slowest_input_wait"] <= 1 for line in slow)
 
 
+@pytest.mark.slow
 def test_a_worker_that_stops_answering_is_lost_after_its_time(tmp_path):
     """Its sockets stay open, so that no collective fails, and the limits of the steps are far away."""
     with several(tmp_path, "stopped", lost_s=10.0) as (first, second):
@@ -236,6 +240,7 @@ def test_one_of_four_that_is_lost_ends_the_others_within_two_minutes(tmp_path, f
     print(f"{fault}: the others have left with {processes.RESTART} after {took:.1f} s")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_one_process_cannot_read_is_read_by_none(tmp_path, unbroken):
     with pytest.raises(Interrupted):
         train(tmp_path, make_input=lambda batches: Stopping(batches, 2 * SAVED + 1))
@@ -280,6 +285,7 @@ def port() -> int:
         return free.getsockname()[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("i", [0, 1], ids=["no one comes", "unreachable coordinator"])
 def test_processes_that_do_not_find_each_other_end_in_one_sentence(port, i):
     with cleared([alone(i, port)]) as (process,):
@@ -291,6 +297,7 @@ def test_processes_that_do_not_find_each_other_end_in_one_sentence(port, i):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 @pytest.mark.parametrize("lost", [0, 1], ids=["first", "second"])
 def test_a_process_that_is_lost_ends_the_other_to_be_started_again(port, lost, sent):
@@ -329,6 +336,7 @@ def test_a_full_disk_is_one_sentence_and_room_is_all_it_needs(tmp_path, unbroken
     np.testing.assert_allclose(losses(tmp_path), unbroken, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_job_shrinks_to_half_its_devices_and_grows_again(tmp_path, unbroken):
     for mesh in ((8, 1, 1), (2, 2, 1)):
         with pytest.raises(Interrupted):  # one step after a checkpoint

@@ -155,6 +155,7 @@ sys.exit(photos.run(Slow(), "m", photos.find([sys.argv[1]]), photos.Form(sys.arg
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "ending", [".csv", *(pytest.param(e, marks=pytest.mark.slow) for e in list(outputs.FORMATS)[1:])]
 )
@@ -402,6 +403,7 @@ cli.main(["predict", "--model=x", sys.argv[1]])
 """
 
 
+@pytest.mark.slow
 def test_names_in_any_bytes_are_printed_and_a_reader_may_leave_early(tmp_path):
     for number in range(1500):  # more lines than a pipe buffers
         (tmp_path / f"{number:040}.jpg").write_bytes(b"x")
@@ -468,6 +470,7 @@ def predicted(path: Path, *options: str) -> dict[str, list[str]]:
     return {row["id"]: [neighbor["id"] for neighbor in row["neighbors"]] for row in rows}
 
 
+@pytest.mark.slow
 def test_gallery_photos_are_left_out_by_author_and_by_id(exported, tmp_path, capsys):
     before = predicted(exported)
     first = {name: near[0] for name, near in before.items()}

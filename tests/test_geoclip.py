@@ -187,6 +187,7 @@ def test_weights_come_in_and_go_out_bit_for_bit(monkeypatch, wheel, weights, tmp
     assert_same(geoclip.to_state_dict(geoclip.import_(wheel)), weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("off", "status"), [(0.0, 0), (1e-3, 1)])
 def test_a_check_past_the_tolerance_exits_with_1(monkeypatch, wheel, weights, tmp_path, off, status):
     model, mercator = (geoclip.from_state_dict(weights, projection) for projection in ("equal_earth", "mercator"))

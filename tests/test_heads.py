@@ -48,6 +48,7 @@ def test_embeds_in_the_order_image_location_text():
     assert float(model.text_scale[...]) == float(model.location_scale[...]) == pytest.approx(3.99)
 
 
+@pytest.mark.slow
 def test_whitened_features_vary_alike_in_all_directions_and_do_so_once_read_again(tmp_path):
     rng = np.random.default_rng(0)
     image = (rng.normal(size=(4000, 24)) * np.linspace(0.1, 1, 24) + 3).astype(np.float32)
@@ -132,6 +133,7 @@ def make_trainer(accumulate=1, **changes):
     return Trainer(make_task(0.1, **changes), optax.adam(1e-2), mesh, accumulate)
 
 
+@pytest.mark.slow
 def test_a_start_is_what_training_begins_from():
     def start(model):
         model.location.output.bias[...] = jnp.arange(24.0)
@@ -140,6 +142,7 @@ def test_a_start_is_what_training_begins_from():
     np.testing.assert_array_equal(params["location"]["output"]["bias"], np.arange(24.0))
 
 
+@pytest.mark.slow
 def test_what_the_losses_alone_need_is_not_kept(tmp_path):
     trainer = make_trainer(kind="sigmoid", queue=8)
     state = trainer.init(jax.random.key(0))
@@ -172,6 +175,7 @@ def run(trainer, state, steps):
     return state, metrics
 
 
+@pytest.mark.slow
 def test_a_queue_holds_the_last_photos_and_is_resumed_bit_for_bit(tmp_path, queued):
     state, _ = run(queued, queued.init(KEY), (0, 1))
     with checkpoint.Checkpoints(tmp_path) as checkpoints:
@@ -184,6 +188,7 @@ def test_a_queue_holds_the_last_photos_and_is_resumed_bit_for_bit(tmp_path, queu
     np.testing.assert_allclose(whole["constants"]["queue"][:, 0], np.r_[24:32, 16:20] / 10)
 
 
+@pytest.mark.slow
 def test_photos_of_the_past_are_negatives(queued):
     state, _ = run(queued, queued.init(KEY), (0,))
     empty = jax.tree.map(jnp.copy, state)  # a copy, because a step reuses the memory of its state
@@ -199,6 +204,7 @@ def test_a_step_left_out_does_not_enter_the_queue(queued):
     assert state["skipped"] == 1 and not np.isfinite(state["constants"]["queue"]).any()
 
 
+@pytest.mark.slow
 def test_parts_of_a_batch_enter_the_queue_one_after_another():
     trainer = make_trainer(accumulate=2, queue=8)
     state, _ = run(trainer, trainer.init(KEY), (0,))

@@ -68,6 +68,7 @@ def run(server: hub.Hub, home: Path, *calls: list[str], token: str | None = None
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_a_pushed_export_comes_back_by_its_name(server: hub.Hub, folder: Path, tmp_path: Path):
     push = [PUSH, str(folder), NAME]
     [refused] = run(server, tmp_path / "writer", push)
@@ -87,6 +88,7 @@ def test_a_pushed_export_comes_back_by_its_name(server: hub.Hub, folder: Path, t
     assert run(server, tmp_path / "reader", [RESOLVE, NAME], HF_ENDPOINT="http://127.0.0.1:9") == [found]
 
 
+@pytest.mark.slow
 def test_a_file_that_was_cut_short_is_noticed_and_fetched_again(server: hub.Hub, folder: Path, tmp_path: Path):
     files, large = {name: (folder / name).read_bytes() for name in (*FILES, "SHA256SUMS")}, list(FILES)[-1]
     server.commit(NAME, files)
@@ -158,6 +160,7 @@ def commit_checkpoint(server: hub.Hub, name: str, kind: str, folder: Path, more:
     return server.commits[name][-1][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 def test_a_checkpoint_is_downloaded_once_with_the_files_that_are_read(server: hub.Hub, tmp_path: Path, kind: str):
     others = {"pytorch_model.bin": b"a pickle", "onnx/model.onnx": b"x" * 500, "README.md": b"# A model\n"}
@@ -177,6 +180,7 @@ def test_a_checkpoint_is_downloaded_once_with_the_files_that_are_read(server: hu
     assert ended.startswith(f"download {CLIP}: complete in ")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_in_the_cache_needs_no_network_and_keeps_its_identity(server: hub.Hub, tmp_path: Path):
     first = commit_checkpoint(server, CLIP, "clip", tmp_path / "clip")
     calls = [IDENTITY, CLIP], [FOLDER, f"{CLIP}@{first}"]
@@ -191,6 +195,7 @@ def test_a_checkpoint_in_the_cache_needs_no_network_and_keeps_its_identity(serve
     assert server.fetched == ["config.json"]  # the one of the new commit
 
 
+@pytest.mark.slow
 def test_why_a_checkpoint_cannot_be_had_is_said_in_one_sentence(server: hub.Hub, tmp_path: Path):
     commit_checkpoint(server, CLIP, "clip", tmp_path / "clip")
     files = {path.name: path.read_bytes() for path in (tmp_path / "clip").iterdir()}
@@ -234,6 +239,7 @@ def test_why_a_checkpoint_cannot_be_had_is_said_in_one_sentence(server: hub.Hub,
     assert offline.startswith("refused: there is no folder someone/short here, HF_HUB_OFFLINE is set, and no model")
 
 
+@pytest.mark.slow
 def test_geoclip_needs_nothing_but_photos(server: hub.Hub, tmp_path: Path):
     rng = np.random.default_rng(0)
     weights = {name: rng.normal(size=shape).astype(np.float32) for name, shape in test_geoclip.SHAPES.items()}

@@ -46,6 +46,7 @@ def test_a_test_runs_in_its_own_folder(tmp_path: Path):
     assert Path.cwd() == tmp_path and tmp_path not in [ROOT, *ROOT.parents]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "workers, writes", [("0", ""), ("0", "runs/demo/left"), ("0", "left"), ("2", "runs/demo/export/config.json")]
 )

@@ -16,6 +16,7 @@ import pytest
 from tests import pod
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kills", [1, pytest.param(8, marks=pytest.mark.slow)])
 def test_it_ends_as_an_unbroken_run_to_the_bit(tmp_path, kills):
     options = dict(devices=2, mesh=(2, 1, 1), where="sharded", steps=30 * kills, evaluate_every=3)

@@ -369,6 +369,7 @@ def test_processes_end_with_the_first_failure(tmp_path: Path, restarts: str, ask
     assert time.monotonic() - began < 20
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_after_a_preemption_as_if_there_had_been_none(tmp_path: Path, unbroken: np.ndarray):
     """One of them gets SIGTERM, as on a host that is taken away."""
     script = start(LAUNCH / "processes.sh", "2", *training(tmp_path, 0.3), RESTARTS="1")

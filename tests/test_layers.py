@@ -36,6 +36,7 @@ def test_normalized_queries_and_keys_bound_the_logits_whatever_the_input():
     assert np.abs(np.asarray(v, np.float32)).max() > 100  # values are not normalized
 
 
+@pytest.mark.slow
 def test_gated_and_normalized_on_a_mesh_is_what_it_is_on_one_device():
     s = fixtures.settings("gated")
     graph, state = nnx.split(layers.DecoderLayer(s, nnx.Rngs(0)))

@@ -40,6 +40,7 @@ def test_unit_vectors_have_neither_date_line_nor_poles():
     np.testing.assert_allclose(north, [0, 0, 1], atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("projection", location_encoder.PROJECTIONS)
 def test_encodes_the_whole_globe(projection):
     globe = jnp.stack(jnp.meshgrid(jnp.linspace(-90, 90, 19), jnp.linspace(-180, 180, 37)), -1).reshape(-1, 2)

@@ -27,6 +27,7 @@ def close(a, b, atol=1e-5):
     np.testing.assert_allclose(a, b, atol=10 * atol)
 
 
+@pytest.mark.slow
 @EVERY_FORM
 def test_probabilities_are_over_each_positions_own_vocabulary(form):
     found = np.asarray(fixtures.forward(fixtures.model(form), fixtures.batch()))
@@ -37,6 +38,7 @@ def test_probabilities_are_over_each_positions_own_vocabulary(form):
     assert (found[:, ~real] == -np.inf).all()
 
 
+@pytest.mark.slow
 @EVERY_FORM
 def test_cached_decoding_equals_the_teacher_forced_forward(form):
     model, batch = fixtures.model(form), fixtures.batch()
@@ -59,6 +61,7 @@ def test_a_token_never_changes_what_came_before_it(form):
             assert np.abs(np.exp(after[:, t + 1 :]) - np.exp(before[:, t + 1 :])).max(-1).min() > 1e-4
 
 
+@pytest.mark.slow
 @EVERY_FORM
 def test_no_gradient_flows_from_the_future(form):
     model, batch = fixtures.model(form), fixtures.batch()
@@ -179,6 +182,7 @@ def test_where_no_neighbor_agrees_it_is_the_plain_softmax(form):
     assert np.abs(np.exp(wide[2, :2]) - np.exp(shut[2, :2])).max(-1).min() > 1e-2
 
 
+@pytest.mark.slow
 def test_dropout_is_by_key():
     batch = fixtures.batch()
     model = fixtures.model("ours", dropout=0.3)
@@ -190,6 +194,7 @@ def test_dropout_is_by_key():
         assert np.abs(np.exp(a) - np.exp(b)).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_gradients_are_finite_and_the_same_whatever_is_kept():
     batch, found = fixtures.batch(), []
     assert 0 in batch["neighbor_count"]  # a photo without an agreeing neighbor
@@ -208,6 +213,7 @@ def test_gradients_are_finite_and_the_same_whatever_is_kept():
             np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "form", ["ours", *(pytest.param(form, marks=pytest.mark.slow) for form in ("paper", "compact"))]
 )
@@ -240,6 +246,7 @@ def test_the_loss_is_what_is_computed_by_hand():
     np.testing.assert_allclose(found, [(2 * 1.3862944 + 0.6931472) / 3, (2 * 0.2231436 + 0.5108256) / 3], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_task_averages_over_valid_photos():
     model, batch = fixtures.model("ours"), fixtures.batch()
     task = fixtures.task(model.settings)
@@ -264,6 +271,7 @@ def test_the_memory_has_the_length_that_the_paper_says():
         np.testing.assert_array_equal(lengths, 4 + batch["neighbor_count"] * per_neighbor)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["paper", "compact"])
 def test_a_time_is_one_more_position_and_nothing_where_it_is_unknown(form):
     batch, timed = fixtures.batch(), fixtures.model(form, context="time")

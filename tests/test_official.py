@@ -55,6 +55,7 @@ def run(monkeypatch, *arguments) -> int:
     return end.value.code
 
 
+@pytest.mark.slow
 def test_our_model_has_the_published_ones_numbers():
     found = official.check(str(GOLDEN))
     agreement = {name: value for name, value in found.items() if name.endswith("tokens")}
@@ -83,6 +84,7 @@ def test_weights_go_in_and_out_bit_for_bit(settings, weights):
     assert_same(found, {name: value for name, value in weights.items() if not name.startswith(official.UNUSED)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", [1, 4, 5])
 def test_our_weights_go_out_and_in_bit_for_bit(group):
     s = official.settings(

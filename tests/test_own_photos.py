@@ -88,6 +88,7 @@ def test_a_stage_is_made_again_with_all_that_was_made_from_it(workdir: Path, arg
     assert "removing features/" not in out
 
 
+@pytest.mark.slow
 def test_settings_are_checked_before_anything_long_starts(arguments: list[str], tmp_path: Path, capsys):
     elsewhere = [argument for argument in arguments if not argument.startswith("--workdir")] + [f"--workdir={tmp_path}"]
     for change, message in (
@@ -102,6 +103,7 @@ def test_settings_are_checked_before_anything_long_starts(arguments: list[str], 
         assert not (tmp_path / "features").exists()
 
 
+@pytest.mark.slow
 def test_a_folder_without_training_photos_is_refused_with_advice_that_works(arguments: list[str], tmp_path, capsys):
     elsewhere = [argument for argument in arguments if not argument.startswith("--workdir")] + [f"--workdir={tmp_path}"]
     shares = [f"--config.photos.folder.{name}={share}" for name, share in (("train", 0.0), ("validation", 0.0))]

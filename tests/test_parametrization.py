@@ -49,6 +49,7 @@ def trained(mesh=(1, 1, 1), decay=0.1):
     return before, flat(state["params"])
 
 
+@pytest.mark.slow
 def test_at_the_base_shape_both_parametrizations_are_the_same_program():
     shape, programs = dict(encoder_layers=1, decoder_layers=1), []
     for changes in (shape, {**shape, **BASE}, {**shape, **BASE, "base_width": 8}):
@@ -59,6 +60,7 @@ def test_at_the_base_shape_both_parametrizations_are_the_same_program():
     assert programs[0] == programs[1] != programs[2]
 
 
+@pytest.mark.slow
 def test_weights_that_read_the_width_move_less_by_its_ratio():
     before, after = trained(decay=0.0)
     moved = {name: np.abs(after[name] - before[name]).max() / 0.01 for name in before}
@@ -80,6 +82,7 @@ def test_weights_that_read_the_width_move_less_by_its_ratio():
         assert value == pytest.approx(0.25 if name in slow else 1.0, rel=0.02), name
 
 
+@pytest.mark.slow
 def test_weight_decay_does_not_depend_on_the_width():
     (before, one), (_, other) = trained(decay=0.0), trained()
     for name in ("head", "token_table", "decoder/feed_forward/up/kernel"):
@@ -94,6 +97,7 @@ def test_a_mesh_trains_a_mup_model_as_one_device_does():
             np.testing.assert_allclose(values, alone[name], rtol=1e-3, atol=1e-3, err_msg=name)
 
 
+@pytest.mark.slow
 def test_initial_values_and_multipliers_follow_the_width():
     wide, standard = (
         GeoTokenModel(fixtures.settings("compact", **{**WIDE, "parametrization": name}), nnx.Rngs(0))
@@ -113,6 +117,7 @@ def test_initial_values_and_multipliers_follow_the_width():
     np.testing.assert_allclose(vectors[0], 2 * vectors[1], rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["gated", "paper"])
 def test_decoding_step_by_step_uses_the_same_multipliers(form):
     model, batch = fixtures.model(form, **WIDE), fixtures.batch()

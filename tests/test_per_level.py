@@ -138,6 +138,7 @@ def test_calibration_is_of_bins_of_equally_many_photos(figures):
     assert [b["photos"] for b in many] == [3] * 5 + [2] * 5 and [b["accuracy"] for b in many[:3]] == [0, 0.333333, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["compact", "paper"])
 def test_it_sees_what_the_model_says(form):
     model, batch = fixtures.model(form), fixtures.batch()
@@ -198,6 +199,7 @@ def made(tmp_path_factory, config):
     return path
 
 
+@pytest.mark.slow
 def test_every_photo_of_every_split_is_seen_once(made, config):
     found = audit.split_outputs(config, Workdir(made), "geotoken")
     assert {split: len(of.tokens) for split, of in found.items()} == {"test": 6, "validation": 3}
@@ -212,6 +214,7 @@ def test_every_photo_of_every_split_is_seen_once(made, config):
     assert (test.near[4] == -1).all()
 
 
+@pytest.mark.slow
 def test_the_audit_is_made_whole_and_the_same_again(made, config):
     [manifest] = audit.run(config, Workdir(made), "levels")
     assert manifest.counts == {"test": 6, "validation": 3}

@@ -230,6 +230,7 @@ def test_many_copies_are_one_group(monkeypatch):
     assert duplicates.groups(fingerprints[:0], 2.0) == ([], 0)
 
 
+@pytest.mark.slow
 def test_a_complete_folder_is_left_alone_and_two_processes_make_the_same_bytes(whole, tmp_path):
     assert _make(tmp_path, workers=2) == whole[1]
     assert _files(tmp_path) == _files(whole[0])
@@ -260,6 +261,7 @@ def _run_script(path):
     )
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_to_the_same_bytes_and_leaves_no_process(whole, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(_run_script(tmp_path))
@@ -368,6 +370,7 @@ def _config(seed=0, **changes):
     return config
 
 
+@pytest.mark.slow
 def test_run_makes_earthview_and_knows_what_it_was_made_with(tmp_path):
     manifest = prepare(_config(), tmp_path)
     assert manifest.counts == {"train": 8, "test": 2}

@@ -127,12 +127,14 @@ def first_loss(path, clip, **pixels):
     return float(nnx.jit(task.loss)(model, {**batch, **resident}, None)[0])
 
 
+@pytest.mark.slow
 def test_without_augmentation_a_frozen_tower_trains_as_features_do(path, clip):
     cached = first_loss(path, clip)
     assert first_loss(path, clip, tower="frozen", augment=False) == pytest.approx(cached, rel=2e-3)  # in bfloat16
     assert abs(first_loss(path, clip, tower="frozen", augment=True) / cached - 1) > 4e-3
 
 
+@pytest.mark.slow
 def test_a_frozen_tower_stays_and_a_trained_one_learns_more(path, clip, trained, tmp_path):
     task, frozen = train(path, tmp_path, clip, tower="frozen")
     found = lines(trained / "align")
@@ -149,6 +151,7 @@ def tensors(folder):
     return safetensors.numpy.load_file(folder / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_same_run_bit_for_bit(copied, clip, trained, monkeypatch):
     made, config = pipeline.training, make_config(clip, **TRAINED)
     monkeypatch.setattr(pipeline, "training", lambda *arguments: Stopping(made(*arguments), 3))
@@ -214,6 +217,7 @@ def test_a_folder_written_is_the_folder_read(tmp_path, kind):
         np.testing.assert_array_equal(found, wanted)
 
 
+@pytest.mark.slow
 def test_the_backbone_left_behind_embeds_as_training_did(trained, clip):
     config = make_config(clip, **TRAINED)
     found, new = tensors(clip), tensors(trained / "align" / "backbone")
@@ -245,6 +249,7 @@ def test_after_training_the_tower_the_path_goes_on_in_another_folder(trained, cl
         run(trained, make_config(clip))
 
 
+@pytest.mark.slow
 def test_a_frozen_tower_leaves_an_align_that_is_indexed(copied, clip):
     config = make_config(clip, tower="frozen")
     run(copied, config)

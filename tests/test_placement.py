@@ -178,6 +178,7 @@ def test_only_the_sharded_gather_moves_anything_between_devices(gallery, rows):
         )
 
 
+@pytest.mark.slow
 def test_the_loss_is_the_same(gallery, rows):
     s = fixtures.settings("ours", decoder_layers=1)
     model, batch, mesh, found = fixtures.model("ours", decoder_layers=1), fixtures.batch(B), make_mesh((2, 2, 2)), []

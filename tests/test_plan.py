@@ -112,6 +112,7 @@ def here(monkeypatch):
     monkeypatch.setattr(planning, "_QUICK", None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workload", workloads.WORKLOADS)
 def test_every_workload_is_compiled_and_printed(here, workload, monkeypatch):
     shape = {"model_type": "clip", "projection_dim": 8}
@@ -155,6 +156,7 @@ def test_times_follow_from_costs():
     assert found["days"] == pytest.approx(206_000_000 / found["photos_per_second"] / 86_400)
 
 
+@pytest.mark.slow
 def test_the_document_has_all_workloads(monkeypatch):
     program = dataclasses.replace(workloads.train(tiny(), 1000, jax.devices()), examples=1000)
 
@@ -178,6 +180,7 @@ def test_the_document_has_all_workloads(monkeypatch):
     assert re.search(r"\| 2xv5e:16x16 \| 0.0625 \| [\d,]+ \| [\d,]+ \| 100 % \|", page)
 
 
+@pytest.mark.slow
 def test_a_step_that_the_compiler_refuses_has_its_memory_and_advice(here, monkeypatch):
     def compile(program, quick):
         refused = {"method": "refused", "memory": {"activations and temporaries": 2**40}, "refused": True}

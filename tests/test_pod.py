@@ -52,6 +52,7 @@ def test_a_batch_in_parts_trains_as_the_whole(tmp_path):
 OVERLAPPING = (0, 4, 1, 2, 3, 5, 6, 7)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_and_one_goes_on_alone(tmp_path, one_device):
     """The two share rows of a batch. One goes on with another mesh and another placement of the gallery."""
     pod.finish(2, folder=tmp_path, mesh=(2, 2, 2), where="sharded", steps=10, order=OVERLAPPING)

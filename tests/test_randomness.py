@@ -110,6 +110,7 @@ def one_device() -> list[float]:
     return losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shape", [(2, 2, 2), *(pytest.param(s, marks=pytest.mark.slow) for s in ((8, 1, 1), (1, 4, 2)))], ids=str
 )
@@ -137,6 +138,7 @@ def test_a_mask_is_the_same_on_eight_devices(shape):
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("generator", ["rbg", "unsafe_rbg"])
 def test_the_default_generator_does_not_change_training_validation_or_samples(one_device, generator):
     model, batch = fixtures.model("ours"), fixtures.batch()

@@ -223,6 +223,7 @@ def test_the_map_has_every_method_and_the_true_error(made, config):
         assert guess[2] == pytest.approx(off, abs=0.05)
 
 
+@pytest.mark.slow
 def test_two_runs_make_the_same_bytes_and_a_complete_report_is_kept(made, config):
     first = report_stage.run(config, Workdir(made))
     files = {path.name: path.read_bytes() for path in (made / "report").iterdir()}

@@ -139,6 +139,7 @@ def test_pools_are_of_whole_authors():
     assert any(0 < sum(authors[rows_by_author(authors, 4, s)] == b"") < 4 for s in range(20))
 
 
+@pytest.mark.slow
 def test_photos_of_one_place_are_no_negatives_of_each_other():
     options = ComparatorSettings(hidden=8, width=4, dropout=0.0, noise=0.2, same_within_km=5.0)
     task = ComparatorTask(options, np.zeros(C))
@@ -209,6 +210,7 @@ def pool_of(columns, n, exclude=()):
     return Pool(drawn, at, columns["embeddings"][:n], *rest, distribution, exclude)
 
 
+@pytest.mark.slow
 def test_channels_find_the_place_and_obey_the_rules(config, made):
     """A random photo of the gallery is of the right place once in six."""
     workdir, columns = Workdir(made), photos(VALIDATION, 7)
@@ -238,6 +240,7 @@ def ranker(config, searched, gallery, count=1):
     )
 
 
+@pytest.mark.slow
 def test_channels_of_another_gallery_are_refused(config, made, tmp_path):
     write_shard(tmp_path / "gallery", 0, 1, photos(12, 0))
     with pytest.raises(SettingsError, match="made for 240 gallery photos, but the gallery has 12"):
@@ -361,6 +364,7 @@ def test_a_scale_is_the_fall_to_the_32nd_score():
 OPTIONS = FitSettings(100, 2, 40, 16, 0.05, 0.0, 0.0, 0)
 
 
+@pytest.mark.slow
 def test_the_fit_finds_the_feature_that_tells_the_place():
     rng = np.random.default_rng(0)
     features = rng.normal(size=(320, 8, len(model.names(SMALL)))).astype(np.float32)
@@ -394,6 +398,7 @@ def test_the_answer_is_the_candidate_of_the_highest_expected_value():
     assert int(model.choose("1_km", log_p, alone)[0]) == 1
 
 
+@pytest.mark.slow
 def test_a_photo_is_ranked_without_its_own_fold(config, made, tmp_path):
     workdir = Workdir(made)
     searched = workdir.channels(config)

@@ -30,6 +30,7 @@ def pool(n=3, k=2):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["paper", "gated"])
 def test_states_are_those_that_the_last_token_is_read_off(form):
     model = fixtures.model(form, copy_head=False)
@@ -52,6 +53,7 @@ def test_each_candidate_sees_the_neighbors_of_its_own_photo_and_no_others():
     assert (np.abs(before[0] - after[0]).max(-1) > 1e-4).all()
 
 
+@pytest.mark.slow
 def test_states_know_the_time_that_the_candidates_were_drawn_with():
     model = fixtures.model("ours", context="season", copy_head=False)
     batch, found = pool()
@@ -64,6 +66,7 @@ def test_states_know_the_time_that_the_candidates_were_drawn_with():
     assert (changed[[0, 2]] > 1e-4).all() and changed[1] == 0
 
 
+@pytest.mark.slow
 def test_it_learns_to_choose_what_is_near(tmp_path):
     model = fixtures.model("ours")
     _, found = pool(4, 4)

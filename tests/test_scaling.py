@@ -79,6 +79,7 @@ def test_intervals_contain_the_truth_and_one_wrong_run_does_not_move_the_law():
     assert wrong == pytest.approx(loss_of(1.5e6, 9e4, 96_000), abs=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise", [0.0, 0.03])
 def test_an_exponent_without_effect_is_not_determined_and_no_budget_would_do(noise, monkeypatch):
     monkeypatch.setattr(scaling_law, "_MULTIPLES", (4,))
@@ -511,6 +512,7 @@ def test_results_are_in_the_document_and_on_the_page(tmp_path):
     assert html.count('<svg class="chart"') >= 10 and str(tmp_path) not in html and "nan," not in html
 
 
+@pytest.mark.slow
 def test_the_cost_of_a_study_is_operations_over_the_rate_of_the_chips(capsys):
     sizes = tuple((name, ladder.SIZE[name]) for name in ("46K", "1536K"))
     transfer = (("wide", dict(model=dict(width=64))),)
@@ -529,6 +531,7 @@ def test_the_cost_of_a_study_is_operations_over_the_rate_of_the_chips(capsys):
     assert "--mfu is 1.5: use a share of the peak rate above 0, up to 1" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_ladder_for_a_pod_fits_v5e_256_and_8_h100():
     """A new process, because JAX has as many CPU devices as the pod has chips. Sizes between these need less memory."""
     code = """

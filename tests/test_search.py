@@ -61,6 +61,7 @@ def holds(cell, depth, group):
     return (leaves(group)[:, :depth] == cell[:depth]).all(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form, group", [("ours", 1), ("paper", 1), ("ours", 3), ("paper", 3)])
 def test_the_whole_tree_searched_is_everything_tried(form, group):
     each = everything(form, group).sum(-1)
@@ -74,6 +75,7 @@ def test_the_whole_tree_searched_is_everything_tried(form, group):
     assert np.isneginf(all_of_it.log_probability[:, 384:]).all() and (all_of_it.depth[:, 384:] == 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [SHORT, dict(expansions=40, capacity=400), dict(expansions=48, capacity=20)])
 def test_what_is_called_proven_is_so_and_nothing_else_is_left_out(options):
     some, each = found("ours", 1, 16, **options), everything("ours", 1).sum(-1)
@@ -117,6 +119,7 @@ def test_leaves_of_a_length_and_of_a_temperature():
     np.testing.assert_allclose(some.log_probability[:, :96], np.sort(each)[:, ::-1], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_best_is_no_less_probable_than_greedy_or_ten_thousand_samples():
     decoder, photos = fixtures.model("ours"), fixtures.batch(2)
 

@@ -556,6 +556,7 @@ def test_the_position_in_a_photo_is_neither_used_nor_logged(caplog):
     assert not [line for line in said if SECRET in line or ("77" in line and "66" in line)]
 
 
+@pytest.mark.slow
 def test_nothing_of_a_photo_is_kept(monkeypatch):
     def disk(*args: Any, **options: Any) -> None:
         raise AssertionError("a photo was written to disk")
@@ -644,6 +645,7 @@ sys.exit(app.run(Slow(), settings, settings.bind()))
 """
 
 
+@pytest.mark.slow
 def test_sigterm_answers_what_was_accepted_and_takes_nothing_new(tmp_path):
     log = tmp_path / "log"
     with log.open("w") as errors:

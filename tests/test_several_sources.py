@@ -117,6 +117,7 @@ def test_an_unknown_author_stays_unknown(folders, tmp_path):
     assert all(photo["author"] == photo["id"] for photo in found if photo["source"] == "a")
 
 
+@pytest.mark.slow
 def test_a_cap_draws_the_same_photos_for_any_shards_and_workers(folders, tmp_path):
     drawn = {}
     for name, cap, workers, per_shard in (
@@ -233,6 +234,7 @@ def indexed(arguments) -> Workdir:
     return Workdir(arguments[1].partition("=")[2])
 
 
+@pytest.mark.slow
 def test_tables_have_the_source_of_each_photo(indexed):
     gallery = indexed.gallery
     assert set(gallery.sources().tolist()) == {b"a", b"b"} and (gallery.sources() == b"a").sum() == 30
@@ -245,6 +247,7 @@ def test_tables_have_the_source_of_each_photo(indexed):
     assert indexed.features("test")[:]["source"].tolist() == indexed.table("test").sources().tolist()
 
 
+@pytest.mark.slow
 def test_a_photo_has_neighbors_of_other_sources_only_if_the_rules_say_so(indexed):
     sources = indexed.gallery.sources()
     for split, own in (("train", True), ("validation", False), ("test", False)):

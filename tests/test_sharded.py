@@ -64,6 +64,7 @@ def run(path: Path, process: int, processes: int) -> list[str]:
             disk._unlock_all()  # as the system does at the end of a process
 
 
+@pytest.mark.slow
 def test_the_neighbors_are_those_of_one_search(whole: dict[str, bytes], tmp_path: Path):
     folder = Workdir(tmp_path / "whole")
     assert len(folder.index_rows()) == 3 and sum("train.rows" in name for name in whole) == 4
@@ -82,6 +83,7 @@ def test_the_neighbors_are_those_of_one_search(whole: dict[str, bytes], tmp_path
         assert stored["row"].tolist() == list(range(len(rows)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_in_any_order_make_the_same_bytes(aligned, whole, tmp_path, capsys, processes):
     path = shutil.copytree(aligned, tmp_path / "shared")
@@ -93,6 +95,7 @@ def test_processes_in_any_order_make_the_same_bytes(aligned, whole, tmp_path, ca
     assert contents(path) == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_interrupted_at_every_file_it_makes_the_same_bytes(aligned, whole, tmp_path, monkeypatch, processes):
     path = shutil.copytree(aligned, tmp_path / "broken")

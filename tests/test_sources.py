@@ -293,6 +293,7 @@ def test_a_source_without_its_path_names_the_key(tmp_path, source):
         prepare(tmp_path, source)
 
 
+@pytest.mark.slow
 def test_rows_stream(tmp_path):
     table = tmp_path / "t.csv"
     table.write_text("id,latitude,longitude\n" + "".join(f"{n},{n % 90},{n % 180}\n" for n in range(30_000)))
@@ -303,6 +304,7 @@ def test_rows_stream(tmp_path):
     tracemalloc.stop()
 
 
+@pytest.mark.slow
 def test_the_command_line_makes_with_two_processes_what_one_makes(tmp_path):
     path = write_files(tmp_path / "in", {f"{n:02d}.jpg": jpeg(exif=exif(n, 3 - 3 * n)) for n in range(30)})
     changes = [f"--config.photos.folder.path={path}", "--config.photos.folder.photos_per_shard=20"]

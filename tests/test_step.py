@@ -99,6 +99,7 @@ def close(found, expected):
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES)
 def test_a_mesh_trains_as_one_device_does(mesh, alone):
     losses, state = run(trainer(mesh, ema=0.9))
@@ -119,6 +120,7 @@ def test_each_device_stores_and_updates_its_share(mesh):
         assert tree["scale"].sharding.is_fully_replicated
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_one_mesh_goes_on_on_another(tmp_path, alone):
     first, second = trainer((2, 2, 2), ema=0.9), trainer((8, 1, 1), ema=0.9)
     _, state = run(first, 2)
@@ -140,6 +142,7 @@ def program(made):
     return made.step.lower(made.abstract, example, jax.random.key(0), 0.01, {})
 
 
+@pytest.mark.slow
 def test_sums_are_in_the_type_of_the_setting():
     """The products that compute gradients have the type of the sums over devices."""
     for dtype, other in (("float32", "bf16"), ("bfloat16", "f32")):

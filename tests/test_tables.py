@@ -148,6 +148,7 @@ def test_a_folder_or_a_missing_file_is_one_sentence(tmp_path, capsys):
         assert ended.value.code == 2 and printed.count("\n") == 1 and message in printed and str(path) in printed
 
 
+@pytest.mark.slow
 def test_random_bytes_are_read_or_refused(tmp_path):
     hypothesis = pytest.importorskip("hypothesis")
     strategies = hypothesis.strategies

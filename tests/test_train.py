@@ -126,6 +126,7 @@ def whole(tmp_path_factory):
     return folder, train(folder, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [2, 3])
 def test_a_resumed_run_is_the_same_run_bit_for_bit(tmp_path, whole, stop):
     folder, result = whole
@@ -280,6 +281,7 @@ class Terminated(Stopping):
         return next(self.batches)
 
 
+@pytest.mark.slow
 def test_a_run_asked_to_end_saves_and_goes_on_where_it_was(tmp_path):
     options = dict(examples=8 * 8, log_every=4, evaluate_every=8)
     train(tmp_path / "whole", 8, **options)
@@ -293,11 +295,13 @@ def test_a_run_asked_to_end_saves_and_goes_on_where_it_was(tmp_path):
         np.testing.assert_array_equal(parameters(tmp_path / "ended")[name], value)
 
 
+@pytest.mark.slow
 def test_some_steps_are_traced_on_request(tmp_path):
     train(tmp_path, 4, profile=(2, 3))
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
+@pytest.mark.slow
 def test_a_trace_ends_with_the_training_or_with_its_error(tmp_path):
     train(tmp_path / "short", 4, profile=(3, 9))
     with pytest.raises(Interrupted):
@@ -331,6 +335,7 @@ def test_checkpoints_by_time_have_no_loss_and_are_never_the_best(tmp_path):
     assert train(tmp_path, 3, examples=8 * 8, evaluate_every=8, save_every_s=1e9, keep=3).best_step == 8
 
 
+@pytest.mark.slow
 def test_goodput_counts_pauses_and_repeated_steps_as_lost(tmp_path):
     class Slow(Stopping):
         """Takes 0.1 s per batch."""
@@ -356,6 +361,7 @@ def test_goodput_counts_pauses_and_repeated_steps_as_lost(tmp_path):
     assert again["goodput"] * again["elapsed_s"] < trained - 0.1  # steps 5 to 7 were lost
 
 
+@pytest.mark.slow
 def test_processor_time_is_kept_over_a_restart_and_has_no_waiting(tmp_path):
     class Working(Stopping):
         """Computes for 0.05 s, and sleeps for 0.05 s, per batch."""
@@ -397,6 +403,7 @@ def test_weights_and_biases_is_asked_for_by_name(tmp_path, monkeypatch):
         train(tmp_path, 4, wandb="mine")
 
 
+@pytest.mark.slow
 def test_parameters_and_moments_are_created_split_over_the_mesh():
     mesh = sharding.make_mesh(sharding.MeshSettings(2, 2, 2))
     task = fixtures.task(fixtures.settings("ours", decoder_layers=1), mesh=mesh)
@@ -413,6 +420,7 @@ def test_parameters_and_moments_are_created_split_over_the_mesh():
                                 "384"] for line in lines)  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["ours", "paper"])
 def test_each_device_works_on_its_own_photos(form):
     """If parameters are sharded, the compiler could shard activations and replicate photos on all devices instead."""

@@ -93,6 +93,7 @@ def ids(path: Path, split: str) -> list[str]:
     return Workdir(path).table(split).ids().astype(str).tolist()
 
 
+@pytest.mark.slow
 def test_added_photos_are_taken_in_and_shards_before_them_are_kept(grown, tmp_path, capsys):
     source, csv, path = grown
     made_with = config(source, csv)
@@ -121,6 +122,7 @@ def test_added_photos_are_taken_in_and_shards_before_them_are_kept(grown, tmp_pa
     assert run(made_with, path, update=True) == run(made_with, path) == []
 
 
+@pytest.mark.slow
 def test_an_update_interrupted_at_any_file_ends_the_same(grown, tmp_path, monkeypatch):
     source, csv, path = grown
     made_with = config(source, csv)
@@ -139,6 +141,7 @@ def test_an_update_interrupted_at_any_file_ends_the_same(grown, tmp_path, monkey
     assert breaks > 5 and contents(path) == contents(other)
 
 
+@pytest.mark.slow
 def test_photos_can_be_added_again_and_before_the_update_has_ended(grown):
     source, csv, path = grown
     made_with = config(source, csv)
@@ -158,6 +161,7 @@ def test_photos_can_be_added_again_and_before_the_update_has_ended(grown):
     np.testing.assert_allclose(found.neighbors("validation")[1], wanted, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_is_not_only_added_is_refused(grown):
     source, csv, path = grown
     made_with = config(source, csv)
@@ -183,6 +187,7 @@ def test_a_source_that_cannot_grow_is_refused(tmp_path):
         photos.make(manifests.begin(tmp_path, "photos", {}, ()), Changing(), 1, 1.0, update=True)
 
 
+@pytest.mark.slow
 def test_what_was_trained_before_is_kept_and_the_rest_is_outdated(grown, capsys):
     source, csv, path = grown
     made_with = config(source, csv)
@@ -224,6 +229,7 @@ def test_parts_of_mp16_pro_that_come_later_are_taken_in(tmp_path):
     assert "no image" not in {drop["reason"] for drop in dropped}
 
 
+@pytest.mark.slow
 def test_a_benchmark_can_be_added_to_a_finished_work_directory(grown, tmp_path):
     source, csv, path = grown
     made_with = config(source, csv)

@@ -349,7 +349,7 @@ ZIPS = {
         compression=zipfile.ZIP_DEFLATED,
         harm=lambda data: flipped(data, data.rindex(b"2.jpg", 0, data.index(b"PK\x01\x02")) + 5),
     ),
-    "member whose place is elsewhere": Zip("damaged zip member", harm=directory(42, b"\x05\x00\x00\x00")),
+    "member whose place is elsewhere": Zip("damaged zip member", harm=directory(42, b"\xff\xff\xff\x00")),
     "name that leads out": Zip(KEPT, member="../../2.jpg"),
     "absolute name": Zip(KEPT, member="/2.jpg"),
     "a name twice": Zip("repeated image", member="01/1.jpg"),

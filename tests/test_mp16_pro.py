@@ -352,7 +352,8 @@ def test_parts_in_a_bucket_give_the_same_photos_and_the_survey_reads_headers_onl
     parts = [file.stat().st_size for file in bucket.glob("mp-*")]
     table = (bucket / mp16.CSV).stat().st_size
     assert sum(Bucket.requests) - table < 0.5 * sum(parts)  # of photos of 6 KB, a fifth are headers
-    assert taken(made) == taken(source(bucket, tmp_path / "disk"))
+    # As texts, because the time of capture is NaN, and data classes of Python 3.13 compare it with itself as unequal.
+    assert repr(taken(made)) == repr(taken(source(bucket, tmp_path / "disk")))
 
 
 def test_a_bucket_without_its_package_is_one_sentence(tmp_path, monkeypatch):

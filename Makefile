@@ -47,7 +47,7 @@ test: $(INSTALLED) ## run the tests, without the slow ones
 	$(PYTEST) tests --ignore=tests/tools --ignore=tests/targets
 
 # SLURM's tests are skipped where it is not installed (apt-get install slurm-wlm munge).
-test-slow: $(INSTALLED) .tpu/.installed ## test more interruptions, SLURM, and compilation for TPUs (.tpu, 700 MB)
+test-slow: $(INSTALLED) .tpu/.installed ## run the slow tests: several processes, SLURM, compilation for TPUs (.tpu, 700 MB)
 	PYTHONPATH=$(CURDIR)/.tpu $(PYTEST) -m slow tests --ignore=tests/tools
 
 .tpu/.installed:

@@ -156,10 +156,8 @@ sys.exit(photos.run(Slow(), "m", photos.find([sys.argv[1]]), photos.Form(sys.arg
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "ending", [".csv", *(pytest.param(e, marks=pytest.mark.slow) for e in list(outputs.FORMATS)[1:])]
-)
-@pytest.mark.parametrize("kills", [1, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ending", [".csv", *list(outputs.FORMATS)[1:]])
+@pytest.mark.parametrize("kills", [1, 4])
 def test_a_killed_command_continues_to_the_same_bytes(tmp_path, ending, kills):
     root, whole, broken = tmp_path / "photos", tmp_path / f"whole{ending}", tmp_path / f"broken{ending}"
     root.mkdir()

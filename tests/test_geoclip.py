@@ -243,7 +243,7 @@ class Trap:
 
 
 @pytest.mark.parametrize(("content", "said"), [
-    (lambda path: pth({"a": Trap(path / "trapped")}), "io.open"),
+    (lambda path: pth({"a": Trap(path / "trapped")}), f"it refers to {io.open.__module__}.open"),
     (lambda path: pth({"a": Tensor(np.zeros((3, 4), np.float32), strides=(1, 1000))}), "a tensor is not contiguous"),
     (lambda path: pth({"a": Tensor(np.zeros((3, 4), np.float32)), "epoch": 3}), "'epoch' is not a tensor"),
     (lambda path: b"GIF89a", "cannot be read as float32 tensors"),

@@ -16,6 +16,8 @@ MODES = {
     "guard": ("jax_transfer_guard", "disallow"),
 }
 
+pytestmark = pytest.mark.slow
+
 
 @contextlib.contextmanager
 def mode(name: str):
@@ -39,7 +41,6 @@ def usual(tmp_path_factory):
     return folder, photos, exports.candidates(folder / "export", photos)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", MODES)
 def test_a_mode_of_the_host_program_changes_no_result(tmp_path, usual, name):
     folder, photos, expected = usual

@@ -15,9 +15,10 @@ import pytest
 
 from tests import pod
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kills", [1, pytest.param(8, marks=pytest.mark.slow)])
+
+@pytest.mark.parametrize("kills", [1, 8])
 def test_it_ends_as_an_unbroken_run_to_the_bit(tmp_path, kills):
     options = dict(devices=2, mesh=(2, 1, 1), where="sharded", steps=30 * kills, evaluate_every=3)
     pod.finish(1, folder=tmp_path / "unbroken", **options)
@@ -83,7 +84,6 @@ def contents(workdir: Path, verb: str) -> dict[str, bytes]:
     return {str(file.relative_to(workdir)): file.read_bytes() for file in kept}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("verb", MADE)
 def test_two_writers_of_which_one_is_killed_leave_a_whole_folder(tmp_path, unbroken, verb):
     (whole, seconds), kills = unbroken, 4

@@ -25,6 +25,8 @@ def get_config():
     return config
 """
 
+pytestmark = pytest.mark.slow
+
 
 def write_photos(folder: Path, count: int) -> None:
     """Writes photos with GPS from a few towns, and two without it."""
@@ -56,7 +58,6 @@ def workdir(arguments: list[str]) -> Path:
     return Path(arguments[1].partition("=")[2])
 
 
-@pytest.mark.slow
 def test_sixty_photos_are_enough(workdir: Path):
     made = json.loads((workdir / "photos" / "manifest.json").read_text())
     assert sum(made["counts"].values()) == 60 and made["dropped"] == {"no GPS": 2}
@@ -64,21 +65,18 @@ def test_sixty_photos_are_enough(workdir: Path):
     assert trained["examples"] <= 15 * made["counts"]["train"]
 
 
-@pytest.mark.slow
 def test_the_export_contains_no_picture(workdir: Path):
     files = {file.relative_to(workdir / "export").as_posix() for file in (workdir / "export").rglob("*")}
     assert not [name for name in files if name.startswith(("thumbnails", "examples")) or name.endswith(".jpg")]
     assert -90 <= GeoToken.load(workdir / "export").predict(Image.new("RGB", (20, 20))).latitude <= 90
 
 
-@pytest.mark.slow
 def test_baselines_that_are_added_later_keep_the_export(workdir: Path, arguments: list[str], capsys):
     assert geotoken("evaluate", *arguments, "--method=knn") == 0
     assert geotoken("all", *arguments) == 0
     assert "kept export/" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_a_stage_is_made_again_with_all_that_was_made_from_it(workdir: Path, arguments: list[str], capsys):
     assert geotoken("all", *arguments, "--config.evaluate.seed=1") == 2
     assert "make it again with `geotoken all --remake=evaluate`" in capsys.readouterr().err
@@ -88,7 +86,6 @@ def test_a_stage_is_made_again_with_all_that_was_made_from_it(workdir: Path, arg
     assert "removing features/" not in out
 
 
-@pytest.mark.slow
 def test_settings_are_checked_before_anything_long_starts(arguments: list[str], tmp_path: Path, capsys):
     elsewhere = [argument for argument in arguments if not argument.startswith("--workdir")] + [f"--workdir={tmp_path}"]
     for change, message in (
@@ -103,7 +100,6 @@ def test_settings_are_checked_before_anything_long_starts(arguments: list[str], 
         assert not (tmp_path / "features").exists()
 
 
-@pytest.mark.slow
 def test_a_folder_without_training_photos_is_refused_with_advice_that_works(arguments: list[str], tmp_path, capsys):
     elsewhere = [argument for argument in arguments if not argument.startswith("--workdir")] + [f"--workdir={tmp_path}"]
     shares = [f"--config.photos.folder.{name}={share}" for name, share in (("train", 0.0), ("validation", 0.0))]

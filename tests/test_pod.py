@@ -10,6 +10,8 @@ from tests import pod
 
 STEPS = 20
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def one_device(tmp_path_factory) -> Path:
@@ -25,7 +27,6 @@ def assert_same(folder: Path, expected: Path) -> None:
 
 
 # tests/test_placement.py has the other six of nine.
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh, where", [((2, 2, 2), "replicated"), ((8, 1, 1), "host"), ((1, 4, 2), "sharded")], ids=str
 )
@@ -34,7 +35,6 @@ def test_eight_devices_train_as_one_wherever_the_gallery_lies(tmp_path, one_devi
     assert_same(tmp_path, one_device)
 
 
-@pytest.mark.slow
 def test_a_batch_in_parts_trains_as_the_whole(tmp_path):
     """Without dropout, because each part has a random key of its own."""
     with pytest.MonkeyPatch.context() as patch:
@@ -52,7 +52,6 @@ def test_a_batch_in_parts_trains_as_the_whole(tmp_path):
 OVERLAPPING = (0, 4, 1, 2, 3, 5, 6, 7)
 
 
-@pytest.mark.slow
 def test_two_processes_train_as_one_and_one_goes_on_alone(tmp_path, one_device):
     """The two share rows of a batch. One goes on with another mesh and another placement of the gallery."""
     pod.finish(2, folder=tmp_path, mesh=(2, 2, 2), where="sharded", steps=10, order=OVERLAPPING)
@@ -60,7 +59,6 @@ def test_two_processes_train_as_one_and_one_goes_on_alone(tmp_path, one_device):
     assert_same(tmp_path, one_device)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("where", ["host", "sharded"])
 @pytest.mark.parametrize(
     "processes, devices, mesh, order",

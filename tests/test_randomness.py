@@ -111,9 +111,7 @@ def one_device() -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "shape", [(2, 2, 2), *(pytest.param(s, marks=pytest.mark.slow) for s in ((8, 1, 1), (1, 4, 2)))], ids=str
-)
+@pytest.mark.parametrize("shape", [(2, 2, 2), (8, 1, 1), (1, 4, 2)], ids=str)
 def test_losses_with_dropout_are_the_same_on_eight_devices_and_each_draws_its_own_rows(one_device, shape):
     losses, program = training(shape)
     assert program
